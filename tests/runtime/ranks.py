@@ -1,0 +1,281 @@
+"""Runs a test's function on several ranks, each a process of its own on this machine.
+
+    def hello(word: str) -> str:                # at the top level of the test module
+        return f"{word} from {bmt.rank()}"
+
+    def test_hello() -> None:
+        assert run_ranks(2, hello, "hi") == ["hi from 0", "hi from 1"]
+
+The processes stay alive between tests and are used again by the next test that asks for the same number of ranks, because
+starting one costs more than most tests. They come from a fork server that has torch loaded already. A test that leaves its
+ranks in an unknown state (an exception, a time-out) costs them their life; the next test gets new ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import random
+import socket
+import sys
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT = 120.0
+MOST_IDLE_WORKERS = 10  # a bound on memory: the groups used longest ago are closed beyond it
+GRACE_AFTER_FAILURE = 3.0  # how long the other ranks get to report once one has failed
+
+
+class RanksFailed(AssertionError):
+    """Some rank raised, died or did not finish; the message holds what every rank had to say."""
+
+
+@dataclass(frozen=True)
+class _Task:
+    module: str
+    file: str
+    function: str
+    arguments: bytes  # pickled (args, kwargs); unpickled only after the module is there
+    path: list[str]
+    directory: str
+
+
+def run_ranks(
+    world_size: int,
+    function: Callable[..., T],
+    *args: Any,
+    timeout: float = DEFAULT_TIMEOUT,
+    init: dict[str, Any] | None = None,
+    initialize: bool = True,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+    **kwargs: Any,
+) -> list[T]:
+    """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks and returns their results, rank 0's first.
+
+    ``function`` is a top-level function; arguments and results are pickled. Before the first call every process runs
+    ``bmt.init_distributed(**init)`` unless ``initialize`` is False. Before each call the random generators are seeded with 0
+    and the gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks for processes
+    that no other test uses, before or after: needed by whatever changes the process for good.
+    Raises RanksFailed with the traceback of every rank that failed.
+    """
+    task = _describe(function, args, kwargs)
+    with _group(world_size, init or {}, initialize, env or {}, fresh) as group:
+        results: list[T] = group.run(task, timeout)
+        return results
+
+
+def _describe(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Task:
+    if "<locals>" in function.__qualname__ or function.__name__ == "<lambda>":
+        raise ValueError(f"{function.__qualname__} must be defined at the top level of its module to run on other processes")
+    file = getattr(sys.modules[function.__module__], "__file__", None) or ""
+    arguments = pickle.dumps((args, kwargs))
+    return _Task(function.__module__, file, function.__qualname__, arguments, list(sys.path), os.getcwd())
+
+
+# ---- the parent's side -------------------------------------------------------------------------------------------------
+
+
+class _Group:
+    """The processes of one world."""
+
+    def __init__(self, world_size: int, init: dict[str, Any], initialize: bool, env: dict[str, str]) -> None:
+        self.world_size = world_size
+        self.pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        method = multiprocessing.get_context("forkserver")
+        method.set_forkserver_preload(["torch"])
+        port = _free_port()
+        for rank in range(world_size):
+            ours, theirs = method.Pipe()
+            variables = _launch_variables(rank, world_size, port) | env
+            process = method.Process(target=_worker, args=(theirs, variables, init, initialize), name=f"rank{rank}")
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, task: _Task, timeout: float) -> list[Any]:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # a dead process is reported below
+                pipe.send_bytes(pickle.dumps(task))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        deadline = time.monotonic() + timeout
+        while waiting and time.monotonic() < deadline:
+            for pipe in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                succeeded, value = self._receive(rank, pipe)
+                (results if succeeded else failures)[rank] = value
+                if not succeeded:
+                    deadline = min(deadline, time.monotonic() + GRACE_AFTER_FAILURE)
+        if waiting or failures:
+            raise RanksFailed(_failure_text(failures, sorted(waiting.values()), sorted(results), timeout))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _receive(self, rank: int, pipe: Connection) -> tuple[bool, Any]:
+        try:
+            succeeded, payload = pickle.loads(pipe.recv_bytes())
+            return succeeded, pickle.loads(payload) if succeeded else payload
+        except (EOFError, OSError):
+            self.processes[rank].join(5)
+            return False, f"the process ended with exit code {self.processes[rank].exitcode}"
+
+    def close(self, kill: bool) -> None:
+        for pipe in self.pipes:
+            pipe.close()  # a waiting worker reads the end of the pipe and leaves
+        if not kill:
+            for process in self.processes:
+                process.join(5)
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+_idle: OrderedDict[str, _Group] = OrderedDict()
+
+
+@contextlib.contextmanager
+def _group(
+    world_size: int, init: dict[str, Any], initialize: bool, env: dict[str, str], fresh: bool
+) -> Iterator[_Group]:
+    key = repr((world_size, sorted(init.items()), initialize, sorted(env.items())))
+    group = None if fresh else _idle.pop(key, None)
+    group = group or _Group(world_size, init, initialize, env)
+    try:
+        yield group
+    except BaseException:
+        group.close(kill=True)
+        raise
+    if fresh:
+        group.close(kill=False)
+        return
+    _idle[key] = group
+    while sum(idle.world_size for idle in _idle.values()) > MOST_IDLE_WORKERS and len(_idle) > 1:
+        _idle.popitem(last=False)[1].close(kill=False)
+
+
+@atexit.register
+def close_idle_ranks() -> None:
+    """Ends the processes that wait for another test."""
+    while _idle:
+        _idle.popitem()[1].close(kill=False)
+
+
+def _failure_text(failures: dict[int, str], unfinished: list[int], finished: list[int], timeout: float) -> str:
+    parts = [f"rank {rank}:\n{text}" for rank, text in sorted(failures.items())]
+    if unfinished and failures:
+        parts.append(f"ranks {unfinished} were still running {GRACE_AFTER_FAILURE:g} s after the first failure")
+    elif unfinished:
+        parts.append(f"ranks {unfinished} did not finish within {timeout:g} s")
+    if finished:
+        parts.append(f"ranks {finished} finished")
+    return "\n".join(parts)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+# ---- the workers' side -------------------------------------------------------------------------------------------------
+
+
+def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], initialize: bool) -> None:
+    import torch
+
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    started = False
+    while True:
+        try:
+            task: _Task = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            break
+        try:
+            if not started and initialize:
+                sys.path[:] = task.path
+                import bmtrain as bmt
+
+                bmt.init_distributed(**init)
+            started = True
+            answer = (True, pickle.dumps(_perform(task)))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        try:
+            pipe.send_bytes(pickle.dumps(answer))
+        except OSError:  # the parent has given up on this group
+            break
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the other ranks leave at the same moment: an orderly teardown could wait for a peer that is gone
+
+
+def _perform(task: _Task) -> Any:
+    sys.path[:] = task.path
+    os.chdir(task.directory)
+    _reset()
+    function: Any = _module(task)
+    for name in task.function.split("."):
+        function = getattr(function, name)
+    args, kwargs = pickle.loads(task.arguments)
+    return function(*args, **kwargs)
+
+
+def _module(task: _Task) -> Any:
+    try:
+        return importlib.import_module(task.module)
+    except ModuleNotFoundError as error:
+        if error.name != task.module:
+            raise
+    specification = importlib.util.spec_from_file_location(task.module, task.file)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[task.module] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def _reset() -> None:
+    import torch
+
+    gc.collect()
+    torch.manual_seed(0)
+    random.seed(0)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        numpy.random.seed(0)

@@ -1,0 +1,69 @@
+"""The harness of the other tests: a failure on a rank must reach the reader, and a failed group must not be used again."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from ranks import RanksFailed, run_ranks
+
+
+def describe(scale: float) -> tuple[int, str, torch.Tensor, int]:
+    rank = int(os.environ["RANK"])
+    return rank, os.environ["WORLD_SIZE"], torch.ones(2) * rank * scale, os.getpid()
+
+
+def draw() -> float:
+    return float(torch.rand(()))
+
+
+def fail_on(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        raise KeyError("the reason")
+    time.sleep(60)
+
+
+def leave() -> None:
+    os._exit(7)
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def test_results_come_in_rank_order_and_processes_are_used_again() -> None:
+    first = run_ranks(2, describe, 3.0, initialize=False)
+    assert [(rank, world) for rank, world, _, _ in first] == [(0, "2"), (1, "2")]
+    assert torch.equal(first[1][2], torch.full((2,), 3.0))
+    again = run_ranks(2, describe, 1.0, initialize=False)
+    assert [entry[3] for entry in again] == [entry[3] for entry in first]
+    fresh = run_ranks(2, describe, 1.0, initialize=False, fresh=True)
+    assert {entry[3] for entry in fresh}.isdisjoint(entry[3] for entry in first)
+
+
+def test_each_call_starts_from_the_same_seed() -> None:
+    assert run_ranks(2, draw, initialize=False) == run_ranks(2, draw, initialize=False)
+
+
+def test_a_failure_names_rank_and_reason_and_ends_the_group() -> None:
+    before = run_ranks(2, describe, 1.0, initialize=False)
+    start = time.monotonic()
+    with pytest.raises(RanksFailed, match=r"rank 1:(.|\n)*KeyError: 'the reason'(.|\n)*ranks \[0\] were still running"):
+        run_ranks(2, fail_on, 1, initialize=False)
+    assert time.monotonic() - start < 30
+    after = run_ranks(2, describe, 1.0, initialize=False)
+    assert {entry[3] for entry in before}.isdisjoint(entry[3] for entry in after)
+
+
+def test_a_dead_process_and_a_hang_are_reported() -> None:
+    with pytest.raises(RanksFailed, match="exit code 7"):
+        run_ranks(1, leave, initialize=False)
+    with pytest.raises(RanksFailed, match=r"ranks \[0\] did not finish within 1 s"):
+        run_ranks(1, hang, initialize=False, timeout=1)
+
+
+def test_a_local_function_is_refused() -> None:
+    with pytest.raises(ValueError, match="top level"):
+        run_ranks(1, lambda: None)
