@@ -1,0 +1,106 @@
+// Cross entropy, one block a row.  Forward reads the row once; backward reads it once and overwrites it.
+#include <climits>
+
+#include "reduce.cuh"
+
+namespace bmt::kernels {
+namespace {
+
+// Calls f(index, value&) for this thread's share of the row: 128-bit accesses wherever the address allows.
+template <bool kWrite, typename T, typename F>
+__device__ __forceinline__ void visit_row(T* row, int64_t count, F&& f) {
+    constexpr int N = 16 / sizeof(T);
+    const int64_t misaligned = (reinterpret_cast<uintptr_t>(row) % 16) / sizeof(T);
+    const int64_t head = misaligned == 0 ? 0 : (N - misaligned < count ? N - misaligned : count);
+    const int64_t packs = (count - head) / N;
+    auto visit = [&](int64_t i) {
+        T value = row[i];
+        f(i, value);
+        if (kWrite) row[i] = value;
+    };
+    for (int64_t i = threadIdx.x; i < head; i += blockDim.x) visit(i);
+    for (int64_t p = threadIdx.x; p < packs; p += blockDim.x) {
+        auto* address = reinterpret_cast<Pack<T, N>*>(row + head) + p;
+        auto pack = *address;
+#pragma unroll
+        for (int k = 0; k < N; ++k) f(head + p * N + k, pack.values[k]);
+        if (kWrite) *address = pack;
+    }
+    for (int64_t i = head + packs * N + threadIdx.x; i < count; i += blockDim.x) visit(i);
+}
+
+template <typename T>
+__global__ void forward_kernel(T* logits, int64_t stride, const int64_t* __restrict__ targets, int64_t rows,
+                               CrossEntropy entropy, float* __restrict__ losses, float* __restrict__ log_sum_exps) {
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        T* x = logits + row * stride;
+        LogSumExp sum;
+        float weighted = 0.0f;
+        visit_row<false>(x, entropy.classes, [&](int64_t c, T& value) {
+            float logit = to_float(value);
+            sum.include(logit);
+            if (entropy.smoothing > 0.0f) weighted += entropy.class_weight(c) * logit;
+        });
+        sum = reduce_block(sum, LogSumExp(), Merge());
+        if (entropy.smoothing > 0.0f) weighted = reduce_block(weighted, 0.0f, Add());
+        if (threadIdx.x != 0) continue;
+        const int64_t target = targets[row];
+        float loss = nanf("");
+        if (target == entropy.ignore_index) loss = 0.0f;
+        else if (entropy.is_class(target))
+            loss = entropy.loss(to_float(x[target]), entropy.class_weight(target), sum.value(), weighted);
+        losses[row] = loss;
+        log_sum_exps[row] = sum.value();
+    }
+}
+
+template <typename T>
+__global__ void backward_kernel(T* logits, int64_t stride, const int64_t* __restrict__ targets, int64_t rows,
+                                CrossEntropy entropy, const float* __restrict__ log_sum_exps,
+                                const float* __restrict__ row_gradients) {
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const int64_t target = targets[row];
+        const bool ignored = target == entropy.ignore_index;
+        const float log_sum_exp = log_sum_exps[row], scale = row_gradients[row];
+        const float weight = entropy.is_class(target) ? entropy.class_weight(target) : nanf("");
+        visit_row<true>(logits + row * stride, entropy.classes, [&](int64_t c, T& value) {
+            store(value, ignored ? 0.0f
+                                 : scale * entropy.derivative(to_float(value), c, target, weight, log_sum_exp));
+        });
+    }
+}
+
+int threads_for(int64_t classes) { return classes <= 2048 ? 128 : classes <= 16384 ? 256 : 1024; }
+
+unsigned int blocks_for_rows(int64_t rows) { return static_cast<unsigned int>(std::min<int64_t>(rows, INT_MAX)); }
+
+}  // namespace
+
+void cross_entropy_forward(const Queue& queue, const void* logits, Scalar type, int64_t stride, const int64_t* targets,
+                           int64_t rows, const CrossEntropy& entropy, float* losses, float* log_sum_exps) {
+    if (rows == 0) return;
+    DeviceGuard guard(queue.device);
+    dispatch(type, [&](auto* tag) {
+        auto* x = static_cast<decltype(tag)>(const_cast<void*>(logits));  // read only: visit_row<false>
+        forward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
+                         static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, losses,
+                                                                    log_sum_exps);
+        BMT_CUDA(cudaGetLastError());
+    });
+}
+
+void cross_entropy_backward(const Queue& queue, void* logits, Scalar type, int64_t stride, const int64_t* targets,
+                            int64_t rows, const CrossEntropy& entropy, const float* log_sum_exps,
+                            const float* row_gradients) {
+    if (rows == 0) return;
+    DeviceGuard guard(queue.device);
+    dispatch(type, [&](auto* tag) {
+        auto* x = static_cast<decltype(tag)>(logits);
+        backward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
+                          static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, log_sum_exps,
+                                                                     row_gradients);
+        BMT_CUDA(cudaGetLastError());
+    });
+}
+
+}  // namespace bmt::kernels

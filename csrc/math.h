@@ -1,0 +1,108 @@
+// The arithmetic of each operation on single elements, shared by the CUDA kernels and their CPU references.
+//
+// Products and sums are spelled out, so that no compiler fuses them differently: the CPU and the GPU round alike.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define BMT_INLINE __host__ __device__ __forceinline__
+#else
+#define BMT_INLINE inline
+#endif
+
+namespace bmt {
+
+BMT_INLINE float multiply(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+
+BMT_INLINE float add(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+}
+
+// One AdamW step.  Bias corrections and decay are folded into these numbers on the host, in double precision.
+struct AdamW {
+    float decay;             // 1 - lr * weight_decay
+    float beta2;
+    float weight1;           // 1 - beta1
+    float weight2;           // 1 - beta2
+    float step_size;         // lr / (1 - beta1^step)
+    float correction2_sqrt;  // sqrt(1 - beta2^step)
+    float eps;
+
+    // In torch.optim.AdamW's order of operations.
+    BMT_INLINE void update(float gradient, float& parameter, float& exp_avg, float& exp_avg_sq) const {
+        float decayed = multiply(parameter, decay);
+        float difference = add(gradient, -exp_avg);
+        exp_avg = weight1 < 0.5f ? fmaf(weight1, difference, exp_avg)
+                                 : fmaf(-difference, add(1.0f, -weight1), gradient);
+        exp_avg_sq = fmaf(multiply(weight2, gradient), gradient, multiply(exp_avg_sq, beta2));
+        float denominator = add(sqrtf(exp_avg_sq) / correction2_sqrt, eps);
+        parameter = add(decayed, multiply(-step_size, exp_avg) / denominator);
+    }
+};
+
+// log(sum(exp(x))) of a row, one element at a time.  The maximum starts finite, so that -inf elements add nothing
+// instead of NaN.
+struct LogSumExp {
+    float maximum = -FLT_MAX;
+    float sum = 0.0f;
+
+    BMT_INLINE void include(float x) {
+        if (x > maximum) {
+            sum = sum * expf(maximum - x) + 1.0f;
+            maximum = x;
+        } else {
+            sum += expf(x - maximum);
+        }
+    }
+
+    BMT_INLINE void merge(const LogSumExp& other) {
+        float larger = fmaxf(maximum, other.maximum);
+        sum = sum * expf(maximum - larger) + other.sum * expf(other.maximum - larger);
+        maximum = larger;
+    }
+
+    BMT_INLINE float value() const { return maximum + logf(sum); }
+};
+
+// Cross entropy of one row against one class, optionally weighted and smoothed.
+struct CrossEntropy {
+    int64_t classes;
+    int64_t ignore_index;
+    float smoothing;
+    const float* weight;        // per class, or null
+    const float* weight_total;  // their sum, or null
+
+    BMT_INLINE float class_weight(int64_t c) const { return weight != nullptr ? weight[c] : 1.0f; }
+    BMT_INLINE float total() const { return weight_total != nullptr ? *weight_total : static_cast<float>(classes); }
+    BMT_INLINE bool is_class(int64_t target) const { return target >= 0 && target < classes; }
+
+    // `weighted_sum` is the sum of class_weight(c) * x[c]; it is read only when smoothing.
+    BMT_INLINE float loss(float target_logit, float target_weight, float log_sum_exp, float weighted_sum) const {
+        float value = (1.0f - smoothing) * target_weight * (log_sum_exp - target_logit);
+        if (smoothing > 0.0f) value += smoothing / classes * (total() * log_sum_exp - weighted_sum);
+        return value;
+    }
+
+    // Derivative of loss with respect to the logit x of class c.
+    BMT_INLINE float derivative(float x, int64_t c, int64_t target, float target_weight, float log_sum_exp) const {
+        float probability = expf(x - log_sum_exp);
+        float value = (1.0f - smoothing) * target_weight * (probability - (c == target ? 1.0f : 0.0f));
+        if (smoothing > 0.0f) value += smoothing / classes * (total() * probability - class_weight(c));
+        return value;
+    }
+};
+
+}  // namespace bmt

@@ -1,0 +1,130 @@
+// Python face of nccl/: addresses and stream handles are integers, and the interpreter lock is released in every call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+
+#include "../errors.h"
+#include "communicator.h"
+#include "dlpack.h"
+
+namespace py = pybind11;
+
+namespace bmt {
+namespace {
+
+using nccl::Arena;
+using nccl::Communicator;
+using nccl::CtaPolicy;
+using Address = uintptr_t;
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+template <typename T = void>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// What a DLPack consumer holds: one more owner of the arena.
+struct Export {
+    dlpack::ManagedTensor managed;
+    int64_t shape[1];
+    std::shared_ptr<Arena> arena;
+};
+
+void delete_export(dlpack::ManagedTensor* managed) { delete static_cast<Export*>(managed->manager); }
+
+void delete_unconsumed(PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, dlpack::kCapsuleName)) return;  // a consumer took over
+    auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName));
+    managed->deleter(managed);
+}
+
+// A DLPack capsule of the arena's bytes (one-dimensional, uint8).
+py::capsule to_dlpack(const std::shared_ptr<Arena>& arena) {
+    auto* exported = new Export{{}, {static_cast<int64_t>(arena->bytes())}, arena};
+    exported->managed.tensor = {arena->data(), {dlpack::kCuda, arena->device()}, 1, {dlpack::kUInt, 8, 1},
+                                exported->shape, nullptr, 0};
+    exported->managed.manager = exported;
+    exported->managed.deleter = &delete_export;
+    return py::reinterpret_steal<py::capsule>(
+        PyCapsule_New(&exported->managed, dlpack::kCapsuleName, &delete_unconsumed));
+}
+
+std::unique_ptr<Communicator> make_communicator(const std::string& id, int rank, int world_size, int policy) {
+    nccl::UniqueId unique;
+    if (id.size() != sizeof(unique.bytes)) throw CommunicationError("A NCCL unique id has 128 bytes.");
+    std::memcpy(unique.bytes, id.data(), sizeof(unique.bytes));
+    py::gil_scoped_release unlocked;
+    return std::make_unique<Communicator>(unique, rank, world_size, static_cast<CtaPolicy>(policy));
+}
+
+void bind_communicator(py::module_& module) {
+    py::class_<Communicator>(module, "Communicator")
+        .def(py::init(&make_communicator), py::arg("id"), py::arg("rank"), py::arg("world_size"), py::arg("policy"))
+        .def_property_readonly("rank", &Communicator::rank)
+        .def_property_readonly("world_size", &Communicator::world_size)
+        .def_property_readonly("is_open", &Communicator::is_open)
+        .def("all_gather", [](Communicator& c, Address shard, Address whole, size_t count, int dtype, Address stream) {
+            c.all_gather(pointer(shard), pointer(whole), count, dtype, pointer(stream));
+        }, Unlocked())
+        .def("reduce_scatter", [](Communicator& c, Address whole, Address shard, size_t count, int dtype, int op,
+                                  Address stream) {
+            c.reduce_scatter(pointer(whole), pointer(shard), count, dtype, op, pointer(stream));
+        }, Unlocked())
+        .def("all_reduce", [](Communicator& c, Address source, Address target, size_t count, int dtype, int op,
+                              Address stream) {
+            c.all_reduce(pointer(source), pointer(target), count, dtype, op, pointer(stream));
+        }, Unlocked())
+        .def("broadcast", [](Communicator& c, Address source, Address target, size_t count, int dtype, int root,
+                             Address stream) {
+            c.broadcast(pointer(source), pointer(target), count, dtype, root, pointer(stream));
+        }, Unlocked())
+        .def("reduce", [](Communicator& c, Address source, Address target, size_t count, int dtype, int op, int root,
+                          Address stream) {
+            c.reduce(pointer(source), pointer(target), count, dtype, op, root, pointer(stream));
+        }, Unlocked())
+        .def("send", [](Communicator& c, Address data, size_t count, int dtype, int peer, Address stream) {
+            c.send(pointer(data), count, dtype, peer, pointer(stream));
+        }, Unlocked())
+        .def("recv", [](Communicator& c, Address data, size_t count, int dtype, int peer, Address stream) {
+            c.recv(pointer(data), count, dtype, peer, pointer(stream));
+        }, Unlocked())
+        .def("register_window", [](Communicator& c, Address address) {
+            return c.register_window(pointer(address));
+        }, Unlocked())
+        .def("deregister_window", [](Communicator& c, Address address) {
+            return c.deregister_window(pointer(address));
+        }, Unlocked())
+        .def("split", [](Communicator& c, int color, int key, int policy) {
+            return c.split(color, key, static_cast<CtaPolicy>(policy));
+        }, Unlocked())
+        .def("check_async_error", &Communicator::check_async_error, Unlocked())
+        .def("close", &Communicator::close, Unlocked())
+        .def("abort", &Communicator::abort, Unlocked());
+}
+
+}  // namespace
+
+void bind_nccl(py::module_& module) {
+    module.def("load", [](const std::vector<std::string>& candidates) { return nccl::load(candidates).version; },
+               "Load NCCL and return its version, e.g. 22809.", py::arg("candidates"), Unlocked());
+    module.def("path", [] { return nccl::library().path; });
+    module.def("has_arenas", [] { return nccl::library().MemAlloc != nullptr; });
+    module.def("has_windows", [] { return nccl::library().CommWindowRegister != nullptr; });
+    module.def("has_policies", [] { return nccl::library().version >= nccl::kVersionConfig; });
+    module.def("has_float8", [] { return nccl::library().version >= nccl::kVersionFloat8; });
+    module.def("unique_id", [] {
+        nccl::UniqueId id = nccl::make_unique_id();
+        return py::bytes(id.bytes, sizeof(id.bytes));
+    });
+    module.def("group_start", &nccl::group_start, Unlocked());
+    module.def("group_end", &nccl::group_end, Unlocked());
+    py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
+        .def(py::init(&Arena::make), py::arg("bytes"), py::arg("device"), Unlocked())
+        .def_property_readonly("address", [](const Arena& a) { return reinterpret_cast<Address>(a.data()); })
+        .def_property_readonly("bytes", &Arena::bytes)
+        .def("to_dlpack", &to_dlpack);
+    bind_communicator(module);
+}
+
+}  // namespace bmt
