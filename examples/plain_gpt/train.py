@@ -22,7 +22,7 @@ def parse_options():
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the checkpoint")
     parser.add_argument("--log", help="append one JSON line per step to this file")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--stop-after", type=int, help="leave after this step without saving, as a crash would")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between evaluations")
