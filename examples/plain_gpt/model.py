@@ -80,7 +80,7 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight  # input and output embedding are one matrix
 
         self.apply(self._init_weights)
-        # Every block adds two projections to the residual stream: scale them so that its variance does not grow with depth.
+        # Every block adds two projections to the residual stream: scale them, or its variance would grow with depth.
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(p, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))

@@ -10,11 +10,12 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import torch
-from model import GPT, GPTConfig
-from pydoc_data.topics import topics
 from tqdm import tqdm
+
+from model import GPT, GPTConfig
 
 
 def parse_options():
