@@ -1,0 +1,8 @@
+"""Blocks, and when their parameters are whole."""
+
+from . import engine as _engine  # noqa: F401 - completes the context
+from .block import Block, CheckpointBlock
+from .block_list import TransformerBlockList
+from .wrapper import BMTrainModelWrapper
+
+__all__ = ["BMTrainModelWrapper", "Block", "CheckpointBlock", "TransformerBlockList"]

@@ -1,0 +1,109 @@
+"""Which unit each parameter belongs to: its innermost Block's, or the root's when several share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..errors import ConfigurationError
+from ..shard.parameter import DistributedParameter, as_distributed
+from ..shard.unit import ShardUnit
+from .sharded import ShardedModule, become
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclass
+class _Group:
+    owner: nn.Module
+    name: str
+    names: list[str] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+
+def shard_module(engine: Engine, root: nn.Module) -> None:
+    """Give every parameter of ``root`` that has none a unit, and move buffers to this process's device."""
+    groups = _plan(root)
+    for group in groups:
+        _check(group)
+    for group in groups:
+        parameters = [as_distributed(p) for p in group.parameters]
+        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names)
+        become(group.owner, ShardedModule)
+        group.owner.__dict__["_bmt_unit"] = unit
+        unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != engine.ctx.device.torch_device:
+                module._buffers[name] = buffer.to(engine.ctx.device.torch_device)
+
+
+def _plan(root: nn.Module) -> list[_Group]:
+    """Groups in the order of their owners in the tree, the root's last (its parameters frame the blocks')."""
+    owners: dict[int, _Group] = {}
+    places: dict[int, tuple[nn.Parameter, str, list[int]]] = {}
+    for owner, prefix, module in _walk(root, root, "", ""):
+        group = owners.setdefault(id(owner), _Group(owner, prefix[0]))
+        for name, parameter in module._parameters.items():
+            if parameter is None or getattr(parameter, "_flat", None) is not None:
+                continue
+            _, _, used_by = places.setdefault(id(parameter), (parameter, prefix[1] + name, []))
+            if id(group.owner) not in used_by:
+                used_by.append(id(group.owner))
+    for parameter, name, used_by in places.values():
+        # Shared between units: the root's is whole whenever any of them runs.
+        group = owners[used_by[0] if len(used_by) == 1 else id(root)]
+        group.names.append(name)
+        group.parameters.append(parameter)
+    spare = _spare_owners(root, owners)
+    ordered = [g for g in owners.values() if g.owner is not root] + [owners[id(root)]]
+    return [g for g in ordered if "_bmt_unit" not in g.owner.__dict__] + spare
+
+
+def _spare_owners(root: nn.Module, owners: dict[int, _Group]) -> list[_Group]:
+    """Modules added to an owner that was sharded before: each becomes an owner of its own."""
+    spare: dict[int, _Group] = {}
+    for group in owners.values():
+        if "_bmt_unit" not in group.owner.__dict__ or not group.parameters:
+            continue
+        wanted = {id(p) for p in group.parameters}
+        for name, module in group.owner.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) in wanted:
+                    wanted.discard(id(parameter))
+                    if "_bmt_unit" in module.__dict__:
+                        raise ConfigurationError(
+                            f"Parameter {key!r} was added to {name or 'a module'} after it had been sharded. Put it into a new "
+                            "submodule and call bmt.BMTrainModelWrapper(model) again."
+                        )
+                    extra = spare.setdefault(id(module), _Group(module, name))
+                    extra.names.append(f"{name}.{key}")
+                    extra.parameters.append(parameter)
+        group.parameters = []
+    return list(spare.values())
+
+
+def _walk(
+    module: nn.Module, owner: nn.Module, owner_name: str, prefix: str
+) -> Iterator[tuple[nn.Module, tuple[str, str], nn.Module]]:
+    if isinstance(module, ShardedModule):
+        owner, owner_name = module, prefix.rstrip(".")
+    yield owner, (owner_name, prefix), module
+    for name, child in module.named_children():
+        yield from _walk(child, owner, owner_name, f"{prefix}{name}.")
+
+
+def _check(group: _Group) -> None:
+    for name, parameter in zip(group.names, group.parameters, strict=True):
+        if nn.parameter.is_lazy(parameter):
+            raise ConfigurationError(
+                f"Parameter {name!r} has no shape yet (a lazy module). Run the module once on a sample before it is sharded."
+            )
+        if type(parameter) not in (nn.Parameter, DistributedParameter):
+            raise ConfigurationError(
+                f"Parameter {name!r} is a {type(parameter).__name__}; only plain torch.nn.Parameter can be sharded."
+            )

@@ -1,0 +1,62 @@
+"""Block: a module gathered, run and released as one piece, and recomputed in the backward if asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..context import context
+from ..errors import ConfigurationError, UnsupportedError
+from .sharded import ShardedModule, become
+
+
+class Block(ShardedModule):
+    """Make ``inner_module`` a unit of its own: whole only while it runs.
+
+    ``Block(m)`` returns ``m`` itself.  It stays an instance of its class; attributes, hooks, keyword arguments, results
+    of any type and state-dict keys are as before, and ``isinstance(m, Block)`` becomes true.
+
+    Args:
+        inner_module: any module.
+        use_checkpoint: drop activations in the forward and compute them again in the backward.
+        zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over.
+        initialized: accepted for older scripts; parameters keep their values either way.
+        mode: "BLOCK"; "PIPE" raises UnsupportedError.
+    """
+
+    def __new__(
+        cls, inner_module: Any = None, use_checkpoint: bool = True, zero_level: int = 3, initialized: bool = False,
+        mode: str = "BLOCK", **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        if cls is not Block:  # type(block)(...): an ordinary new module of the inner class
+            return super().__new__(cls)
+        if not isinstance(inner_module, nn.Module):
+            raise ConfigurationError(f"bmt.Block takes a torch.nn.Module, not {type(inner_module).__name__}.")
+        if zero_level not in (2, 3):
+            raise ConfigurationError(f"zero_level must be 2 or 3, not {zero_level}.")
+        if mode != "BLOCK":
+            raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
+        ctx = context()
+        become(inner_module, Block)
+        inner_module.__dict__["_bmt_recompute"] = bool(use_checkpoint)
+        inner_module.__dict__["_bmt_zero_level"] = zero_level
+        unit = inner_module.__dict__.get("_bmt_unit")
+        if unit is not None:
+            unit.keep = zero_level == 2
+        elif not ctx.building:
+            ctx.engine.shard(inner_module)
+        return inner_module
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
+        if "_bmt_recompute" not in self.__dict__:
+            super().__init__(*args, **kwargs)
+
+    @property
+    def _module(self) -> Any:
+        return self
+
+
+CheckpointBlock = Block
+"""The name older scripts use."""

@@ -1,0 +1,77 @@
+"""A stack of blocks that is a list and can also be called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ConfigurationError
+from .block import Block
+
+
+class TransformerBlockList(nn.ModuleList):
+    """An ``nn.ModuleList`` whose elements are Blocks; called, it runs them one after the other.
+
+    Args:
+        modules: the elements; those that are not Blocks yet become Blocks.
+        num_hidden: how many of the positional arguments each block replaces by its results.
+
+    ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with ``num_hidden=2``
+    it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1) -> None:
+        if num_hidden < 1:
+            raise ConfigurationError("num_hidden must be at least 1.")
+        super().__init__()
+        self.num_hidden = num_hidden
+        self.extend(modules)
+
+    def append(self, module: nn.Module) -> Any:
+        """Add ``module`` as a Block."""
+        return super().append(_as_block(module))
+
+    def insert(self, index: int, module: nn.Module) -> None:
+        """Insert ``module`` as a Block."""
+        super().insert(index, _as_block(module))
+
+    def extend(self, modules: Iterable[nn.Module]) -> Any:
+        """Add all ``modules`` as Blocks."""
+        for module in modules:
+            self.append(module)
+        return self
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        super().__setitem__(index, _as_block(module))
+
+    def __getitem__(self, index: Any) -> Any:
+        part = super().__getitem__(index)
+        if isinstance(part, TransformerBlockList):
+            part.num_hidden = self.num_hidden
+        return part
+
+    def forward(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
+        """Run all blocks.  With ``return_hidden_states`` also each hidden's inputs to every block, stacked: (L, ...)."""
+        count = self.num_hidden
+        if len(args) < count:
+            raise ConfigurationError(f"The list carries {count} hidden values but got {len(args)} positional arguments.")
+        hidden, extra = args[:count], args[count:]
+        inputs: list[list[Any]] = [[] for _ in range(count)]
+        for block in self:
+            if return_hidden_states:
+                for seen, value in zip(inputs, hidden, strict=True):
+                    seen.append(value)
+            out = block(*hidden, *extra, **kwargs)
+            hidden = (out,) if count == 1 else tuple(out)
+            if len(hidden) != count:
+                raise ConfigurationError(f"A block returned {len(hidden)} values; with num_hidden={count} it must return {count}.")
+        if return_hidden_states:
+            return (*hidden, *(torch.stack(seen) for seen in inputs))
+        return hidden[0] if count == 1 else hidden
+
+
+def _as_block(module: nn.Module) -> nn.Module:
+    return module if isinstance(module, Block) else Block(module)  # type: ignore[no-any-return]

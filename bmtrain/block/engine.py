@@ -1,0 +1,267 @@
+"""When parameters are whole and when gradients are reduced: the one place that decides."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..context import Context, engine_factory
+from ..shard.unit import Pools, ShardUnit
+from .frame import Frame, PlaceInFlat
+from .residency import Residency
+from .trace import Phase, Trace
+
+_COMPUTE = {
+    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
+    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.scaled_dot_product_attention, F.prelu, F.embedding_bag,
+    F.multi_head_attention_forward, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
+    torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.bmm,
+}  # fmt: skip
+"""Functions that belong to a model's forward even when no module of ours is running."""
+
+
+@engine_factory
+class Engine:
+    """Gathers along the observed order, reduces as the backward passes, and gathers on demand whatever was not foreseen."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.pools = Pools(ctx)
+        self.residency = Residency()
+        self.trace = Trace(ctx, min(ctx.timeout, timedelta(minutes=5)))
+        self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
+        self._next_index = 0
+        self._depth = 0
+        self._frames: list[Frame] = []
+        self._adopted: list[list[ShardUnit]] = [[]]
+        self._recomputing = 0
+        self._begun: list[Frame] = []
+        self._task = -1
+
+    # -- sharding -------------------------------------------------------------------------------------------------
+
+    def shard(self, module: nn.Module) -> None:
+        """Shard every parameter of ``module`` that is not sharded yet."""
+        from .assign import shard_module
+
+        shard_module(self, module)
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether no distributed module is running."""
+        return self._depth == 0
+
+    def forward(
+        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one module's forward with its unit whole."""
+        grad = torch.is_grad_enabled()
+        outermost = self.idle
+        if outermost and torch._C._current_graph_task_id() == -1:  # -1: no backward is running
+            self._start_run(unit, grad)
+        self._depth += 1
+        self._adopted.append([])
+        if unit is not None:
+            self._enter(unit, "backward" if self._recomputing else "forward")
+            unit.pins += 1
+        try:
+            out = self._framed(unit, recompute, call, args, kwargs) if grad else call(*args, **kwargs)
+        finally:
+            self._depth -= 1
+            for adopted in [*self._adopted.pop(), *([unit] if unit is not None else [])]:
+                adopted.pins -= 1
+        if outermost:
+            self._end_run(out, grad)
+        return out
+
+    def _framed(
+        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        parent = self._frames[-1] if self._frames else None
+        if parent is not None and parent.recompute:
+            # The enclosing block runs again as one piece and takes this one along.
+            if unit is not None:
+                parent.add(unit)
+            return call(*args, **kwargs)
+        if self.ctx.world_size == 1 and not recompute:
+            return call(*args, **kwargs)  # parameters never move
+        frame = Frame(self, unit, parent, recompute)
+        self._frames.append(frame)
+        try:
+            return frame.run(call, args, kwargs)
+        finally:
+            self._frames.pop()
+
+    def _start_run(self, unit: ShardUnit | None, grad: bool) -> None:
+        self._unpin_loose()
+        if unit is not None and self.ctx.world_size > 1:
+            self.register(unit)
+            self.trace.begin((unit.index, grad), unit.name)
+
+    def _end_run(self, out: Any, grad: bool) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        if not grad:
+            self.residency.drop_all()
+            return
+        self.residency.hide_all()
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
+                tensor.register_hook(self._backward_starts)
+
+    def _enter(self, unit: ShardUnit, phase: Phase) -> None:
+        if self.ctx.world_size == 1:
+            self.register(unit)
+            return
+        self.register(unit)
+        predicted = self.trace.note(unit.index, phase, unit.name)
+        self.residency.need(unit)
+        if predicted is not None:
+            coming = self.units.get(predicted)
+            if coming is not None:
+                self.residency.expect(coming)
+
+    def register(self, unit: ShardUnit) -> None:
+        """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
+        if unit.index < 0:
+            unit.index = self._next_index
+            self._next_index += 1
+            self.units[unit.index] = unit
+
+    # -- whole on request -----------------------------------------------------------------------------------------
+
+    def pin(self, unit: ShardUnit) -> None:
+        """Make ``unit`` whole until ``unpin``.  Collective."""
+        self.register(unit)
+        if self.ctx.world_size > 1:
+            self.residency.need(unit)
+        unit.pins += 1
+
+    def unpin(self, unit: ShardUnit) -> None:
+        """Undo one ``pin``."""
+        unit.pins -= 1
+        if not unit.pins and self.ctx.world_size > 1:
+            self.residency.drop(unit)
+
+    def may_gather(self, func: Callable[..., Any]) -> bool:
+        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
+        return self._depth > 0 or func in _COMPUTE
+
+    @contextmanager
+    def on_demand(self, units: list[ShardUnit]) -> Iterator[None]:
+        """Whole units for one operation and, as its result may be a view, for the rest of the enclosing forward."""
+        if self._depth == 0 and not any(u.pins for u in units):
+            self._start_run(units[0], torch.is_grad_enabled())
+        for unit in units:
+            self._enter(unit, "forward")
+            unit.pins += 1
+            self._adopted[-1].append(unit)
+            if self._frames:
+                self._frames[-1].add(unit)
+        yield
+
+    def _unpin_loose(self) -> None:
+        for unit in self._adopted[0]:
+            unit.pins -= 1
+        self._adopted[0] = []
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def _backward_starts(self, _: torch.Tensor | None = None) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
+
+    def backward_reaches(self, frame: Frame) -> None:
+        """The backward needs something that ``frame`` saved.
+
+        Autograd runs nodes in the reverse order of their making, so every frame that began before and does not
+        enclose this one is through: its units' gradients are complete.
+        """
+        if frame.begun:
+            return
+        self._backward_starts()
+        frame.begun = True
+        enclosing = set()
+        outer = frame.parent
+        while outer is not None:
+            enclosing.add(outer)
+            outer = outer.parent
+        for done in self._begun:
+            if not done.finished and done not in enclosing:
+                self._finish(done)
+        self._begun.append(frame)
+        if frame.units and not self._recomputing:
+            self._enter(frame.units[0], "backward")
+
+    def _finish(self, frame: Frame) -> None:
+        frame.finished = True
+        for unit in frame.units:
+            unit.open_uses -= 1
+            if unit.open_uses <= 0:
+                unit.reduce_grads()
+
+    def rebuild(self, place: PlaceInFlat) -> torch.Tensor:
+        """A view of the re-gathered buffer."""
+        flat = place.flat
+        if flat.buffer is None:
+            self._enter(flat.unit, "backward")
+        assert flat.buffer is not None
+        base = flat.buffer.tensor if place.dtype == flat.buffer.tensor.dtype else flat.buffer.tensor.view(place.dtype)
+        return base.as_strided(place.size, place.stride, place.offset)
+
+    @contextmanager
+    def recomputing(self, frame: Frame) -> Iterator[None]:
+        """Around the second run of a block's forward."""
+        unit = frame.units[0] if frame.units else None
+        saved, self._frames = self._frames, [frame]
+        self._recomputing += 1
+        self._depth += 1
+        self._adopted.append([])
+        if unit is not None:
+            if not unit.is_whole:
+                self._enter(unit, "backward")
+            unit.pins += 1
+        try:
+            yield
+        finally:
+            self._frames = saved
+            self._recomputing -= 1
+            self._depth -= 1
+            for adopted in [*self._adopted.pop(), *([unit] if unit is not None else [])]:
+                adopted.pins -= 1
+
+    def finish_backward(self) -> None:
+        """Reduce every gradient that is not reduced yet, in the units' order, and release what is whole.  Collective."""
+        self._task = -1
+        used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
+        for frame in self._begun:
+            frame.begun = frame.finished = False
+        self._begun = []
+        for index in sorted(self.units.keys()):
+            unit = self.units.get(index)
+            if unit is not None and (index in used or unit.has_raw_grads()):
+                unit.reduce_grads()
+            if unit is not None:
+                unit.open_uses = 0
+        device = self.ctx.device
+        if device.is_cuda:
+            device.event_after(device.reduce_stream).wait()
+        if self.idle:
+            self._unpin_loose()
+            self.residency.drop_all()
+
+    def release_all(self) -> None:
+        """Nothing is whole after this except what running forwards use."""
+        self.residency.drop_all()

@@ -1,0 +1,150 @@
+"""One forward of a block, as autograd sees it: what it saves, and how that comes back in the backward.
+
+Autograd hands every tensor it saves to ``pack`` and asks for it again with ``unpack``.  A view of a gather buffer is
+never kept: by the backward the buffer holds another block, so it is stored as a place in its FlatShard and rebuilt
+from the re-gathered buffer.  Other tensors are kept, or, for a recomputed block, numbered and made again by running
+the block once more; that second run stops after the last tensor that is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import ConfigurationError
+from ..shard.flat import FlatShard
+from ..shard.unit import ShardUnit
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class PlaceInFlat(NamedTuple):
+    """A view of a whole flat buffer, without the buffer."""
+
+    flat: FlatShard
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Enough(BaseException):
+    """The recomputation has made everything that is needed.  Not an Exception, so that user code does not catch it."""
+
+
+class Frame:
+    """One use of a unit under autograd."""
+
+    def __init__(self, engine: Engine, unit: ShardUnit | None, parent: Frame | None, recompute: bool) -> None:
+        self.engine, self.parent, self.recompute = engine, parent, recompute
+        self.units: list[ShardUnit] = []
+        self.begun = self.finished = False
+        self._count = 0
+        self._made: dict[int, torch.Tensor] = {}
+        self._again: Callable[[], Any] | None = None
+        if unit is not None:
+            self.add(unit)
+
+    def add(self, unit: ShardUnit) -> None:
+        """This forward also uses ``unit``."""
+        if unit not in self.units:
+            self.units.append(unit)
+            unit.open_uses += 1
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the block's forward, recording what autograd saves."""
+        if self.recompute:
+            self._again = _Repeat(self.engine, call, args, kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            return call(*args, **kwargs)
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
+        if flat is not None:
+            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+        if not self.recompute:
+            return tensor
+        self._count += 1
+        return self._count - 1
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        self.engine.backward_reaches(self)
+        if isinstance(packed, PlaceInFlat):
+            return self.engine.rebuild(packed)
+        if isinstance(packed, torch.Tensor):
+            return packed
+        tensor = self._made.pop(packed, None)
+        if tensor is None:
+            self._recompute()
+            tensor = self._made.pop(packed)
+        return tensor
+
+    def _recompute(self) -> None:
+        made: dict[int, torch.Tensor] = {}
+
+        def pack(tensor: torch.Tensor) -> Any:
+            flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
+            if flat is None:
+                made[len(made)] = tensor
+                if len(made) == self._count:
+                    raise _Enough
+            return None
+
+        assert self._again is not None
+        try:
+            with self.engine.recomputing(self), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+                self._again()
+        except _Enough:
+            pass
+        if len(made) != self._count:
+            raise ConfigurationError(
+                f"Recomputing {self.units[0].name if self.units else 'a block'} saved {len(made)} tensors where its forward "
+                f"saved {self._count}: the block does not do the same twice. Use bmt.Block(..., use_checkpoint=False) for it."
+            )
+        self._made = made
+
+
+def _never(packed: Any) -> torch.Tensor:
+    raise AssertionError("a recomputed graph is never run backward")
+
+
+class _Repeat:
+    """A forward that can be run once more under the same generator and autocast state."""
+
+    def __init__(self, engine: Engine, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._device = engine.ctx.device
+        self._call, self._inputs = call, (args, kwargs)
+        self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
+        self._rng = self._device.rng_state()
+        self._autocast = [
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
+        ]
+
+    def __call__(self) -> Any:
+        if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
+            raise ConfigurationError(
+                "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it cannot "
+                "be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write x = x + y for x += y."
+            )
+        args, kwargs = tree_map(_detached, self._inputs)
+        present = self._device.rng_state()
+        self._device.set_rng_state(self._rng)
+        try:
+            with torch.enable_grad(), _autocast(*self._autocast[0]), _autocast(*self._autocast[1]):
+                return self._call(*args, **kwargs)
+        finally:
+            self._device.set_rng_state(present)
+
+
+def _autocast(kind: str, enabled: bool, dtype: torch.dtype) -> torch.amp.autocast:
+    return torch.amp.autocast(kind, dtype=dtype, enabled=enabled and (kind == "cpu" or torch.cuda.is_available()))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
+        return value.detach().requires_grad_(value.requires_grad)
+    return value

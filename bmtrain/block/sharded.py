@@ -1,0 +1,168 @@
+"""What a module that owns a shard unit does differently.
+
+The module's own class is replaced by one that also derives from ShardedModule, so that ``isinstance``, attributes,
+hooks, ``train()`` and the state dict's keys stay what they were.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..context import context
+from ..errors import CheckpointError, DeviceError
+from ..shard.access import gathered
+from ..shard.unit import ShardUnit
+
+
+class ShardedModule(nn.Module):
+    """Mixin of every module that owns a unit: the root of a model, and each Block."""
+
+    _bmt_recompute = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
+        if unit is None:  # still being built
+            return super().__call__(*args, **kwargs)
+        return context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+
+    # -- whole values in and out ----------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """Whole tensors on the CPU under the unconverted model's keys, on every rank.  Collective."""
+        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
+        if unit is None:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        engine = context().engine
+        engine.pin(unit)
+        try:
+            out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+            if not keep_vars:
+                _copy_out(out, unit)
+            return out
+        finally:
+            engine.unpin(unit)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole tensors; each rank keeps its part.  Not collective.
+
+        Raises CheckpointError that names every missing, unexpected and wrongly shaped key; then nothing was loaded.
+        """
+        _validate(self, state_dict, strict)
+        result = super().load_state_dict(state_dict, strict)
+        for unit in owned_units(self):
+            for flat in unit.flats:
+                flat.changed()
+        return result
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+        """As in torch: ``fn`` sees whole parameters, one block at a time, and what it writes stays.  Collective."""
+        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
+        if unit is None:
+            return super().apply(fn)
+        own = [p for flat in unit.flats for p in flat.params]
+        with gathered(own, write=True):
+            return super().apply(fn)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """``.to()``, ``.half()``, ``.cuda()``...: dtypes change; parameters stay on this process's device."""
+        if "_bmt_unit" not in self.__dict__:
+            return super()._apply(fn, recurse)
+        device = context().device.torch_device
+        for unit in owned_units(self):
+            for flat in unit.flats:
+                shard = fn(flat.shard)
+                if shard.device.type not in (device.type, "cpu"):
+                    raise DeviceError(f"The model is on {device}; it cannot move to {shard.device}. Choose it in init_distributed.")
+                if shard.dtype != flat.dtype:
+                    flat.convert(shard.to(device))
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = fn(buffer).to(device)
+        return self
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+        """Does nothing: a sharded model has its memory."""
+        return self
+
+
+def become(module: nn.Module, mixin: type[ShardedModule]) -> None:
+    """Make ``module`` an instance of ``mixin`` as well, in place."""
+    if not isinstance(module, mixin):
+        own = next(c for c in type(module).__mro__ if not issubclass(c, ShardedModule))
+        module.__class__ = _mixed(mixin, own)
+
+
+@lru_cache(maxsize=None)
+def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
+    def body(namespace: dict[str, Any]) -> None:
+        namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
+
+    return types.new_class(own.__name__, (mixin, own), {}, body)
+
+
+def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
+    """Every unit owned by ``module`` or a module inside it."""
+    for inner in module.modules():
+        unit = inner.__dict__.get("_bmt_unit")
+        if unit is not None:
+            yield unit
+
+
+def _copy_out(state: dict[str, Any], unit: ShardUnit) -> None:
+    """Replace views of this unit's memory by CPU copies; what was tied stays one tensor."""
+    own = set()
+    for flat in unit.flats:
+        memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
+        own.add(memory.untyped_storage().data_ptr())
+    copies: dict[Any, torch.Tensor] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in own and value.numel():
+            place = (value.data_ptr(), value.shape, value.stride())
+            if place not in copies:
+                copies[place] = value.detach().to("cpu", copy=True)
+            state[key] = copies[place]
+
+
+def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
+    if any(m._load_state_dict_pre_hooks or "_load_from_state_dict" in _methods(m) for m in module.modules()):
+        return  # the model renames keys while loading: torch's own checks know better
+    expected = _names(module)
+    problems = []
+    if strict:
+        problems += [f"missing: {key}" for key in expected if key not in state_dict]
+        problems += [f"unexpected: {key}" for key in state_dict if key not in expected]
+    for key, value in expected.items():
+        given = state_dict.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor) and given.shape != value.shape:
+            if not (value.dim() == 0 and given.shape == (1,)):
+                problems.append(f"shape of {key}: {tuple(given.shape)} given, {tuple(value.shape)} in the model")
+    if problems:
+        raise CheckpointError("The checkpoint does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems))
+
+
+def _names(module: nn.Module) -> dict[str, Any]:
+    """The keys of the state dict with sharded parameters as values; nothing is gathered."""
+    found: dict[str, Any] = {}
+    for prefix, inner in module.named_modules(remove_duplicate=False):
+        dot = prefix + "." if prefix else ""
+        for name, parameter in inner._parameters.items():
+            if parameter is not None:
+                found[dot + name] = parameter
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and name not in inner._non_persistent_buffers_set:
+                found[dot + name] = buffer
+        if type(inner).get_extra_state is not nn.Module.get_extra_state:
+            found[dot + "_extra_state"] = None
+    return found
+
+
+def _methods(module: nn.Module) -> set[str]:
+    """Names that ``module``'s class overrides from nn.Module, outside torch itself."""
+    return {n for c in type(module).__mro__ if not c.__module__.startswith(("torch.", "bmtrain.")) for n in vars(c)}

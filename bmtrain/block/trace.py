@@ -1,0 +1,97 @@
+"""The order in which units are used: observed, predicted from the last time, and the same on all ranks."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from datetime import timedelta
+from typing import Literal
+
+from ..context import Context
+from ..errors import RankDivergenceError
+
+Phase = Literal["forward", "backward"]
+Step = tuple[int, Phase]
+
+
+class Trace:
+    """Records one run (an outermost forward and what follows it) and predicts from the last run of its kind.
+
+    While every rank does what its last run predicts, nothing is exchanged: equal histories predict equally.  A rank that
+    leaves the prediction asks the others, through the store, whether they did the same; if not, it raises instead
+    of starting a gather that nobody joins.
+    """
+
+    def __init__(self, ctx: Context, patience: timedelta) -> None:
+        self._ctx, self._patience = ctx, patience
+        self._past: dict[object, list[Step]] = {}
+        self._kind: object = None
+        self._run: list[Step] = []
+        self._expected: list[Step] = []
+        self._position = 0
+        self._count = 0
+        self._asked: list[str] = []
+
+    def begin(self, kind: object, name: str) -> None:
+        """An outermost forward starts; ``kind`` says which earlier runs it resembles."""
+        early = self._position < len(self._expected) and bool(self._run)
+        if self._run:
+            self._past[self._kind] = self._run
+        self._kind, self._run, self._position = kind, [], 0
+        self._expected = self._past.get(kind, [])
+        if early:
+            self._agree(f"the start of the forward of {name}")
+
+    def note(self, index: int, phase: Phase, name: str) -> int | None:
+        """Unit ``index`` is needed now.  Returns the unit predicted next, if any.
+
+        Raises RankDivergenceError when another rank needs a different one.
+        """
+        step = (index, phase)
+        self._run.append(step)
+        self._count += 1
+        at = self._position
+        if at >= len(self._expected) or self._expected[at] != step:
+            self._agree(f"the {phase} of {name or 'the root'}")
+            try:
+                at = self._expected.index(step, min(at, len(self._expected)))
+            except ValueError:
+                return None  # not seen before: follow the old prediction again as soon as it fits
+        self._position = at + 1
+        if self._position < len(self._expected):
+            return self._expected[self._position][0]
+        return None
+
+    def _agree(self, what: str) -> None:
+        if self._ctx.world_size == 1:
+            return
+        store, rank, key = self._ctx.store, self._ctx.rank, f"order/{self._count}/{len(self._asked)}"
+        store.set(f"{key}/{rank}", what)
+        done = f"{key}/done"
+        if store.add(f"{key}/{zlib.crc32(what.encode())}", 1) == self._ctx.world_size:
+            store.set(done, "1")
+        deadline = time.monotonic() + self._patience.total_seconds()
+        pause = 0.0
+        while not store.check([done]):
+            self._compare(key, what, give_up=time.monotonic() > deadline)
+            time.sleep(pause)
+            pause = min(pause + 0.001, 0.05)
+        self._asked.append(f"{key}/{rank}")
+        if len(self._asked) > 2:  # every rank is past the one before the last
+            store.delete_key(self._asked[-3])
+
+    def _compare(self, key: str, what: str, give_up: bool) -> None:
+        store, here = self._ctx.store, self._ctx.rank
+        for rank in range(self._ctx.world_size):
+            said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
+            if said is not None and said != what:
+                raise RankDivergenceError(_message(here, what, rank, f"came to {said}"))
+            if said is None and give_up:
+                raise RankDivergenceError(_message(here, what, rank, f"did not within {self._patience}"))
+
+
+def _message(here: int, what: str, rank: int, did: str) -> str:
+    return (
+        f"Rank {here} came to {what}, but rank {rank} {did}. All ranks must run the same blocks in the same order: decide "
+        "skips and early exits from a generator seeded alike on every rank, or run the block and drop its result."
+    )

@@ -1,0 +1,50 @@
+"""Sharding a model that was written without this library."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from ..context import context
+from .block import Block
+from .block_list import TransformerBlockList
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def BMTrainModelWrapper(model: ModuleT) -> ModuleT:  # noqa: N802 - the published name
+    """Shard an ordinary model in place and return it.
+
+    Every ``nn.ModuleList`` of two or more modules of one class, at the outermost level, becomes a TransformerBlockList.
+    Parameters added to a model after it was sharded are sharded by calling this again.
+    """
+    ctx = context()
+    ctx.building += 1
+    try:
+        _find_stacks(model)
+    finally:
+        ctx.building -= 1
+    ctx.engine.shard(model)
+    return model
+
+
+def _find_stacks(module: nn.Module) -> None:
+    for child in module.children():
+        if isinstance(child, Block):
+            continue
+        if type(child) is nn.ModuleList and _is_stack(child):
+            child.__class__ = TransformerBlockList
+            child.num_hidden = 1
+            for element in child:
+                Block(element)
+        else:
+            _find_stacks(child)
+
+
+def _is_stack(candidates: nn.ModuleList) -> bool:
+    return (
+        len(candidates) > 1
+        and len({type(m) for m in candidates}) == 1
+        and all(any(True for _ in m.children()) and any(True for _ in m.parameters()) for m in candidates)
+    )

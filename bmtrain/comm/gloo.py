@@ -1,0 +1,91 @@
+"""CPU collectives over gloo, as torch ships it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import CommunicationError
+from .base import Communicator, ReduceOp
+
+_OPS = {
+    "sum": dist.ReduceOp.SUM,
+    "avg": dist.ReduceOp.SUM,  # gloo has no average: divide afterwards
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "prod": dist.ReduceOp.PRODUCT,
+}
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class GlooCommunicator(Communicator):
+    """Ranks on CPUs.  A private process group: torch.distributed's default one stays the user's to create."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+        super().__init__(rank, world_size)
+        self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        self.check_sizes(shard, whole)
+        # As bytes: gloo knows fewer dtypes than torch, and a gather does no arithmetic.
+        source, target = shard.view(-1).view(torch.uint8), whole.view(-1).view(torch.uint8)
+        if source.numel():
+            _run(lambda: self._group._allgather_base(target, source))
+
+    def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
+        self.check_sizes(shard, whole)
+        if not shard.numel():
+            return
+        # Low precision is summed in fp32 and rounded once.
+        wide = whole.view(-1).float() if whole.dtype in _LOW_PRECISION else whole.view(-1)
+        result = torch.empty(shard.numel(), dtype=wide.dtype)
+        options = dist.ReduceScatterOptions()
+        options.reduceOp = _OPS[op]
+        _run(lambda: self._group._reduce_scatter_base(result, wide, options))
+        if op == "avg":
+            result /= self.world_size
+        shard.view(-1).copy_(result)
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
+        wide = tensor.float() if tensor.dtype in _LOW_PRECISION else tensor
+        options = dist.AllreduceOptions()
+        options.reduceOp = _OPS[op]
+        _run(lambda: self._group.allreduce([wide], options))
+        if op == "avg":
+            wide = wide / self.world_size
+        if wide is not tensor:
+            tensor.copy_(wide)
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        self._check_peer(root)
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        _run(lambda: self._group.broadcast([tensor.view(-1).view(torch.uint8)], options))
+
+    def send(self, tensor: torch.Tensor, peer: int) -> None:
+        self._check_peer(peer)
+        _run(lambda: self._group.send([tensor.view(-1).view(torch.uint8)], peer, 0))
+
+    def recv(self, tensor: torch.Tensor, peer: int) -> None:
+        self._check_peer(peer)
+        _run(lambda: self._group.recv([tensor.view(-1).view(torch.uint8)], peer, 0))
+
+    def barrier(self) -> None:
+        _run(lambda: self._group.barrier(dist.BarrierOptions()))
+
+    def _check_peer(self, peer: int) -> None:
+        if not 0 <= peer < self.world_size:
+            raise CommunicationError(f"Rank {peer} does not exist: the world size is {self.world_size}.")
+
+
+def _run(collective: Callable[[], Any]) -> None:
+    try:
+        collective().wait()
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"A collective failed: {error}. Usually another rank stopped or ran different code; its own error is the cause."
+        ) from error

@@ -1,0 +1,244 @@
+"""One object that says who this process is and how it talks: topology, communicators, device, precision.
+
+``init_distributed`` makes it; nothing else reads environment variables or keeps process-wide state.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
+from .device import Device, choose_device
+from .errors import ConfigurationError, NotInitializedError, UnsupportedError
+from .topology import Topology
+
+
+class Engine(Protocol):
+    """What the block layer adds to the context: when parameters are whole."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no distributed module is running."""
+
+    def forward(
+        self, unit: Any, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one module's forward with its unit whole."""
+
+    def shard(self, module: torch.nn.Module) -> None:
+        """Shard every parameter of ``module`` that is not sharded yet."""
+
+    def pin(self, unit: Any) -> None:
+        """Make ``unit`` whole until ``unpin``.  Collective."""
+
+    def unpin(self, unit: Any) -> None:
+        """Undo one ``pin``."""
+
+    def may_gather(self, func: Callable[..., Any]) -> bool:
+        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
+
+    def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
+        """Whole units for one operation, and for the rest of the forward it is part of."""
+
+    def finish_backward(self) -> None:
+        """Reduce every gradient that is not reduced yet.  Collective."""
+
+
+EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
+
+
+@dataclass(eq=False)
+class Context:
+    """Everything one process knows of the job it belongs to."""
+
+    topology: Topology
+    device: Device
+    store: dist.Store
+    world: Communicator
+    """Collectives of user code, on tensors of ``device``."""
+    control: Communicator
+    """Small facts and objects, always on CPU tensors."""
+    gather: Communicator
+    """Gathers of parameters; apart from ``reduce``, so that neither waits for the other."""
+    reduce: Communicator
+    """Reductions of gradients."""
+    timeout: timedelta
+    options: dict[str, Any] = field(default_factory=dict)
+    """Whatever user code stores in ``bmt.config``."""
+    engine: Engine = field(init=False)
+    building: int = 0
+    """How many constructors of distributed modules are running, one inside the other."""
+
+    @property
+    def rank(self) -> int:
+        """This process among all."""
+        return self.topology.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.topology.world_size
+
+    def close(self) -> None:
+        """Give back communicators.  The context is not used afterwards."""
+        for communicator in (self.gather, self.reduce, self.world, self.control):
+            communicator.close()
+
+
+class _State:
+    """The process's one Context, and how to complete it."""
+
+    context: Context | None = None
+    make_engine: Callable[[Context], Engine] | None = None
+
+
+def engine_factory(factory: EngineT) -> EngineT:
+    """Decorator for the one class that completes a new Context (the block layer's engine)."""
+    _State.make_engine = factory
+    return factory
+
+
+def context() -> Context:
+    """The process's Context.  Raises NotInitializedError before ``init_distributed``."""
+    if _State.context is None:
+        raise NotInitializedError("Call bmt.init_distributed() first, before any bmtrain module, parameter or optimizer is made.")
+    return _State.context
+
+
+def is_initialized() -> bool:
+    """Whether ``init_distributed`` has run."""
+    return _State.context is not None
+
+
+def rank() -> int:
+    """This process's number; 0 before ``init_distributed``."""
+    return _State.context.rank if _State.context else 0
+
+
+def world_size() -> int:
+    """How many processes train together; 1 before ``init_distributed``."""
+    return _State.context.world_size if _State.context else 1
+
+
+def synchronize() -> None:
+    """Wait until every rank has come here and all its device work is done."""
+    here = context()
+    here.device.synchronize()
+    here.control.barrier()
+
+
+def init_distributed(
+    init_method: str = "env://",
+    seed: int = 0,
+    pipe_size: int = -1,
+    num_micro_batches: int | None = None,
+    tp_size: int = 1,
+    *,
+    device: str | None = None,
+    timeout: timedelta = timedelta(minutes=30),
+    **old: Any,
+) -> None:
+    """Join the other ranks.  Call once, before models and optimizers are made.
+
+    Reads what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without
+    them this process is the whole world.  Seeds ``random``, numpy and torch with ``seed`` on every rank alike, so
+    that every rank builds the same initial weights.
+
+    Args:
+        init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
+        seed: for all generators, the same on all ranks.
+        pipe_size, num_micro_batches, tp_size: pipeline and tensor parallelism; only 1 (or -1 for the pipeline) yet.
+        device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
+        timeout: how long a collective or a meeting may take.
+
+    Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
+    """
+    if _State.context is not None:
+        raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
+    _warn_of_old(old)
+    env = os.environ
+    topology = Topology(
+        _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
+        _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1),
+    )  # fmt: skip
+    if tp_size > 1 or pipe_size > 1:
+        raise UnsupportedError("Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out.")
+    chosen = choose_device(device, topology.local_rank)
+    if topology.world_size > 1:
+        env.setdefault("MASTER_ADDR", "localhost")
+        env.setdefault("MASTER_PORT", "10010")
+    meeting = meet(init_method, topology.rank, topology.world_size, timeout)
+    made = _connect(topology, Device(chosen), meeting.store, timeout)
+    assert _State.make_engine is not None, "bmtrain.block completes the context on import"
+    made.engine = _State.make_engine(made)
+    _State.context = made
+    _seed_everything(seed)
+
+
+def shutdown() -> None:
+    """Leave the job; ``init_distributed`` may be called again.  Models made before are no longer usable."""
+    if _State.context is not None:
+        _State.context.close()
+        _State.context = None
+
+
+def _connect(topology: Topology, device: Device, store: dist.Store, timeout: timedelta) -> Context:
+    def gloo(name: str) -> Communicator:
+        if topology.world_size == 1:
+            return LocalCommunicator()
+        return GlooCommunicator(dist.PrefixStore(name, store), topology.rank, topology.world_size, timeout)
+
+    control = gloo("control")
+    if topology.world_size == 1 or not device.is_cuda:
+        return Context(topology, device, store, gloo("world"), control, gloo("gather"), gloo("reduce"), timeout)
+    from .comm.nccl import NcclCommunicator
+
+    def nccl(name: str, zero_cta: bool) -> Communicator:
+        policy = "zero" if zero_cta else "default"
+        args = (store, name, topology.rank, topology.world_size, device.torch_device)
+        return NcclCommunicator(*args, policy=policy)
+
+    # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
+    return Context(
+        topology, device, store, nccl("world", False), control, nccl("gather", True), nccl("reduce", False), timeout
+    )
+
+
+def _integer(env: os._Environ[str], name: str, default: int) -> int:
+    value = env.get(name, "")
+    try:
+        return int(value) if value else default
+    except ValueError:
+        raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be an integer.") from None
+
+
+def _warn_of_old(old: dict[str, Any]) -> None:
+    known = {
+        "zero_level": "give zero_level to each bmt.Block instead",
+        "loss_scale_factor": "give it to bmt.optim.OptimManager",
+        "loss_scale_steps": "give it to bmt.optim.OptimManager",
+    }
+    for name in old:
+        if name not in known:
+            raise TypeError(f"init_distributed() got an unexpected keyword argument {name!r}")
+        warnings.warn(f"init_distributed({name}=...) has no effect any more: {known[name]}.", DeprecationWarning, 3)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(seed % 2**32)

@@ -1,0 +1,104 @@
+"""Streams, events and memory.  The one place that asks whether this is a GPU.
+
+On a CPU every operation is finished when its call returns, so streams and events are empty there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .errors import DeviceError
+
+
+class Event:
+    """A point on a stream that another stream can wait for."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._event: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+
+    def record(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Mark the present end of ``stream`` (default: the current one)."""
+        if self._event is not None:
+            self._event.record(stream)  # type: ignore[no-untyped-call]
+
+    def wait(self, stream: torch.cuda.Stream | None = None) -> None:
+        """Let later work of ``stream`` (default: the current one) run only after the recorded point."""
+        if self._event is not None:
+            self._event.wait(stream)  # type: ignore[no-untyped-call]
+
+
+class Device:
+    """One process's compute device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.torch_device = device
+        self.is_cuda = device.type == "cuda"
+        self.gather_stream = self._side_stream()
+        self.reduce_stream = self._side_stream()
+
+    def _side_stream(self) -> torch.cuda.Stream | None:
+        # High priority: a collective that waits behind a GEMM's thread blocks starts too late to overlap the next.
+        return torch.cuda.Stream(self.torch_device, priority=-1) if self.is_cuda else None
+
+    def event(self) -> Event:
+        """A new event, not yet recorded."""
+        return Event(self.is_cuda)
+
+    @contextmanager
+    def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Run the body's device work on ``stream``."""
+        if stream is None:
+            yield
+        else:
+            with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+                yield
+
+    def event_after(self, stream: torch.cuda.Stream | None) -> Event:
+        """An event recorded at the present end of ``stream``."""
+        event = self.event()
+        event.record(stream)
+        return event
+
+    def current_stream(self) -> torch.cuda.Stream | None:
+        """The stream on which the caller computes."""
+        return torch.cuda.current_stream(self.torch_device) if self.is_cuda else None
+
+    def synchronize(self) -> None:
+        """Wait until all queued device work is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.torch_device)
+
+    def rng_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """State of the CPU generator and of this device's."""
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
+
+    def set_rng_state(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+        """Put back what ``rng_state`` returned."""
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self.torch_device)
+
+
+def choose_device(asked: str | None, local_rank: int) -> torch.device:
+    """The device of the process with this local rank: its GPU when there are GPUs, else the CPU.
+
+    Raises DeviceError when ``asked`` is "cuda" and no GPU is there for this local rank.
+    """
+    if asked not in (None, "cpu", "cuda"):
+        raise DeviceError(f"device must be 'cpu', 'cuda' or None, not {asked!r}.")
+    if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError("device='cuda' was asked for, but torch sees no GPU here. Leave device out to run on the CPU.")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise DeviceError(
+            f"Local rank {local_rank} has no GPU: this machine shows {count}. "
+            f"Start at most {count} processes here, or pass device='cpu'."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,98 @@
+"""Whole values for user code outside a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..context import context
+from ..errors import ConfigurationError
+from .parameter import DistributedParameter
+from .unit import ShardUnit
+
+Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
+
+
+def units_of(what: Gatherable) -> list[ShardUnit]:
+    """The units that hold these parameters, each once, in order."""
+    if isinstance(what, nn.Module):
+        parameters: Iterable[nn.Parameter] = what.parameters()
+    elif isinstance(what, torch.Tensor):
+        parameters = [what]
+    else:
+        parameters = what
+    found: dict[int, ShardUnit] = {}
+    for parameter in parameters:
+        if isinstance(parameter, DistributedParameter) and parameter._flat is not None:
+            found[id(parameter._flat.unit)] = parameter._flat.unit
+    return list(found.values())
+
+
+@contextmanager
+def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
+    """Show whole parameters inside the ``with``.  Collective: every rank enters it.
+
+    Args:
+        what: a module (all its parameters), a parameter, or an iterable of parameters.
+        write: keep what the body writes.  Every rank must write the same values.
+    """
+    units = units_of(what)
+    engine = context().engine
+    for unit in units:
+        engine.pin(unit)
+    try:
+        yield
+        if write:
+            for unit in units:
+                for flat in unit.flats:
+                    flat.keep_whole_values()
+    finally:
+        for unit in units:
+            engine.unpin(unit)
+
+
+def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The whole reduced gradient, in the precision it is kept in; None if no rank has one.  Collective.
+
+    Shape: the parameter's.  Call it between backward and the optimizer's step.
+    """
+    if not isinstance(parameter, DistributedParameter) or parameter._flat is None:
+        return parameter.grad
+    context().engine.finish_backward()
+    flat, index = parameter._flat, parameter._index
+    ctx = flat.unit.ctx
+    touched = torch.tensor([int(flat.touched[index])])
+    ctx.control.all_reduce(touched, "max")
+    if not int(touched) or flat.grad is None:
+        return None
+    whole = torch.empty(flat.layout.numel, dtype=flat.grad.dtype, device=flat.grad.device)
+    ctx.world.all_gather(flat.grad, whole)
+    slot = flat.layout.slots[index]
+    return whole[slot.start : slot.end].view(slot.shape).clone()
+
+
+def grouped_parameters(model: nn.Module) -> Iterator[tuple[str | None, list[nn.Parameter]]]:
+    """Parameters by the ``group`` they were made with: pairs of group name and parameters."""
+    groups: dict[str | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault(getattr(parameter, "_group", None), []).append(parameter)
+    yield from groups.items()
+
+
+def init_parameters(model: nn.Module) -> None:
+    """Run every parameter's ``init_method`` on its whole value, in the order of ``model.parameters()``.  Collective.
+
+    Parameters without one keep their values.  Random numbers come from the generator of the parameter's device,
+    as if the model were not sharded; all ranks must have seeded it alike (``init_distributed`` does).
+    """
+    for parameter in model.parameters():
+        method = getattr(parameter, "_init_method", None)
+        if method is None:
+            continue
+        if not callable(method):
+            raise ConfigurationError(f"init_method must be callable, not {method!r}.")
+        with gathered(parameter, write=True), torch.no_grad():
+            method(parameter)

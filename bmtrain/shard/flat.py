@@ -1,0 +1,195 @@
+"""This rank's part of some parameters, laid flat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ConfigurationError
+from .layout import Layout, make_layout
+from .parameter import DistributedParameter, make_poison, raw_grad, set_raw_grad, show_sharded, show_whole
+from .pool import Buffer
+
+if TYPE_CHECKING:
+    from .unit import ShardUnit
+
+
+class FlatShard:
+    """Parameters of one dtype in one flat buffer, of which each rank keeps an equal shard.
+
+    Attributes:
+        params, names: the parameters in the order of ``layout.slots``.
+        shard: (S,) this rank's values, in the parameters' dtype.
+        grad: (S,) this rank's reduced gradient, fp32 for low precision.
+        has_grad: whether ``grad`` holds a reduction since the last ``clear_grad``; the same on all ranks.
+        touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
+        version: grows when values change other than by an optimizer, so that masters can follow.
+    """
+
+    def __init__(self, unit: ShardUnit, params: Sequence[DistributedParameter], names: Sequence[str]) -> None:
+        self.unit = unit
+        self.params, self.names = list(params), list(names)
+        self.dtype = params[0].dtype
+        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.world_size)
+        self.shard = self._new_shard()
+        self.grad: torch.Tensor | None = None
+        self.touched = [False] * len(self.params)
+        self.has_grad = False
+        self.version = 0
+        self.buffer: Buffer | None = None
+        self._poison: list[torch.Tensor] = []
+        for index, parameter in enumerate(self.params):
+            if parameter._flat is not None:
+                raise ConfigurationError(f"Parameter {names[index]!r} is sharded already.")
+            self.local(self.shard, index).copy_(self.local_part(parameter.detach(), index))
+        for index, parameter in enumerate(self.params):
+            parameter._flat, parameter._index = self, index
+            set_raw_grad(parameter, None)
+        self.rest()
+
+    def _new_shard(self) -> torch.Tensor:
+        ctx = self.unit.ctx
+        return ctx.gather.alloc(self.layout.shard_numel, self.dtype, ctx.device.torch_device).zero_()
+
+    # -- states ---------------------------------------------------------------------------------------------------
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters show their values."""
+        return self.buffer is not None or self.unit.ctx.world_size == 1
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        """Dtype in which gradients are summed and kept."""
+        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
+
+    def rest(self) -> None:
+        """Show what needs no gather buffer: poison, or at world size 1 the shard itself."""
+        self.buffer = None
+        if self.unit.ctx.world_size == 1:
+            for parameter, view in zip(self.params, self.views(self.shard), strict=True):
+                show_whole(parameter, view)
+            return
+        if not self._poison:
+            self._poison = [make_poison(tuple(p.shape), self.dtype, self.shard.device) for p in self.params]
+        for parameter, poison in zip(self.params, self._poison, strict=True):
+            show_sharded(parameter, poison)
+
+    def show(self, buffer: Buffer) -> None:
+        """Make the parameters views of ``buffer``, which holds all shards."""
+        self.buffer = buffer
+        views = buffer.views.get(id(self.layout))
+        if views is None:
+            views = buffer.views[id(self.layout)] = self.views(buffer.tensor)
+        for parameter, view in zip(self.params, views, strict=True):
+            show_whole(parameter, view)
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Every parameter's view of a whole flat buffer."""
+        return [flat[slot.start : slot.end].view(slot.shape) for slot in self.layout.slots]
+
+    # -- this rank's part -----------------------------------------------------------------------------------------
+
+    def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
+        """The part of parameter ``index`` within a tensor laid out like ``shard``: 1-D, may be empty."""
+        start, end, _ = self.layout.local(self.layout.slots[index], self.unit.ctx.rank)
+        return shard_like[start:end]
+
+    def local_part(self, whole: torch.Tensor, index: int) -> torch.Tensor:
+        """The same part taken from a tensor of the parameter's whole shape."""
+        start, end, offset = self.layout.local(self.layout.slots[index], self.unit.ctx.rank)
+        return whole.reshape(-1)[offset : offset + end - start]
+
+    def write(self, index: int, whole: torch.Tensor) -> None:
+        """Replace parameter ``index`` by ``whole`` (its whole shape, the same on all ranks)."""
+        with torch.no_grad():
+            self.local(self.shard, index).copy_(self.local_part(whole, index))
+        self.changed()
+
+    def keep_whole_values(self) -> None:
+        """Take this rank's part of what the gather buffer holds now."""
+        if self.buffer is not None:
+            start, end = self.layout.shard_range(self.unit.ctx.rank)
+            self.shard.copy_(self.buffer.tensor[start:end])
+        self.changed(discard=False)
+
+    def changed(self, discard: bool = True) -> None:
+        """Values changed other than by an optimizer."""
+        self.version += 1
+        if discard:
+            self.unit.discard()
+
+    def convert(self, shard: torch.Tensor) -> None:
+        """Replace the shard by ``shard``, maybe of another dtype.  Gradients are dropped."""
+        assert shard.shape == self.shard.shape
+        self.dtype = shard.dtype
+        self.shard = self._new_shard().copy_(shard)
+        self.grad, self.has_grad, self.touched, self._poison = None, False, [False] * len(self.params), []
+        self.version += 1
+        self.rest()
+
+    # -- gradients ------------------------------------------------------------------------------------------------
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter here gets a gradient."""
+        return any(p.requires_grad for p in self.params)
+
+    def raw_grads(self) -> list[torch.Tensor | None]:
+        """What autograd has accumulated and nobody reduced yet."""
+        return [raw_grad(p) for p in self.params]
+
+    def ensure_grad(self) -> torch.Tensor:
+        """The gradient shard, made of zeros on first use."""
+        if self.grad is None:
+            ctx = self.unit.ctx
+            self.grad = ctx.reduce.alloc(self.layout.shard_numel, self.grad_dtype, ctx.device.torch_device).zero_()
+        return self.grad
+
+    def clear_grad(self) -> None:
+        """Forget the gradient; its memory stays for the next one."""
+        self.touched, self.has_grad = [False] * len(self.params), False
+        for parameter in self.params:
+            set_raw_grad(parameter, None)
+
+    def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
+        """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
+        if whole is None:
+            if self.grad is not None and self.touched[index]:
+                self.local(self.grad, index).zero_()
+            self.touched[index] = False
+            return
+        if not self.has_grad:
+            self.ensure_grad().zero_()
+            self.has_grad = True
+        self.local(self.ensure_grad(), index).copy_(self.local_part(whole, index))
+        self.touched[index] = True
+
+    def visible_grad(self, index: int) -> torch.Tensor | None:
+        """What ``parameter.grad`` shows for a reduced gradient."""
+        if not self.touched[index] or self.grad is None:
+            return None
+        slot = self.layout.slots[index]
+        if self.unit.ctx.world_size == 1:
+            return self.grad[slot.start : slot.end].view(slot.shape)
+        return make_poison(slot.shape, self.dtype, self.shard.device)
+
+    def copy_for(self, unit: ShardUnit, memo: dict[int, Any]) -> FlatShard:
+        """A second FlatShard with equal values and new parameters; ``memo`` maps old parameters to new."""
+        made = FlatShard.__new__(FlatShard)
+        made.__dict__.update(self.__dict__)
+        made.unit, made.names = unit, list(self.names)
+        made.touched, made.has_grad = [False] * len(self.params), False
+        made.shard = self._new_shard().copy_(self.shard)
+        made.grad, made.buffer, made._poison, made.params = None, None, [], []
+        for index, old in enumerate(self.params):
+            new = DistributedParameter(
+                make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group  # type: ignore[attr-defined]
+            )  # fmt: skip
+            new._flat, new._index = made, index
+            memo[id(old)] = new
+            made.params.append(new)
+        made.rest()
+        return made

@@ -1,0 +1,71 @@
+"""Where parameters lie in a flat buffer and which part of it each rank keeps.  Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+
+ALIGN = 128
+"""Every parameter starts at a multiple of this many elements, so that kernels may use 128-bit loads on any dtype."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place in the flat buffer, in elements."""
+
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + self.numel
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A flat buffer of ``numel`` elements, cut into ``world_size`` equal shards."""
+
+    slots: tuple[Slot, ...]
+    world_size: int
+    numel: int
+
+    @property
+    def shard_numel(self) -> int:
+        """Elements that one rank keeps."""
+        return self.numel // self.world_size
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """Where ``rank``'s shard starts and ends in the flat buffer."""
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+    def local(self, slot: Slot, rank: int) -> tuple[int, int, int]:
+        """The part of ``slot`` on ``rank``: (start in the shard, end in the shard, start in the parameter).
+
+        Empty (start == end) when no element of the parameter lies there.
+        """
+        first, last = self.shard_range(rank)
+        start, end = max(slot.start, first), min(slot.end, last)
+        if start >= end:
+            return 0, 0, 0
+        return start - first, end - first, start - slot.start
+
+
+@lru_cache(maxsize=None)
+def make_layout(shapes: tuple[tuple[int, ...], ...], world_size: int, align: int = ALIGN) -> Layout:
+    """Lay parameters of these shapes one after the other and pad so that all ranks keep equally much.
+
+    Equal arguments give the same object, so that blocks of one shape share views of one buffer.
+    """
+    slots, offset = [], 0
+    for shape in shapes:
+        slots.append(Slot(offset, shape))
+        offset += -(-prod(shape) // align) * align
+    unit = world_size * align
+    return Layout(tuple(slots), world_size, -(-offset // unit) * unit)

@@ -1,0 +1,46 @@
+"""The base class of converted modules: built whole, sharded when the outermost constructor returns."""
+
+from __future__ import annotations
+
+from abc import ABCMeta
+from typing import Any
+
+from torch import nn
+
+from ..context import context
+
+
+class _ShardWhenBuilt(ABCMeta):
+    """Builds instances as usual; after the outermost constructor, shards what was built.
+
+    Until then every parameter is whole and ordinary, so that any initialisation code means what it says.
+    Derived from ABCMeta so that ``class M(nn.Module, ABC)`` converts.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        ctx = context()
+        ctx.building += 1
+        try:
+            module = super().__call__(*args, **kwargs)
+        finally:
+            ctx.building -= 1
+        if not ctx.building and isinstance(module, nn.Module):
+            ctx.engine.shard(module)
+        return module
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        # ABCMeta's own check is slow, and this class registers no virtual subclasses.
+        return type.__instancecheck__(cls, instance)
+
+
+class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
+    """An ``nn.Module`` whose parameters, plain submodules' included, are sharded over all ranks (ZeRO-3).
+
+    ``state_dict()``, ``named_parameters()``, shapes and initial values are those of the same ``nn.Module``.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        engine = context().engine
+        if engine.idle:  # a part of a model called by itself: what it needs is gathered on demand
+            return engine.forward(None, False, super().__call__, args, kwargs)
+        return super().__call__(*args, **kwargs)

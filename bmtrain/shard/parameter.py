@@ -1,0 +1,184 @@
+"""The parameter that user code holds: it shows its whole shape wherever its bytes are.
+
+A DistributedParameter is an ordinary ``nn.Parameter`` until its module is sharded.  From then on it changes between
+two states that differ only in what ``.data`` is:
+
+whole    ``.data`` is a view of a gather buffer (or of the shard itself at world size 1); any operation works.
+sharded  ``.data`` is one NaN element expanded to the whole shape: shape, dtype, device and ``requires_grad`` are
+         right, values read as NaN and in-place writes raise.  Torch functions on the parameter itself are looked at
+         one by one (``rules.py``): metadata passes, ``copy_`` and element-wise updates act on this rank's shard, what a
+         forward needs is gathered on demand, and everything else raises ShardedAccessError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..context import context
+
+if TYPE_CHECKING:
+    from .flat import FlatShard
+
+_raw_grad = torch.Tensor.grad
+_raw_data = torch.Tensor.data
+
+
+class ParameterInitializer:
+    """An initialisation to run later on the whole parameter: ``func(parameter, *args, **kwargs)``."""
+
+    def __init__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        self.func(parameter, *self.args, **self.kwargs)
+
+
+class DistributedParameter(nn.Parameter):
+    """An ``nn.Parameter`` that its DistributedModule shards over all ranks.
+
+    Args:
+        data: the whole initial value, the same on every rank.
+        requires_grad: as for ``nn.Parameter``.
+        init_method: run by ``bmt.init_parameters``.
+        group: a name by which ``bmt.grouped_parameters`` groups.
+    """
+
+    _flat: FlatShard | None
+    _index: int
+
+    def __new__(
+        cls,
+        data: torch.Tensor | None = None,
+        requires_grad: bool = True,
+        init_method: Callable[[torch.Tensor], Any] | None = None,
+        group: str | None = None,
+    ) -> DistributedParameter:
+        context()  # a clear error when init_distributed was forgotten
+        made = nn.Parameter.__new__(cls, data, requires_grad)  # type: ignore[arg-type]
+        return _adopt(made, init_method, group)
+
+    @property
+    def group(self) -> str | None:
+        """Name of the parameter group it was made for."""
+        return self._group  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The gradient as far as a single rank can show it.
+
+        Whole while autograd holds it and at world size 1; once reduced and sharded, a NaN placeholder of the whole
+        shape (use ``bmt.gather_grad(p)``); None if there is none.
+        """
+        raw: torch.Tensor | None = _raw_grad.__get__(self)  # type: ignore[attr-defined]
+        if raw is not None or self._flat is None:
+            return raw
+        return self._flat.visible_grad(self._index)
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        flat = self._flat
+        if flat is None or (value is not None and value.shape != self.shape):
+            _raw_grad.__set__(self, value)  # type: ignore[attr-defined]
+            return
+        _raw_grad.__set__(self, None)  # type: ignore[attr-defined]
+        flat.set_grad(self._index, value)
+
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
+    def gather(self) -> torch.Tensor:
+        """The whole value, a copy that does not follow later updates.  Collective."""
+        from .access import gathered
+
+        with gathered(self):
+            return self.detach().clone()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedParameter:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if self._flat is not None:
+            self._flat.unit.copy_into(memo)  # copies every parameter of the unit, so that the copy is sharded alike
+            if id(self) in memo:
+                return memo[id(self)]  # type: ignore[no-any-return]
+        made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)  # type: ignore[attr-defined]
+        memo[id(self)] = made
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        from ..errors import ShardedAccessError
+
+        if self._flat is not None and not self._flat.is_whole:
+            raise ShardedAccessError(
+                f"Parameter {self._flat.names[self._index]!r} is sharded and cannot be pickled. Save model.state_dict(), "
+                "or use bmt.save(model, path)."
+            )
+        return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, {})
+
+
+class ShardedParameter(DistributedParameter):
+    """The same object while it is sharded."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from .rules import on_sharded
+
+        return on_sharded(func, args, kwargs or {})
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DistributedParameter(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad}, sharded)"
+
+
+def _adopt(
+    made: Any, init_method: Callable[[torch.Tensor], Any] | None = None, group: str | None = None
+) -> DistributedParameter:
+    made._flat, made._index = None, 0
+    made._init_method, made._group = init_method, group
+    return made  # type: ignore[no-any-return]
+
+
+def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
+    """Turn an ordinary parameter into a DistributedParameter in place, so that every reference to it follows."""
+    if not isinstance(parameter, DistributedParameter):
+        # The object's type changes, its identity does not: tied weights and optimizers keep pointing at it.
+        parameter.__class__ = DistributedParameter
+        _adopt(parameter)
+    return parameter  # type: ignore[return-value]
+
+
+def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
+    """The gradient autograd has accumulated and nobody has taken yet."""
+    return _raw_grad.__get__(parameter)  # type: ignore[attr-defined, no-any-return]
+
+
+def set_raw_grad(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
+    """Replace autograd's own gradient field."""
+    _raw_grad.__set__(parameter, value)  # type: ignore[attr-defined]
+
+
+def show_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:
+    """Enter the whole state with ``value`` as data."""
+    parameter.__class__ = DistributedParameter
+    _raw_data.__set__(parameter, value)  # type: ignore[attr-defined]
+
+
+def show_sharded(parameter: DistributedParameter, poison: torch.Tensor) -> None:
+    """Enter the sharded state."""
+    parameter.__class__ = DistributedParameter
+    _raw_data.__set__(parameter, poison)  # type: ignore[attr-defined]
+    parameter.__class__ = ShardedParameter
+
+
+def make_poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One NaN (the least value for integers), expanded to ``shape``."""
+    if dtype.is_floating_point or dtype.is_complex:
+        value: float | int | bool = float("nan")
+    else:
+        value = True if dtype is torch.bool else torch.iinfo(dtype).min
+    return torch.full((), value, dtype=dtype, device=device).expand(shape)
