@@ -1,0 +1,1 @@
+"""Reads Python projects: sources, names, classes, containers, loops, training scripts. Changes nothing."""

@@ -1,0 +1,278 @@
+"""The files of a project and what a name in one of them means: a torch name, a class, a function, a module."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from rewriter.analyze.names import Binding, Import, Names, Scope
+from rewriter.analyze.source import Source
+from rewriter.types import InputError
+
+_TORCH_HOMES = (
+    (re.compile(r"^torch\.nn\.(?:modules|parameter)(?:\.[a-z_]+)*\.([A-Z]\w*)$"), r"torch.nn.\1"),
+    (re.compile(r"^torch\.nn\.utils\.clip_grad\.(\w+)$"), r"torch.nn.utils.\1"),
+    (re.compile(r"^torch\.optim\.[a-z_]+\.([A-Z]\w*)$"), r"torch.optim.\1"),
+    (re.compile(r"^torch\.(?:cuda\.)?amp\.(?:grad_scaler\.)?GradScaler$"), "torch.amp.GradScaler"),
+    (re.compile(r"^torch\.nn\.parallel\.distributed\.(\w+)$"), r"torch.nn.parallel.\1"),
+    (re.compile(r"^torch\.utils\.data\.(?:dataloader|distributed|dataset|sampler)\.([A-Z]\w*)$"), r"torch.utils.data.\1"),
+    (re.compile(r"^torch\.random\.manual_seed$"), "torch.manual_seed"),
+    (re.compile(r"^torch\.serialization\.(save|load)$"), r"torch.\1"),
+    (re.compile(r"^torch\.distributed\.distributed_c10d\.(\w+)$"), r"torch.distributed.\1"),
+)
+# Names that a snippet without imports (a notebook cell, stdin) may use.
+_UNBOUND = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional"}
+# Packages whose names the rules know; they are never looked up as files.
+_NEVER_PROJECT = {"torch", "bmtrain"}
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """Something outside the project, by its canonical dotted name."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class ClassInfo:
+    file: File
+    node: ast.ClassDef
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @cached_property
+    def methods(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
+        return {
+            item.name: item for item in self.node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionInfo:
+    file: File
+    node: ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleRef:
+    file: File
+
+
+Resolved = External | ClassInfo | FunctionInfo | ModuleRef | None
+
+
+@dataclass(eq=False)
+class File:
+    """One file of the project. ``convert`` is False for files that are only read."""
+
+    source: Source
+    convert: bool = True
+    classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
+    functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    @property
+    def tree(self) -> ast.Module:
+        return self.source.tree
+
+    @cached_property
+    def names(self) -> Names:
+        return Names(self.tree)
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        return list(ast.walk(self.tree))
+
+    def class_info(self, node: ast.ClassDef) -> ClassInfo:
+        return self.classes.setdefault(node, ClassInfo(self, node))
+
+    def function_info(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> FunctionInfo:
+        return self.functions.setdefault(node, FunctionInfo(self, node))
+
+    @cached_property
+    def class_nodes(self) -> list[ast.ClassDef]:
+        return [node for node in self.nodes if isinstance(node, ast.ClassDef)]
+
+
+def canonical(name: str) -> str:
+    """The public name of a torch object reached by a private path."""
+    if name.startswith("torch."):
+        for pattern, target in _TORCH_HOMES:
+            replaced, count = pattern.subn(target, name)
+            if count:
+                return replaced
+    return name
+
+
+class Project:
+    """Files by path, resolution of names across them."""
+
+    def __init__(self, roots: Iterable[Path] = ()) -> None:
+        self.files: dict[Path, File] = {}
+        self.roots = [root.resolve() for root in roots]
+        self._missing: set[Path] = set()
+        self._directories: dict[Path, tuple[Path, ...]] = {}
+
+    def add(self, source: Source, convert: bool = True) -> File:
+        file = File(source, convert)
+        self.files[source.path.resolve()] = file
+        return file
+
+    def __iter__(self) -> Iterator[File]:
+        return iter(list(self.files.values()))
+
+    # Modules ---------------------------------------------------------------------------------------------------
+
+    def _search_path(self, file: File) -> tuple[Path, ...]:
+        folder = file.path.resolve().parent
+        if folder not in self._directories:
+            top = folder
+            while (top / "__init__.py").exists() and top.parent != top:
+                top = top.parent
+            self._directories[folder] = tuple(dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots)]))
+        return self._directories[folder]
+
+    def find_module(self, name: str, origin: File, level: int = 0) -> File | None:
+        parts = [part for part in name.split(".") if part]
+        if not level and parts and parts[0] in _NEVER_PROJECT:
+            return None
+        if level:
+            folder = origin.path.resolve().parent
+            for _ in range(level - 1):
+                folder = folder.parent
+            return self._module_at(folder, parts)
+        for folder in self._search_path(origin):
+            found = self._module_at(folder, parts)
+            if found is not None:
+                return found
+        return None
+
+    def _module_at(self, folder: Path, parts: list[str]) -> File | None:
+        base = folder.joinpath(*parts)
+        candidates = [base / "__init__.py"]
+        if parts:
+            candidates.insert(0, base.with_name(base.name + ".py"))
+        for path in candidates:
+            file = self.files.get(path) or self._read(path)
+            if file is not None:
+                return file
+        return None
+
+    def _read(self, path: Path) -> File | None:
+        """A module next to the given files: read for its meaning, not converted."""
+        if path in self._missing:
+            return None
+        try:
+            if path.is_file() and path.stat().st_size < 4_000_000:
+                source = Source(path, path.read_bytes())
+                _ = source.tree
+                return self.add(source, convert=False)
+        except (OSError, InputError):
+            pass
+        self._missing.add(path)
+        return None
+
+    # Names -----------------------------------------------------------------------------------------------------
+
+    def resolve(self, file: File, node: ast.AST, depth: int = 0) -> Resolved:
+        """What an expression made of names and attributes refers to; None when that is not certain."""
+        if depth > 20:
+            return None
+        if isinstance(node, ast.Subscript):
+            return self.resolve(file, node.value, depth + 1)
+        if isinstance(node, ast.Name):
+            return self._name(file, node.id, file.names.scope_of(node), depth)
+        if isinstance(node, ast.Attribute):
+            return self._member(self.resolve(file, node.value, depth + 1), node.attr, depth)
+        return None
+
+    def external(self, file: File, node: ast.AST) -> str:
+        """The canonical dotted name of something outside the project, else an empty string."""
+        found = self.resolve(file, node)
+        return found.name if isinstance(found, External) else ""
+
+    def _name(self, file: File, name: str, scope: Scope, depth: int) -> Resolved:
+        found = file.names.lookup(name, scope)
+        if found is None:
+            for star in file.names.module.stars:
+                module = self.find_module(star.module, file, star.level)
+                if module is None and star.module.startswith("torch") and star.level == 0:
+                    return External(canonical(f"{star.module}.{name}"))
+                if module is not None and module is not file:
+                    member = self._member(ModuleRef(module), name, depth + 1)
+                    if member is not None:
+                        return member
+            return External(_UNBOUND[name]) if name in _UNBOUND else None
+        return self._bound(file, found[1], depth)
+
+    def _bound(self, file: File, bindings: list[Binding], depth: int) -> Resolved:
+        certain = [binding for binding in bindings if not binding.fallback] or bindings
+        results = [self._value(file, binding, depth) for binding in certain]
+        first = results[0]
+        if all(isinstance(binding.value, Import) for binding in certain):
+            return first
+        if all(isinstance(binding.value, (ast.ClassDef, ast.FunctionDef)) for binding in certain):
+            return results[-1]
+        return first if len(results) == 1 else None
+
+    def _value(self, file: File, binding: Binding, depth: int) -> Resolved:
+        value = binding.value
+        if isinstance(value, Import):
+            return self._import(file, value, depth)
+        if isinstance(value, ast.ClassDef):
+            return file.class_info(value)
+        if isinstance(value, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return file.function_info(value)
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            return self.resolve(file, value, depth + 1)
+        return None
+
+    def _import(self, file: File, target: Import, depth: int) -> Resolved:
+        if not target.name:
+            module = self.find_module(target.module, file)
+            return ModuleRef(module) if module is not None else External(canonical(target.module))
+        module = self.find_module(target.module, file, target.level)
+        if module is not None:
+            member = self._member(ModuleRef(module), target.name, depth + 1) if module is not file else None
+            if member is not None:
+                return member
+        dotted_name = f"{target.module}.{target.name}" if target.module else target.name
+        submodule = self.find_module(dotted_name, file, target.level)
+        if submodule is not None and submodule is not file:
+            return ModuleRef(submodule)
+        if module is not None or target.level:
+            return None
+        return External(canonical(dotted_name))
+
+    def _member(self, owner: Resolved, name: str, depth: int) -> Resolved:
+        if depth > 20:
+            return None
+        if isinstance(owner, External):
+            return External(canonical(f"{owner.name}.{name}"))
+        if isinstance(owner, ModuleRef):
+            names = owner.file.names
+            if name in names.module.bindings or names.module.stars:
+                found = self._name(owner.file, name, names.module, depth + 1)
+                if found is not None:
+                    return found
+            return self._submodule(owner.file, name)
+        if isinstance(owner, ClassInfo):
+            for item in owner.node.body:
+                if isinstance(item, ast.ClassDef) and item.name == name:
+                    return owner.file.class_info(item)
+        return None
+
+    def _submodule(self, package: File, name: str) -> Resolved:
+        if package.path.name != "__init__.py":
+            return None
+        found = self._module_at(package.path.resolve().parent, [name])
+        return ModuleRef(found) if found is not None else None

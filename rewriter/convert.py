@@ -1,0 +1,98 @@
+"""Converts the files of a project: reads them, plans and applies, gives results. Writing is a separate step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File, Project
+from rewriter.analyze.source import Source
+from rewriter.plan import Options, make_plan
+from rewriter.transform import apply_edits
+from rewriter.types import ConflictError, Finding, InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one file. ``error`` is one line; then ``after`` equals ``before``."""
+
+    path: Path
+    before: bytes
+    after: bytes
+    applied: tuple[Finding, ...] = ()
+    hidden: tuple[Finding, ...] = ()
+    reported: tuple[Finding, ...] = ()
+    error: str = ""
+
+    @property
+    def changed(self) -> bool:
+        return self.before != self.after
+
+
+def convert_paths(
+    paths: Sequence[Path], options: Options, roots: Iterable[Path] = (), progress: Callable[[int, int], None] | None = None
+) -> list[Result]:
+    """Results of all files, in the order given."""
+    project = Project(roots)
+    outcomes: list[File | Result] = []
+    for path in paths:
+        outcomes.append(_load(project, path))
+    facts = Facts(project, options.blocks)
+    results = []
+    for number, outcome in enumerate(outcomes):
+        results.append(outcome if isinstance(outcome, Result) else convert_file(outcome, facts, options))
+        if progress is not None:
+            progress(number + 1, len(outcomes))
+    return results
+
+
+def _load(project: Project, path: Path) -> File | Result:
+    try:
+        source = Source(path, path.read_bytes())
+        _ = source.tree
+        return project.add(source)
+    except InputError as error:
+        return Result(path, b"", b"", error=str(error))
+    except OSError as error:
+        return Result(path, b"", b"", error=f"{path}: cannot read: {error.strerror or error}")
+
+
+def convert_text(text: str, options: Options | None = None, path: Path = Path("stdin.py")) -> Result:
+    """One file given as text, on its own."""
+    project = Project()
+    file = project.add(Source(path, text.encode("utf-8", "surrogatepass")))
+    options = options or Options()
+    return convert_file(file, Facts(project, options.blocks), options)
+
+
+def convert_file(file: File, facts: Facts, options: Options) -> Result:
+    source = file.source
+    try:
+        plan = make_plan(file, facts, options)
+        if not plan.edits:
+            return Result(file.path, source.raw, source.raw, (), plan.hidden, plan.reported)
+        after = source.encode(apply_edits(source.data, plan.edits))
+        _ = Source(file.path, after).tree
+    except (InputError, ConflictError, RecursionError, UnicodeError) as error:
+        message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
+        return Result(file.path, source.raw, source.raw, error=message)
+    return Result(file.path, source.raw, after, plan.applied, plan.hidden, plan.reported)
+
+
+def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        like = mode_of or path
+        os.chmod(name, like.stat().st_mode & 0o777 if like.exists() else 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

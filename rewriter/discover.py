@@ -1,0 +1,95 @@
+"""Which files belong to a project: given paths, minus what is ignored, generated or another project's."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rewriter.types import InputError
+
+SKIPPED_FOLDERS = {
+    ".git", ".hg", ".svn", ".tox", ".nox", ".eggs", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__",
+    "node_modules", "site-packages", ".venv", "venv", ".ipynb_checkpoints", "build", "dist",
+}  # fmt: skip
+SUFFIXES = {".py", ".ipynb"}
+
+
+class Ignored:
+    """The ``.gitignore`` patterns between a folder and a file, read once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._rules: dict[Path, list[tuple[str, bool, bool, bool]]] = {}
+
+    def __call__(self, path: Path, folder: bool) -> bool:
+        ignored = False
+        for base in (self.root, *reversed([p for p in path.parents if self.root in p.parents])):
+            name = path.relative_to(base).as_posix()
+            for pattern, negated, only_folders, anchored in self._patterns(base):
+                if (not only_folders or folder) and _matches(name, pattern, anchored):
+                    ignored = not negated
+        return ignored
+
+    def _patterns(self, folder: Path) -> list[tuple[str, bool, bool, bool]]:
+        if folder not in self._rules:
+            rules = []
+            try:
+                lines = (folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
+            except OSError:
+                lines = []
+            for line in (line.strip() for line in lines):
+                if line and not line.startswith("#"):
+                    negated, line = line.startswith("!"), line.removeprefix("!")
+                    only_folders, line = line.endswith("/"), line.rstrip("/")
+                    rules.append((line.lstrip("/"), negated, only_folders, "/" in line))
+            self._rules[folder] = rules
+        return self._rules[folder]
+
+
+def _matches(name: str, pattern: str, anchored: bool) -> bool:
+    if anchored:
+        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern.removeprefix("**/"))
+    return fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
+
+
+def walk(root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None) -> Iterator[Path]:
+    """Every file of a folder that is its project's own, in a stable order. Links to folders are not followed."""
+    ignored = Ignored(root)
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if _enters(here / name, ignored, exclude, root, skip))
+        for name in sorted(files):
+            path = here / name
+            if not ignored(path, False) and not _excluded(path, exclude, root):
+                yield path
+
+
+def _enters(folder: Path, ignored: Ignored, exclude: tuple[str, ...], root: Path, skip: Path | None) -> bool:
+    if folder.name in SKIPPED_FOLDERS or folder.is_symlink() or (folder / "pyvenv.cfg").exists():
+        return False
+    if skip is not None and folder.resolve() == skip:
+        return False
+    return not ignored(folder, True) and not _excluded(folder, exclude, root)
+
+
+def _excluded(path: Path, exclude: tuple[str, ...], root: Path) -> bool:
+    name = path.relative_to(root).as_posix()
+    return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path.name, pattern) for pattern in exclude)
+
+
+def sources(path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None) -> list[Path]:
+    """The Python files and notebooks of a path.
+
+    Raises:
+        InputError: the path is missing, or holds no Python.
+    """
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    found = [item for item in walk(path, exclude, skip) if item.suffix in SUFFIXES]
+    if not found:
+        raise InputError(f"{path}: no Python files in this folder")
+    return found

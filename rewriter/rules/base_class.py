@@ -1,0 +1,44 @@
+"""Classes inherit bmt.DistributedModule.
+
+What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``.
+Why: a DistributedModule shards its parameters over the ranks when its outermost constructor ends.
+Refuses when: ``nn.Module`` stands anywhere else than among the bases (annotations, isinstance), or the class is a
+protocol of another package. Subclasses of torch layers and of project classes stay; their parameters are sharded by
+the module that holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import External, File
+from rewriter.types import Edit, Example, Finding, Rule
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    alias = ""
+    for info in facts.classes.all(file):
+        for base, found in facts.classes.bases(info):
+            if isinstance(found, External) and found.name == "torch.nn.Module":
+                alias = alias or facts.alias(file)
+                edit = Edit(file.source.span(base), (f"{alias}.DistributedModule",))
+                yield Finding(
+                    RULE.code, base.lineno, f"class {info.name} inherits {alias}.DistributedModule", (edit,), key="import"
+                )
+
+
+RULE = Rule(
+    code="BMT001",
+    title="classes inherit bmt.DistributedModule",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "from torch import nn\n\n\nclass MLP(nn.Module):\n    pass\n",
+            "from torch import nn\nimport bmtrain as bmt\n\n\nclass MLP(bmt.DistributedModule):\n    pass\n",
+        ),
+        Example("from mine import nn\n\n\nclass MLP(nn.Module):\n    pass\n"),
+        Example("from torch import nn\n\n\ndef freeze(module: nn.Module):\n    assert isinstance(module, nn.Module)\n"),
+    ),
+)

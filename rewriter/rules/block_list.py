@@ -1,0 +1,129 @@
+"""A stack of blocks is a bmt.TransformerBlockList.
+
+What: the ModuleList (or ``Sequential(*blocks)``) that holds the model's blocks becomes a TransformerBlockList, each
+member a CheckpointBlock.
+Why: a block gathers its parameters just before it runs and releases them after; the list knows what runs next and
+gathers it ahead of time. State-dict keys stay.
+Refuses when: the members are heads, experts, norms, single torch layers or pairs; no loop carries anything from
+member to member; a loop calls parts of a member instead of the member; the list is inside another stack's block.
+``--blocks 'GPT.h'`` names a stack that is not recognised.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.containers import Build, Element
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.analyze.stacks import Stack
+from rewriter.types import Edit, Example, Finding, Part, Rule, Span
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    for stack in facts.stacks.found:
+        if stack.owner.file is not file:
+            continue
+        edits = [edit for build in stack.builds for edit in _build(file, facts, stack, build)]
+        if edits:
+            line = stack.builds[0].call.lineno
+            yield Finding(
+                RULE.code, line, f"{stack.name} is a stack of blocks", tuple(dict.fromkeys(edits)), key=stack.key()
+            )
+
+
+def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edit]:
+    call, alias = build.call, facts.alias(file)
+    assert isinstance(call, ast.Call)
+    width = f", num_hidden={stack.num_hidden}" if stack.num_hidden != 1 else ""
+    span = file.source.span(call)
+    if build.form in {"helper", "other"} and not build.is_stack_already:
+        yield Edit(span, (f"{alias}.TransformerBlockList(", span, f"{width})"), 5)
+        return
+    if build.is_stack_already:
+        return  # the list wraps what it is given
+    yield Edit(file.source.span(call.func), (f"{alias}.TransformerBlockList",))
+    yield from _arguments(file, call, width)
+    for element in build.elements:
+        yield from _element(file, alias, stack, element)
+
+
+def _arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
+    source = file.source
+    end = source.span(call).end
+    if not call.args and not call.keywords:
+        yield Edit(Span(source.span(call.func).end, end), (f"([]{width})",))
+        return
+    if call.args and isinstance(call.args[0], ast.Starred):
+        star = source.span(call.args[0])
+        yield Edit(star, (source.span(call.args[0].value),))
+    value = call.args[0] if call.args else call.keywords[0].value
+    if isinstance(value, ast.Starred):
+        value = value.value
+    if isinstance(value, ast.GeneratorExp):
+        yield from _bracketed(source.span(value), source.slice(source.span(value)))
+    if width:
+        last = source.span(value).end
+        yield Edit(Span(last, last), (width,), 10)
+
+
+def _bracketed(span: Span, text: str) -> Iterator[Edit]:
+    """A generator written as a list, so that the list can be measured."""
+    if text.startswith("("):
+        yield Edit(span, ("[", Span(span.start + 1, span.end - 1), "]"), 3)
+    else:
+        yield Edit(span, ("[", span, "]"), 3)
+
+
+def _element(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
+    if element.kind == "wrapped" or not isinstance(element.node, (ast.Call, ast.IfExp)):
+        return
+    span = file.source.span(element.node)
+    tail: Part = ")" if stack.use_checkpoint else ", use_checkpoint=False)"
+    yield Edit(span, (f"{alias}.CheckpointBlock(", span, tail), 2)
+
+
+RULE = Rule(
+    code="BMT003",
+    title="a stack of blocks is a bmt.TransformerBlockList",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+
+
+class Net(torch.nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = torch.nn.ModuleList()
+        for index in range(depth):
+            self.layers.append(Layer(index))
+
+    def forward(self, x, seen):
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return x
+""",
+            """import torch
+import bmtrain as bmt
+
+
+class Net(bmt.DistributedModule):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = bmt.TransformerBlockList([])
+        for index in range(depth):
+            self.layers.append(bmt.CheckpointBlock(Layer(index)))
+
+    def forward(self, x, seen):
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return x
+""",
+        ),
+    ),
+)

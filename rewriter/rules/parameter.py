@@ -1,0 +1,53 @@
+"""Parameters are bmt.DistributedParameter.
+
+What: ``nn.Parameter(...)`` in a method of a module becomes ``bmt.DistributedParameter(...)``.
+Why: a DistributedParameter keeps only the rank's share of its values between uses, and shows its whole shape.
+Refuses when: the name is not called (annotations, isinstance), the call is outside a class that becomes a
+DistributedModule, or it is inside ``forward``.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if b"Parameter" not in file.source.data:
+        return
+    for info in facts.classes.all(file):
+        if facts.classes.kind(info) not in {"module", "distributed"}:
+            continue
+        for method in info.methods.values():
+            if method.name != "forward":
+                yield from _method(file, facts, method)
+
+
+def _method(file: File, facts: Facts, method: ast.AST) -> Iterator[Finding]:
+    for node in ast.walk(method):
+        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.nn.Parameter":
+            continue
+        edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.DistributedParameter",))
+        yield Finding(RULE.code, node.lineno, "the parameter is distributed", (edit,), key="import")
+
+
+RULE = Rule(
+    code="BMT002",
+    title="parameters are bmt.DistributedParameter",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import torch\nfrom torch.nn import Module, Parameter as P\n\n\nclass Scale(Module):\n    def __init__(self):\n"
+            "        super().__init__()\n        self.g = P(torch.ones(8))  # gain\n",
+            "import torch\nfrom torch.nn import Module, Parameter as P\nimport bmtrain as bmt\n\n\n"
+            "class Scale(bmt.DistributedModule):\n    def __init__(self):\n"
+            "        super().__init__()\n        self.g = bmt.DistributedParameter(torch.ones(8))  # gain\n",
+        ),
+        Example("import torch\n\n\ndef count(p: torch.nn.Parameter):\n    return isinstance(p, torch.nn.Parameter)\n"),
+    ),
+)

@@ -1,0 +1,78 @@
+"""The command line: what is printed, written and returned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.cli import main
+
+PLAIN = "import torch\n\n\nclass A(torch.nn.Module):\n    pass\n"
+DONE = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule):\n    pass\n"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    (root / "model.py").write_text(PLAIN)
+    (root / "data" / "words.txt").write_text("one two")
+    return root
+
+
+def test_default_prints_a_diff_and_writes_nothing(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(project)]) == 0
+    output = capsys.readouterr()
+    assert "-class A(torch.nn.Module):" in output.out and "+class A(bmt.DistributedModule):" in output.out
+    assert "model.py:4: BMT001" in output.err
+    assert (project / "model.py").read_text() == PLAIN
+
+
+def test_write(project: Path) -> None:
+    (project / "model.py").chmod(0o755)
+    assert main([str(project), "--write"]) == 0
+    assert (project / "model.py").read_text() == DONE
+    assert (project / "model.py").stat().st_mode & 0o777 == 0o755
+    assert sorted(path.name for path in project.iterdir()) == ["data", "model.py"]
+
+
+def test_output_copies_the_whole_tree(project: Path, tmp_path: Path) -> None:
+    assert main([str(project), "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.py").read_text() == DONE
+    assert (tmp_path / "out" / "data" / "words.txt").read_text() == "one two"
+    assert (project / "model.py").read_text() == PLAIN
+
+
+def test_check(project: Path) -> None:
+    assert main([str(project), "--check"]) == 1
+    main([str(project), "--write"])
+    assert main([str(project), "--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("broken.py", b"def f(:\n"), ("latin.py", b"x = '\xe9'\n"), ("null.py", b"x = 1\0\n"), ("cookie.py", b"# coding: nonsense\n")],
+)
+def test_bad_file(project: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
+    (project / name).write_bytes(content)
+    assert main([str(project), "--write"]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(errors) == 1 and name in errors[0] and "Traceback" not in errors[0]
+    assert (project / name).read_bytes() == content
+    assert (project / "model.py").read_text() == DONE
+
+
+def test_missing_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["/nonexistent/thing"]) == 2
+    assert capsys.readouterr().err == "bmt-convert: /nonexistent/thing: no such file or folder\n"
+
+
+def test_folder_without_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert "no Python files" in capsys.readouterr().err
+
+
+def test_output_into_itself_is_refused(project: Path) -> None:
+    assert main([str(project), "--output", str(project)]) == 2
+    assert (project / "model.py").read_text() == PLAIN
