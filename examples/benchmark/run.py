@@ -1,0 +1,94 @@
+"""Measure bmtrain beside FSDP2, DeepSpeed and the bare compute, on one machine, one after the other.
+
+    python examples/benchmark/run.py                           # one GPU a rank, the default workloads
+    python examples/benchmark/run.py 7b:2:full 1.3b:4:none     # SIZE:BATCH:RECOMPUTE, add :compile for compiled blocks
+    python examples/benchmark/run.py nano:2:full --ranks 2 --sequence 64      # also works without a GPU
+
+RECOMPUTE: `full` computes every block's activations again in backward, `none` keeps them, `best` is every engine at its
+best: ours decides for itself, the others keep all and compile. Every engine runs in processes of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from engines import ENGINES, why_not
+from table import Result, Workload, draw, print_table
+
+HERE = Path(__file__).parent
+DEFAULT_WORKLOADS = ["1.3b:4:full", "1.3b:4:none", "7b:2:full", "7b:2:full:compile", "7b:2:best"]
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", default=DEFAULT_WORKLOADS, metavar="SIZE:BATCH:RECOMPUTE[:compile]")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
+    parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps; the median counts")
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of one GPU that MFU is measured against")
+    parser.add_argument("--profile", action="store_true", help="also say what the GPU's streams did")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine and workload")
+    parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--picture", type=Path, default=Path("benchmark.png"))
+    return parser.parse_args()
+
+
+def worker_arguments(engine: str, workload: Workload, options: argparse.Namespace) -> list[str]:
+    recompute, compiled = workload.recompute, workload.compiled
+    if recompute == "best":
+        recompute, compiled = ("auto" if engine == "bmtrain" else "none"), True
+    arguments = [engine, f"--size={workload.size}", f"--batch={workload.batch}", f"--recompute={recompute}"]
+    arguments += [f"--{name}={getattr(options, name)}" for name in ("sequence", "steps", "warmup", "clip")]
+    return arguments + ["--compile"] * compiled + ["--profile"] * options.profile
+
+
+def run(engine: str, workload: Workload, options: argparse.Namespace) -> Result:
+    """Start one engine on all ranks and read what its rank 0 printed."""
+    if reason := why_not(engine, "cuda" if torch.cuda.is_available() else "cpu"):
+        return Result(engine, failure=reason)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
+    command = [*launcher, str(HERE / "worker.py"), *worker_arguments(engine, workload, options)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return Result(engine, failure=f"not done after {options.timeout:.0f} s")
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return Result(engine, **json.loads(line.removeprefix("RESULT ")))
+    if "OutOfMemoryError" in done.stderr:
+        return Result(engine, failure="out of memory")
+    print(done.stderr[-4000:], file=sys.stderr)
+    return Result(engine, failure=f"failed with exit code {done.returncode}")
+
+
+def main() -> None:
+    options = parse_options()
+    if options.profile and not torch.cuda.is_available():
+        sys.exit("--profile reads the GPU's streams: there is no GPU here")
+    everything: dict[str, list[Result]] = {}
+    for text in options.workloads:
+        workload = Workload.parse(text)
+        print(f"\n{workload.describe(options)}", flush=True)
+        results = everything[text] = []
+        for engine in options.engines:
+            print(f"  {engine} ...", file=sys.stderr, flush=True)
+            results.append(run(engine, workload, options))
+        print_table(workload, results, options)
+    if options.json:
+        plain = {text: [vars(result) for result in results] for text, results in everything.items()}
+        options.json.write_text(json.dumps(plain, indent=1))
+    draw(everything, options.picture)
+    print(f"\ndrawn in {options.picture}")
+    if any(result.engine == "bmtrain" and result.failure for rows in everything.values() for result in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
