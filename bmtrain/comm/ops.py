@@ -1,10 +1,10 @@
 """Collectives as differentiable functions of one tensor.
 
-What a gradient means here: every rank runs the same program on its own data, and calls ``backward`` on its own loss.  The
-gradients below stay on the rank that computes them (``broadcast`` excepted), which is right when the loss is *replicated*:
-computed alike on all ranks from the collective's result.  Then each rank holds the whole gradient already, and reducing it
-again would count it once per rank.  A loss that differs between ranks has its gradient summed by whoever reduces the
-parameters' gradients, here the sharded parameters themselves.
+What a gradient means here: every rank runs the same program on its own data, and calls ``backward`` on its own loss.
+The gradients below stay on the rank that computes them (``broadcast`` excepted), which is right when the loss is
+*replicated*: computed alike on all ranks from the collective's result.  Then each rank holds the whole gradient
+already, and reducing it again would count it once per rank.  A loss that differs between ranks has its gradient
+summed by whoever reduces the parameters' gradients, here the sharded parameters themselves.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def all_gather(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
 def all_reduce(x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.Tensor:
     """``x`` reduced over ranks, the same shape, on every rank; ``x`` itself is not changed.
 
-    ``op`` is "sum", "avg", "max", "min" or "prod".  Backward, without communication: "sum" passes the gradient on as it is,
-    "avg" divides it by the number of ranks, "max" and "min" keep it where this rank's ``x`` is the result (every rank of a
-    tie keeps it), "prod" multiplies it by the product of the other ranks' ``x`` (exact where an ``x`` is zero).
+    ``op`` is "sum", "avg", "max", "min" or "prod".  Backward, without communication: "sum" passes the gradient on as
+    it is, "avg" divides it by the number of ranks, "max" and "min" keep it where this rank's ``x`` is the result
+    (every rank of a tie keeps it), "prod" multiplies it by the product of the other ranks' ``x`` (exact where an
+    ``x`` is zero).
     """
     _check_op(op)
     result: torch.Tensor = _AllReduce.apply(x, op, comm)  # type: ignore[no-untyped-call]
@@ -49,13 +50,15 @@ def all_reduce(x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.Tenso
 def reduce_scatter(x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.Tensor:
     """``x`` reduced over ranks and cut along dimension 0: this rank gets part ``rank`` of ``world_size``.
 
-    ``op`` as for ``all_reduce``.  Backward: the ranks' gradients of their parts, gathered, then treated as by ``all_reduce``.
+    ``op`` as for ``all_reduce``.  Backward: the ranks' gradients of their parts, gathered, then treated as by
+    ``all_reduce``.
     Raises CommunicationError unless the number of ranks divides ``x.shape[0]``.
     """
     _check_op(op)
     if x.dim() == 0 or x.shape[0] % comm.world_size:
         raise CommunicationError(
-            f"reduce_scatter cuts dimension 0 into {comm.world_size} equal parts, which shape {tuple(x.shape)} does not allow."
+            f"reduce_scatter cuts dimension 0 into {comm.world_size} equal parts, "
+            f"which shape {tuple(x.shape)} does not allow."
         )
     result: torch.Tensor = _ReduceScatter.apply(x, op, comm)  # type: ignore[no-untyped-call]
     return result
@@ -64,18 +67,23 @@ def reduce_scatter(x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.T
 def broadcast(src: torch.Tensor, root: int, comm: Communicator) -> torch.Tensor:
     """``root``'s ``src`` on every rank; ``src`` has the same shape and dtype everywhere and is not changed.
 
-    Backward: the sum of all ranks' gradients, given to ``src`` on every rank, so that copies kept on all ranks stay equal.
+    Backward: the sum of all ranks' gradients, given to ``src`` on every rank, so that copies kept on all ranks stay
+    equal.
     """
     result: torch.Tensor = _Broadcast.apply(src, root, comm)  # type: ignore[no-untyped-call]
     return result
 
 
 def send_activations(hidden_state: torch.Tensor, next_rank: int, comm: Communicator) -> None:
-    """Send a tensor, with its dtype and shape, to ``next_rank``, which calls ``recv_activations``.  No gradient flows back."""
+    """Send a tensor, with dtype and shape, to ``next_rank``, which calls ``recv_activations``.  No gradient flows
+    back.
+    """
     if hidden_state.dtype not in _DTYPES:
         raise CommunicationError(f"send_activations does not know the dtype {hidden_state.dtype}.")
     if hidden_state.dim() > _MOST_DIMENSIONS:
-        raise CommunicationError(f"send_activations takes at most {_MOST_DIMENSIONS} dimensions, not {hidden_state.dim()}.")
+        raise CommunicationError(
+            f"send_activations takes at most {_MOST_DIMENSIONS} dimensions, not {hidden_state.dim()}."
+        )
     facts = [_DTYPES.index(hidden_state.dtype), hidden_state.dim(), *hidden_state.shape]
     meta = torch.tensor(facts + [0] * (_META_LENGTH - len(facts)), dtype=torch.int64)
     comm.send(meta.to(hidden_state.device), next_rank)

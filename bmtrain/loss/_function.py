@@ -1,4 +1,4 @@
-"""The published low-level functions, on tensors of any device.  They write into their arguments and know no autograd."""
+"""The published low-level functions, on tensors of any device.  They write into their arguments, without autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ def has_inf_nan(g_half: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def cross_entropy_forward(
-    m: int, n: int, input: torch.Tensor, target: torch.Tensor, softmax: torch.Tensor, output: torch.Tensor, ignore_index: int
+    m: int,
+    n: int,
+    input: torch.Tensor,
+    target: torch.Tensor,
+    softmax: torch.Tensor,
+    output: torch.Tensor,
+    ignore_index: int,
 ) -> None:
     """Row by row, from logits (m, n) and targets (m,): ``softmax`` (m, n) and the loss ``output`` (m,) in float32."""
     log_probs = torch.log_softmax(input.reshape(m, n), dim=1, dtype=torch.float32)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from .. import kernels
 from ..context import context
-from ..errors import UnsupportedError
+from ..errors import ConfigurationError, UnsupportedError
 
 
 class FusedCrossEntropy(torch.nn.Module):
@@ -43,15 +46,75 @@ class FusedCrossEntropy(torch.nn.Module):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of ``input`` (logits) against ``target`` (class numbers)."""
         if self.parallel and context().topology.tp_size > 1:
-            raise UnsupportedError("FusedCrossEntropy(parallel=True) needs tensor parallelism, which this version does not have.")
-        logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        weight = None if self.weight is None else self.weight.to(logits)
+            raise UnsupportedError(
+                "FusedCrossEntropy(parallel=True) needs tensor parallelism, which this version does not have."
+            )
         # The published kernel took int32 targets, torch's takes int64.
-        target = target.long() if not target.is_floating_point() else target
-        return F.cross_entropy(logits, target, weight, None, self.ignore_index, None, self.reduction, self.label_smoothing)
+        target = target if target.is_floating_point() else target.long()
+        weight = self.weight
+        if input.is_cuda and kernels.compiled() and input.dim() == 2 and target.dim() == 1:
+            return fused_cross_entropy(input, target, weight, self.ignore_index, self.reduction, self.label_smoothing)
+        logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        weight = None if weight is None else weight.to(logits)
+        return F.cross_entropy(
+            logits, target, weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
+        )
 
     def extra_repr(self) -> str:
         return (
             f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
             f"label_smoothing={self.label_smoothing}, parallel={self.parallel}"
         )
+
+
+def fused_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Cross entropy in one pass forward and one backward, keeping nothing in float32 but two numbers a row.
+
+    ``logits`` (N, C), ``target`` (N,) int64; the rest as for FusedCrossEntropy.
+    """
+    if reduction not in ("none", "mean", "sum"):
+        raise ConfigurationError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}.")
+    weight = None if weight is None else weight.to(logits.device, torch.float32).contiguous()
+    losses: torch.Tensor = _RowLosses.apply(  # type: ignore[no-untyped-call]
+        logits, target.contiguous(), weight, ignore_index, label_smoothing
+    )
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    counted = target != ignore_index
+    if weight is None:
+        return losses.sum() / counted.sum()
+    return losses.sum() / weight[target.masked_fill(~counted, 0)].masked_fill(~counted, 0.0).sum()
+
+
+class _RowLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        weight: torch.Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> torch.Tensor:
+        # The kernel takes any row stride, but the classes of a row must lie side by side.
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        losses, log_sum_exp = kernels.cross_entropy_forward(logits, target, weight=weight, **ctx.options)
+        ctx.save_for_backward(logits, target, weight, log_sum_exp)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, row_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, target, weight, log_sum_exp = ctx.saved_tensors
+        grad = logits.clone(memory_format=torch.contiguous_format)  # the caller may still want the logits
+        kernels.cross_entropy_backward_(grad, target, log_sum_exp, row_grad.contiguous(), weight=weight, **ctx.options)
+        return grad, None, None, None, None

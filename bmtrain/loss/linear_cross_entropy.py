@@ -1,8 +1,8 @@
 """The last linear layer and its cross entropy together, a chunk of tokens at a time.
 
-For a vocabulary of 50,000 the logits are the largest tensor of a training step by far: 2 * 4096 tokens make 1.6 GB in float32,
-twice with their gradient.  Here they exist for ``chunk_size`` tokens at a time.  Their gradient is used while they are there,
-in the forward pass, so backward has only to scale what is ready.
+For a vocabulary of 50,000 the logits are by far the largest tensor of a training step: 2 * 4096 tokens make 1.6 GB in
+float32, twice with their gradient.  Here they exist for ``chunk_size`` tokens at a time.  Their gradient is used while
+they are there, in the forward pass, so backward has only to scale what is ready.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def linear_cross_entropy(
         reduction: "mean" (over the tokens that count; NaN when there are none, as in torch) or "sum".
         chunk_size: tokens whose logits are held at once.
 
-    Returns a float32 scalar (float64 for float64 inputs).  Besides one chunk's logits it holds, until backward, the gradient
-    of ``hidden`` in its dtype and those of ``weight`` and ``bias`` in float32, all as far as needed.
+    Returns a float32 scalar (float64 for float64 inputs).  Besides one chunk's logits it holds, until backward, the
+    gradient of ``hidden`` in its dtype and those of ``weight`` and ``bias`` in float32, all as far as needed.
     Raises ConfigurationError when the shapes do not fit together.
     """
     _check(hidden, weight, targets, bias, reduction, chunk_size)
@@ -49,17 +49,27 @@ def linear_cross_entropy(
     )
     if reduction == "sum":
         return total
-    return total / (targets != ignore_index).sum()
+    count = (targets != ignore_index).sum()
+    # Chosen by where, not by dividing by zero, so that the gradients are 0 and not NaN, as in torch.
+    return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
 def _check(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, reduction: str, chunk_size: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    reduction: str,
+    chunk_size: int,
 ) -> None:
     if weight.dim() != 2 or hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ConfigurationError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., D) and (V, D).")
+        raise ConfigurationError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be (..., D) and (V, D)."
+        )
     if targets.shape != hidden.shape[:-1]:
         raise ConfigurationError(
-            f"hidden {tuple(hidden.shape)} needs targets of shape {tuple(hidden.shape[:-1])}, not {tuple(targets.shape)}."
+            f"hidden {tuple(hidden.shape)} needs targets of shape {tuple(hidden.shape[:-1])}, "
+            f"not {tuple(targets.shape)}."
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ConfigurationError(f"bias {tuple(bias.shape)} must have one entry for each of {weight.shape[0]} classes.")
@@ -70,7 +80,7 @@ def _check(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the tokens' losses.  Gradients are kept unscaled, with entries of order 1, so that float16 loses none."""
+    """The sum of the tokens' losses.  Gradients are kept unscaled, of order 1, so that float16 loses none."""
 
     @staticmethod
     def forward(

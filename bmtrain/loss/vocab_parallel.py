@@ -10,7 +10,11 @@ from ..comm import Communicator
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, comm: Communicator, ignore_index: int = -100, label_smoothing: float = 0.0
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    comm: Communicator,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """The loss of every token, the same on every rank, in float32; 0 where the target is ``ignore_index``.
 
@@ -27,7 +31,12 @@ def vocab_parallel_cross_entropy(
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, comm: Communicator, ignore_index: int, label_smoothing: float
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        comm: Communicator,
+        ignore_index: int,
+        label_smoothing: float,
     ) -> torch.Tensor:
         wide = logits.float()
         classes = logits.shape[1] * comm.world_size
@@ -50,7 +59,8 @@ class _VocabParallel(torch.autograd.Function):
 
         ctx.save_for_backward(exponentials / normalizer.unsqueeze(1), index, mine, counts)
         ctx.smoothing, ctx.classes, ctx.dtype = label_smoothing, classes, logits.dtype
-        return loss.masked_fill(~counts, 0.0)
+        losses: torch.Tensor = loss.masked_fill(~counts, 0.0)
+        return losses
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -45,7 +45,9 @@ class WarmupLRScheduler(ABC):
     def get_lr(self) -> float:
         """The rate at the present step."""
         if self.num_iter < 0:
-            raise ConfigurationError(f"The step number of a learning-rate schedule is {self.num_iter}; it must not be negative.")
+            raise ConfigurationError(
+                f"The step number of a learning-rate schedule is {self.num_iter}; it must not be negative."
+            )
         if self.num_iter < self.warmup_iter:
             return self.get_lr_warmup(self.num_iter)
         return self.get_lr_decay(self.num_iter)

@@ -6,9 +6,10 @@
     def test_hello() -> None:
         assert run_ranks(2, hello, "hi") == ["hi from 0", "hi from 1"]
 
-The processes stay alive between tests and are used again by the next test that asks for the same number of ranks, because
-starting one costs more than most tests. They come from a fork server that has torch loaded already. A test that leaves its
-ranks in an unknown state (an exception, a time-out) costs them their life; the next test gets new ones.
+The processes stay alive between tests and are used again by the next test that asks for the same number of ranks,
+because starting one costs more than most tests. They come from a fork server that has torch loaded already. A test
+that leaves its ranks in an unknown state (an exception, a time-out) costs them their life; the next test gets new
+ones.
 """
 
 from __future__ import annotations
@@ -68,26 +69,31 @@ def run_ranks(
     """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks and returns their results, rank 0's first.
 
     ``function`` is a top-level function; arguments and results are pickled. Before the first call every process runs
-    ``bmt.init_distributed(**init)`` unless ``initialize`` is False. Before each call the random generators are seeded with 0
-    and the gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks for processes
-    that no other test uses, before or after: needed by whatever changes the process for good.
+    ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the variable
+    BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded
+    with 0 and the gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks
+    for processes that no other test uses, before or after: needed by whatever changes the process for good.
     Raises RanksFailed with the traceback of every rank that failed.
     """
     task = _describe(function, args, kwargs)
-    with _group(world_size, init or {}, initialize, env or {}, fresh) as group:
+    options = {"device": os.environ.get("BMTRAIN_TEST_DEVICE", "cpu")} | (init or {})
+    with _group(world_size, options, initialize, env or {}, fresh) as group:
         results: list[T] = group.run(task, timeout)
         return results
 
 
 def _describe(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Task:
     if "<locals>" in function.__qualname__ or function.__name__ == "<lambda>":
-        raise ValueError(f"{function.__qualname__} must be defined at the top level of its module to run on other processes")
+        raise ValueError(
+            f"{function.__qualname__} must be defined at the top level of its module to run on other processes"
+        )
     file = getattr(sys.modules[function.__module__], "__file__", None) or ""
     arguments = pickle.dumps((args, kwargs))
     return _Task(function.__module__, file, function.__qualname__, arguments, list(sys.path), os.getcwd())
 
 
-# ---- the parent's side -------------------------------------------------------------------------------------------------
+# ---- the parent's side
+# -------------------------------------------------------------------------------------------------
 
 
 class _Group:
@@ -208,7 +214,8 @@ def _launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-# ---- the workers' side -------------------------------------------------------------------------------------------------
+# ---- the workers' side
+# -------------------------------------------------------------------------------------------------
 
 
 def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], initialize: bool) -> None:
@@ -230,7 +237,7 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
                 bmt.init_distributed(**init)
             started = True
             answer = (True, pickle.dumps(_perform(task)))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
             answer = (False, traceback.format_exc())
         try:
             pipe.send_bytes(pickle.dumps(answer))

@@ -1,4 +1,6 @@
-"""The harness of the other tests: a failure on a rank must reach the reader, and a failed group must not be used again."""
+"""The harness of the other tests: a failure on a rank must reach the reader, and a failed group must not be used
+again.
+"""
 
 from __future__ import annotations
 

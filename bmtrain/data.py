@@ -1,0 +1,180 @@
+"""Each rank's share of the global batches.
+
+A converted script keeps the original's batch size.  Of every global batch each rank takes its part, so that one step
+over all ranks sees exactly what one step of the original sees.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import Generator, Tensor
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from .context import Context, context
+from .errors import ConfigurationError
+from .rng import Draws
+from .topology import share
+
+BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any])
+LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
+
+
+def shard_batch(batch: BatchT) -> BatchT:
+    """This rank's part of a global batch that every rank holds alike.
+
+    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Raises ConfigurationError when
+    its length is not a multiple of the number of ranks: parts of different length would weigh their samples
+    differently.
+    """
+    topology = context().topology
+    length = len(batch)
+    if length % topology.data_size:
+        raise ConfigurationError(
+            f"A batch of {length} cannot be split evenly over {topology.data_size} ranks. "
+            f"Use a batch size that is a multiple of {topology.data_size}."
+        )
+    part = share(length, topology.data_size, topology.data_rank)
+    return batch[part.start : part.stop]  # type: ignore[return-value]
+
+
+def shard_loader(loader: LoaderT) -> LoaderT:
+    """A loader that gives this rank its part of each batch that ``loader`` would give to a single process.
+
+    Dataset, workers, ``collate_fn``, pinning and all else are ``loader``'s.  Every rank must go through it equally
+    often.
+
+    *Order.*  Each epoch follows rank 0: where the sampler draws random numbers, it draws on every rank what it would
+    draw on rank 0 (from torch's CPU generator, ``random``, numpy, or a generator given to the loader).  The random
+    numbers that the model draws are left alone.
+
+    *Short batches.*  A batch that does not divide evenly, usually the last, is split as evenly as possible, the first
+    ranks getting one sample more.  The mean over ranks then weighs samples slightly differently from the single
+    process; use ``drop_last=True`` where that matters.  A batch with fewer samples than ranks is repeated until every
+    rank has one.
+
+    *Iterable datasets* are read whole by every rank, which keeps its part of each batch; they must yield the same
+    samples on every rank.  With ``batch_size=None`` each element counts as a batch, and its tensors are cut along
+    dimension 0.
+
+    Raises ConfigurationError for a loader with a DistributedSampler, which would split the data twice.
+    """
+    topology = context().topology
+    if isinstance(loader.sampler, DistributedSampler):
+        raise ConfigurationError(
+            "This DataLoader has a DistributedSampler, which splits the data already. "
+            "Build it as for a single process (shuffle=True or an ordinary sampler) and give it to bmt.shard_loader()."
+        )
+    if topology.data_size == 1 or isinstance(loader.batch_sampler, ShardedBatchSampler):
+        return loader
+    sharded = copy.copy(loader)
+    replaced: dict[str, Any] = {"_iterator": None}
+    iterable = isinstance(loader.dataset, IterableDataset)
+    if loader.batch_sampler is None:
+        replaced["collate_fn"] = _ShareOfElement(loader.collate_fn, topology.data_rank, topology.data_size)
+        if not iterable:
+            replaced["sampler"] = AlignedSampler(loader.sampler, _generators(loader))
+    elif iterable:
+        replaced["collate_fn"] = _ShareOfSamples(loader.collate_fn, topology.data_rank, topology.data_size)
+    else:
+        replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, _generators(loader))
+    for name, value in replaced.items():
+        # DataLoader forbids plain assignment because running workers would not notice; the copy has none yet.
+        object.__setattr__(sharded, name, value)
+    return sharded
+
+
+class AlignedSampler(Sampler[Any]):
+    """What ``sampler`` yields on rank 0, on every rank.
+
+    Made on every rank in the same order.  Attributes not found here are ``sampler``'s, so that ``set_epoch`` and the
+    like work.
+    """
+
+    def __init__(self, sampler: Any, generators: Sequence[Generator] = ()) -> None:
+        here = context()
+        self.sampler = sampler
+        self._generators = generators
+        self._number = _made[here] = _made.get(here, 0) + 1
+        self._epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._epoch += 1
+        draws = Draws(context(), f"{self._number}/{self._epoch}", self._generators)
+        drawn = draws.run(lambda: iter(self.sampler))
+        end = object()
+        while (item := draws.run(lambda: next(drawn, end))) is not end:
+            yield item
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":  # not there yet while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
+class ShardedBatchSampler(AlignedSampler):
+    """This rank's part of each batch that ``sampler``, a batch sampler, yields on rank 0."""
+
+    def __iter__(self) -> Iterator[Any]:
+        topology = context().topology
+        for batch in super().__iter__():
+            yield _part(batch, topology.data_rank, topology.data_size)
+
+
+_made: WeakKeyDictionary[Context, int] = WeakKeyDictionary()  # samplers of each context
+
+
+class _ShareOfSamples:
+    """A ``collate_fn`` that sees this rank's samples only."""
+
+    def __init__(self, collate: Callable[[Any], Any], rank: int, ranks: int) -> None:
+        self._collate, self._rank, self._ranks = collate, rank, ranks
+
+    def __call__(self, samples: Any) -> Any:
+        return self._collate(_part(samples, self._rank, self._ranks))
+
+
+class _ShareOfElement:
+    """A ``collate_fn`` that keeps this rank's rows of an element that is a batch itself."""
+
+    def __init__(self, convert: Callable[[Any], Any], rank: int, ranks: int) -> None:
+        self._convert, self._rank, self._ranks = convert, rank, ranks
+
+    def __call__(self, element: Any) -> Any:
+        return self._rows(self._convert(element))
+
+    def _rows(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value if value.dim() == 0 else _part(value, self._rank, self._ranks)
+        if isinstance(value, Mapping):
+            return {key: self._rows(entry) for key, entry in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self._rows(entry) for entry in value))
+        if isinstance(value, list | tuple):
+            if any(isinstance(entry, Tensor | Mapping | list | tuple) for entry in value):
+                return type(value)(self._rows(entry) for entry in value)
+            return _part(value, self._rank, self._ranks)  # a column of plain values, such as strings
+        return value
+
+
+def _part(batch: Any, rank: int, ranks: int) -> Any:
+    """Part ``rank`` of ``ranks``: as even as possible, and never empty unless the batch is."""
+    if 0 < len(batch) < ranks:
+        first = rank % len(batch)
+        return batch[first : first + 1]
+    part = share(len(batch), ranks, rank)
+    return batch[part.start : part.stop]
+
+
+def _generators(loader: DataLoader[Any]) -> list[Generator]:
+    """The generators that were given to the loader or its samplers, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if isinstance(g, Generator)}
+    return list(found.values())

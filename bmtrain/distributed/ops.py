@@ -1,0 +1,66 @@
+"""``comm.ops`` with the world as the default communicator."""
+
+from __future__ import annotations
+
+import torch
+
+from ..comm import Communicator, ReduceOp, ops
+from ..context import context
+from ..nccl import recv as ncclRecv
+from ..nccl import send as ncclSend
+
+__all__ = [
+    "all_gather", "all_reduce", "broadcast", "ncclRecv", "ncclSend", "recv_activations", "reduce_scatter",
+    "send_activations",
+]  # fmt: skip
+
+
+def all_gather(x: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor:
+    """Every rank's ``x``, stacked: shape (world_size, *x.shape).
+
+    Backward: the slice of the gradient that belongs to this rank's ``x``; no communication.
+    """
+    return ops.all_gather(x, comm or _world_for(x))
+
+
+def all_reduce(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None = None) -> torch.Tensor:
+    """``x`` reduced over ranks, as a new tensor of the same shape on every rank.
+
+    Backward, without communication: "sum" passes the gradient on as it is.  That is right for a loss computed alike
+    on every rank from the result.  A loss that differs between ranks needs the sum of the ranks' gradients instead,
+    which sharded parameters form anyway when they reduce their own.  "avg" divides by the number of ranks; "max" and
+    "min" keep the gradient where this rank's ``x`` is the result; "prod" multiplies by the product of the other
+    ranks' ``x``.
+    """
+    return ops.all_reduce(x, op, comm or _world_for(x))
+
+
+def reduce_scatter(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None = None) -> torch.Tensor:
+    """``x`` reduced over ranks; this rank gets its part of dimension 0, which the number of ranks must divide.
+
+    Backward: the ranks' gradients, gathered, and treated as by ``all_reduce``.
+    """
+    return ops.reduce_scatter(x, op, comm or _world_for(x))
+
+
+def broadcast(src: torch.Tensor, root: int, comm: Communicator | None = None) -> torch.Tensor:
+    """``root``'s ``src`` on every rank, as a new tensor; ``src`` has the same shape and dtype everywhere.
+
+    Backward: the sum of all ranks' gradients, on every rank.
+    """
+    return ops.broadcast(src, root, comm or _world_for(src))
+
+
+def send_activations(hidden_state: torch.Tensor, next_rank: int, comm: Communicator | None = None) -> None:
+    """Send a tensor to ``next_rank``, which calls ``recv_activations``.  No gradient flows back."""
+    ops.send_activations(hidden_state, next_rank, comm or context().world)
+
+
+def recv_activations(prev_rank: int, comm: Communicator | None = None) -> torch.Tensor:
+    """The tensor that ``prev_rank`` sends with ``send_activations``, on this rank's compute device."""
+    return ops.recv_activations(prev_rank, comm or context().world, context().device.torch_device)
+
+
+def _world_for(x: torch.Tensor) -> Communicator:
+    here = context()
+    return here.world if x.device.type == here.device.torch_device.type else here.control

@@ -1,0 +1,16 @@
+"""Linear layers and embeddings whose weights are split over the tensor-parallel group."""
+
+from .embedding import VPEmbedding
+from .functional import OpParallelLinear, parallel_linear
+from .linear import Linear, OpLinear
+from .tensor import ColumnParallelLinear, RowParallelLinear
+
+__all__ = [
+    "ColumnParallelLinear",
+    "Linear",
+    "OpLinear",
+    "OpParallelLinear",
+    "RowParallelLinear",
+    "VPEmbedding",
+    "parallel_linear",
+]

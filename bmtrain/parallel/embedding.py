@@ -1,0 +1,64 @@
+"""An embedding split by vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..comm import Communicator
+from ..shard import DistributedModule, DistributedParameter, ParameterInitializer
+from .functional import ReduceOutput, apply_over, parallel_linear
+from .group import slice_of, tensor_group
+
+
+class VPEmbedding(DistributedModule):
+    """An embedding whose rows are split over the tensor-parallel group.
+
+    ``bmt.init_parameters(model)`` gives the weight a normal distribution.
+
+    Args:
+        vocab_size: rows of the whole table, a multiple of the group's size.
+        embedding_size: columns.
+        dtype: of the weight.
+        init_mean, init_std: of the initial weight.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        embedding_size: int,
+        dtype: torch.dtype = torch.half,
+        init_mean: float = 0.0,
+        init_std: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size
+        self.vocab_size_per_partition = slice_of(vocab_size, "vocab_size")
+        self.weight = DistributedParameter(
+            torch.empty(self.vocab_size_per_partition, embedding_size, dtype=dtype),
+            init_method=ParameterInitializer(torch.nn.init.normal_, mean=init_mean, std=init_std),
+        )
+
+    def forward(self, x: torch.Tensor, projection: bool = False) -> torch.Tensor:
+        """Token numbers (...) to embeddings (..., embedding_size).
+
+        With ``projection``, hidden states (..., embedding_size) to the logits of this rank's slice of the vocabulary,
+        for ``FusedCrossEntropy(parallel=True)``.
+        """
+        if projection:
+            return parallel_linear(x, self.weight, None, tensor_group())
+        return vocab_parallel_embedding(x, self.weight, tensor_group())
+
+    def extra_repr(self) -> str:
+        return f"{self.vocab_size_per_partition} of {self.vocab_size}, {self.embedding_size}"
+
+
+def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, comm: Communicator) -> torch.Tensor:
+    """``F.embedding`` with this rank's slice (V / n, D) of the table; the same result on all ranks."""
+    if comm.world_size == 1:
+        return F.embedding(tokens, weight)
+    index = tokens - comm.rank * weight.shape[0]
+    elsewhere = (index < 0) | (index >= weight.shape[0])
+    rows = F.embedding(index.masked_fill(elsewhere, 0), weight)
+    return apply_over(ReduceOutput, rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), comm)

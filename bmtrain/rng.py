@@ -1,0 +1,95 @@
+"""Random numbers that are the same on every rank, drawn without disturbing the rank's own."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from .context import Context
+from .errors import CommunicationError
+
+T = TypeVar("T")
+State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is in use
+
+
+class Draws:
+    """One stretch of draws, such as an epoch's order: made by every rank from rank 0's generators as they are now.
+
+    On rank 0 the generators advance as if nothing had been added.  On the others they are put back after every draw,
+    except ``generators``, the ones made for this purpose, which simply follow rank 0's.  ``key`` names the stretch,
+    alike on all ranks and only once.
+    """
+
+    def __init__(self, here: Context, key: str, generators: Sequence[torch.Generator] = ()) -> None:
+        self._leads = here.rank == 0
+        own = [generator.get_state() for generator in generators]
+        self._state, leading = _from_rank_0(here, key, (_capture(), own))
+        for generator, state in zip(generators, leading, strict=True):
+            generator.set_state(state)
+
+    def run(self, draw: Callable[[], T]) -> T:
+        """``draw()``, with the generators where the previous draw left them."""
+        own = _capture()
+        _restore(self._state)
+        try:
+            return draw()
+        finally:
+            drawn = _capture()
+            # A sampler may draw again after the model has drawn.  Rank 0's generators then jump to the sampler's, so
+            # that a number drawn once for the order is not drawn again for the next epoch's.
+            follow = self._leads and not _same(drawn, self._state)
+            _restore(drawn if follow else own)
+            self._state = drawn
+
+
+def _capture() -> State:
+    state = [torch.get_rng_state(), random.getstate()]
+    numpy = sys.modules.get("numpy")
+    return state if numpy is None else [*state, numpy.random.get_state()]
+
+
+def _restore(state: State) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    if len(state) > 2:
+        import numpy
+
+        numpy.random.set_state(state[2])
+
+
+def _same(one: State, other: State) -> bool:
+    # numpy's state is a tuple that holds an array, which does not compare to one truth value.
+    return torch.equal(one[0], other[0]) and one[1] == other[1] and _numpy_key(one) == _numpy_key(other)
+
+
+def _numpy_key(state: State) -> tuple[Any, ...]:
+    return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
+
+
+def _from_rank_0(here: Context, key: str, value: Any) -> Any:
+    """Rank 0's ``value`` on every rank.
+
+    Through the store, not by a collective: a loader may be read by a thread, where a collective could meet another one.
+    """
+    if here.world_size == 1:
+        return value
+    key = f"draws/{key}"
+    if here.rank == 0:
+        here.store.set(key, pickle.dumps(value).hex())
+        return value
+    try:
+        received = pickle.loads(bytes.fromhex(here.store.get(key).decode()))
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"Rank {here.rank} waited for rank 0 to begin the same epoch, which it did not: {error}. "
+            "Every rank must go through the same sharded loaders in the same order."
+        ) from error
+    if here.store.add(f"{key}/read", 1) == here.world_size - 1:
+        here.store.delete_key(key)
+        here.store.delete_key(f"{key}/read")
+    return received

@@ -1,0 +1,33 @@
+"""Waiting for each other, and small results over all ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from . import distributed
+from .comm import Communicator
+from .context import context, synchronize
+
+__all__ = ["gather_result", "sum_loss", "synchronize", "wait_loader"]
+
+
+def sum_loss(loss: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor:
+    """The *average* of ``loss`` over ranks (its name is older than its meaning).  Collective."""
+    return distributed.all_reduce(loss, "avg", comm)
+
+
+def gather_result(result: torch.Tensor) -> torch.Tensor:
+    """All ranks' ``result`` one after the other along dimension 0, on every rank and on the device of the argument.
+
+    Shapes may differ in dimension 0 only; a scalar counts as one row.  Any strides; no gradient.  Collective.
+    """
+    rows = result.detach().reshape(1) if result.dim() == 0 else result.detach()
+    counts = [int(count) for count in distributed.all_gather(torch.tensor(rows.shape[0]), context().control)]
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    gathered = distributed.all_gather(padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def wait_loader() -> None:
+    """Does nothing: blocks wait for their own parameters.  Here for scripts that call it."""
