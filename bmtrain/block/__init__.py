@@ -3,6 +3,7 @@
 from . import engine as _engine  # noqa: F401 - completes the context
 from .block import Block, CheckpointBlock
 from .block_list import TransformerBlockList
+from .compile import compile
 from .wrapper import BMTrainModelWrapper
 
-__all__ = ["BMTrainModelWrapper", "Block", "CheckpointBlock", "TransformerBlockList"]
+__all__ = ["BMTrainModelWrapper", "Block", "CheckpointBlock", "TransformerBlockList", "compile"]

@@ -1,0 +1,119 @@
+"""Lets torch's element-wise optimizers (SGD, Adam, RMSprop, ...) step on shards.
+
+Around ``optimizer.step()`` every parameter shows this rank's part, in fp32 for low precision, as an ordinary 1-D tensor
+with its gradient.  Its state dict is gathered on the way out and cut on the way in, so it is the unsharded one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..context import context
+from ..errors import ConfigurationError
+from ..shard.flat import FlatShard
+from ..shard.parameter import raw_grad, set_raw_grad, show_whole
+from .pieces import agree_on_touched, all_params, flats_of, gather_flat
+
+_NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
+
+
+def adapt(optimizer: torch.optim.Optimizer) -> None:
+    """Make ``optimizer`` work on shards.  Raises ConfigurationError for one that needs whole matrices or norms."""
+    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+        return
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _NEED_WHOLE:
+            raise ConfigurationError(
+                f"{cls.__name__} needs whole matrices, which no rank holds. Use bmt.optim.AdamOptimizer or an element-wise "
+                "torch optimizer (SGD, Adam, AdamW, RMSprop, Adagrad)."
+            )
+    flats_of(all_params(optimizer.param_groups))
+    view = _ShardView(optimizer)
+    optimizer.register_step_pre_hook(view.enter)
+    optimizer.register_step_post_hook(view.leave)
+    optimizer.register_state_dict_post_hook(view.gather)
+    optimizer.register_load_state_dict_pre_hook(view.cut)
+    optimizer._bmtrain_adapted = True  # type: ignore[attr-defined]
+
+
+class _ShardView:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._masters: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def _values(self, flat: FlatShard) -> torch.Tensor:
+        if flat.dtype == flat.grad_dtype:
+            return flat.shard
+        version, master = self._masters.get(id(flat), (-1, flat.shard))
+        if version != flat.version:
+            master = flat.shard.to(flat.grad_dtype)
+            self._masters[id(flat)] = (flat.version, master)
+        return master
+
+    def enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Show shards."""
+        context().engine.finish_backward()
+        params = all_params(optimizer.param_groups)
+        flats = flats_of(params)
+        touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
+        for parameter in params:
+            flat, index = parameter._flat, parameter._index
+            assert flat is not None
+            show_whole(parameter, flat.local(self._values(flat), index))
+            if touched[id(flat)][index] and parameter.requires_grad:
+                assert flat.grad is not None
+                set_raw_grad(parameter, flat.local(flat.grad, index))
+
+    def leave(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Show what was shown before."""
+        params = all_params(optimizer.param_groups)
+        for parameter in params:
+            if raw_grad(parameter) is not None:
+                set_raw_grad(parameter, None)
+        for flat in flats_of(params):
+            values = self._values(flat)
+            if values is not flat.shard:
+                flat.shard.copy_(values)
+            flat.unit.discard()
+            flat.rest()
+
+    def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Whole states for every rank.  Collective."""
+        params = all_params(optimizer.param_groups)
+        numbers = {id(p): i for i, p in enumerate(params)}
+        states = {number: dict(state) for number, state in state_dict["state"].items()}
+        for flat in flats_of(params):
+            owned = [(index, numbers[id(p)]) for index, p in enumerate(flat.params) if id(p) in numbers]
+            names = {n for _, number in owned for n, v in states.get(number, {}).items() if _is_local(flat, v)}
+            for name in sorted(names):
+                dtype = next(states[k][name].dtype for _, k in owned if k in states and name in states[k])
+                packed = torch.zeros(flat.shard.numel(), dtype=dtype, device=flat.shard.device)
+                for index, number in owned:
+                    if name in states.get(number, {}):
+                        flat.local(packed, index).copy_(states[number][name])
+                whole = gather_flat(flat, packed)
+                for index, number in owned:
+                    if name in states.get(number, {}):
+                        states[number][name] = whole[index]
+        return {**state_dict, "state": states}
+
+    def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of whole states."""
+        params = all_params(optimizer.param_groups)
+        states = {}
+        for number, state in state_dict["state"].items():
+            parameter = params[int(number)]
+            flat = parameter._flat
+            assert flat is not None
+            states[number] = {
+                name: flat.local_part(value, parameter._index)
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
+                else value
+                for name, value in state.items()
+            }
+        return {**state_dict, "state": states}
+
+
+def _is_local(flat: FlatShard, value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 1

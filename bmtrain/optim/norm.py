@@ -1,0 +1,65 @@
+"""Norms and scaling of gradients that lie in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import kernels
+from ..context import context
+from .pieces import flats_of, pieces
+
+
+def _grads(params: Sequence[Any]) -> list[torch.Tensor]:
+    """This rank's parts of all gradients of ``params``, neighbours joined."""
+    flats_of(params)
+    ready = [p for p in params if p._flat.has_grad]
+    return [piece.grad for piece, _ in pieces(ready)]
+
+
+@torch.no_grad()
+def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
+    """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
+    ctx = context()
+    grads = _grads(params)
+    device = ctx.device.torch_device
+    if norm_type == float("inf"):
+        peak = torch.stack([g.abs().max().float() for g in grads]).max() if grads else torch.zeros((), device=device)
+        ctx.world.all_reduce(peak, "max")
+        return peak
+    if norm_type == 2.0:
+        total = kernels.sum_of_squares(grads).to(device)
+    else:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for grad in grads:
+            total += grad.abs().double().pow(norm_type).sum()
+    ctx.world.all_reduce(total, "sum")
+    return total.pow(1.0 / norm_type).float()
+
+
+@torch.no_grad()
+def clip_(params: Sequence[Any], norm: torch.Tensor, max_norm: float, eps: float) -> None:
+    """Multiply gradients by ``max_norm / (norm + eps)``, at most 1.
+
+    Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
+    """
+    factor = (max_norm / (norm + eps)).clamp(max=1.0)
+    scale_grads_(params, factor)
+
+
+@torch.no_grad()
+def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
+    """Multiply every gradient by ``factor``."""
+    for grad in _grads(params):
+        kernels.scale_(grad, factor)
+
+
+@torch.no_grad()
+def overflowed(params: Sequence[Any]) -> bool:
+    """Whether any rank has an infinite or NaN gradient.  Collective; waits for the device."""
+    ctx = context()
+    bad = kernels.has_inf_or_nan(_grads(params)).to(torch.float32).to(ctx.device.torch_device)
+    ctx.world.all_reduce(bad, "max")
+    return bool(bad.item())

@@ -1,0 +1,111 @@
+"""What an optimizer works on: the parts of flat shards that belong to its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..context import Context, context
+from ..errors import ConfigurationError
+from ..shard.flat import FlatShard
+from ..shard.parameter import DistributedParameter
+
+ParamGroup = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring parameters of one flat shard, as a range of this rank's shard."""
+
+    flat: FlatShard
+    indices: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def grad(self) -> torch.Tensor:
+        """(n,) this rank's part of the gradient."""
+        assert self.flat.grad is not None
+        return self.flat.grad[self.start : self.end]
+
+
+def flats_of(params: Iterable[Any]) -> list[FlatShard]:
+    """The flat shards that hold ``params``, each once, in order.
+
+    Raises ConfigurationError for a parameter that no distributed module holds.
+    """
+    found: dict[int, FlatShard] = {}
+    for number, parameter in enumerate(params):
+        flat = getattr(parameter, "_flat", None)
+        if flat is None:
+            raise ConfigurationError(
+                f"Parameter number {number}, of shape {tuple(parameter.shape)}, is not sharded, so its gradient would not be reduced. "
+                "Let its module's class derive from bmt.DistributedModule, or call bmt.BMTrainModelWrapper(model), before "
+                "the optimizer is made."
+            )
+        found[id(flat)] = flat
+    return list(found.values())
+
+
+def all_params(groups: Sequence[ParamGroup]) -> list[DistributedParameter]:
+    """Every parameter of the groups, in order."""
+    return [p for group in groups for p in group["params"]]
+
+
+def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
+    """For each parameter of each flat shard, whether any rank has a gradient for it.  Collective.
+
+    Ranks may differ: an expert may have had tokens on one rank only.
+    """
+    flags = [t and f.has_grad for f in flats for t in f.touched]
+    ctx = context()
+    if ctx.world_size > 1 and flags:
+        shared = torch.tensor(flags, dtype=torch.uint8)
+        ctx.control.all_reduce(shared, "max")
+        flags = [bool(x) for x in shared.tolist()]
+    out, at = [], 0
+    for flat in flats:
+        out.append(flags[at : at + len(flat.params)])
+        at += len(flat.params)
+    return out
+
+
+def pieces(params: Sequence[DistributedParameter], keys: dict[int, Any] | None = None) -> Iterator[tuple[Piece, Any]]:
+    """Join neighbours among ``params`` that have the same key.  Empty pieces are left out.
+
+    Gaps between neighbours are zeros in values, gradients and moments, and stay so.
+    """
+    wanted: dict[int, tuple[FlatShard, dict[int, Any]]] = {}
+    for parameter in params:
+        flat = parameter._flat
+        assert flat is not None
+        wanted.setdefault(id(flat), (flat, {}))[1][parameter._index] = keys[id(parameter)] if keys is not None else None
+    for flat, chosen in wanted.values():
+        run: list[int] = []
+        for index in [*sorted(chosen), -1]:
+            if run and (index != run[-1] + 1 or chosen[index] != chosen[run[-1]]):
+                piece = _piece(flat, run)
+                if piece.end > piece.start:
+                    yield piece, chosen[run[0]]
+                run = []
+            run.append(index)
+
+
+def _piece(flat: FlatShard, indices: Sequence[int]) -> Piece:
+    slots, rank = flat.layout.slots, flat.unit.ctx.rank
+    first, last = flat.layout.shard_range(rank)
+    start = min(max(slots[indices[0]].start, first), last)
+    end = max(min(slots[indices[-1]].end, last), start)
+    return Piece(flat, tuple(indices), start - first, end - first)
+
+
+def gather_flat(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor]:
+    """Whole CPU tensors, one for each parameter, from a tensor laid out like ``flat.shard``.  Collective."""
+    ctx: Context = flat.unit.ctx
+    device = ctx.device.torch_device
+    whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
+    ctx.world.all_gather(shard_like.to(device).contiguous(), whole)
+    return [view.to("cpu", copy=True) for view in flat.views(whole)]
