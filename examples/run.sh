@@ -19,7 +19,7 @@ bmt-convert examples/plain_gpt --output "$out/converted"
 
 train_converted() {
     torchrun --standalone --nproc_per_node=2 "$out/converted/train.py" \
-        --out "$out/converted_run" --log "$out/converted.jsonl" "$@"
+        --out "$out/converted_run" --losses "$out/converted.jsonl" "$@"
 }
 step "2. train on two ranks, until it is interrupted after step 250"
 train_converted --stop-after 250
@@ -27,7 +27,7 @@ step "2. resume from the checkpoint of step 200"
 train_converted --resume
 
 step "3. the unconverted script, one process, the same global batches"
-python examples/plain_gpt/train.py --out "$out/plain_run" --log "$out/plain.jsonl"
+python examples/plain_gpt/train.py --out "$out/plain_run" --losses "$out/plain.jsonl"
 step "3. compare"
 python examples/compare.py "$out/plain.jsonl" "$out/converted.jsonl" --picture "$out/losses.png"
 

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 def parse_options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the checkpoint")
-    parser.add_argument("--log", help="append one JSON line per step to this file")
+    parser.add_argument("--losses", help="append one JSON line per step to this file")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -127,7 +127,7 @@ def main():
         start = checkpoint["step"]
         print(f"resumed at step {start}")
 
-    with open(options.log or os.devnull, "a") as log:
+    with open(options.losses or os.devnull, "a") as losses:
         progress = tqdm(range(start, options.steps), initial=start, total=options.steps)
         for step in progress:
             lr = learning_rate(step, options)
@@ -150,7 +150,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-            print(json.dumps({"step": step, "loss": step_loss, "lr": lr}), file=log, flush=True)
+            print(json.dumps({"step": step, "loss": step_loss, "lr": lr}), file=losses, flush=True)
             progress.set_postfix(loss=f"{step_loss:.3f}", refresh=False)
 
             done = step + 1
