@@ -128,7 +128,7 @@ def main():
         print(f"resumed at step {start}")
 
     with open(options.losses or os.devnull, "a") as losses:
-        progress = tqdm(range(start, options.steps), initial=start, total=options.steps)
+        progress = tqdm(range(start, options.steps), initial=start, total=options.steps, mininterval=1.0)
         for step in progress:
             lr = learning_rate(step, options)
             for group in optimizer.param_groups:
