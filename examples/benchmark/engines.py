@@ -119,12 +119,11 @@ def bmtrain(options: Namespace, device: torch.device) -> Step:
     with device:
         model = Decoder(SIZES[options.size]).to(options.dtype)
     initialise(model)
-    if options.compile:
-        for block in model.blocks:
-            block.compile()
     recompute = options.recompute == "full"
     model.blocks = bmt.TransformerBlockList([bmt.Block(block, use_checkpoint=recompute) for block in model.blocks])
     model = bmt.BMTrainModelWrapper(model)
+    if options.compile:
+        model = bmt.compile(model)
     optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(optimizer)
