@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -51,17 +52,21 @@ class BuildExtension(build_ext):
     def compile_kernels(self) -> list[str]:
         if shutil.which("nvcc") is None:
             return []
-        objects = []
-        for source in sorted(glob("csrc/kernels/*.cu")):
-            target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-O3", "-std=c++17", "--extended-lambda", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
-            command = ["nvcc", *flags, *ARCHITECTURES, "-c", source, "-o", str(target)]
-            if subprocess.run(command, check=False).returncode != 0:
-                warnings.warn("nvcc cannot compile csrc/kernels; building without CUDA kernels", stacklevel=1)
-                return []
-            objects.append(str(target))
-        return objects
+        sources = sorted(glob("csrc/kernels/*.cu"))
+        with ThreadPoolExecutor() as pool:
+            objects = list(pool.map(self.compile_kernel, sources))
+        if None in objects:
+            warnings.warn("nvcc cannot compile csrc/kernels; building without CUDA kernels", stacklevel=1)
+            return []
+        return [path for path in objects if path is not None]
+
+    def compile_kernel(self, source: str) -> str | None:
+        target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = ["-O3", "-std=c++17", "--extended-lambda", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
+        command = ["nvcc", *flags, *ARCHITECTURES, "-c", source, "-o", str(target)]
+        print(" ".join(command))
+        return str(target) if subprocess.run(command, check=False).returncode == 0 else None
 
 
 SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/nccl/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))]

@@ -53,9 +53,16 @@ struct AdamW {
     }
 };
 
-// log(sum(exp(x))) of a row, one element at a time.  The maximum starts finite, so that -inf elements add nothing
-// instead of NaN.
-struct LogSumExp {
+// What backward needs of a row: log(sum(exp(x))) = maximum + log_sum.  Kept apart, since a large maximum would swallow
+// the digits of log_sum.
+struct RowStatistics {
+    float maximum;
+    float log_sum;
+};
+
+// Maximum of a row and sum(exp(x - maximum)), one element at a time.  The maximum starts finite, so that -inf elements
+// add nothing instead of NaN.
+struct ExponentialSum {
     float maximum = -FLT_MAX;
     float sum = 0.0f;
 
@@ -68,13 +75,13 @@ struct LogSumExp {
         }
     }
 
-    BMT_INLINE void merge(const LogSumExp& other) {
+    BMT_INLINE void merge(const ExponentialSum& other) {
         float larger = fmaxf(maximum, other.maximum);
         sum = sum * expf(maximum - larger) + other.sum * expf(other.maximum - larger);
         maximum = larger;
     }
 
-    BMT_INLINE float value() const { return maximum + logf(sum); }
+    BMT_INLINE RowStatistics statistics() const { return {maximum, logf(sum)}; }
 };
 
 // Cross entropy of one row against one class, optionally weighted and smoothed.
@@ -90,15 +97,18 @@ struct CrossEntropy {
     BMT_INLINE bool is_class(int64_t target) const { return target >= 0 && target < classes; }
 
     // `weighted_sum` is the sum of class_weight(c) * x[c]; it is read only when smoothing.
-    BMT_INLINE float loss(float target_logit, float target_weight, float log_sum_exp, float weighted_sum) const {
-        float value = (1.0f - smoothing) * target_weight * (log_sum_exp - target_logit);
-        if (smoothing > 0.0f) value += smoothing / classes * (total() * log_sum_exp - weighted_sum);
+    BMT_INLINE float loss(float target_logit, float target_weight, const RowStatistics& row, float weighted_sum) const {
+        float value = (1.0f - smoothing) * target_weight * ((row.maximum - target_logit) + row.log_sum);
+        if (smoothing > 0.0f) {
+            value += smoothing / classes * ((total() * row.maximum - weighted_sum) + total() * row.log_sum);
+        }
         return value;
     }
 
     // Derivative of loss with respect to the logit x of class c.
-    BMT_INLINE float derivative(float x, int64_t c, int64_t target, float target_weight, float log_sum_exp) const {
-        float probability = expf(x - log_sum_exp);
+    BMT_INLINE float derivative(float x, int64_t c, int64_t target, float target_weight,
+                                const RowStatistics& row) const {
+        float probability = expf((x - row.maximum) - row.log_sum);
         float value = (1.0f - smoothing) * target_weight * (probability - (c == target ? 1.0f : 0.0f));
         if (smoothing > 0.0f) value += smoothing / classes * (total() * probability - class_weight(c));
         return value;

@@ -40,10 +40,10 @@ void accumulate(Address accumulated, Address source, int64_t count, bool first) 
 }
 
 void cross_entropy_forward(Address logits, int64_t stride, Address targets, int64_t rows, const CrossEntropy& entropy,
-                           Address losses, Address log_sum_exps) {
+                           Address losses, Address statistics) {
     for (int64_t row = 0; row < rows; ++row) {
         auto* x = pointer<const float>(logits) + row * stride;
-        LogSumExp sum;
+        ExponentialSum sum;
         float weighted = 0.0f;
         for (int64_t c = 0; c < entropy.classes; ++c) {
             sum.include(x[c]);
@@ -52,23 +52,23 @@ void cross_entropy_forward(Address logits, int64_t stride, Address targets, int6
         int64_t target = pointer<const int64_t>(targets)[row];
         float loss = std::numeric_limits<float>::quiet_NaN();
         if (target == entropy.ignore_index) loss = 0.0f;
-        else if (entropy.is_class(target)) loss = entropy.loss(x[target], entropy.class_weight(target), sum.value(), weighted);
+        else if (entropy.is_class(target)) loss = entropy.loss(x[target], entropy.class_weight(target), sum.statistics(), weighted);
         pointer<float>(losses)[row] = loss;
-        pointer<float>(log_sum_exps)[row] = sum.value();
+        pointer<RowStatistics>(statistics)[row] = sum.statistics();
     }
 }
 
 void cross_entropy_backward(Address logits, int64_t stride, Address targets, int64_t rows, const CrossEntropy& entropy,
-                            Address log_sum_exps, Address row_gradients) {
+                            Address statistics, Address row_gradients) {
     for (int64_t row = 0; row < rows; ++row) {
         auto* x = pointer<float>(logits) + row * stride;
         int64_t target = pointer<const int64_t>(targets)[row];
-        float log_sum_exp = pointer<const float>(log_sum_exps)[row];
+        const RowStatistics& row_statistics = pointer<const RowStatistics>(statistics)[row];
         float scale = pointer<const float>(row_gradients)[row];
         bool ignored = target == entropy.ignore_index;
         float weight = entropy.is_class(target) ? entropy.class_weight(target) : std::numeric_limits<float>::quiet_NaN();
         for (int64_t c = 0; c < entropy.classes; ++c) {
-            x[c] = ignored ? 0.0f : scale * entropy.derivative(x[c], c, target, weight, log_sum_exp);
+            x[c] = ignored ? 0.0f : scale * entropy.derivative(x[c], c, target, weight, row_statistics);
         }
     }
 }

@@ -32,11 +32,11 @@ void accumulate(const Queue& queue, float* total, const void* source, Scalar typ
 
 // Rows of logits are `stride` apart.  The loss of an ignored row is 0, of a target that is no class NaN.
 void cross_entropy_forward(const Queue& queue, const void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                           int64_t rows, const CrossEntropy& entropy, float* losses, float* log_sum_exps);
+                           int64_t rows, const CrossEntropy& entropy, float* losses, RowStatistics* statistics);
 
 // Overwrites logits by row_gradients[row] times the derivative of that row's loss.
 void cross_entropy_backward(const Queue& queue, void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                            int64_t rows, const CrossEntropy& entropy, const float* log_sum_exps,
+                            int64_t rows, const CrossEntropy& entropy, const RowStatistics* statistics,
                             const float* row_gradients);
 
 }  // namespace bmt::kernels

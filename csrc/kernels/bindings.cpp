@@ -45,17 +45,17 @@ void bind_kernels(py::module_& module) {
     }, Unlocked());
     module.def("cross_entropy_forward", [](int device, Address stream, Address logits, int type, int64_t stride,
                                            Address targets, int64_t rows, const CrossEntropy& entropy, Address losses,
-                                           Address log_sum_exps) {
+                                           Address statistics) {
         kernels::cross_entropy_forward(Queue{device, pointer(stream)}, pointer(logits), static_cast<Scalar>(type),
                                        stride, pointer<const int64_t>(targets), rows, entropy, pointer<float>(losses),
-                                       pointer<float>(log_sum_exps));
+                                       pointer<RowStatistics>(statistics));
     }, Unlocked());
     module.def("cross_entropy_backward", [](int device, Address stream, Address logits, int type, int64_t stride,
                                             Address targets, int64_t rows, const CrossEntropy& entropy,
-                                            Address log_sum_exps, Address row_gradients) {
+                                            Address statistics, Address row_gradients) {
         kernels::cross_entropy_backward(Queue{device, pointer(stream)}, pointer(logits), static_cast<Scalar>(type),
                                         stride, pointer<const int64_t>(targets), rows, entropy,
-                                        pointer<const float>(log_sum_exps), pointer<const float>(row_gradients));
+                                        pointer<const RowStatistics>(statistics), pointer<const float>(row_gradients));
     }, Unlocked());
 }
 

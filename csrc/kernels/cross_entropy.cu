@@ -31,41 +31,43 @@ __device__ __forceinline__ void visit_row(T* row, int64_t count, F&& f) {
 
 template <typename T>
 __global__ void forward_kernel(T* logits, int64_t stride, const int64_t* __restrict__ targets, int64_t rows,
-                               CrossEntropy entropy, float* __restrict__ losses, float* __restrict__ log_sum_exps) {
+                               CrossEntropy entropy, float* __restrict__ losses,
+                               RowStatistics* __restrict__ statistics) {
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         T* x = logits + row * stride;
-        LogSumExp sum;
+        ExponentialSum sum;
         float weighted = 0.0f;
         visit_row<false>(x, entropy.classes, [&](int64_t c, T& value) {
             float logit = to_float(value);
             sum.include(logit);
             if (entropy.smoothing > 0.0f) weighted += entropy.class_weight(c) * logit;
         });
-        sum = reduce_block(sum, LogSumExp(), Merge());
+        sum = reduce_block(sum, ExponentialSum(), Merge());
         if (entropy.smoothing > 0.0f) weighted = reduce_block(weighted, 0.0f, Add());
         if (threadIdx.x != 0) continue;
+        statistics[row] = sum.statistics();
         const int64_t target = targets[row];
         float loss = nanf("");
         if (target == entropy.ignore_index) loss = 0.0f;
         else if (entropy.is_class(target))
-            loss = entropy.loss(to_float(x[target]), entropy.class_weight(target), sum.value(), weighted);
+            loss = entropy.loss(to_float(x[target]), entropy.class_weight(target), statistics[row], weighted);
         losses[row] = loss;
-        log_sum_exps[row] = sum.value();
     }
 }
 
 template <typename T>
 __global__ void backward_kernel(T* logits, int64_t stride, const int64_t* __restrict__ targets, int64_t rows,
-                                CrossEntropy entropy, const float* __restrict__ log_sum_exps,
+                                CrossEntropy entropy, const RowStatistics* __restrict__ statistics,
                                 const float* __restrict__ row_gradients) {
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const int64_t target = targets[row];
         const bool ignored = target == entropy.ignore_index;
-        const float log_sum_exp = log_sum_exps[row], scale = row_gradients[row];
+        const RowStatistics row_statistics = statistics[row];
+        const float scale = row_gradients[row];
         const float weight = entropy.is_class(target) ? entropy.class_weight(target) : nanf("");
         visit_row<true>(logits + row * stride, entropy.classes, [&](int64_t c, T& value) {
             store(value, ignored ? 0.0f
-                                 : scale * entropy.derivative(to_float(value), c, target, weight, log_sum_exp));
+                                 : scale * entropy.derivative(to_float(value), c, target, weight, row_statistics));
         });
     }
 }
@@ -77,27 +79,27 @@ unsigned int blocks_for_rows(int64_t rows) { return static_cast<unsigned int>(st
 }  // namespace
 
 void cross_entropy_forward(const Queue& queue, const void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                           int64_t rows, const CrossEntropy& entropy, float* losses, float* log_sum_exps) {
+                           int64_t rows, const CrossEntropy& entropy, float* losses, RowStatistics* statistics) {
     if (rows == 0) return;
     DeviceGuard guard(queue.device);
     dispatch(type, [&](auto* tag) {
         auto* x = static_cast<decltype(tag)>(const_cast<void*>(logits));  // read only: visit_row<false>
         forward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
                          static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, losses,
-                                                                    log_sum_exps);
+                                                                    statistics);
         BMT_CUDA(cudaGetLastError());
     });
 }
 
 void cross_entropy_backward(const Queue& queue, void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                            int64_t rows, const CrossEntropy& entropy, const float* log_sum_exps,
+                            int64_t rows, const CrossEntropy& entropy, const RowStatistics* statistics,
                             const float* row_gradients) {
     if (rows == 0) return;
     DeviceGuard guard(queue.device);
     dispatch(type, [&](auto* tag) {
         auto* x = static_cast<decltype(tag)>(logits);
         backward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
-                          static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, log_sum_exps,
+                          static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, statistics,
                                                                      row_gradients);
         BMT_CUDA(cudaGetLastError());
     });

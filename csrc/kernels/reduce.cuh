@@ -13,8 +13,8 @@ __device__ __forceinline__ T shuffle_down(T value, int offset) {
     return __shfl_down_sync(kAllLanes, value, offset);
 }
 
-__device__ __forceinline__ LogSumExp shuffle_down(LogSumExp value, int offset) {
-    LogSumExp other;
+__device__ __forceinline__ ExponentialSum shuffle_down(ExponentialSum value, int offset) {
+    ExponentialSum other;
     other.maximum = __shfl_down_sync(kAllLanes, value.maximum, offset);
     other.sum = __shfl_down_sync(kAllLanes, value.sum, offset);
     return other;
@@ -26,7 +26,7 @@ struct Add {
 };
 
 struct Merge {
-    __device__ __forceinline__ LogSumExp operator()(LogSumExp a, const LogSumExp& b) const {
+    __device__ __forceinline__ ExponentialSum operator()(ExponentialSum a, const ExponentialSum& b) const {
         a.merge(b);
         return a;
     }

@@ -1,0 +1,282 @@
+"""Fused operations on flat tensors: one pass over memory each, in fp32 arithmetic.
+
+CUDA tensors take the compiled kernels (csrc/kernels) when this installation has them.  Everything else takes torch
+operations that give the same results in more passes.  Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from .errors import ConfigurationError
+
+try:
+    from . import _C
+except ImportError:  # built without a compiler, or not built: torch operations serve
+    _extension: ModuleType | None = None
+else:
+    _extension = _C
+
+_SCALARS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # kernels::Scalar in csrc/kernels/api.h
+_CHUNK = 1 << 22  # elements of fp64 scratch that a sum on torch operations holds at once
+
+
+def compiled() -> bool:
+    """Whether CUDA tensors take compiled kernels here."""
+    return _extension is not None and bool(_extension.with_cuda)
+
+
+def adamw_(
+    master: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grad: torch.Tensor,
+    out: torch.Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    clip: torch.Tensor | None = None,
+) -> None:
+    """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place.
+
+    All tensors are contiguous and have equally many elements.
+
+    Args:
+        master, exp_avg, exp_avg_sq: parameters and moments, float32.
+        grad: gradient in float32, float16 or bfloat16; it is multiplied by ``grad_scale`` and ``clip`` and not changed.
+        out: receives the new parameters in its own dtype (float32, float16, bfloat16); None for nowhere.
+        step: number of this step, from 1.
+        clip: one float32 element on the same device, or None for 1.
+    """
+    _check_flat(master, exp_avg, exp_avg_sq, grad, *([] if out is None else [out]))
+    for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        if tensor.dtype != torch.float32:
+            raise ConfigurationError(f"adamw_: {name} must be float32, not {tensor.dtype}.")
+    decay = 1 - lr * weight_decay
+    step_size = lr / (1 - beta1**step)
+    correction2_sqrt = (1 - beta2**step) ** 0.5
+    if _fits(master, grad.dtype, master.dtype if out is None else out.dtype):
+        numbers = _C.reference.AdamW(
+            decay=decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2,
+            step_size=step_size, correction2_sqrt=correction2_sqrt, eps=eps,
+        )  # fmt: skip
+        _C.kernels.adamw(
+            *_queue(master), master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
+            grad.data_ptr(), _SCALARS[grad.dtype], _address(out), 0 if out is None else _SCALARS[out.dtype],
+            master.numel(), numbers, grad_scale, _address(clip),
+        )  # fmt: skip
+        return
+    grad = _scaled(grad, grad_scale, clip)
+    master.mul_(decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
+    master.addcdiv_(exp_avg, denominator, value=-step_size)
+    if out is not None:
+        out.copy_(master)
+
+
+def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the squares of all elements of contiguous floating ``tensors``: a 0-d float64 tensor on their device.
+
+    Summed in float64 and in an order that depends on sizes only.  Squares of float32, float16 and bfloat16 do not
+    overflow there: the sum is finite exactly when every element is.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    _check_contiguous(*tensors)
+    if not all(_fits(tensors[0], t.dtype) and t.device == tensors[0].device for t in tensors):
+        total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+        for tensor in tensors:
+            for chunk in tensor.detach().view(-1).split(_CHUNK):  # type: ignore[no-untyped-call]
+                total += chunk.double().square_().sum()
+        return total
+    device, stream = _queue(tensors[0])
+    counts = [_C.kernels.sum_of_squares_partials(t.numel()) for t in tensors]
+    partials = torch.empty(sum(counts) + 1, dtype=torch.float64, device=tensors[0].device)
+    address = partials.data_ptr()
+    for tensor, count in zip(tensors, counts, strict=True):
+        _C.kernels.sum_of_squares(device, stream, tensor.data_ptr(), _SCALARS[tensor.dtype], tensor.numel(), address)
+        address += count * partials.element_size()
+    _C.kernels.sum_partials(device, stream, partials.data_ptr(), len(partials) - 1, address)
+    return partials[-1]
+
+
+def has_inf_or_nan(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether any element is infinite or NaN: a 0-d bool tensor on the tensors' device.
+
+    Of float64, elements from 1e150 on count as infinite.
+    """
+    return ~torch.isfinite(sum_of_squares(tensors))
+
+
+def accumulate_(total: torch.Tensor, source: torch.Tensor, first: bool) -> None:
+    """``total += source``, or ``total = source`` when ``first``; total is float32, source floating, both flat."""
+    _check_flat(total, source)
+    if total.dtype == torch.float32 and _fits(total, source.dtype):
+        device, stream = _queue(total)
+        kind = _SCALARS[source.dtype]
+        _C.kernels.accumulate(device, stream, total.data_ptr(), source.data_ptr(), kind, total.numel(), first)
+    elif first:
+        total.copy_(source)
+    else:
+        total.add_(source)
+
+
+def scale_(tensor: torch.Tensor, factor: float | torch.Tensor) -> None:
+    """``tensor *= factor``; torch's own kernel is already one pass."""
+    tensor.mul_(factor)
+
+
+def cross_entropy_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of each row of ``logits``, in float32, as F.cross_entropy(reduction="none") defines it.
+
+    Args:
+        logits: (N, C), any row stride, neighbouring classes adjacent.
+        target: (N,) int64.  On a GPU a target outside [0, C) that is not ``ignore_index`` gives NaN.
+        weight: (C,) float32 or None.
+
+    Returns losses (N,), 0 for ignored rows, and what backward needs of each row (N, 2): its maximum, and
+    log(sum(exp(row - maximum))).  Both are float32, or float64 for float64 logits on torch operations.
+    """
+    _check_rows(logits, target)
+    if _fits(logits, logits.dtype):
+        losses = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+        statistics = torch.empty(len(target), 2, dtype=torch.float32, device=logits.device)
+        entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
+        _C.kernels.cross_entropy_forward(
+            *_queue(logits), logits.data_ptr(), _SCALARS[logits.dtype], logits.stride(0), target.data_ptr(),
+            len(target), entropy, losses.data_ptr(), statistics.data_ptr(),
+        )  # fmt: skip
+        return losses, statistics
+    wide = _wide(logits)
+    losses = torch.nn.functional.cross_entropy(
+        wide, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    maximum = wide.amax(dim=1)
+    return losses, torch.stack([maximum, (wide - maximum.unsqueeze(1)).logsumexp(dim=1)], dim=1)
+
+
+def cross_entropy_backward_(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    statistics: torch.Tensor,
+    row_grad: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Overwrite ``logits`` by the gradient, given each row loss's gradient ``row_grad`` (N,) in float32.
+
+    The other arguments are forward's, and ``statistics`` (N, 2) is what it returned.
+    """
+    _check_rows(logits, target)
+    _check_flat(row_grad, target)
+    _check_contiguous(statistics)
+    if _fits(logits, logits.dtype):
+        entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
+        _C.kernels.cross_entropy_backward(
+            *_queue(logits), logits.data_ptr(), _SCALARS[logits.dtype], logits.stride(0), target.data_ptr(),
+            len(target), entropy, statistics.data_ptr(), row_grad.data_ptr(),
+        )  # fmt: skip
+        return
+    counted = target != ignore_index
+    index = target.masked_fill(~counted, 0)
+    gradient = (_wide(logits) - statistics[:, :1]).sub_(statistics[:, 1:]).exp_()
+    wanted = gradient.new_ones(len(target)) if weight is None else weight[index]
+    by_class = torch.ones_like(gradient[0]) if weight is None else weight
+    spread = label_smoothing / logits.shape[1]
+    uniform = gradient * by_class.sum() - by_class if label_smoothing > 0 else None
+    gradient.scatter_add_(1, index.unsqueeze(1), gradient.new_full((len(target), 1), -1.0))
+    gradient.mul_((wanted * (1 - label_smoothing)).unsqueeze(1))
+    if uniform is not None:
+        gradient.add_(uniform, alpha=spread)
+    gradient.mul_(row_grad.unsqueeze(1)).masked_fill_(~counted.unsqueeze(1), 0.0)
+    logits.copy_(gradient)
+
+
+def _fits(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether the compiled kernels can take these dtypes on the tensor's device."""
+    return tensor.is_cuda and _built_for(tensor.get_device()) and all(dtype in _SCALARS for dtype in dtypes)
+
+
+@lru_cache
+def _built_for(device: int) -> bool:
+    return compiled() and torch.cuda.get_device_capability(device) >= (8, 0)  # the oldest that setup.py builds for
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
+
+
+def _queue(tensor: torch.Tensor) -> tuple[int, int]:
+    """Device index and handle of the current stream there."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _scaled(grad: torch.Tensor, scale: float, clip: torch.Tensor | None) -> torch.Tensor:
+    grad = grad.float()
+    if clip is not None:
+        return grad * (clip.float() * scale)
+    return grad * scale if scale != 1.0 else grad
+
+
+def _entropy(
+    logits: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, smoothing: float
+) -> tuple[_C._CrossEntropy, torch.Tensor | None]:
+    """The kernels' description of the loss, and a tensor to keep until they are queued."""
+    if weight is not None and (weight.dtype != torch.float32 or not weight.is_contiguous()):
+        raise ConfigurationError(f"Cross entropy needs contiguous float32 class weights, not {weight.dtype}.")
+    total = weight.sum() if weight is not None else None
+    entropy = _C.reference.CrossEntropy(
+        classes=logits.shape[1], ignore_index=ignore_index, smoothing=smoothing,
+        weight=_address(weight), weight_total=_address(total),
+    )  # fmt: skip
+    return entropy, total
+
+
+def _check_contiguous(*tensors: torch.Tensor) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ConfigurationError("Fused operations need contiguous tensors; call .contiguous() first.")
+
+
+def _check_flat(first: torch.Tensor, *others: torch.Tensor) -> None:
+    _check_contiguous(first, *others)
+    for other in others:
+        if other.numel() != first.numel() or other.device != first.device:
+            raise ConfigurationError(
+                f"Fused operations need equally many elements on one device, not {first.numel()} on {first.device} "
+                f"and {other.numel()} on {other.device}."
+            )
+
+
+def _check_rows(logits: torch.Tensor, target: torch.Tensor) -> None:
+    if logits.dim() != 2 or target.shape != logits.shape[:1] or target.dtype != torch.int64:
+        raise ConfigurationError(
+            f"Cross entropy needs logits (N, C) and int64 targets (N,), not {tuple(logits.shape)} and "
+            f"{target.dtype} {tuple(target.shape)}."
+        )
+    if logits.stride(1) != 1 and logits.shape[1] > 1:
+        raise ConfigurationError("Cross entropy needs logits whose last dimension is contiguous.")
+    _check_contiguous(target)

@@ -1,0 +1,139 @@
+"""adamw_ against torch.optim.AdamW and against the same formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bmtrain import kernels
+from bmtrain.errors import ConfigurationError
+
+HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+# Torch's CPU square root is not always correctly rounded; after a few steps that shows in this many last places.
+ROUNDINGS = 8
+SIZES = [1, 3, 4, 127, 4099, 300_001]
+
+
+def new_states(count: int, device: torch.device, offset: int = 0) -> list[torch.Tensor]:
+    """Master, moments and gradient; ``offset`` elements into their memory, so that 128-bit accesses do not fit."""
+    states = [torch.randn(count + offset), torch.zeros(count + offset), torch.zeros(count + offset)]
+    states.append(torch.randn(count + offset) * 0.1)
+    return [state.to(device)[offset:] for state in states]
+
+
+def torch_adamw(master: torch.Tensor) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
+    parameter = torch.nn.Parameter(master.detach().cpu().clone())
+    optimizer = torch.optim.AdamW(
+        [parameter],
+        lr=HYPER["lr"],
+        betas=(HYPER["beta1"], HYPER["beta2"]),
+        eps=HYPER["eps"],
+        weight_decay=HYPER["weight_decay"],
+        foreach=False,
+        fused=False,
+    )
+    return parameter, optimizer
+
+
+def in_units_of_last_place(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference of float32 tensors, in units of the last place of the larger (not under 2^-10)."""
+    a, b = a.cpu(), b.cpu()
+    unit = torch.maximum(a.abs(), b.abs()).clamp(min=2.0**-10) * 2.0**-23
+    return float(((a - b).abs() / unit).max())
+
+
+@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_equals_torch_adamw(device: torch.device, count: int, offset: int) -> None:
+    master, exp_avg, exp_avg_sq, grad = new_states(count, device, offset)
+    parameter, optimizer = torch_adamw(master)
+    out = torch.empty(count, dtype=torch.bfloat16, device=device)
+    for step in range(1, 6):
+        parameter.grad = grad.cpu().clone()
+        optimizer.step()
+        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, out, step=step, **HYPER)
+        grad.mul_(-0.7)
+    state = optimizer.state[parameter]
+    limit = 0 if device.type == "cpu" else ROUNDINGS
+    assert in_units_of_last_place(exp_avg, state["exp_avg"]) <= limit
+    assert in_units_of_last_place(exp_avg_sq, state["exp_avg_sq"]) <= limit
+    assert in_units_of_last_place(master, parameter.detach()) <= limit
+    assert torch.equal(out, master.bfloat16())
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16, None])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equals_formula_in_float64(
+    device: torch.device, grad_dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> None:
+    master, exp_avg, exp_avg_sq, grad = new_states(10_007, device)
+    grad = grad.to(grad_dtype)
+    before = grad.clone()
+    p, m, v = (t.double() for t in (master, exp_avg, exp_avg_sq))
+    out = None if out_dtype is None else torch.empty(10_007, dtype=out_dtype, device=device)
+    clip = torch.tensor(0.25, device=device)
+    for step in (1, 2, 3):
+        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, out, step=step, grad_scale=0.5, clip=clip, **HYPER)
+        g = grad.double() * 0.125
+        p *= 1 - HYPER["lr"] * HYPER["weight_decay"]
+        m = HYPER["beta1"] * m + (1 - HYPER["beta1"]) * g
+        v = HYPER["beta2"] * v + (1 - HYPER["beta2"]) * g * g
+        c1, c2 = 1 - HYPER["beta1"] ** step, 1 - HYPER["beta2"] ** step
+        p -= HYPER["lr"] / c1 * m / (v.sqrt() / c2**0.5 + HYPER["eps"])
+    torch.testing.assert_close(master.double(), p, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(exp_avg.double(), m, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(exp_avg_sq.double(), v, rtol=1e-6, atol=1e-12)
+    assert torch.equal(grad, before)
+    assert out is None or torch.equal(out, master.to(out.dtype))
+
+
+@pytest.mark.gpu
+def test_compiled_kernel_equals_its_cpu_reference_bit_for_bit() -> None:
+    from bmtrain import _C
+
+    torch.manual_seed(0)
+    states = new_states(50_021, torch.device("cpu"))
+    on_gpu = [state.cuda() for state in states]
+    for step in (1, 2, 3):
+        numbers = reference_numbers(step)
+        _C.reference.adamw(*(s.data_ptr() for s in states), states[0].numel(), numbers, 0.5)
+        kernels.adamw_(*on_gpu, None, step=step, grad_scale=0.5, **HYPER)
+    for expected, actual in zip(states, on_gpu, strict=True):
+        assert torch.equal(expected, actual.cpu())
+
+
+def test_cpu_reference_equals_torch_operations() -> None:
+    extension = pytest.importorskip("bmtrain._C")
+    torch.manual_seed(0)
+    states = new_states(50_021, torch.device("cpu"))
+    expected = [state.clone() for state in states]
+    for step in (1, 2, 3):
+        numbers = reference_numbers(step)
+        extension.reference.adamw(*(s.data_ptr() for s in states), states[0].numel(), numbers, 0.5)
+        kernels.adamw_(*expected, None, step=step, grad_scale=0.5, **HYPER)
+    for name, actual, wanted in zip(("master", "exp_avg", "exp_avg_sq"), states, expected, strict=False):
+        assert in_units_of_last_place(actual, wanted) <= ROUNDINGS, name
+
+
+def reference_numbers(step: int) -> object:
+    from bmtrain import _C
+
+    return _C.reference.AdamW(
+        decay=1 - HYPER["lr"] * HYPER["weight_decay"],
+        beta2=HYPER["beta2"],
+        weight1=1 - HYPER["beta1"],
+        weight2=1 - HYPER["beta2"],
+        step_size=HYPER["lr"] / (1 - HYPER["beta1"] ** step),
+        correction2_sqrt=(1 - HYPER["beta2"] ** step) ** 0.5,
+        eps=HYPER["eps"],
+    )
+
+
+def test_tensors_that_do_not_fit_are_refused(device: torch.device) -> None:
+    master, exp_avg, exp_avg_sq, grad = new_states(8, device)
+    with pytest.raises(ConfigurationError, match="equally many"):
+        kernels.adamw_(master, exp_avg, exp_avg_sq, grad[:4], None, step=1, **HYPER)
+    with pytest.raises(ConfigurationError, match="contiguous"):
+        kernels.adamw_(master[::2], exp_avg[::2], exp_avg_sq[::2], grad[::2], None, step=1, **HYPER)
+    with pytest.raises(ConfigurationError, match="master must be float32"):
+        kernels.adamw_(master.half(), exp_avg, exp_avg_sq, grad, None, step=1, **HYPER)
