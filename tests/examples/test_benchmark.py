@@ -1,0 +1,76 @@
+"""The benchmark runs on a machine without a GPU too, at a size made for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARK = ROOT / "examples" / "benchmark"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(BENCHMARK / "run.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.fixture(name="streams", scope="module")
+def load_streams() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_streams", BENCHMARK / "streams.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def event(name: str, stream: int, begin: float, end: float) -> dict[str, Any]:
+    return {"name": name, "ts": begin, "dur": end - begin, "args": {"stream": stream}}
+
+
+def test_busy_time_counts_overlapping_work_once(streams: ModuleType) -> None:
+    assert streams.busy([event("a", 1, 0, 10), event("b", 1, 5, 8), event("c", 1, 20, 25)]) == 15
+
+
+def test_the_profile_says_how_gathers_moved(streams: ModuleType) -> None:
+    events = [
+        event("gemm", 7, 0, 4000),
+        event("Memcpy PtoP (Device -> Device)", 8, 1000, 3000),
+        event("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", 9, 3000, 5000),
+    ]
+    lines = streams.summary(events, steps=1)
+    assert lines[0] == "span 5.0 ms per step"
+    assert "stream 8: 1 operations, busy 2.0 ms, idle 3.0 ms" in lines
+    assert "gathers moved by copy engines (Memcpy PtoP): 1 operations, 2.0 ms" in lines
+    assert "reductions moved by a kernel: 1 operations, 2.0 ms" in lines
+
+
+def test_a_workload_that_is_none_is_explained() -> None:
+    done = run("nano:two:full")
+    assert done.returncode == 1
+    assert "SIZE:BATCH:RECOMPUTE" in done.stderr
+
+
+def test_engines_run_side_by_side(tmp_path: Path) -> None:
+    results = tmp_path / "results.json"
+    done = run(
+        "nano:1:full", "--engines", "bmtrain", "fsdp2", "deepspeed", "--ranks", "2", "--sequence", "16",
+        "--warmup", "1", "--steps", "2", "--json", str(results), "--picture", str(tmp_path / "benchmark.png"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, fsdp2, deepspeed = json.loads(results.read_text())["nano:1:full"]
+    for result in (ours, fsdp2):
+        assert result["failure"] is None
+        assert result["tokens"] > 0
+        assert result["last_loss"] < result["first_loss"]
+    assert ours["first_loss"] == pytest.approx(fsdp2["first_loss"], rel=0.02)
+    assert deepspeed["failure"] in ("not installed", "needs a GPU")
+    assert (tmp_path / "benchmark.png").stat().st_size > 0

@@ -1,0 +1,32 @@
+"""examples/bmtrain_gpt shows what conversion does: it is, byte for byte, what bmt-convert makes of examples/plain_gpt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rewriter.cli import main
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def test_the_converted_example_is_what_the_converter_makes(tmp_path: Path) -> None:
+    assert main([str(EXAMPLES / "plain_gpt"), "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert contents(tmp_path / "out") == contents(EXAMPLES / "bmtrain_gpt"), (
+        "run: rm -r examples/bmtrain_gpt; bmt-convert examples/plain_gpt --output examples/bmtrain_gpt"
+    )
+
+
+def test_the_plain_example_does_change() -> None:
+    assert main([str(EXAMPLES / "plain_gpt"), "--check", "--quiet"]) == 1
+
+
+def test_converting_the_converted_example_changes_nothing() -> None:
+    assert main([str(EXAMPLES / "bmtrain_gpt"), "--check", "--quiet"]) == 0
