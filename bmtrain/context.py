@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
 from .device import Device, choose_device
@@ -50,8 +50,15 @@ class Engine(Protocol):
     def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
         """Whole units for one operation, and for the rest of the forward it is part of."""
 
+    @property
+    def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
+        """While a block runs a second time: what to call with each tensor that would be saved."""
+
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
+
+    def updated(self, unit: Any) -> None:
+        """An optimizer has just changed all of ``unit``.  Collective."""
 
 
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
@@ -63,7 +70,7 @@ class Context:
 
     topology: Topology
     device: Device
-    store: dist.Store
+    store: Store
     world: Communicator
     """Collectives of user code, on tensors of ``device``."""
     control: Communicator
@@ -111,7 +118,9 @@ def engine_factory(factory: EngineT) -> EngineT:
 def context() -> Context:
     """The process's Context.  Raises NotInitializedError before ``init_distributed``."""
     if _State.context is None:
-        raise NotInitializedError("Call bmt.init_distributed() first, before any bmtrain module, parameter or optimizer is made.")
+        raise NotInitializedError(
+            "Call bmt.init_distributed() first, before any bmtrain module, parameter or optimizer is made."
+        )
     return _State.context
 
 
@@ -172,7 +181,9 @@ def init_distributed(
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1),
     )  # fmt: skip
     if tp_size > 1 or pipe_size > 1:
-        raise UnsupportedError("Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out.")
+        raise UnsupportedError(
+            "Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out."
+        )
     chosen = choose_device(device, topology.local_rank)
     if topology.world_size > 1:
         env.setdefault("MASTER_ADDR", "localhost")
@@ -192,11 +203,11 @@ def shutdown() -> None:
         _State.context = None
 
 
-def _connect(topology: Topology, device: Device, store: dist.Store, timeout: timedelta) -> Context:
+def _connect(topology: Topology, device: Device, store: Store, timeout: timedelta) -> Context:
     def gloo(name: str) -> Communicator:
         if topology.world_size == 1:
             return LocalCommunicator()
-        return GlooCommunicator(dist.PrefixStore(name, store), topology.rank, topology.world_size, timeout)
+        return GlooCommunicator(PrefixStore(name, store), topology.rank, topology.world_size, timeout)
 
     control = gloo("control")
     if topology.world_size == 1 or not device.is_cuda:
@@ -204,9 +215,8 @@ def _connect(topology: Topology, device: Device, store: dist.Store, timeout: tim
     from .comm.nccl import NcclCommunicator
 
     def nccl(name: str, zero_cta: bool) -> Communicator:
-        policy = "zero" if zero_cta else "default"
-        args = (store, name, topology.rank, topology.world_size, device.torch_device)
-        return NcclCommunicator(*args, policy=policy)
+        args: Any = (store, name, topology.rank, topology.world_size, device.torch_device)
+        return NcclCommunicator(*args, policy="zero" if zero_cta else "default")
 
     # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
     return Context(

@@ -17,17 +17,17 @@ class Event:
     """A point on a stream that another stream can wait for."""
 
     def __init__(self, cuda: bool) -> None:
-        self._event: torch.cuda.Event | None = torch.cuda.Event() if cuda else None
+        self._event: torch.cuda.Event | None = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def record(self, stream: torch.cuda.Stream | None = None) -> None:
         """Mark the present end of ``stream`` (default: the current one)."""
         if self._event is not None:
-            self._event.record(stream)  # type: ignore[no-untyped-call]
+            self._event.record(stream)
 
     def wait(self, stream: torch.cuda.Stream | None = None) -> None:
         """Let later work of ``stream`` (default: the current one) run only after the recorded point."""
         if self._event is not None:
-            self._event.wait(stream)  # type: ignore[no-untyped-call]
+            self._event.wait(stream)
 
 
 class Device:
@@ -41,7 +41,9 @@ class Device:
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         # High priority: a collective that waits behind a GEMM's thread blocks starts too late to overlap the next.
-        return torch.cuda.Stream(self.torch_device, priority=-1) if self.is_cuda else None
+        if not self.is_cuda:
+            return None
+        return torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
 
     def event(self) -> Event:
         """A new event, not yet recorded."""
@@ -53,7 +55,7 @@ class Device:
         if stream is None:
             yield
         else:
-            with torch.cuda.stream(stream):  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
                 yield
 
     def event_after(self, stream: torch.cuda.Stream | None) -> Event:
@@ -92,7 +94,9 @@ def choose_device(asked: str | None, local_rank: int) -> torch.device:
     if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise DeviceError("device='cuda' was asked for, but torch sees no GPU here. Leave device out to run on the CPU.")
+        raise DeviceError(
+            "device='cuda' was asked for, but torch sees no GPU here. Leave device out to run on the CPU."
+        )
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise DeviceError(

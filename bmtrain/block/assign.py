@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigurationError
 from ..shard.parameter import DistributedParameter, as_distributed
 from ..shard.unit import ShardUnit
+from .linear import land_gradients
 from .sharded import ShardedModule, become
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         become(group.owner, ShardedModule)
         group.owner.__dict__["_bmt_unit"] = unit
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
+    if engine.ctx.device.is_cuda:
+        land_gradients(root)
     for module in root.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != engine.ctx.device.torch_device:
@@ -77,8 +80,8 @@ def _spare_owners(root: nn.Module, owners: dict[int, _Group]) -> list[_Group]:
                     wanted.discard(id(parameter))
                     if "_bmt_unit" in module.__dict__:
                         raise ConfigurationError(
-                            f"Parameter {key!r} was added to {name or 'a module'} after it had been sharded. Put it into a new "
-                            "submodule and call bmt.BMTrainModelWrapper(model) again."
+                            f"Parameter {key!r} was added to {name or 'a module'} after it had been sharded. Put it "
+                            "into a new submodule and call bmt.BMTrainModelWrapper(model) again."
                         )
                     extra = spare.setdefault(id(module), _Group(module, name))
                     extra.names.append(f"{name}.{key}")
@@ -101,7 +104,8 @@ def _check(group: _Group) -> None:
     for name, parameter in zip(group.names, group.parameters, strict=True):
         if nn.parameter.is_lazy(parameter):
             raise ConfigurationError(
-                f"Parameter {name!r} has no shape yet (a lazy module). Run the module once on a sample before it is sharded."
+                f"Parameter {name!r} has no shape yet (a lazy module). Run the module once on a sample before it is "
+                "sharded."
             )
         if type(parameter) not in (nn.Parameter, DistributedParameter):
             raise ConfigurationError(

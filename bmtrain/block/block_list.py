@@ -19,8 +19,8 @@ class TransformerBlockList(nn.ModuleList):
         modules: the elements; those that are not Blocks yet become Blocks.
         num_hidden: how many of the positional arguments each block replaces by its results.
 
-    ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with ``num_hidden=2``
-    it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
+    ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
+    ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1) -> None:
@@ -54,10 +54,13 @@ class TransformerBlockList(nn.ModuleList):
         return part
 
     def forward(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
-        """Run all blocks.  With ``return_hidden_states`` also each hidden's inputs to every block, stacked: (L, ...)."""
+        """Run all blocks.
+
+        With ``return_hidden_states`` also give each hidden's inputs to every block, stacked: (L, ...).
+        """
         count = self.num_hidden
         if len(args) < count:
-            raise ConfigurationError(f"The list carries {count} hidden values but got {len(args)} positional arguments.")
+            raise ConfigurationError(f"The list carries {count} hidden values; it got {len(args)} positional ones.")
         hidden, extra = args[:count], args[count:]
         inputs: list[list[Any]] = [[] for _ in range(count)]
         for block in self:
@@ -67,11 +70,11 @@ class TransformerBlockList(nn.ModuleList):
             out = block(*hidden, *extra, **kwargs)
             hidden = (out,) if count == 1 else tuple(out)
             if len(hidden) != count:
-                raise ConfigurationError(f"A block returned {len(hidden)} values; with num_hidden={count} it must return {count}.")
+                raise ConfigurationError(f"With num_hidden={count} a block returns {count} values, not {len(hidden)}.")
         if return_hidden_states:
             return (*hidden, *(torch.stack(seen) for seen in inputs))
         return hidden[0] if count == 1 else hidden
 
 
 def _as_block(module: nn.Module) -> nn.Module:
-    return module if isinstance(module, Block) else Block(module)  # type: ignore[no-any-return]
+    return module if isinstance(module, Block) else Block(module)

@@ -12,14 +12,15 @@ from .sharded import ShardedModule
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def compile(model: ModuleT, **options: Any) -> ModuleT:  # noqa: A001 - torch's name for it
+def compile(model: ModuleT, **options: Any) -> ModuleT:
     """Compile every Block of ``model`` in place (the whole model if it has none) and return it.
 
     ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code.
     """
     blocks = [m for m in model.modules() if isinstance(m, Block)]
     outermost = [b for b in blocks if not any(b is not other and b in set(other.modules()) for other in blocks)]
-    for module in outermost or [model]:
+    chosen: list[nn.Module] = [*outermost] or [model]
+    for module in chosen:
         assert isinstance(module, ShardedModule) or not blocks
-        module.compile(**options)  # type: ignore[no-untyped-call]
+        module.compile(**options)
     return model

@@ -19,18 +19,22 @@ from .frame import Frame, PlaceInFlat
 from .residency import Residency
 from .trace import Phase, Trace
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
 _COMPUTE = {
-    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.bilinear, F.conv1d, F.conv2d, F.conv3d,
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.scaled_dot_product_attention, F.prelu, F.embedding_bag,
-    F.multi_head_attention_forward, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum,
-    torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm, torch.Tensor.bmm,
+    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.bilinear, F.conv1d, F.conv2d,
+    F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.scaled_dot_product_attention, F.prelu,
+    F.embedding_bag, F.multi_head_attention_forward, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
+    torch.einsum, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm,
+    torch.Tensor.bmm,
 }  # fmt: skip
 """Functions that belong to a model's forward even when no module of ours is running."""
 
 
 @engine_factory
 class Engine:
-    """Gathers along the observed order, reduces as the backward passes, and gathers on demand whatever was not foreseen."""
+    """Gathers along the observed order, reduces as the backward passes, and gathers on demand what was not foreseen."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -45,6 +49,7 @@ class Engine:
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
+        self._note: Callable[[torch.Tensor], Any] | None = None
 
     # -- sharding -------------------------------------------------------------------------------------------------
 
@@ -62,7 +67,7 @@ class Engine:
         return self._depth == 0
 
     def forward(
-        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         """Run one module's forward with its unit whole."""
         grad = torch.is_grad_enabled()
@@ -85,7 +90,7 @@ class Engine:
         return out
 
     def _framed(
-        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         parent = self._frames[-1] if self._frames else None
         if parent is not None and parent.recompute:
@@ -117,7 +122,7 @@ class Engine:
         self.residency.hide_all()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(self._backward_starts)
+                tensor.register_hook(self._backward_starts)  # type: ignore[no-untyped-call]
 
     def _enter(self, unit: ShardUnit, phase: Phase) -> None:
         if self.ctx.world_size == 1:
@@ -181,7 +186,7 @@ class Engine:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
-            torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self.finish_backward)
 
     def backward_reaches(self, frame: Frame) -> None:
         """The backward needs something that ``frame`` saved.
@@ -222,10 +227,11 @@ class Engine:
         return base.as_strided(place.size, place.stride, place.offset)
 
     @contextmanager
-    def recomputing(self, frame: Frame) -> Iterator[None]:
-        """Around the second run of a block's forward."""
+    def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+        """Around the second run of a block's forward; ``note`` is told of every tensor it would save."""
         unit = frame.units[0] if frame.units else None
         saved, self._frames = self._frames, [frame]
+        outer_note, self._note = self._note, note
         self._recomputing += 1
         self._depth += 1
         self._adopted.append([])
@@ -236,14 +242,25 @@ class Engine:
         try:
             yield
         finally:
-            self._frames = saved
+            self._frames, self._note = saved, outer_note
             self._recomputing -= 1
             self._depth -= 1
             for adopted in [*self._adopted.pop(), *([unit] if unit is not None else [])]:
                 adopted.pins -= 1
 
+    @property
+    def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
+        """While a block runs a second time: what to call with each tensor that would be saved, instead of saving it.
+
+        None when somebody else's hooks (a checkpoint inside the block) would have got those tensors.
+        """
+        if self._note is None:
+            return None
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+        return self._note if top is not None and top[0] is self._note else None
+
     def finish_backward(self) -> None:
-        """Reduce every gradient that is not reduced yet, in the units' order, and release what is whole.  Collective."""
+        """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""
         self._task = -1
         used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
         for frame in self._begun:
@@ -261,6 +278,12 @@ class Engine:
         if self.idle:
             self._unpin_loose()
             self.residency.drop_all()
+
+    def updated(self, unit: ShardUnit) -> None:
+        """An optimizer has just changed all of ``unit``: if the next step begins with it, gather it meanwhile."""
+        unit.discard()
+        if self.ctx.device.is_cuda and self.idle and unit.index in self.trace.opening():
+            self.residency.expect(unit)
 
     def release_all(self) -> None:
         """Nothing is whole after this except what running forwards use."""

@@ -9,6 +9,7 @@ the block once more; that second run stops after the last tensor that is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Frame:
     def _pack(self, tensor: torch.Tensor) -> Any:
         flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
         if flat is not None:
-            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if not self.recompute:
             return tensor
         self._count += 1
@@ -96,14 +97,15 @@ class Frame:
 
         assert self._again is not None
         try:
-            with self.engine.recomputing(self), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            with self.engine.recomputing(self, pack), torch.autograd.graph.saved_tensors_hooks(pack, _never):
                 self._again()
         except _Enough:
             pass
         if len(made) != self._count:
             raise ConfigurationError(
-                f"Recomputing {self.units[0].name if self.units else 'a block'} saved {len(made)} tensors where its forward "
-                f"saved {self._count}: the block does not do the same twice. Use bmt.Block(..., use_checkpoint=False) for it."
+                f"Recomputing {self.units[0].name if self.units else 'a block'} saved {len(made)} tensors where its "
+                f"forward saved {self._count}: the block does not do the same twice. Use "
+                "bmt.Block(..., use_checkpoint=False) for it."
             )
         self._made = made
 
@@ -127,21 +129,22 @@ class _Repeat:
     def __call__(self) -> Any:
         if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
             raise ConfigurationError(
-                "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it cannot "
-                "be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write x = x + y for x += y."
+                "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it "
+                "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
+                "x = x + y for x += y."
             )
         args, kwargs = tree_map(_detached, self._inputs)
         present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
         try:
-            with torch.enable_grad(), _autocast(*self._autocast[0]), _autocast(*self._autocast[1]):
+            with ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                for kind, enabled, dtype in self._autocast:
+                    if enabled or torch.is_autocast_enabled(kind):
+                        stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
                 return self._call(*args, **kwargs)
         finally:
             self._device.set_rng_state(present)
-
-
-def _autocast(kind: str, enabled: bool, dtype: torch.dtype) -> torch.amp.autocast:
-    return torch.amp.autocast(kind, dtype=dtype, enabled=enabled and (kind == "cpu" or torch.cuda.is_available()))
 
 
 def _detached(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,13 +72,15 @@ class ShardedModule(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """``.to()``, ``.half()``, ``.cuda()``...: dtypes change; parameters stay on this process's device."""
         if "_bmt_unit" not in self.__dict__:
-            return super()._apply(fn, recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = context().device.torch_device
         for unit in owned_units(self):
             for flat in unit.flats:
                 shard = fn(flat.shard)
                 if shard.device.type not in (device.type, "cpu"):
-                    raise DeviceError(f"The model is on {device}; it cannot move to {shard.device}. Choose it in init_distributed.")
+                    raise DeviceError(
+                        f"The model is on {device}; it cannot move to {shard.device}. Choose it in init_distributed."
+                    )
                 if shard.dtype != flat.dtype:
                     flat.convert(shard.to(device))
         for module in self.modules():
@@ -96,10 +98,10 @@ def become(module: nn.Module, mixin: type[ShardedModule]) -> None:
     """Make ``module`` an instance of ``mixin`` as well, in place."""
     if not isinstance(module, mixin):
         own = next(c for c in type(module).__mro__ if not issubclass(c, ShardedModule))
-        module.__class__ = _mixed(mixin, own)
+        module.__class__ = _mixed(mixin, own)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
@@ -140,9 +142,10 @@ def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) ->
         problems += [f"unexpected: {key}" for key in state_dict if key not in expected]
     for key, value in expected.items():
         given = state_dict.get(key)
-        if isinstance(value, torch.Tensor) and isinstance(given, torch.Tensor) and given.shape != value.shape:
-            if not (value.dim() == 0 and given.shape == (1,)):
-                problems.append(f"shape of {key}: {tuple(given.shape)} given, {tuple(value.shape)} in the model")
+        if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
+            continue
+        if given.shape != value.shape and not (value.dim() == 0 and given.shape == (1,)):
+            problems.append(f"shape of {key}: {tuple(given.shape)} given, {tuple(value.shape)} in the model")
     if problems:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems))
 

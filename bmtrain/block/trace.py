@@ -17,9 +17,9 @@ Step = tuple[int, Phase]
 class Trace:
     """Records one run (an outermost forward and what follows it) and predicts from the last run of its kind.
 
-    While every rank does what its last run predicts, nothing is exchanged: equal histories predict equally.  A rank that
-    leaves the prediction asks the others, through the store, whether they did the same; if not, it raises instead
-    of starting a gather that nobody joins.
+    While every rank does what its last run predicts, nothing is exchanged: equal histories predict equally.  A rank
+    that leaves the prediction asks the others, through the store, whether they did the same; if not, it raises
+    instead of starting a gather that nobody joins.
     """
 
     def __init__(self, ctx: Context, patience: timedelta) -> None:
@@ -41,6 +41,11 @@ class Trace:
         self._expected = self._past.get(kind, [])
         if early:
             self._agree(f"the start of the forward of {name}")
+
+    def opening(self, count: int = 2) -> list[int]:
+        """The units that the next training run needs first, as far as known."""
+        last = self._run or self._past.get(self._kind, [])
+        return list(dict.fromkeys(index for index, _ in last[:count]))
 
     def note(self, index: int, phase: Phase, name: str) -> int | None:
         """Unit ``index`` is needed now.  Returns the unit predicted next, if any.
@@ -92,6 +97,6 @@ class Trace:
 
 def _message(here: int, what: str, rank: int, did: str) -> str:
     return (
-        f"Rank {here} came to {what}, but rank {rank} {did}. All ranks must run the same blocks in the same order: decide "
-        "skips and early exits from a generator seeded alike on every rank, or run the block and drop its result."
+        f"Rank {here} came to {what}, but rank {rank} {did}. All ranks must run the same blocks in the same order: "
+        "decide skips and early exits from a generator seeded alike on all ranks, or run the block and drop its result."
     )

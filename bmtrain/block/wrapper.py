@@ -13,7 +13,7 @@ from .block_list import TransformerBlockList
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def BMTrainModelWrapper(model: ModuleT) -> ModuleT:  # noqa: N802 - the published name
+def BMTrainModelWrapper(model: ModuleT) -> ModuleT:
     """Shard an ordinary model in place and return it.
 
     Every ``nn.ModuleList`` of two or more modules of one class, at the outermost level, becomes a TransformerBlockList.
@@ -35,7 +35,7 @@ def _find_stacks(module: nn.Module) -> None:
             continue
         if type(child) is nn.ModuleList and _is_stack(child):
             child.__class__ = TransformerBlockList
-            child.num_hidden = 1
+            child.__dict__["num_hidden"] = 1
             for element in child:
                 Block(element)
         else:

@@ -87,7 +87,7 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
 def _read(path: Path) -> tuple[Any, str | None]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001 - unpickling may raise anything; the caller reports it
+    except Exception as error:  # unpickling may raise anything; the caller reports it
         return None, f"{type(error).__name__}: {error}"
     if not isinstance(state, dict):
         return None, f"it holds a {type(state).__name__}, not a state dict"
@@ -95,9 +95,8 @@ def _read(path: Path) -> tuple[Any, str | None]:
 
 
 def _from_rank_0(ctx: Context, state: Any) -> dict[str, Any]:
-    kinds = broadcast_object(
-        None if state is None else {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    )
+    kinds = {k: (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for k, v in (state or {}).items()}
+    kinds = broadcast_object(kinds)
     out: dict[str, Any] = {}
     for key, kind in kinds.items():
         if isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[1], torch.dtype):

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from ..errors import CommunicationError
 from .base import Communicator, ReduceOp
 
-_OPS = {
+_OPS: dict[ReduceOp, Any] = {
     "sum": dist.ReduceOp.SUM,
     "avg": dist.ReduceOp.SUM,  # gloo has no average: divide afterwards
     "max": dist.ReduceOp.MAX,
@@ -25,9 +26,9 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 class GlooCommunicator(Communicator):
     """Ranks on CPUs.  A private process group: torch.distributed's default one stays the user's to create."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
         super().__init__(rank, world_size)
-        self._group = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self.check_sizes(shard, whole)
@@ -87,5 +88,6 @@ def _run(collective: Callable[[], Any]) -> None:
         collective().wait()
     except RuntimeError as error:
         raise CommunicationError(
-            f"A collective failed: {error}. Usually another rank stopped or ran different code; its own error is the cause."
+            f"A collective failed: {error}. Usually another rank stopped or ran different code; its own error is the "
+            "cause."
         ) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from ..errors import CommunicationError
 
@@ -16,19 +17,19 @@ class Meeting:
 
     rank: int
     world_size: int
-    store: dist.Store
+    store: Store
 
 
 def meet(init_method: str, rank: int, world_size: int, timeout: timedelta) -> Meeting:
     """Meet the other ranks through ``init_method`` (``env://``, ``tcp://HOST:PORT`` or ``file://PATH``)."""
     if world_size == 1:
-        return Meeting(0, 1, dist.PrefixStore("bmtrain", dist.HashStore()))
+        return Meeting(0, 1, PrefixStore("bmtrain", HashStore()))
     try:
-        store, rank, world_size = next(dist.rendezvous(init_method, rank, world_size, timeout=timeout))
+        store, rank, world_size = next(rendezvous(init_method, rank, world_size, timeout=timeout))
     except (RuntimeError, ValueError) as error:
         raise CommunicationError(
             f"The {world_size} ranks could not meet through {init_method!r}: {error}. "
             "Check that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable from every node."
         ) from error
     store.set_timeout(timeout)
-    return Meeting(rank, world_size, dist.PrefixStore("bmtrain", store))
+    return Meeting(rank, world_size, PrefixStore("bmtrain", store))

@@ -117,7 +117,8 @@ class AdamOptimizer(torch.optim.Optimizer):
         kernels.adamw_(
             master[where], state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(master.device),
             flat.shard[where] if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
-            beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step, grad_scale=1.0 / scale,
+            beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
+            grad_scale=1.0 / scale,
         )  # fmt: skip
         if apart and not direct:
             flat.shard[where].copy_(master[where])
@@ -226,12 +227,18 @@ def _check_fits(
 ) -> None:
     problems = []
     given = [len(g["params"]) for g in state_dict.get("param_groups", [])]
-    if given != [len(g["params"]) for g in groups]:
-        problems.append(f"its groups have {given} parameters, the optimizer's have {[len(g['params']) for g in groups]}")
-    if sharded and tuple(state_dict["shard_of"]) != (context().rank, context().world_size):
-        problems.append(f"it is rank {state_dict['shard_of'][0]}'s of {state_dict['shard_of'][1]}; this is rank {context().rank} of {context().world_size}")
+    wanted = [len(g["params"]) for g in groups]
+    if given != wanted:
+        problems.append(f"its groups have {given} parameters, the optimizer's have {wanted}")
+    here = (context().rank, context().world_size)
+    if sharded and tuple(state_dict["shard_of"]) != here:
+        rank, size = state_dict["shard_of"]
+        problems.append(f"it is rank {rank}'s of {size}; this is rank {here[0]} of {here[1]}")
     for number, saved in state_dict.get("state", {}).items():
-        if not sharded and not problems and saved["exp_avg"].shape != params[int(number)].shape:
-            problems.append(f"parameter {number} has shape {tuple(saved['exp_avg'].shape)} there, {tuple(params[int(number)].shape)} here")
+        if sharded or given != wanted:
+            break
+        there, expected = tuple(saved["exp_avg"].shape), tuple(params[int(number)].shape)
+        if there != expected:
+            problems.append(f"parameter {number} has shape {there} there, {expected} here")
     if problems:
         raise CheckpointError("The optimizer state does not fit; nothing was loaded: " + "; ".join(problems) + ".")

@@ -26,8 +26,8 @@ def adapt(optimizer: torch.optim.Optimizer) -> None:
     for cls in type(optimizer).__mro__:
         if cls.__name__ in _NEED_WHOLE:
             raise ConfigurationError(
-                f"{cls.__name__} needs whole matrices, which no rank holds. Use bmt.optim.AdamOptimizer or an element-wise "
-                "torch optimizer (SGD, Adam, AdamW, RMSprop, Adagrad)."
+                f"{cls.__name__} needs whole matrices, which no rank holds. Use bmt.optim.AdamOptimizer or an "
+                "element-wise torch optimizer (SGD, Adam, AdamW, RMSprop, Adagrad)."
             )
     flats_of(all_params(optimizer.param_groups))
     view = _ShardView(optimizer)

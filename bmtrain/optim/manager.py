@@ -20,8 +20,8 @@ class OptimManager:
 
     Args:
         loss_scale: initial loss scale for fp16; None trains without one.
-        loss_scale_factor, loss_scale_steps: the scale is divided by the factor when a gradient overflows, and multiplied by
-            it after so many good steps.
+        loss_scale_factor, loss_scale_steps: the scale is divided by the factor when a gradient overflows, and
+            multiplied by it after so many good steps.
         min_loss_scale, max_loss_scale: its bounds.
         grad_scale: losses are divided by this; None means the world size, so that gradients are means over ranks.
 
@@ -101,7 +101,7 @@ class OptimManager:
             return
         for optimizer, schedule in zip(self.optimizers, self.lr_schedulers, strict=True):
             if getattr(optimizer, "_bmtrain_optimizer", False):
-                optimizer.step(scale=self.loss_scale)  # type: ignore[call-arg]
+                optimizer.step(scale=self.loss_scale)  # type: ignore[call-overload]
             else:
                 if self.loss_scale != 1.0:
                     scale_grads_(all_params(optimizer.param_groups), 1.0 / self.loss_scale)
@@ -139,7 +139,8 @@ class OptimManager:
         """Go on from ``state_dict``.  Raises ConfigurationError when it holds another number of optimizers."""
         if len(state_dict["optimizers"]) != len(self.optimizers):
             raise ConfigurationError(
-                f"The state holds {len(state_dict['optimizers'])} optimizers, this manager has {len(self.optimizers)}; add them first."
+                f"The state holds {len(state_dict['optimizers'])} optimizers, this manager has {len(self.optimizers)}; "
+                "add them first."
             )
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -42,9 +42,9 @@ def flats_of(params: Iterable[Any]) -> list[FlatShard]:
         flat = getattr(parameter, "_flat", None)
         if flat is None:
             raise ConfigurationError(
-                f"Parameter number {number}, of shape {tuple(parameter.shape)}, is not sharded, so its gradient would not be reduced. "
-                "Let its module's class derive from bmt.DistributedModule, or call bmt.BMTrainModelWrapper(model), before "
-                "the optimizer is made."
+                f"Parameter number {number}, of shape {tuple(parameter.shape)}, is not sharded, so its gradient would "
+                "not be reduced. Let its module's class derive from bmt.DistributedModule, or call "
+                "bmt.BMTrainModelWrapper(model), before the optimizer is made."
             )
         found[id(flat)] = flat
     return list(found.values())

@@ -5,6 +5,6 @@ from .module import DistributedModule
 from .parameter import DistributedParameter, ParameterInitializer
 
 __all__ = [
-    "DistributedModule", "DistributedParameter", "ParameterInitializer", "gather_grad", "gathered", "grouped_parameters",
-    "init_parameters",
+    "DistributedModule", "DistributedParameter", "ParameterInitializer", "gather_grad", "gathered",
+    "grouped_parameters", "init_parameters",
 ]  # fmt: skip

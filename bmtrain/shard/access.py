@@ -21,7 +21,7 @@ def units_of(what: Gatherable) -> list[ShardUnit]:
     if isinstance(what, nn.Module):
         parameters: Iterable[nn.Parameter] = what.parameters()
     elif isinstance(what, torch.Tensor):
-        parameters = [what]
+        parameters = [what]  # type: ignore[list-item]
     else:
         parameters = what
     found: dict[int, ShardUnit] = {}

@@ -39,6 +39,7 @@ class FlatShard:
         self.has_grad = False
         self.version = 0
         self.buffer: Buffer | None = None
+        self._landing: tuple[Buffer, list[bool]] | None = None
         self._poison: list[torch.Tensor] = []
         for index, parameter in enumerate(self.params):
             if parameter._flat is not None:
@@ -80,10 +81,7 @@ class FlatShard:
     def show(self, buffer: Buffer) -> None:
         """Make the parameters views of ``buffer``, which holds all shards."""
         self.buffer = buffer
-        views = buffer.views.get(id(self.layout))
-        if views is None:
-            views = buffer.views[id(self.layout)] = self.views(buffer.tensor)
-        for parameter, view in zip(self.params, views, strict=True):
+        for parameter, view in zip(self.params, buffer.views(self.layout), strict=True):
             show_whole(parameter, view)
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
@@ -137,6 +135,25 @@ class FlatShard:
         """Whether any parameter here gets a gradient."""
         return any(p.requires_grad for p in self.params)
 
+    def landing(self, index: int) -> tuple[torch.Tensor, bool]:
+        """Where a whole gradient of parameter ``index`` goes to be reduced, and whether it is the first to come."""
+        if self._landing is None:
+            buffer = self.unit.pools.acquire_grads(self)
+            self._landing = (buffer, [False] * len(self.params))
+        buffer, landed = self._landing
+        first, landed[index] = not landed[index], True
+        return buffer.views(self.layout)[index], first
+
+    def take_landing(self) -> tuple[Buffer, list[bool]]:
+        """The buffer to reduce, and which parameters' gradients are in it already."""
+        taken, self._landing = self._landing, None
+        return taken or (self.unit.pools.acquire_grads(self), [False] * len(self.params))
+
+    @property
+    def has_landed(self) -> bool:
+        """Whether whole gradients wait in the buffer."""
+        return self._landing is not None
+
     def raw_grads(self) -> list[torch.Tensor | None]:
         """What autograd has accumulated and nobody reduced yet."""
         return [raw_grad(p) for p in self.params]
@@ -183,7 +200,7 @@ class FlatShard:
         made.unit, made.names = unit, list(self.names)
         made.touched, made.has_grad = [False] * len(self.params), False
         made.shard = self._new_shard().copy_(self.shard)
-        made.grad, made.buffer, made._poison, made.params = None, None, [], []
+        made.grad, made.buffer, made._landing, made._poison, made.params = None, None, None, [], []
         for index, old in enumerate(self.params):
             new = DistributedParameter(
                 make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group  # type: ignore[attr-defined]

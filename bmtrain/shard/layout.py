@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import prod
 
 ALIGN = 128
@@ -57,7 +57,7 @@ class Layout:
         return start - first, end - first, start - slot.start
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_layout(shapes: tuple[tuple[int, ...], ...], world_size: int, align: int = ALIGN) -> Layout:
     """Lay parameters of these shapes one after the other and pad so that all ranks keep equally much.
 

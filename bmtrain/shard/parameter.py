@@ -23,8 +23,8 @@ from ..context import context
 if TYPE_CHECKING:
     from .flat import FlatShard
 
-_raw_grad = torch.Tensor.grad
-_raw_data = torch.Tensor.data
+_raw_grad: Any = torch.Tensor.grad
+_raw_data: Any = torch.Tensor.data
 
 
 class ParameterInitializer:
@@ -58,7 +58,7 @@ class DistributedParameter(nn.Parameter):
         group: str | None = None,
     ) -> DistributedParameter:
         context()  # a clear error when init_distributed was forgotten
-        made = nn.Parameter.__new__(cls, data, requires_grad)  # type: ignore[arg-type]
+        made = nn.Parameter.__new__(cls, data, requires_grad)
         return _adopt(made, init_method, group)
 
     @property
@@ -67,13 +67,13 @@ class DistributedParameter(nn.Parameter):
         return self._group  # type: ignore[attr-defined, no-any-return]
 
     @property
-    def grad(self) -> torch.Tensor | None:  # type: ignore[override]
+    def grad(self) -> torch.Tensor | None:
         """The gradient as far as a single rank can show it.
 
         Whole while autograd holds it and at world size 1; once reduced and sharded, a NaN placeholder of the whole
         shape (use ``bmt.gather_grad(p)``); None if there is none.
         """
-        raw: torch.Tensor | None = _raw_grad.__get__(self)  # type: ignore[attr-defined]
+        raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
             return raw
         return self._flat.visible_grad(self._index)
@@ -82,16 +82,16 @@ class DistributedParameter(nn.Parameter):
     def grad(self, value: torch.Tensor | None) -> None:
         flat = self._flat
         if flat is None or (value is not None and value.shape != self.shape):
-            _raw_grad.__set__(self, value)  # type: ignore[attr-defined]
+            _raw_grad.__set__(self, value)
             return
-        _raw_grad.__set__(self, None)  # type: ignore[attr-defined]
+        _raw_grad.__set__(self, None)
         flat.set_grad(self._index, value)
 
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
 
-    def gather(self) -> torch.Tensor:
+    def gather(self) -> torch.Tensor:  # type: ignore[override]
         """The whole value, a copy that does not follow later updates.  Collective."""
         from .access import gathered
 
@@ -114,8 +114,8 @@ class DistributedParameter(nn.Parameter):
 
         if self._flat is not None and not self._flat.is_whole:
             raise ShardedAccessError(
-                f"Parameter {self._flat.names[self._index]!r} is sharded and cannot be pickled. Save model.state_dict(), "
-                "or use bmt.save(model, path)."
+                f"Parameter {self._flat.names[self._index]!r} is sharded and cannot be pickled. Save "
+                "model.state_dict(), or use bmt.save(model, path)."
             )
         return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, {})
 
@@ -125,14 +125,19 @@ class ShardedParameter(DistributedParameter):
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         from .rules import on_sharded
 
         return on_sharded(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"DistributedParameter(shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad}, sharded)"
+        facts = f"shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad}"
+        return f"DistributedParameter({facts}, sharded)"
 
 
 def _adopt(
@@ -154,24 +159,24 @@ def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
 
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """The gradient autograd has accumulated and nobody has taken yet."""
-    return _raw_grad.__get__(parameter)  # type: ignore[attr-defined, no-any-return]
+    return _raw_grad.__get__(parameter)  # type: ignore[no-any-return]
 
 
 def set_raw_grad(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
     """Replace autograd's own gradient field."""
-    _raw_grad.__set__(parameter, value)  # type: ignore[attr-defined]
+    _raw_grad.__set__(parameter, value)
 
 
 def show_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:
     """Enter the whole state with ``value`` as data."""
     parameter.__class__ = DistributedParameter
-    _raw_data.__set__(parameter, value)  # type: ignore[attr-defined]
+    _raw_data.__set__(parameter, value)
 
 
 def show_sharded(parameter: DistributedParameter, poison: torch.Tensor) -> None:
     """Enter the sharded state."""
     parameter.__class__ = DistributedParameter
-    _raw_data.__set__(parameter, poison)  # type: ignore[attr-defined]
+    _raw_data.__set__(parameter, poison)
     parameter.__class__ = ShardedParameter
 
 

@@ -7,6 +7,7 @@ the transport registers them once); on a CPU they go back to the allocator.
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import torch
 
 from ..comm import Communicator
 from ..device import Device, Event
+from .layout import Layout
 
 
 @dataclass(eq=False)
@@ -23,41 +25,61 @@ class Buffer:
     tensor: torch.Tensor
     key: Hashable
     free: Event
-    views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    """Parameter views into this buffer by layout, made once."""
+    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def views(self, layout: Layout) -> list[torch.Tensor]:
+        """Every parameter's view of this buffer, made once for each layout."""
+        views = self._views.get(id(layout))
+        if views is None:
+            views = self._views[id(layout)] = [self.tensor[s.start : s.end].view(s.shape) for s in layout.slots]
+        return views
 
 
 class BufferPool:
-    """Buffers of one purpose, all moved by one communicator."""
+    """Buffers of one purpose, all moved by one communicator.
+
+    Units that may share a buffer name the same key.  Two buffers serve any number of them: while one is in use, the
+    other is on its way.
+    """
 
     def __init__(self, device: Device, comm: Communicator, zeroed: bool) -> None:
         self._device, self._comm, self._zeroed = device, comm, zeroed
-        self._idle: dict[Hashable, list[Buffer]] = {}
+        self._idle: dict[Hashable, deque[Buffer]] = {}
+        self._made: Counter[Hashable] = Counter()
+        self._users: Counter[Hashable] = Counter()
+
+    def join(self, key: Hashable) -> None:
+        """One more unit uses buffers of ``key``."""
+        self._users[key] += 1
+
+    def leave(self, key: Hashable) -> None:
+        """One unit less; the last one takes the buffers along."""
+        self._users[key] -= 1
+        if not self._users[key]:
+            self._idle.pop(key, None)
+            self._made.pop(key, None)
 
     def acquire(self, numel: int, dtype: torch.dtype, key: Hashable, stream: torch.cuda.Stream | None) -> Buffer:
-        """A buffer that work on ``stream`` may overwrite.  ``key`` names what may share it: equal layouts.
+        """A buffer that work on ``stream`` may overwrite.
 
         With ``zeroed`` a new buffer starts as zeros; what earlier owners of the same key left is still in it.
         """
-        idle = self._idle.get((numel, dtype, key))
-        if idle:
-            buffer = idle.pop()
+        idle = self._idle.get(key)
+        # Not the one that was just given back while there may be a second: its last user is still at work on it.
+        if idle and self._made[key] >= min(2, self._users[key]):
+            buffer = idle.popleft()
             buffer.free.wait(stream)
             return buffer
+        self._made[key] += 1
         with self._device.on(stream):
             tensor = self._comm.alloc(numel, dtype, self._device.torch_device)
             if self._zeroed:
                 tensor.zero_()
-        return Buffer(tensor, (numel, dtype, key), self._device.event())
+        return Buffer(tensor, key, self._device.event())
 
     def give_back(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
-        if not self._device.is_cuda:
+        if not self._device.is_cuda or not self._users[buffer.key]:
             return
         buffer.free.record(stream)
-        self._idle.setdefault(buffer.key, []).append(buffer)
-
-    def clear(self) -> None:
-        """Drop every idle buffer."""
-        self._device.synchronize()
-        self._idle.clear()
+        self._idle.setdefault(buffer.key, deque()).append(buffer)

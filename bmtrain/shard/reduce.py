@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import kernels
 from .flat import FlatShard
 from .parameter import set_raw_grad
 
@@ -13,42 +14,47 @@ def reduce_flat(flat: FlatShard) -> None:
 
     A parameter without a gradient on this rank counts as zeros: another rank may have one.
     """
-    ctx = flat.unit.ctx
-    device, stream = ctx.device, ctx.device.reduce_stream
-    layout, pool = flat.layout, flat.unit.pools.grads
-    current = device.current_stream()
-    # Gaps between parameters are never written, so a buffer that starts as zeros keeps them zero.
-    buffer = pool.acquire(layout.numel, flat.dtype, layout, current)
-    fresh, flat.has_grad = not flat.has_grad, True
+    device = flat.unit.ctx.device
+    buffer, landed = flat.take_landing()
+    with torch.no_grad():
+        _collect(flat, buffer.views(flat.layout), landed)
+        grad = flat.ensure_grad()
+        fresh, flat.has_grad = not flat.has_grad, True
+        device.event_after(device.current_stream()).wait(device.reduce_stream)
+        with device.on(device.reduce_stream):
+            _accumulate(flat, buffer.tensor, grad, fresh)
+    flat.unit.pools.grads.give_back(buffer, device.reduce_stream)
+
+
+def _collect(flat: FlatShard, views: list[torch.Tensor], landed: list[bool]) -> None:
+    """Bring every gradient of ``flat`` into the buffer."""
     sources, targets = [], []
-    for index, (raw, view) in enumerate(zip(flat.raw_grads(), flat.views(buffer.tensor), strict=True)):
-        if raw is None or not flat.params[index].requires_grad:
+    for index, (raw, view) in enumerate(zip(flat.raw_grads(), views, strict=True)):
+        if raw is not None and flat.params[index].requires_grad:
+            dense = raw.to_dense() if raw.is_sparse else raw
+            if landed[index]:
+                view.add_(dense)
+            else:
+                sources.append(dense)
+                targets.append(view)
+            set_raw_grad(flat.params[index], None)
+        elif not landed[index]:
             view.zero_()
             continue
-        sources.append(raw.to_dense() if raw.is_sparse else raw)
-        targets.append(view)
         flat.touched[index] = True
-        set_raw_grad(flat.params[index], None)
-    with torch.no_grad():
-        if sources:
-            torch._foreach_copy_(targets, sources)
-        grad = flat.ensure_grad()
-        ready = device.event()
-        ready.record(current)
-        ready.wait(stream)
-        with device.on(stream):
-            _accumulate(flat, buffer.tensor, grad, fresh)
-    pool.give_back(buffer, stream)
+    if sources:
+        torch._foreach_copy_(targets, sources)
 
 
 def _accumulate(flat: FlatShard, whole: torch.Tensor, grad: torch.Tensor, fresh: bool) -> None:
-    ctx = flat.unit.ctx
+    ctx, pools = flat.unit.ctx, flat.unit.pools
     if fresh and grad.dtype == whole.dtype:
         ctx.reduce.reduce_scatter(whole, grad)
         return
-    part = torch.empty(grad.numel(), dtype=whole.dtype, device=grad.device)
-    ctx.reduce.reduce_scatter(whole, part)
-    if fresh:
-        grad.copy_(part)
+    part = pools.acquire_part(flat)
+    ctx.reduce.reduce_scatter(whole, part.tensor)
+    if grad.dtype == torch.float32:
+        kernels.accumulate_(grad, part.tensor, fresh)
     else:
-        grad.add_(part)
+        grad.add_(part.tensor)
+    pools.parts.give_back(part, ctx.device.reduce_stream)

@@ -15,16 +15,17 @@ _T = torch.Tensor
 
 _ATTRIBUTES = {
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "is_cuda", "is_cpu", "is_meta",
-    "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "names", "output_nr", "retains_grad", "_version", "is_mps",
-    "_backward_hooks", "_grad_fn", "_base", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_vulkan", "is_ipu", "is_xla", "is_maia",
-    "_post_accumulate_grad_hooks", "volatile", "name", "data", "grad", "_grad", "grad_dtype",
+    "is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "names", "output_nr", "retains_grad", "_version",
+    "is_mps", "_backward_hooks", "_grad_fn", "_base", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_vulkan", "is_ipu",
+    "is_xla", "is_maia", "_post_accumulate_grad_hooks", "volatile", "name", "data", "grad", "_grad", "grad_dtype",
 }  # fmt: skip
 """Attributes that a parameter answers without its values.  ``data`` reads as NaN, as the class documents."""
 
 _METHODS = {
-    _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point, _T.is_complex,
-    _T.is_contiguous, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook, _T.is_signed,
-    _T.register_post_accumulate_grad_hook, _T.detach, _T.storage_offset, _T.type, _T.is_set_to, _T.untyped_storage,
+    _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
+    _T.is_complex, _T.is_contiguous, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook,
+    _T.is_signed, _T.register_post_accumulate_grad_hook, _T.detach, _T.storage_offset, _T.type, _T.is_set_to,
+    _T.untyped_storage,
     _T.data_ptr, _T.__repr__, _T.__format__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size,
     _T.is_inference, _T.is_shared, _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
@@ -32,12 +33,15 @@ _METHODS = {
 
 _ELEMENTWISE = {
     _T.copy_, _T.zero_, _T.fill_, _T.add_, _T.sub_, _T.mul_, _T.div_, _T.neg_, _T.lerp_, _T.clamp_, _T.clamp_min_,
-    _T.clamp_max_, _T.addcmul_, _T.addcdiv_, _T.sign_, _T.abs_, _T.sqrt_, _T.pow_, _T.__iadd__, _T.__isub__, _T.__imul__,
-    _T.__itruediv__, torch._foreach_add_, torch._foreach_mul_, torch._foreach_lerp_, torch._foreach_copy_,
+    _T.clamp_max_, _T.addcmul_, _T.addcdiv_, _T.sign_, _T.abs_, _T.sqrt_, _T.pow_, _T.__iadd__, _T.__isub__,
+    _T.__imul__, _T.__itruediv__, torch._foreach_add_, torch._foreach_mul_, torch._foreach_lerp_, torch._foreach_copy_,
 }  # fmt: skip
 """In-place functions whose every output element depends on the same element of the inputs only."""
 
-_NEVER = {_T.item, _T.tolist, _T.numpy, _T.cpu, _T.cuda, _T.to, _T.clone, _T.mean, _T.std, _T.norm, _T.__bool__, _T.share_memory_}
+_NEVER = {
+    _T.item, _T.tolist, _T.numpy, _T.cpu, _T.cuda, _T.to, _T.clone, _T.mean, _T.std, _T.norm, _T.__bool__,
+    _T.share_memory_,
+}  # fmt: skip
 
 
 def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -80,7 +84,8 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
             if value._flat.layout is flat.layout and value._index == index:
                 return value._flat.local(value._flat.shard, index)
             raise ShardedAccessError(
-                f"{_name(func)} mixes two sharded parameters that lie differently; use it inside `with bmt.gathered(...)`."
+                f"{_name(func)} mixes two sharded parameters that lie differently; use it inside "
+                "`with bmt.gathered(...)`."
             )
         if isinstance(value, torch.Tensor) and value.dim():
             return flat.local_part(value.to(flat.shard.device).expand(target.shape), index)
@@ -123,6 +128,7 @@ def _name(func: Any) -> str:
 def _advice(func: Any, args: tuple[Any, ...]) -> str:
     names = [_where(leaf) for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, ShardedParameter)]
     return (
-        f"{_name(func)} needs the values of {', '.join(names[:3]) or 'a parameter'}, which is sharded over the ranks. On every "
-        "rank, read it inside `with bmt.gathered(module_or_parameter):`, or change it inside `with bmt.gathered(..., write=True):`."
+        f"{_name(func)} needs the values of {', '.join(names[:3]) or 'a parameter'}, which is sharded over the ranks. "
+        "On every rank, read it inside `with bmt.gathered(module_or_parameter):`, or change it inside "
+        "`with bmt.gathered(..., write=True):`."
     )

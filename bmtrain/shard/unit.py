@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,41 @@ if TYPE_CHECKING:
 
 
 class Pools:
-    """Where units get their buffers: one pool for parameters, one for gradients."""
+    """Where units get their buffers: whole parameters, whole gradients, and parts of reduced gradients."""
 
     def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
         self.params = BufferPool(ctx.device, ctx.gather, zeroed=False)
         self.grads = BufferPool(ctx.device, ctx.reduce, zeroed=True)
+        self.parts = BufferPool(ctx.device, ctx.reduce, zeroed=False)
+
+    def join(self, flat: FlatShard) -> None:
+        """``flat`` will use buffers, until it is gone."""
+        keys = ((self.params, _size(flat)), (self.grads, _place(flat)), (self.parts, _size(flat)))
+        for pool, key in keys:
+            pool.join(key)
+            weakref.finalize(flat, pool.leave, key)
+
+    def acquire_params(self, flat: FlatShard) -> Buffer:
+        """For all values of ``flat``, to be written on the gather stream."""
+        return self.params.acquire(flat.layout.numel, flat.dtype, _size(flat), self._ctx.device.gather_stream)
+
+    def acquire_grads(self, flat: FlatShard) -> Buffer:
+        """For all gradients of ``flat``, to be written by the current stream; zeros between parameters."""
+        stream = self._ctx.device.current_stream()
+        return self.grads.acquire(flat.layout.numel, flat.dtype, _place(flat), stream)
+
+    def acquire_part(self, flat: FlatShard) -> Buffer:
+        """For this rank's part of one reduction, to be written on the reduce stream."""
+        return self.parts.acquire(flat.layout.shard_numel, flat.dtype, _size(flat), self._ctx.device.reduce_stream)
+
+
+def _size(flat: FlatShard) -> tuple[int, torch.dtype]:
+    return flat.layout.numel, flat.dtype
+
+
+def _place(flat: FlatShard) -> tuple[int, torch.dtype]:
+    return id(flat.layout), flat.dtype  # equal layouts are one object, and have their gaps at the same places
 
 
 class ShardUnit:
@@ -54,6 +85,8 @@ class ShardUnit:
         for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
             groups.setdefault((params[index].dtype, params[index].requires_grad), []).append(index)
         self.flats = [FlatShard(self, [params[i] for i in g], [names[i] for i in g]) for g in groups.values()]
+        for flat in self.flats:
+            pools.join(flat)
 
     @property
     def whole_bytes(self) -> int:
@@ -74,7 +107,7 @@ class ShardUnit:
         self._ready.record(device.current_stream())  # the shard may just have been updated
         self._ready.wait(stream)
         for flat in self.flats:
-            buffer = self.pools.params.acquire(flat.layout.numel, flat.dtype, "params", stream)
+            buffer = self.pools.acquire_params(flat)
             with device.on(stream):
                 self.ctx.gather.all_gather(flat.shard, buffer.tensor)
             self._coming.append(buffer)
@@ -124,7 +157,7 @@ class ShardUnit:
 
     def has_raw_grads(self) -> bool:
         """Whether autograd left gradients here that are not reduced yet."""
-        return any(g is not None for flat in self.flats if flat.trainable for g in flat.raw_grads())
+        return any(f.has_landed or any(g is not None for g in f.raw_grads()) for f in self.flats if f.trainable)
 
     def reduce_grads(self) -> None:
         """Sum whole gradients over ranks and add this rank's part to its gradient shards."""
@@ -146,6 +179,8 @@ class ShardUnit:
         made._coming, made.is_whole = [], self.ctx.world_size == 1
         made.reduced, made._ready = self.ctx.device.event(), self.ctx.device.event()
         made.flats = [flat.copy_for(made, memo) for flat in self.flats]
+        for flat in made.flats:
+            self.pools.join(flat)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:
