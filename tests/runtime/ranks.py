@@ -69,10 +69,10 @@ def run_ranks(
     """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks and returns their results, rank 0's first.
 
     ``function`` is a top-level function; arguments and results are pickled. Before the first call every process runs
-    ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the variable
-    BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded
-    with 0 and the gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks
-    for processes that no other test uses, before or after: needed by whatever changes the process for good.
+    ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the
+    variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
+    gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks for processes
+    that no other test uses, before or after: needed by whatever changes the process for good.
     Raises RanksFailed with the traceback of every rank that failed.
     """
     task = _describe(function, args, kwargs)
@@ -237,7 +237,7 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
                 bmt.init_distributed(**init)
             started = True
             answer = (True, pickle.dumps(_perform(task)))
-        except BaseException:  # noqa: BLE001 - whatever it is, the parent must hear of it
+        except BaseException:  # whatever it is, the parent must hear of it
             answer = (False, traceback.format_exc())
         try:
             pipe.send_bytes(pickle.dumps(answer))

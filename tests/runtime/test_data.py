@@ -1,0 +1,272 @@
+"""Shares of global batches: put together again, they are what one process would have seen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+import torch
+from ranks import run_ranks
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    WeightedRandomSampler,
+)
+
+import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
+
+
+class Numbers(Dataset[tuple[torch.Tensor, str]]):
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return torch.tensor([index, -index]), f"sample {index}"
+
+
+class Stream(IterableDataset[int]):
+    def __iter__(self) -> Iterator[int]:
+        yield from range(11)
+
+
+class Pair(NamedTuple):
+    tokens: torch.Tensor
+    names: list[str]
+
+
+class Batches(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        for start in (0, 10):
+            tokens = torch.arange(start, start + 5)
+            yield {"pair": Pair(tokens, [f"n{i}" for i in tokens.tolist()]), "scale": torch.tensor(2.0), "step": start}
+
+
+class Drawing(Sampler[list[int]]):
+    """Draws anew for every batch, from all three generators."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(4):
+            yield [
+                int(torch.randint(100, ())),
+                random.randrange(100),
+                int(numpy.random.randint(100)),
+                int(torch.randint(100, ())),
+            ]
+
+    def __len__(self) -> int:
+        return 4
+
+
+def shuffled(**options: Any) -> DataLoader[Any]:
+    return DataLoader(Numbers(23), batch_size=6, shuffle=True, **options)
+
+
+def with_generator() -> DataLoader[Any]:
+    return shuffled(generator=torch.Generator().manual_seed(9))
+
+
+def weighted() -> DataLoader[Any]:
+    sampler = WeightedRandomSampler(torch.linspace(0, 1, 23).tolist(), 40)
+    return DataLoader(Numbers(23), sampler=sampler, batch_size=5, drop_last=True)
+
+
+def in_order() -> DataLoader[Any]:
+    return DataLoader(Numbers(11), batch_size=4, collate_fn=list)
+
+
+def own_batches() -> DataLoader[Any]:
+    return DataLoader(Numbers(100), batch_sampler=BatchSampler(range(0, 100, 7), 4, drop_last=False))
+
+
+def drawing() -> DataLoader[Any]:
+    return DataLoader(Numbers(100), batch_sampler=Drawing())
+
+
+def workers() -> DataLoader[Any]:
+    return shuffled(num_workers=1)
+
+
+LOADERS: list[Callable[[], DataLoader[Any]]] = [
+    shuffled,
+    with_generator,
+    weighted,
+    in_order,
+    own_batches,
+    drawing,
+    workers,
+]
+
+
+def indices(batch: Any) -> list[int]:
+    rows = [sample[0] for sample in batch] if isinstance(batch[0], tuple) else batch[0]
+    return [int(row[0]) for row in rows]
+
+
+def two_epochs(make: Callable[[], DataLoader[Any]], share: bool, disturb: bool = False) -> dict[str, Any]:
+    """Indices of two epochs, and the state of the process's generator at the end."""
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+    loader = bmt.shard_loader(make()) if share else make()
+    if disturb:  # ranks that have drawn differently before, as a model with dropout does
+        torch.rand(bmt.rank()), random.random() if bmt.rank() else None
+    epochs = [[indices(batch) for batch in loader] for _ in range(2)]
+    return {"epochs": epochs, "length": len(loader), "next": (torch.rand(3), random.random(), numpy.random.rand())}
+
+
+def joined(results: list[dict[str, Any]]) -> list[list[list[int]]]:
+    return [
+        [list(chain(*parts)) for parts in zip(*epoch, strict=True)]
+        for epoch in zip(*(result["epochs"] for result in results), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("make", LOADERS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_make_the_original_batches(make: Callable[[], DataLoader[Any]], world: int) -> None:
+    original = two_epochs(make, share=False)
+    results = run_ranks(world, two_epochs, make, True, disturb=True)
+    assert joined(results) == original["epochs"]
+    assert {result["length"] for result in results} == {original["length"]}
+    for first, second in zip(results[0]["next"], original["next"], strict=True):
+        assert torch.equal(torch.as_tensor(first), torch.as_tensor(second)), (
+            "rank 0's generators go on as without sharing"
+        )
+    sizes = [len(batch) for result in results for epoch in result["epochs"] for batch in epoch]
+    assert max(sizes) - min(sizes) <= 2
+
+
+def draws_of_the_model() -> dict[str, Any]:
+    torch.manual_seed(100 + bmt.rank())
+    own = torch.Generator().manual_seed(100 + bmt.rank())
+    loader = bmt.shard_loader(shuffled())
+    seen, same = [], []
+    for batch in loader:
+        seen.append(indices(batch))
+        same.append(bool(torch.equal(torch.rand(bmt.rank() + 1), torch.rand(bmt.rank() + 1, generator=own))))
+    return {"seen": seen, "same": same}
+
+
+def test_other_ranks_keep_their_own_random_numbers() -> None:
+    results = run_ranks(3, draws_of_the_model)
+    assert sorted(index for result in results for batch in result["seen"] for index in batch) == list(range(23))
+    # One number each goes to the loader's own seed for workers, before the first batch, on every rank.
+    assert len({len(result["same"]) for result in results}) == 1
+
+
+def lazy_with_a_drawing_model() -> list[list[int]]:
+    loader = bmt.shard_loader(drawing())
+    seen = []
+    for _ in range(2):
+        for batch in loader:
+            seen.append(indices(batch))
+            torch.rand(5 + 3 * bmt.rank())
+    return seen
+
+
+def test_a_sampler_that_draws_between_the_models_draws() -> None:
+    first, second = run_ranks(2, lazy_with_a_drawing_model)
+    torch.manual_seed(0)
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.empty((), dtype=torch.int64).random_()
+    expected = list(Drawing())
+    assert [a + b for a, b in zip(first, second, strict=True)][:4] == expected
+    assert first[:4] != first[4:], "the second epoch must not repeat the first"
+
+
+def few_samples() -> list[list[int]]:
+    return [indices(batch) for batch in bmt.shard_loader(DataLoader(Numbers(7), batch_size=5))]
+
+
+def test_fewer_samples_than_ranks_are_repeated() -> None:
+    assert run_ranks(3, few_samples) == [[[0, 1], [5]], [[2, 3], [6]], [[4], [5]]]
+
+
+def iterable() -> tuple[list[Any], list[Any], int]:
+    loader: DataLoader[Any] = bmt.shard_loader(DataLoader(Stream(), batch_size=4))
+    elements: DataLoader[Any] = bmt.shard_loader(DataLoader(Batches(), batch_size=None))
+    return [batch.tolist() for batch in loader], list(elements), len(list(bmt.shard_loader(loader)))
+
+
+def test_iterable_datasets() -> None:
+    (first, first_elements, _), (second, second_elements, again) = run_ranks(2, iterable)
+    assert [a + b for a, b in zip(first, second, strict=True)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert again == 3
+    assert first_elements[1]["pair"].tokens.tolist() == [10, 11, 12]
+    assert second_elements[1]["pair"] == Pair(second_elements[1]["pair"].tokens, ["n13", "n14"])
+    assert second_elements[0]["scale"] == 2.0 and second_elements[1]["step"] == 10
+
+
+def map_style_batches() -> list[list[int]]:
+    dataset = torch.utils.data.TensorDataset(torch.arange(24).view(6, 4))
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, shuffle=True)
+    torch.manual_seed(bmt.rank())
+    return [rows.tolist() for (rows,) in bmt.shard_loader(loader)]
+
+
+def test_elements_that_are_batches_come_in_rank_0s_order() -> None:
+    parts = [list(chain(*pair)) for pair in zip(*run_ranks(2, map_style_batches), strict=True)]
+    assert sorted(parts) == torch.arange(24).view(6, 4).tolist()
+    assert parts != sorted(parts)
+
+
+def attributes() -> dict[str, Any]:
+    original: DataLoader[Any] = DataLoader(Numbers(10), batch_size=4, pin_memory=False, drop_last=True, num_workers=2)
+    loader = bmt.shard_loader(original)
+    twice = bmt.shard_loader(loader)
+    kept = ("batch_size", "drop_last", "num_workers", "dataset", "collate_fn", "sampler")
+    return {
+        "same": all(getattr(loader, name) is getattr(original, name) for name in kept),
+        "type": type(loader) is DataLoader and loader is not original,
+        "through": loader.batch_sampler.batch_size,  # type: ignore[union-attr]
+        "twice": twice is loader,
+    }
+
+
+def test_the_loader_keeps_its_attributes() -> None:
+    assert run_ranks(2, attributes)[1] == {"same": True, "type": True, "through": 4, "twice": True}
+
+
+def alone() -> bool:
+    loader = shuffled()
+    return bmt.shard_loader(loader) is loader
+
+
+def test_one_rank_needs_nothing() -> None:
+    assert run_ranks(1, alone) == [True]
+
+
+def share_of_batches() -> list[Any]:
+    torch.manual_seed(3)
+    drawn = torch.randint(100, (6, 2))
+    errors = []
+    for length in (5, 1):
+        with pytest.raises(ConfigurationError) as error:
+            bmt.shard_batch(torch.zeros(length))
+        errors.append(str(error.value))
+    dataset = Numbers(4)
+    sampler: DistributedSampler[Any] = DistributedSampler(dataset, num_replicas=2, rank=0)
+    with pytest.raises(ConfigurationError, match="DistributedSampler"):
+        bmt.shard_loader(DataLoader(dataset, sampler=sampler))
+    return [bmt.shard_batch(drawn), bmt.shard_batch(["a", "b", "c", "d"]), bmt.shard_batch((1, 2)), errors]
+
+
+def test_shard_batch() -> None:
+    first, second = run_ranks(2, share_of_batches)
+    torch.manual_seed(3)
+    assert torch.equal(torch.cat([first[0], second[0]]), torch.randint(100, (6, 2)))
+    assert first[1:3] == [["a", "b"], (1,)] and second[1:3] == [["c", "d"], (2,)]
+    assert "batch of 5" in first[3][0] and "2 ranks" in first[3][0] and "multiple of 2" in first[3][0]

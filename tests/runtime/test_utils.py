@@ -1,0 +1,118 @@
+"""Printing, memory, averages, and bandwidth tables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+import pytest
+import torch
+from ranks import run_ranks
+
+import bmtrain as bmt
+from bmtrain import benchmark, debug, utils
+
+
+def printed() -> tuple[str, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as everywhere:
+        bmt.print_rank("zero", 0, sep="-")
+        bmt.print_rank("one", rank=1, end="!")
+    with contextlib.redirect_stdout(io.StringIO()) as memory:
+        bmt.see_memory("after the first step")
+        bmt.see_memory("again", detail=True)
+    return everywhere.getvalue(), memory.getvalue()
+
+
+def test_print_rank_prints_on_one_rank() -> None:
+    (first, memory), (second, quiet) = run_ranks(2, printed)
+    assert (first, second) == ("zero-0\n", "one!")
+    assert "after the first step" in memory and "GB" in memory and quiet == ""
+
+
+def test_print_rank_before_initialisation(capsys: pytest.CaptureFixture[str]) -> None:
+    utils.print_rank("hello")
+    utils.print_rank("nobody", rank=1)
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_print_block_and_dict(capsys: pytest.CaptureFixture[str]) -> None:
+    utils.print_block("Title", "content")
+    head, content = capsys.readouterr().out.splitlines()
+    assert " Title " in head and set(head.replace(" Title ", "")) == {"="} and len(head) == 60 and content == "content"
+
+    utils.print_dict("Arguments", {"lr": 0.1, "long": "x" * 100, "empty": ""})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["lr", ":", "0.1"]
+    assert max(map(len, lines)) <= 60 and "".join(lines).count("x") == 100
+    utils.print_dict("Nothing", {}, file=sys.stderr)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Nothing" in captured.err
+
+
+@pytest.mark.parametrize(("x", "d", "expected"), [(0, 4, 0), (1, 4, 4), (4, 4, 4), (5, 4, 8), (7, 1, 7)])
+def test_round_up(x: int, d: int, expected: int) -> None:
+    assert utils.round_up(x, d) == expected
+
+
+def test_check_torch_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.1+cu130")
+    assert [utils.check_torch_version(version) for version in ("2.9.0", "2.11.1", "2.11.3", "3.0.0")] == [2, 0, -2, -1]
+
+
+def test_average_recorder() -> None:
+    recorder = utils.AverageRecorder(alpha=0.5)
+    assert recorder.value == 0
+    recorder.record(3.0)
+    assert recorder.value == pytest.approx(3.0)
+    recorder.record(6.0)
+    assert recorder.value == pytest.approx((3.0 * 0.5 + 6.0) / 1.5)
+    for _ in range(60):
+        recorder.record(1.0)
+    assert recorder.value == pytest.approx(1.0)
+    assert utils.AverageRecorder(start_value=7).value == 7
+
+
+def split() -> tuple[bool, bool]:
+    whole = torch.arange(12).view(3, 4)
+    part = utils.tp_split_tensor(whole.t(), 0)
+    return torch.equal(part, whole.t()), part.is_contiguous() and part.data_ptr() != whole.data_ptr()
+
+
+def test_tp_split_tensor_without_tensor_parallelism() -> None:
+    assert run_ranks(1, split) == [(True, True)]
+
+
+def test_load_nccl_pypi_needs_no_nccl() -> None:
+    utils.load_nccl_pypi()
+
+
+def test_debug_values() -> None:
+    debug.clear()
+    assert debug.get("a") is None and debug.get("a", 3) == 3
+    debug.set("a", 1)
+    debug.append("list", 1)
+    debug.extend("list", (2, 3))
+    assert debug.get("a") == 1 and debug.get("list") == [1, 2, 3]
+    debug.clear("a")
+    assert debug.get("a") is None and debug.get("list") == [1, 2, 3]
+    debug.clear()
+    assert debug.get("list") is None
+
+
+def bandwidth() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        benchmark.all_gather(sizes=[1 << 10, 3 << 20])
+        benchmark.reduce_scatter(sizes=[1 << 10])
+        benchmark.send_recv(sizes=[1 << 10])
+    return output.getvalue()
+
+
+def test_benchmarks_print_a_table_on_rank_0() -> None:
+    table, *others = run_ranks(3, bandwidth)
+    assert others == ["", ""]
+    lines = table.splitlines()
+    assert [line for line in lines if "==" in line] != [] and len(lines) == 3 * 2 + 4
+    size, milliseconds, rate = lines[3].rsplit(maxsplit=2)
+    assert size.strip() == "3 MB"
+    assert float(rate) == pytest.approx((3 << 20) / (float(milliseconds) * 1e-3) / 1e9, rel=0.2, abs=1e-3)
