@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewriter.convert import Result, convert_paths, write_file
+from rewriter.convert import convert_paths, write_file
 from rewriter.discover import sources, walk
 from rewriter.plan import Options
 from rewriter.report import diff, listing
-from rewriter.types import InputError
+from rewriter.types import InputError, Result
 
 CHANGED, FAILED = 1, 2
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
@@ -13,24 +12,7 @@ from rewriter.analyze.project import File, Project
 from rewriter.analyze.source import Source
 from rewriter.plan import Options, make_plan
 from rewriter.transform import apply_edits
-from rewriter.types import ConflictError, Finding, InputError
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of one file. ``error`` is one line; then ``after`` equals ``before``."""
-
-    path: Path
-    before: bytes
-    after: bytes
-    applied: tuple[Finding, ...] = ()
-    hidden: tuple[Finding, ...] = ()
-    reported: tuple[Finding, ...] = ()
-    error: str = ""
-
-    @property
-    def changed(self) -> bool:
-        return self.before != self.after
+from rewriter.types import ConflictError, InputError, Result
 
 
 def convert_paths(

@@ -45,7 +45,8 @@ def make_plan(file: File, facts: Facts, options: Options) -> Plan:
     reported = [f for f in findings if f.safety is Safety.REPORT and _wanted(file, f, options)]
     if any(finding.stop for finding in findings):
         return Plan((), (), (), tuple(reported))
-    applied, hidden = [], []
+    applied: list[Finding] = []
+    hidden: list[Finding] = []
     for finding in findings:
         if finding.safety is Safety.REPORT or not _wanted(file, finding, options):
             continue
@@ -62,7 +63,7 @@ def _wanted(file: File, finding: Finding, options: Options) -> bool:
     if not options.wants(finding.code):
         return False
     codes = file.source.skips.get(finding.line)
-    return codes is None or bool(codes) and finding.code not in codes
+    return codes is None or (bool(codes) and finding.code not in codes)
 
 
 def _with_requirements(findings: list[Finding]) -> list[Finding]:

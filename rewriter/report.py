@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rewriter.convert import Result
+from rewriter.types import Result
 
 
 def diff(result: Result, color: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -95,3 +96,20 @@ class Rule:
     explanation: str
     find: Finder
     examples: tuple[Example, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one file. ``error`` is one line; then ``after`` equals ``before``."""
+
+    path: Path
+    before: bytes
+    after: bytes
+    applied: tuple[Finding, ...] = ()
+    hidden: tuple[Finding, ...] = ()
+    reported: tuple[Finding, ...] = ()
+    error: str = ""
+
+    @property
+    def changed(self) -> bool:
+        return self.before != self.after

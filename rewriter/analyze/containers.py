@@ -274,9 +274,7 @@ class _FunctionScan:
                 receiver = node.target
             if receiver is None:
                 continue
-            if local and isinstance(receiver, ast.Name) and receiver.id == local:
-                yield node
-            elif path and self_path(receiver, self.me) == path:
+            if (local and isinstance(receiver, ast.Name) and receiver.id == local) or (path and self_path(receiver, self.me) == path):
                 yield node
 
 

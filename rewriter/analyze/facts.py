@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 
 from rewriter.analyze.classes import Classes
+from rewriter.analyze.managers import Managers
 from rewriter.analyze.names import Binding, Import
 from rewriter.analyze.project import File, Project
+from rewriter.analyze.scripts import Scripts
 from rewriter.analyze.stacks import Stacks
 
 
@@ -17,10 +19,20 @@ class Facts:
         self.project = project
         self.classes = Classes(project)
         self.blocks = blocks
+        self._managers: dict[File, Managers] = {}
 
     @cached_property
     def stacks(self) -> Stacks:
         return Stacks(self.project, self.classes, self.blocks)
+
+    @cached_property
+    def scripts(self) -> Scripts:
+        return Scripts(self.classes)
+
+    def managers(self, file: File) -> Managers:
+        if file not in self._managers:
+            self._managers[file] = Managers(file, self.scripts.roles[file])
+        return self._managers[file]
 
     def alias(self, file: File) -> str:
         """How the file calls bmtrain, or will once the import is added."""

@@ -239,24 +239,6 @@ class Stacks:
                 return "the list was built for another number of hidden values"
         if any(build.container == "torch.nn.Sequential" for build in stack.builds) and width != 1:
             return "a Sequential carries one value"
-        if width == 1:
-            return self._return_reason(stack)
-        return ""
-
-    def _return_reason(self, stack: Stack) -> str:
-        """Whether a block may return something else than one value."""
-        for build in stack.builds:
-            for element in build.elements:
-                if element.cls is None:
-                    continue
-                found = self.classes.method(element.cls, "forward")
-                if found is None:
-                    continue
-                for node in ast.walk(found[1]):
-                    if isinstance(node, (ast.Yield, ast.YieldFrom)):
-                        return "the block is a generator"
-                    if isinstance(node, ast.Return) and isinstance(node.value, (ast.Tuple, ast.List, ast.Dict)):
-                        return "the block may return more than one value"
         return ""
 
 

@@ -2,10 +2,37 @@
 
 from __future__ import annotations
 
-from rewriter.rules import base_class, block_list, loop, parameter
+from rewriter.rules import (
+    base_class,
+    batches,
+    block_list,
+    init,
+    loop,
+    loss_value,
+    manager,
+    optimizer,
+    parameter,
+    printing,
+    progress,
+    save,
+)
 from rewriter.types import Rule
 
+_MODULES = (
+    base_class,
+    batches,
+    block_list,
+    init,
+    loop,
+    loss_value,
+    manager,
+    optimizer,
+    parameter,
+    printing,
+    progress,
+    save,
+)
 RULES: tuple[Rule, ...] = tuple(
-    sorted((module.RULE for module in (base_class, parameter, block_list, loop)), key=lambda rule: rule.code)
+    sorted((module.RULE for module in _MODULES), key=lambda rule: rule.code)
 )
 BY_CODE = {rule.code: rule for rule in RULES}

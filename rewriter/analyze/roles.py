@@ -1,0 +1,241 @@
+"""Which variables of a script are its models, optimizers, scalers, schedulers and losses."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+from rewriter.analyze.classes import Classes, external_kind
+from rewriter.analyze.names import dotted
+from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
+
+Var = tuple[ast.AST, str]
+_MODEL_NAMES = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I)
+_LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
+_REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward"}
+_WRAPPERS = {
+    "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
+    "bmtrain.BMTrainModelWrapper",
+}  # fmt: skip
+_CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_"}
+
+
+class Roles:
+    """Roles of the variables of one file. A variable is a name in its scope, or ``self.name`` in its class."""
+
+    def __init__(self, file: File, classes: Classes) -> None:
+        self.file = file
+        self.classes = classes
+        self.project = classes.project
+
+    def var(self, node: ast.AST) -> Var | None:
+        """The variable that a name, or an attribute of a name, stands for."""
+        path = dotted(node)
+        if path is None:
+            return None
+        root = path.split(".")[0]
+        names = self.file.names
+        if root in {"self", "cls"} and "." in path:
+            owner = names.class_of(node)
+            if owner is not None:
+                return owner, path
+        found = names.lookup(root, names.scope_of(node))
+        return (found[0].node if found else names.module.node), path
+
+    @cached_property
+    def assignments(self) -> list[tuple[Var, ast.expr, ast.stmt, bool]]:
+        """(variable, value, statement, whether the variable gets only a part of the value)."""
+        found: list[tuple[Var, ast.expr, ast.stmt, bool]] = []
+        for node in self.file.nodes:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+                    for part in parts:
+                        variable = self.var(part)
+                        if variable is not None:
+                            found.append((variable, node.value, node, part is not target))
+        return found
+
+    @cached_property
+    def methods_called(self) -> dict[Var, set[str]]:
+        found: dict[Var, set[str]] = {}
+        for node in self.file.nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                variable = self.var(node.func.value)
+                if variable is not None:
+                    found.setdefault(variable, set()).add(node.func.attr)
+        return found
+
+    # Optimizers ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def optimizers(self) -> set[Var]:
+        found = {v for v, value, _, part in self.assignments if not part and self._is_optimizer(value)}
+        for variable, methods in self.methods_called.items():
+            named = re.search(r"opt", variable[1].split(".")[-1], re.I)
+            if (named and "zero_grad" in methods and ("step" in methods or self.scalers)) or (named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods):
+                found.add(variable)
+        for node in self.file.nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step":
+                if node.args and self.var(node.func.value) in self.scalers:
+                    stepped = self.var(node.args[0])
+                    if stepped is not None:
+                        found.add(stepped)
+        return found - self.managers - self.scalers
+
+    def _is_optimizer(self, value: ast.expr) -> bool:
+        if not isinstance(value, ast.Call):
+            return False
+        found = self.project.resolve(self.file, value.func)
+        if isinstance(found, FunctionInfo):
+            return any(
+                isinstance(node, ast.Return)
+                and isinstance(node.value, ast.Call)
+                and is_optimizer_name(self.project.external(found.file, node.value.func))
+                for node in ast.walk(found.node)
+            )
+        return isinstance(found, External) and is_optimizer_name(found.name)
+
+    @cached_property
+    def scalers(self) -> set[Var]:
+        found = {v for v, value, _, part in self.assignments if not part and self.scaler_call(value) is not None}
+        for variable, methods in self.methods_called.items():
+            if {"scale", "step"} <= methods and methods & {"unscale_", "update"}:
+                found.add(variable)
+        return found
+
+    def scaler_call(self, value: ast.expr) -> ast.Call | None:
+        """The ``GradScaler(...)`` in a value that is one, or one or None."""
+        if isinstance(value, ast.IfExp):
+            return self.scaler_call(value.body) or self.scaler_call(value.orelse)
+        if isinstance(value, ast.Call) and self.project.external(self.file, value.func) == "torch.amp.GradScaler":
+            return value
+        return None
+
+    @cached_property
+    def managers(self) -> set[Var]:
+        """Variables that already hold an OptimManager."""
+        return {
+            v for v, value, _, part in self.assignments
+            if isinstance(value, ast.Call)
+            and self.project.external(self.file, value.func).startswith("bmtrain.optim.OptimManager")
+        }  # fmt: skip
+
+    # Models ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def models(self) -> dict[Var, ClassInfo | None]:
+        """Model variables and, where it is known, their class."""
+        found: dict[Var, ClassInfo | None] = {}
+        for variable, methods in self.methods_called.items():
+            if methods & {"parameters", "named_parameters"} or (
+                methods & {"train", "eval"} and methods & {"state_dict", "load_state_dict", "to"}
+            ):
+                found[variable] = None
+        for _ in range(4):
+            before = len(found), sum(value is not None for value in found.values())
+            for variable, value, _, part in self.assignments:
+                is_model, cls = self._model_value(value, found)
+                if is_model and not part:
+                    found[variable] = cls or found.get(variable)
+            if before == (len(found), sum(value is not None for value in found.values())):
+                break
+        for node in self.file.nodes:
+            if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id):
+                named = self.var(node)
+                if named is not None and self._is_argument(named):
+                    found.setdefault(named, None)
+        return {variable: cls for variable, cls in found.items() if variable not in self.optimizers}
+
+    def _is_argument(self, variable: Var) -> bool:
+        scope = self.file.names.scopes.get(variable[0])
+        return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
+
+    def _model_value(self, value: ast.expr, known: dict[Var, ClassInfo | None]) -> tuple[bool, ClassInfo | None]:
+        """Whether an expression yields a model."""
+        if isinstance(value, ast.IfExp):
+            left, right = self._model_value(value.body, known), self._model_value(value.orelse, known)
+            return left[0] or right[0], left[1] or right[1]
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            if isinstance(value, ast.Attribute) and value.attr == "module":
+                return self._model_value(value.value, known)
+            variable = self.var(value)
+            return variable in known, known.get(variable) if variable else None
+        if not isinstance(value, ast.Call):
+            return False, None
+        found = self.project.resolve(self.file, value.func)
+        if isinstance(found, ClassInfo):
+            return self.classes.is_module(found) and not _LOSS_CALL.search(found.name), found
+        if isinstance(found, External) and found.name in _WRAPPERS and value.args:
+            return self._model_value(value.args[0], known)
+        if isinstance(found, External) and external_kind(found.name) == "leaf":
+            return not _LOSS_CALL.search(found.name), None
+        if isinstance(value.func, ast.Attribute) and value.func.attr in _CHAINED:
+            return self._model_value(value.func.value, known)
+        return False, None
+
+    def is_model(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute) and node.attr == "module":
+            return self.is_model(node.value)
+        variable = self.var(node)
+        return variable is not None and variable in self.models
+
+    def model_class(self, node: ast.AST) -> ClassInfo | None:
+        variable = self.var(node)
+        return self.models.get(variable) if variable is not None else None
+
+    # Losses ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def losses(self) -> set[Var]:
+        """Names that hold a loss tensor: they come out of a model or a loss function."""
+        found: set[Var] = set()
+        for _ in range(3):
+            for variable, value, _, part in self.assignments:
+                backward = "backward" in self.methods_called.get(variable, set())
+                if "." not in variable[1] and (backward or "loss" in variable[1].lower()):
+                    if self._loss_value(value, found, part):
+                        found.add(variable)
+        return found
+
+    def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
+        if isinstance(value, ast.BinOp):
+            return self._loss_value(value.left, known, part) or self._loss_value(value.right, known, part)
+        if isinstance(value, ast.Name):
+            return self.var(value) in known
+        if isinstance(value, ast.Call):
+            if isinstance(value.func, ast.Attribute) and value.func.attr in {"item", "tolist"}:
+                return False
+            if self.is_model(value.func):
+                return True
+            if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
+                return self._loss_value(value.func.value, known, part)
+            name = dotted(value.func) or ""
+            return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(("estimate", "eval"))
+        if isinstance(value, ast.Attribute):
+            return value.attr == "loss"
+        if isinstance(value, ast.Subscript):
+            return part is False and isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
+        return False
+
+
+def is_optimizer_name(name: str) -> bool:
+    """Whether a dotted name is an optimizer class."""
+    if name.startswith("torch.optim.") and not name.startswith("torch.optim.lr_scheduler"):
+        last = name.split(".")[-1]
+        return last[:1].isupper() and name.count(".") == 2
+    return name.startswith("bmtrain.optim.") and name.endswith("Optimizer")
+
+
+def walk_own(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a statement without those of functions and classes defined in it."""
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        for child in ast.iter_child_nodes(current):
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+                stack.append(child)

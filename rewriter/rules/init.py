@@ -1,0 +1,133 @@
+"""A script starts with bmt.init_distributed.
+
+What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when nothing before it needs the ranks;
+otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does.
+Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
+initial weights are those of the unconverted script.
+Refuses when: the script already calls it; the file is a library that another script runs.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.collectives import is_rank
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.analyze.roles import walk_own
+from rewriter.types import Edit, Example, Finding, Rule
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    scripts = facts.scripts
+    block = scripts.entries.get(file)
+    if block is None or file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
+        return
+    first = next((s for s in block if not _is_definition(s) and scripts.needs_init(file, s)), None)
+    if first is None:
+        return
+    alias = facts.alias(file)
+    seed = _seed(file, facts, block)
+    if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
+        call = seed[1]
+        edits = (
+            Edit(file.source.span(call), (f"{alias}.init_distributed(seed=", file.source.span(call.args[0]), ")")),
+        )
+        yield Finding(RULE.code, first.lineno, "the seed starts the ranks", edits, key="init")
+        return
+    argument = ""
+    if seed is not None and _available(file, seed[1].args[0], block, first):
+        argument = f"seed={file.source.code(seed[1].args[0])}"
+    edit = file.source.insert_before(first, [f"{alias}.init_distributed({argument})"], rank=-10)
+    yield Finding(RULE.code, first.lineno, "the script starts the ranks", (edit,), key="init")
+
+
+def first_calls(statement: ast.stmt) -> list[ast.Call]:
+    return [node for node in walk_own(statement) if isinstance(node, ast.Call)]
+
+
+def _present(file: File, facts: Facts) -> bool:
+    return any(
+        isinstance(node, ast.Call) and facts.project.external(file, node.func) == "bmtrain.init_distributed"
+        for node in file.nodes
+    )
+
+
+def _is_definition(statement: ast.stmt) -> bool:
+    return isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+
+
+def _seed(file: File, facts: Facts, block: list[ast.stmt]) -> tuple[ast.stmt, ast.Call] | None:
+    """The block's own ``torch.manual_seed(n)``, if its argument is the same on every rank."""
+    for statement in block:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            call = statement.value
+            if facts.project.external(file, call.func) == "torch.manual_seed" and len(call.args) == 1:
+                varies = any(is_rank(file, n) for n in ast.walk(call.args[0]) if isinstance(n, ast.expr))
+                varies = varies or any(isinstance(n, ast.Name) and "offset" in n.id for n in ast.walk(call.args[0]))
+                return None if varies else (statement, call)
+    return None
+
+
+def _available(file: File, argument: ast.expr, block: list[ast.stmt], first: ast.stmt) -> bool:
+    """Whether the seed can be computed in front of the first statement that needs it."""
+    for node in ast.walk(argument):
+        if isinstance(node, ast.Call):
+            return False
+        if isinstance(node, ast.Name):
+            found = file.names.lookup(node.id, file.names.scope_of(argument))
+            if found is None:
+                continue
+            if any(getattr(b.node, "lineno", 0) >= first.lineno and b.node in _stored(block) for b in found[1]):
+                return False
+    return True
+
+
+def _stored(block: list[ast.stmt]) -> set[ast.AST]:
+    return {node for statement in block for node in ast.walk(statement)}
+
+
+RULE = Rule(
+    code="BMT020",
+    title="a script starts with bmt.init_distributed",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from torch import nn
+
+
+def main():
+    torch.manual_seed(1337)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    main()
+""",
+            """import torch
+from torch import nn
+import bmtrain as bmt
+
+
+def main():
+    bmt.init_distributed(seed=1337)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optim_manager = bmt.optim.OptimManager(loss_scale=None)
+    optim_manager.add_optimizer(optimizer)
+    optim_manager.backward(model(torch.ones(1, 4)).sum())
+    optim_manager.step()
+
+
+if __name__ == "__main__":
+    main()
+""",
+        ),
+    ),
+)

@@ -1,0 +1,65 @@
+"""One rank draws the progress bar.
+
+What: ``tqdm(...)`` and ``trange(...)`` get ``disable=bmt.rank() != 0``.
+Why: bars of several ranks overwrite each other.
+Refuses when: the bar already has ``disable``, or only one rank reaches it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule, Span
+
+_BARS = {"tqdm", "trange"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or not (b"tqdm" in file.source.data or b"trange" in file.source.data):
+        return
+    for node in file.nodes:
+        if not isinstance(node, ast.Call):
+            continue
+        name = facts.project.external(file, node.func)
+        if not name.startswith("tqdm") or name.split(".")[-1] not in _BARS:
+            continue
+        if any(keyword.arg in {"disable", None} for keyword in node.keywords):
+            continue
+        if facts.scripts.in_kept_guard(file, node):
+            continue
+        yield Finding(RULE.code, node.lineno, "one rank draws the progress bar", (_edit(file, facts, node),))
+
+
+def _edit(file: File, facts: Facts, node: ast.Call) -> Edit:
+    source = file.source
+    option = f"disable={facts.alias(file)}.rank() != 0"
+    given: list[ast.expr | ast.keyword] = [*node.args, *node.keywords]
+    arguments = [source.span(item) for item in given]
+    if not arguments:
+        end = source.span(node).end - 1
+        return Edit(Span(end, end), (option,))
+    end = max(span.end for span in arguments)
+    if end == source.span(node).end:  # a bare generator shares its parentheses with the call
+        return Edit(arguments[0], ("(", arguments[0], f", {option})"))
+    return Edit(Span(end, end), (f", {option}",))
+
+
+RULE = Rule(
+    code="BMT028",
+    title="one rank draws the progress bar",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            'import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n'
+            'optim_manager = bmt.optim.OptimManager(loss_scale=None)\n'
+            'for x in tqdm(batches):\n    optim_manager.backward(model(x).mean())\n',
+            'import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n'
+            'optim_manager = bmt.optim.OptimManager(loss_scale=None)\n'
+            'for x in tqdm(batches, disable=bmt.rank() != 0):\n    optim_manager.backward(model(x).mean())\n',
+        ),
+    ),
+)

@@ -1,0 +1,81 @@
+"""Checkpoints are written by one rank, from values all ranks give.
+
+What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``; other ``torch.save(...)`` become
+``bmt.save_checkpoint(...)``.
+Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
+not at all. The file is what the unconverted script writes.
+Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or b"save" not in file.source.data:
+        return
+    alias, source, roles = facts.alias(file), file.source, facts.scripts.roles[file]
+    for node in file.nodes:
+        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.save":
+            continue
+        if facts.scripts.in_kept_guard(file, node):
+            continue
+        what = node.args[0] if node.args else None
+        if (
+            len(node.args) == 2
+            and not node.keywords
+            and isinstance(what, ast.Call)
+            and isinstance(what.func, ast.Attribute)
+            and what.func.attr == "state_dict"
+            and not what.args
+            and roles.is_model(what.func.value)
+        ):
+            edits: tuple[Edit, ...] = (
+                Edit(source.span(node.func), (f"{alias}.save",)),
+                Edit(source.span(what), (source.span(what.func.value),)),
+            )
+        else:
+            edits = (Edit(source.span(node.func), (f"{alias}.save_checkpoint",)),)
+        yield Finding(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", edits)
+
+
+RULE = Rule(
+    code="BMT026",
+    title="checkpoints are written by one rank, from values all ranks give",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(torch.ones(1, 8)).mean())
+torch.save(model.state_dict(), "model.pt")
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "all.pt")
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(torch.ones(1, 8)).mean())
+bmt.save(model, "model.pt")
+bmt.save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "all.pt")
+""",
+        ),
+    ),
+)
