@@ -108,8 +108,8 @@ def read_config() -> dict[str, Any]:
 def test_config() -> None:
     for rank, values in enumerate(run_ranks(2, read_config)):
         assert values == {
-            "initialized": True, "rank": rank, "local_rank": rank, "world_size": 2, "local_size": 2, "pipe_enabled": False,
-            "tp_size": 1, "zero_size": 2, "sp_stream": "mine",
+            "initialized": True, "rank": rank, "local_rank": rank, "world_size": 2, "local_size": 2,
+            "pipe_enabled": False, "tp_size": 1, "zero_size": 2, "sp_stream": "mine",
         }  # fmt: skip
 
 
@@ -159,11 +159,6 @@ def flat_collectives() -> dict[str, list[float]]:
 def test_flat_collectives() -> None:
     first, second = run_ranks(2, flat_collectives)
     common = {
-        "sum": [1, 3, 5, 7],
-        "gather": [0, 1, 2, 3, 1, 2, 3, 4],
-        "broadcast": [1, 2, 3, 4],
-        "in place": [0, 1, 2, 3],
-    }
         "sum": [1, 3, 5, 7],
         "gather": [0, 1, 2, 3, 1, 2, 3, 4],
         "broadcast": [1, 2, 3, 4],

@@ -34,15 +34,15 @@ def whole() -> dict[str, torch.Tensor]:
     return {"y": y.detach(), **dict(zip(("x", "weight", "bias"), grads, strict=True))}
 
 
-def part(value: torch.Tensor, dim: int) -> torch.Tensor:
-    return value.chunk(bmt.world_size(), dim)[bmt.rank()].clone()
+def part(value: torch.Tensor, dim: int | None) -> torch.Tensor:
+    return value if dim is None else value.chunk(bmt.world_size(), dim)[bmt.rank()].clone()
 
 
-def run(column: bool, dims: dict[str, int | None], **options: Any) -> dict[str, torch.Tensor]:
+def run(dims: dict[str, int | None], **options: Any) -> dict[str, torch.Tensor]:
     """One rank's share of a layer; ``dims`` says along which dimension each tensor is split (None: the same
     everywhere).
     """
-    values = {name: value if dims[name] is None else part(value, dims[name]) for name, value in tensors().items()}  # type: ignore[arg-type]
+    values = {name: part(value, dims[name]) for name, value in tensors().items()}
     inputs = [values[name].requires_grad_() for name in ("x", "weight", "bias")]
     y = parallel_linear(*inputs, context().world, **options)
     y.backward(values["grad"])
@@ -65,7 +65,7 @@ CASES: list[tuple[dict[str, int | None], dict[str, Any]]] = [
 @pytest.mark.parametrize(("dims", "options"), CASES, ids=lambda value: str(value))
 def test_split_layers_make_the_whole_one(dims: dict[str, int | None], options: dict[str, Any]) -> None:
     expected = whole()
-    results = run_ranks(2, run, "reduce_type" not in options, dims, **options)
+    results = run_ranks(2, run, dims, **options)
     for name, dim in {**dims, "y": dims["grad"]}.items():
         if name == "grad":
             continue
