@@ -60,19 +60,21 @@ struct RowStatistics {
     float log_sum;
 };
 
-// Maximum of a row and sum(exp(x - maximum)), one element at a time.  The maximum starts finite, so that -inf elements
-// add nothing instead of NaN.
+// Maximum of a row and sum(exp(x - maximum)), a few elements at a time.  The maximum starts finite, so that -inf
+// elements add nothing instead of NaN.
 struct ExponentialSum {
     float maximum = -FLT_MAX;
     float sum = 0.0f;
 
-    BMT_INLINE void include(float x) {
-        if (x > maximum) {
-            sum = sum * expf(maximum - x) + 1.0f;
-            maximum = x;
-        } else {
-            sum += expf(x - maximum);
+    template <int N>
+    BMT_INLINE void include(const float (&x)[N]) {
+        float larger = maximum;
+        for (int k = 0; k < N; ++k) larger = fmaxf(larger, x[k]);
+        if (larger > maximum) {
+            sum *= expf(maximum - larger);
+            maximum = larger;
         }
+        for (int k = 0; k < N; ++k) sum += expf(x[k] - maximum);
     }
 
     BMT_INLINE void merge(const ExponentialSum& other) {

@@ -7,46 +7,28 @@ old for them the same calls work, only slower; a warning says so once.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from ..errors import CommunicationError, ConfigurationError, DeviceError
+from . import nccl_library as library
 from .base import Communicator, ReduceOp
+from .nccl_library import available, version
 
-try:
+__all__ = ["NcclCommunicator", "Policy", "Store", "available", "group", "version"]
+
+if library.built:
     from .. import _C
-except ImportError:  # built without a compiler, or not built
-    _built = False
-else:
-    _built = True
 
 Policy = Literal["default", "efficiency", "zero"]
 
 _POLICIES: dict[str, int] = {"default": 0, "efficiency": 1, "zero": 2}
-_OPS: dict[str, int] = {"sum": 0, "prod": 1, "max": 2, "min": 3, "avg": 4}
-_BOOL_OPS = {"sum": "max", "prod": "min", "max": "max", "min": "min"}  # or, and; on bytes of 0 and 1
-_UINT8 = 1
-_DTYPES = {
-    torch.int8: 0,
-    torch.uint8: _UINT8,
-    torch.bool: _UINT8,
-    torch.int32: 2,
-    torch.uint32: 3,
-    torch.int64: 4,
-    torch.uint64: 5,
-    torch.float16: 6,
-    torch.float32: 7,
-    torch.float64: 8,
-    torch.bfloat16: 9,
-}
-_FLOAT8 = {torch.float8_e4m3fn: 10, torch.float8_e5m2: 11}
+_DEFAULT_STREAM = 0
 
 
 class Store(Protocol):
@@ -62,35 +44,15 @@ class Store(Protocol):
         """Wait for a value and return it."""
 
 
-def available() -> bool:
-    """Whether NcclCommunicator can be used: a GPU, bmtrain's compiled extension and NCCL are there."""
-    if not (_built and torch.cuda.is_available()):
-        return False
-    try:
-        version()
-    except CommunicationError:
-        return False
-    return True
-
-
-def version() -> int:
-    """NCCL's version as one number, 22809 for 2.28.9.  Raises CommunicationError when there is no NCCL."""
-    if not _built:
-        raise CommunicationError(
-            "NCCL needs bmtrain's compiled extension, which this installation lacks. "
-            "Install a C++ compiler and reinstall bmtrain."
-        )
-    return _C.nccl.load(_candidates())
-
-
 @contextmanager
 def group() -> Iterator[None]:
     """Queue the body's calls, of any communicators, as one operation; needed for sends and receives that cross."""
-    _C.nccl.group_start()
-    try:
-        yield
-    finally:
-        _C.nccl.group_end()
+    with _off_default_stream():
+        _C.nccl.group_start()
+        try:
+            yield
+        finally:
+            _C.nccl.group_end()
 
 
 class NcclCommunicator(Communicator):
@@ -139,42 +101,40 @@ class NcclCommunicator(Communicator):
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self.check_sizes(shard, whole)
         count, dtype = self._elements(shard, whole)
-        self._handle.all_gather(shard.data_ptr(), whole.data_ptr(), count, dtype, self._stream())
+        self._queue(self._handle.all_gather, shard.data_ptr(), whole.data_ptr(), count, dtype)
 
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self.check_sizes(shard, whole)
         self._check(shard, whole)
         dtype, code = self._reduction(shard, op)
-        self._handle.reduce_scatter(whole.data_ptr(), shard.data_ptr(), shard.numel(), dtype, code, self._stream())
+        self._queue(self._handle.reduce_scatter, whole.data_ptr(), shard.data_ptr(), shard.numel(), dtype, code)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._check(tensor)
         dtype, code = self._reduction(tensor, op)
-        address = tensor.data_ptr()
-        self._handle.all_reduce(address, address, tensor.numel(), dtype, code, self._stream())
+        self._queue(self._handle.all_reduce, tensor.data_ptr(), tensor.data_ptr(), tensor.numel(), dtype, code)
 
     def reduce(self, tensor: torch.Tensor, root: int, op: ReduceOp = "sum") -> None:
         """Reduce ``tensor`` over ranks in place at ``root``; the other ranks' tensors stay as they are."""
         self._check(tensor)
         self._check_rank(root)
         dtype, code = self._reduction(tensor, op)
-        address = tensor.data_ptr()
-        self._handle.reduce(address, address, tensor.numel(), dtype, code, root, self._stream())
+        self._queue(self._handle.reduce, tensor.data_ptr(), tensor.data_ptr(), tensor.numel(), dtype, code, root)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._check_rank(root)
         count, dtype = self._elements(tensor)
-        self._handle.broadcast(tensor.data_ptr(), tensor.data_ptr(), count, dtype, root, self._stream())
+        self._queue(self._handle.broadcast, tensor.data_ptr(), tensor.data_ptr(), count, dtype, root)
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
         self._check_rank(peer)
         count, dtype = self._elements(tensor)
-        self._handle.send(tensor.data_ptr(), count, dtype, peer, self._stream())
+        self._queue(self._handle.send, tensor.data_ptr(), count, dtype, peer)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> None:
         self._check_rank(peer)
         count, dtype = self._elements(tensor)
-        self._handle.recv(tensor.data_ptr(), count, dtype, peer, self._stream())
+        self._queue(self._handle.recv, tensor.data_ptr(), count, dtype, peer)
 
     def barrier(self) -> None:
         self.all_reduce(self._token)
@@ -243,8 +203,14 @@ class NcclCommunicator(Communicator):
         """Leave at once, ending operations that wait for other ranks.  For any thread."""
         self._handle.abort()
 
-    def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream
+    def _queue(self, operation: Callable[..., None], *arguments: int) -> None:
+        """Call ``operation`` with the current stream as its last argument."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if self.policy != "zero" or stream != _DEFAULT_STREAM:
+            operation(*arguments, stream)
+            return
+        with _off_default_stream(self.device):
+            operation(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
 
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:
@@ -260,33 +226,36 @@ class NcclCommunicator(Communicator):
     def _elements(self, tensor: torch.Tensor, *others: torch.Tensor) -> tuple[int, int]:
         """Count and type code for moving ``tensor``; types that NCCL does not know move as bytes."""
         self._check(tensor, *others)
-        code = _DTYPES.get(tensor.dtype)
-        return (tensor.numel(), code) if code is not None else (tensor.numel() * tensor.element_size(), _UINT8)
+        code = library.type_code(tensor.dtype)
+        return (tensor.numel(), code) if code is not None else (tensor.numel() * tensor.element_size(), library.BYTE)
 
     def _reduction(self, tensor: torch.Tensor, op: ReduceOp) -> tuple[int, int]:
         """Type and operation codes for reducing ``tensor``."""
-        name: str | None = _BOOL_OPS.get(op) if tensor.dtype == torch.bool else op
-        dtype = _DTYPES.get(tensor.dtype)
-        if tensor.dtype in _FLOAT8 and _C.nccl.has_float8():
-            dtype = _FLOAT8[tensor.dtype]
-        if dtype is None or name not in _OPS:
+        dtype, code = library.type_code(tensor.dtype), library.op_code(op, tensor.dtype)
+        if dtype is None or code is None:
             raise CommunicationError(f"NCCL {version()} cannot reduce {tensor.dtype} by {op!r}.")
-        return dtype, _OPS[name]
+        return dtype, code
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
             warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _candidates() -> list[str]:
-    """Where to look for NCCL when torch has not loaded it: the system, then the package that torch depends on."""
-    names = ["libnccl.so.2"]
-    try:
-        package = importlib.util.find_spec("nvidia.nccl")
-    except ModuleNotFoundError:
-        package = None
-    folders = package.submodule_search_locations if package is not None else None
-    return names + [str(Path(folder) / "lib" / "libnccl.so.2") for folder in folders or ()]
+@contextmanager
+def _off_default_stream(device: torch.device | None = None) -> Iterator[None]:
+    """Run the body on another stream if the current one is CUDA's default, and let the default stream wait for it.
+
+    Copy engines serve NCCL through batched copies, which CUDA refuses on the default stream.
+    """
+    default = torch.cuda.current_stream(device)
+    if default.cuda_stream != _DEFAULT_STREAM:
+        yield
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(default)
+    with torch.cuda.stream(side):
+        yield
+    default.wait_stream(side)
 
 
 def _checked(device: torch.device) -> torch.device:

@@ -46,7 +46,7 @@ void cross_entropy_forward(Address logits, int64_t stride, Address targets, int6
         ExponentialSum sum;
         float weighted = 0.0f;
         for (int64_t c = 0; c < entropy.classes; ++c) {
-            sum.include(x[c]);
+            sum.include<1>({x[c]});
             if (entropy.smoothing > 0.0f) weighted += entropy.class_weight(c) * x[c];
         }
         int64_t target = pointer<const int64_t>(targets)[row];

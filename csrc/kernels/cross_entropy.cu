@@ -6,7 +6,8 @@
 namespace bmt::kernels {
 namespace {
 
-// Calls f(index, value&) for this thread's share of the row: 128-bit accesses wherever the address allows.
+// Calls f(index, values) for this thread's share of the row, where values is an array of neighbours from index on:
+// 128 bits of them wherever the address allows, else one.
 template <bool kWrite, typename T, typename F>
 __device__ __forceinline__ void visit_row(T* row, int64_t count, F&& f) {
     constexpr int N = 16 / sizeof(T);
@@ -14,16 +15,15 @@ __device__ __forceinline__ void visit_row(T* row, int64_t count, F&& f) {
     const int64_t head = misaligned == 0 ? 0 : (N - misaligned < count ? N - misaligned : count);
     const int64_t packs = (count - head) / N;
     auto visit = [&](int64_t i) {
-        T value = row[i];
+        T value[1] = {row[i]};
         f(i, value);
-        if (kWrite) row[i] = value;
+        if (kWrite) row[i] = value[0];
     };
     for (int64_t i = threadIdx.x; i < head; i += blockDim.x) visit(i);
     for (int64_t p = threadIdx.x; p < packs; p += blockDim.x) {
         auto* address = reinterpret_cast<Pack<T, N>*>(row + head) + p;
         auto pack = *address;
-#pragma unroll
-        for (int k = 0; k < N; ++k) f(head + p * N + k, pack.values[k]);
+        f(head + p * N, pack.values);
         if (kWrite) *address = pack;
     }
     for (int64_t i = head + packs * N + threadIdx.x; i < count; i += blockDim.x) visit(i);
@@ -37,10 +37,16 @@ __global__ void forward_kernel(T* logits, int64_t stride, const int64_t* __restr
         T* x = logits + row * stride;
         ExponentialSum sum;
         float weighted = 0.0f;
-        visit_row<false>(x, entropy.classes, [&](int64_t c, T& value) {
-            float logit = to_float(value);
-            sum.include(logit);
-            if (entropy.smoothing > 0.0f) weighted += entropy.class_weight(c) * logit;
+        visit_row<false>(x, entropy.classes, [&](int64_t c, auto& values) {
+            constexpr int N = sizeof(values) / sizeof(T);
+            float numbers[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k) numbers[k] = to_float(values[k]);
+            sum.include(numbers);
+            if (entropy.smoothing > 0.0f) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) weighted += entropy.class_weight(c + k) * numbers[k];
+            }
         });
         sum = reduce_block(sum, ExponentialSum(), Merge());
         if (entropy.smoothing > 0.0f) weighted = reduce_block(weighted, 0.0f, Add());
@@ -65,14 +71,23 @@ __global__ void backward_kernel(T* logits, int64_t stride, const int64_t* __rest
         const RowStatistics row_statistics = statistics[row];
         const float scale = row_gradients[row];
         const float weight = entropy.is_class(target) ? entropy.class_weight(target) : nanf("");
-        visit_row<true>(logits + row * stride, entropy.classes, [&](int64_t c, T& value) {
-            store(value, ignored ? 0.0f
-                                 : scale * entropy.derivative(to_float(value), c, target, weight, row_statistics));
+        visit_row<true>(logits + row * stride, entropy.classes, [&](int64_t c, auto& values) {
+            constexpr int N = sizeof(values) / sizeof(T);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                float value = entropy.derivative(to_float(values[k]), c + k, target, weight, row_statistics);
+                store(values[k], ignored ? 0.0f : scale * value);
+            }
         });
     }
 }
 
-int threads_for(int64_t classes) { return classes <= 2048 ? 128 : classes <= 16384 ? 256 : 1024; }
+// At least 16 classes a thread, so that a row is worth its reductions.
+int threads_for(int64_t classes) {
+    int threads = kWarp;
+    while (threads < 1024 && threads * 16 < classes) threads *= 2;
+    return threads;
+}
 
 unsigned int blocks_for_rows(int64_t rows) { return static_cast<unsigned int>(std::min<int64_t>(rows, INT_MAX)); }
 

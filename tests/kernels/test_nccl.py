@@ -119,6 +119,13 @@ def check_windows(policy: nccl.Policy, dtype: torch.dtype, count: int) -> bool:
     comm.all_gather(shard, whole)
     plain.all_gather(shard.clone(), plain_whole)
     assert torch.equal(whole, plain_whole)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        whole.zero_()
+        comm.all_gather(shard, whole)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(whole, plain_whole)
     whole.copy_(values(comm.rank, whole.numel(), dtype))
     comm.reduce_scatter(whole, shard)
     expected = reduced(comm.world_size, whole.numel(), dtype, "sum")
