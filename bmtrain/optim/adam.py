@@ -11,6 +11,7 @@ from .. import kernels
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
+from ..shard.unit import ShardUnit
 from .pieces import agree_on_touched, all_params, flats_of, gather_flat, pieces
 
 _TORCH_EXTRAS = {
@@ -92,20 +93,29 @@ class AdamOptimizer(torch.optim.Optimizer):
                 loss = closure()
         engine = context().engine
         engine.finish_backward()
-        flats = flats_of(all_params(self.param_groups))
-        touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
-        for group in self.param_groups:
-            chosen = [p for p in group["params"] if touched[id(p._flat)][p._index]]
-            keys = {}
-            for parameter in chosen:
-                state = self._state_of(parameter._flat)
-                state.steps[parameter._index] += 1
-                keys[id(parameter)] = state.steps[parameter._index]
-            for piece, step in pieces(chosen, keys):
-                self._update(piece, step, group, scale)
-        for flat in flats:
-            flat.unit.discard()
+        # In the order of use: what the next forward needs first is gathered while the rest is updated.
+        units = sorted({flat.unit: None for flat in flats_of(all_params(self.param_groups))}, key=lambda u: u.index)
+        keys = self._count_steps(units)
+        for unit in units:
+            own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
+            for piece, (group, step) in pieces(own, keys):
+                self._update(piece, step, self.param_groups[group], scale)
+            engine.updated(unit)
         return loss
+
+    def _count_steps(self, units: list[ShardUnit]) -> dict[int, tuple[int, int]]:
+        """Group and number of this step, by id, for every parameter of this optimizer that has a gradient."""
+        flats = [flat for unit in units for flat in unit.flats]
+        touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
+        keys = {}
+        for number, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                flat, index = parameter._flat, parameter._index
+                if touched[id(flat)][index]:
+                    steps = self._state_of(flat).steps
+                    steps[index] += 1
+                    keys[id(parameter)] = (number, steps[index])
+        return keys
 
     def _update(self, piece: Any, step: int, group: dict[str, Any], scale: float) -> None:
         flat: FlatShard = piece.flat
