@@ -75,7 +75,7 @@ def fused_cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Cross entropy in one pass forward and one backward, keeping nothing in float32 but two numbers a row.
+    """Cross entropy in one pass forward and one backward, keeping nothing in float32 but a few numbers a row.
 
     ``logits`` (N, C), ``target`` (N,) int64; the rest as for FusedCrossEntropy.
     """
@@ -108,13 +108,13 @@ class _RowLosses(torch.autograd.Function):
         # The kernel takes any row stride, but the classes of a row must lie side by side.
         logits = logits if logits.stride(1) == 1 else logits.contiguous()
         ctx.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        losses, log_sum_exp = kernels.cross_entropy_forward(logits, target, weight=weight, **ctx.options)
-        ctx.save_for_backward(logits, target, weight, log_sum_exp)
+        losses, statistics = kernels.cross_entropy_forward(logits, target, weight=weight, **ctx.options)
+        ctx.save_for_backward(logits, target, weight, statistics)
         return losses
 
     @staticmethod
     def backward(ctx: Any, row_grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits, target, weight, log_sum_exp = ctx.saved_tensors
+        logits, target, weight, statistics = ctx.saved_tensors
         grad = logits.clone(memory_format=torch.contiguous_format)  # the caller may still want the logits
-        kernels.cross_entropy_backward_(grad, target, log_sum_exp, row_grad.contiguous(), weight=weight, **ctx.options)
+        kernels.cross_entropy_backward_(grad, target, statistics, row_grad.contiguous(), weight=weight, **ctx.options)
         return grad, None, None, None, None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .. import kernels
 from ..errors import ConfigurationError
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -102,7 +103,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk_size):
             chunk = slice(start, start + chunk_size)
             logits = F.linear(hidden[chunk], weight, bias)
-            loss, grad_logits = _chunk_loss(logits, targets[chunk], ignore_index, wide, any(needed))
+            loss, grad_logits = _loss_and_grad_(logits, targets[chunk], ignore_index, any(needed))
             total += loss
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ weight
@@ -123,27 +124,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _chunk_loss(
-    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, wide: torch.dtype, needs_grad: bool
+def _loss_and_grad_(
+    logits: torch.Tensor, targets: torch.Tensor, ignore_index: int, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss of one chunk, and its gradient by the logits in the logits' dtype (empty unless needed)."""
-    counts = targets != ignore_index
-    index = targets.masked_fill(~counts, 0).unsqueeze(1)
-    log_probs = F.log_softmax(logits, dim=1, dtype=wide)
-    loss = -log_probs.gather(1, index).squeeze(1).masked_fill(~counts, 0.0).sum()
-    if not needs_grad:
-        return loss, logits.new_empty(0)
-    grad = log_probs.exp_()
-    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=wide))
-    grad.masked_fill_(~counts.unsqueeze(1), 0.0)
-    return loss, grad.to(logits.dtype)
+    """The summed loss of one chunk and ``logits``, overwritten by the loss's gradient by them if that is needed."""
+    losses, statistics = kernels.cross_entropy_forward(logits, targets, ignore_index=ignore_index)
+    if needs_grad:
+        ones = torch.ones_like(losses)
+        kernels.cross_entropy_backward_(logits, targets, statistics, ones, ignore_index=ignore_index)
+    return losses.sum(), logits
 
 
 def _add_product(total: torch.Tensor, grad_logits: torch.Tensor, hidden: torch.Tensor) -> None:
     """``total += grad_logits.T @ hidden``, with the sum in ``total``'s dtype."""
     left = grad_logits.t()
-    if left.is_cuda and left.dtype in _HALF and left.dtype == hidden.dtype:
-        total += torch.mm(left, hidden, out_dtype=total.dtype)  # tensor cores take half precision and sum in float32
-    else:
-        with torch.autocast(total.device.type, enabled=False):
+    with torch.autocast(total.device.type, enabled=False):
+        if left.is_cuda and left.dtype in _HALF:  # tensor cores take half precision and sum in float32
+            total += torch.mm(left, hidden.to(left.dtype), out_dtype=total.dtype)
+        else:
             total.addmm_(left.to(total.dtype), hidden.to(total.dtype))

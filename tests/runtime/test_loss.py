@@ -161,6 +161,59 @@ def test_small_float16_gradients_survive() -> None:
     torch.testing.assert_close(actual[1].double(), expected[1], rtol=5e-3, atol=1e-3 * float(expected[1].abs().max()))
 
 
+def test_linear_cross_entropy_under_autocast() -> None:
+    inputs, targets = make_linear(torch.float32, True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = F.linear(*inputs)
+        expected = value_and_grad(F.cross_entropy(logits.flatten(0, 1), targets.flatten()), *inputs)
+        actual = value_and_grad(linear_cross_entropy(inputs[0], inputs[1], targets, inputs[2], chunk_size=16), *inputs)
+    assert [x.dtype for x in actual] == [torch.float32] * 4
+    for one, other in zip(actual, expected, strict=True):
+        assert float((one - other).abs().max()) <= 1e-2 * float(other.abs().max())
+
+
+def fill_tied(model: Any) -> None:
+    model.embedding = torch.nn.Embedding(CLASSES, WIDTH)
+    model.norm = torch.nn.LayerNorm(WIDTH)
+
+
+def tied_loss(model: Any, tokens: torch.Tensor, chunk_size: int | None) -> torch.Tensor:
+    hidden = model.norm(model.embedding(tokens[:-1]))
+    if chunk_size is None:
+        return F.cross_entropy(F.linear(hidden, model.embedding.weight), tokens[1:])
+    return linear_cross_entropy(hidden, model.embedding.weight, tokens[1:], chunk_size=chunk_size)
+
+
+class Tied(bmt.DistributedModule):
+    def __init__(self) -> None:
+        super().__init__()
+        fill_tied(self)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tied_loss(self, tokens, 5)
+
+
+def train_tied() -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    torch.manual_seed(0)
+    model = Tied()
+    loss = model(torch.arange(40).roll(3 * bmt.rank()) % CLASSES)
+    bmt.optim.OptimManager(loss_scale=None).backward(loss)
+    return bmt.sum_loss(loss.detach()), [bmt.gather_grad(parameter) for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_linear_cross_entropy_with_a_sharded_tied_weight(world: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    fill_tied(model)
+    loss = torch.stack(
+        [tied_loss(model, torch.arange(40).roll(3 * rank) % CLASSES, None) for rank in range(world)]
+    ).mean()
+    expected = [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+    for average, grads in run_ranks(world, train_tied):
+        assert_all_close([average, *grads], expected)
+
+
 def test_only_needed_gradients_and_none_without_grad_mode() -> None:
     inputs, targets = make_linear(torch.float32, False)
     hidden, weight = inputs[0].detach(), inputs[1]
@@ -272,3 +325,36 @@ def test_has_inf_nan(value: float, expected: int) -> None:
     assert out.item() == expected
     _function.has_inf_nan(torch.zeros(3), out)
     assert out.item() == expected
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@on_gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fused_cross_entropy_on_a_gpu(case: dict[str, Any], dtype: torch.dtype) -> None:
+    options = {name: value.cuda() if name == "weight" else value for name, value in options_of(case).items()}
+    logits, target = (x.detach().cuda() for x in make_logits(dtype))
+    expected_input, actual_input = logits.clone().requires_grad_(), logits.clone().t().contiguous().t().requires_grad_()
+    expected = value_and_grad(F.cross_entropy(expected_input.float(), target, **options), expected_input)
+    actual = value_and_grad(FusedCrossEntropy(**options).cuda()(actual_input, target), actual_input)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_all_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_cross_entropy_on_a_gpu(dtype: torch.dtype, tolerance: float, autocast: bool) -> None:
+    inputs, targets = make_linear(dtype, True)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = value_and_grad(F.cross_entropy(F.linear(*exact).flatten(0, 1), targets.flatten()), *exact)
+    on_device = [x.detach().cuda().requires_grad_() for x in inputs]
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(on_device[0], on_device[1], targets.cuda(), on_device[2], chunk_size=16)
+    for one, other in zip(value_and_grad(loss, *on_device), expected, strict=True):
+        allowed = (2e-2 if autocast else tolerance) * float(other.abs().max())
+        assert float((one.cpu().double() - other).abs().max()) <= allowed
