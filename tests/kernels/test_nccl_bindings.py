@@ -1,0 +1,205 @@
+"""csrc/nccl against a stand-in for NCCL: versions, error texts, and who keeps memory and windows alive.
+
+Needs a C++ compiler and bmtrain's compiled extension, but neither a GPU nor NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("bmtrain._C")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="torch has loaded the real NCCL, which comes first"),
+]
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Stand-ins for a new and an old NCCL."""
+    built = {}
+    for version in (22809, 21805):
+        path = tmp_path_factory.mktemp(str(version)) / "libfake.so"
+        source = str(HERE / "fake_nccl.cpp")
+        subprocess.run(["g++", "-shared", "-fPIC", f"-DVERSION={version}", source, "-o", str(path)], check=True)
+        built[version] = path
+    return built
+
+
+def run(library: Path, code: str, **env: str) -> list[str]:
+    """What ``code`` prints in a new process, one entry a line.  It finds the stand-in's journal in ``journal()``."""
+    result = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        env={**os.environ, "FAKE_LIBRARY": str(library), "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+PRELUDE = """
+import array, ctypes, gc, os
+from bmtrain import _C
+from bmtrain.errors import CommunicationError
+fake = ctypes.CDLL(os.environ["FAKE_LIBRARY"])
+fake.fake_journal.restype = ctypes.c_char_p
+def journal():
+    return fake.fake_journal().decode()
+nccl = _C.nccl
+print(nccl.load([os.environ["FAKE_LIBRARY"]]))
+def connect(policy=0):
+    return nccl.Communicator(nccl.unique_id(), 0, 1, policy)
+"""
+
+
+def test_new_library_has_everything(libraries: dict[int, Path]) -> None:
+    code = """
+print(nccl.has_arenas(), nccl.has_windows(), nccl.has_policies(), nccl.has_float8())
+print(nccl.path() == os.environ["FAKE_LIBRARY"])
+connect(2), connect(0)
+print(journal())
+"""
+    opened = "init policy 2 id u;init policy 0 id u;"
+    assert run(libraries[22809], code) == ["22809", "True True True True", "True", opened]
+
+
+def test_old_library_works_without_what_came_later(libraries: dict[int, Path]) -> None:
+    code = """
+print(nccl.has_arenas(), nccl.has_windows(), nccl.has_policies(), nccl.has_float8())
+comm = connect(2)
+for call in (lambda: nccl.Arena(10, 0), lambda: comm.split(0, 0, 0)):
+    try:
+        call()
+    except CommunicationError as error:
+        print(error)
+source, target = array.array("f", [1, 2, 3]), array.array("f", [0, 0, 0])
+comm.all_gather(source.buffer_info()[0], target.buffer_info()[0], 3, 7, 0)
+print(target.tolist())
+comm.close()
+print(journal())
+"""
+    assert run(libraries[21805], code) == [
+        "21805",
+        "False False False False",
+        "This NCCL has no ncclMemAlloc; 2.19 or newer is needed.",
+        "Splitting a communicator needs NCCL 2.18 or newer.",
+        "[1.0, 2.0, 3.0]",
+        "init;all_gather;destroy;",
+    ]
+
+
+def test_memory_lives_until_neither_tensor_nor_window_needs_it(libraries: dict[int, Path]) -> None:
+    code = """
+first, second = connect(), connect()
+arena = nccl.Arena(5000, 0)
+print(arena.bytes, first.register_window(arena.address + 4999) == "", first.register_window(arena.address) == "",
+      second.register_window(arena.address) == "")
+capsule = arena.to_dlpack()
+del arena
+gc.collect()
+address = nccl.Arena(1, 0).address
+del capsule
+gc.collect()
+print(journal())
+second.close()
+print(journal().count("deregister"), journal().count("free"))
+first.close()
+print(journal())
+try:
+    first.register_window(address)
+except CommunicationError as error:
+    print(error)
+"""
+    opened = "init policy 0 id u;init policy 0 id u;alloc;register;register;alloc;free;"
+    assert run(libraries[22809], code) == [
+        "22809",
+        "8192 True True True",
+        opened,
+        "1 1",
+        opened + "deregister;destroy;deregister;free;destroy;",
+        "This communicator has been closed or aborted.",
+    ]
+
+
+def test_a_window_can_be_closed_alone(libraries: dict[int, Path]) -> None:
+    code = """
+comm, arena = connect(), nccl.Arena(1, 0)
+comm.register_window(arena.address)
+print(comm.deregister_window(arena.address), comm.deregister_window(arena.address))
+del arena
+gc.collect()
+print(journal().split(";", 1)[1])
+"""
+    assert run(libraries[22809], code)[1:] == ["True False", "alloc;register;deregister;free;"]
+
+
+@pytest.mark.parametrize(
+    "mode, reason",
+    [("error", "invalid argument"), ("none", "NCCL does not support symmetric windows between these devices")],
+)
+def test_windows_that_cannot_be_opened_give_a_reason(libraries: dict[int, Path], mode: str, reason: str) -> None:
+    code = """
+comm, arena = connect(), nccl.Arena(1, 0)
+print(comm.register_window(arena.address))
+comm.close()
+"""
+    assert run(libraries[22809], code, FAKE_WINDOW=mode)[1:] == [reason]
+
+
+def test_errors_say_what_failed_and_where(libraries: dict[int, Path]) -> None:
+    code = """
+comm = connect()
+for call in (lambda: comm.reduce_scatter(0, 0, 1, 7, 0, 0), comm.check_async_error, lambda: comm.register_window(64),
+             lambda: nccl.Communicator(b"short", 0, 1, 0)):
+    try:
+        call()
+    except CommunicationError as error:
+        print(error)
+comm.abort()
+comm.abort()
+try:
+    comm.all_gather(0, 0, 0, 7, 0)
+except CommunicationError as error:
+    print(error)
+print(journal())
+"""
+    lines = run(libraries[22809], code, FAKE_ASYNC_ERROR="1")
+    assert lines[1].startswith("NCCL: invalid argument (library().ReduceScatter(")
+    assert "csrc/nccl/communicator.cpp:" in lines[1] and lines[1].endswith("Last error: the fake was asked to fail")
+    assert lines[2].startswith("NCCL: other error (asynchronous operation at ")
+    assert lines[3:] == [
+        "Only memory from alloc() can be registered.",
+        "A NCCL unique id has 128 bytes.",
+        "This communicator has been closed or aborted.",
+        "init policy 0 id u;abort;",
+    ]
+
+
+def test_groups(libraries: dict[int, Path]) -> None:
+    code = """
+nccl.group_start()
+nccl.group_end()
+print(journal())
+"""
+    assert run(libraries[22809], code)[1:] == ["group_start;group_end;"]
+
+
+def test_missing_library_is_named() -> None:
+    code = "from bmtrain import _C; _C.nccl.load(['/nowhere/libnccl.so.2'])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "CommunicationError: NCCL (libnccl.so.2) was not found" in result.stderr
+    assert "/nowhere/libnccl.so.2" in result.stderr
