@@ -10,13 +10,16 @@ from pathlib import Path
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File, Project
 from rewriter.analyze.source import Source
-from rewriter.plan import Options, make_plan
+from rewriter.plan import Options, Plan, make_plans
 from rewriter.transform import apply_edits
 from rewriter.types import ConflictError, InputError, Result
 
 
 def convert_paths(
-    paths: Sequence[Path], options: Options, roots: Iterable[Path] = (), progress: Callable[[int, int], None] | None = None
+    paths: Sequence[Path],
+    options: Options,
+    roots: Iterable[Path] = (),
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
     """Results of all files, in the order given."""
     project = Project(roots)
@@ -24,9 +27,10 @@ def convert_paths(
     for path in paths:
         outcomes.append(_load(project, path))
     facts = Facts(project, options.blocks)
+    plans = make_plans([outcome for outcome in outcomes if isinstance(outcome, File)], facts, options)
     results = []
     for number, outcome in enumerate(outcomes):
-        results.append(outcome if isinstance(outcome, Result) else convert_file(outcome, facts, options))
+        results.append(outcome if isinstance(outcome, Result) else apply_plan(outcome, plans[outcome]))
         if progress is not None:
             progress(number + 1, len(outcomes))
     return results
@@ -48,15 +52,15 @@ def convert_text(text: str, options: Options | None = None, path: Path = Path("s
     project = Project()
     file = project.add(Source(path, text.encode("utf-8", "surrogatepass")))
     options = options or Options()
-    return convert_file(file, Facts(project, options.blocks), options)
+    return apply_plan(file, make_plans([file], Facts(project, options.blocks), options)[file])
 
 
-def convert_file(file: File, facts: Facts, options: Options) -> Result:
+def apply_plan(file: File, plan: Plan) -> Result:
+    """The file after its plan. A conversion that would not parse is an error and changes nothing."""
     source = file.source
+    if not plan.edits:
+        return Result(file.path, source.raw, source.raw, (), plan.hidden, plan.reported)
     try:
-        plan = make_plan(file, facts, options)
-        if not plan.edits:
-            return Result(file.path, source.raw, source.raw, (), plan.hidden, plan.reported)
         after = source.encode(apply_edits(source.data, plan.edits))
         _ = Source(file.path, after).tree
     except (InputError, ConflictError, RecursionError, UnicodeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rewriter.analyze.facts import Facts
@@ -37,14 +37,27 @@ class Plan:
     reported: tuple[Finding, ...]
 
 
-def make_plan(file: File, facts: Facts, options: Options) -> Plan:
-    """The plan of one file."""
+def make_plans(files: Sequence[File], facts: Facts, options: Options) -> dict[File, Plan]:
+    """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too."""
+    found = {file: _findings(file, facts) for file in files}
+    stopped = {file for file, findings in found.items() if any(finding.stop for finding in findings)}
+    behind = facts.scripts.only_behind(stopped) if stopped else {}
+    return {file: _plan(file, facts, options, found[file], behind.get(file)) for file in files}
+
+
+def _findings(file: File, facts: Facts) -> list[Finding]:
     if file.source.skips_file:
-        return Plan((), (), (), ())
-    findings = sorted((finding for rule in RULES for finding in rule.find(file, facts)), key=lambda f: f.line)
+        return []
+    return sorted((finding for rule in RULES for finding in rule.find(file, facts)), key=lambda finding: finding.line)
+
+
+def _plan(file: File, facts: Facts, options: Options, findings: list[Finding], behind: File | None) -> Plan:
     reported = [f for f in findings if f.safety is Safety.REPORT and _wanted(file, f, options)]
     if any(finding.stop for finding in findings):
-        return Plan((), (), (), tuple(reported))
+        return Plan((), (), (), tuple(finding for finding in reported if finding.stop))
+    if behind is not None:
+        message = f"part of {behind.path}, which cannot be converted"
+        return Plan((), (), (), (Finding("BMT090", 1, message, safety=Safety.REPORT),))
     applied: list[Finding] = []
     hidden: list[Finding] = []
     for finding in findings:
@@ -55,8 +68,26 @@ def make_plan(file: File, facts: Facts, options: Options) -> Plan:
     applied = _with_requirements(applied)
     edits = [edit for finding in applied for edit in finding.edits]
     if edits:
-        edits.extend(_import_edit(file, facts, edits))
+        edits = _without_empty_blocks(file, edits)
+        edits.extend(_import_edits(file, facts, edits, [line for finding in applied for line in finding.imports]))
     return Plan(tuple(edits), tuple(applied), tuple(hidden), tuple(reported))
+
+
+def _without_empty_blocks(file: File, edits: list[Edit]) -> list[Edit]:
+    """``pass`` in place of a block of which every statement is removed."""
+    source = file.source
+    removed = {edit.span for edit in edits if not edit.parts}
+    if not removed:
+        return edits
+    for node in file.nodes:
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list) and block and not isinstance(node, ast.Module):
+                spans = [source.statement_lines(item) for item in block]
+                if all(span in removed for span in spans):
+                    first = Edit(source.span(block[0]), ("pass",))
+                    edits = [edit for edit in edits if edit.parts or edit.span != spans[0]] + [first]
+    return edits
 
 
 def _wanted(file: File, finding: Finding, options: Options) -> bool:
@@ -76,22 +107,23 @@ def _with_requirements(findings: list[Finding]) -> list[Finding]:
         findings = kept
 
 
-def _import_edit(file: File, facts: Facts, edits: Iterable[Edit]) -> list[Edit]:
-    """``import bmtrain as bmt`` behind the file's other imports, if an edit needs it."""
+def _import_edits(file: File, facts: Facts, edits: Iterable[Edit], others: list[str]) -> list[Edit]:
+    """``import bmtrain as bmt`` behind the file's other imports, if an edit needs it, and what else edits need."""
     alias = facts.alias(file)
     written = "".join(part for edit in edits for part in edit.parts if isinstance(part, str))
-    if facts.has_import(file) or f"{alias}." not in written:
+    lines = list(dict.fromkeys(others))
+    if not facts.has_import(file) and f"{alias}." in written:
+        lines.append("import bmtrain as bmt" if alias == "bmt" else "import bmtrain")
+    if not lines:
         return []
-    line = "import bmtrain as bmt" if alias == "bmt" else "import bmtrain"
-    source, last = file.source, _last_import(file.tree)
+    source, last, body = file.source, _last_import(file.tree), file.tree.body
     if last is not None:
-        return [source.insert_after(last, [line], -50)]
-    body = file.tree.body
+        return [source.insert_after(last, lines, -50)]
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        return [source.insert_after(body[0], [line], -50)]
+        return [source.insert_after(body[0], lines, -50)]
     if body:
-        return [source.insert_before(body[0], [line], -50)]
-    return [Edit(Span(0, 0), (line + source.newline,))]
+        return [source.insert_before(body[0], lines, -50)]
+    return [Edit(Span(0, 0), tuple(line + source.newline for line in lines))]
 
 
 def _last_import(tree: ast.Module) -> ast.stmt | None:

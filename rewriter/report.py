@@ -23,7 +23,7 @@ def _lines(lines: Iterable[str], color: bool) -> Iterator[str]:
         if color and line.startswith(("+", "-", "@")):
             code = {"+": 32, "-": 31, "@": 36}[line[0]]
             body = text.rstrip("\r\n")
-            text = f"\033[{code}m{body}\033[0m{text[len(body):]}"
+            text = f"\033[{code}m{body}\033[0m{text[len(body) :]}"
         yield text
 
 

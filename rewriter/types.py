@@ -62,7 +62,7 @@ class Finding:
     """One thing a rule has to say about one place: edits that belong together, or a remark without edits.
 
     ``requires`` names ``key``s of other findings without which these edits would be wrong. ``stop`` means that the file
-    must not be changed at all; ``stop_project`` that nothing of the project must be.
+    must not be changed at all. ``imports`` are lines that the edits need at the top of the file.
     """
 
     code: str
@@ -73,6 +73,7 @@ class Finding:
     key: str = ""
     requires: tuple[str, ...] = ()
     stop: bool = False
+    imports: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from rewriter.analyze.names import dotted
 from rewriter.analyze.project import External, File, FunctionInfo
 from rewriter.analyze.roles import Roles, walk_own
 
+_SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
@@ -36,11 +37,23 @@ class Collectives:
         self._functions: dict[ast.AST, bool] = {}
 
     def inside(self, file: File, node: ast.AST) -> ast.Call | None:
-        """A call in the node that every rank must make, if there is one."""
-        for item in walk_own(node):
-            if isinstance(item, ast.Call) and self.is_collective(file, item):
-                return item
-        return None
+        """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""
+        return next(self.outermost(file, node), None)
+
+    def outermost(self, file: File, node: ast.AST) -> Iterator[ast.Call]:
+        """Calls in the node that every rank must make, without those inside another one."""
+        stack = [node]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, ast.Call) and self.is_collective(file, item) and not self._is_barrier(file, item):
+                yield item
+                continue
+            stack.extend(
+                child for child in reversed(list(ast.iter_child_nodes(item))) if not isinstance(child, _SEPARATE)
+            )
+
+    def _is_barrier(self, file: File, call: ast.Call) -> bool:
+        return self.project.external(file, call.func) in {"torch.distributed.barrier", "bmtrain.synchronize"}
 
     def is_collective(self, file: File, call: ast.Call) -> bool:
         roles = self.roles[file]
@@ -91,8 +104,7 @@ class Collectives:
             owner = file.names.class_of(node)
             module = owner is not None and self.classes.is_module(file.class_info(owner))
             self._functions[node] = any(
-                isinstance(item, ast.Call)
-                and (self.is_collective(file, item) or (module and _runs_module(item)))
+                isinstance(item, ast.Call) and (self.is_collective(file, item) or (module and _runs_module(item)))
                 for statement in node.body
                 for item in walk_own(statement)
             )
@@ -161,6 +173,15 @@ def is_rank_test(file: File, test: ast.expr) -> bool:
     return path is not None and bool(_MAIN_NAME.search(path.split(".")[-1]))
 
 
+def is_other_rank_test(file: File, test: ast.expr) -> bool:
+    """Whether an expression is true on all ranks but one."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return is_rank_test(file, test.operand)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn)):
+        return is_rank(file, test.left)
+    return is_rank(file, test)
+
+
 def is_rank(file: File, node: ast.expr) -> bool:
     """Whether an expression is a rank's number."""
     if isinstance(node, ast.Call):
@@ -180,4 +201,3 @@ def _integer(node: ast.expr) -> int | None:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         return -node.operand.value if isinstance(node.operand.value, int) else None
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int) else None
-

@@ -15,7 +15,12 @@ from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 Form = Literal["list", "comprehension", "empty", "variable", "helper", "repeated", "other"]
 ElementKind = Literal["block", "wrapped", "leaf", "container", "external", "unknown", "shared", "none"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-BLOCK_WRAPPERS = {"bmtrain.CheckpointBlock", "bmtrain.Block", "bmtrain.block_layer.CheckpointBlock", "bmtrain.block.Block"}
+BLOCK_WRAPPERS = {
+    "bmtrain.CheckpointBlock",
+    "bmtrain.Block",
+    "bmtrain.block_layer.CheckpointBlock",
+    "bmtrain.block.Block",
+}
 BLOCK_LISTS = {"bmtrain.TransformerBlockList", "bmtrain.PipelineTransformerBlockList"}
 _TORCH_BLOCKS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
 
@@ -215,7 +220,7 @@ class _FunctionScan:
             for argument in node.args:
                 yield from self._mapping(path, argument)
         elif isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values):
+            for key, value in zip(node.keys, node.values, strict=False):
                 if isinstance(key, ast.Constant) and isinstance(key.value, str):
                     yield from self.container(f"{path}.{key.value}", value)
 
@@ -274,7 +279,9 @@ class _FunctionScan:
                 receiver = node.target
             if receiver is None:
                 continue
-            if (local and isinstance(receiver, ast.Name) and receiver.id == local) or (path and self_path(receiver, self.me) == path):
+            if (local and isinstance(receiver, ast.Name) and receiver.id == local) or (
+                path and self_path(receiver, self.me) == path
+            ):
                 yield node
 
 

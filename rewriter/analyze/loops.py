@@ -83,9 +83,7 @@ def _aliases(function: Function, me: str) -> dict[str, str]:
     return {name: found[-1] or found[0] for name, found in values.items() if len(found) == 2 and any(found)}
 
 
-def _loop(
-    info: ClassInfo, function: Function, node: ast.For, me: str, aliases: dict[str, str]
-) -> Loop | None:
+def _loop(info: ClassInfo, function: Function, node: ast.For, me: str, aliases: dict[str, str]) -> Loop | None:
     header, container, element, index = _header(node, me, aliases)
     if container is None:
         return None
@@ -97,9 +95,7 @@ def _loop(
     return Loop(info.file, info, function, node, path, container, header, element, index, me)
 
 
-def _header(
-    node: ast.For, me: str, aliases: dict[str, str]
-) -> tuple[Header, ast.expr | None, str, str]:
+def _header(node: ast.For, me: str, aliases: dict[str, str]) -> tuple[Header, ast.expr | None, str, str]:
     """Kind of iteration, the container iterated over, names of the member and of the index."""
     source, target = node.iter, node.target
     if isinstance(source, ast.Call):
@@ -111,7 +107,7 @@ def _header(
         if function == "range" and isinstance(target, ast.Name):
             return _range_header(node, source, target.id, me)
         if function == "zip" and isinstance(target, ast.Tuple):
-            for item, name in zip(source.args, target.elts):
+            for item, name in zip(source.args, target.elts, strict=False):
                 if self_path(item, me):
                     return "zip", item, _id(name), ""
             return "other", None, "", ""
@@ -129,9 +125,7 @@ def _header(
     return "other", None, "", ""
 
 
-def _range_header(
-    node: ast.For, source: ast.Call, index: str, me: str
-) -> tuple[Header, ast.expr | None, str, str]:
+def _range_header(node: ast.For, source: ast.Call, index: str, me: str) -> tuple[Header, ast.expr | None, str, str]:
     """``for i in range(...)`` whose body uses ``self.<path>[i]``."""
     for statement in node.body:
         for item in ast.walk(statement):
@@ -258,7 +252,9 @@ def _invariant(node: ast.expr, stored: set[str]) -> bool:
         # A fresh list a call could be changed by a block; a tuple cannot.
         return isinstance(node, ast.Tuple) and all(_invariant(item, stored) for item in node.elts)
     if isinstance(node, ast.UnaryOp):
-        return isinstance(node.operand, ast.Constant) or (isinstance(node.op, ast.Not) and _invariant(node.operand, stored))
+        return isinstance(node.operand, ast.Constant) or (
+            isinstance(node.op, ast.Not) and _invariant(node.operand, stored)
+        )
     return False
 
 
@@ -271,7 +267,8 @@ def _escape_reason(loop: Loop) -> str:
     rebound = {
         item
         for other in ast.walk(loop.function)
-        if isinstance(other, (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)) and other is not loop.node
+        if isinstance(other, (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp))
+        and other is not loop.node
         and own <= _bound_by(other)
         for item in ast.walk(other)
     }
@@ -332,7 +329,15 @@ def _pure_test(test: ast.expr) -> bool:
     for node in ast.walk(test):
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
-            if name not in {"is_scripting", "is_tracing", "is_grad_enabled", "getattr", "hasattr", "isinstance", "bool"}:
+            if name not in {
+                "is_scripting",
+                "is_tracing",
+                "is_grad_enabled",
+                "getattr",
+                "hasattr",
+                "isinstance",
+                "bool",
+            }:
                 return False
         if isinstance(node, (ast.NamedExpr, ast.Await, ast.Yield)):
             return False

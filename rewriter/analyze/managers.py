@@ -85,7 +85,9 @@ class Managers:
         """Whether the variable is stepped or cleared where it is visible, or backward runs there."""
         if self.roles.methods_called.get(variable, set()) & {"step", "zero_grad"}:
             return True
-        return any(_receiver(node, "backward") is not None for node in walk_own(variable[0])) and not self._is_argument(variable)
+        return any(_receiver(node, "backward") is not None for node in walk_own(variable[0])) and not self._is_argument(
+            variable
+        )
 
     def _free(self, variable: Var, base: str) -> str:
         prefix = variable[1].rsplit(".", 1)[0] + "." if "." in variable[1] else ""

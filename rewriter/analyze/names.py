@@ -155,7 +155,9 @@ class Names:
             self._bind_import(node, scope, fallback)
         elif isinstance(node, (ast.Global, ast.Nonlocal)):
             scope.outer_names.update(node.names)
-        elif (isinstance(node, ast.ExceptHandler) and node.name) or (isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name):
+        elif (isinstance(node, ast.ExceptHandler) and node.name) or (
+            isinstance(node, (ast.MatchAs, ast.MatchStar)) and node.name
+        ):
             scope.bind(node.name, Binding(node, None))
 
     def _alias(self, node: ast.Name) -> ast.expr | None:

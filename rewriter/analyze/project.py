@@ -19,7 +19,10 @@ _TORCH_HOMES = (
     (re.compile(r"^torch\.optim\.[a-z_]+\.([A-Z]\w*)$"), r"torch.optim.\1"),
     (re.compile(r"^torch\.(?:cuda\.)?amp\.(?:grad_scaler\.)?GradScaler$"), "torch.amp.GradScaler"),
     (re.compile(r"^torch\.nn\.parallel\.distributed\.(\w+)$"), r"torch.nn.parallel.\1"),
-    (re.compile(r"^torch\.utils\.data\.(?:dataloader|distributed|dataset|sampler)\.([A-Z]\w*)$"), r"torch.utils.data.\1"),
+    (
+        re.compile(r"^torch\.utils\.data\.(?:dataloader|distributed|dataset|sampler)\.([A-Z]\w*)$"),
+        r"torch.utils.data.\1",
+    ),
     (re.compile(r"^torch\.random\.manual_seed$"), "torch.manual_seed"),
     (re.compile(r"^torch\.serialization\.(save|load)$"), r"torch.\1"),
     (re.compile(r"^torch\.distributed\.distributed_c10d\.(\w+)$"), r"torch.distributed.\1"),
@@ -48,9 +51,7 @@ class ClassInfo:
 
     @cached_property
     def methods(self) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef]:
-        return {
-            item.name: item for item in self.node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))
-        }
+        return {item.name: item for item in self.node.body if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,9 @@ class Project:
             top = folder
             while (top / "__init__.py").exists() and top.parent != top:
                 top = top.parent
-            self._directories[folder] = tuple(dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots)]))
+            self._directories[folder] = tuple(
+                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots)])
+            )
         return self._directories[folder]
 
     def find_module(self, name: str, origin: File, level: int = 0) -> File | None:

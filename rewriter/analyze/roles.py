@@ -12,7 +12,9 @@ from rewriter.analyze.names import dotted
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 
 Var = tuple[ast.AST, str]
-_MODEL_NAMES = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I)
+_MODEL_NAMES = re.compile(
+    r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
+)
 _LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward"}
 _WRAPPERS = {
@@ -76,7 +78,9 @@ class Roles:
         found = {v for v, value, _, part in self.assignments if not part and self._is_optimizer(value)}
         for variable, methods in self.methods_called.items():
             named = re.search(r"opt", variable[1].split(".")[-1], re.I)
-            if (named and "zero_grad" in methods and ("step" in methods or self.scalers)) or (named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods):
+            if (named and "zero_grad" in methods and ("step" in methods or self.scalers)) or (
+                named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods
+            ):
                 found.add(variable)
         for node in self.file.nodes:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step":
@@ -214,7 +218,9 @@ class Roles:
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
             name = dotted(value.func) or ""
-            return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(("estimate", "eval"))
+            return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
+                ("estimate", "eval")
+            )
         if isinstance(value, ast.Attribute):
             return value.attr == "loss"
         if isinstance(value, ast.Subscript):

@@ -43,7 +43,13 @@ class Scripts:
         """Files with a loop that trains, and project files that the scripts import."""
         found = {file for file in self.project if _TRAINS.search(file.source.data) and self._trains(file)}
         queue = [file for file in self.entries if file in found or self._builds_model(file)]
-        found.update(queue)
+        for file in queue:
+            found |= self._reach(file)
+        return found
+
+    def _reach(self, start: File) -> set[File]:
+        """A file and the project files that it imports, at any depth."""
+        found, queue = {start}, [start]
         while queue:
             file = queue.pop()
             for node in file.nodes:
@@ -53,6 +59,15 @@ class Scripts:
                             found.add(target)
                             queue.append(target)
         return found
+
+    def only_behind(self, stopped: set[File]) -> dict[File, File]:
+        """Files that only scripts which cannot be converted use, each with one such script."""
+        behind = {target: file for file in stopped if file in self.entries for target in self._reach(file)}
+        for file in self.entries:
+            if file not in stopped and file not in behind:
+                for target in self._reach(file):
+                    behind.pop(target, None)
+        return {target: script for target, script in behind.items() if target not in stopped}
 
     def _trains(self, file: File) -> bool:
         for node in file.nodes:
@@ -116,8 +131,10 @@ class Scripts:
             if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
                 nested = [c for c in ast.walk(value) if isinstance(c, ast.Call) and c is not value]
                 found = self.project.resolve(file, value.func)
-                if isinstance(found, FunctionInfo) and found.file is file and not any(
-                    self._call_needs(file, call) for call in nested
+                if (
+                    isinstance(found, FunctionInfo)
+                    and found.file is file
+                    and not any(self._call_needs(file, call) for call in nested)
                 ):
                     return self._descend(file, found.node.body)
         return block
@@ -157,8 +174,11 @@ class Scripts:
             return self._function_needs(found.file, found.node)
         if isinstance(found, External):
             name = found.name
-            return name in SEEDS or name in _NEEDS or name.startswith(("torch.distributed.", "bmtrain.")) or (
-                is_optimizer_name(name) or name.split(".")[0] in {"tqdm", "wandb"}
+            return (
+                name in SEEDS
+                or name in _NEEDS
+                or name.startswith(("torch.distributed.", "bmtrain."))
+                or (is_optimizer_name(name) or name.split(".")[0] in {"tqdm", "wandb"})
             )
         if isinstance(call.func, ast.Name) and call.func.id == "print":
             return file.names.lookup("print", file.names.scope_of(call)) is None

@@ -177,9 +177,9 @@ class Source:
             text = self.newline + text.removesuffix(self.newline)
         return Edit(Span(end, end), (text,), rank)
 
-    def remove(self, node: ast.stmt, siblings: list[ast.stmt]) -> Edit:
-        """Delete a statement; ``pass`` takes its place where it stands alone or shares its line."""
-        if len(siblings) > 1 and self.owns_lines(node):
+    def remove(self, node: ast.stmt) -> Edit:
+        """Delete a statement; ``pass`` takes its place where it shares its line."""
+        if self.owns_lines(node):
             return Edit(self.statement_lines(node), ())
         return Edit(self.span(node), ("pass",))
 
@@ -192,6 +192,33 @@ class Source:
             if line not in self._string_lines and self.data[start : self.line_end(line)].strip():
                 edits.append(Edit(Span(start, start), (self.indent_unit,), -100))
         return edits
+
+    def dedented(self, node: ast.stmt, indent: str) -> list[Edit]:
+        """Edits that bring every line of a statement's lines one block out, to ``indent`` instead of its own."""
+        assert node.end_lineno is not None
+        own, edits = self.indent(node), []
+        for line in range(node.lineno, node.end_lineno + 1):
+            start = self.line_start(line)
+            if line not in self._string_lines and self.data[start : start + len(own)] == own.encode():
+                edits.append(Edit(Span(start + len(indent), start + len(own)), ()))
+        return edits
+
+    def wrapped(self, node: ast.stmt, test: str, hoisted: list[tuple[str, Span]], outdent: int = 0) -> list[Edit]:
+        """Edits that put a statement under ``if test:``, with some of its expressions evaluated before.
+
+        ``outdent`` is by how many characters other edits move the statement to the left.
+        """
+        indent, span = self.indent(node)[outdent:], self.span(node)
+        parts: list[str | Span] = []
+        for name, place in hoisted:
+            parts.extend([f"{name} = ", place, f"{self.newline}{indent}"])
+        parts.append(f"if {test}:{self.newline}{indent}{self.indent_unit}")
+        position = span.start
+        for name, place in hoisted:
+            parts.extend([Span(position, place.start), name])
+            position = place.end
+        parts.append(Span(position, span.end))
+        return [Edit(span, tuple(parts), 20), *self.indented(node)]
 
 
 def _decode(path: Path, raw: bytes) -> tuple[str, bytes, str]:

@@ -15,7 +15,9 @@ from rewriter.analyze.loops import CallForm, Loop, call_form, find_loops, is_cha
 from rewriter.analyze.project import ClassInfo, File, Project
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
-_SETUP = re.compile(r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init)")
+_SETUP = re.compile(
+    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init)"
+)
 _CACHE = re.compile(r"(?:^|_)(?:past|cache|kv|incremental_state|inference_params|layer_past|state)s?(?:_|$)", re.I)
 
 
@@ -66,7 +68,11 @@ class Stacks:
 
     def _modules(self) -> Iterator[ClassInfo]:
         for file in self.project:
-            if b"ModuleList" in file.source.data or b"Sequential" in file.source.data or b"BlockList" in file.source.data:
+            if (
+                b"ModuleList" in file.source.data
+                or b"Sequential" in file.source.data
+                or b"BlockList" in file.source.data
+            ):
                 for info in self.classes.all(file):
                     if self.classes.kind(info) in {"module", "distributed"}:
                         yield info
@@ -76,13 +82,17 @@ class Stacks:
                         yield info
 
     def _candidates(self) -> Iterator[Stack]:
-        owners = [info for info in self._modules()]
+        owners = list(self._modules())
         loops: dict[ClassInfo, list[Loop]] = {info: list(find_loops(info)) for info in owners}
         for info in owners:
             self.loops.extend(loops[info])
         for info in owners:
             for path, builds in self.containers.of(info).items():
-                family = [info, *(o for o in owners if info in self.classes.ancestors(o)), *self.classes.ancestors(info)]
+                family = [
+                    info,
+                    *(o for o in owners if info in self.classes.ancestors(o)),
+                    *self.classes.ancestors(info),
+                ]
                 over = [loop for member in family for loop in loops.get(member, []) if loop.path == path]
                 stack = Stack(info, path, builds, over)
                 reason = self._reason_against(stack)
@@ -98,7 +108,9 @@ class Stacks:
         if any(build.is_stack_already for build in stack.builds):
             return ""
         name = f"{stack.owner.name}.{stack.path}"
-        if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in self.chosen):
+        if any(
+            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in self.chosen
+        ):
             return ""
         kinds = {element.kind for build in stack.builds for element in build.elements}
         if "container" in kinds:

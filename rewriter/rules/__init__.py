@@ -6,15 +6,23 @@ from rewriter.rules import (
     base_class,
     batches,
     block_list,
+    compiled,
+    ddp,
+    dist,
+    engines,
     init,
+    loader,
     loop,
     loss_value,
     manager,
     optimizer,
+    output,
     parameter,
     printing,
     progress,
+    rank_guard,
     save,
+    unsupported,
 )
 from rewriter.types import Rule
 
@@ -22,17 +30,23 @@ _MODULES = (
     base_class,
     batches,
     block_list,
+    compiled,
+    ddp,
+    dist,
+    engines,
     init,
+    loader,
     loop,
     loss_value,
     manager,
     optimizer,
+    output,
     parameter,
     printing,
     progress,
+    rank_guard,
     save,
+    unsupported,
 )
-RULES: tuple[Rule, ...] = tuple(
-    sorted((module.RULE for module in _MODULES), key=lambda rule: rule.code)
-)
+RULES: tuple[Rule, ...] = tuple(sorted((module.RULE for module in _MODULES), key=lambda rule: rule.code))
 BY_CODE = {rule.code: rule for rule in RULES}

@@ -24,7 +24,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 alias = alias or facts.alias(file)
                 edit = Edit(file.source.span(base), (f"{alias}.DistributedModule",))
                 yield Finding(
-                    RULE.code, base.lineno, f"class {info.name} inherits {alias}.DistributedModule", (edit,), key="import"
+                    RULE.code,
+                    base.lineno,
+                    f"class {info.name} inherits {alias}.DistributedModule",
+                    (edit,),
+                    key="import",
                 )
 
 

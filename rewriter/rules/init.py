@@ -12,17 +12,21 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import is_rank
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
 from rewriter.analyze.roles import walk_own
+from rewriter.rules.ddp import varies_by_rank
 from rewriter.types import Edit, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
     block = scripts.entries.get(file)
-    if block is None or file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
+    if (
+        block is None
+        or file not in scripts.training
+        or (b"init_distributed" in file.source.data and _present(file, facts))
+    ):
         return
     first = next((s for s in block if not _is_definition(s) and scripts.needs_init(file, s)), None)
     if first is None:
@@ -36,11 +40,25 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         )
         yield Finding(RULE.code, first.lineno, "the seed starts the ranks", edits, key="init")
         return
-    argument = ""
+    argument = _common_part(file, facts, block)
     if seed is not None and _available(file, seed[1].args[0], block, first):
         argument = f"seed={file.source.code(seed[1].args[0])}"
     edit = file.source.insert_before(first, [f"{alias}.init_distributed({argument})"], rank=-10)
     yield Finding(RULE.code, first.lineno, "the script starts the ranks", (edit,), key="init")
+
+
+def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> str:
+    """``seed=1337`` where the script seeds each rank with ``1337 + rank``."""
+    for statement in block:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            call = statement.value
+            if facts.project.external(file, call.func) == "torch.manual_seed" and len(call.args) == 1:
+                seed = call.args[0]
+                if isinstance(seed, ast.BinOp) and isinstance(seed.op, ast.Add):
+                    for side in (seed.left, seed.right):
+                        if isinstance(side, ast.Constant):
+                            return f"seed={file.source.code(side)}"
+    return ""
 
 
 def first_calls(statement: ast.stmt) -> list[ast.Call]:
@@ -64,9 +82,7 @@ def _seed(file: File, facts: Facts, block: list[ast.stmt]) -> tuple[ast.stmt, as
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             call = statement.value
             if facts.project.external(file, call.func) == "torch.manual_seed" and len(call.args) == 1:
-                varies = any(is_rank(file, n) for n in ast.walk(call.args[0]) if isinstance(n, ast.expr))
-                varies = varies or any(isinstance(n, ast.Name) and "offset" in n.id for n in ast.walk(call.args[0]))
-                return None if varies else (statement, call)
+                return None if varies_by_rank(file, call.args[0]) else (statement, call)
     return None
 
 

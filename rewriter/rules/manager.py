@@ -72,9 +72,7 @@ def _scaler_statement(managers: Managers, manager: Manager) -> ast.stmt | None:
     return None
 
 
-def _scaler_creation(
-    file: File, facts: Facts, managers: Managers, manager: Manager
-) -> Iterator[tuple[int, Edit]]:
+def _scaler_creation(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
     source, roles = file.source, managers.roles
     for variable, value, statement, part in roles.assignments:
         call = roles.scaler_call(value)

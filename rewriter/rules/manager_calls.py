@@ -74,7 +74,7 @@ def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -
     statement = file.names.statement_of(node)
     alone = isinstance(statement, ast.Expr) and statement.value is node
     if func.attr in {"unscale_", "update"} and alone:
-        yield source.remove(statement, _remaining(file, manager, statement))
+        yield source.remove(statement)
     elif func.attr == "step":
         if len(node.args) > 1 or node.keywords:
             yield node.lineno, "step with a closure cannot be converted: every rank would have to call it alike", True
@@ -86,22 +86,6 @@ def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -
     elif func.attr in {"state_dict", "load_state_dict"}:
         yield Edit(source.span(func.value), (manager.name,))
         yield node.lineno, f"the scaler's {func.attr} is now the manager's, which has another layout", False
-
-
-def _remaining(file: File, manager: Manager, statement: ast.stmt) -> list[ast.stmt]:
-    """The statements of a block that are not deleted with this one."""
-    block = file.names.siblings(statement)
-
-    def deleted(item: ast.stmt) -> bool:
-        if not (isinstance(item, ast.Expr) and isinstance(item.value, ast.Call)):
-            return False
-        func = item.value.func
-        return isinstance(func, ast.Attribute) and func.attr in {"unscale_", "update"} and (
-            manager.scaler is not None and isinstance(func.value, (ast.Name, ast.Attribute))
-        )
-
-    kept = [item for item in block if not deleted(item)]
-    return block if kept else [statement]
 
 
 def _optimizer(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Edit | Remark]:
@@ -116,7 +100,7 @@ def _optimizer(file: File, manager: Manager, node: ast.Call, func: ast.Attribute
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Edit | Remark]:
     source, manager = file.source, managers.for_call(node)
     values = {keyword.arg: keyword.value for keyword in node.keywords}
-    values.update(zip(("parameters", "max_norm", "norm_type"), node.args))
+    values.update(zip(("parameters", "max_norm", "norm_type"), node.args, strict=False))
     parameters, limit = values.get("parameters"), values.get("max_norm")
     if parameters is None or limit is None:
         yield node.lineno, "clip_grad_norm_ with arguments that are not understood", True

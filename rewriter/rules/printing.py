@@ -44,11 +44,11 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            'import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n'
-            'optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n'
+            "import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
             'print("done", flush=True)\n',
-            'import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n'
-            'optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n'
+            "import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
             'bmt.print_rank("done", flush=True)\n',
         ),
     ),

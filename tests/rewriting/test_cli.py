@@ -52,7 +52,12 @@ def test_check(project: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("broken.py", b"def f(:\n"), ("latin.py", b"x = '\xe9'\n"), ("null.py", b"x = 1\0\n"), ("cookie.py", b"# coding: nonsense\n")],
+    [
+        ("broken.py", b"def f(:\n"),
+        ("latin.py", b"x = '\xe9'\n"),
+        ("null.py", b"x = 1\0\n"),
+        ("cookie.py", b"# coding: nonsense\n"),
+    ],
 )
 def test_bad_file(project: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes) -> None:
     (project / name).write_bytes(content)

@@ -11,7 +11,11 @@ from rewriter.types import Example, Rule
 
 from .helpers import converted
 
-CASES = [pytest.param(rule, example, id=f"{rule.code}-{number}") for rule in RULES for number, example in enumerate(rule.examples)]
+CASES = [
+    pytest.param(rule, example, id=f"{rule.code}-{number}")
+    for rule in RULES
+    for number, example in enumerate(rule.examples)
+]
 
 
 @pytest.mark.parametrize(("rule", "example"), CASES)
@@ -66,7 +70,9 @@ SPELLINGS = {
 def test_spelling(base: str, imports: str) -> None:
     before = f"{imports}\n\nclass A({base}):\n    pass\n"
     lines = imports.splitlines(keepends=True)
-    expected = "".join([lines[0], "import bmtrain as bmt\n", *lines[1:]]) + "\n\nclass A(bmt.DistributedModule):\n    pass\n"
+    expected = (
+        "".join([lines[0], "import bmtrain as bmt\n", *lines[1:]]) + "\n\nclass A(bmt.DistributedModule):\n    pass\n"
+    )
     assert converted(before) == expected
 
 

@@ -1,0 +1,125 @@
+"""torch.distributed's calls are bmtrain's.
+
+What: ``get_rank``, ``get_world_size``, ``barrier``, ``is_initialized`` and in-place ``all_reduce`` become bmtrain's;
+``init_process_group`` and ``destroy_process_group`` go.
+Why: bmtrain has its own communicators and needs no process group.
+Refuses when: the project uses other collectives of torch.distributed, or groups: then the process group stays beside
+bmtrain's communicators. ``mp.spawn`` starts its own processes; start the script with torchrun instead.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule, Safety
+
+_SIMPLE = {
+    "torch.distributed.get_rank": "rank",
+    "torch.distributed.get_world_size": "world_size",
+    "torch.distributed.barrier": "synchronize",
+    "torch.distributed.is_initialized": "is_initialized",
+}
+_GROUP = {"torch.distributed.init_process_group", "torch.distributed.destroy_process_group"}
+_OPERATIONS = {"SUM": "sum", "AVG": "avg", "MAX": "max", "MIN": "min", "PRODUCT": "prod"}
+_HARMLESS = {
+    "is_available",
+    "is_nccl_available",
+    "is_gloo_available",
+    "is_torchelastic_launched",
+    "is_backend_available",
+}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    calls = [node for node in file.nodes if isinstance(node, ast.Call)]
+    names = {call: facts.project.external(file, call.func) for call in calls}
+    for call, name in names.items():
+        if name == "torch.multiprocessing.spawn":
+            message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT, stop=True)
+    distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}
+    others = [call for call, name in distributed.items() if not _known(file, facts, call, name)]
+    for call in others:
+        yield Finding(RULE.code, call.lineno, f"{names[call]} keeps using torch's process group", safety=Safety.REPORT)
+    for call, name in distributed.items():
+        if call not in others and not (others and name in _GROUP):
+            yield from _call(file, facts, call, name)
+
+
+def _known(file: File, facts: Facts, call: ast.Call, name: str) -> bool:
+    if name in _GROUP or name.split(".")[-1] in _HARMLESS or name.count(".") > 2:
+        return True
+    if name in _SIMPLE:
+        return not call.args and all(keyword.arg == "device_ids" for keyword in call.keywords)
+    return name == "torch.distributed.all_reduce" and _operation(file, facts, call) is not None
+
+
+def _operation(file: File, facts: Facts, call: ast.Call) -> str | None:
+    """bmtrain's name of an all_reduce's operation, if the call is a statement of its own without a group."""
+    statement = file.names.statement_of(call)
+    values = {keyword.arg: keyword.value for keyword in call.keywords}
+    values.update(zip(("tensor", "op"), call.args, strict=False))
+    if not isinstance(statement, ast.Expr) or statement.value is not call or set(values) - {"tensor", "op"}:
+        return None
+    if "op" not in values:
+        return "sum"
+    return _OPERATIONS.get(facts.project.external(file, values["op"]).split(".")[-1])
+
+
+def _call(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[Finding]:
+    source, alias = file.source, facts.alias(file)
+    if name in _SIMPLE:
+        edit = Edit(source.span(call), (f"{alias}.{_SIMPLE[name]}()",))
+        yield Finding(RULE.code, call.lineno, f"{name} is {alias}.{_SIMPLE[name]}", (edit,))
+    elif name in _GROUP:
+        statement = file.names.statement_of(call)
+        if isinstance(statement, ast.Expr) and statement.value is call:
+            edit = source.remove(statement)
+            yield Finding(RULE.code, call.lineno, "bmtrain needs no process group", (edit,))
+    elif name == "torch.distributed.all_reduce":
+        tensor = source.span(call.args[0] if call.args else call.keywords[0].value)
+        operation = _operation(file, facts, call)
+        parts = (tensor, f".copy_({alias}.distributed.all_reduce(", tensor, f', op="{operation}"))')
+        yield Finding(RULE.code, call.lineno, "the reduction is bmtrain's", (Edit(source.span(call), parts),))
+
+
+RULE = Rule(
+    code="BMT030",
+    title="torch.distributed's calls are bmtrain's",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import torch.distributed as dist
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+count = torch.ones(1) * dist.get_rank()
+dist.all_reduce(count)
+dist.barrier()
+dist.destroy_process_group()
+""",
+            """import torch
+import torch.distributed as dist
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+count = torch.ones(1) * bmt.rank()
+count.copy_(bmt.distributed.all_reduce(count, op="sum"))
+bmt.synchronize()
+""",
+        ),
+    ),
+)

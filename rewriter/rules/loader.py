@@ -1,0 +1,98 @@
+"""Every rank takes its share of each batch of the training data.
+
+What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loader(DataLoader(...))``.
+Why: together the ranks see the batches of the unconverted script, in the same order.
+Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
+every rank then evaluates all of them, and sums and counts made from them are the unconverted script's.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule, Safety
+
+_EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or b"DataLoader" not in file.source.data:
+        return
+    for node in file.nodes:
+        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
+            continue
+        parent = file.names.parents[node]
+        if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_loader":
+            continue
+        if any(keyword.arg in {"sampler", "batch_sampler"} for keyword in node.keywords) and facts.scripts.is_parallel(
+            file
+        ):
+            continue
+        if _for_evaluation(file, node):
+            message = "every rank evaluates all of this data, with the same result"
+            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+            continue
+        span = file.source.span(node)
+        edit = Edit(span, (f"{facts.alias(file)}.shard_loader(", span, ")"), 4)
+        yield Finding(RULE.code, node.lineno, "every rank takes its share of each batch", (edit,))
+
+
+def _for_evaluation(file: File, node: ast.Call) -> bool:
+    """Whether a loader's batches are only evaluated, by its name or its function's."""
+    statement = file.names.statement_of(node)
+    names: list[str] = []
+    if isinstance(statement, ast.Assign):
+        targets = [t for target in statement.targets for t in _flat(target)]
+        values = _flat(statement.value)
+        if len(values) == len(targets) and node in values:
+            targets = [targets[values.index(node)]]
+        names += [(dotted(target) or "").split(".")[-1] for target in targets]
+    function = file.names.function_of(node)
+    if isinstance(statement, ast.Return) and function is not None:
+        names.append(function.name)
+    return any(_EVALUATION.search(name) and not re.search(r"train", name, re.I) for name in names)
+
+
+def _flat(node: ast.expr) -> list[ast.expr]:
+    return list(node.elts) if isinstance(node, (ast.Tuple, ast.List)) else [node]
+
+
+RULE = Rule(
+    code="BMT024",
+    title="every rank takes its share of each batch",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+from torch.utils.data import DataLoader
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+train_loader = DataLoader(train_set, batch_size=8, shuffle=True)
+test_loader = DataLoader(test_set, batch_size=8)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for x in train_loader:
+    optim_manager.backward(model(x).mean())
+""",
+            """import torch
+import bmtrain as bmt
+from torch.utils.data import DataLoader
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+train_loader = bmt.shard_loader(DataLoader(train_set, batch_size=8, shuffle=True))
+test_loader = DataLoader(test_set, batch_size=8)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for x in train_loader:
+    optim_manager.backward(model(x).mean())
+""",
+        ),
+    ),
+)

@@ -1,0 +1,166 @@
+"""Files and loggers are written by one rank.
+
+What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
+``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
+Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
+Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
+from rewriter.analyze.project import File
+from rewriter.types import Edit, Example, Finding, Rule
+
+_WRITERS = {
+    "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
+    "os.rename", "os.replace", "os.mkdir", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
+    "shutil.move", "shutil.copytree", "yaml.dump", "torchvision.utils.save_image", "wandb.log", "wandb.save",
+    "wandb.finish", "wandb.watch", "wandb.init", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update",
+}  # fmt: skip
+_WRITING_METHODS = {
+    "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
+    "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
+}  # fmt: skip
+_EVERYWHERE = {"print", "super", "set_postfix", "set_description", "update", "set_epoch", "train", "eval", "append"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    for node in file.nodes:
+        if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node):
+            continue
+        if _in_opened_guard(file, facts, node) or not _writes(file, facts, node):
+            continue
+        edits = tuple(guard_statement(file, facts, node))
+        if edits:
+            yield Finding(RULE.code, node.lineno, "one rank writes", edits)
+
+
+def _in_opened_guard(file: File, facts: Facts, node: ast.AST) -> bool:
+    opened = facts.scripts.opened_guards(file)
+    return any(parent in opened for parent in file.names.ancestors(node))
+
+
+def _writes(file: File, facts: Facts, node: ast.Expr | ast.With) -> bool:
+    """Whether a statement writes something outside the process."""
+    if isinstance(node, ast.With):
+        return len(node.items) == 1 and _opens_for_writing(node.items[0].context_expr)
+    if not isinstance(node.value, ast.Call):
+        return False
+    if any(isinstance(parent, ast.With) and _writes(file, facts, parent) for parent in file.names.ancestors(node)):
+        return False
+    if facts.project.external(file, node.value.func) in _WRITERS:
+        return True
+    func = node.value.func
+    return isinstance(func, ast.Attribute) and func.attr in _WRITING_METHODS
+
+
+def _opens_for_writing(node: ast.expr) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    path = dotted(node.func) or ""
+    method = isinstance(node.func, ast.Attribute) and node.func.attr == "open"
+    modes = [k.value for k in node.keywords if k.arg == "mode"] + node.args[0 if method and path != "io.open" else 1 :][
+        :1
+    ]
+    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else ""
+    return (path == "open" or method) and isinstance(mode, str) and any(letter in mode for letter in "wax")
+
+
+def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = False, outdent: int = 0) -> Iterator[Edit]:
+    """Edits that leave one statement to one rank, with what needs all ranks computed before.
+
+    With ``opened`` the statement stood in a rank guard that goes, so that everything with a side effect is meant;
+    ``outdent`` is by how many characters it moves to the left then.
+    """
+    collectives = facts.scripts.collectives
+    if isinstance(node, (ast.If, ast.For, ast.While)) and opened:
+        for statement in (*node.body, *node.orelse):
+            yield from guard_statement(file, facts, statement, opened, outdent)
+        return
+    if isinstance(node, ast.With):
+        needs = collectives.inside(file, node) is not None
+        if needs and opened and not _writes(file, facts, node):
+            for statement in node.body:
+                yield from guard_statement(file, facts, statement, opened, outdent)
+        elif not needs and _writes(file, facts, node) and _only_effects(node.body) and file.source.owns_lines(node):
+            yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", [], outdent)
+        return
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
+        return
+    if opened and (_runs_everywhere(file, facts, node.value) or collectives.is_collective(file, node.value)):
+        return
+    calls = sorted((file.source.span(call) for call in collectives.outermost(file, node)), key=lambda span: span.start)
+    hoisted = [(_name(file, number, len(calls)), span) for number, span in enumerate(calls)]
+    yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", hoisted, outdent)
+
+
+def _only_effects(body: list[ast.stmt]) -> bool:
+    return not any(
+        isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in ast.walk(s)
+    )
+
+
+def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call in an opened guard is right on every rank: other rules see to it, or it has no outside effect."""
+    name = dotted(call.func) or ""
+    if facts.project.external(file, call.func) in {"torch.save", "gc.collect", "torch.cuda.empty_cache"}:
+        return True
+    return name.split(".")[-1] in _EVERYWHERE - {"append"} or name.startswith("bmt.")
+
+
+def _name(file: File, number: int, count: int) -> str:
+    base = "value" if count == 1 else f"value_{number + 1}"
+    taken = {name for scope in file.names.scopes.values() for name in scope.bindings}
+    while base in taken:
+        base += "_"
+    return base
+
+
+RULE = Rule(
+    code="BMT033",
+    title="files and loggers are written by one rank",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import json
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for step, x in enumerate(batches):
+    loss = model(x).mean()
+    optim_manager.backward(loss)
+    writer.add_scalar("loss", loss.item(), step)
+with open("done.json", "w") as file:
+    json.dump({"steps": step}, file)
+""",
+            """import json
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for step, x in enumerate(batches):
+    loss = model(x).mean()
+    optim_manager.backward(loss)
+    value = bmt.sum_loss(loss).item()
+    if bmt.rank() == 0:
+        writer.add_scalar("loss", value, step)
+if bmt.rank() == 0:
+    with open("done.json", "w") as file:
+        json.dump({"steps": step}, file)
+""",
+        ),
+    ),
+)

@@ -1,0 +1,49 @@
+"""What cannot work on shards is refused or reported.
+
+What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
+conversion of the script; code that reads ``p.grad`` is reported.
+Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
+Refuses when: always.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
+from rewriter.analyze.project import File
+from rewriter.types import Example, Finding, Rule, Safety
+
+_WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    for node in file.nodes:
+        if isinstance(node, ast.Call):
+            name = (dotted(node.func) or "").split(".")[-1]
+            if _WHOLE.match(name) and (node.args or node.keywords):
+                message = f"{name} needs whole matrices or a closure, and a rank holds only its share of them"
+                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT, stop=True)
+        elif isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
+            if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
+                message = "a gradient is read here; a rank sees its share of it only"
+                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+RULE = Rule(
+    code="BMT091",
+    title="what cannot work on shards is refused or reported",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import torch\n\nmodel = torch.nn.Linear(8, 1)\noptimizer = torch.optim.LBFGS(model.parameters())\n"
+            "model(x).mean().backward()\noptimizer.step()\n"
+        ),
+    ),
+)
