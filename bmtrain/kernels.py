@@ -98,7 +98,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)
         for tensor in tensors:
             for chunk in tensor.detach().view(-1).split(_CHUNK):  # type: ignore[no-untyped-call]
-                total += chunk.double().square_().sum()
+                total += chunk.double().square().sum()
         return total
     device, stream = _queue(tensors[0])
     counts = [_C.kernels.sum_of_squares_partials(t.numel()) for t in tensors]
@@ -228,7 +228,8 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 
 def _queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Device index and handle of the current stream there."""
-    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+    device = tensor.get_device()
+    return device, torch.cuda.current_stream(device).cuda_stream
 
 
 def _address(tensor: torch.Tensor | None) -> int:
