@@ -22,8 +22,8 @@ train_converted() {
     torchrun --standalone --nproc_per_node=2 "$out/converted/train.py" \
         --out "$out/converted_run" --losses "$out/converted.jsonl" "$@"
 }
-step "2. train on two ranks, until it is interrupted after step 250"
-train_converted --stop-after 250
+step "2. train on two ranks, until it is interrupted after step 220"
+train_converted --stop-after 220
 step "2. resume from the checkpoint of step 200"
 train_converted --resume
 
