@@ -1,16 +1,70 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import debug, distributed, inspect, loss, lr_scheduler, nn, optim
-from .block import BMTrainModelWrapper, Block, CheckpointBlock, TransformerBlockList, compile
+from . import benchmark, debug, distributed, init, inspect, loss, lr_scheduler, nccl, nn, optim, store, utils
+from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, rank, shutdown, world_size
 from .data import shard_batch, shard_loader
 from .global_var import config
 from .legacy import optim_step
 from .shard import (
-    DistributedModule, DistributedParameter, ParameterInitializer, gather_grad, gathered, grouped_parameters, init_parameters,
-)  # fmt: skip
+    DistributedModule,
+    DistributedParameter,
+    ParameterInitializer,
+    gather_grad,
+    gathered,
+    grouped_parameters,
+    init_parameters,
+)
 from .synchronize import gather_result, sum_loss, synchronize, wait_loader
 from .utils import load_nccl_pypi, print_block, print_dict, print_rank, see_memory
+
+__all__ = [
+    "BMTrainModelWrapper",
+    "Block",
+    "CheckpointBlock",
+    "DistributedModule",
+    "DistributedParameter",
+    "ParameterInitializer",
+    "TransformerBlockList",
+    "benchmark",
+    "compile",
+    "config",
+    "debug",
+    "distributed",
+    "gather_grad",
+    "gather_result",
+    "gathered",
+    "grouped_parameters",
+    "init",
+    "init_distributed",
+    "init_parameters",
+    "inspect",
+    "is_initialized",
+    "load",
+    "load_nccl_pypi",
+    "loss",
+    "lr_scheduler",
+    "nccl",
+    "nn",
+    "optim",
+    "optim_step",
+    "print_block",
+    "print_dict",
+    "print_rank",
+    "rank",
+    "save",
+    "save_checkpoint",
+    "see_memory",
+    "shard_batch",
+    "shard_loader",
+    "shutdown",
+    "store",
+    "sum_loss",
+    "synchronize",
+    "utils",
+    "wait_loader",
+    "world_size",
+]
 
 __version__ = "2.0.0.dev0"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from ..errors import ConfigurationError
@@ -39,6 +40,7 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
     if engine.ctx.device.is_cuda:
         land_gradients(root)
+        torch.cuda.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != engine.ctx.device.torch_device:

@@ -256,7 +256,7 @@ class Engine:
         """
         if self._note is None:
             return None
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return self._note if top is not None and top[0] is self._note else None
 
     def finish_backward(self) -> None:
@@ -272,9 +272,6 @@ class Engine:
                 unit.reduce_grads()
             if unit is not None:
                 unit.open_uses = 0
-        device = self.ctx.device
-        if device.is_cuda:
-            device.event_after(device.reduce_stream).wait()
         if self.idle:
             self._unpin_loose()
             self.residency.drop_all()

@@ -29,7 +29,7 @@ class _LinearInto(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         flat, index = ctx.place
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None

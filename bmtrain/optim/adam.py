@@ -93,10 +93,13 @@ class AdamOptimizer(torch.optim.Optimizer):
                 loss = closure()
         engine = context().engine
         engine.finish_backward()
-        # In the order of use: what the next forward needs first is gathered while the rest is updated.
         units = sorted({flat.unit: None for flat in flats_of(all_params(self.param_groups))}, key=lambda u: u.index)
         keys = self._count_steps(units)
-        for unit in units:
+        # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
+        # the rest of them its gather.
+        first, others = units[:2], units[2:]
+        half = len(others) // 2
+        for unit in [*others[:half], *first, *others[half:]]:
             own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
             for piece, (group, step) in pieces(own, keys):
                 self._update(piece, step, self.param_groups[group], scale)
@@ -124,11 +127,12 @@ class AdamOptimizer(torch.optim.Optimizer):
         apart = master is not flat.shard
         direct = apart and master.device == flat.shard.device
         beta1, beta2 = group["betas"]
+        factor = flat.gradient.factor
         kernels.adamw_(
             master[where], state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(master.device),
             flat.shard[where] if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
             beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=1.0 / scale,
+            grad_scale=1.0 / scale, clip=None if factor is None else factor.to(master.device),
         )  # fmt: skip
         if apart and not direct:
             flat.shard[where].copy_(master[where])

@@ -43,11 +43,11 @@ class _ShardView:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
 
     def _values(self, flat: FlatShard) -> torch.Tensor:
-        if flat.dtype == flat.grad_dtype:
+        if flat.dtype == flat.gradient.dtype:
             return flat.shard
         version, master = self._masters.get(id(flat), (-1, flat.shard))
         if version != flat.version:
-            master = flat.shard.to(flat.grad_dtype)
+            master = flat.shard.to(flat.gradient.dtype)
             self._masters[id(flat)] = (flat.version, master)
         return master
 
@@ -62,8 +62,7 @@ class _ShardView:
             assert flat is not None
             show_whole(parameter, flat.local(self._values(flat), index))
             if touched[id(flat)][index] and parameter.requires_grad:
-                assert flat.grad is not None
-                set_raw_grad(parameter, flat.local(flat.grad, index))
+                set_raw_grad(parameter, flat.local(flat.gradient.settled(), index))
 
     def leave(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Show what was shown before."""

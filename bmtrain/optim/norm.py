@@ -9,21 +9,22 @@ import torch
 
 from .. import kernels
 from ..context import context
-from .pieces import flats_of, pieces
+from .pieces import Piece, flats_of, pieces
 
 
-def _grads(params: Sequence[Any]) -> list[torch.Tensor]:
-    """This rank's parts of all gradients of ``params``, neighbours joined."""
-    flats_of(params)
-    ready = [p for p in params if p._flat.has_grad]
-    return [piece.grad for piece, _ in pieces(ready)]
+def _pieces(params: Sequence[Any]) -> list[Piece]:
+    """This rank's parts of all gradients of ``params``, neighbours joined, without pending factors."""
+    for flat in flats_of(params):
+        if flat.gradient.present and flat.gradient.factor is not None:
+            flat.gradient.settled()
+    return [piece for piece, _ in pieces([p for p in params if p._flat.gradient.present])]
 
 
 @torch.no_grad()
 def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
     ctx = context()
-    grads = _grads(params)
+    grads = [piece.grad for piece in _pieces(params)]
     device = ctx.device.torch_device
     if norm_type == float("inf"):
         peak = torch.stack([g.abs().max().float() for g in grads]).max() if grads else torch.zeros((), device=device)
@@ -45,21 +46,30 @@ def clip_(params: Sequence[Any], norm: torch.Tensor, max_norm: float, eps: float
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
-    factor = (max_norm / (norm + eps)).clamp(max=1.0)
-    scale_grads_(params, factor)
+    scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
 
 
 @torch.no_grad()
 def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
-    """Multiply every gradient by ``factor``."""
-    for grad in _grads(params):
-        kernels.scale_(grad, factor)
+    """Multiply every gradient of ``params`` by ``factor``; a whole flat one when it is next read."""
+    chosen = {id(p) for p in params}
+    for flat in flats_of(params):
+        if not flat.gradient.present:
+            continue
+        if all(id(p) in chosen for p in flat.params):
+            flat.gradient.scale_(factor)
+            continue
+        part = flat.gradient.settled()
+        for index, parameter in enumerate(flat.params):
+            if id(parameter) in chosen:
+                flat.local(part, index).mul_(factor)
 
 
 @torch.no_grad()
 def overflowed(params: Sequence[Any]) -> bool:
     """Whether any rank has an infinite or NaN gradient.  Collective; waits for the device."""
     ctx = context()
-    bad = kernels.has_inf_or_nan(_grads(params)).to(torch.float32).to(ctx.device.torch_device)
-    ctx.world.all_reduce(bad, "max")
-    return bool(bad.item())
+    bad = kernels.has_inf_or_nan([piece.grad for piece in _pieces(params)])
+    flag = bad.to(device=ctx.device.torch_device, dtype=torch.float32)
+    ctx.world.all_reduce(flag, "max")
+    return bool(flag.item())

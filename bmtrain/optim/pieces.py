@@ -27,9 +27,8 @@ class Piece:
 
     @property
     def grad(self) -> torch.Tensor:
-        """(n,) this rank's part of the gradient."""
-        assert self.flat.grad is not None
-        return self.flat.grad[self.start : self.end]
+        """(n,) this rank's part of the gradient, to be multiplied by the flat gradient's ``factor``."""
+        return self.flat.gradient.values()[0][self.start : self.end]
 
 
 def flats_of(params: Iterable[Any]) -> list[FlatShard]:
@@ -60,7 +59,7 @@ def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
 
     Ranks may differ: an expert may have had tokens on one rank only.
     """
-    flags = [t and f.has_grad for f in flats for t in f.touched]
+    flags = [t and f.gradient.present for f in flats for t in f.touched]
     ctx = context()
     if ctx.world_size > 1 and flags:
         shared = torch.tensor(flags, dtype=torch.uint8)

@@ -55,7 +55,7 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
 
 
 def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
-    """The whole reduced gradient, in the precision it is kept in; None if no rank has one.  Collective.
+    """The whole reduced gradient, in fp32 for low precision; None if no rank has one.  Collective.
 
     Shape: the parameter's.  Call it between backward and the optimizer's step.
     """
@@ -66,10 +66,11 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     ctx = flat.unit.ctx
     touched = torch.tensor([int(flat.touched[index])])
     ctx.control.all_reduce(touched, "max")
-    if not int(touched) or flat.grad is None:
+    if not int(touched) or not flat.gradient.present:
         return None
-    whole = torch.empty(flat.layout.numel, dtype=flat.grad.dtype, device=flat.grad.device)
-    ctx.world.all_gather(flat.grad, whole)
+    part = flat.gradient.settled()
+    whole = torch.empty(flat.layout.numel, dtype=part.dtype, device=part.device)
+    ctx.world.all_gather(part, whole)
     slot = flat.layout.slots[index]
     return whole[slot.start : slot.end].view(slot.shape).clone()
 

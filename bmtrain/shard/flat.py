@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
+from .gradient import ShardGradient
 from .layout import Layout, make_layout
 from .parameter import DistributedParameter, make_poison, raw_grad, set_raw_grad, show_sharded, show_whole
 from .pool import Buffer
@@ -22,8 +23,7 @@ class FlatShard:
     Attributes:
         params, names: the parameters in the order of ``layout.slots``.
         shard: (S,) this rank's values, in the parameters' dtype.
-        grad: (S,) this rank's reduced gradient, fp32 for low precision.
-        has_grad: whether ``grad`` holds a reduction since the last ``clear_grad``; the same on all ranks.
+        gradient: this rank's reduced gradient.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         version: grows when values change other than by an optimizer, so that masters can follow.
     """
@@ -34,9 +34,8 @@ class FlatShard:
         self.dtype = params[0].dtype
         self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.world_size)
         self.shard = self._new_shard()
-        self.grad: torch.Tensor | None = None
+        self.gradient = ShardGradient(self)
         self.touched = [False] * len(self.params)
-        self.has_grad = False
         self.version = 0
         self.buffer: Buffer | None = None
         self._landing: tuple[Buffer, list[bool]] | None = None
@@ -60,11 +59,6 @@ class FlatShard:
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
         return self.buffer is not None or self.unit.ctx.world_size == 1
-
-    @property
-    def grad_dtype(self) -> torch.dtype:
-        """Dtype in which gradients are summed and kept."""
-        return torch.float32 if self.dtype in (torch.float16, torch.bfloat16) else self.dtype
 
     def rest(self) -> None:
         """Show what needs no gather buffer: poison, or at world size 1 the shard itself."""
@@ -124,7 +118,7 @@ class FlatShard:
         assert shard.shape == self.shard.shape
         self.dtype = shard.dtype
         self.shard = self._new_shard().copy_(shard)
-        self.grad, self.has_grad, self.touched, self._poison = None, False, [False] * len(self.params), []
+        self.gradient, self.touched, self._poison = ShardGradient(self), [False] * len(self.params), []
         self.version += 1
         self.rest()
 
@@ -158,39 +152,30 @@ class FlatShard:
         """What autograd has accumulated and nobody reduced yet."""
         return [raw_grad(p) for p in self.params]
 
-    def ensure_grad(self) -> torch.Tensor:
-        """The gradient shard, made of zeros on first use."""
-        if self.grad is None:
-            ctx = self.unit.ctx
-            self.grad = ctx.reduce.alloc(self.layout.shard_numel, self.grad_dtype, ctx.device.torch_device).zero_()
-        return self.grad
-
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
-        self.touched, self.has_grad = [False] * len(self.params), False
+        self.touched = [False] * len(self.params)
+        self.gradient.clear()
         for parameter in self.params:
             set_raw_grad(parameter, None)
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
         """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
         if whole is None:
-            if self.grad is not None and self.touched[index]:
-                self.local(self.grad, index).zero_()
+            if self.gradient.present:
+                self.local(self.gradient.settled(), index).zero_()
             self.touched[index] = False
             return
-        if not self.has_grad:
-            self.ensure_grad().zero_()
-            self.has_grad = True
-        self.local(self.ensure_grad(), index).copy_(self.local_part(whole, index))
+        self.local(self.gradient.zeros(), index).copy_(self.local_part(whole, index))
         self.touched[index] = True
 
     def visible_grad(self, index: int) -> torch.Tensor | None:
         """What ``parameter.grad`` shows for a reduced gradient."""
-        if not self.touched[index] or self.grad is None:
+        if not self.touched[index] or not self.gradient.present:
             return None
         slot = self.layout.slots[index]
         if self.unit.ctx.world_size == 1:
-            return self.grad[slot.start : slot.end].view(slot.shape)
+            return self.gradient.settled()[slot.start : slot.end].view(slot.shape)
         return make_poison(slot.shape, self.dtype, self.shard.device)
 
     def copy_for(self, unit: ShardUnit, memo: dict[int, Any]) -> FlatShard:
@@ -198,9 +183,9 @@ class FlatShard:
         made = FlatShard.__new__(FlatShard)
         made.__dict__.update(self.__dict__)
         made.unit, made.names = unit, list(self.names)
-        made.touched, made.has_grad = [False] * len(self.params), False
+        made.touched, made.gradient = [False] * len(self.params), ShardGradient(made)
         made.shard = self._new_shard().copy_(self.shard)
-        made.grad, made.buffer, made._landing, made._poison, made.params = None, None, None, [], []
+        made.buffer, made._landing, made._poison, made.params = None, None, [], []
         for index, old in enumerate(self.params):
             new = DistributedParameter(
                 make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group  # type: ignore[attr-defined]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from .. import kernels
 from .flat import FlatShard
 from .parameter import set_raw_grad
 
 
 def reduce_flat(flat: FlatShard) -> None:
-    """Sum ``flat``'s whole gradients over ranks; add this rank's part to ``flat.grad``.
+    """Sum ``flat``'s whole gradients over ranks; add this rank's part to its gradient.
 
     A parameter without a gradient on this rank counts as zeros: another rank may have one.
     """
@@ -18,11 +17,9 @@ def reduce_flat(flat: FlatShard) -> None:
     buffer, landed = flat.take_landing()
     with torch.no_grad():
         _collect(flat, buffer.views(flat.layout), landed)
-        grad = flat.ensure_grad()
-        fresh, flat.has_grad = not flat.has_grad, True
         device.event_after(device.current_stream()).wait(device.reduce_stream)
         with device.on(device.reduce_stream):
-            _accumulate(flat, buffer.tensor, grad, fresh)
+            flat.gradient.add(buffer.tensor)
     flat.unit.pools.grads.give_back(buffer, device.reduce_stream)
 
 
@@ -45,16 +42,3 @@ def _collect(flat: FlatShard, views: list[torch.Tensor], landed: list[bool]) -> 
     if sources:
         torch._foreach_copy_(targets, sources)
 
-
-def _accumulate(flat: FlatShard, whole: torch.Tensor, grad: torch.Tensor, fresh: bool) -> None:
-    ctx, pools = flat.unit.ctx, flat.unit.pools
-    if fresh and grad.dtype == whole.dtype:
-        ctx.reduce.reduce_scatter(whole, grad)
-        return
-    part = pools.acquire_part(flat)
-    ctx.reduce.reduce_scatter(whole, part.tensor)
-    if grad.dtype == torch.float32:
-        kernels.accumulate_(grad, part.tensor, fresh)
-    else:
-        grad.add_(part.tensor)
-    pools.parts.give_back(part, ctx.device.reduce_stream)
