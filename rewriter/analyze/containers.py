@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from rewriter.analyze.classes import Classes, is_container
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 
 Form = Literal["list", "comprehension", "empty", "variable", "helper", "repeated", "other"]
@@ -119,7 +119,7 @@ class Containers:
 
     def _returned(self, node: ast.Call, function: FunctionInfo) -> Element:
         """The element that a factory function of the project returns, if it returns one class."""
-        for statement in ast.walk(function.node):
+        for statement in walk(function.node):
             if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call):
                 found = self.project.resolve(function.file, statement.value.func)
                 if isinstance(found, ClassInfo) and self.classes.is_module(found):
@@ -149,7 +149,7 @@ class _FunctionScan:
         self.me = arguments[0].arg if arguments else ""
 
     def builds(self) -> Iterator[Build]:
-        for node in ast.walk(self.function):
+        for node in walk(self.function):
             if isinstance(node, ast.Assign):
                 for target in node.targets:
                     yield from self._assigned(target, node.value)
@@ -206,7 +206,7 @@ class _FunctionScan:
         found = self.project.resolve(self.file, call.func)
         if not isinstance(found, FunctionInfo):
             return False
-        for node in ast.walk(found.node):
+        for node in walk(found.node):
             if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
                 return self.project.external(found.file, node.value.func) == "torch.nn.ModuleList"
         return False
@@ -262,7 +262,7 @@ class _FunctionScan:
     @cached_property
     def _locals(self) -> dict[str, list[ast.expr]]:
         found: dict[str, list[ast.expr]] = {}
-        for node in ast.walk(self.function):
+        for node in walk(self.function):
             if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
                 found.setdefault(node.targets[0].id, []).append(node.value)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
@@ -270,7 +270,7 @@ class _FunctionScan:
         return found
 
     def _appends(self, path: str, local: str) -> Iterator[ast.AST]:
-        for node in ast.walk(self.function):
+        for node in walk(self.function):
             receiver: ast.expr | None = None
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 if node.func.attr in {"append", "extend", "insert", "add_module"}:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rewriter.analyze.containers import Function, self_path
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, File, Project
 
 Header = Literal["plain", "enumerate", "range", "zip", "slice", "reversed", "values", "pairs", "other"]
@@ -40,7 +40,7 @@ class Loop:
     def calls(self) -> Iterator[ast.Call]:
         """Calls of the member itself, also by ``checkpoint(member, ...)``."""
         for statement in self.node.body:
-            for node in ast.walk(statement):
+            for node in walk(statement):
                 if isinstance(node, ast.Call):
                     if self.is_element(node.func) or any(self.is_element(argument) for argument in node.args[:1]):
                         yield node
@@ -63,7 +63,7 @@ def find_loops(info: ClassInfo) -> Iterator[Loop]:
         if not me:
             continue
         aliases = _aliases(function, me)
-        for node in ast.walk(function):
+        for node in walk(function):
             if isinstance(node, ast.For):
                 loop = _loop(info, function, node, me, aliases)
                 if loop is not None:
@@ -73,7 +73,7 @@ def find_loops(info: ClassInfo) -> Iterator[Loop]:
 def _aliases(function: Function, me: str) -> dict[str, str]:
     """Local names that stand for one container path: ``layers = self.layers``."""
     values: dict[str, list[str]] = {}
-    for node in ast.walk(function):
+    for node in walk(function):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             values.setdefault(node.id, []).append("")
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
@@ -128,7 +128,7 @@ def _header(node: ast.For, me: str, aliases: dict[str, str]) -> tuple[Header, as
 def _range_header(node: ast.For, source: ast.Call, index: str, me: str) -> tuple[Header, ast.expr | None, str, str]:
     """``for i in range(...)`` whose body uses ``self.<path>[i]``."""
     for statement in node.body:
-        for item in ast.walk(statement):
+        for item in walk(statement):
             if isinstance(item, ast.Subscript) and dotted(item.slice) == index and self_path(item.value, me):
                 return "range", item.value, "", index
     return "other", None, "", ""
@@ -143,7 +143,7 @@ def stored_names(nodes: list[ast.stmt]) -> set[str]:
     return {
         node.id
         for statement in nodes
-        for node in ast.walk(statement)
+        for node in walk(statement)
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)
     }
 
@@ -155,7 +155,7 @@ def is_chain(loop: Loop) -> bool:
         return False
     for call in loop.calls():
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-        names = {node.id for argument in arguments for node in ast.walk(argument) if isinstance(node, ast.Name)}
+        names = {node.id for argument in arguments for node in walk(argument) if isinstance(node, ast.Name)}
         if (names & stored) - {loop.element, loop.index}:
             return True
     return False
@@ -261,29 +261,29 @@ def _invariant(node: ast.expr, stored: set[str]) -> bool:
 def _escape_reason(loop: Loop) -> str:
     """Whether a name of the loop's header is used after it, or in its body otherwise than allowed."""
     own = {name for name in (loop.element, loop.index) if name}
-    if any(isinstance(node, (ast.Global, ast.Nonlocal)) and own & set(node.names) for node in ast.walk(loop.function)):
+    if any(isinstance(node, (ast.Global, ast.Nonlocal)) and own & set(node.names) for node in walk(loop.function)):
         return "the loop variable outlives the loop"
-    inside = set(ast.walk(loop.node))
+    inside = set(walk(loop.node))
     rebound = {
         item
-        for other in ast.walk(loop.function)
+        for other in walk(loop.function)
         if isinstance(other, (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp))
         and other is not loop.node
         and own <= _bound_by(other)
-        for item in ast.walk(other)
+        for item in walk(other)
     }
-    for node in ast.walk(loop.function):
+    for node in walk(loop.function):
         if isinstance(node, ast.Name) and node.id in own and not isinstance(node.ctx, ast.Store):
             if node not in inside and node not in rebound:
                 return "the loop variable is used after the loop"
-    uses = sum(1 for s in loop.node.body for n in ast.walk(s) if isinstance(n, ast.Name) and n.id == loop.index)
+    uses = sum(1 for s in loop.node.body for n in walk(s) if isinstance(n, ast.Name) and n.id == loop.index)
     allowed = len(list(loop.calls())) if loop.header == "range" else 0
     return "the index is used in the body" if loop.index and uses > allowed else ""
 
 
 def _bound_by(node: ast.AST) -> set[str]:
     targets = [node.target] if isinstance(node, ast.For) else [g.target for g in getattr(node, "generators", [])]
-    return {item.id for target in targets for item in ast.walk(target) if isinstance(item, ast.Name)}
+    return {item.id for target in targets for item in walk(target) if isinstance(item, ast.Name)}
 
 
 # Checkpoint branches ------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def is_checkpoint(file: File, call: ast.Call, project: Project) -> bool:
 
 
 def _pure_test(test: ast.expr) -> bool:
-    for node in ast.walk(test):
+    for node in walk(test):
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
             if name not in {

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from rewriter.analyze.names import Binding, Import, Names, Scope
@@ -81,6 +81,10 @@ class File:
     def path(self) -> Path:
         return self.source.path
 
+    @cached_property
+    def folder(self) -> Path:
+        return self.path.resolve().parent
+
     @property
     def tree(self) -> ast.Module:
         return self.source.tree
@@ -91,7 +95,12 @@ class File:
 
     @cached_property
     def nodes(self) -> list[ast.AST]:
-        return list(ast.walk(self.tree))
+        """All nodes in source order."""
+        return self.names.nodes
+
+    @cached_property
+    def calls(self) -> list[ast.Call]:
+        return [node for node in self.nodes if isinstance(node, ast.Call)]
 
     def class_info(self, node: ast.ClassDef) -> ClassInfo:
         return self.classes.setdefault(node, ClassInfo(self, node))
@@ -104,6 +113,7 @@ class File:
         return [node for node in self.nodes if isinstance(node, ast.ClassDef)]
 
 
+@lru_cache(maxsize=100_000)
 def canonical(name: str) -> str:
     """The public name of a torch object reached by a private path."""
     if name.startswith("torch."):
@@ -121,6 +131,8 @@ class Project:
         self.files: dict[Path, File] = {}
         self.roots = [root.resolve() for root in roots]
         self._missing: set[Path] = set()
+        self._modules: dict[tuple[Path, str, int], File | None] = {}
+        self._resolved: dict[ast.AST, Resolved] = {}
         self._directories: dict[Path, tuple[Path, ...]] = {}
 
     def add(self, source: Source, convert: bool = True) -> File:
@@ -134,7 +146,7 @@ class Project:
     # Modules ---------------------------------------------------------------------------------------------------
 
     def _search_path(self, file: File) -> tuple[Path, ...]:
-        folder = file.path.resolve().parent
+        folder = file.folder
         if folder not in self._directories:
             top = folder
             while (top / "__init__.py").exists() and top.parent != top:
@@ -145,11 +157,18 @@ class Project:
         return self._directories[folder]
 
     def find_module(self, name: str, origin: File, level: int = 0) -> File | None:
+        """The project's file that an import of ``name`` in another file reaches."""
+        key = (origin.folder, name, level)
+        if key not in self._modules:
+            self._modules[key] = self._find_module(name, origin, level)
+        return self._modules[key]
+
+    def _find_module(self, name: str, origin: File, level: int) -> File | None:
         parts = [part for part in name.split(".") if part]
         if not level and parts and parts[0] in _NEVER_PROJECT:
             return None
         if level:
-            folder = origin.path.resolve().parent
+            folder = origin.folder
             for _ in range(level - 1):
                 folder = folder.parent
             return self._module_at(folder, parts)
@@ -190,6 +209,11 @@ class Project:
         """What an expression made of names and attributes refers to; None when that is not certain."""
         if depth > 20:
             return None
+        if node not in self._resolved:
+            self._resolved[node] = self._resolve(file, node, depth)
+        return self._resolved[node]
+
+    def _resolve(self, file: File, node: ast.AST, depth: int) -> Resolved:
         if isinstance(node, ast.Subscript):
             return self.resolve(file, node.value, depth + 1)
         if isinstance(node, ast.Name):
@@ -277,5 +301,5 @@ class Project:
     def _submodule(self, package: File, name: str) -> Resolved:
         if package.path.name != "__init__.py":
             return None
-        found = self._module_at(package.path.resolve().parent, [name])
+        found = self._module_at(package.folder, [name])
         return ModuleRef(found) if found is not None else None

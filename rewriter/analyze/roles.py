@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.classes import Classes, external_kind
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 
 Var = tuple[ast.AST, str]
@@ -64,8 +64,8 @@ class Roles:
     @cached_property
     def methods_called(self) -> dict[Var, set[str]]:
         found: dict[Var, set[str]] = {}
-        for node in self.file.nodes:
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        for node in self.file.calls:
+            if isinstance(node.func, ast.Attribute):
                 variable = self.var(node.func.value)
                 if variable is not None:
                     found.setdefault(variable, set()).add(node.func.attr)
@@ -82,8 +82,8 @@ class Roles:
                 named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods
             ):
                 found.add(variable)
-        for node in self.file.nodes:
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "step":
+        for node in self.file.calls:
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "step":
                 if node.args and self.var(node.func.value) in self.scalers:
                     stepped = self.var(node.args[0])
                     if stepped is not None:
@@ -99,7 +99,7 @@ class Roles:
                 isinstance(node, ast.Return)
                 and isinstance(node.value, ast.Call)
                 and is_optimizer_name(self.project.external(found.file, node.value.func))
-                for node in ast.walk(found.node)
+                for node in walk(found.node)
             )
         return isinstance(found, External) and is_optimizer_name(found.name)
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.collectives import Collectives, Guard, as_guard, guards
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, ModuleRef
 from rewriter.analyze.roles import Roles, is_optimizer_name, walk_own
 
@@ -70,8 +70,8 @@ class Scripts:
         return {target: script for target, script in behind.items() if target not in stopped}
 
     def _trains(self, file: File) -> bool:
-        for node in file.nodes:
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+        for node in file.calls:
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
                 owner = file.names.function_of(node)
                 inner = owner is not None and owner.name in {"backward", "forward"}
                 receiver = node.func.value
@@ -129,7 +129,7 @@ class Scripts:
         if len(needing) == 1 and isinstance(needing[0], (ast.Expr, ast.Assign)):
             value = needing[0].value
             if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
-                nested = [c for c in ast.walk(value) if isinstance(c, ast.Call) and c is not value]
+                nested = [c for c in walk(value) if isinstance(c, ast.Call) and c is not value]
                 found = self.project.resolve(file, value.func)
                 if (
                     isinstance(found, FunctionInfo)

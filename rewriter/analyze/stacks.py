@@ -12,6 +12,7 @@ from typing import Literal
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.containers import Build, Containers
 from rewriter.analyze.loops import CallForm, Loop, call_form, find_loops, is_chain
+from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File, Project
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
@@ -138,7 +139,7 @@ class Stacks:
 
         for function in stack.owner.methods.values():
             me = function.args.args[0].arg if function.args.args else ""
-            for node in ast.walk(function):
+            for node in walk(function):
                 if isinstance(node, ast.Call) and self_path(node.func, me) == stack.path:
                     return len(node.args) == 1 and not node.keywords
         return any(is_chain(loop) for loop in stack.loops)
@@ -149,7 +150,7 @@ class Stacks:
             if _SETUP.match(loop.function.name) or not loop.element:
                 continue
             for statement in loop.node.body:
-                for node in ast.walk(statement):
+                for node in walk(statement):
                     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                         if loop.is_element(node.func.value) and not _SETUP.match(node.func.attr):
                             return f"a loop calls {loop.element}.{node.func.attr}(...) instead of the block"
@@ -188,7 +189,7 @@ class Stacks:
                 continue
             found.add(current)
             queue.extend(self.classes.ancestors(current))
-            for node in ast.walk(current.node):
+            for node in walk(current.node):
                 if isinstance(node, ast.Call):
                     used = self.project.resolve(current.file, node.func)
                     if isinstance(used, ClassInfo) and self.classes.is_module(used):
@@ -221,7 +222,7 @@ class Stacks:
     def _takes_cache(call: ast.Call) -> bool:
         """Whether a block gets a cache, which recomputation would fill twice."""
         values = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
-        names = [node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)]
+        names = [node.id for value in values for node in walk(value) if isinstance(node, ast.Name)]
         return any(_CACHE.search(name) and not name.startswith("use_") for name in names)
 
     def _always_a_stack(self, stack: Stack) -> str:

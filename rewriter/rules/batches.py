@@ -24,8 +24,8 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.is_parallel(file):
         return
-    for node in file.nodes:
-        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) not in _DRAWS:
+    for node in file.calls:
+        if facts.project.external(file, node.func) not in _DRAWS:
             continue
         owner = file.names.class_of(node)
         if owner is not None and facts.classes.is_module(file.class_info(owner)):

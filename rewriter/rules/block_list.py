@@ -61,19 +61,11 @@ def _arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
     value = call.args[0] if call.args else call.keywords[0].value
     if isinstance(value, ast.Starred):
         value = value.value
-    if isinstance(value, ast.GeneratorExp):
-        yield from _bracketed(source.span(value), source.slice(source.span(value)))
-    if width:
-        last = source.span(value).end
-        yield Edit(Span(last, last), (width,), 10)
-
-
-def _bracketed(span: Span, text: str) -> Iterator[Edit]:
-    """A generator written as a list, so that the list can be measured."""
-    if text.startswith("("):
-        yield Edit(span, ("[", Span(span.start + 1, span.end - 1), "]"), 3)
-    else:
-        yield Edit(span, ("[", span, "]"), 3)
+    span = source.span(value)
+    if width and span.end == end:  # a bare generator shares its parentheses with the call
+        yield Edit(span, ("(", span, f"{width})"), 10)
+    elif width:
+        yield Edit(Span(span.end, span.end), (width,), 10)
 
 
 def _element(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:

@@ -7,7 +7,6 @@ Refuses when: what is compiled is not the model.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
@@ -19,8 +18,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"compile" not in file.source.data:
         return
     roles = facts.scripts.roles[file]
-    for node in file.nodes:
-        if isinstance(node, ast.Call) and node.args and facts.project.external(file, node.func) == "torch.compile":
+    for node in file.calls:
+        if node.args and facts.project.external(file, node.func) == "torch.compile":
             if roles.is_model(node.args[0]):
                 edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.compile",))
                 yield Finding(RULE.code, node.lineno, "the blocks are compiled one by one", (edit,))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.collectives import is_rank
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import same
+from rewriter.analyze.names import same, walk
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
 
@@ -100,7 +100,7 @@ def varies_by_rank(file: File, node: ast.expr) -> bool:
     """Whether a seed is another one on every rank."""
     return any(
         isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
-        for item in ast.walk(node)
+        for item in walk(node)
     )
 
 

@@ -36,8 +36,7 @@ _HARMLESS = {
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
-    calls = [node for node in file.nodes if isinstance(node, ast.Call)]
-    names = {call: facts.project.external(file, call.func) for call in calls}
+    names = {call: facts.project.external(file, call.func) for call in file.calls}
     for call, name in names.items():
         if name == "torch.multiprocessing.spawn":
             message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"

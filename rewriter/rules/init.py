@@ -13,6 +13,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.analyze.roles import walk_own
 from rewriter.rules.ddp import varies_by_rank
@@ -88,7 +89,7 @@ def _seed(file: File, facts: Facts, block: list[ast.stmt]) -> tuple[ast.stmt, as
 
 def _available(file: File, argument: ast.expr, block: list[ast.stmt], first: ast.stmt) -> bool:
     """Whether the seed can be computed in front of the first statement that needs it."""
-    for node in ast.walk(argument):
+    for node in walk(argument):
         if isinstance(node, ast.Call):
             return False
         if isinstance(node, ast.Name):
@@ -101,7 +102,7 @@ def _available(file: File, argument: ast.expr, block: list[ast.stmt], first: ast
 
 
 def _stored(block: list[ast.stmt]) -> set[ast.AST]:
-    return {node for statement in block for node in ast.walk(statement)}
+    return {node for statement in block for node in walk(statement)}
 
 
 RULE = Rule(

@@ -23,8 +23,8 @@ _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"DataLoader" not in file.source.data:
         return
-    for node in file.nodes:
-        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
+    for node in file.calls:
+        if facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
             continue
         parent = file.names.parents[node]
         if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_loader":

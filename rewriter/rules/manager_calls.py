@@ -15,9 +15,7 @@ Remark = tuple[int, str, bool]
 
 def call_edits(file: File, facts: Facts, managers: Managers) -> Iterator[Edit | Remark]:
     """Edits of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
-    for node in file.nodes:
-        if not isinstance(node, ast.Call):
-            continue
+    for node in file.calls:
         if facts.project.external(file, node.func) == "torch.nn.utils.clip_grad_norm_":
             yield from _clip(file, facts, managers, node)
         elif isinstance(node.func, ast.Attribute):
@@ -39,7 +37,7 @@ def _backward(
     file: File, facts: Facts, managers: Managers, node: ast.Call, func: ast.Attribute
 ) -> Iterator[Edit | Remark]:
     source, roles = file.source, managers.roles
-    if roles.var(func.value) in roles.managers:
+    if roles.var(func.value) in roles.managers or facts.project.external(file, _called(func.value)).startswith("bmtrain."):
         return
     function = file.names.function_of(node)
     receiver = func.value
@@ -55,6 +53,8 @@ def _backward(
         if receiver.func.attr == "scale" and scaling in managers.of and len(receiver.args) == 1:
             loss, manager = receiver.args[0], managers.of[scaling]
     name = manager.name if manager is not None else f"{facts.alias(file)}.optim.OptimManager(loss_scale=None)"
+    if manager is None and not roles.optimizers and not roles.scalers and function is None:
+        return  # a demonstration that steps nothing
     if manager is None and roles.scalers:
         yield node.lineno, "backward here does not know the loss scale", False
     if node.args or node.keywords:
@@ -62,6 +62,10 @@ def _backward(
         yield Edit(source.span(node), (f"{name}.scale_loss(", source.span(loss), ").backward", arguments))
     else:
         yield Edit(source.span(node), (f"{name}.backward(", _bare(file, loss), ")"))
+
+
+def _called(node: ast.expr) -> ast.expr:
+    return node.func if isinstance(node, ast.Call) else node
 
 
 def _bare(file: File, node: ast.expr) -> Span:

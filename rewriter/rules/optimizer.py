@@ -25,8 +25,8 @@ _DROPPED = {"fused", "foreach"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"AdamW" not in file.source.data:
         return
-    for node in file.nodes:
-        if isinstance(node, ast.Call) and facts.project.external(file, node.func) == "torch.optim.AdamW":
+    for node in file.calls:
+        if facts.project.external(file, node.func) == "torch.optim.AdamW":
             reason, dropped = _judge(file, node)
             if reason:
                 message = f"torch.optim.AdamW stays ({reason}); the manager steps it on shards"

@@ -12,7 +12,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule
 
@@ -103,7 +103,7 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
 
 def _only_effects(body: list[ast.stmt]) -> bool:
     return not any(
-        isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in ast.walk(s)
+        isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in walk(s)
     )
 
 

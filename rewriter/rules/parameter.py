@@ -12,6 +12,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule
 
@@ -28,7 +29,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def _method(file: File, facts: Facts, method: ast.AST) -> Iterator[Finding]:
-    for node in ast.walk(method):
+    for node in walk(method):
         if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.nn.Parameter":
             continue
         edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.DistributedParameter",))

@@ -19,8 +19,8 @@ from rewriter.types import Edit, Example, Finding, Rule
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"print" not in file.source.data:
         return
-    for node in file.nodes:
-        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.func.id != "print":
+    for node in file.calls:
+        if not isinstance(node.func, ast.Name) or node.func.id != "print":
             continue
         names = file.names
         if names.lookup("print", names.scope_of(node)) is not None or facts.scripts.in_kept_guard(file, node):

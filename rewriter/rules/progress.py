@@ -20,9 +20,7 @@ _BARS = {"tqdm", "trange"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or not (b"tqdm" in file.source.data or b"trange" in file.source.data):
         return
-    for node in file.nodes:
-        if not isinstance(node, ast.Call):
-            continue
+    for node in file.calls:
         name = facts.project.external(file, node.func)
         if not name.startswith("tqdm") or name.split(".")[-1] not in _BARS:
             continue

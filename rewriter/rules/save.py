@@ -21,8 +21,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"save" not in file.source.data:
         return
     alias, source, roles = facts.alias(file), file.source, facts.scripts.roles[file]
-    for node in file.nodes:
-        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.save":
+    for node in file.calls:
+        if facts.project.external(file, node.func) != "torch.save":
             continue
         if facts.scripts.in_kept_guard(file, node):
             continue

@@ -30,3 +30,18 @@ def test_the_plain_example_does_change() -> None:
 
 def test_converting_the_converted_example_changes_nothing() -> None:
     assert main([str(EXAMPLES / "bmtrain_gpt"), "--check", "--quiet"]) == 0
+
+
+README = re.split(r"^<!-- converted -->\n```diff\n", (EXAMPLES.parent / "README.md").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("diff", [part.partition("```")[0] for part in README[1:]])
+def test_the_readme_shows_what_the_converter_does(diff: str) -> None:
+    lines = diff.splitlines()
+    before = "\n".join(line[1:] for line in lines if not line.startswith("+")) + "\n"
+    after = "\n".join(line[1:] for line in lines if not line.startswith("-")) + "\n"
+    assert converted(before) == after
+
+
+def test_the_readme_shows_a_model_and_a_script() -> None:
+    assert len(README) == 3

@@ -1,0 +1,180 @@
+"""Measures the rewriter on folders of real code and prints a table.
+
+    python tests/rewriting/corpus.py FOLDER... [--loops loops.jsonl.gz] [--limit-bytes N]
+
+Columns: files, files changed, seconds; block-chain loops called, kept with a stack, kept on a plain list; and what must be zero:
+crashes, outputs that do not compile, files that a second run changes, bytes changed outside edits, comments lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import sys
+import time
+import tokenize
+import warnings
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.loops import find_loops, is_chain, is_pairs
+from rewriter.analyze.project import Project
+from rewriter.analyze.source import Source
+from rewriter.convert import apply_plan, convert_paths
+from rewriter.discover import sources
+from rewriter.plan import Options, make_plans
+from rewriter.types import InputError, Result
+
+
+def measure(folder: Path) -> tuple[Counter[str], list[str]]:
+    """Counts for one folder, and remarks on what went wrong."""
+    counts: Counter[str] = Counter()
+    remarks: list[str] = []
+    start = time.perf_counter()
+    project = Project([folder])
+    files = []
+    for path in sources(folder):
+        if path.suffix != ".py":
+            continue
+        try:
+            source = Source(path, path.read_bytes())
+            _ = source.tree
+            files.append(project.add(source))
+        except (InputError, OSError) as error:
+            counts["unreadable"] += 1
+            remarks.append(str(error))
+    facts = Facts(project)
+    plans = make_plans(files, facts, Options())
+    results = []
+    for file in files:
+        results.append(result := apply_plan(file, plans[file]))
+        check(file.source, plans[file].edits, result, counts, remarks)
+    counts["seconds"] = round(time.perf_counter() - start)
+    counts["files"] = len(files)
+    counts["changed"] = sum(result.changed for result in results)
+    counts["kept"] = sum(loops.reason != "" for loops in ())  # filled below
+    loop_counts(facts, counts)
+    twice(results, counts, remarks)
+    return counts, remarks
+
+
+def check(source: Source, edits: tuple, result: Result, counts: Counter[str], remarks: list[str]) -> None:
+    """One file's output against what must hold."""
+    if result.error:
+        counts["broken"] += 1
+        remarks.append(result.error)
+        return
+    if not result.changed:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(result.after, str(result.path), "exec", dont_inherit=True)
+        except SyntaxError as error:
+            try:
+                compile(result.before, str(result.path), "exec", dont_inherit=True)
+            except SyntaxError:
+                return
+            counts["uncompiled"] += 1
+            remarks.append(f"{result.path}: {error}")
+    lost = comments(result.before) - comments(result.after)
+    if lost:
+        counts["comments"] += 1
+        remarks.append(f"{result.path}: comments lost: {sorted(lost)[:3]}")
+    if outside(result.before, edits, source) != outside_lines(result, source, edits):
+        counts["bytes"] += 1
+
+
+def comments(data: bytes) -> Counter[str]:
+    try:
+        return Counter(t.string for t in tokenize.tokenize(io.BytesIO(data).readline) if t.type == tokenize.COMMENT)
+    except (tokenize.TokenError, SyntaxError):
+        return Counter()
+
+
+def outside(before: bytes, edits: tuple, source: Source) -> int:
+    return 0
+
+
+def outside_lines(result: Result, source: Source, edits: tuple) -> int:
+    """Lines that changed although no edit touches their statement."""
+    import difflib
+
+    touched = set()
+    for edit in edits:
+        first, last = source.line_of(edit.span.start), source.line_of(edit.span.end)
+        touched.update(range(first, last + 1))
+    before = result.before.split(b"\n")
+    after = result.after.split(b"\n")
+    stray = 0
+    for tag, low, high, _, _ in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if tag in {"replace", "delete"}:
+            stray += sum(line + 1 not in touched for line in range(low, high))
+    return stray
+
+
+def loop_counts(facts: Facts, counts: Counter[str]) -> None:
+    called = {loop for stack in facts.stacks.found for loop in stack.calls}
+    on_stack = {loop.node for stack in facts.stacks.found for loop in stack.loops}
+    for loop in facts.stacks.loops:
+        if is_pairs(loop):
+            counts["pairs"] += 1
+        if not is_chain(loop):
+            continue
+        counts["chains"] += 1
+        if loop.node in called:
+            counts["called"] += 1
+        elif loop.node in on_stack:
+            counts["kept"] += 1
+        else:
+            counts["plain"] += 1
+    counts["stacks"] = len(facts.stacks.found)
+    _ = find_loops, ast
+
+
+def twice(results: list[Result], counts: Counter[str], remarks: list[str]) -> None:
+    """A second run over the converted files."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        common = Path(*[a for a, *rest in zip(*(r.path.parts for r in results), strict=False) if all(a == b for b in rest)])
+        paths = []
+        for result in results:
+            path = root / result.path.relative_to(common) if len(results) > 1 else root / result.path.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(result.after)
+            paths.append(path)
+        for again in convert_paths(paths, Options(), [root]):
+            if again.changed or again.error:
+                counts["unstable"] += 1
+                message = again.error or "; ".join(f"{f.line} {f.code} {f.message}" for f in again.applied[:3])
+                remarks.append(f"{again.path.relative_to(root)}: second run: {message}")
+
+
+COLUMNS = ("files", "changed", "seconds", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
+           "uncompiled", "unstable", "bytes", "comments")  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--remarks", action="store_true", help="print what went wrong")
+    options = parser.parse_args()
+    print(f"{'':24s}" + "".join(f"{name[:8]:>9s}" for name in COLUMNS))
+    bad = 0
+    for folder in options.folders:
+        counts, remarks = measure(folder)
+        print(f"{folder.name[:24]:24s}" + "".join(f"{counts[name]:9d}" for name in COLUMNS), flush=True)
+        bad += counts["broken"] + counts["uncompiled"] + counts["unstable"] + counts["bytes"]
+        for remark in remarks if options.remarks else ():
+            print("   ", remark)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
