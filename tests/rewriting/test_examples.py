@@ -1,10 +1,15 @@
-"""examples/bmtrain_gpt shows what conversion does: it is, byte for byte, what bmt-convert makes of examples/plain_gpt."""
+"""What users are shown is what the converter does: examples/bmtrain_gpt byte for byte, and the README's diffs."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pytest
+
 from rewriter.cli import main
+
+from .helpers import converted
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
