@@ -18,9 +18,9 @@ from torch.utils.dlpack import from_dlpack
 from ..errors import CommunicationError, ConfigurationError, DeviceError
 from . import nccl_library as library
 from .base import Communicator, ReduceOp
-from .nccl_library import available, version
+from .nccl_library import arena_bytes, available, version
 
-__all__ = ["NcclCommunicator", "Policy", "Store", "available", "group", "version"]
+__all__ = ["NcclCommunicator", "Policy", "Store", "arena_bytes", "available", "group", "version"]
 
 if library.built:
     from .. import _C
@@ -151,10 +151,12 @@ class NcclCommunicator(Communicator):
             raise DeviceError(f"This communicator's buffers are on {self.device}, not on {device}.")
         if numel == 0 or not self._windows or not _C.nccl.has_arenas():
             return torch.empty(numel, dtype=dtype, device=self.device)
+        size = numel * dtype.itemsize
         with torch.cuda.device(self.device):
-            arena = _C.nccl.Arena(numel * dtype.itemsize, self.device.index)
-        whole: torch.Tensor = from_dlpack(arena.to_dlpack())
-        tensor = whole[: numel * dtype.itemsize].view(dtype)
+            if size > torch.cuda.mem_get_info()[0]:
+                torch.cuda.empty_cache()  # NCCL cannot take what torch holds in reserve
+            arena = _C.nccl.Arena(size, self.device.index)
+        tensor = from_dlpack(arena.to_dlpack())[:size].view(dtype)
         self.register(tensor)
         return tensor
 

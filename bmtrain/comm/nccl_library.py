@@ -47,6 +47,11 @@ def version() -> int:
     return _C.nccl.load(_candidates())
 
 
+def arena_bytes() -> int:
+    """GPU memory in buffers from ``NcclCommunicator.alloc``, of all devices; torch's memory statistics leave it out."""
+    return _C.nccl.arena_bytes() if built else 0
+
+
 def type_code(dtype: torch.dtype) -> int | None:
     """NCCL's number for ``dtype``; None if this NCCL does not know the type."""
     if dtype in _FLOAT8:

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -34,6 +35,7 @@ const Driver& driver() {
     return instance;
 }
 
+std::atomic<size_t> live_bytes{0};
 std::mutex registry_lock;
 // By address.  Never destroyed: tensors may outlive static destruction.
 std::map<uintptr_t, std::weak_ptr<Arena>>& registry() {
@@ -44,7 +46,9 @@ std::map<uintptr_t, std::weak_ptr<Arena>>& registry() {
 }  // namespace
 
 Arena::Arena(void* data, size_t bytes, int device, void* context)
-    : data_(data), bytes_(bytes), device_(device), context_(context) {}
+    : data_(data), bytes_(bytes), device_(device), context_(context) {
+    live_bytes += bytes;
+}
 
 std::shared_ptr<Arena> Arena::make(size_t bytes, int device) {
     const Library& nccl = library();
@@ -63,17 +67,21 @@ std::shared_ptr<Arena> Arena::make(size_t bytes, int device) {
     return arena;
 }
 
+size_t Arena::total_bytes() { return live_bytes; }
+
 std::shared_ptr<Arena> Arena::find(const void* address) {
+    std::shared_ptr<Arena> arena;  // outlives the lock: dropping the last reference takes it too
     std::lock_guard<std::mutex> lock(registry_lock);
     auto next = registry().upper_bound(reinterpret_cast<uintptr_t>(address));
     if (next == registry().begin()) return nullptr;
-    std::shared_ptr<Arena> arena = std::prev(next)->second.lock();
+    arena = std::prev(next)->second.lock();
     return arena && arena->holds(address) ? arena : nullptr;
 }
 
 // Unmapping memory does not wait for kernels that still use it, hence the synchronisation.  At interpreter exit the
 // driver is already gone, took the memory with it, and reports an error here.
 Arena::~Arena() {
+    live_bytes -= bytes_;
     {
         std::lock_guard<std::mutex> lock(registry_lock);
         registry().erase(reinterpret_cast<uintptr_t>(data_));

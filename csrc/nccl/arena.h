@@ -16,6 +16,9 @@ public:
     // The arena that holds `address`, or null.
     static std::shared_ptr<Arena> find(const void* address);
 
+    // Bytes of all arenas that are alive.
+    static size_t total_bytes();
+
     ~Arena();
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;

@@ -117,6 +117,7 @@ void bind_nccl(py::module_& module) {
         nccl::UniqueId id = nccl::make_unique_id();
         return py::bytes(id.bytes, sizeof(id.bytes));
     });
+    module.def("arena_bytes", &Arena::total_bytes, Unlocked());
     module.def("group_start", &nccl::group_start, Unlocked());
     module.def("group_end", &nccl::group_end, Unlocked());
     py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
