@@ -163,7 +163,8 @@ class _FunctionScan:
         if path:
             found = list(self.container(path, value))
             yield from found
-            if not found and not (isinstance(value, ast.Constant) and value.value is None):
+            part_of_itself = isinstance(value, ast.Subscript) and self_path(value.value, self.me) == path
+            if not found and not part_of_itself and not (isinstance(value, ast.Constant) and value.value is None):
                 self.containers.note_other(self.owner, path)
 
     def _registered(self, node: ast.Call, func: ast.Attribute) -> Iterator[Build]:
@@ -196,10 +197,33 @@ class _FunctionScan:
             appends = tuple(self._appends(path, local))
             form, nodes = self._form(call, name)
             nodes += [node for append in appends for node in appended(append)]
-            elements = tuple(self.containers.element(self.file, node) for node in nodes)
+            elements = tuple(self._element(node) for node in nodes)
             yield Build(self.file, self.owner, self.function, path, call, name, form, elements, appends)
         elif self._returns_list(call):
             yield Build(self.file, self.owner, self.function, path, call, "helper", "helper", ())
+
+    def _element(self, node: ast.expr) -> Element:
+        """A member, looked up if it is a local variable that is made anew each time it is added."""
+        values = self._locals.get(node.id, []) if isinstance(node, ast.Name) else []
+        if not values or not all(isinstance(value, (ast.Call, ast.IfExp)) for value in values):
+            return self.containers.element(self.file, node)
+        assert isinstance(node, ast.Name)
+        if not self._made_anew(node):
+            return Element(node, "shared")
+        found = [self.containers.element(self.file, value) for value in values]
+        kinds = {element.kind for element in found}
+        cls = next((element.cls for element in found if element.cls is not None), None)
+        return Element(node, found[0].kind if len(kinds) == 1 else "unknown", cls)
+
+    def _made_anew(self, node: ast.Name) -> bool:
+        """Whether every loop around the use of a name assigns it too."""
+        names = self.file.names
+        around = [p for p in names.ancestors(node) if isinstance(p, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp))]
+        stored = [n for n in walk(self.function) if isinstance(n, ast.Name) and n.id == node.id and n.ctx.__class__ is ast.Store]
+        for loop in around:
+            if not any(loop in names.ancestors(place) for place in stored):
+                return False
+        return True
 
     def _returns_list(self, call: ast.Call) -> bool:
         """Whether a call reaches a helper of the project that returns a ModuleList (``_get_clones``)."""

@@ -288,6 +288,25 @@ def _bound_by(node: ast.AST) -> set[str]:
 
 # Checkpoint branches ------------------------------------------------------------------------------------------
 
+def collapse_whole(branch: ast.If, path: str, me: str) -> ast.Assign | None:
+    """The plain side of ``if saving: x = checkpoint_seq(self.blocks, x) else: x = self.blocks(x)``, if they are the same."""
+    if len(branch.body) != 1 or len(branch.orelse) != 1:
+        return None
+    plain: ast.Assign | None = None
+    saved: ast.Assign | None = None
+    for side in (branch.body[0], branch.orelse[0]):
+        if not isinstance(side, ast.Assign) or not isinstance(side.value, ast.Call):
+            return None
+        call = side.value
+        if self_path(call.func, me) == path:
+            plain = side
+        elif call.args and self_path(call.args[0], me) == path and "checkpoint" in (dotted(call.func) or ""):
+            saved = side
+    if plain is None or saved is None or not _pure_test(branch.test):
+        return None
+    return plain if _same_call(plain, saved) else None
+
+
 _CHECKPOINTS = {"torch.utils.checkpoint.checkpoint", "torch.utils.checkpoint"}
 _CHECKPOINT_OPTIONS = {"use_reentrant", "preserve_rng_state", "determinism_check", "context_fn", "debug", "early_stop"}
 

@@ -42,6 +42,10 @@ class Stack:
     def key(self) -> str:
         return f"stack:{self.owner.file.path}:{self.owner.node.lineno}:{self.path}"
 
+    def requirement(self) -> tuple[str, ...]:
+        """What an edit that relies on the stack requires: its conversion, if it is not converted already."""
+        return () if all(build.is_stack_already for build in self.builds) else (self.key(),)
+
 
 @dataclass(frozen=True, eq=False)
 class Left:
@@ -207,6 +211,8 @@ class Stacks:
             if any(self._takes_cache(call) for call in loop.calls()):
                 stack.use_checkpoint = False
             form = call_form(loop, self.project)
+            if not isinstance(form, str) and form.checkpoint and not stack.use_checkpoint:
+                form = "the blocks fill a cache, and the branch that saves memory stays"
             reason = form if isinstance(form, str) else certain or self._width_reason(stack, form, widths)
             reason = reason or ("the loop runs while the model is built" if loop.function.name == "__init__" else "")
             if reason or isinstance(form, str):

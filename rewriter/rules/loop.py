@@ -30,7 +30,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     loop.node.lineno,
                     f"{what} over {stack.name} is one call",
                     tuple(_edits(file.source, loop, form)),
-                    requires=(stack.key(),) if not all(build.is_stack_already for build in stack.builds) else (),
+                    requires=stack.requirement(),
                 )
     for left in facts.stacks.left:
         if left.file is file:

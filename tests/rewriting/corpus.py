@@ -9,11 +9,10 @@ crashes, outputs that do not compile, files that a second run changes, bytes cha
 from __future__ import annotations
 
 import argparse
-import ast
-import io
+import difflib
 import sys
+import tempfile
 import time
-import tokenize
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,13 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import find_loops, is_chain, is_pairs
+from rewriter.analyze.loops import is_chain, is_pairs
 from rewriter.analyze.project import Project
 from rewriter.analyze.source import Source
 from rewriter.convert import apply_plan, convert_paths
 from rewriter.discover import sources
 from rewriter.plan import Options, make_plans
-from rewriter.types import InputError, Result
+from rewriter.types import Edit, InputError, Result
 
 
 def measure(folder: Path) -> tuple[Counter[str], list[str]]:
@@ -56,13 +55,12 @@ def measure(folder: Path) -> tuple[Counter[str], list[str]]:
     counts["seconds"] = round(time.perf_counter() - start)
     counts["files"] = len(files)
     counts["changed"] = sum(result.changed for result in results)
-    counts["kept"] = sum(loops.reason != "" for loops in ())  # filled below
     loop_counts(facts, counts)
-    twice(results, counts, remarks)
+    twice(folder, results, counts, remarks)
     return counts, remarks
 
 
-def check(source: Source, edits: tuple, result: Result, counts: Counter[str], remarks: list[str]) -> None:
+def check(source: Source, edits: tuple[Edit, ...], result: Result, counts: Counter[str], remarks: list[str]) -> None:
     """One file's output against what must hold."""
     if result.error:
         counts["broken"] += 1
@@ -81,40 +79,25 @@ def check(source: Source, edits: tuple, result: Result, counts: Counter[str], re
                 return
             counts["uncompiled"] += 1
             remarks.append(f"{result.path}: {error}")
-    lost = comments(result.before) - comments(result.after)
-    if lost:
-        counts["comments"] += 1
-        remarks.append(f"{result.path}: comments lost: {sorted(lost)[:3]}")
-    if outside(result.before, edits, source) != outside_lines(result, source, edits):
-        counts["bytes"] += 1
+    stray, lost = untouched_lines(result, source, edits)
+    counts["bytes"] += stray > 0
+    counts["comments"] += lost > 0
+    if stray or lost:
+        remarks.append(f"{result.path}: {stray} lines changed and {lost} comments lost outside edits")
 
 
-def comments(data: bytes) -> Counter[str]:
-    try:
-        return Counter(t.string for t in tokenize.tokenize(io.BytesIO(data).readline) if t.type == tokenize.COMMENT)
-    except (tokenize.TokenError, SyntaxError):
-        return Counter()
-
-
-def outside(before: bytes, edits: tuple, source: Source) -> int:
-    return 0
-
-
-def outside_lines(result: Result, source: Source, edits: tuple) -> int:
-    """Lines that changed although no edit touches their statement."""
-    import difflib
-
+def untouched_lines(result: Result, source: Source, edits: tuple[Edit, ...]) -> tuple[int, int]:
+    """Lines that changed, and among them lines with comments, although no edit touches them."""
     touched = set()
     for edit in edits:
-        first, last = source.line_of(edit.span.start), source.line_of(edit.span.end)
-        touched.update(range(first, last + 1))
-    before = result.before.split(b"\n")
-    after = result.after.split(b"\n")
-    stray = 0
+        touched.update(range(source.line_of(edit.span.start), source.line_of(edit.span.end) + 1))
+    before, after = result.before.split(b"\n"), result.after.split(b"\n")
+    stray, lost = 0, 0
     for tag, low, high, _, _ in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
         if tag in {"replace", "delete"}:
             stray += sum(line + 1 not in touched for line in range(low, high))
-    return stray
+            lost += sum(b"#" in before[line] and line + 1 not in touched for line in range(low, high))
+    return stray, lost
 
 
 def loop_counts(facts: Facts, counts: Counter[str]) -> None:
@@ -133,23 +116,19 @@ def loop_counts(facts: Facts, counts: Counter[str]) -> None:
         else:
             counts["plain"] += 1
     counts["stacks"] = len(facts.stacks.found)
-    _ = find_loops, ast
 
 
-def twice(results: list[Result], counts: Counter[str], remarks: list[str]) -> None:
+def twice(folder: Path, results: list[Result], counts: Counter[str], remarks: list[str]) -> None:
     """A second run over the converted files."""
-    import tempfile
-
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        common = Path(*[a for a, *rest in zip(*(r.path.parts for r in results), strict=False) if all(a == b for b in rest)])
         paths = []
         for result in results:
-            path = root / result.path.relative_to(common) if len(results) > 1 else root / result.path.name
+            path = root / folder.resolve().name / result.path.relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(result.after)
             paths.append(path)
-        for again in convert_paths(paths, Options(), [root]):
+        for again in convert_paths(paths, Options(), [root / folder.resolve().name]):
             if again.changed or again.error:
                 counts["unstable"] += 1
                 message = again.error or "; ".join(f"{f.line} {f.code} {f.message}" for f in again.applied[:3])
