@@ -31,7 +31,7 @@ class Engine(Protocol):
         """Whether no distributed module is running."""
 
     def forward(
-        self, unit: Any, recompute: bool, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unit: Any, recompute: bool | None, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run one module's forward with its unit whole."""
 
@@ -56,6 +56,9 @@ class Engine(Protocol):
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
+
+    def optimizer_stepped(self) -> None:
+        """An optimizer has updated all its parameters."""
 
     def updated(self, unit: Any) -> None:
         """An optimizer has just changed all of ``unit``.  Collective."""

@@ -13,6 +13,7 @@ from ..errors import ConfigurationError
 from ..shard.parameter import DistributedParameter, as_distributed
 from ..shard.unit import ShardUnit
 from .linear import land_gradients
+from .meta import check_buffers, materialise
 from .sharded import ShardedModule, become
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
     groups = _plan(root)
     for group in groups:
         _check(group)
+    check_buffers(root)
+    device = engine.ctx.device.torch_device
     for group in groups:
-        parameters = [as_distributed(p) for p in group.parameters]
+        whole = materialise(root, group.owner, group.parameters, group.names, device)
+        group.parameters = []  # the whole values are freed as soon as the unit has its shard
+        parameters = [as_distributed(p) for p in whole]
         unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names)
         become(group.owner, ShardedModule)
         group.owner.__dict__["_bmt_unit"] = unit

@@ -19,16 +19,22 @@ class Block(ShardedModule):
 
     Args:
         inner_module: any module.
-        use_checkpoint: drop activations in the forward and compute them again in the backward.
+        use_checkpoint: True drops activations in the forward and computes them again in the backward, False keeps them,
+            None does either as memory allows (see ``bmtrain.block.memory``).  The numbers are the same.
         zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over.
         initialized: accepted for older scripts; parameters keep their values either way.
         mode: "BLOCK"; "PIPE" raises UnsupportedError.
     """
 
     def __new__(
-        cls, inner_module: Any = None, use_checkpoint: bool = True, zero_level: int = 3, initialized: bool = False,
-        mode: str = "BLOCK", **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        inner_module: Any = None,
+        use_checkpoint: bool | None = None,
+        zero_level: int = 3,
+        initialized: bool = False,
+        mode: str = "BLOCK",
+        **kwargs: Any,
+    ) -> Any:
         if cls is not Block:  # type(block)(...): an ordinary new module of the inner class
             return super().__new__(cls)
         if not isinstance(inner_module, nn.Module):
@@ -39,7 +45,7 @@ class Block(ShardedModule):
             raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
         ctx = context()
         become(inner_module, Block)
-        inner_module.__dict__["_bmt_recompute"] = bool(use_checkpoint)
+        inner_module.__dict__["_bmt_recompute"] = None if use_checkpoint is None else bool(use_checkpoint)
         inner_module.__dict__["_bmt_zero_level"] = zero_level
         unit = inner_module.__dict__.get("_bmt_unit")
         if unit is not None:

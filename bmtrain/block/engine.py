@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from ..context import Context, engine_factory
 from ..shard.unit import Pools, ShardUnit
 from .frame import Frame, PlaceInFlat
+from .memory import RecomputePlan
 from .residency import Residency
 from .trace import Phase, Trace
 
@@ -40,6 +41,7 @@ class Engine:
         self.ctx = ctx
         self.pools = Pools(ctx)
         self.residency = Residency()
+        self.plan = RecomputePlan(ctx)
         self.trace = Trace(ctx, min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
         self._next_index = 0
@@ -67,7 +69,7 @@ class Engine:
         return self._depth == 0
 
     def forward(
-        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: Args, kwargs: Kwargs
+        self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         """Run one module's forward with its unit whole."""
         grad = torch.is_grad_enabled()
@@ -90,7 +92,7 @@ class Engine:
         return out
 
     def _framed(
-        self, unit: ShardUnit | None, recompute: bool, call: Callable[..., Any], args: Args, kwargs: Kwargs
+        self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
         parent = self._frames[-1] if self._frames else None
         if parent is not None and parent.recompute:
@@ -98,9 +100,13 @@ class Engine:
             if unit is not None:
                 parent.add(unit)
             return call(*args, **kwargs)
+        choice = recompute
+        if recompute is None:
+            recompute = unit is not None and self.plan.recomputes(unit, args, kwargs)
         if self.ctx.world_size == 1 and not recompute:
             return call(*args, **kwargs)  # parameters never move
-        frame = Frame(self, unit, parent, recompute)
+        measured = self.plan if unit is not None and choice is None and self.plan.measuring else None
+        frame = Frame(self, unit, parent, recompute, measured)
         self._frames.append(frame)
         try:
             return frame.run(call, args, kwargs)
@@ -109,6 +115,8 @@ class Engine:
 
     def _start_run(self, unit: ShardUnit | None, grad: bool) -> None:
         self._unpin_loose()
+        if grad:
+            self.plan.run_starts()
         if unit is not None and self.ctx.world_size > 1:
             self.register(unit)
             self.trace.begin((unit.index, grad), unit.name)
@@ -281,6 +289,10 @@ class Engine:
         unit.discard()
         if self.ctx.device.is_cuda and self.idle and unit.index in self.trace.opening():
             self.residency.expect(unit)
+
+    def optimizer_stepped(self) -> None:
+        """An optimizer has updated all its parameters."""
+        self.plan.optimizer_stepped()
 
     def release_all(self) -> None:
         """Nothing is whole after this except what running forwards use."""

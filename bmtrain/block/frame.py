@@ -21,6 +21,7 @@ from ..shard.unit import ShardUnit
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .memory import RecomputePlan
 
 
 class PlaceInFlat(NamedTuple):
@@ -40,11 +41,19 @@ class _Enough(BaseException):
 class Frame:
     """One use of a unit under autograd."""
 
-    def __init__(self, engine: Engine, unit: ShardUnit | None, parent: Frame | None, recompute: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        unit: ShardUnit | None,
+        parent: Frame | None,
+        recompute: bool,
+        plan: RecomputePlan | None = None,
+    ) -> None:
         self.engine, self.parent, self.recompute = engine, parent, recompute
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
         self._count = 0
+        self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
         self._again: Callable[[], Any] | None = None
         if unit is not None:
@@ -61,7 +70,14 @@ class Frame:
         if self.recompute:
             self._again = _Repeat(self.engine, call, args, kwargs)
         with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
-            return call(*args, **kwargs)
+            out = call(*args, **kwargs)
+        if self._plan is not None:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, torch.Tensor):  # held for the recomputation anyway
+                    self._storages.pop(tensor.untyped_storage().data_ptr(), None)
+            self._plan.measured(self.units[0], sum(self._storages.values()))
+            self._storages.clear()
+        return out
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
@@ -69,6 +85,9 @@ class Frame:
             return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if not self.recompute:
             return tensor
+        if self._plan is not None:
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
         self._count += 1
         return self._count - 1
 

@@ -23,7 +23,7 @@ from ..shard.unit import ShardUnit
 class ShardedModule(nn.Module):
     """Mixin of every module that owns a unit: the root of a model, and each Block."""
 
-    _bmt_recompute = False
+    _bmt_recompute: bool | None = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         unit: ShardUnit | None = self.__dict__.get("_bmt_unit")

@@ -104,6 +104,7 @@ class AdamOptimizer(torch.optim.Optimizer):
             for piece, (group, step) in pieces(own, keys):
                 self._update(piece, step, self.param_groups[group], scale)
             engine.updated(unit)
+        engine.optimizer_stepped()
         return loss
 
     def _count_steps(self, units: list[ShardUnit]) -> dict[int, tuple[int, int]]:

@@ -76,6 +76,7 @@ class _ShardView:
                 flat.shard.copy_(values)
             flat.unit.discard()
             flat.rest()
+        context().engine.optimizer_stepped()
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Whole states for every rank.  Collective."""

@@ -127,7 +127,8 @@ class FlatShard:
     @property
     def trainable(self) -> bool:
         """Whether any parameter here gets a gradient."""
-        return any(p.requires_grad for p in self.params)
+        with torch._C.DisableTorchFunctionSubclass():
+            return any(p.requires_grad for p in self.params)
 
     def landing(self, index: int) -> tuple[torch.Tensor, bool]:
         """Where a whole gradient of parameter ``index`` goes to be reduced, and whether it is the first to come."""
@@ -150,7 +151,8 @@ class FlatShard:
 
     def raw_grads(self) -> list[torch.Tensor | None]:
         """What autograd has accumulated and nobody reduced yet."""
-        return [raw_grad(p) for p in self.params]
+        with torch._C.DisableTorchFunctionSubclass():
+            return [raw_grad(p) for p in self.params]
 
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
@@ -188,7 +190,7 @@ class FlatShard:
         made.buffer, made._landing, made._poison, made.params = None, None, [], []
         for index, old in enumerate(self.params):
             new = DistributedParameter(
-                make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group  # type: ignore[attr-defined]
+                make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group
             )  # fmt: skip
             new._flat, new._index = made, index
             memo[id(old)] = new

@@ -49,6 +49,8 @@ class DistributedParameter(nn.Parameter):
 
     _flat: FlatShard | None
     _index: int
+    _init_method: Callable[[torch.Tensor], Any] | None
+    _group: str | None
 
     def __new__(
         cls,
@@ -64,7 +66,7 @@ class DistributedParameter(nn.Parameter):
     @property
     def group(self) -> str | None:
         """Name of the parameter group it was made for."""
-        return self._group  # type: ignore[attr-defined, no-any-return]
+        return self._group
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -105,7 +107,7 @@ class DistributedParameter(nn.Parameter):
             self._flat.unit.copy_into(memo)  # copies every parameter of the unit, so that the copy is sharded alike
             if id(self) in memo:
                 return memo[id(self)]  # type: ignore[no-any-return]
-        made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)  # type: ignore[attr-defined]
+        made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)
         memo[id(self)] = made
         return made
 

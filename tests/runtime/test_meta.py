@@ -1,0 +1,96 @@
+"""Models built on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
+
+
+def make_model(tied: bool) -> nn.Module:
+    class Layer(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(6), nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.linear(self.norm(x))
+
+    class Net(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(7, 6)
+            self.layers = bmt.TransformerBlockList([Layer() for _ in range(3)])
+            self.head = nn.Linear(6, 7, bias=False)
+            if tied:
+                self.head.weight = self.embed.weight
+            self.apply(self._init_weights)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, nn.Linear) and module.out_features == 6:
+                nn.init.constant_(module.weight, 0.25)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.layers(self.embed(tokens)))
+
+    return Net()
+
+
+def build_and_train(tied: bool) -> tuple[dict[str, torch.Tensor], bool, bool]:
+    with torch.device("meta"):
+        model = make_model(tied)
+    before = model.state_dict()
+    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=0.1)
+    model(torch.arange(6).view(2, 3)).square().mean().backward()
+    optimizer.step()
+    after = model.state_dict()
+    same_tensor = after["head.weight"].data_ptr() == after["embed.weight"].data_ptr()
+    return before, same_tensor, not torch.equal(before["layers.0.linear.weight"], after["layers.0.linear.weight"])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_initialised_alike_on_all_ranks(world_size: int, tied: bool) -> None:
+    results = run_ranks(world_size, build_and_train, tied)
+    for state, same_tensor, trained in results:
+        assert trained
+        assert same_tensor == tied
+        assert all(torch.isfinite(value).all() for value in state.values())
+        assert all((state[f"layers.{i}.linear.weight"] == 0.25).all() for i in range(3))
+        assert all(torch.equal(state[f"layers.{i}.norm.weight"], torch.ones(6)) for i in range(3))
+        assert all(torch.equal(state[key], results[0][0][key]) for key in state)
+
+
+def build_without_initialisation() -> str:
+    class Bare(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(ConfigurationError) as error, torch.device("meta"):
+        Bare()
+    return str(error.value)
+
+
+def build_with_lost_buffer() -> str:
+    class Masked(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+            self.register_buffer("mask", torch.ones(3), persistent=False)
+
+    with pytest.raises(ConfigurationError) as error, torch.device("meta"):
+        Masked()
+    return str(error.value)
+
+
+def test_what_nothing_initialises_is_named() -> None:
+    assert "scale" in run_ranks(1, build_without_initialisation)[0]
+
+
+def test_a_lost_buffer_is_named() -> None:
+    assert "mask" in run_ranks(1, build_with_lost_buffer)[0]
