@@ -1,0 +1,73 @@
+"""``python -m rewriter.verify ORIGINAL CONVERTED module:factory --ranks N``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rewriter.verify.report import as_json, table
+from rewriter.verify.run import Settings, verify
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m rewriter.verify",
+        description="Show that a converted model is the original model: same weights, outputs, losses, gradients.",
+        epilog="The factory takes no arguments and returns a model, or (model, inputs) or (model, inputs, loss).",
+    )
+    made.add_argument("original", type=Path, metavar="ORIGINAL", help="file or folder of the original code")
+    made.add_argument("converted", type=Path, metavar="CONVERTED", help="what bmt-convert made of it")
+    made.add_argument("factory", metavar="MODULE:FACTORY", help="what builds the model, importable on both sides")
+    made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks to try (default: %(default)s)")
+    made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long[:50]]", help="an input's size")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--steps", type=int, default=3, help="optimizer steps (default: %(default)s)")
+    made.add_argument("--tolerance", type=float, default=1e-6, help="largest relative difference")
+    made.add_argument("--inexact", action="store_true", help="apply the tolerance at one rank, too, instead of 0 ulp")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--timeout", type=float, default=300.0, metavar="S", help="for each phase")
+    made.add_argument("--keep", type=Path, metavar="DIR", help="where tensors that differ are written")
+    made.add_argument("--json", action="store_true", help="print json instead of a table")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code: 0 everything held, 1 something did not, 2 wrong arguments."""
+    options = parser().parse_args(arguments)
+    for path in (options.original, options.converted):
+        if not path.exists():
+            print(f"rewriter.verify: {path}: no such file or folder", file=sys.stderr)
+            return 2
+    if ":" not in options.factory:
+        print(f"rewriter.verify: {options.factory}: write MODULE:FACTORY, such as model:build", file=sys.stderr)
+        return 2
+    report = verify(_settings(options))
+    if options.json:
+        print(json.dumps(as_json(report), indent=1))
+    else:
+        print("\n".join(table(report)))
+    return 0 if report.held else 1
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        original=options.original,
+        converted=options.converted,
+        factory=options.factory,
+        ranks=tuple(int(number) for number in options.ranks.split(",")),
+        seed=options.seed,
+        steps=options.steps,
+        shapes=tuple(options.shape),
+        tolerance=options.tolerance,
+        exact=not options.inexact,
+        device=options.device,
+        timeout=options.timeout,
+        keep=options.keep,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
