@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from model import SIZES, Config, Decoder, initialise, rotations
+from model import SIZES, Config, Decoder, rotations
 
 Step = Callable[[Tensor, Tensor], Tensor]
 LEARNING_RATE = 1e-4
@@ -22,7 +22,7 @@ def floor(options: Namespace, device: torch.device) -> Step:
     c = SIZES[options.size]
     with device:
         model = Decoder(Config(1, c.dim, c.heads, c.hidden, c.vocab)).to(options.dtype)
-    initialise(model)
+    model.apply(model._init_weights)
     prepare_blocks(model, options)
     block = model.blocks[0]
 
@@ -53,7 +53,7 @@ def fsdp2(options: Namespace, device: torch.device, reduce_dtype: torch.dtype = 
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
-    initialise(model)
+    model.apply(model._init_weights)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -116,12 +116,11 @@ def bmtrain(options: Namespace, device: torch.device) -> Step:
     import bmtrain as bmt
 
     bmt.init_distributed(seed=0)
-    with device:
+    with torch.device("meta"):
         model = Decoder(SIZES[options.size]).to(options.dtype)
-    initialise(model)
-    recompute = options.recompute == "full"
-    model.blocks = bmt.TransformerBlockList([bmt.Block(block, use_checkpoint=recompute) for block in model.blocks])
     model = bmt.BMTrainModelWrapper(model)
+    for block in model.blocks:
+        bmt.Block(block, use_checkpoint={"full": True, "none": False, "auto": None}[options.recompute])
     if options.compile:
         model = bmt.compile(model)
     optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

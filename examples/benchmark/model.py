@@ -78,6 +78,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)
         cos, sin = rotations(tokens.shape[1], self.config.dim // self.config.heads, x)
@@ -101,15 +107,6 @@ def rotations(T: int, head_dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-@torch.no_grad()
-def initialise(module: nn.Module) -> None:
-    for p in module.parameters():
-        if p.dim() >= 2:
-            nn.init.normal_(p, std=0.02)
-        else:
-            nn.init.ones_(p)
 
 
 def count_parameters(c: Config) -> int:

@@ -10,7 +10,7 @@ from model import FLOPS_FORMULA, SIZES, count_parameters, flops_per_token
 # Dense bf16 TFLOP/s, from the makers' data sheets; the first name that occurs in the device's name counts.
 PEAK_TFLOPS = {"GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "B200": 2250.0, "A100": 312.0}
 
-RECOMPUTE = {"full": "every block recomputed", "none": "nothing recomputed"}
+RECOMPUTE = {"full": "every block recomputed", "none": "nothing recomputed", "best": "every engine at its best"}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--batch", type=int, required=True, help="sequences per rank and step")
     parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
-    parser.add_argument("--recompute", choices=["full", "none"], default="none")
+    parser.add_argument("--recompute", choices=["full", "none", "auto"], default="none")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
     parser.add_argument("--warmup", type=int, default=4, help="steps before the measured ones")
