@@ -8,6 +8,7 @@ mkdir -p "${1:-$(dirname "$0")/out}"
 out=$(cd "${1:-$(dirname "$0")/out}" && pwd)
 cd "$(dirname "$0")/.."
 exec </dev/null
+export CUDA_VISIBLE_DEVICES=  # the same on every machine: two ranks would need two GPUs
 export OMP_NUM_THREADS=1  # two processes share two cores; threads on top would only wait for each other
 step() { printf '\n== %s  (%d s)\n' "$*" "$SECONDS"; }
 
