@@ -12,7 +12,7 @@ from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
-from .pieces import agree_on_touched, all_params, flats_of, gather_flat, pieces
+from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat, pieces
 
 _TORCH_EXTRAS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -36,9 +36,9 @@ class _FlatState:
         """The fp32 values to update; follows values that were loaded or written since the last step."""
         if flat.dtype == torch.float32 and flat.shard.device == self._device:
             return flat.shard
-        if self.master is None or self._version != flat.version:
-            self.master = flat.shard.to(device=self._device, dtype=torch.float32, copy=True)
-            self._version = flat.version
+        flat.keep_writes()
+        self.master = follow(self.master, flat, self._version, self._device)
+        self._version = flat.version
         return self.master
 
 

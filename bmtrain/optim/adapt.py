@@ -14,7 +14,7 @@ from ..context import context
 from ..errors import ConfigurationError
 from ..shard.flat import FlatShard
 from ..shard.parameter import raw_grad, set_raw_grad, show_whole
-from .pieces import agree_on_touched, all_params, flats_of, gather_flat
+from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
 _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
 
@@ -45,10 +45,10 @@ class _ShardView:
     def _values(self, flat: FlatShard) -> torch.Tensor:
         if flat.dtype == flat.gradient.dtype:
             return flat.shard
-        version, master = self._masters.get(id(flat), (-1, flat.shard))
-        if version != flat.version:
-            master = flat.shard.to(flat.gradient.dtype)
-            self._masters[id(flat)] = (flat.version, master)
+        flat.keep_writes()
+        version, known = self._masters.get(id(flat), (-1, None))
+        master = follow(known, flat, version, flat.shard.device)
+        self._masters[id(flat)] = (flat.version, master)
         return master
 
     def enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -71,11 +71,11 @@ class _ShardView:
             if raw_grad(parameter) is not None:
                 set_raw_grad(parameter, None)
         for flat in flats_of(params):
-            values = self._values(flat)
-            if values is not flat.shard:
-                flat.shard.copy_(values)
+            if flat.dtype != flat.gradient.dtype:
+                flat.shard.copy_(self._masters[id(flat)][1])
             flat.unit.discard()
             flat.rest()
+            flat.forget_writes()
         context().engine.optimizer_stepped()
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

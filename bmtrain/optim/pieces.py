@@ -101,6 +101,19 @@ def _piece(flat: FlatShard, indices: Sequence[int]) -> Piece:
     return Piece(flat, tuple(indices), start - first, end - first)
 
 
+def follow(master: torch.Tensor | None, flat: FlatShard, seen: int, device: torch.device) -> torch.Tensor:
+    """The fp32 master of ``flat``, brought up to date if its values changed since version ``seen``.
+
+    Only what changed is taken over: elsewhere the master knows more digits than the parameter.
+    """
+    if master is None:
+        return flat.shard.to(device=device, dtype=torch.float32, copy=True)
+    if seen == flat.version:
+        return master
+    values = flat.shard.to(device)
+    return torch.where(master.to(flat.dtype) == values, master, values.float())
+
+
 def gather_flat(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor]:
     """Whole CPU tensors, one for each parameter, from a tensor laid out like ``flat.shard``.  Collective."""
     ctx: Context = flat.unit.ctx

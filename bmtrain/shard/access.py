@@ -41,15 +41,19 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
     """
     units = units_of(what)
     engine = context().engine
+    flats = [flat for unit in units for flat in unit.flats]
     for unit in units:
         engine.pin(unit)
+    for flat in flats:
+        flat.keep_writes()  # of the forward that this may be part of
     try:
         yield
         if write:
-            for unit in units:
-                for flat in unit.flats:
-                    flat.keep_whole_values()
+            for flat in flats:
+                flat.keep_whole_values()
     finally:
+        for flat in flats:
+            flat.forget_writes()
         for unit in units:
             engine.unpin(unit)
 

@@ -10,7 +10,15 @@ import torch
 from ..errors import ConfigurationError
 from .gradient import ShardGradient
 from .layout import Layout, make_layout
-from .parameter import DistributedParameter, make_poison, raw_grad, set_raw_grad, show_sharded, show_whole
+from .parameter import (
+    DistributedParameter,
+    make_poison,
+    raw_data,
+    raw_grad,
+    set_raw_grad,
+    show_sharded,
+    show_whole,
+)  # fmt: skip
 from .pool import Buffer
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ class FlatShard:
         self.buffer: Buffer | None = None
         self._landing: tuple[Buffer, list[bool]] | None = None
         self._poison: list[torch.Tensor] = []
+        self.forget_writes()
         for index, parameter in enumerate(self.params):
             if parameter._flat is not None:
                 raise ConfigurationError(f"Parameter {names[index]!r} is sharded already.")
@@ -62,13 +71,15 @@ class FlatShard:
 
     def rest(self) -> None:
         """Show what needs no gather buffer: poison, or at world size 1 the shard itself."""
+        if self.buffer is not None:
+            self.keep_writes()
         self.buffer = None
         if self.unit.ctx.world_size == 1:
             for parameter, view in zip(self.params, self.views(self.shard), strict=True):
                 show_whole(parameter, view)
             return
         if not self._poison:
-            self._poison = [make_poison(tuple(p.shape), self.dtype, self.shard.device) for p in self.params]
+            self._poison = [make_poison(slot.shape, self.dtype, self.shard.device) for slot in self.layout.slots]
         for parameter, poison in zip(self.params, self._poison, strict=True):
             show_sharded(parameter, poison)
 
@@ -112,6 +123,31 @@ class FlatShard:
         self.version += 1
         if discard:
             self.unit.discard()
+
+    # -- writes into whole parameters -----------------------------------------------------------------------------
+
+    def expose(self) -> None:
+        """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
+        self._exposed = True
+
+    def write_whole(self, index: int, value: torch.Tensor) -> None:
+        """``p.data = value`` for a whole parameter."""
+        raw_data(self.params[index]).copy_(value)
+        self.expose()
+
+    def keep_writes(self) -> None:
+        """Keep what user code wrote into whole parameters in place, as in an unsharded model."""
+        if self._exposed or self._versions != self._present_versions():
+            self.forget_writes()
+            self.keep_whole_values()
+
+    def forget_writes(self) -> None:
+        """What was written until now is kept already, or unwanted."""
+        self._exposed, self._versions = False, self._present_versions()
+
+    def _present_versions(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [p._version for p in self.params]
 
     def convert(self, shard: torch.Tensor) -> None:
         """Replace the shard by ``shard``, maybe of another dtype.  Gradients are dropped."""
@@ -195,5 +231,6 @@ class FlatShard:
             new._flat, new._index = made, index
             memo[id(old)] = new
             made.params.append(new)
+        made.forget_writes()
         made.rest()
         return made

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..context import context
+from ..errors import ShardedAccessError
 
 if TYPE_CHECKING:
     from .flat import FlatShard
@@ -69,6 +70,24 @@ class DistributedParameter(nn.Parameter):
         return self._group
 
     @property
+    def data(self) -> torch.Tensor:
+        """The values while whole; NaN while sharded.  What is written to it or assigned stays."""
+        if self._flat is not None and self._flat.is_whole:
+            self._flat.expose()
+        return _raw_data.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if self._flat is None:
+            _raw_data.__set__(self, value)
+            return
+        require_same(self, value)
+        if self._flat.is_whole:
+            self._flat.write_whole(self._index, value)
+        else:
+            self._flat.write(self._index, value)
+
+    @property
     def grad(self) -> torch.Tensor | None:
         """The gradient as far as a single rank can show it.
 
@@ -112,8 +131,6 @@ class DistributedParameter(nn.Parameter):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        from ..errors import ShardedAccessError
-
         if self._flat is not None and not self._flat.is_whole:
             raise ShardedAccessError(
                 f"Parameter {self._flat.names[self._index]!r} is sharded and cannot be pickled. Save "
@@ -167,6 +184,23 @@ def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
 def set_raw_grad(parameter: nn.Parameter, value: torch.Tensor | None) -> None:
     """Replace autograd's own gradient field."""
     _raw_grad.__set__(parameter, value)
+
+
+def raw_data(parameter: nn.Parameter) -> torch.Tensor:
+    """What ``parameter`` shows now; taking it does not count as user code's doing."""
+    return _raw_data.__get__(parameter)  # type: ignore[no-any-return]
+
+
+def require_same(parameter: DistributedParameter, value: torch.Tensor) -> None:
+    """Raise ShardedAccessError unless ``value`` may become ``parameter``'s data."""
+    flat = parameter._flat
+    assert flat is not None
+    wanted = flat.layout.slots[parameter._index].shape
+    if tuple(value.shape) != wanted or value.dtype != flat.dtype:
+        raise ShardedAccessError(
+            f"Parameter {flat.names[parameter._index]!r} is {wanted} {flat.dtype}; its data cannot become "
+            f"{tuple(value.shape)} {value.dtype}. Change dtypes with model.to(dtype); shapes stay as they are."
+        )
 
 
 def show_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:

@@ -31,7 +31,9 @@ class Buffer:
         """Every parameter's view of this buffer, made once for each layout."""
         views = self._views.get(id(layout))
         if views is None:
-            views = self._views[id(layout)] = [self.tensor[s.start : s.end].view(s.shape) for s in layout.slots]
+            with torch.inference_mode(False):  # the views outlive the caller's mode
+                views = [self.tensor[s.start : s.end].view(s.shape) for s in layout.slots]
+            self._views[id(layout)] = views
         return views
 
 
@@ -71,7 +73,7 @@ class BufferPool:
             buffer.free.wait(stream)
             return buffer
         self._made[key] += 1
-        with self._device.on(stream):
+        with self._device.on(stream), torch.inference_mode(False):
             tensor = self._comm.alloc(numel, dtype, self._device.torch_device)
             if self._zeroed:
                 tensor.zero_()

@@ -64,11 +64,6 @@ def _attribute(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     name = getattr(getattr(func, "__self__", None), "__name__", "")
     if func.__name__ == "__get__" and name not in _ATTRIBUTES:
         raise ShardedAccessError(_advice(name, args))
-    if func.__name__ == "__set__" and name == "data":
-        parameter, value = args
-        _require_shape(parameter, value)
-        parameter._flat.write(parameter._index, value)
-        return None
     return func(*args)
 
 

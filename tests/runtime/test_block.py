@@ -241,7 +241,7 @@ def arguments_and_results() -> None:
                 made: dict[str, Any] = {
                     "dict": {"x": y, "none": None, "nested": [y, {"z": y}]},
                     "dataclass": Named(y, "kept"),
-                    "namedtuple": Pair(y, 3),
+                    "namedtuple": Pair(y, 0.5),
                     "tuple": (y, None),
                     "list": [y],
                 }
