@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from rewriter.convert import convert_paths, write_file
+from rewriter.config import read_settings
+from rewriter.convert import convert_text, write_file
 from rewriter.discover import sources, walk
+from rewriter.docs import explain
+from rewriter.formats import write_report
 from rewriter.plan import Options
+from rewriter.portions import convert_project
 from rewriter.report import diff, listing
+from rewriter.rules import BY_CODE
 from rewriter.types import InputError, Result
 
 CHANGED, FAILED = 1, 2
@@ -20,18 +27,24 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="bmt-convert",
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
+        epilog="Exit code: 0 done, 1 --check found something to change, 2 an input could not be converted.",
     )
-    made.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="Python files or folders")
+    made.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin")
     target = made.add_mutually_exclusive_group()
     target.add_argument("--write", action="store_true", help="change the files in place")
     target.add_argument("--output", type=Path, metavar="DIR", help="write the whole project, converted, to DIR")
     target.add_argument("--check", action="store_true", help="write nothing; exit 1 if something would change")
     made.add_argument("--diff", action="store_true", help="print a diff (the default when nothing is written)")
-    made.add_argument("--unsafe", action="store_true", help="also apply edits that need a look")
-    made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
+    made.add_argument("--unsafe", action="store_true", default=None, help="also apply edits that need a look")
     made.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTR", help="name a stack of blocks")
     made.add_argument("--select", action="append", default=[], metavar="CODES", help="apply these rules only")
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
+    made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
+    made.add_argument("--report", type=Path, metavar="FILE", help="write a report; FILE ends in .json, .md or .sarif")
+    made.add_argument("--explain", metavar="CODE", help="print what a rule does, with examples")
+    made.add_argument("-j", "--jobs", type=int, default=None, metavar="N", help="processes for large projects")
+    made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
+    made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     return made
 
 
@@ -49,38 +62,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    output: Path | None = options.output
-    if output is not None and any(path.resolve() == output.resolve() for path in options.paths):
-        raise InputError(f"{output}: --output must not be the input; use --write to convert in place")
-    skip = output.resolve() if output is not None else None
-    paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, (), skip)))
-    roots = [path for path in options.paths if path.is_dir()]
-    results = convert_paths(paths, _conversion(options), roots)
+    if options.explain:
+        return _explain(options.explain)
+    if not options.paths:
+        raise InputError("give a file or folder, or - for standard input")
+    settings = read_settings(options.paths[0] if str(options.paths[0]) != "-" else Path.cwd())
+    conversion = _conversion(options, settings)
+    if [str(path) for path in options.paths] == ["-"]:
+        return _standard_input(conversion, options)
+    results = _convert(options, settings, conversion)
     for result in results:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
-    if output is not None:
-        _write_tree(options.paths, output, results)
+    if options.report is not None:
+        write_file(options.report, write_report(options.report, results).encode())
+    if options.output is not None:
+        _write_tree(options.paths, options.output, results)
     elif options.write:
         for result in results:
             if result.changed:
                 _write_back(result)
-    if options.diff or not (options.write or output is not None or options.check):
-        for result in results:
-            sys.stdout.write(diff(result, sys.stdout.isatty()))
-    stream = sys.stdout if options.write or output is not None or options.check else sys.stderr
-    for line in listing(results, options.quiet):
-        print(line, file=stream)
+    _show(options, results)
     if any(result.error for result in results):
         return FAILED
     return CHANGED if options.check and any(result.changed for result in results) else 0
 
 
-def _conversion(options: argparse.Namespace) -> Options:
-    def codes(values: list[str]) -> tuple[str, ...]:
+def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
+    output: Path | None = options.output
+    if output is not None and any(path.resolve() == output.resolve() for path in options.paths):
+        raise InputError(f"{output}: --output must not be the input; use --write to convert in place")
+    skip = output.resolve() if output is not None else None
+    exclude = _exclude(options, settings)
+    paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip)))
+    roots = [path for path in options.paths if path.is_dir()]
+    progress = _progress if len(paths) > 200 and sys.stderr.isatty() else None
+    gc.disable()  # syntax trees hold no garbage worth looking for
+    return convert_project(paths, conversion, roots, options.jobs or settings.get("jobs", 1), progress)
+
+
+def _progress(done: int, total: int) -> None:
+    if done % 20 == 0 or done == total:
+        end = "\n" if done == total else ""
+        print(f"\r{done}/{total} files", end=end, file=sys.stderr, flush=True)
+
+
+def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
+    writes = options.write or options.output is not None or options.check
+    if options.diff or not writes:
+        color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+        for result in results:
+            sys.stdout.write(diff(result, color))
+    for line in listing(results, options.quiet):
+        print(line, file=sys.stdout if writes else sys.stderr)
+
+
+def _explain(code: str) -> int:
+    rule = BY_CODE.get(code.upper())
+    if rule is None:
+        raise InputError(f"no rule {code}; there are {', '.join(BY_CODE)}")
+    print(explain(rule), end="")
+    return 0
+
+
+def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
+    """Code in, converted code out."""
+    result = convert_text(sys.stdin.read(), conversion)
+    if result.error:
+        print(f"bmt-convert: {result.error}", file=sys.stderr)
+        return FAILED
+    if options.check:
+        return CHANGED if result.changed else 0
+    sys.stdout.write(diff(result) if options.diff else result.after.decode())
+    return 0
+
+
+def _exclude(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, ...]:
+    return (*settings.get("exclude", []), *options.exclude)
+
+
+def _conversion(options: argparse.Namespace, settings: dict[str, Any]) -> Options:
+    def codes(key: str) -> tuple[str, ...]:
+        values = [*settings.get(key, []), *getattr(options, key)]
         return tuple(code.strip() for value in values for code in value.split(",") if code.strip())
 
-    return Options(options.unsafe, codes(options.select), codes(options.ignore), tuple(options.blocks))
+    unsafe = settings.get("unsafe", False) if options.unsafe is None else options.unsafe
+    return Options(unsafe, codes("select"), codes("ignore"), codes("blocks"))
 
 
 def _write_back(result: Result) -> None:
@@ -94,7 +161,7 @@ def _write_tree(paths: Sequence[Path], output: Path, results: Sequence[Result]) 
     """The projects whole: converted files, and copies of all others."""
     converted = {result.path: result for result in results}
     for path in paths:
-        files = [path] if path.is_file() else walk(path, (), output.resolve())
+        files = [path] if path.is_file() else walk(path, (), output.resolve(), everything=True)
         base = path.parent if path.is_file() else path
         target = output if len(paths) == 1 or path.is_file() else output / path.resolve().name
         for item in files:

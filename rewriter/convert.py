@@ -10,6 +10,7 @@ from pathlib import Path
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File, Project
 from rewriter.analyze.source import Source
+from rewriter.notebook import Notebook
 from rewriter.plan import Options, Plan, make_plans
 from rewriter.transform import apply_edits
 from rewriter.types import ConflictError, InputError, Result
@@ -20,12 +21,11 @@ def convert_paths(
     options: Options,
     roots: Iterable[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    derived: dict[bytes, list[Path]] | None = None,
 ) -> list[Result]:
-    """Results of all files, in the order given."""
-    project = Project(roots)
-    outcomes: list[File | Result] = []
-    for path in paths:
-        outcomes.append(_load(project, path))
+    """Results of all files, in the order given. ``derived`` is the project's, where ``paths`` are a part of one."""
+    project = Project(roots, derived)
+    outcomes = [_load(project, path) for path in paths]
     facts = Facts(project, options.blocks)
     plans = make_plans([outcome for outcome in outcomes if isinstance(outcome, File)], facts, options)
     results = []
@@ -38,9 +38,13 @@ def convert_paths(
 
 def _load(project: Project, path: Path) -> File | Result:
     try:
-        source = Source(path, path.read_bytes())
+        raw = path.read_bytes()
+        notebook = Notebook(str(path), raw) if path.suffix == ".ipynb" else None
+        source = Source(path, notebook.text().encode() if notebook is not None else raw)
         _ = source.tree
-        return project.add(source)
+        file = project.add(source)
+        file.notebook = notebook
+        return file
     except InputError as error:
         return Result(path, b"", b"", error=str(error))
     except OSError as error:
@@ -58,15 +62,18 @@ def convert_text(text: str, options: Options | None = None, path: Path = Path("s
 def apply_plan(file: File, plan: Plan) -> Result:
     """The file after its plan. A conversion that would not parse is an error and changes nothing."""
     source = file.source
+    raw = file.notebook.raw if file.notebook is not None else source.raw
     if not plan.edits:
-        return Result(file.path, source.raw, source.raw, (), plan.hidden, plan.reported)
+        return Result(file.path, raw, raw, (), plan.hidden, plan.reported)
     try:
         after = source.encode(apply_edits(source.data, plan.edits))
         _ = Source(file.path, after).tree
     except (InputError, ConflictError, RecursionError, UnicodeError) as error:
         message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
-        return Result(file.path, source.raw, source.raw, error=message)
-    return Result(file.path, source.raw, after, plan.applied, plan.hidden, plan.reported)
+        return Result(file.path, raw, raw, error=message)
+    if file.notebook is not None:
+        after = file.notebook.with_text(after.decode())
+    return Result(file.path, raw, after, plan.applied, plan.hidden, plan.reported)
 
 
 def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rewriter.types import InputError
@@ -54,9 +54,14 @@ def _matches(name: str, pattern: str, anchored: bool) -> bool:
     return fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
 
 
-def walk(root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None) -> Iterator[Path]:
-    """Every file of a folder that is its project's own, in a stable order. Links to folders are not followed."""
-    ignored = Ignored(root)
+def walk(
+    root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, everything: bool = False
+) -> Iterator[Path]:
+    """Every file of a folder that is its project's own, in a stable order. Links to folders are not followed.
+
+    ``everything`` includes what ``.gitignore`` names: data and settings that a copy needs.
+    """
+    ignored = _nothing if everything else Ignored(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if _enters(here / name, ignored, exclude, root, skip))
@@ -66,7 +71,11 @@ def walk(root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None) ->
                 yield path
 
 
-def _enters(folder: Path, ignored: Ignored, exclude: tuple[str, ...], root: Path, skip: Path | None) -> bool:
+def _nothing(path: Path, folder: bool) -> bool:
+    return False
+
+
+def _enters(folder: Path, ignored: Callable[[Path, bool], bool], exclude: tuple[str, ...], root: Path, skip: Path | None) -> bool:
     if folder.name in SKIPPED_FOLDERS or folder.is_symlink() or (folder / "pyvenv.cfg").exists():
         return False
     if skip is not None and folder.resolve() == skip:

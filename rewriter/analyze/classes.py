@@ -27,6 +27,7 @@ class Classes:
         self.project = project
         self.kind = lru_cache(maxsize=None)(self._kind)
         self.ancestors = lru_cache(maxsize=None)(self._ancestors)
+        self.descendants = lru_cache(maxsize=None)(self._descendants)
 
     def bases(self, info: ClassInfo) -> Iterator[tuple[ast.expr, ClassInfo | External | None]]:
         for base in info.node.bases:
@@ -42,6 +43,19 @@ class Classes:
                 if isinstance(base, ClassInfo) and base is not info and base not in found:
                     found[base] = None
                     queue.append(base)
+        return tuple(found)
+
+    def _descendants(self, info: ClassInfo) -> tuple[ClassInfo, ...]:
+        """Project classes below this one."""
+        found: dict[ClassInfo, None] = {}
+        queue = [info]
+        while queue:
+            current = queue.pop()
+            for file in self.project.with_base(current.name):
+                for below in self.all(file):
+                    if below not in found and below is not info and any(base is current for _, base in self.bases(below)):
+                        found[below] = None
+                        queue.append(below)
         return tuple(found)
 
     def _kind(self, info: ClassInfo) -> Kind:

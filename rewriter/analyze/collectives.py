@@ -190,7 +190,7 @@ def is_rank(file: File, node: ast.expr) -> bool:
             return is_rank(file, node.args[0])
         if name in {"get", "getenv"} and node.args and isinstance(node.args[0], ast.Constant):
             return str(node.args[0].value).endswith("RANK")
-        return name in {"get_rank", "rank", "get_local_rank", "get_global_rank"}
+        return name == "rank" or name.endswith("_rank")
     if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
         return str(node.slice.value) in {"RANK", "LOCAL_RANK"}
     path = dotted(node)

@@ -55,6 +55,11 @@ class Managers:
                     if stepped is not None and stepped not in self.of:
                         manager.optimizers.append(stepped)
                         self.of[stepped] = manager
+            if not manager.optimizers and not self.is_argument(scaler):
+                # It is handed on with an optimizer that is made next to it.
+                beside = [v for v in sorted(self.roles.optimizers, key=_position) if v[0] is scaler[0] and v not in self.of]
+                manager.optimizers.extend(v for v in beside if not self.is_argument(v))
+                self.of.update(dict.fromkeys(manager.optimizers, manager))
 
     def _scaler_name(self, scaler: Var) -> str:
         """The manager's name: the scaler's own where it is handed around, else ``optim_manager``."""
@@ -64,11 +69,13 @@ class Managers:
                     parent = self.file.names.parents[node]
                     if not (isinstance(parent, ast.Attribute) and parent.attr in _SCALER_METHODS):
                         return scaler[1]
-        if self._is_argument(scaler):
+        if self.is_argument(scaler):
             return scaler[1]
-        return self._free(scaler, "optim_manager")
+        alone = sum(other[0] is scaler[0] for other in self.roles.scalers) == 1
+        return self._free(scaler, "optim_manager" if alone else scaler[1].split(".")[-1] + "_manager")
 
-    def _is_argument(self, variable: Var) -> bool:
+    def is_argument(self, variable: Var) -> bool:
+        """Whether a variable is a function's argument."""
         scope = self.file.names.scopes.get(variable[0])
         return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
 
@@ -85,7 +92,7 @@ class Managers:
         """Whether the variable is stepped or cleared where it is visible, or backward runs there."""
         if self.roles.methods_called.get(variable, set()) & {"step", "zero_grad"}:
             return True
-        return any(_receiver(node, "backward") is not None for node in walk_own(variable[0])) and not self._is_argument(
+        return any(_receiver(node, "backward") is not None for node in walk_own(variable[0])) and not self.is_argument(
             variable
         )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rewriter.analyze.names import Binding, Import, Names, Scope
 from rewriter.analyze.source import Source
+from rewriter.notebook import Notebook
 from rewriter.types import InputError
 
 _TORCH_HOMES = (
@@ -70,10 +71,11 @@ Resolved = External | ClassInfo | FunctionInfo | ModuleRef | None
 
 @dataclass(eq=False)
 class File:
-    """One file of the project. ``convert`` is False for files that are only read."""
+    """One file of the project. ``convert`` is False for files that are only read; ``notebook`` is where cells came from."""
 
     source: Source
     convert: bool = True
+    notebook: Notebook | None = None
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
 
@@ -124,11 +126,25 @@ def canonical(name: str) -> str:
     return name
 
 
-class Project:
-    """Files by path, resolution of names across them."""
+_CLASS = re.compile(rb"^[ \t]*class\s+\w+\s*\(([^)]*)\)", re.M)
+_LAST_NAME = re.compile(rb"(\w+)\s*(?:\[|,|$)", re.M)
 
-    def __init__(self, roots: Iterable[Path] = ()) -> None:
+
+def base_names(data: bytes) -> set[bytes]:
+    """The names that a file's classes have as bases, without the modules in front of them."""
+    return {name for bases in _CLASS.findall(data) for name in _LAST_NAME.findall(bases)}
+
+
+class Project:
+    """Files by path, resolution of names across them.
+
+    ``derived`` says which files have classes with a base of some name; files that are not loaded yet may be among them.
+    """
+
+    def __init__(self, roots: Iterable[Path] = (), derived: dict[bytes, list[Path]] | None = None) -> None:
         self.files: dict[Path, File] = {}
+        self.derived: dict[bytes, list[Path]] = derived if derived is not None else {}
+        self._complete = derived is not None
         self.roots = [root.resolve() for root in roots]
         self._missing: set[Path] = set()
         self._modules: dict[tuple[Path, str, int], File | None] = {}
@@ -137,8 +153,19 @@ class Project:
 
     def add(self, source: Source, convert: bool = True) -> File:
         file = File(source, convert)
-        self.files[source.path.resolve()] = file
+        path = source.path.resolve()
+        self.files[path] = file
+        if not self._complete:
+            for name in base_names(source.data):
+                self.derived.setdefault(name, []).append(path)
         return file
+
+    def with_base(self, name: str) -> Iterator[File]:
+        """Files in which some class has a base of this name."""
+        for path in self.derived.get(name.encode(), ()):
+            file = self.files.get(path) or self._read(path)
+            if file is not None:
+                yield file
 
     def __iter__(self) -> Iterator[File]:
         return iter(list(self.files.values()))

@@ -88,17 +88,14 @@ class Stacks:
 
     def _candidates(self) -> Iterator[Stack]:
         owners = list(self._modules())
-        loops: dict[ClassInfo, list[Loop]] = {info: list(find_loops(info)) for info in owners}
+        loops = _Loops()
         for info in owners:
-            self.loops.extend(loops[info])
+            if info.file.convert:
+                self.loops.extend(loops[info])
         for info in owners:
             for path, builds in self.containers.of(info).items():
-                family = [
-                    info,
-                    *(o for o in owners if info in self.classes.ancestors(o)),
-                    *self.classes.ancestors(info),
-                ]
-                over = [loop for member in family for loop in loops.get(member, []) if loop.path == path]
+                family = [info, *self.classes.descendants(info), *self.classes.ancestors(info)]
+                over = [loop for member in family for loop in loops[member] if loop.path == path]
                 stack = Stack(info, path, builds, over)
                 reason = self._reason_against(stack)
                 if not reason:
@@ -233,12 +230,7 @@ class Stacks:
 
     def _always_a_stack(self, stack: Stack) -> str:
         """Whether every assignment of the attribute, in subclasses too, makes it a TransformerBlockList."""
-        family = [stack.owner, *self.classes.ancestors(stack.owner)]
-        for file in self.project:
-            for info in self.classes.all(file) if stack.owner.name.encode() in file.source.data else ():
-                if stack.owner in self.classes.ancestors(info):
-                    family.append(info)
-        for member in family:
+        for member in (stack.owner, *self.classes.ancestors(stack.owner), *self.classes.descendants(stack.owner)):
             if stack.path in self.containers.other_assignments(member):
                 return f"{member.name} also gives {stack.path} something else"
             if member is not stack.owner and stack.path in self.containers.of(member):
@@ -259,6 +251,14 @@ class Stacks:
         if any(build.container == "torch.nn.Sequential" for build in stack.builds) and width != 1:
             return "a Sequential carries one value"
         return ""
+
+
+class _Loops(dict[ClassInfo, list[Loop]]):
+    """The loops of classes, found when first asked for."""
+
+    def __missing__(self, info: ClassInfo) -> list[Loop]:
+        self[info] = list(find_loops(info))
+        return self[info]
 
 
 def _declared_width(call: ast.expr) -> int:

@@ -24,6 +24,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     managers = facts.managers(file)
+    for manager in managers.all:
+        reason = _reason_against(managers, manager)
+        if reason:
+            yield Finding(RULE.code, _first_use(file, managers, manager), reason, safety=Safety.REPORT, stop=True)
     edits: list[Edit] = []
     line = 0
     for manager in managers.all:
@@ -39,6 +43,27 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if edits:
         first = line or file.source.line_of(min(edit.span.start for edit in edits))
         yield Finding(RULE.code, first, "an OptimManager runs backward and steps", tuple(edits), key="manager")
+
+
+def _reason_against(managers: Managers, manager: Manager) -> str:
+    """Why a manager's optimizer or scaler is not understood well enough to convert the file."""
+    if manager.existing:
+        return ""
+    for variable in (*manager.optimizers, *([manager.scaler] if manager.scaler else [])):
+        path = variable[1]
+        if "." in path and path.split(".")[0] not in {"self", "cls"}:
+            return f"{path} belongs to another object, so where its manager would be made is not known"
+        if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
+            return f"{path} is not made in this file, so where its manager would be made is not known"
+    if manager.scaler is not None and _scaler_statement(managers, manager) is None and not managers.is_argument(manager.scaler):
+        return f"{manager.scaler[1]} is no GradScaler made in this file"
+    return ""
+
+
+def _first_use(file: File, managers: Managers, manager: Manager) -> int:
+    variables = {*manager.optimizers, manager.scaler}
+    lines = [n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables]
+    return min(lines, default=1)
 
 
 def _creation(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:

@@ -56,7 +56,7 @@ def _backward(
     if manager is None and not roles.optimizers and not roles.scalers and function is None:
         return  # a demonstration that steps nothing
     if manager is None and roles.scalers:
-        yield node.lineno, "backward here does not know the loss scale", False
+        yield node.lineno, "backward here does not know the loss scale of the scaler elsewhere in the file", True
     if node.args or node.keywords:
         arguments = Span(source.span(func).end, source.span(node).end)
         yield Edit(source.span(node), (f"{name}.scale_loss(", source.span(loss), ").backward", arguments))

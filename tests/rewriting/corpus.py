@@ -2,7 +2,7 @@
 
     python tests/rewriting/corpus.py FOLDER... [--loops loops.jsonl.gz] [--limit-bytes N]
 
-Columns: files, files changed, seconds; block-chain loops called, kept with a stack, kept on a plain list; and what must be zero:
+Columns: files, files changed, milliseconds (reading, planning and applying), memory; block-chain loops called, kept with a stack, kept on a plain list; and what must be zero:
 crashes, outputs that do not compile, files that a second run changes, bytes changed outside edits, comments lost.
 """
 
@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
+import multiprocessing
+import resource
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,9 +27,10 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.loops import is_chain, is_pairs
 from rewriter.analyze.project import Project
 from rewriter.analyze.source import Source
-from rewriter.convert import apply_plan, convert_paths
+from rewriter.convert import apply_plan
 from rewriter.discover import sources
 from rewriter.plan import Options, make_plans
+from rewriter.portions import WHOLE, convert_project, cut, derived
 from rewriter.types import Edit, InputError, Result
 
 
@@ -33,12 +38,29 @@ def measure(folder: Path) -> tuple[Counter[str], list[str]]:
     """Counts for one folder, and remarks on what went wrong."""
     counts: Counter[str] = Counter()
     remarks: list[str] = []
+    paths = [path for path in sources(folder) if path.suffix == ".py"]
+    sizes = {path: path.stat().st_size for path in paths}
+    large = sum(sizes.values()) > WHOLE
+    tasks = [(folder, part, derived(paths)) for part in cut(paths, sizes)] if large else [(folder, paths, None)]
+    converted: dict[Path, bytes] = {}
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for part_counts, part_remarks, part_converted in pool.imap(measure_portion, tasks):
+            counts.update(part_counts)
+            remarks.extend(part_remarks)
+            converted.update(part_converted)
+    twice(folder, converted, counts, remarks)
+    return counts, remarks
+
+
+def measure_portion(task: Any) -> tuple[Counter[str], list[str], dict[Path, bytes]]:
+    folder, paths, below = task
+    gc.disable()
+    counts: Counter[str] = Counter()
+    remarks: list[str] = []
     start = time.perf_counter()
-    project = Project([folder])
+    project = Project([folder], below)
     files = []
-    for path in sources(folder):
-        if path.suffix != ".py":
-            continue
+    for path in paths:
         try:
             source = Source(path, path.read_bytes())
             _ = source.tree
@@ -48,16 +70,15 @@ def measure(folder: Path) -> tuple[Counter[str], list[str]]:
             remarks.append(str(error))
     facts = Facts(project)
     plans = make_plans(files, facts, Options())
-    results = []
-    for file in files:
-        results.append(result := apply_plan(file, plans[file]))
+    results = [apply_plan(file, plans[file]) for file in files]
+    counts["ms"] = round(1000 * (time.perf_counter() - start))
+    for file, result in zip(files, results, strict=True):
         check(file.source, plans[file].edits, result, counts, remarks)
-    counts["seconds"] = round(time.perf_counter() - start)
     counts["files"] = len(files)
     counts["changed"] = sum(result.changed for result in results)
     loop_counts(facts, counts)
-    twice(folder, results, counts, remarks)
-    return counts, remarks
+    counts["MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return counts, remarks, {result.path: result.after for result in results}
 
 
 def check(source: Source, edits: tuple[Edit, ...], result: Result, counts: Counter[str], remarks: list[str]) -> None:
@@ -118,24 +139,24 @@ def loop_counts(facts: Facts, counts: Counter[str]) -> None:
     counts["stacks"] = len(facts.stacks.found)
 
 
-def twice(folder: Path, results: list[Result], counts: Counter[str], remarks: list[str]) -> None:
+def twice(folder: Path, converted: dict[Path, bytes], counts: Counter[str], remarks: list[str]) -> None:
     """A second run over the converted files."""
     with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+        root = Path(name) / folder.resolve().name
         paths = []
-        for result in results:
-            path = root / folder.resolve().name / result.path.relative_to(folder)
+        for original, data in converted.items():
+            path = root / original.relative_to(folder)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(result.after)
+            path.write_bytes(data)
             paths.append(path)
-        for again in convert_paths(paths, Options(), [root / folder.resolve().name]):
+        for again in convert_project(paths, Options(), [root]):
             if again.changed or again.error:
                 counts["unstable"] += 1
                 message = again.error or "; ".join(f"{f.line} {f.code} {f.message}" for f in again.applied[:3])
                 remarks.append(f"{again.path.relative_to(root)}: second run: {message}")
 
 
-COLUMNS = ("files", "changed", "seconds", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
+COLUMNS = ("files", "changed", "ms", "MB", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
            "uncompiled", "unstable", "bytes", "comments")  # fmt: skip
 
 

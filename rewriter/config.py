@@ -1,0 +1,68 @@
+"""Settings in ``pyproject.toml``, table ``[tool.bmt-convert]``."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any
+
+from rewriter.types import InputError
+
+KEYS = {"select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int}
+
+
+def read_settings(start: Path) -> dict[str, Any]:
+    """The table of the nearest ``pyproject.toml`` at or above a path; empty without one.
+
+    Raises:
+        InputError: the file cannot be read, or has an unknown or wrongly typed key.
+    """
+    folder = start.resolve()
+    for place in (folder, *folder.parents):
+        path = place / "pyproject.toml"
+        if path.is_file():
+            found = _table(path)
+            for key, value in found.items():
+                if key not in KEYS:
+                    raise InputError(f"{path}: unknown key {key!r} in [tool.bmt-convert]; known: {', '.join(KEYS)}")
+                if not isinstance(value, KEYS[key]):
+                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be a {KEYS[key].__name__}")
+            return found
+    return {}
+
+
+def _table(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot read: {error}") from None
+    if "bmt-convert" not in text:
+        return {}
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        try:
+            content = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"{path}: {error}") from None
+        table: dict[str, Any] = content.get("tool", {}).get("bmt-convert", {})
+        return table
+    return _simple_table(path, text)
+
+
+def _simple_table(path: Path, text: str) -> dict[str, Any]:
+    """The table where Python has no TOML reader: keys with values on one line."""
+    found: dict[str, Any] = {}
+    inside = False
+    for line in (line.strip() for line in text.splitlines()):
+        if line.startswith("["):
+            inside = line == "[tool.bmt-convert]"
+        elif inside and "=" in line and not line.startswith("#"):
+            key, _, value = line.partition("=")
+            plain = {"true": "True", "false": "False"}.get(value.strip(), value.strip())
+            try:
+                found[key.strip()] = ast.literal_eval(plain)
+            except (ValueError, SyntaxError):
+                raise InputError(f"{path}: cannot read {line!r}; write it on one line") from None
+    return found

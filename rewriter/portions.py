@@ -1,0 +1,78 @@
+"""Cuts a large project into portions that are converted one after the other, each in a process of its own.
+
+A portion reads the files that it converts and what they import; memory is bounded by the portion, not by the project.
+Small projects are one portion, in this process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rewriter.analyze.project import base_names
+from rewriter.convert import convert_paths
+from rewriter.plan import Options
+from rewriter.types import Result
+
+WHOLE = 16_000_000  # bytes of source up to which a project is one portion
+PORTION = 5_000_000
+Progress = Callable[[int, int], None]
+_Task = tuple[list[Path], Options, list[Path], dict[bytes, list[Path]]]
+
+
+def convert_project(
+    paths: Sequence[Path], options: Options, roots: Sequence[Path] = (), jobs: int = 1, progress: Progress | None = None
+) -> list[Result]:
+    """Results of all files, in the order given. ``jobs`` portions at a time."""
+    sizes = {path: _size(path) for path in paths}
+    if sum(sizes.values()) <= WHOLE:
+        return convert_paths(paths, options, roots, progress)
+    below = derived(paths)
+    tasks: list[_Task] = [(portion, options, list(roots), below) for portion in cut(paths, sizes)]
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    results: list[Result] = []
+    with multiprocessing.get_context(method).Pool(jobs, maxtasksperchild=1) as pool:
+        for found in pool.imap(_convert, tasks, chunksize=1):
+            results.extend(found)
+            if progress is not None:
+                progress(len(results), len(paths))
+    return results
+
+
+def _convert(task: _Task) -> list[Result]:
+    paths, options, roots, below = task
+    return convert_paths(paths, options, roots, derived=below)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def derived(paths: Sequence[Path]) -> dict[bytes, list[Path]]:
+    """Which files have classes with a base of some name."""
+    found: dict[bytes, list[Path]] = {}
+    for path in paths:
+        try:
+            names = base_names(path.read_bytes())
+        except OSError:
+            continue
+        for name in names:
+            found.setdefault(name, []).append(path.resolve())
+    return found
+
+
+def cut(paths: Sequence[Path], sizes: dict[Path, int]) -> list[list[Path]]:
+    """Neighbours together, each portion of about the same size."""
+    portions: list[list[Path]] = [[]]
+    filled = 0
+    for path in paths:
+        if filled + sizes[path] > PORTION and portions[-1]:
+            portions.append([])
+            filled = 0
+        portions[-1].append(path)
+        filled += sizes[path]
+    return portions
