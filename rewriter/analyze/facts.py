@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 from functools import cached_property
 
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.managers import Managers
-from rewriter.analyze.names import Binding, Import
-from rewriter.analyze.project import File, Project
+from rewriter.analyze.names import Binding, Import, walk
+from rewriter.analyze.parameters import parameter_calls
+from rewriter.analyze.project import ClassInfo, External, File, Project
 from rewriter.analyze.scripts import Scripts
 from rewriter.analyze.stacks import Stacks
 
@@ -28,6 +30,41 @@ class Facts:
     @cached_property
     def scripts(self) -> Scripts:
         return Scripts(self.classes)
+
+    @cached_property
+    def left_as_it_is(self) -> str:
+        """Why no class needs another base; empty if classes do."""
+        if self.project.partial or any(not stack.requirement() == () for stack in self.stacks.found):
+            return ""
+        classes = [info for file in self.project for info in self.classes.all(file)]
+        distributed = any(
+            isinstance(base, External) and base.name == "bmtrain.DistributedModule"
+            for info in classes
+            for _, base in self.classes.bases(info)
+        )
+        made = any(True for file in self.project for _ in parameter_calls(file, self.classes))
+        trained = any(file not in self._initialised for file in self.scripts.training if file in self.scripts.entries)
+        if distributed and not made and not trained:
+            return "the project is written for bmtrain"
+        files = sum(file.convert for file in self.project)
+        if files > 20 and not self.scripts.training and not any(self._holds_a_module(info) for info in classes):
+            return "a library of layers; the model that holds them shards them"
+        return ""
+
+    @cached_property
+    def _initialised(self) -> set[File]:
+        return {file for file in self.project if b"init_distributed" in file.source.data}
+
+    def _holds_a_module(self, info: ClassInfo) -> bool:
+        """Whether a module constructs another module of the project."""
+        if not self.classes.is_module(info):
+            return False
+        for node in walk(info.node):
+            if isinstance(node, ast.Call):
+                found = self.project.resolve(info.file, node.func)
+                if isinstance(found, ClassInfo) and found is not info and self.classes.is_module(found):
+                    return True
+        return False
 
     def managers(self, file: File) -> Managers:
         if file not in self._managers:

@@ -144,7 +144,7 @@ class Project:
     def __init__(self, roots: Iterable[Path] = (), derived: dict[bytes, list[Path]] | None = None) -> None:
         self.files: dict[Path, File] = {}
         self.derived: dict[bytes, list[Path]] = derived if derived is not None else {}
-        self._complete = derived is not None
+        self.partial = derived is not None
         self.roots = [root.resolve() for root in roots]
         self._missing: set[Path] = set()
         self._modules: dict[tuple[Path, str, int], File | None] = {}
@@ -155,7 +155,7 @@ class Project:
         file = File(source, convert)
         path = source.path.resolve()
         self.files[path] = file
-        if not self._complete:
+        if not self.partial:
             for name in base_names(source.data):
                 self.derived.setdefault(name, []).append(path)
         return file

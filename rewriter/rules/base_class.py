@@ -4,7 +4,8 @@ What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``.
 Why: a DistributedModule shards its parameters over the ranks when its outermost constructor ends.
 Refuses when: ``nn.Module`` stands anywhere else than among the bases (annotations, isinstance), or the class is a
 protocol of another package. Subclasses of torch layers and of project classes stay; their parameters are sharded by
-the module that holds them.
+the module that holds them. A project that is written for bmtrain already keeps the plain modules it has; a library of
+layers without a model (no module holds another, no list of blocks, no training script) is left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from rewriter.types import Edit, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if facts.left_as_it_is:
+        return
     alias = ""
     for info in facts.classes.all(file):
         for base, found in facts.classes.bases(info):

@@ -8,32 +8,20 @@ DistributedModule, or it is inside ``forward``.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
+from rewriter.analyze.parameters import parameter_calls
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if b"Parameter" not in file.source.data:
+    if facts.left_as_it_is:
         return
-    for info in facts.classes.all(file):
-        if facts.classes.kind(info) not in {"module", "distributed"}:
-            continue
-        for method in info.methods.values():
-            if method.name != "forward":
-                yield from _method(file, facts, method)
-
-
-def _method(file: File, facts: Facts, method: ast.AST) -> Iterator[Finding]:
-    for node in walk(method):
-        if not isinstance(node, ast.Call) or facts.project.external(file, node.func) != "torch.nn.Parameter":
-            continue
+    for node in parameter_calls(file, facts.classes):
         edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.DistributedParameter",))
-        yield Finding(RULE.code, node.lineno, "the parameter is distributed", (edit,), key="import")
+        yield Finding(RULE.code, node.lineno, "the parameter is distributed", (edit,))
 
 
 RULE = Rule(
