@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
-from .device import Device, choose_device
+from .device import Device, Schedule, choose_device
 from .errors import ConfigurationError, NotInitializedError, UnsupportedError
 from .topology import Topology
 
@@ -157,6 +157,7 @@ def init_distributed(
     tp_size: int = 1,
     *,
     device: str | None = None,
+    schedule: Schedule = "overlap",
     timeout: timedelta = timedelta(minutes=30),
     **old: Any,
 ) -> None:
@@ -171,6 +172,7 @@ def init_distributed(
         seed: for all generators, the same on all ranks.
         pipe_size, num_micro_batches, tp_size: pipeline and tensor parallelism; only 1 (or -1 for the pipeline) yet.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
+        schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
         timeout: how long a collective or a meeting may take.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
@@ -178,6 +180,8 @@ def init_distributed(
     if _State.context is not None:
         raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
     _warn_of_old(old)
+    if schedule not in get_args(Schedule):
+        raise ConfigurationError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {schedule!r}.")
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -192,7 +196,7 @@ def init_distributed(
         env.setdefault("MASTER_ADDR", "localhost")
         env.setdefault("MASTER_PORT", "10010")
     meeting = meet(init_method, topology.rank, topology.world_size, timeout)
-    made = _connect(topology, Device(chosen), meeting.store, timeout)
+    made = _connect(topology, Device(chosen, schedule), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.engine = _State.make_engine(made)
     _State.context = made

@@ -7,47 +7,67 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 from .errors import DeviceError
 
 
+Schedule = Literal["overlap", "serial", "stress"]
+"""How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
+from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
+that a missing wait shows in the numbers."""
+
+_STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
+
+
 class Event:
     """A point on a stream that another stream can wait for."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, cuda: bool, stress: bool = False) -> None:
+        self._stress = stress
         self._event: torch.cuda.Event | None = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def record(self, stream: torch.cuda.Stream | None = None) -> None:
         """Mark the present end of ``stream`` (default: the current one)."""
         if self._event is not None:
+            if self._stress:
+                _delay(stream)
             self._event.record(stream)
 
     def wait(self, stream: torch.cuda.Stream | None = None) -> None:
         """Let later work of ``stream`` (default: the current one) run only after the recorded point."""
         if self._event is not None:
             self._event.wait(stream)
+            if self._stress:
+                _delay(stream)
+
+
+def _delay(stream: torch.cuda.Stream | None) -> None:
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(_STRESS_CYCLES)
 
 
 class Device:
     """One process's compute device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, schedule: Schedule = "overlap") -> None:
         self.torch_device = device
         self.is_cuda = device.type == "cuda"
+        self.schedule = schedule
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         # High priority: a collective that waits behind a GEMM's thread blocks starts too late to overlap the next.
-        if not self.is_cuda:
+        if not self.is_cuda or self.schedule == "serial":
             return None
         return torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
 
     def event(self) -> Event:
         """A new event, not yet recorded."""
-        return Event(self.is_cuda)
+        return Event(self.is_cuda, self.schedule == "stress")
 
     @contextmanager
     def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..context import context
 from ..errors import ConfigurationError
@@ -36,6 +37,21 @@ def adapt(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_state_dict_post_hook(view.gather)
     optimizer.register_load_state_dict_pre_hook(view.cut)
     optimizer._bmtrain_adapted = True  # type: ignore[attr-defined]
+
+
+def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before any optimizer's step: on its own, torch's would take placeholders for gradients."""
+    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+        return
+    if any(getattr(p, "_flat", None) is not None for p in all_params(optimizer.param_groups)):
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} holds sharded parameters but no bmt.optim.OptimManager drives it. Call "
+            "optim_manager.add_optimizer(optimizer) after making it, then optim_manager.backward(loss) and "
+            "optim_manager.step()."
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_unmanaged)
 
 
 class _ShardView:

@@ -27,6 +27,13 @@ class Buffer:
     free: Event
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
+    def spoil(self) -> None:
+        """Overwrite every parameter's place, so that whoever still reads it is found out."""
+        for views in self._views.values():
+            for view in views:
+                if view.is_floating_point():
+                    view.fill_(float("nan"))
+
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """Every parameter's view of this buffer, made once for each layout."""
         views = self._views.get(id(layout))
@@ -83,5 +90,8 @@ class BufferPool:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
         if not self._device.is_cuda or not self._users[buffer.key]:
             return
+        if self._device.schedule == "stress":
+            with self._device.on(stream):
+                buffer.spoil()
         buffer.free.record(stream)
         self._idle.setdefault(buffer.key, deque()).append(buffer)
