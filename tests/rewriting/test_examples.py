@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,10 @@ def test_the_readme_shows_what_the_converter_does(diff: str) -> None:
 
 def test_the_readme_shows_a_model_and_a_script() -> None:
     assert len(README) == 3
+
+
+def test_the_readme_shows_the_rules() -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES.parent / ".ci" / "rules"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
