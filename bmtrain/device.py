@@ -13,7 +13,6 @@ import torch
 
 from .errors import DeviceError
 
-
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
 from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
@@ -46,7 +45,7 @@ class Event:
 
 def _delay(stream: torch.cuda.Stream | None) -> None:
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(_STRESS_CYCLES)
+        torch.cuda._sleep(_STRESS_CYCLES)  # type: ignore[no-untyped-call]
 
 
 class Device:

@@ -18,12 +18,13 @@ class TransformerBlockList(nn.ModuleList):
     Args:
         modules: the elements; those that are not Blocks yet become Blocks.
         num_hidden: how many of the positional arguments each block replaces by its results.
+        sqrt: accepted for older scripts; what is recomputed is decided by memory (see ``Block``).
 
     ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
     ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1, sqrt: bool = False) -> None:
         if num_hidden < 1:
             raise ConfigurationError("num_hidden must be at least 1.")
         super().__init__()

@@ -2,5 +2,6 @@
 
 from .adam import AdamOffloadOptimizer, AdamOptimizer
 from .manager import OptimManager
+from .old import clip_grad_norm
 
-__all__ = ["AdamOffloadOptimizer", "AdamOptimizer", "OptimManager"]
+__all__ = ["AdamOffloadOptimizer", "AdamOptimizer", "OptimManager", "clip_grad_norm"]

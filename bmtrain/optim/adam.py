@@ -12,6 +12,7 @@ from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
+from .old import HoldsLossScale
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat, pieces
 
 _TORCH_EXTRAS = {
@@ -42,11 +43,12 @@ class _FlatState:
         return self.master
 
 
-class AdamOptimizer(torch.optim.Optimizer):
+class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     """Adam with decoupled weight decay (AdamW) in every precision, one pass over each flat shard.
 
     Args are torch.optim.AdamW's, but ``weight_decay`` is 0 by default.  Moments and masters are fp32.
     ``hold_steps``: for this many first steps the moments build up and the parameters stay.
+    ``scale``: the loss scale that older scripts gave to the optimizer; others use OptimManager.
 
     ``state_dict()`` is collective and has torch.optim.AdamW's format with whole tensors: either may load the other's.
 
@@ -63,6 +65,8 @@ class AdamOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         hold_steps: int = 0,
+        *,
+        scale: float = 1.0,
     ) -> None:
         for name, value, good in (
             ("lr", lr, lr >= 0), ("eps", eps, eps >= 0), ("weight_decay", weight_decay, weight_decay >= 0),
@@ -71,7 +75,7 @@ class AdamOptimizer(torch.optim.Optimizer):
             if not good:
                 raise ConfigurationError(f"AdamOptimizer got {name}={value!r}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_TORCH_EXTRAS})
-        self._hold_steps = hold_steps
+        self._hold_steps, self.scale = hold_steps, scale
         self._states: dict[int, _FlatState] = {}
         flats_of(all_params(self.param_groups))
 
@@ -85,8 +89,9 @@ class AdamOptimizer(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, scale: float = 1.0) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None, scale: float | None = None) -> float | None:  # type: ignore[override]
         """Update from the reduced gradients divided by ``scale``.  Collective."""
+        scale = self.scale if scale is None else scale
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -216,10 +221,12 @@ class AdamOffloadOptimizer(AdamOptimizer):
         weight_decay: float = 0.0,
         hold_steps: int = 0,
         record_delta: bool = False,
+        *,
+        scale: float = 1.0,
     ) -> None:
         if record_delta:
             raise UnsupportedError("record_delta is not in this version.")
-        super().__init__(params, lr, betas, eps, weight_decay, hold_steps)
+        super().__init__(params, lr, betas, eps, weight_decay, hold_steps, scale=scale)
 
     def _state_device(self, flat: FlatShard) -> torch.device:
         return torch.device("cpu")

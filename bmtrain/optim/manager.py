@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ..errors import ConfigurationError
 from .adam import clear_grads
 from .adapt import adapt
 from .norm import clip_, global_norm, overflowed, scale_grads_
-from .pieces import all_params
+from .pieces import all_params, params_of
 
 
 class OptimManager:
@@ -86,7 +85,7 @@ class OptimManager:
 
         Returns the norm before clipping, of the unscaled gradients: a 0-d tensor, equal on all ranks.
         """
-        params = _params(param_groups)
+        params = params_of(param_groups)
         context().engine.finish_backward()
         norm = global_norm(params, float(norm_type)) / self.loss_scale
         clip_(params, norm, max_norm, eps)
@@ -151,9 +150,3 @@ class OptimManager:
         self.loss_scale_enabled = state_dict["loss_scale_enabled"]
         self.steps_since_last_scale = state_dict.get("steps_since_last_scale", 0)
 
-
-def _params(groups: Any) -> list[Any]:
-    if isinstance(groups, torch.Tensor):
-        return [groups]
-    items: Iterable[Any] = list(groups)
-    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]

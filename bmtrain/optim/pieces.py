@@ -54,6 +54,12 @@ def all_params(groups: Sequence[ParamGroup]) -> list[DistributedParameter]:
     return [p for group in groups for p in group["params"]]
 
 
+def params_of(groups: Any) -> list[DistributedParameter]:
+    """The parameters of an optimizer's ``param_groups``, of an iterable of parameters, or of one parameter."""
+    items: list[Any] = [groups] if isinstance(groups, torch.Tensor) else list(groups)
+    return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
+
+
 def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     """For each parameter of each flat shard, whether any rank has a gradient for it.  Collective.
 

@@ -250,3 +250,32 @@ def test_storage_classes() -> None:
     assert storage_type_cuda(torch.cuda.FloatStorage) is torch.cuda.FloatStorage
     with pytest.raises(ValueError, match="int"):
         storage_type_cuda(int)
+
+
+def train_as_before_optim_manager() -> tuple[float, float]:
+    class Net(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    model = Net()
+    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=0.1, scale=1024.0)
+    x = torch.full((2, 3), float(bmt.rank() + 1))
+    with pytest.deprecated_call():
+        optimizer.loss_scale(model(x).sum()).backward()
+    with pytest.deprecated_call():
+        norm = bmt.optim.clip_grad_norm(optimizer.param_groups, 0.5, scale=optimizer.scale, norm_type=2)
+    before = model.state_dict()["linear.bias"].item()
+    with pytest.deprecated_call():
+        bmt.optim_step(optimizer)
+    return norm.item(), before - model.state_dict()["linear.bias"].item()
+
+
+def test_the_optimizer_may_hold_the_loss_scale() -> None:
+    for norm, moved in run_ranks(2, train_as_before_optim_manager):
+        # The mean over ranks of d(sum)/d(weight) is 2 * (1 + 2) / 2 = 3 for each of three weights, and 2 for the bias.
+        assert norm == pytest.approx((3 * 3**2 + 2**2) ** 0.5, rel=1e-6)
+        assert moved == pytest.approx(0.1, rel=1e-4)

@@ -1,0 +1,5 @@
+"""``OptimManager`` under the published module name."""
+
+from .manager import OptimManager
+
+__all__ = ["OptimManager"]
