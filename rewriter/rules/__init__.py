@@ -12,6 +12,7 @@ from rewriter.rules import (
     dist,
     engines,
     init,
+    launch_argument,
     loader,
     loop,
     loss_value,
@@ -24,6 +25,7 @@ from rewriter.rules import (
     rank_guard,
     save,
     unsupported,
+    wrapper,
 )
 from rewriter.types import Rule
 
@@ -37,6 +39,7 @@ _MODULES = (
     dist,
     engines,
     init,
+    launch_argument,
     loader,
     loop,
     loss_value,
@@ -49,6 +52,7 @@ _MODULES = (
     rank_guard,
     save,
     unsupported,
+    wrapper,
 )
 RULES: tuple[Rule, ...] = tuple(sorted((module.RULE for module in _MODULES), key=lambda rule: rule.code))
 BY_CODE = {rule.code: rule for rule in RULES}
