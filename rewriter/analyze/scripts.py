@@ -6,7 +6,7 @@ import ast
 import re
 from functools import cached_property
 
-from rewriter.analyze.classes import Classes
+from rewriter.analyze.classes import Classes, external_kind
 from rewriter.analyze.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, ModuleRef
@@ -109,6 +109,15 @@ class Scripts:
         """Whether a script already gives every rank other data (DDP, samplers, its own process group)."""
         return any(mark in file.source.data for mark in _PARALLEL)
 
+    @cached_property
+    def started(self) -> bool:
+        """Whether a script of the project starts bmtrain already, so that its data is shared out as its author wants."""
+        return any(
+            b"init_distributed" in file.source.data
+            and any(self.project.external(file, call.func) == "bmtrain.init_distributed" for call in file.calls)
+            for file in self.project
+        )
+
     # Entry -----------------------------------------------------------------------------------------------------
 
     def _entry(self, file: File) -> list[ast.stmt]:
@@ -117,7 +126,7 @@ class Scripts:
             if isinstance(statement, ast.If) and _is_main_test(statement.test):
                 return self._descend(file, statement.body)
         body = [s for s in file.tree.body if not isinstance(s, _DEFINITIONS)]
-        library = (file.path.parent / "__init__.py").exists()
+        library = file.path.exists() and (file.path.parent / "__init__.py").exists()
         if not library and any(self.needs_init(file, s) for s in body):
             return self._descend(file, file.tree.body)
         main = next((s for s in file.tree.body if isinstance(s, ast.FunctionDef) and s.name == "main"), None)
@@ -162,7 +171,14 @@ class Scripts:
 
     def needs_init(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
-        return any(isinstance(node, ast.Call) and self._call_needs(file, node) for node in walk_own(statement))
+        roles = self.roles[file]
+        for node in walk_own(statement):
+            if isinstance(node, ast.Call) and self._call_needs(file, node):
+                return True
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                if any(roles.var(target) in roles.models for target in node.targets):
+                    return True
+        return False
 
     def _call_needs(self, file: File, call: ast.Call) -> bool:
         found = self.project.resolve(file, call.func)
@@ -178,7 +194,9 @@ class Scripts:
                 name in SEEDS
                 or name in _NEEDS
                 or name.startswith(("torch.distributed.", "bmtrain."))
-                or (is_optimizer_name(name) or name.split(".")[0] in {"tqdm", "wandb"})
+                or is_optimizer_name(name)
+                or external_kind(name) == "leaf"
+                or name.split(".")[0] in {"tqdm", "wandb"}
             )
         if isinstance(call.func, ast.Name) and call.func.id == "print":
             return file.names.lookup("print", file.names.scope_of(call)) is None

@@ -22,7 +22,7 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or facts.scripts.is_parallel(file):
+    if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
         return
     for node in file.calls:
         if facts.project.external(file, node.func) not in _DRAWS:
@@ -60,7 +60,6 @@ RULE = Rule(
     examples=(
         Example(
             """import torch
-import bmtrain as bmt
 
 
 def get_batch(data, batch_size, length):
@@ -68,11 +67,10 @@ def get_batch(data, batch_size, length):
     return torch.stack([data[i : i + length] for i in starts])
 
 
-bmt.init_distributed()
 model = torch.nn.Linear(8, 1)
-optim_manager = bmt.optim.OptimManager(loss_scale=None)
-optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-optim_manager.backward(model(get_batch(data, 4, 8)).mean())
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(get_batch(data, 4, 8)).mean().backward()
+optimizer.step()
 """,
             """import torch
 import bmtrain as bmt
@@ -84,10 +82,12 @@ def get_batch(data, batch_size, length):
 
 
 bmt.init_distributed()
-model = torch.nn.Linear(8, 1)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
-optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+optim_manager.add_optimizer(optimizer)
 optim_manager.backward(model(get_batch(data, 4, 8)).mean())
+optim_manager.step()
 """,
         ),
     ),

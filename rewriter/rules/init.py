@@ -134,7 +134,7 @@ import bmtrain as bmt
 
 def main():
     bmt.init_distributed(seed=1337)
-    model = nn.Linear(4, 4)
+    model = bmt.BMTrainModelWrapper(nn.Linear(4, 4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optim_manager = bmt.optim.OptimManager(loss_scale=None)
     optim_manager.add_optimizer(optimizer)

@@ -21,7 +21,7 @@ _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or b"DataLoader" not in file.source.data:
+    if file not in facts.scripts.training or facts.scripts.started or b"DataLoader" not in file.source.data:
         return
     for node in file.calls:
         if facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
@@ -70,28 +70,30 @@ RULE = Rule(
     examples=(
         Example(
             """import torch
-import bmtrain as bmt
 from torch.utils.data import DataLoader
 
-bmt.init_distributed()
 model = torch.nn.Linear(8, 1)
 train_loader = DataLoader(train_set, batch_size=8, shuffle=True)
 test_loader = DataLoader(test_set, batch_size=8)
-optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for x in train_loader:
-    optim_manager.backward(model(x).mean())
+    model(x).mean().backward()
+    optimizer.step()
 """,
             """import torch
-import bmtrain as bmt
 from torch.utils.data import DataLoader
+import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(8, 1)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
 train_loader = bmt.shard_loader(DataLoader(train_set, batch_size=8, shuffle=True))
 test_loader = DataLoader(test_set, batch_size=8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
 for x in train_loader:
     optim_manager.backward(model(x).mean())
+    optim_manager.step()
 """,
         ),
     ),

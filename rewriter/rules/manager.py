@@ -171,7 +171,7 @@ RULE = Rule(
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(4, 4)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 scaler = torch.amp.GradScaler("cuda", enabled=half)
 for x in batches:
@@ -187,7 +187,7 @@ for x in batches:
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(4, 4)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=2**16 if half else None)
 optim_manager.add_optimizer(optimizer)

@@ -99,7 +99,7 @@ RULE = Rule(
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(4, 4)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 manager = bmt.optim.OptimManager(loss_scale=None)
 manager.add_optimizer(optimizer)
@@ -110,7 +110,7 @@ manager.step()
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(4, 4)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
 optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3, weight_decay=0.01)
 manager = bmt.optim.OptimManager(loss_scale=None)
 manager.add_optimizer(optimizer)

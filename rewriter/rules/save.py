@@ -56,7 +56,7 @@ RULE = Rule(
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(8, 1)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(optimizer)
@@ -68,7 +68,7 @@ torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "
 import bmtrain as bmt
 
 bmt.init_distributed()
-model = torch.nn.Linear(8, 1)
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(optimizer)

@@ -1,0 +1,99 @@
+"""A model of another package is wrapped.
+
+What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model.
+Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
+package cannot, and its parameters would train without their gradients being reduced.
+Refuses when: the value is a class of the project that becomes a DistributedModule, is wrapped already, or comes from
+a package that is not known to hold models.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import walk
+from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
+from rewriter.types import Edit, Example, Finding, Rule
+
+_PACKAGES = {
+    "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai", "efficientnet_pytorch",
+    "segmentation_models_pytorch", "sentence_transformers", "torch_geometric", "vit_pytorch", "x_transformers", "fairseq",
+    "pytorchvideo", "peft", "torchtune", "esm", "whisper",
+}  # fmt: skip
+_TRAINED = {"parameters", "named_parameters"}
+_WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
+_CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    roles = facts.scripts.roles[file]
+    for variable, value, statement, part in roles.assignments:
+        trained = roles.methods_called.get(variable, set()) & _TRAINED
+        if part or not trained or variable not in roles.models or not roles.optimizers:
+            continue
+        owner = file.names.class_of(statement)
+        if owner is not None and facts.classes.is_module(file.class_info(owner)):
+            continue
+        if isinstance(value, ast.Call) and _foreign(file, facts, value):
+            span = file.source.span(value)
+            edit = Edit(span, (f"{facts.alias(file)}.BMTrainModelWrapper(", span, ")"), 6)
+            yield Finding(RULE.code, statement.lineno, "the model is another package's, so it is wrapped", (edit,))
+
+
+def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call yields a model that no base class of the project shards."""
+    while isinstance(call.func, ast.Attribute) and call.func.attr in _CHAINED:
+        if not isinstance(call.func.value, ast.Call):
+            return False
+        call = call.func.value
+    found = facts.project.resolve(file, call.func)
+    if isinstance(found, ClassInfo):
+        return facts.classes.kind(found) in {"leaf", "external"}
+    if isinstance(found, External):
+        return found.name.split(".")[0] in _PACKAGES and not found.name.startswith(_WRAPPERS)
+    if isinstance(found, FunctionInfo):
+        return not any(
+            isinstance(node, ast.Call)
+            and isinstance(made := facts.project.resolve(found.file, node.func), ClassInfo)
+            and facts.classes.kind(made) in {"module", "distributed"}
+            for node in walk(found.node)
+        )
+    return False
+
+
+RULE = Rule(
+    code="BMT034",
+    title="a model of another package is wrapped",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from torchvision.models import resnet18
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = resnet18()
+optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(x).mean())
+""",
+            """import torch
+from torchvision.models import resnet18
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(resnet18())
+optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(x).mean())
+""",
+        ),
+    ),
+)
