@@ -1,8 +1,8 @@
 """A script bears the argument that torch.distributed.launch adds.
 
 What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``.
-Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not know
-it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads.
+Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
+know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads.
 Refuses when: some parser of the file knows the argument, or the parser is not a plain argparse.ArgumentParser.
 """
 
