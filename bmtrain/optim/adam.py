@@ -169,8 +169,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             if kept is None:
                 continue
             named = {"exp_avg": kept.exp_avg, "exp_avg_sq": kept.exp_avg_sq}
-            if kept.master is not None and flat.dtype != torch.float32:
-                named["master"] = kept.master
+            if flat.dtype != torch.float32:
+                named["master"] = kept.master_of(flat)  # also where this rank's part is empty: gathering is collective
             if gather:
                 whole = {name: gather_flat(flat, tensor) for name, tensor in named.items()}
             else:

@@ -36,6 +36,8 @@ def adapt(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(view.leave)
     optimizer.register_state_dict_post_hook(view.gather)
     optimizer.register_load_state_dict_pre_hook(view.cut)
+    optimizer.register_load_state_dict_post_hook(view.restore)
+    view.cut_present(optimizer)
     optimizer._bmtrain_adapted = True  # type: ignore[attr-defined]
 
 
@@ -57,6 +59,7 @@ register_optimizer_step_pre_hook(_refuse_unmanaged)
 class _ShardView:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
+        self._loading: dict[Any, dict[str, torch.Tensor]] = {}
 
     def _values(self, flat: FlatShard) -> torch.Tensor:
         if flat.dtype == flat.gradient.dtype:
@@ -117,18 +120,35 @@ class _ShardView:
     def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """This rank's part of whole states."""
         params = all_params(optimizer.param_groups)
-        states = {}
-        for number, state in state_dict["state"].items():
-            parameter = params[int(number)]
-            flat = parameter._flat
-            assert flat is not None
-            states[number] = {
-                name: flat.local_part(value, parameter._index)
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape == parameter.shape
-                else value
-                for name, value in state.items()
-            }
+        self._loading = {n: _cut(params[int(n)], state) for n, state in state_dict["state"].items()}
+        states = {n: {**state, **self._loading[n]} for n, state in state_dict["state"].items()}
         return {**state_dict, "state": states}
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo torch's rounding of loaded states to the parameters' dtype: they belong to fp32 masters."""
+        params = all_params(optimizer.param_groups)
+        for number, state in self._loading.items():
+            optimizer.state[params[int(number)]].update(state)
+        self._loading = {}
+
+    def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut what the constructor (Adagrad's) has made whole."""
+        for parameter, state in optimizer.state.items():
+            state.update(_cut(parameter, state))
+
+
+_SCALARS = ("step", "eta", "mu", "mu_product")
+"""States of torch's optimizers that are one number for a parameter, whatever its shape."""
+
+
+def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
+    flat: FlatShard = parameter._flat
+    return {
+        name: flat.local_part(value, parameter._index).to(flat.shard.device, flat.gradient.dtype, copy=True)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
+    }
 
 
 def _is_local(flat: FlatShard, value: Any) -> bool:
