@@ -53,7 +53,7 @@ class Phases:
             "initial weights": self._on_first(state),
             "inputs": recorded((self.case.args, self.case.kwargs)),
             "unsharded": self.side.unsharded(model),
-            "classes": _classes_under(model, [Path(root) for root in self.job["roots"]]),
+            "files": _files_under(model, [Path(root) for root in self.job["roots"]]),
         }
 
     def reset(self) -> Record:
@@ -246,16 +246,16 @@ def default_loss(output: Any) -> torch.Tensor:
     return total
 
 
-def _classes_under(model: torch.nn.Module, roots: list[Path]) -> int:
-    """How many classes of the model's modules are defined below ``roots``."""
-    count = 0
+def _files_under(model: torch.nn.Module, roots: list[Path]) -> list[str]:
+    """The files below ``roots`` that define the classes of the model's modules."""
+    found = set()
     for kind in {base for m in model.modules() for base in type(m).__mro__}:
         try:
             file = Path(inspect.getfile(kind)).resolve()
         except (TypeError, OSError):
             continue
-        count += any(file.is_relative_to(root) for root in roots)
-    return count
+        found.update(str(file.relative_to(root)) for root in roots if file.is_relative_to(root))
+    return sorted(found)
 
 
 def _shape(leaf: Any) -> str:

@@ -66,6 +66,7 @@ def as_json(report: Report) -> dict[str, Any]:
     return {
         "held": report.held,
         "nothing_compared": report.empty,
+        "files": list(report.files),
         "rows": [
             {
                 "ranks": row.ranks, "phase": row.phase, "what": row.what, "verdict": row.verdict,

@@ -69,6 +69,8 @@ class Report:
     first: dict[tuple[int, str], tuple[str, Distance]] = field(default_factory=dict)
     """By ranks and phase: the first module whose output differs, and how."""
     kept: Path | None = None
+    files: tuple[str, ...] = ()
+    """The converted model's classes are defined in these files of CONVERTED."""
 
     @property
     def empty(self) -> list[str]:
@@ -133,7 +135,8 @@ class _Run:
     # -- phases ---------------------------------------------------------------------------------------------------
 
     def _with(self, group: Group, ranks: int) -> None:
-        self._build(group, ranks)
+        if not self._build(group, ranks):
+            return
         if ranks != self.settings.ranks[0]:
             self.original.ask("reset")  # the ranks before have trained it
         self._phase(group, ranks, "evaluate")
@@ -160,19 +163,23 @@ class _Run:
         ours = self._of_original(phase, **options)
         self._sections(ranks, phase, ours, group.ask(phase, **(options | (theirs_options or {}))), group)
 
-    def _build(self, group: Group, ranks: int) -> None:
+    def _build(self, group: Group, ranks: int) -> bool:
+        """Whether there is anything to run."""
         ours, theirs = self._of_original("build"), group.ask("build")
         self._sections(ranks, "build", ours, theirs, None)
         for name, reply, path in (
             ("original", ours, self.settings.original), ("converted", theirs[0], self.settings.converted),
         ):  # fmt: skip
-            if isinstance(reply, dict) and not reply["classes"]:
+            if isinstance(reply, dict) and not reply["files"]:
                 error = f"no class of the {name} model is defined in {path}: something else was imported"
                 self.report.rows.append(Row(ranks, "build", "code", error=error))
+        if isinstance(theirs[0], dict):
+            self.report.files = tuple(theirs[0]["files"])
         if ranks > 1 and isinstance(theirs[0], dict) and isinstance(ours, dict):
             wrong = tuple(Distance(name, why="held whole by every rank") for name in theirs[0]["unsharded"])
             count = len(ours["keys and shapes"])
             self.report.rows.append(Row(ranks, "build", "sharded", Comparison(count, different=wrong)))
+        return isinstance(ours, dict) and isinstance(theirs[0], dict)
 
     def _split(self, group: Group, ranks: int) -> None:
         ours, theirs = self._of_original("split", shares=ranks), group.ask("split", shares=ranks)
