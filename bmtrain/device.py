@@ -87,6 +87,11 @@ class Device:
         """The stream on which the caller computes."""
         return torch.cuda.current_stream(self.torch_device) if self.is_cuda else None
 
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of the autocast region the caller is in, if it is in one."""
+        kind = self.torch_device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
     def synchronize(self) -> None:
         """Wait until all queued device work is done."""
         if self.is_cuda:

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ConfigurationError
 from ..shard.parameter import DistributedParameter, as_distributed
 from ..shard.unit import ShardUnit
-from .linear import land_gradients
+from .linear import LandingLinear, land_gradients
 from .meta import check_buffers, materialise
 from .sharded import ShardedModule, become
 
@@ -26,20 +26,23 @@ class _Group:
     name: str
     names: list[str] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
+    autocasts: list[bool] = field(default_factory=list)
 
 
 def shard_module(engine: Engine, root: nn.Module) -> None:
     """Give every parameter of ``root`` that has none a unit, and move buffers to this process's device."""
     groups = _plan(root)
+    casts = _cast_by_autocast(root)
     for group in groups:
         _check(group)
+        group.autocasts = [id(p) in casts for p in group.parameters]
     check_buffers(root)
     device = engine.ctx.device.torch_device
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
-        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names)
+        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names, group.autocasts)
         become(group.owner, ShardedModule)
         group.owner.__dict__["_bmt_unit"] = unit
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
@@ -105,6 +108,21 @@ def _walk(
     yield owner, (owner_name, prefix), module
     for name, child in module.named_children():
         yield from _walk(child, owner, owner_name, f"{prefix}{name}.")
+
+
+_AUTOCAST_LAYERS = (
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
+def _cast_by_autocast(root: nn.Module) -> set[int]:
+    """Ids of the parameters that autocast casts whenever they are used: only layers of matrix products hold them."""
+    cast: set[int] = set()
+    other: set[int] = set()
+    for module in root.modules():
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        (cast if type(module) in (*_AUTOCAST_LAYERS, LandingLinear) else other).update(own)
+    return cast - other
 
 
 def _check(group: _Group) -> None:

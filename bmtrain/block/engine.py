@@ -79,7 +79,7 @@ class Engine:
         self._depth += 1
         self._adopted.append([])
         if unit is not None:
-            self._enter(unit, "backward" if self._recomputing else "forward")
+            self._enter(unit, "backward" if self._recomputing else "forward", self.ctx.device.autocast())
             unit.pins += 1
         try:
             out = self._framed(unit, recompute, call, args, kwargs) if grad else call(*args, **kwargs)
@@ -132,17 +132,17 @@ class Engine:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self._backward_starts)  # type: ignore[no-untyped-call]
 
-    def _enter(self, unit: ShardUnit, phase: Phase) -> None:
+    def _enter(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         if self.ctx.world_size == 1:
             self.register(unit)
             return
         self.register(unit)
         predicted = self.trace.note(unit.index, phase, unit.name)
-        self.residency.need(unit)
+        self.residency.need(unit, autocast)
         if predicted is not None:
             coming = self.units.get(predicted)
             if coming is not None:
-                self.residency.expect(coming)
+                self.residency.expect(coming, autocast)
 
     def register(self, unit: ShardUnit) -> None:
         """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
@@ -176,7 +176,7 @@ class Engine:
         if self._depth == 0 and not any(u.pins for u in units):
             self._start_run(units[0], torch.is_grad_enabled())
         for unit in units:
-            self._enter(unit, "forward")
+            self._enter(unit, "forward", self.ctx.device.autocast())
             unit.pins += 1
             self._adopted[-1].append(unit)
             if self._frames:
@@ -216,7 +216,7 @@ class Engine:
                 self._finish(done)
         self._begun.append(frame)
         if frame.units and not self._recomputing:
-            self._enter(frame.units[0], "backward")
+            self._enter(frame.units[0], "backward", frame.autocast)
 
     def _finish(self, frame: Frame) -> None:
         frame.finished = True
@@ -225,13 +225,15 @@ class Engine:
             if unit.open_uses <= 0:
                 unit.reduce_grads()
 
-    def rebuild(self, place: PlaceInFlat) -> torch.Tensor:
+    def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
         """A view of the re-gathered buffer."""
         flat = place.flat
         if flat.buffer is None:
-            self._enter(flat.unit, "backward")
+            self._enter(flat.unit, "backward", autocast)
         assert flat.buffer is not None
-        base = flat.buffer.tensor if place.dtype == flat.buffer.tensor.dtype else flat.buffer.tensor.view(place.dtype)
+        base = flat.buffer.tensor
+        if base.dtype != place.dtype:  # pinned in another precision meanwhile
+            base = base.to(place.dtype)
         return base.as_strided(place.size, place.stride, place.offset)
 
     @contextmanager
@@ -245,7 +247,7 @@ class Engine:
         self._adopted.append([])
         if unit is not None:
             if not unit.is_whole:
-                self._enter(unit, "backward")
+                self._enter(unit, "backward", frame.autocast)
             unit.pins += 1
         try:
             yield
@@ -288,7 +290,7 @@ class Engine:
         """An optimizer has just changed all of ``unit``: if the next step begins with it, gather it meanwhile."""
         unit.discard()
         if self.ctx.device.is_cuda and self.idle and unit.index in self.trace.opening():
-            self.residency.expect(unit)
+            self.residency.expect(unit, unit.autocast)
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""

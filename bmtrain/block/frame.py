@@ -52,6 +52,7 @@ class Frame:
         self.engine, self.parent, self.recompute = engine, parent, recompute
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
+        self.autocast = engine.ctx.device.autocast()
         self._count = 0
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
@@ -94,7 +95,7 @@ class Frame:
     def _unpack(self, packed: Any) -> torch.Tensor:
         self.engine.backward_reaches(self)
         if isinstance(packed, PlaceInFlat):
-            return self.engine.rebuild(packed)
+            return self.engine.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
         tensor = self._made.pop(packed, None)

@@ -47,10 +47,12 @@ class LandingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight
+        if torch.is_autocast_enabled("cuda") and weight.dtype == torch.get_autocast_dtype("cuda"):
+            x = x.to(weight.dtype)  # as autocast would
         if (
             torch.compiler.is_compiling()
             or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
-            or torch.is_autocast_enabled("cuda")
+            or (torch.is_autocast_enabled("cuda") and weight.dtype != torch.get_autocast_dtype("cuda"))
             or getattr(weight, "_flat", None) is None
             or not weight._flat.is_whole
         ):

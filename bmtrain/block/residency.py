@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+import torch
+
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 
@@ -20,12 +22,14 @@ class Residency:
         self._storages: dict[int, FlatShard] = {}
         self._current: ShardUnit | None = None
 
-    def need(self, unit: ShardUnit) -> None:
-        """Make ``unit`` whole now."""
+    def need(self, unit: ShardUnit, autocast: torch.dtype | None = None) -> None:
+        """Make ``unit`` whole now, as a forward under this autocast is to see it (unless it is pinned otherwise)."""
+        if not unit.pins and not unit.fits(autocast):
+            self.drop(unit)
         if not unit.is_whole:
             if not unit.is_coming:
                 self._make_room()
-            unit.finish_gather()
+            unit.finish_gather(autocast)
             for flat in unit.flats:
                 assert flat.buffer is not None
                 self._storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
@@ -33,13 +37,13 @@ class Residency:
         self._units.move_to_end(unit.index)
         self._current = unit
 
-    def expect(self, unit: ShardUnit) -> None:
+    def expect(self, unit: ShardUnit, autocast: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
         if unit.is_whole or unit.is_coming:
             return
         self._make_room()
         self._units[unit.index] = unit
-        unit.start_gather()
+        unit.start_gather(autocast)
 
     def find(self, pointer: int) -> FlatShard | None:
         """The whole FlatShard whose buffer's storage starts at ``pointer``."""

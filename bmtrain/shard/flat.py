@@ -33,10 +33,14 @@ class FlatShard:
         shard: (S,) this rank's values, in the parameters' dtype.
         gradient: this rank's reduced gradient.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
+        autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
+        wire: dtype of the last gather, and so of gradients.
         version: grows when values change other than by an optimizer, so that masters can follow.
     """
 
-    def __init__(self, unit: ShardUnit, params: Sequence[DistributedParameter], names: Sequence[str]) -> None:
+    def __init__(
+        self, unit: ShardUnit, params: Sequence[DistributedParameter], names: Sequence[str], autocasts: bool
+    ) -> None:
         self.unit = unit
         self.params, self.names = list(params), list(names)
         self.dtype = params[0].dtype
@@ -45,6 +49,8 @@ class FlatShard:
         self.gradient = ShardGradient(self)
         self.touched = [False] * len(self.params)
         self.version = 0
+        self.autocasts = autocasts
+        self.wire = self.dtype
         self.buffer: Buffer | None = None
         self._landing: tuple[Buffer, list[bool]] | None = None
         self._poison: list[torch.Tensor] = []
@@ -93,6 +99,16 @@ class FlatShard:
         """Every parameter's view of a whole flat buffer."""
         return [flat[slot.start : slot.end].view(slot.shape) for slot in self.layout.slots]
 
+    def to_gather(self, autocast: torch.dtype | None) -> torch.Tensor:
+        """This rank's shard in the dtype to gather; under autocast, layers that would cast anyway come cast already."""
+        self.wire = autocast if autocast is not None and self.autocasts else self.dtype
+        if self.wire == self.dtype:
+            return self.shard
+        cast = self.unit.pools.acquire_cast(self)
+        cast.tensor.copy_(self.shard)
+        self.unit.pools.casts.give_back(cast, self.unit.ctx.device.gather_stream)
+        return cast.tensor
+
     # -- this rank's part -----------------------------------------------------------------------------------------
 
     def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
@@ -115,7 +131,12 @@ class FlatShard:
         """Take this rank's part of what the gather buffer holds now."""
         if self.buffer is not None:
             start, end = self.layout.shard_range(self.unit.ctx.rank)
-            self.shard.copy_(self.buffer.tensor[start:end])
+            part = self.buffer.tensor[start:end]
+            if part.dtype == self.shard.dtype:
+                self.shard.copy_(part)
+            else:  # gathered in low precision: take what was written, leave the rest as precise as it is
+                written = part != self.shard.to(part.dtype)
+                self.shard.copy_(torch.where(written, part.to(self.shard.dtype), self.shard))
         self.changed(discard=False)
 
     def changed(self, discard: bool = True) -> None:
@@ -152,7 +173,7 @@ class FlatShard:
     def convert(self, shard: torch.Tensor) -> None:
         """Replace the shard by ``shard``, maybe of another dtype.  Gradients are dropped."""
         assert shard.shape == self.shard.shape
-        self.dtype = shard.dtype
+        self.dtype = self.wire = shard.dtype
         self.shard = self._new_shard().copy_(shard)
         self.gradient, self.touched, self._poison = ShardGradient(self), [False] * len(self.params), []
         self.version += 1

@@ -38,23 +38,21 @@ class ShardGradient:
 
     def add(self, whole: torch.Tensor) -> None:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
-        reduce = self._flat.unit.ctx.reduce
+        unit = self._flat.unit
         if not self.present:
-            self._came = self._came if self._came is not None else self._new(self._flat.dtype)
-            reduce.reduce_scatter(whole, self._came)
+            self._came = self._fitting(whole.dtype)
+            unit.ctx.reduce.reduce_scatter(whole, self._came)
             self.present, self._wide, self.factor = True, False, None
             return
-        if self._flat.dtype == self.dtype:
-            part = self._flat.unit.pools.acquire_part(self._flat)
-            total, target = self._apply_factor(), part.tensor
-            reduce.reduce_scatter(whole, target)
-            total.add_(target)
-            self._flat.unit.pools.parts.give_back(part, self._flat.unit.ctx.device.reduce_stream)
+        total = self._total()
+        if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
+            unit.ctx.reduce.reduce_scatter(whole, self._came)
+            kernels.accumulate_(total, self._came, first=False)
             return
-        total = self._widen()
-        assert self._came is not None
-        reduce.reduce_scatter(whole, self._came)
-        kernels.accumulate_(total, self._came, first=False)
+        part = unit.pools.acquire_part(self._flat, whole.dtype)
+        unit.ctx.reduce.reduce_scatter(whole, part.tensor)
+        total.add_(part.tensor)
+        unit.pools.parts.give_back(part, unit.ctx.device.reduce_stream)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient, in whatever precision it is kept, and the factor to apply.  For the current stream."""
@@ -67,7 +65,7 @@ class ShardGradient:
     def settled(self) -> torch.Tensor:
         """The gradient in the dtype of sums, with every factor applied.  For the current stream."""
         self.values()
-        return self._apply_factor() if self._flat.dtype == self.dtype else self._widen()
+        return self._total()
 
     def scale_(self, factor: torch.Tensor | float) -> None:
         """Multiply by ``factor``, when it is next read."""
@@ -77,7 +75,7 @@ class ShardGradient:
     def zeros(self) -> torch.Tensor:
         """Become a gradient of zeros, to be written."""
         if not self.present:
-            self._came = self._came if self._came is not None else self._new(self._flat.dtype)
+            self._came = self._fitting(self._flat.dtype)
             self._came.zero_()
             self.present, self._wide, self.factor = True, False, None
         return self.settled()
@@ -86,25 +84,24 @@ class ShardGradient:
         """Forget the gradient; its memory stays for the next one."""
         self.present, self.factor = False, None
 
-    def _new(self, dtype: torch.dtype) -> torch.Tensor:
+    def _fitting(self, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer for one reduction; the last one if it has this dtype."""
+        if self._came is not None and self._came.dtype == dtype:
+            return self._came
         ctx = self._flat.unit.ctx
         return ctx.reduce.alloc(self._flat.layout.shard_numel, dtype, ctx.device.torch_device)
 
-    def _apply_factor(self) -> torch.Tensor:
+    def _total(self) -> torch.Tensor:
+        """The gradient in the dtype of sums, with every factor applied."""
         assert self._came is not None
+        total = self._came
+        if self._wide or total.dtype != self.dtype:
+            if self._sum is None:
+                self._sum = torch.empty(total.numel(), dtype=self.dtype, device=total.device)
+            if not self._wide:
+                self._sum.copy_(self._came)
+            total, self._wide = self._sum, True
         if self.factor is not None:
-            self._came.mul_(self.factor)
+            total.mul_(self.factor)
             self.factor = None
-        return self._came
-
-    def _widen(self) -> torch.Tensor:
-        if self._sum is None:
-            self._sum = torch.empty(self._flat.layout.shard_numel, dtype=self.dtype, device=self._flat.shard.device)
-        if not self._wide:
-            assert self._came is not None
-            self._sum.copy_(self._came)
-            self._wide = True
-        if self.factor is not None:
-            self._sum.mul_(self.factor)
-            self.factor = None
-        return self._sum
+        return total

@@ -41,4 +41,3 @@ def _collect(flat: FlatShard, views: list[torch.Tensor], landed: list[bool]) -> 
         flat.touched[index] = True
     if sources:
         torch._foreach_copy_(targets, sources)
-

@@ -25,34 +25,37 @@ class Pools:
         self.params = BufferPool(ctx.device, ctx.gather, zeroed=False)
         self.grads = BufferPool(ctx.device, ctx.reduce, zeroed=True)
         self.parts = BufferPool(ctx.device, ctx.reduce, zeroed=False)
-
-    def join(self, flat: FlatShard) -> None:
-        """``flat`` will use buffers, until it is gone."""
-        keys = ((self.params, _size(flat)), (self.grads, _place(flat)), (self.parts, _size(flat)))
-        for pool, key in keys:
-            pool.join(key)
-            weakref.finalize(flat, pool.leave, key)
+        self.casts = BufferPool(ctx.device, ctx.gather, zeroed=False)
+        self._users: weakref.WeakKeyDictionary[FlatShard, set[Any]] = weakref.WeakKeyDictionary()
 
     def acquire_params(self, flat: FlatShard) -> Buffer:
         """For all values of ``flat``, to be written on the gather stream."""
-        return self.params.acquire(flat.layout.numel, flat.dtype, _size(flat), self._ctx.device.gather_stream)
+        return self._acquire(self.params, flat, flat.layout.numel, flat.wire, self._ctx.device.gather_stream)
+
+    def acquire_cast(self, flat: FlatShard) -> Buffer:
+        """For this rank's values in the dtype of the gather, to be written on the gather stream."""
+        return self._acquire(self.casts, flat, flat.layout.shard_numel, flat.wire, self._ctx.device.gather_stream)
 
     def acquire_grads(self, flat: FlatShard) -> Buffer:
         """For all gradients of ``flat``, to be written by the current stream; zeros between parameters."""
         stream = self._ctx.device.current_stream()
-        return self.grads.acquire(flat.layout.numel, flat.dtype, _place(flat), stream)
+        return self._acquire(self.grads, flat, flat.layout.numel, flat.wire, stream, id(flat.layout))
 
-    def acquire_part(self, flat: FlatShard) -> Buffer:
+    def acquire_part(self, flat: FlatShard, dtype: torch.dtype) -> Buffer:
         """For this rank's part of one reduction, to be written on the reduce stream."""
-        return self.parts.acquire(flat.layout.shard_numel, flat.dtype, _size(flat), self._ctx.device.reduce_stream)
+        return self._acquire(self.parts, flat, flat.layout.shard_numel, dtype, self._ctx.device.reduce_stream)
 
-
-def _size(flat: FlatShard) -> tuple[int, torch.dtype]:
-    return flat.layout.numel, flat.dtype
-
-
-def _place(flat: FlatShard) -> tuple[int, torch.dtype]:
-    return id(flat.layout), flat.dtype  # equal layouts are one object, and have their gaps at the same places
+    def _acquire(
+        self, pool: BufferPool, flat: FlatShard, numel: int, dtype: torch.dtype, stream: Any, place: int = 0
+    ) -> Buffer:
+        # Gradients share buffers among equal layouts only (those are one object): their gaps are at the same places.
+        key = (numel, dtype, place)
+        joined = self._users.setdefault(flat, set())
+        if (id(pool), key) not in joined:
+            joined.add((id(pool), key))
+            pool.join(key)
+            weakref.finalize(flat, pool.leave, key)
+        return pool.acquire(numel, dtype, key, stream)
 
 
 class ShardUnit:
@@ -64,29 +67,38 @@ class ShardUnit:
     Attributes:
         pins: how many running forwards need it whole.
         open_uses: forwards whose backward has not passed yet.
+        autocast: the dtype of the autocast under which it was gathered last.
         keep: stay whole from the first forward to the end of the backward (ZeRO-2).
     """
 
     def __init__(
-        self, ctx: Context, pools: Pools, name: str, params: Sequence[DistributedParameter], names: Sequence[str]
+        self,
+        ctx: Context,
+        pools: Pools,
+        name: str,
+        params: Sequence[DistributedParameter],
+        names: Sequence[str],
+        autocasts: Sequence[bool],
     ) -> None:
         self.ctx, self.pools, self.name = ctx, pools, name
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = 0
         self.open_uses = 0
         self.keep = False
+        self.autocast: torch.dtype | None = None
         self.is_whole = ctx.world_size == 1
         self.reduced: Event = ctx.device.event()
         self._ready: Event = ctx.device.event()
         self._coming: list[Buffer] = []
-        # One flat buffer for each dtype, frozen parameters apart so that they are never reduced; matrices first, so
-        # that the usual weight-decay groups are contiguous.
-        groups: dict[tuple[torch.dtype, bool], list[int]] = {}
+        # One flat buffer for each dtype, frozen parameters apart so that they are never reduced, and those apart that
+        # autocast would cast; matrices first, so that the usual weight-decay groups are contiguous.
+        groups: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
         for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
-            groups.setdefault((params[index].dtype, params[index].requires_grad), []).append(index)
-        self.flats = [FlatShard(self, [params[i] for i in g], [names[i] for i in g]) for g in groups.values()]
-        for flat in self.flats:
-            pools.join(flat)
+            casts = autocasts[index] and params[index].dtype == torch.float32
+            groups.setdefault((params[index].dtype, params[index].requires_grad, casts), []).append(index)
+        self.flats = [
+            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts) for (_, _, casts), g in groups.items()
+        ]
 
     @property
     def whole_bytes(self) -> int:
@@ -98,26 +110,32 @@ class ShardUnit:
         """Whether a gather has been started and not yet shown."""
         return bool(self._coming)
 
-    def start_gather(self) -> None:
+    def fits(self, autocast: torch.dtype | None) -> bool:
+        """Whether what is whole or coming is what a forward under this autocast is to see."""
+        return self.autocast == autocast or not any(flat.autocasts for flat in self.flats)
+
+    def start_gather(self, autocast: torch.dtype | None = None) -> None:
         """Queue the gather of every parameter; compute may go on meanwhile."""
         if self.is_whole or self._coming:
             return
+        self.autocast = autocast
         device = self.ctx.device
         stream = device.gather_stream
         self._ready.record(device.current_stream())  # the shard may just have been updated
         self._ready.wait(stream)
         for flat in self.flats:
-            buffer = self.pools.acquire_params(flat)
             with device.on(stream):
-                self.ctx.gather.all_gather(flat.shard, buffer.tensor)
+                shard = flat.to_gather(autocast)
+                buffer = self.pools.acquire_params(flat)
+                self.ctx.gather.all_gather(shard, buffer.tensor)
             self._coming.append(buffer)
         self._ready.record(stream)
 
-    def finish_gather(self) -> None:
+    def finish_gather(self, autocast: torch.dtype | None = None) -> None:
         """Show whole parameters to code that runs from now on."""
         if self.is_whole:
             return
-        self.start_gather()
+        self.start_gather(autocast)
         self._ready.wait(self.ctx.device.current_stream())
         for flat, buffer in zip(self.flats, self._coming, strict=True):
             flat.show(buffer)
@@ -179,8 +197,6 @@ class ShardUnit:
         made._coming, made.is_whole = [], self.ctx.world_size == 1
         made.reduced, made._ready = self.ctx.device.event(), self.ctx.device.event()
         made.flats = [flat.copy_for(made, memo) for flat in self.flats]
-        for flat in made.flats:
-            self.pools.join(flat)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:
