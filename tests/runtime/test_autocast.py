@@ -94,7 +94,7 @@ def test_numbers_are_autocasts(world_size: int, recompute: bool, accumulate: int
     for got, weights, seen in run_ranks(world_size, sharded, recompute, accumulate):
         assert got[0] == losses[0]  # the same forward, to the bit
         # Every rank has the same data, so the mean of gradients is each rank's own but for one rounding to bf16.
-        assert got == pytest.approx(losses, rel=2e-3)
+        assert got == pytest.approx(losses, rel=1e-2)
         for key, value in state.items():
             # Adam divides gradients by their size, so that single small ones follow roundings; the whole does not.
             assert (weights[key] - value).norm() < 0.05 * (value - start[key]).norm(), key
