@@ -121,12 +121,18 @@ class Roles:
 
     @cached_property
     def managers(self) -> set[Var]:
-        """Variables that already hold an OptimManager."""
-        return {
-            v for v, value, _, part in self.assignments
+        """Variables that already hold an OptimManager, also where they are handed on."""
+        found = {
+            variable
+            for variable, value, _, _ in self.assignments
             if isinstance(value, ast.Call)
             and self.project.external(self.file, value.func).startswith("bmtrain.optim.OptimManager")
-        }  # fmt: skip
+        }
+        names = {variable[1] for variable in found}
+        for variable, methods in self.methods_called.items():
+            if "backward" in methods and ("step" in methods or variable[1] in names):
+                found.add(variable)
+        return found
 
     # Models ----------------------------------------------------------------------------------------------------
 

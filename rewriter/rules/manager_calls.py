@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
+from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Span
 
@@ -122,5 +123,6 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
 def _whole(managers: Managers, node: ast.expr) -> bool:
     """Whether an expression is all parameters of the model."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters":
-        return managers.roles.is_model(node.func.value) and not node.args
+        path = (dotted(node.func.value) or "").removeprefix("self.")
+        return "." not in path and managers.roles.is_model(node.func.value) and not node.args
     return False

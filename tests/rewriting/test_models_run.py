@@ -114,7 +114,11 @@ PAIR_BODIES = [
     "x, _ = {m}(x, y)",
     "x = {m}(x, y)[0]",
 ]
-AFTER = ["", "\nseen.append(len(self.layers))", "\nseen.append(x)\nfor layer in self.layers:\n    seen.append(layer)\nseen.clear()"]
+AFTER = [
+    "",
+    "\nseen.append(len(self.layers))",
+    "\nseen.append(x)\nfor layer in self.layers:\n    seen.append(layer)\nseen.clear()",
+]
 TAILS = ["", "\nelse:\n    x = x * 2"]
 
 

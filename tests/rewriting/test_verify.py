@@ -13,7 +13,7 @@ from rewriter.verify.run import Report, Settings, verify
 
 from .helpers import converted
 
-MODEL = '''import torch
+MODEL = """import torch
 from torch import nn
 
 
@@ -48,11 +48,13 @@ def build():
 
 def build_alone():
     return Model()
-'''
+"""
 CALL = "x = self.layers(x, shift, bias, scale=0.5)"
 
 
-def check(folder: Path, changed: str, original: str = MODEL, ranks: tuple[int, ...] = (2,), factory: str = "build") -> Report:
+def check(
+    folder: Path, changed: str, original: str = MODEL, ranks: tuple[int, ...] = (2,), factory: str = "build"
+) -> Report:
     for name, text in (("original", original), ("converted", changed)):
         (folder / name).mkdir()
         (folder / name / "model.py").write_text(text)

@@ -1,0 +1,173 @@
+"""Training scripts: what must be refused or left alone, then what is rewritten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.convert import convert_paths, convert_text
+from rewriter.plan import Options
+
+from .helpers import converted
+
+HEAD = """import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def forward(self, x):
+        return x
+
+
+"""
+LOOP = """model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for x in batches:
+    loss = model(x).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+REFUSED = {
+    "accelerate": "from accelerate import Accelerator\naccelerator = Accelerator()\n" + LOOP,
+    "lightning": "import pytorch_lightning as pl\ntrainer = pl.Trainer()\ntrainer.fit(Net())\n",
+    "new lightning": "import lightning as L\n\n\nclass Task(L.LightningModule):\n    pass\n",
+    "fabric": "from lightning.fabric import Fabric\nfabric = Fabric()\n" + LOOP,
+    "trainer": "from transformers import Trainer\ntrainer = Trainer(Net())\ntrainer.train()\n",
+    "deepspeed": "import deepspeed\nmodel, *_ = deepspeed.initialize(model=Net())\n",
+    "fsdp": "from torch.distributed.fsdp import FullyShardedDataParallel as FSDP\nmodel = FSDP(Net())\n",
+    "muon": LOOP.replace("torch.optim.SGD", "Muon"),
+    "lbfgs": LOOP.replace("torch.optim.SGD", "torch.optim.LBFGS"),
+    "closure": LOOP.replace("optimizer.step()", "optimizer.step(closure)"),
+    "spawn": "import torch.multiprocessing as mp\nmp.spawn(run, nprocs=2)\n" + LOOP,
+    "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
+    "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
+    "optimizer elsewhere": LOOP.replace("optimizer = torch", "engine.optimizer = torch").replace(
+        "    optimizer", "    engine.optimizer"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_whole_with_a_reason(text: str) -> None:
+    result = convert_text(HEAD + text)
+    assert not result.changed and not result.error
+    assert len({finding.message for finding in result.reported}) >= 1
+    assert all(finding.stop for finding in result.reported)
+
+
+def test_files_that_only_a_refused_script_uses_stay(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(HEAD)
+    (tmp_path / "main.py").write_text(
+        "from accelerate import Accelerator\nfrom model import Net\n\nAccelerator().prepare(Net())\n"
+    )
+    results = convert_paths([tmp_path / "main.py", tmp_path / "model.py"], Options(), [tmp_path])
+    assert not any(result.changed for result in results)
+    (tmp_path / "plain.py").write_text("from model import Net\n\n" + LOOP)
+    results = convert_paths(sorted(tmp_path.glob("*.py")), Options(), [tmp_path])
+    assert [result.path.name for result in results if result.changed] == ["model.py", "plain.py"]
+
+
+KEPT = {
+    "a print of its own": ("print = log\nprint(1)\n", "print(1)\n"),
+    "a guarded print": ("if rank == 0:\n    print(1)\n", "if rank == 0:\n    print(1)\n"),
+    "a guarded save of local things": (
+        "if rank == 0:\n    torch.save(1, 'x')\n",
+        "if rank == 0:\n    torch.save(1, 'x')\n",
+    ),
+    "a scheduler": ("scheduler.step()\n", "\nscheduler.step()\n"),
+    "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
+    "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
+    "a disabled bar": ("from tqdm import tqdm\ntqdm([], disable=True)\n", "tqdm([], disable=True)"),
+}
+
+
+@pytest.mark.parametrize(("extra", "kept"), KEPT.values(), ids=KEPT.keys())
+def test_kept(extra: str, kept: str) -> None:
+    assert kept in converted(HEAD + LOOP + extra)
+
+
+CASES = {
+    "backward with arguments": (
+        LOOP.replace("loss.backward()", "loss.backward(retain_graph=True)"),
+        ["optim_manager.scale_loss(loss).backward(retain_graph=True)"],
+    ),
+    "scaled loss": (LOOP.replace("loss.backward()", "(loss / 4).backward()"), ["optim_manager.backward(loss / 4)"]),
+    "clip with keywords": (
+        LOOP.replace("    optimizer.step", "    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0, norm_type=2)\n    optimizer.step"),
+        ["optim_manager.clip_grad_norm(optimizer.param_groups, 1.0, norm_type=2)"],
+    ),
+    "clip some": (
+        LOOP.replace("    optimizer.step", "    nn.utils.clip_grad_norm_(model.head.parameters(), 1.0)\n    optimizer.step"),
+        ['optim_manager.clip_grad_norm([{"params": list(model.head.parameters())}], 1.0)'],
+    ),
+    "two optimizers": (
+        LOOP.replace("optimizer", "opt_g") + LOOP.replace("optimizer", "opt_d"),
+        ["opt_g_manager.backward(loss)", "opt_d_manager.backward(loss)", "opt_d_manager.step()"],
+    ),
+    "optimizer as argument": (
+        "def epoch(model, optimizer):\n    " + LOOP.split("\n", 2)[2].replace("\n", "\n    ") + "\n\nepoch(Net(), make())\n",
+        ["def epoch(model, optimizer):\n    optim_manager = bmt.optim.OptimManager(loss_scale=None)\n    optim_manager.add_optimizer"],
+    ),
+    "trainer class": (
+        "class Trainer:\n    def __init__(self):\n        self.model = Net()\n        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1)\n\n"
+        "    def step(self, x):\n        self.model(x).mean().backward()\n        self.optimizer.step()\n\n\nTrainer().step(1)\n",
+        ["self.optim_manager.add_optimizer(self.optimizer)", "self.optim_manager.backward(self.model(x).mean())", "self.optim_manager.step()"],
+    ),
+    "optimizer chosen by an option": (
+        LOOP.replace(
+            "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+            "if adam:\n    optimizer = torch.optim.AdamW(model.parameters())\nelse:\n    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)",
+        ),
+        ["lr=0.1)\noptim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.add_optimizer(optimizer)\n", "weight_decay=0.01"],
+    ),
+    "scaler handed on": (
+        "def epoch(model, optimizer, scaler, x):\n    loss = model(x).mean()\n    scaler.scale(loss).backward()\n    scaler.step(optimizer)\n"
+        "    scaler.update()\n\n\nmodel = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=1)\nscaler = torch.amp.GradScaler()\n"
+        "epoch(model, optimizer, scaler, x)\n",
+        ["scaler = bmt.optim.OptimManager(loss_scale=2**16)\nscaler.add_optimizer(optimizer)\n", "    scaler.backward(loss)\n    scaler.step()\n\n"],
+    ),
+    "seed": ("torch.manual_seed(7)\n" + LOOP, ["bmt.init_distributed(seed=7)\nmodel = Net()"]),
+    "seed after another": (
+        "import random\nrandom.seed(7)\ntorch.manual_seed(7)\n" + LOOP,
+        ["bmt.init_distributed(seed=7)\nrandom.seed(7)\ntorch.manual_seed(7)\n"],
+    ),
+    "no seed": (LOOP, ["bmt.init_distributed()\nmodel = Net()\n"]),
+    "evaluation on one rank": (
+        "@torch.no_grad()\ndef evaluate(model):\n    return model(1).mean()\n\n\n" + LOOP + "if rank == 0:\n    print(evaluate(model))\n",
+        ["\nbmt.print_rank(evaluate(model))\n"],
+    ),
+    "state of one rank": (
+        LOOP + "if step % 10 == 0 and is_main_process():\n    torch.save({'m': model.state_dict()}, 'x')\n",
+        ["if step % 10 == 0:\n    bmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
+    ),
+    "logged on one rank": (
+        LOOP + "if rank == 0:\n    writer.add_scalar('loss', loss.item(), 1)\n",
+        ["\nvalue = bmt.sum_loss(loss).item()\nif bmt.rank() == 0:\n    writer.add_scalar('loss', value, 1)\n"],
+    ),
+    "no_sync": (
+        "from torch.nn.parallel import DistributedDataParallel as DDP\n" + LOOP.replace("model = Net()", "model = DDP(Net())")
+        + "with model.no_sync():\n    pass\n",
+        ["import contextlib\n", "model = Net()\n", "with contextlib.nullcontext():\n"],
+    ),
+    "sampler": (
+        "from torch.utils.data import DistributedSampler, DataLoader\nsampler = DistributedSampler(data, shuffle=True)\n"
+        "loader = DataLoader(data, sampler=sampler)\n" + LOOP,
+        ["DistributedSampler(data, shuffle=True, num_replicas=bmt.world_size(), rank=bmt.rank())", "loader = DataLoader(data, sampler=sampler)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES.values(), ids=CASES.keys())
+def test_rewritten(text: str, expected: list[str]) -> None:
+    after = converted(HEAD + text)
+    for part in expected:
+        assert part in after
+
+
+def test_a_whole_data_parallel_script() -> None:
+    folder = Path(__file__).parent / "fixtures"
+    before = (folder / "ddp_train.py").read_text()
+    assert converted(before) == (folder / "ddp_train_converted.py").read_text()
