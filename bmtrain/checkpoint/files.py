@@ -45,7 +45,7 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str]) -> None:
     if context().rank == 0:
         try:
             _write(obj, Path(file_name))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # pickling may raise anything, and the others wait for the verdict
             problem = f"{type(error).__name__}: {error}"
     problem = broadcast_object(problem)
     if problem is not None:

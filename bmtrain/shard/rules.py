@@ -24,7 +24,7 @@ _ATTRIBUTES = {
 _METHODS = {
     _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
     _T.is_complex, _T.is_contiguous, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook,
-    _T.is_signed, _T.register_post_accumulate_grad_hook, _T.detach, _T.storage_offset, _T.type, _T.is_set_to,
+    _T.is_signed, _T.register_post_accumulate_grad_hook, _T.storage_offset, _T.type, _T.is_set_to,
     _T.untyped_storage,
     _T.data_ptr, _T.__repr__, _T.__format__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size,
     _T.is_inference, _T.is_shared, _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,

@@ -167,10 +167,10 @@ def masters(dtype: torch.dtype) -> None:
     model = bmt.BMTrainModelWrapper(nn.Linear(4, 1, bias=False)).to(dtype)
     with bmt.gathered(model, write=True), torch.no_grad():
         model.weight.fill_(1.0)
-    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-4)
+    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=3e-4)
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(optimizer)
-    for _ in range(300):
+    for _ in range(100):
         manager.zero_grad()
         manager.backward(model(torch.ones(1, 4, dtype=dtype)).sum())
         manager.step()
