@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
         epilog="Exit code: 0 done, 1 --check found something to change, 2 an input could not be converted.",
     )
-    made.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin")
+    made.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin"
+    )
     target = made.add_mutually_exclusive_group()
     target.add_argument("--write", action="store_true", help="change the files in place")
     target.add_argument("--output", type=Path, metavar="DIR", help="write the whole project, converted, to DIR")

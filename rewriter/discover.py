@@ -75,7 +75,9 @@ def _nothing(path: Path, folder: bool) -> bool:
     return False
 
 
-def _enters(folder: Path, ignored: Callable[[Path, bool], bool], exclude: tuple[str, ...], root: Path, skip: Path | None) -> bool:
+def _enters(
+    folder: Path, ignored: Callable[[Path, bool], bool], exclude: tuple[str, ...], root: Path, skip: Path | None
+) -> bool:
     if folder.name in SKIPPED_FOLDERS or folder.is_symlink() or (folder / "pyvenv.cfg").exists():
         return False
     if skip is not None and folder.resolve() == skip:

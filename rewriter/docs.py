@@ -26,8 +26,12 @@ def _section(rule: Rule) -> Iterator[str]:
     yield f"#### {rule.code}: {rule.title}"
     yield ""
     body = rule.explanation.strip().splitlines()
-    yield "\n".join(line for line in body[1:]).strip().replace("\nWhat:", "\n\nWhat:").replace("\nWhy:", "\n\nWhy:").replace(
-        "\nRefuses when:", "\n\nRefuses when:"
+    yield (
+        "\n".join(line for line in body[1:])
+        .strip()
+        .replace("\nWhat:", "\n\nWhat:")
+        .replace("\nWhy:", "\n\nWhy:")
+        .replace("\nRefuses when:", "\n\nRefuses when:")
     )
     yield ""
     for example in rule.examples:

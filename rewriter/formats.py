@@ -48,7 +48,14 @@ def _json(results: Sequence[Result]) -> str:
 
 
 def _markdown(results: Sequence[Result]) -> str:
-    lines = ["# bmt-convert", "", summary(results), "", "| file | line | rule | state | what |", "|---|---|---|---|---|"]
+    lines = [
+        "# bmt-convert",
+        "",
+        summary(results),
+        "",
+        "| file | line | rule | state | what |",
+        "|---|---|---|---|---|",
+    ]
     for result, state, finding in _entries(results):
         message = finding.message.replace("|", "\\|")
         lines.append(f"| {result.path.as_posix()} | {finding.line} | {finding.code} | {state} | {message} |")

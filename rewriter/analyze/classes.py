@@ -53,7 +53,11 @@ class Classes:
             current = queue.pop()
             for file in self.project.with_base(current.name):
                 for below in self.all(file):
-                    if below not in found and below is not info and any(base is current for _, base in self.bases(below)):
+                    if (
+                        below not in found
+                        and below is not info
+                        and any(base is current for _, base in self.bases(below))
+                    ):
                         found[below] = None
                         queue.append(below)
         return tuple(found)

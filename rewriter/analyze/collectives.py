@@ -19,9 +19,9 @@ _MAIN_NAME = re.compile(
     re.I,
 )
 _LOCAL_METHODS = {
-    "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules", "children",
-    "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params", "register_buffer",
-    "register_forward_hook", "compile", "share_memory",
+    "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
+    "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
+    "register_buffer", "register_forward_hook", "compile", "share_memory",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
 _LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized"}
@@ -112,8 +112,9 @@ class Collectives:
 
 
 _DIST_COLLECTIVES = {
-    "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "reduce", "gather",
-    "scatter", "reduce_scatter", "all_to_all", "gather_object", "all_gather_into_tensor", "reduce_scatter_tensor",
+    "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "reduce",
+    "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
+    "all_gather_into_tensor", "reduce_scatter_tensor",
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Facts:
     @cached_property
     def left_as_it_is(self) -> str:
         """Why no class needs another base; empty if classes do."""
-        if self.project.partial or any(not stack.requirement() == () for stack in self.stacks.found):
+        if self.project.partial or any(stack.requirement() != () for stack in self.stacks.found):
             return ""
         classes = [info for file in self.project for info in self.classes.all(file)]
         distributed = any(

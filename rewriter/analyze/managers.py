@@ -57,7 +57,9 @@ class Managers:
                         self.of[stepped] = manager
             if not manager.optimizers and not self.is_argument(scaler):
                 # It is handed on with an optimizer that is made next to it.
-                beside = [v for v in sorted(self.roles.optimizers, key=_position) if v[0] is scaler[0] and v not in self.of]
+                beside = [
+                    v for v in sorted(self.roles.optimizers, key=_position) if v[0] is scaler[0] and v not in self.of
+                ]
                 manager.optimizers.extend(v for v in beside if not self.is_argument(v))
                 self.of.update(dict.fromkeys(manager.optimizers, manager))
 

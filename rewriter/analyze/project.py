@@ -71,7 +71,7 @@ Resolved = External | ClassInfo | FunctionInfo | ModuleRef | None
 
 @dataclass(eq=False)
 class File:
-    """One file of the project. ``convert`` is False for files that are only read; ``notebook`` is where cells came from."""
+    """One file. ``convert`` is False for files that are only read; ``notebook`` is where cells came from."""
 
     source: Source
     convert: bool = True

@@ -111,7 +111,7 @@ class Scripts:
 
     @cached_property
     def started(self) -> bool:
-        """Whether a script of the project starts bmtrain already, so that its data is shared out as its author wants."""
+        """Whether a script of the project starts bmtrain already; its data is then shared out as its author wants."""
         return any(
             b"init_distributed" in file.source.data
             and any(self.project.external(file, call.func) == "bmtrain.init_distributed" for call in file.calls)

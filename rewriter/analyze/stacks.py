@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rewriter.analyze.classes import Classes
-from rewriter.analyze.containers import Build, Containers
+from rewriter.analyze.containers import Containers
+from rewriter.analyze.elements import Build, self_path
 from rewriter.analyze.loops import CallForm, Loop, call_form, find_loops, is_chain
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File, Project
@@ -136,8 +137,6 @@ class Stacks:
 
     def _called_whole(self, stack: Stack) -> bool:
         """Whether a Sequential is only called, never taken apart."""
-        from rewriter.analyze.containers import self_path
-
         for function in stack.owner.methods.values():
             me = function.args.args[0].arg if function.args.args else ""
             for node in walk(function):

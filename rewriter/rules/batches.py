@@ -1,6 +1,7 @@
 """A random batch is drawn whole by every rank, which keeps its share.
 
-What: ``torch.randint(n, (batch_size,))`` that picks a batch becomes ``bmt.shard_batch(torch.randint(n, (batch_size,)))``.
+What: ``torch.randint(n, (batch_size,))`` that picks a batch becomes
+``bmt.shard_batch(torch.randint(n, (batch_size,)))``.
 Why: all ranks draw the same numbers (same seed), so together they see the batch of the unconverted script.
 Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name;
 the call is in a model.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.containers import Build, Element
+from rewriter.analyze.elements import Build, Element
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
 from rewriter.analyze.stacks import Stack

@@ -1,7 +1,7 @@
 """A block checkpoints itself.
 
-What: ``if self.saving: x = checkpoint(block, x) else: x = block(x)`` over a stack of blocks becomes ``x = block(x)``; so
-does the same choice between ``checkpoint_seq(self.blocks, x)`` and ``self.blocks(x)``.
+What: ``if self.saving: x = checkpoint(block, x) else: x = block(x)`` over a stack of blocks becomes ``x = block(x)``;
+so does the same choice between ``checkpoint_seq(self.blocks, x)`` and ``self.blocks(x)``.
 Why: a CheckpointBlock recomputes what memory demands. With the branch left in, blocks would be recomputed twice.
 Refuses when: the two sides do not make the same call, the test does more than read flags, or the blocks fill a cache.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.checkpoints import collapse_checkpoint, collapse_whole
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import collapse_checkpoint, collapse_whole
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.analyze.stacks import Stack
@@ -37,7 +37,7 @@ def _branches(file: File, facts: Facts, stack: Stack) -> Iterator[tuple[ast.If, 
             for statement in loop.node.body:
                 for node in walk(statement):
                     if isinstance(node, ast.If) and not _is_elif(file, node):
-                        plain = collapse_checkpoint(loop, node, facts.project)
+                        plain = collapse_checkpoint(file, loop.is_element, node, facts.project)
                         if not isinstance(plain, str):
                             yield node, plain
     if stack.owner.file is file:

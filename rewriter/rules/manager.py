@@ -55,14 +55,20 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
             return f"{path} belongs to another object, so where its manager would be made is not known"
         if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
             return f"{path} is not made in this file, so where its manager would be made is not known"
-    if manager.scaler is not None and _scaler_statement(managers, manager) is None and not managers.is_argument(manager.scaler):
+    if (
+        manager.scaler is not None
+        and _scaler_statement(managers, manager) is None
+        and not managers.is_argument(manager.scaler)
+    ):
         return f"{manager.scaler[1]} is no GradScaler made in this file"
     return ""
 
 
 def _first_use(file: File, managers: Managers, manager: Manager) -> int:
     variables = {*manager.optimizers, manager.scaler}
-    lines = [n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables]
+    lines = [
+        n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables
+    ]
     return min(lines, default=1)
 
 

@@ -38,7 +38,9 @@ def _backward(
     file: File, facts: Facts, managers: Managers, node: ast.Call, func: ast.Attribute
 ) -> Iterator[Edit | Remark]:
     source, roles = file.source, managers.roles
-    if roles.var(func.value) in roles.managers or facts.project.external(file, _called(func.value)).startswith("bmtrain."):
+    if roles.var(func.value) in roles.managers or facts.project.external(file, _called(func.value)).startswith(
+        "bmtrain."
+    ):
         return
     function = file.names.function_of(node)
     receiver = func.value

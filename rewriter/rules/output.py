@@ -102,9 +102,7 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
 
 
 def _only_effects(body: list[ast.stmt]) -> bool:
-    return not any(
-        isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in walk(s)
-    )
+    return not any(isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in walk(s))
 
 
 def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:

@@ -31,7 +31,8 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            "import torch\nfrom torch.nn import Module, Parameter as P\n\n\nclass Scale(Module):\n    def __init__(self):\n"
+            "import torch\nfrom torch.nn import Module, Parameter as P\n\n\n"
+            "class Scale(Module):\n    def __init__(self):\n"
             "        super().__init__()\n        self.g = P(torch.ones(8))  # gain\n",
             "import torch\nfrom torch.nn import Module, Parameter as P\nimport bmtrain as bmt\n\n\n"
             "class Scale(bmt.DistributedModule):\n    def __init__(self):\n"

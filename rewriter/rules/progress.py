@@ -52,10 +52,12 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            "import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\n"
+            "bmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\n"
             "for x in tqdm(batches):\n    optim_manager.backward(model(x).mean())\n",
-            "import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "import torch\nimport bmtrain as bmt\nfrom tqdm import tqdm\n\n"
+            "bmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\n"
             "for x in tqdm(batches, disable=bmt.rank() != 0):\n    optim_manager.backward(model(x).mean())\n",
         ),

@@ -18,9 +18,10 @@ from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 from rewriter.types import Edit, Example, Finding, Rule
 
 _PACKAGES = {
-    "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai", "efficientnet_pytorch",
-    "segmentation_models_pytorch", "sentence_transformers", "torch_geometric", "vit_pytorch", "x_transformers", "fairseq",
-    "pytorchvideo", "peft", "torchtune", "esm", "whisper",
+    "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai",
+    "efficientnet_pytorch", "segmentation_models_pytorch", "sentence_transformers",
+    "torch_geometric", "vit_pytorch", "x_transformers",
+    "fairseq", "pytorchvideo", "peft", "torchtune", "esm", "whisper",
 }  # fmt: skip
 _TRAINED = {"parameters", "named_parameters"}
 _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")

@@ -1,16 +1,21 @@
 """Measures the rewriter on folders of real code and prints a table.
 
-    python tests/rewriting/corpus.py FOLDER... [--loops loops.jsonl.gz] [--limit-bytes N]
+    python tests/rewriting/corpus.py FOLDER... [--remarks] [--loops loops.jsonl.gz]
 
-Columns: files, files changed, milliseconds (reading, planning and applying), memory; block-chain loops called, kept with a stack, kept on a plain list; and what must be zero:
-crashes, outputs that do not compile, files that a second run changes, bytes changed outside edits, comments lost.
+Columns: files, files changed, milliseconds (reading, planning, applying), memory; block-chain loops called, kept with
+a stack, kept on a plain list; loops over pairs; and what must be zero: files that would break, outputs that do not
+compile, files that a second run changes, lines and comments changed outside edits. With --loops, a survey of the same
+packages (one JSON object a line: src, file, line, shape, blockish), the loops that only one of the two calls chains.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gc
+import gzip
+import json
 import multiprocessing
 import resource
 import sys
@@ -156,14 +161,43 @@ def twice(folder: Path, converted: dict[Path, bytes], counts: Counter[str], rema
                 remarks.append(f"{again.path.relative_to(root)}: second run: {message}")
 
 
-COLUMNS = ("files", "changed", "ms", "MB", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
-           "uncompiled", "unstable", "bytes", "comments")  # fmt: skip
+COLUMNS = (
+    "files", "changed", "ms", "MB", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
+    "uncompiled", "unstable", "bytes", "comments",
+)  # fmt: skip
+
+
+def compare(folder: Path, survey: Path) -> None:
+    """Where this view of which loops are chains differs from a survey's."""
+    project = Project([folder])
+    for path in sources(folder):
+        with contextlib.suppress(InputError, OSError):
+            source = Source(path, path.read_bytes())
+            _ = source.tree
+            project.add(source)
+    here = {}
+    for loop in Facts(project).stacks.loops:
+        key = (loop.file.path.relative_to(folder).as_posix(), loop.node.lineno)
+        here[key] = "pairs" if is_pairs(loop) else "chain" if is_chain(loop) else "other"
+    there = {}
+    with gzip.open(survey, "rt") as lines:
+        for entry in (json.loads(line) for line in lines):
+            if entry["src"] == folder.name and entry["blockish"]:
+                there[entry["file"], entry["line"]] = entry["shape"]
+    table = Counter((shape, here.get(key, "not seen")) for key, shape in there.items())
+    table.update(("not in the survey", kind) for key, kind in here.items() if key not in there and kind == "chain")
+    for (shape, kind), count in sorted(table.items()):
+        places = (f"{k[0]}:{k[1]}" for k, s in there.items() if s == shape and here.get(k, "not seen") == kind)
+        example = next(places, "")
+        example = example or next((f"{k[0]}:{k[1]}" for k, v in here.items() if k not in there and v == kind), "")
+        print(f"    survey {shape:18s} here {kind:9s} {count:5d}   {example}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--remarks", action="store_true", help="print what went wrong")
+    parser.add_argument("--loops", type=Path, metavar="FILE", help="compare with a survey of loops")
     options = parser.parse_args()
     print(f"{'':24s}" + "".join(f"{name[:8]:>9s}" for name in COLUMNS))
     bad = 0
@@ -173,6 +207,8 @@ def main() -> int:
         bad += counts["broken"] + counts["uncompiled"] + counts["unstable"] + counts["bytes"]
         for remark in remarks if options.remarks else ():
             print("   ", remark)
+        if options.loops is not None:
+            compare(folder, options.loops)
     return 1 if bad else 0
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """Generated models, converted and run against the original: same outputs, same state-dict keys, never a wrong safe edit."""
 
 from __future__ import annotations

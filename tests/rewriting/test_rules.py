@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """Every rule's own examples, executed; and texts that no rule may change."""
 
 from __future__ import annotations

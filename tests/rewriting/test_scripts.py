@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """Training scripts: what must be refused or left alone, then what is rewritten."""
 
 from __future__ import annotations

@@ -1,0 +1,136 @@
+"""Reports, settings, standard input, notebooks, explanations."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from rewriter import portions
+from rewriter.cli import main
+from rewriter.docs import rules_markdown
+from rewriter.plan import Options
+from rewriter.portions import convert_project
+from rewriter.rules import RULES
+
+PLAIN = "import torch\n\n\nclass A(torch.nn.Module):\n    pass\n"
+DONE = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule):\n    pass\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.py"
+    path.write_text(PLAIN)
+    return path
+
+
+def test_json_report(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    assert main([str(tmp_path), "--quiet", "--report", str(tmp_path / "out.json")]) == 2
+    report = json.loads((tmp_path / "out.json").read_text())
+    broken, converted = report["files"]
+    assert "cannot parse" in broken["error"] and not broken["changed"]
+    assert converted["changed"]
+    assert [finding["code"] for finding in converted["findings"]] == ["BMT001"]
+    assert converted["findings"][0]["line"] == 4
+
+
+def test_sarif_and_markdown_reports(model: Path, tmp_path: Path) -> None:
+    assert main([str(model), "--quiet", "--report", str(tmp_path / "out.sarif")]) == 0
+    run = json.loads((tmp_path / "out.sarif").read_text())["runs"][0]
+    assert [result["ruleId"] for result in run["results"]] == ["BMT001"]
+    assert {rule["id"] for rule in run["tool"]["driver"]["rules"]} == {rule.code for rule in RULES}
+    assert main([str(model), "--quiet", "--report", str(tmp_path / "out.md")]) == 0
+    assert f"| {model.as_posix()} | 4 | BMT001 | applied |" in (tmp_path / "out.md").read_text()
+    assert main([str(model), "--report", str(tmp_path / "out.txt")]) == 2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.code)
+def test_explain(rule: object, capsys: pytest.CaptureFixture[str]) -> None:
+    code = rule.code  # type: ignore[attr-defined]
+    assert main(["--explain", code.lower()]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith(code) and "Why:" in output
+
+
+def test_unknown_rule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--explain", "BMT999"]) == 2
+    assert "BMT001" in capsys.readouterr().err
+
+
+def test_select_and_ignore(model: Path) -> None:
+    assert main([str(model), "--check", "--quiet", "--ignore", "BMT001"]) == 0
+    assert main([str(model), "--check", "--quiet", "--select", "BMT002,BMT003"]) == 0
+    assert main([str(model), "--check", "--quiet", "--select", "BMT00"]) == 1
+
+
+def test_settings(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = tmp_path / "pyproject.toml"
+    settings.write_text('[tool.bmt-convert]\nignore = ["BMT001"]\n')
+    assert main([str(model), "--check", "--quiet"]) == 0
+    settings.write_text('[tool.bmt-convert]\nexclude = ["model.py"]\n')
+    assert main([str(tmp_path), "--check", "--quiet"]) == 2
+    settings.write_text("[tool.bmt-convert]\nsafe = true\n")
+    assert main([str(model), "--check"]) == 2
+    assert "unknown key 'safe'" in capsys.readouterr().err
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(PLAIN))
+    assert main(["-"]) == 0
+    assert capsys.readouterr().out == DONE
+
+
+def test_notebook(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": ["class A(torch.nn.Module): text\n"]},
+        {"cell_type": "code", "metadata": {}, "source": ["%matplotlib inline\n", "import torch\n", "!ls"]},
+        {"cell_type": "code", "metadata": {}, "outputs": [], "source": ["%%bash\n", "class A(torch.nn.Module):\n"]},
+        {"cell_type": "code", "metadata": {}, "outputs": [], "source": ["class A(torch.nn.Module):\n", "    pass"]},
+    ]
+    path = tmp_path / "book.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}, indent=1) + "\n")
+    assert main([str(path), "--write", "--quiet"]) == 0
+    after = [cell["source"] for cell in json.loads(path.read_text())["cells"]]
+    assert after[0] == cells[0]["source"] and after[2] == cells[2]["source"]
+    assert after[1] == ["%matplotlib inline\n", "import torch\n", "import bmtrain as bmt\n", "!ls"]
+    assert after[3] == ["class A(bmt.DistributedModule):\n", "    pass"]
+    assert main([str(path), "--check", "--quiet"]) == 0
+
+
+def test_blocks_are_named_by_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.parts = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])\n\n"
+        "    def forward(self, x):\n        for part in self.parts:\n            x = part(x)\n        return x\n"
+    )
+    assert main([str(path), "--quiet", "--output", str(tmp_path / "plain")]) == 0
+    assert "TransformerBlockList" not in (tmp_path / "plain" / "model.py").read_text()
+    assert main([str(path), "--quiet", "--blocks", "Net.parts", "--output", str(tmp_path / "named")]) == 0
+    assert "x = self.parts(x)" in (tmp_path / "named" / "model.py").read_text()
+
+
+def test_color(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(model), "--color", "always"]) == 0
+    assert "\033[32m+class A(bmt.DistributedModule):\033[0m\n" in capsys.readouterr().out
+
+
+def test_portions_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        (tmp_path / f"m{number}.py").write_text(PLAIN.replace("class A", f"class A{number}"))
+    (tmp_path / "last.py").write_text("from m0 import A0\n\n\nclass B(A0):\n    pass\n")
+    paths = sorted(tmp_path.glob("*.py"))
+    whole = convert_project(paths, Options(), [tmp_path])
+    monkeypatch.setattr(portions, "WHOLE", 10)
+    monkeypatch.setattr(portions, "PORTION", 200)
+    assert convert_project(paths, Options(), [tmp_path], jobs=2) == whole
+    assert sum(result.changed for result in whole) == 6
+
+
+def test_rules_as_markdown() -> None:
+    text = rules_markdown()
+    assert all(f"#### {rule.code}: " in text for rule in RULES)
+    assert text.count("```") % 2 == 0
