@@ -55,6 +55,7 @@ class Device:
         self.torch_device = device
         self.is_cuda = device.type == "cuda"
         self.schedule = schedule
+        self._index = device.index  # looked up fastest
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
 
@@ -85,7 +86,7 @@ class Device:
 
     def current_stream(self) -> torch.cuda.Stream | None:
         """The stream on which the caller computes."""
-        return torch.cuda.current_stream(self.torch_device) if self.is_cuda else None
+        return torch.cuda.current_stream(self._index) if self.is_cuda else None
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region the caller is in, if it is in one."""

@@ -118,7 +118,7 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
 
 
 def _copy_out(state: dict[str, Any], unit: ShardUnit) -> None:
-    """Replace views of this unit's memory by CPU copies; what was tied stays one tensor."""
+    """Replace views of this unit's memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
     own = set()
     for flat in unit.flats:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
@@ -130,6 +130,8 @@ def _copy_out(state: dict[str, Any], unit: ShardUnit) -> None:
             if place not in copies:
                 copies[place] = value.detach().to("cpu", copy=True)
             state[key] = copies[place]
+        elif isinstance(value, torch.Tensor) and value.is_cuda:
+            state[key] = value.cpu()  # buffers
 
 
 def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
