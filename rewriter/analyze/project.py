@@ -87,9 +87,19 @@ class File:
     def folder(self) -> Path:
         return self.path.resolve().parent
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
-        return self.source.tree
+        """The syntax tree; empty for a file that is only read and does not parse."""
+        try:
+            return self.source.tree
+        except InputError:
+            if self.convert:
+                raise
+            return ast.Module(body=[], type_ignores=[])
+
+    def mentions(self, text: str) -> bool:
+        """Whether some text is in the file at all: a cheap question before it is parsed."""
+        return text.encode() in self.source.data
 
     @cached_property
     def names(self) -> Names:
@@ -148,6 +158,7 @@ class Project:
         self.roots = [root.resolve() for root in roots]
         self._missing: set[Path] = set()
         self._modules: dict[tuple[Path, str, int], File | None] = {}
+        self._members: dict[tuple[File, str], Resolved] = {}
         self._resolved: dict[ast.AST, Resolved] = {}
         self._directories: dict[Path, tuple[Path, ...]] = {}
 
@@ -222,9 +233,7 @@ class Project:
             return None
         try:
             if path.is_file() and path.stat().st_size < 4_000_000:
-                source = Source(path, path.read_bytes())
-                _ = source.tree
-                return self.add(source, convert=False)
+                return self.add(Source(path, path.read_bytes()), convert=False)
         except (OSError, InputError):
             pass
         self._missing.add(path)
@@ -261,7 +270,7 @@ class Project:
                 module = self.find_module(star.module, file, star.level)
                 if module is None and star.module.startswith("torch") and star.level == 0:
                     return External(canonical(f"{star.module}.{name}"))
-                if module is not None and module is not file:
+                if module is not None and module is not file and (module.mentions(name) or module.mentions("import *")):
                     member = self._member(ModuleRef(module), name, depth + 1)
                     if member is not None:
                         return member
@@ -313,17 +322,25 @@ class Project:
         if isinstance(owner, External):
             return External(canonical(f"{owner.name}.{name}"))
         if isinstance(owner, ModuleRef):
-            names = owner.file.names
-            if name in names.module.bindings or names.module.stars:
-                found = self._name(owner.file, name, names.module, depth + 1)
-                if found is not None:
-                    return found
-            return self._submodule(owner.file, name)
+            key = owner.file, name
+            if key not in self._members:
+                self._members[key] = None  # while it is being looked up, for modules that import each other
+                self._members[key] = self._module_member(owner.file, name, depth)
+            return self._members[key]
         if isinstance(owner, ClassInfo):
             for item in owner.node.body:
                 if isinstance(item, ast.ClassDef) and item.name == name:
                     return owner.file.class_info(item)
         return None
+
+    def _module_member(self, file: File, name: str, depth: int) -> Resolved:
+        """A name of a module: bound there, a module of the package, or got by a star import."""
+        bound = file.mentions(name) and name in file.names.module.bindings
+        found = self._name(file, name, file.names.module, depth + 1) if bound else None
+        found = found or self._submodule(file, name)
+        if found is None and not bound and file.mentions("import *"):
+            return self._name(file, name, file.names.module, depth + 1)
+        return found
 
     def _submodule(self, package: File, name: str) -> Resolved:
         if package.path.name != "__init__.py":
