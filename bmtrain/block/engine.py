@@ -51,7 +51,6 @@ class Engine:
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
-        self._unreduced = False  # whether a backward may have left gradients
         self._note: Callable[[torch.Tensor], Any] | None = None
 
     # -- sharding -------------------------------------------------------------------------------------------------
@@ -117,7 +116,6 @@ class Engine:
     def _start_run(self, unit: ShardUnit | None, grad: bool) -> None:
         self._unpin_loose()
         if grad:
-            self._unreduced = True
             self.plan.run_starts()
         if unit is not None and self.ctx.world_size > 1:
             self.register(unit)
@@ -193,7 +191,6 @@ class Engine:
     # -- backward -------------------------------------------------------------------------------------------------
 
     def _backward_starts(self, _: torch.Tensor | None = None) -> None:
-        self._unreduced = True
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -275,9 +272,6 @@ class Engine:
     def finish_backward(self) -> None:
         """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""
         self._task = -1
-        if not self._unreduced:
-            return
-        self._unreduced = False
         used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
         for frame in self._begun:
             frame.begun = frame.finished = False
