@@ -11,7 +11,8 @@ import torch
 
 NOISE = 1e-6
 """A gradient smaller than this part of the largest gradient is rounding error (its true value is 0, as that of a key
-projection's bias): its difference is measured against the largest gradient instead of against itself."""
+projection's bias), and so is a trained weight that began at 0 and had only such gradients: their differences are
+measured against the largest entry of all tensors instead of against themselves."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -45,7 +46,7 @@ def compare(ours: Mapping[str, Any], theirs: Mapping[str, Any], tolerance: float
 
     Args:
         tolerance: largest relative difference of a tensor, measured against its largest entry, that is no difference.
-        noise: the leaves are gradients, of which some may be rounding error.
+        noise: the leaves are gradients or trained weights, of which some may be rounding error.
     """
     top = max((_size(leaf) for leaf in ours.values()), default=0.0) if noise else 0.0
     ulp = relative = 0.0
@@ -70,7 +71,7 @@ def merge(one: Comparison, other: Comparison) -> Comparison:
 
 
 def distance_of(path: str, ours: Any, theirs: Any, top: float = 0.0) -> Distance:
-    """Between two leaves. ``top``: the largest entry of all gradients, or 0."""
+    """Between two leaves. ``top``: the largest entry of all leaves if some may be rounding error, else 0."""
     if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
         return Distance(path, why="" if _same(ours, theirs) else f"{_show(ours)} became {_show(theirs)}")
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:

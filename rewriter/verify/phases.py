@@ -248,7 +248,7 @@ def default_loss(output: Any) -> torch.Tensor:
 
 def _files_under(model: torch.nn.Module, roots: list[Path]) -> list[str]:
     """The files below ``roots`` that define the classes of the model's modules."""
-    found = set()
+    found: set[str] = set()
     for kind in {base for m in model.modules() for base in type(m).__mro__}:
         try:
             file = Path(inspect.getfile(kind)).resolve()

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import selectors
-import subprocess
-import sys
+import multiprocessing
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from rewriter.verify.worker import serve
+
 GRACE = 5.0
 """Seconds that the other ranks get to answer after one has failed."""
+LOADED = ("torch", "torch.distributed", "rewriter.verify.phases")
+"""Imported once and for all; every worker is a fresh fork of a process that knows nothing but these."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,21 @@ class Failure:
 Reply = dict[str, Any] | Failure
 
 
+def preload(modules: Sequence[str]) -> None:
+    """Load more than ``LOADED`` once and for all; before the first Group."""
+    _State.loaded = True
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*LOADED, *modules])
+
+
 class Group:
     """The processes of one side. Started when first asked; ended and started anew after a failure."""
 
     def __init__(self, job: dict[str, Any], work: Path, timeout: float) -> None:
         self._job, self._work, self._timeout = job, work, timeout
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
         self._count = 0
+        self._name = f"{job['side']}{job['ranks']}"
 
     def ask(self, phase: str, **options: Any) -> list[Reply]:
         """What every rank recorded. One failure is every rank's."""
@@ -48,31 +59,30 @@ class Group:
 
     def close(self) -> None:
         """End every process."""
+        for pipe in self._pipes:
+            pipe.close()
         for process in self._processes:
             process.kill()
-        for process in self._processes:
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
-        self._processes = []
+            process.join()
+        self._processes, self._pipes = [], []
 
     def _start(self) -> None:
         self._count += 1
         ranks = self._job["ranks"]
-        meeting = self._work / f"{self._job['side']}{ranks}.{self._count}"
+        method = multiprocessing.get_context("forkserver")
+        if not _State.loaded:
+            preload(())
         for rank in range(ranks):
-            job = {**self._job, "rank": rank, "meeting": str(meeting)}
+            job = {**self._job, "rank": rank, "meeting": str(self._work / f"{self._name}.{self._count}")}
             environment = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1",
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             }  # fmt: skip
-            with open(f"{meeting}.{rank}.log", "wb") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "rewriter.verify.worker", json.dumps(job)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment,
-                )  # fmt: skip
+            ours, theirs = method.Pipe()
+            process = method.Process(target=serve, args=(theirs, job, environment, str(self._log(rank))), daemon=True)
+            process.start()
+            theirs.close()
             self._processes.append(process)
+            self._pipes.append(ours)
 
     def _ask(self, phase: str, options: dict[str, Any]) -> list[Reply]:
         import torch
@@ -80,7 +90,7 @@ class Group:
         answers = self._exchange(phase, options)
         failed = [a for a in answers if "error" in a]
         if failed:
-            logs = "".join(self._log(rank) for rank, a in enumerate(answers) if not a.get("traceback"))
+            logs = "".join(self._logged(rank) for rank, a in enumerate(answers) if not a.get("traceback"))
             self.close()
             # What one rank raised tells more than that the others waited for it.
             told = [a for a in failed if a.get("traceback")] or failed
@@ -93,26 +103,31 @@ class Group:
         return records
 
     def _exchange(self, phase: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-        name = f"{self._job['side']}{self._job['ranks']}"
         answers: list[dict[str, Any]] = [{"error": f"no answer within {self._timeout:g} s"} for _ in self._processes]
-        with selectors.DefaultSelector() as waiting:
-            for rank, process in enumerate(self._processes):
-                assert process.stdin is not None and process.stdout is not None
-                request = {"phase": phase, "options": options, "file": str(self._work / f"{name}.{rank}.pt")}
-                waiting.register(process.stdout, selectors.EVENT_READ, rank)
-                with contextlib.suppress(OSError):  # it has died; its closed output says so below
-                    process.stdin.write(json.dumps(request) + "\n")
-            deadline = time.monotonic() + self._timeout
-            while waiting.get_map() and time.monotonic() < deadline:
-                for key, _ in waiting.select(max(0.0, deadline - time.monotonic())):
-                    stream: Any = key.fileobj
-                    waiting.unregister(stream)
-                    line = stream.readline()
-                    answers[key.data] = json.loads(line) if line else {"error": "the process ended"}
-                    if "error" in answers[key.data]:
-                        deadline = min(deadline, time.monotonic() + GRACE)
+        waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        for pipe, rank in waiting.items():
+            with contextlib.suppress(OSError):  # it has died; its closed pipe says so below
+                pipe.send({"phase": phase, "options": options, "file": str(self._work / f"{self._name}.{rank}.pt")})
+        deadline = time.monotonic() + self._timeout
+        while waiting and time.monotonic() < deadline:
+            for ready in wait(list(waiting), max(0.0, deadline - time.monotonic())):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
+                try:
+                    answers[rank] = ready.recv()
+                except (EOFError, OSError):
+                    answers[rank] = {"error": "the process ended"}
+                if "error" in answers[rank]:
+                    deadline = min(deadline, time.monotonic() + GRACE)
         return answers
 
-    def _log(self, rank: int) -> str:
-        path = self._work / f"{self._job['side']}{self._job['ranks']}.{self._count}.{rank}.log"
+    def _log(self, rank: int) -> Path:
+        return self._work / f"{self._name}.{self._count}.{rank}.log"
+
+    def _logged(self, rank: int) -> str:
+        path = self._log(rank)
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+
+class _State:
+    loaded = False

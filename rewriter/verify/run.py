@@ -243,7 +243,7 @@ class _Run:
             for reply in theirs:
                 part = reply.get(what) if isinstance(reply, dict) else None
                 if part is not None:
-                    one = compare(leaves, part, tolerance, noise=what == "gradients")
+                    one = compare(leaves, part, tolerance, noise=what in ("gradients", "weights"))
                     found = one if found is None else merge(found, one)
                     self._note(f"{ranks} ranks, {phase}, {what}", one, leaves, part)
             row = Row(ranks, phase, what, found or Comparison())
@@ -253,9 +253,10 @@ class _Run:
             self._trace(traced, ranks, phase)
 
     def _tolerance(self, ranks: int, phase: str) -> float:
-        if phase in ("build", "their checkpoint in the original"):
-            return 0.0 if phase == "build" or (ranks == 1 and self.settings.exact) else self.settings.tolerance
-        return 0.0 if ranks == 1 and self.settings.exact and phase != "steps" else self.settings.tolerance
+        if phase == "steps":
+            return 10 * self.settings.tolerance  # Adam divides by a gradient's size, so rounding comes out larger
+        exact = phase == "build" or (ranks == 1 and self.settings.exact)
+        return 0.0 if exact else self.settings.tolerance
 
     def _trace(self, group: Group, ranks: int, phase: str) -> None:
         train = phase == "train"
