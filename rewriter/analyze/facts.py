@@ -8,6 +8,7 @@ from functools import cached_property
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.managers import Managers
 from rewriter.analyze.names import Binding, Import, walk
+from rewriter.analyze.pairs import Pairs, find_pairs
 from rewriter.analyze.parameters import parameter_calls
 from rewriter.analyze.project import ClassInfo, External, File, Project
 from rewriter.analyze.scripts import Scripts
@@ -26,6 +27,10 @@ class Facts:
     @cached_property
     def stacks(self) -> Stacks:
         return Stacks(self.project, self.classes, self.blocks)
+
+    @cached_property
+    def pairs(self) -> list[Pairs]:
+        return list(find_pairs(self.stacks))
 
     @cached_property
     def scripts(self) -> Scripts:

@@ -68,6 +68,7 @@ class Stacks:
         self.chosen = chosen
         self.left: list[Left] = []
         self.loops: list[Loop] = []
+        self.inside: dict[ClassInfo, Stack] = {}  # classes that are parts of a stack's blocks
         self.found = self._outermost(list(self._candidates()))
         for stack in self.found:
             self._decide_loops(stack)
@@ -161,7 +162,7 @@ class Stacks:
 
     def _outermost(self, stacks: list[Stack]) -> list[Stack]:
         """Drop stacks whose owner is itself part of another stack's block."""
-        inside: dict[ClassInfo, Stack] = {}
+        inside = self.inside
         for stack in stacks:
             for build in stack.builds:
                 for element in build.elements:

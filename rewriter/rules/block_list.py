@@ -44,12 +44,12 @@ def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edi
     if build.is_stack_already:
         return  # the list wraps what it is given
     yield Edit(file.source.span(call.func), (f"{alias}.TransformerBlockList",))
-    yield from _arguments(file, call, width)
+    yield from list_arguments(file, call, width)
     for element in build.elements:
         yield from _element(file, alias, stack, element)
 
 
-def _arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
+def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
     source = file.source
     end = source.span(call).end
     if not call.args and not call.keywords:
