@@ -15,14 +15,14 @@ from rewriter.analyze.stacks import Stacks
 _MUTATING = {"append", "extend", "insert", "pop", "update", "add", "setdefault", "remove", "clear"}
 _REFUSED = (
     ast.Break, ast.Continue, ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.For, ast.While, ast.With, ast.Try,
-    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Delete, ast.Global, ast.Nonlocal, ast.NamedExpr,
-    ast.Match, ast.AnnAssign,
+    ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Delete, ast.Global, ast.Nonlocal,
+    ast.NamedExpr, ast.Match, ast.AnnAssign,
 )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """``self.<path>`` holds groups; one loop unpacks them. ``carried`` comes out of the body, ``extra`` only goes in."""
+    """``self.<path>`` holds groups, one loop unpacks them; ``carried`` comes out of it, ``extra`` only goes in."""
 
     owner: ClassInfo
     path: str

@@ -17,6 +17,7 @@ from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File, Project
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
+_MARK = re.compile(r"#\s*bmt:\s*blocks\b")
 _SETUP = re.compile(
     r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init)"
 )
@@ -115,6 +116,8 @@ class Stacks:
         if any(
             fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in self.chosen
         ):
+            return ""
+        if any(_MARK.search(build.file.source.comments.get(build.call.lineno, "")) for build in stack.builds):
             return ""
         kinds = {element.kind for build in stack.builds for element in build.elements}
         if "container" in kinds:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import External, File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -22,6 +22,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     alias = ""
     for info in facts.classes.all(file):
+        if facts.classes.kind(info) == "external" and file.convert:
+            message = f"class {info.name} is based on another package's; give the model to bmt.BMTrainModelWrapper"
+            yield Finding(RULE.code, info.node.lineno, message, safety=Safety.REPORT)
+            continue
         for base, found in facts.classes.bases(info):
             if isinstance(found, External) and found.name == "torch.nn.Module":
                 alias = alias or facts.alias(file)

@@ -6,7 +6,7 @@ Why: a block gathers its parameters just before it runs and releases them after;
 gathers it ahead of time. State-dict keys stay.
 Refuses when: the members are heads, experts, norms, single torch layers or pairs; no loop carries anything from
 member to member; a loop calls parts of a member instead of the member; the list is inside another stack's block.
-``--blocks 'GPT.h'`` names a stack that is not recognised.
+``--blocks 'GPT.h'``, or a comment ``# bmt: blocks`` where the list is made, names a stack that is not recognised.
 """
 
 from __future__ import annotations

@@ -111,6 +111,9 @@ def test_blocks_are_named_by_the_user(tmp_path: Path) -> None:
     assert "TransformerBlockList" not in (tmp_path / "plain" / "model.py").read_text()
     assert main([str(path), "--quiet", "--blocks", "Net.parts", "--output", str(tmp_path / "named")]) == 0
     assert "x = self.parts(x)" in (tmp_path / "named" / "model.py").read_text()
+    path.write_text(path.read_text().replace("range(3)])", "range(3)])  # bmt: blocks"))
+    assert main([str(path), "--quiet", "--write"]) == 0
+    assert "x = self.parts(x)" in path.read_text()
 
 
 def test_color(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

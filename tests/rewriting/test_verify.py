@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rewriter import cli
 from rewriter.verify.__main__ import main
 from rewriter.verify.report import as_json, table
 from rewriter.verify.run import Report, Settings, verify
@@ -190,6 +191,16 @@ def test_command_line_and_shapes(
     code = main([*paths, "model:build_alone", "--ranks", "1", "--device", "cpu", *options])
     assert code == expected
     assert message in capsys.readouterr().out
+
+
+def test_convert_and_verify(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is written in place unless it was shown to be the same."""
+    file = tmp_path / "model.py"
+    for extra, expected in (("\nassert False\n", 1), ("", 0)):
+        file.write_text(MODEL + extra)
+        assert cli.main([str(file), "--write", "--verify", "model:build", "--ranks", "1", "-q"]) == expected
+        assert ("bmtrain" in file.read_text()) == (expected == 0)
+    assert "the converted model is the same model" in capfd.readouterr().out
 
 
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
