@@ -154,6 +154,7 @@ class _Repeat:
                 "x = x + y for x += y."
             )
         args, kwargs = tree_map(_detached, self._inputs)
+        buffers = _buffers(getattr(self._call, "__self__", None))
         present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
         try:
@@ -165,6 +166,21 @@ class _Repeat:
                 return self._call(*args, **kwargs)
         finally:
             self._device.set_rng_state(present)
+            for holder, name, buffer, value in buffers:
+                buffer.data.copy_(value)  # past autograd's version count: the same values return
+                holder[name] = buffer
+
+
+def _buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
+    """Every buffer with a copy: running statistics and counters must not move a second time."""
+    if not isinstance(module, torch.nn.Module) or not module.training:
+        return []
+    return [
+        (inner._buffers, name, buffer, buffer.clone())
+        for inner in module.modules()
+        for name, buffer in inner._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _detached(value: Any) -> Any:
