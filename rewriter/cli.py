@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="bmt-convert",
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
-        epilog="Exit code: 0 done, 1 --check found something to change, 2 an input could not be converted.",
+        epilog="Exit code: 0 done, 1 --check found something to change or --verify did not hold, "
+        "2 an input could not be converted.",
     )
     made.add_argument(
         "paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin"
@@ -45,6 +48,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--report", type=Path, metavar="FILE", help="write a report; FILE ends in .json, .md or .sarif")
     made.add_argument("--explain", metavar="CODE", help="print what a rule does, with examples")
     made.add_argument("-j", "--jobs", type=int, default=None, metavar="N", help="processes for large projects")
+    made.add_argument(
+        "--verify", metavar="MODULE:FACTORY", help="show that what the factory builds is the same model converted"
+    )
+    made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks that --verify tries")
+    made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long]", help="an input for --verify")
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     return made
@@ -78,8 +86,11 @@ def _run(options: argparse.Namespace) -> int:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
     if options.report is not None:
         write_file(options.report, write_report(options.report, results).encode())
+    held = options.verify is None or _verify(options, results)
     if options.output is not None:
         _write_tree(options.paths, options.output, results)
+    elif options.write and not held:
+        print("bmt-convert: nothing was written", file=sys.stderr)
     elif options.write:
         for result in results:
             if result.changed:
@@ -87,7 +98,22 @@ def _run(options: argparse.Namespace) -> int:
     _show(options, results)
     if any(result.error for result in results):
         return FAILED
-    return CHANGED if options.check and any(result.changed for result in results) else 0
+    return CHANGED if not held or (options.check and any(result.changed for result in results)) else 0
+
+
+def _verify(options: argparse.Namespace, results: Sequence[Result]) -> bool:
+    """Whether the project is still the same model; prints what was compared."""
+    if len(options.paths) != 1:
+        raise InputError("--verify takes one file or folder")
+    from rewriter.verify import __main__ as tool  # needs torch, which converting does not
+
+    path = options.paths[0].resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.name if path.is_dir() else Path(folder)
+        _write_tree([path], target, [replace(result, path=result.path.resolve()) for result in results])
+        converted = target if path.is_dir() else target / path.name
+        shapes = [item for shape in options.shape for item in ("--shape", shape)]
+        return tool.main([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes]) == 0
 
 
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
