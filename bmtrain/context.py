@@ -99,6 +99,11 @@ class Context:
         """How many processes there are."""
         return self.topology.world_size
 
+    def abort(self) -> None:
+        """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""
+        for communicator in (self.gather, self.reduce, self.world, self.control):
+            communicator.abort()
+
     def close(self) -> None:
         """Give back communicators.  The context is not used afterwards."""
         for communicator in (self.gather, self.reduce, self.world, self.control):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..context import Context, engine_factory
+from ..errors import CommunicationError
 from ..shard.unit import Pools, ShardUnit
 from .frame import Frame, PlaceInFlat
 from .memory import RecomputePlan
@@ -138,11 +139,13 @@ class Engine:
             return
         self.register(unit)
         predicted = self.trace.note(unit.index, phase, unit.name)
-        self.residency.need(unit, autocast)
-        if predicted is not None:
-            coming = self.units.get(predicted)
+        try:
+            self.residency.need(unit, autocast)
+            coming = self.units.get(predicted) if predicted is not None else None
             if coming is not None:
                 self.residency.expect(coming, autocast)
+        except CommunicationError as error:
+            raise self.trace.blamed(error, f"the {phase} of {unit.name or 'the root'}") from error
 
     def register(self, unit: ShardUnit) -> None:
         """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
@@ -223,7 +226,13 @@ class Engine:
         for unit in frame.units:
             unit.open_uses -= 1
             if unit.open_uses <= 0:
-                unit.reduce_grads()
+                self._reduce(unit)
+
+    def _reduce(self, unit: ShardUnit) -> None:
+        try:
+            unit.reduce_grads()
+        except CommunicationError as error:
+            raise self.trace.blamed(error, f"the reduction of {unit.name or 'the root'}") from error
 
     def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
         """A view of the re-gathered buffer."""
@@ -279,7 +288,7 @@ class Engine:
         for index in sorted(self.units.keys()):
             unit = self.units.get(index)
             if unit is not None and (index in used or unit.has_raw_grads()):
-                unit.reduce_grads()
+                self._reduce(unit)
             if unit is not None:
                 unit.open_uses = 0
         if self.idle:

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Literal
 
 from ..context import Context
-from ..errors import RankDivergenceError
+from ..errors import CommunicationError, RankDivergenceError
 
 Phase = Literal["forward", "backward"]
 Step = tuple[int, Phase]
@@ -90,13 +90,29 @@ class Trace:
         for rank in range(self._ctx.world_size):
             said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
             if said is not None and said != what:
-                raise RankDivergenceError(_message(here, what, rank, f"came to {said}"))
+                self._leave(what, _message(here, what, rank, f"came to {said}"))
             if said is None and give_up:
-                raise RankDivergenceError(_message(here, what, rank, f"did not within {self._patience}"))
+                self._leave(what, _message(here, what, rank, f"did not within {self._patience}"))
+
+    def _leave(self, what: str, message: str) -> None:
+        """Raise, and end the waiting of ranks that followed the prediction into a collective that never comes."""
+        self._ctx.store.set("diverged", f"rank {self._ctx.rank} came to {what}")
+        self._ctx.abort()
+        raise RankDivergenceError(message)
+
+    def blamed(self, error: CommunicationError, what: str) -> Exception:
+        """What to raise for a collective that failed: names the rank that has left the common order, if one has."""
+        if not self._ctx.store.check(["diverged"]):
+            return error
+        did = self._ctx.store.get("diverged").decode()
+        return RankDivergenceError(f"Rank {self._ctx.rank} came to {what}, but {did}. {_ADVICE}")
+
+
+_ADVICE = (
+    "All ranks must run the same blocks in the same order: decide skips and early exits from a generator seeded alike "
+    "on all ranks, or run the block and drop its result."
+)
 
 
 def _message(here: int, what: str, rank: int, did: str) -> str:
-    return (
-        f"Rank {here} came to {what}, but rank {rank} {did}. All ranks must run the same blocks in the same order: "
-        "decide skips and early exits from a generator seeded alike on all ranks, or run the block and drop its result."
-    )
+    return f"Rank {here} came to {what}, but rank {rank} {did}. {_ADVICE}"

@@ -59,6 +59,10 @@ class Communicator(ABC):
     def close(self) -> None:  # noqa: B027 - most transports hold nothing
         """Give back what the transport holds.  Not used afterwards."""
 
+    def abort(self) -> None:
+        """Leave at once, so that ranks which wait for this one fail instead.  Not used afterwards."""
+        self.close()
+
     def check_sizes(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         """Raise CommunicationError unless ``whole`` holds exactly one ``shard`` for each rank."""
         if whole.numel() != self.world_size * shard.numel() or whole.dtype != shard.dtype:

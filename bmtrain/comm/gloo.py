@@ -28,7 +28,17 @@ class GlooCommunicator(Communicator):
 
     def __init__(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
         super().__init__(rank, world_size)
-        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        self._open: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+
+    @property
+    def _group(self) -> Any:
+        if self._open is None:
+            raise CommunicationError("This process has left the other ranks, after an error or bmt.shutdown().")
+        return self._open
+
+    def close(self) -> None:
+        """Close the connections: whoever waits for this rank gets an error."""
+        self._open = None
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self.check_sizes(shard, whole)
