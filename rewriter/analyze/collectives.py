@@ -138,7 +138,7 @@ class Guard:
 
 
 def guards(file: File) -> Iterator[Guard]:
-    if not re.search(rb"rank|master|main_process|is_main|primary|RANK", file.source.data):
+    if not re.search(rb"rank|master|main|primary|RANK", file.source.data):
         return
     for node in file.nodes:
         if isinstance(node, ast.If):
@@ -169,9 +169,24 @@ def is_rank_test(file: File, test: ast.expr) -> bool:
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return is_rank(file, test.operand)
     if isinstance(test, ast.Call):
-        return bool(_MAIN_NAME.search((dotted(test.func) or "").split(".")[-1])) and not test.args
+        return bool(_MAIN_NAME.search((dotted(test.func) or "").split(".")[-1]))
     path = dotted(test)
-    return path is not None and bool(_MAIN_NAME.search(path.split(".")[-1]))
+    return path is not None and (bool(_MAIN_NAME.search(path.split(".")[-1])) or path in rank_flags(file))
+
+
+def rank_flags(file: File) -> dict[str, bool]:
+    """Names and attributes that hold the outcome of a rank test, and whether of something else as well."""
+    if file.rank_flags is None:
+        file.rank_flags = {}
+        for node in file.nodes:
+            if isinstance(node, ast.Assign) and len(node.targets) == 1 and dotted(node.targets[0]):
+                value, path = node.value, dotted(node.targets[0]) or ""
+                if isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And):
+                    if any(is_rank_test(file, operand) for operand in value.values):
+                        file.rank_flags[path] = True
+                elif isinstance(value, (ast.Compare, ast.Call)) and is_rank_test(file, value):
+                    file.rank_flags.setdefault(path, False)
+    return file.rank_flags
 
 
 def is_other_rank_test(file: File, test: ast.expr) -> bool:

@@ -76,6 +76,7 @@ class File:
     source: Source
     convert: bool = True
     notebook: Notebook | None = None
+    rank_flags: dict[str, bool] | None = None
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
 

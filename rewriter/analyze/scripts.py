@@ -175,6 +175,8 @@ class Scripts:
         for node in walk_own(statement):
             if isinstance(node, ast.Call) and self._call_needs(file, node):
                 return True
+            if isinstance(node, ast.Assign) and any(roles.var(target) in roles.scalers for target in node.targets):
+                return True
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
                 if any(roles.var(target) in roles.models for target in node.targets):
                     return True

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
 from rewriter.analyze.project import File
-from rewriter.analyze.roles import Var
 from rewriter.rules.manager_calls import call_edits
+from rewriter.rules.manager_creation import creation_edits, scaler_is_made_here
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
@@ -33,7 +33,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for manager in managers.all:
         if manager.existing:
             continue
-        for place, edit in _creation(file, facts, managers, manager):
+        for place, edit in creation_edits(file, facts, managers, manager):
             line = line or place
             edits.append(edit)
     calls = list(call_edits(file, facts, managers))
@@ -57,7 +57,7 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
             return f"{path} is not made in this file, so where its manager would be made is not known"
     if (
         manager.scaler is not None
-        and _scaler_statement(managers, manager) is None
+        and not scaler_is_made_here(managers, manager)
         and not managers.is_argument(manager.scaler)
     ):
         return f"{manager.scaler[1]} is no GradScaler made in this file"
@@ -70,100 +70,6 @@ def _first_use(file: File, managers: Managers, manager: Manager) -> int:
         n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables
     ]
     return min(lines, default=1)
-
-
-def _creation(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
-    """Where a manager is made and told its optimizers."""
-    alias, source = facts.alias(file), file.source
-    made = _scaler_statement(managers, manager)
-    yield from _scaler_creation(file, facts, managers, manager)
-    for optimizer in manager.optimizers:
-        place = _last_assignment(file, managers, optimizer)
-        add = f"{manager.name}.add_optimizer({optimizer[1]})"
-        if manager.scaler is not None:
-            if made is None or place is None:
-                continue  # both come from outside: whoever made them joins them
-            after = place if place.lineno > made.lineno else made
-            yield after.lineno, source.insert_after(after, [add])
-            continue
-        lines = [f"{manager.name} = {alias}.optim.OptimManager(loss_scale=None)", add]
-        if place is not None:
-            yield place.lineno, source.insert_after(place, lines)
-        else:
-            first = _first_statement(optimizer)
-            if first is not None:
-                yield first.lineno, source.insert_before(first, lines)
-
-
-def _scaler_statement(managers: Managers, manager: Manager) -> ast.stmt | None:
-    """The statement that makes the scaler, if it is in this file."""
-    for variable, value, statement, part in managers.roles.assignments:
-        if variable == manager.scaler and not part and managers.roles.scaler_call(value) is not None:
-            return statement
-    return None
-
-
-def _scaler_creation(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
-    source, roles = file.source, managers.roles
-    for variable, value, statement, part in roles.assignments:
-        call = roles.scaler_call(value)
-        if variable != manager.scaler or part or call is None:
-            continue
-        if isinstance(statement, ast.Assign):
-            for target in statement.targets:
-                if roles.var(target) == variable and variable[1] != manager.name:
-                    yield statement.lineno, Edit(source.span(target), (manager.name,))
-        condition = [keyword.value for keyword in call.keywords if keyword.arg == "enabled"]
-        start = next((source.code(k.value) for k in call.keywords if k.arg == "init_scale"), "2**16")
-        options = _growth(file, call)
-        head = f"{facts.alias(file)}.optim.OptimManager(loss_scale={start}"
-        if isinstance(value, ast.IfExp):
-            inverted = isinstance(value.body, ast.Constant)
-            test = source.code(value.test)
-            test = f"not ({test})" if inverted else test
-            yield statement.lineno, Edit(source.span(value), (f"{head} if {test} else None{options})",))
-        elif condition:
-            text = (head + " if ", source.span(condition[0]), f" else None{options})")
-            yield statement.lineno, Edit(source.span(call), text)
-        else:
-            yield statement.lineno, Edit(source.span(call), (f"{head}{options})",))
-
-
-def _growth(file: File, call: ast.Call) -> str:
-    names = {"growth_factor": "loss_scale_factor", "growth_interval": "loss_scale_steps"}
-    return "".join(
-        f", {names[keyword.arg]}={file.source.code(keyword.value)}" for keyword in call.keywords if keyword.arg in names
-    )
-
-
-def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt | None:
-    """The statement after which a variable certainly has its value, seen from the block it is used in."""
-    found = [s for v, value, s, _ in managers.roles.assignments if v == variable and not _is_none(value)]
-    if not found:
-        return None
-    if len(found) == 1:
-        return found[0]
-    chains = [[s, *(a for a in file.names.ancestors(s) if isinstance(a, ast.stmt))] for s in found]
-    common = [item for item in chains[0] if all(item in chain for chain in chains[1:])]
-    owner: ast.AST = common[0] if common else file.tree
-    if isinstance(owner, ast.If):
-        return owner
-    inside = [item for item in chains[-1] if file.names.parents.get(item) is owner]
-    return inside[0] if inside else found[-1]
-
-
-def _is_none(value: ast.expr) -> bool:
-    return isinstance(value, ast.Constant)
-
-
-def _first_statement(variable: Var) -> ast.stmt | None:
-    """The first statement of the function whose argument the variable is."""
-    owner = variable[0]
-    if not isinstance(owner, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        return None
-    body = owner.body
-    documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1
-    return body[1] if documented else body[0]
 
 
 RULE = Rule(

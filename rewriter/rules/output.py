@@ -94,9 +94,14 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
         return
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
         return
-    if opened and (_runs_everywhere(file, facts, node.value) or collectives.is_collective(file, node.value)):
+    known = facts.project.external(file, node.value.func) in _WRITERS
+    if not known and (
+        (opened and _runs_everywhere(file, facts, node.value)) or collectives.is_collective(file, node.value)
+    ):
         return
-    calls = sorted((file.source.span(call) for call in collectives.outermost(file, node)), key=lambda span: span.start)
+    given = [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
+    inner = [call for argument in given for call in collectives.outermost(file, argument)]
+    calls = sorted((file.source.span(call) for call in inner), key=lambda span: span.start)
     hoisted = [(_name(file, number, len(calls)), span) for number, span in enumerate(calls)]
     yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", hoisted, outdent)
 

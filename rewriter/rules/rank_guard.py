@@ -12,8 +12,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import Guard, is_other_rank_test
+from rewriter.analyze.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
 from rewriter.rules.output import guard_statement
 from rewriter.types import Edit, Example, Finding, Part, Rule, Safety, Span
@@ -38,6 +39,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def _reason_against(file: File, guard: Guard) -> str:
+    for node in ast.walk(guard.node.test):
+        if rank_flags(file).get(dotted(node) or ""):
+            return f"{dotted(node)} is true on one rank only, and not on that account alone"
     if guard.node.orelse:
         return "the rank guard around it has an else branch"
     if not guard.rest and not file.source.code(guard.node).startswith("if"):

@@ -51,6 +51,8 @@ def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
         if not isinstance(call.func.value, ast.Call):
             return False
         call = call.func.value
+    if any(facts.scripts.roles[file].is_model(argument) for argument in call.args):
+        return False
     found = facts.project.resolve(file, call.func)
     if isinstance(found, ClassInfo):
         return facts.classes.kind(found) in {"leaf", "external"}

@@ -45,6 +45,7 @@ REFUSED = {
     "spawn": "import torch.multiprocessing as mp\nmp.spawn(run, nprocs=2)\n" + LOOP,
     "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
     "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
+    "a flag of more than ranks": LOOP + "saves = logging and is_main(args)\nif saves:\n    torch.save(model.state_dict(), 'x')\n",
     "optimizer elsewhere": LOOP.replace("optimizer = torch", "engine.optimizer = torch").replace(
         "    optimizer", "    engine.optimizer"
     ),
@@ -129,6 +130,25 @@ CASES = {
         "    scaler.update()\n\n\nmodel = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=1)\nscaler = torch.amp.GradScaler()\n"
         "epoch(model, optimizer, scaler, x)\n",
         ["scaler = bmt.optim.OptimManager(loss_scale=2**16)\nscaler.add_optimizer(optimizer)\n", "    scaler.backward(loss)\n    scaler.step()\n\n"],
+    ),
+    "scaler or none": (
+        "scaler = None\nmodel = Net()\noptimizer = torch.optim.SGD(model.parameters(), lr=1)\nif amp:\n    scaler = torch.amp.GradScaler()\n"
+        "loss = model(x).mean()\nif scaler is not None:\n    scaler.scale(loss).backward()\n    scaler.step(optimizer)\n    scaler.update()\n"
+        "else:\n    loss.backward()\n    optimizer.step()\n",
+        [
+            "bmt.init_distributed()\nscaler = bmt.optim.OptimManager(loss_scale=None)\nmodel = Net()\n",
+            "lr=1)\nscaler.add_optimizer(optimizer)\nif amp:\n    scaler = bmt.optim.OptimManager(loss_scale=2**16)\n    scaler.add_optimizer(optimizer)\n",
+            "else:\n    scaler.backward(loss)\n    scaler.step()\n",
+        ],
+    ),
+    "scaler argument or none": (
+        "def epoch(model, optimizer, scaler, x):\n    loss = model(x).mean()\n    if scaler is not None:\n        scaler.scale(loss).backward()\n"
+        "        scaler.step(optimizer)\n        scaler.update()\n    else:\n        loss.backward()\n        optimizer.step()\n\n\nepoch(Net(), make(), None, 1)\n",
+        ["    if scaler is None:\n        scaler = bmt.optim.OptimManager(loss_scale=None)\n        scaler.add_optimizer(optimizer)\n    loss ="],
+    ),
+    "watched on one rank": (
+        "import wandb\n" + LOOP + "wandb.watch(model)\n",
+        ["if bmt.rank() == 0:\n    wandb.watch(model)\n"],
     ),
     "seed": ("torch.manual_seed(7)\n" + LOOP, ["bmt.init_distributed(seed=7)\nmodel = Net()"]),
     "seed after another": (
