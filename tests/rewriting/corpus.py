@@ -4,23 +4,25 @@
 
 Columns: files, files changed, milliseconds (reading, planning, applying), memory; block-chain loops called, kept with
 a stack, kept on a plain list; loops over pairs; and what must be zero: files that would break, outputs that do not
-compile, files that a second run changes, lines and comments changed outside edits. With --loops, a survey of the same
-packages (one JSON object a line: src, file, line, shape, blockish), the loops that only one of the two calls chains.
+compile, files that a second run changes, bytes changed outside edits. Comments go with a statement that goes. With
+--loops, a survey of the same packages (one JSON object a line: src, file, line, shape, blockish), the loops that only
+one of the two calls chains.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import gc
 import gzip
+import io
 import json
 import multiprocessing
 import resource
 import sys
 import tempfile
 import time
+import tokenize
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -105,25 +107,35 @@ def check(source: Source, edits: tuple[Edit, ...], result: Result, counts: Count
                 return
             counts["uncompiled"] += 1
             remarks.append(f"{result.path}: {error}")
-    stray, lost = untouched_lines(result, source, edits)
-    counts["bytes"] += stray > 0
-    counts["comments"] += lost > 0
-    if stray or lost:
-        remarks.append(f"{result.path}: {stray} lines changed and {lost} comments lost outside edits")
+    if not untouched_bytes_survive(source.data, result.after, source, edits):
+        counts["bytes"] += 1
+        remarks.append(f"{result.path}: bytes changed outside edits")
+    lost = comments(result.before) - comments(result.after)
+    counts["comments"] += lost.total()
+    if lost:
+        remarks.append(f"{result.path}: comments gone with what they described: {sorted(lost)[:3]}")
 
 
-def untouched_lines(result: Result, source: Source, edits: tuple[Edit, ...]) -> tuple[int, int]:
-    """Lines that changed, and among them lines with comments, although no edit touches them."""
-    touched = set()
-    for edit in edits:
-        touched.update(range(source.line_of(edit.span.start), source.line_of(edit.span.end) + 1))
-    before, after = result.before.split(b"\n"), result.after.split(b"\n")
-    stray, lost = 0, 0
-    for tag, low, high, _, _ in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-        if tag in {"replace", "delete"}:
-            stray += sum(line + 1 not in touched for line in range(low, high))
-            lost += sum(b"#" in before[line] and line + 1 not in touched for line in range(low, high))
-    return stray, lost
+def untouched_bytes_survive(before: bytes, after: bytes, source: Source, edits: tuple[Edit, ...]) -> bool:
+    """Whether the pieces between the outermost edits are in the output, in order."""
+    data = Source(source.path, after).data
+    position, start = 0, 0
+    for edit in sorted(edits, key=lambda edit: (edit.span.start, -edit.span.end)):
+        if edit.span.start < start:
+            continue
+        piece = before[start : edit.span.start]
+        found = data.find(piece, position)
+        if found < 0 or (start == 0 and found != 0):
+            return False
+        position, start = found + len(piece), edit.span.end
+    return data[position:].endswith(before[start:])
+
+
+def comments(data: bytes) -> Counter[str]:
+    try:
+        return Counter(t.string for t in tokenize.tokenize(io.BytesIO(data).readline) if t.type == tokenize.COMMENT)
+    except (tokenize.TokenError, SyntaxError):
+        return Counter()
 
 
 def loop_counts(facts: Facts, counts: Counter[str]) -> None:
