@@ -26,6 +26,9 @@ from .topology import Topology
 class Engine(Protocol):
     """What the block layer adds to the context: when parameters are whole."""
 
+    def collect(self) -> None:
+        """Give back the memory of models that are gone.  Collective."""
+
     @property
     def idle(self) -> bool:
         """Whether no distributed module is running."""
@@ -148,9 +151,10 @@ def world_size() -> int:
 
 
 def synchronize() -> None:
-    """Wait until every rank has come here and all its device work is done."""
+    """Wait until every rank has come here and all its device work is done; free what deleted models held."""
     here = context()
     here.device.synchronize()
+    here.engine.collect()
     here.control.barrier()
 
 

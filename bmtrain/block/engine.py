@@ -60,7 +60,12 @@ class Engine:
         """Shard every parameter of ``module`` that is not sharded yet."""
         from .assign import shard_module
 
+        self.pools.arenas.collect()
         shard_module(self, module)
+
+    def collect(self) -> None:
+        """Give back the memory of models that are gone.  Collective."""
+        self.pools.arenas.collect()
 
     # -- forward --------------------------------------------------------------------------------------------------
 

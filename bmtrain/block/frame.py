@@ -153,7 +153,7 @@ class _Repeat:
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
                 "x = x + y for x += y."
             )
-        args, kwargs = tree_map(_detached, self._inputs)
+        args, kwargs = _detached(self._inputs)
         buffers = _buffers(getattr(self._call, "__self__", None))
         present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
@@ -183,7 +183,15 @@ def _buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch
     ]
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):
-        return value.detach().requires_grad_(value.requires_grad)
-    return value
+def _detached(inputs: Any) -> Any:
+    """Copies of ``inputs`` outside the graph; what was one tensor stays one (attention asks ``query is key``)."""
+    made: dict[int, torch.Tensor] = {}
+
+    def detached(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+            return value
+        if id(value) not in made:
+            made[id(value)] = value.detach().requires_grad_(value.requires_grad)
+        return made[id(value)]
+
+    return tree_map(detached, inputs)

@@ -56,6 +56,10 @@ class Communicator(ABC):
         """A flat buffer this transport moves fastest.  Collective."""
         return torch.empty(numel, dtype=dtype, device=device)
 
+    def release(self, tensor: torch.Tensor) -> bool:
+        """Let go of a buffer that ``alloc`` made.  Collective; False if the transport held nothing of it."""
+        return False
+
     def close(self) -> None:  # noqa: B027 - most transports hold nothing
         """Give back what the transport holds.  Not used afterwards."""
 

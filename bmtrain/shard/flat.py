@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigurationError
+from .arenas import Arena
 from .gradient import ShardGradient
 from .layout import Layout, make_layout
 from .parameter import (
@@ -30,7 +31,6 @@ class FlatShard:
 
     Attributes:
         params, names: the parameters in the order of ``layout.slots``.
-        shard: (S,) this rank's values, in the parameters' dtype.
         gradient: this rank's reduced gradient.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
@@ -45,7 +45,7 @@ class FlatShard:
         self.params, self.names = list(params), list(names)
         self.dtype = params[0].dtype
         self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.world_size)
-        self.shard = self._new_shard()
+        self._arena = self._new_shard()
         self.gradient = ShardGradient(self)
         self.touched = [False] * len(self.params)
         self.version = 0
@@ -64,9 +64,15 @@ class FlatShard:
             set_raw_grad(parameter, None)
         self.rest()
 
-    def _new_shard(self) -> torch.Tensor:
-        ctx = self.unit.ctx
-        return ctx.gather.alloc(self.layout.shard_numel, self.dtype, ctx.device.torch_device).zero_()
+    @property
+    def shard(self) -> torch.Tensor:
+        """(S,) this rank's values, in the parameters' dtype."""
+        return self._arena.tensor
+
+    def _new_shard(self) -> Arena:
+        arena = self.unit.pools.arenas.alloc(self.unit.ctx.gather, self.layout.shard_numel, self.dtype)
+        arena.tensor.zero_()
+        return arena
 
     # -- states ---------------------------------------------------------------------------------------------------
 
@@ -174,7 +180,8 @@ class FlatShard:
         """Replace the shard by ``shard``, maybe of another dtype.  Gradients are dropped."""
         assert shard.shape == self.shard.shape
         self.dtype = self.wire = shard.dtype
-        self.shard = self._new_shard().copy_(shard)
+        self._arena = self._new_shard()
+        self.shard.copy_(shard)
         self.gradient, self.touched, self._poison = ShardGradient(self), [False] * len(self.params), []
         self.version += 1
         self.rest()
@@ -243,7 +250,8 @@ class FlatShard:
         made.__dict__.update(self.__dict__)
         made.unit, made.names = unit, list(self.names)
         made.touched, made.gradient = [False] * len(self.params), ShardGradient(made)
-        made.shard = self._new_shard().copy_(self.shard)
+        made._arena = made._new_shard()
+        made.shard.copy_(self.shard)
         made.buffer, made._landing, made._poison, made.params = None, None, [], []
         for index, old in enumerate(self.params):
             new = DistributedParameter(

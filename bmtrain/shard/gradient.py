@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import kernels
+from .arenas import Arena
 
 if TYPE_CHECKING:
     from .flat import FlatShard
@@ -27,7 +28,7 @@ class ShardGradient:
         self._flat = flat
         self.present = False
         self.factor: torch.Tensor | None = None
-        self._came: torch.Tensor | None = None  # in the dtype that travels
+        self._arena: Arena | None = None  # one reduction, in the dtype that travelled
         self._sum: torch.Tensor | None = None  # fp32
         self._wide = False  # whether the gradient is in _sum
 
@@ -40,8 +41,7 @@ class ShardGradient:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
         unit = self._flat.unit
         if not self.present:
-            self._came = self._fitting(whole.dtype)
-            unit.ctx.reduce.reduce_scatter(whole, self._came)
+            unit.ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
             self.present, self._wide, self.factor = True, False, None
             return
         total = self._total()
@@ -75,8 +75,7 @@ class ShardGradient:
     def zeros(self) -> torch.Tensor:
         """Become a gradient of zeros, to be written."""
         if not self.present:
-            self._came = self._fitting(self._flat.dtype)
-            self._came.zero_()
+            self._fitting(self._flat.dtype).zero_()
             self.present, self._wide, self.factor = True, False, None
         return self.settled()
 
@@ -84,12 +83,16 @@ class ShardGradient:
         """Forget the gradient; its memory stays for the next one."""
         self.present, self.factor = False, None
 
+    @property
+    def _came(self) -> torch.Tensor | None:
+        return None if self._arena is None else self._arena.tensor
+
     def _fitting(self, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer for one reduction; the last one if it has this dtype."""
-        if self._came is not None and self._came.dtype == dtype:
-            return self._came
-        ctx = self._flat.unit.ctx
-        return ctx.reduce.alloc(self._flat.layout.shard_numel, dtype, ctx.device.torch_device)
+        """The buffer of one reduction, in this dtype."""
+        if self._arena is None or self._arena.tensor.dtype != dtype:
+            unit = self._flat.unit
+            self._arena = unit.pools.arenas.alloc(unit.ctx.reduce, self._flat.layout.shard_numel, dtype)
+        return self._arena.tensor
 
     def _total(self) -> torch.Tensor:
         """The gradient in the dtype of sums, with every factor applied."""

@@ -15,6 +15,7 @@ import torch
 
 from ..comm import Communicator
 from ..device import Device, Event
+from .arenas import Arena, Arenas
 from .layout import Layout
 
 
@@ -22,10 +23,15 @@ from .layout import Layout
 class Buffer:
     """A flat tensor and the event after which its next owner may write it."""
 
-    tensor: torch.Tensor
+    arena: Arena
     key: Hashable
     free: Event
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The flat tensor."""
+        return self.arena.tensor
 
     def spoil(self) -> None:
         """Overwrite every parameter's place, so that whoever still reads it is found out."""
@@ -51,8 +57,8 @@ class BufferPool:
     other is on its way.
     """
 
-    def __init__(self, device: Device, comm: Communicator, zeroed: bool) -> None:
-        self._device, self._comm, self._zeroed = device, comm, zeroed
+    def __init__(self, device: Device, comm: Communicator, arenas: Arenas, zeroed: bool) -> None:
+        self._device, self._comm, self._arenas, self._zeroed = device, comm, arenas, zeroed
         self._idle: dict[Hashable, deque[Buffer]] = {}
         self._made: Counter[Hashable] = Counter()
         self._users: Counter[Hashable] = Counter()
@@ -81,10 +87,10 @@ class BufferPool:
             return buffer
         self._made[key] += 1
         with self._device.on(stream), torch.inference_mode(False):
-            tensor = self._comm.alloc(numel, dtype, self._device.torch_device)
+            arena = self._arenas.alloc(self._comm, numel, dtype)
             if self._zeroed:
-                tensor.zero_()
-        return Buffer(tensor, key, self._device.event())
+                arena.tensor.zero_()
+        return Buffer(arena, key, self._device.event())
 
     def give_back(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""

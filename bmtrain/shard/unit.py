@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..context import Context
+from .arenas import Arenas
 from .flat import FlatShard
 from .parameter import DistributedParameter
 from .pool import Buffer, BufferPool
@@ -22,10 +23,11 @@ class Pools:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self.params = BufferPool(ctx.device, ctx.gather, zeroed=False)
-        self.grads = BufferPool(ctx.device, ctx.reduce, zeroed=True)
-        self.parts = BufferPool(ctx.device, ctx.reduce, zeroed=False)
-        self.casts = BufferPool(ctx.device, ctx.gather, zeroed=False)
+        self.arenas = arenas = Arenas(ctx)
+        self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
+        self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)
+        self.parts = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=False)
+        self.casts = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
         self._users: weakref.WeakKeyDictionary[FlatShard, set[Any]] = weakref.WeakKeyDictionary()
 
     def acquire_params(self, flat: FlatShard) -> Buffer:

@@ -92,10 +92,12 @@ def memory_after_deletion() -> tuple[int, int]:
 
     train(torch.bfloat16, True, steps=2)
     gc.collect()
+    bmt.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.mem_get_info()[0]
     train(torch.bfloat16, False, steps=2)
     gc.collect()
+    bmt.synchronize()
     torch.cuda.empty_cache()
     return before, torch.cuda.mem_get_info()[0]
 
