@@ -1,0 +1,37 @@
+"""The model zoo: real models from packages, converted from the source they ship, verified on 1 and 2 ranks.
+
+    python -m tests.zoo prepare [PACKAGE...]     download, unpack, convert
+    python -m tests.zoo run [FAMILY...]          verify; FAMILY may end in * (all of one package: transformers*)
+    python -m tests.zoo table                    write docs/zoo.md
+
+Everything is kept under $BMTRAIN_ZOO (default ~/.cache/bmtrain-zoo), with an environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+
+from tests.zoo import prepare, runner, table
+from tests.zoo.packages import PACKAGES
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("prepare", "run", "table"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--again", action="store_true", help="verify or convert also what has been done before")
+    options = parser.parse_args()
+    if options.command == "prepare":
+        prepare.prepare(options.names or list(PACKAGES), options.again)
+        return 0
+    if options.command == "table":
+        table.write()
+        return 0
+    wanted = [name for name in runner.families() if any(fnmatch.fnmatch(name, n) for n in options.names or ["*"])]
+    return runner.run(wanted, options.again)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

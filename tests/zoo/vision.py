@@ -1,0 +1,112 @@
+"""timm, segment-anything and other models of pictures, in tiny configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tests.zoo.families import B, Made
+
+
+def _timm(name: str, size: int = 32, **options: Any) -> Made:
+    import timm
+
+    return timm.create_model(name, num_classes=5, **options), (torch.randn(B, 3, size, size),)
+
+
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4}
+
+
+def timm__vit() -> Made:
+    return _timm("vit_tiny_patch16_224", **TINY, drop_path_rate=0.1, proj_drop_rate=0.1)
+
+
+def timm__deit() -> Made:
+    return _timm("deit_tiny_distilled_patch16_224", **TINY)
+
+
+def timm__beit() -> Made:
+    return _timm("beit_base_patch16_224", **TINY)
+
+
+def timm__eva() -> Made:
+    return _timm("eva02_tiny_patch14_224", **TINY)
+
+
+def timm__swin() -> Made:
+    return _timm(
+        "swin_tiny_patch4_window7_224", img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4
+    )
+
+
+def timm__convnext() -> Made:
+    return _timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), drop_path_rate=0.2)
+
+
+def timm__mixer() -> Made:
+    from timm.models.mlp_mixer import MlpMixer
+
+    model = MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32, drop_path_rate=0.2)
+    return model, (torch.randn(B, 3, 32, 32),)
+
+
+def timm__maxvit() -> Made:
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg
+
+    config = MaxxVitCfg(embed_dim=(32, 64), depths=(1, 2), block_type=("M", "M"), stem_width=8)
+    return MaxxVit(config, img_size=224, num_classes=5), (torch.randn(2, 3, 224, 224),)
+
+
+def timm__coat() -> Made:
+    return _timm("coat_tiny", 64, img_size=64, embed_dims=(16, 16, 16, 16), num_heads=8, serial_depths=(1, 1, 1, 1))
+
+
+def timm__cait() -> Made:
+    return _timm("cait_xxs24_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4)
+
+
+def timm__crossvit() -> Made:
+    return _timm("crossvit_tiny_240", 240, embed_dim=(12, 24), depth=((1, 2, 0), (1, 2, 0)))
+
+
+def timm__xcit() -> Made:
+    return _timm("xcit_nano_12_p16_224", img_size=32, patch_size=16, embed_dim=32, depth=3, num_heads=4)
+
+
+def timm__resnet() -> Made:
+    return _timm("resnet10t", channels=(8, 16, 24, 32), stem_width=8)
+
+
+def timm__mvitv2() -> Made:
+    return _timm("mvitv2_tiny", 64, img_size=64)
+
+
+def timm__pvt() -> Made:
+    return _timm("pvt_v2_b0", 64, depths=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), num_heads=(1, 1, 2, 2))
+
+
+def segment_anything__encoder() -> Made:
+    from segment_anything.modeling.image_encoder import ImageEncoderViT
+
+    model = ImageEncoderViT(
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, out_chans=16, window_size=2, use_rel_pos=True,
+        rel_pos_zero_init=False, global_attn_indexes=(1,),
+    )  # fmt: skip
+    return model, (torch.randn(B, 3, 32, 32),)
+
+
+def segment_anything__two_way() -> Made:
+    from segment_anything.modeling.transformer import TwoWayTransformer
+
+    model = TwoWayTransformer(depth=2, embedding_dim=32, num_heads=4, mlp_dim=48)
+    return model, (torch.randn(B, 32, 4, 4), torch.randn(B, 32, 4, 4), torch.randn(B, 5, 32))
+
+
+def open_clip__clip() -> Made:
+    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+    vision = CLIPVisionCfg(layers=3, width=32, head_width=8, patch_size=8, image_size=32)
+    text = CLIPTextCfg(context_length=12, vocab_size=65, width=32, heads=4, layers=3)
+    model = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    return model, (torch.randn(B, 3, 32, 32), torch.randint(1, 65, (B, 12)))
