@@ -116,7 +116,7 @@ class Phases:
         """Training: forward, backward, clipping and AdamW, ``count`` times. Leaves the weights changed."""
         self._clear()
         self.side.optimizer(self.case.model.parameters())
-        losses, norms = [], []
+        losses, norms, first = [], [], None
         self.case.model.train()
         for number in range(count):
             seed_all(self.seed + 1 + number)
@@ -124,10 +124,13 @@ class Phases:
             losses.append(float(loss.detach()))
             self.side.backward(loss)
             norms.append(self.side.step(max_norm))
+            if number == 0:
+                first = self._on_first(recorded(self.case.model.state_dict()))
         self._clear()
         return {
             "losses": recorded(torch.tensor(losses)),
             "gradient norms": recorded(torch.tensor(norms)),
+            "weights after one": first,
             "weights": self._on_first(recorded(self.case.model.state_dict())),
         }
 
