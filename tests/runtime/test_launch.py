@@ -1,0 +1,108 @@
+"""The ways to start a script: torchrun, torch.distributed.launch, several nodes, and plain python."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = str(Path(__file__).parent / "launched.py")
+ROOT = Path(__file__).parents[2]
+SECONDS = 120
+
+
+def environment() -> dict[str, str]:
+    launch = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    clean = {k: v for k, v in os.environ.items() if k not in launch}
+    paths = [str(ROOT), *filter(None, [clean.get("PYTHONPATH")])]
+    return {**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def seen(folder: Path, world_size: int) -> list[dict[str, Any]]:
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world_size)]
+    assert [f["rank"] for f in found] == list(range(world_size))
+    assert all(f["world_size"] == world_size for f in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of ``python script.py``: one process, no launcher."""
+    folder = tmp_path_factory.mktemp("alone")
+    finish(start(SCRIPT, "--out", str(folder)))
+    losses: list[float] = seen(folder, 1)[0]["losses"]
+    return losses
+
+
+def check(folder: Path, world_size: int, alone: list[float]) -> list[dict[str, Any]]:
+    found = seen(folder, world_size)
+    for one in found:
+        assert one["losses"] == pytest.approx(alone, rel=1e-5), "the same losses however it is started"
+    return found
+
+
+def test_torchrun(tmp_path: Path, alone: list[float]) -> None:
+    run = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    finish(start(*run, SCRIPT, "--out", str(tmp_path)))
+    check(tmp_path, 2, alone)
+
+
+def test_the_older_launcher_passes_local_rank(tmp_path: Path, alone: list[float]) -> None:
+    run = ["-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    finish(start(*run, SCRIPT, "--out", str(tmp_path)))
+    found = check(tmp_path, 2, alone)
+    assert [f["environment"] for f in found] == ["0", "1"]
+
+
+def test_two_nodes(tmp_path: Path, alone: list[float]) -> None:
+    run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    run += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    finish(*(start(*run, f"--node_rank={node}", SCRIPT, "--out", str(tmp_path)) for node in (0, 1)))
+    found = check(tmp_path, 2, alone)
+    assert [f["environment"] for f in found] == ["0", "0"], "each is the first of its node"
+
+
+def test_a_failing_rank_ends_the_job(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import bmtrain as bmt, torch\n"
+        "bmt.init_distributed(device='cpu')\n"
+        "model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))\n"
+        "if bmt.rank() == 1:\n"
+        "    raise KeyError('the reason')\n"
+        "model(torch.ones(1, 4)).sum().backward()\n"
+    )
+    process = start("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(script))
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode != 0 and "the reason" in output
