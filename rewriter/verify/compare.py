@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,23 @@ def merge(one: Comparison, other: Comparison) -> Comparison:
     """Both, as when several ranks gave the same thing."""
     ulp, relative = max(one.ulp, other.ulp), max(one.relative, other.relative)
     return Comparison(min(one.compared, other.compared), ulp, relative, one.different + other.different)
+
+
+def first_difference(
+    ours: list[tuple[str, dict[str, Any]]], theirs: list[tuple[str, dict[str, Any]]], tolerance: float
+) -> tuple[str, Distance, Any] | None:
+    """The first module, in the order in which the original's return, whose output differs."""
+    calls: dict[str, Iterator[dict[str, Any]]] = {}
+    for name, _ in theirs:
+        calls.setdefault(name, iter([leaves for other, leaves in theirs if other == name]))
+    for name, leaves in ours:
+        other = next(calls.get(name, iter(())), None)
+        if other is None:
+            return name, Distance(name, why="is called in the original only"), (name, leaves, None)
+        worst = compare(leaves, other, tolerance).worst()
+        if worst is not None:
+            return name, worst, (worst.path, leaves.get(worst.path), other.get(worst.path))
+    return None
 
 
 def distance_of(path: str, ours: Any, theirs: Any, top: float = 0.0) -> Distance:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewriter.verify.compare import Comparison, Distance, compare, merge
+from rewriter.verify.compare import Comparison, Distance, compare, first_difference, merge
 from rewriter.verify.processes import Failure, Group, Reply
 
 NEEDED = ("initial weights", "outputs", "gradients")
@@ -286,23 +286,6 @@ class _Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.report.kept = folder / "differences.pt"
         torch.save(self.tensors, self.report.kept)
-
-
-def first_difference(
-    ours: list[tuple[str, dict[str, Any]]], theirs: list[tuple[str, dict[str, Any]]], tolerance: float
-) -> tuple[str, Distance, Any] | None:
-    """The first module, in the order in which the original's return, whose output differs."""
-    calls: dict[str, Iterator[dict[str, Any]]] = {}
-    for name, _ in theirs:
-        calls.setdefault(name, iter([leaves for other, leaves in theirs if other == name]))
-    for name, leaves in ours:
-        other = next(calls.get(name, iter(())), None)
-        if other is None:
-            return name, Distance(name, why="is called in the original only"), (name, leaves, None)
-        worst = compare(leaves, other, tolerance).worst()
-        if worst is not None:
-            return name, worst, (worst.path, leaves.get(worst.path), other.get(worst.path))
-    return None
 
 
 def _numbered(parts: Any) -> dict[str, Any]:
