@@ -84,7 +84,7 @@ def reference(task: Task) -> Run:
             tokens, targets = models.batch(task.model, step * 7 + micro)
             loss = model(tokens.to(task.device), targets.to(task.device)) / task.accumulation
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         return total
 
     def grads() -> dict[str, torch.Tensor | None]:
@@ -236,7 +236,7 @@ def train_bf16(device: str, recompute: bool) -> dict[str, Any]:
         whole.backward()
         loss = model(models.share(tokens, device), models.share(targets, device))
         manager.backward(loss)
-        losses.append((float(bmt.sum_loss(loss)), float(whole)))
+        losses.append((float(bmt.sum_loss(loss)), float(whole.detach())))
         if step == 0:
             for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.model.named_parameters(), strict=True):
                 found = bmt.gather_grad(ours)
