@@ -13,6 +13,7 @@ from rewriter.analyze.project import External, File, FunctionInfo
 from rewriter.analyze.roles import Roles, walk_own
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
 _RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
@@ -77,6 +78,8 @@ class Collectives:
     def _method(self, file: File, call: ast.Call, func: ast.Attribute) -> bool:
         roles, name = self.roles[file], func.attr
         receiver = roles.var(func.value)
+        if name == "state_dict" and not _SMALL_STATE.search(dotted(func.value) or ""):
+            return True
         if name == "backward" or (name in {"item"} and receiver in roles.losses):
             return True
         if receiver in roles.optimizers or receiver in roles.managers:
@@ -97,6 +100,12 @@ class Collectives:
                     return self.function(method[0].file, method[1])
         return False
 
+    def _saves(self, file: File, call: ast.Call) -> bool:
+        """Whether a call is a ``torch.save`` that becomes bmtrain's, for all ranks to make."""
+        if self.project.external(file, call.func) != "torch.save":
+            return False
+        return not any(isinstance(p, ast.If) and as_guard(file, p) is not None for p in file.names.ancestors(call))
+
     def function(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function makes a call that every rank must make."""
         if node not in self._functions:
@@ -104,7 +113,8 @@ class Collectives:
             owner = file.names.class_of(node)
             module = owner is not None and self.classes.is_module(file.class_info(owner))
             self._functions[node] = any(
-                isinstance(item, ast.Call) and (self.is_collective(file, item) or (module and _runs_module(item)))
+                isinstance(item, ast.Call)
+                and (self.is_collective(file, item) or (module and _runs_module(item)) or self._saves(file, item))
                 for statement in node.body
                 for item in walk_own(statement)
             )

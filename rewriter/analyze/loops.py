@@ -71,32 +71,43 @@ def find_loops(info: ClassInfo) -> Iterator[Loop]:
                     yield loop
 
 
-def _aliases(function: Function, me: str) -> dict[str, str]:
-    """Local names that stand for one container path: ``layers = self.layers``."""
-    values: dict[str, list[str]] = {}
+Aliases = dict[str, tuple[str, bool]]
+
+
+def _aliases(function: Function, me: str) -> Aliases:
+    """Local names that stand for one container, ``layers = self.layers``, and whether perhaps for a slice of it."""
+    stored: dict[str, int] = {}
+    values: dict[str, list[tuple[str, bool]]] = {}
     for node in walk(function):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            values.setdefault(node.id, []).append("")
+            stored[node.id] = stored.get(node.id, 0) + 1
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            path = self_path(node.value, me)
-            if path:
-                values.setdefault(node.targets[0].id, []).append(path)
-    return {name: found[-1] or found[0] for name, found in values.items() if len(found) == 2 and any(found)}
+            for value in (node.value.body, node.value.orelse) if isinstance(node.value, ast.IfExp) else (node.value,):
+                sliced = isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice)
+                path = self_path(value.value if isinstance(value, ast.Subscript) and sliced else value, me)
+                values.setdefault(node.targets[0].id, []).append((path, sliced))
+    found: Aliases = {}
+    for name, places in values.items():
+        paths = {path for path, _ in places}
+        if len(paths) == 1 and "" not in paths and stored[name] <= len(places):
+            found[name] = places[0][0], any(sliced for _, sliced in places)
+    return found
 
 
-def _loop(info: ClassInfo, function: Function, node: ast.For, me: str, aliases: dict[str, str]) -> Loop | None:
+def _loop(info: ClassInfo, function: Function, node: ast.For, me: str, aliases: Aliases) -> Loop | None:
     header, container, element, index = _header(node, me, aliases)
     if container is None:
         return None
     path = self_path(container, me)
-    if not path and isinstance(container, ast.Name):
-        path = aliases.get(container.id, "")
+    if not path and isinstance(container, ast.Name) and container.id in aliases:
+        path, sliced = aliases[container.id]
+        header = "slice" if sliced and header in {"plain", "enumerate"} else header
     if not path:
         return None
     return Loop(info.file, info, function, node, path, container, header, element, index, me)
 
 
-def _header(node: ast.For, me: str, aliases: dict[str, str]) -> tuple[Header, ast.expr | None, str, str]:
+def _header(node: ast.For, me: str, aliases: Aliases) -> tuple[Header, ast.expr | None, str, str]:
     """Kind of iteration, the container iterated over, names of the member and of the index."""
     source, target = node.iter, node.target
     if isinstance(source, ast.Call):

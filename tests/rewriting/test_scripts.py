@@ -164,6 +164,10 @@ CASES = {
         LOOP + "if step % 10 == 0 and is_main_process():\n    torch.save({'m': model.state_dict()}, 'x')\n",
         ["if step % 10 == 0:\n    bmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
     ),
+    "saved by a function on one rank": (
+        "def keep(state):\n    torch.save(state, 'x')\n\n\n" + LOOP + "if rank == 0:\n    keep({'step': 1})\n",
+        ["    bmt.save_checkpoint(state, 'x')\n", "\nkeep({'step': 1})\n"],
+    ),
     "logged on one rank": (
         LOOP + "if rank == 0:\n    writer.add_scalar('loss', loss.item(), 1)\n",
         ["\nvalue = bmt.sum_loss(loss).item()\nif bmt.rank() == 0:\n    writer.add_scalar('loss', value, 1)\n"],
