@@ -106,7 +106,7 @@ class Scripts:
         return found
 
     def is_parallel(self, file: File) -> bool:
-        """Whether a script already gives every rank other data (DDP, samplers, its own process group)."""
+        """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
         return any(mark in file.source.data for mark in _PARALLEL)
 
     @cached_property

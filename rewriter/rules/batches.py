@@ -25,6 +25,8 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
         return
+    if b"OptimManager(" in file.source.data:  # converted already
+        return
     for node in file.calls:
         if facts.project.external(file, node.func) not in _DRAWS:
             continue
