@@ -80,6 +80,14 @@ KEPT = {
         "if rank == 0:\n    torch.save(1, 'x')\n",
     ),
     "a scheduler": ("scheduler.step()\n", "\nscheduler.step()\n"),
+    "a scheduler of torch's": (
+        "from torch.optim.lr_scheduler import StepLR\nscheduler = StepLR(optimizer, 1)\nscheduler.step()\n",
+        "\nscheduler = StepLR(optimizer, 1)\nscheduler.step()\n",
+    ),
+    "an averaged model": (
+        "swa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
+        "\nswa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
+    ),
     "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
     "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
     "a disabled bar": ("from tqdm import tqdm\ntqdm([], disable=True)\n", "tqdm([], disable=True)"),
