@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 _WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
@@ -40,6 +40,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         edits = tuple(guard_statement(file, facts, node))
         if edits:
             yield Finding(RULE.code, node.lineno, "one rank writes", edits)
+        elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
+            message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
+            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
 
 
 def _in_opened_guard(file: File, facts: Facts, node: ast.AST) -> bool:

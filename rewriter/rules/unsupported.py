@@ -1,7 +1,7 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
-conversion of the script; code that reads ``p.grad`` is reported.
+conversion of the script; code that reads ``p.grad``, and batch norms, are reported.
 Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
 Refuses when: always.
 """
@@ -23,6 +23,7 @@ _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaL
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    yield from _batch_norm(file, facts)
     for node in file.nodes:
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
@@ -33,6 +34,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
                 message = "a gradient is read here; a rank sees its share of it only"
                 yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
+    """The first batch norm of a file: its statistics are those of a rank's share of the batch."""
+    if b"BatchNorm" not in file.source.data:
+        return
+    for call in file.calls:
+        if facts.project.external(file, call.func).startswith("torch.nn.BatchNorm"):
+            message = "batch norm sees a rank's share of the batch, not the whole batch"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+            return
 
 
 RULE = Rule(
