@@ -92,7 +92,7 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
         if needs and opened and not _writes(file, facts, node):
             for statement in node.body:
                 yield from guard_statement(file, facts, statement, opened, outdent)
-        elif not needs and _writes(file, facts, node) and _only_effects(node.body) and file.source.owns_lines(node):
+        elif not needs and _writes(file, facts, node) and _only_effects(file, node) and file.source.owns_lines(node):
             yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", [], outdent)
         return
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
@@ -109,8 +109,18 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
     yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", hoisted, outdent)
 
 
-def _only_effects(body: list[ast.stmt]) -> bool:
-    return not any(isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for s in body for item in walk(s))
+def _only_effects(file: File, node: ast.With) -> bool:
+    """Whether a block neither leaves early nor gives values that later code uses."""
+    items = [item for statement in node.body for item in walk(statement)]
+    if any(isinstance(item, (ast.Return, ast.Yield, ast.Break, ast.Continue)) for item in items):
+        return False
+    stored = {item.id for item in items if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    around = file.names.function_of(node) or file.tree
+    inside = set(items)
+    return not any(
+        isinstance(item, ast.Name) and item.id in stored and isinstance(item.ctx, ast.Load) and item not in inside
+        for item in walk(around)
+    )
 
 
 def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:

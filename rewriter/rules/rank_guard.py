@@ -46,8 +46,6 @@ def _reason_against(file: File, guard: Guard) -> str:
         return "the rank guard around it has an else branch"
     if not guard.rest and not file.source.code(guard.node).startswith("if"):
         return "the rank guard around it is an elif"
-    if not guard.rest and guard.node.body[0].lineno == guard.node.lineno:
-        return "the rank guard around it is on one line"
     return ""
 
 
@@ -59,6 +57,9 @@ def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Edit]:
             parts.extend([" and "] if parts else [])
             parts.append(source.span(operand))
         yield Edit(source.span(node.test), tuple(parts))
+    elif node.body[0].lineno == node.lineno:
+        yield Edit(Span(source.span(node).start, source.span(node.body[0]).start), ())
+        return
     else:
         first = node.body[0]
         yield Edit(

@@ -88,6 +88,10 @@ KEPT = {
         "swa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
         "\nswa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
     ),
+    "a file whose lines are counted": (
+        "with open('x', 'w') as f:\n    count = f.write('a')\nprint(count)\n",
+        "\nwith open('x', 'w') as f:\n    count = f.write('a')\n",
+    ),
     "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
     "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
     "a disabled bar": ("from tqdm import tqdm\ntqdm([], disable=True)\n", "tqdm([], disable=True)"),
@@ -175,6 +179,10 @@ CASES = {
     "saved by a function on one rank": (
         "def keep(state):\n    torch.save(state, 'x')\n\n\n" + LOOP + "if rank == 0:\n    keep({'step': 1})\n",
         ["    bmt.save_checkpoint(state, 'x')\n", "\nkeep({'step': 1})\n"],
+    ),
+    "state of one rank on one line": (
+        LOOP + "if rank == 0: torch.save({'m': model.state_dict()}, 'x')\n",
+        ["\nbmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
     ),
     "logged on one rank": (
         LOOP + "if rank == 0:\n    writer.add_scalar('loss', loss.item(), 1)\n",
