@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,7 @@ class GlooCommunicator(Communicator):
     def __init__(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
         super().__init__(rank, world_size)
         self._open: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        _alive.add(self)
 
     @property
     def _group(self) -> Any:
@@ -101,3 +104,14 @@ def _run(collective: Callable[[], Any]) -> None:
             f"A collective failed: {error}. Usually another rank stopped or ran different code; its own error is the "
             "cause."
         ) from error
+
+
+_alive: WeakSet[GlooCommunicator] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A group's threads may still let go of a finished collective's tensors, which takes Python's lock. Once Python is
+    # shutting down, whoever asks for that lock is killed, and the whole process with it: so they end before.
+    for communicator in list(_alive):
+        communicator.close()
