@@ -21,15 +21,20 @@ CLASSES = {
 """How a loop over a container uses it."""
 
 
-def count(source: Path, files: Iterable[str]) -> dict[str, Counter[str]]:
-    """By file: edits; loops called, kept over a stack, kept over a plain list; loops of each class."""
+def count(source: Path, files: Iterable[str]) -> tuple[dict[str, Counter[str]], dict[str, str]]:
+    """By file: edits; loops called, kept over a stack, kept over a plain list; loops of each class. And refusals."""
     project = Project([source])
     added = [project.add(Source(source / name, (source / name).read_bytes())) for name in sorted(files)]
     facts = Facts(project)
     counts: dict[str, Counter[str]] = {name: Counter() for name in files}
+    refused: dict[str, str] = {}
     for file, plan in make_plans(added, facts, Options()).items():
         if file in added:
-            counts[str(file.path.relative_to(source))]["edits"] = len(plan.applied)
+            name = str(file.path.relative_to(source))
+            counts[name]["edits"] = len(plan.applied)
+            stops = [f"{finding.code} {finding.message}" for finding in plan.reported if finding.stop]
+            if stops:
+                refused[name] = stops[0]
     called = {loop for stack in facts.stacks.found for loop in stack.calls}
     kept = {loop.node for stack in facts.stacks.found for loop in stack.loops}
     for loop in facts.stacks.loops:
@@ -38,7 +43,7 @@ def count(source: Path, files: Iterable[str]) -> dict[str, Counter[str]]:
             state = "called" if loop.node in called else "kept" if loop.node in kept else "plain"
             counts[name][state] += 1
             counts[name][_class(loop, state == "called")] += 1
-    return counts
+    return counts, refused
 
 
 def _class(loop: Loop, called: bool) -> str:

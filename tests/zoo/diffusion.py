@@ -1,10 +1,10 @@
-"""Diffusion models and language models of fine-tuning packages, in tiny configurations."""
+"""Diffusion models, in tiny configurations."""
 
 from __future__ import annotations
 
 import torch
 
-from tests.zoo.families import B, Made, V, ids
+from tests.zoo.families import B, Made
 
 
 def diffusion__unet() -> Made:
@@ -19,6 +19,23 @@ def diffusion__unet_1d() -> Made:
 
     model = Unet1D(dim=8, dim_mults=(1, 2), channels=3, attn_heads=2, attn_dim_head=8)
     return model, (torch.randn(B, 3, 16), torch.randint(100, (B,)))
+
+
+def diffusion__karras() -> Made:
+    from denoising_diffusion_pytorch.karras_unet import KarrasUnet
+
+    model = KarrasUnet(
+        image_size=16, dim=8, dim_max=16, num_downsamples=2, num_blocks_per_stage=1, attn_res=(4,), attn_dim_head=8,
+        attn_flash=False, fourier_dim=8, channels=3,
+    )  # fmt: skip
+    return model, (torch.randn(B, 3, 16, 16), torch.rand(B))
+
+
+def diffusion__uvit() -> Made:
+    from denoising_diffusion_pytorch.simple_diffusion import UViT
+
+    model = UViT(dim=8, dim_mults=(1, 2), vit_depth=2, attn_dim_head=8, attn_heads=2, channels=3, patch_size=2)
+    return model, (torch.randn(B, 3, 16, 16), torch.rand(B))
 
 
 def diffusers__unet() -> Made:
@@ -62,13 +79,3 @@ def diffusers__vae() -> Made:
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=16,
     )  # fmt: skip
     return model, (torch.randn(B, 3, 16, 16),)
-
-
-def torchtune__llama() -> Made:
-    from torchtune.models.llama3 import llama3
-
-    model = llama3(
-        vocab_size=V, num_layers=3, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=32, intermediate_dim=48,
-        attn_dropout=0.1,
-    )  # fmt: skip
-    return model, (ids(),)

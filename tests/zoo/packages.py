@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Package:
-    """``needs``: installed with it. ``stub``: torchvision or torchaudio is imported, not used."""
+    """``needs``: installed with it. ``stub``: torchvision or torchaudio is imported, not used.
+
+    ``beside``: other packages of this list that it imports, as they ship.
+    """
 
     name: str
     version: str
     needs: tuple[str, ...] = ()
     stub: bool = False
+    beside: tuple[str, ...] = ()
 
 
 _HF = ("huggingface_hub", "safetensors", "tokenizers", "regex", "pyyaml", "requests", "tqdm", "packaging")
@@ -34,8 +38,7 @@ PACKAGES = {
         "denoising-diffusion-pytorch", "2.3.4", ("einops", "ema-pytorch", "pillow", "scipy", "accelerate"), stub=True
     ),
     "demucs": Package("demucs", "4.1.0", ("einops", "julius", "openunmix")),
-    "torchscale": Package("torchscale", "0.3.0", ("fairscale", "timm")),
-    "torchtune": Package("torchtune", "0.6.1", ("torchao==0.12.0", "sentencepiece", "tiktoken", "blobfile")),
+    "torchscale": Package("torchscale", "0.3.0", ("fairscale",), stub=True, beside=("timm",)),
     "diffusers": Package("diffusers", "0.42.1", _HF),
     "megabyte": Package("megabyte-pytorch", "0.3.6", ("einops", "beartype")),
 }

@@ -61,8 +61,9 @@ def run(names: list[str], again: bool) -> int:
 
 def _verify(name: str) -> dict[str, Any]:
     package = PACKAGES[name.partition("__")[0]]
-    stubs = str(REPOSITORY / "tests" / "zoo" / "stubs")
-    sys.path[:] = [entry for entry in sys.path if entry != stubs] + ([stubs] if package.stub else [])
+    others = [REPOSITORY / "tests" / "zoo" / "stubs", *(source(PACKAGES[other]) for other in PACKAGES)]
+    wanted = [str(others[0])] * package.stub + [str(source(PACKAGES[other])) for other in package.beside]
+    sys.path[:] = [entry for entry in sys.path if entry not in map(str, others)] + wanted
     settings = Settings(
         source(package), converted(package), families()[name], device="cpu", keep=RESULTS / name, timeout=600
     )

@@ -33,41 +33,57 @@ Made by `bash tests/zoo.sh`; do not edit. The columns:
 def write() -> None:
     """Families that have not been verified are left out."""
     found = {name: json.loads(path.read_text()) for name in families() if (path := RESULTS / f"{name}.json").exists()}
-    counts = _counts(found)
-    rows = [_row(name, result, counts) for name, result in found.items()]
+    table = _Table(found)
+    rows = [table.row(name) for name in found]
+    verdicts = Counter(table.verdict(name) for name in found)
     target = REPOSITORY / "docs" / "zoo.md"
     target.parent.mkdir(exist_ok=True)
-    same = sum(result["held"] for result in found.values())
-    wrong = [name for name, result in found.items() if not result["held"]]
-    text = [HEAD, f"{len(found)} families: {same} the same model, {len(wrong)} not shown to be.\n\n"]
+    text = [HEAD, f"{len(found)} families: {', '.join(f'{n} {verdict}' for verdict, n in verdicts.most_common())}.\n\n"]
     text += ["Classes of loops: " + "; ".join(f"{key} {title}" for key, title in CLASSES.items()) + ".\n\n"]
     text += ["| package | family | classes | loops | edits | 1 rank | 2 ranks | after steps | verdict |\n"]
     text += ["| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n", *rows]
-    if wrong:
-        text += ["\n## Not the same\n\n", *(f"- **{name}**: {reason(found[name])}\n" for name in wrong)]
+    rest = [name for name in found if table.verdict(name) != "same"]
+    if rest:
+        text += ["\n## Refused or wrong\n\n", *(f"- **{name}**: {table.reason(name)}\n" for name in rest)]
     target.write_text("".join(text))
 
 
-def _counts(found: dict[str, Any]) -> dict[tuple[str, str], Counter[str]]:
-    """By package and file."""
-    wanted: dict[str, set[str]] = {}
-    for name, result in found.items():
-        wanted.setdefault(name.partition("__")[0], set()).update(result["files"])
-    return {
-        (key, file): counter
-        for key, files in wanted.items()
-        for file, counter in count(source(PACKAGES[key]), sorted(files)).items()
-    }
+class _Table:
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.found = found
+        self.counts: dict[tuple[str, str], Counter[str]] = {}
+        self.refused: dict[tuple[str, str], str] = {}
+        wanted: dict[str, set[str]] = {}
+        for name, result in found.items():
+            wanted.setdefault(name.partition("__")[0], set()).update(result["files"])
+        for key, files in wanted.items():
+            counts, refused = count(source(PACKAGES[key]), sorted(files))
+            self.counts.update({(key, file): counter for file, counter in counts.items()})
+            self.refused.update({(key, file): message for file, message in refused.items()})
 
+    def refusals(self, name: str) -> list[str]:
+        """What the rewriter said of files that it left alone."""
+        places = [(name.partition("__")[0], file) for file in self.found[name]["files"]]
+        return [f"{file}: {self.refused[key, file]}" for key, file in places if (key, file) in self.refused]
 
-def _row(name: str, result: dict[str, Any], counts: dict[tuple[str, str], Counter[str]]) -> str:
-    key, _, family = name.partition("__")
-    total = sum((counts[key, file] for file in result["files"]), Counter[str]())
-    classes = "".join(c for c in CLASSES if total[c]) or "-"
-    loops = f"{total['called']} / {total['kept']} / {total['plain']}"
-    package = f"{PACKAGES[key].name} {PACKAGES[key].version}"
-    cells = [package, family, classes, loops, str(total["edits"]), *_numbers(result)]
-    return f"| {' | '.join([*cells, 'same' if result['held'] else '**see below**'])} |\n"
+    def verdict(self, name: str) -> str:
+        if self.found[name]["held"]:
+            return "same"
+        return "refused" if self.refusals(name) else "wrong"
+
+    def reason(self, name: str) -> str:
+        """In one line, why a family does not count as the same."""
+        return "; ".join(self.refusals(name)) or _failure(self.found[name])
+
+    def row(self, name: str) -> str:
+        key, _, family = name.partition("__")
+        result = self.found[name]
+        total = sum((self.counts[key, file] for file in result["files"]), Counter[str]())
+        classes = "".join(c for c in CLASSES if total[c]) or "-"
+        loops = f"{total['called']} / {total['kept']} / {total['plain']}"
+        package = f"{PACKAGES[key].name} {PACKAGES[key].version}"
+        cells = [package, family, classes, loops, str(total["edits"]), *_numbers(result), self.verdict(name)]
+        return f"| {' | '.join(cells)} |\n"
 
 
 def _numbers(result: dict[str, Any]) -> Iterator[str]:
@@ -79,8 +95,7 @@ def _numbers(result: dict[str, Any]) -> Iterator[str]:
         yield form.format(max(float(value) for value in values)).replace("0e+00", "0") if values else "-"
 
 
-def reason(result: dict[str, Any]) -> str:
-    """In one line, why a family does not count as the same."""
+def _failure(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         where = f"{row['ranks']} ranks, {row['phase']}, {row['what']}"
         if row["error"]:

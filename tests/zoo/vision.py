@@ -79,7 +79,10 @@ def timm__resnet() -> Made:
 
 
 def timm__mvitv2() -> Made:
-    return _timm("mvitv2_tiny", 64, img_size=64)
+    from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+
+    config = MultiScaleVitCfg(depths=(1, 2), embed_dim=16, num_heads=1)
+    return MultiScaleVit(config, img_size=(32, 32), num_classes=5), (torch.randn(B, 3, 32, 32),)
 
 
 def timm__pvt() -> Made:
