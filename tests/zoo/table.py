@@ -82,7 +82,9 @@ class _Table:
         classes = "".join(c for c in CLASSES if total[c]) or "-"
         loops = f"{total['called']} / {total['kept']} / {total['plain']}"
         package = f"{PACKAGES[key].name} {PACKAGES[key].version}"
-        cells = [package, family, classes, loops, str(total["edits"]), *_numbers(result), self.verdict(name)]
+        verdict = self.verdict(name)
+        numbers = ["-"] * 3 if verdict == "refused" else _numbers(result)
+        cells = [package, family, classes, loops, str(total["edits"]), *numbers, verdict]
         return f"| {' | '.join(cells)} |\n"
 
 
