@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -134,12 +135,20 @@ def _never(packed: Any) -> torch.Tensor:
     raise AssertionError("a recomputed graph is never run backward")
 
 
+@dataclass(frozen=True, eq=False)
+class _Borrowed:
+    """A block's input that is a view of a parameter. Not a tuple, so that it is a leaf among the inputs."""
+
+    place: PlaceInFlat
+    requires_grad: bool
+
+
 class _Repeat:
     """A forward that can be run once more under the same generator and autocast state."""
 
     def __init__(self, engine: Engine, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._device = engine.ctx.device
-        self._call, self._inputs = call, (args, kwargs)
+        self._engine, self._device = engine, engine.ctx.device
+        self._call, self._inputs = call, self._kept((args, kwargs))
         self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
         self._rng = self._device.rng_state()
         self._autocast = [
@@ -153,12 +162,12 @@ class _Repeat:
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
                 "x = x + y for x += y."
             )
-        args, kwargs = _detached(self._inputs)
         buffers = _buffers(getattr(self._call, "__self__", None))
         present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
         try:
             with ExitStack() as stack:
+                args, kwargs = self._detached(stack)
                 stack.enter_context(torch.enable_grad())
                 for kind, enabled, dtype in self._autocast:
                     if enabled or torch.is_autocast_enabled(kind):
@@ -169,6 +178,50 @@ class _Repeat:
             for holder, name, buffer, value in buffers:
                 buffer.data.copy_(value)  # past autograd's version count: the same values return
                 holder[name] = buffer
+
+    def _kept(self, inputs: Any) -> Any:
+        """``inputs`` to be held until the backward: without gather buffers, which by then hold other values."""
+        made: dict[int, _Borrowed] = {}
+
+        def kept(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+                return value
+            flat = self._engine.residency.find(value.untyped_storage().data_ptr())
+            if flat is None:
+                return value
+            offset = int(value.storage_offset())
+            place = PlaceInFlat(flat, value.dtype, value.size(), value.stride(), offset)
+            return made.setdefault(id(value), _Borrowed(place, value.requires_grad))
+
+        return tree_map(kept, inputs)
+
+    def _detached(self, stack: ExitStack) -> Any:
+        """Copies of the inputs outside the graph; what was one tensor stays one (attention asks ``query is key``).
+
+        Parts of gather buffers are whole again until ``stack`` ends.
+        """
+        made: dict[int, torch.Tensor] = {}
+
+        def detached(value: Any) -> Any:
+            if not isinstance(value, (torch.Tensor, _Borrowed)) or isinstance(value, torch.nn.Parameter):
+                return value
+            if id(value) not in made:
+                present = self._present(value, stack) if isinstance(value, _Borrowed) else value
+                made[id(value)] = present.detach().requires_grad_(value.requires_grad)
+            return made[id(value)]
+
+        return tree_map(detached, self._inputs)
+
+    def _present(self, borrowed: _Borrowed, stack: ExitStack) -> torch.Tensor:
+        unit = borrowed.place.flat.unit
+        tensor = self._engine.rebuild(borrowed.place, self._device.autocast())
+        unit.pins += 1
+
+        def unpin() -> None:
+            unit.pins -= 1
+
+        stack.callback(unpin)
+        return tensor
 
 
 def _buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
@@ -181,17 +234,3 @@ def _buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch
         for name, buffer in inner._buffers.items()
         if buffer is not None
     ]
-
-
-def _detached(inputs: Any) -> Any:
-    """Copies of ``inputs`` outside the graph; what was one tensor stays one (attention asks ``query is key``)."""
-    made: dict[int, torch.Tensor] = {}
-
-    def detached(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
-            return value
-        if id(value) not in made:
-            made[id(value)] = value.detach().requires_grad_(value.requires_grad)
-        return made[id(value)]
-
-    return tree_map(detached, inputs)
