@@ -42,7 +42,15 @@ def make_plans(files: Sequence[File], facts: Facts, options: Options) -> dict[Fi
     found = {file: _findings(file, facts) for file in files}
     stopped = {file for file, findings in found.items() if any(finding.stop for finding in findings)}
     behind = facts.scripts.only_behind(stopped) if stopped else {}
-    return {file: _plan(file, facts, options, found[file], behind.get(file)) for file in files}
+    changing = [file for file in files if file not in stopped and file not in behind]
+    met = {f.key for file in changing for f in found[file] if f.key and _applies(file, f, options)}
+    return {file: _plan(file, facts, options, found[file], behind.get(file), met) for file in files}
+
+
+def _applies(file: File, finding: Finding, options: Options) -> bool:
+    if finding.safety is Safety.REPORT or not _wanted(file, finding, options):
+        return False
+    return finding.safety is Safety.SAFE or options.unsafe
 
 
 def _findings(file: File, facts: Facts) -> list[Finding]:
@@ -51,21 +59,23 @@ def _findings(file: File, facts: Facts) -> list[Finding]:
     return sorted((finding for rule in RULES for finding in rule.find(file, facts)), key=lambda finding: finding.line)
 
 
-def _plan(file: File, facts: Facts, options: Options, findings: list[Finding], behind: File | None) -> Plan:
+def _plan(
+    file: File, facts: Facts, options: Options, findings: list[Finding], behind: File | None, met: set[str]
+) -> Plan:
     reported = [f for f in findings if f.safety is Safety.REPORT and _wanted(file, f, options)]
     if any(finding.stop for finding in findings):
         return Plan((), (), (), tuple(finding for finding in reported if finding.stop))
     if behind is not None:
         message = f"part of {behind.path}, which cannot be converted"
         return Plan((), (), (), (Finding("BMT090", 1, message, safety=Safety.REPORT),))
-    applied: list[Finding] = []
-    hidden: list[Finding] = []
-    for finding in findings:
-        if finding.safety is Safety.REPORT or not _wanted(file, finding, options):
-            continue
-        allowed = finding.safety is Safety.SAFE or options.unsafe
-        (applied if allowed else hidden).append(finding)
-    applied = _with_requirements(applied)
+    elsewhere = facts.project.partial  # the rest of the project is converted by other processes
+    applied = [
+        finding
+        for finding in findings
+        if _applies(file, finding, options)
+        and all(key in met or (elsewhere and not key.startswith(f"stack:{file.path}:")) for key in finding.requires)
+    ]
+    hidden = [f for f in findings if f.safety is Safety.UNSAFE and not options.unsafe and _wanted(file, f, options)]
     edits = [edit for finding in applied for edit in finding.edits]
     if edits:
         edits = _without_empty_blocks(file, edits)
@@ -95,16 +105,6 @@ def _wanted(file: File, finding: Finding, options: Options) -> bool:
         return False
     codes = file.source.skips.get(finding.line)
     return codes is None or (bool(codes) and finding.code not in codes)
-
-
-def _with_requirements(findings: list[Finding]) -> list[Finding]:
-    """Findings whose requirements are met by other findings that stay."""
-    while True:
-        keys = {finding.key for finding in findings}
-        kept = [finding for finding in findings if set(finding.requires) <= keys]
-        if len(kept) == len(findings):
-            return kept
-        findings = kept
 
 
 def _import_edits(file: File, facts: Facts, edits: Iterable[Edit], others: list[str]) -> list[Edit]:

@@ -212,3 +212,21 @@ def test_a_whole_data_parallel_script() -> None:
     folder = Path(__file__).parent / "fixtures"
     before = (folder / "ddp_train.py").read_text()
     assert converted(before) == (folder / "ddp_train_converted.py").read_text()
+
+
+def test_a_loop_over_a_list_that_another_file_builds(tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text(
+        "from torch import nn\n\n\nclass Block(nn.Module):\n    def forward(self, x):\n        return x\n\n\n"
+        "class Base(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.layers = nn.ModuleList([Block() for _ in range(3)])\n"
+    )
+    (tmp_path / "model.py").write_text(
+        "from base import Base\n\n\nclass Model(Base):\n    def forward(self, x):\n"
+        "        for layer in self.layers:\n            x = layer(x)\n        return x\n"
+    )
+    both = [tmp_path / "base.py", tmp_path / "model.py"]
+    results = convert_paths(both, Options(), [tmp_path])
+    assert b"TransformerBlockList" in results[0].after and b"x = self.layers(x)" in results[1].after
+    results = convert_paths(both, Options(ignore=("BMT003",)), [tmp_path])
+    assert not results[1].changed
+    assert not convert_paths(both[1:], Options(), [tmp_path])[0].changed
