@@ -117,11 +117,13 @@ def _ulp(a: torch.Tensor, b: torch.Tensor) -> float:
     kind = _INTEGERS[a.element_size()]
 
     def ordered(values: torch.Tensor) -> torch.Tensor:
-        bits = values.contiguous().view(kind).to(torch.float64 if kind is torch.int64 else torch.int64)
-        lowest = -(2.0 ** (8 * values.element_size() - 1)) if kind is torch.int64 else torch.iinfo(kind).min
-        return torch.where(bits < 0, lowest - bits, bits)
+        bits = values.contiguous().view(kind)
+        lowest = torch.iinfo(kind).min  # a negative number's bits grow as it falls
+        return torch.where(bits < 0, lowest - bits.long(), bits.long())
 
-    return float((ordered(a) - ordered(b)).abs().max())
+    one, other = ordered(a), ordered(b)
+    far = (one.double() - other.double()).abs()  # rounded for 64 bits, where the exact difference may not fit
+    return float(torch.where(far < 2.0**52, (one - other).abs().double(), far).max())
 
 
 def _size(leaf: Any) -> float:
