@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("command", choices=("prepare", "run", "table"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--again", action="store_true", help="verify or convert also what has been done before")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.command == "prepare":
         prepare.prepare(options.names or list(PACKAGES), options.again)
         return 0
