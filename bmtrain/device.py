@@ -5,9 +5,10 @@ On a CPU every operation is finished when its call returns, so streams and event
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +18,8 @@ Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
 from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
 that a missing wait shows in the numbers."""
+
+RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...]]
 
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
@@ -98,15 +101,17 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
-    def rng_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """State of the CPU generator and of this device's."""
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
+    def rng_state(self) -> RngState:
+        """State of torch's CPU generator, of this device's, and of ``random``."""
+        own = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
+        return torch.get_rng_state(), own, random.getstate()
 
-    def set_rng_state(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
+        random.setstate(state[2])
 
 
 def choose_device(asked: str | None, local_rank: int) -> torch.device:
