@@ -139,10 +139,9 @@ class Engine:
                 tensor.register_hook(self._backward_starts)  # type: ignore[no-untyped-call]
 
     def _enter(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
-        if self.ctx.world_size == 1:
-            self.register(unit)
-            return
         self.register(unit)
+        if self.ctx.world_size == 1:
+            return
         predicted = self.trace.note(unit.index, phase, unit.name)
         try:
             self.residency.need(unit, autocast)
@@ -292,10 +291,11 @@ class Engine:
         self._begun = []
         for index in sorted(self.units.keys()):
             unit = self.units.get(index)
-            if unit is not None and (index in used or unit.has_raw_grads()):
+            if unit is None:
+                continue
+            if index in used or unit.has_raw_grads():
                 self._reduce(unit)
-            if unit is not None:
-                unit.open_uses = 0
+            unit.open_uses = 0
         if self.idle:
             self._unpin_loose()
             self.residency.drop_all()
@@ -309,7 +309,3 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.plan.optimizer_stepped()
-
-    def release_all(self) -> None:
-        """Nothing is whole after this except what running forwards use."""
-        self.residency.drop_all()

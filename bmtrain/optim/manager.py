@@ -10,7 +10,7 @@ from ..context import context
 from ..errors import ConfigurationError
 from .adam import clear_grads
 from .adapt import adapt
-from .norm import clip_, global_norm, overflowed, scale_grads_
+from .norm import clip_, overflowed, scale_grads_
 from .pieces import all_params, params_of
 
 
@@ -85,11 +85,7 @@ class OptimManager:
 
         Returns the norm before clipping, of the unscaled gradients: a 0-d tensor, equal on all ranks.
         """
-        params = params_of(param_groups)
-        context().engine.finish_backward()
-        norm = global_norm(params, float(norm_type)) / self.loss_scale
-        clip_(params, norm, max_norm, eps)
-        return norm
+        return clip_(params_of(param_groups), max_norm, float(norm_type), self.loss_scale, eps)
 
     def step(self) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients."""

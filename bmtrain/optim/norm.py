@@ -41,12 +41,15 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_(params: Sequence[Any], norm: torch.Tensor, max_norm: float, eps: float) -> None:
-    """Multiply gradients by ``max_norm / (norm + eps)``, at most 1.
+def clip_(params: Sequence[Any], max_norm: float, norm_type: float, loss_scale: float, eps: float) -> torch.Tensor:
+    """Multiply gradients by ``max_norm / (norm + eps)``, at most 1; returns ``norm``.  Collective.
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
+    context().engine.finish_backward()
+    norm = global_norm(params, norm_type) / loss_scale
     scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
+    return norm
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..context import context
-from .norm import clip_, global_norm
+from .norm import clip_
 from .pieces import params_of
 
 
@@ -28,11 +28,7 @@ def clip_grad_norm(
 ) -> torch.Tensor:
     """Clip gradients that carry the loss scale ``scale``; returns their unscaled norm.  Collective."""
     _say("bmt.optim.clip_grad_norm")
-    params = params_of(param_groups)
-    context().engine.finish_backward()
-    norm = global_norm(params, float(norm_type)) / scale
-    clip_(params, norm, max_norm, eps)
-    return norm
+    return clip_(params_of(param_groups), max_norm, float(norm_type), scale, eps)
 
 
 def _say(what: str) -> None:

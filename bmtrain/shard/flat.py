@@ -20,7 +20,7 @@ from .parameter import (
     show_sharded,
     show_whole,
 )  # fmt: skip
-from .pool import Buffer
+from .pool import Buffer, views_of
 
 if TYPE_CHECKING:
     from .unit import ShardUnit
@@ -103,7 +103,7 @@ class FlatShard:
 
     def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Every parameter's view of a whole flat buffer."""
-        return [flat[slot.start : slot.end].view(slot.shape) for slot in self.layout.slots]
+        return views_of(flat, self.layout)
 
     def to_gather(self, autocast: torch.dtype | None) -> torch.Tensor:
         """This rank's shard in the dtype to gather; under autocast, layers that would cast anyway come cast already."""

@@ -19,6 +19,11 @@ from .arenas import Arena, Arenas
 from .layout import Layout
 
 
+def views_of(flat: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    """Every parameter's view of a whole flat tensor."""
+    return [flat[slot.start : slot.end].view(slot.shape) for slot in layout.slots]
+
+
 @dataclass(eq=False)
 class Buffer:
     """A flat tensor and the event after which its next owner may write it."""
@@ -45,7 +50,7 @@ class Buffer:
         views = self._views.get(id(layout))
         if views is None:
             with torch.inference_mode(False):  # the views outlive the caller's mode
-                views = [self.tensor[s.start : s.end].view(s.shape) for s in layout.slots]
+                views = views_of(self.tensor, layout)
             self._views[id(layout)] = views
         return views
 

@@ -103,11 +103,6 @@ class ShardUnit:
         ]
 
     @property
-    def whole_bytes(self) -> int:
-        """Bytes of all its parameters, padding included."""
-        return sum(flat.layout.numel * flat.shard.element_size() for flat in self.flats)
-
-    @property
     def is_coming(self) -> bool:
         """Whether a gather has been started and not yet shown."""
         return bool(self._coming)

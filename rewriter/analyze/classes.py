@@ -17,7 +17,6 @@ _KNOWN = {
     "PreTrainedModel", "GradientCheckpointingLayer", "LightningModule", "BaseModule", "BaseModel", "ModelMixin",
     "FairseqEncoder", "FairseqDecoder", "ModuleUtilsMixin", "MegatronModule", "PyTorchModelHubMixin",
 }  # fmt: skip
-ENGINE_BASES = {"LightningModule", "LightningLite", "MegatronModule"}
 
 
 class Classes:
