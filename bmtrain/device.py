@@ -46,6 +46,11 @@ class Event:
                 _delay(stream)
 
 
+def current_stream_handle(index: int) -> int:
+    """The cudaStream_t on which work for GPU ``index`` is queued now, as C++ takes it."""
+    return int(torch._C._cuda_getCurrentRawStream(index))
+
+
 def _delay(stream: torch.cuda.Stream | None) -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(_STRESS_CYCLES)  # type: ignore[no-untyped-call]
@@ -59,6 +64,7 @@ class Device:
         self.is_cuda = device.type == "cuda"
         self.schedule = schedule
         self._index = device.index  # looked up fastest
+        self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
 
@@ -77,9 +83,13 @@ class Device:
         """Run the body's device work on ``stream``."""
         if stream is None:
             yield
-        else:
-            with torch.cuda.stream(stream):
-                yield
+            return
+        before = self.current_stream()
+        torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(before)
 
     def event_after(self, stream: torch.cuda.Stream | None) -> Event:
         """An event recorded at the present end of ``stream``."""
@@ -89,7 +99,14 @@ class Device:
 
     def current_stream(self) -> torch.cuda.Stream | None:
         """The stream on which the caller computes."""
-        return torch.cuda.current_stream(self._index) if self.is_cuda else None
+        if not self.is_cuda:
+            return None
+        # Asked dozens of times a step: torch.cuda.current_stream makes a new object each time, some 10 us.
+        handle = current_stream_handle(self._index)
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = torch.cuda.current_stream(self._index)
+        return stream
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region the caller is in, if it is in one."""

@@ -229,7 +229,7 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
 def _queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Device index and handle of the current stream there."""
     device = tensor.get_device()
-    return device, torch.cuda.current_stream(device).cuda_stream
+    return device, torch._C._cuda_getCurrentRawStream(device)  # a stream object would cost a launch's time
 
 
 def _address(tensor: torch.Tensor | None) -> int:

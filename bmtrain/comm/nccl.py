@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch.utils.dlpack import from_dlpack
 
+from ..device import current_stream_handle
 from ..errors import CommunicationError, ConfigurationError, DeviceError
 from . import nccl_library as library
 from .base import Communicator, ReduceOp
@@ -207,12 +208,12 @@ class NcclCommunicator(Communicator):
 
     def _queue(self, operation: Callable[..., None], *arguments: int) -> None:
         """Call ``operation`` with the current stream as its last argument."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = current_stream_handle(self.device.index)
         if self.policy != "zero" or stream != _DEFAULT_STREAM:
             operation(*arguments, stream)
             return
         with _off_default_stream(self.device):
-            operation(*arguments, torch.cuda.current_stream(self.device).cuda_stream)
+            operation(*arguments, current_stream_handle(self.device.index))
 
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:

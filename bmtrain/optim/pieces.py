@@ -63,14 +63,19 @@ def params_of(groups: Any) -> list[DistributedParameter]:
 def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     """For each parameter of each flat shard, whether any rank has a gradient for it.  Collective.
 
-    Ranks may differ: an expert may have had tokens on one rank only.
+    Ranks may differ: an expert may have had tokens on one rank only.  A rank that has all gradients knows the answer
+    without waiting for its device.
     """
     flags = [t and f.gradient.present for f in flats for t in f.touched]
     ctx = context()
     if ctx.world_size > 1 and flags:
-        shared = torch.tensor(flags, dtype=torch.uint8)
-        ctx.control.all_reduce(shared, "max")
-        flags = [bool(x) for x in shared.tolist()]
+        device, whole = ctx.device.torch_device, all(flags)
+        shared = torch.ones(len(flags), dtype=torch.uint8, device=device) if whole else torch.tensor(
+            flags, dtype=torch.uint8, device=device
+        )  # fmt: skip
+        ctx.world.all_reduce(shared, "max")
+        if not whole:
+            flags = [bool(x) for x in shared.tolist()]
     out, at = [], 0
     for flat in flats:
         out.append(flags[at : at + len(flat.params)])
