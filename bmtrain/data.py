@@ -7,17 +7,21 @@ over all ranks sees exactly what one step of the original sees.
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from .context import Context, context
 from .errors import ConfigurationError
-from .rng import Draws
+from .rng import Draws, capture, restore, same
 from .topology import share
 
 BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any])
@@ -52,6 +56,11 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     draw on rank 0 (from torch's CPU generator, ``random``, numpy, or a generator given to the loader).  The random
     numbers that the model draws are left alone.
 
+    *Random datasets.*  Where samples draw random numbers (crops, random positions in a text), ranks must not draw the
+    same ones for different samples.  Without workers, every rank then loads whole batches and keeps its part, so that
+    the samples are the single process's.  With workers, which are there because loading is slow, each rank's workers
+    draw numbers of their own.  A generator that the dataset itself holds is its own business: seed it by ``bmt.rank()``.
+
     *Short batches.*  A batch that does not divide evenly, usually the last, is split as evenly as possible, the first
     ranks getting one sample more.  The mean over ranks then weighs samples slightly differently from the single
     process; use ``drop_last=True`` where that matters.  A batch with fewer samples than ranks is repeated until every
@@ -82,10 +91,21 @@ def shard_loader(loader: LoaderT) -> LoaderT:
         replaced["collate_fn"] = _ShareOfSamples(loader.collate_fn, topology.data_rank, topology.data_size)
     else:
         replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, _generators(loader))
+        replaced["_get_iterator"] = partial(_iterator, sharded, topology.data_rank)
     for name, value in replaced.items():
         # DataLoader forbids plain assignment because running workers would not notice; the copy has none yet.
         object.__setattr__(sharded, name, value)
     return sharded
+
+
+def _iterator(loader: DataLoader[Any], rank: int) -> Any:
+    """What ``iter(loader)`` goes through: the loader's own iterator, over a dataset that minds its random numbers."""
+    inner = copy.copy(loader)
+    if loader.num_workers == 0:
+        object.__setattr__(inner, "dataset", _WholeBatches(loader.dataset))
+    else:
+        object.__setattr__(inner, "worker_init_fn", _WorkerStart(loader.worker_init_fn, rank))
+    return type(inner)._get_iterator(inner)
 
 
 class AlignedSampler(Sampler[Any]):
@@ -106,12 +126,17 @@ class AlignedSampler(Sampler[Any]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        for item, _ in self.drawn():
+            yield item
+
+    def drawn(self) -> Iterator[tuple[Any, Draws]]:
+        """Each item, and the epoch's draws, for what else the single process would draw there."""
         self._epoch += 1
         draws = Draws(context(), f"{self._number}/{self._epoch}", self._generators)
         drawn = draws.run(lambda: iter(self.sampler))
         end = object()
         while (item := draws.run(lambda: next(drawn, end))) is not end:
-            yield item
+            yield item, draws
 
     def __getattr__(self, name: str) -> Any:
         if name == "sampler":  # not there yet while a copy is being made
@@ -124,11 +149,68 @@ class ShardedBatchSampler(AlignedSampler):
 
     def __iter__(self) -> Iterator[Any]:
         topology = context().topology
-        for batch in super().__iter__():
-            yield _part(batch, topology.data_rank, topology.data_size)
+        for batch, draws in self.drawn():
+            bounds = _bounds(len(batch), topology.data_rank, topology.data_size)
+            yield _Share(batch, bounds, draws) if type(batch) is list else batch[bounds]
 
 
 _made: WeakKeyDictionary[Context, int] = WeakKeyDictionary()  # samplers of each context
+
+
+class _Share(list[Any]):
+    """A rank's part of a batch of indices, which knows the batch.  In another process it is a plain list."""
+
+    def __init__(self, batch: list[Any], bounds: slice, draws: Draws) -> None:
+        super().__init__(batch[bounds])
+        self.batch, self.bounds, self.draws = batch, bounds, draws
+
+    def __reduce__(self) -> Any:
+        return list, (list(self),)
+
+
+class _WholeBatches:
+    """A dataset that turns out to draw random numbers is read in whole batches, as by a single process."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._random = False
+
+    def __getitems__(self, indices: Any) -> Any:
+        if not isinstance(indices, _Share):
+            return self._samples(indices)
+        if not self._random:
+            before = capture()
+            samples = self._samples(list(indices))
+            if same(capture(), before):
+                return samples
+            self._random = True
+            restore(before)
+        return indices.draws.run(lambda: self._samples(indices.batch))[indices.bounds]
+
+    def _samples(self, indices: Any) -> Any:
+        if getattr(self._dataset, "__getitems__", None):
+            return self._dataset.__getitems__(indices)
+        return [self._dataset[index] for index in indices]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._dataset, name)
+
+
+class _WorkerStart:
+    """A ``worker_init_fn`` that makes the workers of other ranks draw other random numbers than rank 0's."""
+
+    def __init__(self, then: Callable[[int], None] | None, rank: int) -> None:
+        self._then, self._rank = then, rank
+
+    def __call__(self, worker: int) -> None:
+        if self._rank:
+            seed = (torch.initial_seed() + self._rank * 0x9E3779B97F4A7C15) % 2**63
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(seed % 2**32)
+        if self._then is not None:
+            self._then(worker)
 
 
 class _ShareOfSamples:
@@ -165,12 +247,16 @@ class _ShareOfElement:
 
 
 def _part(batch: Any, rank: int, ranks: int) -> Any:
+    return batch[_bounds(len(batch), rank, ranks)]
+
+
+def _bounds(length: int, rank: int, ranks: int) -> slice:
     """Part ``rank`` of ``ranks``: as even as possible, and never empty unless the batch is."""
-    if 0 < len(batch) < ranks:
-        first = rank % len(batch)
-        return batch[first : first + 1]
-    part = share(len(batch), ranks, rank)
-    return batch[part.start : part.stop]
+    if 0 < length < ranks:
+        first = rank % length
+        return slice(first, first + 1)
+    part = share(length, ranks, rank)
+    return slice(part.start, part.stop)
 
 
 def _generators(loader: DataLoader[Any]) -> list[Generator]:

@@ -28,32 +28,34 @@ class Draws:
     def __init__(self, here: Context, key: str, generators: Sequence[torch.Generator] = ()) -> None:
         self._leads = here.rank == 0
         own = [generator.get_state() for generator in generators]
-        self._state, leading = _from_rank_0(here, key, (_capture(), own))
+        self._state, leading = _from_rank_0(here, key, (capture(), own))
         for generator, state in zip(generators, leading, strict=True):
             generator.set_state(state)
 
     def run(self, draw: Callable[[], T]) -> T:
         """``draw()``, with the generators where the previous draw left them."""
-        own = _capture()
-        _restore(self._state)
+        own = capture()
+        restore(self._state)
         try:
             return draw()
         finally:
-            drawn = _capture()
+            drawn = capture()
             # A sampler may draw again after the model has drawn.  Rank 0's generators then jump to the sampler's, so
             # that a number drawn once for the order is not drawn again for the next epoch's.
-            follow = self._leads and not _same(drawn, self._state)
-            _restore(drawn if follow else own)
+            follow = self._leads and not same(drawn, self._state)
+            restore(drawn if follow else own)
             self._state = drawn
 
 
-def _capture() -> State:
+def capture() -> State:
+    """The state of the process's generators."""
     state = [torch.get_rng_state(), random.getstate()]
     numpy = sys.modules.get("numpy")
     return state if numpy is None else [*state, numpy.random.get_state()]
 
 
-def _restore(state: State) -> None:
+def restore(state: State) -> None:
+    """Put the process's generators back."""
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     if len(state) > 2:
@@ -62,7 +64,8 @@ def _restore(state: State) -> None:
         numpy.random.set_state(state[2])
 
 
-def _same(one: State, other: State) -> bool:
+def same(one: State, other: State) -> bool:
+    """Whether nothing was drawn between two captures."""
     # numpy's state is a tuple that holds an array, which does not compare to one truth value.
     return torch.equal(one[0], other[0]) and one[1] == other[1] and _numpy_key(one) == _numpy_key(other)
 

@@ -225,6 +225,51 @@ def test_elements_that_are_batches_come_in_rank_0s_order() -> None:
     assert parts != sorted(parts)
 
 
+class Crops(Dataset[torch.Tensor]):
+    """Samples that draw random numbers from all three generators."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([index, float(torch.rand(())), random.random(), numpy.random.rand()])
+
+
+class CropsByList(Crops):
+    def __getitems__(self, indices: list[int]) -> list[torch.Tensor]:
+        return [self[index] for index in indices]
+
+
+def crops(dataset: type[Crops], share: bool, workers: int = 0, **options: Any) -> list[torch.Tensor]:
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.manual_seed(1)
+    loader: DataLoader[torch.Tensor] = DataLoader(dataset(), 5, num_workers=workers, **options)
+    loader = bmt.shard_loader(loader) if share else loader
+    return [batch for _ in range(2) for batch in loader]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("dataset", [Crops, CropsByList])
+def test_samples_that_draw_random_numbers_are_the_single_processs(dataset: type[Crops], shuffle: bool) -> None:
+    original = crops(dataset, share=False, shuffle=shuffle)
+    first, second = run_ranks(2, crops, dataset, True, shuffle=shuffle)
+    for whole, *parts in zip(original, first, second, strict=True):
+        assert torch.equal(whole, torch.cat(parts))
+
+
+def drawn_by_workers() -> list[torch.Tensor]:
+    return crops(Crops, True, workers=1)
+
+
+def test_workers_of_different_ranks_draw_different_numbers() -> None:
+    original = crops(Crops, share=False, workers=1)
+    first, second = run_ranks(2, drawn_by_workers)
+    assert torch.equal(first[0], original[0][:3]), "rank 0's workers draw what they would draw alone"
+    drawn = torch.cat([*first, *second])[:, 1:]
+    assert len(drawn.unique(dim=0)) == len(drawn) == 24 and drawn.unique().numel() == 72
+
+
 def attributes() -> dict[str, Any]:
     original: DataLoader[Any] = DataLoader(Numbers(10), batch_size=4, pin_memory=False, drop_last=True, num_workers=2)
     loader = bmt.shard_loader(original)
