@@ -89,7 +89,7 @@ class Device:
         try:
             yield
         finally:
-            torch.cuda.set_stream(before)
+            torch.cuda.set_stream(before)  # type: ignore[arg-type]
 
     def event_after(self, stream: torch.cuda.Stream | None) -> Event:
         """An event recorded at the present end of ``stream``."""
