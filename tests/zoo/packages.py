@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Package:
-    """``needs``: installed with it. ``stub``: torchvision or torchaudio is imported, not used.
+    """``needs``: installed with it, ``alone``: without what they need in turn, such as another build of torch.
 
-    ``beside``: other packages of this list that it imports, as they ship.
+    ``stub``: torchvision or torchaudio is imported, not used. ``beside``: other packages of this list that it imports,
+    as they ship.
     """
 
     name: str
     version: str
     needs: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     stub: bool = False
     beside: tuple[str, ...] = ()
 
@@ -29,7 +31,7 @@ PACKAGES = {
     "mambapy": Package("mambapy", "1.2.0", ("einops",)),
     "whisper": Package("openai-whisper", "20250625", ("tiktoken", "more-itertools", "numba")),
     "encodec": Package("encodec", "0.1.1", ("einops",), stub=True),
-    "segment_anything": Package("segment-anything", "1.0", (), stub=True),
+    "segment_anything": Package("segment-anything", "1.0", stub=True),
     "open_clip": Package("open-clip-torch", "3.3.0", ("ftfy", "regex", *_HF), stub=True),
     "esm": Package("fair-esm", "2.0.0"),
     "perceiver": Package("perceiver-pytorch", "0.11.0", ("einops",)),
@@ -37,9 +39,16 @@ PACKAGES = {
     "diffusion": Package(
         "denoising-diffusion-pytorch", "2.3.4", ("einops", "ema-pytorch", "pillow", "scipy", "accelerate"), stub=True
     ),
-    "demucs": Package("demucs", "4.1.0", ("einops", "julius", "openunmix")),
+    "demucs": Package("demucs", "4.1.0", ("einops", "julius"), alone=("openunmix",), stub=True),
     "torchscale": Package("torchscale", "0.3.0", ("fairscale",), stub=True, beside=("timm",)),
     "diffusers": Package("diffusers", "0.42.1", _HF),
     "megabyte": Package("megabyte-pytorch", "0.3.6", ("einops", "beartype")),
 }
 """By the first part of a factory's name."""
+
+SUBSET = (
+    "transformers__llama", "transformers__mixtral", "transformers__bert", "transformers__albert", "transformers__t5",
+    "transformers__wav2vec2", "timm__swin", "vit_pytorch__vit", "vit_pytorch__recurrent", "x_transformers__decoder",
+    "mambapy__jamba", "diffusers__unet",
+)  # fmt: skip
+"""What every change is tested with: few packages, most kinds of model and of loop."""

@@ -17,8 +17,16 @@ HOME = Path(os.environ.get("BMTRAIN_ZOO", Path.home() / ".cache" / "bmtrain-zoo"
 PYTHON = HOME / "venv" / "bin" / "python"
 
 
+class UnreachableError(Exception):
+    """No package can be downloaded here."""
+
+
 def prepare(names: list[str], again: bool) -> None:
-    """Everything that verifying the families of these packages needs."""
+    """Everything that verifying the families of these packages needs.
+
+    Raises:
+        UnreachableError: there is no network.
+    """
     _environment()
     for name in names:
         package = PACKAGES[name]
@@ -51,10 +59,23 @@ def _environment() -> None:
 
 def _install(package: Package) -> None:
     mark = HOME / "installed" / package.name
-    if package.needs and not mark.exists():
-        subprocess.run([str(PYTHON), "-m", "pip", "install", "--quiet", *package.needs], check=True)
+    if (package.needs or package.alone) and not mark.exists():
+        if package.needs:
+            _pip("install", *package.needs)
+        if package.alone:
+            _pip("install", "--no-deps", *package.alone)
         mark.parent.mkdir(exist_ok=True)
         mark.touch()
+
+
+def _pip(*arguments: str) -> None:
+    done = subprocess.run([str(PYTHON), "-m", "pip", *arguments, "--quiet"], stderr=subprocess.PIPE, text=True)
+    if done.returncode == 0:
+        return
+    print(done.stderr, file=sys.stderr)
+    if "connection broken by" in done.stderr:  # what pip says before it tries again, and last of all, that it gives up
+        raise UnreachableError(f"pip {arguments[0]} {arguments[-1]}: no connection")
+    done.check_returncode()
 
 
 def _unpack(package: Package) -> None:
@@ -63,8 +84,7 @@ def _unpack(package: Package) -> None:
         return
     downloads = HOME / "downloads" / package.name
     wanted = f"{package.name}=={package.version}"
-    command = [str(PYTHON), "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(downloads), wanted]
-    subprocess.run(command, check=True)
+    _pip("download", "--no-deps", "--dest", str(downloads), wanted)
     archive = next(downloads.iterdir())
     parts = target.with_suffix(".part")
     if archive.suffix == ".whl":
