@@ -59,7 +59,7 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     *Random datasets.*  Where samples draw random numbers (crops, random positions in a text), ranks must not draw the
     same ones for different samples.  Without workers, every rank then loads whole batches and keeps its part, so that
     the samples are the single process's.  With workers, which are there because loading is slow, each rank's workers
-    draw numbers of their own.  A generator that the dataset itself holds is its own business: seed it by ``bmt.rank()``.
+    draw numbers of their own.  A generator that the dataset itself holds has to be seeded by ``bmt.rank()``.
 
     *Short batches.*  A batch that does not divide evenly, usually the last, is split as evenly as possible, the first
     ranks getting one sample more.  The mean over ranks then weighs samples slightly differently from the single
@@ -185,6 +185,8 @@ class _WholeBatches:
                 return samples
             self._random = True
             restore(before)
+        if indices.draws.together:
+            return self._samples(indices.batch)[indices.bounds]
         return indices.draws.run(lambda: self._samples(indices.batch))[indices.bounds]
 
     def _samples(self, indices: Any) -> Any:

@@ -20,15 +20,15 @@ State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is 
 class Draws:
     """One stretch of draws, such as an epoch's order: made by every rank from rank 0's generators as they are now.
 
-    On rank 0 the generators advance as if nothing had been added.  On the others they are put back after every draw,
-    except ``generators``, the ones made for this purpose, which simply follow rank 0's.  ``key`` names the stretch,
-    alike on all ranks and only once.
+    On rank 0, and on ranks whose generators stand where rank 0's do (``together``), they advance as if nothing had been
+    added.  On the others they are put back after every draw, except ``generators``, the ones made for this purpose,
+    which simply follow rank 0's.  ``key`` names the stretch, alike on all ranks and only once.
     """
 
     def __init__(self, here: Context, key: str, generators: Sequence[torch.Generator] = ()) -> None:
-        self._leads = here.rank == 0
         own = [generator.get_state() for generator in generators]
         self._state, leading = _from_rank_0(here, key, (capture(), own))
+        self.together = here.rank == 0 or same(capture(), self._state)
         for generator, state in zip(generators, leading, strict=True):
             generator.set_state(state)
 
@@ -40,9 +40,9 @@ class Draws:
             return draw()
         finally:
             drawn = capture()
-            # A sampler may draw again after the model has drawn.  Rank 0's generators then jump to the sampler's, so
+            # A sampler may draw again after the model has drawn.  Generators that follow then jump to the sampler's, so
             # that a number drawn once for the order is not drawn again for the next epoch's.
-            follow = self._leads and not same(drawn, self._state)
+            follow = self.together and not same(drawn, self._state)
             restore(drawn if follow else own)
             self._state = drawn
 

@@ -246,7 +246,11 @@ def crops(dataset: type[Crops], share: bool, workers: int = 0, **options: Any) -
     torch.manual_seed(1)
     loader: DataLoader[torch.Tensor] = DataLoader(dataset(), 5, num_workers=workers, **options)
     loader = bmt.shard_loader(loader) if share else loader
-    return [batch for _ in range(2) for batch in loader]
+    batches = []
+    for batch in (batch for _ in range(2) for batch in loader):
+        batches.append(batch)
+        torch.rand(3)  # as a model does
+    return batches
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
