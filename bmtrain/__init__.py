@@ -7,6 +7,7 @@ from .context import init_distributed, is_initialized, rank, shutdown, world_siz
 from .data import shard_batch, shard_loader
 from .global_var import config
 from .legacy import optim_step
+from .precision import Precision
 from .shard import (
     DistributedModule,
     DistributedParameter,
@@ -26,6 +27,7 @@ __all__ = [
     "DistributedModule",
     "DistributedParameter",
     "ParameterInitializer",
+    "Precision",
     "TransformerBlockList",
     "benchmark",
     "compile",

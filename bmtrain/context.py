@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
 from .device import Device, Schedule, choose_device
 from .errors import ConfigurationError, NotInitializedError, UnsupportedError
+from .precision import Precision, as_precision
 from .topology import Topology
 
 
@@ -86,6 +87,8 @@ class Context:
     reduce: Communicator
     """Reductions of gradients."""
     timeout: timedelta
+    precision: Precision = field(default_factory=Precision)
+    """Of every module that was given none of its own."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -168,6 +171,7 @@ def init_distributed(
     device: str | None = None,
     schedule: Schedule = "overlap",
     timeout: timedelta = timedelta(minutes=30),
+    precision: Precision | torch.dtype | str | None = None,
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -183,12 +187,15 @@ def init_distributed(
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
         schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
         timeout: how long a collective or a meeting may take.
+        precision: a bmt.Precision, or the dtype to gather fp32 parameters and compute in ("bf16", torch.bfloat16);
+            None follows the model's dtypes and autocast. Blocks may have their own.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
     if _State.context is not None:
         raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
     _warn_of_old(old)
+    policy = as_precision(precision)
     if schedule not in get_args(Schedule):
         raise ConfigurationError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {schedule!r}.")
     env = os.environ
@@ -207,6 +214,7 @@ def init_distributed(
     meeting = meet(init_method, topology.rank, topology.world_size, timeout)
     made = _connect(topology, Device(chosen, schedule), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
+    made.precision = policy
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)

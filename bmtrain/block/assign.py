@@ -42,7 +42,8 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
-        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names, group.autocasts)
+        precision = group.owner.__dict__.get("_bmt_precision")
+        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names, group.autocasts, precision)
         become(group.owner, ShardedModule)
         group.owner.__dict__["_bmt_unit"] = unit
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
+from ..precision import Precision, as_precision
 from .sharded import ShardedModule, become
 
 
@@ -24,6 +26,8 @@ class Block(ShardedModule):
         zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over.
         initialized: accepted for older scripts; parameters keep their values either way.
         mode: "BLOCK"; "PIPE" raises UnsupportedError.
+        precision: the block's own bmt.Precision, or the dtype to compute in ("bf16", torch.bfloat16); None leaves the
+            one it has, at first that of ``init_distributed``.
     """
 
     def __new__(
@@ -33,6 +37,7 @@ class Block(ShardedModule):
         zero_level: int = 3,
         initialized: bool = False,
         mode: str = "BLOCK",
+        precision: Precision | torch.dtype | str | None = None,
         **kwargs: Any,
     ) -> Any:
         if cls is not Block:  # type(block)(...): an ordinary new module of the inner class
@@ -44,12 +49,17 @@ class Block(ShardedModule):
         if mode != "BLOCK":
             raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
         ctx = context()
+        policy = None if precision is None else as_precision(precision)
         become(inner_module, Block)
         inner_module.__dict__["_bmt_recompute"] = None if use_checkpoint is None else bool(use_checkpoint)
         inner_module.__dict__["_bmt_zero_level"] = zero_level
+        if policy is not None:
+            inner_module.__dict__["_bmt_precision"] = policy
         unit = inner_module.__dict__.get("_bmt_unit")
         if unit is not None:
             unit.keep = zero_level == 2
+            if policy is not None:
+                unit.change_precision(policy)
         elif not ctx.building:
             ctx.engine.shard(inner_module)
         return inner_module

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..precision import Precision
 from .block import Block
 
 
@@ -19,25 +20,34 @@ class TransformerBlockList(nn.ModuleList):
         modules: the elements; those that are not Blocks yet become Blocks.
         num_hidden: how many of the positional arguments each block replaces by its results.
         sqrt: accepted for older scripts; what is recomputed is decided by memory (see ``Block``).
+        precision: of the elements that become Blocks here; Blocks keep their own (see ``Block``).
 
     ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
     ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
     """
 
-    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1, sqrt: bool = False) -> None:
+    precision: Precision | torch.dtype | str | None = None
+
+    def __init__(
+        self,
+        modules: Iterable[nn.Module] = (),
+        num_hidden: int = 1,
+        sqrt: bool = False,
+        precision: Precision | torch.dtype | str | None = None,
+    ) -> None:
         if num_hidden < 1:
             raise ConfigurationError("num_hidden must be at least 1.")
         super().__init__()
-        self.num_hidden = num_hidden
+        self.num_hidden, self.precision = num_hidden, precision
         self.extend(modules)
 
     def append(self, module: nn.Module) -> Any:
         """Add ``module`` as a Block."""
-        return super().append(_as_block(module))
+        return super().append(self._as_block(module))
 
     def insert(self, index: int, module: nn.Module) -> None:
         """Insert ``module`` as a Block."""
-        super().insert(index, _as_block(module))
+        super().insert(index, self._as_block(module))
 
     def extend(self, modules: Iterable[nn.Module]) -> Any:
         """Add all ``modules`` as Blocks."""
@@ -46,13 +56,16 @@ class TransformerBlockList(nn.ModuleList):
         return self
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
-        super().__setitem__(index, _as_block(module))
+        super().__setitem__(index, self._as_block(module))
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         if isinstance(part, TransformerBlockList):
-            part.num_hidden = self.num_hidden
+            part.num_hidden, part.precision = self.num_hidden, self.precision
         return part
+
+    def _as_block(self, module: nn.Module) -> nn.Module:
+        return module if isinstance(module, Block) else Block(module, precision=self.precision)
 
     def forward(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
         """Run all blocks.
@@ -75,7 +88,3 @@ class TransformerBlockList(nn.ModuleList):
         if return_hidden_states:
             return (*hidden, *(torch.stack(seen) for seen in inputs))
         return hidden[0] if count == 1 else hidden
-
-
-def _as_block(module: nn.Module) -> nn.Module:
-    return module if isinstance(module, Block) else Block(module)

@@ -109,8 +109,8 @@ class Engine:
         choice = recompute
         if recompute is None:
             recompute = unit is not None and self.plan.recomputes(unit, args, kwargs)
-        if self.ctx.world_size == 1 and not recompute:
-            return call(*args, **kwargs)  # parameters never move
+        if not self.pools.moves and not recompute:
+            return call(*args, **kwargs)
         measured = self.plan if unit is not None and choice is None and self.plan.measuring else None
         frame = Frame(self, unit, parent, recompute, measured)
         self._frames.append(frame)
@@ -123,7 +123,7 @@ class Engine:
         self._unpin_loose()
         if grad:
             self.plan.run_starts()
-        if unit is not None and self.ctx.world_size > 1:
+        if unit is not None and self.pools.moves:
             self.register(unit)
             self.trace.begin((unit.index, grad), unit.name)
 
@@ -140,14 +140,14 @@ class Engine:
 
     def _enter(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         self.register(unit)
-        if self.ctx.world_size == 1:
+        if not unit.moves:
             return
         predicted = self.trace.note(unit.index, phase, unit.name)
         try:
-            self.residency.need(unit, autocast)
+            self.residency.need(unit, unit.compute_dtype(autocast))
             coming = self.units.get(predicted) if predicted is not None else None
             if coming is not None:
-                self.residency.expect(coming, autocast)
+                self.residency.expect(coming, coming.compute_dtype(autocast))
         except CommunicationError as error:
             raise self.trace.blamed(error, f"the {phase} of {unit.name or 'the root'}") from error
 
@@ -163,14 +163,14 @@ class Engine:
     def pin(self, unit: ShardUnit) -> None:
         """Make ``unit`` whole until ``unpin``.  Collective."""
         self.register(unit)
-        if self.ctx.world_size > 1:
+        if unit.moves:
             self.residency.need(unit)
         unit.pins += 1
 
     def unpin(self, unit: ShardUnit) -> None:
         """Undo one ``pin``."""
         unit.pins -= 1
-        if not unit.pins and self.ctx.world_size > 1:
+        if not unit.pins and unit.moves:
             self.residency.drop(unit)
 
     def may_gather(self, func: Callable[..., Any]) -> bool:
@@ -304,7 +304,7 @@ class Engine:
         """An optimizer has just changed all of ``unit``: if the next step begins with it, gather it meanwhile."""
         unit.discard()
         if self.ctx.device.is_cuda and self.idle and unit.index in self.trace.opening():
-            self.residency.expect(unit, unit.autocast)
+            self.residency.expect(unit, unit.compute)
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""

@@ -54,7 +54,7 @@ class LandingLinear(nn.Linear):
             or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
             or (torch.is_autocast_enabled("cuda") and weight.dtype != torch.get_autocast_dtype("cuda"))
             or getattr(weight, "_flat", None) is None
-            or not weight._flat.is_whole
+            or not weight._flat.lands
         ):
             return super().forward(x)
         note = context().engine.recompute_note

@@ -22,14 +22,14 @@ class Residency:
         self._storages: dict[int, FlatShard] = {}
         self._current: ShardUnit | None = None
 
-    def need(self, unit: ShardUnit, autocast: torch.dtype | None = None) -> None:
-        """Make ``unit`` whole now, as a forward under this autocast is to see it (unless it is pinned otherwise)."""
-        if not unit.pins and not unit.fits(autocast):
+    def need(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
+        """Make ``unit`` whole now, gathered for ``compute`` (unless it is pinned otherwise); None: as it rests."""
+        if not unit.pins and not unit.fits(compute):
             self.drop(unit)
         if not unit.is_whole:
             if not unit.is_coming:
                 self._make_room()
-            unit.finish_gather(autocast)
+            unit.finish_gather(compute)
             for flat in unit.flats:
                 assert flat.buffer is not None
                 self._storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
@@ -37,13 +37,13 @@ class Residency:
         self._units.move_to_end(unit.index)
         self._current = unit
 
-    def expect(self, unit: ShardUnit, autocast: torch.dtype | None = None) -> None:
+    def expect(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
         if unit.is_whole or unit.is_coming:
             return
         self._make_room()
         self._units[unit.index] = unit
-        unit.start_gather(autocast)
+        unit.start_gather(compute)
 
     def find(self, pointer: int) -> FlatShard | None:
         """The whole FlatShard whose buffer's storage starts at ``pointer``."""

@@ -29,7 +29,11 @@ class ShardedModule(nn.Module):
         unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
         if unit is None:  # still being built
             return super().__call__(*args, **kwargs)
-        return context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        if not unit.precision.casts:
+            return context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        args, kwargs = unit.precision.cast_arguments((args, kwargs))
+        out = context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        return unit.precision.cast_result(out)
 
     # -- whole values in and out ----------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class FlatShard:
         gradient: this rank's reduced gradient.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
-        wire: dtype of the last gather, and so of gradients.
+        wire: dtype of the last gather, and so of computation.
         version: grows when values change other than by an optimizer, so that masters can follow.
     """
 
@@ -79,14 +79,14 @@ class FlatShard:
     @property
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
-        return self.buffer is not None or self.unit.ctx.world_size == 1
+        return self.buffer is not None or not self.unit.moves
 
     def rest(self) -> None:
-        """Show what needs no gather buffer: poison, or at world size 1 the shard itself."""
+        """Show what needs no gather buffer: poison, or the shard itself where nothing moves."""
         if self.buffer is not None:
             self.keep_writes()
         self.buffer = None
-        if self.unit.ctx.world_size == 1:
+        if not self.unit.moves:
             for parameter, view in zip(self.params, self.views(self.shard), strict=True):
                 show_whole(parameter, view)
             return
@@ -105,9 +105,19 @@ class FlatShard:
         """Every parameter's view of a whole flat buffer."""
         return views_of(flat, self.layout)
 
-    def to_gather(self, autocast: torch.dtype | None) -> torch.Tensor:
-        """This rank's shard in the dtype to gather; under autocast, layers that would cast anyway come cast already."""
-        self.wire = autocast if autocast is not None and self.autocasts else self.dtype
+    @property
+    def casts(self) -> bool:
+        """Whether these parameters may be gathered in another dtype than they rest in."""
+        return self.autocasts or (self.unit.precision.param is not None and self.dtype.is_floating_point)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """Dtype in which whole gradients are collected, sent and summed."""
+        return self.unit.precision.reduce or self.wire
+
+    def to_gather(self, compute: torch.dtype | None) -> torch.Tensor:
+        """This rank's shard in the dtype to gather; ``compute`` is as in ``ShardUnit.start_gather``."""
+        self.wire = compute if compute is not None and self.casts else self.dtype
         if self.wire == self.dtype:
             return self.shard
         cast = self.unit.pools.acquire_cast(self)
@@ -193,6 +203,11 @@ class FlatShard:
         """Whether any parameter here gets a gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             return any(p.requires_grad for p in self.params)
+
+    @property
+    def lands(self) -> bool:
+        """Whether gradients may be computed straight into the buffer that is reduced."""
+        return self.is_whole and self.reduce_dtype == self.wire
 
     def landing(self, index: int) -> tuple[torch.Tensor, bool]:
         """Where a whole gradient of parameter ``index`` goes to be reduced, and whether it is the first to come."""

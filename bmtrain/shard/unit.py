@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..context import Context
+from ..precision import Precision
 from .arenas import Arenas
 from .flat import FlatShard
 from .parameter import DistributedParameter
@@ -19,10 +20,15 @@ if TYPE_CHECKING:
 
 
 class Pools:
-    """Where units get their buffers: whole parameters, whole gradients, and parts of reduced gradients."""
+    """Where units get their buffers: whole parameters, whole gradients, and parts of reduced gradients.
+
+    Attributes:
+        moves: whether any unit is made whole by gathers.
+    """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
+        self.moves = ctx.world_size > 1
         self.arenas = arenas = Arenas(ctx)
         self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
         self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)
@@ -41,7 +47,7 @@ class Pools:
     def acquire_grads(self, flat: FlatShard) -> Buffer:
         """For all gradients of ``flat``, to be written by the current stream; zeros between parameters."""
         stream = self._ctx.device.current_stream()
-        return self._acquire(self.grads, flat, flat.layout.numel, flat.wire, stream, id(flat.layout))
+        return self._acquire(self.grads, flat, flat.layout.numel, flat.reduce_dtype, stream, id(flat.layout))
 
     def acquire_part(self, flat: FlatShard, dtype: torch.dtype) -> Buffer:
         """For this rank's part of one reduction, to be written on the reduce stream."""
@@ -69,7 +75,7 @@ class ShardUnit:
     Attributes:
         pins: how many running forwards need it whole.
         open_uses: forwards whose backward has not passed yet.
-        autocast: the dtype of the autocast under which it was gathered last.
+        compute: the dtype that the last gather was to compute in.
         keep: stay whole from the first forward to the end of the backward (ZeRO-2).
     """
 
@@ -81,14 +87,17 @@ class ShardUnit:
         params: Sequence[DistributedParameter],
         names: Sequence[str],
         autocasts: Sequence[bool],
+        precision: Precision | None = None,
     ) -> None:
         self.ctx, self.pools, self.name = ctx, pools, name
+        self.precision = ctx.precision if precision is None else precision
+        self.pools.moves |= self.moves
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = 0
         self.open_uses = 0
         self.keep = False
-        self.autocast: torch.dtype | None = None
-        self.is_whole = ctx.world_size == 1
+        self.compute: torch.dtype | None = None
+        self.is_whole = not self.moves
         self.reduced: Event = ctx.device.event()
         self._ready: Event = ctx.device.event()
         self._coming: list[Buffer] = []
@@ -103,36 +112,58 @@ class ShardUnit:
         ]
 
     @property
+    def moves(self) -> bool:
+        """Whether whole parameters are made by a gather; else the one rank's shards are shown as they are."""
+        return self.ctx.world_size > 1 or self.precision.param is not None
+
+    def change_precision(self, precision: Precision) -> None:
+        """Follow another policy from the next gather on."""
+        self.release()
+        self.precision = precision
+        self.pools.moves |= self.moves
+        self.is_whole = not self.moves
+        for flat in self.flats:
+            flat.rest()
+
+    @property
     def is_coming(self) -> bool:
         """Whether a gather has been started and not yet shown."""
         return bool(self._coming)
 
-    def fits(self, autocast: torch.dtype | None) -> bool:
-        """Whether what is whole or coming is what a forward under this autocast is to see."""
-        return self.autocast == autocast or not any(flat.autocasts for flat in self.flats)
+    def compute_dtype(self, autocast: torch.dtype | None) -> torch.dtype | None:
+        """What a forward under this autocast is to gather for."""
+        return self.precision.param or autocast
 
-    def start_gather(self, autocast: torch.dtype | None = None) -> None:
-        """Queue the gather of every parameter; compute may go on meanwhile."""
+    def fits(self, compute: torch.dtype | None) -> bool:
+        """Whether what is whole or coming is what ``start_gather(compute)`` would bring."""
+        return self.compute == compute or not any(flat.casts for flat in self.flats)
+
+    def start_gather(self, compute: torch.dtype | None = None) -> None:
+        """Queue the gather of every parameter; the device may go on computing meanwhile.
+
+        Args:
+            compute: gather in this dtype what the policy or autocast would cast to it; None gathers all as it rests.
+        """
         if self.is_whole or self._coming:
             return
-        self.autocast = autocast
+        self.compute = compute
         device = self.ctx.device
         stream = device.gather_stream
         self._ready.record(device.current_stream())  # the shard may just have been updated
         self._ready.wait(stream)
         for flat in self.flats:
             with device.on(stream):
-                shard = flat.to_gather(autocast)
+                shard = flat.to_gather(compute)
                 buffer = self.pools.acquire_params(flat)
                 self.ctx.gather.all_gather(shard, buffer.tensor)
             self._coming.append(buffer)
         self._ready.record(stream)
 
-    def finish_gather(self, autocast: torch.dtype | None = None) -> None:
+    def finish_gather(self, compute: torch.dtype | None = None) -> None:
         """Show whole parameters to code that runs from now on."""
         if self.is_whole:
             return
-        self.start_gather(autocast)
+        self.start_gather(compute)
         self._ready.wait(self.ctx.device.current_stream())
         for flat, buffer in zip(self.flats, self._coming, strict=True):
             flat.show(buffer)
@@ -140,7 +171,7 @@ class ShardUnit:
 
     def release(self) -> None:
         """Give the whole values' memory back; the parameters are sharded again."""
-        if self.ctx.world_size == 1:
+        if not self.moves:
             return
         self.discard()
         if not self.is_whole:
@@ -155,7 +186,7 @@ class ShardUnit:
 
     def hide(self) -> None:
         """Show sharded parameters but keep the whole values, as if they had just come."""
-        if self.is_whole and self.ctx.world_size > 1:
+        if self.is_whole and self.moves:
             for flat in self.flats:
                 assert flat.buffer is not None
                 self._coming.append(flat.buffer)
@@ -191,7 +222,7 @@ class ShardUnit:
         made.__dict__.update(self.__dict__)
         memo[id(self)] = made
         made.index, made.pins, made.open_uses = -1, 0, 0
-        made._coming, made.is_whole = [], self.ctx.world_size == 1
+        made._coming, made.is_whole = [], not self.moves
         made.reduced, made._ready = self.ctx.device.event(), self.ctx.device.event()
         made.flats = [flat.copy_for(made, memo) for flat in self.flats]
         return made
