@@ -112,6 +112,7 @@ class _Kernels(ModuleType):
         adamw: _AdamW,
         scale: float,
         clip: int,
+        skip: int,
     ) -> None: ...
     @staticmethod
     def sum_of_squares_partials(count: int) -> int: ...

@@ -45,6 +45,7 @@ def adamw_(
     step: int,
     grad_scale: float = 1.0,
     clip: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> None:
     """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place.
 
@@ -56,6 +57,7 @@ def adamw_(
         out: receives the new parameters in its own dtype (float32, float16, bfloat16); None for nowhere.
         step: number of this step, from 1.
         clip: one float32 element on the same device, or None for 1.
+        skip: one float32 element on the same device; unless it is 0, nothing is changed.
     """
     _check_flat(master, exp_avg, exp_avg_sq, grad, *([] if out is None else [out]))
     for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
@@ -72,9 +74,11 @@ def adamw_(
         _C.kernels.adamw(
             *_queue(master), master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
             grad.data_ptr(), _SCALARS[grad.dtype], _address(out), 0 if out is None else _SCALARS[out.dtype],
-            master.numel(), numbers, grad_scale, _address(clip),
+            master.numel(), numbers, grad_scale, _address(clip), _address(skip),
         )  # fmt: skip
         return
+    changes = [t for t in (master, exp_avg, exp_avg_sq, out) if t is not None]
+    before = [] if skip is None else [t.clone() for t in changes]
     grad = _scaled(grad, grad_scale, clip)
     master.mul_(decay)
     exp_avg.lerp_(grad, 1 - beta1)
@@ -83,6 +87,9 @@ def adamw_(
     master.addcdiv_(exp_avg, denominator, value=-step_size)
     if out is not None:
         out.copy_(master)
+    if skip is not None:
+        for tensor, old in zip(changes, before, strict=True):
+            tensor.copy_(torch.where(skip != 0, old, tensor))
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

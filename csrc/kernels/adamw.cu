@@ -10,7 +10,8 @@ template <int N, typename Gradient, typename Out>
 __global__ void __launch_bounds__(kThreads)
     adamw_kernel(float* __restrict__ master, float* __restrict__ exp_avg, float* __restrict__ exp_avg_sq,
                  const Gradient* __restrict__ gradient, Out* __restrict__ out, int64_t count, AdamW adamw, float scale,
-                 const float* __restrict__ clip) {
+                 const float* __restrict__ clip, const float* __restrict__ skip) {
+    if (skip != nullptr && *skip != 0.0f) return;
     const float factor = clip != nullptr ? scale * *clip : scale;
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * N;
     for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N; i + N <= count; i += step) {
@@ -33,11 +34,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int N, typename Gradient, typename Out>
 void launch(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq, const Gradient* gradient, Out* out,
-            int64_t count, const AdamW& adamw, float scale, const float* clip) {
+            int64_t count, const AdamW& adamw, float scale, const float* clip, const float* skip) {
     if (count == 0) return;
     adamw_kernel<N, Gradient, Out><<<blocks_for(count / N, kThreads), kThreads, 0,
                                      static_cast<cudaStream_t>(queue.stream)>>>(
-        master, exp_avg, exp_avg_sq, gradient, out, count, adamw, scale, clip);
+        master, exp_avg, exp_avg_sq, gradient, out, count, adamw, scale, clip, skip);
     BMT_CUDA(cudaGetLastError());
 }
 
@@ -45,7 +46,7 @@ void launch(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq
 
 void adamw(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq, const void* gradient,
            Scalar gradient_type, void* out, Scalar out_type, int64_t count, const AdamW& adamw, float scale,
-           const float* clip) {
+           const float* clip, const float* skip) {
     DeviceGuard guard(queue.device);
     dispatch(gradient_type, [&](auto* gradient_tag) {
         dispatch(out_type, [&](auto* out_tag) {
@@ -54,9 +55,9 @@ void adamw(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq,
             bool aligned = is_aligned<4>(master) && is_aligned<4>(exp_avg) && is_aligned<4>(exp_avg_sq) &&
                            is_aligned<4>(g) && is_aligned<4>(o);
             int64_t packed = aligned ? count / 4 * 4 : 0;
-            launch<4>(queue, master, exp_avg, exp_avg_sq, g, o, packed, adamw, scale, clip);
+            launch<4>(queue, master, exp_avg, exp_avg_sq, g, o, packed, adamw, scale, clip, skip);
             launch<1>(queue, master + packed, exp_avg + packed, exp_avg_sq + packed, g + packed,
-                      o != nullptr ? o + packed : nullptr, count - packed, adamw, scale, clip);
+                      o != nullptr ? o + packed : nullptr, count - packed, adamw, scale, clip, skip);
         });
     });
 }

@@ -16,10 +16,10 @@ struct Queue {
 };
 
 // AdamW on flat fp32 states.  The gradient is multiplied by scale and, unless null, *clip.  `out` (may be null)
-// receives the new parameters in its own type.
+// receives the new parameters in its own type.  Where *skip (unless null) is not zero, nothing is changed.
 void adamw(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq, const void* gradient,
            Scalar gradient_type, void* out, Scalar out_type, int64_t count, const AdamW& adamw, float scale,
-           const float* clip);
+           const float* clip, const float* skip);
 
 // How many partial sums sum_of_squares writes for `count` elements.  It depends on nothing else, and neither does the
 // order of summation.

@@ -137,3 +137,24 @@ def test_tensors_that_do_not_fit_are_refused(device: torch.device) -> None:
         kernels.adamw_(master[::2], exp_avg[::2], exp_avg_sq[::2], grad[::2], None, step=1, **HYPER)
     with pytest.raises(ConfigurationError, match="master must be float32"):
         kernels.adamw_(master.half(), exp_avg, exp_avg_sq, grad, None, step=1, **HYPER)
+
+
+@pytest.mark.parametrize("count", [1, 4099])
+def test_a_skipped_step_changes_nothing(device: torch.device, count: int) -> None:
+    states = new_states(count, device)
+    states[3][0] = float("nan")
+    before = [state.clone() for state in states]
+    out = torch.full((count,), 3.0, dtype=torch.bfloat16, device=device)
+    kernels.adamw_(*states, out, step=1, skip=torch.ones((), device=device), **HYPER)
+    for state, expected in zip(states, before, strict=True):
+        assert torch.equal(state.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert (out == 3.0).all()
+
+
+def test_a_step_that_is_not_skipped_is_the_same(device: torch.device) -> None:
+    asked = new_states(4099, device)
+    plain = [state.clone() for state in asked]
+    kernels.adamw_(*asked, None, step=1, skip=torch.zeros((), device=device), **HYPER)
+    kernels.adamw_(*plain, None, step=1, **HYPER)
+    for one, other in zip(asked, plain, strict=True):
+        assert torch.equal(one, other)
