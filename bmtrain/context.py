@@ -58,6 +58,9 @@ class Engine(Protocol):
     def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
         """While a block runs a second time: what to call with each tensor that would be saved."""
 
+    def whole_flat(self, view: torch.Tensor) -> Any:
+        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
+
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
 

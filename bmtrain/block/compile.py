@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from .block import Block
+from .linear import land_compiled
 from .sharded import ShardedModule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -22,5 +23,6 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     chosen: list[nn.Module] = [*outermost] or [model]
     for module in chosen:
         assert isinstance(module, ShardedModule) or not blocks
+        land_compiled(module)
         module.compile(**options)
     return model

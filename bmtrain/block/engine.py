@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..context import Context, engine_factory
 from ..errors import CommunicationError
+from ..shard.flat import FlatShard
 from ..shard.unit import Pools, ShardUnit
 from .frame import Frame, PlaceInFlat
 from .memory import RecomputePlan
@@ -281,6 +282,10 @@ class Engine:
             return None
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return self._note if top is not None and top[0] is self._note else None
+
+    def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
+        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
+        return self.residency.find(view.untyped_storage().data_ptr())
 
     def finish_backward(self) -> None:
         """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""

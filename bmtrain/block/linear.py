@@ -13,7 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..context import context
+from ..errors import UnsupportedError
+from ..shard.flat import FlatShard
 from ..shard.parameter import DistributedParameter
+
+_LARGE = 2**20
+"""Elements from which saving a copy of the gradient is worth the host's time for it."""
 
 
 class _LinearInto(torch.autograd.Function):
@@ -31,31 +36,87 @@ class _LinearInto(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        flat, index = ctx.place
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+        flat, index = ctx.place
         rows = grad.reshape(-1, grad.shape[-1])
-        view, first = flat.landing(index)
-        if first:
-            torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), out=view)
-        else:
-            view.addmm_(rows.t(), x.reshape(-1, x.shape[-1]))
+        _land(flat, index, rows, x)
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class _CompiledLinearInto(torch.autograd.Function):
+    """The same inside compiled code, where tensors are known by their memory alone and operators are opaque."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad_x = torch.ops.bmtrain.linear_backward(grad, x, weight)
+        return grad_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.biased else None
+
+
+def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The input's gradient; as a side effect the weight's goes to where it is reduced from."""
+    flat = context().engine.whole_flat(weight)
+    if flat is None:
+        raise UnsupportedError(
+            "A compiled linear layer was run with a weight that is not its own. Do not compile it, or do not call it "
+            "through torch.func.functional_call."
+        )
+    index = flat.index_at(int(weight.storage_offset()))
+    if _is_watched(flat.params[index]):
+        raise UnsupportedError(
+            f"A hook on {flat.names[index]!r} would not be called from compiled code: register it before compiling, or "
+            "do not compile this block."
+        )
+    rows = grad.reshape(-1, grad.shape[-1])
+    if flat.lands:
+        _land(flat, index, rows, x)
+    else:
+        flat.add_raw_grad(index, rows.t() @ x.reshape(-1, x.shape[-1]))
+    return grad @ weight
+
+
+_LIBRARY = torch.library.Library("bmtrain", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("bmtrain::linear_backward", lambda grad, x, weight: grad @ weight, lib=_LIBRARY)
+
+
+def _land(flat: FlatShard, index: int, rows: torch.Tensor, x: torch.Tensor) -> None:
+    view, first = flat.landing(index)
+    if first:
+        torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), out=view)
+    else:
+        view.addmm_(rows.t(), x.reshape(-1, x.shape[-1]))
+
+
+def _is_watched(weight: torch.Tensor) -> bool:
+    """Whether somebody wants to see the gradient on its way."""
+    return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 class LandingLinear(nn.Linear):
     """An ``nn.Linear`` inside a shard unit on a GPU."""
 
+    lands_compiled = False
+    """Whether compiled code does so, too."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight
-        if torch.is_autocast_enabled("cuda") and weight.dtype == torch.get_autocast_dtype("cuda"):
-            x = x.to(weight.dtype)  # as autocast would
-        if (
-            torch.compiler.is_compiling()
-            or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
-            or (torch.is_autocast_enabled("cuda") and weight.dtype != torch.get_autocast_dtype("cuda"))
-            or getattr(weight, "_flat", None) is None
-            or not weight._flat.lands
-        ):
+        mixed = torch.is_autocast_enabled("cuda")
+        if mixed and weight.dtype == torch.get_autocast_dtype("cuda"):
+            x, mixed = x.to(weight.dtype), False  # as autocast would
+        plain = mixed or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
+        if torch.compiler.is_compiling():
+            if plain or not x.requires_grad or not self.lands_compiled:
+                return super().forward(x)
+            return _CompiledLinearInto.apply(x, weight, self.bias)  # type: ignore[no-untyped-call, no-any-return]
+        if plain or _is_watched(weight) or getattr(weight, "_flat", None) is None or not weight._flat.lands:
             return super().forward(x)
         note = context().engine.recompute_note
         if note is not None:
@@ -70,7 +131,16 @@ class LandingLinear(nn.Linear):
 
 
 def land_gradients(module: nn.Module) -> None:
-    """Let every plain ``nn.Linear`` of ``module`` compute its weight gradient in place."""
+    """Let every plain ``nn.Linear`` of ``module`` with a large weight compute its weight gradient in place."""
     for inner in module.modules():
-        if type(inner) is nn.Linear and not inner._backward_hooks and not inner._backward_pre_hooks:
+        if type(inner) is not nn.Linear or inner._backward_hooks or inner._backward_pre_hooks:
+            continue
+        if inner.weight.numel() >= _LARGE:
             inner.__class__ = LandingLinear
+
+
+def land_compiled(module: nn.Module) -> None:
+    """Let compiled code of ``module`` do the same; it can where weights are gathered, and nobody watches gradients."""
+    for inner in module.modules():
+        if isinstance(inner, LandingLinear):
+            inner.__dict__["lands_compiled"] = context().world_size > 1 and not _is_watched(inner.weight)

@@ -218,6 +218,15 @@ class FlatShard:
         first, landed[index] = not landed[index], True
         return buffer.views(self.layout)[index], first
 
+    def index_at(self, offset: int) -> int:
+        """The parameter that begins at ``offset`` of a whole flat buffer."""
+        return next(i for i, slot in enumerate(self.layout.slots) if slot.start == offset and slot.numel)
+
+    def add_raw_grad(self, index: int, whole: torch.Tensor) -> None:
+        """Add to the gradient that autograd has accumulated for parameter ``index``."""
+        present = raw_grad(self.params[index])
+        set_raw_grad(self.params[index], whole if present is None else present + whole)
+
     def take_landing(self) -> tuple[Buffer, list[bool]]:
         """The buffer to reduce, and which parameters' gradients are in it already."""
         taken, self._landing = self._landing, None
