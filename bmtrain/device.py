@@ -46,6 +46,28 @@ class Event:
                 _delay(stream)
 
 
+class Readback:
+    """One number on its way from the device to the host."""
+
+    def __init__(self, number: torch.Tensor) -> None:
+        self._number, self._event = number, None
+        if number.is_cuda:
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``get`` need not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def get(self) -> float:
+        """The number; waits until the device has computed it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._number.item()
+
+
 def current_stream_handle(index: int) -> int:
     """The cudaStream_t on which work for GPU ``index`` is queued now, as C++ takes it."""
     return int(torch._C._cuda_getCurrentRawStream(index))
@@ -107,6 +129,10 @@ class Device:
         if stream is None:
             stream = self._streams[handle] = torch.cuda.current_stream(self._index)
         return stream
+
+    def read_later(self, number: torch.Tensor) -> Readback:
+        """Bring a 0-d tensor to the host behind the present end of the current stream."""
+        return Readback(number)
 
     def autocast(self) -> torch.dtype | None:
         """The dtype of the autocast region the caller is in, if it is in one."""

@@ -12,6 +12,7 @@ from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
+from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat, pieces
 
@@ -77,6 +78,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_TORCH_EXTRAS})
         self._hold_steps, self.scale = hold_steps, scale
         self._states: dict[int, _FlatState] = {}
+        self._counted: list[tuple[list[int], int]] = []
+        self._overflow: Overflow | None = None
         flats_of(all_params(self.param_groups))
 
     def _state_device(self, flat: FlatShard) -> torch.device:
@@ -89,9 +92,19 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, scale: float | None = None) -> float | None:  # type: ignore[override]
-        """Update from the reduced gradients divided by ``scale``.  Collective."""
-        scale = self.scale if scale is None else scale
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        scale: float | torch.Tensor | None = None,
+        overflow: Overflow | None = None,
+    ) -> float | None:
+        """Update from the reduced gradients divided by ``scale``.  Collective.
+
+        After an ``overflow`` nothing changes.  A scale on the device and an overflow are not waited for.
+        """
+        self._uncount()
+        self._overflow = overflow
+        unscale = Unscale(self.scale if scale is None else scale)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,7 +120,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         for unit in [*others[:half], *first, *others[half:]]:
             own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
             for piece, (group, step) in pieces(own, keys):
-                self._update(piece, step, self.param_groups[group], scale)
+                self._update(piece, step, self.param_groups[group], unscale)
             engine.updated(unit)
         engine.optimizer_stepped()
         return loss
@@ -116,29 +129,39 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """Group and number of this step, by id, for every parameter of this optimizer that has a gradient."""
         flats = [flat for unit in units for flat in unit.flats]
         touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
-        keys = {}
+        keys, self._counted = {}, []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 flat, index = parameter._flat, parameter._index
                 if touched[id(flat)][index]:
                     steps = self._state_of(flat).steps
                     steps[index] += 1
+                    self._counted.append((steps, index))
                     keys[id(parameter)] = (number, steps[index])
         return keys
 
-    def _update(self, piece: Any, step: int, group: dict[str, Any], scale: float) -> None:
+    def _uncount(self) -> None:
+        """Take back the count of the last step if it turns out to have been skipped."""
+        if self._overflow is not None and self._overflow.happened:
+            for steps, index in self._counted:
+                steps[index] -= 1
+        self._overflow = None
+
+    def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
         flat: FlatShard = piece.flat
         state, where = self._state_of(flat), slice(piece.start, piece.end)
         master = state.master_of(flat)
         apart = master is not flat.shard
         direct = apart and master.device == flat.shard.device
         beta1, beta2 = group["betas"]
-        factor = flat.gradient.factor
+        factor = unscale.with_factor(flat.gradient.factor)
+        skip = None if self._overflow is None else self._overflow.flag
         kernels.adamw_(
             master[where], state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(master.device),
             flat.shard[where] if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
             beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=1.0 / scale, clip=None if factor is None else factor.to(master.device),
+            grad_scale=unscale.on_host, clip=None if factor is None else factor.to(master.device),
+            skip=None if skip is None else skip.to(master.device),
         )  # fmt: skip
         if apart and not direct:
             flat.shard[where].copy_(master[where])
@@ -158,6 +181,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         Args:
             gather: whole tensors, on every rank (collective); False gives this rank's shards, for the same world size.
         """
+        self._uncount()
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
         groups = [
             {**{k: v for k, v in g.items() if k != "params"}, "params": [numbers[id(p)] for p in g["params"]]}
@@ -196,6 +220,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self._states.clear()
+        self._overflow = None
         for number, saved in state_dict["state"].items():
             flat, index = params[int(number)]._flat, params[int(number)]._index
             assert flat is not None

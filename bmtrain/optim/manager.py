@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..context import context
 from ..errors import ConfigurationError
-from .adam import clear_grads
+from .adam import AdamOptimizer, clear_grads
 from .adapt import adapt
-from .norm import clip_, overflowed, scale_grads_
-from .pieces import all_params, params_of
+from .loss_scale import LossScale, Overflow, ScheduleStep
+from .norm import clip_, find_overflow, scale_grads_
+from .pieces import all_params, flats_of, params_of
+
+
+@dataclass
+class _Provisional:
+    """What the last step did on the host without knowing whether the device skipped it."""
+
+    overflow: Overflow
+    schedule_steps: list[ScheduleStep]
+    holds_gradients: bool = True
+    """Whether gradients of that step may still be there."""
 
 
 class OptimManager:
     """Drives optimizers and their learning-rate schedules.
+
+    The loss scale follows overflows on the device: with AdamOptimizers a step does not wait for it.  A schedule learns
+    of a skipped step when its outcome is known: before the next step, or when ``loss_scale`` is read (which waits).
 
     Args:
         loss_scale: initial loss scale for fp16; None trains without one.
@@ -44,12 +59,14 @@ class OptimManager:
     ) -> None:
         if loss_scale is not None and loss_scale <= 0:
             raise ConfigurationError(f"loss_scale must be positive or None, not {loss_scale}.")
-        self.loss_scale_enabled = loss_scale is not None
-        self.loss_scale = 1.0 if loss_scale is None else float(loss_scale)
+        self._scale: LossScale | None = None
+        self._last: _Provisional | None = None
+        self._fixed_scale, self._steps = 1.0, 0  # without a loss scale that follows overflows
+        if loss_scale is not None:
+            self._scale = LossScale(context(), loss_scale)
         self.loss_scale_factor, self.loss_scale_steps = loss_scale_factor, loss_scale_steps
         self.min_loss_scale, self.max_loss_scale = min_loss_scale, max_loss_scale
         self.grad_scale = context().world_size if grad_scale is None else grad_scale
-        self.steps_since_last_scale = 0
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_schedulers: list[Any] = []
 
@@ -59,9 +76,41 @@ class OptimManager:
         self.optimizers.append(optimizer)
         self.lr_schedulers.append(lr_scheduler)
 
+    @property
+    def loss_scale_enabled(self) -> bool:
+        """Whether the loss scale follows overflows."""
+        return self._scale is not None
+
+    @property
+    def loss_scale(self) -> float:
+        """The present loss scale.  Reading it waits for the device; it may be set."""
+        self._learn()
+        return self._fixed_scale if self._scale is None else float(self._scale.value)
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        if self._scale is None:
+            self._fixed_scale = value
+        else:
+            self._scale.value.fill_(value)
+
+    @property
+    def steps_since_last_scale(self) -> int:
+        """Good steps since the loss scale last changed.  Reading it waits for the device."""
+        return self._steps if self._scale is None else self._scale.good_steps
+
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on: times the loss scale, divided by ``grad_scale``."""
-        return loss * (self.loss_scale / self.grad_scale)
+        if self._scale is None:
+            return loss * (self._fixed_scale / self.grad_scale)
+        if self._last is not None and self._last.holds_gradients:
+            # What comes now is added to what the last step left, which is dropped if that step was skipped.
+            if any(flat.gradient.present for flat in flats_of(self._params())):
+                self._learn()
+            else:
+                self._last.holds_gradients = False
+        factor = self._scale.value / self.grad_scale
+        return (loss * factor.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
@@ -85,31 +134,67 @@ class OptimManager:
 
         Returns the norm before clipping, of the unscaled gradients: a 0-d tensor, equal on all ranks.
         """
-        return clip_(params_of(param_groups), max_norm, float(norm_type), self.loss_scale, eps)
+        scale = self._fixed_scale if self._scale is None else self._scale.value.float()
+        return clip_(params_of(param_groups), max_norm, float(norm_type), scale, eps)
 
     def step(self) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients."""
         context().engine.finish_backward()
-        if self.loss_scale_enabled and overflowed([p for o in self.optimizers for p in all_params(o.param_groups)]):
-            self._rescale(self.loss_scale / self.loss_scale_factor)
-            self.zero_grad()
+        if self._scale is None:
+            self._update(self._fixed_scale)
+            self._step_schedules()
+            self._steps += 1
             return
-        for optimizer, schedule in zip(self.optimizers, self.lr_schedulers, strict=True):
-            if getattr(optimizer, "_bmtrain_optimizer", False):
-                optimizer.step(scale=self.loss_scale)  # type: ignore[call-overload]
+        self._learn()
+        overflow = find_overflow(self._params())
+        if self._may_skip():
+            self._update(self._scale.value, overflow)
+            managed = zip(self.optimizers, self.lr_schedulers, strict=True)
+            self._last = _Provisional(overflow, [ScheduleStep(o, s) for o, s in managed if s is not None])
+        elif overflow.happened:
+            self.zero_grad()
+        else:
+            self._update(self._scale.value)
+            self._step_schedules()
+        self._scale.follow(
+            overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale
+        )
+        if overflow.is_known:
+            self._learn()
+
+    def _may_skip(self) -> bool:
+        """Whether optimizers leave out a step on the device's word, and schedules take one back."""
+        return all(isinstance(o, AdamOptimizer) for o in self.optimizers) and all(
+            s is None or ScheduleStep.can_be_undone(s) for s in self.lr_schedulers
+        )
+
+    def _learn(self) -> None:
+        """If the last step turns out to have been skipped, put back what went on as if it had not."""
+        last, self._last = self._last, None
+        if last is not None and last.overflow.happened:
+            for schedule_step in last.schedule_steps:
+                schedule_step.undo()
+            if last.holds_gradients:
+                self.zero_grad()
+
+    def _update(self, scale: float | torch.Tensor, overflow: Overflow | None = None) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, AdamOptimizer):
+                optimizer.step(scale=scale, overflow=overflow)
+            elif getattr(optimizer, "_bmtrain_optimizer", False):
+                optimizer.step(scale=float(scale))  # type: ignore[call-overload]
             else:
-                if self.loss_scale != 1.0:
-                    scale_grads_(all_params(optimizer.param_groups), 1.0 / self.loss_scale)
+                if isinstance(scale, torch.Tensor) or scale != 1.0:
+                    scale_grads_(all_params(optimizer.param_groups), 1.0 / scale)
                 optimizer.step()
+
+    def _step_schedules(self) -> None:
+        for schedule in self.lr_schedulers:
             if schedule is not None:
                 schedule.step()
-        self.steps_since_last_scale += 1
-        if self.loss_scale_enabled and self.steps_since_last_scale >= self.loss_scale_steps:
-            self._rescale(self.loss_scale * self.loss_scale_factor)
 
-    def _rescale(self, wanted: float) -> None:
-        self.steps_since_last_scale = 0
-        self.loss_scale = min(max(wanted, self.min_loss_scale), self.max_loss_scale)
+    def _params(self) -> list[Any]:
+        return [p for optimizer in self.optimizers for p in all_params(optimizer.param_groups)]
 
     def state_dict(self, gather_opt: bool = False) -> dict[str, Any]:
         """Everything needed to go on: optimizers, schedules, loss scale.
@@ -118,6 +203,7 @@ class OptimManager:
             gather_opt: whole optimizer states, loadable at any world size (collective); False gives this rank's
                 shards where the optimizer has that form.
         """
+        self._learn()
         optimizers = [
             o.state_dict(gather=gather_opt) if getattr(o, "_bmtrain_optimizer", False) else o.state_dict()  # type: ignore[call-arg]
             for o in self.optimizers
@@ -142,7 +228,9 @@ class OptimManager:
         for schedule, state in zip(self.lr_schedulers, state_dict["lr_schedulers"], strict=True):
             if schedule is not None and state is not None:
                 schedule.load_state_dict(state)
-        self.loss_scale = state_dict["loss_scale"]
-        self.loss_scale_enabled = state_dict["loss_scale_enabled"]
-        self.steps_since_last_scale = state_dict.get("steps_since_last_scale", 0)
-
+        self._last = None
+        if state_dict["loss_scale_enabled"]:
+            self._scale = LossScale(context(), state_dict["loss_scale"], state_dict.get("steps_since_last_scale", 0))
+        else:
+            self._scale, self._fixed_scale = None, state_dict["loss_scale"]
+            self._steps = state_dict.get("steps_since_last_scale", 0)

@@ -9,6 +9,7 @@ import torch
 
 from .. import kernels
 from ..context import context
+from .loss_scale import Overflow
 from .pieces import Piece, flats_of, pieces
 
 
@@ -17,6 +18,11 @@ def _pieces(params: Sequence[Any]) -> list[Piece]:
     for flat in flats_of(params):
         if flat.gradient.present and flat.gradient.factor is not None:
             flat.gradient.settled()
+    return _raw_pieces(params)
+
+
+def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
+    """The same where pending factors do not matter."""
     return [piece for piece, _ in pieces([p for p in params if p._flat.gradient.present])]
 
 
@@ -41,7 +47,9 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_(params: Sequence[Any], max_norm: float, norm_type: float, loss_scale: float, eps: float) -> torch.Tensor:
+def clip_(
+    params: Sequence[Any], max_norm: float, norm_type: float, loss_scale: float | torch.Tensor, eps: float
+) -> torch.Tensor:
     """Multiply gradients by ``max_norm / (norm + eps)``, at most 1; returns ``norm``.  Collective.
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
@@ -69,10 +77,12 @@ def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def overflowed(params: Sequence[Any]) -> bool:
-    """Whether any rank has an infinite or NaN gradient.  Collective; waits for the device."""
+def find_overflow(params: Sequence[Any]) -> Overflow:
+    """Whether any rank has an infinite or NaN gradient.  Collective."""
     ctx = context()
-    bad = kernels.has_inf_or_nan([piece.grad for piece in _pieces(params)])
-    flag = bad.to(device=ctx.device.torch_device, dtype=torch.float32)
+    grads = [piece.grad for piece in _raw_pieces(params)]
+    flag = torch.zeros((), device=ctx.device.torch_device)
+    if grads:
+        flag.copy_(kernels.has_inf_or_nan(grads))
     ctx.world.all_reduce(flag, "max")
-    return bool(flag.item())
+    return Overflow(ctx, flag)
