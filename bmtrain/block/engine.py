@@ -9,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,6 +16,7 @@ from ..context import Context, engine_factory
 from ..errors import CommunicationError
 from ..shard.flat import FlatShard
 from ..shard.unit import Pools, ShardUnit
+from .compute import COMPUTE
 from .frame import Frame, PlaceInFlat
 from .memory import RecomputePlan
 from .residency import Residency
@@ -24,16 +24,6 @@ from .trace import Phase, Trace
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-_COMPUTE = {
-    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.bilinear, F.conv1d, F.conv2d,
-    F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.scaled_dot_product_attention, F.prelu,
-    F.embedding_bag, F.multi_head_attention_forward, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm,
-    torch.einsum, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__, torch.Tensor.mm,
-    torch.Tensor.bmm,
-}  # fmt: skip
-"""Functions that belong to a model's forward even when no module of ours is running."""
-
 
 @engine_factory
 class Engine:
@@ -176,7 +166,7 @@ class Engine:
 
     def may_gather(self, func: Callable[..., Any]) -> bool:
         """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-        return self._depth > 0 or func in _COMPUTE
+        return self._depth > 0 or func in COMPUTE
 
     @contextmanager
     def on_demand(self, units: list[ShardUnit]) -> Iterator[None]:
@@ -210,8 +200,6 @@ class Engine:
         Autograd runs nodes in the reverse order of their making, so every frame that began before and does not
         enclose this one is through: its units' gradients are complete.
         """
-        if frame.begun:
-            return
         self._backward_starts()
         frame.begun = True
         enclosing = set()
@@ -245,10 +233,7 @@ class Engine:
         if flat.buffer is None:
             self._enter(flat.unit, "backward", autocast)
         assert flat.buffer is not None
-        base = flat.buffer.tensor
-        if base.dtype != place.dtype:  # pinned in another precision meanwhile
-            base = base.to(place.dtype)
-        return base.as_strided(place.size, place.stride, place.offset)
+        return place.within(flat.buffer.tensor)
 
     @contextmanager
     def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], Any]) -> Iterator[None]:
@@ -274,12 +259,10 @@ class Engine:
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
-        """While a block runs a second time: what to call with each tensor that would be saved, instead of saving it.
-
-        None when somebody else's hooks (a checkpoint inside the block) would have got those tensors.
-        """
+        """While a block runs a second time: what to call with each tensor that would be saved, instead of saving it."""
         if self._note is None:
             return None
+        # None when somebody else's hooks (a checkpoint inside the block) would get those tensors.
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         return self._note if top is not None and top[0] is self._note else None
 

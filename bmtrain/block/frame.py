@@ -34,6 +34,12 @@ class PlaceInFlat(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    def within(self, base: torch.Tensor) -> torch.Tensor:
+        """The view, made anew from a buffer that holds the values again."""
+        if base.dtype != self.dtype:  # pinned in another precision meanwhile
+            base = base.to(self.dtype)
+        return base.as_strided(self.size, self.stride, self.offset)
+
 
 class _Enough(BaseException):
     """The recomputation has made everything that is needed.  Not an Exception, so that user code does not catch it."""
@@ -94,7 +100,8 @@ class Frame:
         return self._count - 1
 
     def _unpack(self, packed: Any) -> torch.Tensor:
-        self.engine.backward_reaches(self)
+        if not self.begun:
+            self.engine.backward_reaches(self)
         if isinstance(packed, PlaceInFlat):
             return self.engine.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
