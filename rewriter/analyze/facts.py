@@ -13,6 +13,7 @@ from rewriter.analyze.parameters import parameter_calls
 from rewriter.analyze.project import ClassInfo, External, File, Project
 from rewriter.analyze.scripts import Scripts
 from rewriter.analyze.stacks import Stacks
+from rewriter.analyze.values import Values
 
 
 class Facts:
@@ -23,6 +24,7 @@ class Facts:
         self.classes = Classes(project)
         self.blocks = blocks
         self._managers: dict[File, Managers] = {}
+        self._values: dict[File, Values] = {}
 
     @cached_property
     def stacks(self) -> Stacks:
@@ -75,6 +77,11 @@ class Facts:
         if file not in self._managers:
             self._managers[file] = Managers(file, self.scripts.roles[file])
         return self._managers[file]
+
+    def values(self, file: File) -> Values:
+        if file not in self._values:
+            self._values[file] = Values(file, self.project, self.scripts.roles[file])
+        return self._values[file]
 
     def alias(self, file: File) -> str:
         """How the file calls bmtrain, or will once the import is added."""

@@ -222,6 +222,11 @@ class Scripts:
             }
         return self._unguarded[file]
 
+    def in_opened_guard(self, file: File, node: ast.AST) -> bool:
+        """Whether a node stands in a rank guard that every rank is to enter."""
+        opened = self.opened_guards(file)
+        return any(parent in opened for parent in file.names.ancestors(node))
+
     def in_kept_guard(self, file: File, node: ast.AST) -> bool:
         """Whether only one rank reaches a node, after conversion."""
         opened = self.opened_guards(file)

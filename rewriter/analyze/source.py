@@ -203,12 +203,19 @@ class Source:
                 edits.append(Edit(Span(start + len(indent), start + len(own)), ()))
         return edits
 
+    def within(self, node: ast.stmt, head: str) -> list[Edit]:
+        """Edits that put a statement under a compound statement's head line."""
+        indent, span = self.indent(node), self.span(node)
+        return [Edit(span, (f"{head}{self.newline}{indent}{self.indent_unit}", span), 30), *self.indented(node)]
+
     def wrapped(self, node: ast.stmt, test: str, hoisted: list[tuple[str, Span]], outdent: int = 0) -> list[Edit]:
         """Edits that put a statement under ``if test:``, with some of its expressions evaluated before.
 
-        ``outdent`` is by how many characters other edits move the statement to the left.
+        ``outdent`` is by how many characters other edits move the statement to the left, or, negative, to the right.
         """
-        indent, span = self.indent(node)[outdent:], self.span(node)
+        indent, span = self.indent(node)[max(outdent, 0) :], self.span(node)
+        if outdent < 0:
+            indent += self.indent_unit
         parts: list[str | Span] = []
         for name, place in hoisted:
             parts.extend([f"{name} = ", place, f"{self.newline}{indent}"])

@@ -26,6 +26,7 @@ from rewriter.rules import (
     rank_guard,
     save,
     unsupported,
+    values,
     wrapper,
 )
 from rewriter.types import Rule
@@ -54,6 +55,7 @@ _MODULES = (
     rank_guard,
     save,
     unsupported,
+    values,
     wrapper,
 )
 RULES: tuple[Rule, ...] = tuple(sorted((module.RULE for module in _MODULES), key=lambda rule: rule.code))

@@ -32,6 +32,8 @@ def creation_edits(file: File, facts: Facts, managers: Managers, manager: Manage
         else:
             first = _first_statement(optimizer)
             if first is not None:
+                if _may_be_none(optimizer):
+                    lines[1:] = [f"if {optimizer[1]} is not None:", file.source.indent_unit + add]
                 yield first.lineno, file.source.insert_before(first, lines)
 
 
@@ -61,6 +63,18 @@ def _scaler_argument(file: File, facts: Facts, managers: Managers, manager: Mana
     lines = [f"if {name} is None:", f"{unit}{name} = {facts.alias(file)}.optim.OptimManager(loss_scale=None)"]
     lines += [f"{unit}{name}.add_optimizer({variable[1]})" for variable in given]
     yield first.lineno, file.source.insert_before(first, lines)
+
+
+def _may_be_none(variable: Var) -> bool:
+    """Whether an argument is None by default, or the function asks whether it is."""
+    function, name = variable
+    if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return False
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    defaults = dict(zip((a.arg for a in reversed(positional)), reversed(given.defaults), strict=False))
+    defaults.update((a.arg, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None)
+    return (name in defaults and _is_none(defaults[name])) or any(_asks_for_none(node, name) for node in walk(function))
 
 
 def _asks_for_none(node: ast.AST, name: str) -> bool:

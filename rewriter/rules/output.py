@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
+from rewriter.rules.values import uses
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 _WRITERS = {
@@ -32,22 +33,19 @@ _EVERYWHERE = {"print", "super", "set_postfix", "set_description", "update", "se
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    moved = {use.node for use in uses(file, facts)}  # into a block of their own
     for node in file.nodes:
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node):
             continue
-        if _in_opened_guard(file, facts, node) or not _writes(file, facts, node):
+        if facts.scripts.in_opened_guard(file, node) or not _writes(file, facts, node):
             continue
-        edits = tuple(guard_statement(file, facts, node))
+        deeper = len(file.source.indent_unit) if any(parent in moved for parent in file.names.ancestors(node)) else 0
+        edits = tuple(guard_statement(file, facts, node, outdent=-deeper))
         if edits:
             yield Finding(RULE.code, node.lineno, "one rank writes", edits)
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
-
-
-def _in_opened_guard(file: File, facts: Facts, node: ast.AST) -> bool:
-    opened = facts.scripts.opened_guards(file)
-    return any(parent in opened for parent in file.names.ancestors(node))
 
 
 def _writes(file: File, facts: Facts, node: ast.Expr | ast.With) -> bool:
@@ -80,7 +78,7 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
     """Edits that leave one statement to one rank, with what needs all ranks computed before.
 
     With ``opened`` the statement stood in a rank guard that goes, so that everything with a side effect is meant;
-    ``outdent`` is by how many characters it moves to the left then.
+    ``outdent`` is by how many characters it moves to the left then (to the right if it is negative).
     """
     collectives = facts.scripts.collectives
     if isinstance(node, (ast.If, ast.For, ast.While)) and opened:
@@ -103,7 +101,9 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
     ):
         return
     given = [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
-    inner = [call for argument in given for call in collectives.outermost(file, argument)]
+    inner: list[ast.expr] = [call for argument in given for call in collectives.outermost(file, argument)]
+    covered = {item for call in inner for item in walk(call)}
+    inner += [g for argument in given for g in walk(argument) if g in facts.values(file).gradients and g not in covered]
     calls = sorted((file.source.span(call) for call in inner), key=lambda span: span.start)
     hoisted = [(_name(file, number, len(calls)), span) for number, span in enumerate(calls)]
     yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", hoisted, outdent)

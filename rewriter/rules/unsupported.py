@@ -31,6 +31,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 message = f"{name} needs whole matrices or a closure, and a rank holds only its share of them"
                 yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT, stop=True)
         elif isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
+            if node in facts.values(file).gradients:
+                continue  # BMT036 sees to it
             if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
                 message = "a gradient is read here; a rank sees its share of it only"
                 yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)

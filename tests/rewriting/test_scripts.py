@@ -125,6 +125,11 @@ CASES = {
         "def epoch(model, optimizer):\n    " + LOOP.split("\n", 2)[2].replace("\n", "\n    ") + "\n\nepoch(Net(), make())\n",
         ["def epoch(model, optimizer):\n    optim_manager = bmt.optim.OptimManager(loss_scale=None)\n    optim_manager.add_optimizer"],
     ),
+    "optimizer or none as argument": (
+        "def epoch(model, optimizer=None):\n    loss = model(1).mean()\n    if optimizer is not None:\n        loss.backward()\n"
+        "        optimizer.step()\n    return loss\n\n\nepoch(Net(), make())\n",
+        ["(loss_scale=None)\n    if optimizer is not None:\n        optim_manager.add_optimizer(optimizer)\n    loss ="],
+    ),
     "trainer class": (
         "class Trainer:\n    def __init__(self):\n        self.model = Net()\n        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1)\n\n"
         "    def step(self, x):\n        self.model(x).mean().backward()\n        self.optimizer.step()\n\n\nTrainer().step(1)\n",

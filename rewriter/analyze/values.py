@@ -1,0 +1,244 @@
+"""Statements that read or write the values of a model's parameters outside a forward."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from rewriter.analyze.names import dotted, walk
+from rewriter.analyze.project import External, File, Project
+from rewriter.analyze.roles import Roles, walk_own
+
+_PARAMETERS = {"parameters", "named_parameters"}
+_MODULES = {"modules", "named_modules", "children", "named_children"}
+_KNOWN_WITHOUT = {
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "name", "grad_fn", "size", "dim", "numel",
+    "nelement", "element_size", "is_floating_point", "requires_grad_", "stride", "register_hook", "__class__",
+    "is_cuda", "type", "retain_grad", "register_post_accumulate_grad_hook", "new_zeros", "new_ones", "get_device",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "copy_", "zero_", "fill_", "add_", "sub_", "mul_", "div_", "neg_", "lerp_", "clamp_", "addcmul_", "addcdiv_",
+    "sign_", "abs_", "sqrt_", "pow_", "clamp_min_", "clamp_max_",
+}  # fmt: skip
+_WITHOUT_VALUES = {"id", "len", "isinstance", "type", "hasattr", "getattr", "setattr", "print", "repr", "str"}
+_COLLECTING = {"append", "add", "extend", "insert", "get", "pop", "setdefault", "index", "discard", "remove"}
+_WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
+
+
+@dataclass(frozen=True, eq=False)
+class ValueUse:
+    """``node`` needs whole values of ``models`` (source text), or, if ``local``, only each rank's share.
+
+    ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates.
+    """
+
+    node: ast.stmt
+    models: tuple[ast.expr, ...]
+    writes: bool
+    local: bool = False
+    data: tuple[ast.Attribute, ...] = ()
+
+
+class Values:
+    """The uses of one file."""
+
+    def __init__(self, file: File, project: Project, roles: Roles) -> None:
+        self.file, self.project, self.roles = file, project, roles
+
+    def uses(self) -> Iterator[ValueUse]:
+        for node in self.file.nodes:
+            if isinstance(node, ast.For):
+                yield from self._loop(node)
+            elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
+                yield from self._statement(node)
+
+    @cached_property
+    def gradients(self) -> set[ast.Attribute]:
+        """``p.grad`` where a loop over a model's parameters reads it, and does not change it in place."""
+        found: set[ast.Attribute] = set()
+        for node in self.file.nodes:
+            if not isinstance(node, (ast.For, ast.GeneratorExp, ast.ListComp)):
+                continue
+            head = node.generators[0] if isinstance(node, (ast.GeneratorExp, ast.ListComp)) else node
+            iterated = self._iterated(head.iter, head.target)
+            names = iterated[1] if iterated is not None else set()
+            body: list[ast.AST] = [node.elt] if isinstance(node, (ast.GeneratorExp, ast.ListComp)) else list(node.body)
+            for item in (item for part in body for item in walk_own(part)):
+                if isinstance(item, ast.Attribute) and item.attr == "grad" and isinstance(item.ctx, ast.Load):
+                    if isinstance(item.value, ast.Name) and item.value.id in names and self._is_read(item):
+                        found.add(item)
+        return found
+
+    def _is_read(self, item: ast.expr) -> bool:
+        parents = self.file.names.parents
+        parent = parents[item]
+        while isinstance(parent, ast.Attribute):
+            if parent.attr.endswith("_") or not isinstance(parent.ctx, ast.Load):
+                return False
+            item, parent = parent, parents[parent]
+            if isinstance(parent, ast.Call) and parent.func is item:
+                item, parent = parent, parents[parent]
+        if isinstance(parent, ast.Subscript):
+            return False
+        tests = (ast.Compare, ast.If, ast.BoolOp, ast.UnaryOp, ast.comprehension)
+        return not isinstance(parent, (ast.Expr, ast.AugAssign, *tests))
+
+    def _loop(self, node: ast.For) -> Iterator[ValueUse]:
+        found = self._iterated(node.iter, node.target)
+        if found is not None:
+            yield from self._judge(node, *found, [item for statement in node.body for item in walk_own(statement)])
+
+    def _statement(self, node: ast.Assign | ast.AugAssign | ast.Expr) -> Iterator[ValueUse]:
+        for item in walk_own(node.value):
+            if isinstance(item, (ast.GeneratorExp, ast.ListComp, ast.DictComp)) and len(item.generators) == 1:
+                found = self._iterated(item.generators[0].iter, item.generators[0].target)
+                if found is not None:
+                    elements = [item.key, item.value] if isinstance(item, ast.DictComp) else [item.elt]
+                    used = list(self._judge(node, *found, [n for element in elements for n in walk(element)]))
+                    yield from used
+                    if used:
+                        return
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from self._initialisation(node, node.value)
+
+    def _initialisation(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
+        """``nn.init.zeros_(model.head.weight)``, ``model.head.weight.data.normal_()``."""
+        target: ast.expr | None = None
+        if self.project.external(self.file, call.func).startswith("torch.nn.init.") and call.args:
+            target = call.args[0]
+        elif isinstance(call.func, ast.Attribute) and call.func.attr.endswith("_"):
+            target = call.func.value if isinstance(call.func.value, ast.Attribute) else None
+            if target is not None and target.attr != "data":
+                return
+        if isinstance(target, ast.Attribute) and target.attr == "data":
+            target = target.value
+        if isinstance(target, ast.Attribute) and _WEIGHTS.match(target.attr):
+            owner: ast.expr = target.value
+            while isinstance(owner, (ast.Attribute, ast.Subscript)) and not self.roles.is_model(owner):
+                owner = owner.value
+            if self.roles.is_model(owner) and dotted(owner) != "self":
+                yield ValueUse(node, (target,), True)
+
+    def _iterated(self, iterated: ast.expr, target: ast.expr) -> tuple[list[ast.expr], set[str], set[str]] | None:
+        """What a loop goes through: models, names of their parameters, names of their modules."""
+        if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name):
+            name, given = iterated.func.id, iterated.args
+            if name in {"list", "tuple", "sorted", "reversed", "tqdm"} and given:
+                return self._iterated(given[0], target)
+            if name == "filter" and len(given) == 2:
+                return self._iterated(given[1], target)
+            if name == "enumerate" and given and isinstance(target, ast.Tuple) and len(target.elts) == 2:
+                return self._iterated(given[0], target.elts[1])
+            if name == "zip" and isinstance(target, ast.Tuple) and len(target.elts) == len(given):
+                parts = [self._iterated(a, t) for a, t in zip(given, target.elts, strict=True)]
+                known = [part for part in parts if part is not None]
+                if not known:
+                    return None
+                models = [model for part in known for model in part[0]]
+                return models, set().union(*(p[1] for p in known)), set().union(*(p[2] for p in known))
+            return None
+        if not isinstance(iterated, ast.Call) or not isinstance(iterated.func, ast.Attribute):
+            return None
+        method, owner = iterated.func.attr, iterated.func.value
+        if method not in _PARAMETERS | _MODULES or dotted(owner) is None or iterated.args:
+            return None
+        bound = target
+        if method.startswith("named_"):
+            if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+                return None
+            bound = target.elts[1]
+        if not isinstance(bound, ast.Name):
+            return None
+        names = {bound.id}
+        return ([owner], names, set()) if method in _PARAMETERS else ([owner], set(), names)
+
+    def _judge(
+        self, node: ast.stmt, models: list[ast.expr], names: set[str], modules: set[str], items: list[ast.AST]
+    ) -> Iterator[ValueUse]:
+        needs = writes = False
+        data: list[ast.Attribute] = []
+        local = False
+        for item in items:
+            if not self._is_parameter(item, names, modules):
+                continue
+            assert isinstance(item, ast.expr)
+            kind, dropped = self._kind(item)
+            needs |= kind in {"read", "write"}
+            writes |= kind in {"write", "assign"}
+            local |= kind == "local"
+            data.extend([dropped] if dropped is not None else [])
+        if needs:
+            yield ValueUse(node, tuple(models), writes or local)
+        elif data:
+            yield ValueUse(node, tuple(models), True, True, tuple(data))
+
+    @staticmethod
+    def _is_parameter(item: ast.AST, names: set[str], modules: set[str]) -> bool:
+        if isinstance(item, ast.Name):
+            return item.id in names and isinstance(item.ctx, ast.Load)
+        return (
+            isinstance(item, ast.Attribute)
+            and isinstance(item.value, ast.Name)
+            and item.value.id in modules
+            and bool(_WEIGHTS.match(item.attr))
+        )
+
+    def _kind(self, item: ast.expr) -> tuple[str, ast.Attribute | None]:
+        """What is done with a parameter: "" (nothing that needs values), "local", "read" or "write"."""
+        parents = self.file.names.parents
+        parent = parents[item]
+        dropped: ast.Attribute | None = None
+        if isinstance(parent, ast.Attribute) and parent.attr == "data":
+            if not isinstance(parent.ctx, ast.Load):
+                return "write" if isinstance(parents[parent], ast.AugAssign) else "assign", None
+            dropped, item = parent, parent
+            parent = parents[item]
+        while isinstance(parent, ast.Attribute):
+            call = parents[parent]
+            if parent.attr in _ELEMENTWISE and isinstance(call, ast.Call) and call.func is parent:
+                return ("local", dropped) if self._only_chained(call) else ("write", None)
+            if dropped is None or parent.attr not in {"data"}:
+                break
+        if isinstance(parent, ast.Attribute):
+            if parent.attr in _KNOWN_WITHOUT or parent.attr in {"grad", "main_grad"}:
+                return "", None
+            written = parent.attr.endswith("_") and not parent.attr.startswith("__")
+            return ("write" if written else "read"), None
+        if isinstance(parent, ast.Subscript) and parent.value is item:
+            return ("write" if not isinstance(parent.ctx, ast.Load) else "read"), None
+        if isinstance(parent, ast.Call) and item in parent.args:
+            return self._argument(parent, dropped)
+        if isinstance(parent, (ast.BinOp, ast.UnaryOp)):
+            return "read", None
+        return ("read", None) if dropped is not None else ("", None)
+
+    def _only_chained(self, call: ast.Call) -> bool:
+        """Whether only element-wise calls follow: ``p.mul_(a).add_(q)``."""
+        parent = self.file.names.parents[call]
+        while isinstance(parent, ast.Attribute):
+            after = self.file.names.parents[parent]
+            if parent.attr not in _ELEMENTWISE or not isinstance(after, ast.Call):
+                return False
+            parent = self.file.names.parents[after]
+        return isinstance(parent, ast.Expr)
+
+    def _argument(self, call: ast.Call, dropped: ast.Attribute | None) -> tuple[str, ast.Attribute | None]:
+        name = dotted(call.func) or ""
+        last = name.split(".")[-1]
+        if isinstance(call.func, ast.Attribute) and call.func.attr in _ELEMENTWISE:
+            return "local", dropped
+        found = self.project.resolve(self.file, call.func)
+        if isinstance(found, External):
+            if found.name.startswith("torch.nn.init."):
+                return "write", None
+            if found.name.startswith(("torch.optim.", "bmtrain.")) or last in {"zeros_like", "ones_like", "empty_like"}:
+                return "", None
+            return ("read", None) if found.name.startswith(("torch.", "numpy.")) else ("", None)
+        if isinstance(call.func, ast.Attribute) and last.startswith(("add_histogram", "log_histogram")):
+            return "read", None
+        if last in _WITHOUT_VALUES or last in _COLLECTING:
+            return ("read", None) if dropped is not None and last in _COLLECTING else ("", None)
+        return ("read", None) if dropped is not None else ("", None)
