@@ -63,13 +63,18 @@ class Classes:
 
     def _kind(self, info: ClassInfo) -> Kind:
         """How a class becomes a torch module: by nn.Module, a torch leaf or container, bmtrain, or a library's base."""
-        kinds: set[Kind] = set()
-        for member in (info, *self.ancestors(info)):
-            for _, base in self.bases(member):
-                if isinstance(base, External):
-                    kinds.add(external_kind(base.name))
+        kinds = {external_kind(name) for name in self.external_bases(info)}
         order: tuple[Kind, ...] = ("leaf", "external", "distributed", "module")
         return next((kind for kind in order if kind in kinds), "none")
+
+    def external_bases(self, info: ClassInfo) -> set[str]:
+        """Names of the classes outside the project that a class derives from."""
+        return {
+            base.name
+            for member in (info, *self.ancestors(info))
+            for _, base in self.bases(member)
+            if isinstance(base, External)
+        }
 
     def is_module(self, info: ClassInfo) -> bool:
         return self.kind(info) != "none"

@@ -6,10 +6,22 @@ import ast
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.elements import BLOCK_LISTS, Build, Element, Elements, Form, Function, appended, self_path
+from rewriter.analyze.classes import Classes, is_container
+from rewriter.analyze.elements import (
+    BLOCK_LISTS,
+    KEPT,
+    Build,
+    Element,
+    Elements,
+    Form,
+    Function,
+    appended,
+    returned_class,
+    returns_list,
+    self_path,
+)
 from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, FunctionInfo
+from rewriter.analyze.project import ClassInfo, External, FunctionInfo, Resolved
 
 
 class Containers:
@@ -99,6 +111,7 @@ class _FunctionScan:
         name = self.project.external(self.file, call.func)
         if name == "torch.nn.ModuleDict":
             yield from self._mapping(path, call)
+            yield from self._kept(path, call, local)
         elif name in {"torch.nn.ModuleList", "torch.nn.Sequential"} or name in BLOCK_LISTS:
             appends = tuple(self._appends(path, local))
             form, nodes = self._form(call, name)
@@ -107,9 +120,55 @@ class _FunctionScan:
             yield Build(self.file, self.owner, self.function, path, call, name, form, elements, appends)
         elif self._returns_list(call):
             yield Build(self.file, self.owner, self.function, path, call, "helper", "helper", ())
+        else:
+            yield from self._kept(path, call, local)
+
+    def _kept(self, path: str, call: ast.Call, local: str) -> Iterator[Build]:
+        """A ModuleDict, a container class of the project, or a helper that fills one: only its members matter."""
+        found = self.project.resolve(self.file, call.func)
+        nodes: list[ast.expr] = []
+        appends: tuple[ast.AST, ...] = ()
+        if isinstance(found, FunctionInfo):
+            made = returned_class(self.project, found.file, found.node)
+            if made is not None and self._is_container(made):
+                nodes = [argument.body for argument in call.args if isinstance(argument, ast.Lambda)]
+        elif found is not None and self._is_container(found):
+            appends = tuple(self._appends(path, local))
+            for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
+                inner = value.value if isinstance(value, ast.Starred) else value
+                nodes += self._values(inner) or (self._list_form(inner)[1] if not isinstance(inner, ast.Call) else [])
+            nodes += [node for append in appends for node in appended(append)]
+            nodes += self._stored_by_key(path, local)
+        nodes = [node for node in nodes if isinstance(node, (ast.Call, ast.Name, ast.IfExp))]
+        if nodes:
+            elements = tuple(self._element(node) for node in nodes)
+            yield Build(self.file, self.owner, self.function, path, call, KEPT, "kept", elements, appends)
+
+    def _is_container(self, found: Resolved) -> bool:
+        if isinstance(found, ClassInfo):
+            return any(is_container(base) for base in self.containers.classes.external_bases(found))
+        return isinstance(found, External) and found.name == "torch.nn.ModuleDict"
+
+    @staticmethod
+    def _values(node: ast.expr) -> list[ast.expr]:
+        """Values of a dict display."""
+        if isinstance(node, ast.DictComp):
+            return [node.value]
+        return list(node.values) if isinstance(node, ast.Dict) else []
+
+    def _stored_by_key(self, path: str, local: str) -> Iterator[ast.expr]:
+        """Values of ``self.<path>[key] = value``."""
+        for node in walk(self.function):
+            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Subscript):
+                owner = node.targets[0].value
+                if self_path(owner, self.me) == path or (local and isinstance(owner, ast.Name) and owner.id == local):
+                    yield node.value
 
     def _element(self, node: ast.expr) -> Element:
         """A member, looked up if it is a local variable that is made anew each time it is added."""
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._defaults:
+            cls = self.project.resolve(self.file, self._defaults[node.func.id])
+            return Element(node, "unknown", cls if isinstance(cls, ClassInfo) else None)
         values = self._locals.get(node.id, []) if isinstance(node, ast.Name) else []
         if not values or not all(isinstance(value, (ast.Call, ast.IfExp)) for value in values):
             return self.containers.element(self.file, node)
@@ -135,13 +194,14 @@ class _FunctionScan:
         return all(any(loop in names.ancestors(place) for place in stored) for loop in around)
 
     def _returns_list(self, call: ast.Call) -> bool:
-        """Whether a call reaches a helper of the project that returns a ModuleList (``_get_clones``)."""
+        """Whether a call reaches a helper that returns a ModuleList (``_get_clones(...)``, ``self._make()``)."""
         found = self.project.resolve(self.file, call.func)
-        if not isinstance(found, FunctionInfo):
-            return False
-        for node in walk(found.node):
-            if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
-                return self.project.external(found.file, node.value.func) == "torch.nn.ModuleList"
+        if isinstance(found, FunctionInfo):
+            return returns_list(self.project, found.file, found.node)
+        func = call.func
+        if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == self.me:
+            method = self.containers.classes.method(self.owner, func.attr)
+            return method is not None and returns_list(self.project, method[0].file, method[1])
         return False
 
     def _mapping(self, path: str, node: ast.expr) -> Iterator[Build]:
@@ -160,8 +220,11 @@ class _FunctionScan:
     def _form(self, call: ast.Call, name: str) -> tuple[Form, list[ast.expr]]:
         arguments = list(call.args)
         if name == "torch.nn.Sequential":
-            if len(arguments) != 1 or not isinstance(arguments[0], ast.Starred):
+            if len(arguments) == 1 and not isinstance(arguments[0], ast.Starred):
+                return "named", arguments  # one dict of names, which are the keys
+            if len(arguments) != 1:
                 return ("empty", []) if not arguments else ("other", arguments)
+            assert isinstance(arguments[0], ast.Starred)
             arguments = [arguments[0].value]
         elif not arguments and call.keywords and call.keywords[0].arg == "modules":
             arguments = [call.keywords[0].value]
@@ -178,6 +241,10 @@ class _FunctionScan:
             return ("list" if value.elts else "empty"), list(value.elts)
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
             return "repeated", []
+        if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
+            (left, first), (right, second) = self._list_form(value.left), self._list_form(value.right)
+            odd = next((form for form in (left, right) if form in {"repeated", "other"}), None)
+            return odd or "list", [*first, *second]
         if isinstance(value, ast.Name):
             return "variable", list(self._local_elements(value.id))
         if isinstance(value, ast.Call) and dotted(value.func) == "list" and len(value.args) == 1:
@@ -191,6 +258,15 @@ class _FunctionScan:
                 yield from self._list_form(value)[1]
         for append in self._appends("", name):
             yield from appended(append)
+
+    @cached_property
+    def _defaults(self) -> dict[str, ast.expr]:
+        """Defaults of the method's arguments: ``block_fn=Block``."""
+        arguments = self.function.args
+        positional = [*arguments.posonlyargs, *arguments.args]
+        found = dict(zip([a.arg for a in reversed(positional)], reversed(arguments.defaults), strict=False))
+        found.update((a.arg, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d)
+        return found
 
     @cached_property
     def _locals(self) -> dict[str, list[ast.expr]]:

@@ -8,9 +8,9 @@ from typing import Literal
 
 from rewriter.analyze.classes import Classes, is_container
 from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Project, Resolved
 
-Form = Literal["list", "comprehension", "empty", "variable", "helper", "repeated", "other"]
+Form = Literal["list", "comprehension", "empty", "variable", "helper", "repeated", "kept", "named", "other"]
 ElementKind = Literal["block", "wrapped", "leaf", "container", "external", "unknown", "shared", "none"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 BLOCK_WRAPPERS = {
@@ -20,12 +20,14 @@ BLOCK_WRAPPERS = {
     "bmtrain.block.Block",
 }
 BLOCK_LISTS = {"bmtrain.TransformerBlockList", "bmtrain.PipelineTransformerBlockList"}
+KEPT = "kept"
+"""``Build.container`` of a dict, or of a class of its own, that stays what it is while its members become blocks."""
 _TORCH_BLOCKS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
 
 
 @dataclass(frozen=True, eq=False)
 class Element:
-    """One expression that yields members of a list, and what it yields."""
+    """One expression that yields members of a list, and what it yields. A Sequential is a block: it can be called."""
 
     node: ast.expr
     kind: ElementKind
@@ -48,6 +50,8 @@ class Build:
 
     @property
     def is_stack_already(self) -> bool:
+        if self.container == KEPT:
+            return bool(self.elements) and all(element.kind == "wrapped" for element in self.elements)
         return self.container in BLOCK_LISTS
 
 
@@ -73,7 +77,7 @@ class Elements:
         if isinstance(found, ClassInfo):
             kind = self.classes.kind(found)
             if kind == "leaf":
-                return Element(node, "container" if self._is_plain_container(found) else "leaf", found)
+                return Element(node, self._leaf_kind(found), found)
             return Element(node, "unknown" if kind == "none" else "block", found)
         if isinstance(found, External):
             return self._external_element(file, node, found.name)
@@ -87,11 +91,12 @@ class Elements:
             return Element(node, "wrapped", inner.cls if inner else None)
         if name in {"copy.deepcopy", "deepcopy"}:
             return Element(node, "unknown")
+        if name == "torch.nn.Sequential":
+            return Element(node, "block" if node.args else "unknown")
+        if is_container(name) or name == "torch.nn.Module":
+            return Element(node, "container")
         if name.startswith("torch."):
-            last = name.split(".")[-1]
-            if is_container(name):
-                return Element(node, "container")
-            return Element(node, "block" if last in _TORCH_BLOCKS else "leaf")
+            return Element(node, "block" if name.split(".")[-1] in _TORCH_BLOCKS else "leaf")
         return Element(node, "external")
 
     def _returned(self, node: ast.Call, function: FunctionInfo) -> Element:
@@ -100,17 +105,20 @@ class Elements:
             if isinstance(statement, ast.Return) and isinstance(statement.value, ast.Call):
                 found = self.project.resolve(function.file, statement.value.func)
                 if isinstance(found, ClassInfo) and self.classes.is_module(found):
-                    return Element(node, "leaf" if self.classes.kind(found) == "leaf" else "block", found)
+                    leaf = self.classes.kind(found) == "leaf"
+                    return Element(node, self._leaf_kind(found) if leaf else "block", found)
                 if isinstance(found, External) and found.name.startswith("torch."):
-                    return Element(node, "container" if is_container(found.name) else "leaf")
+                    return Element(node, self._external_element(function.file, statement.value, found.name).kind)
         return Element(node, "unknown")
 
-    def _is_plain_container(self, info: ClassInfo) -> bool:
-        for member in (info, *self.classes.ancestors(info)):
-            for _, base in self.classes.bases(member):
-                if isinstance(base, External) and is_container(base.name):
-                    return True
-        return False
+    def _leaf_kind(self, info: ClassInfo) -> ElementKind:
+        """What a subclass of a torch layer or container is: a container that can be called is a block."""
+        bases = self.classes.external_bases(info)
+        if "torch.nn.Sequential" in bases:
+            return "block"
+        if any(is_container(base) for base in bases):
+            return "block" if self.classes.method(info, "forward") else "container"
+        return "leaf"
 
 
 def appended(node: ast.AST) -> list[ast.expr]:
@@ -152,3 +160,25 @@ def self_path(node: ast.AST, me: str) -> str:
     if not parts or not isinstance(node, ast.Name) or node.id != me or not me:
         return ""
     return ".".join(reversed(parts))
+
+
+def returned_class(project: Project, file: File, function: Function) -> Resolved:
+    """The class of what a function returns, if it returns a new object."""
+    for node in walk(function):
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+            return project.resolve(file, node.value.func)
+    return None
+
+
+def returns_list(project: Project, file: File, function: Function) -> bool:
+    """Whether a function always returns a new ModuleList, perhaps under a name."""
+    local = {
+        node.targets[0].id: node.value
+        for node in walk(function)
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)
+    }
+    returned = [node.value for node in walk(function) if isinstance(node, ast.Return) and node.value is not None]
+    values = [local.get(value.id, value) if isinstance(value, ast.Name) else value for value in returned]
+    return bool(values) and all(
+        isinstance(value, ast.Call) and project.external(file, value.func) == "torch.nn.ModuleList" for value in values
+    )

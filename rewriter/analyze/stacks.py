@@ -3,60 +3,20 @@
 from __future__ import annotations
 
 import ast
-import fnmatch
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
 
+from rewriter.analyze.call_form import CallForm, call_form
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.containers import Containers
-from rewriter.analyze.elements import Build, self_path
-from rewriter.analyze.loops import CallForm, Loop, call_form, find_loops, is_chain
+from rewriter.analyze.elements import Element
+from rewriter.analyze.loops import Loop, find_loops, is_chain
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File, Project
+from rewriter.analyze.stack import Left, Stack, reason_against
 
-_NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
-_MARK = re.compile(r"#\s*bmt:\s*blocks\b")
-_SETUP = re.compile(
-    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init)"
-)
+_CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
 _CACHE = re.compile(r"(?:^|_)(?:past|cache|kv|incremental_state|inference_params|layer_past|state)s?(?:_|$)", re.I)
-
-
-@dataclass(eq=False)
-class Stack:
-    """All builds of one attribute that holds a stack of blocks."""
-
-    owner: ClassInfo
-    path: str
-    builds: list[Build]
-    loops: list[Loop]
-    num_hidden: int = 1
-    use_checkpoint: bool = True
-    calls: dict[ast.For, CallForm] = field(default_factory=dict)
-    reasons: dict[ast.For, str] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return f"{self.owner.name}.{self.path}"
-
-    def key(self) -> str:
-        return f"stack:{self.owner.file.path}:{self.owner.node.lineno}:{self.path}"
-
-    def requirement(self) -> tuple[str, ...]:
-        """What an edit that relies on the stack requires: its conversion, if it is not converted already."""
-        return () if all(build.is_stack_already for build in self.builds) else (self.key(),)
-
-
-@dataclass(frozen=True, eq=False)
-class Left:
-    """A chain loop or a container that stays as it is, and why."""
-
-    file: File
-    node: ast.AST
-    reason: str
-    kind: Literal["loop", "container"] = "loop"
 
 
 class Stacks:
@@ -76,17 +36,10 @@ class Stacks:
 
     def _modules(self) -> Iterator[ClassInfo]:
         for file in self.project:
-            if (
-                b"ModuleList" in file.source.data
-                or b"Sequential" in file.source.data
-                or b"BlockList" in file.source.data
-            ):
+            data = file.source.data
+            if any(word in data for word in _CONTAINER_WORDS) or (b"for " in data and file.convert):
                 for info in self.classes.all(file):
                     if self.classes.kind(info) in {"module", "distributed"}:
-                        yield info
-            elif b"for " in file.source.data and file.convert:
-                for info in self.classes.all(file):
-                    if self.classes.kind(info) in {"module", "distributed"} and self.classes.ancestors(info):
                         yield info
 
     def _candidates(self) -> Iterator[Stack]:
@@ -100,7 +53,7 @@ class Stacks:
                 family = [info, *self.classes.descendants(info), *self.classes.ancestors(info)]
                 over = [loop for member in family for loop in loops[member] if loop.path == path]
                 stack = Stack(info, path, builds, over)
-                reason = self._reason_against(stack)
+                reason = reason_against(stack, self.chosen)
                 if not reason:
                     yield stack
                 else:
@@ -108,69 +61,14 @@ class Stacks:
                         if is_chain(loop) and loop.owner is info:
                             self.left.append(Left(loop.file, loop.node, reason))
 
-    def _reason_against(self, stack: Stack) -> str:
-        """Why a container is not a stack of blocks; empty if it is one."""
-        if any(build.is_stack_already for build in stack.builds):
-            return ""
-        name = f"{stack.owner.name}.{stack.path}"
-        if any(
-            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in self.chosen
-        ):
-            return ""
-        if any(_MARK.search(build.file.source.comments.get(build.call.lineno, "")) for build in stack.builds):
-            return ""
-        kinds = {element.kind for build in stack.builds for element in build.elements}
-        if "container" in kinds:
-            return "the members are groups of modules, not blocks"
-        if kinds & {"leaf", "none"}:
-            return "the members are single torch layers, not blocks"
-        if "shared" in kinds or any(build.form == "repeated" for build in stack.builds):
-            return "the same object is in the list more than once"
-        if _NOT_BLOCKS.search(stack.path.split(".")[-1]):
-            return "by its name the list holds no blocks"
-        chains = [loop for loop in stack.loops if is_chain(loop)]
-        sequential = all(build.container == "torch.nn.Sequential" for build in stack.builds)
-        if sequential:
-            ready = kinds <= {"block", "wrapped"} and kinds and all(b.form != "other" for b in stack.builds)
-            return "" if ready and self._called_whole(stack) else "a Sequential of other things than blocks"
-        if not chains:
-            return "no loop carries anything from member to member"
-        if kinds <= {"external", "unknown"} and any(build.form == "other" for build in stack.builds):
-            return "what the list holds is not known"
-        return self._bypass(stack)
-
-    def _called_whole(self, stack: Stack) -> bool:
-        """Whether a Sequential is only called, never taken apart."""
-        for function in stack.owner.methods.values():
-            me = function.args.args[0].arg if function.args.args else ""
-            for node in walk(function):
-                if isinstance(node, ast.Call) and self_path(node.func, me) == stack.path:
-                    return len(node.args) == 1 and not node.keywords
-        return any(is_chain(loop) for loop in stack.loops)
-
-    def _bypass(self, stack: Stack) -> str:
-        """Whether a loop calls parts of a member instead of the member, which would then not be gathered."""
-        for loop in stack.loops:
-            if _SETUP.match(loop.function.name) or not loop.element:
-                continue
-            for statement in loop.node.body:
-                for node in walk(statement):
-                    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                        if loop.is_element(node.func.value) and not _SETUP.match(node.func.attr):
-                            return f"a loop calls {loop.element}.{node.func.attr}(...) instead of the block"
-                        if isinstance(node.func.value, ast.Attribute) and loop.is_element(node.func.value.value):
-                            part = f"{node.func.value.attr}.{node.func.attr}"
-                            return f"a loop reaches into the block ({loop.element}.{part})"
-        return ""
-
     def _outermost(self, stacks: list[Stack]) -> list[Stack]:
         """Drop stacks whose owner is itself part of another stack's block."""
         inside = self.inside
         for stack in stacks:
             for build in stack.builds:
                 for element in build.elements:
-                    if element.cls is not None:
-                        for part in self._parts(element.cls):
+                    for made in self._made(build.file, element):
+                        for part in self._parts(made):
                             inside.setdefault(part, stack)
         kept = []
         for stack in stacks:
@@ -182,6 +80,15 @@ class Stacks:
             for loop in stack.loops:
                 self.left.append(Left(loop.file, loop.node, f"it runs inside a block of {outer.name}"))
         return kept
+
+    def _made(self, file: File, element: Element) -> Iterator[ClassInfo]:
+        """Project classes that an expression for a member constructs: of a Sequential, those of its parts."""
+        if element.cls is not None:
+            yield element.cls
+        for node in walk(element.node):
+            found = self.project.resolve(file, node.func) if isinstance(node, ast.Call) else None
+            if isinstance(found, ClassInfo) and self.classes.is_module(found):
+                yield found
 
     def _parts(self, info: ClassInfo) -> set[ClassInfo]:
         """Project module classes that a class constructs, at any depth, itself included."""
@@ -238,6 +145,8 @@ class Stacks:
                 return f"{member.name} also gives {stack.path} something else"
             if member is not stack.owner and stack.path in self.containers.of(member):
                 return f"{member.name} builds {stack.path} too"
+        if not stack.whole:
+            return f"{stack.path} is no list of blocks alone; its blocks are"
         containers = {build.container for build in stack.builds}
         if "torch.nn.Sequential" in containers and len(containers) > 1:
             return f"{stack.path} is sometimes a Sequential"

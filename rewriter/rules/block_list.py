@@ -1,11 +1,12 @@
 """A stack of blocks is a bmt.TransformerBlockList.
 
 What: the ModuleList (or ``Sequential(*blocks)``) that holds the model's blocks becomes a TransformerBlockList, each
-member a CheckpointBlock.
+member a CheckpointBlock. A ModuleDict, a container class of the project or a Sequential with names stays what it is;
+its members become CheckpointBlocks.
 Why: a block gathers its parameters just before it runs and releases them after; the list knows what runs next and
 gathers it ahead of time. State-dict keys stay.
 Refuses when: the members are heads, experts, norms, single torch layers or pairs; no loop carries anything from
-member to member; a loop calls parts of a member instead of the member; the list is inside another stack's block.
+member to member; a loop calls parts of a member beside the member; the list is inside another stack's block.
 ``--blocks 'GPT.h'``, or a comment ``# bmt: blocks`` where the list is made, names a stack that is not recognised.
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from rewriter.analyze.elements import Build, Element
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.analyze.stacks import Stack
+from rewriter.analyze.stack import Stack
 from rewriter.types import Edit, Example, Finding, Part, Rule, Span
 
 
@@ -38,6 +39,11 @@ def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edi
     assert isinstance(call, ast.Call)
     width = f", num_hidden={stack.num_hidden}" if stack.num_hidden != 1 else ""
     span = file.source.span(call)
+    if not stack.whole:
+        for element in build.elements:
+            if element.kind == "block" or (build.form == "kept" and element.kind == "unknown"):
+                yield from _wrapped(file, alias, stack, element)
+        return
     if build.form in {"helper", "other"} and not build.is_stack_already:
         yield Edit(span, (f"{alias}.TransformerBlockList(", span, f"{width})"), 5)
         return
@@ -71,6 +77,10 @@ def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
 def _element(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
     if element.kind == "wrapped" or not isinstance(element.node, (ast.Call, ast.IfExp)):
         return
+    yield from _wrapped(file, alias, stack, element)
+
+
+def _wrapped(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
     span = file.source.span(element.node)
     tail: Part = ")" if stack.use_checkpoint else ", use_checkpoint=False)"
     yield Edit(span, (f"{alias}.CheckpointBlock(", span, tail), 2)

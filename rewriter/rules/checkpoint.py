@@ -15,7 +15,7 @@ from rewriter.analyze.checkpoints import collapse_checkpoint, collapse_whole
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
-from rewriter.analyze.stacks import Stack
+from rewriter.analyze.stack import Stack
 from rewriter.types import Edit, Example, Finding, Rule
 
 

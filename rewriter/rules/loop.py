@@ -12,8 +12,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import CallForm, Loop
+from rewriter.analyze.loops import Loop
 from rewriter.analyze.project import File
 from rewriter.analyze.source import Source
 from rewriter.types import Edit, Example, Finding, Rule, Safety, Span

@@ -1,0 +1,136 @@
+"""One stack of blocks, and why a list of modules is none."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rewriter.analyze.call_form import CallForm
+from rewriter.analyze.elements import KEPT, Build, self_path
+from rewriter.analyze.loops import Loop, is_chain
+from rewriter.analyze.names import walk
+from rewriter.analyze.project import ClassInfo, File
+
+_NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
+_MARK = re.compile(r"#\s*bmt:\s*blocks\b")
+_SETUP = re.compile(
+    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|to$|train$|eval$|"
+    r"(?:named_)?(?:parameters|modules|children)$|state_dict$|requires_grad_$|apply$|register_|half$|float$|cuda$|cpu$)"
+)
+
+
+@dataclass(eq=False)
+class Stack:
+    """All builds of one attribute that holds a stack of blocks."""
+
+    owner: ClassInfo
+    path: str
+    builds: list[Build]
+    loops: list[Loop]
+    num_hidden: int = 1
+    use_checkpoint: bool = True
+    whole: bool = True  # False: the container stays what it is, its members become blocks
+    calls: dict[ast.For, CallForm] = field(default_factory=dict)
+    reasons: dict[ast.For, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.owner.name}.{self.path}"
+
+    def key(self) -> str:
+        return f"stack:{self.owner.file.path}:{self.owner.node.lineno}:{self.path}"
+
+    def requirement(self) -> tuple[str, ...]:
+        """What an edit that relies on the stack requires: its conversion, if it is not converted already."""
+        return () if all(build.is_stack_already for build in self.builds) else (self.key(),)
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A chain loop or a container that stays as it is, and why."""
+
+    file: File
+    node: ast.AST
+    reason: str
+    kind: Literal["loop", "container"] = "loop"
+
+
+def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
+    """Why a container is not a stack of blocks; empty if it is one."""
+    if any(build.container == KEPT for build in stack.builds):
+        stack.whole = False
+    if any(build.is_stack_already for build in stack.builds):
+        return ""
+    name = f"{stack.owner.name}.{stack.path}"
+    if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in chosen):
+        return ""
+    if any(_MARK.search(build.file.source.comments.get(build.call.lineno, "")) for build in stack.builds):
+        return ""
+    kinds = {element.kind for build in stack.builds for element in build.elements}
+    blocks = bool(kinds & {"block", "wrapped"})
+    chains = [loop for loop in stack.loops if is_chain(loop)]
+    if any(build.container == KEPT for build in stack.builds):
+        if not blocks and not (kinds == {"unknown"} and chains):
+            return "what the container holds is not known to be blocks"
+    elif "container" in kinds:
+        return "the members are groups of modules, not blocks"
+    elif kinds & {"leaf", "none"} and not blocks:
+        return "the members are single torch layers, not blocks"
+    if "shared" in kinds or any(build.form == "repeated" for build in stack.builds):
+        return "the same object is in the list more than once"
+    if _NOT_BLOCKS.search(stack.path.split(".")[-1]):
+        return "by its name the list holds no blocks"
+    if "none" in kinds:
+        stack.whole = False
+    if all(build.container == "torch.nn.Sequential" for build in stack.builds):
+        known = kinds <= {"block", "wrapped"} and kinds and all(b.form != "other" for b in stack.builds)
+        filled = kinds or any(b.form == "other" for b in stack.builds)
+        likely = chains and filled and kinds <= {"block", "wrapped", "unknown"}
+        if (known or likely) and not _has_names(stack) and _called_whole(stack):
+            return ""
+        stack.whole = False
+        if blocks and chains:
+            return ""
+        return "what the Sequential holds is not known" if likely else "a Sequential of other things than blocks"
+    if not chains:
+        return "no loop carries anything from member to member"
+    if kinds <= {"external", "unknown"} and any(build.form == "other" for build in stack.builds):
+        return "what the list holds is not known"
+    return _bypass(chains)
+
+
+def _has_names(stack: Stack) -> bool:
+    """Whether members of a Sequential have names, which are its state-dict keys."""
+    added = [a for build in stack.builds for a in build.appends if isinstance(a, ast.Call)]
+    names = {call.func.attr for call in added if isinstance(call.func, ast.Attribute)}
+    return "add_module" in names or any(build.form == "named" for build in stack.builds)
+
+
+def _called_whole(stack: Stack) -> bool:
+    """Whether a Sequential is only called, never taken apart."""
+    for function in stack.owner.methods.values():
+        me = function.args.args[0].arg if function.args.args else ""
+        for node in walk(function):
+            if isinstance(node, ast.Call) and self_path(node.func, me) == stack.path:
+                return len(node.args) == 1 and not node.keywords
+    return any(is_chain(loop) for loop in stack.loops)
+
+
+def _bypass(chains: list[Loop]) -> str:
+    """Whether a loop that calls members also calls parts of them: blocks would stay whole then."""
+    for loop in chains:
+        for statement in loop.node.body:
+            for node in walk(statement):
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not loop.element:
+                    continue
+                called, method = node.func.value, node.func.attr
+                if _SETUP.match(method):
+                    continue
+                if loop.is_element(called):
+                    return f"a loop calls {loop.element}.{method}(...) beside the block"
+                if isinstance(called, ast.Attribute) and loop.is_element(called.value):
+                    return f"a loop reaches into the block ({loop.element}.{called.attr}.{method})"
+    return ""
