@@ -18,7 +18,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
-from .device import Device, Schedule, choose_device
+from .device import Device, Schedule, choose_device, let_segments_grow
 from .errors import ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
 from .topology import Topology
@@ -181,7 +181,8 @@ def init_distributed(
 
     Reads what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without
     them this process is the whole world.  Seeds ``random``, numpy and torch with ``seed`` on every rank alike, so
-    that every rank builds the same initial weights.
+    that every rank builds the same initial weights.  On a GPU torch's allocator gets ``expandable_segments:True``,
+    unless PYTORCH_CUDA_ALLOC_CONF is set.
 
     Args:
         init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
@@ -211,6 +212,8 @@ def init_distributed(
             "Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out."
         )
     chosen = choose_device(device, topology.local_rank)
+    if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
+        let_segments_grow()
     if topology.world_size > 1:
         env.setdefault("MASTER_ADDR", "localhost")
         env.setdefault("MASTER_PORT", "10010")

@@ -157,6 +157,17 @@ class Device:
         random.setstate(state[2])
 
 
+def let_segments_grow() -> None:
+    """Let torch's allocator extend its segments instead of adding others, so that it reserves little more than is used.
+
+    Memory already reserved stays as it is.
+    """
+    name = "_accelerator_setAllocatorSettings"
+    if not hasattr(torch._C, name):  # torch < 2.10
+        name = "_cuda_cudaCachingAllocator_set_allocator_settings"
+    getattr(torch._C, name)("expandable_segments:True")
+
+
 def choose_device(asked: str | None, local_rank: int) -> torch.device:
     """The device of the process with this local rank: its GPU when there are GPUs, else the CPU.
 

@@ -106,6 +106,8 @@ def measure(step: Step, options: argparse.Namespace, rank: int, device: torch.de
 
 def main() -> None:
     options = parse_options()
+    if options.engine != "bmtrain":  # bmtrain asks for it itself
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
