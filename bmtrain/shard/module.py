@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABCMeta
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from ..context import context
 
 
-class _ShardWhenBuilt(ABCMeta):
+class _ShardWhenBuilt(type(Protocol)):  # type: ignore[misc]
     """Builds instances as usual; after the outermost constructor, shards what was built.
 
     Until then every parameter is whole and ordinary, so that any initialisation code means what it says.
-    Derived from ABCMeta so that ``class M(nn.Module, ABC)`` converts.
+    Derived from the protocols' metaclass, and so from ABCMeta, so that ``class M(nn.Module, AnAbstractClass)`` and
+    ``class M(nn.Module, AProtocol)`` convert.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return ABCMeta.__new__(cls, *args, **kwargs)  # a protocol's own lets nothing else be a generic class's base
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The constructor's; without this, that of ``__call__`` below."""
+        whole = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         ctx = context()
