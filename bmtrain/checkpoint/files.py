@@ -35,8 +35,10 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
     save_checkpoint(state, file_name)
 
 
-def save_checkpoint(obj: Any, file_name: str | os.PathLike[str]) -> None:
+def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` of rank 0's ``obj``; the others wait until the file is there.  Collective.
+
+    ``options`` are those of ``torch.save``.
 
     ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.  The file
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
@@ -44,7 +46,7 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str]) -> None:
     problem = None
     if context().rank == 0:
         try:
-            _write(obj, Path(file_name))
+            _write(obj, Path(file_name), **options)
         except Exception as error:  # pickling may raise anything, and the others wait for the verdict
             problem = f"{type(error).__name__}: {error}"
     problem = broadcast_object(problem)
@@ -52,11 +54,11 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"Rank 0 could not write {file_name}: {problem}")
 
 
-def _write(obj: Any, path: Path) -> None:
+def _write(obj: Any, path: Path, **options: Any) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file)
+            torch.save(obj, file, **options)
             file.flush()
             os.fsync(file.fileno())
         umask = os.umask(0)

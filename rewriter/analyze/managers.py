@@ -99,7 +99,8 @@ class Managers:
         )
 
     def _free(self, variable: Var, base: str) -> str:
-        prefix = variable[1].rsplit(".", 1)[0] + "." if "." in variable[1] else ""
+        own = variable[1].split(".")[0] in {"self", "cls"}
+        prefix = variable[1].rsplit(".", 1)[0] + "." if own else ""
         scope = self.file.names.scopes.get(variable[0])
         name = base
         while not prefix and scope is not None and name in scope.bindings:

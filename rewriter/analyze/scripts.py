@@ -172,10 +172,11 @@ class Scripts:
     def needs_init(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
         roles = self.roles[file]
+        held = roles.scalers | {(scope, path.split(".")[0]) for scope, path in roles.optimizers}
         for node in walk_own(statement):
             if isinstance(node, ast.Call) and self._call_needs(file, node):
                 return True
-            if isinstance(node, ast.Assign) and any(roles.var(target) in roles.scalers for target in node.targets):
+            if isinstance(node, ast.Assign) and any(roles.var(target) in held for target in node.targets):
                 return True
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
                 if any(roles.var(target) in roles.models for target in node.targets):

@@ -16,7 +16,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
 from rewriter.analyze.project import File
 from rewriter.rules.manager_calls import call_edits
-from rewriter.rules.manager_creation import creation_edits, scaler_is_made_here
+from rewriter.rules.manager_creation import creation_edits, owner_place, scaler_is_made_here
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
@@ -52,6 +52,10 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
     for variable in (*manager.optimizers, *([manager.scaler] if manager.scaler else [])):
         path = variable[1]
         if "." in path and path.split(".")[0] not in {"self", "cls"}:
+            root = variable[0], path.split(".")[0]
+            made = owner_place(managers.file, managers, variable) is not None or managers.is_argument(root)
+            if manager.scaler is None and made:
+                continue
             return f"{path} belongs to another object, so where its manager would be made is not known"
         if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
             return f"{path} is not made in this file, so where its manager would be made is not known"

@@ -21,7 +21,7 @@ def creation_edits(file: File, facts: Facts, managers: Managers, manager: Manage
     if manager.scaler is not None:
         yield from _scaler_creation(file, facts, managers, manager)
     for optimizer in manager.optimizers:
-        place = _last_assignment(file, managers, optimizer)
+        place = _last_assignment(file, managers, optimizer) or owner_place(file, managers, optimizer)
         add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
             yield from _joined(file, managers, manager, place, add)
@@ -35,6 +35,14 @@ def creation_edits(file: File, facts: Facts, managers: Managers, manager: Manage
                 if _may_be_none(optimizer):
                     lines[1:] = [f"if {optimizer[1]} is not None:", file.source.indent_unit + add]
                 yield first.lineno, file.source.insert_before(first, lines)
+
+
+def owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | None:
+    """For ``trainer.optimizer``: the statement after which ``trainer`` certainly has it, if it is made here."""
+    root = optimizer[0], optimizer[1].split(".")[0]
+    if root[1] == optimizer[1] or root[1] in {"self", "cls"}:
+        return None
+    return _last_assignment(file, managers, root)
 
 
 def _joined(

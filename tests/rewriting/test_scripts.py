@@ -46,9 +46,9 @@ REFUSED = {
     "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
     "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
     "a flag of more than ranks": LOOP + "saves = logging and is_main(args)\nif saves:\n    torch.save(model.state_dict(), 'x')\n",
-    "optimizer elsewhere": LOOP.replace("optimizer = torch", "engine.optimizer = torch").replace(
+    "optimizer elsewhere": "from engines import engine\n" + LOOP.replace("optimizer = torch", "engine.optimizer = torch").replace(
         "    optimizer", "    engine.optimizer"
-    ),
+    ).replace("engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
 }
 
 
@@ -129,6 +129,18 @@ CASES = {
         "def epoch(model, optimizer=None):\n    loss = model(1).mean()\n    if optimizer is not None:\n        loss.backward()\n"
         "        optimizer.step()\n    return loss\n\n\nepoch(Net(), make())\n",
         ["(loss_scale=None)\n    if optimizer is not None:\n        optim_manager.add_optimizer(optimizer)\n    loss ="],
+    ),
+    "optimizer of another object": (
+        "trainer = make()\nmodel = Net()\nfor x in batches:\n    loss = model(x).mean()\n    loss.backward()\n"
+        "    trainer.optimizer.step()\n    trainer.optimizer.zero_grad()\n",
+        [
+            "trainer = make()\noptim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.add_optimizer(trainer.optimizer)\n",
+            "    optim_manager.backward(loss)\n    optim_manager.step()\n    optim_manager.zero_grad()\n",
+        ],
+    ),
+    "optimizer of an argument": (
+        "def epoch(trainer, model):\n    model(1).mean().backward()\n    trainer.optimizer.step()\n\n\nepoch(make(), Net())\n",
+        ["def epoch(trainer, model):\n    optim_manager = bmt.optim.OptimManager(loss_scale=None)\n    optim_manager.add_optimizer(trainer.optimizer)\n"],
     ),
     "trainer class": (
         "class Trainer:\n    def __init__(self):\n        self.model = Net()\n        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1)\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,10 @@ def failing_writes(folder: str) -> None:
     with pytest.raises(CheckpointError, match="Rank 0 could not write"):
         bmt.save_checkpoint(unpicklable, path)
     assert Path(path).read_bytes() == before and os.listdir(folder) == ["model.pt"]
+    bmt.synchronize()
+    old = os.path.join(folder, "old.pt")
+    bmt.save_checkpoint({"step": 1}, old, _use_new_zipfile_serialization=False)
+    assert torch.load(old) == {"step": 1} and not zipfile.is_zipfile(old)
     for broken, said in (("nothing.pt", "nothing.pt"), ("model.txt", "model.txt")):
         if broken == "model.txt" and bmt.rank() == 0:
             Path(folder, broken).write_bytes(b"not a checkpoint")
