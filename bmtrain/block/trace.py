@@ -27,6 +27,7 @@ class Trace:
         self._past: dict[object, list[Step]] = {}
         self._kind: object = None
         self._run: list[Step] = []
+        self._after: dict[Step, int] = {}  # which unit followed each step when it last occurred
         self._expected: list[Step] = []
         self._position = 0
         self._count = 0
@@ -53,6 +54,8 @@ class Trace:
         Raises RankDivergenceError when another rank needs a different one.
         """
         step = (index, phase)
+        if self._run:
+            self._after[self._run[-1]] = index
         self._run.append(step)
         self._count += 1
         at = self._position
@@ -61,7 +64,8 @@ class Trace:
             try:
                 at = self._expected.index(step, min(at, len(self._expected)))
             except ValueError:
-                return None  # not seen before: follow the old prediction again as soon as it fits
+                # Not in the last run: go by runs before, and follow the prediction again as soon as it fits.
+                return self._after.get(step)
         self._position = at + 1
         if self._position < len(self._expected):
             return self._expected[self._position][0]
