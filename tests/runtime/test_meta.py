@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -94,3 +97,79 @@ def test_what_nothing_initialises_is_named() -> None:
 
 def test_a_lost_buffer_is_named() -> None:
     assert "mask" in run_ranks(1, build_with_lost_buffer)[0]
+
+
+# ---- memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEPTH, WIDTH = 20, 1024
+BLOCK = 2 * WIDTH * WIDTH * 4  # bytes
+SLACK = 6 * 2**20  # of allocators, and Python's own
+
+
+def make_deep() -> nn.Module:
+    class Layer(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+
+    class Deep(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(2 * WIDTH, WIDTH)  # as large as a block
+            self.layers = bmt.TransformerBlockList([Layer() for _ in range(DEPTH)])
+
+    with torch.device("meta"):
+        return Deep()
+
+
+def host_memory(name: str) -> int:
+    """Bytes of this process by the kernel's account: VmRSS, or its peak VmHWM."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"{name} is not in /proc/self/status")
+
+
+def memory_of_building(device: str) -> tuple[int, int]:
+    """Bytes that building took at its peak, and bytes that stay."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = make_deep()
+        kept = shard_bytes(model)
+        stays = torch.cuda.memory_allocated() - before
+        # Shards that NCCL allocated are not in torch's account.
+        return torch.cuda.max_memory_allocated() - before + kept - stays, kept
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: a freed tensor leaves the process, as large ones do
+    with torch.device("meta"):
+        make_model(tied=False)  # what libraries allocate on first use
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = host_memory("VmRSS")
+    model = make_deep()
+    return host_memory("VmHWM") - before, shard_bytes(model)
+
+
+def shard_bytes(model: nn.Module) -> int:
+    return sum(flat.shard.nbytes for m in model.modules() if hasattr(m, "_bmt_unit") for flat in m._bmt_unit.flats)
+
+
+def check_memory(world_size: int, device: str) -> None:
+    for peak, shards in run_ranks(world_size, memory_of_building, device, init={"device": device}, fresh=True):
+        assert shards == pytest.approx((DEPTH + 1) * BLOCK / world_size, rel=0.01)
+        assert peak >= shards, "the measure sees the shards"
+        assert peak - shards <= 2 * BLOCK + SLACK, f"{(peak - shards) / BLOCK:.1f} whole blocks beside the shards"
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_building_holds_two_whole_blocks_at_most(world_size: int) -> None:
+    check_memory(world_size, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_building_on_gpus_holds_two_whole_blocks_at_most(world_size: int) -> None:
+    if world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {world_size} GPUs")
+    check_memory(world_size, "cuda")

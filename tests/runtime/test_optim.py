@@ -142,9 +142,13 @@ def test_decay_is_decoupled_in_every_precision(dtype: torch.dtype, kind: str) ->
         assert value == pytest.approx(1.9, rel=4e-3)
 
 
-def small_steps_add_up(dtype: torch.dtype) -> list[float]:
+def small_steps_add_up(dtype: torch.dtype, policy: bool) -> list[float]:
     """1024 accumulated gradients of 1e-3, each exactly that in the loss's precision."""
-    model = bmt.BMTrainModelWrapper(nn.Linear(3, 1, bias=False)).to(dtype)
+    model = bmt.BMTrainModelWrapper(nn.Linear(3, 1, bias=False))
+    if policy:
+        bmt.Block(model, precision=dtype)
+    else:
+        model.to(dtype)
     manager = bmt.optim.OptimManager()
     x = torch.full((1, 3), 1e-3, dtype=dtype)
     for _ in range(1024):
@@ -156,8 +160,9 @@ def small_steps_add_up(dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_accumulation_is_exact_in_low_precision(dtype: torch.dtype, world_size: int) -> None:
-    for found, exact in run_ranks(world_size, small_steps_add_up, dtype):
+@pytest.mark.parametrize("policy", [True, False])
+def test_accumulation_is_exact_in_low_precision(policy: bool, dtype: torch.dtype, world_size: int) -> None:
+    for found, exact in run_ranks(world_size, small_steps_add_up, dtype, policy):
         assert found == pytest.approx(exact, rel=1e-5)
         assert exact == pytest.approx(1.024, rel=4e-3)
 
