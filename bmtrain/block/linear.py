@@ -37,10 +37,14 @@ class _LinearInto(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
-        flat, index = ctx.place
-        rows = grad.reshape(-1, grad.shape[-1])
-        _land(flat, index, rows, x)
-        return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None
+        rows, grad_weight = grad.reshape(-1, grad.shape[-1]), None
+        accumulated = _is_accumulated(ctx.next_functions[1][0])
+        if accumulated is None or torch.is_grad_enabled():  # somebody gets it, or differentiates it again
+            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+        elif accumulated:
+            flat, index = ctx.place
+            _land(flat, index, rows, x)
+        return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _CompiledLinearInto(torch.autograd.Function):
@@ -74,7 +78,15 @@ def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
             "do not compile this block."
         )
     rows = grad.reshape(-1, grad.shape[-1])
-    if flat.lands:
+    accumulated = _is_accumulated(torch.autograd.graph.get_gradient_edge(flat.params[index]).node)
+    if accumulated is None:
+        raise UnsupportedError(
+            f"torch.autograd.grad cannot return the gradient of {flat.names[index]!r} from compiled code: do not "
+            "compile this block, or use OptimManager.backward and bmt.gather_grad."
+        )
+    if not accumulated:
+        pass
+    elif flat.lands:
         _land(flat, index, rows, x)
     else:
         flat.add_raw_grad(index, rows.t() @ x.reshape(-1, x.shape[-1]))
@@ -85,6 +97,17 @@ _LIBRARY = torch.library.Library("bmtrain", "DEF")  # type: ignore[no-untyped-ca
 _LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("bmtrain::linear_backward", lambda grad, x, weight: grad @ weight, lib=_LIBRARY)
+
+
+def _is_accumulated(node: Any) -> bool | None:
+    """Whether the present backward adds to the ``.grad`` whose autograd node this is.
+
+    False for a backward that does not reach it; None where torch.autograd.grad is to return it.
+    """
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return None
 
 
 def _land(flat: FlatShard, index: int, rows: torch.Tensor, x: torch.Tensor) -> None:

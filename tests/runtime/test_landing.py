@@ -43,14 +43,17 @@ def gradient(parameter: nn.Parameter) -> torch.Tensor:
     return found
 
 
-def landed(recompute: bool, compiled: bool, times: int, backwards: int) -> tuple[dict[str, torch.Tensor], int]:
-    """Gradients, and how many weights' gradients landed."""
+def landing_model(compiled: bool = False, recompute: bool = False) -> nn.Module:
     with mock.patch.object(linear, "_LARGE", 0):
         model = nn.Sequential(*[bmt.Block(layer, use_checkpoint=recompute) for layer in build()])
         bmt.BMTrainModelWrapper(model)
         linear.land_gradients(model)
-    if compiled:
-        bmt.compile(model, backend="aot_eager")
+    return bmt.compile(model, backend="aot_eager") if compiled else model
+
+
+def landed(recompute: bool, compiled: bool, times: int, backwards: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, and how many weights' gradients landed."""
+    model = landing_model(compiled, recompute)
     manager = bmt.optim.OptimManager()
     x = data(bmt.world_size())[bmt.rank()]
     count = 0
@@ -81,6 +84,50 @@ def test_gradients_are_torchs(recompute: bool, times: int, backwards: int, compi
         out.square().mean().backward()
     for grads, count in run_ranks(2, landed, recompute, compiled, times, backwards, timeout=240):
         assert count == 6 * times * backwards
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def asked_for(compiled: bool, recompute: bool) -> tuple[torch.Tensor, list[bool], list[torch.Tensor]]:
+    """The gradient of an input, which parameters got one meanwhile, and gradients of parameters, asked for by name."""
+    model = landing_model(compiled, recompute)
+    x = data(2)[0].requires_grad_()
+    (of_input,) = torch.autograd.grad(model(x).square().mean(), x)
+    got = [bmt.gather_grad(p) is not None for p in model.parameters()]
+    if compiled:
+        return of_input, got, []
+    with bmt.gathered(model):
+        of_weights = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    return of_input, got, [g.clone() for g in of_weights]
+
+
+@pytest.mark.parametrize(("compiled", "recompute"), [(False, False), (False, True), (True, False)])
+def test_a_gradient_that_is_asked_for_is_not_added_to_others(compiled: bool, recompute: bool) -> None:
+    model, x = build(), data(2)[0].requires_grad_()
+    model(x).square().mean().backward()
+    for of_input, got, of_weights in run_ranks(2, asked_for, compiled, recompute, timeout=240):
+        torch.testing.assert_close(of_input, x.grad)
+        assert not any(got)
+        for found, parameter in zip(of_weights, model.parameters(), strict=not compiled):
+            torch.testing.assert_close(found, parameter.grad)
+
+
+def penalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return (slope.norm(dim=-1) - 1).square().mean() + model(x).mean()
+
+
+def penalty_gradients() -> dict[str, torch.Tensor]:
+    model = landing_model()
+    bmt.optim.OptimManager().backward(penalised(model, data(2)[0]))
+    return {name: gradient(p) for name, p in model.named_parameters()}
+
+
+def test_gradients_of_gradients_are_torchs() -> None:
+    model = build()
+    penalised(model, data(2)[0]).backward()
+    for grads in run_ranks(2, penalty_gradients):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
 
