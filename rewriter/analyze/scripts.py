@@ -42,10 +42,19 @@ class Scripts:
     def training(self) -> set[File]:
         """Files with a loop that trains, and project files that the scripts import."""
         found = {file for file in self.project if _TRAINS.search(file.source.data) and self._trains(file)}
-        queue = [file for file in self.entries if file in found or self._builds_model(file)]
+        queue = [file for file in self.entries if file in found or self._builds_model(file) or self.drives(file)]
         for file in queue:
             found |= self._reach(file)
         return found
+
+    def drives(self, file: File) -> bool:
+        """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
+        loops = {target for target in self._reach(file) if target not in self.entries and self._trains(target)}
+        return bool(loops) and not any(
+            any(self.needs_init(other, s) for s in block) and loops & self._reach(other)
+            for other, block in self.entries.items()
+            if other is not file
+        )
 
     def _reach(self, start: File) -> set[File]:
         """A file and the project files that it imports, at any depth."""

@@ -30,6 +30,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     ):
         return
     first = next((s for s in block if not _is_definition(s) and scripts.needs_init(file, s)), None)
+    if first is None and scripts.drives(file):
+        first = next((s for s in block if not _is_definition(s)), None)
     if first is None:
         return
     alias = facts.alias(file)

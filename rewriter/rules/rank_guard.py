@@ -55,7 +55,10 @@ def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Edit]:
         parts: list[Part] = []
         for operand in guard.rest:
             parts.extend([" and "] if parts else [])
-            parts.append(source.span(operand))
+            # Parentheses are no part of an expression; without them ``or`` would bind less, and a line might end.
+            simple = isinstance(operand, (ast.Name, ast.Attribute, ast.Call, ast.Compare))
+            bare = simple and "\n" not in source.code(operand)
+            parts.extend([source.span(operand)] if bare else ["(", source.span(operand), ")"])
         yield Edit(source.span(node.test), tuple(parts))
     elif node.body[0].lineno == node.lineno:
         yield Edit(Span(source.span(node).start, source.span(node.body[0]).start), ())

@@ -1,6 +1,7 @@
 """A model of another package is wrapped.
 
-What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model.
+What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model;
+so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``.
 Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
 package cannot, and its parameters would train without their gradients being reduced.
 Refuses when: the value is a class of the project that becomes a DistributedModule, is wrapped already, or comes from
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.classes import external_kind
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
@@ -25,6 +27,7 @@ _PACKAGES = {
 }  # fmt: skip
 _TRAINED = {"parameters", "named_parameters"}
 _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
+_EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
 
 
@@ -32,6 +35,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     roles = facts.scripts.roles[file]
+    yield from _parts(file, facts)
     for variable, value, statement, part in roles.assignments:
         trained = roles.methods_called.get(variable, set()) & _TRAINED
         if part or not trained or variable not in roles.models or not roles.optimizers:
@@ -43,6 +47,29 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             span = file.source.span(value)
             edit = Edit(span, (f"{facts.alias(file)}.BMTrainModelWrapper(", span, ")"), 6)
             yield Finding(RULE.code, statement.lineno, "the model is another package's, so it is wrapped", (edit,))
+
+
+def _parts(file: File, facts: Facts) -> Iterator[Finding]:
+    """Torch layers that are put into a model after it was built."""
+    for statement in file.nodes:
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            continue
+        target, value = statement.targets[0], statement.value
+        owner = file.names.class_of(statement)
+        if not isinstance(target, (ast.Attribute, ast.Subscript)) or not isinstance(value, ast.Call):
+            continue
+        if owner is not None and facts.classes.is_module(file.class_info(owner)):
+            continue
+        name = facts.project.external(file, value.func)
+        if not name.startswith("torch.nn.") or external_kind(name) != "leaf" or name.split(".")[-1] in _EMPTY:
+            continue
+        base: ast.expr = target.value
+        while isinstance(base, (ast.Attribute, ast.Subscript)) and not facts.scripts.roles[file].is_model(base):
+            base = base.value
+        if facts.scripts.roles[file].is_model(base):
+            span = file.source.span(value)
+            edit = Edit(span, (f"{facts.alias(file)}.BMTrainModelWrapper(", span, ")"), 6)
+            yield Finding(RULE.code, statement.lineno, "the new part of the model is sharded, too", (edit,))
 
 
 def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
@@ -81,6 +108,7 @@ import bmtrain as bmt
 
 bmt.init_distributed()
 model = resnet18()
+model.fc = torch.nn.Linear(512, 10)
 optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(optimizer)
@@ -92,6 +120,7 @@ import bmtrain as bmt
 
 bmt.init_distributed()
 model = bmt.BMTrainModelWrapper(resnet18())
+model.fc = bmt.BMTrainModelWrapper(torch.nn.Linear(512, 10))
 optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(optimizer)

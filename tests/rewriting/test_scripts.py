@@ -197,6 +197,13 @@ CASES = {
         "def keep(state):\n    torch.save(state, 'x')\n\n\n" + LOOP + "if rank == 0:\n    keep({'step': 1})\n",
         ["    bmt.save_checkpoint(state, 'x')\n", "\nkeep({'step': 1})\n"],
     ),
+    "state of one rank, of several tests": (
+        LOOP + "if step and (every or last) and (a ==\n        b) and rank == 0:\n    torch.save({'m': model.state_dict()}, 'x')\n",
+        ["if step and (every or last) and (a ==\n        b):\n    bmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
+    ),
+    "a new head": (LOOP.replace("= Net()\n", "= Net()\nmodel.fc = nn.Linear(4, 2)\nmodel.act = nn.Identity()\n"), [
+        "model.fc = bmt.BMTrainModelWrapper(nn.Linear(4, 2))\nmodel.act = nn.Identity()\n",
+    ]),
     "state of one rank on one line": (
         LOOP + "if rank == 0: torch.save({'m': model.state_dict()}, 'x')\n",
         ["\nbmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
@@ -247,3 +254,14 @@ def test_a_loop_over_a_list_that_another_file_builds(tmp_path: Path) -> None:
     results = convert_paths(both, Options(ignore=("BMT003",)), [tmp_path])
     assert not results[1].changed
     assert not convert_paths(both[1:], Options(), [tmp_path])[0].changed
+
+
+def test_a_program_that_calls_its_training_by_name_is_started(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(HEAD + "def run(batches):\n    " + LOOP.replace("\n", "\n    ").rstrip() + "\n")
+    (tmp_path / "main.py").write_text(
+        "import importlib\nimport sys\nimport work\n\n\ndef main():\n    importlib.import_module(sys.argv[1]).run([])\n\n\n"
+        'if __name__ == "__main__":\n    main()\n'
+    )
+    results = convert_paths([tmp_path / "main.py", tmp_path / "work.py"], Options(), [tmp_path])
+    assert b'if __name__ == "__main__":\n    bmt.init_distributed()\n    main()\n' in results[0].after
+    assert b"init_distributed" not in results[1].after
