@@ -40,7 +40,8 @@ class Plan:
 def make_plans(files: Sequence[File], facts: Facts, options: Options) -> dict[File, Plan]:
     """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too."""
     found = {file: _findings(file, facts) for file in files}
-    stopped = {file for file, findings in found.items() if any(finding.stop for finding in findings)}
+    found = {file: _without_refused_parts(findings) for file, findings in found.items()}
+    stopped = {file for file, findings in found.items() if any(f.stop and not f.spared for f in findings)}
     behind = facts.scripts.only_behind(stopped) if stopped else {}
     changing = [file for file in files if file not in stopped and file not in behind]
     met = {f.key for file in changing for f in found[file] if f.key and _applies(file, f, options)}
@@ -59,11 +60,24 @@ def _findings(file: File, facts: Facts) -> list[Finding]:
     return sorted((finding for rule in RULES for finding in rule.find(file, facts)), key=lambda finding: finding.line)
 
 
+def _without_refused_parts(findings: list[Finding]) -> list[Finding]:
+    """What is left of a file's findings where rules refuse parts of it."""
+    refused = [finding for finding in findings if finding.stop and finding.spared]
+    if not refused or any(finding.stop and not finding.spared for finding in findings if finding.code == "BMT090"):
+        return findings
+    return [
+        finding
+        for finding in findings
+        if finding in refused
+        or all(finding.code in f.spared and not f.line <= finding.line <= f.end for f in refused)
+    ]
+
+
 def _plan(
     file: File, facts: Facts, options: Options, findings: list[Finding], behind: File | None, met: set[str]
 ) -> Plan:
     reported = [f for f in findings if f.safety is Safety.REPORT and _wanted(file, f, options)]
-    if any(finding.stop for finding in findings):
+    if any(finding.stop and not finding.spared for finding in findings):
         return Plan((), (), (), tuple(finding for finding in reported if finding.stop))
     if behind is not None:
         message = f"part of {behind.path}, which cannot be converted"

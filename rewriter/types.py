@@ -62,7 +62,8 @@ class Finding:
     """One thing a rule has to say about one place: edits that belong together, or a remark without edits.
 
     ``requires`` names ``key``s of other findings without which these edits would be wrong. ``stop`` means that the file
-    must not be changed at all. ``imports`` are lines that the edits need at the top of the file.
+    must not be changed at all, or, with ``spared``, that only rules with these codes may change it, and not between
+    ``line`` and ``end``. ``imports`` are lines that the edits need at the top of the file.
     """
 
     code: str
@@ -73,6 +74,8 @@ class Finding:
     key: str = ""
     requires: tuple[str, ...] = ()
     stop: bool = False
+    spared: tuple[str, ...] = ()
+    end: int = 0
     imports: tuple[str, ...] = ()
 
 

@@ -1,7 +1,8 @@
 """Scripts written for another engine are left alone.
 
 What: a script that uses Lightning, accelerate, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod,
-Colossal-AI or apex.amp is recognised and reported; nothing in it, nor in files that only it uses, is changed.
+Colossal-AI or apex.amp is recognised and reported; nothing in it, nor in files that only it uses, is changed. Where a
+library file holds such a trainer beside models that it does not make itself, the models are converted.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
 Refuses when: always; go back to an ordinary torch loop first.
 """
@@ -12,7 +13,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import External, File
+from rewriter.analyze.project import ClassInfo, External, File
 from rewriter.types import Example, Finding, Rule, Safety
 
 _CALLS = {
@@ -31,6 +32,7 @@ _CALLS = {
 }
 _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "lightning_lite.")
 _TOP = ("Trainer", "Fabric", "LightningModule", "LightningLite", "LightningDataModule")
+_MODELS = ("BMT001", "BMT002", "BMT003", "BMT004", "BMT005", "BMT006")
 _HINTS = (
     b"accelerate",
     b"transformers",
@@ -47,6 +49,22 @@ _HINTS = (
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if not any(hint in file.source.data for hint in _HINTS):
         return
+    parts: dict[ast.stmt, str] = {}
+    for node, engine in _uses(file, facts):
+        message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
+        part = _definition(file, node)
+        if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
+            yield Finding(RULE.code, getattr(node, "lineno", 1), message, safety=Safety.REPORT, stop=True)
+            return
+        parts.setdefault(part, engine)
+    for part, engine in parts.items():
+        name = getattr(part, "name", "")
+        message = f"{name} is written for {engine}, so it stays as it is; its models need an ordinary torch loop"
+        end = part.end_lineno or part.lineno
+        yield Finding(RULE.code, part.lineno, message, safety=Safety.REPORT, stop=True, spared=_MODELS, end=end)
+
+
+def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:
     for node in file.nodes:
         engine = ""
         if isinstance(node, ast.Call):
@@ -55,9 +73,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             bases = [base for _, base in facts.classes.bases(file.class_info(node))]
             engine = next((e for b in bases if isinstance(b, External) and (e := _engine(b.name))), "")
         if engine:
-            message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
-            yield Finding(RULE.code, getattr(node, "lineno", 1), message, safety=Safety.REPORT, stop=True)
-            return
+            yield node, engine
+
+
+def _definition(file: File, node: ast.AST) -> ast.stmt | None:
+    """The class or function at the top of the file that a node belongs to; None for a model or the file's own code."""
+    around = [node, *file.names.ancestors(node)]
+    part = next((n for n in around if file.names.parents.get(n) is file.tree), None)
+    return part if isinstance(part, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else None
+
+
+def _makes_a_model(file: File, facts: Facts, part: ast.stmt) -> bool:
+    """Whether the engine's part makes a model of the file itself: then the engine owns that model."""
+    for node in ast.walk(part):
+        if isinstance(node, ast.Call):
+            found = facts.project.resolve(file, node.func)
+            if isinstance(found, ClassInfo) and found.node is not part and facts.classes.is_module(found):
+                return True
+    return False
 
 
 def _engine(name: str) -> str:

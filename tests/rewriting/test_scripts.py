@@ -34,7 +34,7 @@ for x in batches:
 REFUSED = {
     "accelerate": "from accelerate import Accelerator\naccelerator = Accelerator()\n" + LOOP,
     "lightning": "import pytorch_lightning as pl\ntrainer = pl.Trainer()\ntrainer.fit(Net())\n",
-    "new lightning": "import lightning as L\n\n\nclass Task(L.LightningModule):\n    pass\n",
+    "new lightning": "import lightning as L\n\n\nclass Task(L.LightningModule):\n    def __init__(self):\n        self.net = Net()\n",
     "fabric": "from lightning.fabric import Fabric\nfabric = Fabric()\n" + LOOP,
     "trainer": "from transformers import Trainer\ntrainer = Trainer(Net())\ntrainer.train()\n",
     "deepspeed": "import deepspeed\nmodel, *_ = deepspeed.initialize(model=Net())\n",
@@ -70,6 +70,20 @@ def test_files_that_only_a_refused_script_uses_stay(tmp_path: Path) -> None:
     (tmp_path / "plain.py").write_text("from model import Net\n\n" + LOOP)
     results = convert_paths(sorted(tmp_path.glob("*.py")), Options(), [tmp_path])
     assert [result.path.name for result in results if result.changed] == ["model.py", "plain.py"]
+
+
+def test_models_beside_a_trainer_of_another_engine_are_converted() -> None:
+    trainer = (
+        "from accelerate import Accelerator\n\n\nclass Trainer:\n    def __init__(self, model):\n"
+        "        self.accelerator = Accelerator()\n        self.model = model\n"
+        "        self.optimizer = torch.optim.AdamW(model.parameters())\n\n    def train(self, x):\n"
+        "        self.accelerator.backward(self.model(x).mean())\n        self.optimizer.step()\n        print(1)\n"
+    )
+    result = convert_text(HEAD + trainer)
+    assert b"class Net(bmt.DistributedModule)" in result.after
+    assert trainer.partition("class")[2].encode() in result.after
+    assert [finding.code for finding in result.reported] == ["BMT090"]
+    assert not convert_text(HEAD + trainer.replace("= model\n", "= Net()\n")).changed
 
 
 KEPT = {
