@@ -11,12 +11,14 @@ import os
 import statistics
 import sys
 import time
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from engines import ENGINES, Step
 from model import SIZES
+from startup import measure_startup
 from streams import profile_steps, summary
 
 GIB = 2**30
@@ -34,6 +36,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=4, help="steps before the measured ones")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--startup", action="store_true", help="build the model, and run no step")
     options = parser.parse_args()
     options.dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return options
@@ -104,6 +107,14 @@ def measure(step: Step, options: argparse.Namespace, rank: int, device: torch.de
     }
 
 
+def finish(result: dict[str, Any], rank: int, device: torch.device) -> NoReturn:
+    if rank == 0:
+        result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print("RESULT " + json.dumps(result))
+    sys.stdout.flush()
+    os._exit(0)  # every engine tears down its communicators in its own time: none of ours
+
+
 def main() -> None:
     options = parse_options()
     if options.engine != "bmtrain":  # bmtrain asks for it itself
@@ -115,17 +126,15 @@ def main() -> None:
     else:
         device = torch.device("cpu")
     torch.manual_seed(0)
+    if options.startup:
+        finish(measure_startup(lambda: ENGINES[options.engine](options, device), options, device), rank, device)
     step = ENGINES[options.engine](options, device)
     result = measure(step, options, rank, device)
     if options.profile and device.type == "cuda":
         batch = make_batches(options, rank, device)[0]
         events = profile_steps(lambda: step(*batch))
         result["profile"] = summary(events)
-    if rank == 0:
-        result["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print("RESULT " + json.dumps(result))
-    sys.stdout.flush()
-    os._exit(0)  # every engine tears down its communicators in its own time: none of ours
+    finish(result, rank, device)
 
 
 if __name__ == "__main__":

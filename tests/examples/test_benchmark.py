@@ -74,3 +74,12 @@ def test_engines_run_side_by_side(tmp_path: Path) -> None:
     assert ours["first_loss"] == pytest.approx(fsdp2["first_loss"], rel=0.02)
     assert deepspeed["failure"] in ("not installed", "needs a GPU")
     assert (tmp_path / "benchmark.png").stat().st_size > 0
+
+
+def test_startup_without_a_gpu() -> None:
+    done = run("--startup", "nano", "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
+    assert float(lines["bmtrain"][0]) > 0 and float(lines["fsdp2"][0]) > 0
+    assert lines["bmtrain"][3:] == ["-"] * 4
+    assert lines["deepspeed"] in (["not", "installed"], ["needs", "a", "GPU"])
