@@ -100,7 +100,13 @@ def external_kind(name: str) -> Kind:
         return "none" if name in {"torch.nn.Parameter"} else "leaf"
     if name.startswith("torch.jit.ScriptModule"):
         return "external"
-    return "external" if name.split(".")[-1] in _KNOWN else "none"
+    return "external" if name.split(".")[-1] in _KNOWN or is_hub_base(name) else "none"
+
+
+def is_hub_base(name: str) -> bool:
+    """Whether this is a base class of models that transformers or diffusers offers."""
+    package, last = name.split(".")[0], name.split(".")[-1]
+    return package in ("transformers", "diffusers") and (last.endswith("PreTrainedModel") or last == "ModelMixin")
 
 
 def is_container(name: str) -> bool:

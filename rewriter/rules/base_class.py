@@ -1,6 +1,7 @@
 """Classes inherit bmt.DistributedModule.
 
-What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``.
+What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``. A model of the project's modules whose base is a
+base class of transformers or diffusers gets ``bmt.DistributedModule`` beside it, so that it is sharded once whole.
 Why: a DistributedModule shards its parameters over the ranks when its outermost constructor ends.
 Refuses when: ``nn.Module`` stands anywhere else than among the bases (annotations, isinstance), or the class is a
 protocol of another package. Subclasses of torch layers and of project classes stay; their parameters are sharded by
@@ -10,10 +11,12 @@ layers without a model (no module holds another, no list of blocks, no training 
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.classes import is_hub_base
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import External, File
+from rewriter.analyze.project import ClassInfo, External, File
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
@@ -22,21 +25,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     alias = ""
     for info in facts.classes.all(file):
-        if facts.classes.kind(info) == "external" and file.convert:
+        external = [(base, found.name) for base, found in facts.classes.bases(info) if isinstance(found, External)]
+        bases = [base for base, name in external if name == "torch.nn.Module"]
+        beside = not bases and any(is_hub_base(name) for _, name in external) and _holds_modules(info, facts)
+        if not (bases or beside) and facts.classes.kind(info) == "external" and file.convert:
             message = f"class {info.name} is based on another package's; give the model to bmt.BMTrainModelWrapper"
             yield Finding(RULE.code, info.node.lineno, message, safety=Safety.REPORT)
-            continue
-        for base, found in facts.classes.bases(info):
-            if isinstance(found, External) and found.name == "torch.nn.Module":
-                alias = alias or facts.alias(file)
-                edit = Edit(file.source.span(base), (f"{alias}.DistributedModule",))
-                yield Finding(
-                    RULE.code,
-                    base.lineno,
-                    f"class {info.name} inherits {alias}.DistributedModule",
-                    (edit,),
-                    key="import",
-                )
+        for base in info.node.bases[-1:] if beside else bases:
+            alias = alias or facts.alias(file)
+            span = file.source.span(base)
+            edit = Edit(span, (span, f", {alias}.DistributedModule") if beside else (f"{alias}.DistributedModule",))
+            message = f"class {info.name} inherits {alias}.DistributedModule"
+            yield Finding(RULE.code, base.lineno, message, (edit,), key="import")
+
+
+def _holds_modules(info: ClassInfo, facts: Facts) -> bool:
+    """Whether the class makes modules of the project, each of which would be sharded as soon as it is made."""
+    made = (facts.project.resolve(info.file, node.func) for node in ast.walk(info.node) if isinstance(node, ast.Call))
+    return any(isinstance(found, ClassInfo) and facts.classes.kind(found) == "module" for found in made)
 
 
 RULE = Rule(
@@ -48,6 +54,35 @@ RULE = Rule(
         Example(
             "from torch import nn\n\n\nclass MLP(nn.Module):\n    pass\n",
             "from torch import nn\nimport bmtrain as bmt\n\n\nclass MLP(bmt.DistributedModule):\n    pass\n",
+        ),
+        Example(
+            """from torch import nn
+from transformers import BertPreTrainedModel
+
+
+class Head(nn.Module):
+    pass
+
+
+class Tagger(BertPreTrainedModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = Head()
+""",
+            """from torch import nn
+from transformers import BertPreTrainedModel
+import bmtrain as bmt
+
+
+class Head(bmt.DistributedModule):
+    pass
+
+
+class Tagger(BertPreTrainedModel, bmt.DistributedModule):
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = Head()
+""",
         ),
         Example("from mine import nn\n\n\nclass MLP(nn.Module):\n    pass\n"),
         Example("from torch import nn\n\n\ndef freeze(module: nn.Module):\n    assert isinstance(module, nn.Module)\n"),
