@@ -85,14 +85,16 @@ class Facts:
 
     def alias(self, file: File) -> str:
         """How the file calls bmtrain, or will once the import is added."""
-        bindings = file.names.module.bindings
-        for name, found in bindings.items():
-            if any(_is_bmtrain(binding) for binding in found):
-                return name
-        return "bmtrain" if self._taken(file) else "bmt"
+        return self._imported(file) or ("bmtrain" if self._taken(file) else "bmt")
 
     def has_import(self, file: File) -> bool:
-        return any(_is_bmtrain(binding) for found in file.names.module.bindings.values() for binding in found)
+        return bool(self._imported(file))
+
+    @staticmethod
+    def _imported(file: File) -> str:
+        """The name under which a file imports bmtrain, if it means nothing else."""
+        bindings = file.names.module.bindings
+        return next((name for name, found in bindings.items() if all(map(_is_bmtrain, found))), "")
 
     @staticmethod
     def _taken(file: File) -> bool:

@@ -82,9 +82,14 @@ class Source:
 
     def indent(self, node: ast.stmt) -> str:
         """White space before the first statement of the node's line."""
-        start = self.line_start(node.lineno)
-        line = self.data[start : self.line_end(node.lineno)]
-        return line[: len(line) - len(line.lstrip(b" \t\x0c"))].decode()
+        line = self.data[self._margin(node.lineno) : self.line_end(node.lineno)]
+        return line[: len(line) - len(line.lstrip(b" \t"))].decode()
+
+    def _margin(self, line: int) -> int:
+        """Where a line's indentation begins: behind a form feed, if there is one."""
+        start = self.line_start(line)
+        text = self.data[start : self.line_end(line)]
+        return start + text[: len(text) - len(text.lstrip(b" \t\x0c"))].rfind(b"\x0c") + 1
 
     def owns_lines(self, node: ast.stmt) -> bool:
         """Whether nothing but white space and comments shares a line with the statement."""
@@ -154,11 +159,13 @@ class Source:
 
     def insert_before(self, node: ast.stmt, lines: list[str], rank: int = 0) -> Edit:
         """New statements in front of one (of its decorators, if it has any)."""
-        first: ast.stmt | ast.expr = node
+        line = node.lineno
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.decorator_list:
-            first = node.decorator_list[0]
-        start = self.line_start(first.lineno)
-        if self.data[start : self.span(node).start].strip() and first is node:
+            line = node.decorator_list[0].lineno
+            while not self.data[self._margin(line) :].lstrip(b" \t").startswith(b"@"):
+                line -= 1  # a bracket opens between the @ and the expression
+        start = self.line_start(line)
+        if line == node.lineno and self.data[start : self.span(node).start].strip():
             position = self.span(node).start
             return Edit(Span(position, position), ("".join(f"{line}; " for line in lines),), rank)
         indent = self.indent(node)
@@ -188,7 +195,7 @@ class Source:
         assert node.end_lineno is not None
         edits = []
         for line in range(node.lineno + 1, node.end_lineno + 1):
-            start = self.line_start(line)
+            start = self._margin(line)
             if line not in self._string_lines and self.data[start : self.line_end(line)].strip():
                 edits.append(Edit(Span(start, start), (self.indent_unit,), -100))
         return edits
@@ -198,7 +205,7 @@ class Source:
         assert node.end_lineno is not None
         own, edits = self.indent(node), []
         for line in range(node.lineno, node.end_lineno + 1):
-            start = self.line_start(line)
+            start = self._margin(line)
             if line not in self._string_lines and self.data[start : start + len(own)] == own.encode():
                 edits.append(Edit(Span(start + len(indent), start + len(own)), ()))
         return edits

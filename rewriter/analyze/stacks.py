@@ -33,6 +33,7 @@ class Stacks:
         self.found = self._outermost(list(self._candidates()))
         for stack in self.found:
             self._decide_loops(stack)
+        self._note_others()
 
     def _modules(self) -> Iterator[ClassInfo]:
         for file in self.project:
@@ -106,6 +107,14 @@ class Stacks:
                     if isinstance(used, ClassInfo) and self.classes.is_module(used):
                         queue.append(used)
         return found
+
+    def _note_others(self) -> None:
+        """Chains over lists that no class of the project is seen to make."""
+        seen = {left.node for left in self.left} | {loop.node for stack in self.found for loop in stack.loops}
+        for loop in self.loops:
+            if is_chain(loop) and loop.node not in seen:
+                away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
+                self.left.append(Left(loop.file, loop.node, f"the list {away}"))
 
     # Loops -----------------------------------------------------------------------------------------------------
 

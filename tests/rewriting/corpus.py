@@ -1,208 +1,73 @@
-"""Measures the rewriter on folders of real code and prints a table.
+"""Measures the rewriter on folders of real code and prints tables.
 
-    python tests/rewriting/corpus.py FOLDER... [--remarks] [--loops loops.jsonl.gz]
+    python tests/rewriting/corpus.py FOLDER... [--remarks] [--loops loops.jsonl.gz] [--docs docs/corpus.md] [--speed]
 
-Columns: files, files changed, milliseconds (reading, planning, applying), memory; block-chain loops called, kept with
-a stack, kept on a plain list; loops over pairs; and what must be zero: files that would break, outputs that do not
-compile, files that a second run changes, bytes changed outside edits. Comments go with a statement that goes. With
---loops, a survey of the same packages (one JSON object a line: src, file, line, shape, blockish), the loops that only
-one of the two calls chains.
+One folder is one project, by the name of the folder. The first table has a row for each: files, files changed, edits,
+seconds (reading, planning, applying), memory of the largest process; loops over blocks that became one call, were kept
+over blocks, are left to bmt.BMTrainModelWrapper, or refused; loops over lists that hold no blocks; and what must be
+zero: files that would break, outputs that do not compile, files that a second run changes, files with bytes changed
+outside edits. Comments go with a statement that goes. The second table has a row for each class of loops.
+
+With --loops, a survey of the same packages (one JSON object a line: src, file, line, shape, blockish, form), the loops
+that the two see differently, by the reason. With --sample N, N refused loops and N loops that became calls, drawn with
+a fixed seed, for reading. With --docs, the tables go into that file, between its marks. With --speed, files a second
+and the time against libcst, if that is installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import gzip
-import io
 import json
-import multiprocessing
-import resource
+import random
 import sys
-import tempfile
-import time
-import tokenize
-import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import is_chain, is_pairs
-from rewriter.analyze.project import Project
-from rewriter.analyze.source import Source
-from rewriter.convert import apply_plan
-from rewriter.discover import sources
-from rewriter.plan import Options, make_plans
-from rewriter.portions import WHOLE, convert_project, cut, derived
-from rewriter.types import Edit, InputError, Result
+from tests.rewriting.corpus_files import MUST_BE_ZERO, Measured, measure
+from tests.rewriting.corpus_loops import CLASSES, NOT_BLOCKS, STATES, Record, macro_share, table
+from tests.rewriting.corpus_speed import speed
+from tests.rewriting.corpus_survey import compare
+
+COLUMNS = ("files", "changed", "edits", "s", "MB", "called", "kept", "wrapper", "refused", "no blocks", "share")
+HEAD = ("package", *COLUMNS, "unreadable", *MUST_BE_ZERO)
 
 
-def measure(folder: Path) -> tuple[Counter[str], list[str]]:
-    """Counts for one folder, and remarks on what went wrong."""
-    counts: Counter[str] = Counter()
-    remarks: list[str] = []
-    paths = [path for path in sources(folder) if path.suffix == ".py"]
-    sizes = {path: path.stat().st_size for path in paths}
-    large = sum(sizes.values()) > WHOLE
-    tasks = [(folder, part, derived(paths)) for part in cut(paths, sizes)] if large else [(folder, paths, None)]
-    converted: dict[Path, bytes] = {}
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        for part_counts, part_remarks, part_converted in pool.imap(measure_portion, tasks):
-            counts.update(part_counts)
-            remarks.extend(part_remarks)
-            converted.update(part_converted)
-    twice(folder, converted, counts, remarks)
-    return counts, remarks
+def row(name: str, found: Measured) -> list[str]:
+    counts = Counter(found.counts)
+    chains = [record for record in found.loops if record.chain]
+    blocks = [record for record in chains if not record.reason.startswith(NOT_BLOCKS)]
+    counts.update(record.state for record in blocks)
+    counts["no blocks"] = len(chains) - len(blocks)
+    share = f"{macro_share(blocks, ('called', 'kept', 'wrapper')):.0f} %" if blocks else "-"
+    cells = {"s": f"{counts['ms'] / 1000:.1f}", "share": share}
+    return [name, *(cells.get(column, str(counts[column])) for column in HEAD[1:])]
 
 
-def measure_portion(task: Any) -> tuple[Counter[str], list[str], dict[Path, bytes]]:
-    folder, paths, below = task
-    gc.disable()
-    counts: Counter[str] = Counter()
-    remarks: list[str] = []
-    start = time.perf_counter()
-    project = Project([folder], below)
-    files = []
-    for path in paths:
-        try:
-            source = Source(path, path.read_bytes())
-            _ = source.tree
-            files.append(project.add(source))
-        except (InputError, OSError) as error:
-            counts["unreadable"] += 1
-            remarks.append(str(error))
-    facts = Facts(project)
-    plans = make_plans(files, facts, Options())
-    results = [apply_plan(file, plans[file]) for file in files]
-    counts["ms"] = round(1000 * (time.perf_counter() - start))
-    for file, result in zip(files, results, strict=True):
-        check(file.source, plans[file].edits, result, counts, remarks)
-    counts["files"] = len(files)
-    counts["changed"] = sum(result.changed for result in results)
-    loop_counts(facts, counts)
-    counts["MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return counts, remarks, {result.path: result.after for result in results}
+def markdown(head: tuple[str, ...], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def check(source: Source, edits: tuple[Edit, ...], result: Result, counts: Counter[str], remarks: list[str]) -> None:
-    """One file's output against what must hold."""
-    if result.error:
-        counts["broken"] += 1
-        remarks.append(result.error)
-        return
-    if not result.changed:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            compile(result.after, str(result.path), "exec", dont_inherit=True)
-        except SyntaxError as error:
-            try:
-                compile(result.before, str(result.path), "exec", dont_inherit=True)
-            except SyntaxError:
-                return
-            counts["uncompiled"] += 1
-            remarks.append(f"{result.path}: {error}")
-    if not untouched_bytes_survive(source.data, result.after, source, edits):
-        counts["bytes"] += 1
-        remarks.append(f"{result.path}: bytes changed outside edits")
-    lost = comments(result.before) - comments(result.after)
-    counts["comments"] += lost.total()
-    if lost:
-        remarks.append(f"{result.path}: comments gone with what they described: {sorted(lost)[:3]}")
+def class_table(found: list[Record]) -> str:
+    head = ("class", "loops", *STATES, "with blocks, macro")
+    rows = [[f"{row[0]}: {CLASSES[row[0]]}" if row[0] in CLASSES else row[0], *row[1:]] for row in table(found)]
+    return markdown(head, rows)
 
 
-def untouched_bytes_survive(before: bytes, after: bytes, source: Source, edits: tuple[Edit, ...]) -> bool:
-    """Whether the pieces between the outermost edits are in the output, in order."""
-    data = Source(source.path, after).data
-    position, start = 0, 0
-    for edit in sorted(edits, key=lambda edit: (edit.span.start, -edit.span.end)):
-        if edit.span.start < start:
-            continue
-        piece = before[start : edit.span.start]
-        found = data.find(piece, position)
-        if found < 0 or (start == 0 and found != 0):
-            return False
-        position, start = found + len(piece), edit.span.end
-    return data[position:].endswith(before[start:])
+def sample(found: list[Record], count: int) -> list[Record]:
+    """Refused loops and calls to be read by a person."""
+    draw = random.Random(0)
+    refused = sorted(r for r in found if r.chain and r.state == "refused")
+    called = sorted(r for r in found if r.state == "called")
+    return [*draw.sample(refused, min(count, len(refused))), *draw.sample(called, min(count, len(called)))]
 
 
-def comments(data: bytes) -> Counter[str]:
-    try:
-        return Counter(t.string for t in tokenize.tokenize(io.BytesIO(data).readline) if t.type == tokenize.COMMENT)
-    except (tokenize.TokenError, SyntaxError):
-        return Counter()
-
-
-def loop_counts(facts: Facts, counts: Counter[str]) -> None:
-    called = {loop for stack in facts.stacks.found for loop in stack.calls}
-    on_stack = {loop.node for stack in facts.stacks.found for loop in stack.loops}
-    for loop in facts.stacks.loops:
-        if is_pairs(loop):
-            counts["pairs"] += 1
-        if not is_chain(loop):
-            continue
-        counts["chains"] += 1
-        if loop.node in called:
-            counts["called"] += 1
-        elif loop.node in on_stack:
-            counts["kept"] += 1
-        else:
-            counts["plain"] += 1
-    counts["stacks"] = len(facts.stacks.found)
-
-
-def twice(folder: Path, converted: dict[Path, bytes], counts: Counter[str], remarks: list[str]) -> None:
-    """A second run over the converted files."""
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name) / folder.resolve().name
-        paths = []
-        for original, data in converted.items():
-            path = root / original.relative_to(folder)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            paths.append(path)
-        for again in convert_project(paths, Options(), [root]):
-            if again.changed or again.error:
-                counts["unstable"] += 1
-                message = again.error or "; ".join(f"{f.line} {f.code} {f.message}" for f in again.applied[:3])
-                remarks.append(f"{again.path.relative_to(root)}: second run: {message}")
-
-
-COLUMNS = (
-    "files", "changed", "ms", "MB", "stacks", "chains", "called", "kept", "plain", "pairs", "unreadable", "broken",
-    "uncompiled", "unstable", "bytes", "comments",
-)  # fmt: skip
-
-
-def compare(folder: Path, survey: Path) -> None:
-    """Where this view of which loops are chains differs from a survey's."""
-    project = Project([folder])
-    for path in sources(folder):
-        with contextlib.suppress(InputError, OSError):
-            source = Source(path, path.read_bytes())
-            _ = source.tree
-            project.add(source)
-    here = {}
-    for loop in Facts(project).stacks.loops:
-        key = (loop.file.path.relative_to(folder).as_posix(), loop.node.lineno)
-        here[key] = "pairs" if is_pairs(loop) else "chain" if is_chain(loop) else "other"
-    there = {}
-    with gzip.open(survey, "rt") as lines:
-        for entry in (json.loads(line) for line in lines):
-            if entry["src"] == folder.name and entry["blockish"]:
-                there[entry["file"], entry["line"]] = entry["shape"]
-    table = Counter((shape, here.get(key, "not seen")) for key, shape in there.items())
-    table.update(("not in the survey", kind) for key, kind in here.items() if key not in there and kind == "chain")
-    for (shape, kind), count in sorted(table.items()):
-        places = (f"{k[0]}:{k[1]}" for k, s in there.items() if s == shape and here.get(k, "not seen") == kind)
-        example = next(places, "")
-        example = example or next((f"{k[0]}:{k[1]}" for k, v in here.items() if k not in there and v == kind), "")
-        print(f"    survey {shape:18s} here {kind:9s} {count:5d}   {example}")
+def write_docs(path: Path, text: str) -> None:
+    before, begin, rest = path.read_text().partition("<!-- tables: written by tests/rewriting/corpus.py -->\n")
+    _, end, after = rest.partition("<!-- end of tables -->\n")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def main() -> int:
@@ -210,17 +75,35 @@ def main() -> int:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--remarks", action="store_true", help="print what went wrong")
     parser.add_argument("--loops", type=Path, metavar="FILE", help="compare with a survey of loops")
+    parser.add_argument("--docs", type=Path, metavar="FILE", help="write the tables into this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every loop, one JSON object a line")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="print N refused loops and N calls")
+    parser.add_argument("--speed", action="store_true", help="measure speed instead")
     options = parser.parse_args()
-    print(f"{'':24s}" + "".join(f"{name[:8]:>9s}" for name in COLUMNS))
-    bad = 0
+    if options.speed:
+        for folder in options.folders:
+            print(speed(folder), flush=True)
+        return 0
+    rows, loops, bad = [], [], 0
+    print(*HEAD, sep="\t")
     for folder in options.folders:
-        counts, remarks = measure(folder)
-        print(f"{folder.name[:24]:24s}" + "".join(f"{counts[name]:9d}" for name in COLUMNS), flush=True)
-        bad += counts["broken"] + counts["uncompiled"] + counts["unstable"] + counts["bytes"]
-        for remark in remarks if options.remarks else ():
+        found = measure(folder)
+        rows.append(row(folder.name, found))
+        loops.extend(found.loops)
+        bad += sum(found.counts[name] for name in MUST_BE_ZERO)
+        print(*rows[-1], sep="\t", flush=True)
+        for remark in found.remarks if options.remarks else ():
             print("   ", remark)
-        if options.loops is not None:
-            compare(folder, options.loops)
+    text = f"{class_table(loops)}\n{markdown(HEAD, rows)}"
+    if options.loops is not None:
+        text += f"\n{compare(loops, options.loops)}"
+    print(f"\n{text}")
+    for record in sample(loops, options.sample):
+        print(f"{record.state}\t{record.shape}\t{record.place}\t{record.owner}.{record.path}\t{record.reason}")
+    if options.json is not None:
+        options.json.write_text("".join(json.dumps(record._asdict()) + "\n" for record in loops))
+    if options.docs is not None:
+        write_docs(options.docs, text)
     return 1 if bad else 0
 
 

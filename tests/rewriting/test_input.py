@@ -12,6 +12,8 @@ import pytest
 from rewriter import cli
 from rewriter.cli import main
 
+from .helpers import converted
+
 BEFORE = "import torch\n\n\nclass A(torch.nn.Module):\n    name = 'é'\n"
 AFTER = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule):\n    name = 'é'\n"
 
@@ -28,6 +30,15 @@ SURVIVE = {
         BEFORE.replace("torch.nn.Module", "torch\\\n  .nn.Module").encode(),
         AFTER.encode(),
     ),
+    "decorator in brackets": (
+        b"@(\n    wrap\n)\ndef f():\n    pass\n\n\nclass A(nn.Module):\n    pass\n",
+        b"import bmtrain as bmt\n@(\n    wrap\n)\ndef f():\n    pass\n\n\nclass A(bmt.DistributedModule):\n    pass\n",
+    ),
+    "bmt means something else, too": (
+        b"import torch\nimport bmtrain as bmt\n\nbmt = bmt.x\n\n\nclass A(torch.nn.Module):\n    pass\n",
+        b"import torch\nimport bmtrain as bmt\nimport bmtrain\n\nbmt = bmt.x\n\n\n"
+        b"class A(bmtrain.DistributedModule):\n    pass\n",
+    ),
     "two statements on a line": (
         BEFORE.replace("import torch\n", "import torch; import os\n").encode(),
         AFTER.replace("import torch\nimport bmtrain as bmt\n", "import torch; import os; import bmtrain as bmt\n").encode(),
@@ -42,6 +53,16 @@ def test_bytes_survive(tmp_path: Path, before: bytes, after: bytes) -> None:
     assert main([str(path), "--write", "--quiet"]) == 0
     assert path.read_bytes() == after
     assert main([str(path), "--check", "--quiet"]) == 0
+
+
+def test_form_feed_in_a_block_that_moves() -> None:
+    before = (
+        "import json\nimport torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\n"
+        "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
+        'with open("done.json", "w") as file:\n\x0c    json.dump({}, file)\n'
+    )
+    moved = 'if bmt.rank() == 0:\n    with open("done.json", "w") as file:\n\x0c        json.dump({}, file)\n'
+    assert converted(before).endswith(moved)
 
 
 BROKEN = {

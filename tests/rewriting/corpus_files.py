@@ -1,0 +1,174 @@
+"""Converts every file of a folder and checks what must hold of the results."""
+
+from __future__ import annotations
+
+import gc
+import io
+import multiprocessing
+import resource
+import tempfile
+import time
+import tokenize
+import warnings
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.project import Project
+from rewriter.analyze.source import Source
+from rewriter.convert import apply_plan, convert_paths
+from rewriter.discover import sources
+from rewriter.plan import Options, make_plans
+from rewriter.portions import WHOLE, cut, derived
+from rewriter.types import Edit, InputError, Result
+
+from .corpus_loops import Record, records
+
+SECOND = "second run:"
+MUST_BE_ZERO = ("broken", "uncompiled", "unstable", "bytes")
+
+
+@dataclass
+class Measured:
+    """Counts for one folder, its loops, and remarks on what went wrong."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    loops: list[Record] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+
+def measure(folder: Path) -> Measured:
+    """Everything about one folder. Large ones are cut as ``bmt-convert`` cuts them, one process at a time."""
+    found = Measured()
+    paths = [path for path in sources(folder) if path.suffix == ".py"]
+    sizes = {path: path.stat().st_size for path in paths}
+    large = sum(sizes.values()) > WHOLE
+    tasks = [(folder, part, derived(paths)) for part in cut(paths, sizes)] if large else [(folder, paths, None)]
+    converted: dict[Path, bytes] = {}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for part, part_converted in pool.imap(measure_portion, tasks):
+            peak = max(found.counts["MB"], part.counts["MB"])
+            found.counts.update(part.counts)
+            found.counts["MB"] = peak
+            found.loops.extend(part.loops)
+            found.remarks.extend(part.remarks)
+            converted.update(part_converted)
+        found.remarks.extend(pool.apply(twice, (folder, converted)))
+    found.counts["unstable"] = sum(remark.startswith(SECOND) for remark in found.remarks)
+    return found
+
+
+def measure_portion(task: Any) -> tuple[Measured, dict[Path, bytes]]:
+    folder, paths, below = task
+    gc.disable()
+    found = Measured()
+    counts = found.counts
+    start = time.perf_counter()
+    project = Project([folder], below)
+    files = []
+    for path in paths:
+        try:
+            source = Source(path, path.read_bytes())
+            _ = source.tree
+            files.append(project.add(source))
+        except (InputError, OSError) as error:
+            counts["unreadable"] += 1
+            found.remarks.append(str(error))
+    facts = Facts(project)
+    plans = make_plans(files, facts, Options())
+    results = [apply_plan(file, plans[file]) for file in files]
+    counts["ms"] = round(1000 * (time.perf_counter() - start))
+    for file, result in zip(files, results, strict=True):
+        check(file.source, plans[file].edits, result, found)
+    counts["files"] = len(files)
+    counts["changed"] = sum(result.changed for result in results)
+    counts["edits"] = sum(len(result.applied) for result in results)
+    counts["MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    left = {
+        file: next((f.message for f in plan.reported if f.stop or f.code == "BMT090"), "")
+        for file, plan in plans.items()
+    }
+    whole = {file: reason for file, reason in left.items() if reason and not plans[file].edits}
+    found.loops.extend(records(facts, folder, whole))
+    return found, {result.path: result.after for result in results}
+
+
+def check(source: Source, edits: tuple[Edit, ...], result: Result, found: Measured) -> None:
+    """One file's output against what must hold."""
+    counts, remarks = found.counts, found.remarks
+    if result.error:
+        counts["broken"] += 1
+        remarks.append(result.error)
+        return
+    if not result.changed:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            compile(result.after, str(result.path), "exec", dont_inherit=True)
+        except SyntaxError as error:
+            try:
+                compile(result.before, str(result.path), "exec", dont_inherit=True)
+            except SyntaxError:
+                return
+            counts["uncompiled"] += 1
+            remarks.append(f"{result.path}: {error}")
+    if not untouched_bytes_survive(source.data, result.after, source, edits):
+        counts["bytes"] += 1
+        remarks.append(f"{result.path}: bytes changed outside edits")
+    lost = comments(result.before) - comments(result.after)
+    counts["comments"] += lost.total()
+    if lost:
+        remarks.append(f"{result.path}: comments gone with what they described: {sorted(lost)[:3]}")
+
+
+def untouched_bytes_survive(before: bytes, after: bytes, source: Source, edits: tuple[Edit, ...]) -> bool:
+    """Whether the pieces between the outermost edits are in the output, in order."""
+    data = Source(source.path, after).data
+    position, start, first = 0, 0, True
+    for edit in sorted(edits, key=lambda edit: (edit.span.start, -edit.span.end)):
+        if edit.span.start < start:
+            continue
+        piece = before[start : edit.span.start]
+        at = data.find(piece, position)
+        if at < 0 or (first and at != 0):
+            return False
+        first, position, start = False, at + len(piece), edit.span.end
+    return data[position:].endswith(before[start:])
+
+
+def comments(data: bytes) -> Counter[str]:
+    try:
+        return Counter(t.string for t in tokenize.tokenize(io.BytesIO(data).readline) if t.type == tokenize.COMMENT)
+    except (tokenize.TokenError, SyntaxError):
+        return Counter()
+
+
+def twice(folder: Path, converted: dict[Path, bytes]) -> list[str]:
+    """What a second run over the converted files would change: nothing."""
+    remarks = []
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name) / folder.resolve().name
+        paths = []
+        for original, data in converted.items():
+            path = root / original.relative_to(folder)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            paths.append(path)
+        gc.disable()
+        for again in convert_paths_of(paths, root):
+            if again.changed or again.error:
+                what = again.error or "; ".join(f"{f.line} {f.code} {f.message}" for f in again.applied[:3])
+                remarks.append(f"{SECOND} {again.path.relative_to(root)}: {what}")
+    return remarks
+
+
+def convert_paths_of(paths: list[Path], root: Path) -> list[Result]:
+    """As ``bmt-convert`` does it, but in this process: a pool's workers have no pools."""
+    if sum(path.stat().st_size for path in paths) <= WHOLE:
+        return convert_paths(paths, Options(), [root])
+    sizes = {path: path.stat().st_size for path in paths}
+    below = derived(paths)
+    return [result for part in cut(paths, sizes) for result in convert_paths(part, Options(), [root], derived=below)]
