@@ -1,0 +1,1 @@
+"""Stands in for gcsfs, of which nothing is used for local files."""
