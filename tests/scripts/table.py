@@ -228,15 +228,16 @@ SCRIPTS = (
     Script(
         "nano_gpt", "nano-gpt", "0.1.0",
         "-m nano_gpt.tool train --model gpt2-xxs --device cpu --no-compile --dataset tinyshakespeare "
-        "--sequence-length 32 --micro-batch-size 4 --total-batch-size 256 --max-steps 6 --eval-steps 3 --validation-steps 2 "
-        "--checkpoint-steps 4 --checkpoint-dir . --sample-num-sequences 0 --log-file train.log",
+        "--sequence-length 32 --micro-batch-size 4 --total-batch-size 256 --max-steps 6 --eval-steps 3 "
+        "--validation-steps 2 --checkpoint-steps 4 --checkpoint-dir . --sample-num-sequences 0 --log-file train.log",
         needs=("huggingface_hub", "safetensors", "tqdm"), data=_tokens, printed=r'"?loss"?[:=]? ?"?([\d.]+)', logs=True,
         saved=("checkpoint_000004.bin",),
         what="GPT-2; hand-set learning rate, DDP code, checkpoints on one rank, started by name",
     ),
     Script(
         "llm_classifier", "llms-from-scratch", "1.0.19", "main.py", needs=("matplotlib", "tqdm", "requests", "pandas"),
-        files={"main.py": _SPAM}, data=_messages, printed=r"(?:Train loss|Val loss|Validation accuracy:|^accuracy) ([\d.]+)",
+        files={"main.py": _SPAM}, data=_messages,
+        printed=r"(?:Train loss|Val loss|Validation accuracy:|^accuracy) ([\d.]+)",
         saved=("model.pth",),
         what="a GPT with a new head, the first blocks frozen; functions of the package, the script of its book",
     ),
@@ -271,8 +272,8 @@ SCRIPTS = (
     Script(
         "charlm", "stanza", "1.15.0",
         "-m stanza.models.charlm --train_file train.txt --eval_file dev.txt --shorthand en_test --save_dir saved "
-        "--epochs 2 --batch_size 4 --bptt_size 40 --char_emb_dim 16 --char_hidden_dim 32 --char_dropout 0 --char_unit_dropout 0 "
-        "--report_steps 5 --cutoff 1 --cpu",
+        "--epochs 2 --batch_size 4 --bptt_size 40 --char_emb_dim 16 --char_hidden_dim 32 --char_dropout 0 "
+        "--char_unit_dropout 0 --report_steps 5 --cutoff 1 --cpu",
         needs=(
             "emoji", "huggingface-hub", "networkx", "orjson", "platformdirs", "protobuf", "requests", "tqdm", "udtools",
         ),
