@@ -31,6 +31,7 @@ class Scripts:
         self.collectives = Collectives(classes, self.roles)
         self._needs: dict[ast.AST, bool] = {}
         self._makes: dict[ast.AST, bool] = {}
+        self._steps: dict[ast.AST, bool] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
 
     @cached_property
@@ -41,7 +42,7 @@ class Scripts:
     @cached_property
     def training(self) -> set[File]:
         """Files with a loop that trains, and project files that the scripts import."""
-        found = {file for file in self.project if _TRAINS.search(file.source.data) and self._trains(file)}
+        found = {file for file in self.project if _TRAINS.search(file.source.data) and self.trains(file)}
         queue = [file for file in self.entries if file in found or self._builds_model(file) or self.drives(file)]
         for file in queue:
             found |= self._reach(file)
@@ -49,7 +50,7 @@ class Scripts:
 
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
-        loops = {target for target in self._reach(file) if target not in self.entries and self._trains(target)}
+        loops = {target for target in self._reach(file) if target not in self.entries and self.trains(target)}
         return bool(loops) and not any(
             any(self.needs_init(other, s) for s in block) and loops & self._reach(other)
             for other, block in self.entries.items()
@@ -78,7 +79,7 @@ class Scripts:
                     behind.pop(target, None)
         return {target: script for target, script in behind.items() if target not in stopped}
 
-    def _trains(self, file: File) -> bool:
+    def trains(self, file: File) -> bool:
         for node in file.calls:
             if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
                 owner = file.names.function_of(node)
@@ -113,6 +114,12 @@ class Scripts:
             if isinstance(target, (ClassInfo, FunctionInfo, ModuleRef)):
                 found.append(target.file)
         return found
+
+    @cached_property
+    def shares_data(self) -> bool:
+        """Whether anything in the training files is known to give ranks other data, or can be made to."""
+        known = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
+        return any(mark in file.source.data for file in self.training for mark in known)
 
     def is_parallel(self, file: File) -> bool:
         """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
@@ -175,6 +182,18 @@ class Scripts:
             self._makes[node] = False
             self._makes[node] = any(self._constructs(file, statement) for statement in node.body)
         return self._makes[node]
+
+    def steps(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function calls backward, or a function of the project that does."""
+        if node not in self._steps:
+            self._steps[node] = False
+            for item in (item for statement in node.body for item in walk_own(statement)):
+                if isinstance(item, ast.Call):
+                    found = self.project.resolve(file, item.func)
+                    called = isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+                    if called or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node)):
+                        self._steps[node] = True
+        return self._steps[node]
 
     # Needs -----------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 What: ``torch.randint(n, (batch_size,))`` that picks a batch becomes
 ``bmt.shard_batch(torch.randint(n, (batch_size,)))``.
 Why: all ranks draw the same numbers (same seed), so together they see the batch of the unconverted script.
+A script that nothing shares out data in is reported.
 Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name;
 the call is in a model.
 """
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 _DRAWS = {"torch.randint", "torch.randn", "torch.rand"}
 _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
@@ -27,6 +28,19 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     if b"OptimManager(" in file.source.data:  # converted already
         return
+    for node in _random_batches(file, facts):
+        span = file.source.span(node)
+        edit = Edit(span, (f"{facts.alias(file)}.shard_batch(", span, ")"), 4)
+        yield Finding(RULE.code, node.lineno, "every rank keeps its share of the random batch", (edit,))
+    if facts.scripts.shares_data or not facts.scripts.trains(file):
+        return
+    if not any(True for other in facts.scripts.training for _ in _random_batches(other, facts)):
+        line = next(c.lineno for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
+        message = "nothing here is known to give every rank its share of the data; bmt.shard_batch would"
+        yield Finding(RULE.code, line, message, safety=Safety.REPORT)
+
+
+def _random_batches(file: File, facts: Facts) -> Iterator[ast.Call]:
     for node in file.calls:
         if facts.project.external(file, node.func) not in _DRAWS:
             continue
@@ -37,9 +51,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_batch":
             continue
         if _batch_sized(node) and isinstance(parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)):
-            span = file.source.span(node)
-            edit = Edit(span, (f"{facts.alias(file)}.shard_batch(", span, ")"), 4)
-            yield Finding(RULE.code, node.lineno, "every rank keeps its share of the random batch", (edit,))
+            yield node
 
 
 def _batch_sized(call: ast.Call) -> bool:

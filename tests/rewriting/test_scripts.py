@@ -279,3 +279,26 @@ def test_a_program_that_calls_its_training_by_name_is_started(tmp_path: Path) ->
     results = convert_paths([tmp_path / "main.py", tmp_path / "work.py"], Options(), [tmp_path])
     assert b'if __name__ == "__main__":\n    bmt.init_distributed()\n    main()\n' in results[0].after
     assert b"init_distributed" not in results[1].after
+
+
+SHARES = {
+    "correct answers": "correct += (model(x) == 1).sum().item()",
+    "samples": "seen += x.size(0)",
+    "samples by len": "seen += len(x)",
+    "a weighted loss": "total += loss.item() * x.shape[0]",
+}
+
+
+@pytest.mark.parametrize("text", SHARES.values(), ids=SHARES.keys())
+def test_sums_over_a_share_are_pointed_out(text: str) -> None:
+    loader = "train_loader = torch.utils.data.DataLoader(data)\n"
+    loop = LOOP.replace("batches", "train_loader")
+    result = convert_text(HEAD + loader + loop + f"    {text}\n    step += 1\n    mean += loss.item()\n")
+    assert [f.code for f in result.reported] == ["BMT037"]
+    after = "def score(model, loader):\n    return 1\n\n\n"
+    assert [f.code for f in convert_text(HEAD + after + loader + loop + "score(model, train_loader)\n").reported] == ["BMT037"]
+
+
+def test_a_script_that_shares_nothing_out_is_pointed_out() -> None:
+    assert [f.code for f in convert_text(HEAD + LOOP).reported] == ["BMT023"]
+    assert not convert_text(HEAD + "x = torch.randn(batch_size, 4)\n" + LOOP).reported

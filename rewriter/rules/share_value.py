@@ -1,0 +1,117 @@
+"""Counts made over a rank's share of the data are pointed out.
+
+What: ``correct += (out == y).sum().item()``, ``seen += len(x)``, ``total += loss.item() * x.size(0)`` in a loop over
+training data, and functions of the project that are handed the training loader, are reported.
+Why: every rank sees its share of each batch, so such a sum is this rank's part of the unconverted script's. Ratios of
+two of them are nearly right; sums divided by the size of the data set are not. ``bmt.distributed.all_reduce`` gives the
+sum over the ranks.
+Refuses when: always; what a number is used for is not known.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
+from rewriter.analyze.project import File, FunctionInfo
+from rewriter.analyze.roles import walk_own
+from rewriter.types import Example, Finding, Rule, Safety
+
+_LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
+_COUNTS = {"size", "numel", "nelement", "__len__"}
+_VALUES = {"item", "tolist", "numpy"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
+        return
+    told: set[int] = set()
+    for node in file.nodes:
+        if isinstance(node, ast.For) and _trains(facts, file, node):
+            for item in (i for statement in node.body for i in walk_own(statement)):
+                if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
+                    if item.lineno not in told:
+                        told.add(item.lineno)
+                        message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
+                        yield Finding(RULE.code, item.lineno, message, safety=Safety.REPORT)
+        elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
+            name = file.source.code(node.func)
+            message = f"{name}(...) gets the training data, of which every rank sees its share"
+            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
+    """Whether a loop goes through training data: it calls backward, or its data are called so."""
+    if any(_is_loader(item) for item in ast.walk(loop.iter)):
+        return True
+    return any(
+        isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+        for statement in loop.body
+        for item in walk_own(statement)
+    )
+
+
+def _is_loader(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and bool(_LOADER.match((dotted(node) or "").split(".")[-1]))
+
+
+def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
+    """Whether what is added is a size, or a sum that is no loss."""
+    roles = facts.scripts.roles[file]
+    for item in ast.walk(node.value):
+        match item:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)):
+                shown = attr in _VALUES and roles.var(_bare(value)) not in roles.losses and _sums(value)
+                if attr in _COUNTS or shown:
+                    return True
+            case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
+                return True
+    return False
+
+
+def _sums(node: ast.expr) -> bool:
+    return any(isinstance(item, ast.Attribute) and item.attr == "sum" for item in ast.walk(node))
+
+
+def _bare(node: ast.expr) -> ast.expr:
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func.value
+    return node
+
+
+def _evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a function of the project that does not train is handed the training loader."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if not any(_is_loader(argument) for argument in given):
+        return False
+    found = facts.project.resolve(file, call.func)
+    if not isinstance(found, FunctionInfo):
+        return False
+    return not facts.scripts.steps(found.file, found.node)
+
+
+RULE = Rule(
+    code="BMT037",
+    title="counts made over a rank's share of the data are pointed out",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 2))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+correct = 0
+for x, y in train_loader:
+    out = model(x)
+    optim_manager.backward(torch.nn.functional.cross_entropy(out, y))
+    correct += (out.argmax(1) == y).sum().item()
+"""
+        ),
+    ),
+)
