@@ -72,7 +72,7 @@ def test_engines_run_side_by_side(tmp_path: Path) -> None:
         assert result["tokens"] > 0
         assert result["last_loss"] < result["first_loss"]
     assert ours["first_loss"] == pytest.approx(fsdp2["first_loss"], rel=0.02)
-    assert deepspeed["failure"] in ("not installed", "needs a GPU")
+    assert deepspeed["failure"].startswith("not measured: DeepSpeed is ")
     assert (tmp_path / "benchmark.png").stat().st_size > 0
 
 
@@ -82,4 +82,4 @@ def test_startup_without_a_gpu() -> None:
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line}
     assert float(lines["bmtrain"][0]) > 0 and float(lines["fsdp2"][0]) > 0
     assert lines["bmtrain"][3:] == ["-"] * 4
-    assert lines["deepspeed"] in (["not", "installed"], ["needs", "a", "GPU"])
+    assert lines["deepspeed"][:3] == ["not", "measured:", "DeepSpeed"]
