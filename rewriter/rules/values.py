@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
@@ -43,10 +44,18 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def uses(file: File, facts: Facts) -> Iterator[ValueUse]:
-    """The statements that the rule is about."""
+    """The statements that the rule is about. One that holds others speaks for them."""
+    found: dict[ast.AST, ValueUse] = {}
     for use in facts.values(file).uses():
-        if not _is_whole_there(file, facts, use.node) and file.source.owns_lines(use.node):
-            yield use
+        if _is_whole_there(file, facts, use.node) or not file.source.owns_lines(use.node):
+            continue
+        around = next((parent for parent in file.names.ancestors(use.node) if parent in found), None)
+        if around is None:
+            found[use.node] = use
+        elif not use.local:
+            outer = found[around]
+            found[around] = replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
+    yield from found.values()
 
 
 def _edits(file: File, facts: Facts, use: ValueUse) -> Iterator[Edit]:

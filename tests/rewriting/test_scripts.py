@@ -215,6 +215,12 @@ CASES = {
         LOOP + "if step and (every or last) and (a ==\n        b) and rank == 0:\n    torch.save({'m': model.state_dict()}, 'x')\n",
         ["if step and (every or last) and (a ==\n        b):\n    bmt.save_checkpoint({'m': model.state_dict()}, 'x')\n"],
     ),
+    "a pretrained model": (
+        "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
+        + "model.save_pretrained(\n    'out',  # here\n    max_shard_size='1GB',\n)\n",
+        ["value = model.state_dict()\nif bmt.rank() == 0:\n    model.save_pretrained(\n        'out',  # here\n"
+         "        max_shard_size='1GB', state_dict=value,\n    )\n"],
+    ),
     "a new head": (LOOP.replace("= Net()\n", "= Net()\nmodel.fc = nn.Linear(4, 2)\nmodel.act = nn.Identity()\n"), [
         "model.fc = bmt.BMTrainModelWrapper(nn.Linear(4, 2))\nmodel.act = nn.Identity()\n",
     ]),
@@ -302,3 +308,31 @@ def test_sums_over_a_share_are_pointed_out(text: str) -> None:
 def test_a_script_that_shares_nothing_out_is_pointed_out() -> None:
     assert [f.code for f in convert_text(HEAD + LOOP).reported] == ["BMT023"]
     assert not convert_text(HEAD + "x = torch.randn(batch_size, 4)\n" + LOOP).reported
+
+
+def test_loops_over_parameters_inside_a_loop_over_modules() -> None:
+    before = SCRIPT_OF_MODULES
+    after = converted(before)
+    assert after.count("bmt.gathered(") == 1
+    assert "with bmt.gathered(model, write=True):\n    for module in model.modules():" in after
+
+
+SCRIPT_OF_MODULES = """import torch
+
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LSTM(8, 1))
+for module in model.modules():
+    if isinstance(module, torch.nn.Linear):
+        torch.nn.init.zeros_(module.weight)
+    for name, p in module.named_parameters(recurse=False):
+        if "bias" in name:
+            p.data.fill_(1.0)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(torch.ones(1, 8))[0].sum().backward()
+optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("what", ["model", "{'net': model, 'step': 1}"])
+def test_a_pickled_model_is_pointed_out(what: str) -> None:
+    assert "BMT026" in {f.code for f in convert_text(HEAD + LOOP + f"torch.save({what}, 'x')\n").reported}
+    assert "BMT026" not in {f.code for f in convert_text(HEAD + LOOP + "torch.save(model.state_dict(), 'x')\n").reported}
