@@ -87,6 +87,8 @@ class Collectives:
         if roles.is_model(func.value):
             if name in _COLLECTIVE_METHODS:
                 return True
+            if name == "save_pretrained" and any(keyword.arg == "state_dict" for keyword in call.keywords):
+                return False
             cls = roles.model_class(func.value)
             method = self.classes.method(cls, name) if cls is not None else None
             if method is not None:

@@ -2,6 +2,7 @@
 
 What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
 ``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
+``model.save_pretrained(...)`` of a transformers model is given the ``state_dict`` that every rank helps to make.
 Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
 """
@@ -15,7 +16,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
 from rewriter.rules.values import uses
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
 
 _WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
@@ -39,6 +40,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if facts.scripts.in_opened_guard(file, node) or not _writes(file, facts, node):
             continue
+        if _saves_pretrained(file, facts, node):
+            assert isinstance(node, ast.Expr)
+            edits = tuple(_with_state(file, facts, node))
+            yield Finding(RULE.code, node.lineno, "one rank writes what all ranks give", edits)
+            continue
         deeper = len(file.source.indent_unit) if any(parent in moved for parent in file.names.ancestors(node)) else 0
         edits = tuple(guard_statement(file, facts, node, outdent=-deeper))
         if edits:
@@ -46,6 +52,41 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether a statement saves a model of transformers, whose method takes a state dict."""
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=receiver, attr="save_pretrained")) as call):
+            roles = facts.scripts.roles[file]
+            made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(receiver)]
+            given = {keyword.arg for keyword in call.keywords}
+            return (
+                roles.is_model(receiver)
+                and not given & {"state_dict", "is_main_process", None}
+                and len(call.args) < 2
+                and bool(call.args or call.keywords)
+                and file.source.owns_lines(node)
+                and any(
+                    isinstance(item, ast.Call) and facts.project.external(file, item.func).startswith("transformers.")
+                    for value in made
+                    for item in walk(value)
+                )
+            )
+    return False
+
+
+def _with_state(file: File, facts: Facts, node: ast.Expr) -> Iterator[Edit]:
+    source, call = file.source, node.value
+    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+    span, indent, name = source.span(node), source.indent(node), _name(file, 0, 1)
+    given: list[ast.expr | ast.keyword] = [*call.args, *call.keywords]
+    last = max(source.span(argument).end for argument in given)
+    guard = f".state_dict(){source.newline}{indent}if {facts.alias(file)}.rank() == 0:{source.newline}{indent}"
+    model = source.span(call.func.value)
+    parts = (f"{name} = ", model, guard + source.indent_unit, Span(span.start, last), f", state_dict={name}")
+    yield Edit(span, (*parts, Span(last, span.end)), 20)
+    yield from source.indented(node)
 
 
 def _writes(file: File, facts: Facts, node: ast.Expr | ast.With) -> bool:

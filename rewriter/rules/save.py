@@ -4,6 +4,7 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 ``bmt.save_checkpoint(...)``.
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
+A whole model that is pickled, ``torch.save(model, path)``, is reported: its parameters are shares.
 Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -27,6 +28,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if facts.scripts.in_kept_guard(file, node):
             continue
         what = node.args[0] if node.args else None
+        pickled = [what, *(what.values if isinstance(what, ast.Dict) else [])]
+        if any(isinstance(item, (ast.Name, ast.Attribute)) and roles.is_model(item) for item in pickled):
+            message = "a whole model is pickled here, which fails for one in shares; save its state_dict()"
+            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
         if (
             len(node.args) == 2
             and not node.keywords
