@@ -152,6 +152,9 @@ class LandingLinear(nn.Linear):
             return out.requires_grad_()
         return _LinearInto.apply(x, weight, self.bias)  # type: ignore[no-untyped-call, no-any-return]
 
+    def _get_name(self) -> str:
+        return "Linear"
+
 
 def land_gradients(module: nn.Module) -> None:
     """Let every plain ``nn.Linear`` of ``module`` with a large weight compute its weight gradient in place."""

@@ -235,7 +235,7 @@ class FlatShard:
     @property
     def has_landed(self) -> bool:
         """Whether whole gradients wait in the buffer."""
-        return self._landing is not None
+        return self._landing is not None and any(self._landing[1])
 
     def raw_grads(self) -> list[torch.Tensor | None]:
         """What autograd has accumulated and nobody reduced yet."""
@@ -244,9 +244,9 @@ class FlatShard:
 
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
-        self.touched = [False] * len(self.params)
         self.gradient.clear()
-        for parameter in self.params:
+        for index, parameter in enumerate(self.params):
+            self._forget_grad(index)
             set_raw_grad(parameter, None)
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
@@ -254,10 +254,15 @@ class FlatShard:
         if whole is None:
             if self.gradient.present:
                 self.local(self.gradient.settled(), index).zero_()
-            self.touched[index] = False
+            self._forget_grad(index)
             return
         self.local(self.gradient.zeros(), index).copy_(self.local_part(whole, index))
         self.touched[index] = True
+
+    def _forget_grad(self, index: int) -> None:
+        self.touched[index] = False
+        if self._landing is not None:  # of a backward that an exception ended
+            self._landing[1][index] = False
 
     def visible_grad(self, index: int) -> torch.Tensor | None:
         """What ``parameter.grad`` shows for a reduced gradient."""

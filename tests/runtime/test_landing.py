@@ -112,6 +112,33 @@ def test_a_gradient_that_is_asked_for_is_not_added_to_others(compiled: bool, rec
             torch.testing.assert_close(found, parameter.grad)
 
 
+def interrupted() -> dict[str, torch.Tensor]:
+    """Gradients after a backward that failed half-way and was given up."""
+    model, x = landing_model(), data(2)[0]
+    failing = model(x).square().mean()
+    model[1].register_full_backward_pre_hook(fail)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(KeyError):
+        manager.backward(model(x).square().mean() + failing)
+    manager.zero_grad()
+    model[1]._backward_pre_hooks.clear()
+    manager.backward(model(x).square().mean())
+    return {name: gradient(p) for name, p in model.named_parameters()}
+
+
+def fail(module: nn.Module, grad: object) -> None:
+    raise KeyError("half-way")
+
+
+def test_an_interrupted_backward_leaves_nothing_behind() -> None:
+    model = build()
+    model(data(2)[0]).square().mean().backward()
+    for grads in run_ranks(2, interrupted):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
 def penalised(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
