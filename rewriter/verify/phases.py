@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from rewriter.verify.inputs import Case, make_case
+from rewriter.verify.inputs import Case, InputsError, make_case
 from rewriter.verify.sides import Converted, Original, Side, seed_all
 from rewriter.verify.tree import map_tensors, recorded, tensors
 
@@ -75,17 +76,20 @@ class Phases:
         if input_grads is None:
             try:
                 return self.gradients(True)
-            except RuntimeError:  # such as an input changed in place
-                return self.gradients(False)
+            except RuntimeError as error:  # such as an input changed in place
+                why = f"the original cannot be run with inputs that need gradients: {error}".splitlines()[0]
+                return {**self.gradients(False), "no_input_grads": why}
         with self._fresh(train=False):
             args, kwargs = self._inputs(input_grads)
             record = self._forward_backward(args, kwargs)
             of_inputs = [t.grad for t in tensors((args, kwargs)) if t.requires_grad]
             # The manager divides the loss by the number of ranks; each rank's inputs are its own.
             scaled = [None if g is None else g * self.ranks for g in of_inputs]
-            if input_grads and of_inputs:
+            needed = any(g is not None for g in of_inputs)
+            if needed:
                 record["gradients of inputs"] = recorded(scaled)
             record["input_grads"] = input_grads
+            record["no_input_grads"] = "" if needed or not of_inputs else "the loss does not depend on them"
             return record
 
     def train(self) -> Record:
@@ -196,6 +200,8 @@ class Phases:
 
     def _forward(self, args: Any, kwargs: Any) -> tuple[Any, torch.Tensor]:
         out = self.case.model(*args, **kwargs)
+        if isinstance(out, types.GeneratorType):
+            out = tuple(out)
         return out, self.case.loss(out) if self.case.loss is not None else default_loss(out)
 
     def _forward_backward(self, args: Any, kwargs: Any) -> Record:
@@ -242,7 +248,12 @@ def default_loss(output: Any) -> torch.Tensor:
     if len(found) == 1 and found[0].numel() == 1:
         return found[0].reshape(())
     generator = torch.Generator().manual_seed(0)
-    total = torch.zeros((), device=found[0].device if found else None)
+    if not found:
+        raise InputsError(
+            "the output holds no floating-point tensor to make a loss of; let the factory return a function that does, "
+            "too: (model, inputs, loss)"
+        )
+    total = torch.zeros((), device=found[0].device)
     for tensor in found:
         weights = torch.randn(tensor.shape, generator=generator).to(tensor)
         total = total + (tensor.nan_to_num(0.0, 0.0, 0.0) * weights).mean()

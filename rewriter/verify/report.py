@@ -7,12 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rewriter.verify.compare import Distance
-from rewriter.verify.run import Report, Row
-
-TITLES = {
-    "build": "built", "evaluate": "evaluation", "gradients": "no dropout", "train": "training", "split": "batch split",
-    "steps": "after steps",
-}  # fmt: skip
+from rewriter.verify.findings import TITLES, Report, Row
 
 
 def table(report: Report) -> Iterator[str]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rewriter.verify.compare import Comparison, Distance, compare, first_difference, merge
+from rewriter.verify.findings import Report, Row
 from rewriter.verify.processes import Failure, Group, Reply
-
-NEEDED = ("initial weights", "outputs", "gradients")
-"""A run in which one of these was compared nowhere has shown nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,55 +30,6 @@ class Settings:
     device: str = "auto"
     timeout: float = 300.0
     keep: Path | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    ranks: int
-    phase: str
-    what: str
-    comparison: Comparison = field(default=Comparison())
-    error: str = ""
-    detail: str = ""
-    skipped: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.skipped:
-            return "skipped"
-        if self.error:
-            return "error"
-        if self.comparison.different:
-            return "differs"
-        return "equal" if self.comparison.compared else "nothing to compare"
-
-    @property
-    def held(self) -> bool:
-        return self.verdict in ("equal", "skipped")
-
-
-@dataclass
-class Report:
-    """What was found."""
-
-    rows: list[Row] = field(default_factory=list)
-    first: dict[tuple[int, str], tuple[str, Distance]] = field(default_factory=dict)
-    """By ranks and phase: the first module whose output differs, and how."""
-    kept: Path | None = None
-    files: tuple[str, ...] = ()
-    """The converted model's classes are defined in these files of CONVERTED."""
-
-    @property
-    def empty(self) -> list[str]:
-        """What was compared nowhere although a proof needs it."""
-        seen = {row.what for row in self.rows if row.comparison.compared}
-        return [what for what in NEEDED if what not in seen]
-
-    @property
-    def held(self) -> bool:
-        return not self.empty and all(row.held for row in self.rows)
 
 
 def verify(settings: Settings) -> Report:
@@ -115,6 +64,7 @@ class _Run:
                     group.close()
         finally:
             self.original.close()
+        self.report.sort()
         self._keep()
         return self.report
 
@@ -143,6 +93,8 @@ class _Run:
         ours = self._of_original("gradients")
         grads = ours.get("input_grads", False) if isinstance(ours, dict) else False
         self._phase(group, ranks, "gradients", theirs_options={"input_grads": grads})
+        if isinstance(ours, dict) and (why := ours["no_input_grads"]):
+            self.report.rows.append(Row(ranks, "gradients", "gradients of inputs", skipped=why))
         self._phase(group, ranks, "train")
         if ranks > 1:
             self._split(group, ranks)
@@ -263,8 +215,12 @@ class _Run:
     def _trace(self, group: Group, ranks: int, phase: str) -> None:
         train = phase == "train"
         ours, theirs = self._of_original("trace", train=train), group.ask("trace", train=train)[0]
-        if isinstance(ours, Failure) or isinstance(theirs, Failure):
-            return
+        for reply in (ours, theirs):
+            if isinstance(reply, Failure):
+                why = "could not be looked for: " + reply.message.splitlines()[0]
+                self.report.first[ranks, phase] = ("-", Distance("-", why=why))
+                return
+        assert isinstance(ours, dict) and isinstance(theirs, dict)
         found = first_difference(ours["calls"], theirs["calls"], self._tolerance(ranks, phase, "outputs"))
         if found is not None:
             name, distance, leaves = found

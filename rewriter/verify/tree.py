@@ -32,10 +32,22 @@ def _walk(value: Any, path: str, above: set[int]) -> Iterator[tuple[str, Any]]:
         children = ((f"{path}[{index}]", item) for index, item in enumerate(value))
     elif isinstance(value, torch.nn.Module) or callable(value):
         return
+    elif isinstance(value, (set, frozenset)):
+        children = ((f"{path}{{{index}}}", item) for index, item in enumerate(sorted(value, key=repr)))
     else:
-        children = ((f"{path}.{name}", item) for name, item in getattr(value, "__dict__", {}).items())
+        children = ((f"{path}.{name}", item) for name, item in _attributes(value).items())
     for name, item in children:
         yield from _walk(item, name, above)
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [slot for kind in type(value).__mro__ for slot in _names(kind.__dict__.get("__slots__", ()))]
+    return {**{slot: getattr(value, slot) for slot in slots if hasattr(value, slot)}, **getattr(value, "__dict__", {})}
+
+
+def _names(slots: Any) -> tuple[str, ...]:
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

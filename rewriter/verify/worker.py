@@ -16,6 +16,7 @@ def serve(pipe: Connection, job: dict[str, Any], environment: dict[str, str], lo
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     sys.path[:0] = job["path"]
     warnings.simplefilter("ignore")
     import torch
@@ -23,6 +24,9 @@ def serve(pipe: Connection, job: dict[str, Any], environment: dict[str, str], lo
     from rewriter.verify.phases import Phases
 
     torch.set_num_threads(1)
+    if job["device"] == "cuda":  # equal code must give equal bits on a GPU, too
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.allow_tf32 = False
     phases = Phases(job)
     while True:
         try:
