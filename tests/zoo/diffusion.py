@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.families import B, Made
+from tests.zoo.common import B, Made
+from tests.zoo.stand_in import stand_in
+
+stand_in("torchvision")
 
 
 def diffusion__unet() -> Made:

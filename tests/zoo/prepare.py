@@ -103,4 +103,5 @@ def _convert(package: Package, again: bool) -> None:
         return
     shutil.rmtree(target, ignore_errors=True)
     options = ["--output", str(target), "--quiet", "--jobs", "2"]
+    options += [option for pattern in package.without for option in ("--exclude", pattern)]
     subprocess.run([sys.executable, "-m", "rewriter.cli", str(source(package)), *options], check=True, cwd=REPOSITORY)

@@ -15,15 +15,14 @@ from typing import Any
 from rewriter.verify.processes import preload
 from rewriter.verify.report import as_json
 from rewriter.verify.run import Settings, verify
-from tests.zoo import diffusion, sequences, vision
-from tests.zoo import families as made
+from tests.zoo import diffusion, hub, sequences, text, vision
 from tests.zoo.packages import PACKAGES
-from tests.zoo.prepare import HOME, PYTHON, REPOSITORY, converted, source
+from tests.zoo.prepare import HOME, PYTHON, converted, source
 
-MODULES = (made, vision, sequences, diffusion)
+MODULES = (hub, text, vision, sequences, diffusion)
 SHARED = (
     "torch._dynamo", "torch.fx", "torch.nn.attention.flex_attention", "torch.distributed.tensor", "numpy", "einops",
-    "yaml", "tokenizers", "safetensors.torch", "huggingface_hub", "requests", "regex", "tqdm", "tests.zoo.families",
+    "yaml", "tokenizers", "safetensors.torch", "huggingface_hub", "requests", "regex", "tqdm", "tests.zoo.common",
 )  # fmt: skip
 """What many of the packages import: loaded once."""
 RESULTS = HOME / "results"
@@ -61,9 +60,9 @@ def run(names: list[str], again: bool) -> int:
 
 def _verify(name: str) -> dict[str, Any]:
     package = PACKAGES[name.partition("__")[0]]
-    others = [REPOSITORY / "tests" / "zoo" / "stubs", *(source(PACKAGES[other]) for other in PACKAGES)]
-    wanted = [str(others[0])] * package.stub + [str(source(PACKAGES[other])) for other in package.beside]
-    sys.path[:] = [entry for entry in sys.path if entry not in map(str, others)] + wanted
+    others = {str(source(other)) for other in PACKAGES.values()}
+    beside = [str(source(PACKAGES[other])) for other in package.beside]
+    sys.path[:] = [entry for entry in sys.path if entry not in others] + beside
     settings = Settings(
         source(package), converted(package), families()[name], device="cpu", keep=RESULTS / name, timeout=600
     )

@@ -1,10 +1,13 @@
-"""Models of sound, proteins and text from packages other than transformers, in tiny configurations."""
+"""Models of sound, proteins and time series from packages other than transformers, in tiny configurations."""
 
 from __future__ import annotations
 
 import torch
 
-from tests.zoo.families import B, Made, V, ids
+from tests.zoo.common import B, Made, V, ids
+from tests.zoo.stand_in import stand_in
+
+stand_in("torchaudio", "pytorch_lightning", "pandas", "boto3", "botocore", "sklearn", "datasets")
 
 
 def whisper__whisper() -> Made:
@@ -24,6 +27,17 @@ def encodec__seanet() -> Made:
     from encodec.modules.seanet import SEANetEncoder
 
     return SEANetEncoder(dimension=16, n_filters=4, ratios=[4, 2], lstm=1), (torch.randn(B, 1, 320),)
+
+
+def encodec__model() -> Made:
+    from encodec.model import EncodecModel
+    from encodec.modules.seanet import SEANetDecoder, SEANetEncoder
+    from encodec.quantization import ResidualVectorQuantizer
+
+    sizes = {"dimension": 16, "n_filters": 4, "ratios": [4, 2], "lstm": 1}
+    quantizer = ResidualVectorQuantizer(dimension=16, n_q=3, bins=8, kmeans_init=False)
+    model = EncodecModel(SEANetEncoder(**sizes), SEANetDecoder(**sizes), quantizer, [1.5], 8000, 1)
+    return model, (torch.randn(B, 1, 320),)
 
 
 def esm__esm2() -> Made:
@@ -69,22 +83,6 @@ def perceiver__io() -> Made:
     return model, (torch.randn(B, 12, 32),), {"queries": torch.randn(B, 6, 32)}
 
 
-def performer__lm() -> Made:
-    from performer_pytorch import PerformerLM
-
-    model = PerformerLM(num_tokens=V, max_seq_len=16, dim=32, depth=3, heads=4, dim_head=8, causal=False)
-    return model, (ids(length=16),)
-
-
-def megabyte__megabyte() -> Made:
-    from MEGABYTE_pytorch import MEGABYTE
-
-    model = MEGABYTE(
-        num_tokens=V, dim=(32, 16), depth=(2, 2), max_seq_len=(8, 4), heads=4, dim_head=8, flash_attn=False
-    )
-    return model, (ids(length=32),), {"return_loss": True}
-
-
 def demucs__demucs() -> Made:
     from demucs.demucs import Demucs
 
@@ -99,23 +97,42 @@ def demucs__transformer() -> Made:
     return model, (torch.randn(B, 16, 4, 8), torch.randn(B, 16, 20))
 
 
-def torchscale__decoder() -> Made:
-    from torchscale.architecture.config import DecoderConfig
-    from torchscale.architecture.decoder import Decoder
+def boltz__pairformer() -> Made:
+    from boltz.model.layers.pairformer import PairformerModule
 
-    config = DecoderConfig(
-        decoder_embed_dim=32, decoder_ffn_embed_dim=48, decoder_layers=3, decoder_attention_heads=4, vocab_size=V,
-        dropout=0.1, drop_path_rate=0.2,
+    model = PairformerModule(
+        token_s=32, token_z=16, num_blocks=3, num_heads=4, dropout=0.1, pairwise_head_width=8, pairwise_num_heads=2,
+        v2=True,
     )  # fmt: skip
-    return Decoder(config, embed_tokens=torch.nn.Embedding(V, 32)), (ids(),)
+    mask = torch.ones(B, 6)
+    mask[0, -2:] = 0
+    return model, (torch.randn(B, 6, 32), torch.randn(B, 6, 6, 16), mask, mask[:, :, None] * mask[:, None])
 
 
-def torchscale__retnet() -> Made:
-    from torchscale.architecture.config import RetNetConfig
-    from torchscale.architecture.retnet import RetNetDecoder
+def chronos__bolt() -> Made:
+    from chronos.chronos_bolt import ChronosBoltModelForForecasting
+    from transformers import T5Config
 
-    config = RetNetConfig(
-        decoder_embed_dim=32, decoder_value_embed_dim=64, decoder_ffn_embed_dim=48, decoder_layers=3,
-        decoder_retention_heads=4, vocab_size=V, dropout=0.1,
+    config = T5Config(
+        vocab_size=2, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
+        relative_attention_num_buckets=8, use_cache=False,
     )  # fmt: skip
-    return RetNetDecoder(config, embed_tokens=torch.nn.Embedding(V, 32)), (ids(),)
+    config.chronos_config = {
+        "context_length": 32, "prediction_length": 8, "input_patch_size": 4, "input_patch_stride": 4,
+        "quantiles": [0.1, 0.5, 0.9], "use_reg_token": True,
+    }  # fmt: skip
+    inputs = {"context": torch.randn(B, 32), "target": torch.randn(B, 8)}
+    return ChronosBoltModelForForecasting(config), inputs
+
+
+def chronos__two() -> Made:
+    from chronos.chronos2 import Chronos2Model
+    from chronos.chronos2.config import Chronos2CoreConfig
+
+    config = Chronos2CoreConfig(d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4)
+    config.chronos_config = {
+        "context_length": 32, "output_patch_size": 4, "input_patch_size": 4, "input_patch_stride": 4,
+        "quantiles": [0.1, 0.5, 0.9], "use_reg_token": True, "max_output_patches": 4,
+    }  # fmt: skip
+    inputs = {"context": torch.randn(B, 32), "future_target": torch.randn(B, 8), "num_output_patches": 2}
+    return Chronos2Model(config), inputs

@@ -1,12 +1,16 @@
-"""timm, segment-anything and other models of pictures, in tiny configurations."""
+"""timm, vit-pytorch and other models of pictures, in tiny configurations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tests.zoo.families import B, Made
+from tests.zoo.common import B, Made
+from tests.zoo.stand_in import stand_in
+
+stand_in("torchvision")
 
 
 def _timm(name: str, size: int = 32, **options: Any) -> Made:
@@ -113,3 +117,105 @@ def open_clip__clip() -> Made:
     text = CLIPTextCfg(context_length=12, vocab_size=65, width=32, heads=4, layers=3)
     model = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
     return model, (torch.randn(B, 3, 32, 32), torch.randint(1, 65, (B, 12)))
+
+
+PATCHES: dict[str, Any] = {
+    "image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 3, "heads": 4, "mlp_dim": 48,
+}  # fmt: skip
+
+
+def _picture(size: int = 16) -> tuple[Tensor]:
+    return (torch.randn(B, 3, size, size),)
+
+
+def vit_pytorch__vit() -> Made:
+    from vit_pytorch import ViT
+
+    return ViT(**PATCHES, dropout=0.1, emb_dropout=0.1), _picture()
+
+
+def vit_pytorch__simple_vit() -> Made:
+    from vit_pytorch import SimpleViT
+
+    return SimpleViT(**PATCHES), _picture()
+
+
+def vit_pytorch__deepvit() -> Made:
+    from vit_pytorch.deepvit import DeepViT
+
+    return DeepViT(**PATCHES, dropout=0.1), _picture()
+
+
+def vit_pytorch__cait() -> Made:
+    from vit_pytorch.cait import CaiT
+
+    return CaiT(**PATCHES, cls_depth=2, layer_dropout=0.2), _picture()
+
+
+def vit_pytorch__cross_vit() -> Made:
+    from vit_pytorch.cross_vit import CrossViT
+
+    model = CrossViT(
+        image_size=16, num_classes=5, depth=2, sm_dim=16, sm_patch_size=4, sm_enc_depth=1, sm_enc_heads=2,
+        sm_enc_mlp_dim=32, lg_dim=32, lg_patch_size=8, lg_enc_depth=2, lg_enc_heads=2, lg_enc_mlp_dim=32,
+        cross_attn_depth=1, cross_attn_heads=2,
+    )  # fmt: skip
+    return model, _picture()
+
+
+def vit_pytorch__pit() -> Made:
+    from vit_pytorch.pit import PiT
+
+    model = PiT(image_size=16, patch_size=4, dim=32, num_classes=5, depth=(2, 1), heads=4, mlp_dim=48)
+    return model, _picture()
+
+
+def vit_pytorch__cct() -> Made:
+    from vit_pytorch.cct import CCT
+
+    model = CCT(
+        img_size=16, embedding_dim=32, n_conv_layers=1, kernel_size=3, stride=2, padding=1, num_layers=3, num_heads=4,
+        mlp_ratio=2.0, num_classes=5, positional_embedding="learnable",
+    )  # fmt: skip
+    return model, _picture()
+
+
+def vit_pytorch__t2t() -> Made:
+    from vit_pytorch.t2t import T2TViT
+
+    model = T2TViT(dim=32, image_size=32, depth=2, heads=4, mlp_dim=48, num_classes=5, t2t_layers=((7, 4), (3, 2)))
+    return model, _picture(32)
+
+
+def vit_pytorch__parallel_vit() -> Made:
+    from vit_pytorch.parallel_vit import ViT
+
+    return ViT(**PATCHES, num_parallel_branches=2), _picture()
+
+
+def vit_pytorch__levit() -> Made:
+    from vit_pytorch.levit import LeViT
+
+    model = LeViT(image_size=32, num_classes=5, stages=2, dim=(16, 32), depth=2, heads=(2, 4), mlp_mult=2, dropout=0.1)
+    return model, _picture(32)
+
+
+def vit_pytorch__na_vit() -> Made:
+    from vit_pytorch.na_vit import NaViT
+
+    model = NaViT(**PATCHES, dropout=0.1, emb_dropout=0.1)
+    pictures = [torch.randn(3, 8, 16), torch.randn(3, 16, 8), torch.randn(3, 8, 8)]
+    return model, (pictures,), {"group_images": True, "group_max_seq_len": 16}
+
+
+def vit_pytorch__recurrent() -> Made:
+    """One stack used many times."""
+    from vit_pytorch.vit import Transformer
+
+    class Recurrent(Transformer):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(3):
+                x = super().forward(x)
+            return x
+
+    return Recurrent(dim=32, depth=2, heads=4, dim_head=8, mlp_dim=48, dropout=0.1), (torch.randn(B, 6, 32),)

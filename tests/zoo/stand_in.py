@@ -1,6 +1,6 @@
-"""Stands in for torchvision and torchaudio where a model's package imports them and the model does not use them.
+"""Stands in for libraries that a model's package imports and the model does not use, such as torchvision.
 
-Any submodule can be imported and any name taken from it; using one raises.
+Any submodule can be imported, any name taken from it, inherited from, or used to decorate; using one otherwise raises.
 """
 
 from __future__ import annotations
@@ -13,6 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def stand_in(*names: str) -> None:
+    """Let these be imported from now on, should they not be installed."""
+    _NAMES.update(names)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+
+
+_NAMES: set[str] = set()
+
+
 class _Kind(type):
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
@@ -22,7 +32,18 @@ class _Kind(type):
 
 class _Missing(metaclass=_Kind):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("a stand-in for torchvision or torchaudio was used")
+        pass
+
+    def __call__(self, item: Any) -> Any:
+        if not isinstance(item, (types.FunctionType, type)):
+            raise RuntimeError(f"{type(self).__name__} stands in for something that is used after all")
+        return item  # as a decorator
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{type(self).__name__}, of which {name} is wanted, stands in for something else")
+
+    def __bool__(self) -> bool:
+        return False  # such as the answer to whether something is installed
 
 
 class _Module(types.ModuleType):
@@ -39,7 +60,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in ("torchvision", "torchaudio"):
+        if name.partition(".")[0] not in _NAMES:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -48,7 +69,3 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
-
-
-sys.meta_path.append(_Finder())
-sys.modules[__name__].__class__ = _Module

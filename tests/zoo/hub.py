@@ -1,24 +1,12 @@
-"""Tiny configurations of real models, with random weights: each function returns a model and its inputs.
-
-Named ``PACKAGE__FAMILY`` after the package (see ``packages.py``) whose source is converted.
-"""
+"""Models of transformers, in tiny configurations."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
-Made = tuple[Any, ...]
-B, T, V = 4, 12, 65  # batch, length, vocabulary
-
-
-def ids(batch: int = B, length: int = T, low: int = 3, high: int = V) -> Tensor:
-    return torch.randint(low, high, (batch, length))
-
-
-# -- transformers -----------------------------------------------------------------------------------------------------
+from tests.zoo.common import B, Made, V, ids
 
 SMALL: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -247,151 +235,19 @@ def transformers__wav2vec2() -> Made:
     return model, {"input_values": torch.randn(B, 800), "labels": torch.randint(1, 12, (B, 5))}
 
 
-# -- x-transformers ---------------------------------------------------------------------------------------------------
+def transformers__esmfold() -> Made:
+    import transformers
 
-
-def x_transformers__decoder() -> Made:
-    from x_transformers import Decoder, TransformerWrapper
-
-    layers = Decoder(dim=32, depth=3, heads=4, rotary_pos_emb=True, attn_dropout=0.1, ff_dropout=0.1)
-    return TransformerWrapper(num_tokens=V, max_seq_len=32, attn_layers=layers), (ids(),)
-
-
-def x_transformers__encoder() -> Made:
-    from x_transformers import Encoder, TransformerWrapper
-
-    layers = Encoder(dim=32, depth=3, heads=4, ff_glu=True, use_rmsnorm=True, alibi_pos_bias=True)
-    return TransformerWrapper(num_tokens=V, max_seq_len=32, attn_layers=layers), (ids(),)
-
-
-def x_transformers__layer_drop() -> Made:
-    from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
-
-    layers = Decoder(dim=32, depth=4, heads=4, layer_dropout=0.3, macaron=True)
-    return AutoregressiveWrapper(TransformerWrapper(num_tokens=V, max_seq_len=32, attn_layers=layers)), (ids(),)
-
-
-# -- vit-pytorch ------------------------------------------------------------------------------------------------------
-
-PATCHES: dict[str, Any] = {
-    "image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 32, "depth": 3, "heads": 4, "mlp_dim": 48,
-}  # fmt: skip
-
-
-def _picture(size: int = 16) -> tuple[Tensor]:
-    return (torch.randn(B, 3, size, size),)
-
-
-def vit_pytorch__vit() -> Made:
-    from vit_pytorch import ViT
-
-    return ViT(**PATCHES, dropout=0.1, emb_dropout=0.1), _picture()
-
-
-def vit_pytorch__simple_vit() -> Made:
-    from vit_pytorch import SimpleViT
-
-    return SimpleViT(**PATCHES), _picture()
-
-
-def vit_pytorch__deepvit() -> Made:
-    from vit_pytorch.deepvit import DeepViT
-
-    return DeepViT(**PATCHES, dropout=0.1), _picture()
-
-
-def vit_pytorch__cait() -> Made:
-    from vit_pytorch.cait import CaiT
-
-    return CaiT(**PATCHES, cls_depth=2, layer_dropout=0.2), _picture()
-
-
-def vit_pytorch__cross_vit() -> Made:
-    from vit_pytorch.cross_vit import CrossViT
-
-    model = CrossViT(
-        image_size=16, num_classes=5, depth=2, sm_dim=16, sm_patch_size=4, sm_enc_depth=1, sm_enc_heads=2,
-        sm_enc_mlp_dim=32, lg_dim=32, lg_patch_size=8, lg_enc_depth=2, lg_enc_heads=2, lg_enc_mlp_dim=32,
-        cross_attn_depth=1, cross_attn_heads=2,
+    structure = {
+        "sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2,
+        "num_v_points": 2, "num_blocks": 2,
+    }  # fmt: skip
+    trunk = {
+        "num_blocks": 2, "sequence_state_dim": 32, "pairwise_state_dim": 16, "sequence_head_width": 8,
+        "pairwise_head_width": 8, "position_bins": 8, "max_recycles": 1, "structure_module": structure,
+    }  # fmt: skip
+    config = transformers.EsmConfig(
+        **{**SMALL, "vocab_size": 33, "num_hidden_layers": 2}, pad_token_id=1, mask_token_id=32, is_folding_model=True,
+        position_embedding_type="rotary", esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 16, "fp16_esm": False},
     )  # fmt: skip
-    return model, _picture()
-
-
-def vit_pytorch__pit() -> Made:
-    from vit_pytorch.pit import PiT
-
-    model = PiT(image_size=16, patch_size=4, dim=32, num_classes=5, depth=(2, 1), heads=4, mlp_dim=48)
-    return model, _picture()
-
-
-def vit_pytorch__cct() -> Made:
-    from vit_pytorch.cct import CCT
-
-    model = CCT(
-        img_size=16, embedding_dim=32, n_conv_layers=1, kernel_size=3, stride=2, padding=1, num_layers=3, num_heads=4,
-        mlp_ratio=2.0, num_classes=5, positional_embedding="learnable",
-    )  # fmt: skip
-    return model, _picture()
-
-
-def vit_pytorch__t2t() -> Made:
-    from vit_pytorch.t2t import T2TViT
-
-    model = T2TViT(
-        dim=32, image_size=32, depth=2, heads=4, mlp_dim=48, num_classes=5, t2t_layers=((7, 4), (3, 2))
-    )
-    return model, _picture(32)
-
-
-def vit_pytorch__parallel_vit() -> Made:
-    from vit_pytorch.parallel_vit import ViT
-
-    return ViT(**PATCHES, num_parallel_branches=2), _picture()
-
-
-def vit_pytorch__levit() -> Made:
-    from vit_pytorch.levit import LeViT
-
-    model = LeViT(image_size=32, num_classes=5, stages=2, dim=(16, 32), depth=2, heads=(2, 4), mlp_mult=2, dropout=0.1)
-    return model, _picture(32)
-
-
-def vit_pytorch__na_vit() -> Made:
-    from vit_pytorch.na_vit import NaViT
-
-    model = NaViT(**PATCHES, dropout=0.1, emb_dropout=0.1)
-    pictures = [torch.randn(3, 8, 16), torch.randn(3, 16, 8), torch.randn(3, 8, 8)]
-    return model, (pictures,), {"group_images": True, "group_max_seq_len": 16}
-
-
-def vit_pytorch__recurrent() -> Made:
-    """One stack used many times."""
-    from vit_pytorch.vit import Transformer
-
-    class Recurrent(Transformer):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Any:
-            for _ in range(3):
-                x = super().forward(x)
-            return x
-
-    return Recurrent(dim=32, depth=2, heads=4, dim_head=8, mlp_dim=48, dropout=0.1), (torch.randn(B, 6, 32),)
-
-
-# -- mambapy ----------------------------------------------------------------------------------------------------------
-
-
-def mambapy__mamba() -> Made:
-    from mambapy.mamba import Mamba, MambaConfig
-
-    return Mamba(MambaConfig(d_model=16, n_layers=3)), (torch.randn(B, 8, 16),)
-
-
-def mambapy__jamba() -> Made:
-    from mambapy.jamba import JambaLM, JambaLMConfig
-
-    config = JambaLMConfig(
-        d_model=32, n_layers=4, mlp_size=48, vocab_size=V, num_attention_heads=4, num_key_value_heads=2,
-        attn_layer_offset=1, attn_layer_period=2, num_experts=4, num_experts_per_tok=2, expert_layer_offset=1,
-        expert_layer_period=2, d_state=8, pad_token_id=0,
-    )  # fmt: skip
-    return JambaLM(config), (ids(length=8),)
+    return transformers.EsmForProteinFolding(config), (torch.randint(20, (B, 6)),)

@@ -1,7 +1,0 @@
-"""As torchvision beside it."""
-
-import sys
-
-import torchvision
-
-sys.modules[__name__].__class__ = type(torchvision)
