@@ -209,7 +209,7 @@ class _Run:
             # Adam divides by a gradient's size, so rounding comes out larger; and every step adds to it, much where the
             # model normalises over few values.
             return (10 if what == "weights after one" else 100) * self.settings.tolerance
-        exact = phase == "build" or (ranks == 1 and self.settings.exact)
+        exact = phase == "build" or what == "weights" or (ranks == 1 and self.settings.exact)
         return 0.0 if exact else self.settings.tolerance
 
     def _trace(self, group: Group, ranks: int, phase: str) -> None:
