@@ -117,12 +117,13 @@ def prepare_blocks(model: Decoder, options: Namespace) -> None:
             model.blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
 
 
-def bmtrain(options: Namespace, device: torch.device) -> Step:
+def bmtrain(options: Namespace, device: torch.device, rests_in_fp32: bool = False) -> Step:
     import bmtrain as bmt
 
-    bmt.init_distributed(seed=0)
+    # Either a model in options.dtype with fp32 masters, or an fp32 model that is gathered in options.dtype.
+    bmt.init_distributed(seed=0, precision=options.dtype if rests_in_fp32 else None)
     with torch.device("meta"):
-        model = Decoder(SIZES[options.size]).to(options.dtype)
+        model = Decoder(SIZES[options.size]).to(torch.float32 if rests_in_fp32 else options.dtype)
     model = bmt.BMTrainModelWrapper(model)
     for block in model.blocks:
         bmt.Block(block, use_checkpoint={"full": True, "none": False, "auto": None}[options.recompute])
@@ -147,6 +148,7 @@ def bmtrain(options: Namespace, device: torch.device) -> Step:
 ENGINES: dict[str, Callable[[Namespace, torch.device], Step]] = {
     "floor": floor,
     "bmtrain": bmtrain,
+    "bmtrain-fp32-model": partial(bmtrain, rests_in_fp32=True),
     "fsdp2": fsdp2,
     "fsdp2-bf16-reduce": partial(fsdp2, reduce_dtype=torch.bfloat16),
     "deepspeed": deepspeed,

@@ -49,7 +49,7 @@ def parse_options() -> argparse.Namespace:
 def worker_arguments(engine: str, workload: Workload, options: argparse.Namespace) -> list[str]:
     recompute, compiled = workload.recompute, workload.compiled
     if recompute == "best":
-        recompute, compiled = ("auto" if engine == "bmtrain" else "none"), True
+        recompute, compiled = ("auto" if engine.startswith("bmtrain") else "none"), True
     arguments = [f"--size={workload.size}", f"--batch={workload.batch}", f"--recompute={recompute}"]
     arguments += [f"--{name}={getattr(options, name)}" for name in ("sequence", "steps", "warmup", "clip")]
     return arguments + ["--compile"] * compiled + ["--profile"] * options.profile

@@ -66,12 +66,12 @@ def print_table(workload: Workload, results: list[Result], options: Namespace) -
     peak = options.peak or next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
     flops = flops_per_token(SIZES[workload.size], options.sequence)
     print(
-        f"{'engine':18}{'ms/step':>9}{'min':>9}{'max':>9}{'tok/s/GPU':>11}{'/ fsdp2':>9}{'/ floor':>9}{'MFU':>7}"
+        f"{'engine':20}{'ms/step':>9}{'min':>9}{'max':>9}{'tok/s/GPU':>11}{'/ fsdp2':>9}{'/ floor':>9}{'MFU':>7}"
         f"{'active':>8}{'reserved':>9}{'device':>8}{'loss':>15}"
     )
     for result in results:
         if result.failure:
-            print(f"{result.engine:18}{result.failure}")
+            print(f"{result.engine:20}{result.failure}")
             continue
         ratios = "".join(f"{ratio(result, by_name.get(other)):>9}" for other in ("fsdp2", "floor"))
         mfu = f"{result.tokens * flops / (peak * 1e12):.1%}" if peak else "-"
@@ -80,7 +80,7 @@ def print_table(workload: Workload, results: list[Result], options: Namespace) -
             for value, width in ((result.active, 8), (result.reserved, 9), (result.used, 8))
         )
         print(
-            f"{result.engine:18}{result.milliseconds:9.1f}{result.fastest:9.1f}{result.slowest:9.1f}"
+            f"{result.engine:20}{result.milliseconds:9.1f}{result.fastest:9.1f}{result.slowest:9.1f}"
             f"{result.tokens:11,.0f}{ratios}{mfu:>7}{memory}{result.first_loss:8.3f}{result.last_loss:7.3f}"
         )
     if peak:

@@ -117,7 +117,7 @@ def finish(result: dict[str, Any], rank: int, device: torch.device) -> NoReturn:
 
 def main() -> None:
     options = parse_options()
-    if options.engine != "bmtrain":  # bmtrain asks for it itself
+    if not options.engine.startswith("bmtrain"):  # bmtrain asks for it itself
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
