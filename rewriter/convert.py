@@ -22,12 +22,17 @@ def convert_paths(
     roots: Iterable[Path] = (),
     progress: Callable[[int, int], None] | None = None,
     derived: dict[bytes, list[Path]] | None = None,
+    absent: frozenset[str] = frozenset(),
 ) -> list[Result]:
-    """Results of all files, in the order given. ``derived`` is the project's, where ``paths`` are a part of one."""
+    """Results of all files, in the order given.
+
+    Where ``paths`` are a portion of a project, ``derived`` is the project's, and ``absent`` are keys of findings that
+    other portions are known not to apply.
+    """
     project = Project(roots, derived)
     outcomes = [_load(project, path) for path in paths]
     facts = Facts(project, options.blocks)
-    plans = make_plans([outcome for outcome in outcomes if isinstance(outcome, File)], facts, options)
+    plans = make_plans([outcome for outcome in outcomes if isinstance(outcome, File)], facts, options, absent)
     results = []
     for number, outcome in enumerate(outcomes):
         results.append(outcome if isinstance(outcome, Result) else apply_plan(outcome, plans[outcome]))

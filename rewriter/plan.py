@@ -37,14 +37,23 @@ class Plan:
     reported: tuple[Finding, ...]
 
 
-def make_plans(files: Sequence[File], facts: Facts, options: Options) -> dict[File, Plan]:
-    """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too."""
+def make_plans(
+    files: Sequence[File], facts: Facts, options: Options, absent: frozenset[str] = frozenset()
+) -> dict[File, Plan]:
+    """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too.
+
+    ``absent`` are keys of findings in other portions of the project that are known not to be applied.
+    """
     found = {file: _findings(file, facts) for file in files}
     found = {file: _without_refused_parts(findings) for file, findings in found.items()}
     stopped = {file for file, findings in found.items() if any(f.stop and not f.spared for f in findings)}
     behind = facts.scripts.only_behind(stopped) if stopped else {}
     changing = [file for file in files if file not in stopped and file not in behind]
     met = {f.key for file in changing for f in found[file] if f.key and _applies(file, f, options)}
+    if facts.project.partial:  # what other portions do is taken for granted, and checked when they are through
+        here = {file.place for file in files}
+        required = {key for file in changing for finding in found[file] for key in finding.requires}
+        met |= {key for key in required - absent if key.split("\0")[0] not in here}
     return {file: _plan(file, facts, options, found[file], behind.get(file), met) for file in files}
 
 
@@ -68,8 +77,7 @@ def _without_refused_parts(findings: list[Finding]) -> list[Finding]:
     return [
         finding
         for finding in findings
-        if finding in refused
-        or all(finding.code in f.spared and not f.line <= finding.line <= f.end for f in refused)
+        if finding in refused or all(finding.code in f.spared and not f.line <= finding.line <= f.end for f in refused)
     ]
 
 
@@ -82,12 +90,10 @@ def _plan(
     if behind is not None:
         message = f"part of {behind.path}, which cannot be converted"
         return Plan((), (), (), (Finding("BMT090", 1, message, safety=Safety.REPORT),))
-    elsewhere = facts.project.partial  # the rest of the project is converted by other processes
     applied = [
         finding
         for finding in findings
-        if _applies(file, finding, options)
-        and all(key in met or (elsewhere and not key.startswith(f"stack:{file.path}:")) for key in finding.requires)
+        if _applies(file, finding, options) and all(key in met for key in finding.requires)
     ]
     hidden = [f for f in findings if f.safety is Safety.UNSAFE and not options.unsafe and _wanted(file, f, options)]
     edits = [edit for finding in applied for edit in finding.edits]

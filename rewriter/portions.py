@@ -7,7 +7,7 @@ Small projects are one portion, in this process.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from rewriter.analyze.file import base_names
@@ -18,7 +18,7 @@ from rewriter.types import Result
 WHOLE = 16_000_000  # bytes of source up to which a project is one portion
 PORTION = 5_000_000
 Progress = Callable[[int, int], None]
-_Task = tuple[list[Path], Options, list[Path], dict[bytes, list[Path]]]
+_Task = tuple[list[Path], Options, list[Path], dict[bytes, list[Path]], frozenset[str]]
 
 
 def convert_project(
@@ -29,20 +29,38 @@ def convert_project(
     if sum(sizes.values()) <= WHOLE:
         return convert_paths(paths, options, roots, progress)
     below = derived(paths)
-    tasks: list[_Task] = [(portion, options, list(roots), below) for portion in cut(paths, sizes)]
+    tasks: list[_Task] = [(portion, options, list(roots), below, frozenset()) for portion in cut(paths, sizes)]
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    results: list[Result] = []
+    found: list[list[Result]] = []
     with multiprocessing.get_context(method).Pool(jobs, maxtasksperchild=1) as pool:
-        for found in pool.imap(_convert, tasks, chunksize=1):
-            results.extend(found)
+        for portion in pool.imap(_convert, tasks, chunksize=1):
+            found.append(portion)
             if progress is not None:
-                progress(len(results), len(paths))
-    return results
+                progress(sum(map(len, found)), len(paths))
+        absent = missing(result for portion in found for result in portion)
+        if absent:
+            again = [number for number, portion in enumerate(found) if relied_on(portion) & absent]
+            repeated = pool.imap(_convert, [(*tasks[number][:4], absent) for number in again], chunksize=1)
+            for number, portion in zip(again, repeated, strict=True):
+                found[number] = portion
+    return [result for portion in found for result in portion]
+
+
+def relied_on(results: Iterable[Result]) -> set[str]:
+    """Keys of findings that applied findings require."""
+    return {key for result in results for finding in result.applied for key in finding.requires}
+
+
+def missing(results: Iterable[Result]) -> frozenset[str]:
+    """Keys that some portion took for granted and no portion applies."""
+    every = list(results)
+    made = {finding.key for result in every for finding in result.applied}
+    return frozenset(relied_on(every) - made)
 
 
 def _convert(task: _Task) -> list[Result]:
-    paths, options, roots, below = task
-    return convert_paths(paths, options, roots, derived=below)
+    paths, options, roots, below, absent = task
+    return convert_paths(paths, options, roots, derived=below, absent=absent)
 
 
 def _size(path: Path) -> int:

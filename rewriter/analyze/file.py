@@ -80,6 +80,11 @@ class File:
         return self.source.path
 
     @cached_property
+    def place(self) -> str:
+        """The whole path, the same in every process."""
+        return str(self.path.resolve())
+
+    @cached_property
     def folder(self) -> Path:
         return self.path.resolve().parent
 

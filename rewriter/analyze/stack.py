@@ -41,7 +41,7 @@ class Stack:
         return f"{self.owner.name}.{self.path}"
 
     def key(self) -> str:
-        return f"stack:{self.owner.file.path}:{self.owner.node.lineno}:{self.path}"
+        return f"{self.owner.file.place}\0{self.owner.node.lineno}\0{self.path}"
 
     def requirement(self) -> tuple[str, ...]:
         """What an edit that relies on the stack requires: its conversion, if it is not converted already."""

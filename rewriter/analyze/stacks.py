@@ -44,11 +44,14 @@ class Stacks:
                         yield info
 
     def _candidates(self) -> Iterator[Stack]:
-        owners = list(self._modules())
         loops = _Loops()
-        for info in owners:
+        owners: dict[ClassInfo, None] = {}
+        for info in list(self._modules()):
+            owners[info] = None
             if info.file.convert:
                 self.loops.extend(loops[info])
+                if loops[info]:  # a base that is read only now may make the list
+                    owners.update(dict.fromkeys(self.classes.ancestors(info)))
         for info in owners:
             for path, builds in self.containers.of(info).items():
                 family = [info, *self.classes.descendants(info), *self.classes.ancestors(info)]
@@ -59,7 +62,7 @@ class Stacks:
                     yield stack
                 else:
                     for loop in over:
-                        if is_chain(loop) and loop.owner is info:
+                        if is_chain(loop) and loop.file.convert:
                             self.left.append(Left(loop.file, loop.node, reason))
 
     def _outermost(self, stacks: list[Stack]) -> list[Stack]:

@@ -13,7 +13,6 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import Project
@@ -21,7 +20,7 @@ from rewriter.analyze.source import Source
 from rewriter.convert import apply_plan, convert_paths
 from rewriter.discover import sources
 from rewriter.plan import Options, make_plans
-from rewriter.portions import WHOLE, cut, derived
+from rewriter.portions import WHOLE, cut, derived, missing, relied_on
 from rewriter.types import Edit, InputError, Result
 
 from .corpus_loops import Record, records
@@ -38,30 +37,39 @@ class Measured:
     loops: list[Record] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    def add(self, part: Measured) -> None:
+        peak = max(self.counts["MB"], part.counts["MB"])
+        self.counts.update(part.counts)
+        self.counts["MB"] = peak
+        self.loops.extend(part.loops)
+        self.remarks.extend(part.remarks)
+
 
 def measure(folder: Path) -> Measured:
     """Everything about one folder. Large ones are cut as ``bmt-convert`` cuts them, one process at a time."""
-    found = Measured()
     paths = [path for path in sources(folder) if path.suffix == ".py"]
     sizes = {path: path.stat().st_size for path in paths}
-    large = sum(sizes.values()) > WHOLE
-    tasks = [(folder, part, derived(paths)) for part in cut(paths, sizes)] if large else [(folder, paths, None)]
-    converted: dict[Path, bytes] = {}
+    whole = sum(sizes.values()) <= WHOLE
+    below = None if whole else derived(paths)
+    portions = [paths] if whole else cut(paths, sizes)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for part, part_converted in pool.imap(measure_portion, tasks):
-            peak = max(found.counts["MB"], part.counts["MB"])
-            found.counts.update(part.counts)
-            found.counts["MB"] = peak
-            found.loops.extend(part.loops)
-            found.remarks.extend(part.remarks)
-            converted.update(part_converted)
+        parts = [pool.apply(measure_portion, (folder, part, below, frozenset())) for part in portions]
+        absent = missing(result for _, results in parts for result in results)
+        for number, (_, results) in enumerate(parts):
+            if relied_on(results) & absent:
+                parts[number] = pool.apply(measure_portion, (folder, portions[number], below, absent))
+        found = Measured()
+        for part, _ in parts:
+            found.add(part)
+        converted = {result.path: result.after for _, results in parts for result in results}
         found.remarks.extend(pool.apply(twice, (folder, converted)))
     found.counts["unstable"] = sum(remark.startswith(SECOND) for remark in found.remarks)
     return found
 
 
-def measure_portion(task: Any) -> tuple[Measured, dict[Path, bytes]]:
-    folder, paths, below = task
+def measure_portion(
+    folder: Path, paths: list[Path], below: dict[bytes, list[Path]] | None, absent: frozenset[str]
+) -> tuple[Measured, list[Result]]:
     gc.disable()
     found = Measured()
     counts = found.counts
@@ -77,7 +85,7 @@ def measure_portion(task: Any) -> tuple[Measured, dict[Path, bytes]]:
             counts["unreadable"] += 1
             found.remarks.append(str(error))
     facts = Facts(project)
-    plans = make_plans(files, facts, Options())
+    plans = make_plans(files, facts, Options(), absent)
     results = [apply_plan(file, plans[file]) for file in files]
     counts["ms"] = round(1000 * (time.perf_counter() - start))
     for file, result in zip(files, results, strict=True):
@@ -92,7 +100,7 @@ def measure_portion(task: Any) -> tuple[Measured, dict[Path, bytes]]:
     }
     whole = {file: reason for file, reason in left.items() if reason and not plans[file].edits}
     found.loops.extend(records(facts, folder, whole))
-    return found, {result.path: result.after for result in results}
+    return found, results
 
 
 def check(source: Source, edits: tuple[Edit, ...], result: Result, found: Measured) -> None:

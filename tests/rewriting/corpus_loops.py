@@ -78,7 +78,15 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
             state, reason = "refused", left.get(node) or _why(loop)
         name = loop.file.path.relative_to(folder).as_posix()
         shape = loop_class(loop, facts.project)
+        if shape in {"F", "G"} and not _is_list_of_modules(facts, loop):
+            shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
+
+
+def _is_list_of_modules(facts: Facts, loop: Loop) -> bool:
+    """Whether a class is seen to make the list that a loop runs over: else it may hold numbers."""
+    family = (loop.owner, *facts.classes.ancestors(loop.owner), *facts.classes.descendants(loop.owner))
+    return any(loop.path in facts.stacks.containers.of(member) for member in family)
 
 
 def _why(loop: Loop) -> str:

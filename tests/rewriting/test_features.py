@@ -133,6 +133,54 @@ def test_portions_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(result.changed for result in whole) == 6
 
 
+NET = """from torch import nn
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(3)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+"""
+SUB = """from a import Net
+
+
+class Sub(Net):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x + 1
+"""
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_loop_over_a_list_of_another_portion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skip: bool) -> None:
+    """The loop becomes a call where the other portion converts the list, and only there."""
+    (tmp_path / "a.py").write_text("# bmt: skip-file\n" * skip + NET)
+    (tmp_path / "b.py").write_text(SUB)
+    paths = [tmp_path / "a.py", tmp_path / "b.py"]
+    monkeypatch.setattr(portions, "WHOLE", 10)
+    monkeypatch.setattr(portions, "PORTION", 20)
+    base, sub = convert_project(paths, Options(), [tmp_path])
+    assert base.changed is not skip
+    assert (b"x = self.layers(x)" in sub.after) is not skip
+    monkeypatch.undo()
+    assert convert_project(paths, Options(), [tmp_path]) == [base, sub]
+
+
 def test_rules_as_markdown() -> None:
     text = rules_markdown()
     assert all(f"#### {rule.code}: " in text for rule in RULES)
