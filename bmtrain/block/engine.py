@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ..context import Context, engine_factory
 from ..errors import CommunicationError
 from ..shard.flat import FlatShard
+from ..shard.freeze import keep_frozen_apart
 from ..shard.unit import Pools, ShardUnit
 from .compute import COMPUTE
 from .frame import Frame, PlaceInFlat
@@ -131,9 +132,12 @@ class Engine:
 
     def _enter(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         self.register(unit)
+        predicted = self.trace.note(unit.index, phase, unit.name) if unit.moves else None
+        if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
+            self.residency.drop(unit)
+            keep_frozen_apart(unit)
         if not unit.moves:
             return
-        predicted = self.trace.note(unit.index, phase, unit.name)
         try:
             self.residency.need(unit, unit.compute_dtype(autocast))
             coming = self.units.get(predicted) if predicted is not None else None
@@ -287,6 +291,7 @@ class Engine:
         if self.idle:
             self._unpin_loose()
             self.residency.drop_all()
+        self.pools.tidy()
 
     def updated(self, unit: ShardUnit) -> None:
         """An optimizer has just changed all of ``unit``: if the next step begins with it, gather it meanwhile."""

@@ -88,6 +88,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def _state_of(self, flat: FlatShard) -> _FlatState:
         state = self._states.get(id(flat))
         if state is None:
+            flat.unit.is_settled = True
             state = self._states[id(flat)] = _FlatState(flat, self._state_device(flat))
         return state
 

@@ -144,6 +144,7 @@ _SCALARS = ("step", "eta", "mu", "mu_product")
 def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
     flat: FlatShard = parameter._flat
+    flat.unit.is_settled = True
     return {
         name: flat.local_part(value, parameter._index).to(flat.shard.device, flat.gradient.dtype, copy=True)
         for name, value in state.items()

@@ -24,17 +24,26 @@ class Pools:
 
     Attributes:
         moves: whether any unit is made whole by gathers.
+        regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self.moves = ctx.world_size > 1
+        self.regrouped = False
         self.arenas = arenas = Arenas(ctx)
         self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
         self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)
         self.parts = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=False)
         self.casts = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
         self._users: weakref.WeakKeyDictionary[FlatShard, set[Any]] = weakref.WeakKeyDictionary()
+
+    def tidy(self) -> None:
+        """Give back what regrouped parameters have left behind.  Collective if there is any."""
+        if self.regrouped:
+            self.regrouped = False
+            self._ctx.device.synchronize()
+            self.arenas.collect()
 
     def acquire_params(self, flat: FlatShard) -> Buffer:
         """For all values of ``flat``, to be written on the gather stream."""
@@ -77,6 +86,7 @@ class ShardUnit:
         open_uses: forwards whose backward has not passed yet.
         compute: the dtype that the last gather was to compute in.
         keep: stay whole from the first forward to the end of the backward (ZeRO-2).
+        is_settled: which parameter lies in which flat shard does not change any more.
     """
 
     def __init__(
@@ -95,7 +105,7 @@ class ShardUnit:
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = 0
         self.open_uses = 0
-        self.keep = False
+        self.keep = self.is_settled = False
         self.compute: torch.dtype | None = None
         self.is_whole = not self.moves
         self.reduced: Event = ctx.device.event()

@@ -85,9 +85,9 @@ def test_bf16_over_nccl_loses_one_rounding(world_size: int, policy: bool) -> Non
 class Adapted(nn.Module):
     """A frozen layer with two small trainable matrices beside it."""
 
-    def __init__(self, names: models.Names) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.base = nn.Linear(oracle.WIDTH, oracle.WIDTH).requires_grad_(False)
+        self.base = nn.Linear(oracle.WIDTH, oracle.WIDTH)
         self.down = nn.Linear(oracle.WIDTH, 2, bias=False)
         self.up = nn.Linear(2, oracle.WIDTH, bias=False)
 
@@ -99,8 +99,8 @@ def adapters(names: models.Names) -> Any:
     class Model(names.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.emb = nn.Linear(oracle.WIDTH, oracle.WIDTH).requires_grad_(False)
-            self.layers = names.stack([Adapted(names) for _ in range(3)])
+            self.emb = nn.Linear(oracle.WIDTH, oracle.WIDTH)
+            self.layers = names.stack([Adapted() for _ in range(3)])
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = self.emb(x)
@@ -111,25 +111,93 @@ def adapters(names: models.Names) -> Any:
     return Model()
 
 
-def adapters_alone() -> None:
-    oracle.matches(adapters)
-    _, model = oracle.pair(adapters)
-    flats = [flat for m in model.modules() if hasattr(m, "_bmt_unit") for flat in m._bmt_unit.flats]
+def freeze(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".up." in name or ".down." in name)
+
+
+def frozen_adapters(names: models.Names) -> Any:
+    """Frozen before they are sharded, in a converted script by a constructor."""
+
+    class Model(names.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = adapters(names)
+            freeze(self.inner)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    return Model()
+
+
+def adapters_alone(early: bool) -> None:
+    build, prepare = (frozen_adapters, lambda model: None) if early else (adapters, freeze)
+    oracle.matches(build, prepare=prepare)
+    _, model = oracle.pair(build)
+    prepare(model)
+    before = model.state_dict()
     manager = bmt.optim.OptimManager()
-    manager.backward(oracle.mean(model(oracle.inputs(0))))
-    reduced = [name for flat in flats if flat.gradient.present for name in flat.names]
-    assert sorted(reduced) == sorted(f"{part}.weight" for part in ("up", "down") for _ in range(3)) or sorted(
-        reduced
-    ) == sorted(f"layers.{i}.{part}.weight" for part in ("up", "down") for i in range(3))
+    manager.add_optimizer(bmt.optim.AdamOptimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2))
+    with torch.no_grad():
+        model(oracle.inputs(0))  # an evaluation before, to see that it changes nothing
+    for _ in range(2):
+        manager.zero_grad()
+        manager.backward(oracle.mean(model(oracle.inputs(0))))
+        manager.step()
+    flats = [flat for m in model.modules() if hasattr(m, "_bmt_unit") for flat in m._bmt_unit.flats]
+    reduced = {id(p) for flat in flats if flat.gradient.present for p in flat.params}
+    assert reduced == {id(p) for p in model.parameters() if p.requires_grad}
     for flat in flats:
-        frozen = not any(p.requires_grad for p in flat.params)
-        assert frozen == (flat.gradient._came is None), "a frozen parameter has no memory for a gradient"
-        assert frozen or all(p.requires_grad for p in flat.params), "frozen parameters are kept apart"
+        assert flat.trainable == (flat.gradient._came is not None), "a frozen parameter has no memory for a gradient"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) != (".up." in name or ".down." in name), name
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_adapters_are_reduced_alone(world_size: int) -> None:
-    run_ranks(world_size, adapters_alone)
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_adapters_are_reduced_alone(world_size: int, early: bool) -> None:
+    run_ranks(world_size, adapters_alone, early)
+
+
+def adapters_that_resume(optimizer: str) -> None:
+    """States that were cut to shards before the first forward fit the shards of the first step."""
+
+    def make() -> tuple[Any, Any, bmt.optim.OptimManager]:
+        _, model = oracle.pair(adapters)
+        freeze(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        made = {
+            "ours": lambda: bmt.optim.AdamOptimizer(trained, lr=1e-2),
+            "adam": lambda: torch.optim.AdamW(trained, lr=1e-2),
+            "adagrad": lambda: torch.optim.Adagrad(trained, lr=1e-2),
+        }[optimizer]()
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(made)
+        return model, made, manager
+
+    def run(model: Any, manager: bmt.optim.OptimManager, first: int, last: int) -> None:
+        for step in range(first, last):
+            manager.zero_grad()
+            manager.backward(oracle.mean(model(models.share(oracle.inputs(step)))))
+            manager.step()
+
+    straight, _, manager = make()
+    run(straight, manager, 0, 4)
+    model, made, manager = make()
+    run(model, manager, 0, 2)
+    weights, state = model.state_dict(), made.state_dict()
+    model, made, manager = make()
+    model.load_state_dict(weights)
+    made.load_state_dict(state)
+    run(model, manager, 2, 4)
+    oracle.assert_same_weights(model, straight)
+
+
+@pytest.mark.parametrize("optimizer", ["ours", "adam", "adagrad"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_adapters_resume(world_size: int, optimizer: str) -> None:
+    run_ranks(world_size, adapters_that_resume, optimizer)
 
 
 def mixed(names: models.Names) -> Any:
