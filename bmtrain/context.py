@@ -54,6 +54,9 @@ class Engine(Protocol):
     def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
         """Whole units for one operation, and for the rest of the forward it is part of."""
 
+    def opened(self, unit: Any) -> AbstractContextManager[None]:
+        """Whole while a loop of the running forward has the unit's module in hand."""
+
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
         """While a block runs a second time: what to call with each tensor that would be saved."""

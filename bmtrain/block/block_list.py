@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..context import context
 from ..errors import ConfigurationError
 from ..precision import Precision
 from .block import Block
@@ -24,9 +26,12 @@ class TransformerBlockList(nn.ModuleList):
 
     ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
     ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
+    Elements without a forward, such as pairs in a ModuleList, are whole while a loop of a forward has them.
     """
 
+    num_hidden = 1
     precision: Precision | torch.dtype | str | None = None
+    _groups = False  # whether an element has no forward of its own
 
     def __init__(
         self,
@@ -58,6 +63,18 @@ class TransformerBlockList(nn.ModuleList):
     def __setitem__(self, index: int, module: nn.Module) -> None:
         super().__setitem__(index, self._as_block(module))
 
+    def __iter__(self) -> Iterator[Any]:
+        modules = super().__iter__()
+        return self._one_by_one(modules) if self._groups else modules
+
+    @staticmethod
+    def _one_by_one(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
+        """Groups of modules are never called themselves: each is whole while the loop has it."""
+        for module in modules:
+            unit = module.__dict__.get("_bmt_unit")
+            with context().engine.opened(unit) if unit is not None else nullcontext():
+                yield module
+
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         if isinstance(part, TransformerBlockList):
@@ -65,6 +82,7 @@ class TransformerBlockList(nn.ModuleList):
         return part
 
     def _as_block(self, module: nn.Module) -> nn.Module:
+        self._groups |= type(module).forward is nn.Module.forward
         return module if isinstance(module, Block) else Block(module, precision=self.precision)
 
     def forward(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:

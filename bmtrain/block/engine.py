@@ -185,6 +185,25 @@ class Engine:
                 self._frames[-1].add(unit)
         yield
 
+    @contextmanager
+    def opened(self, unit: ShardUnit) -> Iterator[None]:
+        """Whole units for as long as a loop of the running forward has the unit's module in hand.
+
+        A view of a parameter that outlives the loop's turn keeps the unit whole until the forward ends.
+        """
+        if self.idle or not unit.moves:
+            yield
+            return
+        adopted = self._adopted[-1]
+        with self.on_demand([unit]):
+            uses = unit.uses()
+        try:
+            yield
+        finally:
+            if unit.uses() == uses and unit in adopted:
+                adopted.remove(unit)
+                unit.pins -= 1
+
     def _unpin_loose(self) -> None:
         for unit in self._adopted[0]:
             unit.pins -= 1

@@ -34,10 +34,10 @@ def _find_stacks(module: nn.Module) -> None:
         if isinstance(child, Block):
             continue
         if type(child) is nn.ModuleList and _is_stack(child):
+            elements = list(child)
             child.__class__ = TransformerBlockList
-            child.__dict__["num_hidden"] = 1
-            for element in child:
-                Block(element)
+            for index, element in enumerate(elements):
+                child[index] = element  # becomes a Block
         else:
             _find_stacks(child)
 

@@ -179,6 +179,11 @@ class ShardUnit:
             flat.show(buffer)
         self._coming, self.is_whole = [], True
 
+    def uses(self) -> int:
+        """How many tensors are views of what is whole."""
+        storages = [flat.buffer.tensor.untyped_storage() for flat in self.flats if flat.buffer is not None]
+        return sum(torch._C._storage_Use_Count(storage._cdata) for storage in storages)
+
     def release(self) -> None:
         """Give the whole values' memory back; the parameters are sharded again."""
         if not self.moves:

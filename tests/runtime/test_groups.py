@@ -1,0 +1,88 @@
+"""Lists of pairs of modules: each pair is whole while a loop has it, and no longer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import models
+import oracle
+import pytest
+import torch
+from oracle import WIDTH
+from ranks import run_ranks
+from torch import nn
+
+import bmtrain as bmt
+
+DEPTH = 5
+WORLDS = [1, 2]
+
+
+def build(names: models.Names, keep: str = "") -> Any:
+    class Model(names.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            pairs = [nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)]) for _ in range(DEPTH)]
+            self.layers = names.stack(pairs)
+            self.whole: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> Any:
+            kept = []
+            self.whole = []
+            for linear, norm in self.layers:
+                x = x + torch.tanh(linear(norm(x)))
+                # What a sharded parameter refuses outside a block, a pair in hand does not.
+                x = x + norm.bias.to(x.dtype).mean() * linear.weight.norm()
+                if keep == "views":
+                    kept.append(linear.weight[0])
+                self.whole.append(count_whole(self.layers))
+            if keep == "break":
+                for linear, _ in self.layers:
+                    x = linear(x)
+                    break
+            for index, (linear, _) in enumerate(self.layers[1:]):
+                x = linear(x) + index
+            return x + sum(part.sum() for part in kept) if kept else x
+
+    return Model()
+
+
+def count_whole(layers: nn.ModuleList) -> int:
+    units = [m.__dict__.get("_bmt_unit") for m in layers._modules.values()]
+    return sum(unit is not None and unit.moves and unit.is_whole for unit in units)
+
+
+def pairs_match() -> None:
+    for keep in ("", "views", "break"):
+        oracle.matches(lambda names, keep=keep: build(names, keep))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_pairs_compute_the_same(world_size: int) -> None:
+    run_ranks(world_size, pairs_match)
+
+
+def pairs_are_released() -> None:
+    model = build(models.sharded())
+    model(oracle.inputs(0)).sum().backward()
+    with torch.no_grad():
+        model(oracle.inputs(0))
+    assert max(model.whole) <= 2 and model.whole[-1] >= 1
+    kept = build(models.sharded(), "views")
+    kept(oracle.inputs(0))
+    assert kept.whole[-1] == DEPTH  # their parameters are still looked at
+
+
+def test_pairs_are_released() -> None:
+    run_ranks(2, pairs_are_released)
+
+
+def pairs_of_an_ordinary_model() -> None:
+    model = bmt.BMTrainModelWrapper(build(models.plain()))
+    assert isinstance(model.layers, bmt.TransformerBlockList) and len(model.layers[1:]) == DEPTH - 1
+    model(oracle.inputs(0)).sum().backward()
+    assert max(model.whole) <= 2
+
+
+def test_pairs_of_an_ordinary_model() -> None:
+    run_ranks(2, pairs_of_an_ordinary_model)
