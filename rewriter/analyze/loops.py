@@ -170,3 +170,15 @@ def is_chain(loop: Loop) -> bool:
 
 def is_pairs(loop: Loop) -> bool:
     return loop.header == "pairs"
+
+
+def takes_apart(loop: Loop) -> bool:
+    """Whether members are unpacked or indexed, ``for attn, ff in ...`` or ``level["up"](x)``: groups of modules."""
+    if is_pairs(loop):
+        return any(isinstance(node, ast.Call) for statement in loop.node.body for node in walk(statement))
+    for node in (node for statement in loop.node.body for node in walk(statement)):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and loop.is_element(node.value):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and loop.is_element(node.func.value):
+            return True
+    return False

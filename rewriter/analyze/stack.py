@@ -10,7 +10,7 @@ from typing import Literal
 
 from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.elements import KEPT, Build, self_path
-from rewriter.analyze.loops import Loop, is_chain
+from rewriter.analyze.loops import Loop, is_chain, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File
 
@@ -76,13 +76,11 @@ def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
         if not blocks and not (kinds == {"unknown"} and chains):
             return "what the container holds is not known to be blocks"
     elif "container" in kinds:
-        return "the members are groups of modules, not blocks"
+        return _against_groups(stack)
     elif kinds & {"leaf", "none"} and not blocks:
         return "the members are single torch layers, not blocks"
-    if "shared" in kinds or any(build.form == "repeated" for build in stack.builds):
-        return "the same object is in the list more than once"
-    if _NOT_BLOCKS.search(stack.path.split(".")[-1]):
-        return "by its name the list holds no blocks"
+    if _is_odd(stack):
+        return _is_odd(stack)
     if "none" in kinds:
         stack.whole = False
     if all(build.container == "torch.nn.Sequential" for build in stack.builds):
@@ -100,6 +98,23 @@ def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
     if kinds <= {"external", "unknown"} and any(build.form == "other" for build in stack.builds):
         return "what the list holds is not known"
     return _bypass(chains)
+
+
+def _is_odd(stack: Stack) -> str:
+    """What speaks against a list whatever its members are."""
+    shared = any(element.kind == "shared" for build in stack.builds for element in build.elements)
+    if shared or any(build.form == "repeated" for build in stack.builds):
+        return "the same object is in the list more than once"
+    return "by its name the list holds no blocks" if _NOT_BLOCKS.search(stack.path.split(".")[-1]) else ""
+
+
+def _against_groups(stack: Stack) -> str:
+    """Why a list of groups of modules, such as pairs, is no stack: a group is whole while a loop has it in hand."""
+    if any(build.container != "torch.nn.ModuleList" or build.form in {"helper", "other"} for build in stack.builds):
+        return "the members are groups of modules, not blocks"
+    if not any(takes_apart(loop) for loop in stack.loops):
+        return "the members are groups of modules, and no loop takes them apart"
+    return _is_odd(stack)
 
 
 def _has_names(stack: Stack) -> bool:

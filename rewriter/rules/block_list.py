@@ -2,11 +2,11 @@
 
 What: the ModuleList (or ``Sequential(*blocks)``) that holds the model's blocks becomes a TransformerBlockList, each
 member a CheckpointBlock. A ModuleDict, a container class of the project or a Sequential with names stays what it is;
-its members become CheckpointBlocks.
+its members become CheckpointBlocks. So do pairs: each is whole while a loop has it in hand.
 Why: a block gathers its parameters just before it runs and releases them after; the list knows what runs next and
 gathers it ahead of time. State-dict keys stay.
-Refuses when: the members are heads, experts, norms, single torch layers or pairs; no loop carries anything from
-member to member; a loop calls parts of a member beside the member; the list is inside another stack's block.
+Refuses when: the members are heads, experts, norms or single torch layers; no loop carries anything from member to
+member; a loop calls parts of a member beside the member; the list is inside another stack's block.
 ``--blocks 'GPT.h'``, or a comment ``# bmt: blocks`` where the list is made, names a stack that is not recognised.
 """
 
@@ -59,7 +59,9 @@ def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
     source = file.source
     end = source.span(call).end
     if not call.args and not call.keywords:
-        yield Edit(Span(source.span(call.func).end, end), (f"([]{width})",))
+        yield Edit(Span(end - 1, end - 1), ("[]",))
+        if width:
+            yield Edit(Span(end - 1, end - 1), (width,), 10)
         return
     if call.args and isinstance(call.args[0], ast.Starred):
         star = source.span(call.args[0])
@@ -124,6 +126,37 @@ class Net(bmt.DistributedModule):
         for layer in self.layers:
             x = layer(x)
             seen.append(x)
+        return x
+""",
+        ),
+        Example(
+            """from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleList([Attn(), FF()]) for _ in range(depth)])
+
+    def forward(self, x):
+        for attn, ff in self.layers:
+            x = attn(x) + x
+            x = ff(x) + x
+        return x
+""",
+            """from torch import nn
+import bmtrain as bmt
+
+
+class Net(bmt.DistributedModule):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(nn.ModuleList([Attn(), FF()])) for _ in range(depth)])
+
+    def forward(self, x):
+        for attn, ff in self.layers:
+            x = attn(x) + x
+            x = ff(x) + x
         return x
 """,
         ),

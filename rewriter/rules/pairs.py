@@ -1,8 +1,9 @@
-"""Pairs of modules become blocks.
+"""A loop over pairs of modules becomes a method of the pairs.
 
-What: the body of ``for attn, ff in self.layers:`` moves into a class of its own, a ModuleList of the same members, and
-the list becomes a TransformerBlockList of it. State-dict keys stay.
-Why: a pair is no callable block, so without this its parameters stay gathered with the rest of the model's.
+What: the body of ``for attn, ff in self.layers:`` moves into a class of its own, a ModuleList of the same members, of
+which the TransformerBlockList is made. State-dict keys stay.
+Why: a pair is no callable block. Without this it is whole while the loop has it in hand, but its activations are kept
+and its gradients reduced late.
 Refuses when: the body leaves early, loops, writes to objects or to ``self``, or gives a value that is not carried from
 pair to pair; the list is used elsewhere. Applied only with --unsafe: the body runs again in backward.
 """
@@ -20,11 +21,14 @@ from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
+    stacks = {(stack.owner, stack.path): stack for stack in facts.stacks.found}
     for pairs in facts.pairs:
-        if pairs.owner.file is file and not _has_long_string(pairs.loop.node):
-            message = f"the pairs of {pairs.owner.name}.{pairs.path} become blocks"
-            edits = tuple(_edits(file, facts, pairs))
-            yield Finding(RULE.code, pairs.loop.node.lineno, message, edits, safety=Safety.UNSAFE)
+        stack = stacks.get((pairs.owner, pairs.path))
+        if pairs.owner.file is file and stack is not None and not _has_long_string(pairs.loop.node):
+            message = f"the loop over the pairs of {pairs.owner.name}.{pairs.path} is a method of the pairs"
+            edits = tuple(_edits(file, pairs))
+            requires = stack.requirement()
+            yield Finding(RULE.code, pairs.loop.node.lineno, message, edits, safety=Safety.UNSAFE, requires=requires)
 
 
 def _has_long_string(loop: ast.For) -> bool:
@@ -34,21 +38,19 @@ def _has_long_string(loop: ast.For) -> bool:
     )
 
 
-def _edits(file: File, facts: Facts, pairs: Pairs) -> Iterator[Edit]:
-    source, alias = file.source, facts.alias(file)
+def _edits(file: File, pairs: Pairs) -> Iterator[Edit]:
+    """Beside the edits that make the list a stack."""
+    source = file.source
     name = f"_{pairs.owner.name}Layer"
     while any(name in scope.bindings for scope in file.names.scopes.values()):
         name += "_"
     yield source.insert_before(pairs.owner.node, _class_lines(file, pairs, name))
     for group in pairs.groups:
-        span = source.span(group)
         yield Edit(source.span(group.func), (name,))
-        yield Edit(span, (f"{alias}.CheckpointBlock(", span, ")"), 2)
     call = pairs.build.call
     assert isinstance(call, ast.Call)
-    width = f", num_hidden={len(pairs.carried)}" if len(pairs.carried) > 1 else ""
-    yield Edit(source.span(call.func), (f"{alias}.TransformerBlockList",))
-    yield from list_arguments(file, call, width)
+    if len(pairs.carried) > 1:
+        yield from list_arguments(file, call, f", num_hidden={len(pairs.carried)}")
     arguments = ", ".join((*pairs.carried, *pairs.extra))
     container = source.code(pairs.loop.container)
     yield Edit(source.span(pairs.loop.node), (f"{', '.join(pairs.carried)} = {container}({arguments})",))
@@ -75,7 +77,7 @@ def _class_lines(file: File, pairs: Pairs, name: str) -> list[str]:
 
 RULE = Rule(
     code="BMT007",
-    title="pairs of modules become blocks",
+    title="a loop over pairs of modules becomes a method of the pairs",
     explanation=__doc__,
     find=find,
     examples=(

@@ -252,11 +252,12 @@ PAIR_LOOPS = [
 def test_outlined_pairs_compute_the_same(build: str, body: str) -> None:
     loop = "for one, two in self.layers:\n" + indented(body, 4)
     text = PAIRS.format(build=indented(build, 8), loop=indented(loop, 8))
-    after = converted(text, unsafe=True)
-    assert ("class _NetLayer(nn.ModuleList):" in after) is ("break" not in body and "self." not in body)
+    outlined, kept = converted(text, unsafe=True), converted(text)
+    assert ("class _NetLayer(nn.ModuleList):" in outlined) is ("break" not in body and "self." not in body)
+    assert "class _NetLayer" not in kept and "TransformerBlockList" in kept
     keys, outputs = run(text)
-    converted_keys, converted_outputs = run(after)
-    assert keys == converted_keys
-    for one, other in zip(flat(outputs), flat(converted_outputs), strict=True):
-        assert torch.equal(one, other)  # type: ignore[arg-type]
-    assert "class _NetLayer" not in converted(text)
+    for after in (outlined, kept):
+        converted_keys, converted_outputs = run(after)
+        assert keys == converted_keys
+        for one, other in zip(flat(outputs), flat(converted_outputs), strict=True):
+            assert torch.equal(one, other)  # type: ignore[arg-type]

@@ -151,6 +151,24 @@ def test_container_stays_and_its_members_become_blocks(build: str, after: str, l
     assert written(build, loop) == f"{after}\n{loop}"
 
 
+PAIRS = "self.layers = nn.ModuleList([nn.ModuleList([Layer(), nn.ReLU()]) for _ in range(depth)])"
+TAKEN_APART = {
+    "unpacked": "for attn, ff in self.layers:\n    x = ff(attn(x))",
+    "unpacked with another list": "for (attn, ff), scale in zip(self.layers, (1, 2)):\n    x = ff(attn(x)) * scale",
+    "unpacked in the body": "for layer in self.layers:\n    attn, ff = layer\n    x = ff(attn(x))",
+    "indexed": "for layer in self.layers:\n    x = layer[1](layer[0](x))",
+}
+
+
+@pytest.mark.parametrize("loop", TAKEN_APART.values(), ids=TAKEN_APART.keys())
+def test_pairs(loop: str) -> None:
+    after = PAIRS.replace(
+        "nn.ModuleList([nn.ModuleList(", "bmt.TransformerBlockList([bmt.CheckpointBlock(nn.ModuleList("
+    )
+    assert written(PAIRS, loop) == f"{after.replace('])', ']))', 1)}\n{loop}"
+    assert "CheckpointBlock" not in written(PAIRS.replace("layers", "norms"), loop.replace("layers", "norms"))
+
+
 LOOPS = {
     "a name for the member": "for i in range(len(self.layers)):\n    layer = self.layers[i]\n    x = layer(x)",
     "zip inside enumerate": "for i, (p, layer) in enumerate(zip((0, 1), self.layers)):\n    x = layer(x) * i",
