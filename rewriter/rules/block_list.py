@@ -134,9 +134,9 @@ class Net(bmt.DistributedModule):
 
 
 class Net(nn.Module):
-    def __init__(self, depth):
+    def __init__(self, n):
         super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleList([Attn(), FF()]) for _ in range(depth)])
+        self.layers = nn.ModuleList([nn.ModuleList([Attn(), FF()]) for _ in range(n)])
 
     def forward(self, x):
         for attn, ff in self.layers:
@@ -149,9 +149,9 @@ import bmtrain as bmt
 
 
 class Net(bmt.DistributedModule):
-    def __init__(self, depth):
+    def __init__(self, n):
         super().__init__()
-        self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(nn.ModuleList([Attn(), FF()])) for _ in range(depth)])
+        self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(nn.ModuleList([Attn(), FF()])) for _ in range(n)])
 
     def forward(self, x):
         for attn, ff in self.layers:
