@@ -90,11 +90,7 @@ class _Run:
         if ranks != self.settings.ranks[0]:
             self.original.ask("reset")  # the ranks before have trained it
         self._phase(group, ranks, "evaluate")
-        ours = self._of_original("gradients")
-        grads = ours.get("input_grads", False) if isinstance(ours, dict) else False
-        self._phase(group, ranks, "gradients", theirs_options={"input_grads": grads})
-        if isinstance(ours, dict) and (why := ours["no_input_grads"]):
-            self.report.rows.append(Row(ranks, "gradients", "gradients of inputs", skipped=why))
+        self._gradients(group, ranks)
         self._phase(group, ranks, "train")
         if ranks > 1:
             self._split(group, ranks)
@@ -132,6 +128,17 @@ class _Run:
             count = len(ours["keys and shapes"])
             self.report.rows.append(Row(ranks, "build", "sharded", Comparison(count, different=wrong)))
         return isinstance(ours, dict) and isinstance(theirs[0], dict)
+
+    def _gradients(self, group: Group, ranks: int) -> None:
+        ours = self._of_original("gradients")
+        if isinstance(ours, Failure) and not isinstance(self._of_original("train"), Failure):
+            note = "the original cannot be trained in evaluation mode: " + ours.message.splitlines()[0]
+            self.report.rows.append(Row(ranks, "gradients", "gradients", skipped=note))
+            return
+        grads = ours.get("input_grads", False) if isinstance(ours, dict) else False
+        self._phase(group, ranks, "gradients", theirs_options={"input_grads": grads})
+        if isinstance(ours, dict) and (why := ours["no_input_grads"]):
+            self.report.rows.append(Row(ranks, "gradients", "gradients of inputs", skipped=why))
 
     def _split(self, group: Group, ranks: int) -> None:
         ours, theirs = self._of_original("split", shares=ranks), group.ask("split", shares=ranks)

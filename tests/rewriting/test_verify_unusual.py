@@ -77,6 +77,14 @@ class Parts(Model):
             yield x
 
 
+class OnlyTrains(Model):
+    def give(self, x):
+        y = x.exp()
+        if not self.training:
+            y += 1
+        return y
+
+
 class InPlace(Model):
     def forward(self, x):
         x += 1
@@ -94,6 +102,7 @@ def integers(): return made(Integers)
 def not_a_number(): return made(NotANumber)
 def parts(): return made(Parts)
 def in_place(): return made(InPlace)
+def only_trains(): return made(OnlyTrains)
 def few(): return made(Simple, 2)
 
 
@@ -181,6 +190,13 @@ def test_what_is_skipped_is_said(tmp_path: Path) -> None:
     report, text = check(tmp_path, "in_place")
     assert report.held, text
     assert "the original cannot be run with inputs that need gradients: a leaf Variable" in text
+
+
+def test_gradients_in_evaluation_mode_are_not_needed(tmp_path: Path) -> None:
+    report, text = check(tmp_path, "only_trains")
+    assert report.held, text
+    assert "the original cannot be trained in evaluation mode: RuntimeError: one of the variables" in text
+    assert ("train", "gradients") in {(row.phase, row.what) for row in report.rows if row.verdict == "equal"}
 
 
 def test_more_ranks_than_examples(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models of transformers, in tiny configurations."""
+"""Models of language from transformers, in tiny configurations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.zoo.common import B, Made, V, ids
+from tests.zoo.common import Made, V, ids
 
 SMALL: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -162,92 +162,65 @@ def transformers__bart() -> Made:
     return transformers.BartForConditionalGeneration(config), {"input_ids": ids(), "labels": ids()}
 
 
-IMAGE: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16,
-    "patch_size": 4,
-}  # fmt: skip
+def transformers__nemotron_h() -> Made:
+    sizes = {**GROUPED, "num_hidden_layers": 4}
+    return _causal(
+        "NemotronH", **sizes, hybrid_override_pattern="M*-M", ssm_state_size=8, mamba_num_heads=4, mamba_head_dim=8,
+        n_groups=2, chunk_size=8, head_dim=8,
+    )  # fmt: skip
 
 
-def transformers__vit() -> Made:
+def transformers__gemma3n() -> Made:
+    sizes = {**GROUPED, "num_hidden_layers": 4}
+    return _causal(
+        "Gemma3n", "Gemma3nTextConfig", **sizes, head_dim=8, vocab_size_per_layer_input=V, num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8, altup_num_inputs=2, laurel_rank=4, sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    )  # fmt: skip
+
+
+def transformers__deepseek_v3() -> Made:
+    return _causal(
+        "DeepseekV3", **GROUPED, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+        moe_intermediate_size=16,
+    )  # fmt: skip
+
+
+def transformers__gpt_oss() -> Made:
+    return _causal("GptOss", **GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=6)
+
+
+def transformers__qwen3_next() -> Made:
+    sizes = {**GROUPED, "num_hidden_layers": 4}
+    return _causal(
+        "Qwen3Next", **sizes, head_dim=8, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+        linear_num_value_heads=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )  # fmt: skip
+
+
+def transformers__lfm2() -> Made:
+    return _causal("Lfm2", **GROUPED, layer_types=["conv", "full_attention", "conv"], block_ff_dim=48)
+
+
+def transformers__rwkv() -> Made:
+    return _causal("Rwkv", vocab_size=V, hidden_size=32, num_hidden_layers=3, intermediate_size=48, context_length=32)
+
+
+def transformers__xlnet() -> Made:
     import transformers
 
-    model = transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE, num_labels=5))
-    return model, {"pixel_values": torch.randn(B, 3, 16, 16), "labels": torch.randint(5, (B,))}
+    config = transformers.XLNetConfig(vocab_size=V, d_model=32, n_layer=3, n_head=4, d_inner=48)
+    tokens = ids()
+    return transformers.XLNetLMHeadModel(config), {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def transformers__dinov2() -> Made:
+def transformers__funnel() -> Made:
     import transformers
 
-    model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**IMAGE, num_labels=5))
-    return model, {"pixel_values": torch.randn(B, 3, 16, 16), "labels": torch.randint(5, (B,))}
-
-
-def transformers__swin() -> Made:
-    import transformers
-
-    config = transformers.SwinConfig(
-        image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, num_labels=5
+    config = transformers.FunnelConfig(
+        vocab_size=V, block_sizes=[2, 1], d_model=32, n_head=4, d_head=8, d_inner=48, pad_token_id=0
     )
-    model = transformers.SwinForImageClassification(config)
-    return model, {"pixel_values": torch.randn(B, 3, 32, 32), "labels": torch.randint(5, (B,))}
-
-
-def transformers__convnext() -> Made:
-    import transformers
-
-    config = transformers.ConvNextConfig(depths=[1, 2], hidden_sizes=[16, 32], num_stages=2, num_labels=5)
-    model = transformers.ConvNextForImageClassification(config)
-    return model, {"pixel_values": torch.randn(B, 3, 32, 32), "labels": torch.randint(5, (B,))}
-
-
-def transformers__clip() -> Made:
-    import transformers
-
-    text = {**SMALL, **SPECIAL}
-    config = transformers.CLIPConfig(text_config=text, vision_config=IMAGE, projection_dim=16)
-    inputs = {"input_ids": ids(), "pixel_values": torch.randn(B, 3, 16, 16), "return_loss": True}
-    return transformers.CLIPModel(config), inputs
-
-
-def transformers__whisper() -> Made:
-    import transformers
-
-    config = transformers.WhisperConfig(
-        vocab_size=V, num_mel_bins=8, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=16,
-        max_target_positions=32, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None, **SPECIAL,
-    )  # fmt: skip
-    return transformers.WhisperForConditionalGeneration(config), {
-        "input_features": torch.randn(B, 8, 32),
-        "labels": ids(),
-    }
-
-
-def transformers__wav2vec2() -> Made:
-    import transformers
-
-    config = transformers.Wav2Vec2Config(
-        **{**SMALL, "vocab_size": 12}, conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3),
-        num_feat_extract_layers=2, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=4, layerdrop=0.3,
-        mask_time_prob=0.0, ctc_zero_infinity=True,
-    )  # fmt: skip
-    model = transformers.Wav2Vec2ForCTC(config)
-    return model, {"input_values": torch.randn(B, 800), "labels": torch.randint(1, 12, (B, 5))}
-
-
-def transformers__esmfold() -> Made:
-    import transformers
-
-    structure = {
-        "sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2,
-        "num_v_points": 2, "num_blocks": 2,
-    }  # fmt: skip
-    trunk = {
-        "num_blocks": 2, "sequence_state_dim": 32, "pairwise_state_dim": 16, "sequence_head_width": 8,
-        "pairwise_head_width": 8, "position_bins": 8, "max_recycles": 1, "structure_module": structure,
-    }  # fmt: skip
-    config = transformers.EsmConfig(
-        **{**SMALL, "vocab_size": 33, "num_hidden_layers": 2}, pad_token_id=1, mask_token_id=32, is_folding_model=True,
-        position_embedding_type="rotary", esmfold_config={"trunk": trunk, "lddt_head_hid_dim": 16, "fp16_esm": False},
-    )  # fmt: skip
-    return transformers.EsmForProteinFolding(config), (torch.randint(20, (B, 6)),)
+    tokens = ids()
+    return transformers.FunnelForMaskedLM(config), {"input_ids": tokens, "labels": tokens.clone()}

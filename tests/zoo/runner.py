@@ -15,11 +15,11 @@ from typing import Any
 from rewriter.verify.processes import preload
 from rewriter.verify.report import as_json
 from rewriter.verify.run import Settings, verify
-from tests.zoo import diffusion, hub, sequences, text, vision
+from tests.zoo import diffusion, hub, hub_media, sequences, text, vision
 from tests.zoo.packages import PACKAGES
 from tests.zoo.prepare import HOME, PYTHON, converted, source
 
-MODULES = (hub, text, vision, sequences, diffusion)
+MODULES = (hub, hub_media, text, vision, sequences, diffusion)
 SHARED = (
     "torch._dynamo", "torch.fx", "torch.nn.attention.flex_attention", "torch.distributed.tensor", "numpy", "einops",
     "yaml", "tokenizers", "safetensors.torch", "huggingface_hub", "requests", "regex", "tqdm", "tests.zoo.common",
