@@ -132,8 +132,8 @@ class Frame:
         if len(made) != self._count:
             raise ConfigurationError(
                 f"Recomputing {self.units[0].name if self.units else 'a block'} saved {len(made)} tensors where its "
-                f"forward saved {self._count}: the block does not do the same twice. Use "
-                "bmt.Block(..., use_checkpoint=False) for it."
+                f"forward saved {self._count}: the block does not do the same twice, as one that fills a cache it is "
+                "given. Train without the cache (use_cache=False), or use bmt.Block(..., use_checkpoint=False) for it."
             )
         self._made = made
 

@@ -1,0 +1,51 @@
+"""Blocks that cannot be recomputed, because a second run finds something the first has left: an error that says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+
+import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
+
+
+class Remembering(nn.Module):
+    """Computes its keys once, and takes them from the cache afterwards, as cross attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        if "key" not in cache:
+            cache["key"] = torch.tanh(self.key(x))
+        return self.query(x) * cache["key"]
+
+
+class Model(bmt.DistributedModule):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.block = bmt.Block(Remembering(), **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, _Cache()).sum()  # type: ignore[no-any-return]
+
+
+class _Cache(dict[str, Tensor]):
+    """Not a plain dict, which would be copied before the first run."""
+
+
+def remembering() -> None:
+    x = torch.randn(2, 8)
+    loss = Model(use_checkpoint=True)(x)
+    with pytest.raises(ConfigurationError, match="use_cache=False"):
+        loss.backward()
+    model = Model(use_checkpoint=False)
+    model(x).backward()
+    assert bmt.gather_grad(model.block.key.weight).abs().sum() > 0
+
+
+def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
+    run_ranks(2, remembering)
