@@ -4,9 +4,10 @@ What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``. A model of 
 base class of transformers or diffusers gets ``bmt.DistributedModule`` beside it, so that it is sharded once whole.
 Why: a DistributedModule shards its parameters over the ranks when its outermost constructor ends.
 Refuses when: ``nn.Module`` stands anywhere else than among the bases (annotations, isinstance), or the class is a
-protocol of another package. Subclasses of torch layers and of project classes stay; their parameters are sharded by
-the module that holds them. A project that is written for bmtrain already keeps the plain modules it has; a library of
-layers without a model (no module holds another, no list of blocks, no training script) is left alone.
+protocol of another package, or has a metaclass of its own. Subclasses of torch layers and of project classes stay;
+their parameters are sharded by the module that holds them. A project that is written for bmtrain already keeps the
+plain modules it has; a library of layers without a model (no module holds another, no list of blocks, no training
+script) is left alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for info in facts.classes.all(file):
         external = [(base, found.name) for base, found in facts.classes.bases(info) if isinstance(found, External)]
         bases = [base for base, name in external if name == "torch.nn.Module"]
+        if bases and _own_metaclass(info, facts):
+            message = f"class {info.name} has a metaclass of its own; give the model to bmt.BMTrainModelWrapper"
+            yield Finding(RULE.code, info.node.lineno, message, safety=Safety.REPORT)
+            continue
         beside = not bases and any(is_hub_base(name) for _, name in external) and _holds_modules(info, facts)
         if not (bases or beside) and facts.classes.kind(info) == "external" and file.convert:
             message = f"class {info.name} is based on another package's; give the model to bmt.BMTrainModelWrapper"
@@ -37,6 +42,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             edit = Edit(span, (span, f", {alias}.DistributedModule") if beside else (f"{alias}.DistributedModule",))
             message = f"class {info.name} inherits {alias}.DistributedModule"
             yield Finding(RULE.code, base.lineno, message, (edit,), key="import")
+
+
+def _own_metaclass(info: ClassInfo, facts: Facts) -> bool:
+    """Whether Python could not make the class with ``bmt.DistributedModule``, whose metaclass derives from ABCMeta."""
+    return any(
+        keyword.arg == "metaclass" and facts.project.external(member.file, keyword.value) not in ("abc.ABCMeta", "type")
+        for member in (info, *facts.classes.ancestors(info))
+        for keyword in member.node.keywords
+    )
 
 
 def _holds_modules(info: ClassInfo, facts: Facts) -> bool:
@@ -83,6 +97,10 @@ class Tagger(BertPreTrainedModel, bmt.DistributedModule):
         super().__init__(config)
         self.head = Head()
 """,
+        ),
+        Example(
+            "from torch import nn\n\n\nclass Kind(type):\n    pass\n\n\n"
+            "class MLP(nn.Module, metaclass=Kind):\n    pass\n"
         ),
         Example("from mine import nn\n\n\nclass MLP(nn.Module):\n    pass\n"),
         Example("from torch import nn\n\n\ndef freeze(module: nn.Module):\n    assert isinstance(module, nn.Module)\n"),
