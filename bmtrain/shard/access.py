@@ -47,7 +47,8 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
     for flat in flats:
         flat.keep_writes()  # of the forward that this may be part of
     try:
-        yield
+        with torch.autograd.graph.saved_tensors_hooks(_kept, _given):
+            yield
         if write:
             for flat in flats:
                 flat.keep_whole_values()
@@ -56,6 +57,18 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
             flat.forget_writes()
         for unit in units:
             engine.unpin(unit)
+
+
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """What autograd may keep: parameters go when the block ends, so that a penalty on them needs copies."""
+    base = tensor._base if tensor._base is not None else tensor
+    if isinstance(base, DistributedParameter) and base._flat is not None and base._flat.unit.ctx.world_size > 1:
+        return tensor.detach().clone()
+    return tensor
+
+
+def _given(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
 _LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
-_REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward"}
+_REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
     "bmtrain.BMTrainModelWrapper",
@@ -205,15 +205,24 @@ class Roles:
         found: set[Var] = set()
         for _ in range(3):
             for variable, value, _, part in self.assignments:
-                backward = "backward" in self.methods_called.get(variable, set())
-                if "." not in variable[1] and (backward or "loss" in variable[1].lower()):
+                if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
+                    continue
+                if "backward" in self.methods_called.get(variable, set()):
+                    found.add(variable)
+                elif "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
-        return found
+            for node in self.file.nodes:
+                if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
+                    total = self.var(node.target)
+                    if total is not None and "." not in total[1]:
+                        found.add(total)
+        return found - self.managers
 
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
-            return self._loss_value(value.left, known, part) or self._loss_value(value.right, known, part)
+            sides = (value.left, value.right)
+            return any(self._loss_value(side, known, part) for side in sides) and not any(map(_is_number, sides))
         if isinstance(value, ast.Name):
             return self.var(value) in known
         if isinstance(value, ast.Call):
@@ -232,6 +241,11 @@ class Roles:
         if isinstance(value, ast.Subscript):
             return part is False and isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
         return False
+
+
+def _is_number(node: ast.expr) -> bool:
+    """Whether an expression holds a ``.item()``: with it a sum is no tensor, or not only of this rank."""
+    return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
 
 
 def is_optimizer_name(name: str) -> bool:

@@ -32,7 +32,8 @@ _WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|be
 class ValueUse:
     """``node`` needs whole values of ``models`` (source text), or, if ``local``, only each rank's share.
 
-    ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates.
+    ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates; ``kept`` are values that code
+    keeps, which must be copies.
     """
 
     node: ast.stmt
@@ -40,6 +41,7 @@ class ValueUse:
     writes: bool
     local: bool = False
     data: tuple[ast.Attribute, ...] = ()
+    kept: tuple[ast.Attribute, ...] = ()
 
 
 class Values:
@@ -171,9 +173,21 @@ class Values:
             local |= kind == "local"
             data.extend([dropped] if dropped is not None else [])
         if needs:
-            yield ValueUse(node, tuple(models), writes or local)
+            kept = [item for item in items if isinstance(item, ast.Attribute) and self._is_kept(item, names)]
+            yield ValueUse(node, tuple(models), writes or local, kept=tuple(kept))
         elif data:
             yield ValueUse(node, tuple(models), True, True, tuple(data))
+
+    def _is_kept(self, item: ast.Attribute, names: set[str]) -> bool:
+        """``x = p.data``, ``kept[name] = p.data``, ``kept.append(p.data)``, but not ``q.data = p.data``."""
+        if item.attr != "data" or not isinstance(item.value, ast.Name) or item.value.id not in names:
+            return False
+        parent = self.file.names.parents[item]
+        if isinstance(parent, ast.Assign) and parent.value is item:
+            return not any(isinstance(t, ast.Attribute) and t.attr == "data" for t in parent.targets)
+        if isinstance(parent, ast.Call) and item in parent.args:
+            return isinstance(parent.func, ast.Attribute) and parent.func.attr in _COLLECTING
+        return isinstance(parent, (ast.DictComp, ast.ListComp, ast.GeneratorExp))
 
     @staticmethod
     def _is_parameter(item: ast.AST, names: set[str], modules: set[str]) -> bool:

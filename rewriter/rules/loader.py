@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
+from rewriter.analyze.project import ClassInfo, File, FunctionInfo
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
@@ -33,7 +33,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             file
         ):
             continue
-        if _for_evaluation(file, node):
+        if _for_evaluation(file, facts, node):
             message = "every rank evaluates all of this data, with the same result"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
             continue
@@ -42,7 +42,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield Finding(RULE.code, node.lineno, "every rank takes its share of each batch", (edit,))
 
 
-def _for_evaluation(file: File, node: ast.Call) -> bool:
+def _for_evaluation(file: File, facts: Facts, node: ast.Call) -> bool:
     """Whether a loader's batches are only evaluated, by its name or its function's."""
     statement = file.names.statement_of(node)
     names: list[str] = []
@@ -55,7 +55,25 @@ def _for_evaluation(file: File, node: ast.Call) -> bool:
     function = file.names.function_of(node)
     if isinstance(statement, ast.Return) and function is not None:
         names.append(function.name)
+    parent = file.names.parents[node]
+    if isinstance(parent, ast.keyword):
+        names.append(parent.arg or "")
+    elif isinstance(parent, ast.Call) and node in parent.args:
+        names += _parameter(file, facts, parent, parent.args.index(node))
     return any(_EVALUATION.search(name) and not re.search(r"train", name, re.I) for name in names)
+
+
+def _parameter(file: File, facts: Facts, call: ast.Call, index: int) -> list[str]:
+    """What a function or class of the project calls its argument."""
+    found = facts.project.resolve(file, call.func)
+    function = found.node if isinstance(found, FunctionInfo) else None
+    if isinstance(found, ClassInfo):
+        method = facts.classes.method(found, "__init__")
+        function, index = (method[1] if method is not None else None), index + 1
+    if function is None:
+        return []
+    given = [*function.args.posonlyargs, *function.args.args]
+    return [given[index].arg] if index < len(given) else []
 
 
 def _flat(node: ast.expr) -> list[ast.expr]:

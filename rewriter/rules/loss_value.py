@@ -1,6 +1,7 @@
 """A loss that is shown or collected is the mean over the ranks.
 
-What: ``loss.item()`` becomes ``bmt.sum_loss(loss).item()``, ``float(loss)`` becomes ``float(bmt.sum_loss(loss))``.
+What: ``loss.item()`` becomes ``bmt.sum_loss(loss).item()``, ``float(loss)`` becomes ``float(bmt.sum_loss(loss))``, and
+``print(loss)``, ``f"{loss:.3f}"`` and ``"%.3f" % loss`` show ``bmt.sum_loss(loss)``.
 Why: a rank's loss is that of its share of the batch; sum_loss gives the mean over all ranks, which is the loss of the
 whole batch. It is a collective, so every rank makes the call.
 Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call.
@@ -23,28 +24,45 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     for node in file.nodes:
-        if isinstance(node, ast.Call):
-            span = _loss_span(file, facts, node)
-            if span is not None and not facts.scripts.in_kept_guard(file, node) and _faithful(file, span):
+        for span in (*_loss_span(file, facts, node), *_shown(file, facts, node)):
+            if not facts.scripts.in_kept_guard(file, node) and _faithful(file, span):
                 edit = Edit(span, (f"{facts.alias(file)}.sum_loss(", span, ")"), 4)
-                yield Finding(RULE.code, node.lineno, "the loss is averaged over the ranks", (edit,))
+                line = file.source.line_of(span.start)
+                yield Finding(RULE.code, line, "the loss is averaged over the ranks", (edit,))
 
 
-def _loss_span(file: File, facts: Facts, call: ast.Call) -> Span | None:
+def _loss_span(file: File, facts: Facts, call: ast.AST) -> Iterator[Span]:
     """Where the loss tensor of ``loss.item()`` or ``float(loss)`` stands."""
-    losses = facts.scripts.roles[file].losses
     value: ast.expr | None = None
-    if isinstance(call.func, ast.Attribute) and call.func.attr in _VALUES and not call.args:
-        value = call.func.value
-        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _VIEWS:
-            value = value.func.value
-        if isinstance(value, ast.Attribute) and value.attr == "data":
-            value = value.value
-    elif isinstance(call.func, ast.Name) and call.func.id == "float" and len(call.args) == 1:
-        value = call.args[0]
-    if value is None or facts.scripts.roles[file].var(value) not in losses:
-        return None
-    return file.source.span(value)
+    match call:
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _VALUES:
+            while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _VIEWS:
+                value = value.func.value
+            if isinstance(value, ast.Attribute) and value.attr == "data":
+                value = value.value
+        case ast.Call(func=ast.Name(id="float"), args=[value]):
+            pass
+        case _:
+            return
+    if value is not None and facts.scripts.roles[file].var(value) in facts.scripts.roles[file].losses:
+        yield file.source.span(value)
+
+
+def _shown(file: File, facts: Facts, node: ast.AST) -> Iterator[Span]:
+    """Where loss tensors stand that are printed or formatted as they are."""
+    values: list[ast.expr] = []
+    match node:
+        case ast.FormattedValue(value=value):
+            values = [value]
+        case ast.Call(func=ast.Name(id="print"), args=values):
+            pass
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values):
+            pass
+        case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
+            values = right.elts if isinstance(right, ast.Tuple) else [right]
+    for value in values:
+        if isinstance(value, ast.Name) and facts.scripts.roles[file].var(value) in facts.scripts.roles[file].losses:
+            yield file.source.span(value)
 
 
 def _faithful(file: File, span: Span) -> bool:

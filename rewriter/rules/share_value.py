@@ -1,7 +1,8 @@
 """Counts made over a rank's share of the data are pointed out.
 
 What: ``correct += (out == y).sum().item()``, ``seen += len(x)``, ``total += loss.item() * x.size(0)`` in a loop over
-training data, and functions of the project that are handed the training loader, are reported.
+training data, an ``.item()`` of what is no loss there, and functions of the project that are handed the training
+loader, are reported.
 Why: every rank sees its share of each batch, so such a sum is this rank's part of the unconverted script's. Ratios of
 two of them are nearly right; sums divided by the size of the data set are not. ``bmt.distributed.all_reduce`` gives the
 sum over the ranks.
@@ -32,11 +33,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
             for item in (i for statement in node.body for i in walk_own(statement)):
+                message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
-                    if item.lineno not in told:
-                        told.add(item.lineno)
-                        message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
-                        yield Finding(RULE.code, item.lineno, message, safety=Safety.REPORT)
+                    message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
+                elif isinstance(item, ast.Call) and _shown(file, facts, item):
+                    message = f"{file.source.code(item)} is of this rank's share of the data"
+                line = getattr(item, "lineno", 0)
+                if message and line not in told:
+                    told.add(line)
+                    yield Finding(RULE.code, line, message, safety=Safety.REPORT)
         elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
@@ -69,6 +74,18 @@ def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
                     return True
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True
+    return False
+
+
+def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether ``x.item()`` is of a tensor that is no loss, no norm of gradients and no sum over the ranks."""
+    match call:
+        case ast.Call(func=ast.Attribute(value=value, attr="item"), args=[]):
+            roles, variable = facts.scripts.roles[file], facts.scripts.roles[file].var(_bare(value))
+            made = [made for v, made, _, _ in roles.assignments if v == variable]
+            names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
+            given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
+            return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
 
 

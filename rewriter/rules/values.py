@@ -65,6 +65,8 @@ def _edits(file: File, facts: Facts, use: ValueUse) -> Iterator[Edit]:
         if not _without_gradients(file, facts, use.node):
             yield from file.source.within(use.node, "with torch.no_grad():")
         return
+    for kept in use.kept:  # what is gathered goes when the block ends
+        yield Edit(file.source.span(kept), (file.source.span(kept), ".clone()"))
     write = ", write=True" if use.writes else ""
     models = dict.fromkeys(file.source.code(model) for model in use.models)
     contexts = ", ".join(f"{facts.alias(file)}.gathered({model}{write})" for model in models)

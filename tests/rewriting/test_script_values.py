@@ -65,6 +65,10 @@ GATHERED = {
         "for name, p in model.named_parameters():\n    shadow[name] = p.data.clone()\n",
         "with bmt.gathered(model):\n    for name, p in model.named_parameters():\n        shadow[name] = p.data.clone()\n",
     ),
+    "values that are kept": (
+        "for name, p in model.named_parameters():\n    backup[name] = p.data\n    p.data = shadow[name]\n",
+        "with bmt.gathered(model, write=True):\n    for name, p in model.named_parameters():\n        backup[name] = p.data.clone()\n",
+    ),
     "momentum of values": (
         "for a, p in zip(ema.parameters(), model.parameters()):\n    a.data = a.data * 0.9 + p.data * 0.1\n",
         "with bmt.gathered(ema, write=True), bmt.gathered(model, write=True):\n    for a, p in",
