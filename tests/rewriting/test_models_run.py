@@ -17,6 +17,27 @@ from . import stub
 from .helpers import converted
 
 BLOCKS = '''{imports}
+import copy
+
+
+def same(thing):
+    return thing
+
+
+class Many({nn}.Sequential):
+    def forward(self, *args):
+        for part in self:
+            args = part(*args)
+        return args
+
+
+def repeat(count, make):
+    return Many(*[make(i) for i in range(count)])
+
+
+def clones(module, count):
+    return {nn}.ModuleList([copy.deepcopy(module) for _ in range(count)])
+
 
 class Block({module}):
     """One value in, one value out; keywords, extras and a second value are optional."""
@@ -39,12 +60,12 @@ class Two({module}):
         return self.linear(x) + y * scale, torch.tanh(y + x)
 
 
-class Net({module}):
-    def __init__(self, depth):
+{decorator}class Net({module}):
+    def __init__(self, depth, block_fn={block}):
         super().__init__()
 {build}
 
-    def forward(self, x, y, scale, shift):
+    {decorator}def forward(self, x, y, scale, shift):
         seen = []
 {loop}
         return x, y, seen
@@ -77,6 +98,19 @@ BUILDS = [
     "self.layers = {nn}.ModuleList([{block}(i) if i else {block}(7) for i in range(depth)])",
     "self.layers = {nn}.Sequential(*[{block}(i) for i in range(depth)])",
     "self.layers = {nn}.ModuleList([{block}(i) for i in range(depth)])\nself.layers = self.layers[:1]",
+    "clone = {block}(1)\nself.layers = {nn}.ModuleList([copy.deepcopy(clone) for _ in range(depth)])",
+    "self.layers = clones({block}(1), depth)",
+    "self.layers = {nn}.ModuleList([block_fn(i) for i in range(depth)])",
+    "self.layers = {nn}.Sequential(*[block_fn(i) for i in range(depth)])",
+    "self.layers = {nn}.ModuleList([{block}(i) for i in range(depth)] + [{block}(9)])",
+    "self.layers = {nn}.ModuleList([{nn}.Sequential({block}(i)) for i in range(depth)])",
+    "self.layers = {nn}.ModuleDict({{str(i): {block}(i) for i in range(depth)}})",
+    "self.layers = {nn}.ModuleDict()\nfor i in range(depth):\n    self.layers[f'layer{{i}}'] = {block}(i)",
+    "self.layers = Many(*[{block}(i) for i in range(depth)])",
+    "self.layers = repeat(depth, lambda i: {block}(i))",
+    "self.layers = {nn}.Sequential()\nfor i in range(depth):\n    self.layers.add_module(f'part{{i}}', {block}(i))",
+    "self.layers = {nn}.ModuleList([{block}(0), {nn}.Identity(), {block}(1)])",
+    "self.layers = {nn}.ModuleList([\n    # first\n    {block}(\n        0  # inside\n    ),\n])  # last",
     "shared = {block}(1)\nself.layers = {nn}.ModuleList([shared for _ in range(depth)])",
 ]
 HEADERS = [
@@ -87,6 +121,10 @@ HEADERS = [
     ("for layer in self.layers[:2]:", "layer"),
     ("for layer in reversed(self.layers):", "layer"),
     ("for layer, more in zip(self.layers, (1, 2, 3, 4)):", "layer"),
+    ("for i, (more, layer) in enumerate(zip((1, 2, 3, 4), self.layers)):", "layer"),
+    ("for i in range(len(self.layers)):\n    layer = self.layers[i]", "layer"),
+    ("for layer in self.layers.values():", "layer"),
+    ("for layer in (  # all\n    self.layers\n):  # of them", "layer"),
 ]
 BODIES = [
     "x = {m}(x)",
@@ -127,6 +165,12 @@ def indented(text: str, spaces: int) -> str:
     return "\n".join(" " * spaces + line if line else line for line in text.split("\n"))
 
 
+def filled(imports: str, nn: str, module: str, build: str, loop: str, decorator: str = "", block: str = "Block") -> str:
+    inner = decorator.replace("\n", "\n    ")
+    text = BLOCKS.replace("    {decorator}def", f"    {inner}def").replace("{decorator}class", f"{decorator}class")
+    return text.format(imports=imports, nn=nn, module=module, build=build, loop=loop, block=block)
+
+
 @st.composite
 def models(draw: st.DrawFn) -> str:
     imports, nn, module = draw(st.sampled_from(IMPORTS))
@@ -135,8 +179,11 @@ def models(draw: st.DrawFn) -> str:
     body = draw(st.sampled_from(PAIR_BODIES if two else BODIES)).replace("{m}", member)
     after = draw(st.sampled_from(AFTER))
     loop = header + "\n" + indented(body, 4) + draw(st.sampled_from(TAILS)) + after
-    build = draw(st.sampled_from(BUILDS)).replace("{nn}", nn).replace("{block}", "Two" if two else "Block")
-    text = BLOCKS.format(imports=imports, nn=nn, module=module, build=indented(build, 8), loop=indented(loop, 8))
+    block = "Two" if two else "Block"
+    build = draw(st.sampled_from(BUILDS)).replace("{nn}", nn).replace("{block}", block)
+    build = build.replace("{{", "{").replace("}}", "}")
+    decorator = draw(st.sampled_from(["", "", "@same\n", "@same  # twice\n@same\n"]))
+    text = filled(imports, nn, module, indented(build, 8), indented(loop, 8), decorator, block)
     return draw(st.sampled_from([text, text.replace("    ", "\t"), text.replace("\n", "\r\n")]))
 
 
@@ -196,12 +243,12 @@ def test_converted_models_compute_the_same(text: str) -> None:
 )
 def test_which_loops_become_calls(header: str, body: str, called: bool) -> None:
     build = "self.layers = nn.ModuleList([Block(i) for i in range(depth)])"
-    text = BLOCKS.format(
-        imports="import torch\nfrom torch import nn",
-        nn="nn",
-        module="nn.Module",
-        build=indented(build, 8),
-        loop=indented(f"{header}\n    {body}", 8),
+    text = filled(
+        "import torch\nfrom torch import nn",
+        "nn",
+        "nn.Module",
+        indented(build, 8),
+        indented(f"{header}\n    {body}", 8),
     )
     assert ("self.layers(x" in converted(text)) is called
     assert run(text)[0] == run(converted(text))[0]
