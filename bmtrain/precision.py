@@ -22,7 +22,8 @@ class Precision:
             are, or as autocast would cast them.
         reduce: gradients travel and are summed over ranks in this dtype; None means the one they were computed in.
             However they travel, they are accumulated in fp32.
-        output: floating tensors in the module's result are cast to this dtype; None leaves them.
+        output: floating tensors in the module's result are cast to this dtype; None leaves them. Given to
+            ``init_distributed``, it concerns the model that is called, not the blocks inside it.
         cast_inputs: floating tensors among the module's arguments are cast to ``param``. Buffers are never cast.
 
     Each dtype is torch.float32, torch.float16, torch.bfloat16 or its name: "fp32", "fp16", "bf16".

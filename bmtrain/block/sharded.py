@@ -29,11 +29,14 @@ class ShardedModule(nn.Module):
         unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
         if unit is None:  # still being built
             return super().__call__(*args, **kwargs)
-        if not unit.precision.casts:
-            return context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
-        args, kwargs = unit.precision.cast_arguments((args, kwargs))
-        out = context().engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
-        return unit.precision.cast_result(out)
+        engine, precision = context().engine, unit.precision
+        if not precision.casts:
+            return engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        outermost = engine.idle
+        args, kwargs = precision.cast_arguments((args, kwargs))
+        out = engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        # Inside a model that computes in one precision, the model's output dtype would not fit what comes next.
+        return precision.cast_result(out) if outermost or not unit.inherits_precision else out
 
     # -- whole values in and out ----------------------------------------------------------------------------------
 

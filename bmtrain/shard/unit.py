@@ -100,6 +100,7 @@ class ShardUnit:
         precision: Precision | None = None,
     ) -> None:
         self.ctx, self.pools, self.name = ctx, pools, name
+        self.inherits_precision = precision is None
         self.precision = ctx.precision if precision is None else precision
         self.pools.moves |= self.moves
         self.index = -1  # its place in the engine's order, given on first use
@@ -129,7 +130,7 @@ class ShardUnit:
     def change_precision(self, precision: Precision) -> None:
         """Follow another policy from the next gather on."""
         self.release()
-        self.precision = precision
+        self.precision, self.inherits_precision = precision, False
         self.pools.moves |= self.moves
         self.is_whole = not self.moves
         for flat in self.flats:

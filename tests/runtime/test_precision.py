@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import oracle
@@ -81,7 +82,8 @@ def build(device: str) -> Net:
 
 def make_plain(policies: list[bmt.Precision], root: bmt.Precision, device: str) -> Cast:
     plain = build(device)
-    plain.layers = nn.ModuleList([Cast(layer, p) for layer, p in zip(plain.layers, policies, strict=True)])
+    inside = [replace(p, output=None) if p == root else p for p in policies]  # of init_distributed, the root's alone
+    plain.layers = nn.ModuleList([Cast(layer, p) for layer, p in zip(plain.layers, inside, strict=True)])
     return Cast(plain, root)
 
 
@@ -217,6 +219,23 @@ def later() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_policy_may_come_later(world_size: int) -> None:
     run_ranks(world_size, later)
+
+
+def output_of_the_model() -> None:
+    model = bmt.BMTrainModelWrapper(build("cpu"))
+    seen: list[torch.dtype] = []
+    for layer in model.layers:
+        bmt.Block(layer)
+        layer.down.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x = oracle.inputs(0)
+    assert model(x).dtype == torch.float32 and set(seen) == {torch.bfloat16}
+    linear = nn.Sequential(bmt.Block(nn.Linear(WIDTH, WIDTH)), nn.Linear(WIDTH, 2))
+    assert bmt.BMTrainModelWrapper(linear)(x).dtype == torch.float32, "the plain layer gets what its weight is"
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_models_output_dtype_is_not_its_blocks(world_size: int) -> None:
+    run_ranks(world_size, output_of_the_model, init={"precision": bmt.Precision("bf16", output="fp32")})
 
 
 def inputs_left_alone() -> None:
