@@ -41,7 +41,7 @@ PACKAGES = {
     "demucs": Package("demucs", "4.1.0", ("einops", "julius"), alone=("openunmix",)),
     "torchscale": Package("torchscale", "0.3.0", ("fairscale",), beside=("timm",)),
     "diffusers": Package("diffusers", "0.42.1", _HF),
-    "torchtune": Package("torchtune", "0.6.1", ("numpy", "pillow", *_HF)),
+    "torchtune": Package("torchtune", "0.6.1", ("numpy", "pillow", "sentencepiece", "tiktoken", *_HF)),
     "litgpt": Package("litgpt", "0.5.13", _HF, alone=("lightning-utilities",)),
     "boltz": Package(  # without its training program, which is written for Lightning
         "boltz", "2.2.1", ("einops", "scipy"), without=("boltz/main.py", "boltz/data/*", "boltz/model/models/*")

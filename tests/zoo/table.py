@@ -19,7 +19,8 @@ and `rewriter.verify` compared the original on one process with the converted mo
 keys, initial weights, outputs, loss, gradients of parameters and inputs, with and without dropout, the batch split over
 the ranks, three AdamW steps with clipping, checkpoints both ways.
 
-Made by `bash tests/zoo.sh`; do not edit. The columns:
+Made by `bash tests/zoo.sh`; do not edit. `bash tests/zoo.sh --subset` verifies twelve families, with every change.
+The columns:
 
 - **loops**: in the files of the model's classes, loops over containers of blocks that became one call / were kept over
   a stack of blocks / run over a list that was left alone;
