@@ -219,6 +219,18 @@ class Roles:
                         found.add(total)
         return found - self.managers
 
+    @cached_property
+    def loss_parts(self) -> set[str]:
+        """``out["loss"]`` and ``out.loss``, as ``ast.dump`` gives them, where backward is called on them."""
+        return {
+            ast.dump(call.func.value)
+            for call in self.file.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr == "backward"
+            and isinstance(call.func.value, (ast.Subscript, ast.Attribute))
+            and self.var(call.func.value) not in self.managers
+        }
+
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)

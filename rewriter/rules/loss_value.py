@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Span
+from rewriter.types import Edit, Example, Finding, Rule
 
 _VALUES = {"item", "tolist"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone"}
@@ -24,15 +24,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     for node in file.nodes:
-        for span in (*_loss_span(file, facts, node), *_shown(file, facts, node)):
-            if not facts.scripts.in_kept_guard(file, node) and _faithful(file, span):
+        for value in (*_read(file, facts, node), *_shown(file, facts, node)):
+            if not facts.scripts.in_kept_guard(file, node) and _faithful(file, value):
+                span = file.source.span(value)
                 edit = Edit(span, (f"{facts.alias(file)}.sum_loss(", span, ")"), 4)
                 line = file.source.line_of(span.start)
                 yield Finding(RULE.code, line, "the loss is averaged over the ranks", (edit,))
 
 
-def _loss_span(file: File, facts: Facts, call: ast.AST) -> Iterator[Span]:
-    """Where the loss tensor of ``loss.item()`` or ``float(loss)`` stands."""
+def _read(file: File, facts: Facts, call: ast.AST) -> Iterator[ast.expr]:
+    """The loss tensor of ``loss.item()`` or ``float(loss)``."""
     value: ast.expr | None = None
     match call:
         case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _VALUES:
@@ -44,12 +45,13 @@ def _loss_span(file: File, facts: Facts, call: ast.AST) -> Iterator[Span]:
             pass
         case _:
             return
-    if value is not None and facts.scripts.roles[file].var(value) in facts.scripts.roles[file].losses:
-        yield file.source.span(value)
+    roles = facts.scripts.roles[file]
+    if value is not None and (roles.var(value) in roles.losses or ast.dump(value) in roles.loss_parts):
+        yield value
 
 
-def _shown(file: File, facts: Facts, node: ast.AST) -> Iterator[Span]:
-    """Where loss tensors stand that are printed or formatted as they are."""
+def _shown(file: File, facts: Facts, node: ast.AST) -> Iterator[ast.expr]:
+    """Loss tensors that are printed or formatted as they are."""
     values: list[ast.expr] = []
     match node:
         case ast.FormattedValue(value=value):
@@ -62,12 +64,15 @@ def _shown(file: File, facts: Facts, node: ast.AST) -> Iterator[Span]:
             values = right.elts if isinstance(right, ast.Tuple) else [right]
     for value in values:
         if isinstance(value, ast.Name) and facts.scripts.roles[file].var(value) in facts.scripts.roles[file].losses:
-            yield file.source.span(value)
+            yield value
 
 
-def _faithful(file: File, span: Span) -> bool:
+def _faithful(file: File, node: ast.expr) -> bool:
     """Whether positions can be trusted: inside f-strings old Pythons report wrong ones."""
-    return file.source.slice(span).replace("_", "a").replace(".", "a").isalnum()
+    try:
+        return ast.dump(ast.parse(file.source.code(node), mode="eval").body) == ast.dump(node)
+    except (SyntaxError, ValueError):
+        return False
 
 
 RULE = Rule(

@@ -221,6 +221,20 @@ CASES = {
         ["value = model.state_dict()\nif bmt.rank() == 0:\n    model.save_pretrained(\n        'out',  # here\n"
          "        max_shard_size='1GB', state_dict=value,\n    )\n"],
     ),
+    "a part of the outputs": (
+        LOOP.replace("loss = model(x).mean()", "out = model(x)").replace("loss.back", "out['loss'].back")
+        + "    print(f'{out[\"loss\"].item():.3f}', out['loss'].item(), out['other'].item())\n",
+        ["optim_manager.backward(out['loss'])", "bmt.sum_loss(out['loss']).item(), out['other'].item())"],
+    ),
+    "a loss that is shown": (
+        LOOP + "    both = loss + model(x).sum()\n    print('%.3f %d' % (loss, 1), f'{loss:.3f}', both.item(), loss)\n",
+        ["'%.3f %d' % (bmt.sum_loss(loss), 1), f'{bmt.sum_loss(loss):.3f}', bmt.sum_loss(both).item(), bmt.sum_loss(loss))"],
+    ),
+    "a loader for validation as an argument": (
+        "from torch.utils.data import DataLoader\n\n\nclass Trainer:\n    def __init__(self, model, train_loader, val_loader=None):\n"
+        "        self.loader = train_loader\n\n\n" + LOOP + "Trainer(model, DataLoader(a), DataLoader(b))\nTrainer(model, DataLoader(a), val_loader=DataLoader(b))\n",
+        ["Trainer(model, bmt.shard_loader(DataLoader(a)), DataLoader(b))", "bmt.shard_loader(DataLoader(a)), val_loader=DataLoader(b))"],
+    ),
     "a new head": (LOOP.replace("= Net()\n", "= Net()\nmodel.fc = nn.Linear(4, 2)\nmodel.act = nn.Identity()\n"), [
         "model.fc = bmt.BMTrainModelWrapper(nn.Linear(4, 2))\nmodel.act = nn.Identity()\n",
     ]),

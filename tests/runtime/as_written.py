@@ -570,6 +570,199 @@ while step < 6:
     step += 1
     if not step % 3: print(step, f'{loss:.5f}')
 ''',
+    "gradient penalty": '''
+torch.manual_seed(0)
+critic = Net(classes=1)
+model = Net(classes=8)
+opt_c = torch.optim.Adam(critic.parameters(), lr=1e-2, betas=(0.0, 0.9))
+opt_g = torch.optim.Adam(model.parameters(), lr=1e-2, betas=(0.0, 0.9))
+
+
+def gradient_penalty(critic, real, fake):
+    mixed = (0.3 * real + 0.7 * fake).requires_grad_(True)
+    out = critic(mixed)
+    grads = torch.autograd.grad(outputs=out, inputs=mixed, grad_outputs=torch.ones_like(out), create_graph=True, retain_graph=True)[0]
+    return ((grads.norm(2, dim=1) - 1) ** 2).mean()
+
+
+for step, (real, _) in enumerate(DataLoader(make_data(24, 0), batch_size=4)):
+    fake = model(real.roll(1, 1)).detach()
+    loss_c = critic(fake).mean() - critic(real).mean() + 10 * gradient_penalty(critic, real, fake)
+    opt_c.zero_grad()
+    loss_c.backward()
+    opt_c.step()
+    if step % 2 == 1:
+        loss_g = -critic(model(real.roll(1, 1))).mean()
+        opt_g.zero_grad()
+        loss_g.backward()
+        opt_g.step()
+        print('%.5f' % loss_g.item())
+''',
+    "logs of every kind": '''
+import csv
+from tqdm import tqdm
+
+
+class AverageMeter:
+    def __init__(self):
+        self.sum = self.count = 0
+
+    def update(self, val, n=1):
+        self.sum += val * n
+        self.count += n
+
+    @property
+    def avg(self):
+        return self.sum / self.count
+
+
+def train(loader, model, optimizer, scaler=None):
+    meter = AverageMeter()
+    pbar = tqdm(loader, disable=None)
+    for batch in pbar:
+        batch = {'x': batch[0], 'y': batch[1]}
+        with torch.autocast('cpu', enabled=False):
+            loss = F.cross_entropy(model(batch['x']), batch['y'])
+        optimizer.zero_grad()
+        if scaler is not None:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            loss.backward()
+            optimizer.step()
+        meter.update(loss.item(), 4)
+        pbar.set_postfix(loss=loss.item())
+    return meter.avg
+
+
+cfg = {'optimizer': 'AdamW', 'lr': 1e-2}
+torch.manual_seed(0)
+model = Net()
+optimizer = getattr(torch.optim, cfg['optimizer'])(model.parameters(), lr=cfg['lr'])
+history = []
+os.makedirs('runs', exist_ok=True)
+for epoch in range(2):
+    avg = train(DataLoader(make_data(8, 0), batch_size=4), model, optimizer)
+    history.append(avg)
+    with open('log.csv', 'a', newline='') as f:
+        csv.writer(f).writerow([epoch, avg])
+    print(f'epoch {epoch}: {avg:.5f}')
+np.save('history.npy', np.array(history))
+if min(history) == history[-1]:
+    torch.save(model.state_dict(), 'runs/best.pt')
+print(open('log.csv').read() if os.path.exists('log.csv') else '')
+''',
+    "carried state and pretrained vectors": '''
+class RNN(nn.Module):
+    def __init__(self, vocab, dim):
+        super().__init__()
+        self.emb = nn.Embedding(vocab, dim)
+        self.rnn = nn.LSTM(dim, dim, num_layers=2, batch_first=True)
+        self.out = nn.Linear(dim, vocab)
+
+    def forward(self, x, hidden=None):
+        x, hidden = self.rnn(self.emb(x), hidden)
+        return self.out(x), hidden
+
+
+def repackage_hidden(h):
+    return h.detach() if isinstance(h, torch.Tensor) else tuple(repackage_hidden(v) for v in h)
+
+
+torch.manual_seed(0)
+model = RNN(11, 8)
+model.emb.weight.data.copy_(torch.linspace(-1, 1, 88).view(11, 8))
+torch.nn.init.zeros_(model.out.bias)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+text = torch.randint(0, 11, (4, 40))
+hidden = None
+for i in range(0, 32, 8):
+    data, target = text[:, i:i + 8], text[:, i + 1:i + 9]
+    output, hidden = model(data, hidden)
+    hidden = repackage_hidden(hidden)
+    loss = nn.CrossEntropyLoss()(output.reshape(-1, 11), target.reshape(-1))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+    optimizer.step()
+    print('| loss {:5.4f} | ppl {:8.3f}'.format(loss.item(), math.exp(loss.item())))
+''',
+    "averaging by torch, compiled": '''
+from torch.optim.swa_utils import AveragedModel, SWALR
+
+torch.manual_seed(0)
+net = Net()
+net = torch.compile(net, backend='eager')
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+for epoch in range(3):
+    for x, y in DataLoader(make_data(8, epoch), batch_size=4):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+    scheduler.step()
+    print(f'{epoch} {loss.item():.5f} {scheduler.get_last_lr()[0]:.5f}')
+model = net._orig_mod
+''',
+    "unfrozen on the way": '''
+torch.manual_seed(0)
+model = Net()
+for p in model.blocks.parameters():
+    p.requires_grad = False
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+for epoch in range(4):
+    if epoch == 2:
+        for p in model.blocks.parameters():
+            p.requires_grad = True
+        optimizer.add_param_group({'params': [], 'lr': 1e-3}) if False else None
+        for g in optimizer.param_groups:
+            g['lr'] *= 0.1
+    for x, y in DataLoader(make_data(8, 0), batch_size=4):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print('%d %.5f %d' % (epoch, loss.item(), sum(p.numel() for p in model.parameters() if p.requires_grad)))
+''',
+    "a model's own training step": '''
+class Task(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        return self.net(x) / self.temperature
+
+    def training_step(self, batch):
+        x, y = batch
+        self.steps += 1
+        loss = F.cross_entropy(self(x), y)
+        return {'loss': loss, 'logits': self.net(x).detach()}
+
+    def configure_optimizers(self, lr):
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.0)
+
+
+def fit(task, loader, lr=1e-2, max_norm=1.0, epochs=2):
+    optimizer = task.configure_optimizers(lr)
+    for epoch in range(epochs):
+        for batch in loader:
+            optimizer.zero_grad()
+            out = task.training_step(batch)
+            out['loss'].backward()
+            nn.utils.clip_grad_norm_(task.parameters(), max_norm)
+            optimizer.step()
+            print(round(out['loss'].item(), 4))
+    return task
+
+
+torch.manual_seed(0)
+model = fit(Task(), DataLoader(make_data(8, 0), batch_size=4, shuffle=True))
+''',
 }
 
 DATA_PARALLEL = {
