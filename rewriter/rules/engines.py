@@ -1,7 +1,7 @@
 """Scripts written for another engine are left alone.
 
 What: a script that uses Lightning, accelerate, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod,
-Colossal-AI or apex.amp is recognised and reported; nothing in it, nor in files that only it uses, is changed. Where a
+Colossal-AI, apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst is recognised and reported; nothing in it, nor in files that only it uses, is changed. Where a
 library file holds such a trainer beside models that it does not make itself, the models are converted.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
 Refuses when: always; go back to an ordinary torch loop first.
@@ -18,8 +18,6 @@ from rewriter.types import Example, Finding, Rule, Safety
 
 _CALLS = {
     "accelerate.Accelerator": "accelerate",
-    "transformers.Trainer": "the transformers Trainer",
-    "transformers.Seq2SeqTrainer": "the transformers Trainer",
     "deepspeed.initialize": "DeepSpeed",
     "apex.amp.initialize": "apex.amp",
     "horovod.torch.init": "Horovod",
@@ -29,13 +27,25 @@ _CALLS = {
     "torch.distributed.fsdp.fully_shard": "FSDP",
     "megatron.training.pretrain": "Megatron",
     "megatron.initialize.initialize_megatron": "Megatron",
+    "ignite.engine.Engine": "Ignite",
+    "ignite.engine.create_supervised_trainer": "Ignite",
+    "mmengine.runner.Runner": "mmengine",
+    "mmengine.runner.Runner.from_cfg": "mmengine",
+    "skorch.NeuralNetClassifier": "skorch",
+    "skorch.NeuralNetRegressor": "skorch",
+    "fastai.learner.Learner": "fastai",
+    "fastai.vision.all.vision_learner": "fastai",
 }
+_TRAINERS = {
+    "trl": "TRL", "sentence_transformers": "Sentence Transformers", "composer": "Composer", "detectron2": "Detectron2",
+    "catalyst": "Catalyst", "torchtnt": "TorchTNT", "adapters": "the transformers Trainer",
+    "transformers": "the transformers Trainer",
+}  # fmt: skip
 _LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "lightning_lite.")
 _TOP = ("Trainer", "Fabric", "LightningModule", "LightningLite", "LightningDataModule")
 _MODELS = ("BMT001", "BMT002", "BMT003", "BMT004", "BMT005", "BMT006")
 _HINTS = (
     b"accelerate",
-    b"transformers",
     b"deepspeed",
     b"apex",
     b"horovod",
@@ -43,6 +53,11 @@ _HINTS = (
     b"fsdp",
     b"megatron",
     b"lightning",
+    b"ignite",
+    b"mmengine",
+    b"skorch",
+    b"fastai",
+    *(name.encode() for name in _TRAINERS),
 )
 
 
@@ -98,6 +113,8 @@ def _engine(name: str) -> str:
         return _CALLS[name]
     if name.startswith(_LIGHTNING) and name.split(".")[-1] in _TOP:
         return "Lightning"
+    if name.endswith(("Trainer", "Runner")) and name.split(".")[0] in _TRAINERS:
+        return _TRAINERS[name.split(".")[0]]
     if name.startswith("accelerate.") and name.endswith("Accelerator"):
         return "accelerate"
     return ""
