@@ -1,8 +1,9 @@
 """Scripts written for another engine are left alone.
 
 What: a script that uses Lightning, accelerate, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod,
-Colossal-AI, apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst is recognised and reported; nothing in it, nor in files that only it uses, is changed. Where a
-library file holds such a trainer beside models that it does not make itself, the models are converted.
+Colossal-AI, apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst is recognised and
+reported; nothing in it, nor in files that only it uses, is changed. Where a library file holds such a trainer beside
+models that it does not make itself, the models are converted.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
 Refuses when: always; go back to an ordinary torch loop first.
 """
