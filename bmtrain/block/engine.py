@@ -20,6 +20,7 @@ from ..shard.unit import Pools, ShardUnit
 from .compute import COMPUTE
 from .frame import Frame, PlaceInFlat
 from .memory import RecomputePlan
+from .pins import Pins
 from .residency import Residency
 from .trace import Phase, Trace
 
@@ -38,9 +39,8 @@ class Engine:
         self.trace = Trace(ctx, min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
         self._next_index = 0
-        self._depth = 0
         self._frames: list[Frame] = []
-        self._adopted: list[list[ShardUnit]] = [[]]
+        self._pins = Pins()
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
@@ -64,7 +64,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no distributed module is running."""
-        return self._depth == 0
+        return self._pins.idle
 
     def forward(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., Any], args: Args, kwargs: Kwargs
@@ -74,17 +74,14 @@ class Engine:
         outermost = self.idle
         if outermost and torch._C._current_graph_task_id() == -1:  # -1: no backward is running
             self._start_run(unit, grad)
-        self._depth += 1
-        self._adopted.append([])
-        if unit is not None:
-            self._enter(unit, "backward" if self._recomputing else "forward", self.ctx.device.autocast())
-            unit.pins += 1
+        self._pins.begin()
         try:
+            if unit is not None:
+                self._enter(unit, "backward" if self._recomputing else "forward", self.ctx.device.autocast())
+                self._pins.add(unit)
             out = self._framed(unit, recompute, call, args, kwargs) if grad else call(*args, **kwargs)
         finally:
-            self._depth -= 1
-            for adopted in [*self._adopted.pop(), *([unit] if unit is not None else [])]:
-                adopted.pins -= 1
+            self._pins.end()
         if outermost:
             self._end_run(out, grad)
         return out
@@ -112,7 +109,7 @@ class Engine:
             self._frames.pop()
 
     def _start_run(self, unit: ShardUnit | None, grad: bool) -> None:
-        self._unpin_loose()
+        self._pins.drop_loose()
         if grad:
             self.plan.run_starts()
         if unit is not None and self.pools.moves:
@@ -170,17 +167,16 @@ class Engine:
 
     def may_gather(self, func: Callable[..., Any]) -> bool:
         """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-        return self._depth > 0 or func in COMPUTE
+        return not self.idle or func in COMPUTE
 
     @contextmanager
     def on_demand(self, units: list[ShardUnit]) -> Iterator[None]:
         """Whole units for one operation and, as its result may be a view, for the rest of the enclosing forward."""
-        if self._depth == 0 and not any(u.pins for u in units):
+        if self.idle and not any(u.pins for u in units):
             self._start_run(units[0], torch.is_grad_enabled())
         for unit in units:
             self._enter(unit, "forward", self.ctx.device.autocast())
-            unit.pins += 1
-            self._adopted[-1].append(unit)
+            self._pins.add(unit)
             if self._frames:
                 self._frames[-1].add(unit)
         yield
@@ -194,20 +190,15 @@ class Engine:
         if self.idle or not unit.moves:
             yield
             return
-        adopted = self._adopted[-1]
+        pinned = self._pins.innermost
         with self.on_demand([unit]):
             uses = unit.uses()
         try:
             yield
         finally:
-            if unit.uses() == uses and unit in adopted:
-                adopted.remove(unit)
+            if unit.uses() == uses and unit in pinned:
+                pinned.remove(unit)
                 unit.pins -= 1
-
-    def _unpin_loose(self) -> None:
-        for unit in self._adopted[0]:
-            unit.pins -= 1
-        self._adopted[0] = []
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -265,20 +256,17 @@ class Engine:
         saved, self._frames = self._frames, [frame]
         outer_note, self._note = self._note, note
         self._recomputing += 1
-        self._depth += 1
-        self._adopted.append([])
-        if unit is not None:
-            if not unit.is_whole:
-                self._enter(unit, "backward", frame.autocast)
-            unit.pins += 1
+        self._pins.begin()
         try:
+            if unit is not None:
+                if not unit.is_whole:
+                    self._enter(unit, "backward", frame.autocast)
+                self._pins.add(unit)
             yield
         finally:
             self._frames, self._note = saved, outer_note
             self._recomputing -= 1
-            self._depth -= 1
-            for adopted in [*self._adopted.pop(), *([unit] if unit is not None else [])]:
-                adopted.pins -= 1
+            self._pins.end()
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
@@ -308,7 +296,7 @@ class Engine:
                 self._reduce(unit)
             unit.open_uses = 0
         if self.idle:
-            self._unpin_loose()
+            self._pins.drop_loose()
             self.residency.drop_all()
         self.pools.tidy()
 
