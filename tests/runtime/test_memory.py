@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -35,7 +36,11 @@ def tall(names: models.Names) -> Any:
 
 
 def held() -> int:
-    """Bytes of all tensors that are alive in this process, each storage once."""
+    """Bytes of all tensors that are alive in this process, each storage once.
+
+    On a busy machine the threads of a collective may let go of its tensors after it has returned.
+    """
+    time.sleep(0.05)
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
