@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from . import distributed
@@ -11,8 +13,19 @@ from .context import context, synchronize
 __all__ = ["gather_result", "sum_loss", "synchronize", "wait_loader"]
 
 
-def sum_loss(loss: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor:
-    """The *average* of ``loss`` over ranks (its name is older than its meaning).  Collective."""
+@overload
+def sum_loss(loss: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor: ...
+
+
+@overload
+def sum_loss(loss: float, comm: Communicator | None = None) -> float: ...
+
+
+def sum_loss(loss: torch.Tensor | float, comm: Communicator | None = None) -> torch.Tensor | float:
+    """The *average* of ``loss`` over ranks (its name is older than its meaning), of a number a number.  Collective."""
+    if not isinstance(loss, torch.Tensor):
+        number = torch.tensor(loss, dtype=torch.float64, device=context().device.torch_device)
+        return distributed.all_reduce(number, "avg", comm).item()
     return distributed.all_reduce(loss, "avg", comm)
 
 

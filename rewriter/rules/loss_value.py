@@ -62,9 +62,20 @@ def _shown(file: File, facts: Facts, node: ast.AST) -> Iterator[ast.expr]:
             pass
         case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
             values = right.elts if isinstance(right, ast.Tuple) else [right]
+    roles = facts.scripts.roles[file]
     for value in values:
-        if isinstance(value, ast.Name) and facts.scripts.roles[file].var(value) in facts.scripts.roles[file].losses:
-            yield value
+        if isinstance(value, ast.Name) and roles.var(value) in roles.losses:
+            made = [made for variable, made, _, _ in roles.assignments if variable == roles.var(value)]
+            if not any(_is_number(item) for item in made):
+                yield value
+
+
+def _is_number(node: ast.expr) -> bool:
+    """Whether a value is a number, or may be: then it has been averaged, or is no rank's own."""
+    if isinstance(node, ast.Constant):
+        return True
+    names = {item.attr if isinstance(item, ast.Attribute) else getattr(item, "id", "") for item in ast.walk(node)}
+    return bool(names & {"item", "tolist", "float"})
 
 
 def _faithful(file: File, node: ast.expr) -> bool:

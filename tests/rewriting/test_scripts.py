@@ -111,6 +111,9 @@ KEPT = {
     ),
     "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
     "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
+    "a loss that is a number": (
+        "loss = model(1).mean()\nloss = loss.item()\nprint(f'{loss:.3f}', loss)\n", "bmt.print_rank(f'{loss:.3f}', loss)\n",
+    ),
     "a disabled bar": ("from tqdm import tqdm\ntqdm([], disable=True)\n", "tqdm([], disable=True)"),
 }
 

@@ -101,7 +101,7 @@ def losses_and_results() -> dict[str, object]:
     rank = bmt.rank()
     rows = torch.arange(12.0).view(4, 3)[:, :2]
     return {
-        "average": bmt.sum_loss(torch.tensor(float(rank))),
+        "number": bmt.sum_loss(1.0 + bmt.rank()), "average": bmt.sum_loss(torch.tensor(float(rank))),
         "sliced": bmt.gather_result(rows[rank::2]),
         "uneven": bmt.gather_result(torch.full((rank + 1, 2), rank)),
         "scalar": bmt.gather_result(torch.tensor(10 + rank)),
@@ -200,6 +200,7 @@ def test_misuse_is_explained() -> None:
 def test_sum_loss_averages_and_results_are_joined() -> None:
     for results in run_ranks(2, losses_and_results):
         assert results["average"] == 0.5
+        assert results["number"] == 1.5
         rows = torch.arange(12.0).view(4, 3)[:, :2]
         assert torch.equal(results["sliced"], torch.cat([rows[0::2], rows[1::2]]))  # type: ignore[arg-type]
         assert torch.equal(results["uneven"], torch.tensor([[0, 0], [1, 1], [1, 1]]))  # type: ignore[arg-type]
