@@ -25,6 +25,7 @@ _ELEMENTWISE = {
 }  # fmt: skip
 _WITHOUT_VALUES = {"id", "len", "isinstance", "type", "hasattr", "getattr", "setattr", "print", "repr", "str"}
 _COLLECTING = {"append", "add", "extend", "insert", "get", "pop", "setdefault", "index", "discard", "remove"}
+_VIEWS = {"data", "detach", "float", "cpu", "to", "view", "flatten", "reshape", "contiguous", "t", "squeeze"}
 _WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
 
 
@@ -41,7 +42,7 @@ class ValueUse:
     writes: bool
     local: bool = False
     data: tuple[ast.Attribute, ...] = ()
-    kept: tuple[ast.Attribute, ...] = ()
+    kept: tuple[ast.expr, ...] = ()
 
 
 class Values:
@@ -121,8 +122,20 @@ class Values:
             owner: ast.expr = target.value
             while isinstance(owner, (ast.Attribute, ast.Subscript)) and not self.roles.is_model(owner):
                 owner = owner.value
-            if self.roles.is_model(owner) and dotted(owner) != "self":
+            if self.roles.is_model(owner) and dotted(owner) != "self" and not self._is_factory(node, owner):
                 yield ValueUse(node, (target,), True)
+
+    def _is_factory(self, node: ast.stmt, owner: ast.expr) -> bool:
+        """Whether code makes a layer of torch's for others: it returns it, or a module gives it to itself."""
+        if (dotted(owner) or "").startswith("self."):
+            return True
+        if self.roles.model_class(owner) is not None:
+            return False
+        function = self.file.names.function_of(node)
+        return function is not None and any(
+            isinstance(item, ast.Return) and item.value is not None and dotted(item.value) == dotted(owner)
+            for item in walk(function)
+        )
 
     def _iterated(self, iterated: ast.expr, target: ast.expr) -> tuple[list[ast.expr], set[str], set[str]] | None:
         """What a loop goes through: models, names of their parameters, names of their modules."""
@@ -173,21 +186,31 @@ class Values:
             local |= kind == "local"
             data.extend([dropped] if dropped is not None else [])
         if needs:
-            kept = [item for item in items if isinstance(item, ast.Attribute) and self._is_kept(item, names)]
+            used = [item for item in items if self._is_parameter(item, names, modules)]
+            kept = [top for item in used if isinstance(item, ast.expr) and (top := self._kept(item)) is not None]
             yield ValueUse(node, tuple(models), writes or local, kept=tuple(kept))
         elif data:
             yield ValueUse(node, tuple(models), True, True, tuple(data))
 
-    def _is_kept(self, item: ast.Attribute, names: set[str]) -> bool:
-        """``x = p.data``, ``kept[name] = p.data``, ``kept.append(p.data)``, but not ``q.data = p.data``."""
-        if item.attr != "data" or not isinstance(item.value, ast.Name) or item.value.id not in names:
-            return False
-        parent = self.file.names.parents[item]
+    def _kept(self, item: ast.expr) -> ast.expr | None:
+        """``p.data`` in ``kept[name] = p.data`` or ``[p.detach() for ...]``: a view that code keeps."""
+        parents, start = self.file.names.parents, item
+        parent = parents[item]
+        while isinstance(parent, ast.Attribute) and parent.attr in _VIEWS:
+            call = parents[parent]
+            called = isinstance(call, ast.Call) and call.func is parent
+            if parent.attr != "data" and not called:
+                return None
+            item = call if called and isinstance(call, ast.Call) else parent
+            parent = parents[item]
+        if item is start:
+            return None
         if isinstance(parent, ast.Assign) and parent.value is item:
-            return not any(isinstance(t, ast.Attribute) and t.attr == "data" for t in parent.targets)
+            stored = (t for t in parent.targets if isinstance(t, (ast.Subscript, ast.Attribute)))
+            return item if any(not isinstance(t, ast.Attribute) or t.attr != "data" for t in stored) else None
         if isinstance(parent, ast.Call) and item in parent.args:
-            return isinstance(parent.func, ast.Attribute) and parent.func.attr in _COLLECTING
-        return isinstance(parent, (ast.DictComp, ast.ListComp, ast.GeneratorExp))
+            return item if isinstance(parent.func, ast.Attribute) and parent.func.attr in _COLLECTING else None
+        return item if isinstance(parent, (ast.DictComp, ast.ListComp)) else None
 
     @staticmethod
     def _is_parameter(item: ast.AST, names: set[str], modules: set[str]) -> bool:
@@ -227,6 +250,10 @@ class Values:
             return self._argument(parent, dropped)
         if isinstance(parent, (ast.BinOp, ast.UnaryOp)):
             return "read", None
+        if dropped is not None and isinstance(parent, (ast.Assign, ast.Tuple)):
+            assigned = parents[parent] if isinstance(parent, ast.Tuple) else parent
+            named = isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], (ast.Name, ast.Tuple))
+            return ("write" if named else "read"), None  # what is done by another name is not looked into
         return ("read", None) if dropped is not None else ("", None)
 
     def _only_chained(self, call: ast.Call) -> bool:

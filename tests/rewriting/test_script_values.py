@@ -17,6 +17,7 @@ STAYS = {
     "element-wise": "with torch.no_grad():\n    for a, p in zip(ema.parameters(), model.parameters()):\n        a.mul_(0.9).add_(p, alpha=0.1)\n",
     "no gradient yet": "for p in model.parameters():\n    if p.grad is not None:\n        seen += 1\n",
     "gathered already": "import bmtrain as bmt\nwith bmt.gathered(model):\n    for p in model.parameters():\n        show(p.norm())\n",
+    "a layer that is returned": "def linear():\n    layer = nn.Linear(4, 4)\n    nn.init.zeros_(layer.weight)\n    return layer\n",
     "another list": "for p in group['params']:\n    p.data.add_(1)\n",
 }
 
@@ -68,6 +69,19 @@ GATHERED = {
     "values that are kept": (
         "for name, p in model.named_parameters():\n    backup[name] = p.data\n    p.data = shadow[name]\n",
         "with bmt.gathered(model, write=True):\n    for name, p in model.named_parameters():\n        backup[name] = p.data.clone()\n",
+    ),
+    "a model that is returned": (
+        "def build():\n    net = Net()\n    nn.init.zeros_(net.head.weight)\n    return net\n",
+        "    with bmt.gathered(net.head.weight, write=True):\n        nn.init.zeros_(net.head.weight)\n",
+    ),
+    "views that are kept": (
+        "averages = [p.detach().float() for p in model.parameters()]\n",
+        "with bmt.gathered(model):\n    averages = [p.detach().float().clone() for p in model.parameters()]\n",
+    ),
+    "values by another name": (
+        "for a, p in zip(ema.parameters(), model.parameters()):\n    old, new = a.data, p.data\n    old.lerp_(new, 0.1)\n",
+        "with bmt.gathered(ema, write=True), bmt.gathered(model, write=True):\n    for a, p in zip(ema.parameters(), model.parameters()):\n"
+        "        old, new = a.data, p.data\n",
     ),
     "momentum of values": (
         "for a, p in zip(ema.parameters(), model.parameters()):\n    a.data = a.data * 0.9 + p.data * 0.1\n",
