@@ -32,6 +32,7 @@ class Scripts:
         self._needs: dict[ast.AST, bool] = {}
         self._makes: dict[ast.AST, bool] = {}
         self._steps: dict[ast.AST, bool] = {}
+        self._reached: dict[File, set[File]] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
 
     @cached_property
@@ -57,8 +58,18 @@ class Scripts:
             if other is not file
         )
 
+    def feeds_training(self, file: File) -> bool:
+        """Whether no program uses a file, or one that trains."""
+        programs = [entry for entry in self.entries if file in self._reach(entry)]
+        return not programs or any(self.trains(target) for entry in programs for target in self._reach(entry))
+
     def _reach(self, start: File) -> set[File]:
         """A file and the project files that it imports, at any depth."""
+        if start not in self._reached:
+            self._reached[start] = self._follow(start)
+        return self._reached[start]
+
+    def _follow(self, start: File) -> set[File]:
         found, queue = {start}, [start]
         while queue:
             file = queue.pop()

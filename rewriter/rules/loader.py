@@ -23,6 +23,8 @@ _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or b"DataLoader" not in file.source.data:
         return
+    if not facts.scripts.feeds_training(file):
+        return
     for node in file.calls:
         if facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
             continue

@@ -48,10 +48,12 @@ REFUSED = {
     "spawn": "import torch.multiprocessing as mp\nmp.spawn(run, nprocs=2)\n" + LOOP,
     "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
     "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
-    "a flag of more than ranks": LOOP + "saves = logging and is_main(args)\nif saves:\n    torch.save(model.state_dict(), 'x')\n",
-    "optimizer elsewhere": "from engines import engine\n" + LOOP.replace("optimizer = torch", "engine.optimizer = torch").replace(
-        "    optimizer", "    engine.optimizer"
-    ).replace("engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
+    "a flag of more than ranks": LOOP
+    + "saves = logging and is_main(args)\nif saves:\n    torch.save(model.state_dict(), 'x')\n",
+    "optimizer elsewhere": "from engines import engine\n"
+    + LOOP.replace("optimizer = torch", "engine.optimizer = torch")
+    .replace("    optimizer", "    engine.optimizer")
+    .replace("engine.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n", ""),
 }
 
 
@@ -112,7 +114,8 @@ KEPT = {
     "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
     "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
     "a loss that is a number": (
-        "loss = model(1).mean()\nloss = loss.item()\nprint(f'{loss:.3f}', loss)\n", "bmt.print_rank(f'{loss:.3f}', loss)\n",
+        "loss = model(1).mean()\nloss = loss.item()\nprint(f'{loss:.3f}', loss)\n",
+        "bmt.print_rank(f'{loss:.3f}', loss)\n",
     ),
     "a disabled bar": ("from tqdm import tqdm\ntqdm([], disable=True)\n", "tqdm([], disable=True)"),
 }
@@ -322,7 +325,9 @@ def test_sums_over_a_share_are_pointed_out(text: str) -> None:
     result = convert_text(HEAD + loader + loop + f"    {text}\n    step += 1\n    mean += loss.item()\n")
     assert [f.code for f in result.reported] == ["BMT037"]
     after = "def score(model, loader):\n    return 1\n\n\n"
-    assert [f.code for f in convert_text(HEAD + after + loader + loop + "score(model, train_loader)\n").reported] == ["BMT037"]
+    assert [f.code for f in convert_text(HEAD + after + loader + loop + "score(model, train_loader)\n").reported] == [
+        "BMT037"
+    ]
 
 
 def test_a_script_that_shares_nothing_out_is_pointed_out() -> None:
@@ -355,4 +360,17 @@ optimizer.step()
 @pytest.mark.parametrize("what", ["model", "{'net': model, 'step': 1}"])
 def test_a_pickled_model_is_pointed_out(what: str) -> None:
     assert "BMT026" in {f.code for f in convert_text(HEAD + LOOP + f"torch.save({what}, 'x')\n").reported}
-    assert "BMT026" not in {f.code for f in convert_text(HEAD + LOOP + "torch.save(model.state_dict(), 'x')\n").reported}
+    assert "BMT026" not in {
+        f.code for f in convert_text(HEAD + LOOP + "torch.save(model.state_dict(), 'x')\n").reported
+    }
+
+
+def test_loaders_of_a_program_that_does_not_train_stay(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(HEAD)
+    (tmp_path / "train.py").write_text("from net import Net\nimport torch\n\n" + LOOP)
+    (tmp_path / "data.py").write_text("from torch.utils.data import DataLoader\n\n\ndef load(data):\n    return DataLoader(data)\n")
+    (tmp_path / "use.py").write_text("from data import load\nfrom net import Net\n\nmodel = Net()\nfor x in load([1]):\n    model(x)\n")
+    paths = sorted(tmp_path.glob("*.py"))
+    assert b"shard_loader" not in convert_paths(paths, Options(), [tmp_path])[0].after
+    (tmp_path / "train.py").write_text("from net import Net\nfrom data import load\nimport torch\n\n" + LOOP)
+    assert b"shard_loader" in convert_paths(paths, Options(), [tmp_path])[0].after
