@@ -93,7 +93,7 @@ def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
         if blocks and chains:
             return ""
         return "what the Sequential holds is not known" if likely else "a Sequential of other things than blocks"
-    if not chains:
+    if not chains and not (blocks and any(b.container == KEPT for b in stack.builds) and _is_called(stack)):
         return "no loop carries anything from member to member"
     if kinds <= {"external", "unknown"} and any(build.form == "other" for build in stack.builds):
         return "what the list holds is not known"
@@ -115,6 +115,16 @@ def _against_groups(stack: Stack) -> str:
     if not any(takes_apart(loop) for loop in stack.loops):
         return "the members are groups of modules, and no loop takes them apart"
     return _is_odd(stack)
+
+
+def _is_called(stack: Stack) -> bool:
+    """Whether the container is called, as a container class with a forward of its own."""
+    for function in stack.owner.methods.values():
+        me = function.args.args[0].arg if function.args.args else ""
+        for node in walk(function):
+            if isinstance(node, ast.Call) and self_path(node.func, me) == stack.path:
+                return True
+    return False
 
 
 def _has_names(stack: Stack) -> bool:

@@ -16,6 +16,7 @@ from rewriter.analyze.project import ClassInfo, File, Project
 from rewriter.analyze.stack import Left, Stack, reason_against
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
+_NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)
 _CACHE = re.compile(r"(?:^|_)(?:past|cache|kv|incremental_state|inference_params|layer_past|state)s?(?:_|$)", re.I)
 
 
@@ -115,7 +116,7 @@ class Stacks:
         """Chains over lists that no class of the project is seen to make."""
         seen = {left.node for left in self.left} | {loop.node for stack in self.found for loop in stack.loops}
         for loop in self.loops:
-            if is_chain(loop) and loop.node not in seen:
+            if is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
                 self.left.append(Left(loop.file, loop.node, f"the list {away}"))
 

@@ -3,8 +3,8 @@
     python tests/rewriting/corpus.py FOLDER... [--remarks] [--loops loops.jsonl.gz] [--docs docs/corpus.md] [--speed]
 
 One folder is one project, by the name of the folder. The first table has a row for each: files, files changed, edits,
-seconds (reading, planning, applying), memory of the largest process; loops over blocks that became one call, were kept
-over blocks, are left to bmt.BMTrainModelWrapper, or refused; loops over lists that hold no blocks; and what must be
+CPU seconds (reading, planning, applying), memory of the largest process; loops over blocks that became one call, were
+kept, are left to bmt.BMTrainModelWrapper, or refused; loops over lists that hold no blocks; and what must be
 zero: files that would break, outputs that do not compile, files that a second run changes, files with bytes changed
 outside edits. Comments go with a statement that goes. The second table has a row for each class of loops.
 
@@ -94,7 +94,7 @@ def main() -> int:
         print(*rows[-1], sep="\t", flush=True)
         for remark in found.remarks if options.remarks else ():
             print("   ", remark)
-    text = f"{class_table(loops)}\n{markdown(HEAD, rows)}"
+    text = class_table(loops)
     if options.loops is not None:
         text += f"\n{compare(loops, options.loops)}"
     print(f"\n{text}")
@@ -103,7 +103,7 @@ def main() -> int:
     if options.json is not None:
         options.json.write_text("".join(json.dumps(record._asdict()) + "\n" for record in loops))
     if options.docs is not None:
-        write_docs(options.docs, text)
+        write_docs(options.docs, f"{text}\n{markdown(HEAD, rows)}")
     return 1 if bad else 0
 
 

@@ -75,10 +75,10 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
         elif facts.classes.kind(loop.owner) == "external":
             state, reason = "wrapper", "the class is based on another package's"
         else:
-            state, reason = "refused", left.get(node) or _why(loop)
+            state, reason = "refused", left.get(node) or "the members are not called as blocks"
         name = loop.file.path.relative_to(folder).as_posix()
         shape = loop_class(loop, facts.project)
-        if shape in {"F", "G"} and not _is_list_of_modules(facts, loop):
+        if node not in left and node not in kept and not _is_list_of_modules(facts, loop):
             shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
 
@@ -87,12 +87,6 @@ def _is_list_of_modules(facts: Facts, loop: Loop) -> bool:
     """Whether a class is seen to make the list that a loop runs over: else it may hold numbers."""
     family = (loop.owner, *facts.classes.ancestors(loop.owner), *facts.classes.descendants(loop.owner))
     return any(loop.path in facts.stacks.containers.of(member) for member in family)
-
-
-def _why(loop: Loop) -> str:
-    if is_pairs(loop):
-        return "the members are groups of modules, not blocks"
-    return "the members are not called as blocks"
 
 
 def _all_loops(facts: Facts) -> Iterator[Loop]:
@@ -160,9 +154,9 @@ def table(found: Iterable[Record]) -> list[list[str]]:
     for letter in [*CLASSES, ""]:
         part = [record for record in chains if not letter or record.shape == letter]
         states = Counter(record.state for record in part)
-        share = macro_share(part, ("called", "kept", "wrapper"))
+        share = f"{macro_share(part, ('called', 'kept', 'wrapper')):.1f} %" if part else "-"
         counts = [str(states[state]) for state in STATES]
-        rows.append([letter or "all", str(len(part)), *counts, f"{share:.1f} %"])
+        rows.append([letter or "all", str(len(part)), *counts, share])
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import time
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from rewriter.convert import convert_paths
 from rewriter.discover import sources
 from rewriter.plan import Options
 from rewriter.types import Result
+
+from .corpus_files import memory
 
 
 def speed(folder: Path) -> str:
@@ -25,7 +26,7 @@ def speed(folder: Path) -> str:
         f"{folder.name}: {len(paths)} files in {whole:.1f} s",
         f"{len(plain)} without edits at {len(plain) / alone:.0f} a second",
         _against_libcst(edited, folder, whole),
-        f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024} MB",
+        f"{memory()} MB",
     ]
     return "; ".join(words)
 

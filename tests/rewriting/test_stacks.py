@@ -122,6 +122,11 @@ KEPT = {
         "self.layers = Many(*[bmt.CheckpointBlock(Layer(i)) for i in range(depth)])",
         LOOP,
     ),
+    "a container class that is called": (
+        "self.layers = Many(*[Layer(i) for i in range(depth)])",
+        "self.layers = Many(*[bmt.CheckpointBlock(Layer(i)) for i in range(depth)])",
+        "x = self.layers(x)",
+    ),
     "a helper that is given a lambda": (
         "self.layers = repeat(depth, lambda i: Layer(i))",
         "self.layers = repeat(depth, lambda i: bmt.CheckpointBlock(Layer(i)))",
