@@ -139,7 +139,7 @@ class _FunctionScan:
                 nodes += self._values(inner) or (self._list_form(inner)[1] if not isinstance(inner, ast.Call) else [])
             nodes += [node for append in appends for node in appended(append)]
             nodes += self._stored_by_key(path, local)
-        nodes = [node for node in nodes if isinstance(node, (ast.Call, ast.Name, ast.IfExp))]
+        nodes = [node for node in nodes if isinstance(node, (ast.Call, ast.Name, ast.Subscript, ast.IfExp))]
         if nodes:
             elements = tuple(self._element(node) for node in nodes)
             yield Build(self.file, self.owner, self.function, path, call, KEPT, "kept", elements, appends)

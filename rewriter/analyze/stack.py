@@ -6,7 +6,6 @@ import ast
 import fnmatch
 import re
 from dataclasses import dataclass, field
-from typing import Literal
 
 from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.elements import KEPT, Build, self_path
@@ -50,12 +49,12 @@ class Stack:
 
 @dataclass(frozen=True, eq=False)
 class Left:
-    """A chain loop or a container that stays as it is, and why."""
+    """A chain loop that stays as it is, and why; ``path`` is the list's, as a loop may run over several."""
 
     file: File
     node: ast.AST
     reason: str
-    kind: Literal["loop", "container"] = "loop"
+    path: str = ""
 
 
 def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
@@ -104,7 +103,7 @@ def _is_odd(stack: Stack) -> str:
     """What speaks against a list whatever its members are."""
     shared = any(element.kind == "shared" for build in stack.builds for element in build.elements)
     if shared or any(build.form == "repeated" for build in stack.builds):
-        return "the same object is in the list more than once"
+        return "the same object is in the list more than once, or held elsewhere, too"
     return "by its name the list holds no blocks" if _NOT_BLOCKS.search(stack.path.split(".")[-1]) else ""
 
 

@@ -12,7 +12,7 @@ from rewriter.analyze.containers import Containers
 from rewriter.analyze.elements import Element
 from rewriter.analyze.loops import Loop, find_loops, is_chain
 from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, File, Project
+from rewriter.analyze.project import ClassInfo, File, FunctionInfo, Project
 from rewriter.analyze.stack import Left, Stack, reason_against
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
@@ -64,7 +64,7 @@ class Stacks:
                 else:
                     for loop in over:
                         if is_chain(loop) and loop.file.convert:
-                            self.left.append(Left(loop.file, loop.node, reason))
+                            self.left.append(Left(loop.file, loop.node, reason, loop.path))
 
     def _outermost(self, stacks: list[Stack]) -> list[Stack]:
         """Drop stacks whose owner is itself part of another stack's block."""
@@ -83,7 +83,7 @@ class Stacks:
                 kept.append(stack)
                 continue
             for loop in stack.loops:
-                self.left.append(Left(loop.file, loop.node, f"it runs inside a block of {outer.name}"))
+                self.left.append(Left(loop.file, loop.node, f"it runs inside a block of {outer.name}", loop.path))
         return kept
 
     def _made(self, file: File, element: Element) -> Iterator[ClassInfo]:
@@ -92,8 +92,18 @@ class Stacks:
             yield element.cls
         for node in walk(element.node):
             found = self.project.resolve(file, node.func) if isinstance(node, ast.Call) else None
-            if isinstance(found, ClassInfo) and self.classes.is_module(found):
+            if isinstance(found, FunctionInfo):
+                yield from self._returned(found)
+            elif isinstance(found, ClassInfo) and self.classes.is_module(found):
                 yield found
+
+    def _returned(self, function: FunctionInfo) -> Iterator[ClassInfo]:
+        """The classes of which a factory function returns new objects."""
+        for node in walk(function.node):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
+                found = self.project.resolve(function.file, node.value.func)
+                if isinstance(found, ClassInfo) and self.classes.is_module(found):
+                    yield found
 
     def _parts(self, info: ClassInfo) -> set[ClassInfo]:
         """Project module classes that a class constructs, at any depth, itself included."""
@@ -118,7 +128,7 @@ class Stacks:
         for loop in self.loops:
             if is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
-                self.left.append(Left(loop.file, loop.node, f"the list {away}"))
+                self.left.append(Left(loop.file, loop.node, f"the list {away}", loop.path))
 
     # Loops -----------------------------------------------------------------------------------------------------
 
@@ -137,7 +147,7 @@ class Stacks:
             reason = reason or ("the loop runs while the model is built" if loop.function.name == "__init__" else "")
             if reason or isinstance(form, str):
                 stack.reasons[loop.node] = reason
-                self.left.append(Left(loop.file, loop.node, reason))
+                self.left.append(Left(loop.file, loop.node, reason, loop.path))
             else:
                 stack.calls[loop.node] = form
                 widths.add(len(form.targets))

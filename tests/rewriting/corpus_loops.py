@@ -60,25 +60,27 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
     called = {node for stack in stacks.found for node in stack.calls}
     kept = {loop.node: stack.reasons.get(loop.node, "") for stack in stacks.found for loop in stack.loops}
     left: dict[ast.AST, str] = {}
+    exact = {(item.node, item.path): item.reason for item in stacks.left}
     for item in stacks.left:
         left.setdefault(item.node, item.reason)
     for loop in _all_loops(facts):
         node, reason = loop.node, ""
+        left[node] = exact.get((node, loop.path)) or left.get(node, "")
         if loop.file in stopped:
             state, reason = "refused", stopped[loop.file]
         elif node in called:
             state = "called"
         elif node in kept:
             state, reason = "kept", kept[node]
-        elif left.get(node, "").startswith("it runs inside a block"):
+        elif left[node].startswith("it runs inside a block"):
             state, reason = "kept", left[node]
         elif facts.classes.kind(loop.owner) == "external":
             state, reason = "wrapper", "the class is based on another package's"
         else:
-            state, reason = "refused", left.get(node) or "the members are not called as blocks"
+            state, reason = "refused", left[node] or "the members are not called as blocks"
         name = loop.file.path.relative_to(folder).as_posix()
         shape = loop_class(loop, facts.project)
-        if node not in left and node not in kept and not _is_list_of_modules(facts, loop):
+        if not left[node] and node not in kept and not _is_list_of_modules(facts, loop):
             shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
 

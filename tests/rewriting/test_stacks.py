@@ -117,6 +117,12 @@ KEPT = {
         "self.layers = nn.ModuleDict({str(i): bmt.CheckpointBlock(Layer(i)) for i in range(depth)})",
         "for layer in self.layers.values():\n    x = layer(x)",
     ),
+    "a dict of what another list holds": (
+        "made = [Layer(i) for i in range(depth)]\nself.layers = nn.ModuleDict({str(i): made[i] for i in range(depth)})",
+        "made = [Layer(i) for i in range(depth)]\n"
+        "self.layers = nn.ModuleDict({str(i): bmt.CheckpointBlock(made[i]) for i in range(depth)})",
+        "for layer in self.layers.values():\n    x = layer(x)",
+    ),
     "a container class": (
         "self.layers = Many(*[Layer(i) for i in range(depth)])",
         "self.layers = Many(*[bmt.CheckpointBlock(Layer(i)) for i in range(depth)])",
@@ -199,3 +205,43 @@ def test_parts_called_beside_the_block() -> None:
     build = "self.layers = nn.ModuleList([Layer(i) for i in range(depth)])"
     loop = "for layer in self.layers:\n    x = layer(x)\n    x = layer.linear.forward(x)"
     assert written(build, loop) == f"{build}\n{loop}"
+
+
+def test_lists_inside_blocks_of_a_factory_stay() -> None:
+    text = """from torch import nn
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)])
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Other(nn.Module):
+    pass
+
+
+def make(kind):
+    if kind:
+        return Other()
+    return Inner()
+
+
+class Net(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList([make(i) for i in range(depth)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+"""
+    after = converted(text)
+    assert "self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(make(i)) for i in range(depth)])" in after
+    assert "self.parts = nn.ModuleList(" in after and "for part in self.parts:" in after
