@@ -22,7 +22,7 @@ class TransformerBlockList(nn.ModuleList):
         modules: the elements; those that are not Blocks yet become Blocks.
         num_hidden: how many of the positional arguments each block replaces by its results.
         sqrt: accepted for older scripts; what is recomputed is decided by memory (see ``Block``).
-        precision: of the elements that become Blocks here; Blocks keep their own (see ``Block``).
+        precision, use_checkpoint: of the elements that become Blocks here; Blocks keep their own (see ``Block``).
 
     ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
     ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
@@ -31,6 +31,7 @@ class TransformerBlockList(nn.ModuleList):
 
     num_hidden = 1
     precision: Precision | torch.dtype | str | None = None
+    use_checkpoint: bool | None = None
     _groups = False  # whether an element has no forward of its own
 
     def __init__(
@@ -39,11 +40,12 @@ class TransformerBlockList(nn.ModuleList):
         num_hidden: int = 1,
         sqrt: bool = False,
         precision: Precision | torch.dtype | str | None = None,
+        use_checkpoint: bool | None = None,
     ) -> None:
         if num_hidden < 1:
             raise ConfigurationError("num_hidden must be at least 1.")
         super().__init__()
-        self.num_hidden, self.precision = num_hidden, precision
+        self.num_hidden, self.precision, self.use_checkpoint = num_hidden, precision, use_checkpoint
         self.extend(modules)
 
     def append(self, module: nn.Module) -> Any:
@@ -79,11 +81,14 @@ class TransformerBlockList(nn.ModuleList):
         part = super().__getitem__(index)
         if isinstance(part, TransformerBlockList):
             part.num_hidden, part.precision = self.num_hidden, self.precision
+            part.use_checkpoint = self.use_checkpoint
         return part
 
     def _as_block(self, module: nn.Module) -> nn.Module:
         self._groups |= type(module).forward is nn.Module.forward
-        return module if isinstance(module, Block) else Block(module, precision=self.precision)
+        if isinstance(module, Block):
+            return module
+        return Block(module, use_checkpoint=self.use_checkpoint, precision=self.precision)
 
     def forward(self, *args: Any, return_hidden_states: bool = False, **kwargs: Any) -> Any:
         """Run all blocks.

@@ -38,6 +38,8 @@ def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edi
     call, alias = build.call, facts.alias(file)
     assert isinstance(call, ast.Call)
     width = f", num_hidden={stack.num_hidden}" if stack.num_hidden != 1 else ""
+    if not (stack.use_checkpoint or (all(_can_be_wrapped(element) for element in build.elements) and build.elements)):
+        width += ", use_checkpoint=False"  # for elements that are seen nowhere
     span = file.source.span(call)
     if not stack.whole:
         for element in build.elements:
@@ -77,9 +79,12 @@ def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
 
 
 def _element(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
-    if element.kind == "wrapped" or not isinstance(element.node, (ast.Call, ast.IfExp)):
-        return
-    yield from _wrapped(file, alias, stack, element)
+    if element.kind != "wrapped" and _can_be_wrapped(element):
+        yield from _wrapped(file, alias, stack, element)
+
+
+def _can_be_wrapped(element: Element) -> bool:
+    return element.kind == "wrapped" or isinstance(element.node, (ast.Call, ast.IfExp))
 
 
 def _wrapped(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:

@@ -22,7 +22,7 @@ def CheckpointBlock(module: nn.Module, use_checkpoint: bool = True) -> nn.Module
 
 
 class TransformerBlockList(nn.ModuleList):
-    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1) -> None:
+    def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1, use_checkpoint: bool = True) -> None:
         super().__init__(modules)
         self.num_hidden = num_hidden
 

@@ -47,5 +47,21 @@ def remembering() -> None:
     assert bmt.gather_grad(model.block.key.weight).abs().sum() > 0
 
 
+def remembering_in_a_list() -> None:
+    blocks = bmt.TransformerBlockList([Remembering(), Remembering()], use_checkpoint=False)
+    blocks.append(Remembering())
+    x = torch.randn(2, 8, requires_grad=True)
+    for part in (blocks, blocks[1:]):
+        y = x
+        for block in part:
+            y = block(y, _Cache())
+        y.sum().backward()
+    assert all(bmt.gather_grad(block.key.weight).abs().sum() > 0 for block in blocks)
+
+
+def test_lists_of_blocks_that_fill_caches() -> None:
+    run_ranks(2, remembering_in_a_list)
+
+
 def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
     run_ranks(2, remembering)
