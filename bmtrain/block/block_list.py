@@ -73,7 +73,7 @@ class TransformerBlockList(nn.ModuleList):
     def _one_by_one(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
         """Groups of modules are never called themselves: each is whole while the loop has it."""
         for module in modules:
-            unit = module.__dict__.get("_bmt_unit")
+            unit = module.__dict__.get("_bmt_unit") if module is not None else None
             with context().engine.opened(unit) if unit is not None else nullcontext():
                 yield module
 
@@ -85,6 +85,8 @@ class TransformerBlockList(nn.ModuleList):
         return part
 
     def _as_block(self, module: nn.Module) -> nn.Module:
+        if module is None:  # as in nn.ModuleList, a place without a module
+            return module
         self._groups |= type(module).forward is nn.Module.forward
         if isinstance(module, Block):
             return module

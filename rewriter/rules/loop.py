@@ -33,10 +33,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     tuple(_edits(file.source, loop, form)),
                     requires=stack.requirement(),
                 )
-    for left in facts.stacks.left:
-        if left.file is file:
-            line = getattr(left.node, "lineno", 1)
-            yield Finding(RULE.code, line, f"loop kept: {left.reason}", safety=Safety.REPORT)
+    reasons = dict.fromkeys((getattr(x.node, "lineno", 1), x.reason) for x in facts.stacks.left if x.file is file)
+    for line, reason in reasons:
+        yield Finding(RULE.code, line, f"loop kept: {reason}", safety=Safety.REPORT)
 
 
 def _edits(source: Source, loop: Loop, form: CallForm) -> Iterator[Edit]:

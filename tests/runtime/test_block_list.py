@@ -49,6 +49,7 @@ def is_a_list() -> None:
     assert len(blocks) == 7 and all(isinstance(b, bmt.Block) for b in blocks)
     assert list(blocks.state_dict())[:2] == ["0.weight", "0.bias"]
     assert len(bmt.TransformerBlockList(nn.Linear(2, 2) for _ in range(2))) == 2
+    assert bmt.TransformerBlockList([None, nn.Linear(2, 2)])[0] is None  # type: ignore[list-item]
     empty = bmt.TransformerBlockList([])
     assert len(empty) == 0 and torch.equal(empty(x), x)
 
