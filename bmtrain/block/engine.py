@@ -196,7 +196,8 @@ class Engine:
         try:
             yield
         finally:
-            if unit.uses() == uses and unit in pinned:
+            # Fewer when the transport's thread still held the buffers at first, which it may on some ranks only.
+            if unit.uses() <= uses and unit in pinned:
                 pinned.remove(unit)
                 unit.pins -= 1
 
