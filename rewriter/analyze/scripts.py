@@ -18,6 +18,7 @@ SEEDS = {
 }  # fmt: skip
 _NEEDS = {"torch.save", "torch.utils.data.DataLoader", "torch.multiprocessing.spawn", "torch.amp.GradScaler"}
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
+_SHARING = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
 _TRAINS = re.compile(rb"\.backward\(")
 
 
@@ -129,8 +130,7 @@ class Scripts:
     @cached_property
     def shares_data(self) -> bool:
         """Whether anything in the training files is known to give ranks other data, or can be made to."""
-        known = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
-        return any(mark in file.source.data for file in self.training for mark in known)
+        return any(mark in file.source.data for file in self.training for mark in _SHARING)
 
     def is_parallel(self, file: File) -> bool:
         """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
@@ -206,8 +206,6 @@ class Scripts:
                         self._steps[node] = True
         return self._steps[node]
 
-    # Needs -----------------------------------------------------------------------------------------------------
-
     def needs_init(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
         roles = self.roles[file]
@@ -249,8 +247,6 @@ class Scripts:
             self._needs[node] = False
             self._needs[node] = any(self.needs_init(file, statement) for statement in node.body)
         return self._needs[node]
-
-    # Guards ----------------------------------------------------------------------------------------------------
 
     def opened_guards(self, file: File) -> dict[ast.If, Guard]:
         """Rank guards with a collective inside: every rank must enter them."""
