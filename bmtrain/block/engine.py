@@ -185,19 +185,19 @@ class Engine:
     def opened(self, unit: ShardUnit) -> Iterator[None]:
         """Whole units for as long as a loop of the running forward has the unit's module in hand.
 
-        A view of a parameter that outlives the loop's turn keeps the unit whole until the forward ends.
+        A view of a parameter may outlive the loop's turn.  On a GPU, where buffers are used again, it keeps the unit
+        whole until the forward ends; on a CPU it keeps the memory by itself.
         """
         if self.idle or not unit.moves:
             yield
             return
-        pinned = self._pins.innermost
+        pinned, reused = self._pins.innermost, self.ctx.device.is_cuda
         with self.on_demand([unit]):
-            uses = unit.uses()
+            uses = unit.uses() if reused else 0
         try:
             yield
         finally:
-            # Fewer when the transport's thread still held the buffers at first, which it may on some ranks only.
-            if unit.uses() <= uses and unit in pinned:
+            if unit in pinned and not (reused and unit.uses() > uses):
                 pinned.remove(unit)
                 unit.pins -= 1
 

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.context import context
 
 DEPTH = 5
 WORLDS = [1, 2]
@@ -70,7 +71,8 @@ def pairs_are_released() -> None:
     assert max(model.whole) <= 2 and model.whole[-1] >= 1
     kept = build(models.sharded(), "views")
     kept(oracle.inputs(0))
-    assert kept.whole[-1] == DEPTH  # their parameters are still looked at
+    # Their parameters are still looked at; where buffers are used again they must stay.
+    assert kept.whole[-1] == DEPTH if context().device.is_cuda else max(kept.whole) <= 2
 
 
 def test_pairs_are_released() -> None:
