@@ -4,7 +4,8 @@ What: ``get_rank``, ``get_world_size``, ``barrier``, ``is_initialized`` and in-p
 ``init_process_group`` and ``destroy_process_group`` go.
 Why: bmtrain has its own communicators and needs no process group.
 Refuses when: the project uses other collectives of torch.distributed, or groups: then the process group stays beside
-bmtrain's communicators. ``mp.spawn`` starts its own processes; start the script with torchrun instead.
+bmtrain's communicators. ``mp.spawn`` starts its own processes; start the script with torchrun instead. A script that
+reduces gradients itself would do it twice.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if name == "torch.multiprocessing.spawn":
             message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT, stop=True)
+        elif name == "torch.distributed.all_reduce" and _is_gradient(call):
+            message = "gradients are averaged by hand; bmtrain's are means over the ranks already: take these lines out"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT, stop=True)
     distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}
     others = [call for call, name in distributed.items() if not _known(file, facts, call, name)]
     for call in others:
@@ -48,6 +52,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call, name in distributed.items():
         if call not in others and not (others and name in _GROUP):
             yield from _call(file, facts, call, name)
+
+
+def _is_gradient(call: ast.Call) -> bool:
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return any(isinstance(node, ast.Attribute) and node.attr == "grad" for a in arguments for node in ast.walk(a))
 
 
 def _known(file: File, facts: Facts, call: ast.Call, name: str) -> bool:
@@ -118,6 +127,19 @@ optim_manager.backward(model(x).mean())
 count = torch.ones(1) * bmt.rank()
 count.copy_(bmt.distributed.all_reduce(count, op="sum"))
 bmt.synchronize()
+""",
+        ),
+        Example(
+            """import torch
+import torch.distributed as dist
+
+dist.init_process_group("nccl")
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model(x).mean().backward()
+for parameter in model.parameters():
+    dist.all_reduce(parameter.grad)
+optimizer.step()
 """,
         ),
     ),
