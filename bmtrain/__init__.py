@@ -1,6 +1,24 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import benchmark, debug, distributed, init, inspect, loss, lr_scheduler, nccl, nn, optim, store, utils
+from . import (
+    benchmark,
+    block_layer,
+    debug,
+    distributed,
+    init,
+    inspect,
+    layer,
+    loss,
+    lr_scheduler,
+    nccl,
+    nn,
+    optim,
+    param_init,
+    parameter,
+    store,
+    utils,
+    wrapper,
+)
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, rank, shutdown, world_size
@@ -30,6 +48,7 @@ __all__ = [
     "Precision",
     "TransformerBlockList",
     "benchmark",
+    "block_layer",
     "compile",
     "config",
     "debug",
@@ -43,6 +62,7 @@ __all__ = [
     "init_parameters",
     "inspect",
     "is_initialized",
+    "layer",
     "load",
     "load_nccl_pypi",
     "loss",
@@ -51,6 +71,8 @@ __all__ = [
     "nn",
     "optim",
     "optim_step",
+    "param_init",
+    "parameter",
     "print_block",
     "print_dict",
     "print_rank",
@@ -67,6 +89,7 @@ __all__ = [
     "utils",
     "wait_loader",
     "world_size",
+    "wrapper",
 ]
 
 __version__ = "2.0.0.dev0"

@@ -24,6 +24,8 @@ _KNOWN: dict[str, Callable[[Context], Any]] = {
     "topology": lambda here: here.topology,
     "zero_rank": lambda here: here.rank,
     "zero_size": lambda here: here.world_size,
+    "tp_zero_rank": lambda here: here.rank,
+    "tp_zero_size": lambda here: here.world_size,
     "comm": lambda here: here.world,
     "zero_comm": lambda here: here.world,
     "calc_stream": lambda here: here.device.current_stream(),

@@ -19,6 +19,7 @@ TOP_LEVEL = """
     TransformerBlockList benchmark config debug distributed gather_result grouped_parameters init init_distributed
     init_parameters inspect load load_nccl_pypi loss lr_scheduler nccl nn optim optim_step print_block print_dict
     print_rank rank save see_memory store sum_loss synchronize utils wait_loader world_size
+    block_layer layer param_init parameter wrapper
 """
 MODULES = {
     "benchmark": "all_gather reduce_scatter send_recv",
