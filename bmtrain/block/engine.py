@@ -27,6 +27,7 @@ from .trace import Phase, Trace
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
+
 @engine_factory
 class Engine:
     """Gathers along the observed order, reduces as the backward passes, and gathers on demand what was not foreseen."""

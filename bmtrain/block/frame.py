@@ -60,7 +60,7 @@ class Frame:
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
         self.autocast = engine.ctx.device.autocast()
-        self._count = 0
+        self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
         self._again: Callable[[], Any] | None = None
@@ -96,8 +96,8 @@ class Frame:
         if self._plan is not None:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
-        self._count += 1
-        return self._count - 1
+        self._facts.append((tensor.shape, tensor.dtype))
+        return len(self._facts) - 1
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
@@ -119,7 +119,7 @@ class Frame:
             flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
             if flat is None:
                 made[len(made)] = tensor
-                if len(made) == self._count:
+                if len(made) == len(self._facts):
                     raise _Enough
             return None
 
@@ -129,11 +129,12 @@ class Frame:
                 self._again()
         except _Enough:
             pass
-        if len(made) != self._count:
+        if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
-                f"Recomputing {self.units[0].name if self.units else 'a block'} saved {len(made)} tensors where its "
-                f"forward saved {self._count}: the block does not do the same twice, as one that fills a cache it is "
-                "given. Train without the cache (use_cache=False), or use bmt.Block(..., use_checkpoint=False) for it."
+                f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "
+                f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the same "
+                "twice, as one that fills a cache it is given. Train without the cache (use_cache=False), or use "
+                "bmt.Block(..., use_checkpoint=False) for it."
             )
         self._made = made
 

@@ -109,4 +109,3 @@ def _from_rank_0(ctx: Context, state: Any) -> dict[str, Any]:
         else:
             out[key] = kind
     return out
-

@@ -270,9 +270,7 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
                     parameter.grad = None
 
 
-def _check_fits(
-    state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Any], sharded: bool
-) -> None:
+def _check_fits(state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Any], sharded: bool) -> None:
     problems = []
     given = [len(g["params"]) for g in state_dict.get("param_groups", [])]
     wanted = [len(g["params"]) for g in groups]

@@ -62,8 +62,7 @@ def parallel_linear(
 
 
 class OpParallelLinear:
-    """``parallel_linear`` over the tensor-parallel group, under the published name and with its positional arguments.
-    """
+    """``parallel_linear`` over the tensor-parallel group, with the published name and positional arguments."""
 
     @staticmethod
     def apply(

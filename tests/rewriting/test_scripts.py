@@ -368,8 +368,12 @@ def test_a_pickled_model_is_pointed_out(what: str) -> None:
 def test_loaders_of_a_program_that_does_not_train_stay(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(HEAD)
     (tmp_path / "train.py").write_text("from net import Net\nimport torch\n\n" + LOOP)
-    (tmp_path / "data.py").write_text("from torch.utils.data import DataLoader\n\n\ndef load(data):\n    return DataLoader(data)\n")
-    (tmp_path / "use.py").write_text("from data import load\nfrom net import Net\n\nmodel = Net()\nfor x in load([1]):\n    model(x)\n")
+    (tmp_path / "data.py").write_text(
+        "from torch.utils.data import DataLoader\n\n\ndef load(data):\n    return DataLoader(data)\n"
+    )
+    (tmp_path / "use.py").write_text(
+        "from data import load\nfrom net import Net\n\nmodel = Net()\nfor x in load([1]):\n    model(x)\n"
+    )
     paths = sorted(tmp_path.glob("*.py"))
     assert b"shard_loader" not in convert_paths(paths, Options(), [tmp_path])[0].after
     (tmp_path / "train.py").write_text("from net import Net\nfrom data import load\nimport torch\n\n" + LOOP)

@@ -4,7 +4,7 @@
 ``DATA_PARALLEL`` ones are started on two ranks in both forms; the others alone, and converted on two.
 """
 
-HEAD = '''import argparse, copy, json, math, os, random, time
+HEAD = """import argparse, copy, json, math, os, random, time
 import numpy as np
 import torch
 import torch.nn as nn
@@ -39,10 +39,10 @@ def make_data(n, seed):
     return TensorDataset(torch.randn(n, 8, generator=g), torch.randint(0, 3, (n,), generator=g))
 
 
-'''
+"""
 
 ALONE = {
-    "argparse, main, validation, best checkpoint": '''
+    "argparse, main, validation, best checkpoint": """
 def train(args, model, device, train_loader, optimizer, epoch):
     model.train()
     for batch_idx, (data, target) in enumerate(train_loader):
@@ -99,8 +99,8 @@ def main():
 
 if __name__ == '__main__':
     main()
-''',
-    "trainer class with early stopping": '''
+""",
+    "trainer class with early stopping": """
 class Trainer:
     def __init__(self, model, train_loader, val_loader, lr=1e-2, patience=1, device='cpu'):
         self.model = model.to(device)
@@ -156,8 +156,8 @@ if __name__ == "__main__":
     trainer = Trainer(Net(), DataLoader(make_data(16, 0), batch_size=8, shuffle=True), DataLoader(make_data(8, 1), batch_size=4))
     trainer.fit(4)
     model = trainer.model
-''',
-    "accumulation with a schedule and groups": '''
+""",
+    "accumulation with a schedule and groups": """
 def get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_training_steps):
     def lr_lambda(step):
         if step < num_warmup_steps:
@@ -196,8 +196,8 @@ loader = DataLoader(make_data(20, 0), batch_size=4, shuffle=True)
 scheduler = get_cosine_schedule_with_warmup(optimizer, 1, 6)
 for epoch in range(2):
     train(model, loader, optimizer, scheduler)
-''',
-    "mixed precision": '''
+""",
+    "mixed precision": """
 from torch.cuda.amp import GradScaler, autocast
 
 torch.manual_seed(3)
@@ -218,8 +218,8 @@ for epoch in range(3):
         scaler.update()
         print('loss %.5f norm %.4f' % (loss.item(), norm))
 torch.save({'model': model.state_dict(), 'optimizer': optimizer.state_dict()}, 'last.pt')
-''',
-    "phases": '''
+""",
+    "phases": """
 def train_model(model, dataloaders, dataset_sizes, criterion, optimizer, scheduler, num_epochs=2):
     since = time.time()
     best_model_wts = copy.deepcopy(model.state_dict())
@@ -261,8 +261,8 @@ dataset_sizes = {x: len(dataloaders[x].dataset) for x in ['train', 'val']}
 optimizer_ft = torch.optim.SGD(model_ft.parameters(), lr=0.05, momentum=0.9)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer_ft, step_size=1, gamma=0.1)
 model = train_model(model_ft, dataloaders, dataset_sizes, nn.CrossEntropyLoss(), optimizer_ft, scheduler)
-''',
-    "stop and resume": '''
+""",
+    "stop and resume": """
 def save_checkpoint(state, filename='checkpoint.pth.tar'):
     torch.save(state, filename)
 
@@ -301,8 +301,8 @@ def run(resume, epochs):
 if __name__ == '__main__':
     run(None, 2)
     model = run('checkpoint.pth.tar', 4)
-''',
-    "averages in a class": '''
+""",
+    "averages in a class": """
 class EMA:
     def __init__(self, model, decay):
         self.model = model
@@ -350,8 +350,8 @@ ema.apply_shadow()
 with torch.no_grad():
     print('%.5f' % F.cross_entropy(model(torch.ones(4, 8)), torch.tensor([0, 1, 2, 0])).item())
 ema.restore()
-''',
-    "averages of a copy": '''
+""",
+    "averages of a copy": """
 @torch.no_grad()
 def update_ema(ema_model, model, decay=0.9):
     for ema_p, p in zip(ema_model.parameters(), model.parameters()):
@@ -371,8 +371,8 @@ for x, y in DataLoader(make_data(16, 0), batch_size=4):
     optimizer.step()
     update_ema(ema_model, net)
 model = ema_model
-''',
-    "two networks": '''
+""",
+    "two networks": """
 def weights_init(m):
     classname = m.__class__.__name__
     if classname.find('Linear') != -1:
@@ -411,8 +411,8 @@ for epoch in range(2):
         optimizerG.step()
         print('Loss_D: %.4f Loss_G: %.4f' % (errD.item(), errG.item()))
 model = netG
-''',
-    "hand-set learning rates": '''
+""",
+    "hand-set learning rates": """
 max_lr, min_lr, warmup, max_steps = 1e-2, 1e-3, 2, 8
 
 
@@ -452,8 +452,8 @@ for step in range(max_steps):
     optimizer.step()
     if step % 2 == 0:
         print(f"step {step:4d} | loss: {loss.item() * 2:.5f} | lr {lr:.4e} | norm: {norm:.4f}")
-''',
-    "norms of gradients and weights": '''
+""",
+    "norms of gradients and weights": """
 torch.manual_seed(0)
 model = Net()
 for p in model.parameters():
@@ -478,8 +478,8 @@ for x, y in DataLoader(make_data(8, 0), batch_size=4):
     print('weight norm %.5f' % weight_norm)
     for p in model.parameters():
         p.data.clamp_(-0.5, 0.5)
-''',
-    "a penalty on weights": '''
+""",
+    "a penalty on weights": """
 torch.manual_seed(0)
 model = Net()
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -496,8 +496,8 @@ for x, y in DataLoader(make_data(16, 0), batch_size=4):
     loss.backward()
     optimizer.step()
     print('%.5f' % loss.item())
-''',
-    "teacher, freezing, losses in a dict": '''
+""",
+    "teacher, freezing, losses in a dict": """
 torch.manual_seed(0)
 teacher = Net()
 for p in teacher.parameters():
@@ -523,8 +523,8 @@ for epoch in range(2):
         loss.backward()
         optimizer.step()
         print('loss: %.4f' % loss)
-''',
-    "DataParallel and its module": '''
+""",
+    "DataParallel and its module": """
 torch.manual_seed(0)
 model = Net()
 device = torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')
@@ -542,8 +542,8 @@ for i, (inputs, labels) in enumerate(DataLoader(make_data(12, 0), batch_size=4))
     if i % 2 == 0:
         model_to_save = model.module if hasattr(model, 'module') else model
         torch.save(model_to_save.state_dict(), os.path.join('.', 'step_{}.pth'.format(i)))
-''',
-    "an iterable dataset and a generator": '''
+""",
+    "an iterable dataset and a generator": """
 class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         rng = random.Random(5)
@@ -569,8 +569,8 @@ while step < 6:
     opt.zero_grad(); loss.backward(); opt.step()
     step += 1
     if not step % 3: print(step, f'{loss:.5f}')
-''',
-    "gradient penalty": '''
+""",
+    "gradient penalty": """
 torch.manual_seed(0)
 critic = Net(classes=1)
 model = Net(classes=8)
@@ -597,8 +597,8 @@ for step, (real, _) in enumerate(DataLoader(make_data(24, 0), batch_size=4)):
         loss_g.backward()
         opt_g.step()
         print('%.5f' % loss_g.item())
-''',
-    "logs of every kind": '''
+""",
+    "logs of every kind": """
 import csv
 from tqdm import tqdm
 
@@ -652,8 +652,8 @@ np.save('history.npy', np.array(history))
 if min(history) == history[-1]:
     torch.save(model.state_dict(), 'runs/best.pt')
 print(open('log.csv').read() if os.path.exists('log.csv') else '')
-''',
-    "carried state and pretrained vectors": '''
+""",
+    "carried state and pretrained vectors": """
 class RNN(nn.Module):
     def __init__(self, vocab, dim):
         super().__init__()
@@ -687,8 +687,8 @@ for i in range(0, 32, 8):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
     optimizer.step()
     print('| loss {:5.4f} | ppl {:8.3f}'.format(loss.item(), math.exp(loss.item())))
-''',
-    "averaging by torch, compiled": '''
+""",
+    "averaging by torch, compiled": """
 from torch.optim.swa_utils import AveragedModel, SWALR
 
 torch.manual_seed(0)
@@ -705,8 +705,8 @@ for epoch in range(3):
     scheduler.step()
     print(f'{epoch} {loss.item():.5f} {scheduler.get_last_lr()[0]:.5f}')
 model = net._orig_mod
-''',
-    "unfrozen on the way": '''
+""",
+    "unfrozen on the way": """
 torch.manual_seed(0)
 model = Net()
 for p in model.blocks.parameters():
@@ -725,8 +725,8 @@ for epoch in range(4):
         loss.backward()
         optimizer.step()
     print('%d %.5f %d' % (epoch, loss.item(), sum(p.numel() for p in model.parameters() if p.requires_grad)))
-''',
-    "a model's own training step": '''
+""",
+    "a model's own training step": """
 class Task(nn.Module):
     def __init__(self):
         super().__init__()
@@ -762,11 +762,11 @@ def fit(task, loader, lr=1e-2, max_norm=1.0, epochs=2):
 
 torch.manual_seed(0)
 model = fit(Task(), DataLoader(make_data(8, 0), batch_size=4, shuffle=True))
-''',
+""",
 }
 
 DATA_PARALLEL = {
-    "launched by torchrun": '''
+    "launched by torchrun": """
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data.distributed import DistributedSampler
@@ -811,8 +811,8 @@ def main():
 
 if __name__ == "__main__":
     main()
-''',
-    "accumulation, no_sync, evaluation on rank 0": '''
+""",
+    "accumulation, no_sync, evaluation on rank 0": """
 import contextlib
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -850,8 +850,8 @@ for step in range(4):
         print('eval %.5f' % evaluate(ddp_model.module))
         torch.save({'model': ddp_model.module.state_dict(), 'step': step}, 'ckpt.pt')
 dist.barrier()
-''',
-    "averaged losses by the script": '''
+""",
+    "averaged losses by the script": """
 import torch.distributed as dist
 
 
@@ -897,5 +897,5 @@ for epoch in range(2):
     if is_main_process():
         torch.save({'model': model.module.state_dict(), 'epoch': epoch}, f'checkpoint{epoch}.pth')
 model = model.module
-''',
+""",
 }

@@ -83,12 +83,14 @@ def gpt(names: Names, layers: int = 3, width: int = 16, heads: int = 2, vocabula
     class Gpt(names.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
-            self.transformer = nn.ModuleDict({
-                "wte": nn.Embedding(vocabulary, width),
-                "wpe": nn.Embedding(length, width),
-                "h": names.stack([Layer() for _ in range(layers)]),
-                "ln_f": nn.LayerNorm(width),
-            })
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(vocabulary, width),
+                    "wpe": nn.Embedding(length, width),
+                    "h": names.stack([Layer() for _ in range(layers)]),
+                    "ln_f": nn.LayerNorm(width),
+                }
+            )
             self.lm_head = nn.Linear(width, vocabulary, bias=False)
             self.transformer.wte.weight = self.lm_head.weight
             self.apply(self._init_weights)

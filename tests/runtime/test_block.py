@@ -265,6 +265,7 @@ def arguments_and_results() -> None:
         "list": lambda r: r[0],
     }
     for kind, take in unpack.items():
+
         def forward(m: Any, x: torch.Tensor, take: Any = take) -> torch.Tensor:
             for layer in m.layers:
                 x = take(layer(x))
@@ -427,6 +428,7 @@ def test_first_layers_may_be_frozen(world_size: int) -> None:
 
 def users_own_checkpoint() -> None:
     for reentrant in (True, False):
+
         def forward(m: Any, x: torch.Tensor, reentrant: bool = reentrant) -> torch.Tensor:
             x = m.stem(x)
             for layer in m.layers:

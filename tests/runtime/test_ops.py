@@ -101,7 +101,8 @@ def losses_and_results() -> dict[str, object]:
     rank = bmt.rank()
     rows = torch.arange(12.0).view(4, 3)[:, :2]
     return {
-        "number": bmt.sum_loss(1.0 + bmt.rank()), "average": bmt.sum_loss(torch.tensor(float(rank))),
+        "number": bmt.sum_loss(1.0 + bmt.rank()),
+        "average": bmt.sum_loss(torch.tensor(float(rank))),
         "sliced": bmt.gather_result(rows[rank::2]),
         "uneven": bmt.gather_result(torch.full((rank + 1, 2), rank)),
         "scalar": bmt.gather_result(torch.tensor(10 + rank)),

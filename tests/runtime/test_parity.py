@@ -270,5 +270,3 @@ def test_bf16_training_on_gpus_follows_a_bf16_reference(world_size: int, recompu
     if world_size > torch.cuda.device_count():
         pytest.skip(f"needs {world_size} GPUs")
     check_bf16(world_size, "cuda", recompute)
-
-

@@ -65,3 +65,27 @@ def test_lists_of_blocks_that_fill_caches() -> None:
 
 def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
     run_ranks(2, remembering)
+
+
+class Growing(nn.Module):
+    """Adds its keys to those of earlier calls, as self attention with a cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        keys = torch.tanh(self.key(x))
+        cache["key"] = torch.cat([cache["key"], keys]) if "key" in cache else keys
+        return x + (torch.softmax(x @ cache["key"].t(), dim=-1) @ cache["key"])
+
+
+def growing() -> None:
+    block = bmt.Block(Growing(), use_checkpoint=True)
+    loss = block(torch.randn(2, 8, requires_grad=True), _Cache()).sum()
+    with pytest.raises(ConfigurationError, match="other shapes"):
+        loss.backward()
+
+
+def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
+    run_ranks(2, growing)

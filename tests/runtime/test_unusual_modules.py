@@ -172,6 +172,7 @@ def simple(names: models.Names) -> Any:
 
 def batch_norm() -> None:
     """Statistics are a rank's own, as in plain data parallelism; equal inputs give the plain model's."""
+
     def normed() -> nn.Module:
         return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
 
