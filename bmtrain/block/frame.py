@@ -132,8 +132,8 @@ class Frame:
         if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
                 f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "
-                f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the same "
-                "twice, as one that fills a cache it is given. Train without the cache (use_cache=False), or use "
+                f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the "
+                "same twice, as one that fills a cache it is given. Train without the cache (use_cache=False), or use "
                 "bmt.Block(..., use_checkpoint=False) for it."
             )
         self._made = made
