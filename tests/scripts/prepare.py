@@ -11,6 +11,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from tests.beside import make_environment
 from tests.scripts.table import Script
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,7 +21,7 @@ PYTHON = HOME / "venv" / "bin" / "python"
 
 def prepare(script: Script) -> str:
     """Both forms of a script under ``HOME``; returns what the converter said."""
-    _environment()
+    make_environment(HOME / "venv")
     _install(script)
     _unpack(script)
     _make_small(script)
@@ -40,18 +41,6 @@ def converted(script: Script) -> Path:
 def report(script: Script) -> Path:
     """The converter's report, as JSON."""
     return HOME / "converted" / f"{script.name}.json"
-
-
-def _environment() -> None:
-    """An environment that sees this one's torch and can take packages that this one must not have."""
-    if PYTHON.exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
-    import torch
-
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    link = HOME / "venv" / "lib" / version / "site-packages" / "base.pth"
-    link.write_text(str(Path(torch.__file__).parents[1]) + "\n")
 
 
 def _install(script: Script) -> None:

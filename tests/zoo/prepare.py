@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from tests.beside import make_environment
 from tests.zoo.packages import PACKAGES, Package
 
 REPOSITORY = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def prepare(names: list[str], again: bool) -> None:
     Raises:
         UnreachableError: there is no network.
     """
-    _environment()
+    make_environment(HOME / "venv")
     for name in names:
         package = PACKAGES[name]
         _install(package)
@@ -43,18 +44,6 @@ def source(package: Package) -> Path:
 def converted(package: Package) -> Path:
     """The same, converted."""
     return HOME / "converted" / package.name
-
-
-def _environment() -> None:
-    """An environment that sees this one's torch and can take packages that this one must not have."""
-    if PYTHON.exists():
-        return
-    subprocess.run([sys.executable, "-m", "venv", str(HOME / "venv")], check=True)
-    import torch
-
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    link = HOME / "venv" / "lib" / version / "site-packages" / "base.pth"
-    link.write_text(str(Path(torch.__file__).parents[1]) + "\n")
 
 
 def _install(package: Package) -> None:
