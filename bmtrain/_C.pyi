@@ -113,6 +113,7 @@ class _Kernels(ModuleType):
         scale: float,
         clip: int,
         skip: int,
+        remainder: int,
     ) -> None: ...
     @staticmethod
     def sum_of_squares_partials(count: int) -> int: ...

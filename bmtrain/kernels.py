@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 
 from .errors import ConfigurationError
+from .split_float import join, split
 
 try:
     from . import _C
@@ -46,23 +47,28 @@ def adamw_(
     grad_scale: float = 1.0,
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
+    remainder: torch.Tensor | None = None,
 ) -> None:
     """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place.
 
     All tensors are contiguous and have equally many elements.
 
     Args:
-        master, exp_avg, exp_avg_sq: parameters and moments, float32.
+        master, exp_avg, exp_avg_sq: parameters and moments, float32; master is bfloat16 if there is a ``remainder``.
         grad: gradient in float32, float16 or bfloat16; it is multiplied by ``grad_scale`` and ``clip`` and not changed.
         out: receives the new parameters in its own dtype (float32, float16, bfloat16); None for nowhere.
         step: number of this step, from 1.
         clip: one float32 element on the same device, or None for 1.
         skip: one float32 element on the same device; unless it is 0, nothing is changed.
+        remainder: int16; with it master holds fp32 parameters as ``split_float`` does, and ``out`` is None.
     """
-    _check_flat(master, exp_avg, exp_avg_sq, grad, *([] if out is None else [out]))
-    for name, tensor in (("master", master), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        if tensor.dtype != torch.float32:
-            raise ConfigurationError(f"adamw_: {name} must be float32, not {tensor.dtype}.")
+    _check_flat(master, exp_avg, exp_avg_sq, grad, *(t for t in (out, remainder) if t is not None))
+    rests = torch.float32 if remainder is None else torch.bfloat16
+    for name, tensor, dtype in (
+        ("master", master, rests), ("exp_avg", exp_avg, torch.float32), ("exp_avg_sq", exp_avg_sq, torch.float32)
+    ):  # fmt: skip
+        if tensor.dtype != dtype:
+            raise ConfigurationError(f"adamw_: {name} must be {str(dtype)[6:]}, not {tensor.dtype}.")
     decay = 1 - lr * weight_decay
     step_size = lr / (1 - beta1**step)
     correction2_sqrt = (1 - beta2**step) ** 0.5
@@ -74,22 +80,26 @@ def adamw_(
         _C.kernels.adamw(
             *_queue(master), master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
             grad.data_ptr(), _SCALARS[grad.dtype], _address(out), 0 if out is None else _SCALARS[out.dtype],
-            master.numel(), numbers, grad_scale, _address(clip), _address(skip),
+            master.numel(), numbers, grad_scale, _address(clip), _address(skip), _address(remainder),
         )  # fmt: skip
         return
-    changes = [t for t in (master, exp_avg, exp_avg_sq, out) if t is not None]
+    values = master if remainder is None else join(master, remainder)
+    changes = [t for t in (values, exp_avg, exp_avg_sq, out) if t is not None]
     before = [] if skip is None else [t.clone() for t in changes]
     grad = _scaled(grad, grad_scale, clip)
-    master.mul_(decay)
+    values.mul_(decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
-    master.addcdiv_(exp_avg, denominator, value=-step_size)
+    values.addcdiv_(exp_avg, denominator, value=-step_size)
     if out is not None:
-        out.copy_(master)
+        out.copy_(values)
     if skip is not None:
         for tensor, old in zip(changes, before, strict=True):
             tensor.copy_(torch.where(skip != 0, old, tensor))
+    if remainder is not None:
+        for tensor, part in zip((master, remainder), split(values), strict=True):
+            tensor.copy_(part)
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -137,11 +147,6 @@ def accumulate_(total: torch.Tensor, source: torch.Tensor, first: bool) -> None:
         total.copy_(source)
     else:
         total.add_(source)
-
-
-def scale_(tensor: torch.Tensor, factor: float | torch.Tensor) -> None:
-    """``tensor *= factor``; torch's own kernel is already one pass."""
-    tensor.mul_(factor)
 
 
 def cross_entropy_forward(

@@ -12,36 +12,16 @@ from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
+from .adam_state import FlatState
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
-from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat, pieces
+from .pieces import agree_on_touched, all_params, flats_of, gather_flat, pieces
 
 _TORCH_EXTRAS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
     "decoupled_weight_decay": True,
 }  # fmt: skip
 """What torch.optim.AdamW keeps in a group besides; written so that state dicts interchange."""
-
-
-class _FlatState:
-    """Moments, and an fp32 master for low-precision parameters, laid out like the flat shard."""
-
-    def __init__(self, flat: FlatShard, device: torch.device) -> None:
-        self.exp_avg = torch.zeros(flat.shard.numel(), dtype=torch.float32, device=device)
-        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.steps = [0] * len(flat.params)
-        self.master: torch.Tensor | None = None
-        self._version = -1
-        self._device = device
-
-    def master_of(self, flat: FlatShard) -> torch.Tensor:
-        """The fp32 values to update; follows values that were loaded or written since the last step."""
-        if flat.dtype == torch.float32 and flat.shard.device == self._device:
-            return flat.shard
-        flat.keep_writes()
-        self.master = follow(self.master, flat, self._version, self._device)
-        self._version = flat.version
-        return self.master
 
 
 class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
@@ -77,7 +57,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                 raise ConfigurationError(f"AdamOptimizer got {name}={value!r}.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_TORCH_EXTRAS})
         self._hold_steps, self.scale = hold_steps, scale
-        self._states: dict[int, _FlatState] = {}
+        self._states: dict[int, FlatState] = {}
         self._counted: list[tuple[list[int], int]] = []
         self._overflow: Overflow | None = None
         flats_of(all_params(self.param_groups))
@@ -85,11 +65,11 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def _state_device(self, flat: FlatShard) -> torch.device:
         return flat.shard.device
 
-    def _state_of(self, flat: FlatShard) -> _FlatState:
+    def _state_of(self, flat: FlatShard) -> FlatState:
         state = self._states.get(id(flat))
         if state is None:
             flat.unit.is_settled = True
-            state = self._states[id(flat)] = _FlatState(flat, self._state_device(flat))
+            state = self._states[id(flat)] = FlatState(flat, self._state_device(flat))
         return state
 
     @torch.no_grad()
@@ -151,21 +131,21 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
         flat: FlatShard = piece.flat
         state, where = self._state_of(flat), slice(piece.start, piece.end)
-        master = state.master_of(flat)
-        apart = master is not flat.shard
-        direct = apart and master.device == flat.shard.device
+        values, out, remainder = state.operands(flat, where)
         beta1, beta2 = group["betas"]
         factor = unscale.with_factor(flat.gradient.factor)
         skip = None if self._overflow is None else self._overflow.flag
+        device = values.device
+        direct = out is not None and out.device == device
         kernels.adamw_(
-            master[where], state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(master.device),
-            flat.shard[where] if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
+            values, state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(device),
+            out if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
             beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=unscale.on_host, clip=None if factor is None else factor.to(master.device),
-            skip=None if skip is None else skip.to(master.device),
+            grad_scale=unscale.on_host, clip=None if factor is None else factor.to(device),
+            skip=None if skip is None else skip.to(device), remainder=remainder,
         )  # fmt: skip
-        if apart and not direct:
-            flat.shard[where].copy_(master[where])
+        if out is not None and not direct:
+            out.copy_(values)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -227,12 +207,11 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             assert flat is not None
             state = self._state_of(flat)
             state.steps[index] = int(saved["step"])
-            targets = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-            if "master" in saved and flat.dtype != torch.float32:
-                targets["master"] = state.master_of(flat)
-            for name, target in targets.items():
-                value = saved[name] if sharded else flat.local_part(saved[name], index)
-                flat.local(target, index).copy_(value)
+            parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k != "step"}
+            flat.local(state.exp_avg, index).copy_(parts["exp_avg"])
+            flat.local(state.exp_avg_sq, index).copy_(parts["exp_avg_sq"])
+            if "master" in parts and flat.dtype != torch.float32:
+                state.load_master(flat, index, parts["master"])
 
 
 class AdamOffloadOptimizer(AdamOptimizer):

@@ -89,9 +89,11 @@ class _ShardView:
         for parameter in params:
             if raw_grad(parameter) is not None:
                 set_raw_grad(parameter, None)
+            flat, index = parameter._flat, parameter._index
+            assert flat is not None
+            if flat.dtype != flat.gradient.dtype:  # others in this flat shard may be another optimizer's
+                flat.local(flat.shard, index).copy_(flat.local(self._masters[id(flat)][1], index))
         for flat in flats_of(params):
-            if flat.dtype != flat.gradient.dtype:
-                flat.shard.copy_(self._masters[id(flat)][1])
             flat.unit.discard()
             flat.rest()
             flat.forget_writes()

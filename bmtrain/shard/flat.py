@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,7 @@ class FlatShard:
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
         version: grows when values change other than by an optimizer, so that masters can follow.
+        remainder: (S,) int16, what bf16 values leave out of an optimizer's fp32 values (``split_float``).
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FlatShard:
         self.gradient = ShardGradient(self)
         self.touched = [False] * len(self.params)
         self.version = 0
+        self.remainder: torch.Tensor | None = None
         self.autocasts = autocasts
         self.wire = self.dtype
         self.buffer: Buffer | None = None
@@ -137,10 +139,30 @@ class FlatShard:
         start, end, offset = self.layout.local(self.layout.slots[index], self.unit.ctx.rank)
         return whole.reshape(-1)[offset : offset + end - start]
 
+    @property
+    def can_split(self) -> bool:
+        """Whether values may have a remainder: every write to them comes through here."""
+        return self.dtype == torch.bfloat16 and self.unit.ctx.world_size > 1
+
+    def split(self) -> torch.Tensor:
+        """The remainder, zeros at first."""
+        assert self.can_split
+        if self.remainder is None:
+            self.remainder = torch.zeros_like(self.shard, dtype=torch.int16)
+        return self.remainder
+
     def write(self, index: int, whole: torch.Tensor) -> None:
         """Replace parameter ``index`` by ``whole`` (its whole shape, the same on all ranks)."""
         with torch.no_grad():
-            self.local(self.shard, index).copy_(self.local_part(whole, index))
+            self.write_local(index, lambda part: part.copy_(self.local_part(whole, index)))
+
+    def write_local(self, index: int, write: Callable[[torch.Tensor], Any]) -> None:
+        """Let ``write`` change this rank's part of parameter ``index`` in place, on all ranks alike."""
+        part = self.local(self.shard, index)
+        before = None if self.remainder is None else part.clone()
+        write(part)
+        if self.remainder is not None and before is not None:
+            self.local(self.remainder, index).masked_fill_(part != before, 0)
         self.changed()
 
     def keep_whole_values(self) -> None:
@@ -148,11 +170,11 @@ class FlatShard:
         if self.buffer is not None:
             start, end = self.layout.shard_range(self.unit.ctx.rank)
             part = self.buffer.tensor[start:end]
-            if part.dtype == self.shard.dtype:
-                self.shard.copy_(part)
-            else:  # gathered in low precision: take what was written, leave the rest as precise as it is
-                written = part != self.shard.to(part.dtype)
-                self.shard.copy_(torch.where(written, part.to(self.shard.dtype), self.shard))
+            if part.dtype != self.shard.dtype:  # gathered in low precision: what was not written stays as precise
+                part = torch.where(part != self.shard.to(part.dtype), part.to(self.shard.dtype), self.shard)
+            if self.remainder is not None:
+                self.remainder.masked_fill_(part != self.shard, 0)
+            self.shard.copy_(part)
         self.changed(discard=False)
 
     def changed(self, discard: bool = True) -> None:
@@ -190,6 +212,7 @@ class FlatShard:
         """Replace the shard by ``shard``, maybe of another dtype.  Gradients are dropped."""
         assert shard.shape == self.shard.shape
         self.dtype = self.wire = shard.dtype
+        self.remainder = None
         self._arena = self._new_shard()
         self.shard.copy_(shard)
         self.gradient, self.touched, self._poison = ShardGradient(self), [False] * len(self.params), []
@@ -272,23 +295,3 @@ class FlatShard:
         if self.unit.ctx.world_size == 1:
             return self.gradient.settled()[slot.start : slot.end].view(slot.shape)
         return make_poison(slot.shape, self.dtype, self.shard.device)
-
-    def copy_for(self, unit: ShardUnit, memo: dict[int, Any]) -> FlatShard:
-        """A second FlatShard with equal values and new parameters; ``memo`` maps old parameters to new."""
-        made = FlatShard.__new__(FlatShard)
-        made.__dict__.update(self.__dict__)
-        made.unit, made.names = unit, list(self.names)
-        made.touched, made.gradient = [False] * len(self.params), ShardGradient(made)
-        made._arena = made._new_shard()
-        made.shard.copy_(self.shard)
-        made.buffer, made._landing, made._poison, made.params = None, None, [], []
-        for index, old in enumerate(self.params):
-            new = DistributedParameter(
-                make_poison((), self.dtype, self.shard.device), old.requires_grad, old._init_method, old._group
-            )  # fmt: skip
-            new._flat, new._index = made, index
-            memo[id(old)] = new
-            made.params.append(new)
-        made.forget_writes()
-        made.rest()
-        return made

@@ -89,9 +89,8 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     if func is _T.copy_:
         _require_shape(target, args[1])
     with torch.no_grad():
-        shard = flat.local(flat.shard, index)
-        func(shard, *(local(a) for a in args[1:]), **{k: local(v) for k, v in kwargs.items()})
-    flat.changed()
+        others, named = [local(a) for a in args[1:]], {k: local(v) for k, v in kwargs.items()}
+        flat.write_local(index, lambda part: func(part, *others, **named))
     return target
 
 

@@ -11,6 +11,7 @@ import torch
 from ..context import Context
 from ..precision import Precision
 from .arenas import Arenas
+from .copying import copy_flat
 from .flat import FlatShard
 from .parameter import DistributedParameter
 from .pool import Buffer, BufferPool
@@ -240,7 +241,7 @@ class ShardUnit:
         made.index, made.pins, made.open_uses = -1, 0, 0
         made._coming, made.is_whole = [], not self.moves
         made.reduced, made._ready = self.ctx.device.event(), self.ctx.device.event()
-        made.flats = [flat.copy_for(made, memo) for flat in self.flats]
+        made.flats = [copy_flat(flat, made, memo) for flat in self.flats]
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:

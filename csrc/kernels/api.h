@@ -16,10 +16,11 @@ struct Queue {
 };
 
 // AdamW on flat fp32 states.  The gradient is multiplied by scale and, unless null, *clip.  `out` (may be null)
-// receives the new parameters in its own type.  Where *skip (unless null) is not zero, nothing is changed.
-void adamw(const Queue& queue, float* master, float* exp_avg, float* exp_avg_sq, const void* gradient,
+// receives the new parameters in its own type.  Where *skip (unless null) is not zero, nothing is changed.  Unless
+// `remainder` is null, `master` is bf16, the rounding of fp32 parameters, which are that plus the remainder in their bits.
+void adamw(const Queue& queue, void* master, float* exp_avg, float* exp_avg_sq, const void* gradient,
            Scalar gradient_type, void* out, Scalar out_type, int64_t count, const AdamW& adamw, float scale,
-           const float* clip, const float* skip);
+           const float* clip, const float* skip, int16_t* remainder);
 
 // How many partial sums sum_of_squares writes for `count` elements.  It depends on nothing else, and neither does the
 // order of summation.

@@ -23,11 +23,11 @@ T* pointer(Address address) {
 void bind_kernels(py::module_& module) {
     module.def("adamw", [](int device, Address stream, Address master, Address exp_avg, Address exp_avg_sq,
                            Address gradient, int gradient_type, Address out, int out_type, int64_t count,
-                           const AdamW& adamw, float scale, Address clip, Address skip) {
-        kernels::adamw(Queue{device, pointer(stream)}, pointer<float>(master), pointer<float>(exp_avg),
+                           const AdamW& adamw, float scale, Address clip, Address skip, Address remainder) {
+        kernels::adamw(Queue{device, pointer(stream)}, pointer(master), pointer<float>(exp_avg),
                        pointer<float>(exp_avg_sq), pointer(gradient), static_cast<Scalar>(gradient_type), pointer(out),
                        static_cast<Scalar>(out_type), count, adamw, scale, pointer<const float>(clip),
-                       pointer<const float>(skip));
+                       pointer<const float>(skip), pointer<int16_t>(remainder));
     }, Unlocked());
     module.def("sum_of_squares_partials", &kernels::sum_of_squares_partials);
     module.def("sum_of_squares", [](int device, Address stream, Address data, int type, int64_t count,

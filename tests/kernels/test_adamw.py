@@ -7,6 +7,7 @@ import torch
 
 from bmtrain import kernels
 from bmtrain.errors import ConfigurationError
+from bmtrain.split_float import join, split
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 # Torch's CPU square root is not always correctly rounded; after a few steps that shows in this many last places.
@@ -137,6 +138,11 @@ def test_tensors_that_do_not_fit_are_refused(device: torch.device) -> None:
         kernels.adamw_(master[::2], exp_avg[::2], exp_avg_sq[::2], grad[::2], None, step=1, **HYPER)
     with pytest.raises(ConfigurationError, match="master must be float32"):
         kernels.adamw_(master.half(), exp_avg, exp_avg_sq, grad, None, step=1, **HYPER)
+    rounded, remainder = split(master)
+    with pytest.raises(ConfigurationError, match="master must be bfloat16"):
+        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder, **HYPER)
+    with pytest.raises(ConfigurationError, match="equally many"):
+        kernels.adamw_(rounded, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder[:4], **HYPER)
 
 
 @pytest.mark.parametrize("count", [1, 4099])
@@ -158,3 +164,33 @@ def test_a_step_that_is_not_skipped_is_the_same(device: torch.device) -> None:
     kernels.adamw_(*plain, None, step=1, **HYPER)
     for one, other in zip(asked, plain, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("count", SIZES)
+def test_split_parameters_go_the_same_way(
+    device: torch.device, count: int, offset: int, grad_dtype: torch.dtype
+) -> None:
+    master, exp_avg, exp_avg_sq, grad = new_states(count, device, offset)
+    moments = [exp_avg.clone(), exp_avg_sq.clone()]
+    whole = torch.cat([torch.zeros(offset, device=device), master])
+    rounded, remainder = (part[offset:] for part in split(whole))
+    out, clip = torch.empty(count, dtype=torch.bfloat16, device=device), torch.tensor(0.25, device=device)
+    for step in range(1, 6):
+        both = {"step": step, "clip": clip, "grad_scale": 0.5, **HYPER}
+        kernels.adamw_(master, exp_avg, exp_avg_sq, grad.to(grad_dtype), out, **both)
+        kernels.adamw_(rounded, *moments, grad.to(grad_dtype), None, remainder=remainder, **both)
+        grad.mul_(-0.7)
+        assert in_units_of_last_place(join(rounded, remainder), master) <= 1
+        apart = rounded != out  # where the one last place that ties lose has moved another rounding
+        assert apart.sum() <= count * 1e-4
+    assert torch.equal(moments[0], exp_avg) and torch.equal(moments[1], exp_avg_sq)
+
+
+def test_a_skipped_step_changes_no_split_parameters(device: torch.device) -> None:
+    master, *others = new_states(4099, device)
+    rounded, remainder = split(master)
+    skip = torch.ones((), device=device)
+    kernels.adamw_(rounded, *others, None, step=1, skip=skip, remainder=remainder, **HYPER)
+    assert torch.equal(rounded, master.bfloat16()) and torch.equal(remainder, split(master)[1])

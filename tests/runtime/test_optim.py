@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -187,6 +188,104 @@ def masters(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_has_masters(dtype: torch.dtype) -> None:
     run_ranks(2, masters, dtype)
+
+
+def written_and_read() -> None:
+    """Writing some elements of a bfloat16 parameter, however it is done, leaves the digits of the others alone."""
+    for write in (
+        lambda w: w.data.copy_(torch.tensor([[5.0], [1.0], [1.0]], dtype=torch.bfloat16)),
+        lambda w: w.data[0].fill_(5.0),
+    ):
+        model = bmt.BMTrainModelWrapper(nn.Linear(1, 3, bias=False)).bfloat16()
+        with bmt.gathered(model, write=True), torch.no_grad():
+            model.weight.fill_(1.0)
+        optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-5)
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(optimizer)
+        for _ in range(20):
+            manager.zero_grad()
+            manager.backward(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+            manager.step()
+            with bmt.gathered(model):
+                model.weight.data.norm()
+        before = optimizer.state_dict()["state"][0]["master"]
+        assert torch.allclose(before, torch.full((3, 1), 1 - 20e-5), atol=1e-6, rtol=0)
+        with bmt.gathered(model, write=True):
+            assert (model.weight == 1.0).all()
+            write(model.weight)
+        after = optimizer.state_dict()["state"][0]["master"]
+        assert float(after[0]) == 5.0 and torch.equal(after[1:], before[1:])
+        with torch.no_grad():
+            model.weight.mul_(2)
+        doubled = optimizer.state_dict()["state"][0]["master"]
+        assert torch.equal(doubled, torch.tensor([[10.0], [2.0], [2.0]]))
+
+
+def test_writes_leave_the_digits_of_other_elements() -> None:
+    run_ranks(2, written_and_read)
+
+
+def master_is_whole() -> None:
+    """A master that is saved, loaded, and saved again is the same to the bit, and so is a copy of the model."""
+    _, model = make(torch.bfloat16)
+    optimizer = bmt.optim.AdamOptimizer(groups(model), lr=1e-2)
+    managed_steps(model, optimizer, 0, 3)
+    for gather in (True, False):
+        state, weights = optimizer.state_dict(gather=gather), model.state_dict()
+        _, other = make(torch.bfloat16)
+        loaded = bmt.optim.AdamOptimizer(groups(other), lr=1e-2)
+        loaded.load_state_dict(state)
+        again = loaded.state_dict(gather=gather)
+        for number, saved in state["state"].items():
+            assert torch.equal(again["state"][number]["master"], saved["master"])
+        assert all(torch.equal(v, weights[k]) for k, v in other.state_dict().items()), "values follow the master"
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(v, weights[k]) for k, v in copied.state_dict().items())
+    managed_steps(model, optimizer, 3, 1)
+    assert all(torch.equal(v, weights[k]) for k, v in copied.state_dict().items())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_masters_survive_saving(world_size: int) -> None:
+    run_ranks(world_size, master_is_whole)
+
+
+def two_optimizers(dtype: torch.dtype, kind: str) -> None:
+    """One for matrices, one for the rest, in the same blocks: neither undoes the other's steps."""
+    plain, model = make(dtype)
+    masters = [p.detach().float().requires_grad_() for p in plain.parameters()]
+    matrix = [p.dim() >= 2 for p in plain.parameters()]
+
+    def pair(params: list[Any], ours: bool) -> list[Any]:
+        matrices = [p for p, m in zip(params, matrix, strict=True) if m]
+        rest = [p for p, m in zip(params, matrix, strict=True) if not m]
+        adam = bmt.optim.AdamOptimizer if ours and kind == "ours" else torch.optim.AdamW
+        return [adam(matrices, lr=1e-2, weight_decay=0.0), torch.optim.SGD(rest, lr=0.1, momentum=0.9)]
+
+    theirs, manager = pair(masters, False), bmt.optim.OptimManager()
+    for optimizer in pair(list(model.parameters()), True):
+        manager.add_optimizer(optimizer)
+    for step in range(4):
+        plain.zero_grad()
+        oracle.mean(plain(oracle.inputs(step))).backward()
+        for p, master in zip(plain.parameters(), masters, strict=True):
+            master.grad = p.grad.float()
+        for optimizer in theirs:
+            optimizer.step()
+        for p, master in zip(plain.parameters(), masters, strict=True):
+            p.data.copy_(master.data)
+        manager.zero_grad()
+        manager.backward(oracle.mean(model(models.share(oracle.inputs(step)))))
+        manager.step()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for (name, p), value in zip(plain.named_parameters(), model.state_dict().values(), strict=True):
+        oracle.assert_close(value.float(), p.detach().float(), name, tolerance)
+
+
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_optimizers_share_blocks(dtype: torch.dtype, kind: str) -> None:
+    run_ranks(2, two_optimizers, dtype, kind)
 
 
 # ---- states

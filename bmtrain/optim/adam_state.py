@@ -1,0 +1,61 @@
+"""What AdamW keeps of each flat shard."""
+
+from __future__ import annotations
+
+import torch
+
+from ..shard.flat import FlatShard
+from ..split_float import join, split
+from .pieces import follow
+
+
+class FlatState:
+    """Moments, and what makes fp32 masters of low-precision parameters, laid out like the flat shard.
+
+    Where it can, that is the remainder of the bf16 values; else it is a copy in fp32.
+    """
+
+    def __init__(self, flat: FlatShard, device: torch.device) -> None:
+        self.exp_avg = torch.zeros(flat.shard.numel(), dtype=torch.float32, device=device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        self.steps = [0] * len(flat.params)
+        self.master: torch.Tensor | None = None
+        self._version = -1
+        self._device = device
+
+    def splits(self, flat: FlatShard) -> bool:
+        """Whether the masters are ``flat``'s values with their remainder."""
+        return flat.can_split and flat.shard.device == self._device
+
+    def master_of(self, flat: FlatShard) -> torch.Tensor:
+        """The fp32 values; follows values that were loaded or written since the last step.
+
+        To be updated in place, unless they are split.
+        """
+        if flat.dtype == torch.float32 and flat.shard.device == self._device:
+            return flat.shard
+        flat.keep_writes()
+        if self.splits(flat):
+            return join(flat.shard, flat.split())
+        self.master = follow(self.master, flat, self._version, self._device)
+        self._version = flat.version
+        return self.master
+
+    def operands(
+        self, flat: FlatShard, where: slice
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What a step updates in place; in which dtype or on which device else it is wanted; its remainder."""
+        shard = flat.shard[where]
+        if self.splits(flat):
+            flat.keep_writes()
+            return shard, None, flat.split()[where]
+        master = self.master_of(flat)
+        return (shard, None, None) if master is flat.shard else (master[where], shard, None)
+
+    def load_master(self, flat: FlatShard, index: int, values: torch.Tensor) -> None:
+        """Replace this rank's part of one parameter's master, and the parameter by its rounding."""
+        part = flat.local(self.master_of(flat), index)
+        part.copy_(values)
+        flat.write_local(index, lambda shard: shard.copy_(part))
+        if self.splits(flat):
+            flat.local(flat.split(), index).copy_(split(part)[1])
