@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.checkpoints import collapse_checkpoint
 from rewriter.analyze.elements import self_path
+from rewriter.analyze.flow import certain_names, names
 from rewriter.analyze.loops import Loop, stored_names
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import Project
@@ -81,32 +83,38 @@ def _argument_reason(loop: Loop, call: ast.Call, targets: tuple[str, ...]) -> st
     if tuple(carried) != targets:
         return "what is carried from block to block is not what the first arguments are"
     stored = {*targets, loop.element, loop.index, *stored_names(loop.node.body)}
+    own = {"return_hidden_states", "self"} & {keyword.arg for keyword in call.keywords}
+    if own:
+        return f"the list has an argument named {own.pop()} of its own"
+    vararg = loop.function.args.vararg
     for argument in call.args[len(targets) :]:
-        value = argument.value if isinstance(argument, ast.Starred) else argument
-        if not _invariant(value, stored):
-            return "an argument is not the same for every block"
-    for keyword in call.keywords:
-        if keyword.arg in {"return_hidden_states", "self"}:
-            return f"the list has an argument named {keyword.arg} of its own"
-        if not _invariant(keyword.value, stored):
-            return "an argument is not the same for every block"
+        if isinstance(argument, ast.Starred) and (vararg is None or dotted(argument.value) != vararg.arg):
+            return "what is passed with a star may be used up by the first block"
+    values = [*call.args[len(targets) :], *(keyword.value for keyword in call.keywords)]
+    values = [value.value if isinstance(value, ast.Starred) else value for value in values]
+    if not all(_invariant(value, stored, loop) for value in values):
+        return "an argument is not the same for every block"
+    known = certain_names(loop.function, loop.node)
+    if not all(name.id in known for value in values for name in names(value)):
+        return "an argument has perhaps no value when there are no blocks"
     return ""
 
 
-def _invariant(node: ast.expr, stored: set[str]) -> bool:
+def _invariant(node: ast.expr, stored: set[str], loop: Loop) -> bool:
     """Whether evaluating an expression once instead of once a block cannot make a difference."""
     if isinstance(node, ast.Constant):
         return True
     if isinstance(node, ast.Name):
         return node.id not in stored
     if isinstance(node, ast.Attribute):
-        return _invariant(node.value, stored) and isinstance(node.value, (ast.Name, ast.Attribute))
+        # Only the module's own: of another object that is None, or that a block changes, it would differ.
+        return dotted(node) == f"{loop.me}.{node.attr}" and node.attr not in loop.owner.methods
     if isinstance(node, (ast.Tuple, ast.List)):
         # A fresh list a call could be changed by a block; a tuple cannot.
-        return isinstance(node, ast.Tuple) and all(_invariant(item, stored) for item in node.elts)
+        return isinstance(node, ast.Tuple) and all(_invariant(item, stored, loop) for item in node.elts)
     if isinstance(node, ast.UnaryOp):
         return isinstance(node.operand, ast.Constant) or (
-            isinstance(node.op, ast.Not) and _invariant(node.operand, stored)
+            isinstance(node.op, ast.Not) and _invariant(node.operand, stored, loop)
         )
     return False
 
@@ -114,29 +122,33 @@ def _invariant(node: ast.expr, stored: set[str]) -> bool:
 def _escape_reason(loop: Loop) -> str:
     """Whether a name of the loop's header is used after it, or in its body otherwise than allowed."""
     own = {name for name in (loop.element, loop.index) if name}
-    if any(isinstance(node, (ast.Global, ast.Nonlocal)) and own & set(node.names) for node in walk(loop.function)):
+    nodes = list(walk(loop.function))
+    if any(isinstance(node, (ast.Global, ast.Nonlocal)) and own & set(node.names) for node in nodes):
         return "the loop variable outlives the loop"
+    if any(isinstance(node, ast.Call) and dotted(node.func) in {"locals", "eval", "exec"} for node in nodes):
+        return "the function reads its variables by name"
     inside = set(walk(loop.node))
-    rebound = {
-        item
-        for other in walk(loop.function)
-        if isinstance(other, (ast.For, ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp))
-        and other is not loop.node
-        and own <= _bound_by(other)
-        for item in walk(other)
-    }
-    for node in walk(loop.function):
+    rebound = {found for other in nodes if other is not loop.node for found in _rebound(other)}
+    for node in nodes:
         if isinstance(node, ast.Name) and node.id in own and not isinstance(node.ctx, ast.Store):
-            if node not in inside and node not in rebound:
+            if node not in inside and (node.id, node) not in rebound:
                 return "the loop variable is used after the loop"
     uses = sum(1 for s in loop.node.body for n in walk(s) if isinstance(n, ast.Name) and n.id == loop.index)
     allowed = len(list(loop.calls())) if loop.header == "range" else 0
     return "the index is used in the body" if loop.index and uses > allowed else ""
 
 
-def _bound_by(node: ast.AST) -> set[str]:
-    targets = [node.target] if isinstance(node, ast.For) else [g.target for g in getattr(node, "generators", [])]
-    return {item.id for target in targets for item in walk(target) if isinstance(item, ast.Name)}
+def _rebound(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Names that a loop or comprehension gives values of its own, each with all that it means in there."""
+    if isinstance(node, ast.For):
+        targets, inside = [node.target], [item for statement in node.body for item in walk(statement)]
+    elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        first = set(walk(node.generators[0].iter))  # what it runs over is looked up outside
+        targets, inside = [g.target for g in node.generators], [item for item in walk(node) if item not in first]
+    else:
+        return
+    for name in (item.id for target in targets for item in walk(target) if isinstance(item, ast.Name)):
+        yield from ((name, item) for item in inside)
 
 
 def _name(node: ast.expr) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from rewriter.analyze.elements import self_path
+from rewriter.analyze.elements import Function, self_path
 from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import File, Project
+from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Project
 
 
 def collapse_whole(branch: ast.If, path: str, me: str) -> ast.Assign | None:
@@ -61,11 +61,45 @@ def collapse_checkpoint(
 
 
 def is_checkpoint(file: File, call: ast.Call, project: Project) -> bool:
-    """Whether a call is torch's checkpoint or a wrapper of it known by name."""
-    if project.external(file, call.func) in _CHECKPOINTS:
+    """Whether a call is torch's checkpoint, a function around it, or one known by name only."""
+    found = project.resolve(file, call.func)
+    if isinstance(found, External) and found.name in _CHECKPOINTS:
         return True
-    name = (dotted(call.func) or "").split(".")[-1]
-    return name in {"checkpoint", "_gradient_checkpointing_func"}
+    if isinstance(found, FunctionInfo):
+        return _only_checkpoints(found.file, found.node, project)
+    owner, _, name = (dotted(call.func) or "").rpartition(".")
+    if name not in {"checkpoint", "_gradient_checkpointing_func"}:
+        return False
+    holder = file.names.class_of(call) if owner else None
+    method = _method(file.class_info(holder), name, project) if holder is not None else None
+    return method is None or _only_checkpoints(method[0], method[1], project)
+
+
+def _method(info: ClassInfo, name: str, project: Project) -> tuple[File, Function] | None:
+    """A method of a class or of its bases in the project."""
+    if name in info.methods:
+        return info.file, info.methods[name]
+    bases = (project.resolve(info.file, base) for base in info.node.bases)
+    found = (_method(base, name, project) for base in bases if isinstance(base, ClassInfo) and base is not info)
+    return next((method for method in found if method is not None), None)
+
+
+def _only_checkpoints(file: File, function: Function, project: Project) -> bool:
+    """Whether a function does nothing but to call its first argument with the others, by torch's checkpoint perhaps."""
+    given = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+    given = given[1:] if given[:1] == ["self"] else given
+    rest = {*given[1:], *(a.arg for a in (function.args.vararg, function.args.kwarg) if a)}
+    returned = [node.value for node in walk(function) if isinstance(node, ast.Return)]
+    for value in returned:
+        if not isinstance(value, ast.Call) or not given:
+            return False
+        saved = project.external(file, value.func) in _CHECKPOINTS
+        parts = [value.args[0] if saved and value.args else value.func, *value.args[saved:]]
+        names = [part.value if isinstance(part, ast.Starred) else part for part in parts]
+        ids = [part.id if isinstance(part, ast.Name) else "" for part in names]
+        if ids[0] != given[0] or not set(ids[1:]) <= rest:
+            return False
+    return bool(returned)
 
 
 def _pure_test(test: ast.expr) -> bool:

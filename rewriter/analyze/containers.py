@@ -16,6 +16,7 @@ from rewriter.analyze.elements import (
     Form,
     Function,
     appended,
+    dict_values,
     returned_class,
     returns_list,
     self_path,
@@ -75,14 +76,26 @@ class _FunctionScan:
                 yield from self._assigned(node.target, node.value)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 yield from self._registered(node, node.func)
+            elif isinstance(node, ast.Call) and dotted(node.func) == "setattr" and len(node.args) == 3:
+                self._unknown(ast.Attribute(node.args[0], str(getattr(node.args[1], "value", "")), ast.Store()))
 
     def _assigned(self, target: ast.expr, value: ast.expr) -> Iterator[Build]:
-        path = self_path(target, self.me)
-        if path:
-            found = list(self.container(path, value))
-            yield from found
-            part_of_itself = isinstance(value, ast.Subscript) and self_path(value.value, self.me) == path
-            if not found and not part_of_itself and not (isinstance(value, ast.Constant) and value.value is None):
+        path = self_path(target, self.me).removeprefix("_modules.")
+        if isinstance(target, (ast.Tuple, ast.List)):
+            self._unknown(target)
+        elif path:
+            yield from self.container(path, value)
+            for side in (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,):
+                part_of_itself = isinstance(side, ast.Subscript) and self_path(side.value, self.me) == path
+                if not (part_of_itself or (isinstance(side, ast.Constant) and side.value is None)):
+                    if not any(True for _ in self.container(path, side)):
+                        self._unknown(target)
+
+    def _unknown(self, target: ast.expr) -> None:
+        """Note that attributes get something that is not seen to be a container."""
+        for node in walk(target):
+            path = self_path(node, self.me).removeprefix("_modules.")
+            if path:
                 self.containers.note_other(self.owner, path)
 
     def _registered(self, node: ast.Call, func: ast.Attribute) -> Iterator[Build]:
@@ -136,7 +149,7 @@ class _FunctionScan:
             appends = tuple(self._appends(path, local))
             for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
                 inner = value.value if isinstance(value, ast.Starred) else value
-                nodes += self._values(inner) or (self._list_form(inner)[1] if not isinstance(inner, ast.Call) else [])
+                nodes += dict_values(inner) or (self._list_form(inner)[1] if not isinstance(inner, ast.Call) else [])
             nodes += [node for append in appends for node in appended(append)]
             nodes += self._stored_by_key(path, local)
         nodes = [node for node in nodes if isinstance(node, (ast.Call, ast.Name, ast.Subscript, ast.IfExp))]
@@ -148,13 +161,6 @@ class _FunctionScan:
         if isinstance(found, ClassInfo):
             return any(is_container(base) for base in self.containers.classes.external_bases(found))
         return isinstance(found, External) and found.name == "torch.nn.ModuleDict"
-
-    @staticmethod
-    def _values(node: ast.expr) -> list[ast.expr]:
-        """Values of a dict display."""
-        if isinstance(node, ast.DictComp):
-            return [node.value]
-        return list(node.values) if isinstance(node, ast.Dict) else []
 
     def _stored_by_key(self, path: str, local: str) -> Iterator[ast.expr]:
         """Values of ``self.<path>[key] = value``."""

@@ -114,7 +114,7 @@ class Elements:
     def _leaf_kind(self, info: ClassInfo) -> ElementKind:
         """What a subclass of a torch layer or container is: a container that can be called is a block."""
         bases = self.classes.external_bases(info)
-        if "torch.nn.Sequential" in bases:
+        if any(base.split(".")[-1] in {"Sequential", *_TORCH_BLOCKS} for base in bases):
             return "block"
         if any(is_container(base) for base in bases):
             return "block" if self.classes.method(info, "forward") else "container"
@@ -141,6 +141,13 @@ def appended(node: ast.AST) -> list[ast.expr]:
         else:
             found.append(value)
     return found
+
+
+def dict_values(node: ast.expr) -> list[ast.expr]:
+    """Values of a dict display."""
+    if isinstance(node, ast.DictComp):
+        return [node.value]
+    return list(node.values) if isinstance(node, ast.Dict) else []
 
 
 def self_path(node: ast.AST, me: str) -> str:

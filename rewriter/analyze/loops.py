@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from rewriter.analyze.elements import Function, self_path
+from rewriter.analyze.flow import carried, names
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, File
 
@@ -30,7 +32,9 @@ class Loop:
     me: str
 
     def is_element(self, node: ast.AST) -> bool:
-        """Whether an expression is the loop's current member."""
+        """Whether an expression is the loop's current member, or its ``__call__``."""
+        if isinstance(node, ast.Attribute) and node.attr == "__call__":
+            node = node.value
         if isinstance(node, ast.Name):
             return bool(self.element) and node.id == self.element
         if isinstance(node, ast.Subscript) and self.index:
@@ -45,51 +49,84 @@ class Loop:
                     if self.is_element(node.func) or any(self.is_element(argument) for argument in node.args[:1]):
                         yield node
 
+    @cached_property
+    def carried(self) -> set[str]:
+        """Names by which something goes from one member to the next."""
+        return carried(self.node)
+
 
 def find_loops(info: ClassInfo) -> Iterator[Loop]:
     """Every ``for`` over an own container in the methods of a class."""
     for function in info.methods.values():
         arguments = [*function.args.posonlyargs, *function.args.args]
         me = arguments[0].arg if arguments else ""
-        if not me:
+        if not me or any(dotted(item) in {"staticmethod", "classmethod"} for item in function.decorator_list):
             continue
-        aliases = _aliases(function, me)
-        for node in walk(function):
-            if isinstance(node, ast.For):
-                yield from _loops(info, function, node, me, aliases)
+        nodes = list(walk(function))
+        loops = [node for node in nodes if isinstance(node, ast.For)]
+        if loops:
+            aliases = _aliases(nodes, me)
+            foreign = {item for node in nodes if node is not function and _has_own(node, me) for item in walk(node)}
+            for node in loops:
+                if node not in foreign:
+                    yield from _loops(info, function, node, me, aliases)
+
+
+def _has_own(node: ast.AST, me: str) -> bool:
+    """Whether a function within a method has an argument by the name of the method's ``self``."""
+    if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        return False
+    return any(isinstance(item, ast.arg) and item.arg == me for item in walk(node.args))
 
 
 Aliases = dict[str, tuple[str, bool]]
 
 
-def _aliases(function: Function, me: str) -> Aliases:
-    """Local names that stand for one container, ``layers = self.layers``, and whether perhaps for a slice of it."""
+def _aliases(nodes: list[ast.AST], me: str) -> Aliases:
+    """Local names that stand for one container, ``layers = self.layers``, and whether perhaps for a slice of it.
+
+    A name of a slice itself, ``part = slice(0, 2)``, has no path.
+    """
+    given = {node.arg for node in nodes if isinstance(node, ast.arg)}
     stored: dict[str, int] = {}
-    values: dict[str, list[tuple[str, bool]]] = {}
-    for node in walk(function):
+    values: dict[str, list[tuple[str | None, bool]]] = {}
+    for node in nodes:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             stored[node.id] = stored.get(node.id, 0) + 1
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             for value in (node.value.body, node.value.orelse) if isinstance(node.value, ast.IfExp) else (node.value,):
-                sliced = isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice)
-                path = self_path(value.value if isinstance(value, ast.Subscript) and sliced else value, me)
-                values.setdefault(node.targets[0].id, []).append((path, sliced))
+                values.setdefault(node.targets[0].id, []).append(_aliased(value, me))
     found: Aliases = {}
     for name, places in values.items():
-        paths = {path for path, _ in places}
-        if len(paths) == 1 and "" not in paths and stored[name] <= len(places):
-            found[name] = places[0][0], any(sliced for _, sliced in places)
+        paths = {path for path, _ in places if path is not None}
+        if len(paths) == 1 and stored[name] <= len(places) and name not in given:
+            path, sliced = paths.pop(), any(sliced for _, sliced in places)
+            if path or sliced:
+                found[name] = path, sliced
     return found
+
+
+def _aliased(value: ast.expr, me: str) -> tuple[str | None, bool]:
+    """The path that a value stands for, None for no members at all, and whether for a slice of it."""
+    if isinstance(value, (ast.List, ast.Tuple)) and not value.elts:
+        return None, True
+    if isinstance(value, ast.Call):
+        return "", dotted(value.func) == "slice"
+    sliced = isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Slice)
+    path = self_path(value.value if isinstance(value, ast.Subscript) and sliced else value, me)
+    return path, sliced and bool(path)
 
 
 def _loops(info: ClassInfo, function: Function, node: ast.For, me: str, aliases: Aliases) -> Iterator[Loop]:
     """One loop for each container that a ``for`` runs over: several with zip, or an index into parallel lists."""
-    for header, container, element, index in _headers(node, me, aliases):
+    paths = set()
+    for header, container, element, index in (*_headers(node, me, aliases), *_indexed(node, me)):
         path = self_path(container, me)
         if not path and isinstance(container, ast.Name) and container.id in aliases:
             path, sliced = aliases[container.id]
             header = "slice" if sliced and header in {"plain", "enumerate"} else header
-        if path:
+        if path and path not in paths:
+            paths.add(path)
             yield Loop(info.file, info, function, node, path, container, header, element, index, me)
 
 
@@ -105,8 +142,6 @@ def _headers(node: ast.For, me: str, aliases: Aliases) -> Iterator[Found]:
             inner = ast.For(target=target.elts[1], iter=source.args[0], body=node.body, orelse=[])
             for header, container, element, _ in _headers(inner, me, aliases):
                 yield "enumerate" if header == "plain" else header, container, element, _id(target.elts[0])
-        elif function == "range" and isinstance(target, ast.Name):
-            yield from _range_headers(node, target.id, me)
         elif function in {"zip", "zip_longest"} and isinstance(target, (ast.Tuple, ast.List)):
             for item, part in zip(source.args, target.elts, strict=False):
                 inner = ast.For(target=part, iter=item, body=node.body, orelse=[])
@@ -119,26 +154,31 @@ def _headers(node: ast.For, me: str, aliases: Aliases) -> Iterator[Found]:
                 yield "values", source.func.value, _id(target), ""
             elif function == "items" and isinstance(target, ast.Tuple):
                 yield "values", source.func.value, _id(target.elts[-1]), ""
-    elif isinstance(source, ast.Subscript) and isinstance(source.slice, ast.Slice):
+    elif isinstance(source, ast.Subscript) and (
+        isinstance(source.slice, ast.Slice) or aliases.get(dotted(source.slice) or "") == ("", True)
+    ):
         yield "slice" if isinstance(target, ast.Name) else "pairs", source.value, _id(target), ""
     elif self_path(source, me) or (isinstance(source, ast.Name) and source.id in aliases):
         yield "plain" if isinstance(target, ast.Name) else "pairs", source, _id(target), ""
 
 
-def _range_headers(node: ast.For, index: str, me: str) -> Iterator[Found]:
-    """``for i in range(...)`` whose body uses ``self.<path>[i]``, perhaps under a name of its own."""
-    found: dict[str, tuple[ast.expr, str]] = {}
-    for item in (item for statement in node.body for item in walk(statement)):
-        if isinstance(item, ast.Subscript) and dotted(item.slice) == index and self_path(item.value, me):
-            found.setdefault(self_path(item.value, me), (item.value, ""))
-    for statement in node.body:
-        value = statement.value if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
-        if isinstance(statement, ast.Assign) and isinstance(value, ast.Subscript) and dotted(value.slice) == index:
-            path = self_path(value.value, me)
-            if path in found:
-                found[path] = found[path][0], _id(statement.targets[0])
-    for container, name in found.values():
-        yield "range", container, name, index
+def _indexed(node: ast.For, me: str) -> Iterator[Found]:
+    """``for i in range(...)``, or in anything, whose body uses ``self.<path>[i]``, perhaps under a name of its own."""
+    plain = isinstance(node.iter, ast.Call) and dotted(node.iter.func) == "range"
+    inside = [item for statement in node.body for item in walk(statement)]
+    for index in dict.fromkeys(name.id for name in names(node.target)):
+        found: dict[str, tuple[ast.expr, str]] = {}
+        for item in inside:
+            if isinstance(item, ast.Subscript) and dotted(item.slice) == index and self_path(item.value, me):
+                found.setdefault(self_path(item.value, me), (item.value, ""))
+        for statement in node.body:
+            value = statement.value if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+            if isinstance(statement, ast.Assign) and isinstance(value, ast.Subscript) and dotted(value.slice) == index:
+                path = self_path(value.value, me)
+                if path in found:
+                    found[path] = found[path][0], _id(statement.targets[0])
+        for container, name in found.values():
+            yield "range" if plain else "other", container, name, index
 
 
 def _id(node: ast.AST) -> str:
@@ -156,14 +196,13 @@ def stored_names(nodes: list[ast.stmt]) -> set[str]:
 
 
 def is_chain(loop: Loop) -> bool:
-    """Whether something goes into a member's call and comes out of it again."""
-    stored = stored_names(loop.node.body)
+    """Whether what an iteration leaves goes into a member's call in the next one."""
     if loop.header == "pairs":
         return False
     for call in loop.calls():
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-        names = {node.id for argument in arguments for node in walk(argument) if isinstance(node, ast.Name)}
-        if (names & stored) - {loop.element, loop.index}:
+        given = {name.id for argument in arguments for name in names(argument)}
+        if (given & loop.carried) - {loop.element, loop.index}:
             return True
     return False
 

@@ -63,8 +63,9 @@ class Project:
             top = folder
             while (top / "__init__.py").exists() and top.parent != top:
                 top = top.parent
+            above = [parent for parent in top.parents if any(parent.is_relative_to(root) for root in self.roots)]
             self._directories[folder] = tuple(
-                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots)])
+                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots), *above])
             )
         return self._directories[folder]
 
@@ -112,6 +113,16 @@ class Project:
             pass
         self._missing.add(path)
         return None
+
+    def imported(self, file: File) -> set[File]:
+        """The project's files that the imports at the top of a file reach, or take names from."""
+        found: set[File] = set()
+        for bindings in file.names.module.bindings.values():
+            for binding in bindings:
+                reached = self._import(file, binding.value, 0) if isinstance(binding.value, Import) else None
+                if reached is not None and not isinstance(reached, External):
+                    found.add(reached.file)
+        return found
 
     # Names -----------------------------------------------------------------------------------------------------
 

@@ -148,13 +148,13 @@ def _bypass(chains: list[Loop]) -> str:
     for loop in chains:
         for statement in loop.node.body:
             for node in walk(statement):
-                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or not loop.element:
+                if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 called, method = node.func.value, node.func.attr
-                if _SETUP.match(method):
+                if _SETUP.match(method) or method == "__call__":
                     continue
                 if loop.is_element(called):
-                    return f"a loop calls {loop.element}.{method}(...) beside the block"
+                    return f"a loop calls {ast.unparse(called)}.{method}(...) beside the block"
                 if isinstance(called, ast.Attribute) and loop.is_element(called.value):
-                    return f"a loop reaches into the block ({loop.element}.{called.attr}.{method})"
+                    return f"a loop reaches into the block ({ast.unparse(called)}.{method})"
     return ""

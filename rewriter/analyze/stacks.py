@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cached_property
 
 from rewriter.analyze.call_form import CallForm, call_form
+from rewriter.analyze.checkpoints import is_checkpoint
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.containers import Containers
 from rewriter.analyze.elements import Element
@@ -17,7 +19,11 @@ from rewriter.analyze.stack import Left, Stack, reason_against
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
 _NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)
-_CACHE = re.compile(r"(?:^|_)(?:past|cache|kv|incremental_state|inference_params|layer_past|state)s?(?:_|$)", re.I)
+_CACHE = re.compile(r"(?:^|(?<!hidden)_)(?:past|cache|kv|incremental_state|inference_params|state)s?(?:_|$)", re.I)
+# ``model.encoder.layers = nn.ModuleList(...)``, by whoever has the model, and ``setattr(model, "layers", ...)``
+_REPLACED = re.compile(
+    rb"(?:([\w.\[\]]+)\.(\w+)\s*=\s*(?:\w+\.)*(?:ModuleList|Sequential)\()|\bsetattr\(\s*[\w.]+,\s*[\"'](\w+)[\"']"
+)
 
 
 class Stacks:
@@ -126,7 +132,10 @@ class Stacks:
         """Chains over lists that no class of the project is seen to make."""
         seen = {left.node for left in self.left} | {loop.node for stack in self.found for loop in stack.loops}
         for loop in self.loops:
-            if is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
+            called = any(
+                loop.is_element(call.func) or is_checkpoint(loop.file, call, self.project) for call in loop.calls()
+            )
+            if called and is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
                 self.left.append(Left(loop.file, loop.node, f"the list {away}", loop.path))
 
@@ -173,7 +182,20 @@ class Stacks:
         containers = {build.container for build in stack.builds}
         if "torch.nn.Sequential" in containers and len(containers) > 1:
             return f"{stack.path} is sometimes a Sequential"
+        for file in self._replacing.get(stack.path.split(".")[-1].encode(), ()):
+            if file is stack.owner.file or stack.owner.file in self.project.imported(file):
+                return f"{file.path.name} gives {stack.path} of an object something else"
         return ""
+
+    @cached_property
+    def _replacing(self) -> dict[bytes, list[File]]:
+        """The files that replace an attribute of another object by a list of modules, by the attribute's name."""
+        found: dict[bytes, list[File]] = {}
+        for file in self.project:
+            for owner, one, other in _REPLACED.findall(file.source.data):
+                if owner not in (b"self", b"cls"):
+                    found.setdefault(one or other, []).append(file)
+        return found
 
     def _width_reason(self, stack: Stack, form: CallForm, widths: set[int]) -> str:
         width = len(form.targets)
