@@ -71,13 +71,6 @@ def test_a_thousand_small_gradients_are_not_lost(device: torch.device) -> None:
     torch.testing.assert_close(total, source.float() * 1024, rtol=1e-5, atol=0)
 
 
-def test_scale_is_in_place(device: torch.device) -> None:
-    tensor = torch.arange(5.0, device=device)
-    kernels.scale_(tensor, 0.5)
-    kernels.scale_(tensor, torch.tensor(4.0, device=device))
-    assert tensor.tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
-
-
 def test_sizes_must_agree(device: torch.device) -> None:
     with pytest.raises(ConfigurationError, match="equally many"):
         kernels.accumulate_(torch.zeros(4, device=device), torch.zeros(3, device=device), first=True)
