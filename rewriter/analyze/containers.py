@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from functools import cached_property
+from dataclasses import replace
 
 from rewriter.analyze.classes import Classes, is_container
 from rewriter.analyze.elements import (
+    BLOCK_LIST,
     BLOCK_LISTS,
     KEPT,
     Build,
@@ -21,8 +22,12 @@ from rewriter.analyze.elements import (
     returns_list,
     self_path,
 )
+from rewriter.analyze.given import LIST, Loops, given, is_looped, returned
+from rewriter.analyze.locals import Locals
 from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, External, FunctionInfo, Resolved
+from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Resolved
+
+_TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``
 
 
 class Containers:
@@ -32,6 +37,7 @@ class Containers:
         self.classes = classes
         self.project = classes.project
         self.element = Elements(classes).element
+        self.loops = Loops()
         self._cache: dict[ClassInfo, dict[str, list[Build]]] = {}
         self._others: dict[ClassInfo, set[str]] = {}
 
@@ -41,8 +47,11 @@ class Containers:
             found: dict[str, list[Build]] = {}
             self._others[info] = set()
             for function in info.methods.values():
-                for build in _FunctionScan(self, info, function).builds():
+                for build in FunctionScan(self, info, function).builds():
                     found.setdefault(build.path, []).append(build)
+            for path, builds in found.items():  # an attribute is replaced only once
+                if any(build.is_stack_already for build in builds):
+                    found[path] = [replace(b, container=BLOCK_LIST) if b.form == "attribute" else b for b in builds]
             self._cache[info] = found
         return self._cache[info]
 
@@ -55,17 +64,27 @@ class Containers:
         self._others[info].add(path)
 
 
-class _FunctionScan:
+class FunctionScan(Locals):
     """Containers that one method builds."""
 
-    def __init__(self, containers: Containers, owner: ClassInfo, function: Function) -> None:
+    def __init__(
+        self,
+        containers: Containers,
+        owner: ClassInfo,
+        function: Function,
+        file: File | None = None,
+        method: bool = True,
+        depth: int = 0,
+    ) -> None:
+        super().__init__(file or owner.file, function, method)
         self.containers = containers
         self.project = containers.project
         self.owner = owner
-        self.file = owner.file
-        self.function = function
-        arguments = [*function.args.posonlyargs, *function.args.args]
-        self.me = arguments[0].arg if arguments else ""
+        self.depth = depth
+
+    def elsewhere(self, owner: ClassInfo, function: Function, file: File, method: bool) -> FunctionScan:
+        """The same for another function, which makes a list that comes here."""
+        return FunctionScan(self.containers, owner, function, file, method, self.depth + 1)
 
     def builds(self) -> Iterator[Build]:
         for node in walk(self.function):
@@ -80,9 +99,9 @@ class _FunctionScan:
                 self._unknown(ast.Attribute(node.args[0], str(getattr(node.args[1], "value", "")), ast.Store()))
 
     def _assigned(self, target: ast.expr, value: ast.expr) -> Iterator[Build]:
-        path = self_path(target, self.me).removeprefix("_modules.")
+        path = self_path(target, self.me)
         if isinstance(target, (ast.Tuple, ast.List)):
-            self._unknown(target)
+            yield from self._unpacked(target.elts, value)
         elif path:
             yield from self.container(path, value)
             for side in (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,):
@@ -94,9 +113,23 @@ class _FunctionScan:
     def _unknown(self, target: ast.expr) -> None:
         """Note that attributes get something that is not seen to be a container."""
         for node in walk(target):
-            path = self_path(node, self.me).removeprefix("_modules.")
+            path = self_path(node, self.me)
             if path:
                 self.containers.note_other(self.owner, path)
+
+    def _unpacked(self, targets: list[ast.expr], value: ast.expr) -> Iterator[Build]:
+        """``self.up, self.down = self._make()``."""
+        for place, target in enumerate(targets):
+            path = self_path(target, self.me)
+            if path and isinstance(value, ast.Call) and is_looped(self, path):
+                elements = returned(self, value, place, len(targets))
+                if elements is not None:
+                    yield self._build(path, value, "attribute", elements)
+                    continue
+            self._unknown(target)
+
+    def _build(self, path: str, value: ast.expr, form: Form, elements: list[Element]) -> Build:
+        return Build(self.file, self.owner, self.function, path, value, LIST, form, tuple(elements))
 
     def _registered(self, node: ast.Call, func: ast.Attribute) -> Iterator[Build]:
         """``self.add_module("layers", ...)`` and ``self.parts.update({"layers": ...})``."""
@@ -114,8 +147,12 @@ class _FunctionScan:
             yield from self.container(path, value.body)
             yield from self.container(path, value.orelse)
         elif isinstance(value, ast.Name):
-            local = self._locals.get(value.id, [])
-            if len(local) == 1 and isinstance(local[0], ast.Call):
+            local = self.assigned.get(value.id, [])
+            if self.is_given(value.id):
+                elements = given(self, value.id) if is_looped(self, path) else None
+                if elements is not None:
+                    yield self._build(path, value, "given", elements)
+            elif len(local) == 1 and isinstance(local[0], ast.Call):
                 yield from self._call(path, local[0], value.id)
         elif isinstance(value, ast.Call):
             yield from self._call(path, value, "")
@@ -126,11 +163,20 @@ class _FunctionScan:
             yield from self._mapping(path, call)
             yield from self._kept(path, call, local)
         elif name in {"torch.nn.ModuleList", "torch.nn.Sequential"} or name in BLOCK_LISTS:
-            appends = tuple(self._appends(path, local))
+            appends = tuple(self.appends(path, local))
             form, nodes = self._form(call, name)
             nodes += [node for append in appends for node in appended(append)]
-            elements = tuple(self._element(node) for node in nodes)
-            yield Build(self.file, self.owner, self.function, path, call, name, form, elements, appends)
+            elements = [self._element(node) for node in nodes]
+            if (
+                name in BLOCK_LISTS
+                and call.args
+                and isinstance(call.args[0], ast.Name)
+                and self.is_given(call.args[0].id)
+            ):
+                elements += given(self, call.args[0].id) or ()
+            yield Build(self.file, self.owner, self.function, path, call, name, form, tuple(elements), appends)
+        elif name in _TORCH_STACKS and path:
+            yield self._build(f"{path}.layers", call, "attribute", [Element(call, "block")])
         elif self._returns_list(call):
             yield Build(self.file, self.owner, self.function, path, call, "helper", "helper", ())
         else:
@@ -146,12 +192,12 @@ class _FunctionScan:
             if made is not None and self._is_container(made):
                 nodes = [argument.body for argument in call.args if isinstance(argument, ast.Lambda)]
         elif found is not None and self._is_container(found):
-            appends = tuple(self._appends(path, local))
+            appends = tuple(self.appends(path, local))
             for value in [*call.args, *(keyword.value for keyword in call.keywords)]:
                 inner = value.value if isinstance(value, ast.Starred) else value
                 nodes += dict_values(inner) or (self._list_form(inner)[1] if not isinstance(inner, ast.Call) else [])
             nodes += [node for append in appends for node in appended(append)]
-            nodes += self._stored_by_key(path, local)
+            nodes += self.stored_by_key(path, local)
         nodes = [node for node in nodes if isinstance(node, (ast.Call, ast.Name, ast.Subscript, ast.IfExp))]
         if nodes:
             elements = tuple(self._element(node) for node in nodes)
@@ -162,53 +208,37 @@ class _FunctionScan:
             return any(is_container(base) for base in self.containers.classes.external_bases(found))
         return isinstance(found, External) and found.name == "torch.nn.ModuleDict"
 
-    def _stored_by_key(self, path: str, local: str) -> Iterator[ast.expr]:
-        """Values of ``self.<path>[key] = value``."""
-        for node in walk(self.function):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Subscript):
-                owner = node.targets[0].value
-                if self_path(owner, self.me) == path or (local and isinstance(owner, ast.Name) and owner.id == local):
-                    yield node.value
-
     def _element(self, node: ast.expr) -> Element:
         """A member, looked up if it is a local variable that is made anew each time it is added."""
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._defaults:
-            cls = self.project.resolve(self.file, self._defaults[node.func.id])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.defaults:
+            cls = self.project.resolve(self.file, self.defaults[node.func.id])
             return Element(node, "unknown", cls if isinstance(cls, ClassInfo) else None)
-        values = self._locals.get(node.id, []) if isinstance(node, ast.Name) else []
+        values = self.assigned.get(node.id, []) if isinstance(node, ast.Name) else []
         if not values or not all(isinstance(value, (ast.Call, ast.IfExp)) for value in values):
             return self.containers.element(self.file, node)
         assert isinstance(node, ast.Name)
-        if not self._made_anew(node):
+        if not self.made_anew(node):
             return Element(node, "shared")
         found = [self.containers.element(self.file, value) for value in values]
         kinds = {element.kind for element in found}
         cls = next((element.cls for element in found if element.cls is not None), None)
         return Element(node, found[0].kind if len(kinds) == 1 else "unknown", cls)
 
-    def _made_anew(self, node: ast.Name) -> bool:
-        """Whether every loop around the use of a name assigns it too."""
-        names = self.file.names
-        around = [
-            p for p in names.ancestors(node) if isinstance(p, (ast.For, ast.While, ast.ListComp, ast.GeneratorExp))
-        ]
-        stored = [
-            n
-            for n in walk(self.function)
-            if isinstance(n, ast.Name) and n.id == node.id and n.ctx.__class__ is ast.Store
-        ]
-        return all(any(loop in names.ancestors(place) for place in stored) for loop in around)
-
     def _returns_list(self, call: ast.Call) -> bool:
         """Whether a call reaches a helper that returns a ModuleList (``_get_clones(...)``, ``self._make()``)."""
+        found = self.called(call)
+        return found is not None and returns_list(self.project, found[1].file, found[1].node)
+
+    def called(self, call: ast.Call) -> tuple[ClassInfo | None, FunctionInfo] | None:
+        """The function of the project that a call reaches, or the method of this class, with its class."""
         found = self.project.resolve(self.file, call.func)
         if isinstance(found, FunctionInfo):
-            return returns_list(self.project, found.file, found.node)
+            return None, found
         func = call.func
         if isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == self.me:
             method = self.containers.classes.method(self.owner, func.attr)
-            return method is not None and returns_list(self.project, method[0].file, method[1])
-        return False
+            return (method[0], FunctionInfo(method[0].file, method[1])) if method else None
+        return None
 
     def _mapping(self, path: str, node: ast.expr) -> Iterator[Build]:
         """Containers held by name in ``nn.ModuleDict(dict(h=...))`` or ``{"h": ...}``."""
@@ -259,42 +289,8 @@ class _FunctionScan:
 
     def _local_elements(self, name: str) -> Iterator[ast.expr]:
         """Members of a local list that becomes a container."""
-        for value in self._locals.get(name, []):
+        for value in self.assigned.get(name, []):
             if isinstance(value, (ast.List, ast.ListComp)):
                 yield from self._list_form(value)[1]
-        for append in self._appends("", name):
+        for append in self.appends("", name):
             yield from appended(append)
-
-    @cached_property
-    def _defaults(self) -> dict[str, ast.expr]:
-        """Defaults of the method's arguments: ``block_fn=Block``."""
-        arguments = self.function.args
-        positional = [*arguments.posonlyargs, *arguments.args]
-        found = dict(zip([a.arg for a in reversed(positional)], reversed(arguments.defaults), strict=False))
-        found.update((a.arg, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d)
-        return found
-
-    @cached_property
-    def _locals(self) -> dict[str, list[ast.expr]]:
-        found: dict[str, list[ast.expr]] = {}
-        for node in walk(self.function):
-            if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-                found.setdefault(node.targets[0].id, []).append(node.value)
-            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-                found.setdefault(node.target.id, []).append(node.value)
-        return found
-
-    def _appends(self, path: str, local: str) -> Iterator[ast.AST]:
-        for node in walk(self.function):
-            receiver: ast.expr | None = None
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in {"append", "extend", "insert", "add_module"}:
-                    receiver = node.func.value
-            elif isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add):
-                receiver = node.target
-            if receiver is None:
-                continue
-            if (local and isinstance(receiver, ast.Name) and receiver.id == local) or (
-                path and self_path(receiver, self.me) == path
-            ):
-                yield node

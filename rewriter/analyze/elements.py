@@ -10,7 +10,11 @@ from rewriter.analyze.classes import Classes, is_container
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Project, Resolved
 
-Form = Literal["list", "comprehension", "empty", "variable", "helper", "repeated", "kept", "named", "other"]
+Form = Literal[
+    "list", "comprehension", "empty", "variable", "helper", "repeated", "kept", "named", "given", "attribute", "other"
+]
+FROM_ELSEWHERE = {"helper", "other", "given", "attribute"}
+"""Forms of lists whose members are made where they cannot be edited."""
 ElementKind = Literal["block", "wrapped", "leaf", "container", "external", "unknown", "shared", "none"]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 BLOCK_WRAPPERS = {
@@ -19,7 +23,8 @@ BLOCK_WRAPPERS = {
     "bmtrain.block_layer.CheckpointBlock",
     "bmtrain.block.Block",
 }
-BLOCK_LISTS = {"bmtrain.TransformerBlockList", "bmtrain.PipelineTransformerBlockList"}
+BLOCK_LIST = "bmtrain.TransformerBlockList"
+BLOCK_LISTS = {BLOCK_LIST, "bmtrain.PipelineTransformerBlockList"}
 KEPT = "kept"
 """``Build.container`` of a dict, or of a class of its own, that stays what it is while its members become blocks."""
 _TORCH_BLOCKS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
@@ -32,6 +37,7 @@ class Element:
     node: ast.expr
     kind: ElementKind
     cls: ClassInfo | None = None
+    file: File | None = None  # where it is written, if not where the list is
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +161,8 @@ def self_path(node: ast.AST, me: str) -> str:
     parts: list[str] = []
     while True:
         if isinstance(node, ast.Attribute):
-            parts.append(node.attr)
+            if node.attr != "_modules":  # the same members
+                parts.append(node.attr)
             node = node.value
         elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
             if not isinstance(node.slice.value, str):

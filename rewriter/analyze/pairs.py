@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.elements import Build, self_path
+from rewriter.analyze.elements import FROM_ELSEWHERE, Build, self_path
 from rewriter.analyze.loops import Loop
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo
@@ -63,7 +63,7 @@ def _groups(stacks: Stacks, build: Build) -> Iterator[ast.Call]:
 
 def _used_once(stacks: Stacks, loop: Loop, build: Build) -> bool:
     """Whether nothing but the building and this loop touches the list, in subclasses too."""
-    if stacks.classes.descendants(loop.owner) or build.form in {"helper", "other", "repeated"}:
+    if stacks.classes.descendants(loop.owner) or build.form in {*FROM_ELSEWHERE, "repeated"}:
         return False
     allowed = {node for append in build.appends for node in walk(append)} | {loop.container}
     for function in loop.owner.methods.values():

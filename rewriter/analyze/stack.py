@@ -8,12 +8,13 @@ import re
 from dataclasses import dataclass, field
 
 from rewriter.analyze.call_form import CallForm
-from rewriter.analyze.elements import KEPT, Build, self_path
+from rewriter.analyze.elements import FROM_ELSEWHERE, KEPT, Build, self_path
 from rewriter.analyze.loops import Loop, is_chain, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
+SINGLE_LAYERS = "the members are single torch layers, not blocks"
 _MARK = re.compile(r"#\s*bmt:\s*blocks\b")
 _SETUP = re.compile(
     r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|to$|train$|eval$|"
@@ -77,7 +78,7 @@ def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
     elif "container" in kinds:
         return _against_groups(stack)
     elif kinds & {"leaf", "none"} and not blocks:
-        return "the members are single torch layers, not blocks"
+        return SINGLE_LAYERS
     if _is_odd(stack):
         return _is_odd(stack)
     if "none" in kinds:
@@ -109,7 +110,7 @@ def _is_odd(stack: Stack) -> str:
 
 def _against_groups(stack: Stack) -> str:
     """Why a list of groups of modules, such as pairs, is no stack: a group is whole while a loop has it in hand."""
-    if any(build.container != "torch.nn.ModuleList" or build.form in {"helper", "other"} for build in stack.builds):
+    if any(build.container != "torch.nn.ModuleList" or build.form in FROM_ELSEWHERE for build in stack.builds):
         return "the members are groups of modules, not blocks"
     if not any(takes_apart(loop) for loop in stack.loops):
         return "the members are groups of modules, and no loop takes them apart"

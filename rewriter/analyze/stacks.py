@@ -12,10 +12,11 @@ from rewriter.analyze.checkpoints import is_checkpoint
 from rewriter.analyze.classes import Classes
 from rewriter.analyze.containers import Containers
 from rewriter.analyze.elements import Element
-from rewriter.analyze.loops import Loop, find_loops, is_chain
+from rewriter.analyze.given import attributes
+from rewriter.analyze.loops import Loop, is_chain
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File, FunctionInfo, Project
-from rewriter.analyze.stack import Left, Stack, reason_against
+from rewriter.analyze.stack import SINGLE_LAYERS, Left, Stack, reason_against
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
 _NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)
@@ -51,7 +52,7 @@ class Stacks:
                         yield info
 
     def _candidates(self) -> Iterator[Stack]:
-        loops = _Loops()
+        loops = self.containers.loops
         owners: dict[ClassInfo, None] = {}
         for info in list(self._modules()):
             owners[info] = None
@@ -78,7 +79,7 @@ class Stacks:
         for stack in stacks:
             for build in stack.builds:
                 for element in build.elements:
-                    for made in self._made(build.file, element):
+                    for made in self._made(element.file or build.file, element):
                         for part in self._parts(made):
                             inside.setdefault(part, stack)
         kept = []
@@ -137,7 +138,9 @@ class Stacks:
             )
             if called and is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
-                self.left.append(Left(loop.file, loop.node, f"the list {away}", loop.path))
+                single = attributes(self.containers, loop.owner, loop.path) == {"leaf"}
+                reason = SINGLE_LAYERS if single else f"the list {away}"
+                self.left.append(Left(loop.file, loop.node, reason, loop.path))
 
     # Loops -----------------------------------------------------------------------------------------------------
 
@@ -208,14 +211,6 @@ class Stacks:
         if any(build.container == "torch.nn.Sequential" for build in stack.builds) and width != 1:
             return "a Sequential carries one value"
         return ""
-
-
-class _Loops(dict[ClassInfo, list[Loop]]):
-    """The loops of classes, found when first asked for."""
-
-    def __missing__(self, info: ClassInfo) -> list[Loop]:
-        self[info] = list(find_loops(info))
-        return self[info]
 
 
 def _declared_width(call: ast.expr) -> int:

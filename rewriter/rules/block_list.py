@@ -2,7 +2,9 @@
 
 What: the ModuleList (or ``Sequential(*blocks)``) that holds the model's blocks becomes a TransformerBlockList, each
 member a CheckpointBlock. A ModuleDict, a container class of the project or a Sequential with names stays what it is;
-its members become CheckpointBlocks. So do pairs: each is whole while a loop has it in hand.
+its members become CheckpointBlocks. So do pairs: each is whole while a loop has it in hand. A list that a constructor
+is given, that a function returns among other things, or that torch's own encoder makes, becomes one where it is
+assigned.
 Why: a block gathers its parameters just before it runs and releases them after; the list knows what runs next and
 gathers it ahead of time. State-dict keys stay.
 Refuses when: the members are heads, experts, norms or single torch layers; no loop carries anything from member to
@@ -15,7 +17,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.elements import Build, Element
+from rewriter.analyze.elements import FROM_ELSEWHERE, Build, Element
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
 from rewriter.analyze.stack import Stack
@@ -36,25 +38,37 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edit]:
     call, alias = build.call, facts.alias(file)
-    assert isinstance(call, ast.Call)
     width = f", num_hidden={stack.num_hidden}" if stack.num_hidden != 1 else ""
-    if not (stack.use_checkpoint or (all(_can_be_wrapped(element) for element in build.elements) and build.elements)):
-        width += ", use_checkpoint=False"  # for elements that are seen nowhere
+    elsewhere = build.form in FROM_ELSEWHERE and not build.is_stack_already
+    seen = build.elements and all(_can_be_wrapped(element) for element in build.elements)
+    if not stack.use_checkpoint and (elsewhere or not seen):
+        width += ", use_checkpoint=False"
     span = file.source.span(call)
     if not stack.whole:
         for element in build.elements:
             if element.kind == "block" or (build.form == "kept" and element.kind == "unknown"):
                 yield from _wrapped(file, alias, stack, element)
         return
-    if build.form in {"helper", "other"} and not build.is_stack_already:
+    if build.form == "attribute" and elsewhere:
+        yield _replaced(file, alias, build, width)
+        return
+    if elsewhere:
         yield Edit(span, (f"{alias}.TransformerBlockList(", span, f"{width})"), 5)
         return
     if build.is_stack_already:
         return  # the list wraps what it is given
+    assert isinstance(call, ast.Call)
     yield Edit(file.source.span(call.func), (f"{alias}.TransformerBlockList",))
     yield from list_arguments(file, call, width)
     for element in build.elements:
         yield from _element(file, alias, stack, element)
+
+
+def _replaced(file: File, alias: str, build: Build, width: str) -> Edit:
+    """The attribute becomes a list of blocks behind the statement that gives it something else."""
+    statement = next(node for node in file.names.ancestors(build.call) if isinstance(node, ast.stmt))
+    attribute = f"{build.function.args.args[0].arg}.{build.path}"
+    return file.source.insert_after(statement, [f"{attribute} = {alias}.TransformerBlockList({attribute}{width})"])
 
 
 def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:

@@ -15,6 +15,8 @@ from rewriter.analyze.loops import Loop, find_loops, is_chain, is_pairs, stored_
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File, Project
 
+from .corpus_flow import passes_on
+
 CLASSES = {
     "A": "one positional call, whole list",
     "B": "one call with keywords, or with a checkpoint branch",
@@ -79,7 +81,7 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
         else:
             state, reason = "refused", left[node] or "the members are not called as blocks"
         name = loop.file.path.relative_to(folder).as_posix()
-        shape = loop_class(loop, facts.project)
+        shape = loop_class(loop, facts.project) if passes_on(loop) else ""
         if not left[node] and node not in kept and not _is_list_of_modules(facts, loop):
             shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
