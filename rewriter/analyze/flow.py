@@ -14,16 +14,21 @@ _SCOPES = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda
 
 def carried(loop: ast.For) -> set[str]:
     """Names whose value goes from one iteration into the next, and all that an iteration makes of them."""
-    reads = _Reads()
-    reads.block(loop.body, {name.id for name in names(loop.target)})
-    places = reads.stored | {name.id for name in names(loop.target)}
-    found = (reads.early & reads.stored) | _kept_by_containers(loop.body, places)
+    own = {name.id for name in names(loop.target)}
     flows = list(_flows(loop.body))
+    reads = _Reads()
+    reads.block(loop.body, own)
+    found = (reads.early & reads.stored) | _kept_by_containers(loop.body, _made_of(own, flows))
+    return _made_of(found, flows)
+
+
+def _made_of(found: set[str], flows: list[tuple[set[str], set[str]]]) -> set[str]:
+    """Names, and those that assignments give something made of them."""
     while True:
         more = {target for targets, sources in flows if sources & found for target in targets} - found
         if not more:
             return found
-        found |= more
+        found = found | more
 
 
 def certain_names(function: ast.FunctionDef | ast.AsyncFunctionDef, loop: ast.For) -> set[str]:

@@ -16,8 +16,8 @@ from rewriter.analyze.project import ClassInfo, File
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
 SINGLE_LAYERS = "the members are single torch layers, not blocks"
 _MARK = re.compile(r"#\s*bmt:\s*blocks\b")
-_SETUP = re.compile(
-    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|to$|train$|eval$|"
+SETUP = re.compile(
+    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|add_adapter|to$|train$|eval$|"
     r"(?:named_)?(?:parameters|modules|children)$|state_dict$|requires_grad_$|apply$|register_|half$|float$|cuda$|cpu$)"
 )
 
@@ -152,7 +152,7 @@ def _bypass(chains: list[Loop]) -> str:
                 if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 called, method = node.func.value, node.func.attr
-                if _SETUP.match(method) or method == "__call__":
+                if SETUP.match(method) or method == "__call__":
                     continue
                 if loop.is_element(called):
                     return f"a loop calls {ast.unparse(called)}.{method}(...) beside the block"

@@ -11,9 +11,11 @@ from typing import NamedTuple
 from rewriter.analyze.call_form import call_form
 from rewriter.analyze.checkpoints import is_checkpoint
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import Loop, find_loops, is_chain, is_pairs, stored_names
+from rewriter.analyze.flow import names
+from rewriter.analyze.loops import Loop, find_loops, is_chain, is_pairs, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File, Project
+from rewriter.analyze.stack import SETUP
 
 from .corpus_flow import passes_on
 
@@ -82,7 +84,7 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
             state, reason = "refused", left[node] or "the members are not called as blocks"
         name = loop.file.path.relative_to(folder).as_posix()
         shape = loop_class(loop, facts.project) if passes_on(loop) else ""
-        if not left[node] and node not in kept and not _is_list_of_modules(facts, loop):
+        if not left[node] and node not in kept and not (_calls(loop) or _is_list_of_modules(facts, loop)):
             shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
 
@@ -102,52 +104,64 @@ def _all_loops(facts: Facts) -> Iterator[Loop]:
             if facts.classes.is_module(info):
                 found: dict[ast.For, Loop] = {}
                 for loop in find_loops(info):
-                    if loop.node not in found or (is_chain(loop) and not is_chain(found[loop.node])):
+                    if loop.node not in found or _rank(loop) > _rank(found[loop.node]):
                         found[loop.node] = loop
                 yield from found.values()
 
 
+def _rank(loop: Loop) -> int:
+    """How likely a list is the one that a loop is about, of several that it runs over."""
+    if is_pairs(loop) or takes_apart(loop):
+        return 3
+    return is_chain(loop) + _calls(loop) if is_chain(loop) else 0
+
+
+def _calls(loop: Loop) -> bool:
+    """Whether the members themselves are called."""
+    return any(loop.is_element(call.func) for call in loop.calls())
+
+
 def loop_class(loop: Loop, project: Project) -> str:
     """A letter of CLASSES; empty for a loop that carries nothing from member to member."""
-    if is_pairs(loop):
+    if is_pairs(loop) or takes_apart(loop):
         return "F" if _carries(loop, any_call=True) else ""
     if not is_chain(loop):
         return "G" if _carries(loop, any_call=False) else ""
-    if not any(loop.is_element(call.func) or is_checkpoint(loop.file, call, project) for call in loop.calls()):
+    if not _calls(loop) and not any(is_checkpoint(loop.file, call, project) for call in loop.calls()):
         return "G"
     form = call_form(loop, project)
     if not isinstance(form, str):
         return "B" if form.call.keywords or form.checkpoint else "A"
     if loop.header in {"slice", "reversed"}:
         return "D"
-    return "E" if _skips(loop) else "C"
+    calls = set(loop.calls())
+    jumps = (ast.Break, ast.Continue, ast.Return)
+    skips = any(isinstance(node, jumps) for statement in loop.node.body for node in walk(statement))
+    return "E" if skips or not _always(loop.node.body, calls) else "C"
 
 
 def _carries(loop: Loop, any_call: bool) -> bool:
-    """Whether the result of a member's method, or of any call in the body, goes into the next one."""
-    stored = stored_names(loop.node.body)
+    """Whether what is carried goes into a member's method, or a part of it, or into any call in the body."""
     for node in (node for statement in loop.node.body for node in walk(statement)):
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or (isinstance(node.func, ast.Attribute) and SETUP.match(node.func.attr)):
             continue
-        method = isinstance(node.func, ast.Attribute) and loop.is_element(node.func.value)
         given = [*node.args, *(keyword.value for keyword in node.keywords)]
-        names = {item.id for value in given for item in walk(value) if isinstance(item, ast.Name)}
+        part = any(loop.is_element(item) for item in walk(node.func))
         helped = any(loop.is_element(value) for value in given)
-        if (any_call or method or helped) and (names & stored) - {loop.element, loop.index}:
+        used = {name.id for value in given for name in names(value)} - {loop.element, loop.index}
+        if (any_call or part or helped) and used & loop.carried:
             return True
     return False
 
 
-def _skips(loop: Loop) -> bool:
-    """Whether members may be left out: a jump in the body, or a call on one side of a test only."""
-    calls = set(loop.calls())
-    for node in (node for statement in loop.node.body for node in walk(statement)):
-        if isinstance(node, (ast.Break, ast.Continue, ast.Return)):
-            return True
-        if isinstance(node, ast.If):
-            sides = [calls & {item for part in side for item in walk(part)} for side in (node.body, node.orelse)]
-            if bool(sides[0]) != bool(sides[1]) and len(sides[0] | sides[1]) == len(calls):
+def _always(body: list[ast.stmt], calls: set[ast.Call]) -> bool:
+    """Whether some statements call a member whichever way a test in them goes."""
+    for statement in body:
+        if isinstance(statement, ast.If):
+            if _always(statement.body, calls) and _always(statement.orelse, calls):
                 return True
+        elif any(node in calls for node in walk(statement)):
+            return True
     return False
 
 
