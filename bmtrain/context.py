@@ -245,16 +245,18 @@ def _connect(topology: Topology, device: Device, store: Store, timeout: timedelt
     control = gloo("control")
     if topology.world_size == 1 or not device.is_cuda:
         return Context(topology, device, store, gloo("world"), control, gloo("gather"), gloo("reduce"), timeout)
-    from .comm.nccl import NcclCommunicator
+    from .comm.nccl import NcclCommunicator, Policy
+    from .comm.staged import StagedCommunicator
 
-    def nccl(name: str, zero_cta: bool) -> Communicator:
-        args: Any = (store, name, topology.rank, topology.world_size, device.torch_device)
-        return NcclCommunicator(*args, policy="zero" if zero_cta else "default")
+    def nccl(kind: type[NcclCommunicator], name: str, policy: Policy = "default") -> Communicator:
+        place: Any = store, name, topology.rank, topology.world_size, device.torch_device
+        return kind(*place, policy=policy)
 
     # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
     return Context(
-        topology, device, store, nccl("world", False), control, nccl("gather", True), nccl("reduce", False), timeout
-    )
+        topology, device, store, nccl(StagedCommunicator, "world"), control,
+        nccl(NcclCommunicator, "gather", "zero"), nccl(NcclCommunicator, "reduce"), timeout,
+    )  # fmt: skip
 
 
 def _integer(env: os._Environ[str], name: str, default: int) -> int:

@@ -54,6 +54,7 @@ class Engine:
         from .assign import shard_module
 
         self.pools.arenas.collect()
+        self.pools.arenas.watch(module)
         shard_module(self, module)
 
     def collect(self) -> None:

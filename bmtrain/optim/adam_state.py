@@ -41,9 +41,7 @@ class FlatState:
         self._version = flat.version
         return self.master
 
-    def operands(
-        self, flat: FlatShard, where: slice
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def operands(self, flat: FlatShard, where: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What a step updates in place; in which dtype or on which device else it is wanted; its remainder."""
         shard = flat.shard[where]
         if self.splits(flat):

@@ -33,6 +33,7 @@ class Arenas:
         self._shared = ctx.device.is_cuda and ctx.world_size > 1
         self._count = 0
         self._unused: dict[int, tuple[Communicator, torch.Tensor]] = {}
+        self._lost = False
 
     def alloc(self, comm: Communicator, numel: int, dtype: torch.dtype) -> Arena:
         """An uninitialised flat buffer for ``comm``.  Collective."""
@@ -47,11 +48,21 @@ class Arenas:
         number, comm, tensor = what
         self._unused[number] = (comm, tensor)
 
+    def watch(self, module: torch.nn.Module) -> None:
+        """Look for garbage once ``module``, which uses arenas, is gone."""
+        if self._shared:
+            weakref.finalize(module, self._lose)
+
+    def _lose(self) -> None:
+        self._lost = True
+
     def collect(self) -> None:
         """Give back what no rank uses any more.  Collective."""
         if not self._shared or not self._count:
             return
-        gc.collect()
+        if self._lost:  # shards hold each other; and looking for garbage takes a tenth of a second
+            self._lost = False
+            gc.collect()
         unused = torch.zeros(self._count, dtype=torch.uint8)
         unused[list(self._unused)] = 1
         self._ctx.control.all_reduce(unused, "min")

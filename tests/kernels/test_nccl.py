@@ -16,6 +16,7 @@ from ranks import run_ranks
 
 from bmtrain.comm import nccl
 from bmtrain.comm.nccl import NcclCommunicator
+from bmtrain.comm.staged import StagedCommunicator
 from bmtrain.errors import CommunicationError, ConfigurationError, DeviceError
 
 GPUS = torch.cuda.device_count()
@@ -38,11 +39,12 @@ def store() -> dist.Store:
 
 
 @lru_cache
-def communicator(policy: nccl.Policy = "default") -> NcclCommunicator:
+def communicator(policy: nccl.Policy = "default", staged: bool = False) -> NcclCommunicator:
     rank = int(os.environ["RANK"])
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    return NcclCommunicator(store(), f"test-{policy}", rank, int(os.environ["WORLD_SIZE"]), device, policy=policy)
+    kind, name = (StagedCommunicator, "staged") if staged else (NcclCommunicator, f"test-{policy}")
+    return kind(store(), name, rank, int(os.environ["WORLD_SIZE"]), device, policy=policy)
 
 
 def values(rank: int, count: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -63,8 +65,8 @@ def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.cpu().contiguous().view(torch.uint8), b.cpu().contiguous().view(torch.uint8))
 
 
-def check_moves(dtype: torch.dtype) -> None:
-    comm = communicator()
+def check_moves(dtype: torch.dtype, staged: bool = False) -> None:
+    comm = communicator(staged=staged)
     mine = values(comm.rank, COUNT, dtype, comm.device)
     whole = torch.empty(comm.world_size * COUNT, dtype=dtype, device=comm.device)
     comm.all_gather(mine, whole)
@@ -81,8 +83,8 @@ def check_moves(dtype: torch.dtype) -> None:
     assert equal(received, values(previous, COUNT, dtype))
 
 
-def check_reductions(dtype: torch.dtype, ops: list[str]) -> None:
-    comm = communicator()
+def check_reductions(dtype: torch.dtype, ops: list[str], staged: bool = False) -> None:
+    comm = communicator(staged=staged)
     whole_count = comm.world_size * COUNT
     for op in ops:
         tensor = values(comm.rank, COUNT, dtype, comm.device)
@@ -99,14 +101,41 @@ def check_reductions(dtype: torch.dtype, ops: list[str]) -> None:
         assert equal(tensor, reduced(comm.world_size, COUNT, dtype, op) if last else values(comm.rank, COUNT, dtype))
 
 
-def check_bool() -> None:
-    comm = communicator()
+def check_bool(staged: bool = False) -> None:
+    comm = communicator(staged=staged)
     for op, expected in (("sum", torch.any), ("max", torch.any), ("min", torch.all), ("prod", torch.all)):
         tensor = values(comm.rank, COUNT, torch.bool, comm.device)
         comm.all_reduce(tensor, op)  # type: ignore[arg-type]
         stacked = torch.stack([values(rank, COUNT, torch.bool) for rank in range(comm.world_size)])
         assert torch.equal(tensor.cpu(), expected(stacked, dim=0)), op
-    check_moves(torch.bool)
+    check_moves(torch.bool, staged)
+
+
+def check_staged_memory() -> None:
+    """What arrives in several parts is whole, on two streams in turn, and nothing is connected for it."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    communicator().barrier()  # NCCL itself is loaded by now
+    device = torch.device("cuda", rank)
+    comm = StagedCommunicator(store(), "memory", rank, world, device)
+    count = 3_000_001
+    shard = torch.arange(count, dtype=torch.float32, device=device) + rank * 0.25
+    whole = torch.empty(world * count, device=device)
+    torch.cuda.synchronize()
+    free = torch.cuda.mem_get_info()[0]
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    for turn in range(6):
+        with torch.cuda.stream(side if turn % 2 else torch.cuda.default_stream()):
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream() if turn % 2 else side)
+            comm.all_gather(shard, whole)
+            total = torch.full((3,), float(rank + turn), device=device)
+            comm.all_reduce(total)
+        torch.cuda.synchronize()
+        expected = torch.arange(count, dtype=torch.float32).repeat(world, 1) + torch.arange(world).view(-1, 1) * 0.25
+        assert torch.equal(whole.cpu(), expected.flatten())
+        assert total.tolist() == [sum(r + turn for r in range(world))] * 3
+        whole.zero_()
+    assert free - torch.cuda.mem_get_info()[0] < 100 << 20
+    comm.close()
 
 
 def check_windows(policy: nccl.Policy, dtype: torch.dtype, count: int) -> bool:
@@ -284,23 +313,33 @@ def on_gpus(function: Callable[..., Any], *args: object, fresh: bool = False) ->
 
 @pytest.mark.gpu
 @several_gpus
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS + FLOAT8 + ONLY_MOVED)
-def test_moves(dtype: torch.dtype) -> None:
-    on_gpus(check_moves, dtype)
+def test_moves(dtype: torch.dtype, staged: bool) -> None:
+    on_gpus(check_moves, dtype, staged)
 
 
 @pytest.mark.gpu
 @several_gpus
+@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS + FLOAT8)
-def test_reductions(dtype: torch.dtype) -> None:
+def test_reductions(dtype: torch.dtype, staged: bool) -> None:
     ops = ["sum", "max", "min", "prod"] + (["avg"] if dtype in FLOATS and GPUS in (2, 4, 8) else [])
-    on_gpus(check_reductions, dtype, ops)
+    on_gpus(check_reductions, dtype, ops, staged)
 
 
 @pytest.mark.gpu
 @several_gpus
-def test_bool() -> None:
-    on_gpus(check_bool)
+@pytest.mark.parametrize("staged", [False, True])
+def test_bool(staged: bool) -> None:
+    on_gpus(check_bool, staged)
+
+
+@pytest.mark.gpu
+@several_gpus
+@pytest.mark.skipif(GPUS > 1 and nccl.available() and nccl.version() < 22700, reason="needs windows")
+def test_staged_collectives_need_little_memory() -> None:
+    on_gpus(check_staged_memory)
 
 
 @pytest.mark.gpu
