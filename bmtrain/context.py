@@ -54,8 +54,11 @@ class Engine(Protocol):
     def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
         """Whole units for one operation, and for the rest of the forward it is part of."""
 
-    def opened(self, unit: Any) -> AbstractContextManager[None]:
-        """Whole while a loop of the running forward has the unit's module in hand."""
+    def take(self, unit: Any) -> Any:
+        """Make ``unit`` whole until the turn is closed or the running forward ends; None if none runs."""
+
+    def hand(self, holder: torch.nn.Module, unit: Any) -> None:
+        """Make ``unit`` whole until ``holder`` hands out another, or the running forward ends."""
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:

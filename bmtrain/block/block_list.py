@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,7 +25,8 @@ class TransformerBlockList(nn.ModuleList):
 
     ``list(h, a, b, key=c)`` with ``num_hidden=1`` is ``for block in list: h = block(h, a, b, key=c)``; with
     ``num_hidden=2`` it is ``for block in list: h, a = block(h, a, b, key=c)``.  Loops over the list work unchanged.
-    Elements without a forward, such as pairs in a ModuleList, are whole while a loop of a forward has them.
+    Elements without a forward, such as pairs in a ModuleList, are whole while a loop of a forward has them; one that is
+    taken by index is whole until another is taken.
     """
 
     num_hidden = 1
@@ -74,14 +74,20 @@ class TransformerBlockList(nn.ModuleList):
         """Groups of modules are never called themselves: each is whole while the loop has it."""
         for module in modules:
             unit = module.__dict__.get("_bmt_unit") if module is not None else None
-            with context().engine.opened(unit) if unit is not None else nullcontext():
+            turn = context().engine.take(unit) if unit is not None else None
+            try:
                 yield module
+            finally:
+                if turn is not None:
+                    turn.close()
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         if isinstance(part, TransformerBlockList):
             part.num_hidden, part.precision = self.num_hidden, self.precision
             part.use_checkpoint = self.use_checkpoint
+        elif self._groups and part is not None and "_bmt_unit" in part.__dict__:
+            context().engine.hand(self, part.__dict__["_bmt_unit"])
         return part
 
     def _as_block(self, module: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from .memory import RecomputePlan
 from .pins import Pins
 from .residency import Residency
 from .trace import Phase, Trace
+from .turns import Turn
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -42,6 +43,7 @@ class Engine:
         self._next_index = 0
         self._frames: list[Frame] = []
         self._pins = Pins()
+        self._handed: weakref.WeakKeyDictionary[nn.Module, Turn] = weakref.WeakKeyDictionary()
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
@@ -183,25 +185,23 @@ class Engine:
                 self._frames[-1].add(unit)
         yield
 
-    @contextmanager
-    def opened(self, unit: ShardUnit) -> Iterator[None]:
-        """Whole units for as long as a loop of the running forward has the unit's module in hand.
-
-        A view of a parameter may outlive the loop's turn.  On a GPU, where buffers are used again, it keeps the unit
-        whole until the forward ends; on a CPU it keeps the memory by itself.
-        """
+    def take(self, unit: ShardUnit) -> Turn | None:
+        """Make ``unit`` whole for the rest of the running forward, or until the turn is closed; None if none runs."""
         if self.idle or not unit.moves:
-            yield
-            return
-        pinned, reused = self._pins.innermost, self.ctx.device.is_cuda
+            return None
+        pinned = self._pins.innermost
         with self.on_demand([unit]):
-            uses = unit.uses() if reused else 0
-        try:
-            yield
-        finally:
-            if unit in pinned and not (reused and unit.uses() > uses):
-                pinned.remove(unit)
-                unit.pins -= 1
+            return Turn(unit, pinned, unit.uses() if self.ctx.device.is_cuda else None)
+
+    def hand(self, holder: nn.Module, unit: ShardUnit) -> None:
+        """Make ``unit`` whole until ``holder`` hands out another, or the running forward ends."""
+        last = self._handed.get(holder)
+        if last is None or not last.is_open or last.unit is not unit:
+            if last is not None:
+                last.close()
+            turn = self.take(unit)
+            if turn is not None:
+                self._handed[holder] = turn
 
     # -- backward -------------------------------------------------------------------------------------------------
 

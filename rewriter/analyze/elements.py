@@ -27,6 +27,7 @@ BLOCK_LIST = "bmtrain.TransformerBlockList"
 BLOCK_LISTS = {BLOCK_LIST, "bmtrain.PipelineTransformerBlockList"}
 KEPT = "kept"
 """``Build.container`` of a dict, or of a class of its own, that stays what it is while its members become blocks."""
+_MODULE = "torch.nn.Module"
 _TORCH_BLOCKS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
 
 
@@ -84,6 +85,8 @@ class Elements:
             kind = self.classes.kind(found)
             if kind == "leaf":
                 return Element(node, self._leaf_kind(found), found)
+            if self.classes.method(found, "forward") is None and self.classes.external_bases(found) == {_MODULE}:
+                return Element(node, "container", found)  # parts under one name
             return Element(node, "unknown" if kind == "none" else "block", found)
         if isinstance(found, External):
             return self._external_element(file, node, found.name)
@@ -99,7 +102,7 @@ class Elements:
             return Element(node, "unknown")
         if name == "torch.nn.Sequential":
             return Element(node, "block" if node.args else "unknown")
-        if is_container(name) or name == "torch.nn.Module":
+        if is_container(name) or name == _MODULE:
             return Element(node, "container")
         if name.startswith("torch."):
             return Element(node, "block" if name.split(".")[-1] in _TORCH_BLOCKS else "leaf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,11 @@ from rewriter.analyze.elements import Function, self_path
 from rewriter.analyze.flow import carried, names
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, File
+
+SETUP = re.compile(
+    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|add_adapter|to$|train$|eval$|"
+    r"(?:named_)?(?:parameters|modules|children)$|state_dict$|requires_grad_$|apply$|register_|half$|float$|cuda$|cpu$)"
+)
 
 Header = Literal["plain", "enumerate", "range", "zip", "slice", "reversed", "values", "pairs", "other"]
 
@@ -212,12 +218,25 @@ def is_pairs(loop: Loop) -> bool:
 
 
 def takes_apart(loop: Loop) -> bool:
-    """Whether members are unpacked or indexed, ``for attn, ff in ...`` or ``level["up"](x)``: groups of modules."""
+    """Whether members are unpacked, indexed or run in parts: ``for attn, ff in ...``, ``m["up"](x)``, ``m.up(x)``."""
     if is_pairs(loop):
         return any(isinstance(node, ast.Call) for statement in loop.node.body for node in walk(statement))
     for node in (node for statement in loop.node.body for node in walk(statement)):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and loop.is_element(node.value):
             return True
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and loop.is_element(node.func.value):
+        if isinstance(node, ast.Call) and _is_part(loop, node.func):
             return True
+        if isinstance(node, (ast.For, ast.comprehension)):
+            inner = node.iter.args if isinstance(node.iter, ast.Call) else [node.iter]
+            if any(loop.is_element(value) or _is_part(loop, value) for value in inner):
+                return True
     return False
+
+
+def _is_part(loop: Loop, node: ast.AST) -> bool:
+    """Whether an expression is a part of the member, and no method that only sets it up."""
+    if not isinstance(node, (ast.Attribute, ast.Subscript)):
+        return False
+    if isinstance(node, ast.Attribute) and SETUP.match(node.attr):
+        return False
+    return loop.is_element(node.value) or _is_part(loop, node.value)

@@ -9,17 +9,13 @@ from dataclasses import dataclass, field
 
 from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.elements import FROM_ELSEWHERE, KEPT, Build, self_path
-from rewriter.analyze.loops import Loop, is_chain, takes_apart
+from rewriter.analyze.loops import SETUP, Loop, is_chain, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
 SINGLE_LAYERS = "the members are single torch layers, not blocks"
 _MARK = re.compile(r"#\s*bmt:\s*blocks\b")
-SETUP = re.compile(
-    r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|add_adapter|to$|train$|eval$|"
-    r"(?:named_)?(?:parameters|modules|children)$|state_dict$|requires_grad_$|apply$|register_|half$|float$|cuda$|cpu$)"
-)
 
 
 @dataclass(eq=False)
@@ -60,6 +56,13 @@ class Left:
 
 def reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
     """Why a container is not a stack of blocks; empty if it is one."""
+    reason = _reason_against(stack, chosen)
+    if not reason and not stack.whole and any(build.form in {"given", "attribute"} for build in stack.builds):
+        return "the list is made elsewhere, and not of blocks alone"
+    return reason
+
+
+def _reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
     if any(build.container == KEPT for build in stack.builds):
         stack.whole = False
     if any(build.is_stack_already for build in stack.builds):

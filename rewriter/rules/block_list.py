@@ -2,9 +2,9 @@
 
 What: the ModuleList (or ``Sequential(*blocks)``) that holds the model's blocks becomes a TransformerBlockList, each
 member a CheckpointBlock. A ModuleDict, a container class of the project or a Sequential with names stays what it is;
-its members become CheckpointBlocks. So do pairs: each is whole while a loop has it in hand. A list that a constructor
-is given, that a function returns among other things, or that torch's own encoder makes, becomes one where it is
-assigned.
+its members become CheckpointBlocks. So do pairs and namespaces of parts: each is whole while a loop has it in hand. A
+list that a constructor is given, that a function returns among other things, or that torch's own encoder makes, becomes
+one where it is assigned.
 Why: a block gathers its parameters just before it runs and releases them after; the list knows what runs next and
 gathers it ahead of time. State-dict keys stay.
 Refuses when: the members are heads, experts, norms or single torch layers; no loop carries anything from member to

@@ -46,6 +46,7 @@ CALLS = {
     "one of them is given nothing": f"{LIST}\n    return Encoder(layers), Encoder(*depth)",
     "a Python list": "layers = [Layer() for _ in range(depth)]\n    return Encoder(layers)",
     "single torch layers": "return Encoder(nn.ModuleList([nn.Linear(4, 4) for _ in range(depth)]))",
+    "nothing at a place": "return Encoder(nn.ModuleList([Layer(), None]))",
     "it grows afterwards": f"{LIST}\n    model = Encoder(layers)\n    layers.append(Layer())\n    return model",
     "a Sequential": "return Encoder(nn.Sequential(Layer(), Layer()))",
     "one object twice": "layer = Layer()\n    return Encoder(nn.ModuleList([layer for _ in range(depth)]))",
@@ -58,7 +59,8 @@ def text(caller: str, argument: str = "layers", store: str = "self.layers = laye
 
 @pytest.mark.parametrize("caller", CALLS.values(), ids=CALLS.keys())
 def test_stays(caller: str) -> None:
-    assert "TransformerBlockList" not in converted(text(caller))
+    after = converted(text(caller))
+    assert "TransformerBlockList" not in after and "CheckpointBlock" not in after
 
 
 @pytest.mark.parametrize("argument", ["layers=None", "layers: 'nn.ModuleList' = None", "layers: nn.ModuleList | None"])

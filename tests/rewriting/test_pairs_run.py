@@ -63,3 +63,31 @@ def test_outlined_pairs_compute_the_same(build: str, body: str) -> None:
         assert keys == converted_keys
         for one, other in zip(flat(outputs), flat(converted_outputs), strict=True):
             assert torch.equal(one, other)  # type: ignore[arg-type]
+
+
+LEVELS = """self.layers = nn.ModuleList()
+for index in range(depth):
+    level = nn.Module()
+    level.parts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+    if index:
+        level.up = Scale()
+    {add}"""
+LEVEL_LOOPS = [
+    "for level in self.layers:\n    for part in level.parts:\n        x = part(x) + y\n    if hasattr(level, 'up'):\n        x = level.up(x)",
+    "for i in range(len(self.layers)):\n    for j in range(2):\n        x = x + self.layers[i].parts[j](x)",
+    "seen = [x]\nfor i in reversed(range(len(self.layers))):\n    seen.append(self.layers[i].parts[0](seen[-1]))\nx = seen.pop()",
+    "for one, other in zip(self.layers, self.layers[1:]):\n    x = other.parts[0](x) + one.parts[1](y)",
+]
+
+
+@pytest.mark.parametrize("add", ["self.layers.append(level)", "self.layers.insert(0, level)"])
+@pytest.mark.parametrize("loop", LEVEL_LOOPS)
+def test_levels_compute_the_same(loop: str, add: str) -> None:
+    scale = "class Scale(nn.Module):\n    def forward(self, x):\n        return x * 2\n\n\nclass Net("
+    text = PAIRS.format(build=indented(LEVELS.format(add=add), 8), loop=indented(loop, 8)).replace("class Net(", scale)
+    after = converted(text)
+    assert "self.layers = bmt.TransformerBlockList([])" in after
+    (keys, outputs), (converted_keys, converted_outputs) = run(text), run(after)
+    assert keys == converted_keys and not isinstance(outputs, type)
+    for one, other in zip(flat(outputs), flat(converted_outputs), strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]

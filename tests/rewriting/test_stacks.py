@@ -168,7 +168,35 @@ TAKEN_APART = {
     "unpacked with another list": "for (attn, ff), scale in zip(self.layers, (1, 2)):\n    x = ff(attn(x)) * scale",
     "unpacked in the body": "for layer in self.layers:\n    attn, ff = layer\n    x = ff(attn(x))",
     "indexed": "for layer in self.layers:\n    x = layer[1](layer[0](x))",
+    "run one after the other": "for layer in self.layers:\n    for part in layer:\n        x = part(x)",
+    "run with numbers": "for layer in self.layers:\n    for i, part in enumerate(layer):\n        x = part(x) * i",
+    "by two indices": "for i in range(depth):\n    for j in range(2):\n        x = self.layers[i][j](x)",
 }
+LEVELS = """self.layers = nn.ModuleList()
+for _ in range(depth):
+    level = nn.Module()
+    level.up = Layer()
+    level.parts = nn.ModuleList([Layer(), Layer()])
+    {add}"""
+LEVEL_LOOPS = {
+    "members": "for level in self.layers:\n    x = level.up(x)",
+    "indices": "for i in range(depth):\n    x = self.layers[i].parts[0](x)",
+    "parts": "for level in reversed(self.layers):\n    for part in level.parts:\n        x = part(x)",
+}
+
+
+def test_levels_that_are_only_set_up_stay() -> None:
+    levels = LEVELS.format(add="self.layers.append(level)")
+    assert "CheckpointBlock" not in written(levels, "for level in self.layers:\n    level.train(True)")
+    shared = levels.replace("level = nn.Module()", "level = level or nn.Module()")
+    assert "TransformerBlockList" not in written(shared, LEVEL_LOOPS["members"])
+
+
+@pytest.mark.parametrize("loop", LEVEL_LOOPS.values(), ids=LEVEL_LOOPS.keys())
+@pytest.mark.parametrize("add", ["self.layers.append(level)", "self.layers.insert(0, level)"])
+def test_levels(loop: str, add: str) -> None:
+    levels = LEVELS.format(add=add)
+    assert written(levels, loop) == f"{levels.replace('nn.ModuleList()', 'bmt.TransformerBlockList([])')}\n{loop}"
 
 
 @pytest.mark.parametrize("loop", TAKEN_APART.values(), ids=TAKEN_APART.keys())

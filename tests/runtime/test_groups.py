@@ -79,6 +79,71 @@ def test_pairs_are_released() -> None:
     run_ranks(2, pairs_are_released)
 
 
+def levels(names: models.Names, nested: bool = False) -> Any:
+    """Namespaces of parts, taken by index, as in the U-nets of autoencoders; perhaps inside a block."""
+
+    class Net(names.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            made = []
+            for _ in range(DEPTH):
+                level = nn.Module()
+                level.parts = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)])
+                level.norm = nn.LayerNorm(WIDTH)
+                made.append(level)
+            self.layers = names.stack(made)
+            self.whole: list[int] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.whole, seen = [], [x]
+            for i in range(DEPTH):
+                for j in range(2):
+                    x = x + torch.tanh(self.layers[i].parts[j](self.layers[i].norm(x)))
+                x = x * self.layers[i].norm.weight.to(x.dtype)
+                seen.append(x)
+                self.whole.append(count_whole(self.layers))
+            for i in reversed(range(DEPTH)):
+                # Two at once: the first is not in hand any more when its parts are called.
+                before, level = self.layers[i - 1], self.layers[i]
+                x = level.parts[0](x) + before.parts[1](seen.pop())
+            return x
+
+    class Outer(names.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = names.block(Net())
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.net(self.net(x))
+
+    return Outer() if nested else Net()
+
+
+def levels_match() -> None:
+    oracle.matches(levels)
+    oracle.matches(lambda names: levels(names, nested=True))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_levels_compute_the_same(world_size: int) -> None:
+    run_ranks(world_size, levels_match)
+
+
+def levels_are_released() -> None:
+    model = levels(models.sharded())
+    model(oracle.inputs(0)).sum().backward()
+    assert max(model.whole) <= 2 and model.whole[-1] >= 1
+    with torch.no_grad():
+        model(oracle.inputs(0))
+    assert max(model.whole) <= 2
+    assert count_whole(model.layers) == 0
+    assert model.layers[0].norm.weight.shape == (WIDTH,) and count_whole(model.layers) == 0  # outside of a forward
+
+
+def test_levels_are_released() -> None:
+    run_ranks(2, levels_are_released)
+
+
 def pairs_of_an_ordinary_model() -> None:
     model = bmt.BMTrainModelWrapper(build(models.plain()))
     assert isinstance(model.layers, bmt.TransformerBlockList) and len(model.layers[1:]) == DEPTH - 1
