@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
+from rewriter.analyze.source import Source
 from rewriter.rules import RULES
 from rewriter.types import Edit, Finding, Safety, Span
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,8 @@ def _import_edits(file: File, facts: Facts, edits: Iterable[Edit], others: list[
         lines.append("import bmtrain as bmt" if alias == "bmt" else "import bmtrain")
     if not lines:
         return []
-    source, last, body = file.source, _last_import(file.tree), file.tree.body
+    source, body = file.source, file.tree.body
+    last = _last_import(source, body, min((edit.span.start for edit in edits), default=len(source.data)))
     if last is not None:
         return [source.insert_after(last, lines, -50)]
     if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
@@ -146,12 +150,12 @@ def _import_edits(file: File, facts: Facts, edits: Iterable[Edit], others: list[
     return [Edit(Span(0, 0), tuple(line + source.newline for line in lines))]
 
 
-def _last_import(tree: ast.Module) -> ast.stmt | None:
-    """The last import of the block of imports that opens a module, or the first import after other code."""
+def _last_import(source: Source, body: list[ast.stmt], first: int) -> ast.stmt | None:
+    """The last import in front of the first definition and of the first statement with an edit, at byte ``first``."""
     last: ast.stmt | None = None
-    for statement in tree.body:
+    for statement in body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             last = statement
-        elif isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        elif isinstance(statement, _DEFINITIONS) or first < source.span(statement).end:
             break
     return last

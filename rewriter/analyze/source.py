@@ -80,6 +80,13 @@ class Source:
     def code(self, node: ast.expr | ast.stmt | ast.keyword | ast.arg) -> str:
         return self.slice(self.span(node))
 
+    def is_exact(self, node: ast.expr) -> bool:
+        """Whether an expression's position can be trusted: inside f-strings old Pythons report wrong ones."""
+        try:
+            return ast.dump(ast.parse(self.code(node), mode="eval").body) == ast.dump(node)
+        except (SyntaxError, ValueError):
+            return False
+
     def indent(self, node: ast.stmt) -> str:
         """White space before the first statement of the node's line."""
         line = self.data[self._margin(node.lineno) : self.line_end(node.lineno)]

@@ -105,7 +105,15 @@ class Values:
                     if used:
                         return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from self._averaging(node, node.value)
             yield from self._initialisation(node, node.value)
+
+    def _averaging(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
+        """``averaged.update_parameters(model)`` of torch.optim.swa_utils."""
+        match call:
+            case ast.Call(func=ast.Attribute(value=averaged, attr="update_parameters"), args=[model], keywords=[]):
+                if dotted(averaged) is not None and dotted(model) is not None:
+                    yield ValueUse(node, (averaged, model), True)
 
     def _initialisation(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
         """``nn.init.zeros_(model.head.weight)``, ``model.head.weight.data.normal_()``."""

@@ -4,7 +4,8 @@ What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when not
 otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
-Refuses when: the script already calls it; the file is a library that another script runs.
+Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
+script of the project starts is reported.
 """
 
 from __future__ import annotations
@@ -17,23 +18,18 @@ from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.analyze.roles import walk_own
 from rewriter.rules.ddp import varies_by_rank
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
-    block = scripts.entries.get(file)
-    if (
-        block is None
-        or file not in scripts.training
-        or (b"init_distributed" in file.source.data and _present(file, facts))
-    ):
+    if file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
         return
-    first = next((s for s in block if not _is_definition(s) and scripts.needs_init(file, s)), None)
-    if first is None and scripts.drives(file):
-        first = next((s for s in block if not _is_definition(s)), None)
+    first = _first(file, facts)
     if first is None:
+        yield from _without_script(file, facts)
         return
+    block = scripts.entries[file]
     alias = facts.alias(file)
     seed = _seed(file, facts, block)
     if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
@@ -48,6 +44,26 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         argument = f"seed={file.source.code(seed[1].args[0])}"
     edit = file.source.insert_before(first, [f"{alias}.init_distributed({argument})"], rank=-10)
     yield Finding(RULE.code, first.lineno, "the script starts the ranks", (edit,), key="init")
+
+
+def _first(file: File, facts: Facts) -> ast.stmt | None:
+    """The first statement of a script that needs the ranks."""
+    scripts, block = facts.scripts, facts.scripts.entries.get(file, [])
+    statements = [statement for statement in block if not _is_definition(statement)]
+    first = next((s for s in statements if scripts.entry.needs_init(file, s)), None)
+    return statements[0] if first is None and statements and scripts.drives(file) else first
+
+
+def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
+    """A remark on a training loop that no script of the project starts."""
+    scripts = facts.scripts
+    if facts.project.partial or scripts.started or not scripts.trains(file):
+        return
+    if any(file in scripts.reach(entry) and _first(entry, facts) is not None for entry in scripts.entries):
+        return
+    call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
+    message = "no script here starts this training: call bmt.init_distributed() before the model is made"
+    yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
 
 
 def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> str:

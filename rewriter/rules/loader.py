@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import ClassInfo, File, FunctionInfo
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.types import Edit, Example, Finding, Part, Rule, Safety
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
@@ -39,9 +39,45 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             message = "every rank evaluates all of this data, with the same result"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
             continue
+        if _is_other_case(file, facts, node):
+            continue
         span = file.source.span(node)
-        edit = Edit(span, (f"{facts.alias(file)}.shard_loader(", span, ")"), 4)
+        parts: tuple[Part, ...] = (f"{facts.alias(file)}.shard_loader(", span, ")")
+        case = _case(file, node)
+        if case:
+            parts = (*parts, f" if {case} else ", span)
+        edit = Edit(span, parts, 4)
         yield Finding(RULE.code, node.lineno, "every rank takes its share of each batch", (edit,))
+
+
+def _case(file: File, node: ast.Call) -> str:
+    """``x == "train"`` for a loader in ``{x: DataLoader(...) for x in ["train", "val"]}``: not all of them train."""
+    parent = file.names.parents[node]
+    match parent:
+        case ast.DictComp(key=ast.Name(id=name), generators=[ast.comprehension(target=ast.Name(id=bound), iter=over)]):
+            if bound != name or not isinstance(over, (ast.List, ast.Tuple, ast.Set)):
+                return ""
+            keys = [item.value for item in over.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+            evaluated = [key for key in keys if _EVALUATION.search(key) and not re.search("train", key, re.I)]
+            trained = [key for key in keys if key not in evaluated]
+            if evaluated and len(keys) == len(over.elts):
+                quote = '"' if file.source.code(over.elts[0]).startswith('"') else "'"
+                words = [f"{quote}{key}{quote}" for key in trained]
+                return (
+                    f"{name} == {words[0]}" if len(words) == 1 else f"{name} in ({', '.join(words)})" if words else ""
+                )
+    return ""
+
+
+def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:
+    """Whether a loader is the second half of ``bmt.shard_loader(DataLoader(...)) if x == "train" else ...``."""
+    parent = file.names.parents[node]
+    return (
+        isinstance(parent, ast.IfExp)
+        and parent.orelse is node
+        and isinstance(parent.body, ast.Call)
+        and facts.project.external(file, parent.body.func) == "bmtrain.shard_loader"
+    )
 
 
 def _for_evaluation(file: File, facts: Facts, node: ast.Call) -> bool:

@@ -25,7 +25,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     for node in file.nodes:
         for value in (*_read(file, facts, node), *_shown(file, facts, node)):
-            if not facts.scripts.in_kept_guard(file, node) and _faithful(file, value):
+            if not facts.scripts.in_kept_guard(file, node) and file.source.is_exact(value):
                 span = file.source.span(value)
                 edit = Edit(span, (f"{facts.alias(file)}.sum_loss(", span, ")"), 4)
                 line = file.source.line_of(span.start)
@@ -76,14 +76,6 @@ def _is_number(node: ast.expr) -> bool:
         return True
     names = {item.attr if isinstance(item, ast.Attribute) else getattr(item, "id", "") for item in ast.walk(node)}
     return bool(names & {"item", "tolist", "float"})
-
-
-def _faithful(file: File, node: ast.expr) -> bool:
-    """Whether positions can be trusted: inside f-strings old Pythons report wrong ones."""
-    try:
-        return ast.dump(ast.parse(file.source.code(node), mode="eval").body) == ast.dump(node)
-    except (SyntaxError, ValueError):
-        return False
 
 
 RULE = Rule(

@@ -10,7 +10,7 @@ Refuses when: the statement gives a value that later code uses, or only one rank
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted, walk
@@ -28,6 +28,11 @@ _WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
 }  # fmt: skip
+_ALWAYS_RUN = (
+    ast.Expr, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.JoinedStr, ast.FormattedValue, ast.BinOp,
+    ast.Tuple, ast.List, ast.Dict,
+)  # fmt: skip
+"""Nodes that evaluate everything below them, once."""
 _EVERYWHERE = {"print", "super", "set_postfix", "set_description", "update", "set_epoch", "train", "eval", "append"}
 
 
@@ -40,6 +45,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if facts.scripts.in_opened_guard(file, node) or not _writes(file, facts, node):
             continue
+        if saves_only(file, facts, node):
+            continue  # BMT026 sees to it
         if _saves_pretrained(file, facts, node):
             assert isinstance(node, ast.Expr)
             edits = tuple(_with_state(file, facts, node))
@@ -49,7 +56,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         edits = tuple(guard_statement(file, facts, node, outdent=-deeper))
         if edits:
             yield Finding(RULE.code, node.lineno, "one rank writes", edits)
-        elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
+        elif isinstance(node, ast.With):
+            message = "every rank writes this file: what is written needs all ranks"
+            if facts.scripts.collectives.inside(file, node) is not None:
+                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+        elif file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
 
@@ -126,13 +137,17 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
         for statement in (*node.body, *node.orelse):
             yield from guard_statement(file, facts, statement, opened, outdent)
         return
+    if saves_only(file, facts, node):
+        return
     if isinstance(node, ast.With):
         needs = collectives.inside(file, node) is not None
         if needs and opened and not _writes(file, facts, node):
             for statement in node.body:
                 yield from guard_statement(file, facts, statement, opened, outdent)
-        elif not needs and _writes(file, facts, node) and _only_effects(file, node) and file.source.owns_lines(node):
-            yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", [], outdent)
+        elif _writes(file, facts, node) and _only_effects(file, node) and file.source.owns_lines(node):
+            calls = [call for statement in node.body for call in collectives.outermost(file, statement)]
+            if all(_movable(file, node, call) for call in calls):
+                yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", _named(file, calls), outdent)
         return
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
         return
@@ -145,9 +160,64 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
     inner: list[ast.expr] = [call for argument in given for call in collectives.outermost(file, argument)]
     covered = {item for call in inner for item in walk(call)}
     inner += [g for argument in given for g in walk(argument) if g in facts.values(file).gradients and g not in covered]
-    calls = sorted((file.source.span(call) for call in inner), key=lambda span: span.start)
-    hoisted = [(_name(file, number, len(calls)), span) for number, span in enumerate(calls)]
-    yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", hoisted, outdent)
+    if all(file.source.is_exact(item) for item in inner):
+        yield from file.source.wrapped(node, f"{facts.alias(file)}.rank() == 0", _named(file, inner), outdent)
+
+
+def saves_only(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether a block opens a file for one ``torch.save`` and does nothing else."""
+    match node:
+        case ast.With(body=[ast.Expr(value=ast.Call() as call)]):
+            return facts.project.external(file, call.func) == "torch.save" and opened_for(file, call) is not None
+    return False
+
+
+def opened_for(file: File, call: ast.Call) -> tuple[ast.With, ast.expr] | None:
+    """The block and the path of ``with open(path, "wb") as f: torch.save(x, f)``, where it does nothing else."""
+    statement = file.names.parents[call]
+    block = file.names.parents[statement]
+    match block:
+        case ast.With(
+            items=[ast.withitem(ast.Call(func=ast.Name(id="open"), args=[path, *_]), ast.Name(id=name))], body=[only]
+        ):
+            lost = any(line in file.source.comments for line in range(block.lineno, call.lineno))
+            if (
+                only is statement
+                and not lost
+                and len(call.args) == 2
+                and not call.keywords
+                and file.source.owns_lines(block)
+            ):
+                return (block, path) if getattr(call.args[1], "id", "") == name else None
+    return None
+
+
+def writes_by_all(file: File, facts: Facts, node: ast.stmt) -> ast.With | None:
+    """A block in a rank guard that writes a file and cannot be left to one rank when the guard goes."""
+    if isinstance(node, ast.With) and _writes(file, facts, node) and not saves_only(file, facts, node):
+        return node if not any(guard_statement(file, facts, node, opened=True)) else None
+    if isinstance(node, (ast.If, ast.For, ast.While, ast.With)):
+        below = (*node.body, *(() if isinstance(node, ast.With) else node.orelse))
+        return next((found for s in below if (found := writes_by_all(file, facts, s)) is not None), None)
+    return None
+
+
+def _movable(file: File, node: ast.With, call: ast.expr) -> bool:
+    """Whether a block's expression can be computed in front of it: once, always, and from what is there already."""
+    inside = {item for statement in node.body for item in walk(statement)}
+    bound = {item.id for item in walk(node) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    above = [parent for parent in file.names.ancestors(call) if parent in inside]
+    return (
+        all(isinstance(parent, _ALWAYS_RUN) for parent in above)
+        and not any(isinstance(item, ast.Name) and item.id in bound for item in walk(call))
+        and file.source.is_exact(call)
+    )
+
+
+def _named(file: File, values: Sequence[ast.expr]) -> list[tuple[str, Span]]:
+    """New names for expressions, in the order in which they stand."""
+    spans = sorted((file.source.span(value) for value in values), key=lambda span: span.start)
+    return [(_name(file, number, len(spans)), span) for number, span in enumerate(spans)]
 
 
 def _only_effects(file: File, node: ast.With) -> bool:

@@ -16,7 +16,7 @@ from rewriter.analyze.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.rules.output import guard_statement
+from rewriter.rules.output import guard_statement, writes_by_all
 from rewriter.types import Edit, Example, Finding, Part, Rule, Safety, Span
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
@@ -28,7 +28,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for guard in facts.scripts.opened_guards(file).values():
         call = next(c for s in guard.node.body if (c := facts.scripts.collectives.inside(file, s)) is not None)
         what = file.source.code(call.func)
-        reason = _reason_against(file, guard)
+        reason = _reason_against(file, facts, guard)
         if reason:
             message = f"{what}(...) is for all ranks, but {reason}"
             yield Finding(RULE.code, guard.node.lineno, message, safety=Safety.REPORT, stop=True)
@@ -38,7 +38,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     yield from _early_exits(file, facts)
 
 
-def _reason_against(file: File, guard: Guard) -> str:
+def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
     for node in ast.walk(guard.node.test):
         if rank_flags(file).get(dotted(node) or ""):
             return f"{dotted(node)} is true on one rank only, and not on that account alone"
@@ -46,6 +46,9 @@ def _reason_against(file: File, guard: Guard) -> str:
         return "the rank guard around it has an else branch"
     if not guard.rest and not file.source.code(guard.node).startswith("if"):
         return "the rank guard around it is an elif"
+    written = (writes_by_all(file, facts, statement) for statement in guard.node.body)
+    if any(statement is not None for statement in written):
+        return "it is called while one rank has a file open to write"
     return ""
 
 

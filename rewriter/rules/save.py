@@ -5,7 +5,8 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
 A whole model that is pickled, ``torch.save(model, path)``, is reported: its parameters are shares.
-Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right.
+Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
+an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
+from rewriter.rules.output import opened_for
 from rewriter.types import Edit, Example, Finding, Rule, Safety
 
 
@@ -27,6 +30,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if facts.scripts.in_kept_guard(file, node):
             continue
+        opened = opened_for(file, node)
+        if opened is None and _is_handle(file, node):
+            continue  # one rank writes, as BMT033 says, what all ranks give
         what = node.args[0] if node.args else None
         pickled = [what, *(what.values if isinstance(what, ast.Dict) else [])]
         if any(isinstance(item, (ast.Name, ast.Attribute)) and roles.is_model(item) for item in pickled):
@@ -47,7 +53,40 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             )
         else:
             edits = (Edit(source.span(node.func), (f"{alias}.save_checkpoint",)),)
+        if opened is not None:
+            statement, path = opened
+            edits = (*edits, *_without_block(file, statement, node, path))
         yield Finding(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", edits)
+
+
+def _without_block(file: File, block: ast.With, call: ast.Call, path: ast.expr) -> list[Edit]:
+    source = file.source
+    return [
+        Edit(source.span(block), (source.span(block.body[0]),), 30),
+        Edit(source.span(call.args[1]), (source.code(path),)),
+        *(
+            edit
+            for edit in source.dedented(block.body[0], source.indent(block))
+            if edit.span.start > source.span(call).start
+        ),
+    ]
+
+
+def _is_handle(file: File, call: ast.Call) -> bool:
+    """Whether what is written to is an open file, or bytes in memory."""
+    if len(call.args) < 2 or not isinstance(call.args[1], ast.Name):
+        return False
+    name = call.args[1].id
+    for parent in file.names.ancestors(call):
+        if isinstance(parent, (ast.With, ast.AsyncWith)):
+            if any(isinstance(i.optional_vars, ast.Name) and i.optional_vars.id == name for i in parent.items):
+                return True
+    roles = file.names.lookup(name, file.names.scope_of(call))
+    values = [binding.value for binding in roles[1]] if roles is not None else []
+    return any(
+        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
+        for value in values
+    )
 
 
 RULE = Rule(

@@ -68,6 +68,8 @@ def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
     roles = facts.scripts.roles[file]
     for item in ast.walk(node.value):
         match item:
+            case ast.Call(func=ast.Attribute(attr="sum"), args=[*given]) if _compares(item, given):
+                return True
             case ast.Call(func=ast.Attribute(value=value, attr=attr)):
                 shown = attr in _VALUES and roles.var(_bare(value)) not in roles.losses and _sums(value)
                 if attr in _COUNTS or shown:
@@ -75,6 +77,12 @@ def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True
     return False
+
+
+def _compares(call: ast.Call, given: list[ast.expr]) -> bool:
+    """Whether ``(out == y).sum()`` or ``torch.sum(out == y)`` counts hits."""
+    assert isinstance(call.func, ast.Attribute)
+    return any(isinstance(item, ast.Compare) for item in (call.func.value, *given))
 
 
 def _shown(file: File, facts: Facts, call: ast.Call) -> bool:

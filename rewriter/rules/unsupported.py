@@ -1,7 +1,8 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
-conversion of the script; code that reads ``p.grad``, and batch norms, are reported.
+conversion of the script; code that reads ``p.grad``, batch norms, losses that are sums over the batch or compare its
+items with each other are reported.
 Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
 Refuses when: always.
 """
@@ -19,11 +20,14 @@ from rewriter.types import Example, Finding, Rule, Safety
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
 
+_LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
+
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
+    yield from _whole_batch(file, facts)
     for node in file.nodes:
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
@@ -47,6 +51,27 @@ def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
             message = "batch norm sees a rank's share of the batch, not the whole batch"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
             return
+
+
+def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
+    """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
+    for call in file.calls:
+        name = facts.project.external(file, call.func)
+        summed = any(k.arg == "reduction" and getattr(k.value, "value", "") == "sum" for k in call.keywords)
+        if summed and name.startswith("torch.nn."):
+            message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+        elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
+            message = "items of a batch are compared with each other: a rank sees its share of them only"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+
+
+def _numbers_batch(file: File, call: ast.Call) -> bool:
+    """Whether ``torch.arange(len(x))`` becomes labels."""
+    statement = file.names.statement_of(call)
+    size = file.source.code(call.args[0])
+    named = isinstance(statement, ast.Assign) and _LABELS.search(dotted(statement.targets[0]) or "")
+    return bool(named) and bool(re.search(r"^len\(|shape\[0\]$|size\(0\)$|batch|^bsz?$|^[bBn]$", size))
 
 
 RULE = Rule(

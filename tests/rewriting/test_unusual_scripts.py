@@ -1,0 +1,143 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
+"""Scripts in styles that the other tests do not have: where they start, what they open, what they pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.convert import convert_paths, convert_text
+from rewriter.plan import Options
+
+from .helpers import converted
+
+HEAD = "import torch\n\n\nclass Net(torch.nn.Module):\n    pass\n\n\n"
+TRAIN = """    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(1).mean()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def body(text: str) -> str:
+    """The statements of ``train`` after conversion."""
+    return converted(text).partition("train(")[2]
+
+
+@pytest.mark.parametrize(
+    ("head", "call"),
+    [
+        ("import fire\n", "fire.Fire(train)"),
+        ("import fire\n", 'fire.Fire({"train": train})'),
+        ("from absl import app\n", "app.run(train)"),
+        ("import typer\n", "typer.run(train)"),
+    ],
+)
+def test_a_launcher_that_is_handed_the_function_starts_it(head: str, call: str) -> None:
+    text = f'{head}{HEAD}def train():\n{TRAIN}\n\nif __name__ == "__main__":\n    {call}\n'
+    assert "):\n    bmt.init_distributed()\n    model = Net()" in body(text)
+
+
+@pytest.mark.parametrize(
+    ("head", "decorator", "call"),
+    [
+        ("import click\n", "@click.command()", "train()"),
+        ("import typer\napp = typer.Typer()\n", "@app.command()", "app()"),
+        ("import hydra\n", "@hydra.main(config_path=None)", "train()"),
+    ],
+)
+def test_a_decorated_function_is_where_the_script_starts(head: str, decorator: str, call: str) -> None:
+    text = f'{head}{HEAD}{decorator}\ndef train():\n{TRAIN}\n\nif __name__ == "__main__":\n    {call}\n'
+    assert "):\n    bmt.init_distributed()\n    model = Net()" in body(text)
+
+
+def test_two_commands_start_the_ranks_before_either() -> None:
+    other = TRAIN.replace("Net()", "Net().eval()")
+    text = f"import typer\napp = typer.Typer()\n{HEAD}@app.command()\ndef train():\n{TRAIN}\n\n@app.command()\ndef tune():\n"
+    text += f'{other}\n\nif __name__ == "__main__":\n    app()\n'
+    assert converted(text).endswith("    bmt.init_distributed()\n    app()\n")
+
+
+def test_an_installed_command_starts_where_it_reads_its_arguments() -> None:
+    text = f"import argparse\n{HEAD}def train():\n    args = argparse.ArgumentParser().parse_args()\n{TRAIN}"
+    assert "parse_args()\n    bmt.init_distributed()\n    model" in body(text)
+
+
+def test_statements_beside_a_main_guard_run_first() -> None:
+    text = HEAD + TRAIN.replace("    ", "") + '\n\nif __name__ == "__main__":\n    print(1)\n'
+    assert "bmt.init_distributed()\nmodel = Net()" in converted(text)
+
+
+def test_a_module_that_others_import_starts_under_its_guard_only(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text(
+        f'{HEAD}print("imported")\n\n\ndef train():\n{TRAIN}\n\nif __name__ == "__main__":\n    train()\n'
+    )
+    (tmp_path / "b.py").write_text("from a import train\n\ntrain()\n")
+    results = convert_paths([tmp_path / "a.py", tmp_path / "b.py"], Options(), [tmp_path])
+    after = {result.path.name: result.after.decode() for result in results}
+    assert "def train():\n    bmt.init_distributed()\n" in after["a.py"]
+    assert "bmt.init_distributed()" not in after["a.py"].partition("def train")[0]
+
+
+def test_training_that_no_script_starts_is_pointed_out() -> None:
+    result = convert_text(f"{HEAD}def train():\n{TRAIN}")
+    assert any("no script here starts this training" in finding.message for finding in result.reported)
+    result = convert_text(f"{HEAD}def train():\n{TRAIN}\n\ntrain()\n")
+    assert not any("no script here starts this training" in finding.message for finding in result.reported)
+
+
+def test_the_import_stands_in_front_of_its_first_use() -> None:
+    text = "import torch\n\ntorch.manual_seed(1)\nprint(1)\nimport json\n\nfrom os import path\n\n"
+    after = converted(text + HEAD.removeprefix("import torch\n") + TRAIN.replace("    ", ""))
+    assert after.startswith("import torch\nimport bmtrain as bmt\n\nbmt.init_distributed(seed=1)\n")
+    assert after.count("import bmtrain") == 1
+
+
+LOOP = HEAD + "torch.manual_seed(1)\n" + TRAIN.replace("    ", "")
+
+
+def test_a_line_of_a_log_has_its_loss_computed_by_all_ranks_first() -> None:
+    log = 'with open("log", "a") as f:\n    f.write(f"{loss.item():.3f}")\n'
+    wanted = 'value = bmt.sum_loss(loss).item()\nif bmt.rank() == 0:\n    with open("log", "a") as f:\n        f.write(f"{value:.3f}")\n'
+    assert converted(LOOP + log).endswith("\n" + wanted)
+    guarded = "if rank == 0:\n    " + log.replace("\n    f", "\n        f")
+    assert converted(LOOP + guarded).endswith("\n" + wanted)
+
+
+def test_a_file_that_is_written_with_what_its_loop_computes_keeps_its_guard() -> None:
+    text = (
+        'if rank == 0:\n    with open("log", "a") as f:\n        for x in data:\n            f.write(str(model(x)))\n'
+    )
+    result = convert_text(LOOP + text)
+    assert not result.changed
+    assert any("while one rank has a file open" in finding.message for finding in result.reported)
+
+
+def test_a_checkpoint_written_through_an_open_file() -> None:
+    one = 'with open("m.pt", "wb") as f:\n    torch.save(model.state_dict(), f)\n'
+    assert converted(LOOP + one).endswith('bmt.save(model, "m.pt")\n')
+    two = one + "    torch.save(1, f)\n"
+    wanted = 'value = model.state_dict()\nif bmt.rank() == 0:\n    with open("m.pt", "wb") as f:\n        torch.save(value, f)\n'
+    assert wanted in converted(LOOP + two)
+    memory = "import io\nbuffer = io.BytesIO()\ntorch.save(model.state_dict(), buffer)\n"
+    assert converted(LOOP + memory).endswith(memory)
+
+
+def test_loaders_of_two_phases() -> None:
+    loaders = "from torch.utils.data import DataLoader\nloaders = {x: DataLoader(data[x]) for x in ['train', 'val']}\n"
+    wanted = (
+        "{x: bmt.shard_loader(DataLoader(data[x])) if x == 'train' else DataLoader(data[x]) for x in ['train', 'val']}"
+    )
+    assert wanted in converted(LOOP + loaders)
+
+
+def test_averaged_models_and_what_depends_on_the_whole_batch() -> None:
+    swa = "from torch.optim.swa_utils import AveragedModel\naveraged = AveragedModel(model)\naveraged.update_parameters(model)\n"
+    wanted = "with bmt.gathered(averaged, write=True), bmt.gathered(model, write=True):\n    averaged.update_parameters(model)\n"
+    assert converted(LOOP + swa).endswith(wanted)
+    summed = "torch.nn.functional.mse_loss(x, y, reduction='sum')\nlabels = torch.arange(x.shape[0])\n"
+    messages = [finding.message for finding in convert_text(LOOP + summed).reported]
+    assert any("sum over a rank's share" in message for message in messages)
+    assert any("compared with each other" in message for message in messages)
