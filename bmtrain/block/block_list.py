@@ -90,6 +90,12 @@ class TransformerBlockList(nn.ModuleList):
             context().engine.hand(self, part.__dict__["_bmt_unit"])
         return part
 
+    def __add__(self, other: Iterable[nn.Module]) -> Any:
+        """A list of the elements of both, with the settings of this one."""
+        both = self[:]
+        both.extend(other)
+        return both
+
     def _as_block(self, module: nn.Module) -> nn.Module:
         if module is None:  # as in nn.ModuleList, a place without a module
             return module

@@ -35,6 +35,8 @@ def is_a_list() -> None:
     assert blocks[-1] is blocks[4] and blocks[0] is next(iter(blocks)) and blocks[1] in blocks
     assert [b is blocks[i + 1] for i, b in enumerate(blocks[1:4])] == [True] * 3
     assert isinstance(blocks[1:], bmt.TransformerBlockList) and len(blocks[::2]) == 3
+    both = blocks[:2] + [blocks[4], nn.Linear(WIDTH, WIDTH)]
+    assert isinstance(both, bmt.TransformerBlockList) and both[2] is blocks[4] and isinstance(both[3], bmt.Block)
     with pytest.raises(IndexError):
         blocks[5]
     x = torch.randn(3, WIDTH)
