@@ -147,13 +147,13 @@ class FunctionScan(Locals):
             yield from self.container(path, value.body)
             yield from self.container(path, value.orelse)
         elif isinstance(value, ast.Name):
-            local = self.assigned.get(value.id, [])
+            local = self.value_of(value)
             if self.is_given(value.id):
                 elements = given(self, value.id) if is_looped(self, path) else None
                 if elements is not None:
                     yield self._build(path, value, "given", elements)
-            elif len(local) == 1 and isinstance(local[0], ast.Call):
-                yield from self._call(path, local[0], value.id)
+            elif isinstance(local, ast.Call):
+                yield from self._call(path, local, value.id)
         elif isinstance(value, ast.Call):
             yield from self._call(path, value, "")
 
@@ -272,9 +272,10 @@ class FunctionScan(Locals):
         if isinstance(value, (ast.ListComp, ast.GeneratorExp)):
             return ("repeated" if isinstance(value.elt, ast.Name) else "comprehension"), [value.elt]
         if isinstance(value, (ast.List, ast.Tuple)):
-            if any(isinstance(item, ast.Starred) for item in value.elts):
-                return "other", []
-            return ("list" if value.elts else "empty"), list(value.elts)
+            starred = [self._list_form(item.value) for item in value.elts if isinstance(item, ast.Starred)]
+            odd = next((form for form, _ in starred if form in {"repeated", "other"}), None)
+            plain = [item for item in value.elts if not isinstance(item, ast.Starred)]
+            return odd or ("list" if value.elts else "empty"), [*plain, *(node for _, part in starred for node in part)]
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Mult):
             return "repeated", []
         if isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):

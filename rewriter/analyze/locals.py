@@ -31,6 +31,19 @@ class Locals:
                 found.setdefault(node.target.id, []).append(node.value)
         return found
 
+    def value_of(self, name: ast.Name) -> ast.expr | None:
+        """What a local name certainly stands for where it is used: the only thing it gets, or the last in any case."""
+        values = self.assigned.get(name.id, [])
+        if len(values) == 1:
+            return values[0]
+        always = [node.value for node in self.function.body if isinstance(node, ast.Assign) and node.value in values]
+        last = max(values, key=lambda value: value.lineno, default=None)
+        if last is None or last not in always:
+            return None
+        stored = [node for node in walk(self.function) if isinstance(node, ast.Name) and node.id == name.id]
+        later = any(isinstance(node.ctx, ast.Store) and node.lineno > (last.end_lineno or 0) for node in stored)
+        return None if later or name.lineno <= last.lineno else last
+
     def is_given(self, name: str) -> bool:
         """Whether a name is an argument of the function, and not given something else in any case."""
         arguments = self.function.args

@@ -48,11 +48,12 @@ class Loop:
         return False
 
     def calls(self) -> Iterator[ast.Call]:
-        """Calls of the member itself, also by ``checkpoint(member, ...)``."""
+        """Calls of the member itself, also by ``checkpoint(member, x)`` and ``checkpoint(lambda m: ..., member)``."""
         for statement in self.node.body:
             for node in walk(statement):
                 if isinstance(node, ast.Call):
-                    if self.is_element(node.func) or any(self.is_element(argument) for argument in node.args[:1]):
+                    first = 1 if node.args and isinstance(node.args[0], ast.Lambda) else 0
+                    if self.is_element(node.func) or any(map(self.is_element, node.args[first : first + 1])):
                         yield node
 
     @cached_property

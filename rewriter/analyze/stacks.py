@@ -19,7 +19,7 @@ from rewriter.analyze.project import ClassInfo, File, FunctionInfo, Project
 from rewriter.analyze.stack import SINGLE_LAYERS, Left, Stack, reason_against
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
-_NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)
+NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)
 _CACHE = re.compile(r"(?:^|(?<!hidden)_)(?:past|cache|kv|incremental_state|inference_params|state)s?(?:_|$)", re.I)
 # ``model.encoder.layers = nn.ModuleList(...)``, by whoever has the model, and ``setattr(model, "layers", ...)``
 _REPLACED = re.compile(
@@ -136,7 +136,7 @@ class Stacks:
             called = any(
                 loop.is_element(call.func) or is_checkpoint(loop.file, call, self.project) for call in loop.calls()
             )
-            if called and is_chain(loop) and loop.node not in seen and not _NO_MODULES.search(loop.path):
+            if called and is_chain(loop) and loop.node not in seen and not NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
                 single = attributes(self.containers, loop.owner, loop.path) == {"leaf"}
                 reason = SINGLE_LAYERS if single else f"the list {away}"

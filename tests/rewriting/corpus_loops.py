@@ -12,10 +12,10 @@ from rewriter.analyze.call_form import call_form
 from rewriter.analyze.checkpoints import is_checkpoint
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.flow import names
-from rewriter.analyze.loops import Loop, find_loops, is_chain, is_pairs, takes_apart
+from rewriter.analyze.loops import SETUP, Loop, find_loops, is_chain, is_pairs, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File, Project
-from rewriter.analyze.stack import SETUP
+from rewriter.analyze.stacks import NO_MODULES
 
 from .corpus_flow import passes_on
 
@@ -84,7 +84,8 @@ def records(facts: Facts, folder: Path, stopped: Mapping[File, str]) -> Iterator
             state, reason = "refused", left[node] or "the members are not called as blocks"
         name = loop.file.path.relative_to(folder).as_posix()
         shape = loop_class(loop, facts.project) if passes_on(loop) else ""
-        if not left[node] and node not in kept and not (_calls(loop) or _is_list_of_modules(facts, loop)):
+        seen = _calls(loop) and not NO_MODULES.search(loop.path)
+        if not left[node] and node not in kept and not (seen or _is_list_of_modules(facts, loop)):
             shape = ""
         yield Record(folder.name, name, node.lineno, loop.owner.name, loop.path, shape, state, reason)
 

@@ -67,6 +67,10 @@ STAYS = {
     "single torch layers": "self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(depth)])",
     "plain namespaces": "self.layers = nn.ModuleList([nn.Module() for _ in range(depth)])",
     "given from outside": "self.layers = block_fn",
+    "a ModuleList in some cases": "layers = []\nif depth:\n    layers = nn.ModuleList([Layer()])\nself.layers = layers",
+    "one object many times inside a list": "part = Layer()\nself.layers = nn.ModuleList([Layer(), *[part] * depth])",
+    "something else afterwards": "layers = [Layer()]\nlayers = nn.ModuleList(layers)\nfor layers in block_fn:\n"
+    "    pass\nself.layers = layers",
     "names of single layers": "self.layers = nn.Sequential(OrderedDict(a=nn.Linear(4, 4)))",
     "names of what is not known": "self.layers = nn.Sequential(OrderedDict(depth))",
     "a dict of single layers": "self.layers = nn.ModuleDict({str(i): nn.Linear(4, 4) for i in range(depth)})",
@@ -92,6 +96,17 @@ BECOMES = {
     "a class given as an argument": (
         "self.layers = nn.Sequential(*[block_fn(i) for i in range(depth)])",
         "self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(block_fn(i)) for i in range(depth)])",
+    ),
+    "a list inside a list": (
+        "self.layers = nn.ModuleList([Layer(), *[Layer(i) for i in range(depth)], Layer()])",
+        "self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(Layer()), "
+        "*[bmt.CheckpointBlock(Layer(i)) for i in range(depth)], bmt.CheckpointBlock(Layer())])",
+    ),
+    "a list and then a ModuleList under one name": (
+        "layers = []\nfor i in range(depth):\n    layers.append(Layer(i))\n"
+        "layers = nn.ModuleList(layers)\nself.layers = layers",
+        "layers = []\nfor i in range(depth):\n    layers.append(bmt.CheckpointBlock(Layer(i)))\n"
+        "layers = bmt.TransformerBlockList(layers)\nself.layers = layers",
     ),
     "a helper that clones": (
         "self.layers = clones(Layer(), depth)",
