@@ -117,7 +117,10 @@ class _Flow:
     def _give(self, target: ast.expr, holds: bool, state: set[str]) -> None:
         if isinstance(target, ast.Starred):
             target = target.value
-        if holds:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            for item in target.elts:
+                self._give(item, holds, state)
+        elif holds:
             self._mark(target, state)
         elif isinstance(target, ast.Name):
             state.discard(target.id)
