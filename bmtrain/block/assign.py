@@ -47,6 +47,8 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         become(group.owner, ShardedModule)
         group.owner.__dict__["_bmt_unit"] = unit
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
+        if not unit.moves:
+            engine.register(unit)  # nothing is gathered, so that code may use it without the engine's noticing
     if engine.ctx.device.is_cuda:
         land_gradients(root)
         torch.cuda.empty_cache()  # what the whole parameters took is needed for buffers of other sizes

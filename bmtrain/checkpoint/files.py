@@ -15,6 +15,7 @@ from torch import nn
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
+from . import pickled
 
 
 def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool = False) -> None:
@@ -40,15 +41,19 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
 
     ``options`` are those of ``torch.save``.
 
-    ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.  The file
+    ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.  A model
+    itself is gathered and pickled as an ordinary one; ``torch.load`` in a job of bmtrain's shards it again.  The file
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
     """
     problem = None
-    if context().rank == 0:
-        try:
-            _write(obj, Path(file_name), **options)
-        except Exception as error:  # pickling may raise anything, and the others wait for the verdict
-            problem = f"{type(error).__name__}: {error}"
+    with pickled.whole(obj) as models:
+        if models:
+            options.setdefault("pickle_module", pickled)
+        if context().rank == 0:
+            try:
+                _write(obj, Path(file_name), **options)
+            except Exception as error:  # pickling may raise anything, and the others wait for the verdict
+                problem = f"{type(error).__name__}: {error}"
     problem = broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {file_name}: {problem}")

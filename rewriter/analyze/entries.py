@@ -37,8 +37,9 @@ class Entries:
         if guarded:
             return self._descend(file, guarded[0].body)
         functions = [s for s in file.tree.body if isinstance(s, ast.FunctionDef)]
-        mains = [s for s in functions if s.name == "main"] or [s for s in functions if _reads_arguments(s)]
-        return next((s.body for s in mains if any(self.needs_init(file, item) for item in s.body)), [])
+        mains = [s for s in functions if s.name == "main" and any(self.needs_init(file, item) for item in s.body)]
+        mains += [s for s in functions if _reads_arguments(s) and self._function_constructs(file, s)]
+        return mains[0].body if mains else []
 
     def _is_imported(self, file: File) -> bool:
         """Whether another file of the project imports this one, by name: what runs then is not what runs alone."""

@@ -4,7 +4,6 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 ``bmt.save_checkpoint(...)``.
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
-A whole model that is pickled, ``torch.save(model, path)``, is reported: its parameters are shares.
 Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
 an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
 """
@@ -18,7 +17,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
 from rewriter.rules.output import opened_for
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.types import Edit, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -34,10 +33,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if opened is None and _is_handle(file, node):
             continue  # one rank writes, as BMT033 says, what all ranks give
         what = node.args[0] if node.args else None
-        pickled = [what, *(what.values if isinstance(what, ast.Dict) else [])]
-        if any(isinstance(item, (ast.Name, ast.Attribute)) and roles.is_model(item) for item in pickled):
-            message = "a whole model is pickled here, which fails for one in shares; save its state_dict()"
-            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
         if (
             len(node.args) == 2
             and not node.keywords

@@ -58,7 +58,10 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         name = facts.project.external(file, call.func)
         summed = any(k.arg == "reduction" and getattr(k.value, "value", "") == "sum" for k in call.keywords)
-        if summed and name.startswith("torch.nn."):
+        if any(k.arg == "ignore_index" for k in call.keywords) and name.startswith("torch.nn."):
+            message = "the mean over what is not ignored is taken over each rank's share, and the ranks count alike"
+            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+        elif summed and name.startswith("torch.nn."):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):

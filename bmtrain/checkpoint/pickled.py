@@ -1,0 +1,87 @@
+"""Whole models in files: ``torch.save(model, path)`` for models in shares.
+
+A sharded module is pickled as an instance of its own class with whole, ordinary parameters. Where it is read after
+``init_distributed`` it is sharded again, its blocks with it; elsewhere it stays an ordinary module.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..block.block import Block
+from ..block.linear import LandingLinear
+from ..block.sharded import ShardedModule
+from ..context import context, is_initialized
+from ..shard.access import gathered
+from ..shard.parameter import DistributedParameter
+
+
+class Pickler(pickle.Pickler):
+    """Writes sharded modules as ordinary ones; while it runs, their parameters must be whole."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How to pickle ``obj``, if not as usual."""
+        if isinstance(obj, DistributedParameter):
+            return torch._utils._rebuild_parameter, (obj.detach().clone(), obj.requires_grad, {})
+        if not isinstance(obj, (ShardedModule, LandingLinear)):
+            return NotImplemented
+        own = next(c for c in type(obj).__mro__ if not issubclass(c, (ShardedModule, LandingLinear)))
+        state: dict[str, Any] = getattr(obj, "__getstate__", lambda: obj.__dict__)()
+        state = {key: value for key, value in state.items() if key not in ("_bmt_unit", "lands_compiled")}
+        state["_bmt_was_block"] = isinstance(obj, Block)
+        return make, (own,), state, None, None, restore
+
+
+def make(own: type[nn.Module]) -> nn.Module:
+    """An instance without state."""
+    return own.__new__(own)
+
+
+def restore(module: nn.Module, state: dict[str, Any]) -> None:
+    """Set the state of a module that was just made; a whole model is sharded, if this process is part of a job."""
+    outermost = state.pop("_bmt_outermost", False)
+    module.__setstate__(state)  # type: ignore[no-untyped-call]
+    if not outermost:
+        return
+    blocks = [inner for inner in module.modules() if inner.__dict__.pop("_bmt_was_block", False)]
+    if not is_initialized():
+        return
+    ctx = context()
+    ctx.building += 1
+    try:
+        for block in blocks:
+            kept = block.__dict__
+            Block(block, kept["_bmt_recompute"], kept["_bmt_zero_level"], precision=kept.get("_bmt_precision"))
+    finally:
+        ctx.building -= 1
+    ctx.engine.shard(module)
+
+
+@contextmanager
+def whole(obj: Any) -> Iterator[bool]:
+    """Gather the models in ``obj``, its dicts, lists and tuples; gives whether there are any.  Collective if so."""
+    models = list(_models(obj))
+    with gathered([parameter for model in models for parameter in model.parameters()]):
+        for model in models:
+            model.__dict__["_bmt_outermost"] = True
+        try:
+            yield bool(models)
+        finally:
+            for model in models:
+                model.__dict__.pop("_bmt_outermost", None)
+
+
+def _models(obj: Any) -> Iterator[nn.Module]:
+    if isinstance(obj, nn.Module):
+        if any(isinstance(parameter, DistributedParameter) for parameter in obj.parameters()):
+            yield obj
+    elif isinstance(obj, (dict, list, tuple)):
+        items: Iterable[Any] = obj.values() if isinstance(obj, dict) else obj
+        for item in items:
+            yield from _models(item)
