@@ -113,8 +113,8 @@ def _all_loops(facts: Facts) -> Iterator[Loop]:
 def _rank(loop: Loop) -> int:
     """How likely a list is the one that a loop is about, of several that it runs over."""
     if is_pairs(loop) or takes_apart(loop):
-        return 3
-    return is_chain(loop) + _calls(loop) if is_chain(loop) else 0
+        return 4
+    return 2 * is_chain(loop) + _calls(loop)
 
 
 def _calls(loop: Loop) -> bool:

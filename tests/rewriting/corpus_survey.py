@@ -11,7 +11,12 @@ from typing import Any
 
 from .corpus_loops import CLASSES, NOT_BLOCKS, Record
 
-_NO_CHAIN = {"N": "it sets members up", "14a": "members side by side", "14c": "parts of members", "14f": "experts"}
+_NO_CHAIN = {
+    "N": "the loop sets members up",
+    "14a": "members stand side by side",
+    "14c": "parts of members are called",
+    "14f": "the members are experts",
+}
 Place = tuple[str, str, int]
 
 
@@ -45,20 +50,33 @@ def _reason(one: Record | None, other: dict[str, Any] | None) -> str:
     ours = one is not None and one.chain and not one.reason.startswith(NOT_BLOCKS)
     theirs = other is not None and _is_chain(other)
     if ours and not theirs:
-        if other is None:
-            return "here only: not in the survey"
-        if not other["blockish"]:
-            return "here only: the survey takes the members for no blocks"
-        return f"here only: survey says {_NO_CHAIN[other['shape']]} ({other['shape']})"
+        assert one is not None
+        return f"here only: {_here_only(one, other)}"
     if theirs and not ours:
         assert other is not None
-        if one is None:
-            own = {"foreign": "a list of another object", "guess": "a list made elsewhere"}
-            return f"survey only: {own.get(other['own'], 'a local list, or a method outside the class')}"
-        if one.reason.startswith(NOT_BLOCKS):
-            return f"survey only: {one.reason}"
-        return "survey only: what is carried goes through containers, or into parts of members"
+        return f"survey only: {_survey_only(one, other)}"
     return ""
+
+
+def _here_only(one: Record, other: dict[str, Any] | None) -> str:
+    if other is None:
+        return "the survey does not have the loop"
+    if not other["blockish"]:
+        kind = "groups of modules" if one.shape == "F" else "members"
+        return f"{kind} that the survey does not know for blocks"
+    return f"the survey says that {_NO_CHAIN[other['shape']]} ({other['shape']})"
+
+
+def _survey_only(one: Record | None, other: dict[str, Any]) -> str:
+    if one is None and other["own"] == "foreign":
+        return "a list of another object, or a function outside of the class"
+    if one is None and other["own"] == "guess":
+        return "the class, or its list, is not seen to be of modules"
+    if one is None or one.path != other["path"].removeprefix("self."):
+        return "the list is not seen: arithmetic on an index, a name for several lists, an unknown base"
+    if one.reason.startswith(NOT_BLOCKS):
+        return one.reason
+    return "no result of a member goes into a later one"
 
 
 def _class(entry: dict[str, Any]) -> str:
