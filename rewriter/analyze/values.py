@@ -11,6 +11,7 @@ from functools import cached_property
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import External, File, Project
 from rewriter.analyze.roles import Roles, walk_own
+from rewriter.analyze.states import written_states
 
 _PARAMETERS = {"parameters", "named_parameters"}
 _MODULES = {"modules", "named_modules", "children", "named_children"}
@@ -34,7 +35,8 @@ class ValueUse:
     """``node`` needs whole values of ``models`` (source text), or, if ``local``, only each rank's share.
 
     ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates; ``kept`` are values that code
-    keeps, which must be copies.
+    keeps, which must be copies; ``states`` are calls of ``state_dict()`` whose tensors must be the parameters. ``read``
+    are models that are not written.
     """
 
     node: ast.stmt
@@ -43,6 +45,8 @@ class ValueUse:
     local: bool = False
     data: tuple[ast.Attribute, ...] = ()
     kept: tuple[ast.expr, ...] = ()
+    states: tuple[ast.Call, ...] = ()
+    read: tuple[ast.expr, ...] = ()
 
 
 class Values:
@@ -55,6 +59,7 @@ class Values:
         for node in self.file.nodes:
             if isinstance(node, ast.For):
                 yield from self._loop(node)
+                yield from self._state(node)
             elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
                 yield from self._statement(node)
 
@@ -94,6 +99,12 @@ class Values:
         if found is not None:
             yield from self._judge(node, *found, [item for statement in node.body for item in walk_own(statement)])
 
+    def _state(self, node: ast.For) -> Iterator[ValueUse]:
+        calls = written_states(self.file, node)
+        if calls:
+            written, *read = [call.func.value for call in calls if isinstance(call.func, ast.Attribute)]
+            yield ValueUse(node, (written,), True, states=tuple(calls), read=tuple(read))
+
     def _statement(self, node: ast.Assign | ast.AugAssign | ast.Expr) -> Iterator[ValueUse]:
         for item in walk_own(node.value):
             if isinstance(item, (ast.GeneratorExp, ast.ListComp, ast.DictComp)) and len(item.generators) == 1:
@@ -113,7 +124,7 @@ class Values:
         match call:
             case ast.Call(func=ast.Attribute(value=averaged, attr="update_parameters"), args=[model], keywords=[]):
                 if dotted(averaged) is not None and dotted(model) is not None:
-                    yield ValueUse(node, (averaged, model), True)
+                    yield ValueUse(node, (averaged,), True, read=(model,))
 
     def _initialisation(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
         """``nn.init.zeros_(model.head.weight)``, ``model.head.weight.data.normal_()``."""

@@ -38,7 +38,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             message = "parameters are read here under a test of the rank, and a rank holds only its share of them"
             yield Finding(RULE.code, use.node.lineno, message, safety=Safety.REPORT)
             continue
-        imports = ("import torch",) if use.local and "torch" not in file.names.module.bindings else ()
+        imports = ("import torch",) if (use.local or use.states) and "torch" not in file.names.module.bindings else ()
         message = "every rank updates its share" if use.local else "parameters are whole here"
         yield Finding(RULE.code, use.node.lineno, message, tuple(_edits(file, facts, use)), imports=imports)
 
@@ -68,8 +68,12 @@ def _edits(file: File, facts: Facts, use: ValueUse) -> Iterator[Edit]:
     for kept in use.kept:  # what is gathered goes when the block ends
         yield Edit(file.source.span(kept), (file.source.span(kept), ".clone()"))
     write = ", write=True" if use.writes else ""
-    models = dict.fromkeys(file.source.code(model) for model in use.models)
-    contexts = ", ".join(f"{facts.alias(file)}.gathered({model}{write})" for model in models)
+    for call in use.states:
+        yield Edit(file.source.span(call), (file.source.span(call.func), "(keep_vars=True)"))
+    models = {file.source.code(model): "" for model in use.read}
+    models = {file.source.code(model): write for model in use.models} | models
+    contexts = ", ".join(f"{facts.alias(file)}.gathered({model}{how})" for model, how in models.items())
+    contexts = f"torch.no_grad(), {contexts}" if use.states else contexts
     yield from file.source.within(use.node, f"with {contexts}:")
 
 

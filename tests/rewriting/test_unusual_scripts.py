@@ -135,9 +135,25 @@ def test_loaders_of_two_phases() -> None:
 
 def test_averaged_models_and_what_depends_on_the_whole_batch() -> None:
     swa = "from torch.optim.swa_utils import AveragedModel\naveraged = AveragedModel(model)\naveraged.update_parameters(model)\n"
-    wanted = "with bmt.gathered(averaged, write=True), bmt.gathered(model, write=True):\n    averaged.update_parameters(model)\n"
+    wanted = "with bmt.gathered(averaged, write=True), bmt.gathered(model):\n    averaged.update_parameters(model)\n"
     assert converted(LOOP + swa).endswith(wanted)
     summed = "torch.nn.functional.mse_loss(x, y, reduction='sum')\nlabels = torch.arange(x.shape[0])\n"
     messages = [finding.message for finding in convert_text(LOOP + summed).reported]
     assert any("sum over a rank's share" in message for message in messages)
     assert any("compared with each other" in message for message in messages)
+
+
+def test_tensors_of_a_state_dict_that_are_written() -> None:
+    text = (
+        "import copy\nema = copy.deepcopy(model)\nstate = model.state_dict()\nfor k, v in ema.state_dict().items():\n"
+    )
+    after = converted(LOOP + text + "    v *= 0.9\n    v += 0.1 * state[k].detach()\n")
+    assert after.endswith(
+        "state = model.state_dict(keep_vars=True)\n"
+        "with torch.no_grad(), bmt.gathered(ema, write=True), bmt.gathered(model):\n"
+        "    for k, v in ema.state_dict(keep_vars=True).items():\n"
+        "        v *= 0.9\n        v += 0.1 * state[k].detach()\n"
+    )
+    assert "gathered" not in converted(LOOP + text + "    show(v.mean())\n")
+    pairs = "for a, b in zip(ema.state_dict().values(), model.state_dict().values()):\n    a.copy_(0.9 * a + 0.1 * b)\n"
+    assert "bmt.gathered(ema, write=True), bmt.gathered(model):" in converted(LOOP + pairs)
