@@ -219,19 +219,32 @@ def is_pairs(loop: Loop) -> bool:
 
 
 def takes_apart(loop: Loop) -> bool:
-    """Whether members are unpacked, indexed or run in parts: ``for attn, ff in ...``, ``m["up"](x)``, ``m.up(x)``."""
+    """Whether members are unpacked, indexed or iterated over, ``for attn, ff in ...`` or ``level["up"](x)``: groups."""
     if is_pairs(loop):
         return any(isinstance(node, ast.Call) for statement in loop.node.body for node in walk(statement))
     for node in (node for statement in loop.node.body for node in walk(statement)):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and loop.is_element(node.value):
             return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and loop.is_element(node.func.value):
+            return True
+        if isinstance(node, (ast.For, ast.comprehension)) and any(map(loop.is_element, _iterated(node))):
+            return True
+    return False
+
+
+def runs_parts(loop: Loop) -> bool:
+    """Whether parts of the members are called or iterated over, ``level.up(x)`` or ``for part in level.parts``."""
+    for node in (node for statement in loop.node.body for node in walk(statement)):
         if isinstance(node, ast.Call) and _is_part(loop, node.func):
             return True
-        if isinstance(node, (ast.For, ast.comprehension)):
-            inner = node.iter.args if isinstance(node.iter, ast.Call) else [node.iter]
-            if any(loop.is_element(value) or _is_part(loop, value) for value in inner):
-                return True
+        if isinstance(node, (ast.For, ast.comprehension)) and any(_is_part(loop, value) for value in _iterated(node)):
+            return True
     return False
+
+
+def _iterated(node: ast.For | ast.comprehension) -> list[ast.expr]:
+    """What a loop runs over, also by ``enumerate`` and the like."""
+    return node.iter.args if isinstance(node.iter, ast.Call) else [node.iter]
 
 
 def _is_part(loop: Loop, node: ast.AST) -> bool:

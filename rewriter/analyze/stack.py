@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.elements import FROM_ELSEWHERE, KEPT, Build, self_path
-from rewriter.analyze.loops import SETUP, Loop, is_chain, takes_apart
+from rewriter.analyze.loops import SETUP, Loop, is_chain, runs_parts, takes_apart
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, File
 
@@ -115,7 +115,7 @@ def _against_groups(stack: Stack) -> str:
     """Why a list of groups of modules, such as pairs, is no stack: a group is whole while a loop has it in hand."""
     if any(build.container != "torch.nn.ModuleList" or build.form in FROM_ELSEWHERE for build in stack.builds):
         return "the members are groups of modules, not blocks"
-    if not any(takes_apart(loop) for loop in stack.loops):
+    if not any(takes_apart(loop) or runs_parts(loop) for loop in stack.loops):
         return "the members are groups of modules, and no loop takes them apart"
     return _is_odd(stack)
 
