@@ -227,7 +227,7 @@ def takes_apart(loop: Loop) -> bool:
             return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and loop.is_element(node.func.value):
             return True
-        if isinstance(node, (ast.For, ast.comprehension)) and any(map(loop.is_element, _iterated(node))):
+        if isinstance(node, (ast.For, ast.comprehension)) and any(map(loop.is_element, iterated(node))):
             return True
     return False
 
@@ -237,12 +237,12 @@ def runs_parts(loop: Loop) -> bool:
     for node in (node for statement in loop.node.body for node in walk(statement)):
         if isinstance(node, ast.Call) and _is_part(loop, node.func):
             return True
-        if isinstance(node, (ast.For, ast.comprehension)) and any(_is_part(loop, value) for value in _iterated(node)):
+        if isinstance(node, (ast.For, ast.comprehension)) and any(_is_part(loop, value) for value in iterated(node)):
             return True
     return False
 
 
-def _iterated(node: ast.For | ast.comprehension) -> list[ast.expr]:
+def iterated(node: ast.For | ast.comprehension) -> list[ast.expr]:
     """What a loop runs over, also by ``enumerate`` and the like."""
     return node.iter.args if isinstance(node.iter, ast.Call) else [node.iter]
 

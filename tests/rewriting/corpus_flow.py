@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from rewriter.analyze.loops import Loop, is_pairs
+from rewriter.analyze.loops import Loop, is_pairs, iterated
 from rewriter.analyze.names import walk
 
 _MUTATING = {"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "push", "put"}
@@ -15,6 +15,10 @@ def passes_on(loop: Loop) -> bool:
     """Whether what a member gives goes into what a later member gets: a result of calling it, its methods or parts."""
     bound = {node.id for node in walk(loop.node.target) if isinstance(node, ast.Name)}
     members = bound - {loop.index} if is_pairs(loop) else set()
+    for node in (node for statement in loop.node.body for node in walk(statement)):
+        if isinstance(node, ast.For) and any(map(loop.is_element, iterated(node))):
+            part = node.target.elts[-1] if isinstance(node.target, ast.Tuple) else node.target
+            members |= {part.id} if isinstance(part, ast.Name) else set()
 
     def is_member(node: ast.expr) -> bool:
         return loop.is_element(node) or (isinstance(node, ast.Name) and node.id in members)

@@ -39,6 +39,7 @@ CHAINS = {
     "on one way": "for m in self.ms:\n    if flag:\n        continue\n    x = m(x)",
     "kept by a jump": "for m in self.ms:\n    y = m(x)\n    if flag:\n        x = y\n        continue\n    x = 0",
     "in place": "for m in self.ms:\n    x.add_(m(x))",
+    "lists of members": "for m in self.ms:\n    for i, part in enumerate(m):\n        x = part(x)",
     "by a tuple in a tuple": "for m in self.ms:\n    (x, y), seen = m(x, y)",
     "methods": "for m in self.ms:\n    x = m.step(x)",
     "parts": "for m in self.ms:\n    x = x + m.attn(x)\n    x = m.mlp(x)",
