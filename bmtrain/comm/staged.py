@@ -43,7 +43,7 @@ class StagedCommunicator(NcclCommunicator):
             return
         self._check(tensor)
         every = self._exchange(_bytes(tensor)).view(tensor.dtype)[:, : tensor.numel()]
-        tensor.copy_(_reduced(every, op).view_as(tensor))
+        tensor.detach().copy_(_reduced(every, op).view_as(tensor))
 
     def _part(self) -> int:
         """Bytes of one rank that are sent at once."""
@@ -63,13 +63,6 @@ class StagedCommunicator(NcclCommunicator):
         shard[: part.numel()].copy_(part)
         super().all_gather(shard, whole)
         return whole.view(self.world_size, count)
-
-    def close(self) -> None:
-        if self._staging is not None and self._handle.is_open:
-            for window in self._staging:
-                self.release(window)
-            self._staging = None
-        super().close()
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
