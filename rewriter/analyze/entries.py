@@ -8,6 +8,7 @@ from rewriter.analyze.classes import Classes, external_kind
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.roles import Roles, is_optimizer_name, walk_own
+from rewriter.analyze.writers import WRITERS, WRITING_METHODS
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
@@ -30,7 +31,7 @@ class Entries:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
         guarded = [s for s in file.tree.body if isinstance(s, ast.If) and _is_main_test(s.test)]
         body = [s for s in file.tree.body if not isinstance(s, _DEFINITIONS) and s not in guarded]
-        library = file.path.exists() and (file.path.parent / "__init__.py").exists()
+        library = file.path.exists() and (file.path.parent / "__init__.py").exists() and not _trains(body)
         if not library and any(self.needs_init(file, s) for s in body):
             if not guarded or not self._is_imported(file):
                 return self._descend(file, file.tree.body)
@@ -140,7 +141,10 @@ class Entries:
                 or is_optimizer_name(name)
                 or external_kind(name) == "leaf"
                 or name.split(".")[0] in {"tqdm", "wandb"}
+                or name in WRITERS
             )
+        if isinstance(call.func, ast.Attribute) and call.func.attr in WRITING_METHODS:
+            return True
         if isinstance(call.func, ast.Name) and call.func.id == "print":
             return file.names.lookup("print", file.names.scope_of(call)) is None
         return False
@@ -163,10 +167,22 @@ def _is_main_test(test: ast.expr) -> bool:
     )
 
 
+def _trains(statements: list[ast.stmt]) -> bool:
+    """Whether statements of a module's own call backward: then it is a script, wherever it lies."""
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+        for statement in statements
+        for node in walk_own(statement)
+    )
+
+
 def _reads_arguments(function: ast.FunctionDef) -> bool:
     """Whether a function parses the command line: then an installed command calls it."""
     return any(
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parse_args"
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "parse_args"
+        and not (node.args or node.keywords)
         for statement in function.body
         for node in walk_own(statement)
     )

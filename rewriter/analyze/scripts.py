@@ -39,11 +39,19 @@ class Scripts:
     @cached_property
     def training(self) -> set[File]:
         """Files with a loop that trains, and project files that the scripts import."""
-        found = {file for file in self.project if _TRAINS.search(file.source.data) and self.trains(file)}
-        queue = [file for file in self.entries if file in found or self._builds_model(file) or self.drives(file)]
-        for file in queue:
+        found = set(self._loops)
+        for file in self.programs:
             found |= self.reach(file)
         return found
+
+    @cached_property
+    def programs(self) -> list[File]:
+        """Files that are run to train, or to do something else with a model."""
+        return [file for file in self.entries if file in self._loops or self._builds_model(file) or self.drives(file)]
+
+    @cached_property
+    def _loops(self) -> set[File]:
+        return {file for file in self.project if _TRAINS.search(file.source.data) and self.trains(file)}
 
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
@@ -122,10 +130,11 @@ class Scripts:
                 found.append(target.file)
         return found
 
-    @cached_property
-    def shares_data(self) -> bool:
-        """Whether anything in the training files is known to give ranks other data, or can be made to."""
-        return any(mark in file.source.data for file in self.training for mark in _SHARING)
+    def shares_data(self, file: File) -> bool:
+        """Whether anything in a file's programs is known to give ranks other data, or can be made to."""
+        programs = [entry for entry in self.entries if file in self.reach(entry)] or [file]
+        parts = {part for program in programs for part in self.reach(program)}
+        return any(mark in part.source.data for part in parts for mark in _SHARING)
 
     def is_parallel(self, file: File) -> bool:
         """Whether a script gives every rank other data already: by DDP, samplers or a process group."""

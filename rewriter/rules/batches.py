@@ -32,12 +32,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         span = file.source.span(node)
         edit = Edit(span, (f"{facts.alias(file)}.shard_batch(", span, ")"), 4)
         yield Finding(RULE.code, node.lineno, "every rank keeps its share of the random batch", (edit,))
-    if facts.scripts.shares_data or not facts.scripts.trains(file):
-        return
-    if not any(True for other in facts.scripts.training for _ in _random_batches(other, facts)):
+    if facts.scripts.trains(file) and not shares_data(file, facts):
         line = next(c.lineno for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
         message = "nothing here is known to give every rank its share of the data; bmt.shard_batch would"
         yield Finding(RULE.code, line, message, safety=Safety.REPORT)
+
+
+def shares_data(file: File, facts: Facts) -> bool:
+    """Whether ranks get other data, as far as can be seen."""
+    if facts.scripts.shares_data(file):
+        return True
+    return any(True for other in facts.scripts.training for _ in _random_batches(other, facts))
 
 
 def _random_batches(file: File, facts: Facts) -> Iterator[ast.Call]:

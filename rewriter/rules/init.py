@@ -48,7 +48,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _first(file: File, facts: Facts) -> ast.stmt | None:
     """The first statement of a script that needs the ranks."""
-    scripts, block = facts.scripts, facts.scripts.entries.get(file, [])
+    scripts = facts.scripts
+    block = scripts.entries[file] if file in scripts.programs else []
     statements = [statement for statement in block if not _is_definition(statement)]
     first = next((s for s in statements if scripts.entry.needs_init(file, s)), None)
     return statements[0] if first is None and statements and scripts.drives(file) else first
@@ -59,7 +60,7 @@ def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
     if facts.project.partial or scripts.started or not scripts.trains(file):
         return
-    if any(file in scripts.reach(entry) and _first(entry, facts) is not None for entry in scripts.entries):
+    if any(file in scripts.reach(entry) and _first(entry, facts) is not None for entry in scripts.programs):
         return
     call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
     message = "no script here starts this training: call bmt.init_distributed() before the model is made"

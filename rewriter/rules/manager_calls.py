@@ -104,6 +104,10 @@ def _optimizer(file: File, manager: Manager, node: ast.Call, func: ast.Attribute
         yield Edit(file.source.span(node), (f"{manager.name}.zero_grad()",))
 
 
+def _in(function: str, span: Span) -> tuple[str | Span, ...]:
+    return (f"{function}(", span, ")") if function else (span,)
+
+
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Edit | Remark]:
     source, manager = file.source, managers.for_call(node)
     values = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -113,7 +117,10 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
         yield node.lineno, "clip_grad_norm_ with arguments that are not understood", True
         return
     name = manager.name if manager is not None else f"{facts.alias(file)}.optim.OptimManager(loss_scale=None)"
-    groups: tuple[str | Span, ...] = ('[{"params": list(', source.span(parameters), ")}]")
+    listed = isinstance(parameters, ast.List) or (
+        isinstance(parameters, ast.Call) and dotted(parameters.func) == "list"
+    )
+    groups: tuple[str | Span, ...] = ('[{"params": ', *_in("" if listed else "list", source.span(parameters)), "}]")
     if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
         groups = (f"{manager.optimizers[0][1]}.param_groups",)
     tail: tuple[str | Span, ...] = ()

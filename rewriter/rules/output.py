@@ -15,19 +15,10 @@ from collections.abc import Iterator, Sequence
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
+from rewriter.analyze.writers import WRITERS, WRITING_METHODS
 from rewriter.rules.values import uses
 from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
 
-_WRITERS = {
-    "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
-    "os.rename", "os.replace", "os.mkdir", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
-    "shutil.move", "shutil.copytree", "yaml.dump", "torchvision.utils.save_image", "wandb.log", "wandb.save",
-    "wandb.finish", "wandb.watch", "wandb.init", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update",
-}  # fmt: skip
-_WRITING_METHODS = {
-    "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
-    "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
-}  # fmt: skip
 _ALWAYS_RUN = (
     ast.Expr, ast.Call, ast.keyword, ast.Attribute, ast.Subscript, ast.JoinedStr, ast.FormattedValue, ast.BinOp,
     ast.Tuple, ast.List, ast.Dict,
@@ -40,8 +31,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     moved = {use.node for use in uses(file, facts)}  # into a block of their own
+    joined: set[ast.stmt] = set()
     for node in file.nodes:
-        if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node):
+        if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
         if facts.scripts.in_opened_guard(file, node) or not _writes(file, facts, node):
             continue
@@ -54,6 +46,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         deeper = len(file.source.indent_unit) if any(parent in moved for parent in file.names.ancestors(node)) else 0
         edits = tuple(guard_statement(file, facts, node, outdent=-deeper))
+        if edits and not deeper:
+            for follower in _followers(file, facts, node):
+                joined.add(follower)
+                start = file.source.span(follower).start
+                edits = (*edits, Edit(Span(start, start), (file.source.indent_unit,)), *file.source.indented(follower))
         if edits:
             yield Finding(RULE.code, node.lineno, "one rank writes", edits)
         elif isinstance(node, ast.With):
@@ -63,6 +60,23 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
+    """The statements on the next lines that one rank is to run, too, if nothing in them needs all ranks."""
+    block = file.names.siblings(node)
+    last = node
+    for follower in block[block.index(node) + 1 :]:
+        if not isinstance(follower, ast.Expr) or follower.lineno != (last.end_lineno or 0) + 1:
+            return
+        if follower.lineno in file.source.skips or not _writes(file, facts, follower):
+            return
+        if len(list(guard_statement(file, facts, follower))) != 1 + len(file.source.indented(follower)):
+            return
+        if facts.scripts.collectives.inside(file, follower) is not None or _saves_pretrained(file, facts, follower):
+            return
+        yield follower
+        last = follower
 
 
 def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
@@ -108,10 +122,10 @@ def _writes(file: File, facts: Facts, node: ast.Expr | ast.With) -> bool:
         return False
     if any(isinstance(parent, ast.With) and _writes(file, facts, parent) for parent in file.names.ancestors(node)):
         return False
-    if facts.project.external(file, node.value.func) in _WRITERS:
+    if facts.project.external(file, node.value.func) in WRITERS:
         return True
     func = node.value.func
-    return isinstance(func, ast.Attribute) and func.attr in _WRITING_METHODS
+    return isinstance(func, ast.Attribute) and func.attr in WRITING_METHODS
 
 
 def _opens_for_writing(node: ast.expr) -> bool:
@@ -151,7 +165,7 @@ def guard_statement(file: File, facts: Facts, node: ast.stmt, opened: bool = Fal
         return
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
         return
-    known = facts.project.external(file, node.value.func) in _WRITERS
+    known = facts.project.external(file, node.value.func) in WRITERS
     if not known and (
         (opened and _runs_everywhere(file, facts, node.value)) or collectives.is_collective(file, node.value)
     ):

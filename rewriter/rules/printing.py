@@ -25,7 +25,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         names = file.names
         if names.lookup("print", names.scope_of(node)) is not None or facts.scripts.in_kept_guard(file, node):
             continue
-        if file not in facts.scripts.entries and _under_main(file, node):
+        if file not in facts.scripts.programs and _under_main(file, node):
             continue
         edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.print_rank",))
         yield Finding(RULE.code, node.lineno, "one rank prints", (edit,))

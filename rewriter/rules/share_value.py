@@ -19,6 +19,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File, FunctionInfo
 from rewriter.analyze.roles import walk_own
+from rewriter.rules.batches import shares_data
 from rewriter.types import Example, Finding, Rule, Safety
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
@@ -28,6 +29,8 @@ _VALUES = {"item", "tolist", "numpy"}
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
+        return
+    if b"backward" in file.source.data and not shares_data(file, facts):
         return
     told: set[int] = set()
     for node in file.nodes:

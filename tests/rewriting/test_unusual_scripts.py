@@ -157,3 +157,39 @@ def test_tensors_of_a_state_dict_that_are_written() -> None:
     assert "gathered" not in converted(LOOP + text + "    show(v.mean())\n")
     pairs = "for a, b in zip(ema.state_dict().values(), model.state_dict().values()):\n    a.copy_(0.9 * a + 0.1 * b)\n"
     assert "bmt.gathered(ema, write=True), bmt.gathered(model):" in converted(LOOP + pairs)
+
+
+def test_lines_of_a_log_share_one_test_of_the_rank() -> None:
+    log = 'writer.add_scalar("a", 1)\nwriter.add_scalar("b",\n    2)\nwriter.add_scalar("c", loss.item())\n'
+    assert converted(LOOP + log).endswith(
+        'if bmt.rank() == 0:\n    writer.add_scalar("a", 1)\n    writer.add_scalar("b",\n        2)\n'
+        'value = bmt.sum_loss(loss).item()\nif bmt.rank() == 0:\n    writer.add_scalar("c", value)\n'
+    )
+    skipped = log.replace('"b",\n    2)', '"b", 2)  # bmt: skip')
+    assert '    writer.add_scalar("a", 1)\nwriter.add_scalar("b", 2)  # bmt: skip\n' in converted(LOOP + skipped)
+
+
+def test_a_log_that_is_written_before_the_model_is_made_starts_the_ranks() -> None:
+    log = 'writer.add_text("a", "b")\n'
+    assert converted(HEAD + log + LOOP.removeprefix(HEAD)).index("init_distributed") < len(HEAD) + 60
+
+
+def test_a_script_in_a_package_whose_statements_train(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "ppo.py").write_text('if __name__ == "__main__":\n    size = 1\n' + LOOP)
+    (result,) = [r for r in convert_paths([tmp_path / "ppo.py"], Options(), [tmp_path]) if r.changed]
+    assert b"bmt.init_distributed(seed=1)" in result.after
+
+
+def test_the_list_of_clipped_parameters_is_one_list() -> None:
+    clip = "torch.nn.utils.clip_grad_norm_(list(model.head.parameters()), 1.0)\n"
+    assert '([{"params": list(model.head.parameters())}], 1.0)' in converted(LOOP.replace("loss.b", clip + "loss.b"))
+
+
+def test_values_of_data_that_nobody_shares_are_the_scripts_own() -> None:
+    text = LOOP.replace("loss.backward()", "for x in data:\n    loss.backward()\n    seen += len(x)")
+    assert "BMT037" not in {finding.code for finding in convert_text(text).reported}
+    shared = text.replace("data", "loader").replace(
+        "import torch\n", "import torch\nfrom torch.utils.data import DataLoader\nloader = DataLoader(1)\n", 1
+    )
+    assert "BMT037" in {finding.code for finding in convert_text(shared).reported}
