@@ -93,6 +93,8 @@ class Entries:
         for item in walk_own(node):
             if isinstance(item, ast.Call):
                 found = self.project.resolve(file, item.func)
+                if not isinstance(found, (ClassInfo, FunctionInfo)) and isinstance(item.func, ast.Attribute):
+                    found = self.project.resolve(file, item.func.value)  # Net.load(path)
                 if isinstance(found, ClassInfo):
                     if self.classes.is_module(found):
                         return True

@@ -53,6 +53,12 @@ class Scripts:
     def _loops(self) -> set[File]:
         return {file for file in self.project if _TRAINS.search(file.source.data) and self.trains(file)}
 
+    @cached_property
+    def unstarted(self) -> list[File]:
+        """Files with a loop that trains which no program reaches."""
+        reached = {file for program in self.programs for file in self.reach(program)}
+        return [file for file in self.project if file in self._loops and file not in reached]
+
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
         loops = {target for target in self.reach(file) if target not in self.entries and self.trains(target)}

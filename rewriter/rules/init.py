@@ -58,10 +58,8 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
 def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
     """A remark on a training loop that no script of the project starts."""
     scripts = facts.scripts
-    if facts.project.partial or scripts.started or not scripts.trains(file):
-        return
-    if any(file in scripts.reach(entry) and _first(entry, facts) is not None for entry in scripts.programs):
-        return
+    if facts.project.partial or scripts.started or file not in scripts.unstarted[:1]:
+        return  # one remark is enough for a project
     call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
     message = "no script here starts this training: call bmt.init_distributed() before the model is made"
     yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
