@@ -138,9 +138,16 @@ class Scripts:
 
     def shares_data(self, file: File) -> bool:
         """Whether anything in a file's programs is known to give ranks other data, or can be made to."""
+        return self._mentions(file, _SHARING)
+
+    def was_parallel(self, file: File) -> bool:
+        """Whether a program that a file is part of was data parallel before."""
+        return self._mentions(file, _PARALLEL)
+
+    def _mentions(self, file: File, marks: tuple[bytes, ...]) -> bool:
         programs = [entry for entry in self.entries if file in self.reach(entry)] or [file]
         parts = {part for program in programs for part in self.reach(program)}
-        return any(mark in part.source.data for part in parts for mark in _SHARING)
+        return any(mark in part.source.data for part in parts for mark in marks)
 
     def is_parallel(self, file: File) -> bool:
         """Whether a script gives every rank other data already: by DDP, samplers or a process group."""

@@ -19,6 +19,8 @@ from rewriter.types import Edit, Example, Finding, Part, Rule, Safety
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
+_TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
+
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or b"DataLoader" not in file.source.data:
@@ -51,7 +53,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def _case(file: File, node: ast.Call) -> str:
-    """``x == "train"`` for a loader in ``{x: DataLoader(...) for x in ["train", "val"]}``: not all of them train."""
+    """When a loader trains, if not always.
+
+    ``x == "train"`` for ``{x: DataLoader(...) for x in ["train", "val"]}``; ``train`` for ``shuffle=train``.
+    """
+    shuffled = next((k.value for k in node.keywords if k.arg == "shuffle"), None)
+    if isinstance(shuffled, (ast.Name, ast.Attribute, ast.Compare)) and _TRAINS.search(ast.unparse(shuffled)):
+        return file.source.code(shuffled)
     parent = file.names.parents[node]
     match parent:
         case ast.DictComp(key=ast.Name(id=name), generators=[ast.comprehension(target=ast.Name(id=bound), iter=over)]):

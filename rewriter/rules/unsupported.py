@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
+from rewriter.rules.batches import shares_data
 from rewriter.types import Example, Finding, Rule, Safety
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
@@ -27,7 +28,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
-    yield from _whole_batch(file, facts)
+    if shares_data(file, facts) and not facts.scripts.was_parallel(file):
+        yield from _whole_batch(file, facts)
     for node in file.nodes:
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
@@ -57,16 +59,25 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
     for call in file.calls:
         name = facts.project.external(file, call.func)
-        summed = any(k.arg == "reduction" and getattr(k.value, "value", "") == "sum" for k in call.keywords)
-        if any(k.arg == "ignore_index" for k in call.keywords) and name.startswith("torch.nn."):
+        given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+        summed = _is_sum(call) or given.get("reduction") == "sum"
+        if "ignore_index" in given and name.startswith("torch.nn."):
             message = "the mean over what is not ignored is taken over each rank's share, and the ranks count alike"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
-        elif summed and name.startswith("torch.nn."):
+        elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             message = "items of a batch are compared with each other: a rank sees its share of them only"
             yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+
+
+def _is_sum(call: ast.Call) -> bool:
+    """``loss.sum().backward()``."""
+    match call.func:
+        case ast.Attribute(value=ast.Call(func=ast.Attribute(attr="sum"), args=[], keywords=[]), attr="backward"):
+            return True
+    return False
 
 
 def _numbers_batch(file: File, call: ast.Call) -> bool:

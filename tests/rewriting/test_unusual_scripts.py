@@ -138,7 +138,9 @@ def test_averaged_models_and_what_depends_on_the_whole_batch() -> None:
     wanted = "with bmt.gathered(averaged, write=True), bmt.gathered(model):\n    averaged.update_parameters(model)\n"
     assert converted(LOOP + swa).endswith(wanted)
     summed = "torch.nn.functional.mse_loss(x, y, reduction='sum')\nlabels = torch.arange(x.shape[0])\n"
-    messages = [finding.message for finding in convert_text(LOOP + summed).reported]
+    assert not any("rank's share" in finding.message for finding in convert_text(LOOP + summed).reported)
+    loader = "from torch.utils.data import DataLoader\nloader = DataLoader(1)\n"
+    messages = [finding.message for finding in convert_text(LOOP + loader + summed).reported]
     assert any("sum over a rank's share" in message for message in messages)
     assert any("compared with each other" in message for message in messages)
 
