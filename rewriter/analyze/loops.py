@@ -227,7 +227,7 @@ def takes_apart(loop: Loop) -> bool:
             return True
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and loop.is_element(node.func.value):
             return True
-        if isinstance(node, (ast.For, ast.comprehension)) and any(map(loop.is_element, iterated(node))):
+        if isinstance(node, ast.For) and any(map(loop.is_element, iterated(node))):
             return True
     return False
 
