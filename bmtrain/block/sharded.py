@@ -18,6 +18,7 @@ from ..context import context
 from ..errors import CheckpointError, DeviceError
 from ..shard.access import gathered
 from ..shard.unit import ShardUnit
+from .statistics import level, note_run
 
 
 class ShardedModule(nn.Module):
@@ -30,6 +31,8 @@ class ShardedModule(nn.Module):
         if unit is None:  # still being built
             return super().__call__(*args, **kwargs)
         engine, precision = context().engine, unit.precision
+        if engine.idle and context().world_size > 1:
+            note_run(self)
         if not precision.casts:
             return engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
         outermost = engine.idle
@@ -46,6 +49,8 @@ class ShardedModule(nn.Module):
         if unit is None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         engine = context().engine
+        if destination is None and context().world_size > 1:
+            level(self)
         engine.pin(unit)
         try:
             out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)

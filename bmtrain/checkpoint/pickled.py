@@ -33,7 +33,7 @@ class Pickler(pickle.Pickler):
             return NotImplemented
         own = next(c for c in type(obj).__mro__ if not issubclass(c, (ShardedModule, LandingLinear)))
         state: dict[str, Any] = getattr(obj, "__getstate__", lambda: obj.__dict__)()
-        state = {key: value for key, value in state.items() if key not in ("_bmt_unit", "lands_compiled")}
+        state = {key: value for key, value in state.items() if key not in ("_bmt_unit", "_bmt_moved", "lands_compiled")}
         state["_bmt_was_block"] = isinstance(obj, Block)
         return make, (own,), state, None, None, restore
 

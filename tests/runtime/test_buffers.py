@@ -52,3 +52,33 @@ def train(recompute: bool) -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_buffers_change_once(world_size: int, recompute: bool) -> None:
     run_ranks(world_size, train, recompute)
+
+
+def statistics_of_shares() -> None:
+    torch.manual_seed(1)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()))
+    rank = bmt.rank()
+    # Each rank trains on data of its own; what it would have alone is computed beside it.
+    alone = nn.BatchNorm1d(6)
+    for step in range(2):
+        x = torch.full((3, 4), float(rank + step)) + torch.arange(3.0)[:, None] * (rank + 1)
+        model(x)
+        with bmt.gathered(model):
+            alone(nn.functional.linear(x, *model[0].parameters()))
+    norm = model[1]
+    assert torch.equal(norm.running_mean, alone.running_mean), "training runs are not levelled"
+    model.eval()
+    evaluated = model(torch.ones(3, 4))
+    for name in ("running_mean", "running_var"):
+        mean = bmt.distributed.all_reduce(getattr(alone, name), "avg")
+        assert torch.allclose(getattr(norm, name), mean), name
+        assert not torch.allclose(mean, getattr(alone, name)), name
+    assert torch.equal(bmt.distributed.broadcast(evaluated, 0), evaluated), "every rank evaluates the same model"
+    model.train()
+    model(torch.full((3, 4), float(rank)) + torch.arange(3.0)[:, None])
+    state = model.state_dict()["1.running_mean"]
+    assert torch.equal(bmt.distributed.broadcast(state, 0), state), "every rank saves the same model"
+
+
+def test_batch_norms_are_levelled_before_evaluation() -> None:
+    run_ranks(2, statistics_of_shares)

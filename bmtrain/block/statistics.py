@@ -1,0 +1,42 @@
+"""Running statistics of batch norms: each rank's are of its own share of the data.
+
+Left alone they would make every rank evaluate another model, and decide otherwise what to keep, in a branch that may
+hold a collective. So before a model is evaluated or saved, every rank gets their mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..comm import ops
+from ..context import context
+
+
+def note_run(model: nn.Module) -> None:
+    """Before a whole model's forward: remember one that trains, level before one that does not."""
+    if not model.training:
+        level(model)
+    elif model.__dict__.get("_bmt_moved", False) is False:
+        model.__dict__["_bmt_moved"] = bool(_statistics(model)) or None  # None: there are none to level
+
+
+def level(model: nn.Module) -> None:
+    """Give all ranks the mean of their running statistics, if they trained since the last time.  Collective."""
+    if not model.__dict__.get("_bmt_moved"):
+        return
+    model.__dict__["_bmt_moved"] = False
+    values = _statistics(model)
+    with torch.no_grad():
+        flat = ops.all_reduce(torch.cat([value.flatten().float() for value in values]), "avg", context().world)
+        start = 0
+        for value in values:
+            value.copy_(flat[start : start + value.numel()].view_as(value))
+            start += value.numel()
+
+
+def _statistics(model: nn.Module) -> list[torch.Tensor]:
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in values if value is not None]
