@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -108,7 +109,9 @@ def _invariant(node: ast.expr, stored: set[str], loop: Loop) -> bool:
         return node.id not in stored
     if isinstance(node, ast.Attribute):
         # Only the module's own: of another object that is None, or that a block changes, it would differ.
-        return dotted(node) == f"{loop.me}.{node.attr}" and node.attr not in loop.owner.methods
+        set_by_others = rf"(?<!\b{loop.me})\.{node.attr}\s*(?:[-+*/%@&|^]|//|\*\*)?=(?!=)".encode()
+        mine = dotted(node) == f"{loop.me}.{node.attr}" and node.attr not in loop.owner.methods
+        return mine and not re.search(set_by_others, loop.file.source.data)
     if isinstance(node, (ast.Tuple, ast.List)):
         # A fresh list a call could be changed by a block; a tuple cannot.
         return isinstance(node, ast.Tuple) and all(_invariant(item, stored, loop) for item in node.elts)

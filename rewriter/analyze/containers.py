@@ -95,6 +95,8 @@ class FunctionScan(Locals):
                 yield from self._assigned(node.target, node.value)
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 yield from self._registered(node, node.func)
+            elif isinstance(node, ast.For):
+                self._unknown(node.target)
             elif isinstance(node, ast.Call) and dotted(node.func) == "setattr" and len(node.args) == 3:
                 self._unknown(ast.Attribute(node.args[0], str(getattr(node.args[1], "value", "")), ast.Store()))
 

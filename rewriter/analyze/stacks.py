@@ -182,9 +182,6 @@ class Stacks:
                 return f"{member.name} builds {stack.path} too"
         if not stack.whole:
             return f"{stack.path} is no list of blocks alone; its blocks are"
-        containers = {build.container for build in stack.builds}
-        if "torch.nn.Sequential" in containers and len(containers) > 1:
-            return f"{stack.path} is sometimes a Sequential"
         for file in self._replacing.get(stack.path.split(".")[-1].encode(), ()):
             if file is stack.owner.file or stack.owner.file in self.project.imported(file):
                 return f"{file.path.name} gives {stack.path} of an object something else"

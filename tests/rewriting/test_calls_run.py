@@ -23,6 +23,16 @@ class Block(nn.Module):
         return torch.tanh(self.linear(x)) * scale + shift + 0.1 * self.index
 
 
+class Owned(Block):
+    def __init__(self, index, owner):
+        super().__init__(index)
+        self.owner = [owner]
+
+    def forward(self, x, scale):
+        self.owner[0].rate += 1
+        return super().forward(x, scale)
+
+
 def twice(block, x):
     return block(x) * 2
 
@@ -106,6 +116,12 @@ KEPT = {
     "variables by name": (LOOP + "\nseen.append('layer' in locals())", MAKE, ""),
     "what one pass uses up": ("g = (v for v in [0.5])\nfor layer in self.layers:\n    x = layer(x, *g)", MAKE, ""),
     "a property": ("for layer in self.layers:\n    x = layer(x, self.growing)", MAKE, ""),
+    "an attribute that a block sets": (
+        "for layer in self.layers:\n    x = layer(x, self.rate)",
+        "self.rate = 1.0\n" + MAKE.replace("Block(i)", "Owned(i, self)"),
+        "",
+    ),
+    "a list replaced by a loop": (LOOP, MAKE + "\nfor self.layers in [nn.ModuleList([Block(1)])]:\n    pass", ""),
     "an attribute of nothing": ("for layer in self.layers:\n    x = layer(x, self.settings.scale)", NONE, ""),
     "an argument that is not there": (
         "if len(self.layers):\n    s = 2.0\nfor layer in self.layers:\n    x = layer(x, s)",
@@ -156,3 +172,12 @@ def test_called(loop: str) -> None:
     indented = "        " + loop.replace("\n", "\n        ")
     after = converted(HEAD.format(loop=indented, build=f"        {MAKE}", change=""))
     assert "x = self.layers(x" in after
+
+
+def test_a_list_that_is_a_sequential_in_one_case() -> None:
+    build = f"if depth > 5:\n    {MAKE}\nelse:\n    self.layers = nn.Sequential(*[Block(i) for i in range(depth)])"
+    loop, build = (text.replace("\n", "\n        ") for text in (LOOP, build))
+    text = HEAD.format(loop=f"        {loop}", build=f"        {build}", change="")
+    after = converted(text)
+    assert "x = self.layers(x)" in after
+    assert torch.equal(next(flat(run(text)[1])), next(flat(run(after)[1])))  # type: ignore[arg-type]
