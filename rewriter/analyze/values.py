@@ -259,6 +259,8 @@ class Values:
             if dropped is None or parent.attr not in {"data"}:
                 break
         if isinstance(parent, ast.Attribute):
+            if self._written_view(parent):
+                return "write", None
             if parent.attr in _KNOWN_WITHOUT or parent.attr in {"grad", "main_grad"}:
                 return "", None
             written = parent.attr.endswith("_") and not parent.attr.startswith("__")
@@ -274,6 +276,15 @@ class Values:
             named = isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], (ast.Name, ast.Tuple))
             return ("write" if named else "read"), None  # what is done by another name is not looked into
         return ("read", None) if dropped is not None else ("", None)
+
+    def _written_view(self, view: ast.expr) -> bool:
+        """Whether a view is written to: ``p.detach().zero_()``."""
+        parents = self.file.names.parents
+        while isinstance(view, ast.Attribute) and view.attr in {"data", "detach", "view", "t"}:
+            parent = parents[view]
+            view = parents[parent] if isinstance(parent, ast.Call) and parent.func is view else parent  # type: ignore[assignment]
+        in_place = isinstance(view, ast.Attribute) and view.attr.endswith("_") and not view.attr.startswith("_")
+        return in_place and isinstance(parents[view], ast.Call)
 
     def _only_chained(self, call: ast.Call) -> bool:
         """Whether only element-wise calls follow: ``p.mul_(a).add_(q)``."""

@@ -19,6 +19,7 @@ from rewriter.types import Edit, Example, Finding, Part, Rule, Safety
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
+_EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
 _TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
 
 
@@ -99,11 +100,15 @@ def _for_evaluation(file: File, facts: Facts, node: ast.Call) -> bool:
             targets = [targets[values.index(node)]]
         names += [(dotted(target) or "").split(".")[-1] for target in targets]
     function = file.names.function_of(node)
-    if isinstance(statement, ast.Return) and function is not None:
+    yielded = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield)
+    if function is not None and (isinstance(statement, ast.Return) or yielded or _EVALUATES.match(function.name)):
         names.append(function.name)
     parent = file.names.parents[node]
     if isinstance(parent, ast.keyword):
         names.append(parent.arg or "")
+    elif isinstance(parent, ast.Dict):
+        key = next((k for k, value in zip(parent.keys, parent.values, strict=True) if value is node), None)
+        names.append(str(getattr(key, "value", "")))
     elif isinstance(parent, ast.Call) and node in parent.args:
         names += _parameter(file, facts, parent, parent.args.index(node))
     return any(_EVALUATION.search(name) and not re.search(r"train", name, re.I) for name in names)

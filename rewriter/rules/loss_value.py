@@ -17,7 +17,7 @@ from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule
 
 _VALUES = {"item", "tolist"}
-_VIEWS = {"detach", "cpu", "float", "double", "mean", "clone"}
+_VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to"}
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

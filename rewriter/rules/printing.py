@@ -2,8 +2,8 @@
 
 What: ``print(...)`` becomes ``bmt.print_rank(...)``.
 Why: every rank runs the script; without this every line appears once per rank.
-Refuses when: only one rank reaches the call already, ``print`` is not the built-in one, or the file is not part of a
-training script.
+Refuses when: only one rank reaches the call already, or what it prints holds the rank's number; ``print`` is not the
+built-in one; the file is not part of a training script.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.collectives import is_rank
 from rewriter.analyze.facts import Facts
+from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.types import Edit, Example, Finding, Rule
 
@@ -27,6 +29,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if file not in facts.scripts.programs and _under_main(file, node):
             continue
+        if any(is_rank(file, item) for argument in node.args for item in walk(argument) if isinstance(item, ast.expr)):
+            continue  # each rank says who it is
         edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.print_rank",))
         yield Finding(RULE.code, node.lineno, "one rank prints", (edit,))
 

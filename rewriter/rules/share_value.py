@@ -35,7 +35,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     told: set[int] = set()
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
-            for item in (i for statement in node.body for i in walk_own(statement)):
+            for item in _own(node):
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
@@ -60,6 +60,16 @@ def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
         for statement in loop.body
         for item in walk_own(statement)
     )
+
+
+def _own(loop: ast.For) -> Iterator[ast.AST]:
+    """The nodes of a loop's body without those of loops in it: they are looked at by themselves."""
+    stack: list[ast.AST] = list(loop.body)
+    while stack:
+        item = stack.pop()
+        if not isinstance(item, (ast.For, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            yield item
+            stack.extend(ast.iter_child_nodes(item))
 
 
 def _is_loader(node: ast.AST) -> bool:

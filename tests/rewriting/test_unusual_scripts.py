@@ -195,3 +195,43 @@ def test_values_of_data_that_nobody_shares_are_the_scripts_own() -> None:
         "import torch\n", "import torch\nfrom torch.utils.data import DataLoader\nloader = DataLoader(1)\n", 1
     )
     assert "BMT037" in {finding.code for finding in convert_text(shared).reported}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'loaders = {"train": 1, "val": DataLoader(data)}\n',
+        "def get_test_loaders():\n    yield DataLoader(data)\n",
+        "def predict(data):\n    loader = DataLoader(data)\n    return list(loader)\n",
+    ],
+)
+def test_loaders_of_evaluations(text: str) -> None:
+    after = converted(LOOP + "from torch.utils.data import DataLoader\n" + text)
+    assert after.endswith(text)
+    shared = text.replace("val", "train").replace("test", "train").replace("predict", "feed")
+    assert "bmt.shard_loader(DataLoader(data))" in converted(
+        LOOP + "from torch.utils.data import DataLoader\n" + shared
+    )
+
+
+def test_views_of_parameters_that_are_written() -> None:
+    text = "for p in model.parameters():\n    p.detach().zero_()\n"
+    assert converted(LOOP + text).endswith(
+        "with bmt.gathered(model, write=True):\n    " + text.replace("\n    p", "\n        p")
+    )
+
+
+def test_values_of_a_validation_between_the_epochs_are_not_of_a_share() -> None:
+    text = "from torch.utils.data import DataLoader\nloader = DataLoader(1)\nfor epoch in range(3):\n    for x in loader:\n"
+    text += (
+        "        model(x).mean().backward()\n    for x in val_loader:\n        hits = (model(x) == 1).sum().item()\n"
+    )
+    assert "BMT037" not in {finding.code for finding in convert_text(LOOP + text).reported}
+
+
+def test_what_each_rank_says_of_itself_is_said_by_each() -> None:
+    assert converted(LOOP + 'rank = 1\nprint(f"rank {rank}: {loss}")\n').count("print_rank") == 0
+
+
+def test_a_loss_that_is_moved_before_it_is_read() -> None:
+    assert converted(LOOP + "total = loss.to('cpu').item()\n").endswith("total = bmt.sum_loss(loss).to('cpu').item()\n")
