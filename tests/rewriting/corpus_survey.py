@@ -68,14 +68,14 @@ def _here_only(one: Record, other: dict[str, Any] | None) -> str:
 
 
 def _survey_only(one: Record | None, other: dict[str, Any]) -> str:
+    if one is not None and one.reason.startswith(NOT_BLOCKS):
+        return one.reason
     if one is None and other["own"] == "foreign":
         return "a list of another object, or a function outside of the class"
-    if one is None and other["own"] == "guess":
+    if other["own"] == "guess" and (one is None or one.state == "wrapper"):
         return "the class, or its list, is not seen to be of modules"
     if one is None or one.path != other["path"].removeprefix("self."):
         return "the list is not seen: arithmetic on an index, a name for several lists, an unknown base"
-    if one.reason.startswith(NOT_BLOCKS):
-        return one.reason
     return "no result of a member goes into a later one"
 
 
