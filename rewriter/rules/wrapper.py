@@ -86,13 +86,29 @@ def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
     if isinstance(found, External):
         return found.name.split(".")[0] in _PACKAGES and not found.name.startswith(_WRAPPERS)
     if isinstance(found, FunctionInfo):
-        return not any(
+        return _returns_container(facts, found) or not any(
             isinstance(node, ast.Call)
             and isinstance(made := facts.project.resolve(found.file, node.func), ClassInfo)
             and facts.classes.kind(made) in {"module", "distributed"}
             for node in walk(found.node)
         )
     return False
+
+
+def _returns_container(facts: Facts, function: FunctionInfo) -> bool:
+    """Whether a function returns a torch container that it makes, of whatever modules."""
+    made: dict[str, list[ast.expr]] = {}
+    returned: list[ast.expr] = []
+    for node in walk(function.node):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            made.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.Return) and node.value is not None:
+            returned.append(node.value)
+    values = [v for item in returned for v in (made.get(item.id, []) if isinstance(item, ast.Name) else [item])]
+    return any(
+        isinstance(value, ast.Call) and facts.project.external(function.file, value.func) == "torch.nn.Sequential"
+        for value in values
+    )
 
 
 RULE = Rule(

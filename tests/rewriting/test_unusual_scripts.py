@@ -235,3 +235,9 @@ def test_what_each_rank_says_of_itself_is_said_by_each() -> None:
 
 def test_a_loss_that_is_moved_before_it_is_read() -> None:
     assert converted(LOOP + "total = loss.to('cpu').item()\n").endswith("total = bmt.sum_loss(loss).to('cpu').item()\n")
+
+
+def test_a_function_that_returns_a_container_of_modules() -> None:
+    make = "def make(depth):\n    net = torch.nn.Sequential(*[Net() for _ in range(depth)])\n    return net\n\n\n"
+    after = converted(HEAD + make + TRAIN.replace("    ", "").replace("Net()", "make(2)"))
+    assert "model = bmt.BMTrainModelWrapper(make(2))" in after
