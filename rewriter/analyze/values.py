@@ -303,7 +303,7 @@ class Values:
             return "local", dropped
         found = self.project.resolve(self.file, call.func)
         if isinstance(found, External):
-            if found.name.startswith("torch.nn.init."):
+            if found.name.startswith(("torch.nn.init.", "torch.distributed.broadcast")):
                 return "write", None
             if found.name.startswith(("torch.optim.", "bmtrain.")) or last in {"zeros_like", "ones_like", "empty_like"}:
                 return "", None

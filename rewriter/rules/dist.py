@@ -64,7 +64,19 @@ def _known(file: File, facts: Facts, call: ast.Call, name: str) -> bool:
         return True
     if name in _SIMPLE:
         return not call.args and all(keyword.arg == "device_ids" for keyword in call.keywords)
+    if name == "torch.distributed.broadcast":
+        return _from_rank(file, call) is not None
     return name == "torch.distributed.all_reduce" and _operation(file, facts, call) is not None
+
+
+def _from_rank(file: File, call: ast.Call) -> tuple[ast.expr, ast.expr] | None:
+    """The tensor and the source of a broadcast that is a statement of its own, without a group."""
+    statement = file.names.statement_of(call)
+    values = {keyword.arg: keyword.value for keyword in call.keywords}
+    values.update(zip(("tensor", "src"), call.args, strict=False))
+    if not isinstance(statement, ast.Expr) or statement.value is not call or set(values) != {"tensor", "src"}:
+        return None
+    return values["tensor"], values["src"]
 
 
 def _operation(file: File, facts: Facts, call: ast.Call) -> str | None:
@@ -89,6 +101,12 @@ def _call(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[Findi
         if isinstance(statement, ast.Expr) and statement.value is call:
             edit = source.remove(statement)
             yield Finding(RULE.code, call.lineno, "bmtrain needs no process group", (edit,))
+    elif name == "torch.distributed.broadcast":
+        found = _from_rank(file, call)
+        assert found is not None
+        tensor, root = (source.span(part) for part in found)
+        edit = Edit(source.span(call), (tensor, f".copy_({alias}.distributed.broadcast(", tensor, ", ", root, "))"))
+        yield Finding(RULE.code, call.lineno, "the broadcast is bmtrain's", (edit,))
     elif name == "torch.distributed.all_reduce":
         tensor = source.span(call.args[0] if call.args else call.keywords[0].value)
         operation = _operation(file, facts, call)

@@ -241,3 +241,11 @@ def test_a_function_that_returns_a_container_of_modules() -> None:
     make = "def make(depth):\n    net = torch.nn.Sequential(*[Net() for _ in range(depth)])\n    return net\n\n\n"
     after = converted(HEAD + make + TRAIN.replace("    ", "").replace("Net()", "make(2)"))
     assert "model = bmt.BMTrainModelWrapper(make(2))" in after
+
+
+def test_parameters_that_are_broadcast() -> None:
+    text = "import torch.distributed as dist\nwith torch.no_grad():\n    for p in model.parameters():\n"
+    assert converted(LOOP + text + "        dist.broadcast(p, src=0)\n").endswith(
+        "with torch.no_grad():\n    with bmt.gathered(model, write=True):\n        for p in model.parameters():\n"
+        "            p.copy_(bmt.distributed.broadcast(p, 0))\n"
+    )
