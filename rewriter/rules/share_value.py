@@ -1,8 +1,8 @@
 """Counts made over a rank's share of the data are pointed out.
 
 What: ``correct += (out == y).sum().item()``, ``seen += len(x)``, ``total += loss.item() * x.size(0)`` in a loop over
-training data, an ``.item()`` of what is no loss there, and functions of the project that are handed the training
-loader, are reported.
+training data, an ``.item()`` of what is no loss there, functions of the project that are handed the training loader,
+and tests of such counts above calls that all ranks must make, are reported.
 Why: every rank sees its share of each batch, so such a sum is this rank's part of the unconverted script's. Ratios of
 two of them are nearly right; sums divided by the size of the data set are not. ``bmt.distributed.all_reduce`` gives the
 sum over the ranks.
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File, FunctionInfo
-from rewriter.analyze.roles import walk_own
+from rewriter.analyze.roles import Roles, Var, walk_own
 from rewriter.rules.batches import shares_data
 from rewriter.types import Example, Finding, Rule, Safety
 
@@ -33,12 +33,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if b"backward" in file.source.data and not shares_data(file, facts):
         return
     told: set[int] = set()
+    counted: set[Var] = set()
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
             for item in _own(node):
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
+                    counted |= {v} if (v := facts.scripts.roles[file].var(item.target)) is not None else set()
                 elif isinstance(item, ast.Call) and _shown(file, facts, item):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
@@ -49,6 +51,27 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
             yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+    if counted:
+        yield from _decisions(file, facts, counted)
+
+
+def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:
+    """Tests of such counts above calls that every rank must make."""
+    known, roles = set(counted), facts.scripts.roles[file]
+    for node in file.nodes:
+        if isinstance(node, ast.Assign) and any(_is_one(roles, item, known) for item in ast.walk(node.value)):
+            known |= {variable for target in node.targets if (variable := roles.var(target)) is not None}
+    for node in file.nodes:
+        if isinstance(node, ast.If) and any(_is_one(roles, item, known) for item in ast.walk(node.test)):
+            call = next((c for s in node.body if (c := facts.scripts.collectives.inside(file, s)) is not None), None)
+            if call is not None:
+                what = file.source.code(call.func)
+                message = f"if ranks decide otherwise here, {what}(...) waits forever: decide from values of all ranks"
+                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+
+
+def _is_one(roles: Roles, node: ast.AST, known: set[Var]) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and roles.var(node) in known
 
 
 def _trains(facts: Facts, file: File, loop: ast.For) -> bool:

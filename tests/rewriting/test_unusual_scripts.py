@@ -249,3 +249,13 @@ def test_parameters_that_are_broadcast() -> None:
         "with torch.no_grad():\n    with bmt.gathered(model, write=True):\n        for p in model.parameters():\n"
         "            p.copy_(bmt.distributed.broadcast(p, 0))\n"
     )
+
+
+def test_a_test_of_a_count_above_a_checkpoint_is_pointed_out() -> None:
+    text = "from torch.utils.data import DataLoader\nloader = DataLoader(1)\nfor x in loader:\n"
+    text += "    model(x).mean().backward()\n    hits += (model(x) == 1).sum().item()\nshare = hits / 8\n"
+    saved = "if share > best:\n    torch.save(model.state_dict(), 'x')\n"
+    told = [finding.message for finding in convert_text(LOOP + text + saved).reported]
+    assert any("model.state_dict(...) waits forever" in message for message in told)
+    told = [finding.message for finding in convert_text(LOOP + text + saved.replace("share", "epoch")).reported]
+    assert not any("waits forever" in message for message in told)
