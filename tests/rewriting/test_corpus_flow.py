@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.analyze.loops import find_loops
+from rewriter.analyze.loops import Loop, find_loops, takes_apart
 from rewriter.analyze.project import Project
 from rewriter.analyze.source import Source
 
@@ -51,12 +51,16 @@ CHAINS = {
 }
 
 
-def counted(loop: str) -> bool:
+def loops(loop: str) -> list[Loop]:
     lines = "\n        ".join(loop.split("\n"))
     text = f"class Net:\n    def forward(self, x, y, data, flag):\n        {lines}\n"
     file = Project().add(Source(Path("net.py"), text.encode()))
     info = file.class_info(next(node for node in ast.walk(file.tree) if isinstance(node, ast.ClassDef)))
-    return passes_on(next(iter(find_loops(info))))
+    return list(find_loops(info))
+
+
+def counted(loop: str) -> bool:
+    return passes_on(loops(loop)[0])
 
 
 @pytest.mark.parametrize("loop", NO_CHAIN.values(), ids=NO_CHAIN.keys())
@@ -67,3 +71,10 @@ def test_no_chain(loop: str) -> None:
 @pytest.mark.parametrize("loop", CHAINS.values(), ids=CHAINS.keys())
 def test_chain(loop: str) -> None:
     assert counted(loop)
+
+
+def test_tensors_are_no_groups() -> None:
+    """A list of inputs beside the list of modules: only modules that are taken apart by a loop are groups."""
+    body = "for i in range(3):\n    x = self.ms[i](*self.xs[i])\n    self.xs[i] = [a.cpu() for a in self.xs[i]]"
+    assert not any(takes_apart(loop) for loop in loops(body))
+    assert all(takes_apart(loop) for loop in loops("for m in self.ms:\n    for part in m:\n        x = part(x)"))

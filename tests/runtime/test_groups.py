@@ -11,6 +11,7 @@ import torch
 from oracle import WIDTH
 from ranks import run_ranks
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bmtrain as bmt
 from bmtrain.context import context
@@ -79,8 +80,8 @@ def test_pairs_are_released() -> None:
     run_ranks(2, pairs_are_released)
 
 
-def levels(names: models.Names, nested: bool = False) -> Any:
-    """Namespaces of parts, taken by index, as in the U-nets of autoencoders; perhaps inside a block."""
+def levels(names: models.Names, nested: bool = False, saves: bool = False) -> Any:
+    """Namespaces of parts, taken by index, as in U-nets of autoencoders; perhaps inside a block, or checkpointed."""
 
     class Net(names.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -98,6 +99,8 @@ def levels(names: models.Names, nested: bool = False) -> Any:
             self.whole, seen = [], [x]
             for i in range(DEPTH):
                 for j in range(2):
+                    if saves:
+                        x = x + checkpoint(self.layers[i].parts[j], x, use_reentrant=bool(i % 2))
                     x = x + torch.tanh(self.layers[i].parts[j](self.layers[i].norm(x)))
                 x = x * self.layers[i].norm.weight.to(x.dtype)
                 seen.append(x)
@@ -122,6 +125,7 @@ def levels(names: models.Names, nested: bool = False) -> Any:
 def levels_match() -> None:
     oracle.matches(levels)
     oracle.matches(lambda names: levels(names, nested=True))
+    oracle.matches(lambda names: levels(names, saves=True))
 
 
 @pytest.mark.parametrize("world_size", WORLDS)
