@@ -6,11 +6,17 @@ So gathers, and reductions of little, go through windows of their own here; only
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from ..device import current_stream_handle
 from .base import ReduceOp
 from .nccl import NcclCommunicator
+from .nccl_library import built
+
+if built:
+    from .. import _C
 
 _WHOLE = 16 << 20  # bytes that arrive at once, of all ranks together
 _SMALL = 16 << 10  # bytes up to which every rank may reduce by itself what all have sent
@@ -24,7 +30,7 @@ class StagedCommunicator(NcclCommunicator):
     _staging: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
-        if not self._windows or not shard.numel():
+        if not self._stages or not shard.numel():
             super().all_gather(shard, whole)
             return
         self.check_sizes(shard, whole)
@@ -38,12 +44,18 @@ class StagedCommunicator(NcclCommunicator):
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         small = tensor.numel() * tensor.element_size() <= min(_SMALL, self._part())
         whole_numbers = op == "avg" and not tensor.is_floating_point()
-        if not (self._windows and small and tensor.dtype in _DTYPES) or whole_numbers or not tensor.numel():
+        known = tensor.dtype in _DTYPES and op in get_args(ReduceOp)
+        if not (self._stages and small and known) or whole_numbers or not tensor.numel():
             super().all_reduce(tensor, op)
             return
         self._check(tensor)
         every = self._exchange(_bytes(tensor)).view(tensor.dtype)[:, : tensor.numel()]
         tensor.detach().copy_(_reduced(every, op).view_as(tensor))
+
+    @property
+    def _stages(self) -> bool:
+        """Whether to go through windows, if they open: the same on all ranks, which must run the same collectives."""
+        return self.world_size > 1 and _C.nccl.has_arenas() and _C.nccl.has_windows()
 
     def _part(self) -> int:
         """Bytes of one rank that are sent at once."""
@@ -53,7 +65,8 @@ class StagedCommunicator(NcclCommunicator):
         """(world_size, n) what every rank has sent, bytes, good until the next exchange; n is padded."""
         if self._staging is None:
             size = self._part()
-            self._staging = self.alloc(size, torch.uint8), self.alloc(size * self.world_size, torch.uint8)
+            with torch.inference_mode(False):  # the buffers outlive the caller's mode
+                self._staging = self.alloc(size, torch.uint8), self.alloc(size * self.world_size, torch.uint8)
             self._stream = torch.cuda.current_stream(self.device)
         elif current_stream_handle(self.device.index) != self._stream.cuda_stream:
             last, self._stream = self._stream, torch.cuda.current_stream(self.device)

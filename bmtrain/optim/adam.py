@@ -11,6 +11,7 @@ from .. import kernels
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.flat import FlatShard
+from ..shard.masters import drop_remainder
 from ..shard.unit import ShardUnit
 from .adam_state import FlatState
 from .loss_scale import Overflow, Unscale
@@ -146,6 +147,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         )  # fmt: skip
         if out is not None and not direct:
             out.copy_(values)
+        state.stepped(flat)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -202,6 +204,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self._states.clear()
         self._overflow = None
+        for parameter in params:
+            assert parameter._flat is not None
+            drop_remainder(parameter._flat, parameter._index)
         for number, saved in state_dict["state"].items():
             flat, index = params[int(number)]._flat, params[int(number)]._index
             assert flat is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shard.flat import FlatShard
-from ..split_float import join, split
+from ..shard.masters import can_split, join, remainder_of, write_master
 from .pieces import follow
 
 
@@ -25,7 +25,7 @@ class FlatState:
 
     def splits(self, flat: FlatShard) -> bool:
         """Whether the masters are ``flat``'s values with their remainder."""
-        return flat.can_split and flat.shard.device == self._device
+        return can_split(flat) and flat.shard.device == self._device
 
     def master_of(self, flat: FlatShard) -> torch.Tensor:
         """The fp32 values; follows values that were loaded or written since the last step.
@@ -36,7 +36,7 @@ class FlatState:
             return flat.shard
         flat.keep_writes()
         if self.splits(flat):
-            return join(flat.shard, flat.split())
+            return join(flat)
         self.master = follow(self.master, flat, self._version, self._device)
         self._version = flat.version
         return self.master
@@ -46,14 +46,22 @@ class FlatState:
         shard = flat.shard[where]
         if self.splits(flat):
             flat.keep_writes()
-            return shard, None, flat.split()[where]
+            return shard, None, remainder_of(flat)[where]
         master = self.master_of(flat)
+        if flat.remainder is not None:  # of an optimizer on another device, to which this step is a write like others
+            flat.remainder[where].zero_()
         return (shard, None, None) if master is flat.shard else (master[where], shard, None)
+
+    def stepped(self, flat: FlatShard) -> None:
+        """A step has changed ``operands``: the masters of other optimizers are to follow."""
+        flat.version += 1
+        self._version = flat.version
 
     def load_master(self, flat: FlatShard, index: int, values: torch.Tensor) -> None:
         """Replace this rank's part of one parameter's master, and the parameter by its rounding."""
-        part = flat.local(self.master_of(flat), index)
-        part.copy_(values)
-        flat.write_local(index, lambda shard: shard.copy_(part))
         if self.splits(flat):
-            flat.local(flat.split(), index).copy_(split(part)[1])
+            remainder_of(flat)
+        else:
+            flat.local(self.master_of(flat), index).copy_(values)
+        write_master(flat, values.float(), index)
+        self._version = flat.version

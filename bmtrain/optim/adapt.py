@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..context import context
 from ..errors import ConfigurationError
 from ..shard.flat import FlatShard
+from ..shard.masters import can_split, join, write_master
 from ..shard.parameter import raw_grad, set_raw_grad, show_whole
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
@@ -59,16 +60,17 @@ register_optimizer_step_pre_hook(_refuse_unmanaged)
 class _ShardView:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
+        self._shown: dict[int, torch.Tensor] = {}
         self._loading: dict[Any, dict[str, torch.Tensor]] = {}
 
     def _values(self, flat: FlatShard) -> torch.Tensor:
         if flat.dtype == flat.gradient.dtype:
             return flat.shard
         flat.keep_writes()
+        if can_split(flat):
+            return join(flat)
         version, known = self._masters.get(id(flat), (-1, None))
-        master = follow(known, flat, version, flat.shard.device)
-        self._masters[id(flat)] = (flat.version, master)
-        return master
+        return follow(known, flat, version, flat.shard.device)
 
     def enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Show shards."""
@@ -76,10 +78,11 @@ class _ShardView:
         params = all_params(optimizer.param_groups)
         flats = flats_of(params)
         touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
+        self._shown = {id(flat): self._values(flat) for flat in flats}
         for parameter in params:
             flat, index = parameter._flat, parameter._index
             assert flat is not None
-            show_whole(parameter, flat.local(self._values(flat), index))
+            show_whole(parameter, flat.local(self._shown[id(flat)], index))
             if touched[id(flat)][index] and parameter.requires_grad:
                 set_raw_grad(parameter, flat.local(flat.gradient.settled(), index))
 
@@ -89,12 +92,14 @@ class _ShardView:
         for parameter in params:
             if raw_grad(parameter) is not None:
                 set_raw_grad(parameter, None)
-            flat, index = parameter._flat, parameter._index
-            assert flat is not None
-            if flat.dtype != flat.gradient.dtype:  # others in this flat shard may be another optimizer's
-                flat.local(flat.shard, index).copy_(flat.local(self._masters[id(flat)][1], index))
         for flat in flats_of(params):
-            flat.unit.discard()
+            master = self._shown.pop(id(flat))
+            if master is flat.shard:
+                flat.changed()
+            else:
+                write_master(flat, master)
+                if not can_split(flat):
+                    self._masters[id(flat)] = (flat.version, master)
             flat.rest()
             flat.forget_writes()
         context().engine.optimizer_stepped()

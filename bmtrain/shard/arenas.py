@@ -51,16 +51,17 @@ class Arenas:
     def watch(self, module: torch.nn.Module) -> None:
         """Look for garbage once ``module``, which uses arenas, is gone."""
         if self._shared:
-            weakref.finalize(module, self._lose)
+            weakref.finalize(module, self.look_for_garbage)
 
-    def _lose(self) -> None:
+    def look_for_garbage(self) -> None:
+        """When ``collect`` is called next: shards were left behind, and they hold each other."""
         self._lost = True
 
     def collect(self) -> None:
         """Give back what no rank uses any more.  Collective."""
         if not self._shared or not self._count:
             return
-        if self._lost:  # shards hold each other; and looking for garbage takes a tenth of a second
+        if self._lost:  # not always, as it takes a tenth of a second
             self._lost = False
             gc.collect()
         unused = torch.zeros(self._count, dtype=torch.uint8)

@@ -35,8 +35,8 @@ class FlatShard:
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
-        version: grows when values change other than by an optimizer, so that masters can follow.
-        remainder: (S,) int16, what bf16 values leave out of an optimizer's fp32 values (``split_float``).
+        version: grows when values change, so that optimizers' masters of them can follow.
+        remainder: (S,) int16, what bf16 values leave out of optimizers' fp32 values (``masters``); None if nothing.
     """
 
     def __init__(
@@ -139,18 +139,6 @@ class FlatShard:
         start, end, offset = self.layout.local(self.layout.slots[index], self.unit.ctx.rank)
         return whole.reshape(-1)[offset : offset + end - start]
 
-    @property
-    def can_split(self) -> bool:
-        """Whether values may have a remainder: every write to them comes through here."""
-        return self.dtype == torch.bfloat16 and self.unit.ctx.world_size > 1
-
-    def split(self) -> torch.Tensor:
-        """The remainder, zeros at first."""
-        assert self.can_split
-        if self.remainder is None:
-            self.remainder = torch.zeros_like(self.shard, dtype=torch.int16)
-        return self.remainder
-
     def write(self, index: int, whole: torch.Tensor) -> None:
         """Replace parameter ``index`` by ``whole`` (its whole shape, the same on all ranks)."""
         with torch.no_grad():
@@ -178,7 +166,7 @@ class FlatShard:
         self.changed(discard=False)
 
     def changed(self, discard: bool = True) -> None:
-        """Values changed other than by an optimizer."""
+        """Values changed; ``discard`` drops a gather of the old ones that is under way."""
         self.version += 1
         if discard:
             self.unit.discard()

@@ -44,6 +44,7 @@ class Pools:
         if self.regrouped:
             self.regrouped = False
             self._ctx.device.synchronize()
+            self.arenas.look_for_garbage()
             self.arenas.collect()
 
     def acquire_params(self, flat: FlatShard) -> Buffer:

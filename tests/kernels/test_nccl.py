@@ -112,7 +112,7 @@ def check_bool(staged: bool = False) -> None:
 
 
 def check_staged_memory() -> None:
-    """What arrives in several parts is whole, on two streams in turn, and nothing is connected for it."""
+    """What arrives in several parts is whole, on two streams in turn, in any mode, and nothing is connected for it."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     communicator().barrier()  # NCCL itself is loaded by now
     device = torch.device("cuda", rank)
@@ -124,7 +124,7 @@ def check_staged_memory() -> None:
     free = torch.cuda.mem_get_info()[0]
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     for turn in range(6):
-        with torch.cuda.stream(side if turn % 2 else torch.cuda.default_stream()):
+        with torch.inference_mode(turn == 0), torch.cuda.stream(side if turn % 2 else torch.cuda.default_stream()):
             torch.cuda.current_stream().wait_stream(torch.cuda.default_stream() if turn % 2 else side)
             comm.all_gather(shard, whole)
             total = torch.full((3,), float(rank + turn), device=device)
