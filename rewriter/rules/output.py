@@ -46,8 +46,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         deeper = len(file.source.indent_unit) if any(parent in moved for parent in file.names.ancestors(node)) else 0
         edits = tuple(guard_statement(file, facts, node, outdent=-deeper))
-        if edits and not deeper:
+        if edits:
             for follower in _followers(file, facts, node):
+                if deeper and follower.end_lineno != follower.lineno:
+                    break
                 joined.add(follower)
                 start = file.source.span(follower).start
                 edits = (*edits, Edit(Span(start, start), (file.source.indent_unit,)), *file.source.indented(follower))

@@ -167,6 +167,11 @@ def test_lines_of_a_log_share_one_test_of_the_rank() -> None:
         'if bmt.rank() == 0:\n    writer.add_scalar("a", 1)\n    writer.add_scalar("b",\n        2)\n'
         'value = bmt.sum_loss(loss).item()\nif bmt.rank() == 0:\n    writer.add_scalar("c", value)\n'
     )
+    inner = "for name, p in model.named_parameters():\n    writer.add_histogram(name, p)\n    writer.add_scalar(name, p.max())\n"
+    assert converted(LOOP + inner).endswith(
+        "with bmt.gathered(model):\n    for name, p in model.named_parameters():\n        if bmt.rank() == 0:\n"
+        "            writer.add_histogram(name, p)\n            writer.add_scalar(name, p.max())\n"
+    )
     skipped = log.replace('"b",\n    2)', '"b", 2)  # bmt: skip')
     assert '    writer.add_scalar("a", 1)\nwriter.add_scalar("b", 2)  # bmt: skip\n' in converted(LOOP + skipped)
 
