@@ -73,7 +73,8 @@ def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
             return
         if follower.lineno in file.source.skips or not _writes(file, facts, follower):
             return
-        if len(list(guard_statement(file, facts, follower))) != 1 + len(file.source.indented(follower)):
+        edits = list(guard_statement(file, facts, follower))
+        if not edits or not str(edits[0].parts[0]).startswith("if "):  # not left to one rank, or something comes first
             return
         if facts.scripts.collectives.inside(file, follower) is not None or _saves_pretrained(file, facts, follower):
             return
