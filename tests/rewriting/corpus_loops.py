@@ -25,8 +25,8 @@ CLASSES = {
     "C": "more than a call in the body, over the list, its indices or several lists",
     "D": "a slice, or the list in reverse",
     "E": "members skipped, or the loop left early",
-    "F": "pairs of modules",
-    "G": "other methods of the members, or members given to a helper",
+    "F": "pairs, or lists of modules, as members",
+    "G": "parts or other methods of the members, or members given to a helper",
 }
 STATES = {
     "called": "the loop is one call of the list",
