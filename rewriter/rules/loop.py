@@ -3,8 +3,9 @@
 What: ``for m in self.layers: x = m(x, mask)`` becomes ``x = self.layers(x, mask)``.
 Why: it is shorter. The list gathers, prefetches and releases in a loop just the same, so a loop that is not provably
 the same as one call stays.
-Refuses when: the body does anything else; an argument is a call, or changes from block to block; the loop variable is
-used later; the range is not provably the list's length; the list may be something else in a subclass.
+Refuses when: the body does anything else; an argument is a call, changes from block to block, or has perhaps no value
+when there are no blocks; the loop variable is used later; the range is not provably the list's length; the list may be
+something else in a subclass, or is replaced from outside.
 """
 
 from __future__ import annotations
