@@ -29,6 +29,8 @@ class Scripts:
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
         self._reached: dict[File, set[File]] = {}
+        self._imported_by: dict[File, set[File]] = {}
+        self._programs_of: dict[File, set[File]] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
 
     @cached_property
@@ -82,14 +84,17 @@ class Scripts:
     def _follow(self, start: File) -> set[File]:
         found, queue = {start}, [start]
         while queue:
-            file = queue.pop()
-            for node in file.nodes:
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    for target in self._imported(file, node):
-                        if target.convert and target not in found:
-                            found.add(target)
-                            queue.append(target)
+            fresh = [target for target in self._imports(queue.pop()) if target not in found]
+            found.update(fresh)
+            queue.extend(fresh)
         return found
+
+    def _imports(self, file: File) -> set[File]:
+        """The project files that a file imports itself."""
+        if file not in self._imported_by:
+            nodes = (node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+            self._imported_by[file] = {t for node in nodes for t in self._imported(file, node) if t.convert}
+        return self._imported_by[file]
 
     def only_behind(self, stopped: set[File]) -> dict[File, File]:
         """Files that only scripts which cannot be converted use, each with one such script."""
@@ -138,16 +143,26 @@ class Scripts:
 
     def shares_data(self, file: File) -> bool:
         """Whether anything in a file's programs is known to give ranks other data, or can be made to."""
-        return self._mentions(file, _SHARING)
+        return not self._sharing.isdisjoint(self._beside(file))
 
     def was_parallel(self, file: File) -> bool:
         """Whether a program that a file is part of was data parallel before."""
-        return self._mentions(file, _PARALLEL)
+        return not self._parallel.isdisjoint(self._beside(file))
 
-    def _mentions(self, file: File, marks: tuple[bytes, ...]) -> bool:
-        programs = [entry for entry in self.entries if file in self.reach(entry)] or [file]
-        parts = {part for program in programs for part in self.reach(program)}
-        return any(mark in part.source.data for part in parts for mark in marks)
+    @cached_property
+    def _sharing(self) -> set[File]:
+        return {file for file in self.project if any(mark in file.source.data for mark in _SHARING)}
+
+    @cached_property
+    def _parallel(self) -> set[File]:
+        return {file for file in self.project if self.is_parallel(file)}
+
+    def _beside(self, file: File) -> set[File]:
+        """The files of every program that a file is part of."""
+        if file not in self._programs_of:
+            programs = [entry for entry in self.entries if file in self.reach(entry)] or [file]
+            self._programs_of[file] = set().union(*(self.reach(program) for program in programs))
+        return self._programs_of[file]
 
     def is_parallel(self, file: File) -> bool:
         """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
