@@ -20,6 +20,7 @@ from torch import nn
 
 from ..context import context
 from ..errors import ShardedAccessError
+from .placeholder import Placeholder
 
 if TYPE_CHECKING:
     from .flat import FlatShard
@@ -71,10 +72,14 @@ class DistributedParameter(nn.Parameter):
 
     @property
     def data(self) -> torch.Tensor:
-        """The values while whole; NaN while sharded.  What is written to it or assigned stays."""
-        if self._flat is not None and self._flat.is_whole:
-            self._flat.expose()
-        return _raw_data.__get__(self)  # type: ignore[no-any-return]
+        """The values while whole; a Placeholder while sharded.  What is written to it or assigned stays."""
+        shown: torch.Tensor = _raw_data.__get__(self)
+        if self._flat is None:
+            return shown
+        if not self._flat.is_whole:
+            return shown.as_subclass(Placeholder)
+        self._flat.expose()
+        return shown
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:

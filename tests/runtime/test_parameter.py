@@ -69,12 +69,18 @@ def shows_its_shape() -> None:
         ):  # fmt: skip
             with pytest.raises(ShardedAccessError, match=r"gathered|state_dict"):
                 wrong()
-        with pytest.raises(RuntimeError):
-            p.data.normal_()
-        with pytest.raises(RuntimeError):
-            p.data[0] = 1.0
-        with pytest.raises(RuntimeError):
-            p.data.mul_(2)
+        for lost in (
+            lambda: p.data.normal_(), lambda: p.data.mul_(2), lambda: p.data.zero_(), lambda: p.data.fill_(1.0),
+            lambda: p.data.masked_fill_(p.data.isnan(), 0.0), lambda: p.data[0].zero_(), lambda: p.data.t().zero_(),
+            lambda: nn.init.constant_(p.data, 1.0), lambda: nn.init.eye_(p.data), lambda: p.data.view(-1).__iadd__(1),
+            lambda: p.data.__setitem__(0, 1.0), lambda: p.data.__setitem__(p.data.isnan(), 1.0),
+            lambda: torch.add(p.data, 1, out=p.data), lambda: [row.zero_() for row in p.data.unbind()],
+            lambda: torch._foreach_zero_([p.data]),
+        ):  # fmt: skip
+            with pytest.raises(ShardedAccessError, match="gathered"):
+                lost()
+        assert type(p.data.clone().zero_() + p.data.mean()) is torch.Tensor and "nan" in repr(p.data)
+        assert p.data.isnan().all() and isinstance(torch.stack([p.data, p.data])[0], torch.Tensor)
     assert "11, 6" in repr(model.emb.weight) or bmt.world_size() == 1
     oracle.assert_same_weights(model, plain, exact=True)
 
