@@ -165,7 +165,7 @@ def test_returned_among_other_things(store: str, other: str) -> None:
 
 def test_torch_stacks() -> None:
     loop = "for layer in self.layers:"
-    store = "self.coder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), depth)"
+    store = "self.coder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8), depth, None, False)"
     source = text("return Encoder(2)", "depth", store).replace(loop, "for layer in self.coder.layers:")
     source = source.replace("x = layer(x)", "x = layer(x)\n            y = x").replace("(2)", "(2).eval()")
     after = same(source)
