@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -155,6 +156,12 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 
     def _on_justify_scale(self, old_scale: float, new_scale: float) -> None:
         """Moments are kept unscaled, so a new loss scale changes nothing."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdamOptimizer:
+        made = type(self)(copy.deepcopy(self.param_groups, memo), hold_steps=self._hold_steps, scale=self.scale)
+        memo[id(self)] = made
+        made.load_state_dict(self.state_dict(gather=False))
+        return made
 
     # -- state ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import oracle
@@ -116,3 +117,35 @@ def started_again() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_run_started_again_is_the_same(world_size: int) -> None:
     run_ranks(world_size, started_again)
+
+
+def copied(dtype: torch.dtype, kind: str) -> None:
+    """A model and its optimizer, copied together, go on alike and apart."""
+    model = make(dtype)
+    optimizer = OURS[kind](model.parameters())
+
+    def step(model: nn.Module, optimizer: Any, number: int) -> None:
+        for parameter, grad in zip(model.parameters(), gradients(model, number), strict=True):
+            parameter.grad = grad
+        manager = managed(optimizer)
+        manager.step()
+        manager.zero_grad()
+
+    step(model, optimizer, 0)
+    other, others = copy.deepcopy((model, optimizer))
+    assert {id(p) for p in other.parameters()} == {id(p) for g in others.param_groups for p in g["params"]}
+    step(model, optimizer, 1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    step(other, others, 1)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) and torch.equal(other.state_dict()[key], value), key
+    for number, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(others.state_dict()["state"][number][name], value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adam", "offload"])
+def test_optimizers_are_copied_with_their_models(kind: str, dtype: torch.dtype, world_size: int) -> None:
+    run_ranks(world_size, copied, dtype, kind)
