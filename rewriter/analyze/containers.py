@@ -10,6 +10,7 @@ from rewriter.analyze.classes import Classes, is_container
 from rewriter.analyze.elements import (
     BLOCK_LIST,
     BLOCK_LISTS,
+    BLOCK_WRAPPERS,
     KEPT,
     Build,
     Element,
@@ -22,12 +23,10 @@ from rewriter.analyze.elements import (
     returns_list,
     self_path,
 )
-from rewriter.analyze.given import LIST, Loops, given, is_looped, returned
+from rewriter.analyze.given import LIST, TORCH_STACKS, Loops, given, is_looped, returned
 from rewriter.analyze.locals import Locals
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Resolved
-
-_TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``
 
 
 class Containers:
@@ -177,7 +176,7 @@ class FunctionScan(Locals):
             ):
                 elements += given(self, call.args[0].id) or ()
             yield Build(self.file, self.owner, self.function, path, call, name, form, tuple(elements), appends)
-        elif name in _TORCH_STACKS and path:
+        elif name in TORCH_STACKS and path:
             yield self._build(f"{path}.layers", call, "attribute", [Element(call, "block")])
         elif self._returns_list(call):
             yield Build(self.file, self.owner, self.function, path, call, "helper", "helper", ())
@@ -212,13 +211,15 @@ class FunctionScan(Locals):
 
     def _element(self, node: ast.expr) -> Element:
         """A member, looked up if it is a local variable that is made anew each time it is added."""
+        if isinstance(node, ast.Call) and node.args and self.project.external(self.file, node.func) in BLOCK_WRAPPERS:
+            return Element(node, "wrapped", self._element(node.args[0]).cls)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self.defaults:
             cls = self.project.resolve(self.file, self.defaults[node.func.id])
             return Element(node, "unknown", cls if isinstance(cls, ClassInfo) else None)
         values = self.assigned.get(node.id, []) if isinstance(node, ast.Name) else []
-        if not values or not all(isinstance(value, (ast.Call, ast.IfExp)) for value in values):
+        made = values and all(isinstance(value, (ast.Call, ast.IfExp)) for value in values)
+        if not isinstance(node, ast.Name) or not made:
             return self.containers.element(self.file, node)
-        assert isinstance(node, ast.Name)
         if not self.made_anew(node):
             return Element(node, "shared")
         found = [self.containers.element(self.file, value) for value in values]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rewriter.analyze.containers import Containers, FunctionScan
 
 LIST = "torch.nn.ModuleList"
+TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``
 _DEPTH = 3
 
 

@@ -250,6 +250,45 @@ def test_parts_called_beside_the_block() -> None:
     assert written(build, loop) == f"{build}\n{loop}"
 
 
+INNER = """
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([Layer() for _ in range(2)])
+
+    def forward(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Outer(nn.Module):
+    def __init__(self, depth, make=Inner):
+        super().__init__()
+        {build}
+
+    def forward(self, x):
+        for layer in self.cell:
+            x = layer(x)
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        "self.cell = nn.Sequential()\n        for index in range(depth):\n            layer = Inner()\n"
+        "            self.cell.add_module(str(index), layer)",
+        "self.cell = nn.ModuleList([make() for _ in range(depth)])",
+    ],
+)
+def test_lists_inside_blocks_stay_in_a_second_run(build: str) -> None:
+    text = HEAD.format(build="        self.layers = None", loop="        pass") + INNER.format(build=build)
+    after = converted(text)  # which converts twice
+    assert "CheckpointBlock(" in after and "self.parts = nn.ModuleList(" in after
+
+
 def test_lists_inside_blocks_of_a_factory_stay() -> None:
     text = """from torch import nn
 
