@@ -76,9 +76,10 @@ class DistributedParameter(nn.Parameter):
         shown: torch.Tensor = _raw_data.__get__(self)
         if self._flat is None:
             return shown
-        if not self._flat.is_whole:
+        if isinstance(self, ShardedParameter):
             return shown.as_subclass(Placeholder)
-        self._flat.expose()
+        if self._flat.is_whole:  # else an optimizer steps on this rank's part
+            self._flat.expose()
         return shown
 
     @data.setter
