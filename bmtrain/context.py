@@ -51,6 +51,12 @@ class Engine(Protocol):
     def may_gather(self, func: Callable[..., Any]) -> bool:
         """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
 
+    def is_near(self, units: list[Any]) -> bool:
+        """Whether operations outside of any forward have used ``units``, and their values are still here."""
+
+    def apart(self, value: Any) -> Any:
+        """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
+
     def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
         """Whole units for one operation, and for the rest of the forward it is part of."""
 

@@ -17,9 +17,9 @@ from ..errors import CommunicationError
 from ..shard.flat import FlatShard
 from ..shard.freeze import keep_frozen_apart
 from ..shard.unit import Pools, ShardUnit
-from .compute import COMPUTE
 from .frame import Frame, PlaceInFlat
 from .memory import RecomputePlan
+from .on_request import OnRequest
 from .pins import Pins
 from .residency import Residency
 from .trace import Phase, Trace
@@ -30,7 +30,7 @@ Kwargs = dict[str, Any]
 
 
 @engine_factory
-class Engine:
+class Engine(OnRequest):
     """Gathers along the observed order, reduces as the backward passes, and gathers on demand what was not foreseen."""
 
     def __init__(self, ctx: Context) -> None:
@@ -44,6 +44,7 @@ class Engine:
         self._frames: list[Frame] = []
         self._pins = Pins()
         self._handed: weakref.WeakKeyDictionary[nn.Module, Turn] = weakref.WeakKeyDictionary()
+        self._near: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
@@ -65,11 +66,6 @@ class Engine:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    @property
-    def idle(self) -> bool:
-        """Whether no distributed module is running."""
-        return self._pins.idle
-
     def forward(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., Any], args: Args, kwargs: Kwargs
     ) -> Any:
@@ -77,6 +73,7 @@ class Engine:
         grad = torch.is_grad_enabled()
         outermost = self.idle
         if outermost and torch._C._current_graph_task_id() == -1:  # -1: no backward is running
+            self._near.clear()
             self._start_run(unit, grad)
         self._pins.begin()
         try:
@@ -113,7 +110,6 @@ class Engine:
             self._frames.pop()
 
     def _start_run(self, unit: ShardUnit | None, grad: bool) -> None:
-        self._pins.drop_loose()
         if grad:
             self.plan.run_starts()
         if unit is not None and self.pools.moves:
@@ -153,55 +149,6 @@ class Engine:
             unit.index = self._next_index
             self._next_index += 1
             self.units[unit.index] = unit
-
-    # -- whole on request -----------------------------------------------------------------------------------------
-
-    def pin(self, unit: ShardUnit) -> None:
-        """Make ``unit`` whole until ``unpin``.  Collective."""
-        self.register(unit)
-        if unit.moves:
-            self.residency.need(unit)
-        unit.pins += 1
-
-    def unpin(self, unit: ShardUnit) -> None:
-        """Undo one ``pin``."""
-        unit.pins -= 1
-        if not unit.pins and unit.moves:
-            self.residency.drop(unit)
-
-    def may_gather(self, func: Callable[..., Any]) -> bool:
-        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-        return not self.idle or func in COMPUTE
-
-    @contextmanager
-    def on_demand(self, units: list[ShardUnit]) -> Iterator[None]:
-        """Whole units for one operation and, as its result may be a view, for the rest of the enclosing forward."""
-        if self.idle and not any(u.pins for u in units):
-            self._start_run(units[0], torch.is_grad_enabled())
-        for unit in units:
-            self._enter(unit, "forward", self.ctx.device.autocast())
-            self._pins.add(unit)
-            if self._frames:
-                self._frames[-1].add(unit)
-        yield
-
-    def take(self, unit: ShardUnit) -> Turn | None:
-        """Make ``unit`` whole for the rest of the running forward, or until the turn is closed; None if none runs."""
-        if self.idle or not unit.moves:
-            return None
-        pinned = self._pins.innermost
-        with self.on_demand([unit]):
-            return Turn(unit, pinned, unit.uses() if self.ctx.device.is_cuda else None)
-
-    def hand(self, holder: nn.Module, unit: ShardUnit) -> None:
-        """Make ``unit`` whole until ``holder`` hands out another, or the running forward ends."""
-        last = self._handed.get(holder)
-        if last is None or not last.is_open or last.unit is not unit:
-            if last is not None:
-                last.close()
-            turn = self.take(unit)
-            if turn is not None:
-                self._handed[holder] = turn
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -299,7 +246,6 @@ class Engine:
                 self._reduce(unit)
             unit.open_uses = 0
         if self.idle:
-            self._pins.drop_loose()
             self.residency.drop_all()
         self.pools.tidy()
 

@@ -77,7 +77,7 @@ class Frame:
         """Run the block's forward, recording what autograd saves."""
         if self.recompute:
             self._again = _Repeat(self.engine, call, args, kwargs)
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+        with self.hooks():
             out = call(*args, **kwargs)
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
@@ -86,6 +86,10 @@ class Frame:
             self._plan.measured(self.units[0], sum(self._storages.values()))
             self._storages.clear()
         return out
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """Record what autograd saves inside the ``with``."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
         flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())

@@ -6,7 +6,7 @@ from ..shard.unit import ShardUnit
 
 
 class Pins:
-    """A stack of running forwards, each with the units it has pinned; at the bottom what no forward is running for."""
+    """A stack of running forwards, each with the units it has pinned; at the bottom none, for when none runs."""
 
     def __init__(self) -> None:
         self._stack: list[list[ShardUnit]] = [[]]
@@ -33,10 +33,6 @@ class Pins:
     def innermost(self) -> list[ShardUnit]:
         """What the innermost forward has pinned; empty once it is over."""
         return self._stack[-1]
-
-    def drop_loose(self) -> None:
-        """Let go of what was pinned while no forward was running."""
-        self._drop(self._stack[0])
 
     @staticmethod
     def _drop(units: list[ShardUnit]) -> None:

@@ -66,9 +66,13 @@ class Residency:
     def hide_all(self) -> None:
         """Show sharded parameters to the code after a forward, but keep what is whole for the backward."""
         for unit in self._units.values():
-            if not unit.pins and unit.is_whole:
-                self._forget(unit)
-                unit.hide()
+            self.hide(unit)
+
+    def hide(self, unit: ShardUnit) -> None:
+        """The same for one, unless a running forward has pinned it."""
+        if not unit.pins and unit.is_whole:
+            self._forget(unit)
+            unit.hide()
 
     def _forget(self, unit: ShardUnit) -> None:
         for flat in unit.flats:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ..context import context
 from ..errors import ShardedAccessError
@@ -54,9 +55,11 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
     units = _units((args, kwargs))
-    if func not in _NEVER and context().engine.may_gather(func):
-        with context().engine.on_demand(units):
-            return func(*args, **kwargs)
+    engine = context().engine
+    if (func not in _NEVER and engine.may_gather(func)) or engine.is_near(units):
+        with engine.on_demand(units):
+            out = func(*args, **kwargs)
+            return tree_map(engine.apart, out) if engine.idle else out
     raise ShardedAccessError(_advice(func, args))
 
 
