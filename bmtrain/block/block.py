@@ -20,7 +20,7 @@ class Block(ShardedModule):
     of any type and state-dict keys are as before, and ``isinstance(m, Block)`` becomes true.
 
     Args:
-        inner_module: any module.
+        inner_module: any module; None, a place without a module in an ``nn.ModuleList``, stays None.
         use_checkpoint: True drops activations in the forward and computes them again in the backward, False keeps them,
             None does either as memory allows (see ``bmtrain.block.memory``).  The numbers are the same.
         zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over.
@@ -32,7 +32,7 @@ class Block(ShardedModule):
 
     def __new__(
         cls,
-        inner_module: Any = None,
+        inner_module: Any = ...,
         use_checkpoint: bool | None = None,
         zero_level: int = 3,
         initialized: bool = False,
@@ -42,6 +42,8 @@ class Block(ShardedModule):
     ) -> Any:
         if cls is not Block:  # type(block)(...): an ordinary new module of the inner class
             return super().__new__(cls)
+        if inner_module is None:
+            return None
         if not isinstance(inner_module, nn.Module):
             raise ConfigurationError(f"bmt.Block takes a torch.nn.Module, not {type(inner_module).__name__}.")
         if zero_level not in (2, 3):

@@ -13,6 +13,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
 
 WORLDS = [1, 2]
 
@@ -52,6 +53,10 @@ def is_a_list() -> None:
     assert list(blocks.state_dict())[:2] == ["0.weight", "0.bias"]
     assert len(bmt.TransformerBlockList(nn.Linear(2, 2) for _ in range(2))) == 2
     assert bmt.TransformerBlockList([None, nn.Linear(2, 2)])[0] is None  # type: ignore[list-item]
+    assert bmt.CheckpointBlock(None) is None, "what factories of optional parts give"
+    for wrong in ((), (3,)):
+        with pytest.raises(ConfigurationError, match="takes a torch"):
+            bmt.Block(*wrong)
     empty = bmt.TransformerBlockList([])
     assert len(empty) == 0 and torch.equal(empty(x), x)
 
