@@ -1,12 +1,13 @@
-"""Values shared by every layer: spans of source, edits, findings and rules. All frozen."""
+"""Values shared by every layer: findings, rules and results. All frozen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from rewriter.changes import Change
 
 if TYPE_CHECKING:
     from rewriter.analyze.facts import Facts
@@ -18,65 +19,50 @@ class InputError(Exception):
 
 
 class ConflictError(Exception):
-    """Two edits overlap without one containing the other. Always a bug in a rule."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Span:
-    """Half-open range of byte offsets in the UTF-8 form of a file."""
-
-    start: int
-    end: int
-
-    def contains(self, other: Span) -> bool:
-        return self.start <= other.start and other.end <= self.end
-
-
-Part = str | Span
+    """Changes that cannot be made together, or of code that cannot be found. Always a bug in a rule."""
 
 
 @dataclass(frozen=True, slots=True)
-class Edit:
-    """Replace ``span`` by ``parts``.
+class Conversion:
+    """Changes that belong together.
 
-    A part is new text, or a span of the original file: it stands for that text *after* every other edit inside it,
-    so nested edits compose. Of two edits with the same span the one with the smaller ``rank`` is the inner one; of two
-    insertions at the same place the one with the smaller rank comes first.
-    """
-
-    span: Span
-    parts: tuple[Part, ...]
-    rank: int = 0
-
-
-class Safety(str, Enum):
-    """What may be done with a finding."""
-
-    SAFE = "safe"
-    UNSAFE = "unsafe"
-    REPORT = "report"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing a rule has to say about one place: edits that belong together, or a remark without edits.
-
-    ``requires`` names ``key``s of other findings without which these edits would be wrong. ``stop`` means that the file
-    must not be changed at all, or, with ``spared``, that only rules with these codes may change it, and not between
-    ``line`` and ``end``. ``imports`` are lines that the edits need at the top of the file.
+    ``requires`` names ``key``s of other conversions without which these changes would be wrong. An ``unsafe`` one is
+    made only if the user asks for it.
     """
 
     code: str
     line: int
     message: str
-    edits: tuple[Edit, ...] = ()
-    safety: Safety = Safety.SAFE
+    changes: tuple[Change, ...]
+    unsafe: bool = False
     key: str = ""
     requires: tuple[str, ...] = ()
-    stop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something that the user should know, about code that stays as it is."""
+
+    code: str
+    line: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The file must not be changed.
+
+    With ``spared`` only rules with these codes may change it, and not between ``line`` and ``end``.
+    """
+
+    code: str
+    line: int
+    message: str
     spared: tuple[str, ...] = ()
     end: int = 0
-    imports: tuple[str, ...] = ()
+
+
+Finding = Conversion | Remark | Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +95,9 @@ class Result:
     path: Path
     before: bytes
     after: bytes
-    applied: tuple[Finding, ...] = ()
-    hidden: tuple[Finding, ...] = ()
-    reported: tuple[Finding, ...] = ()
+    applied: tuple[Conversion, ...] = ()
+    hidden: tuple[Conversion, ...] = ()
+    reported: tuple[Remark | Refusal, ...] = ()
     error: str = ""
 
     @property
