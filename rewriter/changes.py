@@ -101,10 +101,11 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class ReplaceStatement:
-    """One line of code takes a statement's place."""
+    """One line of code takes a statement's place. ``moved`` says that another change takes its comments along."""
 
     statement: ast.stmt
     by: Template
+    moved: bool = False
 
     def __str__(self) -> str:
         return f"{_place(self.statement)}: {_head(self.statement)} -> {self.by}"
@@ -194,6 +195,22 @@ def anchor(change: Change) -> ast.stmt | ast.expr | None:
             return None
     assert not isinstance(change, Under)
     return change.statement
+
+
+def nodes(change: Change) -> Iterator[ast.stmt | ast.expr]:
+    """All nodes that must be found for a change; arguments are found in their call."""
+    match change:
+        case Under(statements=several, hoisted=hoisted):
+            yield from several
+            yield from (node for _, node in hoisted)
+        case Keep(statement=statement, kept=kept):
+            yield from (statement, kept)
+        case _:
+            node = anchor(change)
+            if node is not None:
+                yield node
+    for code in templates(change):
+        yield from (node for _, node in code.holes)
 
 
 def templates(change: Change) -> Iterator[Template]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
@@ -12,8 +13,7 @@ from rewriter.analyze.project import File, Project
 from rewriter.analyze.source import Source
 from rewriter.notebook import Notebook
 from rewriter.plan import Options, Plan, make_plans
-from rewriter.transform import apply_edits
-from rewriter.types import ConflictError, InputError, Result
+from rewriter.types import Conversion, InputError, Result
 
 
 def convert_paths(
@@ -29,10 +29,7 @@ def convert_paths(
     Where ``paths`` are a portion of a project, ``derived`` is the project's, and ``absent`` are keys of findings that
     other portions are known not to apply.
     """
-    project = Project(roots, derived)
-    outcomes = [_load(project, path) for path in paths]
-    facts = Facts(project, options.blocks)
-    plans = make_plans([outcome for outcome in outcomes if isinstance(outcome, File)], facts, options, absent)
+    outcomes, plans = plan_paths(paths, options, roots, derived, absent)
     results = []
     for number, outcome in enumerate(outcomes):
         results.append(outcome if isinstance(outcome, Result) else apply_plan(outcome, plans[outcome]))
@@ -41,9 +38,28 @@ def convert_paths(
     return results
 
 
-def _load(project: Project, path: Path) -> File | Result:
+def plan_paths(
+    paths: Sequence[Path],
+    options: Options,
+    roots: Iterable[Path] = (),
+    derived: dict[bytes, list[Path]] | None = None,
+    absent: frozenset[str] = frozenset(),
+    contents: Mapping[Path, bytes] | None = None,
+) -> tuple[list[File | Result], dict[File, Plan]]:
+    """All files, or why they cannot be read, in the order given, and what is to become of them.
+
+    ``contents`` are bytes of files that are not asked of the disk.
+    """
+    project = Project(roots, derived)
+    outcomes = [_load(project, path, (contents or {}).get(path)) for path in paths]
+    facts = Facts(project, options.blocks)
+    files = [outcome for outcome in outcomes if isinstance(outcome, File)]
+    return outcomes, make_plans(files, facts, options, absent)
+
+
+def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
     try:
-        raw = path.read_bytes()
+        raw = path.read_bytes() if content is None else content
         notebook = Notebook(str(path), raw) if path.suffix == ".ipynb" else None
         source = Source(path, notebook.text().encode() if notebook is not None else raw)
         _ = source.tree
@@ -58,27 +74,40 @@ def _load(project: Project, path: Path) -> File | Result:
 
 def convert_text(text: str, options: Options | None = None, path: Path = Path("stdin.py")) -> Result:
     """One file given as text, on its own."""
+    return apply_plan(*plan_text(text, options or Options(), path))
+
+
+def plan_text(text: str, options: Options, path: Path = Path("stdin.py")) -> tuple[File, Plan]:
+    """One file given as text, on its own, and what is to become of it.
+
+    Raises:
+        InputError: it is no Python.
+    """
     project = Project()
     file = project.add(Source(path, text.encode("utf-8", "surrogatepass")))
-    options = options or Options()
-    return apply_plan(file, make_plans([file], Facts(project, options.blocks), options)[file])
+    return file, make_plans([file], Facts(project, options.blocks), options)[file]
 
 
 def apply_plan(file: File, plan: Plan) -> Result:
     """The file after its plan. A conversion that would not parse is an error and changes nothing."""
-    source = file.source
-    raw = file.notebook.raw if file.notebook is not None else source.raw
-    if not plan.edits:
-        return Result(file.path, raw, raw, (), plan.hidden, plan.reported)
+    raw = file.notebook.raw if file.notebook is not None else file.source.raw
+    if not plan.changes:
+        return Result(file.path, raw, raw, (), _told(plan.hidden), plan.reported)
+    from rewriter.rewrite import rewritten  # libcst takes half a second to import, and many runs change nothing
+
     try:
-        after = source.encode(apply_edits(source.data, plan.edits))
-        _ = Source(file.path, after).tree
-    except (InputError, ConflictError, RecursionError, UnicodeError) as error:
+        after = rewritten(file, plan)
+    except InputError as error:
         message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
         return Result(file.path, raw, raw, error=message)
     if file.notebook is not None:
         after = file.notebook.with_text(after.decode())
-    return Result(file.path, raw, after, plan.applied, plan.hidden, plan.reported)
+    return Result(file.path, raw, after, _told(plan.applied), _told(plan.hidden), plan.reported)
+
+
+def _told(found: tuple[Conversion, ...]) -> tuple[Conversion, ...]:
+    """Without the changes, which hold on to the file's syntax tree."""
+    return tuple(replace(conversion, changes=()) for conversion in found)
 
 
 def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:

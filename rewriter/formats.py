@@ -9,7 +9,7 @@ from typing import Any
 
 from rewriter.report import summary
 from rewriter.rules import RULES
-from rewriter.types import Finding, InputError, Result
+from rewriter.types import Conversion, Finding, InputError, Result
 
 _STATES = ("applied", "needs --unsafe", "left")
 
@@ -37,7 +37,7 @@ def _json(results: Sequence[Result]) -> str:
     files = []
     for result in results:
         findings = [
-            {"code": f.code, "line": f.line, "message": f.message, "safety": f.safety.value, "state": state}
+            {"code": f.code, "line": f.line, "message": f.message, "safety": _safety(f), "state": state}
             for _, state, f in _entries([result])
         ]
         entry: dict[str, Any] = {"path": result.path.as_posix(), "changed": result.changed, "findings": findings}
@@ -88,3 +88,9 @@ def _sarif(results: Sequence[Result]) -> str:
         "runs": [{"tool": {"driver": driver}, "results": found}],
     }
     return json.dumps(report, indent=2) + "\n"
+
+
+def _safety(finding: Finding) -> str:
+    if isinstance(finding, Conversion):
+        return "unsafe" if finding.unsafe else "safe"
+    return "report"

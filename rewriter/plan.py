@@ -1,16 +1,16 @@
-"""Findings in, plan out: which edits a file gets, which findings are only reported. Pure."""
+"""Findings in, plan out: which changes a file gets, which findings are only reported. Pure."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.analyze.source import Source
+from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
 from rewriter.rules import RULES
-from rewriter.types import Edit, Finding, Safety, Span
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -32,12 +32,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``applied`` findings give the edits; ``hidden`` ones wait for --unsafe; ``reported`` ones are remarks."""
+    """``changes`` are those of the ``applied`` conversions, in the order of the rules; ``hidden`` ones
+    wait for --unsafe.
 
-    edits: tuple[Edit, ...]
-    applied: tuple[Finding, ...]
-    hidden: tuple[Finding, ...]
-    reported: tuple[Finding, ...]
+    ``bmt`` is what the file calls bmtrain.
+    """
+
+    changes: tuple[Change, ...] = ()
+    applied: tuple[Conversion, ...] = ()
+    hidden: tuple[Conversion, ...] = ()
+    reported: tuple[Remark | Refusal, ...] = ()
+    bmt: str = "bmt"
 
 
 def make_plans(
@@ -47,35 +52,47 @@ def make_plans(
 
     ``absent`` are keys of findings in other portions of the project that are known not to be applied.
     """
-    found = {file: _findings(file, facts) for file in files}
-    found = {file: _without_refused_parts(findings) for file, findings in found.items()}
-    stopped = {file for file, findings in found.items() if any(f.stop and not f.spared for f in findings)}
+    found = {file: _without_refused_parts(_findings(file, facts)) for file in files}
+    stopped = {file for file, findings in found.items() if any(_stops(finding) for finding in findings)}
     behind = facts.scripts.only_behind(stopped) if stopped else {}
-    changing = [file for file in files if file not in stopped and file not in behind]
-    met = {f.key for file in changing for f in found[file] if f.key and _applies(file, f, options)}
+    chosen = {
+        file: [f for f in found[file] if isinstance(f, Conversion) and _applies(file, f, options)]
+        for file in files
+        if file not in stopped and file not in behind
+    }
+    met = {f.key for conversions in chosen.values() for f in conversions if f.key}
     if facts.project.partial:  # what other portions do is taken for granted, and checked when they are through
         here = {file.place for file in files}
-        required = {key for file in changing for finding in found[file] for key in finding.requires}
+        required = {key for conversions in chosen.values() for finding in conversions for key in finding.requires}
         met |= {key for key in required - absent if key.split("\0")[0] not in here}
-    return {file: _plan(file, facts, options, found[file], behind.get(file), met) for file in files}
+    plans = {}
+    for file in files:
+        if file in behind:
+            message = f"part of {behind[file].path}, which cannot be converted"
+            plans[file] = Plan(reported=(Refusal("BMT090", 1, message),))
+        else:
+            plans[file] = _plan(file, facts, options, found[file], chosen.get(file), met)
+    return plans
 
 
-def _applies(file: File, finding: Finding, options: Options) -> bool:
-    if finding.safety is Safety.REPORT or not _wanted(file, finding, options):
-        return False
-    return finding.safety is Safety.SAFE or options.unsafe
+def _stops(finding: Finding) -> bool:
+    """Whether a finding keeps its whole file as it is."""
+    return isinstance(finding, Refusal) and not finding.spared
+
+
+def _applies(file: File, finding: Conversion, options: Options) -> bool:
+    return _wanted(file, finding, options) and (options.unsafe or not finding.unsafe)
 
 
 def _findings(file: File, facts: Facts) -> list[Finding]:
-    if file.source.skips_file:
-        return []
-    return sorted((finding for rule in RULES for finding in rule.find(file, facts)), key=lambda finding: finding.line)
+    """What the rules say about a file, in their order."""
+    return [] if file.source.skips_file else [finding for rule in RULES for finding in rule.find(file, facts)]
 
 
 def _without_refused_parts(findings: list[Finding]) -> list[Finding]:
     """What is left of a file's findings where rules refuse parts of it."""
-    refused = [finding for finding in findings if finding.stop and finding.spared]
-    if not refused or any(finding.stop and not finding.spared for finding in findings if finding.code == "BMT090"):
+    refused = [finding for finding in findings if isinstance(finding, Refusal) and finding.spared]
+    if not refused or any(_stops(finding) for finding in findings if finding.code == "BMT090"):
         return findings
     return [
         finding
@@ -85,42 +102,34 @@ def _without_refused_parts(findings: list[Finding]) -> list[Finding]:
 
 
 def _plan(
-    file: File, facts: Facts, options: Options, findings: list[Finding], behind: File | None, met: set[str]
+    file: File,
+    facts: Facts,
+    options: Options,
+    findings: list[Finding],
+    chosen: list[Conversion] | None,
+    met: set[str],
 ) -> Plan:
-    reported = [f for f in findings if f.safety is Safety.REPORT and _wanted(file, f, options)]
-    if any(finding.stop and not finding.spared for finding in findings):
-        return Plan((), (), (), tuple(finding for finding in reported if finding.stop))
-    if behind is not None:
-        message = f"part of {behind.path}, which cannot be converted"
-        return Plan((), (), (), (Finding("BMT090", 1, message, safety=Safety.REPORT),))
-    applied = [
-        finding
-        for finding in findings
-        if _applies(file, finding, options) and all(key in met for key in finding.requires)
-    ]
-    hidden = [f for f in findings if f.safety is Safety.UNSAFE and not options.unsafe and _wanted(file, f, options)]
-    edits = [edit for finding in applied for edit in finding.edits]
-    if edits:
-        edits = _without_empty_blocks(file, edits)
-        edits.extend(_import_edits(file, facts, edits, [line for finding in applied for line in finding.imports]))
-    return Plan(tuple(edits), tuple(applied), tuple(hidden), tuple(reported))
-
-
-def _without_empty_blocks(file: File, edits: list[Edit]) -> list[Edit]:
-    """``pass`` in place of a block of which every statement is removed."""
-    source = file.source
-    removed = {edit.span for edit in edits if not edit.parts}
-    if not removed:
-        return edits
-    for node in file.nodes:
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list) and block and not isinstance(node, ast.Module):
-                spans = [source.statement_lines(item) for item in block]
-                if all(span in removed for span in spans):
-                    first = Edit(source.span(block[0]), ("pass",))
-                    edits = [edit for edit in edits if edit.parts or edit.span != spans[0]] + [first]
-    return edits
+    """The plan of one file; ``chosen`` is None if nothing may change it."""
+    findings = sorted(findings, key=lambda finding: finding.line)
+    reported = tuple(f for f in findings if not isinstance(f, Conversion) and _wanted(file, f, options))
+    if chosen is None:
+        return Plan(reported=tuple(finding for finding in reported if isinstance(finding, Refusal)))
+    made = [finding for finding in chosen if all(key in met for key in finding.requires)]
+    hidden = tuple(
+        f
+        for f in findings
+        if isinstance(f, Conversion) and f.unsafe and not options.unsafe and _wanted(file, f, options)
+    )
+    changes = list(dict.fromkeys(change for finding in made for change in finding.changes))
+    bmt = facts.alias(file)
+    lines = list(dict.fromkeys(change.line for change in changes if isinstance(change, Import)))
+    changes = [change for change in changes if not isinstance(change, Import)]
+    if not facts.has_import(file) and any(uses_bmt(change) for change in changes):
+        lines.append("import bmtrain as bmt" if bmt == "bmt" else "import bmtrain")
+    if lines:
+        changes.insert(0, _imports(file, changes, lines))
+    applied = tuple(sorted(made, key=lambda finding: finding.line))
+    return Plan(tuple(changes), applied, hidden, reported, bmt)
 
 
 def _wanted(file: File, finding: Finding, options: Options) -> bool:
@@ -130,32 +139,37 @@ def _wanted(file: File, finding: Finding, options: Options) -> bool:
     return codes is None or (bool(codes) and finding.code not in codes)
 
 
-def _import_edits(file: File, facts: Facts, edits: Iterable[Edit], others: list[str]) -> list[Edit]:
-    """``import bmtrain as bmt`` behind the file's other imports, if an edit needs it, and what else edits need."""
-    alias = facts.alias(file)
-    written = "".join(part for edit in edits for part in edit.parts if isinstance(part, str))
-    lines = list(dict.fromkeys(others))
-    if not facts.has_import(file) and f"{alias}." in written:
-        lines.append("import bmtrain as bmt" if alias == "bmt" else "import bmtrain")
-    if not lines:
-        return []
-    source, body = file.source, file.tree.body
-    last = _last_import(source, body, min((edit.span.start for edit in edits), default=len(source.data)))
+def _imports(file: File, changes: Sequence[Change], lines: Sequence[str]) -> Insert:
+    """New lines behind the file's other imports."""
+    body = file.tree.body
+    code = tuple(map(Template, lines))
+    last = _last_import(body, _touched(file, changes))
     if last is not None:
-        return [source.insert_after(last, lines, -50)]
-    if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        return [source.insert_after(body[0], lines, -50)]
-    if body:
-        return [source.insert_before(body[0], lines, -50)]
-    return [Edit(Span(0, 0), tuple(line + source.newline for line in lines))]
+        return Insert(last, code, behind=True)
+    documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+    return Insert(body[0], code, behind=documented)
 
 
-def _last_import(source: Source, body: list[ast.stmt], first: int) -> ast.stmt | None:
-    """The last import in front of the first definition and of the first statement with an edit, at byte ``first``."""
+def _touched(file: File, changes: Iterable[Change]) -> set[ast.AST]:
+    """The statements at the top of the file that changes are in."""
+    return set(_tops(file, changes))
+
+
+def _tops(file: File, changes: Iterable[Change]) -> Iterator[ast.AST]:
+    for change in changes:
+        node: ast.AST | None = anchor(change)
+        while node is not None and file.names.parents[node] is not file.tree:
+            node = file.names.parents[node]
+        if node is not None:
+            yield node
+
+
+def _last_import(body: list[ast.stmt], touched: set[ast.AST]) -> ast.stmt | None:
+    """The last import in front of the first definition and of the first statement with a change."""
     last: ast.stmt | None = None
     for statement in body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             last = statement
-        elif isinstance(statement, _DEFINITIONS) or first < source.span(statement).end:
+        elif isinstance(statement, _DEFINITIONS) or statement in touched:
             break
     return last

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rewriter.types import Result
+from rewriter.types import Finding, Result
 
 
 def diff(result: Result, color: bool = False) -> str:
@@ -34,13 +34,18 @@ def _name(path: Path) -> str:
 def listing(results: Sequence[Result], quiet: bool = False) -> Iterator[str]:
     """One line per finding, then a summary."""
     for result in results:
-        if result.error:
-            continue
-        marks = [("", result.applied), ("needs --unsafe: ", result.hidden), ("left: ", result.reported)]
-        entries = [(finding.line, finding.code, mark + finding.message) for mark, found in marks for finding in found]
-        for line, code, message in sorted(entries) if not quiet else ():
-            yield f"{result.path}:{line}: {code} {message}"
+        if not result.error and not quiet:
+            for message in messages(result.applied, result.hidden, result.reported):
+                yield f"{result.path}:{message}"
     yield summary(results)
+
+
+def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:
+    """One line per finding of a file, in the file's order."""
+    marks = [("", applied), ("needs --unsafe: ", hidden), ("left: ", reported)]
+    entries = [(finding.line, finding.code, mark + finding.message) for mark, found in marks for finding in found]
+    for line, code, message in sorted(entries):
+        yield f"{line}: {code} {message}"
 
 
 def summary(results: Sequence[Result]) -> str:

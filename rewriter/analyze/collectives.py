@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.classes import Classes
-from rewriter.analyze.names import dotted
+from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import External, File, FunctionInfo
 from rewriter.analyze.roles import Roles, walk_own
 
@@ -223,6 +223,14 @@ def is_rank(file: File, node: ast.expr) -> bool:
         return str(node.slice.value) in {"RANK", "LOCAL_RANK"}
     path = dotted(node)
     return path is not None and bool(_RANK_NAME.search(path.split(".")[-1]))
+
+
+def varies_by_rank(file: File, node: ast.expr) -> bool:
+    """Whether a seed is another one on every rank."""
+    return any(
+        isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
+        for item in walk(node)
+    )
 
 
 def _integer(node: ast.expr) -> int | None:

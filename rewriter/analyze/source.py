@@ -1,4 +1,4 @@
-"""One file's text, its byte offsets, comments and statement layout."""
+"""One file's text, its byte offsets, comments and layout."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import io
 import re
 import tokenize
 import warnings
-from bisect import bisect_right
 from functools import cached_property
 from pathlib import Path
 
-from rewriter.types import Edit, InputError, Span
+from rewriter.types import InputError
 
 _NEWLINE = re.compile(rb"\r\n|\n|\r")
 _SKIP = re.compile(r"#\s*bmt:\s*skip(?:\[([^\]]*)\])?")
@@ -22,7 +21,7 @@ _SKIP_FILE = re.compile(r"#\s*bmt:\s*skip-file")
 class Source:
     """Text of a Python file with positions that agree with ``ast``.
 
-    ``data`` is the UTF-8 form without byte order mark; spans index into it. ``encode`` gives bytes back in the file's
+    ``data`` is the UTF-8 form without byte order mark; ``offset`` indexes it. ``encode`` gives bytes back in the file's
     own encoding.
     """
 
@@ -51,34 +50,21 @@ class Source:
             return self.bom + data
         return self.bom + data.decode("utf-8").encode(self.encoding)
 
-    @cached_property
-    def newline(self) -> str:
-        match = _NEWLINE.search(self.data)
-        return match.group().decode() if match else "\n"
+    def place(self, node: ast.expr | ast.stmt | ast.keyword | ast.arg | ast.ExceptHandler) -> tuple[int, int]:
+        """Offsets of a node's first byte and of the one behind its last."""
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        return self.offset(node.lineno, node.col_offset), self.offset(node.end_lineno, node.end_col_offset)
 
     def offset(self, line: int, column: int) -> int:
         return self._starts[line - 1] + column
 
-    def line_start(self, line: int) -> int:
-        return self._starts[line - 1]
-
-    def line_end(self, line: int) -> int:
-        """Offset just after the line's newline."""
-        return self._starts[line] if line < len(self._starts) else len(self.data)
-
-    def line_of(self, offset: int) -> int:
-        return bisect_right(self._starts, offset)
-
-    def span(self, node: ast.expr | ast.stmt | ast.keyword | ast.arg | ast.excepthandler | ast.alias) -> Span:
-        assert node.end_lineno is not None and node.end_col_offset is not None
-        start = self.offset(node.lineno, node.col_offset)
-        return Span(start, self.offset(node.end_lineno, node.end_col_offset))
-
-    def slice(self, span: Span) -> str:
-        return self.data[span.start : span.end].decode("utf-8", "surrogatepass")
+    def line(self, number: int) -> bytes:
+        """A line with its newline."""
+        end = self._starts[number] if number < len(self._starts) else len(self.data)
+        return self.data[self._starts[number - 1] : end]
 
     def code(self, node: ast.expr | ast.stmt | ast.keyword | ast.arg) -> str:
-        return self.slice(self.span(node))
+        return self.data[slice(*self.place(node))].decode("utf-8", "surrogatepass")
 
     def is_exact(self, node: ast.expr) -> bool:
         """Whether an expression's position can be trusted: inside f-strings old Pythons report wrong ones."""
@@ -88,22 +74,16 @@ class Source:
             return False
 
     def indent(self, node: ast.stmt) -> str:
-        """White space before the first statement of the node's line."""
-        line = self.data[self._margin(node.lineno) : self.line_end(node.lineno)]
-        return line[: len(line) - len(line.lstrip(b" \t"))].decode()
-
-    def _margin(self, line: int) -> int:
-        """Where a line's indentation begins: behind a form feed, if there is one."""
-        start = self.line_start(line)
-        text = self.data[start : self.line_end(line)]
-        return start + text[: len(text) - len(text.lstrip(b" \t\x0c"))].rfind(b"\x0c") + 1
+        """White space before the first statement of the node's line, behind a form feed if there is one."""
+        line = self.line(node.lineno)
+        white = line[: len(line) - len(line.lstrip(b" \t\x0c"))]
+        return white[white.rfind(b"\x0c") + 1 :].decode()
 
     def owns_lines(self, node: ast.stmt) -> bool:
         """Whether nothing but white space and comments shares a line with the statement."""
-        span = self.span(node)
-        before = self.data[self.line_start(node.lineno) : span.start]
-        assert node.end_lineno is not None
-        after = self.data[span.end : self.line_end(node.end_lineno)].strip()
+        assert node.end_lineno is not None and node.end_col_offset is not None
+        before = self.line(node.lineno)[: node.col_offset]
+        after = self.line(node.end_lineno)[node.end_col_offset :].strip()
         return not before.strip() and (not after or after.startswith(b"#"))
 
     @cached_property
@@ -145,101 +125,6 @@ class Source:
     @cached_property
     def skips_file(self) -> bool:
         return "bmt:" in self.text and any(_SKIP_FILE.search(comment) for comment in self.comments.values())
-
-    @cached_property
-    def _string_lines(self) -> frozenset[int]:
-        """Lines that begin inside a string, so that indenting them would change it."""
-        lines: set[int] = set()
-        for node in ast.walk(self.tree):
-            multiline = isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno != node.lineno
-            if multiline and not (isinstance(node, ast.Constant) and not isinstance(node.value, (str, bytes))):
-                assert isinstance(node, ast.expr) and node.end_lineno is not None
-                lines.update(range(node.lineno + 1, node.end_lineno + 1))
-        return frozenset(lines)
-
-    # Edits that depend on layout -------------------------------------------------------------------------------
-
-    def statement_lines(self, node: ast.stmt) -> Span:
-        """The statement with its indentation, trailing comment and newline (it must own its lines)."""
-        assert node.end_lineno is not None
-        return Span(self.line_start(node.lineno), self.line_end(node.end_lineno))
-
-    def insert_before(self, node: ast.stmt, lines: list[str], rank: int = 0) -> Edit:
-        """New statements in front of one (of its decorators, if it has any)."""
-        line = node.lineno
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.decorator_list:
-            line = node.decorator_list[0].lineno
-            while not self.data[self._margin(line) :].lstrip(b" \t").startswith(b"@"):
-                line -= 1  # a bracket opens between the @ and the expression
-        start = self.line_start(line)
-        if line == node.lineno and self.data[start : self.span(node).start].strip():
-            position = self.span(node).start
-            return Edit(Span(position, position), ("".join(f"{line}; " for line in lines),), rank)
-        indent = self.indent(node)
-        return Edit(Span(start, start), ("".join(f"{indent}{line}{self.newline}" for line in lines),), rank)
-
-    def insert_after(self, node: ast.stmt, lines: list[str], rank: int = 0) -> Edit:
-        """New statements behind one, at its indentation."""
-        assert node.end_lineno is not None
-        end = self.line_end(node.end_lineno)
-        if not self.owns_lines(node):
-            position = self.span(node).end
-            return Edit(Span(position, position), ("".join(f"; {line}" for line in lines),), rank)
-        indent = self.indent(node)
-        text = "".join(f"{indent}{line}{self.newline}" for line in lines)
-        if end == len(self.data) and not self.data.endswith((b"\n", b"\r")):
-            text = self.newline + text.removesuffix(self.newline)
-        return Edit(Span(end, end), (text,), rank)
-
-    def remove(self, node: ast.stmt) -> Edit:
-        """Delete a statement; ``pass`` takes its place where it shares its line."""
-        if self.owns_lines(node):
-            return Edit(self.statement_lines(node), ())
-        return Edit(self.span(node), ("pass",))
-
-    def indented(self, node: ast.stmt) -> list[Edit]:
-        """Edits that indent every line of a statement but the first by one unit."""
-        assert node.end_lineno is not None
-        edits = []
-        for line in range(node.lineno + 1, node.end_lineno + 1):
-            start = self._margin(line)
-            if line not in self._string_lines and self.data[start : self.line_end(line)].strip():
-                edits.append(Edit(Span(start, start), (self.indent_unit,), -100))
-        return edits
-
-    def dedented(self, node: ast.stmt, indent: str) -> list[Edit]:
-        """Edits that bring every line of a statement's lines one block out, to ``indent`` instead of its own."""
-        assert node.end_lineno is not None
-        own, edits = self.indent(node), []
-        for line in range(node.lineno, node.end_lineno + 1):
-            start = self._margin(line)
-            if line not in self._string_lines and self.data[start : start + len(own)] == own.encode():
-                edits.append(Edit(Span(start + len(indent), start + len(own)), ()))
-        return edits
-
-    def within(self, node: ast.stmt, head: str) -> list[Edit]:
-        """Edits that put a statement under a compound statement's head line."""
-        indent, span = self.indent(node), self.span(node)
-        return [Edit(span, (f"{head}{self.newline}{indent}{self.indent_unit}", span), 30), *self.indented(node)]
-
-    def wrapped(self, node: ast.stmt, test: str, hoisted: list[tuple[str, Span]], outdent: int = 0) -> list[Edit]:
-        """Edits that put a statement under ``if test:``, with some of its expressions evaluated before.
-
-        ``outdent`` is by how many characters other edits move the statement to the left, or, negative, to the right.
-        """
-        indent, span = self.indent(node)[max(outdent, 0) :], self.span(node)
-        if outdent < 0:
-            indent += self.indent_unit
-        parts: list[str | Span] = []
-        for name, place in hoisted:
-            parts.extend([f"{name} = ", place, f"{self.newline}{indent}"])
-        parts.append(f"if {test}:{self.newline}{indent}{self.indent_unit}")
-        position = span.start
-        for name, place in hoisted:
-            parts.extend([Span(position, place.start), name])
-            position = place.end
-        parts.append(Span(position, span.end))
-        return [Edit(span, tuple(parts), 20), *self.indented(node)]
 
 
 def _decode(path: Path, raw: bytes) -> tuple[str, bytes, str]:

@@ -18,30 +18,32 @@ from collections.abc import Iterator
 from rewriter.analyze.classes import is_hub_base
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import ClassInfo, External, File
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import Arguments, Change, replace, template
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
+
+_BASE = "{bmt}.DistributedModule"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if facts.left_as_it_is:
         return
-    alias = ""
     for info in facts.classes.all(file):
         external = [(base, found.name) for base, found in facts.classes.bases(info) if isinstance(found, External)]
         bases = [base for base, name in external if name == "torch.nn.Module"]
         if bases and _own_metaclass(info, facts):
             message = f"class {info.name} has a metaclass of its own; give the model to bmt.BMTrainModelWrapper"
-            yield Finding(RULE.code, info.node.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, info.node.lineno, message)
             continue
         beside = not bases and any(is_hub_base(name) for _, name in external) and _holds_modules(info, facts)
         if not (bases or beside) and facts.classes.kind(info) == "external" and file.convert:
             message = f"class {info.name} is based on another package's; give the model to bmt.BMTrainModelWrapper"
-            yield Finding(RULE.code, info.node.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, info.node.lineno, message)
         for base in info.node.bases[-1:] if beside else bases:
-            alias = alias or facts.alias(file)
-            span = file.source.span(base)
-            edit = Edit(span, (span, f", {alias}.DistributedModule") if beside else (f"{alias}.DistributedModule",))
-            message = f"class {info.name} inherits {alias}.DistributedModule"
-            yield Finding(RULE.code, base.lineno, message, (edit,), key="import")
+            change: Change = replace(base, _BASE)
+            if beside:
+                change = Arguments(info.node, added=(template(_BASE),))
+            message = f"class {info.name} inherits {facts.alias(file)}.DistributedModule"
+            yield Conversion(RULE.code, base.lineno, message, (change,), key="import")
 
 
 def _own_metaclass(info: ClassInfo, facts: Facts) -> bool:

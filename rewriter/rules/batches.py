@@ -11,16 +11,13 @@ the call is in a model.
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 
+from rewriter.analyze.batches import random_batches, shares_data
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Safety
-
-_DRAWS = {"torch.randint", "torch.randn", "torch.rand"}
-_BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
+from rewriter.changes import wrap
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -28,48 +25,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     if b"OptimManager(" in file.source.data:  # converted already
         return
-    for node in _random_batches(file, facts):
-        span = file.source.span(node)
-        edit = Edit(span, (f"{facts.alias(file)}.shard_batch(", span, ")"), 4)
-        yield Finding(RULE.code, node.lineno, "every rank keeps its share of the random batch", (edit,))
-    if facts.scripts.trains(file) and not shares_data(file, facts):
+    for node in random_batches(file, facts.scripts):
+        change = wrap(node, "{bmt}.shard_batch({it})")
+        yield Conversion(RULE.code, node.lineno, "every rank keeps its share of the random batch", (change,))
+    if facts.scripts.trains(file) and not shares_data(file, facts.scripts):
         line = next(c.lineno for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
         message = "nothing here is known to give every rank its share of the data; bmt.shard_batch would"
-        yield Finding(RULE.code, line, message, safety=Safety.REPORT)
-
-
-def shares_data(file: File, facts: Facts) -> bool:
-    """Whether ranks get other data, as far as can be seen."""
-    if facts.scripts.shares_data(file):
-        return True
-    return any(True for other in facts.scripts.training for _ in _random_batches(other, facts))
-
-
-def _random_batches(file: File, facts: Facts) -> Iterator[ast.Call]:
-    for node in file.calls:
-        if facts.project.external(file, node.func) not in _DRAWS:
-            continue
-        owner = file.names.class_of(node)
-        if owner is not None and facts.classes.is_module(file.class_info(owner)):
-            continue
-        parent = file.names.parents[node]
-        if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_batch":
-            continue
-        if _batch_sized(node) and isinstance(parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)):
-            yield node
-
-
-def _batch_sized(call: ast.Call) -> bool:
-    """Whether the first dimension asked for is a batch size by name."""
-    sizes = [keyword.value for keyword in call.keywords if keyword.arg == "size"]
-    sizes += [argument for argument in call.args if isinstance(argument, (ast.Tuple, ast.List))]
-    function = (dotted(call.func) or "").split(".")[-1]
-    if not sizes and function != "randint" and call.args:
-        sizes = [ast.Tuple(elts=list(call.args[:1]), ctx=ast.Load())]
-    for size in sizes[:1]:
-        if isinstance(size, (ast.Tuple, ast.List)) and size.elts:
-            return bool(_BATCH.match((dotted(size.elts[0]) or "").split(".")[-1]))
-    return False
+        yield Remark(RULE.code, line, message)
 
 
 RULE = Rule(

@@ -21,90 +21,65 @@ from rewriter.analyze.elements import FROM_ELSEWHERE, Build, Element
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
 from rewriter.analyze.stack import Stack
-from rewriter.types import Edit, Example, Finding, Part, Rule, Span
+from rewriter.changes import Arguments, Change, insert_behind, replace, template, wrap
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     for stack in facts.stacks.found:
         if stack.owner.file is not file:
             continue
-        edits = [edit for build in stack.builds for edit in _build(file, facts, stack, build)]
-        if edits:
+        changes = tuple(dict.fromkeys(change for build in stack.builds for change in _build(file, stack, build)))
+        if changes:
             line = stack.builds[0].call.lineno
-            yield Finding(
-                RULE.code, line, f"{stack.name} is a stack of blocks", tuple(dict.fromkeys(edits)), key=stack.key()
-            )
+            yield Conversion(RULE.code, line, f"{stack.name} is a stack of blocks", changes, key=stack.key())
 
 
-def _build(file: File, facts: Facts, stack: Stack, build: Build) -> Iterator[Edit]:
-    call, alias = build.call, facts.alias(file)
-    width = f", num_hidden={stack.num_hidden}" if stack.num_hidden != 1 else ""
+def _build(file: File, stack: Stack, build: Build) -> Iterator[Change]:
+    call = build.call
+    options = [f"num_hidden={stack.num_hidden}"] if stack.num_hidden != 1 else []
     elsewhere = build.form in FROM_ELSEWHERE and not build.is_stack_already
     seen = build.elements and all(_can_be_wrapped(element) for element in build.elements)
     if not stack.use_checkpoint and (elsewhere or not seen):
-        width += ", use_checkpoint=False"
-    span = file.source.span(call)
+        options.append("use_checkpoint=False")
     if not stack.whole:
         for element in build.elements:
             if element.kind == "block" or (build.form == "kept" and element.kind == "unknown"):
-                yield from _wrapped(file, alias, stack, element)
+                yield _wrapped(stack, element)
         return
     if build.form == "attribute" and elsewhere:
-        yield _replaced(file, alias, build, width)
+        yield _replaced(file, build, options)
         return
     if elsewhere:
-        yield Edit(span, (f"{alias}.TransformerBlockList(", span, f"{width})"), 5)
+        yield wrap(call, f"{{bmt}}.TransformerBlockList({', '.join(['{it}', *options])})")
         return
     if build.is_stack_already:
         return  # the list wraps what it is given
     assert isinstance(call, ast.Call)
-    yield Edit(file.source.span(call.func), (f"{alias}.TransformerBlockList",))
-    yield from list_arguments(file, call, width)
+    yield replace(call.func, "{bmt}.TransformerBlockList")
+    added = options if call.args or call.keywords else ["[]", *options]
+    unstarred = tuple(argument for argument in call.args[:1] if isinstance(argument, ast.Starred))
+    if added or unstarred:
+        yield Arguments(call, added=tuple(map(template, added)), unstarred=unstarred)
     for element in build.elements:
-        yield from _element(file, alias, stack, element)
+        if element.kind != "wrapped" and _can_be_wrapped(element):
+            yield _wrapped(stack, element)
 
 
-def _replaced(file: File, alias: str, build: Build, width: str) -> Edit:
+def _replaced(file: File, build: Build, options: list[str]) -> Change:
     """The attribute becomes a list of blocks behind the statement that gives it something else."""
     statement = next(node for node in file.names.ancestors(build.call) if isinstance(node, ast.stmt))
     attribute = f"{build.function.args.args[0].arg}.{build.path}"
-    return file.source.insert_after(statement, [f"{attribute} = {alias}.TransformerBlockList({attribute}{width})"])
-
-
-def list_arguments(file: File, call: ast.Call, width: str) -> Iterator[Edit]:
-    source = file.source
-    end = source.span(call).end
-    if not call.args and not call.keywords:
-        yield Edit(Span(end - 1, end - 1), ("[]",))
-        if width:
-            yield Edit(Span(end - 1, end - 1), (width,), 10)
-        return
-    if call.args and isinstance(call.args[0], ast.Starred):
-        star = source.span(call.args[0])
-        yield Edit(star, (source.span(call.args[0].value),))
-    value = call.args[0] if call.args else call.keywords[0].value
-    if isinstance(value, ast.Starred):
-        value = value.value
-    span = source.span(value)
-    if width and span.end == end:  # a bare generator shares its parentheses with the call
-        yield Edit(span, ("(", span, f"{width})"), 10)
-    elif width:
-        yield Edit(Span(span.end, span.end), (width,), 10)
-
-
-def _element(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
-    if element.kind != "wrapped" and _can_be_wrapped(element):
-        yield from _wrapped(file, alias, stack, element)
+    return insert_behind(statement, f"{attribute} = {{bmt}}.TransformerBlockList({', '.join([attribute, *options])})")
 
 
 def _can_be_wrapped(element: Element) -> bool:
     return element.kind == "wrapped" or isinstance(element.node, (ast.Call, ast.IfExp))
 
 
-def _wrapped(file: File, alias: str, stack: Stack, element: Element) -> Iterator[Edit]:
-    span = file.source.span(element.node)
-    tail: Part = ")" if stack.use_checkpoint else ", use_checkpoint=False)"
-    yield Edit(span, (f"{alias}.CheckpointBlock(", span, tail), 2)
+def _wrapped(stack: Stack, element: Element) -> Change:
+    option = "" if stack.use_checkpoint else ", use_checkpoint=False"
+    return wrap(element.node, f"{{bmt}}.CheckpointBlock({{it}}{option})")
 
 
 RULE = Rule(

@@ -16,7 +16,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.analyze.stack import Stack
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import Keep
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -26,9 +27,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if not stack.use_checkpoint:
             continue
         for branch, plain in _branches(file, facts, stack):
-            edit = Edit(file.source.span(branch), (file.source.span(plain),))
             message = f"the blocks of {stack.name} checkpoint themselves"
-            yield Finding(RULE.code, branch.lineno, message, (edit,), requires=stack.requirement())
+            changes = (Keep(branch, plain),)
+            yield Conversion(RULE.code, branch.lineno, message, changes, requires=stack.requirement())
 
 
 def _branches(file: File, facts: Facts, stack: Stack) -> Iterator[tuple[ast.If, ast.Assign]]:

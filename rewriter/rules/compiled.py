@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import replace
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -21,8 +22,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for node in file.calls:
         if node.args and facts.project.external(file, node.func) == "torch.compile":
             if roles.is_model(node.args[0]):
-                edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.compile",))
-                yield Finding(RULE.code, node.lineno, "the blocks are compiled one by one", (edit,))
+                change = replace(node.func, "{bmt}.compile")
+                yield Conversion(RULE.code, node.lineno, "the blocks are compiled one by one", (change,))
 
 
 RULE = Rule(

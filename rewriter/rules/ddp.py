@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import is_rank
+from rewriter.analyze.collectives import varies_by_rank
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import same, walk
+from rewriter.analyze.names import same
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
+from rewriter.changes import Arguments, Change, Import, Remove, ReplaceStatement, replace, template
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 _WRAPPERS = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
 
@@ -30,42 +31,37 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield from _module(file, facts, node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
             if node.targets[0].attr == "require_backward_grad_sync":
-                edit = file.source.remove(node)
-                yield Finding(RULE.code, node.lineno, "gradients need no switch for their reduction", (edit,))
+                message = "gradients need no switch for their reduction"
+                yield Conversion(RULE.code, node.lineno, message, (Remove(node),))
 
 
 def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
-    source, name = file.source, facts.project.external(file, node.func)
+    changes: tuple[Change, ...]
+    name = facts.project.external(file, node.func)
     if name in _WRAPPERS and node.args:
         statement = file.names.statement_of(node)
         if isinstance(statement, ast.Assign) and statement.value is node and _same_code(file, statement, node.args[0]):
-            edits = tuple(_remove_wrapper(file, facts, statement))
+            changes = tuple(_remove_wrapper(file, facts, statement))
         else:
-            edits = (Edit(source.span(node), (source.span(node.args[0]),)),)
-        yield Finding(RULE.code, node.lineno, "the model needs no wrapper", edits)
+            changes = (replace(node, "{model}", model=node.args[0]),)
+        yield Conversion(RULE.code, node.lineno, "the model needs no wrapper", changes)
     elif name == "torch.utils.data.DistributedSampler":
         given = {keyword.arg for keyword in node.keywords} | {"num_replicas", "rank"} & set(
             ("", "num_replicas", "rank")[: len(node.args)]
         )
-        alias = facts.alias(file)
-        options = [
-            f"{key}={alias}.{call}()"
-            for key, call in (("num_replicas", "world_size"), ("rank", "rank"))
-            if key not in given
-        ]
-        arguments: list[ast.expr | ast.keyword] = [*node.args, *node.keywords]
-        if options and arguments:
-            end = max(source.span(argument).end for argument in arguments)
-            edit = Edit(Span(end, end), ("".join(f", {option}" for option in options),))
-            yield Finding(RULE.code, node.lineno, "the sampler is told the ranks", (edit,))
+        options = {"num_replicas": "num_replicas={bmt}.world_size()", "rank": "rank={bmt}.rank()"}
+        added = tuple(template(option) for name, option in options.items() if name not in given)
+        if added and (node.args or node.keywords):
+            change = Arguments(node, added=added)
+            yield Conversion(RULE.code, node.lineno, "the sampler is told the ranks", (change,))
     elif name == "torch.nn.SyncBatchNorm.convert_sync_batchnorm":
-        yield Finding(RULE.code, node.lineno, "SyncBatchNorm needs a process group", safety=Safety.REPORT)
+        yield Remark(RULE.code, node.lineno, "SyncBatchNorm needs a process group")
     elif isinstance(node.func, ast.Attribute) and node.func.attr == "no_sync" and not node.args:
         if facts.scripts.roles[file].is_model(node.func.value):
-            edit = Edit(source.span(node), ("contextlib.nullcontext()",))
-            message = "gradients are reduced once a step in any case"
-            imports = () if "contextlib" in file.names.module.bindings else ("import contextlib",)
-            yield Finding(RULE.code, node.lineno, message, (edit,), imports=imports)
+            changes = (replace(node, "contextlib.nullcontext()"),)
+            if "contextlib" not in file.names.module.bindings:
+                changes = (*changes, Import("import contextlib"))
+            yield Conversion(RULE.code, node.lineno, "gradients are reduced once a step in any case", changes)
 
 
 def _same_code(file: File, statement: ast.Assign, value: ast.expr) -> bool:
@@ -73,18 +69,17 @@ def _same_code(file: File, statement: ast.Assign, value: ast.expr) -> bool:
     return len(statement.targets) == 1 and file.source.code(target) == file.source.code(value)
 
 
-def _remove_wrapper(file: File, facts: Facts, statement: ast.Assign) -> Iterator[Edit]:
+def _remove_wrapper(file: File, facts: Facts, statement: ast.Assign) -> Iterator[Change]:
     """Remove ``model = DDP(model)``; a seed that differs by rank moves here, behind the model's initialisation."""
-    source = file.source
     seed = _rank_seed(file, facts, statement)
     if seed is None:
-        yield source.remove(statement)
+        yield Remove(statement)
         return
-    yield Edit(source.span(statement), (source.code(seed),))
-    yield source.remove(seed)
+    yield ReplaceStatement(statement, template("{seed}", seed=seed.value))
+    yield Remove(seed)
 
 
-def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.stmt | None:
+def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.Expr | None:
     for node in file.nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.lineno < wrapper.lineno:
             call = node.value
@@ -94,14 +89,6 @@ def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.stmt | None:
                 ):
                     return node
     return None
-
-
-def varies_by_rank(file: File, node: ast.expr) -> bool:
-    """Whether a seed is another one on every rank."""
-    return any(
-        isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
-        for item in walk(node)
-    )
 
 
 def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:
@@ -115,8 +102,8 @@ def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:
     place: ast.expr = node
     if isinstance(parent, ast.IfExp) and (same(parent.orelse, node.value) or same(parent.body, node.value)):
         place = parent
-    edit = Edit(file.source.span(place), (file.source.span(node.value),))
-    yield Finding(RULE.code, node.lineno, "the model is not wrapped", (edit,))
+    change = replace(place, "{model}", model=node.value)
+    yield Conversion(RULE.code, node.lineno, "the model is not wrapped", (change,))
 
 
 RULE = Rule(

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import Remove, replace
+from rewriter.types import Conversion, Example, Finding, Refusal, Remark, Rule
 
 _SIMPLE = {
     "torch.distributed.get_rank": "rank",
@@ -41,14 +42,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call, name in names.items():
         if name == "torch.multiprocessing.spawn":
             message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT, stop=True)
+            yield Refusal(RULE.code, call.lineno, message)
         elif name == "torch.distributed.all_reduce" and _is_gradient(call):
             message = "gradients are averaged by hand; bmtrain's are means over the ranks already: take these lines out"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT, stop=True)
+            yield Refusal(RULE.code, call.lineno, message)
     distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}
     others = [call for call, name in distributed.items() if not _known(file, facts, call, name)]
     for call in others:
-        yield Finding(RULE.code, call.lineno, f"{names[call]} keeps using torch's process group", safety=Safety.REPORT)
+        yield Remark(RULE.code, call.lineno, f"{names[call]} keeps using torch's process group")
     for call, name in distributed.items():
         if call not in others and not (others and name in _GROUP):
             yield from _call(file, facts, call, name)
@@ -92,26 +93,24 @@ def _operation(file: File, facts: Facts, call: ast.Call) -> str | None:
 
 
 def _call(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[Finding]:
-    source, alias = file.source, facts.alias(file)
     if name in _SIMPLE:
-        edit = Edit(source.span(call), (f"{alias}.{_SIMPLE[name]}()",))
-        yield Finding(RULE.code, call.lineno, f"{name} is {alias}.{_SIMPLE[name]}", (edit,))
+        message = f"{name} is {facts.alias(file)}.{_SIMPLE[name]}"
+        yield Conversion(RULE.code, call.lineno, message, (replace(call, f"{{bmt}}.{_SIMPLE[name]}()"),))
     elif name in _GROUP:
         statement = file.names.statement_of(call)
         if isinstance(statement, ast.Expr) and statement.value is call:
-            edit = source.remove(statement)
-            yield Finding(RULE.code, call.lineno, "bmtrain needs no process group", (edit,))
+            yield Conversion(RULE.code, call.lineno, "bmtrain needs no process group", (Remove(statement),))
     elif name == "torch.distributed.broadcast":
         found = _from_rank(file, call)
         assert found is not None
-        tensor, root = (source.span(part) for part in found)
-        edit = Edit(source.span(call), (tensor, f".copy_({alias}.distributed.broadcast(", tensor, ", ", root, "))"))
-        yield Finding(RULE.code, call.lineno, "the broadcast is bmtrain's", (edit,))
+        code = "{tensor}.copy_({bmt}.distributed.broadcast({tensor}, {root}))"
+        change = replace(call, code, tensor=found[0], root=found[1])
+        yield Conversion(RULE.code, call.lineno, "the broadcast is bmtrain's", (change,))
     elif name == "torch.distributed.all_reduce":
-        tensor = source.span(call.args[0] if call.args else call.keywords[0].value)
-        operation = _operation(file, facts, call)
-        parts = (tensor, f".copy_({alias}.distributed.all_reduce(", tensor, f', op="{operation}"))')
-        yield Finding(RULE.code, call.lineno, "the reduction is bmtrain's", (Edit(source.span(call), parts),))
+        tensor = call.args[0] if call.args else call.keywords[0].value
+        reduction = f'{{bmt}}.distributed.all_reduce({{tensor}}, op="{_operation(file, facts, call)}")'
+        change = replace(call, f"{{tensor}}.copy_({reduction})", tensor=tensor)
+        yield Conversion(RULE.code, call.lineno, "the reduction is bmtrain's", (change,))
 
 
 RULE = Rule(

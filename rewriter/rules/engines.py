@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import ClassInfo, External, File
-from rewriter.types import Example, Finding, Rule, Safety
+from rewriter.types import Example, Finding, Refusal, Rule
 
 _CALLS = {
     "accelerate.Accelerator": "accelerate",
@@ -70,14 +70,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
         part = _definition(file, node)
         if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
-            yield Finding(RULE.code, getattr(node, "lineno", 1), message, safety=Safety.REPORT, stop=True)
+            yield Refusal(RULE.code, getattr(node, "lineno", 1), message)
             return
         parts.setdefault(part, engine)
     for part, engine in parts.items():
         name = getattr(part, "name", "")
         message = f"{name} is written for {engine}, so it stays as it is; its models need an ordinary torch loop"
         end = part.end_lineno or part.lineno
-        yield Finding(RULE.code, part.lineno, message, safety=Safety.REPORT, stop=True, spared=_MODELS, end=end)
+        yield Refusal(RULE.code, part.lineno, message, spared=_MODELS, end=end)
 
 
 def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:

@@ -13,12 +13,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
+from rewriter.analyze.collectives import varies_by_rank
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
 from rewriter.analyze.roles import walk_own
-from rewriter.rules.ddp import varies_by_rank
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import insert_before, replace
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
+
+_SEEDED = "{bmt}.init_distributed(seed={seed})"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -30,20 +33,19 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield from _without_script(file, facts)
         return
     block = scripts.entries[file]
-    alias = facts.alias(file)
     seed = _seed(file, facts, block)
     if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
         call = seed[1]
-        edits = (
-            Edit(file.source.span(call), (f"{alias}.init_distributed(seed=", file.source.span(call.args[0]), ")")),
-        )
-        yield Finding(RULE.code, first.lineno, "the seed starts the ranks", edits, key="init")
+        change = replace(call, _SEEDED, seed=call.args[0])
+        yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", (change,), key="init")
         return
-    argument = _common_part(file, facts, block)
+    value = _common_part(file, facts, block)
     if seed is not None and _available(file, seed[1].args[0], block, first):
-        argument = f"seed={file.source.code(seed[1].args[0])}"
-    edit = file.source.insert_before(first, [f"{alias}.init_distributed({argument})"], rank=-10)
-    yield Finding(RULE.code, first.lineno, "the script starts the ranks", (edit,), key="init")
+        value = seed[1].args[0]
+    start = insert_before(first, "{bmt}.init_distributed()")
+    if value is not None:
+        start = insert_before(first, _SEEDED, seed=value)
+    yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
 
 
 def _first(file: File, facts: Facts) -> ast.stmt | None:
@@ -62,11 +64,11 @@ def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
         return  # one remark is enough for a project
     call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
     message = "no script here starts this training: call bmt.init_distributed() before the model is made"
-    yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+    yield Remark(RULE.code, call.lineno, message)
 
 
-def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> str:
-    """``seed=1337`` where the script seeds each rank with ``1337 + rank``."""
+def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> ast.expr | None:
+    """``1337`` where the script seeds each rank with ``1337 + rank``."""
     for statement in block:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
             call = statement.value
@@ -75,8 +77,8 @@ def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> str:
                 if isinstance(seed, ast.BinOp) and isinstance(seed.op, ast.Add):
                     for side in (seed.left, seed.right):
                         if isinstance(side, ast.Constant):
-                            return f"seed={file.source.code(side)}"
-    return ""
+                            return side
+    return None
 
 
 def first_calls(statement: ast.stmt) -> list[ast.Call]:

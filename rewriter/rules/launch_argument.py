@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Example, Finding, Rule
+from rewriter.changes import insert_before
+from rewriter.types import Conversion, Example, Finding, Rule
 
 _KNOWN = {"--local-rank", "--local_rank"}
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)
@@ -30,8 +31,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if module is None:
             continue
         line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, help={module}.SUPPRESS)'
-        edit = file.source.insert_before(statement, [line])
-        yield Finding(RULE.code, statement.lineno, "the parser takes the launcher's argument", (edit,))
+        change = insert_before(statement, line)
+        yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
 
 
 def _parsed(value: ast.expr) -> str | None:

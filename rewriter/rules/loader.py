@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import ClassInfo, File, FunctionInfo
-from rewriter.types import Edit, Example, Finding, Part, Rule, Safety
+from rewriter.changes import Template, replace, template
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
@@ -40,42 +41,40 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if _for_evaluation(file, facts, node):
             message = "every rank evaluates all of this data, with the same result"
-            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, node.lineno, message)
             continue
         if _is_other_case(file, facts, node):
             continue
-        span = file.source.span(node)
-        parts: tuple[Part, ...] = (f"{facts.alias(file)}.shard_loader(", span, ")")
         case = _case(file, node)
-        if case:
-            parts = (*parts, f" if {case} else ", span)
-        edit = Edit(span, parts, 4)
-        yield Finding(RULE.code, node.lineno, "every rank takes its share of each batch", (edit,))
+        code = "{bmt}.shard_loader({loader})"
+        if case is not None:
+            code += f" if {case.text} else {{loader}}"
+        change = replace(node, code, loader=node, **dict(case.holes if case is not None else ()))
+        yield Conversion(RULE.code, node.lineno, "every rank takes its share of each batch", (change,))
 
 
-def _case(file: File, node: ast.Call) -> str:
+def _case(file: File, node: ast.Call) -> Template | None:
     """When a loader trains, if not always.
 
     ``x == "train"`` for ``{x: DataLoader(...) for x in ["train", "val"]}``; ``train`` for ``shuffle=train``.
     """
     shuffled = next((k.value for k in node.keywords if k.arg == "shuffle"), None)
     if isinstance(shuffled, (ast.Name, ast.Attribute, ast.Compare)) and _TRAINS.search(ast.unparse(shuffled)):
-        return file.source.code(shuffled)
+        return template("{train}", train=shuffled)
     parent = file.names.parents[node]
     match parent:
         case ast.DictComp(key=ast.Name(id=name), generators=[ast.comprehension(target=ast.Name(id=bound), iter=over)]):
             if bound != name or not isinstance(over, (ast.List, ast.Tuple, ast.Set)):
-                return ""
-            keys = [item.value for item in over.elts if isinstance(item, ast.Constant) and isinstance(item.value, str)]
-            evaluated = [key for key in keys if _EVALUATION.search(key) and not re.search("train", key, re.I)]
-            trained = [key for key in keys if key not in evaluated]
-            if evaluated and len(keys) == len(over.elts):
-                quote = '"' if file.source.code(over.elts[0]).startswith('"') else "'"
-                words = [f"{quote}{key}{quote}" for key in trained]
-                return (
-                    f"{name} == {words[0]}" if len(words) == 1 else f"{name} in ({', '.join(words)})" if words else ""
-                )
-    return ""
+                return None
+            keys = {item: item.value for item in over.elts if isinstance(item, ast.Constant)}
+            words = {item: key for item, key in keys.items() if isinstance(key, str)}
+            trained = [i for i, key in words.items() if re.search("train", key, re.I) or not _EVALUATION.search(key)]
+            if len(words) < len(over.elts) or len(trained) in {0, len(words)}:
+                return None
+            holes = {f"train_{number}": item for number, item in enumerate(trained)}
+            listed = ", ".join(f"{{{hole}}}" for hole in holes)
+            return template(f"{name} == {listed}" if len(holes) == 1 else f"{name} in ({listed})", **holes)
+    return None
 
 
 def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:

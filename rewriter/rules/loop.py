@@ -10,15 +10,14 @@ something else in a subclass, or is replaced from outside.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.loops import Loop
 from rewriter.analyze.project import File
-from rewriter.analyze.source import Source
-from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
+from rewriter.changes import Change, ReplaceStatement, replace, template
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -27,39 +26,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if loop.file is file and loop.node in stack.calls:
                 form = stack.calls[loop.node]
                 what = "the loop with its checkpoint branch" if form.checkpoint else "the loop"
-                yield Finding(
-                    RULE.code,
-                    loop.node.lineno,
-                    f"{what} over {stack.name} is one call",
-                    tuple(_edits(file.source, loop, form)),
-                    requires=stack.requirement(),
-                )
+                message = f"{what} over {stack.name} is one call"
+                changes = tuple(_changes(loop, form))
+                yield Conversion(RULE.code, loop.node.lineno, message, changes, requires=stack.requirement())
     reasons = dict.fromkeys((getattr(x.node, "lineno", 1), x.reason) for x in facts.stacks.left if x.file is file)
     for line, reason in reasons:
-        yield Finding(RULE.code, line, f"loop kept: {reason}", safety=Safety.REPORT)
+        yield Remark(RULE.code, line, f"loop kept: {reason}")
 
 
-def _edits(source: Source, loop: Loop, form: CallForm) -> Iterator[Edit]:
-    call = form.call
-    container = source.code(loop.container)
-    span = source.span(loop.node)
-    first, last = source.span(call.func).end, source.span(call).end
-    indent = source.indent(loop.node)
-    comments = [
-        f"{text}{source.newline}{indent}"
-        for line, text in _inner_comments(source, loop.node)
-        if not call.lineno <= line < (call.end_lineno or call.lineno)
-    ]
-    targets = ", ".join(form.targets)
-    yield Edit(span, (*comments, f"{targets} = {container}", Span(first, last)))
-
-
-def _inner_comments(source: Source, node: ast.For) -> Iterator[tuple[int, str]]:
-    """Comments of the loop that the call would lose: all but the one behind its last line."""
-    assert node.end_lineno is not None
-    for line in range(node.lineno, node.end_lineno):
-        if line in source.comments:
-            yield line, source.comments[line]
+def _changes(loop: Loop, form: CallForm) -> Iterator[Change]:
+    yield replace(form.call.func, "{container}", container=loop.container)
+    yield ReplaceStatement(loop.node, template(f"{', '.join(form.targets)} = {{call}}", call=form.call))
 
 
 RULE = Rule(

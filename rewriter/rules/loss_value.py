@@ -14,7 +14,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import wrap
+from rewriter.types import Conversion, Example, Finding, Rule
 
 _VALUES = {"item", "tolist"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to"}
@@ -26,10 +27,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for node in file.nodes:
         for value in (*_read(file, facts, node), *_shown(file, facts, node)):
             if not facts.scripts.in_kept_guard(file, node) and file.source.is_exact(value):
-                span = file.source.span(value)
-                edit = Edit(span, (f"{facts.alias(file)}.sum_loss(", span, ")"), 4)
-                line = file.source.line_of(span.start)
-                yield Finding(RULE.code, line, "the loss is averaged over the ranks", (edit,))
+                change = wrap(value, "{bmt}.sum_loss({it})")
+                yield Conversion(RULE.code, value.lineno, "the loss is averaged over the ranks", (change,))
 
 
 def _read(file: File, facts: Facts, call: ast.AST) -> Iterator[ast.expr]:

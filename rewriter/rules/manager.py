@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
 from rewriter.analyze.project import File
-from rewriter.rules.manager_calls import call_edits
-from rewriter.rules.manager_creation import creation_edits, owner_place, scaler_is_made_here
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import Change, anchor
+from rewriter.rules.manager_calls import CODE, changed_calls
+from rewriter.rules.manager_creation import creation, owner_place, scaler_is_made_here
+from rewriter.types import Conversion, Example, Finding, Refusal, Remark, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -27,22 +28,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for manager in managers.all:
         reason = _reason_against(managers, manager)
         if reason:
-            yield Finding(RULE.code, _first_use(file, managers, manager), reason, safety=Safety.REPORT, stop=True)
-    edits: list[Edit] = []
-    line = 0
-    for manager in managers.all:
-        if manager.existing:
-            continue
-        for place, edit in creation_edits(file, facts, managers, manager):
-            line = line or place
-            edits.append(edit)
-    calls = list(call_edits(file, facts, managers))
-    for call_line, message, stop in (item for item in calls if isinstance(item, tuple)):
-        yield Finding(RULE.code, call_line, message, safety=Safety.REPORT, stop=stop)
-    edits.extend(item for item in calls if isinstance(item, Edit))
-    if edits:
-        first = line or file.source.line_of(min(edit.span.start for edit in edits))
-        yield Finding(RULE.code, first, "an OptimManager runs backward and steps", tuple(edits), key="manager")
+            yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
+    made = [change for manager in managers.all if not manager.existing for change in creation(file, managers, manager)]
+    calls: list[Change] = []
+    for item in changed_calls(file, facts, managers):
+        if isinstance(item, (Remark, Refusal)):
+            yield item
+        else:
+            calls.append(item)
+    if made or calls:
+        line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
+        message = "an OptimManager runs backward and steps"
+        yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _anchor(change: Change) -> ast.stmt | ast.expr:
+    node = anchor(change)
+    assert node is not None
+    return node
 
 
 def _reason_against(managers: Managers, manager: Manager) -> str:
@@ -77,7 +80,7 @@ def _first_use(file: File, managers: Managers, manager: Manager) -> int:
 
 
 RULE = Rule(
-    code="BMT022",
+    code=CODE,
     title="an OptimManager runs backward, clips, steps and clears",
     explanation=__doc__,
     find=find,

@@ -9,13 +9,18 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Span
+from rewriter.changes import Change, Remove, replace
+from rewriter.rules.manager_creation import UNSCALED
+from rewriter.types import Refusal, Remark
 
-Remark = tuple[int, str, bool]
+CODE = "BMT022"
+_CLOSURE = "step with a closure cannot be converted: every rank would have to call it alike"
+
+Item = Change | Remark | Refusal
 
 
-def call_edits(file: File, facts: Facts, managers: Managers) -> Iterator[Edit | Remark]:
-    """Edits of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
+def changed_calls(file: File, facts: Facts, managers: Managers) -> Iterator[Item]:
+    """Changes of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
     for node in file.calls:
         if facts.project.external(file, node.func) == "torch.nn.utils.clip_grad_norm_":
             yield from _clip(file, facts, managers, node)
@@ -27,17 +32,15 @@ def call_edits(file: File, facts: Facts, managers: Managers) -> Iterator[Edit | 
             elif manager is not None and variable == manager.scaler:
                 yield from _scaler(file, manager, node, node.func)
             elif manager is not None and variable in manager.optimizers:
-                yield from _optimizer(file, manager, node, node.func)
+                yield from _optimizer(manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
                 if seen is not None and not seen.existing:
-                    yield Edit(file.source.span(node), (f"{seen.name}.zero_grad()",))
+                    yield replace(node, f"{seen.name}.zero_grad()")
 
 
-def _backward(
-    file: File, facts: Facts, managers: Managers, node: ast.Call, func: ast.Attribute
-) -> Iterator[Edit | Remark]:
-    source, roles = file.source, managers.roles
+def _backward(file: File, facts: Facts, managers: Managers, node: ast.Call, func: ast.Attribute) -> Iterator[Item]:
+    roles = managers.roles
     if roles.var(func.value) in roles.managers or facts.project.external(file, _called(func.value)).startswith(
         "bmtrain."
     ):
@@ -55,78 +58,71 @@ def _backward(
             return
         if receiver.func.attr == "scale" and scaling in managers.of and len(receiver.args) == 1:
             loss, manager = receiver.args[0], managers.of[scaling]
-    name = manager.name if manager is not None else f"{facts.alias(file)}.optim.OptimManager(loss_scale=None)"
+    name = manager.name if manager is not None else UNSCALED
     if manager is None and not roles.optimizers and not roles.scalers and function is None:
         return  # a demonstration that steps nothing
     if manager is None and roles.scalers:
-        yield node.lineno, "backward here does not know the loss scale of the scaler elsewhere in the file", True
+        message = "backward here does not know the loss scale of the scaler elsewhere in the file"
+        yield Refusal(CODE, node.lineno, message)
     if node.args or node.keywords:
-        arguments = Span(source.span(func).end, source.span(node).end)
-        yield Edit(source.span(node), (f"{name}.scale_loss(", source.span(loss), ").backward", arguments))
+        yield replace(func, f"{name}.scale_loss({{loss}}).backward", loss=loss)
     else:
-        yield Edit(source.span(node), (f"{name}.backward(", _bare(file, loss), ")"))
+        yield replace(node, f"{name}.backward({{loss}})", loss=loss)
 
 
 def _called(node: ast.expr) -> ast.expr:
     return node.func if isinstance(node, ast.Call) else node
 
 
-def _bare(file: File, node: ast.expr) -> Span:
-    """The span of an argument. Parentheses around it stay outside, as in ``(a / b).backward()``."""
-    return file.source.span(node)
-
-
-def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Edit | Remark]:
-    source = file.source
+def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Item]:
     statement = file.names.statement_of(node)
     alone = isinstance(statement, ast.Expr) and statement.value is node
     if func.attr in {"unscale_", "update"} and alone:
-        yield source.remove(statement)
+        yield Remove(statement)
     elif func.attr == "step":
         if len(node.args) > 1 or node.keywords:
-            yield node.lineno, "step with a closure cannot be converted: every rank would have to call it alike", True
-        yield Edit(source.span(node), (f"{manager.name}.step()",))
+            yield Refusal(CODE, node.lineno, _CLOSURE)
+        yield replace(node, f"{manager.name}.step()")
     elif func.attr == "get_scale":
-        yield Edit(source.span(node), (f"{manager.name}.loss_scale",))
+        yield replace(node, f"{manager.name}.loss_scale")
     elif func.attr == "is_enabled":
-        yield Edit(source.span(node), (f"({manager.name}.loss_scale is not None)",))
+        yield replace(node, f"({manager.name}.loss_scale is not None)")
     elif func.attr in {"state_dict", "load_state_dict"}:
-        yield Edit(source.span(func.value), (manager.name,))
-        yield node.lineno, f"the scaler's {func.attr} is now the manager's, which has another layout", False
+        yield replace(func.value, manager.name)
+        message = f"the scaler's {func.attr} is now the manager's, which has another layout"
+        yield Remark(CODE, node.lineno, message)
 
 
-def _optimizer(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Edit | Remark]:
+def _optimizer(manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Item]:
     if func.attr == "step":
         if node.args or node.keywords:
-            yield node.lineno, "step with a closure cannot be converted: every rank would have to call it alike", True
-        yield Edit(file.source.span(node), (f"{manager.name}.step()",))
+            yield Refusal(CODE, node.lineno, _CLOSURE)
+        yield replace(node, f"{manager.name}.step()")
     elif func.attr == "zero_grad":
-        yield Edit(file.source.span(node), (f"{manager.name}.zero_grad()",))
+        yield replace(node, f"{manager.name}.zero_grad()")
 
 
-def _in(function: str, span: Span) -> tuple[str | Span, ...]:
-    return (f"{function}(", span, ")") if function else (span,)
-
-
-def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Edit | Remark]:
-    source, manager = file.source, managers.for_call(node)
+def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Item]:
+    manager = managers.for_call(node)
     values = {keyword.arg: keyword.value for keyword in node.keywords}
     values.update(zip(("parameters", "max_norm", "norm_type"), node.args, strict=False))
     parameters, limit = values.get("parameters"), values.get("max_norm")
     if parameters is None or limit is None:
-        yield node.lineno, "clip_grad_norm_ with arguments that are not understood", True
+        yield Refusal(CODE, node.lineno, "clip_grad_norm_ with arguments that are not understood")
         return
-    name = manager.name if manager is not None else f"{facts.alias(file)}.optim.OptimManager(loss_scale=None)"
-    listed = isinstance(parameters, ast.List) or (
-        isinstance(parameters, ast.Call) and dotted(parameters.func) == "list"
-    )
-    groups: tuple[str | Span, ...] = ('[{"params": ', *_in("" if listed else "list", source.span(parameters)), "}]")
+    holes = {"limit": limit}
     if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
-        groups = (f"{manager.optimizers[0][1]}.param_groups",)
-    tail: tuple[str | Span, ...] = ()
+        groups = f"{manager.optimizers[0][1]}.param_groups"
+    else:
+        called = dotted(parameters.func) if isinstance(parameters, ast.Call) else ""
+        listed = isinstance(parameters, ast.List) or called == "list"
+        groups = '[{"params": {parameters}}]' if listed else '[{"params": list({parameters})}]'
+        holes["parameters"] = parameters
+    norm_type = ""
     if "norm_type" in values:
-        tail = (", norm_type=", source.span(values["norm_type"]))
-    yield Edit(source.span(node), (f"{name}.clip_grad_norm(", *groups, ", ", source.span(limit), *tail, ")"))
+        norm_type, holes["norm_type"] = ", norm_type={norm_type}", values["norm_type"]
+    name = manager.name if manager is not None else UNSCALED
+    yield replace(node, f"{name}.clip_grad_norm({groups}, {{limit}}{norm_type})", **holes)
 
 
 def _whole(managers: Managers, node: ast.expr) -> bool:

@@ -5,36 +5,39 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.facts import Facts
 from rewriter.analyze.managers import Manager, Managers
 from rewriter.analyze.names import dotted, walk
 from rewriter.analyze.project import File
 from rewriter.analyze.roles import Var
-from rewriter.types import Edit
+from rewriter.changes import Change, insert_before, insert_behind, replace
+
+UNSCALED = "{bmt}.optim.OptimManager(loss_scale=None)"
+_GROWTH = {"growth_factor": "loss_scale_factor", "growth_interval": "loss_scale_steps"}
+"""What torch's GradScaler and the manager call the same."""
 
 
-def creation_edits(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
-    """Where a manager is made and told its optimizers: (line, edit)."""
+def creation(file: File, managers: Managers, manager: Manager) -> Iterator[Change]:
+    """Where a manager is made and told its optimizers."""
     if manager.scaler is not None and managers.is_argument(manager.scaler):
-        yield from _scaler_argument(file, facts, managers, manager)
+        yield from _scaler_argument(managers, manager)
         return
     if manager.scaler is not None:
-        yield from _scaler_creation(file, facts, managers, manager)
+        yield from _scaler_creation(file, managers, manager)
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or owner_place(file, managers, optimizer)
         add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
-            yield from _joined(file, managers, manager, place, add)
+            yield from _joined(managers, manager, place, add)
             continue
-        lines = [f"{manager.name} = {facts.alias(file)}.optim.OptimManager(loss_scale=None)", add]
+        lines = [f"{manager.name} = {UNSCALED}", add]
         if place is not None:
-            yield place.lineno, file.source.insert_after(place, lines)
+            yield insert_behind(place, *lines)
         else:
             first = _first_statement(optimizer)
             if first is not None:
                 if _may_be_none(optimizer):
-                    lines[1:] = [f"if {optimizer[1]} is not None:", file.source.indent_unit + add]
-                yield first.lineno, file.source.insert_before(first, lines)
+                    lines[1:] = [f"if {optimizer[1]} is not None:", f"    {add}"]
+                yield insert_before(first, *lines)
 
 
 def owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | None:
@@ -45,21 +48,19 @@ def owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | No
     return _last_assignment(file, managers, root)
 
 
-def _joined(
-    file: File, managers: Managers, manager: Manager, place: ast.stmt | None, add: str
-) -> Iterator[tuple[int, Edit]]:
+def _joined(managers: Managers, manager: Manager, place: ast.stmt | None, add: str) -> Iterator[Change]:
     """Tell a manager its optimizer wherever the later of the two is made."""
     makers = [statement for statement, _ in _makers(managers, manager)]
     if place is None:
         return  # the optimizer comes from outside: whoever made it joins the two
     if any(made.lineno < place.lineno for made in makers):
-        yield place.lineno, file.source.insert_after(place, [add])
+        yield insert_behind(place, add)
     for made in makers:
         if made.lineno > place.lineno:
-            yield made.lineno, file.source.insert_after(made, [add])
+            yield insert_behind(made, add)
 
 
-def _scaler_argument(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
+def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
     """A function that may be given no scaler makes its own manager then."""
     assert manager.scaler is not None
     function, name = manager.scaler
@@ -67,10 +68,9 @@ def _scaler_argument(file: File, facts: Facts, managers: Managers, manager: Mana
     given = [v for v in manager.optimizers if v[0] is function and managers.is_argument(v)]
     if first is None or not given or not any(_asks_for_none(node, name) for node in walk(function)):
         return
-    unit = file.source.indent_unit
-    lines = [f"if {name} is None:", f"{unit}{name} = {facts.alias(file)}.optim.OptimManager(loss_scale=None)"]
-    lines += [f"{unit}{name}.add_optimizer({variable[1]})" for variable in given]
-    yield first.lineno, file.source.insert_before(first, lines)
+    lines = [f"if {name} is None:", f"    {name} = {UNSCALED}"]
+    lines += [f"    {name}.add_optimizer({variable[1]})" for variable in given]
+    yield insert_before(first, *lines)
 
 
 def _may_be_none(variable: Var) -> bool:
@@ -107,39 +107,29 @@ def scaler_is_made_here(managers: Managers, manager: Manager) -> bool:
     return any(managers.roles.scaler_call(value) is not None for _, value in _makers(managers, manager))
 
 
-def _scaler_creation(file: File, facts: Facts, managers: Managers, manager: Manager) -> Iterator[tuple[int, Edit]]:
-    source, roles = file.source, managers.roles
+def _scaler_creation(file: File, managers: Managers, manager: Manager) -> Iterator[Change]:
+    roles = managers.roles
     for statement, value in _makers(managers, manager):
         call = roles.scaler_call(value)
         if isinstance(statement, ast.Assign):
             for target in statement.targets:
-                if roles.var(target) == manager.scaler and source.code(target) != manager.name:
-                    yield statement.lineno, Edit(source.span(target), (manager.name,))
+                if roles.var(target) == manager.scaler and file.source.code(target) != manager.name:
+                    yield replace(target, manager.name)
         if call is None:
-            none = f"{facts.alias(file)}.optim.OptimManager(loss_scale=None)"
-            yield statement.lineno, Edit(source.span(value), (none,))
+            yield replace(value, UNSCALED)
             continue
-        condition = [keyword.value for keyword in call.keywords if keyword.arg == "enabled"]
-        start = next((source.code(k.value) for k in call.keywords if k.arg == "init_scale"), "2**16")
-        options = _growth(file, call)
-        head = f"{facts.alias(file)}.optim.OptimManager(loss_scale={start}"
+        given = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+        scale = "{init_scale}" if "init_scale" in given else "2**16"
+        place: ast.expr = call
         if isinstance(value, ast.IfExp):
+            place, given["enabled"] = value, value.test
             inverted = isinstance(value.body, ast.Constant)
-            test = source.code(value.test)
-            test = f"not ({test})" if inverted else test
-            yield statement.lineno, Edit(source.span(value), (f"{head} if {test} else None{options})",))
-        elif condition:
-            text = (head + " if ", source.span(condition[0]), f" else None{options})")
-            yield statement.lineno, Edit(source.span(call), text)
-        else:
-            yield statement.lineno, Edit(source.span(call), (f"{head}{options})",))
-
-
-def _growth(file: File, call: ast.Call) -> str:
-    names = {"growth_factor": "loss_scale_factor", "growth_interval": "loss_scale_steps"}
-    return "".join(
-        f", {names[keyword.arg]}={file.source.code(keyword.value)}" for keyword in call.keywords if keyword.arg in names
-    )
+            scale += " if not {enabled} else None" if inverted else " if {enabled} else None"
+        elif "enabled" in given:
+            scale += " if {enabled} else None"
+        options = [f"{new}={{{old}}}" for old, new in _GROWTH.items() if old in given]
+        used = {name: node for name, node in given.items() if name in {"init_scale", "enabled", *_GROWTH}}
+        yield replace(place, f"{{bmt}}.optim.OptimManager({', '.join([f'loss_scale={scale}', *options])})", **used)
 
 
 def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt | None:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Safety, Span
+from rewriter.changes import Arguments, Change, replace, template
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 _KEPT = ("params", "lr", "betas", "eps", "weight_decay")
 _DROPPED = {"fused", "foreach"}
@@ -30,10 +31,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             reason, dropped = _judge(file, node)
             if reason:
                 message = f"torch.optim.AdamW stays ({reason}); the manager steps it on shards"
-                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+                yield Remark(RULE.code, node.lineno, message)
             else:
-                edits = tuple(_edits(file, facts, node, dropped))
-                yield Finding(RULE.code, node.lineno, "AdamW is bmtrain's", edits)
+                yield Conversion(RULE.code, node.lineno, "AdamW is bmtrain's", tuple(_changes(node, dropped)))
 
 
 def _judge(file: File, call: ast.Call) -> tuple[str, list[ast.keyword]]:
@@ -69,23 +69,12 @@ def _only_dropped(file: File, value: ast.expr) -> bool:
     return False
 
 
-def _edits(file: File, facts: Facts, call: ast.Call, dropped: list[ast.keyword]) -> Iterator[Edit]:
-    source = file.source
-    yield Edit(source.span(call.func), (f"{facts.alias(file)}.optim.AdamOptimizer",))
-    arguments: list[ast.expr | ast.keyword] = sorted(
-        [*call.args, *call.keywords], key=lambda node: (node.lineno, node.col_offset)
-    )
-    for keyword in dropped:
-        index = arguments.index(keyword)
-        span = source.span(keyword)
-        if index + 1 < len(arguments):
-            yield Edit(Span(span.start, source.span(arguments[index + 1]).start), ())
-        else:
-            yield Edit(Span(source.span(arguments[index - 1]).end, span.end), ())
+def _changes(call: ast.Call, dropped: list[ast.keyword]) -> Iterator[Change]:
+    yield replace(call.func, "{bmt}.optim.AdamOptimizer")
     given = {keyword.arg for keyword in call.keywords} | set(_KEPT[: len(call.args)])
-    if "weight_decay" not in given:
-        end = source.span(arguments[-1]).end
-        yield Edit(Span(end, end), (", weight_decay=0.01",))
+    added = () if "weight_decay" in given else (template("weight_decay=0.01"),)
+    if added or dropped:
+        yield Arguments(call, added=added, dropped=tuple(dropped))
 
 
 RULE = Rule(

@@ -16,63 +16,69 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.pairs import Pairs
 from rewriter.analyze.project import File
-from rewriter.rules.block_list import list_arguments
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import Arguments, Change, ReplaceStatement, insert_before, replace, template
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     stacks = {(stack.owner, stack.path): stack for stack in facts.stacks.found}
     for pairs in facts.pairs:
         stack = stacks.get((pairs.owner, pairs.path))
-        if pairs.owner.file is file and stack is not None and not _has_long_string(pairs.loop.node):
+        if pairs.owner.file is file and stack is not None and _can_move(pairs.loop.node):
             message = f"the loop over the pairs of {pairs.owner.name}.{pairs.path} is a method of the pairs"
-            edits = tuple(_edits(file, pairs))
-            requires = stack.requirement()
-            yield Finding(RULE.code, pairs.loop.node.lineno, message, edits, safety=Safety.UNSAFE, requires=requires)
+            changes, requires = tuple(_changes(file, pairs)), stack.requirement()
+            yield Conversion(RULE.code, pairs.loop.node.lineno, message, changes, unsafe=True, requires=requires)
 
 
-def _has_long_string(loop: ast.For) -> bool:
-    """Whether a string spans lines, so that moving the body would change it."""
-    return any(
+def _can_move(loop: ast.For) -> bool:
+    """Whether the body has lines of its own, and no string in it spans lines, which moving would change."""
+    return loop.body[0].lineno > loop.lineno and not any(
         isinstance(node, (ast.Constant, ast.JoinedStr)) and node.end_lineno != node.lineno for node in ast.walk(loop)
     )
 
 
-def _edits(file: File, pairs: Pairs) -> Iterator[Edit]:
-    """Beside the edits that make the list a stack."""
-    source = file.source
+def _changes(file: File, pairs: Pairs) -> Iterator[Change]:
+    """Beside the changes that make the list a stack."""
     name = f"_{pairs.owner.name}Layer"
     while any(name in scope.bindings for scope in file.names.scopes.values()):
         name += "_"
-    yield source.insert_before(pairs.owner.node, _class_lines(file, pairs, name))
+    yield insert_before(pairs.owner.node, *_class_lines(file, pairs, name))
     for group in pairs.groups:
-        yield Edit(source.span(group.func), (name,))
+        yield replace(group.func, name)
     call = pairs.build.call
     assert isinstance(call, ast.Call)
     if len(pairs.carried) > 1:
-        yield from list_arguments(file, call, f", num_hidden={len(pairs.carried)}")
+        yield Arguments(call, added=(template(f"num_hidden={len(pairs.carried)}"),))
     arguments = ", ".join((*pairs.carried, *pairs.extra))
-    container = source.code(pairs.loop.container)
-    yield Edit(source.span(pairs.loop.node), (f"{', '.join(pairs.carried)} = {container}({arguments})",))
+    run = template(f"{', '.join(pairs.carried)} = {{container}}({arguments})", container=pairs.loop.container)
+    yield ReplaceStatement(pairs.loop.node, run, moved=True)
 
 
 def _class_lines(file: File, pairs: Pairs, name: str) -> list[str]:
     """The new class. Its base is spelled as the members' was."""
-    source, unit, body = file.source, file.source.indent_unit, pairs.loop.node.body
-    indent = source.indent(body[0])
     arguments = ", ".join((*pairs.carried, *pairs.extra))
-    lines = [
-        f"class {name}({source.code(pairs.groups[0].func)}):",
-        f"{unit}def forward(self, {arguments}):",
-        f"{unit * 2}{', '.join(pairs.members)} = self",
+    return [
+        f"class {name}({file.source.code(pairs.groups[0].func)}):",
+        f"    def forward(self, {arguments}):",
+        f"        {', '.join(pairs.members)} = self",
+        *(f"        {line}" if line else "" for line in _lines(file, pairs.loop.node)),
+        f"        return {', '.join(pairs.carried)}",
+        "",
+        "",
     ]
-    last = body[-1].end_lineno or body[-1].lineno
-    first = body[0].lineno
-    for line in range(first, last + 1):
-        text = source.data[source.line_start(line) : source.line_end(line)].decode().rstrip("\r\n")
-        lines.append(f"{unit * 2}{text.removeprefix(indent)}" if text.strip() else "")
-    lines.append(f"{unit * 2}return {', '.join(pairs.carried)}")
-    return [*lines, "", ""]
+
+
+def _lines(file: File, loop: ast.For) -> Iterator[str]:
+    """The lines of a loop's body, with four spaces for each level that they are deeper; first its head's comments."""
+    source, unit, body = file.source, file.source.indent_unit, loop.body
+    yield from (text for line, text in source.comments.items() if loop.lineno <= line < body[0].lineno)
+    begins = {item.lineno for statement in body for item in ast.walk(statement) if isinstance(item, ast.stmt)}
+    level, last = 0, body[-1].end_lineno or body[-1].lineno
+    for number in range(body[0].lineno, last + 1):
+        text = source.line(number).decode().rstrip("\r\n").removeprefix(source.indent(body[0]))
+        if number in begins or text.lstrip().startswith(("#", "else:")):
+            level = (len(text) - len(text.lstrip())) // len(unit)
+        yield "    " * level + text.removeprefix(unit * level) if text.strip() else ""
 
 
 RULE = Rule(

@@ -13,15 +13,16 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.parameters import parameter_calls
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import replace
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if facts.left_as_it_is:
         return
     for node in parameter_calls(file, facts.classes):
-        edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.DistributedParameter",))
-        yield Finding(RULE.code, node.lineno, "the parameter is distributed", (edit,))
+        change = replace(node.func, "{bmt}.DistributedParameter")
+        yield Conversion(RULE.code, node.lineno, "the parameter is distributed", (change,))
 
 
 RULE = Rule(

@@ -15,7 +15,8 @@ from rewriter.analyze.collectives import is_rank
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import replace
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -31,8 +32,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if any(is_rank(file, item) for argument in node.args for item in walk(argument) if isinstance(item, ast.expr)):
             continue  # each rank says who it is
-        edit = Edit(file.source.span(node.func), (f"{facts.alias(file)}.print_rank",))
-        yield Finding(RULE.code, node.lineno, "one rank prints", (edit,))
+        yield Conversion(RULE.code, node.lineno, "one rank prints", (replace(node.func, "{bmt}.print_rank"),))
 
 
 def _under_main(file: File, node: ast.AST) -> bool:

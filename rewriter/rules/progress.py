@@ -7,12 +7,12 @@ Refuses when: the bar already has ``disable``, or only one rank reaches it.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.project import File
-from rewriter.types import Edit, Example, Finding, Rule, Span
+from rewriter.changes import Arguments, template
+from rewriter.types import Conversion, Example, Finding, Rule
 
 _BARS = {"tqdm", "trange"}
 
@@ -28,21 +28,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if facts.scripts.in_kept_guard(file, node):
             continue
-        yield Finding(RULE.code, node.lineno, "one rank draws the progress bar", (_edit(file, facts, node),))
-
-
-def _edit(file: File, facts: Facts, node: ast.Call) -> Edit:
-    source = file.source
-    option = f"disable={facts.alias(file)}.rank() != 0"
-    given: list[ast.expr | ast.keyword] = [*node.args, *node.keywords]
-    arguments = [source.span(item) for item in given]
-    if not arguments:
-        end = source.span(node).end - 1
-        return Edit(Span(end, end), (option,))
-    end = max(span.end for span in arguments)
-    if end == source.span(node).end:  # a bare generator shares its parentheses with the call
-        return Edit(arguments[0], ("(", arguments[0], f", {option})"))
-    return Edit(Span(end, end), (f", {option}",))
+        change = Arguments(node, added=(template("disable={bmt}.rank() != 0"),))
+        yield Conversion(RULE.code, node.lineno, "one rank draws the progress bar", (change,))
 
 
 RULE = Rule(

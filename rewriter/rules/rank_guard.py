@@ -16,8 +16,9 @@ from rewriter.analyze.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.rules.output import guard_statement, writes_by_all
-from rewriter.types import Edit, Example, Finding, Part, Rule, Safety, Span
+from rewriter.changes import Change, Unblock, replace
+from rewriter.rules.one_rank import guarded_inside, writes_by_all
+from rewriter.types import Conversion, Example, Finding, Refusal, Rule
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 
@@ -31,10 +32,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         reason = _reason_against(file, facts, guard)
         if reason:
             message = f"{what}(...) is for all ranks, but {reason}"
-            yield Finding(RULE.code, guard.node.lineno, message, safety=Safety.REPORT, stop=True)
+            yield Refusal(RULE.code, guard.node.lineno, message)
             continue
-        edits = tuple(_open(file, facts, guard))
-        yield Finding(RULE.code, guard.node.lineno, f"every rank enters: {what}(...) is for all ranks", edits)
+        changes = tuple(_open(file, facts, guard))
+        yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what}(...) is for all ranks", changes)
     yield from _early_exits(file, facts)
 
 
@@ -52,50 +53,15 @@ def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
     return ""
 
 
-def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Edit]:
-    source, node = file.source, guard.node
+def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Change]:
+    node = guard.node
     if guard.rest:
-        parts: list[Part] = []
-        for operand in guard.rest:
-            parts.extend([" and "] if parts else [])
-            # Parentheses are no part of an expression; without them ``or`` would bind less, and a line might end.
-            simple = isinstance(operand, (ast.Name, ast.Attribute, ast.Call, ast.Compare))
-            bare = simple and "\n" not in source.code(operand)
-            parts.extend([source.span(operand)] if bare else ["(", source.span(operand), ")"])
-        yield Edit(source.span(node.test), tuple(parts))
-    elif node.body[0].lineno == node.lineno:
-        yield Edit(Span(source.span(node).start, source.span(node.body[0]).start), ())
-        return
+        holes = {f"operand_{number}": operand for number, operand in enumerate(guard.rest)}
+        yield replace(node.test, " and ".join(f"{{{name}}}" for name in holes), **holes)
     else:
-        first = node.body[0]
-        yield Edit(
-            Span(source.line_start(node.lineno), source.line_start(_first_line(source.comments, node, first))), ()
-        )
-        for statement in node.body:
-            yield from source.dedented(statement, source.indent(node))
-        yield from _comment_lines(file, node)
-    outdent = 0 if guard.rest else len(source.indent(node.body[0])) - len(source.indent(node))
+        yield Unblock(node)
     for statement in node.body:
-        yield from guard_statement(file, facts, statement, True, outdent)
-
-
-def _first_line(comments: dict[int, str], node: ast.If, first: ast.stmt) -> int:
-    """The first line of the body, its leading comments included."""
-    line = first.lineno
-    while line - 1 > (node.test.end_lineno or node.lineno) and line - 1 in comments:
-        line -= 1
-    return line
-
-
-def _comment_lines(file: File, node: ast.If) -> Iterator[Edit]:
-    """Comments on lines of their own between the body's statements move out with them."""
-    source = file.source
-    own, outer = source.indent(node.body[0]), source.indent(node)
-    covered = {line for s in node.body for line in range(s.lineno, (s.end_lineno or s.lineno) + 1)}
-    for line in range(node.lineno + 1, (node.end_lineno or node.lineno) + 1):
-        start = source.line_start(line)
-        if line in source.comments and line not in covered and source.data[start : start + len(own)] == own.encode():
-            yield Edit(Span(start + len(outer), start + len(own)), ())
+        yield from guarded_inside(file, facts, statement)
 
 
 def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
@@ -110,7 +76,7 @@ def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
             call = facts.scripts.collectives.inside(file, statement)
             if call is not None:
                 message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
-                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT, stop=True)
+                yield Refusal(RULE.code, node.lineno, message)
                 break
 
 

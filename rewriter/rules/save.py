@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.rules.output import opened_for
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.analyze.writers import opened_for
+from rewriter.changes import Change, Keep, replace
+from rewriter.types import Conversion, Example, Finding, Rule
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or b"save" not in file.source.data:
         return
-    alias, source, roles = facts.alias(file), file.source, facts.scripts.roles[file]
+    roles = facts.scripts.roles[file]
     for node in file.calls:
         if facts.project.external(file, node.func) != "torch.save":
             continue
@@ -42,29 +43,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             and not what.args
             and roles.is_model(what.func.value)
         ):
-            edits: tuple[Edit, ...] = (
-                Edit(source.span(node.func), (f"{alias}.save",)),
-                Edit(source.span(what), (source.span(what.func.value),)),
+            changes: tuple[Change, ...] = (
+                replace(node.func, "{bmt}.save"),
+                replace(what, "{model}", model=what.func.value),
             )
         else:
-            edits = (Edit(source.span(node.func), (f"{alias}.save_checkpoint",)),)
+            changes = (replace(node.func, "{bmt}.save_checkpoint"),)
         if opened is not None:
-            statement, path = opened
-            edits = (*edits, *_without_block(file, statement, node, path))
-        yield Finding(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", edits)
-
-
-def _without_block(file: File, block: ast.With, call: ast.Call, path: ast.expr) -> list[Edit]:
-    source = file.source
-    return [
-        Edit(source.span(block), (source.span(block.body[0]),), 30),
-        Edit(source.span(call.args[1]), (source.code(path),)),
-        *(
-            edit
-            for edit in source.dedented(block.body[0], source.indent(block))
-            if edit.span.start > source.span(call).start
-        ),
-    ]
+            block, path = opened
+            changes = (*changes, replace(node.args[1], "{path}", path=path), Keep(block, block.body[0]))
+        yield Conversion(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", changes)
 
 
 def _is_handle(file: File, call: ast.Call) -> bool:

@@ -15,12 +15,12 @@ import ast
 import re
 from collections.abc import Iterator
 
+from rewriter.analyze.batches import shares_data
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File, FunctionInfo
 from rewriter.analyze.roles import Roles, Var, walk_own
-from rewriter.rules.batches import shares_data
-from rewriter.types import Example, Finding, Rule, Safety
+from rewriter.types import Example, Finding, Remark, Rule
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}
@@ -30,7 +30,7 @@ _VALUES = {"item", "tolist", "numpy"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
         return
-    if b"backward" in file.source.data and not shares_data(file, facts):
+    if b"backward" in file.source.data and not shares_data(file, facts.scripts):
         return
     told: set[int] = set()
     counted: set[Var] = set()
@@ -46,11 +46,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 line = getattr(item, "lineno", 0)
                 if message and line not in told:
                     told.add(line)
-                    yield Finding(RULE.code, line, message, safety=Safety.REPORT)
+                    yield Remark(RULE.code, line, message)
         elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
-            yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, node.lineno, message)
     if counted:
         yield from _decisions(file, facts, counted)
 
@@ -67,7 +67,7 @@ def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]
             if call is not None:
                 what = file.source.code(call.func)
                 message = f"if ranks decide otherwise here, {what}(...) waits forever: decide from values of all ranks"
-                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+                yield Remark(RULE.code, node.lineno, message)
 
 
 def _is_one(roles: Roles, node: ast.AST, known: set[Var]) -> bool:

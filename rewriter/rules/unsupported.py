@@ -13,11 +13,11 @@ import ast
 import re
 from collections.abc import Iterator
 
+from rewriter.analyze.batches import shares_data
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
-from rewriter.rules.batches import shares_data
-from rewriter.types import Example, Finding, Rule, Safety
+from rewriter.types import Example, Finding, Refusal, Remark, Rule
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
 
@@ -28,20 +28,20 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
-    if shares_data(file, facts) and not facts.scripts.was_parallel(file):
+    if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     for node in file.nodes:
         if isinstance(node, ast.Call):
             name = (dotted(node.func) or "").split(".")[-1]
             if _WHOLE.match(name) and (node.args or node.keywords):
                 message = f"{name} needs whole matrices or a closure, and a rank holds only its share of them"
-                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT, stop=True)
+                yield Refusal(RULE.code, node.lineno, message)
         elif isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
             if node in facts.values(file).gradients:
                 continue  # BMT036 sees to it
             if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
                 message = "a gradient is read here; a rank sees its share of it only"
-                yield Finding(RULE.code, node.lineno, message, safety=Safety.REPORT)
+                yield Remark(RULE.code, node.lineno, message)
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if facts.project.external(file, call.func).startswith("torch.nn.BatchNorm"):
             message = "batch norm sees a rank's share of the batch, not the whole batch"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, call.lineno, message)
             return
 
 
@@ -63,13 +63,13 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         summed = _is_sum(call) or given.get("reduction") == "sum"
         if "ignore_index" in given and name.startswith("torch.nn."):
             message = "the mean over what is not ignored is taken over each rank's share, and the ranks count alike"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, call.lineno, message)
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, call.lineno, message)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             message = "items of a batch are compared with each other: a rank sees its share of them only"
-            yield Finding(RULE.code, call.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, call.lineno, message)
 
 
 def _is_sum(call: ast.Call) -> bool:

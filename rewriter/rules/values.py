@@ -12,15 +12,16 @@ parameters are whole; it only looks at shapes, names or ``requires_grad``.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import dotted
 from rewriter.analyze.project import File
 from rewriter.analyze.values import ValueUse
-from rewriter.types import Edit, Example, Finding, Rule, Safety
+from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
+from rewriter.types import Conversion, Example, Finding, Remark, Rule
 
 _WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
 
@@ -30,20 +31,18 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     for grad in facts.values(file).gradients:
         if not facts.scripts.in_kept_guard(file, grad):
-            parts = (f"{facts.alias(file)}.gather_grad(", file.source.span(grad.value), ")")
-            edit = Edit(file.source.span(grad), parts)
-            yield Finding(RULE.code, grad.lineno, "the gradient is whole here", (edit,))
-    for use in uses(file, facts):
+            change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
+            yield Conversion(RULE.code, grad.lineno, "the gradient is whole here", (change,))
+    for use in _uses(file, facts):
         if facts.scripts.in_kept_guard(file, use.node) or facts.scripts.in_opened_guard(file, use.node):
             message = "parameters are read here under a test of the rank, and a rank holds only its share of them"
-            yield Finding(RULE.code, use.node.lineno, message, safety=Safety.REPORT)
+            yield Remark(RULE.code, use.node.lineno, message)
             continue
-        imports = ("import torch",) if (use.local or use.states) and "torch" not in file.names.module.bindings else ()
         message = "every rank updates its share" if use.local else "parameters are whole here"
-        yield Finding(RULE.code, use.node.lineno, message, tuple(_edits(file, facts, use)), imports=imports)
+        yield Conversion(RULE.code, use.node.lineno, message, tuple(_changes(file, facts, use)))
 
 
-def uses(file: File, facts: Facts) -> Iterator[ValueUse]:
+def _uses(file: File, facts: Facts) -> Iterator[ValueUse]:
     """The statements that the rule is about. One that holds others speaks for them."""
     found: dict[ast.AST, ValueUse] = {}
     for use in facts.values(file).uses():
@@ -54,27 +53,31 @@ def uses(file: File, facts: Facts) -> Iterator[ValueUse]:
             found[use.node] = use
         elif not use.local:
             outer = found[around]
-            found[around] = replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
+            found[around] = dataclasses.replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
     yield from found.values()
 
 
-def _edits(file: File, facts: Facts, use: ValueUse) -> Iterator[Edit]:
+def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
+    if (use.local or use.states) and "torch" not in file.names.module.bindings:
+        yield Import("import torch")
     if use.local:
         for data in use.data:
-            yield Edit(file.source.span(data), (file.source.span(data.value),))
+            yield replace(data, "{parameter}", parameter=data.value)
         if not _without_gradients(file, facts, use.node):
-            yield from file.source.within(use.node, "with torch.no_grad():")
+            yield Under((use.node,), template("with torch.no_grad():"))
         return
     for kept in use.kept:  # what is gathered goes when the block ends
-        yield Edit(file.source.span(kept), (file.source.span(kept), ".clone()"))
-    write = ", write=True" if use.writes else ""
+        yield wrap(kept, "{it}.clone()")
     for call in use.states:
-        yield Edit(file.source.span(call), (file.source.span(call.func), "(keep_vars=True)"))
-    models = {file.source.code(model): "" for model in use.read}
-    models = {file.source.code(model): write for model in use.models} | models
-    contexts = ", ".join(f"{facts.alias(file)}.gathered({model}{how})" for model, how in models.items())
-    contexts = f"torch.no_grad(), {contexts}" if use.states else contexts
-    yield from file.source.within(use.node, f"with {contexts}:")
+        yield Arguments(call, added=(template("keep_vars=True"),))
+    models = {file.source.code(model): model for model in (*use.models, *use.read)}
+    read = {file.source.code(model) for model in use.read}
+    holes = {f"model_{number}": model for number, model in enumerate(models.values())}
+    contexts = ["torch.no_grad()"] if use.states else []
+    for hole, code in zip(holes, models, strict=True):
+        write = ", write=True" if use.writes and code not in read else ""
+        contexts.append(f"{{bmt}}.gathered({{{hole}}}{write})")
+    yield Under((use.node,), template(f"with {', '.join(contexts)}:", **holes))
 
 
 def _is_whole_there(file: File, facts: Facts, node: ast.stmt) -> bool:

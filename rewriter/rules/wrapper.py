@@ -17,7 +17,8 @@ from rewriter.analyze.classes import external_kind
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.names import walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
-from rewriter.types import Edit, Example, Finding, Rule
+from rewriter.changes import wrap
+from rewriter.types import Conversion, Example, Finding, Rule
 
 _PACKAGES = {
     "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai",
@@ -29,6 +30,8 @@ _TRAINED = {"parameters", "named_parameters"}
 _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
 _EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
+
+_WRAPPED = "{bmt}.BMTrainModelWrapper({it})"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -44,9 +47,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if owner is not None and facts.classes.is_module(file.class_info(owner)):
             continue
         if isinstance(value, ast.Call) and _foreign(file, facts, value):
-            span = file.source.span(value)
-            edit = Edit(span, (f"{facts.alias(file)}.BMTrainModelWrapper(", span, ")"), 6)
-            yield Finding(RULE.code, statement.lineno, "the model is another package's, so it is wrapped", (edit,))
+            message = "the model is another package's, so it is wrapped"
+            yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))
 
 
 def _parts(file: File, facts: Facts) -> Iterator[Finding]:
@@ -67,9 +69,8 @@ def _parts(file: File, facts: Facts) -> Iterator[Finding]:
         while isinstance(base, (ast.Attribute, ast.Subscript)) and not facts.scripts.roles[file].is_model(base):
             base = base.value
         if facts.scripts.roles[file].is_model(base):
-            span = file.source.span(value)
-            edit = Edit(span, (f"{facts.alias(file)}.BMTrainModelWrapper(", span, ")"), 6)
-            yield Finding(RULE.code, statement.lineno, "the new part of the model is sharded, too", (edit,))
+            message = "the new part of the model is sharded, too"
+            yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))
 
 
 def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:

@@ -18,7 +18,7 @@ from rewriter.plan import Options, make_plans
 from rewriter.rules import RULES
 from rewriter.types import InputError
 
-from .corpus_files import untouched_bytes_survive
+from .corpus_files import untouched_lines_survive
 from .test_stacks import HEAD, KEPT, STAYS
 
 SOURCES = [example.before for rule in RULES for example in rule.examples]
@@ -160,9 +160,12 @@ def check(text: str, options: Options) -> None:
     result = apply_plan(file, plan)
     if not compiles(text.encode()):
         return  # what compiles only in part (a return outside a function) is converted as far as it parses
+    if "form feed" in result.error:
+        assert "\x0c" in text and not result.changed
+        return
     assert not result.error, result.error
     assert compiles(result.after)
-    assert untouched_bytes_survive(source.data, result.after, source, plan.edits)
+    assert untouched_lines_survive(file, plan, result.after)
     again = convert_text(result.after.decode(), options)
     assert not again.error, again.error
     assert again.after == result.after

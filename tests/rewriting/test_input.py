@@ -20,7 +20,6 @@ AFTER = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule)
 SURVIVE = {
     "byte order mark": (b"\xef\xbb\xbf" + BEFORE.encode(), b"\xef\xbb\xbf" + AFTER.encode()),
     "windows lines": (BEFORE.replace("\n", "\r\n").encode(), AFTER.replace("\n", "\r\n").encode()),
-    "old mac lines": (BEFORE.replace("\n", "\r").encode(), AFTER.replace("\n", "\r").encode()),
     "latin 1": (("# -*- coding: latin-1 -*-\n" + BEFORE).encode("latin-1"), ("# -*- coding: latin-1 -*-\n" + AFTER).encode("latin-1")),
     "form feed": (BEFORE.replace("\n\n\n", "\n\x0c\n\n").encode(), AFTER.replace("\n\n\n", "\n\x0c\n\n").encode()),
     "no newline at the end": (BEFORE.rstrip().encode(), AFTER.rstrip().encode()),
@@ -55,14 +54,37 @@ def test_bytes_survive(tmp_path: Path, before: bytes, after: bytes) -> None:
     assert main([str(path), "--check", "--quiet"]) == 0
 
 
-def test_form_feed_in_a_block_that_moves() -> None:
-    before = (
-        "import json\nimport torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\n"
-        "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
-        'with open("done.json", "w") as file:\n\x0c    json.dump({}, file)\n'
-    )
-    moved = 'if bmt.rank() == 0:\n    with open("done.json", "w") as file:\n\x0c        json.dump({}, file)\n'
-    assert converted(before).endswith(moved)
+ODD = {
+    "old mac lines": (BEFORE.replace("\n", "\r"), "line 1 ends with a carriage return alone"),
+    "form feed before code": (BEFORE.replace("class A", "\x0cclass A"), "line 4 begins with a form feed"),
+    "form feed before an indentation": (BEFORE.replace("    name", "\x0c    name"), "line 5 begins with a form feed"),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), ODD.values(), ids=ODD.keys())
+def test_what_libcst_does_not_read_stays_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, reason: str
+) -> None:
+    path = tmp_path / "model.py"
+    path.write_bytes(text.encode())
+    assert main([str(path), "--write", "--quiet"]) == 2
+    assert reason in capsys.readouterr().err
+    assert path.read_bytes() == text.encode()
+
+
+DEEP = {
+    "operands": " + ".join(["x"] * 900),
+    "calls": "f(" * 90 + ")" * 90,
+    "attributes": "x" + ".y" * 800,
+    "calls in a chain": "x" + ".y()" * 800,
+}
+
+
+@pytest.mark.parametrize("code", DEEP.values(), ids=DEEP.keys())
+def test_deeply_nested_code(code: str) -> None:
+    before = f"{BEFORE}\n\nclass B(torch.nn.Module):\n    value = {code}\n"
+    after = f"{AFTER}\n\nclass B(bmt.DistributedModule):\n    value = {code}\n"
+    assert converted(before) == after
 
 
 BROKEN = {

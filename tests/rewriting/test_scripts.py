@@ -9,6 +9,7 @@ import pytest
 
 from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
+from rewriter.types import Refusal
 
 from .helpers import converted
 
@@ -62,7 +63,7 @@ def test_refused_whole_with_a_reason(text: str) -> None:
     result = convert_text(HEAD + text)
     assert not result.changed and not result.error
     assert len({finding.message for finding in result.reported}) >= 1
-    assert all(finding.stop for finding in result.reported)
+    assert all(isinstance(finding, Refusal) for finding in result.reported)
 
 
 def test_files_that_only_a_refused_script_uses_stay(tmp_path: Path) -> None:

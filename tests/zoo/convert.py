@@ -12,6 +12,7 @@ from rewriter.analyze.loops import Loop, is_chain, is_pairs
 from rewriter.analyze.project import Project
 from rewriter.analyze.source import Source
 from rewriter.plan import Options, make_plans
+from rewriter.types import Refusal
 
 CLASSES = {
     "A": "called, positional arguments", "B": "called, keyword arguments or a checkpoint branch",
@@ -32,7 +33,7 @@ def count(source: Path, files: Iterable[str]) -> tuple[dict[str, Counter[str]], 
         if file in added:
             name = str(file.path.relative_to(source))
             counts[name]["edits"] = len(plan.applied)
-            stops = [f"{finding.code} {finding.message}" for finding in plan.reported if finding.stop]
+            stops = [f"{finding.code} {finding.message}" for finding in plan.reported if isinstance(finding, Refusal)]
             if stops:
                 refused[name] = stops[0]
     called = {loop for stack in facts.stacks.found for loop in stack.calls}
