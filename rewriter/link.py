@@ -47,8 +47,8 @@ class Links:
         self.lines: dict[ast.AST, cst.CSTNode] = {}
         """The line, the suite or the compound statement that a statement stands in; itself if it is compound."""
         self.expressions: dict[ast.expr, cst.BaseExpression] = {}
-        self.spine: set[cst.CSTNode] = {module}
-        """What holds wanted nodes: modules, lines, compound statements and their branches."""
+        self.spine: set[cst.CSTNode] = set()
+        """The wanted nodes, and everything that holds one."""
         self._module, self._parents, self._place = module, parents, place
         self._margins: dict[ast.AST, str] = {}
         found = list(dict.fromkeys(wanted))
@@ -71,6 +71,7 @@ class Links:
     def _pair(self, statements: Sequence[ast.stmt], block: Block, margin: str) -> None:
         if not any(statement in self._way for statement in statements):
             return
+        self.spine.add(block)
         if isinstance(block, cst.IndentedBlock):
             margin += self._module.default_indent if block.indent is None else block.indent
         pairs: list[tuple[Statement, cst.CSTNode]] = []
@@ -87,7 +88,7 @@ class Links:
             raise ConflictError(f"libcst sees other statements than ast near line {statements[0].lineno}")
         for statement, (found, holder) in zip(statements, pairs, strict=True):
             if statement in self._way:
-                self.spine.add(holder)
+                self.spine |= {holder, found}
                 self._link(statement, found, holder, margin)
 
     def _link(self, statement: ast.stmt, found: Statement, line: cst.CSTNode, margin: str) -> None:
@@ -101,11 +102,11 @@ class Links:
                         self.spine.add(found.orelse)
                         self._link(statement.orelse[0], found.orelse, found.orelse, margin)
                 elif found.orelse is not None:
-                    self._pair(statement.orelse, found.orelse.body, margin)
+                    self._branch(statement.orelse, found.orelse, margin)
             case ((ast.For() | ast.AsyncFor() | ast.While()), (cst.For() | cst.While())):
                 self._pair(statement.body, found.body, margin)
                 if found.orelse is not None:
-                    self._pair(statement.orelse, found.orelse.body, margin)
+                    self._branch(statement.orelse, found.orelse, margin)
             case (
                 (ast.With() | ast.AsyncWith() | ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef()),
                 (cst.With() | cst.FunctionDef() | cst.ClassDef()),
@@ -113,7 +114,7 @@ class Links:
                 self._pair(statement.body, found.body, margin)
             case ast.Match(), cst.Match():
                 for case, other in zip(statement.cases, found.cases, strict=True):
-                    self._pair(case.body, other.body, margin)
+                    self._branch(case.body, other, margin)
             case _, (cst.Try() | cst.TryStar()):
                 attempt = cast(ast.Try, statement)  # or ast.TryStar, which Python 3.10 does not have
                 self._pair(attempt.body, found.body, margin)
@@ -124,9 +125,16 @@ class Links:
                         self.statements[handler], self._margins[handler] = branch, margin
                         self._pair(handler.body, branch.body, margin)
                 if found.orelse is not None:
-                    self._pair(attempt.orelse, found.orelse.body, margin)
+                    self._branch(attempt.orelse, found.orelse, margin)
                 if found.finalbody is not None:
-                    self._pair(attempt.finalbody, found.finalbody.body, margin)
+                    self._branch(attempt.finalbody, found.finalbody, margin)
+
+    def _branch(
+        self, statements: Sequence[ast.stmt], branch: cst.Else | cst.Finally | cst.MatchCase, margin: str
+    ) -> None:
+        if any(statement in self._way for statement in statements):
+            self.spine.add(branch)
+            self._pair(statements, branch.body, margin)
 
     # Expressions, by their place in the statement ----------------------------------------------------------------
 
@@ -148,6 +156,8 @@ class Links:
             if not isinstance(found, cst.BaseExpression):
                 raise ConflictError(f"{ast.unparse(node)!r} in line {node.lineno} cannot be located")
             self.expressions[node] = found
+            start, end = spans[found]
+            self.spine |= {other for other, span in spans.items() if span[0] <= start and end <= span[1]}
 
     def _spans(self, owner: Owner) -> _Spans:
         """Where the nodes of a statement, without its blocks, begin and end, counted from its own beginning."""

@@ -36,8 +36,8 @@ from rewriter.types import ConflictError
 from rewriter.write import AND, ATOM, BARE, NOT, OR, Writer, bare, comments, fitting, in_parentheses
 
 _Line = cst.SimpleStatementLine | cst.BaseCompoundStatement
-_Holder = (cst.BaseStatement, cst.ExceptHandler, cst.ExceptStarHandler)
-"""What is visited only if it leads to a change."""
+_HOLDERS = (cst.BaseStatement, cst.ExceptHandler, cst.ExceptStarHandler)
+"""What comments are lost from."""
 
 
 def transformed(
@@ -123,23 +123,20 @@ class _Apply(cst.CSTTransformer):
     # Which nodes are visited -------------------------------------------------------------------------------------
 
     def on_visit(self, node: cst.CSTNode) -> bool:
-        if not isinstance(node, _Holder):
-            return True
         if node not in self._links.spine:
             return False
-        self._lost.append(Counter())
+        if isinstance(node, _HOLDERS):
+            self._lost.append(Counter())
         return True
 
     def on_leave(  # type: ignore[override]
         self, original_node: cst.CSTNode, updated_node: cst.CSTNode
     ) -> cst.CSTNode:
         current = updated_node
-        if isinstance(original_node, _Holder):
-            if original_node not in self._links.spine:
-                return current
-            self._comments[original_node] = self._lost.pop()
-        elif not self._lost and not isinstance(original_node, cst.Module):
+        if original_node not in self._links.spine:
             return current
+        if isinstance(original_node, _HOLDERS):
+            self._comments[original_node] = self._lost.pop()
         for change in self._of_expressions.get(original_node, ()):
             current = self._changed(original_node, current, change)
         if original_node in self._wanted:
