@@ -39,6 +39,8 @@ class Entries:
             return self._descend(file, guarded[0].body)
         functions = [s for s in file.tree.body if isinstance(s, ast.FunctionDef)]
         mains = [s for s in functions if s.name == "main" and any(self.needs_init(file, item) for item in s.body)]
+        if b"parse_args" not in file.source.data:
+            functions = []
         mains += [s for s in functions if _reads_arguments(s) and self._function_constructs(file, s)]
         return mains[0].body if mains else []
 

@@ -129,11 +129,14 @@ def is_looped(scan: FunctionScan, path: str) -> bool:
     return (
         not path
         or any(loop.path == path for loop in scan.containers.loops[scan.owner])
-        or any(
-            isinstance(node, ast.Assign)
-            and self_path(node.targets[0], scan.me) == path
-            and scan.project.external(scan.file, getattr(node.value, "func", node.value)) in BLOCK_LISTS
-            for node in walk(scan.function)
+        or (
+            b"BlockList" in scan.file.source.data
+            and any(
+                isinstance(node, ast.Assign)
+                and self_path(node.targets[0], scan.me) == path
+                and scan.project.external(scan.file, getattr(node.value, "func", node.value)) in BLOCK_LISTS
+                for node in walk(scan.function)
+            )
         )
     )
 

@@ -139,15 +139,7 @@ class Names:
                     inner = self.scopes[node] = Scope(node, scope)
                 self._bind(node, scope, inner, fallback)
                 fallback = fallback or isinstance(node, ast.ExceptHandler)
-            children = []
-            for name in node._fields:
-                value = getattr(node, name, None)
-                if value.__class__ is list:
-                    children += [item for item in value if isinstance(item, ast.AST)]
-                elif isinstance(value, ast.AST) and name != "ctx":
-                    children.append(value)
-            children.reverse()
-            for child in children:
+            for child in reversed(children(node)):
                 parents[child] = node
                 stack.append((child, inner, fallback))
 
@@ -196,6 +188,28 @@ class Names:
                 scope.bind(alias.asname or alias.name, Binding(node, target, fallback))
 
 
+_NO_NODES = {"ctx", "id", "attr", "kind", "conversion", "level", "module", "type_comment", "lineno", "asname"}
+"""Fields that hold no node, or none that anybody asks for."""
+_FIELDS = {
+    kind: tuple(field for field in kind._fields if field not in _NO_NODES)
+    for kind in vars(ast).values()
+    if isinstance(kind, type) and issubclass(kind, ast.AST)
+}
+_FIELDS[ast.Constant] = ()
+
+
+def children(node: ast.AST) -> list[ast.AST]:
+    """The nodes right under a node, in source order."""
+    found: list[ast.AST] = []
+    for name in _FIELDS[node.__class__]:
+        value = getattr(node, name, None)
+        if value.__class__ is list:
+            found += [item for item in value if isinstance(item, ast.AST)]
+        elif isinstance(value, ast.AST):
+            found.append(value)
+    return found
+
+
 def walk(node: ast.AST) -> Iterator[ast.AST]:
     """A node and all nodes under it in source order; a faster ``ast.walk``."""
     stack = [node]
@@ -203,15 +217,8 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
     while stack:
         current = pop()
         yield current
-        children = []
-        for name in current._fields:
-            value = getattr(current, name, None)
-            if value.__class__ is list:
-                children.extend([item for item in value if isinstance(item, ast.AST)])
-            elif isinstance(value, ast.AST) and name != "ctx":
-                children.append(value)
-        children.reverse()
-        stack += children
+        if _FIELDS[current.__class__]:
+            stack += reversed(children(current))
 
 
 def dotted(node: ast.AST) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.classes import Classes, external_kind
-from rewriter.analyze.names import dotted, walk
+from rewriter.analyze.names import children, dotted, walk
 from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
 
 Var = tuple[ast.AST, str]
@@ -274,6 +274,8 @@ def walk_own(node: ast.AST) -> Iterator[ast.AST]:
     while stack:
         current = stack.pop()
         yield current
-        for child in ast.iter_child_nodes(current):
-            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-                stack.append(child)
+        stack += [
+            child
+            for child in children(current)
+            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda))
+        ]

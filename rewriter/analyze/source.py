@@ -110,6 +110,10 @@ class Source:
             pass
         return found
 
+    def comment(self, line: int) -> str:
+        """What a line says to the converter, if anything."""
+        return self.comments.get(line, "") if "bmt:" in self.text else ""
+
     @cached_property
     def skips(self) -> dict[int, frozenset[str]]:
         """Line -> rule codes that ``# bmt: skip[...]`` switches off there; an empty set means all."""

@@ -70,7 +70,7 @@ def _reason_against(stack: Stack, chosen: tuple[str, ...]) -> str:
     name = f"{stack.owner.name}.{stack.path}"
     if any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(stack.path, pattern) for pattern in chosen):
         return ""
-    if any(_MARK.search(build.file.source.comments.get(build.call.lineno, "")) for build in stack.builds):
+    if any(_MARK.search(build.file.source.comment(build.call.lineno)) for build in stack.builds):
         return ""
     kinds = {element.kind for build in stack.builds for element in build.elements}
     blocks = bool(kinds & {"block", "wrapped"})
