@@ -156,8 +156,7 @@ class Links:
             if not isinstance(found, cst.BaseExpression):
                 raise ConflictError(f"{ast.unparse(node)!r} in line {node.lineno} cannot be located")
             self.expressions[node] = found
-            start, end = spans[found]
-            self.spine |= {other for other, span in spans.items() if span[0] <= start and end <= span[1]}
+        self.statements[owner].visit(_Ways({self.expressions[node] for node in nodes}, self.spine))
 
     def _spans(self, owner: Owner) -> _Spans:
         """Where the nodes of a statement, without its blocks, begin and end, counted from its own beginning."""
@@ -189,6 +188,27 @@ class Links:
     def _is_elif(self, owner: ast.AST) -> bool:
         above = self.statements[self._parents[owner]]
         return isinstance(above, cst.If) and above.orelse is self.statements[owner]
+
+
+class _Ways(cst.CSTVisitor):
+    """Adds to ``spine`` what leads from a statement to wanted expressions of its own."""
+
+    def __init__(self, wanted: set[cst.BaseExpression], spine: set[cst.CSTNode]) -> None:
+        super().__init__()
+        self._wanted, self._spine = wanted, spine
+        self._above: list[cst.CSTNode] = []
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if isinstance(node, (cst.BaseParenthesizableWhitespace, cst.BaseSuite, cst.Else, cst.Finally)):
+            return False
+        self._above.append(node)
+        if node in self._wanted:
+            self._spine.update(self._above)
+        return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        if self._above and self._above[-1] is original_node:
+            self._above.pop()
 
 
 def _upwards(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> Iterable[ast.AST]:

@@ -200,3 +200,7 @@ def _lines(file: File, change: Change) -> Iterator[int]:
         if isinstance(change, Under):
             last = change.statements[-1].end_lineno or last
         yield from range(first, last + 1)
+        for number in range(last + 1, file.source.line_count + 1):  # comments at the end of its block
+            if file.source.line(number).lstrip()[:1] not in {b"", b"#"}:
+                break
+            yield number

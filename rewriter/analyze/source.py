@@ -58,6 +58,10 @@ class Source:
     def offset(self, line: int, column: int) -> int:
         return self._starts[line - 1] + column
 
+    @property
+    def line_count(self) -> int:
+        return len(self._starts)
+
     def line(self, number: int) -> bytes:
         """A line with its newline."""
         end = self._starts[number] if number < len(self._starts) else len(self.data)
