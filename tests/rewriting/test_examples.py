@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
+from rewriter.rules import RULES
 
 from .helpers import converted
 
@@ -54,8 +55,13 @@ def test_the_readme_shows_a_model_and_a_script() -> None:
     assert len(README) == 3
 
 
-def test_the_readme_shows_the_rules() -> None:
+def test_the_docs_show_the_rules() -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES.parent / ".ci" / "rules"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_names_the_rules() -> None:
+    text = (EXAMPLES.parent / "README.md").read_text()
+    assert re.findall(r"^\| (BMT\d+) \| (.*) \|$", text, re.MULTILINE) == [(r.code, r.title) for r in RULES]
