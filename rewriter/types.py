@@ -11,7 +11,7 @@ from rewriter.changes import Change
 
 if TYPE_CHECKING:
     from rewriter.analyze.facts import Facts
-    from rewriter.analyze.project import File
+    from rewriter.analyze.read.file import File
 
 
 class InputError(Exception):

@@ -15,9 +15,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.classes import is_hub_base
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import ClassInfo, External, File
+from rewriter.analyze.read.classes import is_hub_base
+from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.changes import Arguments, Change, replace, template
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.batches import random_batches, shares_data
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.batches import random_batches, shares_data
 from rewriter.changes import wrap
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

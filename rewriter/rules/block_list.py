@@ -17,10 +17,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.elements import FROM_ELSEWHERE, Build, Element
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
-from rewriter.analyze.stack import Stack
+from rewriter.analyze.model.elements import FROM_ELSEWHERE, Build, Element
+from rewriter.analyze.model.stack import Stack
+from rewriter.analyze.read.file import File
 from rewriter.changes import Arguments, Change, insert_behind, replace, template, wrap
 from rewriter.types import Conversion, Example, Finding, Rule
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.checkpoints import collapse_checkpoint, collapse_whole
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
-from rewriter.analyze.stack import Stack
+from rewriter.analyze.model.checkpoints import collapse_checkpoint, collapse_whole
+from rewriter.analyze.model.stack import Stack
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
 from rewriter.changes import Keep
 from rewriter.types import Conversion, Example, Finding, Rule
 

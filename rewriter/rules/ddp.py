@@ -11,10 +11,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import varies_by_rank
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import same
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import same
+from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.changes import Arguments, Change, Import, Remove, ReplaceStatement, replace, template
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

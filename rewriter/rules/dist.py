@@ -14,7 +14,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.changes import Remove, replace
 from rewriter.types import Conversion, Example, Finding, Refusal, Remark, Rule
 

@@ -14,7 +14,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import ClassInfo, External, File
+from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.types import Example, Finding, Refusal, Rule
 
 _CALLS = {

@@ -13,11 +13,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import varies_by_rank
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
-from rewriter.analyze.roles import walk_own
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
+from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.roles import walk_own
 from rewriter.changes import insert_before, replace
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

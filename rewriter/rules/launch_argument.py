@@ -12,7 +12,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.changes import insert_before
 from rewriter.types import Conversion, Example, Finding, Rule
 

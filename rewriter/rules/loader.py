@@ -13,8 +13,8 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.names import dotted
 from rewriter.changes import Template, replace, template
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rewriter.analyze.call_form import CallForm
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import Loop
-from rewriter.analyze.project import File
+from rewriter.analyze.model.call_form import CallForm
+from rewriter.analyze.model.loops import Loop
+from rewriter.analyze.read.file import File
 from rewriter.changes import Change, ReplaceStatement, replace, template
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

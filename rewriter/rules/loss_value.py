@@ -13,7 +13,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.changes import wrap
 from rewriter.types import Conversion, Example, Finding, Rule
 

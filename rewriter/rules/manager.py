@@ -13,8 +13,8 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.managers import Manager, Managers
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.changes import Change, anchor
 from rewriter.rules.manager_calls import CODE, changed_calls
 from rewriter.rules.manager_creation import creation, owner_place, scaler_is_made_here

@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.managers import Manager, Managers
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.changes import Change, Remove, replace
 from rewriter.rules.manager_creation import UNSCALED
 from rewriter.types import Refusal, Remark

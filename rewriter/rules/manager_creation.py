@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.managers import Manager, Managers
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import File
-from rewriter.analyze.roles import Var
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.training.managers import Manager, Managers
+from rewriter.analyze.training.roles import Var
 from rewriter.changes import Change, insert_before, insert_behind, replace
 
 UNSCALED = "{bmt}.optim.OptimManager(loss_scale=None)"

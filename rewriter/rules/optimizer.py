@@ -14,8 +14,8 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
 from rewriter.changes import Arguments, Change, replace, template
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

@@ -13,9 +13,9 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
-from rewriter.analyze.writers import saves_only, writes
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
+from rewriter.analyze.training.writers import saves_only, writes
 from rewriter.changes import Arguments, Change, Under, insert_before, template
 from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
 from rewriter.types import Conversion, Example, Finding, Remark, Rule

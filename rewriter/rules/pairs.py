@@ -14,8 +14,8 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.pairs import Pairs
-from rewriter.analyze.project import File
+from rewriter.analyze.model.pairs import Pairs
+from rewriter.analyze.read.file import File
 from rewriter.changes import Arguments, Change, ReplaceStatement, insert_before, replace, template
 from rewriter.types import Conversion, Example, Finding, Rule
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.parameters import parameter_calls
-from rewriter.analyze.project import File
+from rewriter.analyze.model.parameters import parameter_calls
+from rewriter.analyze.read.file import File
 from rewriter.changes import replace
 from rewriter.types import Conversion, Example, Finding, Rule
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import is_rank
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
+from rewriter.analyze.training.collectives import is_rank
 from rewriter.changes import replace
 from rewriter.types import Conversion, Example, Finding, Rule
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.changes import Arguments, template
 from rewriter.types import Conversion, Example, Finding, Rule
 

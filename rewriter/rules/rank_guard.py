@@ -12,10 +12,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.changes import Change, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.types import Conversion, Example, Finding, Refusal, Rule

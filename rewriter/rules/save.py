@@ -14,9 +14,9 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
-from rewriter.analyze.writers import opened_for
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.writers import opened_for
 from rewriter.changes import Change, Keep, replace
 from rewriter.types import Conversion, Example, Finding, Rule
 

@@ -15,11 +15,11 @@ import ast
 import re
 from collections.abc import Iterator
 
-from rewriter.analyze.batches import shares_data
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File, FunctionInfo
-from rewriter.analyze.roles import Roles, Var, walk_own
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.batches import shares_data
+from rewriter.analyze.training.roles import Roles, Var, walk_own
 from rewriter.types import Example, Finding, Remark, Rule
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)

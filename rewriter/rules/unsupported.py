@@ -13,10 +13,10 @@ import ast
 import re
 from collections.abc import Iterator
 
-from rewriter.analyze.batches import shares_data
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.batches import shares_data
 from rewriter.types import Example, Finding, Refusal, Remark, Rule
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")

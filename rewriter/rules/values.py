@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
-from rewriter.analyze.values import ValueUse
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.values import ValueUse
 from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
 from rewriter.types import Conversion, Example, Finding, Remark, Rule
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.classes import external_kind
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.classes import external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.names import walk
 from rewriter.changes import wrap
 from rewriter.types import Conversion, Example, Finding, Rule
 

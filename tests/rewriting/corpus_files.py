@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File, Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.convert import apply_plan, convert_paths
 from rewriter.discover import sources
 from rewriter.plan import Options, Plan, make_plans
@@ -95,8 +96,7 @@ def measure_portion(
     counts["edits"] = sum(len(result.applied) for result in results)
     counts["MB"] = memory()
     left = {
-        file: next((f.message for f in plan.reported if isinstance(f, Refusal)), "")
-        for file, plan in plans.items()
+        file: next((f.message for f in plan.reported if isinstance(f, Refusal)), "") for file, plan in plans.items()
     }
     whole = {file: reason for file, reason in left.items() if reason and not plans[file].changes}
     found.loops.extend(records(facts, folder, whole))

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import External, File, Project
-from rewriter.analyze.roles import Roles, walk_own
-from rewriter.analyze.states import written_states
+from rewriter.analyze.read.file import External, File
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.roles import Roles, walk_own
+from rewriter.analyze.training.states import written_states
 
 _PARAMETERS = {"parameters", "named_parameters"}
 _MODULES = {"modules", "named_modules", "children", "named_children"}

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.elements import BLOCK_LISTS, Build, Element, ElementKind, Function, self_path
-from rewriter.analyze.loops import Loop, find_loops
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, File
+from rewriter.analyze.model.elements import BLOCK_LISTS, Build, Element, ElementKind, Function, self_path
+from rewriter.analyze.model.loops import Loop, find_loops
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import ClassInfo, File
+from rewriter.analyze.read.names import walk
 
 if TYPE_CHECKING:
-    from rewriter.analyze.containers import Containers, FunctionScan
+    from rewriter.analyze.model.containers import Containers, FunctionScan
 
 LIST = "torch.nn.ModuleList"
 TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``

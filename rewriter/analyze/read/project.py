@@ -6,12 +6,18 @@ import ast
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rewriter.analyze.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved, base_names, canonical
-from rewriter.analyze.names import Binding, Import, Scope
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.file import (
+    ClassInfo,
+    External,
+    File,
+    ModuleRef,
+    Resolved,
+    base_names,
+    canonical,
+)
+from rewriter.analyze.read.names import Binding, Import, Scope
+from rewriter.analyze.read.source import Source
 from rewriter.types import InputError
-
-__all__ = ["ClassInfo", "External", "File", "FunctionInfo", "ModuleRef", "Project", "Resolved"]
 
 # Names that a snippet without imports (a notebook cell, stdin) may use.
 _UNBOUND = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional"}

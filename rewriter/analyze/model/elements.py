@@ -6,9 +6,10 @@ import ast
 from dataclasses import dataclass
 from typing import Literal
 
-from rewriter.analyze.classes import Classes, is_container
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Project, Resolved
+from rewriter.analyze.read.classes import Classes, is_container
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, Resolved
+from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.project import Project
 
 Form = Literal[
     "list", "comprehension", "empty", "variable", "helper", "repeated", "kept", "named", "given", "attribute", "other"

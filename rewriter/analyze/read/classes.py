@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
-from rewriter.analyze.project import ClassInfo, External, File, Project
+from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.analyze.read.project import Project
 
 Kind = Literal["module", "leaf", "distributed", "external", "none"]
 

@@ -7,11 +7,11 @@ import fnmatch
 import re
 from dataclasses import dataclass, field
 
-from rewriter.analyze.call_form import CallForm
-from rewriter.analyze.elements import FROM_ELSEWHERE, KEPT, Build, self_path
-from rewriter.analyze.loops import SETUP, Loop, is_chain, runs_parts, takes_apart
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, File
+from rewriter.analyze.model.call_form import CallForm
+from rewriter.analyze.model.elements import FROM_ELSEWHERE, KEPT, Build, self_path
+from rewriter.analyze.model.loops import SETUP, Loop, is_chain, runs_parts, takes_apart
+from rewriter.analyze.read.file import ClassInfo, File
+from rewriter.analyze.read.names import walk
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
 SINGLE_LAYERS = "the members are single torch layers, not blocks"

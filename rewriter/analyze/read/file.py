@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from rewriter.analyze.names import Names
-from rewriter.analyze.source import Source
-from rewriter.notebook import Notebook
+from rewriter.analyze.read.names import Names
+from rewriter.analyze.read.notebook import Notebook
+from rewriter.analyze.read.source import Source
 from rewriter.types import InputError
 
 _TORCH_HOMES = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 
-from rewriter.analyze.classes import Classes, external_kind
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.roles import Roles, is_optimizer_name, walk_own
-from rewriter.analyze.writers import WRITERS, WRITING_METHODS
+from rewriter.analyze.read.classes import Classes, external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.training.roles import Roles, is_optimizer_name, walk_own
+from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",

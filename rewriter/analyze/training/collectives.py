@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import External, File, FunctionInfo
-from rewriter.analyze.roles import Roles, walk_own
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import External, File, FunctionInfo
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.training.roles import Roles, walk_own
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)

@@ -6,9 +6,9 @@ import ast
 import re
 from collections.abc import Iterator
 
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File
-from rewriter.analyze.scripts import Scripts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.training.scripts import Scripts
 
 _DRAWS = {"torch.randint", "torch.randn", "torch.rand"}
 _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")

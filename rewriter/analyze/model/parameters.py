@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
 
 
 def parameter_calls(file: File, classes: Classes) -> Iterator[ast.Call]:

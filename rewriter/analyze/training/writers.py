@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 
-from rewriter.analyze.names import dotted
-from rewriter.analyze.project import File, Project
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.project import Project
 
 WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",

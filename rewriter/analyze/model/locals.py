@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.elements import Function, self_path
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File
+from rewriter.analyze.model.elements import Function, self_path
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.names import walk
 
 
 class Locals:

@@ -6,8 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import replace
 
-from rewriter.analyze.classes import Classes, is_container
-from rewriter.analyze.elements import (
+from rewriter.analyze.model.elements import (
     BLOCK_LIST,
     BLOCK_LISTS,
     BLOCK_WRAPPERS,
@@ -23,10 +22,11 @@ from rewriter.analyze.elements import (
     returns_list,
     self_path,
 )
-from rewriter.analyze.given import LIST, TORCH_STACKS, Loops, given, is_looped, returned
-from rewriter.analyze.locals import Locals
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Resolved
+from rewriter.analyze.model.given import LIST, TORCH_STACKS, Loops, given, is_looped, returned
+from rewriter.analyze.model.locals import Locals
+from rewriter.analyze.read.classes import Classes, is_container
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, Resolved
+from rewriter.analyze.read.names import dotted, walk
 
 
 class Containers:

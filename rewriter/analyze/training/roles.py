@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.classes import Classes, external_kind
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.classes import Classes, external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.names import dotted, walk
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(

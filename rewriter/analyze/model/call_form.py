@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.checkpoints import collapse_checkpoint
-from rewriter.analyze.elements import self_path
-from rewriter.analyze.flow import certain_names, names
-from rewriter.analyze.loops import Loop, stored_names
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import Project
+from rewriter.analyze.model.checkpoints import collapse_checkpoint
+from rewriter.analyze.model.elements import self_path
+from rewriter.analyze.model.flow import certain_names, names
+from rewriter.analyze.model.loops import Loop, stored_names
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.project import Project
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,17 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.call_form import CallForm, call_form
-from rewriter.analyze.checkpoints import is_checkpoint
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.containers import Containers
-from rewriter.analyze.elements import Element
-from rewriter.analyze.given import attributes
-from rewriter.analyze.loops import Loop, is_chain
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import ClassInfo, File, FunctionInfo, Project
-from rewriter.analyze.stack import SINGLE_LAYERS, Left, Stack, reason_against
+from rewriter.analyze.model.call_form import CallForm, call_form
+from rewriter.analyze.model.checkpoints import is_checkpoint
+from rewriter.analyze.model.containers import Containers
+from rewriter.analyze.model.elements import Element
+from rewriter.analyze.model.given import attributes
+from rewriter.analyze.model.loops import Loop, is_chain
+from rewriter.analyze.model.stack import SINGLE_LAYERS, Left, Stack, reason_against
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.project import Project
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
 NO_MODULES = re.compile(r"hooks?$|transforms?$|metric|callback|loss", re.I)

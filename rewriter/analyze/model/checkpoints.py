@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from rewriter.analyze.elements import Function, self_path
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, External, File, FunctionInfo, Project
+from rewriter.analyze.model.elements import Function, self_path
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.project import Project
 
 
 def collapse_whole(branch: ast.If, path: str, me: str) -> ast.Assign | None:

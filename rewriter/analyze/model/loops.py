@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from rewriter.analyze.elements import Function, self_path
-from rewriter.analyze.flow import carried, names
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import ClassInfo, File
+from rewriter.analyze.model.elements import Function, self_path
+from rewriter.analyze.model.flow import carried, names
+from rewriter.analyze.read.file import ClassInfo, File
+from rewriter.analyze.read.names import dotted, walk
 
 SETUP = re.compile(
     r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|add_adapter|to$|train$|eval$|"
