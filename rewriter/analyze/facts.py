@@ -10,7 +10,8 @@ from rewriter.analyze.model.parameters import parameter_calls
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File
-from rewriter.analyze.read.names import Binding, Import, walk
+from rewriter.analyze.read.names import Binding, Import
+from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.scripts import Scripts

@@ -30,7 +30,7 @@ from rewriter.rules import (
     values,
     wrapper,
 )
-from rewriter.types import Rule
+from rewriter.rules.rule import Rule
 
 _MODULES = (
     base_class,

@@ -19,7 +19,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.classes import is_hub_base
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.changes import Arguments, Change, replace, template
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _BASE = "{bmt}.DistributedModule"
 

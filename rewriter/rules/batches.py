@@ -17,7 +17,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.batches import random_batches, shares_data
 from rewriter.changes import wrap
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

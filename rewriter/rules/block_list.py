@@ -22,7 +22,8 @@ from rewriter.analyze.model.elements import FROM_ELSEWHERE, Build, Element
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.read.file import File
 from rewriter.changes import Arguments, Change, insert_behind, replace, template, wrap
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

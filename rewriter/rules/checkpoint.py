@@ -15,9 +15,10 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.model.checkpoints import collapse_checkpoint, collapse_whole
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 from rewriter.changes import Keep
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

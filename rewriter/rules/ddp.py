@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import same
+from rewriter.analyze.read.nodes import same
 from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.changes import Arguments, Change, Import, Remove, ReplaceStatement, replace, template
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _WRAPPERS = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
 

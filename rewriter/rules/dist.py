@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.changes import Remove, replace
-from rewriter.types import Conversion, Example, Finding, Refusal, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _SIMPLE = {
     "torch.distributed.get_rank": "rank",

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
-from rewriter.types import Example, Finding, Refusal, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Refusal
 
 _CALLS = {
     "accelerate.Accelerator": "accelerate",

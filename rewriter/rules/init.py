@@ -15,11 +15,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
-from rewriter.analyze.training.roles import walk_own
 from rewriter.changes import insert_before, replace
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _SEEDED = "{bmt}.init_distributed(seed={seed})"
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.changes import insert_before
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 _KNOWN = {"--local-rank", "--local_rank"}
 _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.changes import Template, replace, template
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 

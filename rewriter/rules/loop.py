@@ -17,7 +17,8 @@ from rewriter.analyze.model.call_form import CallForm
 from rewriter.analyze.model.loops import Loop
 from rewriter.analyze.read.file import File
 from rewriter.changes import Change, ReplaceStatement, replace, template
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.changes import wrap
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 _VALUES = {"item", "tolist"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to"}

@@ -18,7 +18,8 @@ from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.changes import Change, anchor
 from rewriter.rules.manager_calls import CODE, changed_calls
 from rewriter.rules.manager_creation import creation, owner_place, scaler_is_made_here
-from rewriter.types import Conversion, Example, Finding, Refusal, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.changes import Change, Remove, replace
 from rewriter.rules.manager_creation import UNSCALED

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Var
 from rewriter.changes import Change, insert_before, insert_behind, replace

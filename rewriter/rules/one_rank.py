@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.writers import WRITERS, saves_only, writes
 from rewriter.changes import Under, template
 

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.changes import Arguments, Change, replace, template
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _KEPT = ("params", "lr", "betas", "eps", "weight_decay")
 _DROPPED = {"fused", "foreach"}

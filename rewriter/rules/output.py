@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.writers import saves_only, writes
 from rewriter.changes import Arguments, Change, Under, insert_before, template
 from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

@@ -17,7 +17,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.model.pairs import Pairs
 from rewriter.analyze.read.file import File
 from rewriter.changes import Arguments, Change, ReplaceStatement, insert_before, replace, template
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

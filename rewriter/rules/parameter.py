@@ -14,7 +14,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.model.parameters import parameter_calls
 from rewriter.analyze.read.file import File
 from rewriter.changes import replace
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags
 from rewriter.changes import Change, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
-from rewriter.types import Conversion, Example, Finding, Refusal, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 

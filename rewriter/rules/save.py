@@ -15,10 +15,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.writers import opened_for
 from rewriter.changes import Change, Keep, replace
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:

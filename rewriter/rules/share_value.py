@@ -17,10 +17,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.batches import shares_data
-from rewriter.analyze.training.roles import Roles, Var, walk_own
-from rewriter.types import Example, Finding, Remark, Rule
+from rewriter.analyze.training.roles import Roles, Var
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Remark
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.batches import shares_data
-from rewriter.types import Example, Finding, Refusal, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Refusal, Remark
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
 

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.values import ValueUse
 from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
-from rewriter.types import Conversion, Example, Finding, Remark, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
 
 _WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
 

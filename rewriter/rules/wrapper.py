@@ -16,9 +16,10 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.classes import external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 from rewriter.changes import wrap
-from rewriter.types import Conversion, Example, Finding, Rule
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
 
 _PACKAGES = {
     "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai",

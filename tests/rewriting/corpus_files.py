@@ -96,7 +96,8 @@ def measure_portion(
     counts["edits"] = sum(len(result.applied) for result in results)
     counts["MB"] = memory()
     left = {
-        file: next((f.message for f in plan.reported if isinstance(f, Refusal)), "") for file, plan in plans.items()
+        file: next((f.message for f in plan.reported if isinstance(f, Refusal)), "")
+        for file, plan in plans.items()
     }
     whole = {file: reason for file, reason in left.items() if reason and not plans[file].changes}
     found.loops.extend(records(facts, folder, whole))

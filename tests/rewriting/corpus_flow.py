@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable
 
 from rewriter.analyze.model.loops import Loop, is_pairs, iterated
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 
 _MUTATING = {"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "push", "put"}
 

@@ -15,7 +15,7 @@ from rewriter.analyze.model.flow import names
 from rewriter.analyze.model.loops import SETUP, Loop, find_loops, is_chain, is_pairs, takes_apart
 from rewriter.analyze.model.stacks import NO_MODULES
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 
 from .corpus_flow import passes_on

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.model.checkpoints import collapse_checkpoint
-from rewriter.analyze.model.elements import self_path
 from rewriter.analyze.model.flow import certain_names, names
 from rewriter.analyze.model.loops import Loop, stored_names
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import dotted, self_path, walk
 from rewriter.analyze.read.project import Project
 
 

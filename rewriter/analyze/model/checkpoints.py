@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from rewriter.analyze.model.elements import Function, self_path
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, self_path, walk
 from rewriter.analyze.read.project import Project
 
 

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import replace
 
+from rewriter.analyze.model.callers import callers, required
 from rewriter.analyze.model.elements import (
     BLOCK_LIST,
     BLOCK_LISTS,
@@ -13,20 +14,24 @@ from rewriter.analyze.model.elements import (
     KEPT,
     Build,
     Element,
+    ElementKind,
     Elements,
     Form,
-    Function,
     appended,
     dict_values,
     returned_class,
     returns_list,
-    self_path,
 )
-from rewriter.analyze.model.given import LIST, TORCH_STACKS, Loops, given, is_looped, returned
 from rewriter.analyze.model.locals import Locals
+from rewriter.analyze.model.loops import Loops
 from rewriter.analyze.read.classes import Classes, is_container
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, Resolved
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, self_path, walk
+
+LIST = "torch.nn.ModuleList"
+_TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``
+_DEPTH = 3
+"""How many calls a list is followed through to the place that makes it."""
 
 
 class Containers:
@@ -59,6 +64,17 @@ class Containers:
         self.of(info)
         return self._others[info]
 
+    def kinds_of_attributes(self, info: ClassInfo, path: str) -> set[ElementKind]:
+        """What the members of a plain list of other attributes are, ``self.layers = [self.fc1, self.fc2]``."""
+        assigned = {
+            self_path(node.targets[0], "self"): node.value
+            for node in walk(info.methods.get("__init__", ast.Pass()))
+            if isinstance(node, ast.Assign)
+        }
+        held = assigned.get(path)
+        made = [assigned.get(self_path(item, "self")) for item in held.elts] if isinstance(held, ast.List) else []
+        return {self.element(info.file, value).kind if value is not None else "unknown" for value in made}
+
     def note_other(self, info: ClassInfo, path: str) -> None:
         self._others[info].add(path)
 
@@ -80,10 +96,6 @@ class FunctionScan(Locals):
         self.project = containers.project
         self.owner = owner
         self.depth = depth
-
-    def elsewhere(self, owner: ClassInfo, function: Function, file: File, method: bool) -> FunctionScan:
-        """The same for another function, which makes a list that comes here."""
-        return FunctionScan(self.containers, owner, function, file, method, self.depth + 1)
 
     def builds(self) -> Iterator[Build]:
         for node in walk(self.function):
@@ -122,8 +134,8 @@ class FunctionScan(Locals):
         """``self.up, self.down = self._make()``."""
         for place, target in enumerate(targets):
             path = self_path(target, self.me)
-            if path and isinstance(value, ast.Call) and is_looped(self, path):
-                elements = returned(self, value, place, len(targets))
+            if path and isinstance(value, ast.Call) and self._is_looped(path):
+                elements = self._returned(value, place, len(targets))
                 if elements is not None:
                     yield self._build(path, value, "attribute", elements)
                     continue
@@ -150,7 +162,7 @@ class FunctionScan(Locals):
         elif isinstance(value, ast.Name):
             local = self.value_of(value)
             if self.is_given(value.id):
-                elements = given(self, value.id) if is_looped(self, path) else None
+                elements = self._given(value.id) if self._is_looped(path) else None
                 if elements is not None:
                     yield self._build(path, value, "given", elements)
             elif isinstance(local, ast.Call):
@@ -174,9 +186,9 @@ class FunctionScan(Locals):
                 and isinstance(call.args[0], ast.Name)
                 and self.is_given(call.args[0].id)
             ):
-                elements += given(self, call.args[0].id) or ()
+                elements += self._given(call.args[0].id) or ()
             yield Build(self.file, self.owner, self.function, path, call, name, form, tuple(elements), appends)
-        elif name in TORCH_STACKS and path:
+        elif name in _TORCH_STACKS and path:
             yield self._build(f"{path}.layers", call, "attribute", [Element(call, "block")])
         elif self._returns_list(call):
             yield Build(self.file, self.owner, self.function, path, call, "helper", "helper", ())
@@ -229,10 +241,10 @@ class FunctionScan(Locals):
 
     def _returns_list(self, call: ast.Call) -> bool:
         """Whether a call reaches a helper that returns a ModuleList (``_get_clones(...)``, ``self._make()``)."""
-        found = self.called(call)
+        found = self._called(call)
         return found is not None and returns_list(self.project, found[1].file, found[1].node)
 
-    def called(self, call: ast.Call) -> tuple[ClassInfo | None, FunctionInfo] | None:
+    def _called(self, call: ast.Call) -> tuple[ClassInfo | None, FunctionInfo] | None:
         """The function of the project that a call reaches, or the method of this class, with its class."""
         found = self.project.resolve(self.file, call.func)
         if isinstance(found, FunctionInfo):
@@ -298,3 +310,75 @@ class FunctionScan(Locals):
                 yield from self._list_form(value)[1]
         for append in self.appends("", name):
             yield from appended(append)
+
+    # Lists made elsewhere --------------------------------------------------------------------------------------
+
+    def _is_looped(self, path: str) -> bool:
+        """Whether a loop runs over an attribute, or ran over it before it was converted."""
+        return (
+            not path
+            or any(loop.path == path for loop in self.containers.loops[self.owner])
+            or any(
+                isinstance(node, ast.Assign)
+                and self_path(node.targets[0], self.me) == path
+                and self.project.external(self.file, getattr(node.value, "func", node.value)) in BLOCK_LISTS
+                for node in walk(self.function)
+            )
+        )
+
+    def _given(self, name: str) -> list[Element] | None:
+        """Members of the list that a constructor is given, where all who make such objects give a ModuleList."""
+        function, classes = self.function, self.containers.classes
+        if (
+            not self.is_given(name)
+            or self.depth > _DEPTH
+            or function.name != "__init__"
+            or classes.project.partial
+            or not required(function, name)
+        ):
+            return None
+        made = [list(self.container("", value)) for value in self.assigned.get(name, [])]
+        if any(_members(builds) is None for builds in made):
+            return None
+        found: list[Element] | None = None
+        for caller in callers(classes, self.owner):
+            value = caller.argument(function, name)
+            if value is None or caller.function is None:
+                return None
+            there = self._elsewhere(caller.owner or self.owner, caller.function, caller.file, caller.owner is not None)
+            elements = _members(list(there.container("", value)), caller.call.lineno)
+            if elements is None:
+                return None
+            found = [*(found or []), *elements]
+        return found
+
+    def _returned(self, call: ast.Call, place: int, count: int) -> list[Element] | None:
+        """Members of the ModuleList that a function of the project returns at one place of its tuples of ``count``."""
+        function = self._called(call)
+        if function is None:
+            return None
+        owner, info = function
+        found: list[Element] | None = None
+        for node in walk(info.node):
+            if isinstance(node, ast.Return) and node.value is not None:
+                if not isinstance(node.value, ast.Tuple) or len(node.value.elts) != count:
+                    return None
+                there = self._elsewhere(owner or self.owner, info.node, info.file, owner is not None)
+                elements = _members(list(there.container("", node.value.elts[place])))
+                if elements is None:
+                    return None
+                found = [*(found or []), *elements]
+        return found
+
+    def _elsewhere(self, owner: ClassInfo, function: Function, file: File, method: bool) -> FunctionScan:
+        """The same for another function, which makes a list that comes here."""
+        return FunctionScan(self.containers, owner, function, file, method, self.depth + 1)
+
+
+def _members(builds: list[Build], line: int = 0) -> list[Element] | None:
+    """The members of a value that is certainly a ModuleList, complete before ``line``, each with its file."""
+    if not builds or any(build.container not in {LIST, "helper"} for build in builds):
+        return None
+    if line and any(getattr(append, "lineno", 0) >= line for build in builds for append in build.appends):
+        return None
+    return [replace(element, file=element.file or build.file) for build in builds for element in build.elements]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from rewriter.analyze.read.classes import Classes, is_container
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, Resolved
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import Function, walk
 from rewriter.analyze.read.project import Project
 
 Form = Literal[
@@ -17,7 +17,6 @@ Form = Literal[
 FROM_ELSEWHERE = {"helper", "other", "given", "attribute"}
 """Forms of lists whose members are made where they cannot be edited."""
 ElementKind = Literal["block", "wrapped", "leaf", "container", "external", "unknown", "shared", "none"]
-Function = ast.FunctionDef | ast.AsyncFunctionDef
 BLOCK_WRAPPERS = {
     "bmtrain.CheckpointBlock",
     "bmtrain.Block",
@@ -158,26 +157,6 @@ def dict_values(node: ast.expr) -> list[ast.expr]:
     if isinstance(node, ast.DictComp):
         return [node.value]
     return list(node.values) if isinstance(node, ast.Dict) else []
-
-
-def self_path(node: ast.AST, me: str) -> str:
-    """``a.b`` for ``self.a.b`` and ``self.a["b"]``, else an empty string."""
-    parts: list[str] = []
-    while True:
-        if isinstance(node, ast.Attribute):
-            if node.attr != "_modules":  # the same members
-                parts.append(node.attr)
-            node = node.value
-        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-            if not isinstance(node.slice.value, str):
-                return ""
-            parts.append(node.slice.value)
-            node = node.value
-        else:
-            break
-    if not parts or not isinstance(node, ast.Name) or node.id != me or not me:
-        return ""
-    return ".".join(reversed(parts))
 
 
 def returned_class(project: Project, file: File, function: Function) -> Resolved:

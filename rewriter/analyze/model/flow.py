@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 
 _GROWING = {"append", "appendleft", "extend", "insert", "update", "add"}
 _JUMPS = (ast.Continue, ast.Break, ast.Return, ast.Raise)

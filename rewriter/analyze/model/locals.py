@@ -6,9 +6,8 @@ import ast
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.model.elements import Function, self_path
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import Function, self_path, walk
 
 
 class Locals:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from rewriter.analyze.model.elements import Function, self_path
 from rewriter.analyze.model.flow import carried, names
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, self_path, walk
 
 SETUP = re.compile(
     r"^_?(?:init|reset|set_|get_|freeze|unfreeze|enable|disable|load|save|prune|no_|group_|tie|post_init|add_adapter|to$|train$|eval$|"
@@ -60,6 +59,14 @@ class Loop:
     def carried(self) -> set[str]:
         """Names by which something goes from one member to the next."""
         return carried(self.node)
+
+
+class Loops(dict[ClassInfo, list[Loop]]):
+    """The loops of classes, found when first asked for."""
+
+    def __missing__(self, info: ClassInfo) -> list[Loop]:
+        self[info] = list(find_loops(info))
+        return self[info]
 
 
 def find_loops(info: ClassInfo) -> Iterator[Loop]:

@@ -6,11 +6,11 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.model.elements import FROM_ELSEWHERE, Build, self_path
+from rewriter.analyze.model.elements import FROM_ELSEWHERE, Build
 from rewriter.analyze.model.loops import Loop
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.read.file import ClassInfo
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import self_path, walk
 
 _MUTATING = {"append", "extend", "insert", "pop", "update", "add", "setdefault", "remove", "clear"}
 _REFUSED = (

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 
 
 def parameter_calls(file: File, classes: Classes) -> Iterator[ast.Call]:

@@ -8,10 +8,10 @@ import re
 from dataclasses import dataclass, field
 
 from rewriter.analyze.model.call_form import CallForm
-from rewriter.analyze.model.elements import FROM_ELSEWHERE, KEPT, Build, self_path
+from rewriter.analyze.model.elements import FROM_ELSEWHERE, KEPT, Build
 from rewriter.analyze.model.loops import SETUP, Loop, is_chain, runs_parts, takes_apart
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import self_path, walk
 
 _NOT_BLOCKS = re.compile(r"head|expert|norm|embed|pool|loss|lora|router|gate|classifier|codebook|quantiz", re.I)
 SINGLE_LAYERS = "the members are single torch layers, not blocks"

@@ -11,12 +11,11 @@ from rewriter.analyze.model.call_form import CallForm, call_form
 from rewriter.analyze.model.checkpoints import is_checkpoint
 from rewriter.analyze.model.containers import Containers
 from rewriter.analyze.model.elements import Element
-from rewriter.analyze.model.given import attributes
 from rewriter.analyze.model.loops import Loop, is_chain
 from rewriter.analyze.model.stack import SINGLE_LAYERS, Left, Stack, reason_against
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.names import walk
+from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 
 _CONTAINER_WORDS = (b"ModuleList", b"Sequential", b"BlockList", b"ModuleDict")
@@ -139,7 +138,7 @@ class Stacks:
             )
             if called and is_chain(loop) and loop.node not in seen and not NO_MODULES.search(loop.path):
                 away = "belongs to another object" if "." in loop.path else "is not made in this class or its bases"
-                single = attributes(self.containers, loop.owner, loop.path) == {"leaf"}
+                single = self.containers.kinds_of_attributes(loop.owner, loop.path) == {"leaf"}
                 reason = SINGLE_LAYERS if single else f"the list {away}"
                 self.left.append(Left(loop.file, loop.node, reason, loop.path))
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.scripts import Scripts
 
 _DRAWS = {"torch.randint", "torch.randn", "torch.rand"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import External, File, FunctionInfo
-from rewriter.analyze.read.names import dotted, walk
-from rewriter.analyze.training.roles import Roles, walk_own
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.roles import Roles
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)

@@ -6,8 +6,8 @@ import ast
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.names import dotted, walk
-from rewriter.analyze.training.roles import Roles, is_optimizer_name, walk_own
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.roles import Roles, is_optimizer_name
 from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS
 
 SEEDS = {

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.roles import Roles, Var, walk_own
+from rewriter.analyze.read.nodes import walk_own
+from rewriter.analyze.training.roles import Roles, Var
 
 _SCALER_METHODS = {
     "scale", "step", "update", "unscale_", "get_scale", "is_enabled", "state_dict", "load_state_dict",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
@@ -266,14 +265,3 @@ def is_optimizer_name(name: str) -> bool:
         last = name.split(".")[-1]
         return last[:1].isupper() and name.count(".") == 2
     return name.startswith("bmtrain.optim.") and name.endswith("Optimizer")
-
-
-def walk_own(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes of a statement without those of functions and classes defined in it."""
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        yield current
-        for child in ast.iter_child_nodes(current):
-            if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-                stack.append(child)

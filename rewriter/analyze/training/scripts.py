@@ -8,10 +8,10 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.training.entries import Entries
-from rewriter.analyze.training.roles import Roles, walk_own
+from rewriter.analyze.training.roles import Roles
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
 _SHARING = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)

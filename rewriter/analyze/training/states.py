@@ -5,8 +5,7 @@ from __future__ import annotations
 import ast
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted, walk
-from rewriter.analyze.training.roles import walk_own
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 
 
 def written_states(file: File, node: ast.For) -> list[ast.Call]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import External, File
-from rewriter.analyze.read.names import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.read.project import Project
-from rewriter.analyze.training.roles import Roles, walk_own
+from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.states import written_states
 
 _PARAMETERS = {"parameters", "named_parameters"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.names import dotted
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.read.project import Project
 
 WRITERS = {

@@ -1,32 +1,14 @@
-"""Lists of modules that a class does not make itself: given to its constructor, or returned among other things."""
+"""Who makes objects of a class, and what they give its constructor."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from rewriter.analyze.model.elements import BLOCK_LISTS, Build, Element, ElementKind, Function, self_path
-from rewriter.analyze.model.loops import Loop, find_loops
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.names import walk
-
-if TYPE_CHECKING:
-    from rewriter.analyze.model.containers import Containers, FunctionScan
-
-LIST = "torch.nn.ModuleList"
-TORCH_STACKS = {"torch.nn.TransformerEncoder", "torch.nn.TransformerDecoder"}  # each has a ModuleList ``layers``
-_DEPTH = 3
-
-
-class Loops(dict[ClassInfo, list[Loop]]):
-    """The loops of classes, found when first asked for."""
-
-    def __missing__(self, info: ClassInfo) -> list[Loop]:
-        self[info] = list(find_loops(info))
-        return self[info]
+from rewriter.analyze.read.nodes import Function, walk
 
 
 @dataclass(frozen=True)
@@ -113,84 +95,3 @@ def required(function: Function, name: str) -> bool:
         or (isinstance(node, ast.Constant) and node.value is None)
         for node in parts
     )
-
-
-def members(builds: list[Build], line: int = 0) -> list[Element] | None:
-    """The members of a value that is certainly a ModuleList, complete before ``line``, each with its file."""
-    if not builds or any(build.container not in {LIST, "helper"} for build in builds):
-        return None
-    if line and any(getattr(append, "lineno", 0) >= line for build in builds for append in build.appends):
-        return None
-    return [replace(element, file=element.file or build.file) for build in builds for element in build.elements]
-
-
-def is_looped(scan: FunctionScan, path: str) -> bool:
-    """Whether a loop runs over an attribute, or ran over it before it was converted."""
-    return (
-        not path
-        or any(loop.path == path for loop in scan.containers.loops[scan.owner])
-        or any(
-            isinstance(node, ast.Assign)
-            and self_path(node.targets[0], scan.me) == path
-            and scan.project.external(scan.file, getattr(node.value, "func", node.value)) in BLOCK_LISTS
-            for node in walk(scan.function)
-        )
-    )
-
-
-def attributes(containers: Containers, info: ClassInfo, path: str) -> set[ElementKind]:
-    """What the members of a plain list of other attributes are, ``self.layers = [self.fc1, self.fc2]``."""
-    assigned = {
-        self_path(node.targets[0], "self"): node.value
-        for node in walk(info.methods.get("__init__", ast.Pass()))
-        if isinstance(node, ast.Assign)
-    }
-    held = assigned.get(path)
-    made = [assigned.get(self_path(item, "self")) for item in held.elts] if isinstance(held, ast.List) else []
-    return {containers.element(info.file, value).kind if value is not None else "unknown" for value in made}
-
-
-def given(scan: FunctionScan, name: str) -> list[Element] | None:
-    """Members of the list that a constructor is given, where all who make objects of its class give it a ModuleList."""
-    function, classes = scan.function, scan.containers.classes
-    if (
-        not scan.is_given(name)
-        or scan.depth > _DEPTH
-        or function.name != "__init__"
-        or classes.project.partial
-        or not required(function, name)
-    ):
-        return None
-    made = [list(scan.container("", value)) for value in scan.assigned.get(name, [])]
-    if any(members(builds) is None for builds in made):
-        return None
-    found: list[Element] | None = None
-    for caller in callers(classes, scan.owner):
-        value = caller.argument(function, name)
-        if value is None or caller.function is None:
-            return None
-        there = scan.elsewhere(caller.owner or scan.owner, caller.function, caller.file, caller.owner is not None)
-        elements = members(list(there.container("", value)), caller.call.lineno)
-        if elements is None:
-            return None
-        found = [*(found or []), *elements]
-    return found
-
-
-def returned(scan: FunctionScan, call: ast.Call, place: int, count: int) -> list[Element] | None:
-    """Members of the ModuleList that a function of the project returns at one place of its tuples of ``count``."""
-    function = scan.called(call)
-    if function is None:
-        return None
-    owner, info = function
-    found: list[Element] | None = None
-    for node in walk(info.node):
-        if isinstance(node, ast.Return) and node.value is not None:
-            if not isinstance(node.value, ast.Tuple) or len(node.value.elts) != count:
-                return None
-            there = scan.elsewhere(owner or scan.owner, info.node, info.file, owner is not None)
-            elements = members(list(there.container("", node.value.elts[place])))
-            if elements is None:
-                return None
-            found = [*(found or []), *elements]
-    return found
