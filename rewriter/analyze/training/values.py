@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum, auto
 from functools import cached_property
 
 from rewriter.analyze.read.file import External, File
@@ -29,6 +30,32 @@ _WITHOUT_VALUES = {"id", "len", "isinstance", "type", "hasattr", "getattr", "set
 _COLLECTING = {"append", "add", "extend", "insert", "get", "pop", "setdefault", "index", "discard", "remove"}
 _VIEWS = {"data", "detach", "float", "cpu", "to", "view", "flatten", "reshape", "contiguous", "t", "squeeze"}
 _WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
+
+
+class Access(Enum):
+    """What code does with one parameter."""
+
+    NONE = auto()  # nothing that needs its values
+    READ = auto()
+    WRITE = auto()
+    ASSIGN = auto()  # ``p.data = x``
+    LOCAL = auto()  # element-wise changes, which every rank can make to its share
+
+
+_ACCESS_OF_FUNCTIONS = (
+    ("torch.nn.init.", Access.WRITE),
+    ("torch.distributed.broadcast", Access.WRITE),
+    ("torch.optim.", Access.NONE),
+    ("torch.zeros_like", Access.NONE),
+    ("torch.ones_like", Access.NONE),
+    ("torch.empty_like", Access.NONE),
+    ("numpy.zeros_like", Access.NONE),
+    ("numpy.ones_like", Access.NONE),
+    ("numpy.empty_like", Access.NONE),
+    ("torch.", Access.READ),
+    ("numpy.", Access.READ),
+)
+"""What functions of other packages do with a parameter they are given: the first row whose start their name has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,22 +220,21 @@ class Values:
     def _judge(
         self, node: ast.stmt, models: list[ast.expr], names: set[str], modules: set[str], items: list[ast.AST]
     ) -> Iterator[ValueUse]:
-        needs = writes = False
+        accesses: set[Access] = set()
         data: list[ast.Attribute] = []
-        local = False
         for item in items:
             if not self._is_parameter(item, names, modules):
                 continue
             assert isinstance(item, ast.expr)
-            kind, dropped = self._kind(item)
-            needs |= kind in {"read", "write"}
-            writes |= kind in {"write", "assign"}
-            local |= kind == "local"
-            data.extend([dropped] if dropped is not None else [])
-        if needs:
+            access, parent = self._access(item), self.file.names.parents[item]
+            accesses.add(access)
+            if access is Access.LOCAL and isinstance(parent, ast.Attribute) and parent.attr == "data":
+                data.append(parent)
+        if accesses & {Access.READ, Access.WRITE}:
             used = [item for item in items if self._is_parameter(item, names, modules)]
             kept = [top for item in used if isinstance(item, ast.expr) and (top := self._kept(item)) is not None]
-            yield ValueUse(node, tuple(models), writes or local, kept=tuple(kept))
+            writes = bool(accesses & {Access.WRITE, Access.ASSIGN, Access.LOCAL})
+            yield ValueUse(node, tuple(models), writes, kept=tuple(kept))
         elif data:
             yield ValueUse(node, tuple(models), True, True, tuple(data))
 
@@ -243,40 +269,39 @@ class Values:
             and bool(_WEIGHTS.match(item.attr))
         )
 
-    def _kind(self, item: ast.expr) -> tuple[str, ast.Attribute | None]:
-        """What is done with a parameter: "" (nothing that needs values), "local", "read" or "write"."""
+    def _access(self, item: ast.expr) -> Access:
+        """What is done with a parameter, ``p`` or ``layer.weight``."""
         parents = self.file.names.parents
         parent = parents[item]
-        dropped: ast.Attribute | None = None
+        is_data = False
         if isinstance(parent, ast.Attribute) and parent.attr == "data":
             if not isinstance(parent.ctx, ast.Load):
-                return "write" if isinstance(parents[parent], ast.AugAssign) else "assign", None
-            dropped, item = parent, parent
-            parent = parents[item]
-        while isinstance(parent, ast.Attribute):
-            call = parents[parent]
-            if parent.attr in _ELEMENTWISE and isinstance(call, ast.Call) and call.func is parent:
-                return ("local", dropped) if self._only_chained(call) else ("write", None)
-            if dropped is None or parent.attr not in {"data"}:
-                break
+                return Access.WRITE if isinstance(parents[parent], ast.AugAssign) else Access.ASSIGN
+            is_data, item, parent = True, parent, parents[parent]
         if isinstance(parent, ast.Attribute):
-            if self._written_view(parent):
-                return "write", None
-            if parent.attr in _KNOWN_WITHOUT or parent.attr in {"grad", "main_grad"}:
-                return "", None
-            written = parent.attr.endswith("_") and not parent.attr.startswith("__")
-            return ("write" if written else "read"), None
+            return self._method(parent)
         if isinstance(parent, ast.Subscript) and parent.value is item:
-            return ("write" if not isinstance(parent.ctx, ast.Load) else "read"), None
+            return Access.READ if isinstance(parent.ctx, ast.Load) else Access.WRITE
         if isinstance(parent, ast.Call) and item in parent.args:
-            return self._argument(parent, dropped)
+            return self._argument(parent, is_data)
         if isinstance(parent, (ast.BinOp, ast.UnaryOp)):
-            return "read", None
-        if dropped is not None and isinstance(parent, (ast.Assign, ast.Tuple)):
+            return Access.READ
+        if is_data and isinstance(parent, (ast.Assign, ast.Tuple)):
             assigned = parents[parent] if isinstance(parent, ast.Tuple) else parent
             named = isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], (ast.Name, ast.Tuple))
-            return ("write" if named else "read"), None  # what is done by another name is not looked into
-        return ("read", None) if dropped is not None else ("", None)
+            return Access.WRITE if named else Access.READ  # what is done by another name is not looked into
+        return Access.READ if is_data else Access.NONE
+
+    def _method(self, attribute: ast.Attribute) -> Access:
+        """What ``p.name``, or a call of it, does."""
+        name, call = attribute.attr, self.file.names.parents[attribute]
+        if name in _ELEMENTWISE and isinstance(call, ast.Call) and call.func is attribute:
+            return Access.LOCAL if self._only_chained(call) else Access.WRITE
+        if self._written_view(attribute):
+            return Access.WRITE
+        if name in _KNOWN_WITHOUT or name in {"grad", "main_grad"}:
+            return Access.NONE
+        return Access.WRITE if name.endswith("_") and not name.startswith("__") else Access.READ
 
     def _written_view(self, view: ast.expr) -> bool:
         """Whether a view is written to: ``p.detach().zero_()``."""
@@ -297,20 +322,17 @@ class Values:
             parent = self.file.names.parents[after]
         return isinstance(parent, ast.Expr)
 
-    def _argument(self, call: ast.Call, dropped: ast.Attribute | None) -> tuple[str, ast.Attribute | None]:
-        name = dotted(call.func) or ""
-        last = name.split(".")[-1]
+    def _argument(self, call: ast.Call, is_data: bool) -> Access:
+        """What a call does with a parameter, or its ``.data``, that it is given."""
         if isinstance(call.func, ast.Attribute) and call.func.attr in _ELEMENTWISE:
-            return "local", dropped
+            return Access.LOCAL
         found = self.project.resolve(self.file, call.func)
         if isinstance(found, External):
-            if found.name.startswith(("torch.nn.init.", "torch.distributed.broadcast")):
-                return "write", None
-            if found.name.startswith(("torch.optim.", "bmtrain.")) or last in {"zeros_like", "ones_like", "empty_like"}:
-                return "", None
-            return ("read", None) if found.name.startswith(("torch.", "numpy.")) else ("", None)
-        if isinstance(call.func, ast.Attribute) and last.startswith(("add_histogram", "log_histogram")):
-            return "read", None
-        if last in _WITHOUT_VALUES or last in _COLLECTING:
-            return ("read", None) if dropped is not None and last in _COLLECTING else ("", None)
-        return ("read", None) if dropped is not None else ("", None)
+            rows = (access for start, access in _ACCESS_OF_FUNCTIONS if found.name.startswith(start))
+            return next(rows, Access.NONE)
+        name = (dotted(call.func) or "").split(".")[-1]
+        if isinstance(call.func, ast.Attribute) and name.startswith(("add_histogram", "log_histogram")):
+            return Access.READ
+        if name in _WITHOUT_VALUES:
+            return Access.NONE
+        return Access.READ if is_data else Access.NONE
