@@ -1,13 +1,23 @@
 """The codemod behind ``bmt-convert``: turns ordinary torch projects into bmtrain projects.
 
-Layers, imports only downwards::
+``ast`` and facts about the whole project find what to change; libcst changes it. Layers, imports only downwards::
 
-    types       frozen values: spans, edits, findings
-    analyze/    reads source, never changes it
-    rules/      one rewrite a file
-    plan        findings -> the edits to apply and the findings to report
-    transform   applies edits to source
-    report      text, diff, json, markdown, sarif
-    convert     files in, results out
-    cli         the command line
+    cli | command          the command line | the same conversion as a libcst.codemod command
+    docs | formats         the rules as markdown | reports for machines: json, markdown, sarif
+    portions | verify      large projects by portions | shows that the converted model is the original
+    convert | report       files in, results out | results as text and diffs
+    rewrite                the bytes of a file after its plan, or the error that leaves it as it was
+    transform              one libcst transformer a file makes all its changes
+    link | write           pairs ast nodes with libcst's | libcst nodes from templates
+    plan                   facts -> the changes a file gets and the findings to report; pure
+    rules/                 one rewrite a file, and none knows another
+        model/             base classes, parameters, lists of blocks and the loops over them
+        training/          starting, data, losses, optimizers, output, checkpoints
+        refusals/          what cannot be converted, and what the user should look at
+    analyze/               reads a project, never changes it; ``facts`` is what rules ask
+        model/ | training/ what modules are made of | what scripts do with them
+        read/              files, names, classes
+    config | discover      settings in pyproject.toml | which files are a project's own
+    types                  frozen values: conversions, remarks, refusals, results
+    changes                what rules say: printable, without offsets and without libcst
 """

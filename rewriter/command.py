@@ -22,7 +22,7 @@ from pathlib import Path
 import libcst as cst
 from libcst.codemod import CodemodCommand, CodemodContext, SkipFile
 
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.convert import plan_paths, plan_text
 from rewriter.discover import sources
 from rewriter.plan import Options, Plan

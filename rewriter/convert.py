@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File, Project
-from rewriter.analyze.source import Source
-from rewriter.notebook import Notebook
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.notebook import Notebook
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.plan import Options, Plan, make_plans
 from rewriter.types import Conversion, InputError, Result
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 
 from rewriter.rules import RULES
-from rewriter.types import Example, Rule
+from rewriter.rules.rule import Example, Rule
 
 
 def rules_markdown() -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File
+from rewriter.analyze.read.file import File
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
 from rewriter.rules import RULES
 from rewriter.types import Conversion, Finding, Refusal, Remark

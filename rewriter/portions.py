@@ -10,7 +10,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rewriter.analyze.file import base_names
+from rewriter.analyze.read.file import base_names
 from rewriter.convert import convert_paths
 from rewriter.plan import Options
 from rewriter.types import Result

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 import libcst as cst
 
-from rewriter.analyze.project import File
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.source import Source
 from rewriter.changes import Arguments, Change, Insert, Replace, Under, anchor, nodes
 from rewriter.plan import Plan
 from rewriter.transform import transformed

@@ -15,7 +15,7 @@ from itertools import takewhile
 
 import libcst as cst
 
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.source import Source
 from rewriter.changes import (
     Arguments,
     Change,

@@ -1,17 +1,11 @@
-"""Values shared by every layer: findings, rules and results. All frozen."""
+"""Values shared by every layer: findings and results. All frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rewriter.changes import Change
-
-if TYPE_CHECKING:
-    from rewriter.analyze.facts import Facts
-    from rewriter.analyze.project import File
 
 
 class InputError(Exception):
@@ -63,29 +57,6 @@ class Refusal:
 
 
 Finding = Conversion | Remark | Refusal
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A whole file before and after a rule; ``after`` empty means that the rule leaves it alone."""
-
-    before: str
-    after: str = ""
-    unsafe: bool = False
-
-
-Finder = Callable[["File", "Facts"], Iterable[Finding]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One rewrite: its code, a one-line title, where it looks, and examples that tests execute."""
-
-    code: str
-    title: str
-    explanation: str
-    find: Finder
-    examples: tuple[Example, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)

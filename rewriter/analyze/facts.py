@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 from functools import cached_property
 
-from rewriter.analyze.classes import Classes
-from rewriter.analyze.managers import Managers
-from rewriter.analyze.names import Binding, Import, walk
-from rewriter.analyze.pairs import Pairs, find_pairs
-from rewriter.analyze.parameters import parameter_calls
-from rewriter.analyze.project import ClassInfo, External, File, Project
-from rewriter.analyze.scripts import Scripts
-from rewriter.analyze.stacks import Stacks
-from rewriter.analyze.values import Values
+from rewriter.analyze.model.pairs import Pairs, find_pairs
+from rewriter.analyze.model.parameters import parameter_calls
+from rewriter.analyze.model.stacks import Stacks
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.analyze.read.names import Binding, Import
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.managers import Managers
+from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.values import Values
 
 
 class Facts:

@@ -6,9 +6,9 @@ import ast
 from collections.abc import Iterator, Sequence
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.names import dotted, walk
-from rewriter.analyze.project import File
-from rewriter.analyze.writers import WRITERS, saves_only, writes
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.writers import WRITERS, saves_only, writes
 from rewriter.changes import Under, template
 
 ONE_RANK = template("if {bmt}.rank() == 0:")

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import File, Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.convert import apply_plan, convert_paths
 from rewriter.discover import sources
 from rewriter.plan import Options, Plan, make_plans

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable
 
-from rewriter.analyze.loops import Loop, is_pairs, iterated
-from rewriter.analyze.names import walk
+from rewriter.analyze.model.loops import Loop, is_pairs, iterated
+from rewriter.analyze.read.nodes import walk
 
 _MUTATING = {"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "push", "put"}
 

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from rewriter.analyze.call_form import call_form
-from rewriter.analyze.checkpoints import is_checkpoint
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.flow import names
-from rewriter.analyze.loops import SETUP, Loop, find_loops, is_chain, is_pairs, takes_apart
-from rewriter.analyze.names import walk
-from rewriter.analyze.project import File, Project
-from rewriter.analyze.stacks import NO_MODULES
+from rewriter.analyze.model.call_form import call_form
+from rewriter.analyze.model.checkpoints import is_checkpoint
+from rewriter.analyze.model.flow import names
+from rewriter.analyze.model.loops import SETUP, Loop, find_loops, is_chain, is_pairs, takes_apart
+from rewriter.analyze.model.stacks import NO_MODULES
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.read.project import Project
 
 from .corpus_flow import passes_on
 

@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from rewriter.analyze.flow import carried
+from rewriter.analyze.model.flow import carried
 
 from .helpers import converted
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.analyze.loops import Loop, find_loops, takes_apart
-from rewriter.analyze.project import Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.model.loops import Loop, find_loops, takes_apart
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 
 from .corpus_flow import passes_on
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.project import Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.convert import apply_plan, convert_text
 from rewriter.plan import Options, make_plans
 from rewriter.rules import RULES

@@ -8,7 +8,7 @@ import ast
 import pytest
 
 from rewriter.rules import RULES
-from rewriter.types import Example, Rule
+from rewriter.rules.rule import Example, Rule
 
 from .helpers import converted
 

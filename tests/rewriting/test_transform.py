@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.analyze.project import File, Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.changes import (
     Arguments,
     Change,
@@ -252,7 +253,7 @@ STATEMENTS: dict[str, tuple[str, str, list[Callable[[File], Change]]]] = {
         [lambda f: Keep(line(f, 1), line(f, 6))],
     ),
     "one side stays, changed": (
-        "if a:\n    b\nelse:\n    c(b)\n", "if True:\n    c(B)\n".split("\n    ")[1],
+        "if a:\n    b\nelse:\n    c(b)\n", ["if True:", "c(B)\n"][1],
         [lambda f: Keep(line(f, 1), line(f, 4)), lambda f: replace(f.tree.body[0].orelse[0].value.args[0], "B")],  # type: ignore[attr-defined]
     ),
     "a block opens": (

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.loops import Loop, is_chain, is_pairs
-from rewriter.analyze.project import Project
-from rewriter.analyze.source import Source
+from rewriter.analyze.model.loops import Loop, is_chain, is_pairs
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.plan import Options, make_plans
 from rewriter.types import Refusal
 

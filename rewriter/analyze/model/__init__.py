@@ -1,0 +1,1 @@
+"""What modules are made of: lists of blocks, how they are built, the loops over them, parameters."""

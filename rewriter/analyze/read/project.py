@@ -1,0 +1,240 @@
+"""The files of a project and what a name in one of them means."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from rewriter.analyze.read.file import (
+    ClassInfo,
+    External,
+    File,
+    ModuleRef,
+    Resolved,
+    base_names,
+    canonical,
+)
+from rewriter.analyze.read.names import Binding, Import, Scope
+from rewriter.analyze.read.source import Source
+from rewriter.types import InputError
+
+# Names that a snippet without imports (a notebook cell, stdin) may use.
+_UNBOUND = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional"}
+# Packages whose names the rules know; they are never looked up as files.
+_NEVER_PROJECT = {"torch", "bmtrain"}
+
+
+class Project:
+    """Files by path, resolution of names across them.
+
+    ``derived`` says which files have classes with a base of some name; files that are not loaded yet may be among them.
+    """
+
+    def __init__(self, roots: Iterable[Path] = (), derived: dict[bytes, list[Path]] | None = None) -> None:
+        self.files: dict[Path, File] = {}
+        self.derived: dict[bytes, list[Path]] = derived if derived is not None else {}
+        self.partial = derived is not None
+        self.roots = [root.resolve() for root in roots]
+        self._missing: set[Path] = set()
+        self._modules: dict[tuple[Path, str, int], File | None] = {}
+        self._members: dict[tuple[File, str], Resolved] = {}
+        self._resolved: dict[ast.AST, Resolved] = {}
+        self._directories: dict[Path, tuple[Path, ...]] = {}
+
+    def add(self, source: Source, convert: bool = True) -> File:
+        file = File(source, convert)
+        path = source.path.resolve()
+        self.files[path] = file
+        if not self.partial:
+            for name in base_names(source.data):
+                self.derived.setdefault(name, []).append(path)
+        return file
+
+    def with_base(self, name: str) -> Iterator[File]:
+        """Files in which some class has a base of this name."""
+        for path in self.derived.get(name.encode(), ()):
+            file = self.files.get(path) or self._read(path)
+            if file is not None:
+                yield file
+
+    def __iter__(self) -> Iterator[File]:
+        return iter(list(self.files.values()))
+
+    # Modules ---------------------------------------------------------------------------------------------------
+
+    def _search_path(self, file: File) -> tuple[Path, ...]:
+        folder = file.folder
+        if folder not in self._directories:
+            top = folder
+            while (top / "__init__.py").exists() and top.parent != top:
+                top = top.parent
+            above = [parent for parent in top.parents if any(parent.is_relative_to(root) for root in self.roots)]
+            self._directories[folder] = tuple(
+                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots), *above])
+            )
+        return self._directories[folder]
+
+    def find_module(self, name: str, origin: File, level: int = 0) -> File | None:
+        """The project's file that an import of ``name`` in another file reaches."""
+        key = (origin.folder, name, level)
+        if key not in self._modules:
+            self._modules[key] = self._find_module(name, origin, level)
+        return self._modules[key]
+
+    def _find_module(self, name: str, origin: File, level: int) -> File | None:
+        parts = [part for part in name.split(".") if part]
+        if not level and parts and parts[0] in _NEVER_PROJECT:
+            return None
+        if level:
+            folder = origin.folder
+            for _ in range(level - 1):
+                folder = folder.parent
+            return self._module_at(folder, parts)
+        for folder in self._search_path(origin):
+            found = self._module_at(folder, parts)
+            if found is not None:
+                return found
+        return None
+
+    def _module_at(self, folder: Path, parts: list[str]) -> File | None:
+        base = folder.joinpath(*parts)
+        candidates = [base / "__init__.py"]
+        if parts:
+            candidates.insert(0, base.with_name(base.name + ".py"))
+        for path in candidates:
+            file = self.files.get(path) or self._read(path)
+            if file is not None:
+                return file
+        return None
+
+    def _read(self, path: Path) -> File | None:
+        """A module next to the given files: read for its meaning, not converted."""
+        if path in self._missing:
+            return None
+        try:
+            if path.is_file() and path.stat().st_size < 4_000_000:
+                return self.add(Source(path, path.read_bytes()), convert=False)
+        except (OSError, InputError):
+            pass
+        self._missing.add(path)
+        return None
+
+    def imported(self, file: File) -> set[File]:
+        """The project's files that the imports at the top of a file reach, or take names from."""
+        found: set[File] = set()
+        for bindings in file.names.module.bindings.values():
+            for binding in bindings:
+                reached = self._import(file, binding.value, 0) if isinstance(binding.value, Import) else None
+                if reached is not None and not isinstance(reached, External):
+                    found.add(reached.file)
+        return found
+
+    # Names -----------------------------------------------------------------------------------------------------
+
+    def resolve(self, file: File, node: ast.AST, depth: int = 0) -> Resolved:
+        """What an expression made of names and attributes refers to; None when that is not certain."""
+        if depth > 20:
+            return None
+        if node not in self._resolved:
+            self._resolved[node] = self._resolve(file, node, depth)
+        return self._resolved[node]
+
+    def _resolve(self, file: File, node: ast.AST, depth: int) -> Resolved:
+        if isinstance(node, ast.Subscript):
+            return self.resolve(file, node.value, depth + 1)
+        if isinstance(node, ast.Name):
+            return self._name(file, node.id, file.names.scope_of(node), depth)
+        if isinstance(node, ast.Attribute):
+            return self._member(self.resolve(file, node.value, depth + 1), node.attr, depth)
+        return None
+
+    def external(self, file: File, node: ast.AST) -> str:
+        """The canonical dotted name of something outside the project, else an empty string."""
+        found = self.resolve(file, node)
+        return found.name if isinstance(found, External) else ""
+
+    def _name(self, file: File, name: str, scope: Scope, depth: int) -> Resolved:
+        found = file.names.lookup(name, scope)
+        if found is None:
+            for star in file.names.module.stars:
+                module = self.find_module(star.module, file, star.level)
+                if module is None and star.module.startswith("torch") and star.level == 0:
+                    return External(canonical(f"{star.module}.{name}"))
+                if module is not None and module is not file and (module.mentions(name) or module.mentions("import *")):
+                    member = self._member(ModuleRef(module), name, depth + 1)
+                    if member is not None:
+                        return member
+            return External(_UNBOUND[name]) if name in _UNBOUND else None
+        return self._bound(file, found[1], depth)
+
+    def _bound(self, file: File, bindings: list[Binding], depth: int) -> Resolved:
+        certain = [binding for binding in bindings if not binding.fallback] or bindings
+        results = [self._value(file, binding, depth) for binding in certain]
+        first = results[0]
+        if all(isinstance(binding.value, Import) for binding in certain):
+            return first
+        if all(isinstance(binding.value, (ast.ClassDef, ast.FunctionDef)) for binding in certain):
+            return results[-1]
+        return first if len(results) == 1 else None
+
+    def _value(self, file: File, binding: Binding, depth: int) -> Resolved:
+        value = binding.value
+        if isinstance(value, Import):
+            return self._import(file, value, depth)
+        if isinstance(value, ast.ClassDef):
+            return file.class_info(value)
+        if isinstance(value, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return file.function_info(value)
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            return self.resolve(file, value, depth + 1)
+        return None
+
+    def _import(self, file: File, target: Import, depth: int) -> Resolved:
+        if not target.name:
+            module = self.find_module(target.module, file)
+            return ModuleRef(module) if module is not None else External(canonical(target.module))
+        module = self.find_module(target.module, file, target.level)
+        if module is not None:
+            member = self._member(ModuleRef(module), target.name, depth + 1) if module is not file else None
+            if member is not None:
+                return member
+        dotted_name = f"{target.module}.{target.name}" if target.module else target.name
+        submodule = self.find_module(dotted_name, file, target.level)
+        if submodule is not None and submodule is not file:
+            return ModuleRef(submodule)
+        if module is not None or target.level:
+            return None
+        return External(canonical(dotted_name))
+
+    def _member(self, owner: Resolved, name: str, depth: int) -> Resolved:
+        if depth > 20:
+            return None
+        if isinstance(owner, External):
+            return External(canonical(f"{owner.name}.{name}"))
+        if isinstance(owner, ModuleRef):
+            key = owner.file, name
+            if key not in self._members:
+                self._members[key] = None  # while it is being looked up, for modules that import each other
+                self._members[key] = self._module_member(owner.file, name, depth)
+            return self._members[key]
+        if isinstance(owner, ClassInfo):
+            for item in owner.node.body:
+                if isinstance(item, ast.ClassDef) and item.name == name:
+                    return owner.file.class_info(item)
+        return None
+
+    def _module_member(self, file: File, name: str, depth: int) -> Resolved:
+        """A name of a module: bound there, a module of the package, or got by a star import."""
+        bound = file.mentions(name) and name in file.names.module.bindings
+        found = self._name(file, name, file.names.module, depth + 1) if bound else None
+        found = found or self._submodule(file, name)
+        if found is None and not bound and file.mentions("import *"):
+            return self._name(file, name, file.names.module, depth + 1)
+        return found
+
+    def _submodule(self, package: File, name: str) -> Resolved:
+        if package.path.name != "__init__.py":
+            return None
+        found = self._module_at(package.folder, [name])
+        return ModuleRef(found) if found is not None else None

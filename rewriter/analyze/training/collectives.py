@@ -1,0 +1,239 @@
+"""Which code must run on every rank, and which tests keep it to one."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import External, File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.roles import Roles
+
+_SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
+_RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
+_MAIN_NAME = re.compile(
+    r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
+    re.I,
+)
+_LOCAL_METHODS = {
+    "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
+    "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
+    "register_buffer", "register_forward_hook", "compile", "share_memory",
+}  # fmt: skip
+_COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
+_LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized"}
+
+
+class Collectives:
+    """Answers for all files of a project, remembered per function."""
+
+    def __init__(self, classes: Classes, roles: dict[File, Roles]) -> None:
+        self.classes = classes
+        self.project = classes.project
+        self.roles = roles
+        self._functions: dict[ast.AST, bool] = {}
+
+    def inside(self, file: File, node: ast.AST) -> ast.Call | None:
+        """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""
+        return next(self.outermost(file, node), None)
+
+    def outermost(self, file: File, node: ast.AST) -> Iterator[ast.Call]:
+        """Calls in the node that every rank must make, without those inside another one."""
+        stack = [node]
+        while stack:
+            item = stack.pop()
+            if isinstance(item, ast.Call) and self.is_collective(file, item) and not self._is_barrier(file, item):
+                yield item
+                continue
+            stack.extend(
+                child for child in reversed(list(ast.iter_child_nodes(item))) if not isinstance(child, _SEPARATE)
+            )
+
+    def _is_barrier(self, file: File, call: ast.Call) -> bool:
+        return self.project.external(file, call.func) in {"torch.distributed.barrier", "bmtrain.synchronize"}
+
+    def is_collective(self, file: File, call: ast.Call) -> bool:
+        roles = self.roles[file]
+        if roles.is_model(call.func):
+            return True
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, FunctionInfo):
+            return self.function(found.file, found.node)
+        if isinstance(found, External):
+            if found.name.startswith("bmtrain."):
+                return found.name not in _LOCAL_BMT
+            if found.name.startswith("torch.distributed.") and found.name.split(".")[-1] in _DIST_COLLECTIVES:
+                return True
+            if not found.name.startswith("torch."):
+                return any(roles.is_model(argument) for argument in call.args)
+            return False
+        if isinstance(call.func, ast.Attribute):
+            return self._method(file, call, call.func)
+        return False
+
+    def _method(self, file: File, call: ast.Call, func: ast.Attribute) -> bool:
+        roles, name = self.roles[file], func.attr
+        receiver = roles.var(func.value)
+        if name == "state_dict" and not _SMALL_STATE.search(dotted(func.value) or ""):
+            return True
+        if name == "backward" or (name in {"item"} and receiver in roles.losses):
+            return True
+        if receiver in roles.optimizers or receiver in roles.managers:
+            return name in {"state_dict", "load_state_dict", "step", "clip_grad_norm", "backward"}
+        if roles.is_model(func.value):
+            if name in _COLLECTIVE_METHODS:
+                return True
+            if name == "save_pretrained" and any(keyword.arg == "state_dict" for keyword in call.keywords):
+                return False
+            cls = roles.model_class(func.value)
+            method = self.classes.method(cls, name) if cls is not None else None
+            if method is not None:
+                return self.function(method[0].file, method[1])
+            return name not in _LOCAL_METHODS
+        if isinstance(func.value, ast.Name) and func.value.id == "self":
+            owner = file.names.class_of(call)
+            if owner is not None:
+                method = self.classes.method(file.class_info(owner), name)
+                if method is not None:
+                    return self.function(method[0].file, method[1])
+        return False
+
+    def _saves(self, file: File, call: ast.Call) -> bool:
+        """Whether a call is a ``torch.save`` that becomes bmtrain's, for all ranks to make."""
+        if self.project.external(file, call.func) != "torch.save":
+            return False
+        return not any(isinstance(p, ast.If) and as_guard(file, p) is not None for p in file.names.ancestors(call))
+
+    def function(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function makes a call that every rank must make."""
+        if node not in self._functions:
+            self._functions[node] = False
+            owner = file.names.class_of(node)
+            module = owner is not None and self.classes.is_module(file.class_info(owner))
+            self._functions[node] = any(
+                isinstance(item, ast.Call)
+                and (self.is_collective(file, item) or (module and _runs_module(item)) or self._saves(file, item))
+                for statement in node.body
+                for item in walk_own(statement)
+            )
+        return self._functions[node]
+
+
+_DIST_COLLECTIVES = {
+    "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "reduce",
+    "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
+    "all_gather_into_tensor", "reduce_scatter_tensor",
+}  # fmt: skip
+
+
+def _runs_module(call: ast.Call) -> bool:
+    """Whether a call in a module's method runs the module or one of its parts."""
+    path = dotted(call.func) or ""
+    if path == "self":
+        return True
+    return path.startswith("self.") and path.split(".")[-1] in {"forward", "state_dict", "generate"}
+
+
+# Rank guards --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """An ``if`` that lets one rank in. ``rest`` holds the operands of its ``and`` that are not about ranks."""
+
+    node: ast.If
+    rest: tuple[ast.expr, ...]
+
+
+def guards(file: File) -> Iterator[Guard]:
+    if not re.search(rb"rank|master|main|primary|RANK", file.source.data):
+        return
+    for node in file.nodes:
+        if isinstance(node, ast.If):
+            guard = as_guard(file, node)
+            if guard is not None:
+                yield guard
+
+
+def as_guard(file: File, node: ast.If) -> Guard | None:
+    if is_rank_test(file, node.test):
+        return Guard(node, ())
+    if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.And):
+        rest = tuple(value for value in node.test.values if not is_rank_test(file, value))
+        if len(rest) < len(node.test.values):
+            return Guard(node, rest)
+    return None
+
+
+def is_rank_test(file: File, test: ast.expr) -> bool:
+    """Whether an expression is true on one rank (of a node) only."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.Or):
+        return any(is_rank_test(file, value) for value in test.values)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1:
+        right = test.comparators[0]
+        values = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
+        zeros = all(_integer(value) in {0, -1} for value in values)
+        return zeros and isinstance(test.ops[0], (ast.Eq, ast.In, ast.LtE, ast.Is)) and is_rank(file, test.left)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return is_rank(file, test.operand)
+    if isinstance(test, ast.Call):
+        return bool(_MAIN_NAME.search((dotted(test.func) or "").split(".")[-1]))
+    path = dotted(test)
+    return path is not None and (bool(_MAIN_NAME.search(path.split(".")[-1])) or path in rank_flags(file))
+
+
+def rank_flags(file: File) -> dict[str, bool]:
+    """Names and attributes that hold the outcome of a rank test, and whether of something else as well."""
+    if file.rank_flags is None:
+        file.rank_flags = {}
+        for node in file.nodes:
+            if isinstance(node, ast.Assign) and len(node.targets) == 1 and dotted(node.targets[0]):
+                value, path = node.value, dotted(node.targets[0]) or ""
+                if isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And):
+                    if any(is_rank_test(file, operand) for operand in value.values):
+                        file.rank_flags[path] = True
+                elif isinstance(value, (ast.Compare, ast.Call)) and is_rank_test(file, value):
+                    file.rank_flags.setdefault(path, False)
+    return file.rank_flags
+
+
+def is_other_rank_test(file: File, test: ast.expr) -> bool:
+    """Whether an expression is true on all ranks but one."""
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        return is_rank_test(file, test.operand)
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn)):
+        return is_rank(file, test.left)
+    return is_rank(file, test)
+
+
+def is_rank(file: File, node: ast.expr) -> bool:
+    """Whether an expression is a rank's number."""
+    if isinstance(node, ast.Call):
+        name = (dotted(node.func) or "").split(".")[-1]
+        if name == "int" and len(node.args) == 1:
+            return is_rank(file, node.args[0])
+        if name in {"get", "getenv"} and node.args and isinstance(node.args[0], ast.Constant):
+            return str(node.args[0].value).endswith("RANK")
+        return name == "rank" or name.endswith("_rank")
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        return str(node.slice.value) in {"RANK", "LOCAL_RANK"}
+    path = dotted(node)
+    return path is not None and bool(_RANK_NAME.search(path.split(".")[-1]))
+
+
+def varies_by_rank(file: File, node: ast.expr) -> bool:
+    """Whether a seed is another one on every rank."""
+    return any(
+        isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
+        for item in walk(node)
+    )
+
+
+def _integer(node: ast.expr) -> int | None:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
+        return -node.operand.value if isinstance(node.operand.value, int) else None
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int) else None

@@ -1,0 +1,192 @@
+"""Where a script starts: which of its statements need the ranks, and in which block they stand."""
+
+from __future__ import annotations
+
+import ast
+
+from rewriter.analyze.read.classes import Classes, external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.roles import Roles, is_optimizer_name
+from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS
+
+SEEDS = {
+    "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
+    "numpy.random.seed", "transformers.set_seed", "lightning.seed_everything",
+}  # fmt: skip
+_NEEDS = {"torch.save", "torch.utils.data.DataLoader", "torch.multiprocessing.spawn", "torch.amp.GradScaler"}
+
+
+class Entries:
+    """Answers for all files of a project, remembered per function."""
+
+    def __init__(self, classes: Classes, roles: dict[File, Roles]) -> None:
+        self.classes = classes
+        self.project = classes.project
+        self.roles = roles
+        self._needs: dict[ast.AST, bool] = {}
+        self._makes: dict[ast.AST, bool] = {}
+
+    def block(self, file: File) -> list[ast.stmt]:
+        """The statement list in which the script's set-up belongs; empty if the file is not run."""
+        guarded = [s for s in file.tree.body if isinstance(s, ast.If) and _is_main_test(s.test)]
+        body = [s for s in file.tree.body if not isinstance(s, _DEFINITIONS) and s not in guarded]
+        library = file.path.exists() and (file.path.parent / "__init__.py").exists() and not _trains(body)
+        if not library and any(self.needs_init(file, s) for s in body):
+            if not guarded or not self._is_imported(file):
+                return self._descend(file, file.tree.body)
+        if guarded:
+            return self._descend(file, guarded[0].body)
+        functions = [s for s in file.tree.body if isinstance(s, ast.FunctionDef)]
+        mains = [s for s in functions if s.name == "main" and any(self.needs_init(file, item) for item in s.body)]
+        if b"parse_args" not in file.source.data:
+            functions = []
+        mains += [s for s in functions if _reads_arguments(s) and self._function_constructs(file, s)]
+        return mains[0].body if mains else []
+
+    def _is_imported(self, file: File) -> bool:
+        """Whether another file of the project imports this one, by name: what runs then is not what runs alone."""
+        name = file.path.stem
+        return any(
+            name in {(node.module or "").split(".")[-1], *(alias.name for alias in node.names)}
+            if isinstance(node, ast.ImportFrom)
+            else any(alias.name.split(".")[-1] == name for alias in node.names)
+            for other in self.project
+            if other is not file and name.encode() in other.source.data
+            for node in other.nodes
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        )
+
+    def _descend(self, file: File, block: list[ast.stmt]) -> list[ast.stmt]:
+        """Follow a block that only calls one local function into that function."""
+        needing = [s for s in block if not isinstance(s, _DEFINITIONS) and self.needs_init(file, s)]
+        if len(needing) == 1 and isinstance(needing[0], (ast.Expr, ast.Assign)):
+            value = needing[0].value
+            if isinstance(value, ast.Call):
+                nested = [c for c in walk(value) if isinstance(c, ast.Call) and c is not value]
+                called = self._functions_run(file, value)
+                if len(called) == 1 and called[0].file is file:
+                    if not any(self._call_needs(file, call) for call in nested):
+                        return self._descend(file, called[0].node.body)
+        return block
+
+    def _functions_run(self, file: File, call: ast.Call) -> list[FunctionInfo]:
+        """Functions that a call runs: ``main()``; ``Fire(main)``, ``run(main)``; ``cli()`` with ``@cli.command()``."""
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, FunctionInfo):
+            return [found]
+        given = [*call.args, *(keyword.value for keyword in call.keywords)]
+        given = [item for part in given for item in (part.values if isinstance(part, ast.Dict) else [part])]
+        passed = [self.project.resolve(file, item) for item in given if isinstance(item, ast.Name)]
+        functions = [item for item in passed if isinstance(item, FunctionInfo)]
+        if not functions and isinstance(call.func, ast.Name) and not call.args:
+            functions = [
+                file.function_info(item)
+                for item in file.tree.body
+                if isinstance(item, ast.FunctionDef)
+                and any(
+                    (dotted(d.func if isinstance(d, ast.Call) else d) or "").split(".")[0] == call.func.id
+                    for d in item.decorator_list
+                )
+            ]
+        return functions if isinstance(found, External) or not call.args else []
+
+    def constructs(self, file: File, node: ast.AST) -> bool:
+        for item in walk_own(node):
+            if isinstance(item, ast.Call):
+                found = self.project.resolve(file, item.func)
+                if not isinstance(found, (ClassInfo, FunctionInfo)) and isinstance(item.func, ast.Attribute):
+                    found = self.project.resolve(file, item.func.value)  # Net.load(path)
+                if isinstance(found, ClassInfo):
+                    if self.classes.is_module(found):
+                        return True
+                    if any(self._function_constructs(found.file, method) for method in found.methods.values()):
+                        return True
+                elif isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node):
+                    return True
+        return False
+
+    def _function_constructs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        if node not in self._makes:
+            self._makes[node] = False
+            self._makes[node] = any(self.constructs(file, statement) for statement in node.body)
+        return self._makes[node]
+
+    def needs_init(self, file: File, statement: ast.AST) -> bool:
+        """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
+        roles = self.roles[file]
+        held = roles.scalers | {(scope, path.split(".")[0]) for scope, path in roles.optimizers}
+        for node in walk_own(statement):
+            if isinstance(node, ast.Call) and self._call_needs(file, node):
+                return True
+            if isinstance(node, ast.Assign) and any(roles.var(target) in held for target in node.targets):
+                return True
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                if any(roles.var(target) in roles.models for target in node.targets):
+                    return True
+        return False
+
+    def _call_needs(self, file: File, call: ast.Call) -> bool:
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, ClassInfo):
+            if self.classes.is_module(found):
+                return True
+            return any(self._function_needs(found.file, method) for method in found.methods.values())
+        if isinstance(found, FunctionInfo):
+            return self._function_needs(found.file, found.node)
+        if any(self._function_needs(run.file, run.node) for run in self._functions_run(file, call)):
+            return True
+        if isinstance(found, External):
+            name = found.name
+            return (
+                name in SEEDS
+                or name in _NEEDS
+                or name.startswith(("torch.distributed.", "bmtrain."))
+                or is_optimizer_name(name)
+                or external_kind(name) == "leaf"
+                or name.split(".")[0] in {"tqdm", "wandb"}
+                or name in WRITERS
+            )
+        if isinstance(call.func, ast.Attribute) and call.func.attr in WRITING_METHODS:
+            return True
+        if isinstance(call.func, ast.Name) and call.func.id == "print":
+            return file.names.lookup("print", file.names.scope_of(call)) is None
+        return False
+
+    def _function_needs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        if node not in self._needs:
+            self._needs[node] = False
+            self._needs[node] = any(self.needs_init(file, statement) for statement in node.body)
+        return self._needs[node]
+
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
+def _is_main_test(test: ast.expr) -> bool:
+    return (
+        isinstance(test, ast.Compare)
+        and any(isinstance(side, ast.Name) and side.id == "__name__" for side in (test.left, *test.comparators))
+        and any(isinstance(side, ast.Constant) and side.value == "__main__" for side in (test.left, *test.comparators))
+    )
+
+
+def _trains(statements: list[ast.stmt]) -> bool:
+    """Whether statements of a module's own call backward: then it is a script, wherever it lies."""
+    return any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+        for statement in statements
+        for node in walk_own(statement)
+    )
+
+
+def _reads_arguments(function: ast.FunctionDef) -> bool:
+    """Whether a function parses the command line: then an installed command calls it."""
+    return any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "parse_args"
+        and not (node.args or node.keywords)
+        for statement in function.body
+        for node in walk_own(statement)
+    )

@@ -1,0 +1,267 @@
+"""Which variables of a script are its models, optimizers, scalers, schedulers and losses."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cached_property
+
+from rewriter.analyze.read.classes import Classes, external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk
+
+Var = tuple[ast.AST, str]
+_MODEL_NAMES = re.compile(
+    r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
+)
+_LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
+_REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
+_WRAPPERS = {
+    "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
+    "bmtrain.BMTrainModelWrapper",
+}  # fmt: skip
+_CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_"}
+
+
+class Roles:
+    """Roles of the variables of one file. A variable is a name in its scope, or ``self.name`` in its class."""
+
+    def __init__(self, file: File, classes: Classes) -> None:
+        self.file = file
+        self.classes = classes
+        self.project = classes.project
+
+    def var(self, node: ast.AST) -> Var | None:
+        """The variable that a name, or an attribute of a name, stands for."""
+        path = dotted(node)
+        if path is None:
+            return None
+        root = path.split(".")[0]
+        names = self.file.names
+        if root in {"self", "cls"} and "." in path:
+            owner = names.class_of(node)
+            if owner is not None:
+                return owner, path
+        found = names.lookup(root, names.scope_of(node))
+        return (found[0].node if found else names.module.node), path
+
+    @cached_property
+    def assignments(self) -> list[tuple[Var, ast.expr, ast.stmt, bool]]:
+        """(variable, value, statement, whether the variable gets only a part of the value)."""
+        found: list[tuple[Var, ast.expr, ast.stmt, bool]] = []
+        for node in self.file.nodes:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                for target in targets:
+                    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+                    for part in parts:
+                        variable = self.var(part)
+                        if variable is not None:
+                            found.append((variable, node.value, node, part is not target))
+        return found
+
+    @cached_property
+    def methods_called(self) -> dict[Var, set[str]]:
+        found: dict[Var, set[str]] = {}
+        for node in self.file.calls:
+            if isinstance(node.func, ast.Attribute):
+                variable = self.var(node.func.value)
+                if variable is not None:
+                    found.setdefault(variable, set()).add(node.func.attr)
+        return found
+
+    # Optimizers ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def optimizers(self) -> set[Var]:
+        found = {v for v, value, _, part in self.assignments if not part and self._is_optimizer(value)}
+        for variable, methods in self.methods_called.items():
+            named = re.search(r"opt", variable[1].split(".")[-1], re.I)
+            if (named and "zero_grad" in methods and ("step" in methods or self.scalers)) or (
+                named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods
+            ):
+                found.add(variable)
+        for node in self.file.calls:
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "step":
+                if node.args and self.var(node.func.value) in self.scalers:
+                    stepped = self.var(node.args[0])
+                    if stepped is not None:
+                        found.add(stepped)
+        return found - self.managers - self.scalers
+
+    def _is_optimizer(self, value: ast.expr) -> bool:
+        if not isinstance(value, ast.Call):
+            return False
+        found = self.project.resolve(self.file, value.func)
+        if isinstance(found, FunctionInfo):
+            return any(
+                isinstance(node, ast.Return)
+                and isinstance(node.value, ast.Call)
+                and is_optimizer_name(self.project.external(found.file, node.value.func))
+                for node in walk(found.node)
+            )
+        return isinstance(found, External) and is_optimizer_name(found.name)
+
+    @cached_property
+    def scalers(self) -> set[Var]:
+        found = {v for v, value, _, part in self.assignments if not part and self.scaler_call(value) is not None}
+        for variable, methods in self.methods_called.items():
+            if {"scale", "step"} <= methods and methods & {"unscale_", "update"}:
+                found.add(variable)
+        return found
+
+    def scaler_call(self, value: ast.expr) -> ast.Call | None:
+        """The ``GradScaler(...)`` in a value that is one, or one or None."""
+        if isinstance(value, ast.IfExp):
+            return self.scaler_call(value.body) or self.scaler_call(value.orelse)
+        if isinstance(value, ast.Call) and self.project.external(self.file, value.func) == "torch.amp.GradScaler":
+            return value
+        return None
+
+    @cached_property
+    def managers(self) -> set[Var]:
+        """Variables that already hold an OptimManager, also where they are handed on."""
+        found = {
+            variable
+            for variable, value, _, _ in self.assignments
+            if isinstance(value, ast.Call)
+            and self.project.external(self.file, value.func).startswith("bmtrain.optim.OptimManager")
+        }
+        names = {variable[1] for variable in found}
+        for variable, methods in self.methods_called.items():
+            if "backward" in methods and ("step" in methods or variable[1] in names):
+                found.add(variable)
+        return found
+
+    # Models ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def models(self) -> dict[Var, ClassInfo | None]:
+        """Model variables and, where it is known, their class."""
+        found: dict[Var, ClassInfo | None] = {}
+        for variable, methods in self.methods_called.items():
+            if methods & {"parameters", "named_parameters"} or (
+                methods & {"train", "eval"} and methods & {"state_dict", "load_state_dict", "to"}
+            ):
+                found[variable] = None
+        for _ in range(4):
+            before = len(found), sum(value is not None for value in found.values())
+            for variable, value, _, part in self.assignments:
+                is_model, cls = self._model_value(value, found)
+                if is_model and not part:
+                    found[variable] = cls or found.get(variable)
+            if before == (len(found), sum(value is not None for value in found.values())):
+                break
+        for node in self.file.nodes:
+            if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id):
+                named = self.var(node)
+                if named is not None and self._is_argument(named):
+                    found.setdefault(named, None)
+        return {variable: cls for variable, cls in found.items() if variable not in self.optimizers}
+
+    def _is_argument(self, variable: Var) -> bool:
+        scope = self.file.names.scopes.get(variable[0])
+        return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
+
+    def _model_value(self, value: ast.expr, known: dict[Var, ClassInfo | None]) -> tuple[bool, ClassInfo | None]:
+        """Whether an expression yields a model."""
+        if isinstance(value, ast.IfExp):
+            left, right = self._model_value(value.body, known), self._model_value(value.orelse, known)
+            return left[0] or right[0], left[1] or right[1]
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            if isinstance(value, ast.Attribute) and value.attr == "module":
+                return self._model_value(value.value, known)
+            variable = self.var(value)
+            return variable in known, known.get(variable) if variable else None
+        if not isinstance(value, ast.Call):
+            return False, None
+        found = self.project.resolve(self.file, value.func)
+        if isinstance(found, ClassInfo):
+            return self.classes.is_module(found) and not _LOSS_CALL.search(found.name), found
+        if isinstance(found, External) and found.name in _WRAPPERS and value.args:
+            return self._model_value(value.args[0], known)
+        if isinstance(found, External) and external_kind(found.name) == "leaf":
+            return not _LOSS_CALL.search(found.name), None
+        if isinstance(value.func, ast.Attribute) and value.func.attr in _CHAINED:
+            return self._model_value(value.func.value, known)
+        return False, None
+
+    def is_model(self, node: ast.AST) -> bool:
+        if isinstance(node, ast.Attribute) and node.attr == "module":
+            return self.is_model(node.value)
+        variable = self.var(node)
+        return variable is not None and variable in self.models
+
+    def model_class(self, node: ast.AST) -> ClassInfo | None:
+        variable = self.var(node)
+        return self.models.get(variable) if variable is not None else None
+
+    # Losses ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def losses(self) -> set[Var]:
+        """Names that hold a loss tensor: they come out of a model or a loss function."""
+        found: set[Var] = set()
+        for _ in range(3):
+            for variable, value, _, part in self.assignments:
+                if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
+                    continue
+                if "backward" in self.methods_called.get(variable, set()):
+                    found.add(variable)
+                elif "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
+                    if self._loss_value(value, found, part):
+                        found.add(variable)
+            for node in self.file.nodes:
+                if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
+                    total = self.var(node.target)
+                    if total is not None and "." not in total[1]:
+                        found.add(total)
+        return found - self.managers
+
+    @cached_property
+    def loss_parts(self) -> set[str]:
+        """``out["loss"]`` and ``out.loss``, as ``ast.dump`` gives them, where backward is called on them."""
+        return {
+            ast.dump(call.func.value)
+            for call in self.file.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr == "backward"
+            and isinstance(call.func.value, (ast.Subscript, ast.Attribute))
+            and self.var(call.func.value) not in self.managers
+        }
+
+    def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
+        if isinstance(value, ast.BinOp):
+            sides = (value.left, value.right)
+            return any(self._loss_value(side, known, part) for side in sides) and not any(map(_is_number, sides))
+        if isinstance(value, ast.Name):
+            return self.var(value) in known
+        if isinstance(value, ast.Call):
+            if isinstance(value.func, ast.Attribute) and value.func.attr in {"item", "tolist"}:
+                return False
+            if self.is_model(value.func):
+                return True
+            if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
+                return self._loss_value(value.func.value, known, part)
+            name = dotted(value.func) or ""
+            return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
+                ("estimate", "eval")
+            )
+        if isinstance(value, ast.Attribute):
+            return value.attr == "loss"
+        if isinstance(value, ast.Subscript):
+            return part is False and isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
+        return False
+
+
+def _is_number(node: ast.expr) -> bool:
+    """Whether an expression holds a ``.item()``: with it a sum is no tensor, or not only of this rank."""
+    return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
+
+
+def is_optimizer_name(name: str) -> bool:
+    """Whether a dotted name is an optimizer class."""
+    if name.startswith("torch.optim.") and not name.startswith("torch.optim.lr_scheduler"):
+        last = name.split(".")[-1]
+        return last[:1].isupper() and name.count(".") == 2
+    return name.startswith("bmtrain.optim.") and name.endswith("Optimizer")

@@ -1,0 +1,228 @@
+"""Which files train or build models, where a script starts, and what its parts need."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cached_property
+
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
+from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
+from rewriter.analyze.training.entries import Entries
+from rewriter.analyze.training.roles import Roles
+
+_PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
+_SHARING = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
+_TRAINS = re.compile(rb"\.backward\(")
+
+
+class Scripts:
+    """Training scripts of a project and everything they import."""
+
+    def __init__(self, classes: Classes) -> None:
+        self.classes = classes
+        self.project = classes.project
+        self.roles: dict[File, Roles] = _Roles(classes)
+        self.collectives = Collectives(classes, self.roles)
+        self.entry = Entries(classes, self.roles)
+        self._steps: dict[ast.AST, bool] = {}
+        self._reached: dict[File, set[File]] = {}
+        self._imported_by: dict[File, set[File]] = {}
+        self._programs_of: dict[File, set[File]] = {}
+        self._unguarded: dict[File, dict[ast.If, Guard]] = {}
+
+    @cached_property
+    def entries(self) -> dict[File, list[ast.stmt]]:
+        """Files that are run, and the statements that run first."""
+        return {file: block for file in self.project if file.convert and (block := self.entry.block(file))}
+
+    @cached_property
+    def training(self) -> set[File]:
+        """Files with a loop that trains, and project files that the scripts import."""
+        found = set(self._loops)
+        for file in self.programs:
+            found |= self.reach(file)
+        return found
+
+    @cached_property
+    def programs(self) -> list[File]:
+        """Files that are run to train, or to do something else with a model."""
+        return [file for file in self.entries if file in self._loops or self._builds_model(file) or self.drives(file)]
+
+    @cached_property
+    def _loops(self) -> set[File]:
+        return {file for file in self.project if _TRAINS.search(file.source.data) and self.trains(file)}
+
+    @cached_property
+    def unstarted(self) -> list[File]:
+        """Files with a loop that trains which no program reaches."""
+        reached = {file for program in self.programs for file in self.reach(program)}
+        return [file for file in self.project if file in self._loops and file not in reached]
+
+    def drives(self, file: File) -> bool:
+        """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
+        loops = {target for target in self.reach(file) if target not in self.entries and self.trains(target)}
+        return bool(loops) and not any(
+            any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
+            for other, block in self.entries.items()
+            if other is not file
+        )
+
+    def feeds_training(self, file: File) -> bool:
+        """Whether no program uses a file, or one that trains."""
+        programs = [entry for entry in self.entries if file in self.reach(entry)]
+        return not programs or any(self.trains(target) for entry in programs for target in self.reach(entry))
+
+    def reach(self, start: File) -> set[File]:
+        """A file and the project files that it imports, at any depth."""
+        if start not in self._reached:
+            self._reached[start] = self._follow(start)
+        return self._reached[start]
+
+    def _follow(self, start: File) -> set[File]:
+        found, queue = {start}, [start]
+        while queue:
+            fresh = [target for target in self._imports(queue.pop()) if target not in found]
+            found.update(fresh)
+            queue.extend(fresh)
+        return found
+
+    def _imports(self, file: File) -> set[File]:
+        """The project files that a file imports itself."""
+        if file not in self._imported_by:
+            nodes = (node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
+            self._imported_by[file] = {t for node in nodes for t in self._imported(file, node) if t.convert}
+        return self._imported_by[file]
+
+    def only_behind(self, stopped: set[File]) -> dict[File, File]:
+        """Files that only scripts which cannot be converted use, each with one such script."""
+        behind = {target: file for file in stopped if file in self.entries for target in self.reach(file)}
+        for file in self.entries:
+            if file not in stopped and file not in behind:
+                for target in self.reach(file):
+                    behind.pop(target, None)
+        return {target: script for target, script in behind.items() if target not in stopped}
+
+    def trains(self, file: File) -> bool:
+        for node in file.calls:
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+                owner = file.names.function_of(node)
+                inner = owner is not None and owner.name in {"backward", "forward"}
+                receiver = node.func.value
+                if not inner and not (isinstance(receiver, ast.Call) and dotted(receiver.func) == "super"):
+                    roles = self.roles[file]
+                    return bool(roles.optimizers or roles.scalers or roles.managers)
+        return False
+
+    def _builds_model(self, file: File) -> bool:
+        """Whether running a file makes a model of the project."""
+        return any(self.entry.constructs(file, statement) for statement in self.entries[file])
+
+    def _imported(self, file: File, node: ast.Import | ast.ImportFrom) -> list[File]:
+        found = []
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                module = self.project.find_module(alias.name, file)
+                found.extend([module] if module is not None else [])
+            return found
+        module = self.project.find_module(node.module or "", file, node.level)
+        if module is not None:
+            found.append(module)
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}" if node.module else alias.name
+            module = self.project.find_module(name, file, node.level)
+            if module is not None:
+                found.append(module)
+        for alias in node.names:
+            target = self.project.resolve(file, ast.Name(id=alias.asname or alias.name, ctx=ast.Load()))
+            if isinstance(target, (ClassInfo, FunctionInfo, ModuleRef)):
+                found.append(target.file)
+        return found
+
+    def shares_data(self, file: File) -> bool:
+        """Whether anything in a file's programs is known to give ranks other data, or can be made to."""
+        return not self._sharing.isdisjoint(self._beside(file))
+
+    def was_parallel(self, file: File) -> bool:
+        """Whether a program that a file is part of was data parallel before."""
+        return not self._parallel.isdisjoint(self._beside(file))
+
+    @cached_property
+    def _sharing(self) -> set[File]:
+        return {file for file in self.project if any(mark in file.source.data for mark in _SHARING)}
+
+    @cached_property
+    def _parallel(self) -> set[File]:
+        return {file for file in self.project if self.is_parallel(file)}
+
+    def _beside(self, file: File) -> set[File]:
+        """The files of every program that a file is part of."""
+        if file not in self._programs_of:
+            programs = [entry for entry in self.entries if file in self.reach(entry)] or [file]
+            self._programs_of[file] = set().union(*(self.reach(program) for program in programs))
+        return self._programs_of[file]
+
+    def is_parallel(self, file: File) -> bool:
+        """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
+        return any(mark in file.source.data for mark in _PARALLEL)
+
+    @cached_property
+    def started(self) -> bool:
+        """Whether a script of the project starts bmtrain already; its data is then shared out as its author wants."""
+        return any(
+            b"init_distributed" in file.source.data
+            and any(self.project.external(file, call.func) == "bmtrain.init_distributed" for call in file.calls)
+            for file in self.project
+        )
+
+    def steps(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function calls backward, or a function of the project that does."""
+        if node not in self._steps:
+            self._steps[node] = False
+            for item in (item for statement in node.body for item in walk_own(statement)):
+                if isinstance(item, ast.Call):
+                    found = self.project.resolve(file, item.func)
+                    called = isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+                    if called or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node)):
+                        self._steps[node] = True
+        return self._steps[node]
+
+    def opened_guards(self, file: File) -> dict[ast.If, Guard]:
+        """Rank guards with a collective inside: every rank must enter them."""
+        if file not in self._unguarded:
+            self._unguarded[file] = {
+                guard.node: guard
+                for guard in guards(file)
+                if any(self.collectives.inside(file, statement) for statement in guard.node.body)
+            }
+        return self._unguarded[file]
+
+    def in_opened_guard(self, file: File, node: ast.AST) -> bool:
+        """Whether a node stands in a rank guard that every rank is to enter."""
+        opened = self.opened_guards(file)
+        return any(parent in opened for parent in file.names.ancestors(node))
+
+    def in_kept_guard(self, file: File, node: ast.AST) -> bool:
+        """Whether only one rank reaches a node, after conversion."""
+        opened = self.opened_guards(file)
+        child = node
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, ast.If) and any(child is item for item in parent.body) and parent not in opened:
+                if as_guard(file, parent) is not None:
+                    return True
+            child = parent
+        return False
+
+
+class _Roles(dict[File, Roles]):
+    """Roles of files, computed when first asked for."""
+
+    def __init__(self, classes: Classes) -> None:
+        super().__init__()
+        self._classes = classes
+
+    def __missing__(self, file: File) -> Roles:
+        self[file] = Roles(file, self._classes)
+        return self[file]

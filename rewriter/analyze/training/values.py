@@ -1,0 +1,338 @@
+"""Statements that read or write the values of a model's parameters outside a forward."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+from functools import cached_property
+
+from rewriter.analyze.read.file import External, File
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.states import written_states
+
+_PARAMETERS = {"parameters", "named_parameters"}
+_MODULES = {"modules", "named_modules", "children", "named_children"}
+_KNOWN_WITHOUT = {
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_leaf", "name", "grad_fn", "size", "dim", "numel",
+    "nelement", "element_size", "is_floating_point", "requires_grad_", "stride", "register_hook", "__class__",
+    "is_cuda", "type", "retain_grad", "register_post_accumulate_grad_hook", "new_zeros", "new_ones", "get_device",
+}  # fmt: skip
+_ELEMENTWISE = {
+    "copy_", "zero_", "fill_", "add_", "sub_", "mul_", "div_", "neg_", "lerp_", "clamp_", "addcmul_", "addcdiv_",
+    "sign_", "abs_", "sqrt_", "pow_", "clamp_min_", "clamp_max_",
+}  # fmt: skip
+_WITHOUT_VALUES = {"id", "len", "isinstance", "type", "hasattr", "getattr", "setattr", "print", "repr", "str"}
+_COLLECTING = {"append", "add", "extend", "insert", "get", "pop", "setdefault", "index", "discard", "remove"}
+_VIEWS = {"data", "detach", "float", "cpu", "to", "view", "flatten", "reshape", "contiguous", "t", "squeeze"}
+_WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
+
+
+class Access(Enum):
+    """What code does with one parameter."""
+
+    NONE = auto()  # nothing that needs its values
+    READ = auto()
+    WRITE = auto()
+    ASSIGN = auto()  # ``p.data = x``
+    LOCAL = auto()  # element-wise changes, which every rank can make to its share
+
+
+_ACCESS_OF_FUNCTIONS = (
+    ("torch.nn.init.", Access.WRITE),
+    ("torch.distributed.broadcast", Access.WRITE),
+    ("torch.optim.", Access.NONE),
+    ("torch.zeros_like", Access.NONE),
+    ("torch.ones_like", Access.NONE),
+    ("torch.empty_like", Access.NONE),
+    ("numpy.zeros_like", Access.NONE),
+    ("numpy.ones_like", Access.NONE),
+    ("numpy.empty_like", Access.NONE),
+    ("torch.", Access.READ),
+    ("numpy.", Access.READ),
+)
+"""What functions of other packages do with a parameter they are given: the first row whose start their name has."""
+
+
+@dataclass(frozen=True, eq=False)
+class ValueUse:
+    """``node`` needs whole values of ``models`` (source text), or, if ``local``, only each rank's share.
+
+    ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates; ``kept`` are values that code
+    keeps, which must be copies; ``states`` are calls of ``state_dict()`` whose tensors must be the parameters. ``read``
+    are models that are not written.
+    """
+
+    node: ast.stmt
+    models: tuple[ast.expr, ...]
+    writes: bool
+    local: bool = False
+    data: tuple[ast.Attribute, ...] = ()
+    kept: tuple[ast.expr, ...] = ()
+    states: tuple[ast.Call, ...] = ()
+    read: tuple[ast.expr, ...] = ()
+
+
+class Values:
+    """The uses of one file."""
+
+    def __init__(self, file: File, project: Project, roles: Roles) -> None:
+        self.file, self.project, self.roles = file, project, roles
+
+    def uses(self) -> Iterator[ValueUse]:
+        for node in self.file.nodes:
+            if isinstance(node, ast.For):
+                yield from self._loop(node)
+                yield from self._state(node)
+            elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
+                yield from self._statement(node)
+
+    @cached_property
+    def gradients(self) -> set[ast.Attribute]:
+        """``p.grad`` where a loop over a model's parameters reads it, and does not change it in place."""
+        found: set[ast.Attribute] = set()
+        for node in self.file.nodes:
+            if not isinstance(node, (ast.For, ast.GeneratorExp, ast.ListComp)):
+                continue
+            head = node.generators[0] if isinstance(node, (ast.GeneratorExp, ast.ListComp)) else node
+            iterated = self._iterated(head.iter, head.target)
+            names = iterated[1] if iterated is not None else set()
+            body: list[ast.AST] = [node.elt] if isinstance(node, (ast.GeneratorExp, ast.ListComp)) else list(node.body)
+            for item in (item for part in body for item in walk_own(part)):
+                if isinstance(item, ast.Attribute) and item.attr == "grad" and isinstance(item.ctx, ast.Load):
+                    if isinstance(item.value, ast.Name) and item.value.id in names and self._is_read(item):
+                        found.add(item)
+        return found
+
+    def _is_read(self, item: ast.expr) -> bool:
+        parents = self.file.names.parents
+        parent = parents[item]
+        while isinstance(parent, ast.Attribute):
+            if parent.attr.endswith("_") or not isinstance(parent.ctx, ast.Load):
+                return False
+            item, parent = parent, parents[parent]
+            if isinstance(parent, ast.Call) and parent.func is item:
+                item, parent = parent, parents[parent]
+        if isinstance(parent, ast.Subscript):
+            return False
+        tests = (ast.Compare, ast.If, ast.BoolOp, ast.UnaryOp, ast.comprehension)
+        return not isinstance(parent, (ast.Expr, ast.AugAssign, *tests))
+
+    def _loop(self, node: ast.For) -> Iterator[ValueUse]:
+        found = self._iterated(node.iter, node.target)
+        if found is not None:
+            yield from self._judge(node, *found, [item for statement in node.body for item in walk_own(statement)])
+
+    def _state(self, node: ast.For) -> Iterator[ValueUse]:
+        calls = written_states(self.file, node)
+        if calls:
+            written, *read = [call.func.value for call in calls if isinstance(call.func, ast.Attribute)]
+            yield ValueUse(node, (written,), True, states=tuple(calls), read=tuple(read))
+
+    def _statement(self, node: ast.Assign | ast.AugAssign | ast.Expr) -> Iterator[ValueUse]:
+        for item in walk_own(node.value):
+            if isinstance(item, (ast.GeneratorExp, ast.ListComp, ast.DictComp)) and len(item.generators) == 1:
+                found = self._iterated(item.generators[0].iter, item.generators[0].target)
+                if found is not None:
+                    elements = [item.key, item.value] if isinstance(item, ast.DictComp) else [item.elt]
+                    used = list(self._judge(node, *found, [n for element in elements for n in walk(element)]))
+                    yield from used
+                    if used:
+                        return
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield from self._averaging(node, node.value)
+            yield from self._initialisation(node, node.value)
+
+    def _averaging(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
+        """``averaged.update_parameters(model)`` of torch.optim.swa_utils."""
+        match call:
+            case ast.Call(func=ast.Attribute(value=averaged, attr="update_parameters"), args=[model], keywords=[]):
+                if dotted(averaged) is not None and dotted(model) is not None:
+                    yield ValueUse(node, (averaged,), True, read=(model,))
+
+    def _initialisation(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
+        """``nn.init.zeros_(model.head.weight)``, ``model.head.weight.data.normal_()``."""
+        target: ast.expr | None = None
+        if self.project.external(self.file, call.func).startswith("torch.nn.init.") and call.args:
+            target = call.args[0]
+        elif isinstance(call.func, ast.Attribute) and call.func.attr.endswith("_"):
+            target = call.func.value if isinstance(call.func.value, ast.Attribute) else None
+            if target is not None and target.attr != "data":
+                return
+        if isinstance(target, ast.Attribute) and target.attr == "data":
+            target = target.value
+        if isinstance(target, ast.Attribute) and _WEIGHTS.match(target.attr):
+            owner: ast.expr = target.value
+            while isinstance(owner, (ast.Attribute, ast.Subscript)) and not self.roles.is_model(owner):
+                owner = owner.value
+            if self.roles.is_model(owner) and dotted(owner) != "self" and not self._is_factory(node, owner):
+                yield ValueUse(node, (target,), True)
+
+    def _is_factory(self, node: ast.stmt, owner: ast.expr) -> bool:
+        """Whether code makes a layer of torch's for others: it returns it, or a module gives it to itself."""
+        if (dotted(owner) or "").startswith("self."):
+            return True
+        if self.roles.model_class(owner) is not None:
+            return False
+        function = self.file.names.function_of(node)
+        return function is not None and any(
+            isinstance(item, ast.Return) and item.value is not None and dotted(item.value) == dotted(owner)
+            for item in walk(function)
+        )
+
+    def _iterated(self, iterated: ast.expr, target: ast.expr) -> tuple[list[ast.expr], set[str], set[str]] | None:
+        """What a loop goes through: models, names of their parameters, names of their modules."""
+        if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name):
+            name, given = iterated.func.id, iterated.args
+            if name in {"list", "tuple", "sorted", "reversed", "tqdm"} and given:
+                return self._iterated(given[0], target)
+            if name == "filter" and len(given) == 2:
+                return self._iterated(given[1], target)
+            if name == "enumerate" and given and isinstance(target, ast.Tuple) and len(target.elts) == 2:
+                return self._iterated(given[0], target.elts[1])
+            if name == "zip" and isinstance(target, ast.Tuple) and len(target.elts) == len(given):
+                parts = [self._iterated(a, t) for a, t in zip(given, target.elts, strict=True)]
+                known = [part for part in parts if part is not None]
+                if not known:
+                    return None
+                models = [model for part in known for model in part[0]]
+                return models, set().union(*(p[1] for p in known)), set().union(*(p[2] for p in known))
+            return None
+        if not isinstance(iterated, ast.Call) or not isinstance(iterated.func, ast.Attribute):
+            return None
+        method, owner = iterated.func.attr, iterated.func.value
+        if method not in _PARAMETERS | _MODULES or dotted(owner) is None or iterated.args:
+            return None
+        bound = target
+        if method.startswith("named_"):
+            if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+                return None
+            bound = target.elts[1]
+        if not isinstance(bound, ast.Name):
+            return None
+        names = {bound.id}
+        return ([owner], names, set()) if method in _PARAMETERS else ([owner], set(), names)
+
+    def _judge(
+        self, node: ast.stmt, models: list[ast.expr], names: set[str], modules: set[str], items: list[ast.AST]
+    ) -> Iterator[ValueUse]:
+        accesses: set[Access] = set()
+        data: list[ast.Attribute] = []
+        for item in items:
+            if not self._is_parameter(item, names, modules):
+                continue
+            assert isinstance(item, ast.expr)
+            access, parent = self._access(item), self.file.names.parents[item]
+            accesses.add(access)
+            if access is Access.LOCAL and isinstance(parent, ast.Attribute) and parent.attr == "data":
+                data.append(parent)
+        if accesses & {Access.READ, Access.WRITE}:
+            used = [item for item in items if self._is_parameter(item, names, modules)]
+            kept = [top for item in used if isinstance(item, ast.expr) and (top := self._kept(item)) is not None]
+            writes = bool(accesses & {Access.WRITE, Access.ASSIGN, Access.LOCAL})
+            yield ValueUse(node, tuple(models), writes, kept=tuple(kept))
+        elif data:
+            yield ValueUse(node, tuple(models), True, True, tuple(data))
+
+    def _kept(self, item: ast.expr) -> ast.expr | None:
+        """``p.data`` in ``kept[name] = p.data`` or ``[p.detach() for ...]``: a view that code keeps."""
+        parents, start = self.file.names.parents, item
+        parent = parents[item]
+        while isinstance(parent, ast.Attribute) and parent.attr in _VIEWS:
+            call = parents[parent]
+            called = isinstance(call, ast.Call) and call.func is parent
+            if parent.attr != "data" and not called:
+                return None
+            item = call if called and isinstance(call, ast.Call) else parent
+            parent = parents[item]
+        if item is start:
+            return None
+        if isinstance(parent, ast.Assign) and parent.value is item:
+            stored = (t for t in parent.targets if isinstance(t, (ast.Subscript, ast.Attribute)))
+            return item if any(not isinstance(t, ast.Attribute) or t.attr != "data" for t in stored) else None
+        if isinstance(parent, ast.Call) and item in parent.args:
+            return item if isinstance(parent.func, ast.Attribute) and parent.func.attr in _COLLECTING else None
+        return item if isinstance(parent, (ast.DictComp, ast.ListComp)) else None
+
+    @staticmethod
+    def _is_parameter(item: ast.AST, names: set[str], modules: set[str]) -> bool:
+        if isinstance(item, ast.Name):
+            return item.id in names and isinstance(item.ctx, ast.Load)
+        return (
+            isinstance(item, ast.Attribute)
+            and isinstance(item.value, ast.Name)
+            and item.value.id in modules
+            and bool(_WEIGHTS.match(item.attr))
+        )
+
+    def _access(self, item: ast.expr) -> Access:
+        """What is done with a parameter, ``p`` or ``layer.weight``."""
+        parents = self.file.names.parents
+        parent = parents[item]
+        is_data = False
+        if isinstance(parent, ast.Attribute) and parent.attr == "data":
+            if not isinstance(parent.ctx, ast.Load):
+                return Access.WRITE if isinstance(parents[parent], ast.AugAssign) else Access.ASSIGN
+            is_data, item, parent = True, parent, parents[parent]
+        if isinstance(parent, ast.Attribute):
+            return self._method(parent)
+        if isinstance(parent, ast.Subscript) and parent.value is item:
+            return Access.READ if isinstance(parent.ctx, ast.Load) else Access.WRITE
+        if isinstance(parent, ast.Call) and item in parent.args:
+            return self._argument(parent, is_data)
+        if isinstance(parent, (ast.BinOp, ast.UnaryOp)):
+            return Access.READ
+        if is_data and isinstance(parent, (ast.Assign, ast.Tuple)):
+            assigned = parents[parent] if isinstance(parent, ast.Tuple) else parent
+            named = isinstance(assigned, ast.Assign) and isinstance(assigned.targets[0], (ast.Name, ast.Tuple))
+            return Access.WRITE if named else Access.READ  # what is done by another name is not looked into
+        return Access.READ if is_data else Access.NONE
+
+    def _method(self, attribute: ast.Attribute) -> Access:
+        """What ``p.name``, or a call of it, does."""
+        name, call = attribute.attr, self.file.names.parents[attribute]
+        if name in _ELEMENTWISE and isinstance(call, ast.Call) and call.func is attribute:
+            return Access.LOCAL if self._only_chained(call) else Access.WRITE
+        if self._written_view(attribute):
+            return Access.WRITE
+        if name in _KNOWN_WITHOUT or name in {"grad", "main_grad"}:
+            return Access.NONE
+        return Access.WRITE if name.endswith("_") and not name.startswith("__") else Access.READ
+
+    def _written_view(self, view: ast.expr) -> bool:
+        """Whether a view is written to: ``p.detach().zero_()``."""
+        parents = self.file.names.parents
+        while isinstance(view, ast.Attribute) and view.attr in {"data", "detach", "view", "t"}:
+            parent = parents[view]
+            view = parents[parent] if isinstance(parent, ast.Call) and parent.func is view else parent  # type: ignore[assignment]
+        in_place = isinstance(view, ast.Attribute) and view.attr.endswith("_") and not view.attr.startswith("_")
+        return in_place and isinstance(parents[view], ast.Call)
+
+    def _only_chained(self, call: ast.Call) -> bool:
+        """Whether only element-wise calls follow: ``p.mul_(a).add_(q)``."""
+        parent = self.file.names.parents[call]
+        while isinstance(parent, ast.Attribute):
+            after = self.file.names.parents[parent]
+            if parent.attr not in _ELEMENTWISE or not isinstance(after, ast.Call):
+                return False
+            parent = self.file.names.parents[after]
+        return isinstance(parent, ast.Expr)
+
+    def _argument(self, call: ast.Call, is_data: bool) -> Access:
+        """What a call does with a parameter, or its ``.data``, that it is given."""
+        if isinstance(call.func, ast.Attribute) and call.func.attr in _ELEMENTWISE:
+            return Access.LOCAL
+        found = self.project.resolve(self.file, call.func)
+        if isinstance(found, External):
+            rows = (access for start, access in _ACCESS_OF_FUNCTIONS if found.name.startswith(start))
+            return next(rows, Access.NONE)
+        name = (dotted(call.func) or "").split(".")[-1]
+        if isinstance(call.func, ast.Attribute) and name.startswith(("add_histogram", "log_histogram")):
+            return Access.READ
+        if name in _WITHOUT_VALUES:
+            return Access.NONE
+        return Access.READ if is_data else Access.NONE

@@ -1,0 +1,7 @@
+"""Rules that change nothing: what cannot be converted, and what the user should look at."""
+
+from __future__ import annotations
+
+from rewriter.rules.refusals import engines, share_value, unsupported
+
+RULES = (engines.RULE, share_value.RULE, unsupported.RULE)

@@ -1,0 +1,136 @@
+"""Scripts written for another engine are left alone.
+
+What: a script that uses Lightning, accelerate, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod,
+Colossal-AI, apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst is recognised and
+reported; nothing in it, nor in files that only it uses, is changed. Where a library file holds such a trainer beside
+models that it does not make itself, the models are converted.
+Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
+Refuses when: always; go back to an ordinary torch loop first.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Refusal
+
+_CALLS = {
+    "accelerate.Accelerator": "accelerate",
+    "deepspeed.initialize": "DeepSpeed",
+    "apex.amp.initialize": "apex.amp",
+    "horovod.torch.init": "Horovod",
+    "colossalai.launch_from_torch": "Colossal-AI",
+    "colossalai.booster.Booster": "Colossal-AI",
+    "torch.distributed.fsdp.FullyShardedDataParallel": "FSDP",
+    "torch.distributed.fsdp.fully_shard": "FSDP",
+    "megatron.training.pretrain": "Megatron",
+    "megatron.initialize.initialize_megatron": "Megatron",
+    "ignite.engine.Engine": "Ignite",
+    "ignite.engine.create_supervised_trainer": "Ignite",
+    "mmengine.runner.Runner": "mmengine",
+    "mmengine.runner.Runner.from_cfg": "mmengine",
+    "skorch.NeuralNetClassifier": "skorch",
+    "skorch.NeuralNetRegressor": "skorch",
+    "fastai.learner.Learner": "fastai",
+    "fastai.vision.all.vision_learner": "fastai",
+}
+_TRAINERS = {
+    "trl": "TRL", "sentence_transformers": "Sentence Transformers", "composer": "Composer", "detectron2": "Detectron2",
+    "catalyst": "Catalyst", "torchtnt": "TorchTNT", "adapters": "the transformers Trainer",
+    "transformers": "the transformers Trainer",
+}  # fmt: skip
+_LIGHTNING = ("lightning.", "pytorch_lightning.", "lightning_fabric.", "lightning_lite.")
+_TOP = ("Trainer", "Fabric", "LightningModule", "LightningLite", "LightningDataModule")
+_MODELS = ("BMT001", "BMT002", "BMT003", "BMT004", "BMT005", "BMT006")
+_HINTS = (
+    b"accelerate",
+    b"deepspeed",
+    b"apex",
+    b"horovod",
+    b"colossalai",
+    b"fsdp",
+    b"megatron",
+    b"lightning",
+    b"ignite",
+    b"mmengine",
+    b"skorch",
+    b"fastai",
+    *(name.encode() for name in _TRAINERS),
+)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if not any(hint in file.source.data for hint in _HINTS):
+        return
+    parts: dict[ast.stmt, str] = {}
+    for node, engine in _uses(file, facts):
+        message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
+        part = _definition(file, node)
+        if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
+            yield Refusal(RULE.code, getattr(node, "lineno", 1), message)
+            return
+        parts.setdefault(part, engine)
+    for part, engine in parts.items():
+        name = getattr(part, "name", "")
+        message = f"{name} is written for {engine}, so it stays as it is; its models need an ordinary torch loop"
+        end = part.end_lineno or part.lineno
+        yield Refusal(RULE.code, part.lineno, message, spared=_MODELS, end=end)
+
+
+def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:
+    for node in file.nodes:
+        engine = ""
+        if isinstance(node, ast.Call):
+            engine = _engine(facts.project.external(file, node.func))
+        elif isinstance(node, ast.ClassDef):
+            bases = [base for _, base in facts.classes.bases(file.class_info(node))]
+            engine = next((e for b in bases if isinstance(b, External) and (e := _engine(b.name))), "")
+        if engine:
+            yield node, engine
+
+
+def _definition(file: File, node: ast.AST) -> ast.stmt | None:
+    """The class or function at the top of the file that a node belongs to; None for a model or the file's own code."""
+    around = [node, *file.names.ancestors(node)]
+    part = next((n for n in around if file.names.parents.get(n) is file.tree), None)
+    return part if isinstance(part, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) else None
+
+
+def _makes_a_model(file: File, facts: Facts, part: ast.stmt) -> bool:
+    """Whether the engine's part makes a model of the file itself: then the engine owns that model."""
+    for node in ast.walk(part):
+        if isinstance(node, ast.Call):
+            found = facts.project.resolve(file, node.func)
+            if isinstance(found, ClassInfo) and found.node is not part and facts.classes.is_module(found):
+                return True
+    return False
+
+
+def _engine(name: str) -> str:
+    if name in _CALLS:
+        return _CALLS[name]
+    if name.startswith(_LIGHTNING) and name.split(".")[-1] in _TOP:
+        return "Lightning"
+    if name.endswith(("Trainer", "Runner")) and name.split(".")[0] in _TRAINERS:
+        return _TRAINERS[name.split(".")[0]]
+    if name.startswith("accelerate.") and name.endswith("Accelerator"):
+        return "accelerate"
+    return ""
+
+
+RULE = Rule(
+    code="BMT090",
+    title="scripts written for another engine are left alone",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import torch\nfrom accelerate import Accelerator\n\n\nclass Net(torch.nn.Module):\n    pass\n\n\n"
+            "accelerator = Accelerator()\nmodel = accelerator.prepare(Net())\n"
+        ),
+    ),
+)

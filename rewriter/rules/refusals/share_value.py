@@ -1,0 +1,179 @@
+"""Counts made over a rank's share of the data are pointed out.
+
+What: ``correct += (out == y).sum().item()``, ``seen += len(x)``, ``total += loss.item() * x.size(0)`` in a loop over
+training data, an ``.item()`` of what is no loss there, functions of the project that are handed the training loader,
+and tests of such counts above calls that all ranks must make, are reported.
+Why: every rank sees its share of each batch, so such a sum is this rank's part of the unconverted script's. Ratios of
+two of them are nearly right; sums divided by the size of the data set are not. ``bmt.distributed.all_reduce`` gives the
+sum over the ranks.
+Refuses when: always; what a number is used for is not known.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.training.batches import shares_data
+from rewriter.analyze.training.roles import Roles, Var
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Remark
+
+_LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
+_COUNTS = {"size", "numel", "nelement", "__len__"}
+_VALUES = {"item", "tolist", "numpy"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
+        return
+    if b"backward" in file.source.data and not shares_data(file, facts.scripts):
+        return
+    told: set[int] = set()
+    counted: set[Var] = set()
+    for node in file.nodes:
+        if isinstance(node, ast.For) and _trains(facts, file, node):
+            for item in _own(node):
+                message = ""
+                if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
+                    message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
+                    counted |= {v} if (v := facts.scripts.roles[file].var(item.target)) is not None else set()
+                elif isinstance(item, ast.Call) and _shown(file, facts, item):
+                    message = f"{file.source.code(item)} is of this rank's share of the data"
+                line = getattr(item, "lineno", 0)
+                if message and line not in told:
+                    told.add(line)
+                    yield Remark(RULE.code, line, message)
+        elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
+            name = file.source.code(node.func)
+            message = f"{name}(...) gets the training data, of which every rank sees its share"
+            yield Remark(RULE.code, node.lineno, message)
+    if counted:
+        yield from _decisions(file, facts, counted)
+
+
+def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:
+    """Tests of such counts above calls that every rank must make."""
+    known, roles = set(counted), facts.scripts.roles[file]
+    for node in file.nodes:
+        if isinstance(node, ast.Assign) and any(_is_one(roles, item, known) for item in ast.walk(node.value)):
+            known |= {variable for target in node.targets if (variable := roles.var(target)) is not None}
+    for node in file.nodes:
+        if isinstance(node, ast.If) and any(_is_one(roles, item, known) for item in ast.walk(node.test)):
+            call = next((c for s in node.body if (c := facts.scripts.collectives.inside(file, s)) is not None), None)
+            if call is not None:
+                what = file.source.code(call.func)
+                message = f"if ranks decide otherwise here, {what}(...) waits forever: decide from values of all ranks"
+                yield Remark(RULE.code, node.lineno, message)
+
+
+def _is_one(roles: Roles, node: ast.AST, known: set[Var]) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and roles.var(node) in known
+
+
+def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
+    """Whether a loop goes through training data: it calls backward, or its data are called so."""
+    if any(_is_loader(item) for item in ast.walk(loop.iter)):
+        return True
+    return any(
+        isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+        for statement in loop.body
+        for item in walk_own(statement)
+    )
+
+
+def _own(loop: ast.For) -> Iterator[ast.AST]:
+    """The nodes of a loop's body without those of loops in it: they are looked at by themselves."""
+    stack: list[ast.AST] = list(loop.body)
+    while stack:
+        item = stack.pop()
+        if not isinstance(item, (ast.For, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            yield item
+            stack.extend(ast.iter_child_nodes(item))
+
+
+def _is_loader(node: ast.AST) -> bool:
+    return isinstance(node, (ast.Name, ast.Attribute)) and bool(_LOADER.match((dotted(node) or "").split(".")[-1]))
+
+
+def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
+    """Whether what is added is a size, or a sum that is no loss."""
+    roles = facts.scripts.roles[file]
+    for item in ast.walk(node.value):
+        match item:
+            case ast.Call(func=ast.Attribute(attr="sum"), args=[*given]) if _compares(item, given):
+                return True
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)):
+                shown = attr in _VALUES and roles.var(_bare(value)) not in roles.losses and _sums(value)
+                if attr in _COUNTS or shown:
+                    return True
+            case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
+                return True
+    return False
+
+
+def _compares(call: ast.Call, given: list[ast.expr]) -> bool:
+    """Whether ``(out == y).sum()`` or ``torch.sum(out == y)`` counts hits."""
+    assert isinstance(call.func, ast.Attribute)
+    return any(isinstance(item, ast.Compare) for item in (call.func.value, *given))
+
+
+def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether ``x.item()`` is of a tensor that is no loss, no norm of gradients and no sum over the ranks."""
+    match call:
+        case ast.Call(func=ast.Attribute(value=value, attr="item"), args=[]):
+            roles, variable = facts.scripts.roles[file], facts.scripts.roles[file].var(_bare(value))
+            made = [made for v, made, _, _ in roles.assignments if v == variable]
+            names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
+            given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
+            return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
+    return False
+
+
+def _sums(node: ast.expr) -> bool:
+    return any(isinstance(item, ast.Attribute) and item.attr == "sum" for item in ast.walk(node))
+
+
+def _bare(node: ast.expr) -> ast.expr:
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func.value
+    return node
+
+
+def _evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a function of the project that does not train is handed the training loader."""
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if not any(_is_loader(argument) for argument in given):
+        return False
+    found = facts.project.resolve(file, call.func)
+    if not isinstance(found, FunctionInfo):
+        return False
+    return not facts.scripts.steps(found.file, found.node)
+
+
+RULE = Rule(
+    code="BMT037",
+    title="counts made over a rank's share of the data are pointed out",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 2))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+correct = 0
+for x, y in train_loader:
+    out = model(x)
+    optim_manager.backward(torch.nn.functional.cross_entropy(out, y))
+    correct += (out.argmax(1) == y).sum().item()
+"""
+        ),
+    ),
+)

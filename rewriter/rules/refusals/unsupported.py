@@ -1,0 +1,103 @@
+"""What cannot work on shards is refused or reported.
+
+What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
+conversion of the script; code that reads ``p.grad``, batch norms, losses that are sums over the batch or compare its
+items with each other are reported.
+Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
+Refuses when: always.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.batches import shares_data
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Finding, Refusal, Remark
+
+_WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
+
+_LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    yield from _batch_norm(file, facts)
+    if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
+        yield from _whole_batch(file, facts)
+    for node in file.nodes:
+        if isinstance(node, ast.Call):
+            name = (dotted(node.func) or "").split(".")[-1]
+            if _WHOLE.match(name) and (node.args or node.keywords):
+                message = f"{name} needs whole matrices or a closure, and a rank holds only its share of them"
+                yield Refusal(RULE.code, node.lineno, message)
+        elif isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
+            if node in facts.values(file).gradients:
+                continue  # BMT036 sees to it
+            if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
+                message = "a gradient is read here; a rank sees its share of it only"
+                yield Remark(RULE.code, node.lineno, message)
+
+
+def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
+    """The first batch norm of a file: its statistics are those of a rank's share of the batch."""
+    if b"BatchNorm" not in file.source.data:
+        return
+    for call in file.calls:
+        if facts.project.external(file, call.func).startswith("torch.nn.BatchNorm"):
+            message = "batch norm sees a rank's share of the batch, not the whole batch"
+            yield Remark(RULE.code, call.lineno, message)
+            return
+
+
+def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
+    """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
+    for call in file.calls:
+        name = facts.project.external(file, call.func)
+        given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+        summed = _is_sum(call) or given.get("reduction") == "sum"
+        if "ignore_index" in given and name.startswith("torch.nn."):
+            message = "the mean over what is not ignored is taken over each rank's share, and the ranks count alike"
+            yield Remark(RULE.code, call.lineno, message)
+        elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
+            message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
+            yield Remark(RULE.code, call.lineno, message)
+        elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
+            message = "items of a batch are compared with each other: a rank sees its share of them only"
+            yield Remark(RULE.code, call.lineno, message)
+
+
+def _is_sum(call: ast.Call) -> bool:
+    """``loss.sum().backward()``."""
+    match call.func:
+        case ast.Attribute(value=ast.Call(func=ast.Attribute(attr="sum"), args=[], keywords=[]), attr="backward"):
+            return True
+    return False
+
+
+def _numbers_batch(file: File, call: ast.Call) -> bool:
+    """Whether ``torch.arange(len(x))`` becomes labels."""
+    statement = file.names.statement_of(call)
+    size = file.source.code(call.args[0])
+    named = isinstance(statement, ast.Assign) and _LABELS.search(dotted(statement.targets[0]) or "")
+    return bool(named) and bool(re.search(r"^len\(|shape\[0\]$|size\(0\)$|batch|^bsz?$|^[bBn]$", size))
+
+
+RULE = Rule(
+    code="BMT091",
+    title="what cannot work on shards is refused or reported",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import torch\n\nmodel = torch.nn.Linear(8, 1)\noptimizer = torch.optim.LBFGS(model.parameters())\n"
+            "model(x).mean().backward()\noptimizer.step()\n"
+        ),
+    ),
+)

@@ -1,0 +1,140 @@
+"""DistributedDataParallel goes away.
+
+What: ``model = DDP(model, ...)`` is removed, ``model.module`` is ``model``, ``no_sync()`` is a null context, a
+DistributedSampler is told rank and number of ranks.
+Why: a converted model reduces its gradients itself. The sampler still gives every rank its share.
+Refuses when: SyncBatchNorm is asked for; it needs a process group.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import same
+from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.changes import Arguments, Change, Import, Remove, ReplaceStatement, replace, template
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+_WRAPPERS = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    for node in file.nodes:
+        if isinstance(node, ast.Call):
+            yield from _call(file, facts, node)
+        elif isinstance(node, ast.Attribute) and node.attr in {"module", "_orig_mod"}:
+            yield from _module(file, facts, node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            if node.targets[0].attr == "require_backward_grad_sync":
+                message = "gradients need no switch for their reduction"
+                yield Conversion(RULE.code, node.lineno, message, (Remove(node),))
+
+
+def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
+    changes: tuple[Change, ...]
+    name = facts.project.external(file, node.func)
+    if name in _WRAPPERS and node.args:
+        statement = file.names.statement_of(node)
+        if isinstance(statement, ast.Assign) and statement.value is node and _same_code(file, statement, node.args[0]):
+            changes = tuple(_remove_wrapper(file, facts, statement))
+        else:
+            changes = (replace(node, "{model}", model=node.args[0]),)
+        yield Conversion(RULE.code, node.lineno, "the model needs no wrapper", changes)
+    elif name == "torch.utils.data.DistributedSampler":
+        given = {keyword.arg for keyword in node.keywords} | {"num_replicas", "rank"} & set(
+            ("", "num_replicas", "rank")[: len(node.args)]
+        )
+        options = {"num_replicas": "num_replicas={bmt}.world_size()", "rank": "rank={bmt}.rank()"}
+        added = tuple(template(option) for name, option in options.items() if name not in given)
+        if added and (node.args or node.keywords):
+            change = Arguments(node, added=added)
+            yield Conversion(RULE.code, node.lineno, "the sampler is told the ranks", (change,))
+    elif name == "torch.nn.SyncBatchNorm.convert_sync_batchnorm":
+        yield Remark(RULE.code, node.lineno, "SyncBatchNorm needs a process group")
+    elif isinstance(node.func, ast.Attribute) and node.func.attr == "no_sync" and not node.args:
+        if facts.scripts.roles[file].is_model(node.func.value):
+            changes = (replace(node, "contextlib.nullcontext()"),)
+            if "contextlib" not in file.names.module.bindings:
+                changes = (*changes, Import("import contextlib"))
+            yield Conversion(RULE.code, node.lineno, "gradients are reduced once a step in any case", changes)
+
+
+def _same_code(file: File, statement: ast.Assign, value: ast.expr) -> bool:
+    target = statement.targets[0]
+    return len(statement.targets) == 1 and file.source.code(target) == file.source.code(value)
+
+
+def _remove_wrapper(file: File, facts: Facts, statement: ast.Assign) -> Iterator[Change]:
+    """Remove ``model = DDP(model)``; a seed that differs by rank moves here, behind the model's initialisation."""
+    seed = _rank_seed(file, facts, statement)
+    if seed is None:
+        yield Remove(statement)
+        return
+    yield ReplaceStatement(statement, template("{seed}", seed=seed.value))
+    yield Remove(seed)
+
+
+def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.Expr | None:
+    for node in file.nodes:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.lineno < wrapper.lineno:
+            call = node.value
+            if facts.project.external(file, call.func) == "torch.manual_seed" and call.args:
+                if varies_by_rank(file, call.args[0]) and file.names.function_of(node) is file.names.function_of(
+                    wrapper
+                ):
+                    return node
+    return None
+
+
+def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:
+    """``model.module`` is the model itself."""
+    roles = facts.scripts.roles[file]
+    if not isinstance(node.ctx, ast.Load) or not roles.is_model(node.value):
+        return
+    if not facts.scripts.is_parallel(file) and node.attr == "module":
+        return
+    parent = file.names.parents[node]
+    place: ast.expr = node
+    if isinstance(parent, ast.IfExp) and (same(parent.orelse, node.value) or same(parent.body, node.value)):
+        place = parent
+    change = replace(place, "{model}", model=node.value)
+    yield Conversion(RULE.code, node.lineno, "the model is not wrapped", (change,))
+
+
+RULE = Rule(
+    code="BMT029",
+    title="DistributedDataParallel goes away",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+model = DDP(model)
+raw_model = model.module
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+""",
+            """import torch
+import bmtrain as bmt
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+raw_model = model
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+""",
+        ),
+    ),
+)

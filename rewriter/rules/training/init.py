@@ -1,0 +1,169 @@
+"""A script starts with bmt.init_distributed.
+
+What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when nothing before it needs the ranks;
+otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does.
+Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
+initial weights are those of the unconverted script.
+Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
+script of the project starts is reported.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import walk, walk_own
+from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.changes import insert_before, replace
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+_SEEDED = "{bmt}.init_distributed(seed={seed})"
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    scripts = facts.scripts
+    if file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
+        return
+    first = _first(file, facts)
+    if first is None:
+        yield from _without_script(file, facts)
+        return
+    block = scripts.entries[file]
+    seed = _seed(file, facts, block)
+    if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
+        call = seed[1]
+        change = replace(call, _SEEDED, seed=call.args[0])
+        yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", (change,), key="init")
+        return
+    value = _common_part(file, facts, block)
+    if seed is not None and _available(file, seed[1].args[0], block, first):
+        value = seed[1].args[0]
+    start = insert_before(first, "{bmt}.init_distributed()")
+    if value is not None:
+        start = insert_before(first, _SEEDED, seed=value)
+    yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
+
+
+def _first(file: File, facts: Facts) -> ast.stmt | None:
+    """The first statement of a script that needs the ranks."""
+    scripts = facts.scripts
+    block = scripts.entries[file] if file in scripts.programs else []
+    statements = [statement for statement in block if not _is_definition(statement)]
+    first = next((s for s in statements if scripts.entry.needs_init(file, s)), None)
+    return statements[0] if first is None and statements and scripts.drives(file) else first
+
+
+def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
+    """A remark on a training loop that no script of the project starts."""
+    scripts = facts.scripts
+    if facts.project.partial or scripts.started or file not in scripts.unstarted[:1]:
+        return  # one remark is enough for a project
+    call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
+    message = "no script here starts this training: call bmt.init_distributed() before the model is made"
+    yield Remark(RULE.code, call.lineno, message)
+
+
+def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> ast.expr | None:
+    """``1337`` where the script seeds each rank with ``1337 + rank``."""
+    for statement in block:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            call = statement.value
+            if facts.project.external(file, call.func) == "torch.manual_seed" and len(call.args) == 1:
+                seed = call.args[0]
+                if isinstance(seed, ast.BinOp) and isinstance(seed.op, ast.Add):
+                    for side in (seed.left, seed.right):
+                        if isinstance(side, ast.Constant):
+                            return side
+    return None
+
+
+def first_calls(statement: ast.stmt) -> list[ast.Call]:
+    return [node for node in walk_own(statement) if isinstance(node, ast.Call)]
+
+
+def _present(file: File, facts: Facts) -> bool:
+    return any(
+        isinstance(node, ast.Call) and facts.project.external(file, node.func) == "bmtrain.init_distributed"
+        for node in file.nodes
+    )
+
+
+def _is_definition(statement: ast.stmt) -> bool:
+    return isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom))
+
+
+def _seed(file: File, facts: Facts, block: list[ast.stmt]) -> tuple[ast.stmt, ast.Call] | None:
+    """The block's own ``torch.manual_seed(n)``, if its argument is the same on every rank."""
+    for statement in block:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+            call = statement.value
+            if facts.project.external(file, call.func) == "torch.manual_seed" and len(call.args) == 1:
+                return None if varies_by_rank(file, call.args[0]) else (statement, call)
+    return None
+
+
+def _available(file: File, argument: ast.expr, block: list[ast.stmt], first: ast.stmt) -> bool:
+    """Whether the seed can be computed in front of the first statement that needs it."""
+    for node in walk(argument):
+        if isinstance(node, ast.Call):
+            return False
+        if isinstance(node, ast.Name):
+            found = file.names.lookup(node.id, file.names.scope_of(argument))
+            if found is None:
+                continue
+            if any(getattr(b.node, "lineno", 0) >= first.lineno and b.node in _stored(block) for b in found[1]):
+                return False
+    return True
+
+
+def _stored(block: list[ast.stmt]) -> set[ast.AST]:
+    return {node for statement in block for node in walk(statement)}
+
+
+RULE = Rule(
+    code="BMT020",
+    title="a script starts with bmt.init_distributed",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from torch import nn
+
+
+def main():
+    torch.manual_seed(1337)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    main()
+""",
+            """import torch
+from torch import nn
+import bmtrain as bmt
+
+
+def main():
+    bmt.init_distributed(seed=1337)
+    model = bmt.BMTrainModelWrapper(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optim_manager = bmt.optim.OptimManager(loss_scale=None)
+    optim_manager.add_optimizer(optimizer)
+    optim_manager.backward(model(torch.ones(1, 4)).sum())
+    optim_manager.step()
+
+
+if __name__ == "__main__":
+    main()
+""",
+        ),
+    ),
+)

@@ -1,0 +1,79 @@
+"""A script bears the argument that torch.distributed.launch adds.
+
+What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``.
+Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
+know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads.
+Refuses when: some parser of the file knows the argument, or the parser is not a plain argparse.ArgumentParser.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.changes import insert_before
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
+
+_KNOWN = {"--local-rank", "--local_rank"}
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or b"parse_args" not in file.source.data or _knows(file):
+        return
+    for statement in file.nodes:
+        if not isinstance(statement, _SIMPLE) or statement.value is None:
+            continue
+        parser = _parsed(statement.value)
+        module = _module(file, facts, parser) if parser else None
+        if module is None:
+            continue
+        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, help={module}.SUPPRESS)'
+        change = insert_before(statement, line)
+        yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
+
+
+def _parsed(value: ast.expr) -> str | None:
+    """The name of the parser whose ``parse_args`` is called."""
+    match value:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="parse_args")):
+            return name
+    return None
+
+
+def _module(file: File, facts: Facts, parser: str) -> str | None:
+    """How the file spells ``argparse``, if ``parser`` is made by ``argparse.ArgumentParser(...)``."""
+    for node in file.nodes:
+        match node:
+            case ast.Assign(
+                targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(value=ast.Name() as module)) as call
+            ):
+                if name == parser and facts.project.external(file, call.func) == "argparse.ArgumentParser":
+                    return module.id
+    return None
+
+
+def _knows(file: File) -> bool:
+    return any(isinstance(node, ast.Constant) and node.value in _KNOWN for node in file.nodes)
+
+
+RULE = Rule(
+    code="BMT035",
+    title="the parser takes the launcher's argument",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import argparse\nimport torch\nimport bmtrain as bmt\n\nparser = argparse.ArgumentParser()\n"
+            "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
+            "import argparse\nimport torch\nimport bmtrain as bmt\n\nparser = argparse.ArgumentParser()\n"
+            'parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)\n'
+            "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
+        ),
+    ),
+)

@@ -1,0 +1,169 @@
+"""Every rank takes its share of each batch of the training data.
+
+What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loader(DataLoader(...))``.
+Why: together the ranks see the batches of the unconverted script, in the same order.
+Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
+every rank then evaluates all of them, and sums and counts made from them are the unconverted script's.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted
+from rewriter.changes import Template, replace, template
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+_EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
+
+_EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
+_TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or facts.scripts.started or b"DataLoader" not in file.source.data:
+        return
+    if not facts.scripts.feeds_training(file):
+        return
+    for node in file.calls:
+        if facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
+            continue
+        parent = file.names.parents[node]
+        if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_loader":
+            continue
+        if any(keyword.arg in {"sampler", "batch_sampler"} for keyword in node.keywords) and facts.scripts.is_parallel(
+            file
+        ):
+            continue
+        if _for_evaluation(file, facts, node):
+            message = "every rank evaluates all of this data, with the same result"
+            yield Remark(RULE.code, node.lineno, message)
+            continue
+        if _is_other_case(file, facts, node):
+            continue
+        case = _case(file, node)
+        code = "{bmt}.shard_loader({loader})"
+        if case is not None:
+            code += f" if {case.text} else {{loader}}"
+        change = replace(node, code, loader=node, **dict(case.holes if case is not None else ()))
+        yield Conversion(RULE.code, node.lineno, "every rank takes its share of each batch", (change,))
+
+
+def _case(file: File, node: ast.Call) -> Template | None:
+    """When a loader trains, if not always.
+
+    ``x == "train"`` for ``{x: DataLoader(...) for x in ["train", "val"]}``; ``train`` for ``shuffle=train``.
+    """
+    shuffled = next((k.value for k in node.keywords if k.arg == "shuffle"), None)
+    if isinstance(shuffled, (ast.Name, ast.Attribute, ast.Compare)) and _TRAINS.search(ast.unparse(shuffled)):
+        return template("{train}", train=shuffled)
+    parent = file.names.parents[node]
+    match parent:
+        case ast.DictComp(key=ast.Name(id=name), generators=[ast.comprehension(target=ast.Name(id=bound), iter=over)]):
+            if bound != name or not isinstance(over, (ast.List, ast.Tuple, ast.Set)):
+                return None
+            keys = {item: item.value for item in over.elts if isinstance(item, ast.Constant)}
+            words = {item: key for item, key in keys.items() if isinstance(key, str)}
+            trained = [i for i, key in words.items() if re.search("train", key, re.I) or not _EVALUATION.search(key)]
+            if len(words) < len(over.elts) or len(trained) in {0, len(words)}:
+                return None
+            holes = {f"train_{number}": item for number, item in enumerate(trained)}
+            listed = ", ".join(f"{{{hole}}}" for hole in holes)
+            return template(f"{name} == {listed}" if len(holes) == 1 else f"{name} in ({listed})", **holes)
+    return None
+
+
+def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:
+    """Whether a loader is the second half of ``bmt.shard_loader(DataLoader(...)) if x == "train" else ...``."""
+    parent = file.names.parents[node]
+    return (
+        isinstance(parent, ast.IfExp)
+        and parent.orelse is node
+        and isinstance(parent.body, ast.Call)
+        and facts.project.external(file, parent.body.func) == "bmtrain.shard_loader"
+    )
+
+
+def _for_evaluation(file: File, facts: Facts, node: ast.Call) -> bool:
+    """Whether a loader's batches are only evaluated, by its name or its function's."""
+    statement = file.names.statement_of(node)
+    names: list[str] = []
+    if isinstance(statement, ast.Assign):
+        targets = [t for target in statement.targets for t in _flat(target)]
+        values = _flat(statement.value)
+        if len(values) == len(targets) and node in values:
+            targets = [targets[values.index(node)]]
+        names += [(dotted(target) or "").split(".")[-1] for target in targets]
+    function = file.names.function_of(node)
+    yielded = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Yield)
+    if function is not None and (isinstance(statement, ast.Return) or yielded or _EVALUATES.match(function.name)):
+        names.append(function.name)
+    parent = file.names.parents[node]
+    if isinstance(parent, ast.keyword):
+        names.append(parent.arg or "")
+    elif isinstance(parent, ast.Dict):
+        key = next((k for k, value in zip(parent.keys, parent.values, strict=True) if value is node), None)
+        names.append(str(getattr(key, "value", "")))
+    elif isinstance(parent, ast.Call) and node in parent.args:
+        names += _parameter(file, facts, parent, parent.args.index(node))
+    return any(_EVALUATION.search(name) and not re.search(r"train", name, re.I) for name in names)
+
+
+def _parameter(file: File, facts: Facts, call: ast.Call, index: int) -> list[str]:
+    """What a function or class of the project calls its argument."""
+    found = facts.project.resolve(file, call.func)
+    function = found.node if isinstance(found, FunctionInfo) else None
+    if isinstance(found, ClassInfo):
+        method = facts.classes.method(found, "__init__")
+        function, index = (method[1] if method is not None else None), index + 1
+    if function is None:
+        return []
+    given = [*function.args.posonlyargs, *function.args.args]
+    return [given[index].arg] if index < len(given) else []
+
+
+def _flat(node: ast.expr) -> list[ast.expr]:
+    return list(node.elts) if isinstance(node, (ast.Tuple, ast.List)) else [node]
+
+
+RULE = Rule(
+    code="BMT024",
+    title="every rank takes its share of each batch",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from torch.utils.data import DataLoader
+
+model = torch.nn.Linear(8, 1)
+train_loader = DataLoader(train_set, batch_size=8, shuffle=True)
+test_loader = DataLoader(test_set, batch_size=8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for x in train_loader:
+    model(x).mean().backward()
+    optimizer.step()
+""",
+            """import torch
+from torch.utils.data import DataLoader
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+train_loader = bmt.shard_loader(DataLoader(train_set, batch_size=8, shuffle=True))
+test_loader = DataLoader(test_set, batch_size=8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+for x in train_loader:
+    optim_manager.backward(model(x).mean())
+    optim_manager.step()
+""",
+        ),
+    ),
+)

@@ -1,0 +1,396 @@
+"""An OptimManager runs backward, clips, steps and clears.
+
+What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the optimizer; a GradScaler becomes the manager
+itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it.
+Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
+all shards, and scales the loss for fp16.
+Refuses when: ``step`` gets a closure. A learning-rate scheduler that the script steps stays the script's.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.managers import Manager, Managers
+from rewriter.analyze.training.roles import Var
+from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal, Remark
+
+_UNSCALED = "{bmt}.optim.OptimManager(loss_scale=None)"
+_GROWTH = {"growth_factor": "loss_scale_factor", "growth_interval": "loss_scale_steps"}
+"""What torch's GradScaler and the manager call the same."""
+_CLOSURE = "step with a closure cannot be converted: every rank would have to call it alike"
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    managers = facts.managers(file)
+    for manager in managers.all:
+        reason = _reason_against(managers, manager)
+        if reason:
+            yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
+    made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
+    calls: list[Change] = []
+    for item in _calls(file, facts, managers):
+        if isinstance(item, (Remark, Refusal)):
+            yield item
+        else:
+            calls.append(item)
+    if made or calls:
+        line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
+        message = "an OptimManager runs backward and steps"
+        yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _anchor(change: Change) -> ast.stmt | ast.expr:
+    node = anchor(change)
+    assert node is not None
+    return node
+
+
+def _reason_against(managers: Managers, manager: Manager) -> str:
+    """Why a manager's optimizer or scaler is not understood well enough to convert the file."""
+    if manager.existing:
+        return ""
+    for variable in (*manager.optimizers, *([manager.scaler] if manager.scaler else [])):
+        path = variable[1]
+        if "." in path and path.split(".")[0] not in {"self", "cls"}:
+            root = variable[0], path.split(".")[0]
+            made = _owner_place(managers.file, managers, variable) is not None or managers.is_argument(root)
+            if manager.scaler is None and made:
+                continue
+            return f"{path} belongs to another object, so where its manager would be made is not known"
+        if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
+            return f"{path} is not made in this file, so where its manager would be made is not known"
+    if (
+        manager.scaler is not None
+        and not _scaler_is_made_here(managers, manager)
+        and not managers.is_argument(manager.scaler)
+    ):
+        return f"{manager.scaler[1]} is no GradScaler made in this file"
+    return ""
+
+
+def _first_use(file: File, managers: Managers, manager: Manager) -> int:
+    variables = {*manager.optimizers, manager.scaler}
+    lines = [
+        n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables
+    ]
+    return min(lines, default=1)
+
+
+# Where managers are made and told their optimizers -------------------------------------------------------------
+
+
+def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Change]:
+    """Where a manager is made and told its optimizers."""
+    if manager.scaler is not None and managers.is_argument(manager.scaler):
+        yield from _scaler_argument(managers, manager)
+        return
+    if manager.scaler is not None:
+        yield from _scaler_creation(file, managers, manager)
+    for optimizer in manager.optimizers:
+        place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
+        add = f"{manager.name}.add_optimizer({optimizer[1]})"
+        if manager.scaler is not None:
+            yield from _joined(managers, manager, place, add)
+            continue
+        lines = [f"{manager.name} = {_UNSCALED}", add]
+        if place is not None:
+            yield insert_behind(place, *lines)
+        else:
+            first = _first_statement(optimizer)
+            if first is not None:
+                if _may_be_none(optimizer):
+                    lines[1:] = [f"if {optimizer[1]} is not None:", f"    {add}"]
+                yield insert_before(first, *lines)
+
+
+def _owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | None:
+    """For ``trainer.optimizer``: the statement after which ``trainer`` certainly has it, if it is made here."""
+    root = optimizer[0], optimizer[1].split(".")[0]
+    if root[1] == optimizer[1] or root[1] in {"self", "cls"}:
+        return None
+    return _last_assignment(file, managers, root)
+
+
+def _joined(managers: Managers, manager: Manager, place: ast.stmt | None, add: str) -> Iterator[Change]:
+    """Tell a manager its optimizer wherever the later of the two is made."""
+    makers = [statement for statement, _ in _makers(managers, manager)]
+    if place is None:
+        return  # the optimizer comes from outside: whoever made it joins the two
+    if any(made.lineno < place.lineno for made in makers):
+        yield insert_behind(place, add)
+    for made in makers:
+        if made.lineno > place.lineno:
+            yield insert_behind(made, add)
+
+
+def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
+    """A function that may be given no scaler makes its own manager then."""
+    assert manager.scaler is not None
+    function, name = manager.scaler
+    first = _first_statement(manager.scaler)
+    given = [v for v in manager.optimizers if v[0] is function and managers.is_argument(v)]
+    if first is None or not given or not any(_asks_for_none(node, name) for node in walk(function)):
+        return
+    lines = [f"if {name} is None:", f"    {name} = {_UNSCALED}"]
+    lines += [f"    {name}.add_optimizer({variable[1]})" for variable in given]
+    yield insert_before(first, *lines)
+
+
+def _may_be_none(variable: Var) -> bool:
+    """Whether an argument is None by default, or the function asks whether it is."""
+    function, name = variable
+    if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return False
+    given = function.args
+    positional = [*given.posonlyargs, *given.args]
+    defaults = dict(zip((a.arg for a in reversed(positional)), reversed(given.defaults), strict=False))
+    defaults.update((a.arg, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None)
+    return (name in defaults and _is_none(defaults[name])) or any(_asks_for_none(node, name) for node in walk(function))
+
+
+def _asks_for_none(node: ast.AST, name: str) -> bool:
+    if isinstance(node, (ast.If, ast.IfExp)):
+        return dotted(node.test) == name
+    return isinstance(node, ast.Compare) and dotted(node.left) == name and _is_none(node.comparators[0])
+
+
+def _makers(managers: Managers, manager: Manager) -> Iterator[tuple[ast.stmt, ast.expr]]:
+    """The statements that give the scaler's variable a scaler, or None."""
+    for variable, value, statement, part in managers.roles.assignments:
+        if (
+            variable == manager.scaler
+            and not part
+            and (managers.roles.scaler_call(value) is not None or _is_none(value))
+        ):
+            yield statement, value
+
+
+def _scaler_is_made_here(managers: Managers, manager: Manager) -> bool:
+    """Whether the file makes the scaler."""
+    return any(managers.roles.scaler_call(value) is not None for _, value in _makers(managers, manager))
+
+
+def _scaler_creation(file: File, managers: Managers, manager: Manager) -> Iterator[Change]:
+    roles = managers.roles
+    for statement, value in _makers(managers, manager):
+        call = roles.scaler_call(value)
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                if roles.var(target) == manager.scaler and file.source.code(target) != manager.name:
+                    yield replace(target, manager.name)
+        if call is None:
+            yield replace(value, _UNSCALED)
+            continue
+        given = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+        scale = "{init_scale}" if "init_scale" in given else "2**16"
+        place: ast.expr = call
+        if isinstance(value, ast.IfExp):
+            place, given["enabled"] = value, value.test
+            inverted = isinstance(value.body, ast.Constant)
+            scale += " if not {enabled} else None" if inverted else " if {enabled} else None"
+        elif "enabled" in given:
+            scale += " if {enabled} else None"
+        options = [f"{new}={{{old}}}" for old, new in _GROWTH.items() if old in given]
+        used = {name: node for name, node in given.items() if name in {"init_scale", "enabled", *_GROWTH}}
+        yield replace(place, f"{{bmt}}.optim.OptimManager({', '.join([f'loss_scale={scale}', *options])})", **used)
+
+
+def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt | None:
+    """The statement after which a variable certainly has its value, seen from the block it is used in."""
+    found = [s for v, value, s, _ in managers.roles.assignments if v == variable and not _is_none(value)]
+    if not found:
+        return None
+    if len(found) == 1:
+        return found[0]
+    chains = [[s, *(a for a in file.names.ancestors(s) if isinstance(a, ast.stmt))] for s in found]
+    common = [item for item in chains[0] if all(item in chain for chain in chains[1:])]
+    owner: ast.AST = common[0] if common else file.tree
+    if isinstance(owner, ast.If):
+        return owner
+    inside = [item for item in chains[-1] if file.names.parents.get(item) is owner]
+    return inside[0] if inside else found[-1]
+
+
+def _is_none(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is None
+
+
+def _first_statement(variable: Var) -> ast.stmt | None:
+    """The first statement of the function whose argument the variable is."""
+    owner = variable[0]
+    if not isinstance(owner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return None
+    body = owner.body
+    documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and len(body) > 1
+    return body[1] if documented else body[0]
+
+
+# The calls that go through a manager ---------------------------------------------------------------------------
+
+
+def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Remark | Refusal]:
+    """Changes of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
+    for node in file.calls:
+        if facts.project.external(file, node.func) == "torch.nn.utils.clip_grad_norm_":
+            yield from _clip(file, facts, managers, node)
+        elif isinstance(node.func, ast.Attribute):
+            variable = managers.roles.var(node.func.value)
+            manager = managers.of.get(variable) if variable is not None else None
+            if node.func.attr == "backward":
+                yield from _backward(file, facts, managers, node, node.func)
+            elif manager is not None and variable == manager.scaler:
+                yield from _scaler(file, manager, node, node.func)
+            elif manager is not None and variable in manager.optimizers:
+                yield from _optimizer(manager, node, node.func)
+            elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
+                seen = managers.for_call(node)
+                if seen is not None and not seen.existing:
+                    yield replace(node, f"{seen.name}.zero_grad()")
+
+
+def _backward(
+    file: File, facts: Facts, managers: Managers, node: ast.Call, func: ast.Attribute
+) -> Iterator[Change | Remark | Refusal]:
+    roles = managers.roles
+    if roles.var(func.value) in roles.managers or facts.project.external(file, _called(func.value)).startswith(
+        "bmtrain."
+    ):
+        return
+    function = file.names.function_of(node)
+    receiver = func.value
+    if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Name) and receiver.func.id == "super":
+        return
+    if function is not None and function.name in {"backward", "forward"}:
+        return
+    loss, manager = receiver, managers.for_call(node)
+    if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Attribute):
+        scaling = roles.var(receiver.func.value)
+        if receiver.func.attr == "scale_loss":
+            return
+        if receiver.func.attr == "scale" and scaling in managers.of and len(receiver.args) == 1:
+            loss, manager = receiver.args[0], managers.of[scaling]
+    name = manager.name if manager is not None else _UNSCALED
+    if manager is None and not roles.optimizers and not roles.scalers and function is None:
+        return  # a demonstration that steps nothing
+    if manager is None and roles.scalers:
+        message = "backward here does not know the loss scale of the scaler elsewhere in the file"
+        yield Refusal(RULE.code, node.lineno, message)
+    if node.args or node.keywords:
+        yield replace(func, f"{name}.scale_loss({{loss}}).backward", loss=loss)
+    else:
+        yield replace(node, f"{name}.backward({{loss}})", loss=loss)
+
+
+def _called(node: ast.expr) -> ast.expr:
+    return node.func if isinstance(node, ast.Call) else node
+
+
+def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Change | Remark | Refusal]:
+    statement = file.names.statement_of(node)
+    alone = isinstance(statement, ast.Expr) and statement.value is node
+    if func.attr in {"unscale_", "update"} and alone:
+        yield Remove(statement)
+    elif func.attr == "step":
+        if len(node.args) > 1 or node.keywords:
+            yield Refusal(RULE.code, node.lineno, _CLOSURE)
+        yield replace(node, f"{manager.name}.step()")
+    elif func.attr == "get_scale":
+        yield replace(node, f"{manager.name}.loss_scale")
+    elif func.attr == "is_enabled":
+        yield replace(node, f"({manager.name}.loss_scale is not None)")
+    elif func.attr in {"state_dict", "load_state_dict"}:
+        yield replace(func.value, manager.name)
+        message = f"the scaler's {func.attr} is now the manager's, which has another layout"
+        yield Remark(RULE.code, node.lineno, message)
+
+
+def _optimizer(manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Change | Remark | Refusal]:
+    if func.attr == "step":
+        if node.args or node.keywords:
+            yield Refusal(RULE.code, node.lineno, _CLOSURE)
+        yield replace(node, f"{manager.name}.step()")
+    elif func.attr == "zero_grad":
+        yield replace(node, f"{manager.name}.zero_grad()")
+
+
+def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Change | Remark | Refusal]:
+    manager = managers.for_call(node)
+    values = {keyword.arg: keyword.value for keyword in node.keywords}
+    values.update(zip(("parameters", "max_norm", "norm_type"), node.args, strict=False))
+    parameters, limit = values.get("parameters"), values.get("max_norm")
+    if parameters is None or limit is None:
+        yield Refusal(RULE.code, node.lineno, "clip_grad_norm_ with arguments that are not understood")
+        return
+    holes = {"limit": limit}
+    if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
+        groups = f"{manager.optimizers[0][1]}.param_groups"
+    else:
+        called = dotted(parameters.func) if isinstance(parameters, ast.Call) else ""
+        listed = isinstance(parameters, ast.List) or called == "list"
+        groups = '[{"params": {parameters}}]' if listed else '[{"params": list({parameters})}]'
+        holes["parameters"] = parameters
+    norm_type = ""
+    if "norm_type" in values:
+        norm_type, holes["norm_type"] = ", norm_type={norm_type}", values["norm_type"]
+    name = manager.name if manager is not None else _UNSCALED
+    yield replace(node, f"{name}.clip_grad_norm({groups}, {{limit}}{norm_type})", **holes)
+
+
+def _whole(managers: Managers, node: ast.expr) -> bool:
+    """Whether an expression is all parameters of the model."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters":
+        path = (dotted(node.func.value) or "").removeprefix("self.")
+        return "." not in path and managers.roles.is_model(node.func.value) and not node.args
+    return False
+
+
+RULE = Rule(
+    code="BMT022",
+    title="an OptimManager runs backward, clips, steps and clears",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+scaler = torch.amp.GradScaler("cuda", enabled=half)
+for x in batches:
+    loss = model(x).mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=2**16 if half else None)
+optim_manager.add_optimizer(optimizer)
+for x in batches:
+    loss = model(x).mean()
+    optim_manager.backward(loss)
+    optim_manager.clip_grad_norm(optimizer.param_groups, 1.0)
+    optim_manager.step()
+    optim_manager.zero_grad()
+""",
+        ),
+    ),
+)

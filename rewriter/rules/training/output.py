@@ -1,0 +1,144 @@
+"""Files and loggers are written by one rank.
+
+What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
+``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
+``model.save_pretrained(...)`` of a transformers model is given the ``state_dict`` that every rank helps to make.
+Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
+Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.training.writers import saves_only, writes
+from rewriter.changes import Arguments, Change, Under, insert_before, template
+from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    joined: set[ast.stmt] = set()
+    for node in file.nodes:
+        if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
+            continue
+        if facts.scripts.in_opened_guard(file, node) or not writes(file, facts.project, node):
+            continue
+        if saves_only(file, facts.project, node):
+            continue  # BMT026 sees to it
+        if _saves_pretrained(file, facts, node):
+            assert isinstance(node, ast.Expr)
+            changes = tuple(_with_state(file, node))
+            yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
+            continue
+        guard = guarded(file, facts, node)
+        if guard is not None:
+            followers = tuple(_followers(file, facts, node))
+            joined.update(followers)
+            together = Under((node, *followers), guard.head, guard.hoisted)
+            yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
+        elif isinstance(node, ast.With):
+            message = "every rank writes this file: what is written needs all ranks"
+            if facts.scripts.collectives.inside(file, node) is not None:
+                yield Remark(RULE.code, node.lineno, message)
+        elif file.source.owns_lines(node):
+            message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
+            yield Remark(RULE.code, node.lineno, message)
+
+
+def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
+    """The statements on the next lines that one rank is to run, too, if nothing in them needs all ranks."""
+    block = file.names.siblings(node)
+    last = node
+    for follower in block[block.index(node) + 1 :]:
+        if not isinstance(follower, ast.Expr) or follower.lineno != (last.end_lineno or 0) + 1:
+            return
+        if follower.lineno in file.source.skips or not writes(file, facts.project, follower):
+            return
+        guard = guarded(file, facts, follower)
+        if guard is None or guard.hoisted:
+            return
+        if facts.scripts.collectives.inside(file, follower) is not None or _saves_pretrained(file, facts, follower):
+            return
+        yield follower
+        last = follower
+
+
+def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether a statement saves a model of transformers, whose method takes a state dict."""
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=receiver, attr="save_pretrained")) as call):
+            roles = facts.scripts.roles[file]
+            made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(receiver)]
+            given = {keyword.arg for keyword in call.keywords}
+            return (
+                roles.is_model(receiver)
+                and not given & {"state_dict", "is_main_process", None}
+                and len(call.args) < 2
+                and bool(call.args or call.keywords)
+                and file.source.owns_lines(node)
+                and any(
+                    isinstance(item, ast.Call) and facts.project.external(file, item.func).startswith("transformers.")
+                    for value in made
+                    for item in walk(value)
+                )
+            )
+    return False
+
+
+def _with_state(file: File, node: ast.Expr) -> Iterator[Change]:
+    call, name = node.value, unused_name(file)
+    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+    yield insert_before(node, f"{name} = {{model}}.state_dict()", model=call.func.value)
+    yield Arguments(call, added=(template(f"state_dict={name}"),))
+    yield Under((node,), ONE_RANK)
+
+
+RULE = Rule(
+    code="BMT033",
+    title="files and loggers are written by one rank",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import json
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for step, x in enumerate(batches):
+    loss = model(x).mean()
+    optim_manager.backward(loss)
+    writer.add_scalar("loss", loss.item(), step)
+with open("done.json", "w") as file:
+    json.dump({"steps": step}, file)
+""",
+            """import json
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+for step, x in enumerate(batches):
+    loss = model(x).mean()
+    optim_manager.backward(loss)
+    value = bmt.sum_loss(loss).item()
+    if bmt.rank() == 0:
+        writer.add_scalar("loss", value, step)
+if bmt.rank() == 0:
+    with open("done.json", "w") as file:
+        json.dump({"steps": step}, file)
+""",
+        ),
+    ),
+)

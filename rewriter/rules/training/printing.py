@@ -1,0 +1,60 @@
+"""Output comes from one rank.
+
+What: ``print(...)`` becomes ``bmt.print_rank(...)``.
+Why: every rank runs the script; without this every line appears once per rank.
+Refuses when: only one rank reaches the call already, or what it prints holds the rank's number; ``print`` is not the
+built-in one; the file is not part of a training script.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.training.collectives import is_rank
+from rewriter.changes import replace
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or b"print" not in file.source.data:
+        return
+    for node in file.calls:
+        if not isinstance(node.func, ast.Name) or node.func.id != "print":
+            continue
+        names = file.names
+        if names.lookup("print", names.scope_of(node)) is not None or facts.scripts.in_kept_guard(file, node):
+            continue
+        if file not in facts.scripts.programs and _under_main(file, node):
+            continue
+        if any(is_rank(file, item) for argument in node.args for item in walk(argument) if isinstance(item, ast.expr)):
+            continue  # each rank says who it is
+        yield Conversion(RULE.code, node.lineno, "one rank prints", (replace(node.func, "{bmt}.print_rank"),))
+
+
+def _under_main(file: File, node: ast.AST) -> bool:
+    return any(
+        isinstance(parent, ast.If) and "__name__" in ast.dump(parent.test) for parent in file.names.ancestors(node)
+    )
+
+
+RULE = Rule(
+    code="BMT027",
+    title="output comes from one rank",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            "import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
+            'print("done", flush=True)\n',
+            "import torch\nimport bmtrain as bmt\n\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
+            "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n"
+            'bmt.print_rank("done", flush=True)\n',
+        ),
+    ),
+)

@@ -1,0 +1,127 @@
+"""Every rank enters a rank guard that holds a collective.
+
+What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate`` or a forward goes; ``if step % n == 0 and
+rank == 0:`` keeps its first half. What only one rank may do inside (writing files, logging) gets a guard of its own.
+Why: a collective that one rank alone enters waits for the others forever.
+Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
+collective: then the file stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags
+from rewriter.changes import Change, Unblock, replace
+from rewriter.rules.one_rank import guarded_inside, writes_by_all
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal
+
+_LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    for guard in facts.scripts.opened_guards(file).values():
+        call = next(c for s in guard.node.body if (c := facts.scripts.collectives.inside(file, s)) is not None)
+        what = file.source.code(call.func)
+        reason = _reason_against(file, facts, guard)
+        if reason:
+            message = f"{what}(...) is for all ranks, but {reason}"
+            yield Refusal(RULE.code, guard.node.lineno, message)
+            continue
+        changes = tuple(_open(file, facts, guard))
+        yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what}(...) is for all ranks", changes)
+    yield from _early_exits(file, facts)
+
+
+def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
+    for node in ast.walk(guard.node.test):
+        if rank_flags(file).get(dotted(node) or ""):
+            return f"{dotted(node)} is true on one rank only, and not on that account alone"
+    if guard.node.orelse:
+        return "the rank guard around it has an else branch"
+    if not guard.rest and not file.source.code(guard.node).startswith("if"):
+        return "the rank guard around it is an elif"
+    written = (writes_by_all(file, facts, statement) for statement in guard.node.body)
+    if any(statement is not None for statement in written):
+        return "it is called while one rank has a file open to write"
+    return ""
+
+
+def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Change]:
+    node = guard.node
+    if guard.rest:
+        holes = {f"operand_{number}": operand for number, operand in enumerate(guard.rest)}
+        yield replace(node.test, " and ".join(f"{{{name}}}" for name in holes), **holes)
+    else:
+        yield Unblock(node)
+    for statement in node.body:
+        yield from guarded_inside(file, facts, statement)
+
+
+def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
+    """``if rank != 0: return`` in front of a collective."""
+    for node in file.nodes:
+        if not isinstance(node, ast.If) or not isinstance(node.body[-1], _LEAVES):
+            continue
+        if not is_other_rank_test(file, node.test) or isinstance(node.body[-1], ast.Raise):
+            continue
+        block = file.names.siblings(node)
+        for statement in block[block.index(node) + 1 :]:
+            call = facts.scripts.collectives.inside(file, statement)
+            if call is not None:
+                message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
+                yield Refusal(RULE.code, node.lineno, message)
+                break
+
+
+RULE = Rule(
+    code="BMT031",
+    title="every rank enters a rank guard that holds a collective",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+if bmt.rank() == 0:
+    # the state
+    state = {"model": model.state_dict()}
+    history.append(1)
+    torch.save(state, path)
+if done and bmt.rank() == 0:
+    print(model(x).mean())
+if bmt.rank() == 0:
+    print("kept")
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+# the state
+state = {"model": model.state_dict()}
+if bmt.rank() == 0:
+    history.append(1)
+bmt.save_checkpoint(state, path)
+if done:
+    bmt.print_rank(model(x).mean())
+if bmt.rank() == 0:
+    print("kept")
+""",
+        ),
+    ),
+)

@@ -1,0 +1,109 @@
+"""Checkpoints are written by one rank, from values all ranks give.
+
+What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``; other ``torch.save(...)`` become
+``bmt.save_checkpoint(...)``.
+Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
+not at all. The file is what the unconverted script writes.
+Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
+an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.writers import opened_for
+from rewriter.changes import Change, Keep, replace
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or b"save" not in file.source.data:
+        return
+    roles = facts.scripts.roles[file]
+    for node in file.calls:
+        if facts.project.external(file, node.func) != "torch.save":
+            continue
+        if facts.scripts.in_kept_guard(file, node):
+            continue
+        opened = opened_for(file, node)
+        if opened is None and _is_handle(file, node):
+            continue  # one rank writes, as BMT033 says, what all ranks give
+        what = node.args[0] if node.args else None
+        if (
+            len(node.args) == 2
+            and not node.keywords
+            and isinstance(what, ast.Call)
+            and isinstance(what.func, ast.Attribute)
+            and what.func.attr == "state_dict"
+            and not what.args
+            and roles.is_model(what.func.value)
+        ):
+            changes: tuple[Change, ...] = (
+                replace(node.func, "{bmt}.save"),
+                replace(what, "{model}", model=what.func.value),
+            )
+        else:
+            changes = (replace(node.func, "{bmt}.save_checkpoint"),)
+        if opened is not None:
+            block, path = opened
+            changes = (*changes, replace(node.args[1], "{path}", path=path), Keep(block, block.body[0]))
+        yield Conversion(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", changes)
+
+
+def _is_handle(file: File, call: ast.Call) -> bool:
+    """Whether what is written to is an open file, or bytes in memory."""
+    if len(call.args) < 2 or not isinstance(call.args[1], ast.Name):
+        return False
+    name = call.args[1].id
+    for parent in file.names.ancestors(call):
+        if isinstance(parent, (ast.With, ast.AsyncWith)):
+            if any(isinstance(i.optional_vars, ast.Name) and i.optional_vars.id == name for i in parent.items):
+                return True
+    roles = file.names.lookup(name, file.names.scope_of(call))
+    values = [binding.value for binding in roles[1]] if roles is not None else []
+    return any(
+        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
+        for value in values
+    )
+
+
+RULE = Rule(
+    code="BMT026",
+    title="checkpoints are written by one rank, from values all ranks give",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(torch.ones(1, 8)).mean())
+torch.save(model.state_dict(), "model.pt")
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "all.pt")
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(torch.ones(1, 8)).mean())
+bmt.save(model, "model.pt")
+bmt.save_checkpoint({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "all.pt")
+""",
+        ),
+    ),
+)

@@ -1,0 +1,153 @@
+"""Code that reads or writes parameters gets whole ones.
+
+What: a loop over ``model.parameters()`` (``named_parameters``, ``modules``) that reads or writes values, and an
+initialisation such as ``nn.init.zeros_(model.head.weight)``, are put in ``with bmt.gathered(model):``, with
+``write=True`` if they write. Element-wise updates through ``p.data``, as of an averaged model, act on ``p`` itself
+under ``torch.no_grad()``. ``p.grad``, where such a loop reads it, becomes ``bmt.gather_grad(p)``.
+Why: outside a forward a rank holds only its share of every parameter. Element-wise updates need no more than that.
+Refuses when: only one rank reaches the code; it stands in a constructor, a forward or an initialisation method, where
+parameters are whole; it only looks at shapes, names or ``requires_grad``.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.values import ValueUse
+from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+_WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    for grad in facts.values(file).gradients:
+        if not facts.scripts.in_kept_guard(file, grad):
+            change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
+            yield Conversion(RULE.code, grad.lineno, "the gradient is whole here", (change,))
+    for use in _uses(file, facts):
+        if facts.scripts.in_kept_guard(file, use.node) or facts.scripts.in_opened_guard(file, use.node):
+            message = "parameters are read here under a test of the rank, and a rank holds only its share of them"
+            yield Remark(RULE.code, use.node.lineno, message)
+            continue
+        message = "every rank updates its share" if use.local else "parameters are whole here"
+        yield Conversion(RULE.code, use.node.lineno, message, tuple(_changes(file, facts, use)))
+
+
+def _uses(file: File, facts: Facts) -> Iterator[ValueUse]:
+    """The statements that the rule is about. One that holds others speaks for them."""
+    found: dict[ast.AST, ValueUse] = {}
+    for use in facts.values(file).uses():
+        if _is_whole_there(file, facts, use.node) or not file.source.owns_lines(use.node):
+            continue
+        around = next((parent for parent in file.names.ancestors(use.node) if parent in found), None)
+        if around is None:
+            found[use.node] = use
+        elif not use.local:
+            outer = found[around]
+            found[around] = dataclasses.replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
+    yield from found.values()
+
+
+def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
+    if (use.local or use.states) and "torch" not in file.names.module.bindings:
+        yield Import("import torch")
+    if use.local:
+        for data in use.data:
+            yield replace(data, "{parameter}", parameter=data.value)
+        if not _without_gradients(file, facts, use.node):
+            yield Under((use.node,), template("with torch.no_grad():"))
+        return
+    for kept in use.kept:  # what is gathered goes when the block ends
+        yield wrap(kept, "{it}.clone()")
+    for call in use.states:
+        yield Arguments(call, added=(template("keep_vars=True"),))
+    models = {file.source.code(model): model for model in (*use.models, *use.read)}
+    read = {file.source.code(model) for model in use.read}
+    holes = {f"model_{number}": model for number, model in enumerate(models.values())}
+    contexts = ["torch.no_grad()"] if use.states else []
+    for hole, code in zip(holes, models, strict=True):
+        write = ", write=True" if use.writes and code not in read else ""
+        contexts.append(f"{{bmt}}.gathered({{{hole}}}{write})")
+    yield Under((use.node,), template(f"with {', '.join(contexts)}:", **holes))
+
+
+def _is_whole_there(file: File, facts: Facts, node: ast.stmt) -> bool:
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, ast.With):
+            calls = [item.context_expr.func for item in parent.items if isinstance(item.context_expr, ast.Call)]
+            if any(facts.project.external(file, call) == "bmtrain.gathered" for call in calls):
+                return True
+    function, owner = file.names.function_of(node), file.names.class_of(node)
+    if function is None or owner is None:
+        return False
+    cls = file.class_info(owner)
+    if facts.classes.is_module(cls):
+        return bool(_WHOLE_THERE.search(function.name))
+    return any((dotted(base) or "").split(".")[-1] in {"Optimizer", "Dataset"} for base in owner.bases)
+
+
+def _without_gradients(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether gradients are off around a statement."""
+    for parent in file.names.ancestors(node):
+        calls: list[ast.expr] = []
+        if isinstance(parent, ast.With):
+            calls = [item.context_expr for item in parent.items]
+        elif isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            calls = list(parent.decorator_list)
+        for call in calls:
+            name = call.func if isinstance(call, ast.Call) else call
+            if facts.project.external(file, name) in {"torch.no_grad", "torch.inference_mode"}:
+                return True
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            return False
+    return False
+
+
+RULE = Rule(
+    code="BMT036",
+    title="code that reads or writes parameters gets whole ones",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+for p in model.parameters():
+    if p.dim() > 1:
+        torch.nn.init.xavier_uniform_(p)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+for average, p in zip(averages.parameters(), model.parameters()):
+    average.data.mul_(0.9).add_(p.data, alpha=0.1)
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+with bmt.gathered(model, write=True):
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.xavier_uniform_(p)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.backward(model(x).mean())
+with torch.no_grad():
+    for average, p in zip(averages.parameters(), model.parameters()):
+        average.mul_(0.9).add_(p, alpha=0.1)
+""",
+        ),
+    ),
+)

@@ -1,0 +1,149 @@
+"""A model of another package is wrapped.
+
+What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model;
+so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``.
+Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
+package cannot, and its parameters would train without their gradients being reduced.
+Refuses when: the value is a class of the project that becomes a DistributedModule, is wrapped already, or comes from
+a package that is not known to hold models.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.classes import external_kind
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.nodes import walk
+from rewriter.changes import wrap
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding
+
+_PACKAGES = {
+    "torch", "torchvision", "torchaudio", "timm", "transformers", "diffusers", "open_clip", "clip", "monai",
+    "efficientnet_pytorch", "segmentation_models_pytorch", "sentence_transformers",
+    "torch_geometric", "vit_pytorch", "x_transformers",
+    "fairseq", "pytorchvideo", "peft", "torchtune", "esm", "whisper",
+}  # fmt: skip
+_TRAINED = {"parameters", "named_parameters"}
+_WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
+_EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
+_CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
+
+_WRAPPED = "{bmt}.BMTrainModelWrapper({it})"
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    roles = facts.scripts.roles[file]
+    yield from _parts(file, facts)
+    for variable, value, statement, part in roles.assignments:
+        trained = roles.methods_called.get(variable, set()) & _TRAINED
+        if part or not trained or variable not in roles.models or not roles.optimizers:
+            continue
+        owner = file.names.class_of(statement)
+        if owner is not None and facts.classes.is_module(file.class_info(owner)):
+            continue
+        if isinstance(value, ast.Call) and _foreign(file, facts, value):
+            message = "the model is another package's, so it is wrapped"
+            yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))
+
+
+def _parts(file: File, facts: Facts) -> Iterator[Finding]:
+    """Torch layers that are put into a model after it was built."""
+    for statement in file.nodes:
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+            continue
+        target, value = statement.targets[0], statement.value
+        owner = file.names.class_of(statement)
+        if not isinstance(target, (ast.Attribute, ast.Subscript)) or not isinstance(value, ast.Call):
+            continue
+        if owner is not None and facts.classes.is_module(file.class_info(owner)):
+            continue
+        name = facts.project.external(file, value.func)
+        if not name.startswith("torch.nn.") or external_kind(name) != "leaf" or name.split(".")[-1] in _EMPTY:
+            continue
+        base: ast.expr = target.value
+        while isinstance(base, (ast.Attribute, ast.Subscript)) and not facts.scripts.roles[file].is_model(base):
+            base = base.value
+        if facts.scripts.roles[file].is_model(base):
+            message = "the new part of the model is sharded, too"
+            yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))
+
+
+def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call yields a model that no base class of the project shards."""
+    while isinstance(call.func, ast.Attribute) and call.func.attr in _CHAINED:
+        if not isinstance(call.func.value, ast.Call):
+            return False
+        call = call.func.value
+    if any(facts.scripts.roles[file].is_model(argument) for argument in call.args):
+        return False
+    found = facts.project.resolve(file, call.func)
+    if isinstance(found, ClassInfo):
+        return facts.classes.kind(found) in {"leaf", "external"}
+    if isinstance(found, External):
+        return found.name.split(".")[0] in _PACKAGES and not found.name.startswith(_WRAPPERS)
+    if isinstance(found, FunctionInfo):
+        return _returns_container(facts, found) or not any(
+            isinstance(node, ast.Call)
+            and isinstance(made := facts.project.resolve(found.file, node.func), ClassInfo)
+            and facts.classes.kind(made) in {"module", "distributed"}
+            for node in walk(found.node)
+        )
+    return False
+
+
+def _returns_container(facts: Facts, function: FunctionInfo) -> bool:
+    """Whether a function returns a torch container that it makes, of whatever modules."""
+    made: dict[str, list[ast.expr]] = {}
+    returned: list[ast.expr] = []
+    for node in walk(function.node):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            made.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.Return) and node.value is not None:
+            returned.append(node.value)
+    values = [v for item in returned for v in (made.get(item.id, []) if isinstance(item, ast.Name) else [item])]
+    return any(
+        isinstance(value, ast.Call) and facts.project.external(function.file, value.func) == "torch.nn.Sequential"
+        for value in values
+    )
+
+
+RULE = Rule(
+    code="BMT034",
+    title="a model of another package is wrapped",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from torchvision.models import resnet18
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = resnet18()
+model.fc = torch.nn.Linear(512, 10)
+optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(x).mean())
+""",
+            """import torch
+from torchvision.models import resnet18
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(resnet18())
+model.fc = bmt.BMTrainModelWrapper(torch.nn.Linear(512, 10))
+optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+optim_manager.backward(model(x).mean())
+""",
+        ),
+    ),
+)
