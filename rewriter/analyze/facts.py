@@ -26,7 +26,6 @@ class Facts:
         self.classes = Classes(project)
         self.blocks = blocks
         self._managers: dict[File, Managers] = {}
-        self._values: dict[File, Values] = {}
 
     @cached_property
     def stacks(self) -> Stacks:
@@ -81,9 +80,7 @@ class Facts:
         return self._managers[file]
 
     def values(self, file: File) -> Values:
-        if file not in self._values:
-            self._values[file] = Values(file, self.project, self.scripts.roles[file])
-        return self._values[file]
+        return self.scripts.collectives.values(file)
 
     def alias(self, file: File) -> str:
         """How the file calls bmtrain, or will once the import is added."""

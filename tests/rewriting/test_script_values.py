@@ -109,3 +109,43 @@ GATHERED = {
 @pytest.mark.parametrize(("text", "expected"), GATHERED.values(), ids=GATHERED.keys())
 def test_gathered(text: str, expected: str) -> None:
     assert expected in converted(HEAD + LOOP + text)
+
+
+ON_ONE_RANK = {
+    "a helper reads parameters": (
+        "def norms(net):\n    total = 0\n    for p in net.parameters():\n        total += p.norm()\n    return total\n\n\n",
+        "if rank == 0:\n    writer.add_scalar('norm', norms(model), 1)\n",
+        "value = norms(model)\nif bmt.rank() == 0:\n    writer.add_scalar('norm', value, 1)\n",
+    ),
+    "a helper of a helper": (
+        "def norm(net):\n    return max(p.abs().max() for p in net.parameters())\n\n\ndef show(net):\n    total = norm(net)\n    print(total)\n\n\n",
+        "if rank == 0:\n    show(model)\n",
+        "\nshow(model)\n",
+    ),
+    "a helper reads gradients": (
+        "def norms(net):\n    return [p.grad.norm() for p in net.parameters() if p.grad is not None]\n\n\n",
+        "if step % 10 == 0 and rank == 0:\n    print(norms(model))\n",
+        "if step % 10 == 0:\n    bmt.print_rank(norms(model))\n",
+    ),
+    "its own guard keeps it to one rank": (
+        "def norms(net):\n    if rank == 0:\n        for p in net.parameters():\n            print(p.norm())\n\n\n",
+        "if rank == 0:\n    norms(model)\n",
+        "if rank == 0:\n    norms(model)\n",
+    ),
+    "a helper that only counts": (
+        "def count(net):\n    return sum(p.numel() for p in net.parameters())\n\n\n",
+        "if rank == 0:\n    print(count(model))\n",
+        "if rank == 0:\n    print(count(model))\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("helper", "call", "expected"), ON_ONE_RANK.values(), ids=ON_ONE_RANK.keys())
+def test_helpers_that_gather_are_called_on_every_rank(helper: str, call: str, expected: str) -> None:
+    """In one run: what the converter itself makes a collective opens the guards around its calls."""
+    assert expected in converted(HEAD + helper + LOOP + call)
+
+
+def test_data_of_data() -> None:
+    text = "for p in model.parameters():\n    p.data.data.zero_()\n"
+    assert "with bmt.gathered(model, write=True):\n    for p" in converted(HEAD + LOOP + text)

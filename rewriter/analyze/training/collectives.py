@@ -11,6 +11,7 @@ from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.values import Values
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
@@ -36,6 +37,12 @@ class Collectives:
         self.project = classes.project
         self.roles = roles
         self._functions: dict[ast.AST, bool] = {}
+        self._values: dict[File, Values] = {}
+
+    def values(self, file: File) -> Values:
+        if file not in self._values:
+            self._values[file] = Values(file, self.classes, self.roles[file])
+        return self._values[file]
 
     def inside(self, file: File, node: ast.AST) -> ast.Call | None:
         """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""
@@ -108,13 +115,21 @@ class Collectives:
             return False
         return not any(isinstance(p, ast.If) and as_guard(file, p) is not None for p in file.names.ancestors(call))
 
+    def _gathers(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        """Whether a function's own code is to gather parameters, which every rank must do."""
+        return file.convert and any(
+            file.names.function_of(place) is node
+            and not any(isinstance(p, ast.If) and as_guard(file, p) is not None for p in file.names.ancestors(place))
+            for place in self.values(file).gathered
+        )
+
     def function(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function makes a call that every rank must make."""
         if node not in self._functions:
             self._functions[node] = False
             owner = file.names.class_of(node)
             module = owner is not None and self.classes.is_module(file.class_info(owner))
-            self._functions[node] = any(
+            self._functions[node] = self._gathers(file, node) or any(
                 isinstance(item, ast.Call)
                 and (self.is_collective(file, item) or (module and _runs_module(item)) or self._saves(file, item))
                 for statement in node.body

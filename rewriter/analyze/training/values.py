@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cached_property
 
+from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import External, File
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
-from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.states import written_states
 
@@ -29,6 +29,8 @@ _ELEMENTWISE = {
 _WITHOUT_VALUES = {"id", "len", "isinstance", "type", "hasattr", "getattr", "setattr", "print", "repr", "str"}
 _COLLECTING = {"append", "add", "extend", "insert", "get", "pop", "setdefault", "index", "discard", "remove"}
 _VIEWS = {"data", "detach", "float", "cpu", "to", "view", "flatten", "reshape", "contiguous", "t", "squeeze"}
+_WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
+"""Methods of modules in which parameters are whole."""
 _WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
 
 
@@ -80,16 +82,50 @@ class ValueUse:
 class Values:
     """The uses of one file."""
 
-    def __init__(self, file: File, project: Project, roles: Roles) -> None:
-        self.file, self.project, self.roles = file, project, roles
+    def __init__(self, file: File, classes: Classes, roles: Roles) -> None:
+        self.file, self.classes, self.project, self.roles = file, classes, classes.project, roles
 
-    def uses(self) -> Iterator[ValueUse]:
+    @cached_property
+    def uses(self) -> list[ValueUse]:
+        """Statements that need parameters where these are not whole. One that holds others speaks for them."""
+        found: dict[ast.AST, ValueUse] = {}
+        for use in self._all():
+            if self._is_whole_there(use.node) or not self.file.source.owns_lines(use.node):
+                continue
+            around = next((parent for parent in self.file.names.ancestors(use.node) if parent in found), None)
+            if around is None:
+                found[use.node] = use
+            elif not use.local:
+                outer = found[around]
+                found[around] = replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
+        return list(found.values())
+
+    @cached_property
+    def gathered(self) -> list[ast.stmt | ast.Attribute]:
+        """Where every rank must help, once it is converted: to make parameters or gradients whole."""
+        return [*(use.node for use in self.uses if not use.local), *self.gradients]
+
+    def _is_whole_there(self, node: ast.stmt) -> bool:
+        for parent in self.file.names.ancestors(node):
+            if isinstance(parent, ast.With):
+                calls = [item.context_expr.func for item in parent.items if isinstance(item.context_expr, ast.Call)]
+                if any(self.project.external(self.file, call) == "bmtrain.gathered" for call in calls):
+                    return True
+        function, owner = self.file.names.function_of(node), self.file.names.class_of(node)
+        if function is None or owner is None:
+            return False
+        if self.classes.is_module(self.file.class_info(owner)):
+            return bool(_WHOLE_THERE.search(function.name))
+        return any((dotted(base) or "").split(".")[-1] in {"Optimizer", "Dataset"} for base in owner.bases)
+
+    def _all(self) -> Iterator[ValueUse]:
         for node in self.file.nodes:
             if isinstance(node, ast.For):
                 yield from self._loop(node)
                 yield from self._state(node)
-            elif isinstance(node, (ast.Assign, ast.AugAssign, ast.Expr)):
-                yield from self._statement(node)
+            elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr, ast.Return)):
+                if node.value is not None:
+                    yield from self._statement(node, node.value)
 
     @cached_property
     def gradients(self) -> set[ast.Attribute]:
@@ -133,8 +169,8 @@ class Values:
             written, *read = [call.func.value for call in calls if isinstance(call.func, ast.Attribute)]
             yield ValueUse(node, (written,), True, states=tuple(calls), read=tuple(read))
 
-    def _statement(self, node: ast.Assign | ast.AugAssign | ast.Expr) -> Iterator[ValueUse]:
-        for item in walk_own(node.value):
+    def _statement(self, node: ast.stmt, value: ast.expr) -> Iterator[ValueUse]:
+        for item in walk_own(value):
             if isinstance(item, (ast.GeneratorExp, ast.ListComp, ast.DictComp)) and len(item.generators) == 1:
                 found = self._iterated(item.generators[0].iter, item.generators[0].target)
                 if found is not None:

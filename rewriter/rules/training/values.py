@@ -12,19 +12,14 @@ parameters are whole; it only looks at shapes, names or ``requires_grad``.
 from __future__ import annotations
 
 import ast
-import dataclasses
-import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.values import ValueUse
 from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
-
-_WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -34,28 +29,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if not facts.scripts.in_kept_guard(file, grad):
             change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
             yield Conversion(RULE.code, grad.lineno, "the gradient is whole here", (change,))
-    for use in _uses(file, facts):
+    for use in facts.values(file).uses:
         if facts.scripts.in_kept_guard(file, use.node) or facts.scripts.in_opened_guard(file, use.node):
             message = "parameters are read here under a test of the rank, and a rank holds only its share of them"
             yield Remark(RULE.code, use.node.lineno, message)
             continue
         message = "every rank updates its share" if use.local else "parameters are whole here"
         yield Conversion(RULE.code, use.node.lineno, message, tuple(_changes(file, facts, use)))
-
-
-def _uses(file: File, facts: Facts) -> Iterator[ValueUse]:
-    """The statements that the rule is about. One that holds others speaks for them."""
-    found: dict[ast.AST, ValueUse] = {}
-    for use in facts.values(file).uses():
-        if _is_whole_there(file, facts, use.node) or not file.source.owns_lines(use.node):
-            continue
-        around = next((parent for parent in file.names.ancestors(use.node) if parent in found), None)
-        if around is None:
-            found[use.node] = use
-        elif not use.local:
-            outer = found[around]
-            found[around] = dataclasses.replace(outer, local=False, writes=outer.writes or outer.local or use.writes)
-    yield from found.values()
 
 
 def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
@@ -79,21 +59,6 @@ def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
         write = ", write=True" if use.writes and code not in read else ""
         contexts.append(f"{{bmt}}.gathered({{{hole}}}{write})")
     yield Under((use.node,), template(f"with {', '.join(contexts)}:", **holes))
-
-
-def _is_whole_there(file: File, facts: Facts, node: ast.stmt) -> bool:
-    for parent in file.names.ancestors(node):
-        if isinstance(parent, ast.With):
-            calls = [item.context_expr.func for item in parent.items if isinstance(item.context_expr, ast.Call)]
-            if any(facts.project.external(file, call) == "bmtrain.gathered" for call in calls):
-                return True
-    function, owner = file.names.function_of(node), file.names.class_of(node)
-    if function is None or owner is None:
-        return False
-    cls = file.class_info(owner)
-    if facts.classes.is_module(cls):
-        return bool(_WHOLE_THERE.search(function.name))
-    return any((dotted(base) or "").split(".")[-1] in {"Optimizer", "Dataset"} for base in owner.bases)
 
 
 def _without_gradients(file: File, facts: Facts, node: ast.stmt) -> bool:
