@@ -53,7 +53,7 @@ def make_plans(
     ``absent`` are keys of findings in other portions of the project that are known not to be applied.
     """
     found = {file: _without_refused_parts(_findings(file, facts)) for file in files}
-    stopped = {file for file, findings in found.items() if any(_stops(finding) for finding in findings)}
+    stopped = [file for file, findings in found.items() if any(_stops(finding) for finding in findings)]
     behind = facts.scripts.only_behind(stopped) if stopped else {}
     chosen = {
         file: [f for f in found[file] if isinstance(f, Conversion) and _applies(file, f, options)]

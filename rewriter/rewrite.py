@@ -60,17 +60,23 @@ def changed_module(file: File, plan: Plan, module: cst.Module) -> cst.Module:
 def _code(file: File, plan: Plan) -> str:
     """The file's text after the plan. Statements at its top that no change needs are not even parsed by libcst."""
     body, lines = file.tree.body, list(_texts(file.source.text))
+    changed = touched(file, plan.changes)
     pieces: list[str] = []
     done = 0
     for first, last, changes in _runs(file, plan.changes, lines):
         start = _first_line(body[first], lines)
         end = _first_line(body[last + 1], lines) if last + 1 < len(body) else len(lines)
         pieces += lines[done:start]
-        _refuse_oddities(lines[start:end], start)
+        written = lines[start:end]
+        readable = _readable(written)
+        odd = {number for number in range(len(written)) if written[number] != readable[number]}
+        if strange := [start + number + 1 for number in sorted(odd) if start + number + 1 in changed]:
+            raise InputError(f"line {strange[0]} is indented in a way that libcst does not read")
         try:
-            module = cst.parse_module("".join(lines[start:end]))
+            module = cst.parse_module("".join(readable))
             run = body[first : last + 1]
-            pieces.append(transformed(module, run, file.source, file.names.parents, changes, plan.bmt).code)
+            code = transformed(module, run, file.source, file.names.parents, changes, plan.bmt).code
+            pieces.append(_as_written(code, written, readable, odd) if odd else code)
         except (cst.ParserSyntaxError, cst.CSTValidationError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"libcst, from line {start + 1}: {reason}") from None
@@ -121,14 +127,36 @@ def _first_line(statement: ast.stmt, lines: Sequence[str]) -> int:
     return first
 
 
-def _refuse_oddities(lines: Sequence[str], first: int) -> None:
-    """What libcst does not read as Python does, or prints otherwise."""
-    for number, line in enumerate(lines, first + 1):
-        margin = line[: len(line) - len(line.lstrip())]
-        if line.strip() and ("\f" in margin or "\v" in margin):
-            raise InputError(f"line {number} begins with a form feed, which libcst does not keep")
-        if line.endswith("\r"):
-            raise InputError(f"line {number} ends with a carriage return alone, which libcst does not keep")
+def _readable(lines: Sequence[str]) -> list[str]:
+    """The lines of statements as libcst reads them: it knows no form feeds, nor tabs beside spaces as indentation."""
+    if any(line.endswith("\r") for line in lines):
+        raise InputError("lines end with a carriage return alone, which libcst does not read")
+    margins = [line[: len(line) - len(line.lstrip(" \t\f"))] for line in lines]
+    mixed = any("\t" in margin for margin in margins) and any(" " in margin for margin in margins)
+    if mixed:
+        try:
+            cst.parse_module("".join(lines))
+            mixed = False
+        except cst.ParserSyntaxError:
+            pass
+    found = []
+    for line, margin in zip(lines, margins, strict=True):
+        plain = margin.rpartition("\f")[2]
+        found.append((plain.expandtabs() if mixed else plain) + line[len(margin) :] if line.strip() else line)
+    return found
+
+
+def _as_written(code: str, written: Sequence[str], readable: Sequence[str], odd: set[int]) -> str:
+    """Code in which lines that are still as libcst read them are as they were written."""
+    found = list(_texts(code))
+    position = 0
+    for number, line in enumerate(readable):
+        place = next((i for i in range(position, len(found)) if found[i] == line), None)
+        if place is not None:
+            if number in odd:
+                found[place] = written[number]
+            position = place + 1
+    return "".join(found)
 
 
 def _with_room(work: Callable[[], T]) -> T:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import time
 from pathlib import Path
@@ -54,10 +55,24 @@ def test_bytes_survive(tmp_path: Path, before: bytes, after: bytes) -> None:
     assert main([str(path), "--check", "--quiet"]) == 0
 
 
+ODD_BUT_KEPT = {
+    "form feeds": ("class B:\n    a = 1\n\x0c    b = 2\n\x0c\n\x0cclass C:\n    pass\n"),
+    "a form feed behind spaces": ("class B:\n    a = 1\n  \x0c    b = 2\n"),
+    "tabs of eight": ("class B(torch.nn.Module):\n    def f(self):\n\t\t    pass\n\n    def g(self):\n\t    return 1\n"),
+    "a string with tabs": ("class B:\n    def f(self):\n\t    '''one\n\t  two\n    '''\n"),
+}
+
+
+@pytest.mark.parametrize("text", ODD_BUT_KEPT.values(), ids=ODD_BUT_KEPT.keys())
+def test_odd_indentation_stays_as_it_is_beside_what_changes(text: str) -> None:
+    ast.parse(text)
+    after = converted(f"{BEFORE}\n\n{text}")
+    assert after == f"{AFTER}\n\n{text}".replace("B(torch.nn.Module)", "B(bmt.DistributedModule)")
+
+
 ODD = {
-    "old mac lines": (BEFORE.replace("\n", "\r"), "line 1 ends with a carriage return alone"),
-    "form feed before code": (BEFORE.replace("class A", "\x0cclass A"), "line 4 begins with a form feed"),
-    "form feed before an indentation": (BEFORE.replace("    name", "\x0c    name"), "line 5 begins with a form feed"),
+    "old mac lines": (BEFORE.replace("\n", "\r"), "lines end with a carriage return alone"),
+    "form feed before what changes": (BEFORE.replace("class A", "\x0cclass A"), "line 4 is indented in a way that"),
 }
 
 

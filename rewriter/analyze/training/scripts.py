@@ -96,7 +96,7 @@ class Scripts:
             self._imported_by[file] = {t for node in nodes for t in self._imported(file, node) if t.convert}
         return self._imported_by[file]
 
-    def only_behind(self, stopped: set[File]) -> dict[File, File]:
+    def only_behind(self, stopped: list[File]) -> dict[File, File]:
         """Files that only scripts which cannot be converted use, each with one such script."""
         behind = {target: file for file in stopped if file in self.entries for target in self.reach(file)}
         for file in self.entries:
