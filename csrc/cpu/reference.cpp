@@ -1,10 +1,10 @@
-// CPU references of the kernels in fp32: the same arithmetic (math.h) in plain loops.
+// CPU references of the kernels in fp32: the same arithmetic (arithmetic.h) in plain loops.
 #include <pybind11/pybind11.h>
 
 #include <cmath>
 #include <limits>
 
-#include "../math.h"
+#include "../arithmetic.h"
 
 namespace py = pybind11;
 

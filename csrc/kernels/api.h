@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../math.h"
+#include "../arithmetic.h"
 
 namespace bmt::kernels {
 
