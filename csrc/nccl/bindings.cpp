@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 
 #include "../errors.h"
 #include "communicator.h"
@@ -22,6 +23,14 @@ using Unlocked = py::call_guard<py::gil_scoped_release>;
 template <typename T = void>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Deletes the arena without the interpreter lock.  Its last owner may be a tensor that Python drops, holding the lock,
+// or a thread that Python does not know.
+void free_unlocked(Arena* arena) {
+    std::optional<py::gil_scoped_release> unlocked;
+    if (Py_IsInitialized() && PyGILState_Check()) unlocked.emplace();  // not while the interpreter is going down
+    delete arena;
 }
 
 // What a DLPack consumer holds: one more owner of the arena.
@@ -121,7 +130,8 @@ void bind_nccl(py::module_& module) {
     module.def("group_start", &nccl::group_start, Unlocked());
     module.def("group_end", &nccl::group_end, Unlocked());
     py::class_<Arena, std::shared_ptr<Arena>>(module, "Arena")
-        .def(py::init(&Arena::make), py::arg("bytes"), py::arg("device"), Unlocked())
+        .def(py::init([](size_t bytes, int device) { return Arena::make(bytes, device, &free_unlocked); }),
+             py::arg("bytes"), py::arg("device"), Unlocked())
         .def_property_readonly("address", [](const Arena& a) { return reinterpret_cast<Address>(a.data()); })
         .def_property_readonly("bytes", &Arena::bytes)
         .def("to_dlpack", &to_dlpack);

@@ -28,7 +28,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     for version in (22809, 21805):
         path = tmp_path_factory.mktemp(str(version)) / "libfake.so"
         source = str(HERE / "fake_nccl.cpp")
-        subprocess.run(["g++", "-shared", "-fPIC", f"-DVERSION={version}", source, "-o", str(path)], check=True)
+        flags = ["-shared", "-fPIC", *os.environ.get("CXXFLAGS", "").split(), f"-DVERSION={version}"]
+        subprocess.run(["g++", *flags, source, "-o", str(path)], check=True)
         built[version] = path
     return built
 
@@ -54,7 +55,7 @@ package.__path__ = [{str(ROOT / "bmtrain")!r}]
 """
 
 PRELUDE = """
-import array, ctypes, gc, os
+import array, ctypes, gc, os, threading, time
 from bmtrain import _C
 from bmtrain.errors import CommunicationError
 fake = ctypes.CDLL(os.environ["FAKE_LIBRARY"])
@@ -65,6 +66,16 @@ nccl = _C.nccl
 print(nccl.load([os.environ["FAKE_LIBRARY"]]))
 def connect(policy=0):
     return nccl.Communicator(nccl.unique_id(), 0, 1, policy)
+def outcome(call, *arguments):
+    try:
+        return str(call(*arguments))
+    except CommunicationError as error:
+        return str(error)
+def in_thread(call, *arguments):
+    # The thread, which prints what came of the call.
+    thread = threading.Thread(target=lambda: print(outcome(call, *arguments) + "\\n", end=""))
+    thread.start()
+    return thread
 """
 
 
@@ -135,7 +146,7 @@ except CommunicationError as error:
         "8192",
         opened,
         "1 1",
-        opened + "deregister;destroy;deregister;free;destroy; 0",
+        opened + "deregister;destroy;deregister;destroy;free; 0",
         "This communicator has been closed or aborted.",
     ]
 
@@ -208,3 +219,121 @@ def test_missing_library_is_named() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "CommunicationError: NCCL (libnccl.so.2) was not found" in result.stderr
     assert "/nowhere/libnccl.so.2" in result.stderr
+
+
+def test_abort_waits_for_a_call_of_another_thread_that_is_about_to_leave(libraries: dict[int, Path]) -> None:
+    code = """
+comm = connect()
+fake.fake_hold(b"all_reduce")
+call = in_thread(comm.all_reduce, 0, 0, 0, 7, 0, 0)
+assert fake.fake_wait_until_held()
+abort = in_thread(comm.abort)
+while comm.is_open:
+    time.sleep(0.001)
+time.sleep(0.05)
+print(outcome(comm.all_reduce, 0, 0, 0, 7, 0, 0))
+fake.fake_hold(b"")
+call.join(), abort.join()
+print(journal())
+"""
+    lines = run(libraries[22809], code)
+    assert lines[1] == "This communicator has been closed or aborted."
+    assert lines[2:] == ["None", "None", "init policy 0 id u;all_reduce;abort;"]
+
+
+def test_abort_ends_a_call_of_another_thread_that_waits_for_a_peer(libraries: dict[int, Path]) -> None:
+    code = """
+comm, arena = connect(), nccl.Arena(1, 0)
+comm.register_window(arena.address)
+del arena
+fake.fake_hold(b"all_reduce")
+call = in_thread(comm.all_reduce, 0, 0, 0, 7, 0, 0)
+assert fake.fake_wait_until_held()
+start = time.monotonic()
+comm.abort()
+call.join()
+print(time.monotonic() - start < 10, journal().split("register;")[1])
+"""
+    error, ended = run(libraries[22809], code)[1:]
+    assert error.startswith("NCCL: other error (")
+    assert ended == "True abort under a call;all_reduce failed;free;"
+
+
+def test_abort_knows_that_the_end_of_a_group_uses_the_communicators_in_it(libraries: dict[int, Path]) -> None:
+    code = """
+comm, other = connect(), connect()
+def group():
+    nccl.group_start()
+    comm.send(0, 0, 7, 0, 0)
+    comm.recv(0, 0, 7, 0, 0)
+    nccl.group_end()
+fake.fake_hold(b"group_end")
+call = in_thread(group)
+assert fake.fake_wait_until_held()
+other.abort()
+abort = in_thread(comm.abort)
+while comm.is_open:
+    time.sleep(0.001)
+time.sleep(0.05)
+fake.fake_hold(b"")
+call.join(), abort.join()
+print(journal().split("recv;")[1])
+"""
+    assert run(libraries[22809], code)[1:] == ["None", "None", "abort;group_end;abort;"]
+
+
+def test_close_refuses_while_another_thread_waits_inside_a_call(libraries: dict[int, Path]) -> None:
+    code = """
+comm = connect()
+fake.fake_hold(b"all_reduce")
+call = in_thread(comm.all_reduce, 0, 0, 0, 7, 0, 0)
+assert fake.fake_wait_until_held()
+print(outcome(comm.close), comm.is_open)
+fake.fake_hold(b"")
+call.join()
+comm.close()
+print(journal())
+"""
+    refusal, *rest = run(libraries[22809], code)[1:]
+    assert refusal.startswith("A call or a group on this communicator has not ended") and refusal.endswith("True")
+    assert rest == ["None", "init policy 0 id u;all_reduce;destroy;"]
+
+
+@pytest.mark.parametrize("failure", ["DEREGISTER", "DESTROY"])
+def test_close_that_fails_still_gives_everything_back(libraries: dict[int, Path], failure: str) -> None:
+    code = """
+comm = connect()
+for _ in range(2):
+    arena = nccl.Arena(1, 0)
+    comm.register_window(arena.address)
+del arena
+print(nccl.arena_bytes(), outcome(comm.close), sep="|")
+print(nccl.arena_bytes(), comm.is_open, outcome(comm.close))
+print(journal().split("register;", 2)[2])
+"""
+    failed, after, calls = run(libraries[22809], code, **{f"FAKE_{failure}_ERROR": "1"})[1:]
+    assert failed.startswith("8192|NCCL: invalid argument (") and failure.capitalize() in failed
+    assert after == "0 False None"
+    windows = "deregister failed;deregister;" if failure == "DEREGISTER" else "deregister;deregister;"
+    assert calls == windows + "destroy;free;free;"
+
+
+@pytest.mark.parametrize("owner", ["arena", "capsule"])
+def test_other_threads_go_on_while_memory_is_freed(libraries: dict[int, Path], owner: str) -> None:
+    code = f"""
+arena = nccl.Arena(1, 0)
+capsule = arena.to_dlpack()
+{"del capsule" if owner == "arena" else "del arena"}
+fake.fake_hold(b"free")
+def let_go():
+    fake.fake_wait_until_held()
+    fake.fake_hold(b"")
+    print("ran")
+thread = threading.Thread(target=let_go)
+thread.start()
+start = time.monotonic()
+del {owner}
+thread.join()
+print(time.monotonic() - start < 10, nccl.arena_bytes(), journal())
+"""
+    assert run(libraries[22809], code)[1:] == ["ran", "True 0 alloc;free;"]
