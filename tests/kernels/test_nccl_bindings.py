@@ -304,6 +304,29 @@ print(journal().split("recv;")[1])
     assert run(libraries[22809], code)[1:] == ["None", "None", "abort;group_end;abort;"]
 
 
+@pytest.mark.parametrize("end, freed", [("abort", "abort"), ("close", "destroy")])
+def test_nothing_is_freed_under_threads_that_go_on_calling(libraries: dict[int, Path], end: str, freed: str) -> None:
+    code = f"""
+comm = connect()
+def call_until_refused():
+    while True:
+        try:
+            all_reduce(comm), comm.check_async_error()
+        except CommunicationError as error:
+            return error
+threads = [in_thread(call_until_refused) for _ in range(4)]
+while journal().count("all_reduce") < 100:
+    time.sleep(0.001)
+comm.{end}()
+for thread in threads:
+    thread.join()
+calls = journal().split(";")
+print(calls[-2:], calls.count("{freed}"))
+"""
+    lines = run(libraries[22809], code)
+    assert lines[1:] == ["This communicator has been closed or aborted."] * 4 + [f"['{freed}', ''] 1"]
+
+
 def test_close_refuses_while_another_thread_waits_inside_a_call(libraries: dict[int, Path]) -> None:
     code = """
 comm = connect()
