@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 from oracle import WIDTH, matches, mean
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -65,7 +65,8 @@ def through(x: torch.Tensor, layers: Any) -> torch.Tensor:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def any_order() -> None:
+@on_ranks(1, 2, 3)
+def test_any_order_is_legal() -> None:
     orders = {
         "all": lambda m, x: m.head(through(m.stem(x), m.layers)),
         "skipped first": lambda m, x: m.head(through(m.stem(x), m.layers[1:])),
@@ -87,12 +88,8 @@ def any_order() -> None:
             raise AssertionError(name) from error
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_any_order_is_legal(world_size: int) -> None:
-    run_ranks(world_size, any_order)
-
-
-def orders_that_change() -> None:
+@on_ranks(2, 3)
+def test_the_order_may_change_from_step_to_step() -> None:
     """Another order in every step: predictions from the last step are wrong and must do no harm."""
     chosen = [[0, 1, 2, 3], [3, 1], [0, 0, 2], [2, 1, 0], [0, 1, 2, 3], [1]]
     state = {"step": -1}
@@ -113,12 +110,8 @@ def orders_that_change() -> None:
         matches(lambda names: stack_model(names, forward), counted, steps=6, recompute=recompute)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_order_may_change_from_step_to_step(world_size: int) -> None:
-    run_ranks(world_size, orders_that_change)
-
-
-def forwards_and_backwards() -> None:
+@on_ranks(*WORLDS)
+def test_forwards_may_lie_between_a_forward_and_its_backward() -> None:
     def build(names: models.Names) -> Any:
         return stack_model(names, lambda m, x: m.head(through(m.stem(x), m.layers)))
 
@@ -158,12 +151,8 @@ def forwards_and_backwards() -> None:
             raise AssertionError(run.__name__) from error
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_forwards_may_lie_between_a_forward_and_its_backward(world_size: int) -> None:
-    run_ranks(world_size, forwards_and_backwards)
-
-
-def parts_of_a_model() -> None:
+@on_ranks(*WORLDS)
+def test_parts_of_a_model_may_be_called_directly() -> None:
     def bypass(m: Any, x: torch.Tensor) -> torch.Tensor:
         h = m.stem(x)
         h = h + m.layers[0].down(F.relu(m.layers[0].encode(h)))
@@ -178,12 +167,8 @@ def parts_of_a_model() -> None:
     matches(build, lambda m, x: mean(m.head(m.layers[0].encode(m.stem(x))[:, :WIDTH])))
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_parts_of_a_model_may_be_called_directly(world_size: int) -> None:
-    run_ranks(world_size, parts_of_a_model)
-
-
-def methods_of_a_model() -> None:
+@on_ranks(*WORLDS)
+def test_another_method_than_forward_may_be_called() -> None:
     def build(names: models.Names) -> Any:
         class Model(names.Module):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
@@ -202,11 +187,6 @@ def methods_of_a_model() -> None:
     matches(build, lambda m, x: mean(m.encode(x)))
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_another_method_than_forward_may_be_called(world_size: int) -> None:
-    run_ranks(world_size, methods_of_a_model)
-
-
 # ---- arguments and results
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -220,7 +200,8 @@ class Named:
 Pair = namedtuple("Pair", "x y")
 
 
-def arguments_and_results() -> None:
+@on_ranks(*WORLDS)
+def test_any_arguments_and_results_pass_through() -> None:
     class Arguments(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -274,12 +255,8 @@ def arguments_and_results() -> None:
         matches(lambda names, f=forward, kind=kind: stack_model(names, f, results(kind)))
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_any_arguments_and_results_pass_through(world_size: int) -> None:
-    run_ranks(world_size, arguments_and_results)
-
-
-def two_outputs_of_an_input_without_grad() -> None:
+@on_ranks(*WORLDS)
+def test_an_input_without_gradient_may_have_two_outputs() -> None:
     class Split(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -296,12 +273,8 @@ def two_outputs_of_an_input_without_grad() -> None:
     matches(lambda names: stack_model(names, lambda m, x: m.layers[0](x)[1], Split, 1))
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_an_input_without_gradient_may_have_two_outputs(world_size: int) -> None:
-    run_ranks(world_size, two_outputs_of_an_input_without_grad)
-
-
-def transparent() -> None:
+@on_ranks(*WORLDS)
+def test_a_block_is_the_module_itself() -> None:
     layer = Layer()
     layer.note = "set before"  # type: ignore[assignment]
     calls: list[str] = []
@@ -327,12 +300,8 @@ def transparent() -> None:
         _ = block.missing
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_a_block_is_the_module_itself(world_size: int) -> None:
-    run_ranks(world_size, transparent)
-
-
-def hooks() -> None:
+@on_ranks(*WORLDS)
+def test_hooks_work() -> None:
     def prepare(model: Any) -> None:
         model.layers[1].register_forward_pre_hook(lambda m, args: (args[0] * 1.5,))
         model.layers[1].register_forward_hook(lambda m, args, out: out * 0.5)
@@ -344,16 +313,12 @@ def hooks() -> None:
     matches(lambda names: stack_model(names, lambda m, x: m.head(through(m.stem(x), m.layers))), prepare=prepare)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_hooks_work(world_size: int) -> None:
-    run_ranks(world_size, hooks)
-
-
 # ---- nesting, sharing, recomputation
 # -------------------------------------------------------------------------------------------------------------------
 
 
-def nested() -> None:
+@on_ranks(1, 2, 3)
+def test_blocks_may_be_nested() -> None:
     def build(names: models.Names) -> Any:
         class Outer(nn.Module):
             def __init__(self) -> None:
@@ -373,12 +338,8 @@ def nested() -> None:
     matches(build, zero_level=2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_blocks_may_be_nested(world_size: int) -> None:
-    run_ranks(world_size, nested)
-
-
-def shared() -> None:
+@on_ranks(*WORLDS)
+def test_parameters_may_be_shared_between_blocks() -> None:
     def build(names: models.Names) -> Any:
         class Sharing(nn.Module):
             def __init__(self, common: nn.Parameter, tied: nn.Linear) -> None:
@@ -408,12 +369,8 @@ def shared() -> None:
     assert len(list(model.parameters())) == 8  # common, tied.weight, two tied.bias, two own.weight and own.bias
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_parameters_may_be_shared_between_blocks(world_size: int) -> None:
-    run_ranks(world_size, shared)
-
-
-def frozen() -> None:
+@on_ranks(*WORLDS)
+def test_first_layers_may_be_frozen() -> None:
     def freeze(model: Any) -> None:
         for p in [*model.stem.parameters(), *model.layers[0].parameters(), *model.layers[2].up.parameters()]:
             p.requires_grad_(False)
@@ -421,12 +378,8 @@ def frozen() -> None:
     matches(lambda names: stack_model(names, lambda m, x: m.head(through(m.stem(x), m.layers))), prepare=freeze)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_first_layers_may_be_frozen(world_size: int) -> None:
-    run_ranks(world_size, frozen)
-
-
-def users_own_checkpoint() -> None:
+@on_ranks(*WORLDS)
+def test_torchs_own_checkpoint_may_be_around_blocks() -> None:
     for reentrant in (True, False):
 
         def forward(m: Any, x: torch.Tensor, reentrant: bool = reentrant) -> torch.Tensor:
@@ -445,11 +398,6 @@ def users_own_checkpoint() -> None:
             return m.head(checkpoint(lambda h: through(h, m.layers), x, use_reentrant=reentrant))  # type: ignore[no-any-return]
 
         matches(lambda names, f=whole: stack_model(names, f))
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_torchs_own_checkpoint_may_be_around_blocks(world_size: int) -> None:
-    run_ranks(world_size, users_own_checkpoint)
 
 
 def dropout_is_repeated() -> list[torch.Tensor]:
@@ -500,7 +448,8 @@ def test_recomputation_changes_no_bit(world_size: int) -> None:
         assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-def changed_input() -> None:
+@on_ranks(*WORLDS)
+def test_a_recomputed_block_that_changes_its_input_says_so() -> None:
     class InPlace(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -517,11 +466,6 @@ def changed_input() -> None:
     _, model = oracle.pair(build)
     with pytest.raises(ConfigurationError, match="use_checkpoint=False"):
         mean(model(models.share(oracle.inputs(0)))).backward()
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_a_recomputed_block_that_changes_its_input_says_so(world_size: int) -> None:
-    run_ranks(world_size, changed_input)
 
 
 # ---- after an exception
@@ -546,7 +490,8 @@ def _raise(grad: torch.Tensor) -> None:
     raise KeyError("backward")
 
 
-def training_goes_on() -> None:
+@on_ranks(*WORLDS)
+def test_training_goes_on_after_an_exception() -> None:
     def build(names: models.Names) -> Any:
         return stack_model(names, lambda m, x: m.head(through(m.stem(x), m.layers)), Fails, 3)
 
@@ -566,11 +511,6 @@ def training_goes_on() -> None:
             oracle.assert_same_grads(model, reference)
             manager.zero_grad()
             reference.zero_grad()
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_training_goes_on_after_an_exception(world_size: int) -> None:
-    run_ranks(world_size, training_goes_on)
 
 
 def late_transport() -> list[int]:

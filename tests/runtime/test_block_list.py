@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -29,7 +29,8 @@ class Pair(nn.Module):
         return self.lin(y) * scale + shift, torch.tanh(x)
 
 
-def is_a_list() -> None:
+@on_ranks(*WORLDS)
+def test_it_is_a_list() -> None:
     blocks = bmt.TransformerBlockList([nn.Linear(WIDTH, WIDTH) for _ in range(5)])
     assert isinstance(blocks, nn.ModuleList) and len(blocks) == 5
     assert all(isinstance(b, bmt.Block) and isinstance(b, nn.Linear) for b in blocks)
@@ -61,12 +62,8 @@ def is_a_list() -> None:
     assert len(empty) == 0 and torch.equal(empty(x), x)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_it_is_a_list(world_size: int) -> None:
-    run_ranks(world_size, is_a_list)
-
-
-def calls() -> None:
+@on_ranks(*WORLDS)
+def test_a_call_is_the_loop() -> None:
     for recompute in (True, False):
 
         def build(names: models.Names) -> Any:
@@ -93,12 +90,8 @@ def calls() -> None:
         oracle.matches(build, recompute=recompute)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_a_call_is_the_loop(world_size: int) -> None:
-    run_ranks(world_size, calls)
-
-
-def hidden_states() -> None:
+@on_ranks(*WORLDS)
+def test_hidden_states_are_the_inputs_of_every_block() -> None:
     blocks = bmt.TransformerBlockList([nn.Linear(WIDTH, WIDTH) for _ in range(3)])
     x = torch.randn(2, WIDTH)
     out, states = blocks(x, return_hidden_states=True)
@@ -109,12 +102,8 @@ def hidden_states() -> None:
     assert len(result) == 4 and result[2].shape == result[3].shape == (2, 2, WIDTH)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_hidden_states_are_the_inputs_of_every_block(world_size: int) -> None:
-    run_ranks(world_size, hidden_states)
-
-
-def the_same_twice() -> None:
+@on_ranks(*WORLDS)
+def test_one_module_at_two_places() -> None:
     """One module at two places is one block, with one set of weights."""
     linear = nn.Linear(WIDTH, WIDTH)
     blocks = bmt.TransformerBlockList([linear, linear])
@@ -124,8 +113,3 @@ def the_same_twice() -> None:
     oracle.mean(plain(plain(oracle.inputs(0)))).backward()
     bmt.optim.OptimManager().backward(oracle.mean(blocks(models.share(oracle.inputs(0)))))
     oracle.assert_same_grads(blocks[0], plain)
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_one_module_at_two_places(world_size: int) -> None:
-    run_ranks(world_size, the_same_twice)

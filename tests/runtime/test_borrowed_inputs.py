@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 
 import bmtrain as bmt
@@ -48,7 +48,9 @@ class Latents(nn.Module):
         return self.head(x)
 
 
-def train(nested: bool) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+@on_ranks(1, 2)
+def test_views_of_parameters_as_inputs(nested: bool) -> None:
     torch.manual_seed(1)
     plain = Latents()
     copied = copy.deepcopy(plain)
@@ -68,9 +70,3 @@ def train(nested: bool) -> None:
             gradient = bmt.gather_grad(q)
             assert p.grad is not None and gradient is not None
             assert torch.allclose(p.grad, gradient, atol=1e-7), name
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_views_of_parameters_as_inputs(world_size: int, nested: bool) -> None:
-    run_ranks(world_size, train, nested)

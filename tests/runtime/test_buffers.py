@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 
 import bmtrain as bmt
@@ -29,7 +29,9 @@ class Layer(nn.Module):
         return x + torch.tanh(self.norm(self.inner(x)))
 
 
-def train(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+@on_ranks(1, 2)
+def test_buffers_change_once(recompute: bool) -> None:
     torch.manual_seed(1)
     plain = nn.Sequential(Layer(), Layer())
     model = bmt.BMTrainModelWrapper(
@@ -48,13 +50,8 @@ def train(recompute: bool) -> None:
         assert torch.allclose(p.grad, gradient, atol=1e-7), name
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_buffers_change_once(world_size: int, recompute: bool) -> None:
-    run_ranks(world_size, train, recompute)
-
-
-def statistics_of_shares() -> None:
+@on_ranks(2)
+def test_batch_norms_are_levelled_before_evaluation() -> None:
     torch.manual_seed(1)
     model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()))
     rank = bmt.rank()
@@ -78,7 +75,3 @@ def statistics_of_shares() -> None:
     model(torch.full((3, 4), float(rank)) + torch.arange(3.0)[:, None])
     state = model.state_dict()["1.running_mean"]
     assert torch.equal(bmt.distributed.broadcast(state, 0), state), "every rank saves the same model"
-
-
-def test_batch_norms_are_levelled_before_evaluation() -> None:
-    run_ranks(2, statistics_of_shares)

@@ -11,7 +11,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -20,7 +20,8 @@ from bmtrain.errors import CheckpointError
 WORLDS = [1, 2, 3]
 
 
-def round_trip(folder: str) -> None:
+@on_ranks(*WORLDS)
+def test_checkpoints_are_the_originals(tmp_path: Path) -> None:
     for name in models.BUILDERS:
         reference = models.build(name, models.plain())
         model = models.build(name, models.sharded())
@@ -28,7 +29,7 @@ def round_trip(folder: str) -> None:
         assert list(state) == list(reference.state_dict())
         for key, value in reference.state_dict().items():
             assert torch.equal(state[key], value) and state[key].device.type == "cpu" and not state[key].requires_grad
-        path = os.path.join(folder, f"{name}.pt")
+        path = os.path.join(tmp_path, f"{name}.pt")
         bmt.save(model, path)
         other = models.build(name, models.plain(), seed=8)
         assert other.load_state_dict(torch.load(path, weights_only=True))
@@ -42,12 +43,7 @@ def round_trip(folder: str) -> None:
         tokens, targets = models.batch(name, 0)
         oracle.assert_close(again(tokens, targets).detach(), reference(tokens, targets).detach(), "loss")
     if bmt.rank() == 0:
-        assert sorted(os.listdir(folder)) == ["awkward.pt", "gpt.pt"], "no temporary files are left"
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_checkpoints_are_the_originals(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, round_trip, str(tmp_path))
+        assert sorted(os.listdir(tmp_path)) == ["awkward.pt", "gpt.pt"], "no temporary files are left"
 
 
 class Net(nn.Module):
@@ -71,7 +67,8 @@ def make(seed: int = 0) -> tuple[Net, Net]:
     return plain, bmt.BMTrainModelWrapper(Net())
 
 
-def bad_states() -> None:
+@on_ranks(*WORLDS)
+def test_a_state_that_does_not_fit_is_named_and_not_loaded() -> None:
     plain, model = make()
     good = model.state_dict()
     missing = {k: v for k, v in good.items() if k not in ("norm.running_mean", "layers.1.0.bias")}
@@ -97,12 +94,8 @@ def bad_states() -> None:
         model.load_state_dict(shape, strict=False)
 
 
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_a_state_that_does_not_fit_is_named_and_not_loaded(world_size: int) -> None:
-    run_ranks(world_size, bad_states)
-
-
-def parts() -> None:
+@on_ranks(1, 2)
+def test_parts_of_a_model_have_states() -> None:
     plain, model = make()
     assert list(model.layers.state_dict()) == list(plain.layers.state_dict())
     for key, value in plain.layers[1].state_dict().items():
@@ -120,12 +113,8 @@ def parts() -> None:
     assert torch.equal(model.state_dict(prefix="x.")["x.norm.weight"], plain.norm.weight)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_parts_of_a_model_have_states(world_size: int) -> None:
-    run_ranks(world_size, parts)
-
-
-def hooks() -> None:
+@on_ranks(1, 2)
+def test_models_that_rename_keys_keep_doing_so() -> None:
     def old_names(state: dict[str, Any], *_: Any) -> None:
         if "old" in state:
             state["norm.weight"] = state.pop("old")
@@ -143,53 +132,41 @@ def hooks() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_models_that_rename_keys_keep_doing_so(world_size: int) -> None:
-    run_ranks(world_size, hooks)
-
-
-def failing_writes(folder: str) -> None:
+@on_ranks(1, 2)
+def test_a_failed_write_is_told_everywhere_and_leaves_the_old_file(tmp_path: Path) -> None:
     _, model = make()
-    path = os.path.join(folder, "model.pt")
+    path = os.path.join(tmp_path, "model.pt")
     bmt.save(model, path)
     before = Path(path).read_bytes()
     bmt.synchronize()
     with pytest.raises(CheckpointError, match="Rank 0 could not write"):
-        bmt.save(model, os.path.join(folder, "missing", "model.pt"))
+        bmt.save(model, os.path.join(tmp_path, "missing", "model.pt"))
     unpicklable = {"model": model.state_dict(), "bad": (lambda: None) if bmt.rank() == 0 else None}
     with pytest.raises(CheckpointError, match="Rank 0 could not write"):
         bmt.save_checkpoint(unpicklable, path)
-    assert Path(path).read_bytes() == before and os.listdir(folder) == ["model.pt"]
+    assert Path(path).read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
     bmt.synchronize()
-    old = os.path.join(folder, "old.pt")
+    old = os.path.join(tmp_path, "old.pt")
     bmt.save_checkpoint({"step": 1}, old, _use_new_zipfile_serialization=False)
     assert torch.load(old) == {"step": 1} and not zipfile.is_zipfile(old)
     for broken, said in (("nothing.pt", "nothing.pt"), ("model.txt", "model.txt")):
         if broken == "model.txt" and bmt.rank() == 0:
-            Path(folder, broken).write_bytes(b"not a checkpoint")
+            Path(tmp_path, broken).write_bytes(b"not a checkpoint")
         bmt.synchronize()
         with pytest.raises(CheckpointError, match=said):
-            bmt.load(model, os.path.join(folder, broken))
+            bmt.load(model, os.path.join(tmp_path, broken))
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_failed_write_is_told_everywhere_and_leaves_the_old_file(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, failing_writes, str(tmp_path))
-
-
-def no_shared_disk(folder: str) -> None:
+@on_ranks(3)
+def test_ranks_without_the_file_get_it_from_rank_0(tmp_path: Path) -> None:
     """Only rank 0 has the file."""
     _, model = make(0)
-    here = os.path.join(folder, f"rank{bmt.rank()}.pt")
+    here = os.path.join(tmp_path, f"rank{bmt.rank()}.pt")
     state = {k: v + 1 for k, v in model.state_dict().items()}
     if bmt.rank() == 0:
         torch.save(state, here)
     bmt.load(model, here)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-def test_ranks_without_the_file_get_it_from_rank_0(tmp_path: Path) -> None:
-    run_ranks(3, no_shared_disk, str(tmp_path))
 
 
 def non_blocking(folder: str) -> str:

@@ -9,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -27,7 +27,8 @@ class _Abstract(ABC):
 Kind = TypeVar("Kind")
 
 
-def class_statements() -> None:
+@on_ranks(2)
+def test_abstract_generic_and_protocol_classes() -> None:
     """Classes that have other bases beside the module, as ``class M(nn.Module, Other)`` allows."""
 
     class Scorer(bmt.DistributedModule, _Abstract, _Scores, Generic[Kind]):
@@ -48,7 +49,3 @@ def class_statements() -> None:
     assert str(inspect.signature(Scorer)) == "(width: 'int', bias: 'bool' = True) -> 'None'"
     with pytest.raises(TypeError, match="abstract"):
         type("Unfinished", (_Abstract, bmt.DistributedModule), {})()
-
-
-def test_abstract_generic_and_protocol_classes() -> None:
-    run_ranks(2, class_statements)

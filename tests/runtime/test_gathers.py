@@ -9,7 +9,7 @@ from unittest import mock
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -125,7 +125,8 @@ def test_every_use_is_foreseen_on_gpus(recompute: bool) -> None:
         check(name, recompute, "cuda")
 
 
-def changing() -> None:
+@on_ranks(2)
+def test_an_order_that_changes_once() -> None:
     """A step that leaves the usual order pays for that step alone."""
     model = Net()
     for layer in model.layers:
@@ -139,7 +140,3 @@ def changing() -> None:
         late.append(len(counter.late))
     assert late[2] == late[5] == 1, late
     assert late[3] <= 5 and late[4] <= 5, late
-
-
-def test_an_order_that_changes_once() -> None:
-    run_ranks(2, changing)

@@ -6,10 +6,9 @@ from typing import Any
 
 import models
 import oracle
-import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -68,7 +67,8 @@ def build(names: models.Names) -> Any:
     return Whole(Encoder(nn.ModuleList([Layer() for _ in range(3)])))
 
 
-def given_lists_match() -> None:
+@on_ranks(*WORLDS)
+def test_given_lists() -> None:
     oracle.matches(build)
     model = build(models.sharded())
     blocks = [*model.encoder.layers, *model.coder.layers]
@@ -76,8 +76,3 @@ def given_lists_match() -> None:
     with torch.no_grad():
         model.eval()(oracle.inputs(0))
     assert not any(block.__dict__["_bmt_unit"].moves and block.__dict__["_bmt_unit"].is_whole for block in blocks)
-
-
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_given_lists(world_size: int) -> None:
-    run_ranks(world_size, given_lists_match)

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -64,7 +64,8 @@ def test_pairs_compute_the_same(world_size: int) -> None:
     run_ranks(world_size, pairs_match)
 
 
-def pairs_are_released() -> None:
+@on_ranks(2)
+def test_pairs_are_released() -> None:
     model = build(models.sharded())
     model(oracle.inputs(0)).sum().backward()
     with torch.no_grad():
@@ -74,10 +75,6 @@ def pairs_are_released() -> None:
     kept(oracle.inputs(0))
     # Their parameters are still looked at; where buffers are used again they must stay.
     assert kept.whole[-1] == DEPTH if context().device.is_cuda else max(kept.whole) <= 2
-
-
-def test_pairs_are_released() -> None:
-    run_ranks(2, pairs_are_released)
 
 
 def levels(names: models.Names, nested: bool = False, saves: bool = False) -> Any:
@@ -133,7 +130,8 @@ def test_levels_compute_the_same(world_size: int) -> None:
     run_ranks(world_size, levels_match)
 
 
-def levels_are_released() -> None:
+@on_ranks(2)
+def test_levels_are_released() -> None:
     model = levels(models.sharded())
     model(oracle.inputs(0)).sum().backward()
     assert max(model.whole) <= 2 and model.whole[-1] >= 1
@@ -144,19 +142,12 @@ def levels_are_released() -> None:
     assert model.layers[0].norm.weight.shape == (WIDTH,) and count_whole(model.layers) == 0  # outside of a forward
 
 
-def test_levels_are_released() -> None:
-    run_ranks(2, levels_are_released)
-
-
-def pairs_of_an_ordinary_model() -> None:
+@on_ranks(2)
+def test_pairs_of_an_ordinary_model() -> None:
     model = bmt.BMTrainModelWrapper(build(models.plain()))
     assert isinstance(model.layers, bmt.TransformerBlockList) and len(model.layers[1:]) == DEPTH - 1
     model(oracle.inputs(0)).sum().backward()
     assert max(model.whole) <= 2
-
-
-def test_pairs_of_an_ordinary_model() -> None:
-    run_ranks(2, pairs_of_an_ordinary_model)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -110,7 +110,10 @@ def managed_run(
         return model.state_dict(), scales, rates, norms, optimizer.state_dict()
 
 
-def compare(schedule: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["AdamOptimizer", "AdamOffloadOptimizer"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@on_ranks(1, 2, 3)
+def test_overflows_are_as_if_they_had_not_been(schedule: str, kind: str) -> None:
     weights, scales, rates, norms = plain_run(schedule)
     runs = [
         managed_run(schedule, late=late, kind=kind, read=read, zero=zero)
@@ -125,13 +128,6 @@ def compare(schedule: str, kind: str) -> None:
         assert all(entry["step"] == STEPS - len(OVERFLOWS) for entry in state["state"].values())
     for other in runs[1:]:  # late or not makes no difference at all
         assert all(torch.equal(other[0][key], runs[0][0][key]) for key in weights)
-
-
-@pytest.mark.parametrize("kind", ["AdamOptimizer", "AdamOffloadOptimizer"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_overflows_are_as_if_they_had_not_been(world_size: int, schedule: str, kind: str) -> None:
-    run_ranks(world_size, compare, schedule, kind)
 
 
 def resumed(late: bool) -> tuple[Any, ...]:
@@ -169,7 +165,8 @@ def test_a_run_resumes_after_an_overflow(late: bool) -> None:
     run_ranks(2, resumed, late)
 
 
-def by_hand() -> None:
+@on_ranks(1)
+def test_what_is_set_by_hand_stays() -> None:
     """What a user sets stays, the scale and a learning rate."""
     model = bmt.BMTrainModelWrapper(build())
     optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2)
@@ -183,10 +180,6 @@ def by_hand() -> None:
         assert optimizer.param_groups[0]["lr"] == 0.125
         manager.loss_scale = 4
         assert manager.loss_scale == 4.0 and manager.loss_scale_enabled
-
-
-def test_what_is_set_by_hand_stays() -> None:
-    run_ranks(1, by_hand)
 
 
 def without_waiting() -> list[float]:

@@ -8,7 +8,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -32,7 +32,8 @@ def pair() -> tuple[Any, Any, bmt.optim.OptimManager]:
     return plain, model, manager
 
 
-def clipping() -> None:
+@on_ranks(1, 2, 3)
+def test_clipping_is_torchs() -> None:
     for kind in (2, 1, 3.0, "inf", float("inf")):
         for limit in (0.01, 1e6):
             plain, model, manager = pair()
@@ -48,12 +49,9 @@ def clipping() -> None:
     assert float(manager.clip_grad_norm(model.parameters(), 1.0, "inf")) == 0.0
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_clipping_is_torchs(world_size: int) -> None:
-    run_ranks(world_size, clipping)
-
-
-def loss_scale(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@on_ranks(1, 2)
+def test_an_overflow_skips_the_step_and_lowers_the_scale(dtype: torch.dtype) -> None:
     model = bmt.BMTrainModelWrapper(Tiny()).to(dtype)
     manager = bmt.optim.OptimManager(loss_scale=2.0**10, loss_scale_steps=2, max_loss_scale=2.0**11)
     optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=0.1)
@@ -80,13 +78,8 @@ def loss_scale(dtype: torch.dtype) -> None:
     assert plain.weight.shape == model.weight.shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_an_overflow_skips_the_step_and_lowers_the_scale(world_size: int, dtype: torch.dtype) -> None:
-    run_ranks(world_size, loss_scale, dtype)
-
-
-def scaled_torch_optimizer() -> None:
+@on_ranks(1, 2)
+def test_torch_optimizers_see_unscaled_gradients() -> None:
     plain, model = Tiny(), bmt.BMTrainModelWrapper(Tiny())
     manager = bmt.optim.OptimManager(loss_scale=2.0**8)
     manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.5))
@@ -103,12 +96,8 @@ def scaled_torch_optimizer() -> None:
     oracle.assert_same_weights(model, plain, limit=1e-4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_torch_optimizers_see_unscaled_gradients(world_size: int) -> None:
-    run_ranks(world_size, scaled_torch_optimizer)
-
-
-def several_optimizers() -> None:
+@on_ranks(1, 2)
+def test_state_of_several_optimizers() -> None:
     def parts(model: Any) -> list[list[Any]]:
         return [list(model[0].parameters()), list(model[1].parameters()), list(model[2].parameters())]
 
@@ -144,12 +133,8 @@ def several_optimizers() -> None:
         bmt.optim.OptimManager().load_state_dict(state)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_state_of_several_optimizers(world_size: int) -> None:
-    run_ranks(world_size, several_optimizers)
-
-
-def accumulation() -> None:
+@on_ranks(1, 2, 3)
+def test_accumulate_then_clip() -> None:
     plain, model, manager = pair()
     for micro in range(4):
         (oracle.mean(plain(oracle.inputs(micro))) / 4).backward()
@@ -160,11 +145,6 @@ def accumulation() -> None:
     manager.backward(oracle.mean(model(models.share(oracle.inputs(9)))))  # after clipping, added to what was clipped
     oracle.mean(plain(oracle.inputs(9))).backward()
     oracle.assert_same_grads(model, plain)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_accumulate_then_clip(world_size: int) -> None:
-    run_ranks(world_size, accumulation)
 
 
 def bare_backward() -> float:
@@ -181,7 +161,9 @@ def test_a_bare_backward_sums_over_ranks(world_size: int) -> None:
     assert run_ranks(world_size, bare_backward) == [world_size] * world_size
 
 
-def experts(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_ranks(3)
+def test_ranks_may_use_different_parameters_of_a_block(dtype: torch.dtype) -> None:
     """Some parameters get gradients on some ranks only, one on none."""
 
     class Experts(nn.Module):
@@ -209,12 +191,8 @@ def experts(dtype: torch.dtype) -> None:
     assert len(optimizer.state_dict()["state"]) == bmt.world_size(), "an unused expert does not decay"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranks_may_use_different_parameters_of_a_block(dtype: torch.dtype) -> None:
-    run_ranks(3, experts, dtype)
-
-
-def nothing_below_threshold() -> None:
+@on_ranks(2)
+def test_fp32_overflow_is_found() -> None:
     model = bmt.BMTrainModelWrapper(Tiny())
     manager = bmt.optim.OptimManager(loss_scale=4.0, loss_scale_steps=1000, min_loss_scale=2.0)
     manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=0.1))
@@ -223,7 +201,3 @@ def nothing_below_threshold() -> None:
         manager.step()
     assert manager.loss_scale == 2.0
     assert not model.state_dict()["weight"].isnan().any(), "fp32 gradients are checked too"
-
-
-def test_fp32_overflow_is_found() -> None:
-    run_ranks(2, nothing_below_threshold)

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -39,7 +39,10 @@ def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
     return [torch.randn(p.shape, generator=generator).to(p.dtype).float() for p in model.parameters()]
 
 
-def taken_in_turn(dtype: torch.dtype, kinds: tuple[str, str]) -> None:
+@on_ranks(1, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kinds", [("adam", "adam"), ("adam", "sgd"), ("offload", "torch"), ("sgd", "torch")])
+def test_optimizers_of_the_same_parameters_follow_each_other(dtype: torch.dtype, kinds: tuple[str, str]) -> None:
     model = make(dtype)
     masters = [p.gather().detach().float().requires_grad_() for p in model.parameters()]
     managers = [managed(OURS[kind](model.parameters())) for kind in kinds]
@@ -56,16 +59,9 @@ def taken_in_turn(dtype: torch.dtype, kinds: tuple[str, str]) -> None:
         )
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kinds", [("adam", "adam"), ("adam", "sgd"), ("offload", "torch"), ("sgd", "torch")])
-def test_optimizers_of_the_same_parameters_follow_each_other(
-    kinds: tuple[str, str], dtype: torch.dtype, world_size: int
-) -> None:
-    run_ranks(world_size, taken_in_turn, dtype, kinds)
-
-
-def shared_digits(kinds: tuple[str, str]) -> None:
+@pytest.mark.parametrize("kinds", [("adam", "adam"), ("sgd", "adam"), ("torch", "sgd")])
+@on_ranks(2)
+def test_optimizers_share_digits_on_several_ranks(kinds: tuple[str, str]) -> None:
     """Steps too small for bfloat16 add up, whoever takes them."""
     model = make(torch.bfloat16)
     with bmt.gathered(model, write=True), torch.no_grad():
@@ -84,12 +80,8 @@ def shared_digits(kinds: tuple[str, str]) -> None:
         assert float((parameter.gather().float() - 0.996).abs().max()) <= 2**-9
 
 
-@pytest.mark.parametrize("kinds", [("adam", "adam"), ("sgd", "adam"), ("torch", "sgd")])
-def test_optimizers_share_digits_on_several_ranks(kinds: tuple[str, str]) -> None:
-    run_ranks(2, shared_digits, kinds)
-
-
-def started_again() -> None:
+@on_ranks(1, 2, 3)
+def test_a_run_started_again_is_the_same() -> None:
     """A state without masters (torch's own, or one from before the first step) starts from what the model shows."""
     model = make(torch.bfloat16)
     first = {key: value.clone() for key, value in model.state_dict().items()}
@@ -114,12 +106,10 @@ def started_again() -> None:
         assert all(torch.equal(again[key], value) for key, value in once.items())
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_run_started_again_is_the_same(world_size: int) -> None:
-    run_ranks(world_size, started_again)
-
-
-def copied(dtype: torch.dtype, kind: str) -> None:
+@on_ranks(1, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adam", "offload"])
+def test_optimizers_are_copied_with_their_models(dtype: torch.dtype, kind: str) -> None:
     """A model and its optimizer, copied together, go on alike and apart."""
     model = make(dtype)
     optimizer = OURS[kind](model.parameters())
@@ -142,10 +132,3 @@ def copied(dtype: torch.dtype, kind: str) -> None:
     for number, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
             assert not isinstance(value, torch.Tensor) or torch.equal(others.state_dict()["state"][number][name], value)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["adam", "offload"])
-def test_optimizers_are_copied_with_their_models(kind: str, dtype: torch.dtype, world_size: int) -> None:
-    run_ranks(world_size, copied, dtype, kind)

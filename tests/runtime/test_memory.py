@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -125,7 +125,8 @@ def test_few_blocks_are_whole_at_a_time(recompute: bool) -> None:
     assert all(count == LAYERS for count in run_ranks(2, most_whole, recompute, 2)), "ZeRO-2 keeps them"
 
 
-def frozen_blocks() -> None:
+@on_ranks(1, 2)
+def test_blocks_frozen_after_wrapping_reduce_nothing() -> None:
     model = tall(models.sharded())
     for layer in model.layers[:-1]:
         layer.requires_grad_(False)
@@ -143,12 +144,8 @@ def frozen_blocks() -> None:
         assert all(flat.gradient._came is None for flat in layer._bmt_unit.flats), "no memory for a gradient"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_blocks_frozen_after_wrapping_reduce_nothing(world_size: int) -> None:
-    run_ranks(world_size, frozen_blocks)
-
-
-def deleted() -> None:
+@on_ranks(1, 2, fresh=True)
+def test_a_deleted_model_leaves_nothing_behind() -> None:
     before = held()
     model = tall(models.sharded())
     manager = bmt.optim.OptimManager()
@@ -161,8 +158,3 @@ def deleted() -> None:
     gc.collect()
     assert alive() is None
     assert held() - before < 4096
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_deleted_model_leaves_nothing_behind(world_size: int) -> None:
-    run_ranks(world_size, deleted, fresh=True)

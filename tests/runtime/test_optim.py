@@ -10,7 +10,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -73,7 +73,8 @@ TORCH: dict[str, Any] = {
 }
 
 
-def torch_optimizers() -> None:
+@on_ranks(1, 2, 3)
+def test_torchs_elementwise_optimizers_step_on_shards() -> None:
     for name, make_optimizer in TORCH.items():
         plain, model = make()
         theirs, ours = make_optimizer(groups(plain)), make_optimizer(groups(model))
@@ -101,12 +102,8 @@ def assert_same_state(ours: dict[str, Any], theirs: dict[str, Any], masters: boo
                 assert found == value
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_torchs_elementwise_optimizers_step_on_shards(world_size: int) -> None:
-    run_ranks(world_size, torch_optimizers)
-
-
-def adam_like_torch() -> None:
+@on_ranks(1, 2, 3)
+def test_adam_is_torchs_adamw() -> None:
     plain, model = make()
     theirs = torch.optim.AdamW(groups(plain), lr=1e-2, betas=(0.8, 0.95), eps=1e-6)
     ours = bmt.optim.AdamOptimizer(groups(model), lr=1e-2, betas=(0.8, 0.95), eps=1e-6)
@@ -114,11 +111,6 @@ def adam_like_torch() -> None:
     managed_steps(model, ours, 0, 5)
     oracle.assert_same_weights(model, plain)
     assert_same_state(ours.state_dict(), theirs.state_dict())
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_adam_is_torchs_adamw(world_size: int) -> None:
-    run_ranks(world_size, adam_like_torch)
 
 
 def decay_alone(dtype: torch.dtype, kind: str) -> float:
@@ -190,7 +182,8 @@ def test_low_precision_has_masters(dtype: torch.dtype) -> None:
     run_ranks(2, masters, dtype)
 
 
-def written_and_read() -> None:
+@on_ranks(2)
+def test_writes_leave_the_digits_of_other_elements() -> None:
     """Writing some elements of a bfloat16 parameter, however it is done, leaves the digits of the others alone."""
     for write in (
         lambda w: w.data.copy_(torch.tensor([[5.0], [1.0], [1.0]], dtype=torch.bfloat16)),
@@ -221,11 +214,8 @@ def written_and_read() -> None:
         assert torch.equal(doubled, torch.tensor([[10.0], [2.0], [2.0]]))
 
 
-def test_writes_leave_the_digits_of_other_elements() -> None:
-    run_ranks(2, written_and_read)
-
-
-def master_is_whole() -> None:
+@on_ranks(1, 2)
+def test_masters_survive_saving() -> None:
     """A master that is saved, loaded, and saved again is the same to the bit, and so is a copy of the model."""
     _, model = make(torch.bfloat16)
     optimizer = bmt.optim.AdamOptimizer(groups(model), lr=1e-2)
@@ -245,12 +235,10 @@ def master_is_whole() -> None:
     assert all(torch.equal(v, weights[k]) for k, v in copied.state_dict().items())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_masters_survive_saving(world_size: int) -> None:
-    run_ranks(world_size, master_is_whole)
-
-
-def two_optimizers(dtype: torch.dtype, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["ours", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@on_ranks(2)
+def test_two_optimizers_share_blocks(dtype: torch.dtype, kind: str) -> None:
     """One for matrices, one for the rest, in the same blocks: neither undoes the other's steps."""
     plain, model = make(dtype)
     masters = [p.detach().float().requires_grad_() for p in plain.parameters()]
@@ -280,12 +268,6 @@ def two_optimizers(dtype: torch.dtype, kind: str) -> None:
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for (name, p), value in zip(plain.named_parameters(), model.state_dict().values(), strict=True):
         oracle.assert_close(value.float(), p.detach().float(), name, tolerance)
-
-
-@pytest.mark.parametrize("kind", ["ours", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_optimizers_share_blocks(dtype: torch.dtype, kind: str) -> None:
-    run_ranks(2, two_optimizers, dtype, kind)
 
 
 # ---- states
@@ -337,7 +319,8 @@ def test_a_run_resumes_at_another_world_size(kind: str, dtype: torch.dtype) -> N
             oracle.assert_close(resumed[key].float(), value.float(), key, 1e-4 if dtype == torch.float32 else 2e-2)
 
 
-def states_interchange() -> None:
+@on_ranks(1, 2, 3)
+def test_states_interchange_with_torchs_adamw() -> None:
     """Two steps in one library, two in the other, against four in torch."""
     for ours_first in (True, False):
         plain, _ = make()
@@ -359,12 +342,8 @@ def states_interchange() -> None:
             oracle.assert_same_weights(model, plain)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_states_interchange_with_torchs_adamw(world_size: int) -> None:
-    run_ranks(world_size, states_interchange)
-
-
-def states_that_do_not_fit() -> None:
+@on_ranks(1, 2)
+def test_a_state_that_does_not_fit_is_not_loaded() -> None:
     _, model = make()
     optimizer = bmt.optim.AdamOptimizer(groups(model), lr=1e-2)
     managed_steps(model, optimizer, 0, 2)
@@ -385,12 +364,8 @@ def states_that_do_not_fit() -> None:
         optimizer.load_state_dict(sharded)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_state_that_does_not_fit_is_not_loaded(world_size: int) -> None:
-    run_ranks(world_size, states_that_do_not_fit)
-
-
-def mistakes() -> None:
+@on_ranks(1, 2)
+def test_mistakes_are_told() -> None:
     _, model = make()
     unsharded = nn.Linear(2, 2)
     for build in (
@@ -408,12 +383,8 @@ def mistakes() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_mistakes_are_told(world_size: int) -> None:
-    run_ranks(world_size, mistakes)
-
-
-def hold() -> None:
+@on_ranks(2)
+def test_hold_steps_build_up_moments_only() -> None:
     _, model = make()
     before = model.state_dict()
     optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2, hold_steps=2)
@@ -423,7 +394,3 @@ def hold() -> None:
     manager.backward(oracle.mean(model(models.share(oracle.inputs(2)))))
     manager.step()
     assert not any(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_hold_steps_build_up_moments_only() -> None:
-    run_ranks(2, hold)

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 from bmtrain.context import context
@@ -80,15 +80,12 @@ def test_methods_compute_the_same(world_size: int) -> None:
     run_ranks(world_size, methods_match)
 
 
-def methods_release() -> None:
+@on_ranks(2)
+def test_methods_called_from_outside_release() -> None:
     model = build(models.sharded())
     with torch.no_grad():
         model.infer(oracle.inputs(0))
     assert 1 <= max(model.whole) <= 2
-
-
-def test_methods_called_from_outside_release() -> None:
-    run_ranks(2, methods_release)
 
 
 def features(names: models.Names) -> Any:

@@ -6,9 +6,8 @@ from typing import Any
 
 import models
 import oracle
-import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 
 import bmtrain as bmt
 
@@ -29,7 +28,8 @@ class Momentum(torch.optim.Optimizer):
                     p.data[p.data > 100] = 0
 
 
-def steps() -> None:
+@on_ranks(1, 2)
+def test_optimizers_that_write_data() -> None:
     model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
     reference = Momentum(plain.parameters(), 0.1)
     manager = bmt.optim.OptimManager(loss_scale=None)
@@ -43,8 +43,3 @@ def steps() -> None:
         manager.step()
         reference.step()
     oracle.assert_same_weights(model, plain)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_optimizers_that_write_data(world_size: int) -> None:
-    run_ranks(world_size, steps)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 
 import bmtrain as bmt
 from bmtrain import nn
@@ -153,7 +153,8 @@ def test_embedding_without_tensor_parallelism() -> None:
         assert "12 of 12, 6" in text
 
 
-def operators() -> None:
+@on_ranks(1)
+def test_operators() -> None:
     values = whole_state()
     x = tensors()["x"]
     expected = F.linear(x, values["weight"], values["bias"])
@@ -163,7 +164,3 @@ def operators() -> None:
     )
     with pytest.raises(ConfigurationError, match="reduce_type"):
         nn.OpParallelLinear.apply(x, values["weight"], None, False, False, False, "sum")  # type: ignore[arg-type]
-
-
-def test_operators() -> None:
-    run_ranks(1, operators)

@@ -11,7 +11,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -48,7 +48,8 @@ def tokens(step: int = 0) -> torch.Tensor:
     return torch.randint(11, (12, 4), generator=torch.Generator().manual_seed(step))
 
 
-def shows_its_shape() -> None:
+@on_ranks(1, 2, 3)
+def test_shows_its_whole_shape() -> None:
     plain, model = make()
     for (name, p), (same, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert name == same and p.shape == q.shape and p.dim() == q.dim()
@@ -85,12 +86,8 @@ def shows_its_shape() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_shows_its_whole_shape(world_size: int) -> None:
-    run_ranks(world_size, shows_its_shape)
-
-
-def gathered() -> None:
+@on_ranks(1, 2, 3)
+def test_gathered_shows_and_keeps_whole_values() -> None:
     plain, model = make()
     with bmt.gathered(model):
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
@@ -112,12 +109,8 @@ def gathered() -> None:
     assert torch.equal(model.emb.weight.gather(), plain.emb.weight)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gathered_shows_and_keeps_whole_values(world_size: int) -> None:
-    run_ranks(world_size, gathered)
-
-
-def writes_between_steps() -> None:
+@on_ranks(1, 2, 3)
+def test_values_may_change_between_steps() -> None:
     plain, model = make()
     with torch.no_grad():
         for m in (plain, model):
@@ -140,12 +133,8 @@ def writes_between_steps() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_values_may_change_between_steps(world_size: int) -> None:
-    run_ranks(world_size, writes_between_steps)
-
-
-def averages() -> None:
+@on_ranks(1, 2, 3)
+def test_moving_averages_over_a_deep_copy() -> None:
     """The usual exponential moving average: a deep copy, updated in place after every step."""
     plain, model = make()
     means = [copy.deepcopy(m).requires_grad_(False) for m in (plain, model)]
@@ -173,12 +162,8 @@ def averages() -> None:
         assert torch.allclose(means[1](tokens()), means[0](tokens()), atol=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_moving_averages_over_a_deep_copy(world_size: int) -> None:
-    run_ranks(world_size, averages)
-
-
-def deep_copies_train() -> None:
+@on_ranks(1, 2)
+def test_deep_copies_are_models_of_their_own() -> None:
     plain, model = make()
     copied = copy.deepcopy(model)
     for m in (model, copied):
@@ -196,12 +181,8 @@ def deep_copies_train() -> None:
     assert not copied.emb.weight.gather().any()
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_deep_copies_are_models_of_their_own(world_size: int) -> None:
-    run_ranks(world_size, deep_copies_train)
-
-
-def dtypes_change() -> None:
+@on_ranks(1, 2, 3)
+def test_half_after_wrapping() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         plain, model = make()
         plain.to(dtype)
@@ -215,12 +196,8 @@ def dtypes_change() -> None:
     assert model.to("cpu") is model and model.cpu() is model
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_half_after_wrapping(world_size: int) -> None:
-    run_ranks(world_size, dtypes_change)
-
-
-def initialisation() -> None:
+@on_ranks(1, 2, 3)
+def test_initialisation_code_means_what_it_says() -> None:
     """As written, in any constructor; and after it through apply and init_parameters."""
 
     def build(names: models.Names) -> Any:
@@ -255,12 +232,8 @@ def initialisation() -> None:
     oracle.assert_same_weights(model, reference, exact=True)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_initialisation_code_means_what_it_says(world_size: int) -> None:
-    run_ranks(world_size, initialisation)
-
-
-def published_initialisation() -> None:
+@on_ranks(1, 2)
+def test_init_parameters_draws_as_torch_does() -> None:
     class Linear(bmt.DistributedModule):
         def __init__(self) -> None:
             super().__init__()
@@ -280,11 +253,6 @@ def published_initialisation() -> None:
     assert groups["bias"] == [model.bias] and groups[None][0] is model.weight
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_init_parameters_draws_as_torch_does(world_size: int) -> None:
-    run_ranks(world_size, published_initialisation)
-
-
 def prints_on_one_rank() -> str:
     _, model = make()
     return repr(model) + str(next(model.parameters())) if bmt.rank() == 0 else ""
@@ -295,7 +263,8 @@ def test_printing_on_one_rank_does_not_hang() -> None:
     assert "Linear(in_features=6" in text and "shape=(11, 6)" in text
 
 
-def requires_grad_toggles() -> None:
+@on_ranks(1, 2)
+def test_requires_grad_may_change_between_steps() -> None:
     """Frozen and thawed between steps: what is frozen is not reduced and keeps no gradient."""
     plain, model = make()
     manager = bmt.optim.OptimManager()
@@ -316,12 +285,8 @@ def requires_grad_toggles() -> None:
     oracle.assert_same_weights(model, plain)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_requires_grad_may_change_between_steps(world_size: int) -> None:
-    run_ranks(world_size, requires_grad_toggles)
-
-
-def gradients_are_visible() -> None:
+@on_ranks(1, 2)
+def test_gradients_can_be_read_and_set() -> None:
     plain, model = make()
     bmt.optim.OptimManager().backward(oracle.mean(model(models.share(tokens()))))
     oracle.mean(plain(tokens())).backward()
@@ -338,12 +303,8 @@ def gradients_are_visible() -> None:
     assert all(p.grad is None and bmt.gather_grad(p) is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradients_can_be_read_and_set(world_size: int) -> None:
-    run_ranks(world_size, gradients_are_visible)
-
-
-def writes_in_the_forward() -> None:
+@on_ranks(1, 2, 3)
+def test_writes_into_whole_parameters_stay() -> None:
     """Parameters changed in place while whole: by ``.data``, under no_grad, by assignment; at any precision."""
 
     class Clamped(nn.Module):
@@ -386,12 +347,8 @@ def writes_in_the_forward() -> None:
         assert abs(float(model.layers[0].scale.gather()) - 1.5) < 0.02, "the clamp is lost to the optimizer's master"
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_writes_into_whole_parameters_stay(world_size: int) -> None:
-    run_ranks(world_size, writes_in_the_forward)
-
-
-def masters_keep_their_digits() -> None:
+@on_ranks(1, 2)
+def test_reading_data_costs_no_precision() -> None:
     """Reading ``p.data`` costs a bfloat16 model no precision: steps below its resolution still add up."""
     model = bmt.BMTrainModelWrapper(nn.Linear(4, 4, bias=False)).bfloat16()
     with bmt.gathered(model, write=True), torch.no_grad():
@@ -405,8 +362,3 @@ def masters_keep_their_digits() -> None:
             model.weight.data.norm()
         manager.step()
     assert torch.allclose(model.weight.gather().float(), torch.full((4, 4), 0.98), atol=4e-3)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_reading_data_costs_no_precision(world_size: int) -> None:
-    run_ranks(world_size, masters_keep_their_digits)

@@ -8,7 +8,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -131,7 +131,9 @@ def frozen_adapters(names: models.Names) -> Any:
     return Model()
 
 
-def adapters_alone(early: bool) -> None:
+@pytest.mark.parametrize("early", [True, False])
+@on_ranks(1, 2, 3)
+def test_adapters_are_reduced_alone(early: bool) -> None:
     build, prepare = (frozen_adapters, lambda model: None) if early else (adapters, freeze)
     oracle.matches(build, prepare=prepare)
     _, model = oracle.pair(build)
@@ -154,13 +156,9 @@ def adapters_alone(early: bool) -> None:
         assert torch.equal(value, before[name]) != (".up." in name or ".down." in name), name
 
 
-@pytest.mark.parametrize("early", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_adapters_are_reduced_alone(world_size: int, early: bool) -> None:
-    run_ranks(world_size, adapters_alone, early)
-
-
-def adapters_that_resume(optimizer: str) -> None:
+@pytest.mark.parametrize("optimizer", ["ours", "adam", "adagrad"])
+@on_ranks(1, 3)
+def test_adapters_resume(optimizer: str) -> None:
     """States that were cut to shards before the first forward fit the shards of the first step."""
 
     def make() -> tuple[Any, Any, bmt.optim.OptimManager]:
@@ -194,12 +192,6 @@ def adapters_that_resume(optimizer: str) -> None:
     oracle.assert_same_weights(model, straight)
 
 
-@pytest.mark.parametrize("optimizer", ["ours", "adam", "adagrad"])
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_adapters_resume(world_size: int, optimizer: str) -> None:
-    run_ranks(world_size, adapters_that_resume, optimizer)
-
-
 def mixed(names: models.Names) -> Any:
     class Layer(nn.Module):
         """Parameters of four dtypes."""
@@ -229,7 +221,8 @@ def mixed(names: models.Names) -> Any:
     return Model()
 
 
-def mixed_dtypes() -> None:
+@on_ranks(1, 2, 3)
+def test_one_block_may_mix_dtypes() -> None:
     # Low-precision parameters are the oracle's to a few roundings of theirs: its ranks are one batch.
     oracle.matches(mixed, limit=2e-2)
     _, model = oracle.pair(mixed)
@@ -245,8 +238,3 @@ def mixed_dtypes() -> None:
         manager.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_one_block_may_mix_dtypes(world_size: int) -> None:
-    run_ranks(world_size, mixed_dtypes)

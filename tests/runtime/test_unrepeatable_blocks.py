@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import Tensor, nn
 
 import bmtrain as bmt
@@ -37,7 +37,8 @@ class _Cache(dict[str, Tensor]):
     """Not a plain dict, which would be copied before the first run."""
 
 
-def remembering() -> None:
+@on_ranks(2)
+def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
     x = torch.randn(2, 8)
     loss = Model(use_checkpoint=True)(x)
     with pytest.raises(ConfigurationError, match="use_cache=False"):
@@ -47,7 +48,8 @@ def remembering() -> None:
     assert bmt.gather_grad(model.block.key.weight).abs().sum() > 0
 
 
-def remembering_in_a_list() -> None:
+@on_ranks(2)
+def test_lists_of_blocks_that_fill_caches() -> None:
     blocks = bmt.TransformerBlockList([Remembering(), Remembering()], use_checkpoint=False)
     blocks.append(Remembering())
     x = torch.randn(2, 8, requires_grad=True)
@@ -57,14 +59,6 @@ def remembering_in_a_list() -> None:
             y = block(y, _Cache())
         y.sum().backward()
     assert all(bmt.gather_grad(block.key.weight).abs().sum() > 0 for block in blocks)
-
-
-def test_lists_of_blocks_that_fill_caches() -> None:
-    run_ranks(2, remembering_in_a_list)
-
-
-def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
-    run_ranks(2, remembering)
 
 
 class Growing(nn.Module):
@@ -80,12 +74,9 @@ class Growing(nn.Module):
         return x + (torch.softmax(x @ cache["key"].t(), dim=-1) @ cache["key"])
 
 
-def growing() -> None:
+@on_ranks(2)
+def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
     block = bmt.Block(Growing(), use_checkpoint=True)
     loss = block(torch.randn(2, 8, requires_grad=True), _Cache()).sum()
     with pytest.raises(ConfigurationError, match="other shapes"):
         loss.backward()
-
-
-def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
-    run_ranks(2, growing)

@@ -10,7 +10,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -83,7 +83,8 @@ def test_models_pickled_whole(world_size: int, check: Any, tmp_path: Path) -> No
     run_ranks(world_size, check, str(tmp_path))
 
 
-def forward_by_name() -> None:
+@on_ranks(1, 2)
+def test_forward_called_by_name() -> None:
     model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
     optimizer, reference = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, plain))
     manager = bmt.optim.OptimManager(loss_scale=None)
@@ -98,8 +99,3 @@ def forward_by_name() -> None:
         reference.step()
         reference.zero_grad()
     oracle.assert_same_weights(model, plain)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_forward_called_by_name(world_size: int) -> None:
-    run_ranks(world_size, forward_by_name)
