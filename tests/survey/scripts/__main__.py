@@ -1,7 +1,7 @@
 """Real training scripts from packages, converted and run whole on two ranks.
 
-    python -m tests.scripts run [NAME...]     download, convert, run, compare
-    python -m tests.scripts table             write docs/scripts.md
+    python -m tests.survey.scripts run [NAME...]     download, convert, run, compare
+    python -m tests.survey.scripts table             write docs/scripts.md
 
 Everything is kept under $BMTRAIN_SCRIPTS (default ~/.cache/bmtrain-scripts), with an environment of its own.
 """
@@ -12,7 +12,7 @@ import argparse
 import fnmatch
 import sys
 
-from tests.scripts import document, runner, table
+from tests.survey.scripts import document, runner, table
 
 
 def main() -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from tests.scripts.prepare import REPOSITORY
-from tests.scripts.runner import RESULTS, Verdict
-from tests.scripts.table import SCRIPTS, Script
+from tests.survey.scripts.prepare import REPOSITORY
+from tests.survey.scripts.runner import RESULTS, Verdict
+from tests.survey.scripts.table import SCRIPTS, Script
 
 HEAD = """# Training scripts
 

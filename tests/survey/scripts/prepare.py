@@ -11,10 +11,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from tests.beside import make_environment
-from tests.scripts.table import Script
+from tests.survey.beside import make_environment
+from tests.survey.scripts.table import Script
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 HOME = Path(os.environ.get("BMTRAIN_SCRIPTS", Path.home() / ".cache" / "bmtrain-scripts"))
 PYTHON = HOME / "venv" / "bin" / "python"
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from tests.scripts import prepare
-from tests.scripts.table import Script
+from tests.survey.scripts import prepare
+from tests.survey.scripts.table import Script
 
 RESULTS = prepare.HOME / "results"
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")

@@ -1,9 +1,9 @@
 """The model zoo: real models from packages, converted from the source they ship, verified on 1 and 2 ranks.
 
-    python -m tests.zoo prepare [PACKAGE...]     download, unpack, convert
-    python -m tests.zoo run [FAMILY...]          verify; FAMILY may end in * (all of one package: transformers*)
-    python -m tests.zoo table                    write docs/zoo.md
-    python -m tests.zoo subset                   prepare and verify twelve families, anew
+    python -m tests.survey.zoo prepare [PACKAGE...]     download, unpack, convert
+    python -m tests.survey.zoo run [FAMILY...]          verify; FAMILY may end in * (all of one package: transformers*)
+    python -m tests.survey.zoo table                    write docs/zoo.md
+    python -m tests.survey.zoo subset                   prepare and verify twelve families, anew
 
 Everything is kept under $BMTRAIN_ZOO (default ~/.cache/bmtrain-zoo), with an environment of its own.
 """
@@ -14,8 +14,8 @@ import argparse
 import fnmatch
 import sys
 
-from tests.zoo import prepare, runner, table
-from tests.zoo.packages import PACKAGES, SUBSET
+from tests.survey.zoo import prepare, runner, table
+from tests.survey.zoo.packages import PACKAGES, SUBSET
 
 
 def subset() -> int:

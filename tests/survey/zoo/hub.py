@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.zoo.common import Made, V, ids
+from tests.survey.zoo.common import Made, V, ids
 
 SMALL: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from tests.zoo.common import B, Made, V, ids
-from tests.zoo.hub import SMALL, SPECIAL
+from tests.survey.zoo.common import B, Made, V, ids
+from tests.survey.zoo.hub import SMALL, SPECIAL
 
 IMAGE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 16,

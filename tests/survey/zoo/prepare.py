@@ -10,10 +10,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from tests.beside import make_environment
-from tests.zoo.packages import PACKAGES, Package
+from tests.survey.beside import make_environment
+from tests.survey.zoo.packages import PACKAGES, Package
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 HOME = Path(os.environ.get("BMTRAIN_ZOO", Path.home() / ".cache" / "bmtrain-zoo"))
 PYTHON = HOME / "venv" / "bin" / "python"
 

@@ -15,14 +15,15 @@ from typing import Any
 from rewriter.verify.processes import preload
 from rewriter.verify.report import as_json
 from rewriter.verify.run import Settings, verify
-from tests.zoo import diffusion, hub, hub_media, sequences, text, vision
-from tests.zoo.packages import PACKAGES
-from tests.zoo.prepare import HOME, PYTHON, converted, source
+from tests.survey.zoo import diffusion, hub, hub_media, sequences, text, vision
+from tests.survey.zoo.packages import PACKAGES
+from tests.survey.zoo.prepare import HOME, PYTHON, converted, source
 
 MODULES = (hub, hub_media, text, vision, sequences, diffusion)
 SHARED = (
     "torch._dynamo", "torch.fx", "torch.nn.attention.flex_attention", "torch.distributed.tensor", "numpy", "einops",
-    "yaml", "tokenizers", "safetensors.torch", "huggingface_hub", "requests", "regex", "tqdm", "tests.zoo.common",
+    "yaml", "tokenizers", "safetensors.torch", "huggingface_hub", "requests", "regex", "tqdm",
+    "tests.survey.zoo.common",
 )  # fmt: skip
 """What many of the packages import: loaded once."""
 RESULTS = HOME / "results"
@@ -41,7 +42,7 @@ def families() -> dict[str, str]:
 def run(names: list[str], again: bool) -> int:
     """Exit code 0 when every family is the same model."""
     if Path(sys.prefix).resolve() != (HOME / "venv").resolve():  # the packages are there
-        return subprocess.run([str(PYTHON), "-m", "tests.zoo", "run", *names, *["--again"] * again]).returncode
+        return subprocess.run([str(PYTHON), "-m", "tests.survey.zoo", "run", *names, *["--again"] * again]).returncode
     RESULTS.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     preload([name for name in SHARED if importlib.util.find_spec(name.partition(".")[0]) is not None])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tests.zoo.common import B, Made, V, ids
-from tests.zoo.stand_in import stand_in
+from tests.survey.zoo.common import B, Made, V, ids
+from tests.survey.zoo.stand_in import stand_in
 
 stand_in("torchaudio", "pytorch_lightning", "pandas", "boto3", "botocore", "sklearn", "datasets")
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from tests.zoo.convert import CLASSES, count
-from tests.zoo.packages import PACKAGES
-from tests.zoo.prepare import REPOSITORY, source
-from tests.zoo.runner import RESULTS, families
+from tests.survey.zoo.convert import CLASSES, count
+from tests.survey.zoo.packages import PACKAGES
+from tests.survey.zoo.prepare import REPOSITORY, source
+from tests.survey.zoo.runner import RESULTS, families
 
 HEAD = """# Model zoo
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.zoo.common import B, Made
-from tests.zoo.stand_in import stand_in
+from tests.survey.zoo.common import B, Made
+from tests.survey.zoo.stand_in import stand_in
 
 stand_in("torchvision")
 
