@@ -1,6 +1,6 @@
 """Measures the rewriter on folders of real code and prints tables.
 
-    python tests/rewriting/corpus.py FOLDER... [--remarks] [--loops loops.jsonl.gz] [--docs docs/corpus.md] [--speed]
+    python -m tests.survey.corpus FOLDER... [--remarks] [--loops loops.jsonl.gz] [--docs docs/corpus.md] [--speed]
 
 One folder is one project, by the name of the folder. The first table has a row for each: files, files changed, edits,
 CPU seconds (reading, planning, applying), memory of the largest process; loops over blocks that became one call, were
@@ -23,12 +23,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tests.rewriting.corpus_files import MUST_BE_ZERO, Measured, measure
-from tests.rewriting.corpus_loops import CLASSES, NOT_BLOCKS, STATES, Record, macro_share, table
-from tests.rewriting.corpus_speed import speed
-from tests.rewriting.corpus_survey import compare
+from .files import MUST_BE_ZERO, Measured, measure
+from .loops import CLASSES, NOT_BLOCKS, STATES, Record, macro_share, table
+from .speed import speed
+from .survey import compare
 
 COLUMNS = ("files", "changed", "edits", "s", "MB", "called", "kept", "wrapper", "refused", "no blocks", "share")
 HEAD = ("package", *COLUMNS, "unreadable", *MUST_BE_ZERO)
@@ -65,7 +63,7 @@ def sample(found: list[Record], count: int) -> list[Record]:
 
 
 def write_docs(path: Path, text: str) -> None:
-    before, begin, rest = path.read_text().partition("<!-- tables: written by tests/rewriting/corpus.py -->\n")
+    before, begin, rest = path.read_text().partition("<!-- tables: written by tests/survey/corpus -->\n")
     _, end, after = rest.partition("<!-- end of tables -->\n")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 

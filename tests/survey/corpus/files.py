@@ -22,7 +22,7 @@ from rewriter.plan import Options, make_plans
 from rewriter.portions import WHOLE, cut, derived, missing, relied_on
 from rewriter.types import Edit, InputError, Result
 
-from .corpus_loops import Record, records
+from .loops import Record, records
 
 SECOND = "second run:"
 MUST_BE_ZERO = ("broken", "uncompiled", "unstable", "bytes")

@@ -17,7 +17,7 @@ from rewriter.analyze.names import walk
 from rewriter.analyze.project import File, Project
 from rewriter.analyze.stacks import NO_MODULES
 
-from .corpus_flow import passes_on
+from .flow import passes_on
 
 CLASSES = {
     "A": "one positional call, whole list",

@@ -11,7 +11,7 @@ from rewriter.discover import sources
 from rewriter.plan import Options
 from rewriter.types import Result
 
-from .corpus_files import memory
+from .files import memory
 
 
 def speed(folder: Path) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .corpus_loops import CLASSES, NOT_BLOCKS, Record
+from .loops import CLASSES, NOT_BLOCKS, Record
 
 _NO_CHAIN = {
     "N": "the loop sets members up",

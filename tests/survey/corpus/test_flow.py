@@ -11,7 +11,7 @@ from rewriter.analyze.loops import Loop, find_loops, takes_apart
 from rewriter.analyze.project import Project
 from rewriter.analyze.source import Source
 
-from .corpus_flow import passes_on
+from .flow import passes_on
 
 NO_CHAIN = {
     "side by side": "for m in self.ms:\n    out.append(m(x))",
