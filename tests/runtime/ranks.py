@@ -194,7 +194,8 @@ class _Group:
 
 @functools.cache
 def _start_fork_server() -> None:
-    forkserver.set_forkserver_preload(["torch", "bmtrain", "pytest"])
+    # A backward imports torch._dynamo, and every rank that is started would do so again for a second.
+    forkserver.set_forkserver_preload(["torch._dynamo", "bmtrain", "pytest"])
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
     try:
