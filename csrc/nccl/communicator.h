@@ -23,8 +23,8 @@ struct Handle {
     std::atomic<int> calls{0};
 };
 
-// A call's use of a handle: while there is one, nobody frees the communicator.  In a group it lasts until the group's
-// end, where NCCL does what was queued.
+// A call's use of a handle: while there is one, nobody frees the communicator, unless abort() has waited in vain.  In a
+// group it lasts until the group's end, where NCCL does what was queued.
 class Use {
 public:
     explicit Use(std::shared_ptr<Handle> handle);  // throws when closed
