@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
+from typing import TypedDict
 
 import torch
 
@@ -78,9 +79,10 @@ def adamw_(
             step_size=step_size, correction2_sqrt=correction2_sqrt, eps=eps,
         )  # fmt: skip
         _C.kernels.adamw(
-            *_queue(master), master.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-            grad.data_ptr(), _SCALARS[grad.dtype], _address(out), 0 if out is None else _SCALARS[out.dtype],
-            master.numel(), numbers, grad_scale, _address(clip), _address(skip), _address(remainder),
+            **_queue(master), master=master.data_ptr(), remainder=_address(remainder), exp_avg=exp_avg.data_ptr(),
+            exp_avg_sq=exp_avg_sq.data_ptr(), count=master.numel(), gradient=grad.data_ptr(),
+            gradient_type=_SCALARS[grad.dtype], out=_address(out), out_type=0 if out is None else _SCALARS[out.dtype],
+            adamw=numbers, scale=grad_scale, clip=_address(clip), skip=_address(skip),
         )  # fmt: skip
         return
     values = master if remainder is None else join(master, remainder)
@@ -117,14 +119,16 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             for chunk in tensor.detach().view(-1).split(_CHUNK):  # type: ignore[no-untyped-call]
                 total += chunk.double().square().sum()
         return total
-    device, stream = _queue(tensors[0])
+    queue = _queue(tensors[0])
     counts = [_C.kernels.sum_of_squares_partials(t.numel()) for t in tensors]
     partials = torch.empty(sum(counts) + 1, dtype=torch.float64, device=tensors[0].device)
     address = partials.data_ptr()
     for tensor, count in zip(tensors, counts, strict=True):
-        _C.kernels.sum_of_squares(device, stream, tensor.data_ptr(), _SCALARS[tensor.dtype], tensor.numel(), address)
+        _C.kernels.sum_of_squares(
+            **queue, data=tensor.data_ptr(), type=_SCALARS[tensor.dtype], count=tensor.numel(), partials=address
+        )
         address += count * partials.element_size()
-    _C.kernels.sum_partials(device, stream, partials.data_ptr(), len(partials) - 1, address)
+    _C.kernels.sum_partials(**queue, partials=partials.data_ptr(), count=len(partials) - 1, total=address)
     return partials[-1]
 
 
@@ -140,9 +144,10 @@ def accumulate_(total: torch.Tensor, source: torch.Tensor, first: bool) -> None:
     """``total += source``, or ``total = source`` when ``first``; total is float32, source floating, both flat."""
     _check_flat(total, source)
     if total.dtype == torch.float32 and _fits(total, source.dtype):
-        device, stream = _queue(total)
-        kind = _SCALARS[source.dtype]
-        _C.kernels.accumulate(device, stream, total.data_ptr(), source.data_ptr(), kind, total.numel(), first)
+        _C.kernels.accumulate(
+            **_queue(total), total=total.data_ptr(), source=source.data_ptr(), type=_SCALARS[source.dtype],
+            count=total.numel(), first=first,
+        )  # fmt: skip
     elif first:
         total.copy_(source)
     else:
@@ -173,8 +178,9 @@ def cross_entropy_forward(
         statistics = torch.empty(len(target), 2, dtype=torch.float32, device=logits.device)
         entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
         _C.kernels.cross_entropy_forward(
-            *_queue(logits), logits.data_ptr(), _SCALARS[logits.dtype], logits.stride(0), target.data_ptr(),
-            len(target), entropy, losses.data_ptr(), statistics.data_ptr(),
+            **_queue(logits), logits=logits.data_ptr(), type=_SCALARS[logits.dtype], stride=logits.stride(0),
+            targets=target.data_ptr(), rows=len(target), entropy=entropy, losses=losses.data_ptr(),
+            statistics=statistics.data_ptr(),
         )  # fmt: skip
         return losses, statistics
     wide = _wide(logits)
@@ -205,8 +211,9 @@ def cross_entropy_backward_(
     if _fits(logits, logits.dtype):
         entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
         _C.kernels.cross_entropy_backward(
-            *_queue(logits), logits.data_ptr(), _SCALARS[logits.dtype], logits.stride(0), target.data_ptr(),
-            len(target), entropy, statistics.data_ptr(), row_grad.data_ptr(),
+            **_queue(logits), logits=logits.data_ptr(), type=_SCALARS[logits.dtype], stride=logits.stride(0),
+            targets=target.data_ptr(), rows=len(target), entropy=entropy, statistics=statistics.data_ptr(),
+            row_gradients=row_grad.data_ptr(),
         )  # fmt: skip
         return
     counted = target != ignore_index
@@ -238,10 +245,17 @@ def _wide(logits: torch.Tensor) -> torch.Tensor:
     return logits.detach() if logits.dtype == torch.float64 else logits.detach().float()
 
 
-def _queue(tensor: torch.Tensor) -> tuple[int, int]:
-    """Device index and handle of the current stream there."""
+class _Queue(TypedDict):
+    """A device's index and the handle of its current stream: where a kernel is to run."""
+
+    device: int
+    stream: int
+
+
+def _queue(tensor: torch.Tensor) -> _Queue:
     device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)  # a stream object would cost a launch's time
+    stream = torch._C._cuda_getCurrentRawStream(device)  # a stream object would cost a launch's time
+    return {"device": device, "stream": stream}
 
 
 def _address(tensor: torch.Tensor | None) -> int:

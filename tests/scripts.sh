@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/environment test
 status=0
-python -m tests.scripts run "$@" || status=1
-python -m tests.scripts table
+python -m tests.survey.scripts run "$@" || status=1
+python -m tests.survey.scripts table
 exit $status

@@ -8,10 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/environment test
 if [ "${1-}" = --subset ]; then
-    BMTRAIN_ZOO=$PWD/.venv/zoo exec python -m tests.zoo subset
+    BMTRAIN_ZOO=$PWD/.venv/zoo exec python -m tests.survey.zoo subset
 fi
-python -m tests.zoo prepare
+python -m tests.survey.zoo prepare
 status=0
-python -m tests.zoo run "$@" || status=1
-python -m tests.zoo table
+python -m tests.survey.zoo run "$@" || status=1
+python -m tests.survey.zoo table
 exit $status

@@ -95,47 +95,61 @@ class NcclCommunicator(Communicator):
             self._say(f"NCCL {version()} has no CTA policies (2.28 has); collectives will slow down computation.")
         unique_id = _exchange_id(store, name, rank)
         with torch.cuda.device(self.device):
-            self._handle = _C.nccl.Communicator(unique_id, rank, world_size, _POLICIES[policy])
+            self._handle = _C.nccl.Communicator(
+                id=unique_id, rank=rank, world_size=world_size, policy=_POLICIES[policy]
+            )
             self._token = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._windows = world_size > 1
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self.check_sizes(shard, whole)
         count, dtype = self._elements(shard, whole)
-        self._queue(self._handle.all_gather, shard.data_ptr(), whole.data_ptr(), count, dtype)
+        self._queue(
+            self._handle.all_gather, shard=shard.data_ptr(), whole=whole.data_ptr(), count=count, dtype=dtype
+        )
 
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self.check_sizes(shard, whole)
         self._check(shard, whole)
         dtype, code = self._reduction(shard, op)
-        self._queue(self._handle.reduce_scatter, whole.data_ptr(), shard.data_ptr(), shard.numel(), dtype, code)
+        self._queue(
+            self._handle.reduce_scatter, whole=whole.data_ptr(), shard=shard.data_ptr(), count=shard.numel(),
+            dtype=dtype, op=code,
+        )  # fmt: skip
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._check(tensor)
         dtype, code = self._reduction(tensor, op)
-        self._queue(self._handle.all_reduce, tensor.data_ptr(), tensor.data_ptr(), tensor.numel(), dtype, code)
+        address = tensor.data_ptr()
+        self._queue(
+            self._handle.all_reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code
+        )
 
     def reduce(self, tensor: torch.Tensor, root: int, op: ReduceOp = "sum") -> None:
         """Reduce ``tensor`` over ranks in place at ``root``; the other ranks' tensors stay as they are."""
         self._check(tensor)
         self._check_rank(root)
         dtype, code = self._reduction(tensor, op)
-        self._queue(self._handle.reduce, tensor.data_ptr(), tensor.data_ptr(), tensor.numel(), dtype, code, root)
+        address = tensor.data_ptr()
+        self._queue(
+            self._handle.reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code, root=root
+        )
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._check_rank(root)
         count, dtype = self._elements(tensor)
-        self._queue(self._handle.broadcast, tensor.data_ptr(), tensor.data_ptr(), count, dtype, root)
+        address = tensor.data_ptr()
+        self._queue(self._handle.broadcast, source=address, target=address, count=count, dtype=dtype, root=root)
 
     def send(self, tensor: torch.Tensor, peer: int) -> None:
         self._check_rank(peer)
         count, dtype = self._elements(tensor)
-        self._queue(self._handle.send, tensor.data_ptr(), count, dtype, peer)
+        self._queue(self._handle.send, data=tensor.data_ptr(), count=count, dtype=dtype, peer=peer)
 
     def recv(self, tensor: torch.Tensor, peer: int) -> None:
         self._check_rank(peer)
         count, dtype = self._elements(tensor)
-        self._queue(self._handle.recv, tensor.data_ptr(), count, dtype, peer)
+        self._queue(self._handle.recv, data=tensor.data_ptr(), count=count, dtype=dtype, peer=peer)
 
     def barrier(self) -> None:
         self.all_reduce(self._token)
@@ -156,7 +170,7 @@ class NcclCommunicator(Communicator):
         with torch.cuda.device(self.device):
             if size > torch.cuda.mem_get_info()[0]:
                 torch.cuda.empty_cache()  # NCCL cannot take what torch holds in reserve
-            arena = _C.nccl.Arena(size, self.device.index)
+            arena = _C.nccl.Arena(bytes=size, device=self.device.index)
         tensor = from_dlpack(arena.to_dlpack())[:size].view(dtype)
         self.register(tensor)
         return tensor
@@ -183,7 +197,9 @@ class NcclCommunicator(Communicator):
     def split(self, color: int | None, key: int) -> NcclCommunicator | None:
         """A communicator of the ranks that pass the same ``color``, ordered by ``key``; None for color None."""
         with torch.cuda.device(self.device):
-            handle = self._handle.split(-1 if color is None else color, key, _POLICIES[self.policy])
+            handle = self._handle.split(
+                color=-1 if color is None else color, key=key, policy=_POLICIES[self.policy]
+            )
         if handle is None:
             return None
         part = object.__new__(NcclCommunicator)
@@ -197,23 +213,30 @@ class NcclCommunicator(Communicator):
         self._handle.check_async_error()
 
     def close(self) -> None:
-        """Wait for all work on the device, then leave.  Calling it again does nothing."""
+        """Wait for all work on the device, then leave.  Calling it again does nothing.
+
+        Raises CommunicationError when NCCL reports an error (what it held is given back all the same), and when
+        another thread is still inside a call (then nothing has changed).
+        """
         if self._handle.is_open:
             torch.cuda.synchronize(self.device)
             self._handle.close()
 
     def abort(self) -> None:
-        """Leave at once, ending operations that wait for other ranks.  For any thread."""
+        """Leave, ending operations that wait for other ranks.  For any thread.
+
+        A call that another thread is in gets a second to return before NCCL ends it.
+        """
         self._handle.abort()
 
-    def _queue(self, operation: Callable[..., None], *arguments: int) -> None:
-        """Call ``operation`` with the current stream as its last argument."""
+    def _queue(self, operation: Callable[..., None], **arguments: int) -> None:
+        """Call ``operation`` on the current stream."""
         stream = current_stream_handle(self.device.index)
         if self.policy != "zero" or stream != _DEFAULT_STREAM:
-            operation(*arguments, stream)
+            operation(**arguments, stream=stream)
             return
         with _off_default_stream(self.device):
-            operation(*arguments, current_stream_handle(self.device.index))
+            operation(**arguments, stream=current_stream_handle(self.device.index))
 
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:

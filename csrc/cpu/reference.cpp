@@ -1,23 +1,12 @@
-// CPU references of the kernels in fp32: the same arithmetic (math.h) in plain loops.
-#include <pybind11/pybind11.h>
-
+// CPU references of the kernels in fp32: the same arithmetic (arithmetic.h) in plain loops.
 #include <cmath>
 #include <limits>
 
-#include "../math.h"
-
-namespace py = pybind11;
+#include "../arithmetic.h"
+#include "../python.h"
 
 namespace bmt {
 namespace {
-
-using Address = uintptr_t;
-using Unlocked = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* pointer(Address address) {
-    return reinterpret_cast<T*>(address);
-}
 
 void adamw(Address master, Address exp_avg, Address exp_avg_sq, Address gradient, int64_t count, const AdamW& adamw,
            float scale) {
@@ -88,11 +77,17 @@ void bind_reference(py::module_& module) {
                                 pointer<const float>(total)};
         }), py::kw_only(), py::arg("classes"), py::arg("ignore_index"), py::arg("smoothing"), py::arg("weight"),
             py::arg("weight_total"));
-    module.def("adamw", &adamw, Unlocked());
-    module.def("sum_of_squares", &sum_of_squares, Unlocked());
-    module.def("accumulate", &accumulate, Unlocked());
-    module.def("cross_entropy_forward", &cross_entropy_forward, Unlocked());
-    module.def("cross_entropy_backward", &cross_entropy_backward, Unlocked());
+    module.def("adamw", &adamw, py::kw_only(), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+               py::arg("gradient"), py::arg("count"), py::arg("adamw"), py::arg("scale"), Unlocked());
+    module.def("sum_of_squares", &sum_of_squares, py::kw_only(), py::arg("data"), py::arg("count"), Unlocked());
+    module.def("accumulate", &accumulate, py::kw_only(), py::arg("total"), py::arg("source"), py::arg("count"),
+               py::arg("first"), Unlocked());
+    module.def("cross_entropy_forward", &cross_entropy_forward, py::kw_only(), py::arg("logits"), py::arg("stride"),
+               py::arg("targets"), py::arg("rows"), py::arg("entropy"), py::arg("losses"), py::arg("statistics"),
+               Unlocked());
+    module.def("cross_entropy_backward", &cross_entropy_backward, py::kw_only(), py::arg("logits"), py::arg("stride"),
+               py::arg("targets"), py::arg("rows"), py::arg("entropy"), py::arg("statistics"),
+               py::arg("row_gradients"), Unlocked());
 }
 
 }  // namespace bmt

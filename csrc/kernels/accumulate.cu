@@ -34,10 +34,9 @@ void launch(const Queue& queue, float* total, const T* source, int64_t count, bo
 
 }  // namespace
 
-void accumulate(const Queue& queue, float* total, const void* source, Scalar type, int64_t count, bool first) {
+void accumulate(const Queue& queue, float* total, const Array& source, int64_t count, bool first) {
     DeviceGuard guard(queue.device);
-    dispatch(type, [&](auto* tag) {
-        auto* x = static_cast<decltype(tag)>(const_cast<void*>(source));
+    dispatch(source, [&](auto* x) {
         int64_t packed = is_aligned<4>(total) && is_aligned<4>(x) ? count / 4 * 4 : 0;
         launch<4>(queue, total, x, packed, first);
         launch<1>(queue, total + packed, x + packed, count - packed, first);

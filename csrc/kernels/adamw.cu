@@ -89,35 +89,35 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Elements from `first` on, `count` of them.
 template <int N, typename Gradient, typename Parameters>
-void launch(const Queue& queue, Parameters parameters, float* exp_avg, float* exp_avg_sq, const Gradient* gradient,
-            int64_t count, const AdamW& adamw, float scale, const float* clip, const float* skip) {
+void launch(const Queue& queue, const AdamW& adamw, const AdamWStates& states, Parameters parameters,
+            const Gradient* values, const ScaledGradient& gradient, const float* skip, int64_t first, int64_t count) {
     if (count == 0) return;
     adamw_kernel<N><<<blocks_for(count / N, kThreads), kThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(
-        parameters, exp_avg, exp_avg_sq, gradient, count, adamw, scale, clip, skip);
+        parameters.from(first), states.exp_avg + first, states.exp_avg_sq + first, values + first, count, adamw,
+        gradient.scale, gradient.clip, skip);
     BMT_CUDA(cudaGetLastError());
 }
 
 }  // namespace
 
-void adamw(const Queue& queue, void* master, float* exp_avg, float* exp_avg_sq, const void* gradient,
-           Scalar gradient_type, void* out, Scalar out_type, int64_t count, const AdamW& adamw, float scale,
-           const float* clip, const float* skip, int16_t* remainder) {
+void adamw(const Queue& queue, const AdamW& adamw, const AdamWStates& states, const ScaledGradient& gradient,
+           const Array& out, const float* skip) {
     DeviceGuard guard(queue.device);
-    dispatch(gradient_type, [&](auto* gradient_tag) {
-        auto* g = static_cast<decltype(gradient_tag)>(const_cast<void*>(gradient));
+    dispatch(gradient.values, [&](auto* values) {
         auto run = [&](auto parameters) {
-            bool aligned = parameters.aligned() && is_aligned<4>(exp_avg) && is_aligned<4>(exp_avg_sq) &&
-                           is_aligned<4>(g);
-            int64_t packed = aligned ? count / 4 * 4 : 0;
-            launch<4>(queue, parameters, exp_avg, exp_avg_sq, g, packed, adamw, scale, clip, skip);
-            launch<1>(queue, parameters.from(packed), exp_avg + packed, exp_avg_sq + packed, g + packed,
-                      count - packed, adamw, scale, clip, skip);
+            bool aligned = parameters.aligned() && is_aligned<4>(states.exp_avg) && is_aligned<4>(states.exp_avg_sq) &&
+                           is_aligned<4>(values);
+            int64_t packed = aligned ? states.count / 4 * 4 : 0;
+            launch<4>(queue, adamw, states, parameters, values, gradient, skip, 0, packed);
+            launch<1>(queue, adamw, states, parameters, values, gradient, skip, packed, states.count - packed);
         };
-        if (remainder != nullptr) return run(Split{static_cast<__nv_bfloat16*>(master), remainder});
-        dispatch(out_type, [&](auto* out_tag) {
-            run(Plain<std::remove_pointer_t<decltype(out_tag)>>{static_cast<float*>(master),
-                                                                static_cast<decltype(out_tag)>(out)});
+        if (states.remainder != nullptr) {
+            return run(Split{static_cast<__nv_bfloat16*>(states.master), states.remainder});
+        }
+        dispatch(out, [&](auto* copy) {
+            run(Plain<std::remove_pointer_t<decltype(copy)>>{static_cast<float*>(states.master), copy});
         });
     });
 }

@@ -93,29 +93,26 @@ unsigned int blocks_for_rows(int64_t rows) { return static_cast<unsigned int>(st
 
 }  // namespace
 
-void cross_entropy_forward(const Queue& queue, const void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                           int64_t rows, const CrossEntropy& entropy, float* losses, RowStatistics* statistics) {
-    if (rows == 0) return;
+void cross_entropy_forward(const Queue& queue, const CrossEntropy& entropy, const Rows& rows, float* losses,
+                           RowStatistics* statistics) {
+    if (rows.count == 0) return;
     DeviceGuard guard(queue.device);
-    dispatch(type, [&](auto* tag) {
-        auto* x = static_cast<decltype(tag)>(const_cast<void*>(logits));  // read only: visit_row<false>
-        forward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
-                         static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, losses,
-                                                                    statistics);
+    dispatch(rows.logits, [&](auto* logits) {
+        forward_kernel<<<blocks_for_rows(rows.count), threads_for(entropy.classes), 0,
+                         static_cast<cudaStream_t>(queue.stream)>>>(logits, rows.stride, rows.targets, rows.count,
+                                                                    entropy, losses, statistics);
         BMT_CUDA(cudaGetLastError());
     });
 }
 
-void cross_entropy_backward(const Queue& queue, void* logits, Scalar type, int64_t stride, const int64_t* targets,
-                            int64_t rows, const CrossEntropy& entropy, const RowStatistics* statistics,
-                            const float* row_gradients) {
-    if (rows == 0) return;
+void cross_entropy_backward(const Queue& queue, const CrossEntropy& entropy, const Rows& rows,
+                            const RowStatistics* statistics, const float* row_gradients) {
+    if (rows.count == 0) return;
     DeviceGuard guard(queue.device);
-    dispatch(type, [&](auto* tag) {
-        auto* x = static_cast<decltype(tag)>(logits);
-        backward_kernel<<<blocks_for_rows(rows), threads_for(entropy.classes), 0,
-                          static_cast<cudaStream_t>(queue.stream)>>>(x, stride, targets, rows, entropy, statistics,
-                                                                     row_gradients);
+    dispatch(rows.logits, [&](auto* logits) {
+        backward_kernel<<<blocks_for_rows(rows.count), threads_for(entropy.classes), 0,
+                          static_cast<cudaStream_t>(queue.stream)>>>(logits, rows.stride, rows.targets, rows.count,
+                                                                     entropy, statistics, row_gradients);
         BMT_CUDA(cudaGetLastError());
     });
 }

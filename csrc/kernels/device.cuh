@@ -61,15 +61,15 @@ inline unsigned int blocks_for(int64_t items, int threads, int64_t most = 1 << 2
     return static_cast<unsigned int>(std::max<int64_t>(1, std::min<int64_t>((items + threads - 1) / threads, most)));
 }
 
-// Calls f with a null pointer of the C++ type that `type` names, for its type alone.
+// Calls f with the array's data as a pointer of its own type.
 template <typename F>
-void dispatch(Scalar type, F&& f) {
-    switch (type) {
-        case Scalar::kFloat32: return f(static_cast<float*>(nullptr));
-        case Scalar::kFloat16: return f(static_cast<__half*>(nullptr));
-        case Scalar::kBFloat16: return f(static_cast<__nv_bfloat16*>(nullptr));
+void dispatch(const Array& array, F&& f) {
+    switch (array.type) {
+        case Scalar::kFloat32: return f(static_cast<float*>(array.data));
+        case Scalar::kFloat16: return f(static_cast<__half*>(array.data));
+        case Scalar::kBFloat16: return f(static_cast<__nv_bfloat16*>(array.data));
     }
-    throw DeviceError("Unknown scalar type " + std::to_string(static_cast<int>(type)) + ".");
+    throw DeviceError("Unknown scalar type " + std::to_string(static_cast<int>(array.type)) + ".");
 }
 
 }  // namespace bmt::kernels

@@ -47,14 +47,13 @@ int64_t sum_of_squares_partials(int64_t count) {
     return std::max<int64_t>(1, std::min((count + kElementsPerBlock - 1) / kElementsPerBlock, kMostBlocks));
 }
 
-void sum_of_squares(const Queue& queue, const void* data, Scalar type, int64_t count, double* partials) {
+void sum_of_squares(const Queue& queue, const Array& data, int64_t count, double* partials) {
     DeviceGuard guard(queue.device);
-    dispatch(type, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
-        auto* x = static_cast<const T*>(data);
+    dispatch(data, [&](auto* x) {
+        constexpr int N = 16 / sizeof(*x);
         sum_of_squares_kernel<<<static_cast<unsigned int>(sum_of_squares_partials(count)), kThreads, 0,
                                 static_cast<cudaStream_t>(queue.stream)>>>(
-            x, count, is_aligned<16 / sizeof(T)>(x), partials);
+            x, count, is_aligned<N>(x), partials);
         BMT_CUDA(cudaGetLastError());
     });
 }

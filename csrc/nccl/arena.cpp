@@ -50,7 +50,7 @@ Arena::Arena(void* data, size_t bytes, int device, void* context)
     live_bytes += bytes;
 }
 
-std::shared_ptr<Arena> Arena::make(size_t bytes, int device) {
+std::shared_ptr<Arena> Arena::make(size_t bytes, int device, void (*free)(Arena*)) {
     const Library& nccl = library();
     if (nccl.MemAlloc == nullptr || nccl.MemFree == nullptr) {
         throw CommunicationError("This NCCL has no ncclMemAlloc; 2.19 or newer is needed.");
@@ -61,7 +61,7 @@ std::shared_ptr<Arena> Arena::make(size_t bytes, int device) {
     BMT_NCCL(nullptr, nccl.MemAlloc(&data, bytes));
     void* context = nullptr;
     if (driver().complete()) driver().CtxGetCurrent(&context);
-    std::shared_ptr<Arena> arena(new Arena(data, bytes, device, context));
+    std::shared_ptr<Arena> arena(new Arena(data, bytes, device, context), free);
     std::lock_guard<std::mutex> lock(registry_lock);
     registry()[reinterpret_cast<uintptr_t>(data)] = arena;
     return arena;

@@ -11,7 +11,8 @@ namespace bmt::nccl {
 class Arena {
 public:
     // Allocates on the current CUDA device, whose index is `device`.  `bytes` is rounded up to a window's alignment.
-    static std::shared_ptr<Arena> make(size_t bytes, int device);
+    // The last owner calls `free`, which deletes the arena; that waits for the device.
+    static std::shared_ptr<Arena> make(size_t bytes, int device, void (*free)(Arena*));
 
     // The arena that holds `address`, or null.
     static std::shared_ptr<Arena> find(const void* address);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -12,7 +13,31 @@
 
 namespace bmt::nccl {
 
+constexpr std::chrono::seconds kPatience{1};  // calls that wait for no peer leave within milliseconds
+
 enum class CtaPolicy : int { kDefault = 0, kEfficiency = 1, kZero = 2 };
+
+// NCCL's handle of one communicator, null once that is closed or aborted, and how many calls are using it.
+struct Handle {
+    std::atomic<Comm> comm{nullptr};
+    std::atomic<int> calls{0};
+};
+
+// A call's use of a handle: while there is one, nobody frees the communicator, unless abort() has waited in vain.  In a
+// group it lasts until the group's end, where NCCL does what was queued.
+class Use {
+public:
+    explicit Use(std::shared_ptr<Handle> handle);  // throws when closed
+    ~Use();
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+
+    operator Comm() const { return comm_; }
+
+private:
+    std::shared_ptr<Handle> handle_;
+    Comm comm_ = nullptr;
+};
 
 class Communicator {
 public:
@@ -26,7 +51,7 @@ public:
 
     int rank() const { return rank_; }
     int world_size() const { return world_size_; }
-    bool is_open() const { return comm_.load() != nullptr; }
+    bool is_open() const { return handle_->comm.load() != nullptr; }
 
     // Counts are elements of `dtype`, sizes are 64 bit.  all_gather and reduce_scatter count one rank's share.
     void all_gather(const void* shard, void* whole, size_t count, int dtype, Stream stream);
@@ -50,10 +75,12 @@ public:
     // Throws if an earlier operation failed on the device or on the network.
     void check_async_error();
 
-    // Collective.  All queued work must have finished.  Safe to call twice.
+    // Collective.  All queued work must have finished.  Safe to call twice.  Throws the first error of NCCL after giving
+    // everything back all the same; refuses, and leaves all as it is, while another thread stays inside a call.
     void close();
 
-    // Ends queued and running operations at once, from any thread.
+    // Ends queued and running operations, from any thread.  Calls of other threads get kPatience to leave: NCCL frees
+    // what they use.  Whoever is still inside then waits for a peer, and only NCCL's own abort gets it out.
     void abort();
 
 private:
@@ -63,10 +90,12 @@ private:
     };
 
     explicit Communicator(Comm comm);
-    Comm comm() const;  // throws when closed
+    Use use() const { return Use(handle_); }
+    bool calls_have_left() const;  // waits for kPatience at most
     std::vector<OpenWindow>::iterator find_window(const void* address);
 
-    std::atomic<Comm> comm_{nullptr};
+    std::shared_ptr<Handle> handle_ = std::make_shared<Handle>();
+    std::mutex ending_;  // close() and abort() take the handle one at a time
     int rank_ = 0;
     int world_size_ = 1;
     std::mutex windows_lock_;

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 
@@ -11,7 +12,7 @@ namespace bmt::nccl {
 namespace {
 
 std::mutex loading;
-std::unique_ptr<const Library> loaded;  // written once, then read only
+std::atomic<const Library*> loaded{nullptr};  // written once; never freed, since memory is given back at exit too
 
 void* open_library(const std::vector<std::string>& candidates, std::string& path) {
     path = "libnccl.so.2";
@@ -73,18 +74,18 @@ std::unique_ptr<const Library> bind(void* handle, std::string path) {
 
 const Library& load(const std::vector<std::string>& candidates) {
     std::lock_guard<std::mutex> lock(loading);
-    if (!loaded) {
+    if (loaded.load() == nullptr) {
         std::string path;
         void* handle = open_library(candidates, path);
-        loaded = bind(handle, path);
+        loaded = bind(handle, path).release();
     }
-    return *loaded;
+    return library();
 }
 
 const Library& library() {
-    std::lock_guard<std::mutex> lock(loading);
-    if (!loaded) throw CommunicationError("NCCL is not loaded yet; call load() first.");
-    return *loaded;
+    const Library* nccl = loaded.load(std::memory_order_acquire);
+    if (nccl == nullptr) throw CommunicationError("NCCL is not loaded yet; call load() first.");
+    return *nccl;
 }
 
 void check(Result result, Comm comm, const char* call, const char* file, int line) {

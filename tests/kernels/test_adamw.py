@@ -90,36 +90,32 @@ def test_equals_formula_in_float64(
 
 @pytest.mark.gpu
 def test_compiled_kernel_equals_its_cpu_reference_bit_for_bit() -> None:
-    from bmtrain import _C
-
     torch.manual_seed(0)
     states = new_states(50_021, torch.device("cpu"))
     on_gpu = [state.cuda() for state in states]
     for step in (1, 2, 3):
-        numbers = reference_numbers(step)
-        _C.reference.adamw(*(s.data_ptr() for s in states), states[0].numel(), numbers, 0.5)
+        reference_step(states, step)
         kernels.adamw_(*on_gpu, None, step=step, grad_scale=0.5, **HYPER)
     for expected, actual in zip(states, on_gpu, strict=True):
         assert torch.equal(expected, actual.cpu())
 
 
 def test_cpu_reference_equals_torch_operations() -> None:
-    extension = pytest.importorskip("bmtrain._C")
+    pytest.importorskip("bmtrain._C")
     torch.manual_seed(0)
     states = new_states(50_021, torch.device("cpu"))
     expected = [state.clone() for state in states]
     for step in (1, 2, 3):
-        numbers = reference_numbers(step)
-        extension.reference.adamw(*(s.data_ptr() for s in states), states[0].numel(), numbers, 0.5)
+        reference_step(states, step)
         kernels.adamw_(*expected, None, step=step, grad_scale=0.5, **HYPER)
     for name, actual, wanted in zip(("master", "exp_avg", "exp_avg_sq"), states, expected, strict=False):
         assert in_units_of_last_place(actual, wanted) <= ROUNDINGS, name
 
 
-def reference_numbers(step: int) -> object:
+def reference_step(states: list[torch.Tensor], step: int) -> None:
     from bmtrain import _C
 
-    return _C.reference.AdamW(
+    numbers = _C.reference.AdamW(
         decay=1 - HYPER["lr"] * HYPER["weight_decay"],
         beta2=HYPER["beta2"],
         weight1=1 - HYPER["beta1"],
@@ -128,6 +124,11 @@ def reference_numbers(step: int) -> object:
         correction2_sqrt=(1 - HYPER["beta2"] ** step) ** 0.5,
         eps=HYPER["eps"],
     )
+    master, exp_avg, exp_avg_sq, grad = (state.data_ptr() for state in states)
+    _C.reference.adamw(
+        master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, gradient=grad, count=states[0].numel(), adamw=numbers,
+        scale=0.5,
+    )  # fmt: skip
 
 
 def test_tensors_that_do_not_fit_are_refused(device: torch.device) -> None:

@@ -134,9 +134,12 @@ def test_cpu_reference_equals_torch_operations() -> None:
         classes=77, ignore_index=-100, smoothing=0.2, weight=weight.data_ptr(), weight_total=total.data_ptr()
     )
     losses, statistics = torch.empty(6), torch.empty(6, 2)
-    where = (logits.data_ptr(), logits.stride(0), target.data_ptr(), 6, entropy)
-    reference.cross_entropy_forward(*where, losses.data_ptr(), statistics.data_ptr())
-    reference.cross_entropy_backward(*where, statistics.data_ptr(), row_grad.data_ptr())
+    where = {
+        "logits": logits.data_ptr(), "stride": logits.stride(0), "targets": target.data_ptr(), "rows": 6,
+        "entropy": entropy, "statistics": statistics.data_ptr(),
+    }  # fmt: skip
+    reference.cross_entropy_forward(**where, losses=losses.data_ptr())
+    reference.cross_entropy_backward(**where, row_gradients=row_grad.data_ptr())
     torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), expected_grad, rtol=1e-5, atol=1e-6)
 

@@ -412,7 +412,7 @@ def test_arena_lives_as_long_as_a_tensor_on_it() -> None:
     assert nccl.version() >= 21900, "arenas came with NCCL 2.19"
     torch.zeros(1, device="cuda")
     before = torch.cuda.mem_get_info()[0]
-    arena = _C.nccl.Arena(1 << 28, torch.cuda.current_device())
+    arena = _C.nccl.Arena(bytes=1 << 28, device=torch.cuda.current_device())
     tensor = torch.utils.dlpack.from_dlpack(arena.to_dlpack())
     unused = arena.to_dlpack()
     assert tensor.data_ptr() == arena.address and tensor.numel() == arena.bytes == 1 << 28
@@ -432,9 +432,9 @@ def test_nccl_reports_its_own_errors_with_place_and_text() -> None:
 
     nccl.version()
     with pytest.raises(CommunicationError, match=r"NCCL: .*csrc/nccl/communicator\.cpp:\d+"):
-        _C.nccl.Communicator(_C.nccl.unique_id(), 5, 1, 0)
+        _C.nccl.Communicator(id=_C.nccl.unique_id(), rank=5, world_size=1, policy=0)
     with pytest.raises(CommunicationError, match="128 bytes"):
-        _C.nccl.Communicator(b"short", 0, 1, 0)
+        _C.nccl.Communicator(id=b"short", rank=0, world_size=1, policy=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

@@ -82,11 +82,12 @@ def test_cpu_references_equal_torch_operations() -> None:
     reference = pytest.importorskip("bmtrain._C").reference
     torch.manual_seed(0)
     total, source = torch.randn(1001), torch.randn(1001)
-    assert reference.sum_of_squares(total.data_ptr(), 1001) == pytest.approx(
+    assert reference.sum_of_squares(data=total.data_ptr(), count=1001) == pytest.approx(
         float(kernels.sum_of_squares([total])), rel=1e-14
     )
     expected = total + source
-    reference.accumulate(total.data_ptr(), source.data_ptr(), 1001, False)
+    where = {"total": total.data_ptr(), "source": source.data_ptr(), "count": 1001}
+    reference.accumulate(**where, first=False)
     assert torch.equal(total, expected)
-    reference.accumulate(total.data_ptr(), source.data_ptr(), 1001, True)
+    reference.accumulate(**where, first=True)
     assert torch.equal(total, source)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from survey.corpus.files import untouched_lines_survive
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.project import Project
@@ -18,7 +19,6 @@ from rewriter.plan import Options, make_plans
 from rewriter.rules import RULES
 from rewriter.types import InputError
 
-from .corpus_files import untouched_lines_survive
 from .test_stacks import HEAD, KEPT, STAYS
 
 SOURCES = [example.before for rule in RULES for example in rule.examples]

@@ -6,19 +6,27 @@
     def test_hello() -> None:
         assert run_ranks(2, hello, "hi") == ["hi from 0", "hi from 1"]
 
+A test whose ranks do all the asserting is written as what each of them does, once for every number of ranks:
+
+    @on_ranks(1, 2)
+    def test_rank_is_in_world() -> None:
+        assert bmt.rank() < bmt.world_size()
+
 The processes stay alive between tests and are used again by the next test that asks for the same number of ranks,
-because starting one costs more than most tests. They come from a fork server that has torch loaded already. A test
-that leaves its ranks in an unknown state (an exception, a time-out) costs them their life; the next test gets new
-ones.
+because starting one costs more than most tests. They are forked from a server that has torch and bmtrain loaded
+already. A test that leaves its ranks in an unknown state (an exception, a time-out) costs them their life; the next
+test gets new ones.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.util
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -30,11 +38,15 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pytest
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 DEFAULT_TIMEOUT = 120.0
 MOST_IDLE_WORKERS = 10  # a bound on memory: the groups used longest ago are closed beyond it
@@ -82,6 +94,31 @@ def run_ranks(
         return results
 
 
+def on_ranks(
+    *world_sizes: int, **options: Any
+) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
+    """Makes a test of what every rank does: one for each of ``world_sizes``, with ``options`` of ``run_ranks``.
+
+    Fixtures and parameters that the function asks for are pickled and passed to each rank.
+    """
+
+    def decorate(function: Callable[P, None]) -> Callable[Concatenate[int, P], None]:
+        @functools.wraps(function)
+        def test(world_size: int, *args: P.args, **kwargs: P.kwargs) -> None:
+            run_ranks(world_size, on_a_rank, *args, **options, **kwargs)
+
+        on_a_rank: Any = function
+        on_a_rank.__qualname__ += ".__wrapped__"  # where a rank finds it, which imports the module too
+        signature = inspect.signature(function)
+        world_size = inspect.Parameter("world_size", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        test.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[world_size, *signature.parameters.values()]
+        )
+        return pytest.mark.parametrize("world_size", world_sizes)(test)
+
+    return decorate
+
+
 def _describe(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Task:
     if "<locals>" in function.__qualname__ or function.__name__ == "<lambda>":
         raise ValueError(
@@ -104,7 +141,7 @@ class _Group:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         method = multiprocessing.get_context("forkserver")
-        method.set_forkserver_preload(["torch"])
+        _start_fork_server()
         port = _free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
@@ -153,6 +190,20 @@ class _Group:
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+@functools.cache
+def _start_fork_server() -> None:
+    # A backward imports torch._dynamo, and every rank that is started would do so again for a second.
+    forkserver.set_forkserver_preload(["torch._dynamo", "bmtrain", "pytest"])
+    given = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if given is not None:
+            os.environ["PYTHONPATH"] = given
 
 
 _idle: OrderedDict[str, _Group] = OrderedDict()

@@ -11,7 +11,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import RanksFailed, run_ranks
+from ranks import RanksFailed, on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -29,7 +29,8 @@ def test_every_error_is_in_the_tree_and_is_a_builtin_too() -> None:
             assert issubclass(error, (RuntimeError, ValueError, NotImplementedError)), error
 
 
-def before_init() -> None:
+@on_ranks(1, initialize=False, fresh=True)
+def test_use_before_init() -> None:
     for use in (
         lambda: bmt.DistributedParameter(torch.ones(2)),
         lambda: type("M", (bmt.DistributedModule,), {})(),
@@ -43,10 +44,6 @@ def before_init() -> None:
         with pytest.raises(errors.NotInitializedError, match="init_distributed"):
             use()
     assert bmt.rank() == 0 and bmt.world_size() == 1 and not bmt.is_initialized()
-
-
-def test_use_before_init() -> None:
-    run_ranks(1, before_init, initialize=False, fresh=True)
 
 
 def bad_init() -> None:
@@ -84,13 +81,10 @@ def test_bad_environment() -> None:
     run_ranks(1, bad_environment, initialize=False, fresh=True, env={"RANK": "3"})
 
 
-def nobody_comes() -> None:
+@on_ranks(1, initialize=False, fresh=True, env={"WORLD_SIZE": "2"}, timeout=60)
+def test_ranks_that_cannot_meet() -> None:
     with pytest.raises(errors.CommunicationError, match="MASTER_ADDR"):
         bmt.init_distributed(device="cpu", timeout=timedelta(seconds=2))
-
-
-def test_ranks_that_cannot_meet() -> None:
-    run_ranks(1, nobody_comes, initialize=False, fresh=True, env={"WORLD_SIZE": "2"}, timeout=60)
 
 
 def test_topology() -> None:
@@ -101,7 +95,8 @@ def test_topology() -> None:
         Topology(rank=0, world_size=6, tp_size=2, pipe_size=2)
 
 
-def bad_modules() -> None:
+@on_ranks(1, 2)
+def test_modules_that_cannot_be_sharded() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(errors.ConfigurationError, match="lazy"):
         bmt.BMTrainModelWrapper(lazy)
@@ -124,11 +119,6 @@ def bad_modules() -> None:
         return
     with pytest.raises((errors.DeviceError, RuntimeError, AssertionError)):
         bmt.Block(nn.Linear(2, 2)).to("cuda")
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_modules_that_cannot_be_sharded(world_size: int) -> None:
-    run_ranks(world_size, bad_modules)
 
 
 # ---- ranks that part

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -174,7 +174,8 @@ def test_training_on_gpus_is_that_of_cast_weights(world_size: int, name: str) ->
         run_ranks(world_size, train, policies, root, recompute, "cuda", init={"precision": root, "device": "cuda"})
 
 
-def what_a_block_sees() -> None:
+@on_ranks(1, 2, init={"precision": "bf16"})
+def test_a_block_may_have_its_own_policy() -> None:
     model = build("cpu")
     model.layers[1] = bmt.CheckpointBlock(model.layers[1], precision=torch.float32)
     model.layers = bmt.TransformerBlockList(model.layers, precision=bmt.Precision("fp16", output="fp32"))
@@ -197,12 +198,8 @@ def what_a_block_sees() -> None:
     assert all(torch.equal(value, exact[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_block_may_have_its_own_policy(world_size: int) -> None:
-    run_ranks(world_size, what_a_block_sees, init={"precision": "bf16"})
-
-
-def later() -> None:
+@on_ranks(1, 2)
+def test_a_policy_may_come_later() -> None:
     """A policy for a block that is sharded already, and back."""
     model = bmt.BMTrainModelWrapper(build("cpu"))
     before = model.state_dict()
@@ -216,12 +213,8 @@ def later() -> None:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_policy_may_come_later(world_size: int) -> None:
-    run_ranks(world_size, later)
-
-
-def output_of_the_model() -> None:
+@on_ranks(1, 2, init={"precision": bmt.Precision("bf16", output="fp32")})
+def test_the_models_output_dtype_is_not_its_blocks() -> None:
     model = bmt.BMTrainModelWrapper(build("cpu"))
     seen: list[torch.dtype] = []
     for layer in model.layers:
@@ -233,12 +226,8 @@ def output_of_the_model() -> None:
     assert bmt.BMTrainModelWrapper(linear)(x).dtype == torch.float32, "the plain layer gets what its weight is"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_models_output_dtype_is_not_its_blocks(world_size: int) -> None:
-    run_ranks(world_size, output_of_the_model, init={"precision": bmt.Precision("bf16", output="fp32")})
-
-
-def inputs_left_alone() -> None:
+@on_ranks(1)
+def test_inputs_may_be_left_alone() -> None:
     class Mixer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -251,10 +240,6 @@ def inputs_left_alone() -> None:
     policy = bmt.Precision(torch.bfloat16, output=torch.float32, cast_inputs=False)
     block = bmt.Block(Mixer(), precision=policy)
     assert block(oracle.inputs(0), torch.linspace(0, 1, WIDTH)).dtype == torch.float32
-
-
-def test_inputs_may_be_left_alone() -> None:
-    run_ranks(1, inputs_left_alone)
 
 
 def float16_with_a_loss_scale() -> list[float]:

@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -100,7 +100,8 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
-def pretraining(folder: str) -> None:
+@on_ranks(1, 2)
+def test_pretraining(tmp_path: Path) -> None:
     """Late initialisation, fused loss, loss scale, Noam, clipping, inspection, saving and loading."""
     reference = language_model(library(False))
     model = language_model(library(True))
@@ -150,17 +151,12 @@ def pretraining(folder: str) -> None:
     assert average.value > 0
     oracle.assert_same_weights(model, reference, limit=1e-4)
 
-    path = os.path.join(folder, "model.pt")
+    path = os.path.join(tmp_path, "model.pt")
     bmt.save(model, path)
     oracle.assert_same_weights(SimpleNamespace(state_dict=lambda: torch.load(path)), model, exact=True)
     again = language_model(library(True))
     bmt.load(again, path, strict=False)
     oracle.assert_same_weights(again, model, exact=True)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_pretraining(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, pretraining, str(tmp_path))
 
 
 def dual_encoder(lib: SimpleNamespace) -> Any:
@@ -185,7 +181,8 @@ def dual_encoder(lib: SimpleNamespace) -> Any:
     return Model()
 
 
-def retrieval() -> None:
+@on_ranks(1, 2)
+def test_retrieval() -> None:
     """Two hidden states; negatives from all ranks by a gather with gradients; sums over ranks; results gathered."""
     torch.manual_seed(3)
     reference = dual_encoder(library(False))
@@ -222,12 +219,8 @@ def retrieval() -> None:
     oracle.assert_same_weights(model, reference, limit=1e-4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_retrieval(world_size: int) -> None:
-    run_ranks(world_size, retrieval)
-
-
-def fine_tuning(folder: str) -> None:
+@on_ranks(1, 2)
+def test_fine_tuning(tmp_path: Path) -> None:
     """A wrapped model of somebody else, parameter groups, frozen parts, accumulation, state of everything saved."""
     torch.manual_seed(4)
     reference = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -265,16 +258,11 @@ def fine_tuning(folder: str) -> None:
     oracle.assert_same_weights(model, reference, limit=1e-4)
     state = manager.state_dict(gather_opt=True)
     if bmt.rank() == 0:
-        torch.save(state, os.path.join(folder, "manager.pt"))
+        torch.save(state, os.path.join(tmp_path, "manager.pt"))
     bmt.synchronize()
     before = manager.lr_schedulers[0].current_lr
-    manager.load_state_dict(torch.load(os.path.join(folder, "manager.pt"), weights_only=False))
+    manager.load_state_dict(torch.load(os.path.join(tmp_path, "manager.pt"), weights_only=False))
     assert manager.lr_schedulers[0].current_lr == before
     moments = optimizer.state_dict()["state"]
     for index, theirs_state in theirs.state_dict()["state"].items():
         oracle.assert_close(moments[index]["exp_avg"], theirs_state["exp_avg"], f"moment {index}", 1e-4)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_fine_tuning(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, fine_tuning, str(tmp_path))

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from ranks import RanksFailed, run_ranks
+from ranks import RanksFailed, on_ranks, run_ranks
 
 
 def describe(scale: float) -> tuple[int, str, torch.Tensor, int]:
@@ -64,6 +65,24 @@ def test_a_dead_process_and_a_hang_are_reported() -> None:
         run_ranks(1, leave, initialize=False)
     with pytest.raises(RanksFailed, match=r"ranks \[0\] did not finish within 1 s"):
         run_ranks(1, hang, initialize=False, timeout=1)
+
+
+@on_ranks(1, 3, initialize=False)
+@pytest.mark.parametrize("word", ["one", "other"])
+def test_what_every_rank_does(word: str, tmp_path: Path) -> None:
+    assert word in ("one", "other") and tmp_path.is_dir()
+    assert int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"]) in (1, 3)
+
+
+@on_ranks(2, initialize=False)
+def fails_on_the_last() -> None:
+    assert os.environ["RANK"] == "0", "the reason"
+
+
+def test_a_rank_that_fails_fails_the_test() -> None:
+    assert [mark.args for mark in fails_on_the_last.pytestmark] == [("world_size", (2,))]  # type: ignore[attr-defined]
+    with pytest.raises(RanksFailed, match=r"rank 1:(.|\n)*AssertionError: the reason"):
+        fails_on_the_last(2)
 
 
 def test_a_local_function_is_refused() -> None:

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 from oracle import WIDTH, matches, mean
-from ranks import run_ranks
+from ranks import on_ranks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -112,18 +112,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., torch.Tensor]]] =
 }  # fmt: skip
 
 
-def layer_kinds(names: list[str]) -> None:
-    for name in names:
-        make, run = LAYERS[name]
-        try:
-            if name == "spectral norm":  # its power iteration runs twice when recomputed, in torch too
-                matches(wrapped(make, run), recompute=False)
-            elif name == "sparse embedding":
-                matches_dense(wrapped(make, run))
-            else:
-                matches(wrapped(make, run), limit=3e-5)
-        except BaseException as error:
-            raise AssertionError(name) from error
+@on_ranks(1, 2)
+@pytest.mark.parametrize("name", LAYERS)
+def test_kinds_of_layers(name: str) -> None:
+    build = wrapped(*LAYERS[name])
+    if name == "spectral norm":  # its power iteration runs twice when recomputed, in torch too
+        matches(build, recompute=False)
+    elif name == "sparse embedding":
+        matches_dense(build)
+    else:
+        matches(build, limit=3e-5)
 
 
 def matches_dense(build: Any) -> None:
@@ -135,13 +133,8 @@ def matches_dense(build: Any) -> None:
     oracle.assert_same_grads(model, reference)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("part", [0, 1])
-def test_kinds_of_layers(world_size: int, part: int) -> None:
-    run_ranks(world_size, layer_kinds, list(LAYERS)[part::2])
-
-
-def evaluation_paths() -> None:
+@on_ranks(1, 2)
+def test_fused_evaluation_paths() -> None:
     """Fused inference paths read the parameters themselves; their answer is the unsharded model's."""
     for name in ("attention", "encoder layer", "lstm"):
         make, run = LAYERS[name]
@@ -151,11 +144,6 @@ def evaluation_paths() -> None:
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
                 oracle.assert_close(model(oracle.inputs(0)), reference(oracle.inputs(0)), name)
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_fused_evaluation_paths(world_size: int) -> None:
-    run_ranks(world_size, evaluation_paths)
 
 
 def simple(names: models.Names) -> Any:
@@ -206,7 +194,9 @@ def input_gradients() -> None:
         assert all(bmt.gather_grad(p) is None for p in model.parameters())
 
 
-def penalty(recompute: bool) -> None:
+@pytest.mark.parametrize("recompute", [True, False])
+@on_ranks(1, 2)
+def test_gradient_penalties(recompute: bool) -> None:
     """A gradient penalty differentiates twice."""
     reference, model = oracle.pair(simple, recompute)
 
@@ -338,21 +328,7 @@ USES = {
 }  # fmt: skip
 
 
-def every_use(names: list[str]) -> None:
-    for name in names:
-        try:
-            USES[name]()
-        except BaseException as error:
-            raise AssertionError(name) from error
-
-
-@pytest.mark.parametrize("world_size", [1, 2])
+@on_ranks(1, 2)
 @pytest.mark.parametrize("name", USES)
-def test_uses_of_autograd_and_modules(name: str, world_size: int) -> None:
-    run_ranks(world_size, every_use, [name])
-
-
-@pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_gradient_penalties(world_size: int, recompute: bool) -> None:
-    run_ranks(world_size, penalty, recompute)
+def test_uses_of_autograd_and_modules(name: str) -> None:
+    USES[name]()

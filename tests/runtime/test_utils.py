@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib.util
 import io
 import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,8 +87,21 @@ def test_tp_split_tensor_without_tensor_parallelism() -> None:
     assert run_ranks(1, split) == [(True, True)]
 
 
-def test_load_nccl_pypi_needs_no_nccl() -> None:
+def test_load_nccl_pypi_loads_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    loaded: list[tuple[str, int]] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode: loaded.append((name, mode)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     utils.load_nccl_pypi()
+    assert loaded == []
+
+    package = ModuleSpec("nvidia.nccl", None, is_package=True)
+    package.submodule_search_locations = [str(tmp_path)]
+    library = tmp_path / "lib" / "libnccl.so.2"
+    library.parent.mkdir()
+    library.touch()
+    monkeypatch.setattr(importlib.util, "find_spec", {"nvidia.nccl": package}.__getitem__)
+    utils.load_nccl_pypi()
+    assert loaded == [(str(library), ctypes.RTLD_GLOBAL)]
 
 
 def test_debug_values() -> None:

@@ -1,0 +1,82 @@
+"""Blocks that cannot be recomputed, because a second run finds something the first has left: an error that says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor, nn
+
+import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
+
+
+class Remembering(nn.Module):
+    """Computes its keys once, and takes them from the cache afterwards, as cross attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        if "key" not in cache:
+            cache["key"] = torch.tanh(self.key(x))
+        return self.query(x) * cache["key"]
+
+
+class Model(bmt.DistributedModule):
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.block = bmt.Block(Remembering(), **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x, _Cache()).sum()  # type: ignore[no-any-return]
+
+
+class _Cache(dict[str, Tensor]):
+    """Not a plain dict, which would be copied before the first run."""
+
+
+@on_ranks(2)
+def test_a_block_that_fills_a_cache_is_not_recomputed() -> None:
+    x = torch.randn(2, 8)
+    loss = Model(use_checkpoint=True)(x)
+    with pytest.raises(ConfigurationError, match="use_cache=False"):
+        loss.backward()
+    model = Model(use_checkpoint=False)
+    model(x).backward()
+    assert bmt.gather_grad(model.block.key.weight).abs().sum() > 0
+
+
+@on_ranks(2)
+def test_lists_of_blocks_that_fill_caches() -> None:
+    blocks = bmt.TransformerBlockList([Remembering(), Remembering()], use_checkpoint=False)
+    blocks.append(Remembering())
+    x = torch.randn(2, 8, requires_grad=True)
+    for part in (blocks, blocks[1:]):
+        y = x
+        for block in part:
+            y = block(y, _Cache())
+        y.sum().backward()
+    assert all(bmt.gather_grad(block.key.weight).abs().sum() > 0 for block in blocks)
+
+
+class Growing(nn.Module):
+    """Adds its keys to those of earlier calls, as self attention with a cache does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, cache: dict[str, Tensor]) -> Tensor:
+        keys = torch.tanh(self.key(x))
+        cache["key"] = torch.cat([cache["key"], keys]) if "key" in cache else keys
+        return x + (torch.softmax(x @ cache["key"].t(), dim=-1) @ cache["key"])
+
+
+@on_ranks(2)
+def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
+    block = bmt.Block(Growing(), use_checkpoint=True)
+    loss = block(torch.randn(2, 8, requires_grad=True), _Cache()).sum()
+    with pytest.raises(ConfigurationError, match="other shapes"):
+        loss.backward()

@@ -1,0 +1,186 @@
+"""Checkpoints: the original's keys and values, loaded all or not at all, written all or not at all."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import models
+import oracle
+import pytest
+import torch
+from ranks import on_ranks, run_ranks
+from torch import nn
+
+import bmtrain as bmt
+from bmtrain.errors import CheckpointError
+
+WORLDS = [1, 2, 3]
+
+
+@on_ranks(*WORLDS)
+def test_checkpoints_are_the_originals(tmp_path: Path) -> None:
+    for name in models.BUILDERS:
+        reference = models.build(name, models.plain())
+        model = models.build(name, models.sharded())
+        state = model.state_dict()
+        assert list(state) == list(reference.state_dict())
+        for key, value in reference.state_dict().items():
+            assert torch.equal(state[key], value) and state[key].device.type == "cpu" and not state[key].requires_grad
+        path = os.path.join(tmp_path, f"{name}.pt")
+        bmt.save(model, path)
+        other = models.build(name, models.plain(), seed=8)
+        assert other.load_state_dict(torch.load(path, weights_only=True))
+        oracle.assert_same_weights(other, reference, exact=True)
+        again = models.build(name, models.sharded(), seed=9)
+        bmt.load(again, path)
+        oracle.assert_same_weights(again, reference, exact=True)
+        again = models.build(name, models.sharded(), seed=9)
+        assert not again.load_state_dict(reference.state_dict()).missing_keys
+        oracle.assert_same_weights(again, reference, exact=True)
+        tokens, targets = models.batch(name, 0)
+        oracle.assert_close(again(tokens, targets).detach(), reference(tokens, targets).detach(), "loss")
+    if bmt.rank() == 0:
+        assert sorted(os.listdir(tmp_path)) == ["awkward.pt", "gpt.pt"], "no temporary files are left"
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2)])
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("cache", torch.ones(3), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def make(seed: int = 0) -> tuple[Net, Net]:
+    torch.manual_seed(seed)
+    plain = Net()
+    torch.manual_seed(seed)
+    return plain, bmt.BMTrainModelWrapper(Net())
+
+
+@on_ranks(*WORLDS)
+def test_a_state_that_does_not_fit_is_named_and_not_loaded() -> None:
+    plain, model = make()
+    good = model.state_dict()
+    missing = {k: v for k, v in good.items() if k not in ("norm.running_mean", "layers.1.0.bias")}
+    extra = {**good, "layers.2.weight": torch.ones(2), "unknown": torch.ones(1)}
+    shape = {**good, "layers.0.0.weight": torch.ones(3, 6), "norm.bias": torch.ones(5)}
+    for wrong, named in (
+        (missing, ["norm.running_mean", "layers.1.0.bias"]),
+        (extra, ["layers.2.weight", "unknown"]),
+        (shape, ["layers.0.0.weight", "norm.bias", "(3, 6)", "(6, 6)"]),
+        ({**missing, **{k: v for k, v in shape.items() if k in missing}, "unknown": torch.ones(1)},
+         ["norm.running_mean", "layers.0.0.weight", "unknown"]),
+    ):  # fmt: skip
+        wrong = {k: v * 3 if v.is_floating_point() else v for k, v in wrong.items()}
+        with pytest.raises(CheckpointError, match="nothing was loaded") as caught:
+            model.load_state_dict(wrong)
+        assert all(name in str(caught.value) for name in named), str(caught.value)
+        oracle.assert_same_weights(model, plain, exact=True)
+    result = model.load_state_dict({**extra, "steps": torch.tensor(7)}, strict=False)
+    assert sorted(result.unexpected_keys) == ["layers.2.weight", "unknown"] and int(model.steps) == 7
+    result = model.load_state_dict(missing, strict=False)
+    assert sorted(result.missing_keys) == ["layers.1.0.bias", "norm.running_mean"]
+    with pytest.raises(CheckpointError):
+        model.load_state_dict(shape, strict=False)
+
+
+@on_ranks(1, 2)
+def test_parts_of_a_model_have_states() -> None:
+    plain, model = make()
+    assert list(model.layers.state_dict()) == list(plain.layers.state_dict())
+    for key, value in plain.layers[1].state_dict().items():
+        assert torch.equal(model.layers[1].state_dict()[key], value)
+    for key, value in plain.layers.state_dict().items():
+        assert torch.equal(model.layers.state_dict()[key], value), key
+    model.layers[0].load_state_dict(plain.layers[1].state_dict())
+    plain.layers[0].load_state_dict(plain.layers[1].state_dict())
+    oracle.assert_same_weights(model, plain, exact=True)
+    with bmt.gathered(model.layers[0][1]):  # not a block of its own
+        assert torch.equal(model.layers[0][1].state_dict()["weight"], plain.layers[0][1].weight)
+    model.layers[0][1].load_state_dict(plain.layers[1][0].state_dict())
+    plain.layers[0][1].load_state_dict(plain.layers[1][0].state_dict())
+    oracle.assert_same_weights(model, plain, exact=True)
+    assert torch.equal(model.state_dict(prefix="x.")["x.norm.weight"], plain.norm.weight)
+
+
+@on_ranks(1, 2)
+def test_models_that_rename_keys_keep_doing_so() -> None:
+    def old_names(state: dict[str, Any], *_: Any) -> None:
+        if "old" in state:
+            state["norm.weight"] = state.pop("old")
+
+    plain, model = make()
+    for m in (plain, model):
+        m.register_load_state_dict_pre_hook(lambda module, state, *rest: old_names(state))
+        m.register_state_dict_post_hook(lambda module, state, prefix, meta: state.update(extra=torch.ones(1)))
+    state = plain.state_dict()
+    assert set(model.state_dict()) == set(state)
+    state["old"] = state.pop("norm.weight") * 2
+    del state["extra"]
+    plain.load_state_dict(dict(state))
+    model.load_state_dict(dict(state))
+    oracle.assert_same_weights(model, plain, exact=True)
+
+
+@on_ranks(1, 2)
+def test_a_failed_write_is_told_everywhere_and_leaves_the_old_file(tmp_path: Path) -> None:
+    _, model = make()
+    path = os.path.join(tmp_path, "model.pt")
+    bmt.save(model, path)
+    before = Path(path).read_bytes()
+    bmt.synchronize()
+    with pytest.raises(CheckpointError, match="Rank 0 could not write"):
+        bmt.save(model, os.path.join(tmp_path, "missing", "model.pt"))
+    unpicklable = {"model": model.state_dict(), "bad": (lambda: None) if bmt.rank() == 0 else None}
+    with pytest.raises(CheckpointError, match="Rank 0 could not write"):
+        bmt.save_checkpoint(unpicklable, path)
+    assert Path(path).read_bytes() == before and os.listdir(tmp_path) == ["model.pt"]
+    bmt.synchronize()
+    old = os.path.join(tmp_path, "old.pt")
+    bmt.save_checkpoint({"step": 1}, old, _use_new_zipfile_serialization=False)
+    assert torch.load(old) == {"step": 1} and not zipfile.is_zipfile(old)
+    for broken, said in (("nothing.pt", "nothing.pt"), ("model.txt", "model.txt")):
+        if broken == "model.txt" and bmt.rank() == 0:
+            Path(tmp_path, broken).write_bytes(b"not a checkpoint")
+        bmt.synchronize()
+        with pytest.raises(CheckpointError, match=said):
+            bmt.load(model, os.path.join(tmp_path, broken))
+
+
+@on_ranks(3)
+def test_ranks_without_the_file_get_it_from_rank_0(tmp_path: Path) -> None:
+    """Only rank 0 has the file."""
+    _, model = make(0)
+    here = os.path.join(tmp_path, f"rank{bmt.rank()}.pt")
+    state = {k: v + 1 for k, v in model.state_dict().items()}
+    if bmt.rank() == 0:
+        torch.save(state, here)
+    bmt.load(model, here)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def non_blocking(folder: str) -> str:
+    _, model = make()
+    path = os.path.join(folder, "late.pt")
+    bmt.save(model, path, non_blocking=True)
+    return path
+
+
+def test_a_file_may_be_written_in_the_background(tmp_path: Path) -> None:
+    import time
+
+    path = run_ranks(2, non_blocking, str(tmp_path))[0]
+    deadline = time.monotonic() + 20
+    while not os.path.exists(path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "norm.weight" in torch.load(path, weights_only=True)
