@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,17 @@ def test_folder_without_python(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_output_into_itself_is_refused(project: Path) -> None:
     assert main([str(project), "--output", str(project)]) == 2
     assert (project / "model.py").read_text() == PLAIN
+
+
+def test_libcst_is_imported_only_when_a_file_changes(tmp_path: Path) -> None:
+    """It takes longer to import than most conversions that change nothing."""
+    (tmp_path / "plain.py").write_text("x = 1\n")
+    (tmp_path / "model.py").write_text("import torch\n\n\nclass A(torch.nn.Module):\n    pass\n")
+    code = (
+        "import sys; from rewriter.cli import main; main([sys.argv[1], '--check', '--quiet']);"
+        "print('libcst' in sys.modules)"
+    )
+    for name, imported in (("plain.py", "False"), ("model.py", "True")):
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.split()[-1] == imported
