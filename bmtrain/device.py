@@ -144,6 +144,11 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    def empty_cache(self) -> None:
+        """Give memory that torch's allocator keeps and nobody uses back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
     def rng_state(self) -> RngState:
         """State of torch's CPU generator, of this device's, and of ``random``."""
         own = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None

@@ -49,9 +49,8 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
         if not unit.moves:
             engine.register(unit)  # nothing is gathered, so that code may use it without the engine's noticing
-    if engine.ctx.device.is_cuda:
-        land_gradients(root)
-        torch.cuda.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
+    land_gradients(root)
+    engine.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != engine.ctx.device.torch_device:

@@ -78,7 +78,7 @@ def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
             "do not compile this block."
         )
     rows = grad.reshape(-1, grad.shape[-1])
-    accumulated = _is_accumulated(torch.autograd.graph.get_gradient_edge(flat.params[index]).node)
+    accumulated = _is_accumulated(_accumulator(flat, index))
     if accumulated is None:
         raise UnsupportedError(
             f"torch.autograd.grad cannot return the gradient of {flat.names[index]!r} from compiled code: do not "
@@ -97,6 +97,19 @@ _LIBRARY = torch.library.Library("bmtrain", "DEF")  # type: ignore[no-untyped-ca
 _LIBRARY.define("linear_backward(Tensor grad, Tensor x, Tensor weight) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("bmtrain::linear_backward", lambda grad, x, weight: grad @ weight, lib=_LIBRARY)
+
+
+def _accumulator(flat: FlatShard, index: int) -> Any:
+    """The node that would add to the parameter's ``.grad`` in the graph whose node runs now.
+
+    Not the one the parameter itself would name: a gather in another dtype than it rests in makes autograd forget that
+    one and give the parameter another, which is in no graph yet.
+    """
+    running = torch._C._current_autograd_node()
+    for node, _ in running.next_functions:
+        if getattr(node, "variable", None) is flat.params[index]:
+            return node
+    raise AssertionError(f"{flat.names[index]} is no input of the compiled code that uses it")
 
 
 def _is_accumulated(node: Any) -> bool | None:
@@ -131,8 +144,9 @@ class LandingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight
-        mixed = torch.is_autocast_enabled("cuda")
-        if mixed and weight.dtype == torch.get_autocast_dtype("cuda"):
+        autocast = context().device.autocast()
+        mixed = autocast is not None
+        if mixed and weight.dtype == autocast:
             x, mixed = x.to(weight.dtype), False  # as autocast would
         plain = mixed or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
         if torch.compiler.is_compiling():
