@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..errors import ConfigurationError
@@ -49,12 +48,25 @@ def shard_module(engine: Engine, root: nn.Module) -> None:
         unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
         if not unit.moves:
             engine.register(unit)  # nothing is gathered, so that code may use it without the engine's noticing
+    _note_borrowed(root)
     land_gradients(root)
     engine.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != engine.ctx.device.torch_device:
                 module._buffers[name] = buffer.to(engine.ctx.device.torch_device)
+
+
+def _note_borrowed(root: nn.Module) -> None:
+    """Let every block's unit know the units of parameters that the block shares with others."""
+    for owner, _, module in _walk(root, root, "", ""):
+        unit: ShardUnit | None = owner.__dict__.get("_bmt_unit")
+        if unit is None or owner is root:
+            continue
+        for parameter in module._parameters.values():
+            flat = getattr(parameter, "_flat", None)
+            if flat is not None and flat.unit is not unit and flat.unit not in unit.borrows:
+                unit.borrows.append(flat.unit)
 
 
 def _plan(root: nn.Module) -> list[_Group]:

@@ -24,6 +24,7 @@ from .pins import Pins
 from .residency import Residency
 from .trace import Phase, Trace
 from .turns import Turn
+from .untrained import FirstGraphs
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -48,6 +49,7 @@ class Engine(OnRequest):
         self._recomputing = 0
         self._begun: list[Frame] = []
         self._task = -1
+        self._first_graphs = FirstGraphs()
         self._note: Callable[[torch.Tensor], Any] | None = None
 
     # -- sharding -------------------------------------------------------------------------------------------------
@@ -59,6 +61,7 @@ class Engine(OnRequest):
         self.pools.arenas.collect()
         self.pools.arenas.watch(module)
         shard_module(self, module)
+        self._first_graphs = FirstGraphs()
 
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
@@ -78,8 +81,7 @@ class Engine(OnRequest):
         self._pins.begin()
         try:
             if unit is not None:
-                self._enter(unit, "backward" if self._recomputing else "forward", self.ctx.device.autocast())
-                self._pins.add(unit)
+                self._enter_all(unit, "backward" if self._recomputing else "forward", self.ctx.device.autocast())
             out = self._framed(unit, recompute, call, args, kwargs) if grad else call(*args, **kwargs)
         finally:
             self._pins.end()
@@ -93,8 +95,8 @@ class Engine(OnRequest):
         parent = self._frames[-1] if self._frames else None
         if parent is not None and parent.recompute:
             # The enclosing block runs again as one piece and takes this one along.
-            if unit is not None:
-                parent.add(unit)
+            for used in (unit, *unit.borrows) if unit is not None else ():
+                parent.add(used)
             return call(*args, **kwargs)
         choice = recompute
         if recompute is None:
@@ -103,6 +105,8 @@ class Engine(OnRequest):
             return call(*args, **kwargs)
         measured = self.plan if unit is not None and choice is None and self.plan.measuring else None
         frame = Frame(self, unit, parent, recompute, measured)
+        for other in unit.borrows if unit is not None else ():
+            frame.add(other)
         self._frames.append(frame)
         try:
             return frame.run(call, args, kwargs)
@@ -125,7 +129,7 @@ class Engine(OnRequest):
         self.residency.hide_all()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
-                tensor.register_hook(self._backward_starts)  # type: ignore[no-untyped-call]
+                tensor.register_hook(self._output_is_reached)  # type: ignore[no-untyped-call]
 
     def _enter(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         self.register(unit)
@@ -143,6 +147,16 @@ class Engine(OnRequest):
         except CommunicationError as error:
             raise self.trace.blamed(error, f"the {phase} of {unit.name or 'the root'}") from error
 
+    def _enter_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
+        """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
+        for other in unit.borrows:
+            if not (other.is_whole and other.pins):
+                self._enter(other, phase, autocast)
+            self._pins.add(other)
+        if not (unit.is_whole and phase == "backward"):
+            self._enter(unit, phase, autocast)
+        self._pins.add(unit)
+
     def register(self, unit: ShardUnit) -> None:
         """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
         if unit.index < 0:
@@ -152,7 +166,11 @@ class Engine(OnRequest):
 
     # -- backward -------------------------------------------------------------------------------------------------
 
-    def _backward_starts(self, _: torch.Tensor | None = None) -> None:
+    def _output_is_reached(self, _: torch.Tensor) -> None:
+        self._backward_starts()
+        self._first_graphs.walk()
+
+    def _backward_starts(self) -> None:
         task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
@@ -209,9 +227,7 @@ class Engine(OnRequest):
         self._pins.begin()
         try:
             if unit is not None:
-                if not unit.is_whole:
-                    self._enter(unit, "backward", frame.autocast)
-                self._pins.add(unit)
+                self._enter_all(unit, "backward", frame.autocast)
             yield
         finally:
             self._frames, self._note = saved, outer_note

@@ -144,7 +144,10 @@ class Frame:
 
 
 def _never(packed: Any) -> torch.Tensor:
-    raise AssertionError("a recomputed graph is never run backward")
+    raise ConfigurationError(
+        "A recomputed block runs a backward of its own (torch.autograd.grad) in its forward, and what that needs is "
+        "not kept when the block runs again. Use bmt.Block(..., use_checkpoint=False) for it."
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ from ..context import context
 from ..errors import UnsupportedError
 from ..shard.flat import FlatShard
 from ..shard.parameter import DistributedParameter
+from .untrained import is_accumulated
 
 _LARGE = 2**20
 """Elements from which saving a copy of the gradient is worth the host's time for it."""
@@ -38,7 +39,7 @@ class _LinearInto(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         rows, grad_weight = grad.reshape(-1, grad.shape[-1]), None
-        accumulated = _is_accumulated(ctx.next_functions[1][0])
+        accumulated = is_accumulated(ctx.next_functions[1][0])
         if accumulated is None or torch.is_grad_enabled():  # somebody gets it, or differentiates it again
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
         elif accumulated:
@@ -78,7 +79,7 @@ def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
             "do not compile this block."
         )
     rows = grad.reshape(-1, grad.shape[-1])
-    accumulated = _is_accumulated(_accumulator(flat, index))
+    accumulated = is_accumulated(_accumulator(flat, index))
     if accumulated is None:
         raise UnsupportedError(
             f"torch.autograd.grad cannot return the gradient of {flat.names[index]!r} from compiled code: do not "
@@ -110,17 +111,6 @@ def _accumulator(flat: FlatShard, index: int) -> Any:
         if getattr(node, "variable", None) is flat.params[index]:
             return node
     raise AssertionError(f"{flat.names[index]} is no input of the compiled code that uses it")
-
-
-def _is_accumulated(node: Any) -> bool | None:
-    """Whether the present backward adds to the ``.grad`` whose autograd node this is.
-
-    False for a backward that does not reach it; None where torch.autograd.grad is to return it.
-    """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return None
 
 
 def _land(flat: FlatShard, index: int, rows: torch.Tensor, x: torch.Tensor) -> None:

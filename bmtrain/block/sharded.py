@@ -27,6 +27,8 @@ class ShardedModule(nn.Module):
     _bmt_recompute: bool | None = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _outside_of_compiled_code(self, args, kwargs)
         unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
         if unit is None:  # still being built
             return super().__call__(*args, **kwargs)
@@ -51,14 +53,17 @@ class ShardedModule(nn.Module):
         engine = context().engine
         if destination is None and context().world_size > 1:
             level(self)
-        engine.pin(unit)
+        needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
+        for other in needed:
+            engine.pin(other)
         try:
             out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
             if not keep_vars:
-                _copy_out(out, unit)
+                _copy_out(out, needed)
             return out
         finally:
-            engine.unpin(unit)
+            for other in needed:
+                engine.unpin(other)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors; each rank keeps its part.  Not collective.
@@ -106,6 +111,12 @@ class ShardedModule(nn.Module):
         return self
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_compiled_code(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block inside a compiled one: the engine's work is no part of a graph."""
+    return module(*args, **kwargs)
+
+
 def become(module: nn.Module, mixin: type[ShardedModule]) -> None:
     """Make ``module`` an instance of ``mixin`` as well, in place."""
     if not isinstance(module, mixin):
@@ -129,10 +140,10 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
             yield unit
 
 
-def _copy_out(state: dict[str, Any], unit: ShardUnit) -> None:
-    """Replace views of this unit's memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
+def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
+    """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
     own = set()
-    for flat in unit.flats:
+    for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
         own.add(memory.untyped_storage().data_ptr())
     copies: dict[Any, torch.Tensor] = {}

@@ -79,6 +79,8 @@ def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     out, at = [], 0
     for flat in flats:
         out.append(flags[at : at + len(flat.params)])
+        if flat.reached is not None:
+            flat.warn_of_untrained(out[-1])
         at += len(flat.params)
     return out
 

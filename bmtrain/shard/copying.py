@@ -17,7 +17,7 @@ def copy_flat(flat: FlatShard, unit: ShardUnit, memo: dict[int, Any]) -> FlatSha
     made = FlatShard.__new__(FlatShard)
     made.__dict__.update(flat.__dict__)
     made.unit, made.names, made.remainder = unit, list(flat.names), None
-    made.touched, made.gradient = [False] * len(flat.params), ShardGradient(made)
+    made.touched, made.gradient, made.reached = [False] * len(flat.params), ShardGradient(made), set()
     made._arena = made._new_shard()
     made.shard.copy_(flat.shard)
     made.buffer, made._landing, made._poison, made.params = None, None, [], []

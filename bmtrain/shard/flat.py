@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ class FlatShard:
     Attributes:
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
+        reached: parameters that the first backwards were about to give a gradient; None once this was compared.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
@@ -49,6 +51,7 @@ class FlatShard:
         self._arena = self._new_shard()
         self.gradient = ShardGradient(self)
         self.touched = [False] * len(self.params)
+        self.reached: set[int] | None = set()
         self.version = 0
         self.remainder: torch.Tensor | None = None
         self.autocasts = autocasts
@@ -269,6 +272,19 @@ class FlatShard:
             return
         self.local(self.gradient.zeros(), index).copy_(self.local_part(whole, index))
         self.touched[index] = True
+
+    def warn_of_untrained(self, touched: Sequence[bool]) -> None:
+        """At the first step: ``touched`` says of each parameter whether any rank has a gradient for it."""
+        reached, self.reached = self.reached or set(), None
+        with torch._C.DisableTorchFunctionSubclass():
+            missing = [self.names[i] for i in sorted(reached) if not touched[i] and self.params[i].requires_grad]
+        if missing:
+            warnings.warn(
+                f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} took "
+                "part in the loss, but no rank got a gradient: they do not train. If an autograd function means to "
+                "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",
+                stacklevel=2,
+            )
 
     def _forget_grad(self, index: int) -> None:
         self.touched[index] = False

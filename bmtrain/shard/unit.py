@@ -87,6 +87,7 @@ class ShardUnit:
         pins: how many running forwards need it whole.
         open_uses: forwards whose backward has not passed yet.
         compute: the dtype that the last gather was to compute in.
+        borrows: units that hold parameters which this one's module shares with others.
         keep: stay whole from the first forward to the end of the backward (ZeRO-2).
         is_settled: which parameter lies in which flat shard does not change any more.
     """
@@ -109,6 +110,7 @@ class ShardUnit:
         self.pins = 0
         self.open_uses = 0
         self.keep = self.is_settled = False
+        self.borrows: list[ShardUnit] = []
         self.compute: torch.dtype | None = None
         self.is_whole = not self.moves
         self.reduced: Event = ctx.device.event()
@@ -240,6 +242,7 @@ class ShardUnit:
         made.__dict__.update(self.__dict__)
         memo[id(self)] = made
         made.index, made.pins, made.open_uses = -1, 0, 0
+        made.borrows = [other.copy_into(memo) for other in self.borrows]
         made._coming, made.is_whole = [], not self.moves
         made.reduced, made._ready = self.ctx.device.event(), self.ctx.device.event()
         made.flats = [copy_flat(flat, made, memo) for flat in self.flats]
