@@ -1,7 +1,7 @@
 """Features together: every pair of them occurs in some training run, which is compared with plain torch.
 
 Compared are the gradient of every parameter (one that is missing has failed), the norm, and the weights after three
-steps.  BMTRAIN_TEST_MATRIX=long takes every three features instead of every two, and Inductor's code as well.
+steps.  BMTRAIN_TEST_MATRIX=inductor adds Inductor's code to them, and BMTRAIN_TEST_MATRIX=long takes every three features.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import bmtrain as bmt
 from bmtrain.block import linear
 from bmtrain.context import context
 
-LONG = os.environ.get("BMTRAIN_TEST_MATRIX") == "long"
+MATRIX = os.environ.get("BMTRAIN_TEST_MATRIX", "pairs")
+LONG = MATRIX != "pairs"
 WIDTH, ROWS, STEPS, SCALE, MAX_NORM = 16, 12, 3, 2.0**8, 0.05
 
 FACTORS: dict[str, list[Any]] = {
@@ -37,7 +38,7 @@ FACTORS: dict[str, list[Any]] = {
     "clip": [False, True],
     "optimizer": ["ours", "torch's", "two"],
 }
-CELLS = covering_rows(FACTORS, 3 if LONG else 2)
+CELLS = covering_rows(FACTORS, 3 if MATRIX == "long" else 2)
 GROUPS = [(ranks, policy) for ranks in (1, 2, 3) for policy in (None, "bf16")]
 
 # Of the norm: gradients of the first step, those of later ones, and what three steps changed.
