@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..autograd import accumulator_among_inputs, is_accumulated
 from ..context import context
 from ..errors import UnsupportedError
-from ..shard.flat import FlatShard
+from ..shard.engine import engine
 from ..shard.parameter import DistributedParameter
-from .untrained import is_accumulated
+from ..shard.unit import FlatShard, flat_of, place_of
 
 _LARGE = 2**20
 """Elements from which saving a copy of the gradient is worth the host's time for it."""
@@ -31,7 +32,7 @@ class _LinearInto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: DistributedParameter, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.place = (weight._flat, weight._index)
+        ctx.place = place_of(weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -66,7 +67,7 @@ class _CompiledLinearInto(torch.autograd.Function):
 
 def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The input's gradient; as a side effect the weight's goes to where it is reduced from."""
-    flat = context().engine.whole_flat(weight)
+    flat = engine().whole_flat(weight)
     if flat is None:
         raise UnsupportedError(
             "A compiled linear layer was run with a weight that is not its own. Do not compile it, or do not call it "
@@ -79,7 +80,7 @@ def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
             "do not compile this block."
         )
     rows = grad.reshape(-1, grad.shape[-1])
-    accumulated = is_accumulated(_accumulator(flat, index))
+    accumulated = is_accumulated(accumulator_among_inputs(flat.params[index]))
     if accumulated is None:
         raise UnsupportedError(
             f"torch.autograd.grad cannot return the gradient of {flat.names[index]!r} from compiled code: do not "
@@ -100,21 +101,8 @@ _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd") 
 torch.library.register_fake("bmtrain::linear_backward", lambda grad, x, weight: grad @ weight, lib=_LIBRARY)
 
 
-def _accumulator(flat: FlatShard, index: int) -> Any:
-    """The node that would add to the parameter's ``.grad`` in the graph whose node runs now.
-
-    Not the one the parameter itself would name: a gather in another dtype than it rests in makes autograd forget that
-    one and give the parameter another, which is in no graph yet.
-    """
-    running = torch._C._current_autograd_node()
-    for node, _ in running.next_functions:
-        if getattr(node, "variable", None) is flat.params[index]:
-            return node
-    raise AssertionError(f"{flat.names[index]} is no input of the compiled code that uses it")
-
-
 def _land(flat: FlatShard, index: int, rows: torch.Tensor, x: torch.Tensor) -> None:
-    view, first = flat.landing(index)
+    view, first = flat.landing.place(index)
     if first:
         torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), out=view)
     else:
@@ -143,9 +131,10 @@ class LandingLinear(nn.Linear):
             if plain or not x.requires_grad or not self.lands_compiled:
                 return super().forward(x)
             return _CompiledLinearInto.apply(x, weight, self.bias)  # type: ignore[no-untyped-call, no-any-return]
-        if plain or _is_watched(weight) or getattr(weight, "_flat", None) is None or not weight._flat.lands:
+        flat = flat_of(weight)
+        if plain or _is_watched(weight) or flat is None or not flat.lands:
             return super().forward(x)
-        note = context().engine.recompute_note
+        note = engine().recompute_note
         if note is not None:
             # Only what the first run saved is wanted; the graph is never run.  Noted before the product is computed,
             # so that a block's last one is not computed at all.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-
+from ..autograd import Node, is_accumulated, running_node
 from ..shard.parameter import DistributedParameter
+from ..shard.unit import flat_of
 
 _WALKS = 8
 """Enough for the first step of most scripts; each one costs the host about a microsecond for every autograd node."""
@@ -27,8 +25,8 @@ class FirstGraphs:
         if not self._left:
             return
         self._left -= 1
-        seen: set[Any] = set()
-        waiting: list[Any] = [torch._C._current_autograd_node()]
+        seen: set[Node] = set()
+        waiting: list[Node | None] = [running_node()]
         while waiting:
             node = waiting.pop()
             if node is None or node in seen:
@@ -40,20 +38,10 @@ class FirstGraphs:
                 _note(node)
 
 
-def _note(leaf: Any) -> None:
+def _note(leaf: Node) -> None:
     parameter = getattr(leaf, "variable", None)
-    if not isinstance(parameter, DistributedParameter) or parameter._flat is None:
+    flat = flat_of(parameter)
+    if flat is None or flat.gradient.reached is None or not isinstance(parameter, DistributedParameter):
         return
-    if parameter._flat.reached is not None and is_accumulated(leaf):
-        parameter._flat.reached.add(parameter._index)
-
-
-def is_accumulated(node: Any) -> bool | None:
-    """Whether the present backward adds to the ``.grad`` whose autograd node this is.
-
-    False for a backward that does not reach it; None where torch.autograd.grad is to return it.
-    """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return None
+    if is_accumulated(leaf):
+        flat.gradient.reached.add(parameter._index)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..context import context
 from ..errors import ConfigurationError
-from ..shard.flat import FlatShard
-from ..shard.masters import can_split, join, write_master
-from ..shard.parameter import raw_grad, set_raw_grad, show_whole
+from ..shard.engine import engine
+from ..shard.fp32_values import can_split, join, write_master
+from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
+from ..shard.unit import FlatShard, flat_of, place_of
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
 _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
@@ -46,7 +46,7 @@ def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
     """Before any optimizer's step: on its own, torch's would take placeholders for gradients."""
     if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
         return
-    if any(getattr(p, "_flat", None) is not None for p in all_params(optimizer.param_groups)):
+    if any(flat_of(p) is not None for p in all_params(optimizer.param_groups)):
         raise ConfigurationError(
             f"{type(optimizer).__name__} holds sharded parameters but no bmt.optim.OptimManager drives it. Call "
             "optim_manager.add_optimizer(optimizer) after making it, then optim_manager.backward(loss) and "
@@ -74,15 +74,14 @@ class _ShardView:
 
     def enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Show shards."""
-        context().engine.finish_backward()
+        engine().finish_backward()
         params = all_params(optimizer.param_groups)
         flats = flats_of(params)
         touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
         self._shown = {id(flat): self._values(flat) for flat in flats}
         for parameter in params:
-            flat, index = parameter._flat, parameter._index
-            assert flat is not None
-            show_whole(parameter, flat.local(self._shown[id(flat)], index))
+            flat, index = place_of(parameter)
+            enter_whole(parameter, flat.local(self._shown[id(flat)], index))
             if touched[id(flat)][index] and parameter.requires_grad:
                 set_raw_grad(parameter, flat.local(flat.gradient.settled(), index))
 
@@ -100,9 +99,9 @@ class _ShardView:
                 write_master(flat, master)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, master)
-            flat.rest()
+            flat.enter_sharded()
             flat.forget_writes()
-        context().engine.optimizer_stepped()
+        engine().optimizer_stepped()
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Whole states for every rank.  Collective."""
@@ -150,10 +149,10 @@ _SCALARS = ("step", "eta", "mu", "mu_product")
 
 def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
-    flat: FlatShard = parameter._flat
+    flat, index = place_of(parameter)
     flat.unit.is_settled = True
     return {
-        name: flat.local_part(value, parameter._index).to(flat.shard.device, flat.gradient.dtype, copy=True)
+        name: flat.local_part(value, index).to(flat.shard.device, flat.gradient.dtype, copy=True)
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
     }

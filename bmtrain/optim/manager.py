@@ -9,6 +9,7 @@ import torch
 
 from ..context import context
 from ..errors import ConfigurationError
+from ..shard.engine import engine
 from .adam import AdamOptimizer, clear_grads
 from .adapt import adapt
 from .loss_scale import LossScale, Overflow, ScheduleStep
@@ -115,7 +116,7 @@ class OptimManager:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
         self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
-        context().engine.finish_backward()
+        engine().finish_backward()
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -139,7 +140,7 @@ class OptimManager:
 
     def step(self) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients."""
-        context().engine.finish_backward()
+        engine().finish_backward()
         if self._scale is None:
             self._update(self._fixed_scale)
             self._step_schedules()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .flat import FlatShard
-from .unit import ShardUnit
+from .unit import FlatShard, ShardUnit
 
 
 def keep_frozen_apart(unit: ShardUnit) -> None:
@@ -17,7 +16,7 @@ def keep_frozen_apart(unit: ShardUnit) -> None:
     if not any(_is_mixed(flat) for flat in unit.flats):
         return
     unit.release()
-    unit.finish_gather()
+    unit.gather()
     flats = []
     for flat in unit.flats:
         if not _is_mixed(flat):

@@ -1,7 +1,7 @@
 """Features together: every pair of them occurs in some training run, which is compared with plain torch.
 
 Compared are the gradient of every parameter (one that is missing has failed), the norm, and the weights after three
-steps.  BMTRAIN_TEST_MATRIX=inductor adds Inductor's code to them, and BMTRAIN_TEST_MATRIX=long takes every three features.
+steps.  BMTRAIN_TEST_MATRIX=inductor adds Inductor's code, and BMTRAIN_TEST_MATRIX=long takes every three features.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def comes_back(folder: str) -> None:
     assert type(again).__name__ == "Model" and isinstance(again, Model) and list(again.state_dict()) == keys
     assert torch.equal(again(TOKENS), before) and read["step"] == 3
     assert again.head.weight is again.embedding.weight and not again.frozen.requires_grad
-    assert all(isinstance(layer, bmt.Block) and layer._bmt_recompute for layer in again.layers)
+    assert all(isinstance(layer, bmt.Block) and layer._bmt.recompute for layer in again.layers)
     assert all(isinstance(p, bmt.DistributedParameter) for p in [*again.parameters(), *read["others"][0].parameters()])
     for trained in (model, again):
         manager = bmt.optim.OptimManager(loss_scale=None)
