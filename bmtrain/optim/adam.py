@@ -39,6 +39,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     """
 
     _bmtrain_optimizer = True
+    skips_on_device = True
 
     def __init__(
         self,

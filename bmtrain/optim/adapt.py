@@ -16,6 +16,7 @@ from ..shard.engine import engine
 from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
 from ..shard.unit import FlatShard, flat_of, place_of
+from .driven import knows_shards
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
 _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
@@ -23,7 +24,7 @@ _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "L
 
 def adapt(optimizer: torch.optim.Optimizer) -> None:
     """Make ``optimizer`` work on shards.  Raises ConfigurationError for one that needs whole matrices or norms."""
-    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+    if knows_shards(optimizer) or _is_adapted(optimizer):
         return
     for cls in type(optimizer).__mro__:
         if cls.__name__ in _NEED_WHOLE:
@@ -39,12 +40,16 @@ def adapt(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(view.cut)
     optimizer.register_load_state_dict_post_hook(view.restore)
     view.cut_present(optimizer)
-    optimizer._bmtrain_adapted = True  # type: ignore[attr-defined]
+
+
+def _is_adapted(optimizer: torch.optim.Optimizer) -> bool:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), _ShardView) for hook in hooks)
 
 
 def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before any optimizer's step: on its own, torch's would take placeholders for gradients."""
-    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+    if knows_shards(optimizer) or _is_adapted(optimizer):
         return
     if any(flat_of(p) is not None for p in all_params(optimizer.param_groups)):
         raise ConfigurationError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from .engine import engine
-from .parameter import DistributedParameter
+from .parameter import DistributedParameter, group_of, init_method_of
 from .unit import ShardUnit, flat_of
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
@@ -96,7 +96,7 @@ def grouped_parameters(model: nn.Module) -> Iterator[tuple[str | None, list[nn.P
     """Parameters by the ``group`` they were made with: pairs of group name and parameters."""
     groups: dict[str | None, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        groups.setdefault(getattr(parameter, "_group", None), []).append(parameter)
+        groups.setdefault(group_of(parameter), []).append(parameter)
     yield from groups.items()
 
 
@@ -107,7 +107,7 @@ def init_parameters(model: nn.Module) -> None:
     as if the model were not sharded; all ranks must have seeded it alike (``init_distributed`` does).
     """
     for parameter in model.parameters():
-        method = getattr(parameter, "_init_method", None)
+        method = init_method_of(parameter)
         if method is None:
             continue
         if not callable(method):

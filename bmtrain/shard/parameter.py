@@ -213,6 +213,16 @@ def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
     return parameter  # type: ignore[return-value]
 
 
+def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], Any] | None:
+    """The initialisation that ``parameter`` was made with, to be run later."""
+    return parameter._init_method if isinstance(parameter, DistributedParameter) else None
+
+
+def group_of(parameter: nn.Parameter) -> str | None:
+    """Name of the parameter group it was made for."""
+    return parameter._group if isinstance(parameter, DistributedParameter) else None
+
+
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """The gradient autograd has accumulated and nobody has taken yet."""
     return _raw_grad.__get__(parameter)  # type: ignore[no-any-return]
