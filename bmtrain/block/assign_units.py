@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter, as_distributed
 from ..shard.pools import Pools
-from ..shard.unit import ShardUnit, flat_of
+from ..shard.unit import ShardUnit, unit_of_flat
 from .linear import LandingLinear, land_gradients
 from .meta import check_buffers, materialise
 from .record import unit_of
@@ -67,7 +68,7 @@ def _note_borrowed(root: nn.Module) -> None:
         for parameter in module._parameters.values():
             flat = flat_of(parameter)
             if flat is not None and flat.unit is not unit and flat.unit not in unit.borrows:
-                unit.borrows.append(flat.unit)
+                unit.borrows.append(unit_of_flat(flat))
 
 
 def _plan(root: nn.Module) -> list[_Group]:

@@ -9,7 +9,8 @@ import torch
 
 from ..autograd import backward_id, saves_with, when_backward_ends
 from ..device import Device
-from ..shard.unit import FlatShard
+from ..shard.flat import FlatShard
+from ..shard.unit import unit_of_flat
 from .frame import Frame
 from .saved import PlaceInFlat
 from .schedule import Schedule
@@ -84,7 +85,7 @@ class Backward:
         """A view of the re-gathered buffer."""
         flat = place.flat
         if flat.buffer is None:
-            self._schedule.use(flat.unit, "backward", autocast)
+            self._schedule.use(unit_of_flat(flat), "backward", autocast)
         assert flat.buffer is not None
         return place.within(flat.buffer.tensor)
 

@@ -75,7 +75,7 @@ class TransformerBlockList(nn.ModuleList):
         """Groups of modules are never called themselves: each is whole while the loop has it."""
         for module in modules:
             unit = unit_of(module) if module is not None else None
-            pin = engine().pin_for_loop(unit) if unit is not None else None
+            pin = engine().outside.pin_for_loop(unit) if unit is not None else None
             try:
                 yield module
             finally:
@@ -90,7 +90,7 @@ class TransformerBlockList(nn.ModuleList):
         elif self._groups and part is not None:
             unit = unit_of(part)
             if unit is not None:
-                engine().pin_until_next(self, unit)
+                engine().outside.pin_until_next(self, unit)
         return part
 
     def __add__(self, other: Iterable[nn.Module]) -> Any:

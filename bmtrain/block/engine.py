@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -12,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..autograd import backward_id
 from ..context import Context, engine_factory
-from ..shard.unit import FlatShard, ShardUnit
+from ..shard.flat import FlatShard
+from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
 from .frame import Frame
@@ -21,7 +21,6 @@ from .outside_forward import OutsideForward
 from .schedule import Schedule
 from .trace import Phase
 from .untrained import FirstGraphs
-from .whole_units import LoopPin
 
 T = TypeVar("T")
 Args = tuple[object, ...]
@@ -133,36 +132,6 @@ class Engine:
     def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
         return self.whole.flat_at(view)
-
-    # -- outside of a forward of their module -----------------------------------------------------------------------
-
-    def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
-        """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
-        return self.outside.pinned(units)
-
-    def may_gather(self, func: Callable[..., object]) -> bool:
-        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-        return self.outside.may_gather(func)
-
-    def is_near(self, units: Sequence[ShardUnit]) -> bool:
-        """Whether operations outside of any forward have used ``units``, and their values are still here."""
-        return self.outside.is_near(units)
-
-    def on_demand(self, units: Sequence[ShardUnit]) -> AbstractContextManager[None]:
-        """Whole units for one operation, and for the rest of the forward it is part of."""
-        return self.outside.on_demand(units)
-
-    def apart(self, value: object) -> object:
-        """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
-        return self.outside.apart(value)
-
-    def pin_for_loop(self, unit: ShardUnit) -> LoopPin | None:
-        """Make ``unit`` whole until the pin is released or the running forward ends; None if none runs."""
-        return self.outside.pin_for_loop(unit)
-
-    def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
-        """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""
-        self.outside.pin_until_next(holder, unit)
 
     # -- backward and step ------------------------------------------------------------------------------------------
 

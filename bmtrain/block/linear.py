@@ -16,8 +16,8 @@ from ..autograd import accumulator_among_inputs, is_accumulated
 from ..context import context
 from ..errors import UnsupportedError
 from ..shard.engine import engine
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.parameter import DistributedParameter
-from ..shard.unit import FlatShard, flat_of, place_of
 
 _LARGE = 2**20
 """Elements from which saving a copy of the gradient is worth the host's time for it."""

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..device import autocast_regions, in_autocast_regions
 from ..errors import ConfigurationError
+from ..shard.unit import unit_of_flat
 from .saved import Buffers, PlaceInFlat
 from .whole_units import unpin
 
@@ -90,7 +91,7 @@ class Repeat:
         return tree_map(detached, self._inputs)
 
     def _present(self, borrowed: _Borrowed, stack: ExitStack) -> torch.Tensor:
-        unit = borrowed.place.flat.unit
+        unit = unit_of_flat(borrowed.place.flat)
         tensor = self._buffers.rebuild(borrowed.place, self._device.autocast())
         unit.pins += 1
         stack.callback(unpin, [unit])

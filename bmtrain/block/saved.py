@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from ..device import Device
-from ..shard.unit import FlatShard
+from ..shard.flat import FlatShard
 
 
 class PlaceInFlat(NamedTuple):

@@ -54,7 +54,7 @@ class ShardedModule(nn.Module):
         if destination is None and unit.ctx.world_size > 1:
             level(self, record)
         needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
-        with engine().pinned(needed):
+        with engine().outside.pinned(needed):
             out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
             if not keep_vars:
                 _copy_out(out, needed)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..autograd import Node, is_accumulated, running_node
+from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter
-from ..shard.unit import flat_of
 
 _WALKS = 8
 """Enough for the first step of most scripts; each one costs the host about a microsecond for every autograd node."""

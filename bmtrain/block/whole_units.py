@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..shard.unit import FlatShard, ShardUnit, State
+from ..shard.flat import FlatShard
+from ..shard.unit import ShardUnit, State
 
 
 class Reason(enum.Enum):

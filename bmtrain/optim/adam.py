@@ -12,8 +12,9 @@ from .. import kernels
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.engine import engine
+from ..shard.flat import FlatShard, place_of
 from ..shard.fp32_values import drop_remainder
-from ..shard.unit import FlatShard, ShardUnit, place_of
+from ..shard.unit import ShardUnit, unit_of_flat
 from .adam_state import FlatState
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
@@ -94,7 +95,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine().finish_backward()
-        units = sorted({flat.unit: None for flat in flats_of(all_params(self.param_groups))}, key=lambda u: u.index)
+        flats = flats_of(all_params(self.param_groups))
+        units = sorted(dict.fromkeys(map(unit_of_flat, flats)), key=lambda unit: unit.index)
         keys = self._count_steps(units)
         # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
         # the rest of them its gather.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..shard.flat import FlatShard
 from ..shard.fp32_values import can_split, join, remainder_of, write_master
-from ..shard.unit import FlatShard
 from .pieces import follow
 
 

@@ -13,9 +13,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import ConfigurationError
 from ..shard.engine import engine
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
-from ..shard.unit import FlatShard, flat_of, place_of
 from .driven import knows_shards
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 

@@ -10,7 +10,7 @@ import torch
 from .. import kernels
 from ..context import context
 from ..shard.engine import engine
-from ..shard.unit import place_of
+from ..shard.flat import place_of
 from .loss_scale import Overflow
 from .pieces import Piece, flats_of, pieces
 

@@ -10,9 +10,9 @@ import torch
 
 from ..context import Context, context
 from ..errors import ConfigurationError
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.parameter import DistributedParameter
 from ..shard.pools import views_of
-from ..shard.unit import FlatShard, flat_of, place_of
 
 ParamGroup = dict[str, Any]
 

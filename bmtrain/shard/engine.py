@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..context import context
-from .unit import FlatShard, ShardUnit
+from .flat import FlatShard
+from .unit import ShardUnit
 
 T = TypeVar("T")
 
@@ -35,6 +36,30 @@ class Engine(Protocol):
     ) -> T:
         """Run one module's forward with its unit whole."""
 
+    @property
+    def outside(self) -> OutsideForward:
+        """Whole units where no forward of their own module runs."""
+
+    @property
+    def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
+        """While a block runs a second time: what to call with each tensor that would be saved."""
+
+    def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
+        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
+
+    def finish_backward(self) -> None:
+        """Reduce every gradient that is not reduced yet.  Collective."""
+
+    def updated(self, unit: ShardUnit) -> None:
+        """An optimizer has just changed all of ``unit``.  Collective."""
+
+    def optimizer_stepped(self) -> None:
+        """An optimizer has updated all its parameters."""
+
+
+class OutsideForward(Protocol):
+    """Makes units whole though no forward of their own module runs."""
+
     def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
         """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
 
@@ -55,22 +80,6 @@ class Engine(Protocol):
 
     def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
         """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""
-
-    @property
-    def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
-        """While a block runs a second time: what to call with each tensor that would be saved."""
-
-    def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
-        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
-
-    def finish_backward(self) -> None:
-        """Reduce every gradient that is not reduced yet.  Collective."""
-
-    def updated(self, unit: ShardUnit) -> None:
-        """An optimizer has just changed all of ``unit``.  Collective."""
-
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated all its parameters."""
 
 
 class Pin(Protocol):

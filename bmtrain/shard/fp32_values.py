@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import split_float
-from .unit import FlatShard
+from .flat import FlatShard
 
 
 def can_split(flat: FlatShard) -> bool:

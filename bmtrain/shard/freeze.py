@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .unit import FlatShard, ShardUnit
+from .flat import FlatShard
+from .unit import ShardUnit
 
 
 def keep_frozen_apart(unit: ShardUnit) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from .engine import engine
+from .flat import flat_of
 from .parameter import DistributedParameter, group_of, init_method_of
-from .unit import ShardUnit, flat_of
+from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
 
@@ -28,7 +29,7 @@ def units_of(what: Gatherable) -> list[ShardUnit]:
     for parameter in parameters:
         flat = flat_of(parameter)
         if flat is not None:
-            found[id(flat.unit)] = flat.unit
+            found[id(flat.unit)] = unit_of_flat(flat)
     return list(found.values())
 
 
@@ -42,7 +43,7 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
     """
     units = units_of(what)
     flats = [flat for unit in units for flat in unit.flats]
-    with engine().pinned(units):
+    with engine().outside.pinned(units):
         for flat in flats:
             flat.keep_writes()  # of the forward that this may be part of
         try:

@@ -10,9 +10,10 @@ from torch.utils._pytree import tree_map
 
 from ..errors import ShardedAccessError
 from .engine import engine
+from .flat import flat_of, place_of
 from .gathered import gathered
 from .parameter import DistributedParameter, ShardedParameter
-from .unit import ShardUnit, flat_of, place_of
+from .unit import ShardUnit, unit_of_flat
 
 _T = torch.Tensor
 
@@ -60,11 +61,11 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
     units = _units((args, kwargs))
-    whole = engine()
-    if (func not in _NEVER and whole.may_gather(func)) or whole.is_near(units):
-        with whole.on_demand(units):
+    outside = engine().outside
+    if (func not in _NEVER and outside.may_gather(func)) or outside.is_near(units):
+        with outside.on_demand(units):
             out = func(*args, **kwargs)
-            return tree_map(whole.apart, out) if whole.idle else out
+            return tree_map(outside.apart, out) if engine().idle else out
     raise ShardedAccessError(_advice(func, args))
 
 
@@ -115,7 +116,7 @@ def _units(tree: Any) -> list[ShardUnit]:
     found: dict[int, ShardUnit] = {}
     for leaf in torch.utils._pytree.tree_leaves(tree):
         if isinstance(leaf, ShardedParameter):
-            unit = place_of(leaf)[0].unit
+            unit = unit_of_flat(place_of(leaf)[0])
             found[id(unit)] = unit
     return list(found.values())
 
