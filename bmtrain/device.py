@@ -145,6 +145,11 @@ class Device:
             torch.cuda.synchronize(self.torch_device)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether collectives may run beside computation."""
+        return self.is_cuda
+
+    @property
     def reuses_memory(self) -> bool:
         """Whether buffers that go back are used again while views of them may live."""
         return self.is_cuda

@@ -77,5 +77,5 @@ class Schedule:
     def updated(self, unit: ShardUnit) -> None:
         """``unit`` has new values: if the next step begins with it, gather it meanwhile."""
         unit.release_prefetched()
-        if self.ctx.device.is_cuda and self.whole.idle and unit.index in self.trace.opening():
+        if self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
             self.whole.prefetch(unit, unit.compute)

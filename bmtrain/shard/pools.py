@@ -101,7 +101,7 @@ class BufferPool:
 
     def give_back(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
-        if not self._device.is_cuda or not self._users[buffer.key]:
+        if not self._device.reuses_memory or not self._users[buffer.key]:
             return
         if self._device.schedule == "stress":
             with self._device.on(stream):
