@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -39,13 +38,13 @@ def accumulator_among_inputs(parameter: torch.Tensor) -> Node:
     raise AssertionError("the parameter is no input of the code that computes its gradient")
 
 
-def is_accumulated(node: Any) -> bool | None:
+def is_accumulated(node: Node | None) -> bool | None:
     """Whether the running backward adds to the ``.grad`` whose node this is.
 
     False for a backward that does not reach it; None where torch.autograd.grad is to return it.
     """
     try:
-        return torch._C._will_engine_execute_node(node)
+        return node is not None and torch._C._will_engine_execute_node(node)
     except RuntimeError:
         return None
 

@@ -213,7 +213,7 @@ def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
     return parameter  # type: ignore[return-value]
 
 
-def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], Any] | None:
+def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], object] | None:
     """The initialisation that ``parameter`` was made with, to be run later."""
     return parameter._init_method if isinstance(parameter, DistributedParameter) else None
 
