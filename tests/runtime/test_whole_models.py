@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import oracle
@@ -14,6 +15,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block import linear
 from bmtrain.errors import CheckpointError
 
 
@@ -103,3 +105,22 @@ def forward_by_name() -> None:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_forward_called_by_name(world_size: int) -> None:
     run_ranks(world_size, forward_by_name)
+
+
+def landing_layers_in_a_file(path: str) -> bool:
+    """Whether a model whose linear gradients land comes back from a file and still trains the same."""
+    with mock.patch.object(linear, "_LARGE", 0):
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*[nn.Linear(6, 6) for _ in range(2)]))
+        bmt.save_checkpoint(model, path)
+        again = torch.load(path, weights_only=False)
+    assert any(isinstance(m, linear.LandingLinear) for m in again.modules())
+    grads = []
+    for net in (model, again):
+        bmt.optim.OptimManager().backward(net(torch.ones(2, 6)).square().mean())
+        grads.append([bmt.gather_grad(p) for p in net.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_layers_whose_gradients_land_come_back_from_a_file(world_size: int, tmp_path: Path) -> None:
+    assert all(run_ranks(world_size, landing_layers_in_a_file, str(tmp_path / "model.pt")))
