@@ -9,7 +9,6 @@ import torch
 
 from ..autograd import backward_id, saves_with, when_backward_ends
 from ..device import Device
-from ..shard.flat import FlatShard
 from ..shard.unit import unit_of_flat
 from .frame import Frame
 from .saved import PlaceInFlat
@@ -27,6 +26,7 @@ class Backward:
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule, self._whole = schedule, schedule.whole
+        self.flat_at = schedule.whole.flat_at  # asked of every tensor that autograd saves
         self.frames: list[Frame] = []
         self.recomputes = 0
         self.first_graphs = FirstGraphs()
@@ -38,10 +38,6 @@ class Backward:
     def device(self) -> Device:
         """Where whole values are."""
         return self._schedule.ctx.device
-
-    def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
-        """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
-        return self._whole.flat_at(tensor)
 
     def output_is_reached(self, _: torch.Tensor) -> None:
         """Hook of what an outermost forward returned."""

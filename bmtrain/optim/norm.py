@@ -10,7 +10,6 @@ import torch
 from .. import kernels
 from ..context import context
 from ..shard.engine import engine
-from ..shard.flat import place_of
 from .loss_scale import Overflow
 from .pieces import Piece, flats_of, pieces
 
@@ -25,7 +24,7 @@ def _pieces(params: Sequence[Any]) -> list[Piece]:
 
 def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
     """The same where pending factors do not matter."""
-    return [piece for piece, _ in pieces([p for p in params if place_of(p)[0].gradient.present])]
+    return [piece for piece, _ in pieces(params) if piece.flat.gradient.present]
 
 
 @torch.no_grad()

@@ -352,12 +352,11 @@ class FlatShard:
 
 def flat_of(parameter: object) -> FlatShard | None:
     """The flat shard that holds ``parameter``; None for whatever is no sharded parameter."""
-    home = getattr(parameter, "_flat", None)
-    return home if isinstance(home, FlatShard) else None
+    return getattr(parameter, "_flat", None)  # a Home, of which FlatShard is the only kind; asked often
 
 
 def place_of(parameter: DistributedParameter) -> tuple[FlatShard, int]:
     """Where a parameter that is sharded lies."""
-    flat = flat_of(parameter)
-    assert flat is not None
-    return flat, parameter._index
+    home: Any = parameter._flat
+    assert home is not None
+    return home, parameter._index
