@@ -98,3 +98,31 @@ def test_every_gradient_is_torchs(cast: bool, backend: str | None, recompute: bo
 @pytest.mark.parametrize(("recompute", "backwards"), [(False, 3), (True, 1)])
 def test_every_gradient_of_inductors_code_is_torchs(recompute: bool, backwards: int) -> None:
     check(True, "inductor", recompute, backwards)
+
+
+def compiled_whole(in_place: bool, blocks: bool) -> dict[str, torch.Tensor | None]:
+    """Gradients of a model that is compiled as one by torch's own means."""
+    torch._dynamo.reset()
+    with mock.patch.object(linear, "_LARGE", 0):
+        layers = build()
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*[bmt.Block(x) for x in layers]) if blocks else layers)
+    run: nn.Module = model
+    if in_place:
+        model.compile(backend="aot_eager")
+    else:
+        run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
+    device = next(model.parameters()).device
+    x = data().chunk(bmt.world_size())[bmt.rank()].to(device).requires_grad_()
+    bmt.optim.OptimManager().backward(loss_of(run, x, cast=True))
+    return {name: bmt.gather_grad(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_gradient_of_a_model_compiled_whole_is_torchs(in_place: bool, blocks: bool) -> None:
+    expected = plain(cast=True)
+    for grads in run_ranks(2, compiled_whole, in_place, blocks, timeout=240):
+        for name, right in expected.items():
+            grad = grads[name]
+            assert grad is not None, name
+            assert float((grad.cpu() - right).norm() / right.norm()) < 0.02, name
