@@ -1,31 +1,14 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import (
-    benchmark,
-    block_layer,
-    debug,
-    distributed,
-    init,
-    inspect,
-    layer,
-    loss,
-    lr_scheduler,
-    nccl,
-    nn,
-    optim,
-    param_init,
-    parameter,
-    store,
-    utils,
-    wrapper,
-)
+from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, rank, shutdown, world_size
 from .data import shard_batch, shard_loader
-from .global_var import config
-from .legacy import optim_step
 from .precision import Precision
+from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
+from .published.global_var import config
+from .published.legacy import optim_step
 from .shard import (
     DistributedModule,
     DistributedParameter,

@@ -9,7 +9,6 @@ import os
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, get_args
@@ -25,62 +24,10 @@ from .topology import Topology
 
 
 class Engine(Protocol):
-    """What the block layer adds to the context: when parameters are whole."""
+    """What the block layer adds to the context; ``shard.engine`` knows it whole."""
 
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
-
-    @property
-    def idle(self) -> bool:
-        """Whether no distributed module is running."""
-
-    def forward(
-        self, unit: Any, recompute: bool | None, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        """Run one module's forward with its unit whole."""
-
-    def shard(self, module: torch.nn.Module) -> None:
-        """Shard every parameter of ``module`` that is not sharded yet."""
-
-    def pin(self, unit: Any) -> None:
-        """Make ``unit`` whole until ``unpin``.  Collective."""
-
-    def unpin(self, unit: Any) -> None:
-        """Undo one ``pin``."""
-
-    def may_gather(self, func: Callable[..., Any]) -> bool:
-        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-
-    def is_near(self, units: list[Any]) -> bool:
-        """Whether operations outside of any forward have used ``units``, and their values are still here."""
-
-    def apart(self, value: Any) -> Any:
-        """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
-
-    def on_demand(self, units: list[Any]) -> AbstractContextManager[None]:
-        """Whole units for one operation, and for the rest of the forward it is part of."""
-
-    def take(self, unit: Any) -> Any:
-        """Make ``unit`` whole until the turn is closed or the running forward ends; None if none runs."""
-
-    def hand(self, holder: torch.nn.Module, unit: Any) -> None:
-        """Make ``unit`` whole until ``holder`` hands out another, or the running forward ends."""
-
-    @property
-    def recompute_note(self) -> Callable[[torch.Tensor], Any] | None:
-        """While a block runs a second time: what to call with each tensor that would be saved."""
-
-    def whole_flat(self, view: torch.Tensor) -> Any:
-        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
-
-    def finish_backward(self) -> None:
-        """Reduce every gradient that is not reduced yet.  Collective."""
-
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated all its parameters."""
-
-    def updated(self, unit: Any) -> None:
-        """An optimizer has just changed all of ``unit``.  Collective."""
 
 
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])

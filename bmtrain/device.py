@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -144,6 +144,37 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether collectives may run beside computation."""
+        return self.is_cuda
+
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether buffers that go back are used again while views of them may live."""
+        return self.is_cuda
+
+    @property
+    def measures_memory(self) -> bool:
+        """Whether ``memory`` can tell what a step leaves free."""
+        return self.is_cuda
+
+    def memory(self) -> tuple[int, int, int]:
+        """Bytes that could be allocated now; by how many the peak was above the present use; of the whole device."""
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        allocated = torch.cuda.memory_allocated(self.torch_device)
+        cached = torch.cuda.memory_reserved(self.torch_device) - allocated
+        return free + cached, torch.cuda.max_memory_allocated(self.torch_device) - allocated, total
+
+    def reset_peak_memory(self) -> None:
+        """Measure the peak from here on."""
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def empty_cache(self) -> None:
+        """Give memory that torch's allocator keeps and nobody uses back to the device."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
     def rng_state(self) -> RngState:
         """State of torch's CPU generator, of this device's, and of ``random``."""
         own = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
@@ -155,6 +186,24 @@ class Device:
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
         random.setstate(state[2])
+
+
+AutocastRegions = list[tuple[str, bool, torch.dtype]]
+
+
+def autocast_regions() -> AutocastRegions:
+    """For each type of device: whether autocast is on, and its dtype."""
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+
+
+@contextmanager
+def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
+    """Run the body as inside the regions that ``autocast_regions`` found."""
+    with ExitStack() as stack:
+        for kind, enabled, dtype in regions:
+            if enabled or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
 
 
 def let_segments_grow() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .comm import Communicator
 from .context import context
 
+T = TypeVar("T")
 
-def allgather_objects(obj: Any) -> list[Any]:
+
+def allgather_objects(obj: T) -> list[T]:
     """Every rank's ``obj``, rank 0's first.  Collective."""
     control = context().control
     payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map
 
 from .errors import ConfigurationError
+
+T = TypeVar("T")
 
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -51,11 +53,11 @@ class Precision:
         """Whether anything is cast where a module is called."""
         return self.output is not None or (self.cast_inputs and self.param is not None)
 
-    def cast_arguments(self, arguments: Any) -> Any:
+    def cast_arguments(self, arguments: T) -> T:
         """A tree of arguments as the module is to see them."""
         return _cast(arguments, self.param) if self.cast_inputs and self.param is not None else arguments
 
-    def cast_result(self, result: Any) -> Any:
+    def cast_result(self, result: T) -> T:
         """A tree of results as the caller is to see them."""
         return _cast(result, self.output) if self.output is not None else result
 
@@ -67,8 +69,8 @@ def as_precision(given: Precision | torch.dtype | str | None) -> Precision:
     return Precision(param=given)
 
 
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
+def _cast(tree: T, dtype: torch.dtype) -> T:
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
 
-    return tree_map(cast, tree)
+    return tree_map(cast, tree)  # type: ignore[no-any-return]

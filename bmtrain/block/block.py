@@ -10,6 +10,8 @@ from torch import nn
 from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
 from ..precision import Precision, as_precision
+from ..shard.engine import engine
+from .record import record_of
 from .sharded import ShardedModule, become
 
 
@@ -52,23 +54,22 @@ class Block(ShardedModule):
             raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
         ctx = context()
         policy = None if precision is None else as_precision(precision)
-        become(inner_module, Block)
-        inner_module.__dict__["_bmt_recompute"] = None if use_checkpoint is None else bool(use_checkpoint)
-        inner_module.__dict__["_bmt_zero_level"] = zero_level
+        record = become(inner_module, Block)
+        record.recompute = None if use_checkpoint is None else bool(use_checkpoint)
+        record.zero_level = zero_level
         if policy is not None:
-            inner_module.__dict__["_bmt_precision"] = policy
-        unit = inner_module.__dict__.get("_bmt_unit")
-        if unit is not None:
-            unit.keep = zero_level == 2
+            record.precision = policy
+        if record.unit is not None:
+            record.unit.keep = zero_level == 2
             if policy is not None:
-                unit.change_precision(policy)
+                record.unit.change_precision(policy)
         elif not ctx.building:
-            ctx.engine.shard(inner_module)
+            engine().shard(inner_module)
         return inner_module
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
-        if "_bmt_recompute" not in self.__dict__:
+        if record_of(self) is None:
             super().__init__(*args, **kwargs)
 
     @property

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..context import context
 from ..errors import ConfigurationError
 from ..precision import Precision
+from ..shard.engine import engine
 from .block import Block
+from .record import unit_of
 
 
 class TransformerBlockList(nn.ModuleList):
@@ -73,21 +74,23 @@ class TransformerBlockList(nn.ModuleList):
     def _one_by_one(modules: Iterator[nn.Module]) -> Iterator[nn.Module]:
         """Groups of modules are never called themselves: each is whole while the loop has it."""
         for module in modules:
-            unit = module.__dict__.get("_bmt_unit") if module is not None else None
-            turn = context().engine.take(unit) if unit is not None else None
+            unit = unit_of(module) if module is not None else None
+            pin = engine().outside.pin_for_loop(unit) if unit is not None else None
             try:
                 yield module
             finally:
-                if turn is not None:
-                    turn.close()
+                if pin is not None:
+                    pin.release()
 
     def __getitem__(self, index: Any) -> Any:
         part = super().__getitem__(index)
         if isinstance(part, TransformerBlockList):
             part.num_hidden, part.precision = self.num_hidden, self.precision
             part.use_checkpoint = self.use_checkpoint
-        elif self._groups and part is not None and "_bmt_unit" in part.__dict__:
-            context().engine.hand(self, part.__dict__["_bmt_unit"])
+        elif self._groups and part is not None:
+            unit = unit_of(part)
+            if unit is not None:
+                engine().outside.pin_until_next(self, unit)
         return part
 
     def __add__(self, other: Iterable[nn.Module]) -> Any:

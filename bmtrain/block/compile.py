@@ -8,7 +8,6 @@ from torch import nn
 
 from .block import Block
 from .linear import land_compiled
-from .sharded import ShardedModule
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -16,13 +15,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 def compile(model: ModuleT, **options: Any) -> ModuleT:
     """Compile every Block of ``model`` in place (the whole model if it has none) and return it.
 
-    ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code.
+    ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code; a block inside
+    another is compiled by itself.
     """
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    outermost = [b for b in blocks if not any(b is not other and b in set(other.modules()) for other in blocks)]
-    chosen: list[nn.Module] = [*outermost] or [model]
+    chosen: list[nn.Module] = [m for m in model.modules() if isinstance(m, Block)] or [model]
     for module in chosen:
-        assert isinstance(module, ShardedModule) or not blocks
         land_compiled(module)
         module.compile(**options)
     return model

@@ -9,36 +9,29 @@ the block once more; that second run stops after the last tensor that is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from ..errors import ConfigurationError
-from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
+from .memory import RecomputePlan
+from .repeat import Repeat
+from .saved import Buffers, PlaceInFlat
 
-if TYPE_CHECKING:
-    from .engine import Engine
-    from .memory import RecomputePlan
+T = TypeVar("T")
 
 
-class PlaceInFlat(NamedTuple):
-    """A view of a whole flat buffer, without the buffer."""
+class Owner(Buffers, Protocol):
+    """What a frame asks of the backward that it takes part in."""
 
-    flat: FlatShard
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    def reached(self, frame: Frame) -> None:
+        """The backward needs something that ``frame`` saved."""
 
-    def within(self, base: torch.Tensor) -> torch.Tensor:
-        """The view, made anew from a buffer that holds the values again."""
-        if base.dtype != self.dtype:  # pinned in another precision meanwhile
-            base = base.to(self.dtype)
-        return base.as_strided(self.size, self.stride, self.offset)
+    def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> AbstractContextManager[None]:
+        """Around the second run of a block's forward; ``note`` is told of every tensor it would save."""
 
 
 class _Enough(BaseException):
@@ -50,16 +43,16 @@ class Frame:
 
     def __init__(
         self,
-        engine: Engine,
+        owner: Owner,
         unit: ShardUnit | None,
         parent: Frame | None,
         recompute: bool,
         plan: RecomputePlan | None = None,
     ) -> None:
-        self.engine, self.parent, self.recompute = engine, parent, recompute
+        self.owner, self.parent, self.recompute = owner, parent, recompute
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
-        self.autocast = engine.ctx.device.autocast()
+        self.autocast = owner.device.autocast()
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
@@ -73,10 +66,10 @@ class Frame:
             self.units.append(unit)
             unit.open_uses += 1
 
-    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(self, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
         """Run the block's forward, recording what autograd saves."""
         if self.recompute:
-            self._again = _Repeat(self.engine, call, args, kwargs)
+            self._again = Repeat(self.owner, call, args, kwargs)
         with self.hooks():
             out = call(*args, **kwargs)
         if self._plan is not None:
@@ -92,9 +85,9 @@ class Frame:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
+        flat = self.owner.flat_at(tensor)
         if flat is not None:
-            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
             return tensor
         if self._plan is not None:
@@ -105,9 +98,9 @@ class Frame:
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
-            self.engine.backward_reaches(self)
+            self.owner.reached(self)
         if isinstance(packed, PlaceInFlat):
-            return self.engine.rebuild(packed, self.autocast)
+            return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
         tensor = self._made.pop(packed, None)
@@ -120,8 +113,7 @@ class Frame:
         made: dict[int, torch.Tensor] = {}
 
         def pack(tensor: torch.Tensor) -> Any:
-            flat = self.engine.residency.find(tensor.untyped_storage().data_ptr())
-            if flat is None:
+            if self.owner.flat_at(tensor) is None:
                 made[len(made)] = tensor
                 if len(made) == len(self._facts):
                     raise _Enough
@@ -129,7 +121,7 @@ class Frame:
 
         assert self._again is not None
         try:
-            with self.engine.recomputing(self, pack), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            with self.owner.recomputing(self, pack), torch.autograd.graph.saved_tensors_hooks(pack, _never):
                 self._again()
         except _Enough:
             pass
@@ -144,105 +136,7 @@ class Frame:
 
 
 def _never(packed: Any) -> torch.Tensor:
-    raise AssertionError("a recomputed graph is never run backward")
-
-
-@dataclass(frozen=True, eq=False)
-class _Borrowed:
-    """A block's input that is a view of a parameter. Not a tuple, so that it is a leaf among the inputs."""
-
-    place: PlaceInFlat
-    requires_grad: bool
-
-
-class _Repeat:
-    """A forward that can be run once more under the same generator and autocast state."""
-
-    def __init__(self, engine: Engine, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._engine, self._device = engine, engine.ctx.device
-        self._call, self._inputs = call, self._kept((args, kwargs))
-        self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
-        self._rng = self._device.rng_state()
-        self._autocast = [
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")
-        ]
-
-    def __call__(self) -> Any:
-        if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
-            raise ConfigurationError(
-                "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it "
-                "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
-                "x = x + y for x += y."
-            )
-        buffers = _buffers(getattr(self._call, "__self__", None))
-        present = self._device.rng_state()
-        self._device.set_rng_state(self._rng)
-        try:
-            with ExitStack() as stack:
-                args, kwargs = self._detached(stack)
-                stack.enter_context(torch.enable_grad())
-                for kind, enabled, dtype in self._autocast:
-                    if enabled or torch.is_autocast_enabled(kind):
-                        stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
-                return self._call(*args, **kwargs)
-        finally:
-            self._device.set_rng_state(present)
-            for holder, name, buffer, value in buffers:
-                buffer.data.copy_(value)  # past autograd's version count: the same values return
-                holder[name] = buffer
-
-    def _kept(self, inputs: Any) -> Any:
-        """``inputs`` to be held until the backward: without gather buffers, which by then hold other values."""
-        made: dict[int, _Borrowed] = {}
-
-        def kept(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
-                return value
-            flat = self._engine.residency.find(value.untyped_storage().data_ptr())
-            if flat is None:
-                return value
-            offset = int(value.storage_offset())
-            place = PlaceInFlat(flat, value.dtype, value.size(), value.stride(), offset)
-            return made.setdefault(id(value), _Borrowed(place, value.requires_grad))
-
-        return tree_map(kept, inputs)
-
-    def _detached(self, stack: ExitStack) -> Any:
-        """Copies of the inputs outside the graph; what was one tensor stays one (attention asks ``query is key``).
-
-        Parts of gather buffers are whole again until ``stack`` ends.
-        """
-        made: dict[int, torch.Tensor] = {}
-
-        def detached(value: Any) -> Any:
-            if not isinstance(value, (torch.Tensor, _Borrowed)) or isinstance(value, torch.nn.Parameter):
-                return value
-            if id(value) not in made:
-                present = self._present(value, stack) if isinstance(value, _Borrowed) else value
-                made[id(value)] = present.detach().requires_grad_(value.requires_grad)
-            return made[id(value)]
-
-        return tree_map(detached, self._inputs)
-
-    def _present(self, borrowed: _Borrowed, stack: ExitStack) -> torch.Tensor:
-        unit = borrowed.place.flat.unit
-        tensor = self._engine.rebuild(borrowed.place, self._device.autocast())
-        unit.pins += 1
-
-        def unpin() -> None:
-            unit.pins -= 1
-
-        stack.callback(unpin)
-        return tensor
-
-
-def _buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
-    """Every buffer with a copy: running statistics and counters must not move a second time."""
-    if not isinstance(module, torch.nn.Module) or not module.training:
-        return []
-    return [
-        (inner._buffers, name, buffer, buffer.clone())
-        for inner in module.modules()
-        for name, buffer in inner._buffers.items()
-        if buffer is not None
-    ]
+    raise ConfigurationError(
+        "A recomputed block runs a backward of its own (torch.autograd.grad) in its forward, and what that needs is "
+        "not kept when the block runs again. Use bmt.Block(..., use_checkpoint=False) for it."
+    )

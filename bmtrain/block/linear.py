@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..autograd import accumulator_among_inputs, is_accumulated
 from ..context import context
 from ..errors import UnsupportedError
-from ..shard.flat import FlatShard
+from ..shard.engine import engine
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.parameter import DistributedParameter
 
 _LARGE = 2**20
@@ -30,7 +32,7 @@ class _LinearInto(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: DistributedParameter, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.place = (weight._flat, weight._index)
+        ctx.place = place_of(weight)
         return F.linear(x, weight, bias)
 
     @staticmethod
@@ -38,7 +40,7 @@ class _LinearInto(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
         rows, grad_weight = grad.reshape(-1, grad.shape[-1]), None
-        accumulated = _is_accumulated(ctx.next_functions[1][0])
+        accumulated = is_accumulated(ctx.next_functions[1][0])
         if accumulated is None or torch.is_grad_enabled():  # somebody gets it, or differentiates it again
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
         elif accumulated:
@@ -65,7 +67,7 @@ class _CompiledLinearInto(torch.autograd.Function):
 
 def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The input's gradient; as a side effect the weight's goes to where it is reduced from."""
-    flat = context().engine.whole_flat(weight)
+    flat = engine().whole_flat(weight)
     if flat is None:
         raise UnsupportedError(
             "A compiled linear layer was run with a weight that is not its own. Do not compile it, or do not call it "
@@ -78,7 +80,7 @@ def _linear_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) 
             "do not compile this block."
         )
     rows = grad.reshape(-1, grad.shape[-1])
-    accumulated = _is_accumulated(torch.autograd.graph.get_gradient_edge(flat.params[index]).node)
+    accumulated = is_accumulated(accumulator_among_inputs(flat.params[index]))
     if accumulated is None:
         raise UnsupportedError(
             f"torch.autograd.grad cannot return the gradient of {flat.names[index]!r} from compiled code: do not "
@@ -99,19 +101,8 @@ _LIBRARY.impl("linear_backward", _linear_backward, "CompositeExplicitAutograd") 
 torch.library.register_fake("bmtrain::linear_backward", lambda grad, x, weight: grad @ weight, lib=_LIBRARY)
 
 
-def _is_accumulated(node: Any) -> bool | None:
-    """Whether the present backward adds to the ``.grad`` whose autograd node this is.
-
-    False for a backward that does not reach it; None where torch.autograd.grad is to return it.
-    """
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:
-        return None
-
-
 def _land(flat: FlatShard, index: int, rows: torch.Tensor, x: torch.Tensor) -> None:
-    view, first = flat.landing(index)
+    view, first = flat.landing.place(index)
     if first:
         torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), out=view)
     else:
@@ -131,17 +122,19 @@ class LandingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight
-        mixed = torch.is_autocast_enabled("cuda")
-        if mixed and weight.dtype == torch.get_autocast_dtype("cuda"):
+        autocast = context().device.autocast()
+        mixed = autocast is not None
+        if mixed and weight.dtype == autocast:
             x, mixed = x.to(weight.dtype), False  # as autocast would
         plain = mixed or not (torch.is_grad_enabled() and weight.requires_grad and x.dtype == weight.dtype)
         if torch.compiler.is_compiling():
             if plain or not x.requires_grad or not self.lands_compiled:
                 return super().forward(x)
             return _CompiledLinearInto.apply(x, weight, self.bias)  # type: ignore[no-untyped-call, no-any-return]
-        if plain or _is_watched(weight) or getattr(weight, "_flat", None) is None or not weight._flat.lands:
+        flat = flat_of(weight)
+        if plain or _is_watched(weight) or flat is None or not flat.lands:
             return super().forward(x)
-        note = context().engine.recompute_note
+        note = engine().recompute_note
         if note is not None:
             # Only what the first run saved is wanted; the graph is never run.  Noted before the product is computed,
             # so that a block's last one is not computed at all.

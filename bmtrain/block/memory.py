@@ -8,7 +8,6 @@ the same numbers.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -34,11 +33,11 @@ class RecomputePlan:
     @property
     def measuring(self) -> bool:
         """Whether frames should count what they would keep."""
-        return self._ctx.device.is_cuda and not self._decided
+        return self._ctx.device.measures_memory and not self._decided
 
-    def recomputes(self, unit: ShardUnit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def recomputes(self, unit: ShardUnit, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether this forward of ``unit``'s block is to be recomputed."""
-        if not self._ctx.device.is_cuda:
+        if not self._ctx.device.measures_memory:
             return True
         size = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         if self.measuring:
@@ -63,7 +62,7 @@ class RecomputePlan:
             self._decided = True
             if self._bytes:
                 self._decide()
-        torch.cuda.reset_peak_memory_stats(self._ctx.device.torch_device)
+        self._ctx.device.reset_peak_memory()
 
     def _decide(self) -> None:
         order = sorted(self._bytes)
@@ -86,9 +85,5 @@ class RecomputePlan:
 
     def _budget(self) -> int:
         """Bytes that a step, as run so far, leaves free."""
-        device = self._ctx.device.torch_device
-        free, total = torch.cuda.mem_get_info(device)
-        allocated = torch.cuda.memory_allocated(device)
-        cached = torch.cuda.memory_reserved(device) - allocated
-        transient = torch.cuda.max_memory_allocated(device) - allocated
-        return int(free + cached - transient - max(_GIB, 0.04 * total))
+        free, peak, total = self._ctx.device.memory()
+        return int(free - peak - max(_GIB, 0.04 * total))

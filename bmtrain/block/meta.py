@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from ..shard.parameter import as_distributed
+from ..shard.parameter import as_distributed, group_of, init_method_of
 from .sharded import ShardedModule
 
 
@@ -61,7 +61,7 @@ def _some(names: Sequence[str]) -> str:
 def _allocate(old: nn.Parameter, device: torch.device) -> nn.Parameter:
     fill = float("nan") if old.is_floating_point() or old.is_complex() else 0
     new = as_distributed(nn.Parameter(torch.full(old.shape, fill, dtype=old.dtype, device=device), old.requires_grad))
-    new._init_method, new._group = getattr(old, "_init_method", None), getattr(old, "_group", None)
+    new._init_method, new._group = init_method_of(old), group_of(old)
     return new
 
 
@@ -78,7 +78,7 @@ def _initialise(
         for module in inside:
             init(module)
     for parameter in parameters:
-        method = getattr(parameter, "_init_method", None)
+        method = init_method_of(parameter)
         if callable(method):
             method(parameter)
 

@@ -16,28 +16,30 @@ from torch import nn
 
 from ..context import context
 from ..errors import CheckpointError, DeviceError
-from ..shard.access import gathered
+from ..shard.engine import engine
+from ..shard.gathered import gathered
 from ..shard.unit import ShardUnit
-from .statistics import level, note_run
+from .batch_norm_statistics import level, note_run
+from .record import Record, record_of, unit_of
 
 
 class ShardedModule(nn.Module):
     """Mixin of every module that owns a unit: the root of a model, and each Block."""
 
-    _bmt_recompute: bool | None = False
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
-        if unit is None:  # still being built
+        if torch.compiler.is_compiling():
+            return _outside_of_compiled_code(self, args, kwargs)
+        record = record_of(self)
+        if record is None or record.unit is None:  # still being built
             return super().__call__(*args, **kwargs)
-        engine, precision = context().engine, unit.precision
-        if engine.idle and context().world_size > 1:
-            note_run(self)
+        unit, runs = record.unit, engine()
+        precision, outermost = unit.precision, runs.idle
+        if outermost and unit.ctx.world_size > 1:
+            note_run(self, record)
         if not precision.casts:
-            return engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
-        outermost = engine.idle
+            return runs.forward(unit, record.recompute, super().__call__, args, kwargs)
         args, kwargs = precision.cast_arguments((args, kwargs))
-        out = engine.forward(unit, self._bmt_recompute, super().__call__, args, kwargs)
+        out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
         # Inside a model that computes in one precision, the model's output dtype would not fit what comes next.
         return precision.cast_result(out) if outermost or not unit.inherits_precision else out
 
@@ -45,20 +47,18 @@ class ShardedModule(nn.Module):
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """Whole tensors on the CPU under the unconverted model's keys, on every rank.  Collective."""
-        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
-        if unit is None:
+        record = record_of(self)
+        unit = None if record is None else record.unit
+        if record is None or unit is None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        engine = context().engine
-        if destination is None and context().world_size > 1:
-            level(self)
-        engine.pin(unit)
-        try:
+        if destination is None and unit.ctx.world_size > 1:
+            level(self, record)
+        needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
+        with engine().outside.pinned(needed):
             out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
             if not keep_vars:
-                _copy_out(out, unit)
+                _copy_out(out, needed)
             return out
-        finally:
-            engine.unpin(unit)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors; each rank keeps its part.  Not collective.
@@ -74,7 +74,7 @@ class ShardedModule(nn.Module):
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:
         """As in torch: ``fn`` sees whole parameters, one block at a time, and what it writes stays.  Collective."""
-        unit: ShardUnit | None = self.__dict__.get("_bmt_unit")
+        unit = unit_of(self)
         if unit is None:
             return super().apply(fn)
         own = [p for flat in unit.flats for p in flat.params]
@@ -83,7 +83,7 @@ class ShardedModule(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """``.to()``, ``.half()``, ``.cuda()``...: dtypes change; parameters stay on this process's device."""
-        if "_bmt_unit" not in self.__dict__:
+        if unit_of(self) is None:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = context().device.torch_device
         for unit in owned_units(self):
@@ -106,11 +106,18 @@ class ShardedModule(nn.Module):
         return self
 
 
-def become(module: nn.Module, mixin: type[ShardedModule]) -> None:
-    """Make ``module`` an instance of ``mixin`` as well, in place."""
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_compiled_code(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block inside a compiled one: the engine's work is no part of a graph."""
+    return module(*args, **kwargs)
+
+
+def become(module: nn.Module, mixin: type[ShardedModule]) -> Record:
+    """Make ``module`` an instance of ``mixin`` as well, in place; its record, made if there is none."""
     if not isinstance(module, mixin):
         own = next(c for c in type(module).__mro__ if not issubclass(c, ShardedModule))
         module.__class__ = _mixed(mixin, own)  # type: ignore[arg-type]
+    return module.__dict__.setdefault("_bmt", Record())  # type: ignore[no-any-return]
 
 
 @cache
@@ -124,15 +131,15 @@ def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
 def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
     """Every unit owned by ``module`` or a module inside it."""
     for inner in module.modules():
-        unit = inner.__dict__.get("_bmt_unit")
+        unit = unit_of(inner)
         if unit is not None:
             yield unit
 
 
-def _copy_out(state: dict[str, Any], unit: ShardUnit) -> None:
-    """Replace views of this unit's memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
+def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
+    """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
     own = set()
-    for flat in unit.flats:
+    for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
         own.add(memory.untyped_storage().data_ptr())
     copies: dict[Any, torch.Tensor] = {}

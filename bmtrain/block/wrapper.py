@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..context import context
+from ..shard.engine import engine
 from .block import Block
 from .block_list import TransformerBlockList
 
@@ -25,7 +26,7 @@ def BMTrainModelWrapper(model: ModuleT) -> ModuleT:
         _find_stacks(model)
     finally:
         ctx.building -= 1
-    ctx.engine.shard(model)
+    engine().shard(model)
     return model
 
 

@@ -16,9 +16,11 @@ from torch import nn
 
 from ..block.block import Block
 from ..block.linear import LandingLinear
+from ..block.record import Record, record_of
 from ..block.sharded import ShardedModule
 from ..context import context, is_initialized
-from ..shard.access import gathered
+from ..shard.engine import engine
+from ..shard.gathered import gathered
 from ..shard.parameter import DistributedParameter
 
 
@@ -33,8 +35,10 @@ class Pickler(pickle.Pickler):
             return NotImplemented
         own = next(c for c in type(obj).__mro__ if not issubclass(c, (ShardedModule, LandingLinear)))
         state: dict[str, Any] = getattr(obj, "__getstate__", lambda: obj.__dict__)()
-        state = {key: value for key, value in state.items() if key not in ("_bmt_unit", "_bmt_moved", "lands_compiled")}
-        state["_bmt_was_block"] = isinstance(obj, Block)
+        state = {key: value for key, value in state.items() if key not in ("_bmt", "lands_compiled")}
+        record = record_of(obj)
+        if record is not None:
+            state["_bmt_was"] = (isinstance(obj, Block), record.settings())
         return make, (own,), state, None, None, restore
 
 
@@ -49,18 +53,18 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
     module.__setstate__(state)  # type: ignore[no-untyped-call]
     if not outermost:
         return
-    blocks = [inner for inner in module.modules() if inner.__dict__.pop("_bmt_was_block", False)]
+    was = [(inner, inner.__dict__.pop("_bmt_was", (False, Record()))) for inner in module.modules()]
     if not is_initialized():
         return
     ctx = context()
     ctx.building += 1
     try:
-        for block in blocks:
-            kept = block.__dict__
-            Block(block, kept["_bmt_recompute"], kept["_bmt_zero_level"], precision=kept.get("_bmt_precision"))
+        for inner, (is_block, kept) in was:
+            if is_block:
+                Block(inner, kept.recompute, kept.zero_level, precision=kept.precision)
     finally:
         ctx.building -= 1
-    ctx.engine.shard(module)
+    engine().shard(module)
 
 
 @contextmanager

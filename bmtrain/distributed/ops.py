@@ -6,8 +6,8 @@ import torch
 
 from ..comm import Communicator, ReduceOp, ops
 from ..context import context
-from ..nccl import recv as ncclRecv
-from ..nccl import send as ncclSend
+from .nccl import recv as ncclRecv
+from .nccl import send as ncclSend
 
 __all__ = [
     "all_gather", "all_reduce", "broadcast", "ncclRecv", "ncclSend", "recv_activations", "reduce_scatter",

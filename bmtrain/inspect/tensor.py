@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import debug
+from ..autograd import backward_id
 from ..context import context, world_size
 from ..errors import RankDivergenceError, ShardedAccessError
 from .moments import Moments
@@ -95,7 +96,7 @@ def record_tensor(x: torch.Tensor, name: str, group: str | None = None, requires
             "record_tensor() is for intermediate results; use bmt.inspect.inspect_model() for parameters."
         )
     inspector: InspectTensor | None = debug.get(_ACTIVE)
-    if inspector is None or torch._C._current_graph_task_id() != -1:  # a forward repeated during backward is no news
+    if inspector is None or backward_id() is not None:  # a forward repeated during backward is no news
         return
     keeps_grad = requires_grad and x.requires_grad
     if keeps_grad:

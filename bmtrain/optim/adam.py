@@ -11,9 +11,10 @@ import torch
 from .. import kernels
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
-from ..shard.flat import FlatShard
-from ..shard.masters import drop_remainder
-from ..shard.unit import ShardUnit
+from ..shard.engine import engine
+from ..shard.flat import FlatShard, place_of
+from ..shard.fp32_values import drop_remainder
+from ..shard.unit import ShardUnit, unit_of_flat
 from .adam_state import FlatState
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
@@ -39,6 +40,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     """
 
     _bmtrain_optimizer = True
+    skips_on_device = True
 
     def __init__(
         self,
@@ -92,9 +94,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        engine = context().engine
-        engine.finish_backward()
-        units = sorted({flat.unit: None for flat in flats_of(all_params(self.param_groups))}, key=lambda u: u.index)
+        engine().finish_backward()
+        flats = flats_of(all_params(self.param_groups))
+        units = sorted(dict.fromkeys(map(unit_of_flat, flats)), key=lambda unit: unit.index)
         keys = self._count_steps(units)
         # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
         # the rest of them its gather.
@@ -104,8 +106,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
             for piece, (group, step) in pieces(own, keys):
                 self._update(piece, step, self.param_groups[group], unscale)
-            engine.updated(unit)
-        engine.optimizer_stepped()
+            engine().updated(unit)
+        engine().optimizer_stepped()
         return loss
 
     def _count_steps(self, units: list[ShardUnit]) -> dict[int, tuple[int, int]]:
@@ -115,7 +117,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         keys, self._counted = {}, []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                flat, index = parameter._flat, parameter._index
+                flat, index = place_of(parameter)
                 if touched[id(flat)][index]:
                     steps = self._state_of(flat).steps
                     steps[index] += 1
@@ -212,11 +214,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._states.clear()
         self._overflow = None
         for parameter in params:
-            assert parameter._flat is not None
-            drop_remainder(parameter._flat, parameter._index)
+            drop_remainder(*place_of(parameter))
         for number, saved in state_dict["state"].items():
-            flat, index = params[int(number)]._flat, params[int(number)]._index
-            assert flat is not None
+            flat, index = place_of(params[int(number)])
             state = self._state_of(flat)
             state.steps[index] = int(saved["step"])
             parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k != "step"}

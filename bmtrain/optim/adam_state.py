@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..shard.flat import FlatShard
-from ..shard.masters import can_split, join, remainder_of, write_master
+from ..shard.fp32_values import can_split, join, remainder_of, write_master
 from .pieces import follow
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..context import context
 from ..errors import ConfigurationError
-from ..shard.flat import FlatShard
-from ..shard.masters import can_split, join, write_master
-from ..shard.parameter import raw_grad, set_raw_grad, show_whole
+from ..shard.engine import engine
+from ..shard.flat import FlatShard, flat_of, place_of
+from ..shard.fp32_values import can_split, join, write_master
+from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
+from .driven import knows_shards
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
 _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
@@ -23,7 +24,7 @@ _NEED_WHOLE = ("LBFGS", "Muon", "Adafactor", "SparseAdam", "Shampoo", "SOAP", "L
 
 def adapt(optimizer: torch.optim.Optimizer) -> None:
     """Make ``optimizer`` work on shards.  Raises ConfigurationError for one that needs whole matrices or norms."""
-    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+    if knows_shards(optimizer) or _is_adapted(optimizer):
         return
     for cls in type(optimizer).__mro__:
         if cls.__name__ in _NEED_WHOLE:
@@ -39,14 +40,18 @@ def adapt(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(view.cut)
     optimizer.register_load_state_dict_post_hook(view.restore)
     view.cut_present(optimizer)
-    optimizer._bmtrain_adapted = True  # type: ignore[attr-defined]
+
+
+def _is_adapted(optimizer: torch.optim.Optimizer) -> bool:
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), _ShardView) for hook in hooks)
 
 
 def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before any optimizer's step: on its own, torch's would take placeholders for gradients."""
-    if getattr(optimizer, "_bmtrain_optimizer", False) or getattr(optimizer, "_bmtrain_adapted", False):
+    if knows_shards(optimizer) or _is_adapted(optimizer):
         return
-    if any(getattr(p, "_flat", None) is not None for p in all_params(optimizer.param_groups)):
+    if any(flat_of(p) is not None for p in all_params(optimizer.param_groups)):
         raise ConfigurationError(
             f"{type(optimizer).__name__} holds sharded parameters but no bmt.optim.OptimManager drives it. Call "
             "optim_manager.add_optimizer(optimizer) after making it, then optim_manager.backward(loss) and "
@@ -74,15 +79,14 @@ class _ShardView:
 
     def enter(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Show shards."""
-        context().engine.finish_backward()
+        engine().finish_backward()
         params = all_params(optimizer.param_groups)
         flats = flats_of(params)
         touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
         self._shown = {id(flat): self._values(flat) for flat in flats}
         for parameter in params:
-            flat, index = parameter._flat, parameter._index
-            assert flat is not None
-            show_whole(parameter, flat.local(self._shown[id(flat)], index))
+            flat, index = place_of(parameter)
+            enter_whole(parameter, flat.local(self._shown[id(flat)], index))
             if touched[id(flat)][index] and parameter.requires_grad:
                 set_raw_grad(parameter, flat.local(flat.gradient.settled(), index))
 
@@ -100,9 +104,9 @@ class _ShardView:
                 write_master(flat, master)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, master)
-            flat.rest()
+            flat.enter_sharded()
             flat.forget_writes()
-        context().engine.optimizer_stepped()
+        engine().optimizer_stepped()
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Whole states for every rank.  Collective."""
@@ -150,10 +154,10 @@ _SCALARS = ("step", "eta", "mu", "mu_product")
 
 def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
-    flat: FlatShard = parameter._flat
+    flat, index = place_of(parameter)
     flat.unit.is_settled = True
     return {
-        name: flat.local_part(value, parameter._index).to(flat.shard.device, flat.gradient.dtype, copy=True)
+        name: flat.local_part(value, index).to(flat.shard.device, flat.gradient.dtype, copy=True)
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
     }

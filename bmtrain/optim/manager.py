@@ -9,8 +9,10 @@ import torch
 
 from ..context import context
 from ..errors import ConfigurationError
-from .adam import AdamOptimizer, clear_grads
+from ..shard.engine import engine
+from .adam import clear_grads
 from .adapt import adapt
+from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .norm import clip_, find_overflow, scale_grads_
 from .pieces import all_params, flats_of, params_of
@@ -115,7 +117,7 @@ class OptimManager:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
         self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
-        context().engine.finish_backward()
+        engine().finish_backward()
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -139,7 +141,7 @@ class OptimManager:
 
     def step(self) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients."""
-        context().engine.finish_backward()
+        engine().finish_backward()
         if self._scale is None:
             self._update(self._fixed_scale)
             self._step_schedules()
@@ -164,7 +166,7 @@ class OptimManager:
 
     def _may_skip(self) -> bool:
         """Whether optimizers leave out a step on the device's word, and schedules take one back."""
-        return all(isinstance(o, AdamOptimizer) for o in self.optimizers) and all(
+        return all(skips_on_device(o) for o in self.optimizers) and all(
             s is None or ScheduleStep.can_be_undone(s) for s in self.lr_schedulers
         )
 
@@ -179,10 +181,10 @@ class OptimManager:
 
     def _update(self, scale: float | torch.Tensor, overflow: Overflow | None = None) -> None:
         for optimizer in self.optimizers:
-            if isinstance(optimizer, AdamOptimizer):
+            if skips_on_device(optimizer):
                 optimizer.step(scale=scale, overflow=overflow)
-            elif getattr(optimizer, "_bmtrain_optimizer", False):
-                optimizer.step(scale=float(scale))  # type: ignore[call-overload]
+            elif knows_shards(optimizer):
+                optimizer.step(scale=float(scale))
             else:
                 if isinstance(scale, torch.Tensor) or scale != 1.0:
                     scale_grads_(all_params(optimizer.param_groups), 1.0 / scale)
@@ -204,10 +206,7 @@ class OptimManager:
                 shards where the optimizer has that form.
         """
         self._learn()
-        optimizers = [
-            o.state_dict(gather=gather_opt) if getattr(o, "_bmtrain_optimizer", False) else o.state_dict()  # type: ignore[call-arg]
-            for o in self.optimizers
-        ]
+        optimizers = [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
         return {
             "optimizers": optimizers,
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],

@@ -9,6 +9,7 @@ import torch
 
 from .. import kernels
 from ..context import context
+from ..shard.engine import engine
 from .loss_scale import Overflow
 from .pieces import Piece, flats_of, pieces
 
@@ -23,7 +24,7 @@ def _pieces(params: Sequence[Any]) -> list[Piece]:
 
 def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
     """The same where pending factors do not matter."""
-    return [piece for piece, _ in pieces([p for p in params if p._flat.gradient.present])]
+    return [piece for piece, _ in pieces(params) if piece.flat.gradient.present]
 
 
 @torch.no_grad()
@@ -54,7 +55,7 @@ def clip_(
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
-    context().engine.finish_backward()
+    engine().finish_backward()
     norm = global_norm(params, norm_type) / loss_scale
     scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
     return norm

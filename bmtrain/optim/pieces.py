@@ -10,8 +10,9 @@ import torch
 
 from ..context import Context, context
 from ..errors import ConfigurationError
-from ..shard.flat import FlatShard
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.parameter import DistributedParameter
+from ..shard.pools import views_of
 
 ParamGroup = dict[str, Any]
 
@@ -38,7 +39,7 @@ def flats_of(params: Iterable[Any]) -> list[FlatShard]:
     """
     found: dict[int, FlatShard] = {}
     for number, parameter in enumerate(params):
-        flat = getattr(parameter, "_flat", None)
+        flat = flat_of(parameter)
         if flat is None:
             raise ConfigurationError(
                 f"Parameter number {number}, of shape {tuple(parameter.shape)}, is not sharded, so its gradient would "
@@ -66,7 +67,7 @@ def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     Ranks may differ: an expert may have had tokens on one rank only.  A rank that has all gradients knows the answer
     without waiting for its device.
     """
-    flags = [t and f.gradient.present for f in flats for t in f.touched]
+    flags = [t and f.gradient.present for f in flats for t in f.gradient.touched]
     ctx = context()
     if ctx.world_size > 1 and flags:
         device, whole = ctx.device.torch_device, all(flags)
@@ -79,6 +80,8 @@ def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     out, at = [], 0
     for flat in flats:
         out.append(flags[at : at + len(flat.params)])
+        if flat.gradient.reached is not None:
+            flat.warn_of_untrained(out[-1])
         at += len(flat.params)
     return out
 
@@ -90,9 +93,8 @@ def pieces(params: Sequence[DistributedParameter], keys: dict[int, Any] | None =
     """
     wanted: dict[int, tuple[FlatShard, dict[int, Any]]] = {}
     for parameter in params:
-        flat = parameter._flat
-        assert flat is not None
-        wanted.setdefault(id(flat), (flat, {}))[1][parameter._index] = keys[id(parameter)] if keys is not None else None
+        flat, index = place_of(parameter)
+        wanted.setdefault(id(flat), (flat, {}))[1][index] = keys[id(parameter)] if keys is not None else None
     for flat, chosen in wanted.values():
         run: list[int] = []
         for index in [*sorted(chosen), -1]:
@@ -131,4 +133,4 @@ def gather_flat(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor]
     device = ctx.device.torch_device
     whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
     ctx.world.all_gather(shard_like.to(device).contiguous(), whole)
-    return [view.to("cpu", copy=True) for view in flat.views(whole)]
+    return [view.to("cpu", copy=True) for view in views_of(whole, flat.layout)]

@@ -1,6 +1,7 @@
 """Parameters in shards: layout, flat buffers, the parameter users see, the module that holds it."""
 
-from .access import gather_grad, gathered, grouped_parameters, init_parameters
+from . import rules as _rules  # noqa: F401 - what torch functions do with sharded parameters
+from .gathered import gather_grad, gathered, grouped_parameters, init_parameters
 from .module import DistributedModule
 from .parameter import DistributedParameter, ParameterInitializer
 

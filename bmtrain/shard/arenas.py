@@ -30,7 +30,7 @@ class Arenas:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._shared = ctx.device.is_cuda and ctx.world_size > 1
+        self._shared = ctx.device.reuses_memory and ctx.world_size > 1
         self._count = 0
         self._unused: dict[int, tuple[Communicator, torch.Tensor]] = {}
         self._lost = False

@@ -17,7 +17,7 @@ def keep_frozen_apart(unit: ShardUnit) -> None:
     if not any(_is_mixed(flat) for flat in unit.flats):
         return
     unit.release()
-    unit.finish_gather()
+    unit.gather()
     flats = []
     for flat in unit.flats:
         if not _is_mixed(flat):

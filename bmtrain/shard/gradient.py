@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from .. import kernels
+from ..device import Event
 from .arenas import Arena
-
-if TYPE_CHECKING:
-    from .flat import FlatShard
+from .layout import Layout
+from .pools import Pools
 
 
 class ShardGradient:
@@ -21,12 +19,16 @@ class ShardGradient:
 
     Attributes:
         present: whether anything was reduced since ``clear``; the same on all ranks.
+        touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
+        reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
     """
 
-    def __init__(self, flat: FlatShard) -> None:
-        self._flat = flat
+    def __init__(self, pools: Pools, layout: Layout, dtype: torch.dtype, reduced: Event) -> None:
+        self._pools, self._layout, self._dtype, self._reduced = pools, layout, dtype, reduced
         self.present = False
+        self.touched = [False] * len(layout.slots)
+        self.reached: set[int] | None = set()
         self.factor: torch.Tensor | None = None
         self._arena: Arena | None = None  # one reduction, in the dtype that travelled
         self._sum: torch.Tensor | None = None  # fp32
@@ -35,29 +37,29 @@ class ShardGradient:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in which gradients are summed."""
-        return torch.float32 if self._flat.dtype in (torch.float16, torch.bfloat16) else self._flat.dtype
+        return torch.float32 if self._dtype in (torch.float16, torch.bfloat16) else self._dtype
 
     def add(self, whole: torch.Tensor) -> None:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
-        unit = self._flat.unit
+        ctx = self._pools.ctx
         if not self.present:
-            unit.ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
+            ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
             self.present, self._wide, self.factor = True, False, None
             return
         total = self._total()
         if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
-            unit.ctx.reduce.reduce_scatter(whole, self._came)
+            ctx.reduce.reduce_scatter(whole, self._came)
             kernels.accumulate_(total, self._came, first=False)
             return
-        part = unit.pools.acquire_part(self._flat, whole.dtype)
-        unit.ctx.reduce.reduce_scatter(whole, part.tensor)
+        part = self._pools.acquire_part(self, self._layout, whole.dtype)
+        ctx.reduce.reduce_scatter(whole, part.tensor)
         total.add_(part.tensor)
-        unit.pools.parts.give_back(part, unit.ctx.device.reduce_stream)
+        self._pools.parts.give_back(part, ctx.device.reduce_stream)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient, in whatever precision it is kept, and the factor to apply.  For the current stream."""
         assert self.present
-        self._flat.unit.reduced.wait(self._flat.unit.ctx.device.current_stream())
+        self._reduced.wait(self._pools.ctx.device.current_stream())
         tensor = self._sum if self._wide else self._came
         assert tensor is not None
         return tensor, self.factor
@@ -69,19 +71,29 @@ class ShardGradient:
 
     def scale_(self, factor: torch.Tensor | float) -> None:
         """Multiply by ``factor``, when it is next read."""
-        factor = torch.as_tensor(factor, dtype=torch.float32, device=self._flat.shard.device)
+        factor = torch.as_tensor(factor, dtype=torch.float32, device=self._pools.ctx.device.torch_device)
         self.factor = factor if self.factor is None else self.factor * factor
 
-    def zeros(self) -> torch.Tensor:
-        """Become a gradient of zeros, to be written."""
-        if not self.present:
-            self._fitting(self._flat.dtype).zero_()
-            self.present, self._wide, self.factor = True, False, None
-        return self.settled()
+    def set(self, index: int, whole: torch.Tensor | None) -> None:
+        """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
+        part = self._layout.local(index, self._pools.ctx.rank)
+        if whole is not None:
+            self._zeros()[part.shard].copy_(whole.reshape(-1)[part.whole])
+        elif self.present:
+            self.settled()[part.shard].zero_()
+        self.touched[index] = whole is not None
 
     def clear(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
         self.present, self.factor = False, None
+        self.touched = [False] * len(self.touched)
+
+    def _zeros(self) -> torch.Tensor:
+        """Become a gradient of zeros, to be written."""
+        if not self.present:
+            self._fitting(self._dtype).zero_()
+            self.present, self._wide, self.factor = True, False, None
+        return self.settled()
 
     @property
     def _came(self) -> torch.Tensor | None:
@@ -90,8 +102,7 @@ class ShardGradient:
     def _fitting(self, dtype: torch.dtype) -> torch.Tensor:
         """The buffer of one reduction, in this dtype."""
         if self._arena is None or self._arena.tensor.dtype != dtype:
-            unit = self._flat.unit
-            self._arena = unit.pools.arenas.alloc(unit.ctx.reduce, self._flat.layout.shard_numel, dtype)
+            self._arena = self._pools.arenas.alloc(self._pools.ctx.reduce, self._layout.shard_numel, dtype)
         return self._arena.tensor
 
     def _total(self) -> torch.Tensor:

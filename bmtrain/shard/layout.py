@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from math import prod
+from typing import NamedTuple
 
 ALIGN = 128
 """Every parameter starts at a multiple of this many elements, so that kernels may use 128-bit loads on any dtype."""
@@ -28,6 +29,13 @@ class Slot:
         return self.start + self.numel
 
 
+class Local(NamedTuple):
+    """The part of one parameter that lies on one rank: where in the shard, and where in the flattened parameter."""
+
+    shard: slice
+    whole: slice
+
+
 @dataclass(frozen=True)
 class Layout:
     """A flat buffer of ``numel`` elements, cut into ``world_size`` equal shards."""
@@ -45,16 +53,13 @@ class Layout:
         """Where ``rank``'s shard starts and ends in the flat buffer."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
-    def local(self, slot: Slot, rank: int) -> tuple[int, int, int]:
-        """The part of ``slot`` on ``rank``: (start in the shard, end in the shard, start in the parameter).
-
-        Empty (start == end) when no element of the parameter lies there.
-        """
-        first, last = self.shard_range(rank)
+    def local(self, index: int, rank: int) -> Local:
+        """The part of parameter ``index`` on ``rank``; empty when no element of it lies there."""
+        slot, (first, last) = self.slots[index], self.shard_range(rank)
         start, end = max(slot.start, first), min(slot.end, last)
         if start >= end:
-            return 0, 0, 0
-        return start - first, end - first, start - slot.start
+            return Local(slice(0, 0), slice(0, 0))
+        return Local(slice(start - first, end - first), slice(start - slot.start, end - slot.start))
 
 
 @cache

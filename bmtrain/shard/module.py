@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..context import context
+from .engine import engine
 
 
 class _ShardWhenBuilt(type(Protocol)):  # type: ignore[misc]
@@ -36,7 +37,7 @@ class _ShardWhenBuilt(type(Protocol)):  # type: ignore[misc]
         finally:
             ctx.building -= 1
         if not ctx.building and isinstance(module, nn.Module):
-            ctx.engine.shard(module)
+            engine().shard(module)
         return module
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -51,7 +52,6 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        engine = context().engine
-        if engine.idle:  # a part of a model called by itself: what it needs is gathered on demand
-            return engine.forward(None, False, super().__call__, args, kwargs)
+        if engine().idle:  # a part of a model called by itself: what it needs is gathered on demand
+            return engine().forward(None, False, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)

@@ -12,8 +12,8 @@ sharded  ``.data`` is one NaN element expanded to the whole shape: shape, dtype,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -22,11 +22,42 @@ from ..context import context
 from ..errors import ShardedAccessError
 from .placeholder import Placeholder
 
-if TYPE_CHECKING:
-    from .flat import FlatShard
-
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
+
+
+class Home(Protocol):
+    """What a parameter asks of the flat shard that holds it.  Parameters are known to it by index."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all parameters."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which values rest."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters show their values."""
+
+    def shape_of(self, index: int) -> tuple[int, ...]:
+        """The whole shape."""
+
+    def expose(self) -> None:
+        """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
+
+    def write(self, index: int, whole: torch.Tensor) -> None:
+        """``p.data = whole``."""
+
+    def visible_grad(self, index: int) -> torch.Tensor | None:
+        """What ``p.grad`` shows for a reduced gradient."""
+
+    def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
+        """``p.grad = whole``."""
+
+    def copy_unit(self, memo: dict[int, Any]) -> None:
+        """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
 
 
 class ParameterInitializer:
@@ -49,7 +80,7 @@ class DistributedParameter(nn.Parameter):
         group: a name by which ``bmt.grouped_parameters`` groups.
     """
 
-    _flat: FlatShard | None
+    _flat: Home | None
     _index: int
     _init_method: Callable[[torch.Tensor], Any] | None
     _group: str | None
@@ -88,10 +119,7 @@ class DistributedParameter(nn.Parameter):
             _raw_data.__set__(self, value)
             return
         require_same(self, value)
-        if self._flat.is_whole:
-            self._flat.write_whole(self._index, value)
-        else:
-            self._flat.write(self._index, value)
+        self._flat.write(self._index, value)
 
     @property
     def grad(self) -> torch.Tensor | None:
@@ -120,16 +148,15 @@ class DistributedParameter(nn.Parameter):
 
     def gather(self) -> torch.Tensor:  # type: ignore[override]
         """The whole value, a copy that does not follow later updates.  Collective."""
-        from .access import gathered
-
-        with gathered(self):
+        if self._flat is None:
             return self.detach().clone()
+        return ShardedParameter.operation(DistributedParameter.gather, (self,), {})  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedParameter:
         if id(self) in memo:
             return memo[id(self)]  # type: ignore[no-any-return]
         if self._flat is not None:
-            self._flat.unit.copy_into(memo)  # copies every parameter of the unit, so that the copy is sharded alike
+            self._flat.copy_unit(memo)  # copies every parameter of the unit, so that the copy is sharded alike
             if id(self) in memo:
                 return memo[id(self)]  # type: ignore[no-any-return]
         made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)
@@ -146,7 +173,13 @@ class DistributedParameter(nn.Parameter):
 
 
 class ShardedParameter(DistributedParameter):
-    """The same object while it is sharded."""
+    """The same object while it is sharded.
+
+    Attributes:
+        operation: carries out a torch function that got at least one; ``rules``, which stands above, sets it.
+    """
+
+    operation: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
     def __torch_function__(
@@ -156,9 +189,7 @@ class ShardedParameter(DistributedParameter):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        from .rules import on_sharded
-
-        return on_sharded(func, args, kwargs or {})
+        return cls.operation(func, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
         facts = f"shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad}"
@@ -182,6 +213,16 @@ def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
     return parameter  # type: ignore[return-value]
 
 
+def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], object] | None:
+    """The initialisation that ``parameter`` was made with, to be run later."""
+    return parameter._init_method if isinstance(parameter, DistributedParameter) else None
+
+
+def group_of(parameter: nn.Parameter) -> str | None:
+    """Name of the parameter group it was made for."""
+    return parameter._group if isinstance(parameter, DistributedParameter) else None
+
+
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """The gradient autograd has accumulated and nobody has taken yet."""
     return _raw_grad.__get__(parameter)  # type: ignore[no-any-return]
@@ -201,7 +242,7 @@ def require_same(parameter: DistributedParameter, value: torch.Tensor) -> None:
     """Raise ShardedAccessError unless ``value`` may become ``parameter``'s data."""
     flat = parameter._flat
     assert flat is not None
-    wanted = flat.layout.slots[parameter._index].shape
+    wanted = flat.shape_of(parameter._index)
     if tuple(value.shape) != wanted or value.dtype != flat.dtype:
         raise ShardedAccessError(
             f"Parameter {flat.names[parameter._index]!r} is {wanted} {flat.dtype}; its data cannot become "
@@ -209,13 +250,13 @@ def require_same(parameter: DistributedParameter, value: torch.Tensor) -> None:
         )
 
 
-def show_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:
+def enter_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:
     """Enter the whole state with ``value`` as data."""
     parameter.__class__ = DistributedParameter
     _raw_data.__set__(parameter, value)
 
 
-def show_sharded(parameter: DistributedParameter, poison: torch.Tensor) -> None:
+def enter_sharded(parameter: DistributedParameter, poison: torch.Tensor) -> None:
     """Enter the sharded state."""
     parameter.__class__ = DistributedParameter
     _raw_data.__set__(parameter, poison)

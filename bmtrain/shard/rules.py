@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from ..context import context
 from ..errors import ShardedAccessError
+from .engine import engine
+from .flat import flat_of, place_of
+from .gathered import gathered
 from .parameter import DistributedParameter, ShardedParameter
+from .unit import ShardUnit, unit_of_flat
 
 _T = torch.Tensor
 
@@ -47,6 +50,9 @@ _NEVER = {
 
 def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out ``func``, which got at least one sharded parameter."""
+    if func is DistributedParameter.gather:
+        with gathered(args[0]):
+            return args[0].detach().clone()
     with torch._C.DisableTorchFunctionSubclass():
         if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
             return _attribute(func, args)
@@ -55,11 +61,11 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         if func in _ELEMENTWISE:
             return _elementwise(func, args, kwargs)
     units = _units((args, kwargs))
-    engine = context().engine
-    if (func not in _NEVER and engine.may_gather(func)) or engine.is_near(units):
-        with engine.on_demand(units):
+    outside = engine().outside
+    if (func not in _NEVER and outside.may_gather(func)) or outside.is_near(units):
+        with outside.on_demand(units):
             out = func(*args, **kwargs)
-            return tree_map(engine.apart, out) if engine.idle else out
+            return tree_map(outside.apart, out) if engine().idle else out
     raise ShardedAccessError(_advice(func, args))
 
 
@@ -74,13 +80,13 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     target = args[0]
     if isinstance(target, (list, tuple)) or not isinstance(target, ShardedParameter):
         raise ShardedAccessError(_advice(func, args))
-    flat, index = target._flat, target._index
-    assert flat is not None
+    flat, index = place_of(target)
 
     def local(value: Any) -> Any:
-        if isinstance(value, DistributedParameter) and value._flat is not None and value.shape == target.shape:
-            if value._flat.layout is flat.layout and value._index == index:
-                return value._flat.local(value._flat.shard, index)
+        other = flat_of(value)
+        if other is not None and value.shape == target.shape:
+            if other.layout is flat.layout and value._index == index:
+                return other.local(other.shard, index)
             raise ShardedAccessError(
                 f"{_name(func)} mixes two sharded parameters that lie differently; use it inside "
                 "`with bmt.gathered(...)`."
@@ -106,11 +112,12 @@ def _require_shape(parameter: DistributedParameter, value: torch.Tensor) -> None
         ) from None
 
 
-def _units(tree: Any) -> list[Any]:
-    found: dict[int, Any] = {}
+def _units(tree: Any) -> list[ShardUnit]:
+    found: dict[int, ShardUnit] = {}
     for leaf in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(leaf, ShardedParameter) and leaf._flat is not None:
-            found[id(leaf._flat.unit)] = leaf._flat.unit
+        if isinstance(leaf, ShardedParameter):
+            unit = unit_of_flat(place_of(leaf)[0])
+            found[id(unit)] = unit
     return list(found.values())
 
 
@@ -129,3 +136,6 @@ def _advice(func: Any, args: tuple[Any, ...]) -> str:
         "On every rank, read it inside `with bmt.gathered(module_or_parameter):`, or change it inside "
         "`with bmt.gathered(..., write=True):`."
     )
+
+
+ShardedParameter.operation = staticmethod(on_sharded)

@@ -142,7 +142,7 @@ def deep(names: models.Names) -> Any:
 def diverge(kind: str, warm: int) -> str:
     """Rank 1 runs other blocks than rank 0; what each rank is told."""
     engine: Any = context().engine
-    engine.trace._patience = timedelta(seconds=3)
+    engine.schedule.trace._patience = timedelta(seconds=3)
     model = deep(models.sharded(recompute=kind != "no recompute"))
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -173,7 +173,7 @@ def stopped(rank: int) -> str:
     if bmt.rank() == rank:
         return "stopped"
     try:
-        context().engine.trace._patience = timedelta(seconds=2)  # type: ignore[attr-defined]
+        context().engine.schedule.trace._patience = timedelta(seconds=2)  # type: ignore[attr-defined]
         model(torch.ones(2, 6), [0, 1])
     except (errors.RankDivergenceError, errors.CommunicationError) as error:
         return str(error)

@@ -532,7 +532,7 @@ def late_transport() -> list[int]:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             for first, second in self.pairs:
                 x = second(torch.tanh(first(x)))
-            self.kept += [pair.__dict__["_bmt_unit"].pins for pair in self.pairs.children()]
+            self.kept += [pair.__dict__["_bmt"].unit.pins for pair in self.pairs.children()]
             return x
 
     model = Model()

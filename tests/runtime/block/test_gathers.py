@@ -13,8 +13,8 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.block.residency import Residency
-from bmtrain.shard.unit import ShardUnit
+from bmtrain.block.whole_units import WholeUnits
+from bmtrain.shard.unit import ShardUnit, State
 
 LAYERS = 6
 ORDERS = {
@@ -59,21 +59,21 @@ class Counter:
         self.late: list[str] = []
 
     def __enter__(self) -> Counter:
-        need, start = Residency.need, ShardUnit.start_gather
+        gather, start = WholeUnits.gather, ShardUnit.prefetch
 
-        def counted_need(residency: Residency, unit: ShardUnit, *args: Any) -> None:
-            if not unit.is_whole and not unit.is_coming:
+        def counted_gather(residency: WholeUnits, unit: ShardUnit, *args: Any) -> None:
+            if unit.state is State.SHARDED:
                 self.late.append(unit.name)
-            need(residency, unit, *args)
+            gather(residency, unit, *args)
 
         def counted_start(unit: ShardUnit, *args: Any) -> None:
-            if not unit.is_whole and not unit.is_coming:
+            if unit.state is State.SHARDED:
                 self.gathers.append(unit.name)
             start(unit, *args)
 
         self._patches = [
-            mock.patch.object(Residency, "need", counted_need),
-            mock.patch.object(ShardUnit, "start_gather", counted_start),
+            mock.patch.object(WholeUnits, "gather", counted_gather),
+            mock.patch.object(ShardUnit, "prefetch", counted_start),
         ]
         for patch in self._patches:
             patch.start()

@@ -75,4 +75,4 @@ def test_given_lists() -> None:
     assert len(blocks) == 6 and all(isinstance(block, bmt.Block) for block in blocks)
     with torch.no_grad():
         model.eval()(oracle.inputs(0))
-    assert not any(block.__dict__["_bmt_unit"].moves and block.__dict__["_bmt_unit"].is_whole for block in blocks)
+    assert not any(block.__dict__["_bmt"].unit.moves and block.__dict__["_bmt"].unit.is_whole for block in blocks)

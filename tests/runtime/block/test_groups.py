@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bmtrain as bmt
+from bmtrain.block.record import unit_of
 from bmtrain.context import context
 
 DEPTH = 5
@@ -50,7 +51,7 @@ def build(names: models.Names, keep: str = "") -> Any:
 
 
 def count_whole(layers: nn.ModuleList) -> int:
-    units = [m.__dict__.get("_bmt_unit") for m in layers._modules.values()]
+    units = [unit_of(m) for m in layers._modules.values() if m is not None]
     return sum(unit is not None and unit.moves and unit.is_whole for unit in units)
 
 

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block.sharded import owned_units
 from bmtrain.errors import ConfigurationError
 
 
@@ -151,7 +152,7 @@ def memory_of_building(device: str) -> tuple[int, int]:
 
 
 def shard_bytes(model: nn.Module) -> int:
-    return sum(flat.shard.nbytes for m in model.modules() if hasattr(m, "_bmt_unit") for flat in m._bmt_unit.flats)
+    return sum(flat.shard.nbytes for unit in owned_units(model) for flat in unit.flats)
 
 
 def check_memory(world_size: int, device: str) -> None:

@@ -12,7 +12,9 @@ from oracle import WIDTH
 from ranks import on_ranks, run_ranks
 from torch import nn
 
+from bmtrain.block.record import unit_of
 from bmtrain.context import context
+from bmtrain.shard.unit import State
 
 DEPTH = 6
 WORLDS = [1, 2]
@@ -40,9 +42,9 @@ def build(names: models.Names) -> Any:
             self.whole = []
             for layer in self.layers:
                 x = layer.step(x)
-                units = [m.__dict__.get("_bmt_unit") for m in self.layers.children()]
+                units = [unit_of(m) for m in self.layers.children()]
                 self.whole.append(
-                    sum(unit is not None and unit.moves and (unit.is_whole or unit.is_coming) for unit in units)
+                    sum(unit is not None and unit.moves and unit.state is not State.SHARDED for unit in units)
                 )
             return x
 

@@ -80,3 +80,27 @@ def test_a_second_run_that_saves_as_many_tensors_of_other_shapes() -> None:
     loss = block(torch.randn(2, 8, requires_grad=True), _Cache()).sum()
     with pytest.raises(ConfigurationError, match="other shapes"):
         loss.backward()
+
+
+class Slope(nn.Module):
+    """Asks autograd for a gradient in its forward, as models of forces do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.energy(x).square().sum(), x, create_graph=True)
+        return slope
+
+
+@on_ranks(1, 2)
+def test_a_backward_inside_a_recomputed_forward_is_named() -> None:
+    x = torch.randn(2, 8)
+    again = bmt.Block(Slope(), use_checkpoint=True)
+    with pytest.raises(ConfigurationError, match=r"torch\.autograd\.grad.*use_checkpoint=False"):
+        again(x).square().sum().backward()
+    block = bmt.Block(Slope(), use_checkpoint=False)
+    block(x).square().sum().backward()
+    assert bmt.gather_grad(block.energy.weight).abs().sum() > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import oracle
@@ -14,6 +15,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block import linear
 from bmtrain.errors import CheckpointError
 
 
@@ -67,7 +69,7 @@ def comes_back(folder: str) -> None:
     assert type(again).__name__ == "Model" and isinstance(again, Model) and list(again.state_dict()) == keys
     assert torch.equal(again(TOKENS), before) and read["step"] == 3
     assert again.head.weight is again.embedding.weight and not again.frozen.requires_grad
-    assert all(isinstance(layer, bmt.Block) and layer._bmt_recompute for layer in again.layers)
+    assert all(isinstance(layer, bmt.Block) and layer._bmt.recompute for layer in again.layers)
     assert all(isinstance(p, bmt.DistributedParameter) for p in [*again.parameters(), *read["others"][0].parameters()])
     for trained in (model, again):
         manager = bmt.optim.OptimManager(loss_scale=None)
@@ -99,3 +101,22 @@ def test_forward_called_by_name() -> None:
         reference.step()
         reference.zero_grad()
     oracle.assert_same_weights(model, plain)
+
+
+def landing_layers_in_a_file(path: str) -> bool:
+    """Whether a model whose linear gradients land comes back from a file and still trains the same."""
+    with mock.patch.object(linear, "_LARGE", 0):
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*[nn.Linear(6, 6) for _ in range(2)]))
+        bmt.save_checkpoint(model, path)
+        again = torch.load(path, weights_only=False)
+    assert any(isinstance(m, linear.LandingLinear) for m in again.modules())
+    grads = []
+    for net in (model, again):
+        bmt.optim.OptimManager().backward(net(torch.ones(2, 6)).square().mean())
+        grads.append([bmt.gather_grad(p) for p in net.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_layers_whose_gradients_land_come_back_from_a_file(world_size: int, tmp_path: Path) -> None:
+    assert all(run_ranks(world_size, landing_layers_in_a_file, str(tmp_path / "model.pt")))

@@ -14,7 +14,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.shard.unit import ShardUnit
+from bmtrain.shard.unit import ShardUnit, State
 
 WIDTH, LAYERS = 64, 6
 PADDING = 128 * 4  # bytes: how far a shard is rounded up, once for each rank and flat buffer
@@ -96,12 +96,12 @@ def test_a_rank_holds_its_share(world_size: int, recompute: bool) -> None:
 def most_whole(recompute: bool, zero_level: int) -> int:
     """The largest number of blocks that were whole at one time during a step, seen from inside the blocks."""
     model = tall(models.sharded(recompute, zero_level))
-    units: list[ShardUnit] = [layer._bmt_unit for layer in model.layers]
+    units: list[ShardUnit] = [layer._bmt.unit for layer in model.layers]
     most = 0
 
     def look(*_: Any) -> None:
         nonlocal most
-        most = max(most, sum(unit.is_whole or unit.is_coming for unit in units))
+        most = max(most, sum(unit.state is not State.SHARDED for unit in units))
 
     for layer in model.layers:
         layer[0].register_forward_hook(look)
@@ -132,7 +132,7 @@ def test_blocks_frozen_after_wrapping_reduce_nothing() -> None:
         layer.requires_grad_(False)
     calls = []
     for layer in model.layers:
-        unit: Any = layer._bmt_unit
+        unit: Any = layer._bmt.unit
         for flat in unit.flats:
             add = flat.gradient.add
             flat.gradient.add = lambda whole, name=unit.name, add=add: (calls.append(name), add(whole))
@@ -141,7 +141,7 @@ def test_blocks_frozen_after_wrapping_reduce_nothing() -> None:
     assert set(calls) == {f"layers.{LAYERS - 1}"}, calls
     for layer in model.layers[:-1]:
         assert all(p.grad is None for p in layer.parameters())
-        assert all(flat.gradient._came is None for flat in layer._bmt_unit.flats), "no memory for a gradient"
+        assert all(flat.gradient._came is None for flat in layer._bmt.unit.flats), "no memory for a gradient"
 
 
 @on_ranks(1, 2, fresh=True)

@@ -12,6 +12,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block.sharded import owned_units
 
 SIZE = 20_000
 
@@ -147,7 +148,7 @@ def test_adapters_are_reduced_alone(early: bool) -> None:
         manager.zero_grad()
         manager.backward(oracle.mean(model(oracle.inputs(0))))
         manager.step()
-    flats = [flat for m in model.modules() if hasattr(m, "_bmt_unit") for flat in m._bmt_unit.flats]
+    flats = [flat for unit in owned_units(model) for flat in unit.flats]
     reduced = {id(p) for flat in flats if flat.gradient.present for p in flat.params}
     assert reduced == {id(p) for p in model.parameters() if p.requires_grad}
     for flat in flats:

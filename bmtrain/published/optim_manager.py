@@ -1,5 +1,5 @@
 """``OptimManager`` under the published module name."""
 
-from .manager import OptimManager
+from ..optim import OptimManager
 
 __all__ = ["OptimManager"]

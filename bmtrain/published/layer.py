@@ -1,5 +1,5 @@
 """``DistributedModule`` under the published module name."""
 
-from .shard import DistributedModule
+from ..shard import DistributedModule
 
 __all__ = ["DistributedModule"]

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
-from .context import Context, context, is_initialized
-from .errors import ConfigurationError
+from ..context import Context, context, is_initialized
+from ..errors import ConfigurationError
 
 _KNOWN: dict[str, Callable[[Context], Any]] = {
     "initialized": lambda here: True,

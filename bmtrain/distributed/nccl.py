@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .comm import Communicator, ReduceOp
+from ..comm import Communicator, ReduceOp
 
 NCCLCommunicator = Communicator
 Memory = torch.Tensor | torch.UntypedStorage | torch.TypedStorage

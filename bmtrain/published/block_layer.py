@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .block import Block, CheckpointBlock, TransformerBlockList
-from .shard import gathered
-from .utils import round_up
+from ..block import Block, CheckpointBlock, TransformerBlockList
+from ..shard import gathered
+from ..utils import round_up
 
 __all__ = [
     "Block",

@@ -12,21 +12,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..comm import ops
 from ..context import context
+from .record import Record
 
 
-def note_run(model: nn.Module) -> None:
+def note_run(model: nn.Module, record: Record) -> None:
     """Before a whole model's forward: remember one that trains, level before one that does not."""
     if not model.training:
-        level(model)
-    elif model.__dict__.get("_bmt_moved", False) is False:
-        model.__dict__["_bmt_moved"] = bool(_statistics(model)) or None  # None: there are none to level
-
-
-def level(model: nn.Module) -> None:
-    """Give all ranks the mean of their running statistics, if they trained since the last time.  Collective."""
-    if not model.__dict__.get("_bmt_moved"):
+        level(model, record)
         return
-    model.__dict__["_bmt_moved"] = False
+    if record.has_statistics is None:
+        record.has_statistics = bool(_statistics(model))
+    record.trained = record.has_statistics
+
+
+def level(model: nn.Module, record: Record) -> None:
+    """Give all ranks the mean of their running statistics, if they trained since the last time.  Collective."""
+    if not record.trained:
+        return
+    record.trained = False
     values = _statistics(model)
     with torch.no_grad():
         flat = ops.all_reduce(torch.cat([value.flatten().float() for value in values]), "avg", context().world)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load, save
-from .context import context
-from .objects import allgather_objects, broadcast_object
+from ..checkpoint import load, save
+from ..context import context
+from ..objects import allgather_objects, broadcast_object
 
 __all__ = ["DistributedStateDictWrapper", "allgather_objects", "broadcast_object", "load", "save"]
 

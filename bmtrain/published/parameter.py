@@ -1,5 +1,5 @@
 """``DistributedParameter`` under the published module name."""
 
-from .shard import DistributedParameter
+from ..shard import DistributedParameter
 
 __all__ = ["DistributedParameter"]

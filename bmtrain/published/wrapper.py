@@ -1,5 +1,5 @@
 """``BMTrainModelWrapper`` under the published module name."""
 
-from .block import BMTrainModelWrapper
+from ..block import BMTrainModelWrapper
 
 __all__ = ["BMTrainModelWrapper"]

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..context import context
 from ..errors import ConfigurationError
-from .parameter import DistributedParameter
-from .unit import ShardUnit
+from .engine import engine
+from .flat import flat_of
+from .parameter import DistributedParameter, group_of, init_method_of
+from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
 
@@ -26,8 +27,9 @@ def units_of(what: Gatherable) -> list[ShardUnit]:
         parameters = what
     found: dict[int, ShardUnit] = {}
     for parameter in parameters:
-        if isinstance(parameter, DistributedParameter) and parameter._flat is not None:
-            found[id(parameter._flat.unit)] = parameter._flat.unit
+        flat = flat_of(parameter)
+        if flat is not None:
+            found[id(flat.unit)] = unit_of_flat(flat)
     return list(found.values())
 
 
@@ -40,29 +42,26 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
         write: keep what the body writes.  Every rank must write the same values.
     """
     units = units_of(what)
-    engine = context().engine
     flats = [flat for unit in units for flat in unit.flats]
-    for unit in units:
-        engine.pin(unit)
-    for flat in flats:
-        flat.keep_writes()  # of the forward that this may be part of
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_kept, _given):
-            yield
-        if write:
-            for flat in flats:
-                flat.keep_whole_values()
-    finally:
+    with engine().outside.pinned(units):
         for flat in flats:
-            flat.forget_writes()
-        for unit in units:
-            engine.unpin(unit)
+            flat.keep_writes()  # of the forward that this may be part of
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(_kept, _given):
+                yield
+            if write:
+                for flat in flats:
+                    flat.keep_whole_values()
+        finally:
+            for flat in flats:
+                flat.forget_writes()
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
     """What autograd may keep: parameters go when the block ends, so that a penalty on them needs copies."""
     base = tensor._base if tensor._base is not None else tensor
-    if isinstance(base, DistributedParameter) and base._flat is not None and base._flat.unit.ctx.world_size > 1:
+    flat = flat_of(base)
+    if flat is not None and flat.unit.ctx.world_size > 1:
         return tensor.detach().clone()
     return tensor
 
@@ -76,12 +75,14 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
 
     Shape: the parameter's.  Call it between backward and the optimizer's step.
     """
-    if not isinstance(parameter, DistributedParameter) or parameter._flat is None:
+    flat = flat_of(parameter)
+    if flat is None:
         return parameter.grad
-    context().engine.finish_backward()
-    flat, index = parameter._flat, parameter._index
+    engine().finish_backward()
+    assert isinstance(parameter, DistributedParameter)
+    index = parameter._index
     ctx = flat.unit.ctx
-    touched = torch.tensor([int(flat.touched[index])])
+    touched = torch.tensor([int(flat.gradient.touched[index])])
     ctx.control.all_reduce(touched, "max")
     if not int(touched) or not flat.gradient.present:
         return None
@@ -96,7 +97,7 @@ def grouped_parameters(model: nn.Module) -> Iterator[tuple[str | None, list[nn.P
     """Parameters by the ``group`` they were made with: pairs of group name and parameters."""
     groups: dict[str | None, list[nn.Parameter]] = {}
     for parameter in model.parameters():
-        groups.setdefault(getattr(parameter, "_group", None), []).append(parameter)
+        groups.setdefault(group_of(parameter), []).append(parameter)
     yield from groups.items()
 
 
@@ -107,7 +108,7 @@ def init_parameters(model: nn.Module) -> None:
     as if the model were not sharded; all ranks must have seeded it alike (``init_distributed`` does).
     """
     for parameter in model.parameters():
-        method = getattr(parameter, "_init_method", None)
+        method = init_method_of(parameter)
         if method is None:
             continue
         if not callable(method):

@@ -7,6 +7,7 @@ the transport registers them once); on a CPU they go back to the allocator.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..comm import Communicator
+from ..context import Context
 from ..device import Device, Event
 from .arenas import Arena, Arenas
 from .layout import Layout
@@ -99,10 +101,74 @@ class BufferPool:
 
     def give_back(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
-        if not self._device.is_cuda or not self._users[buffer.key]:
+        if not self._device.reuses_memory or not self._users[buffer.key]:
             return
         if self._device.schedule == "stress":
             with self._device.on(stream):
                 buffer.spoil()
         buffer.free.record(stream)
         self._idle.setdefault(buffer.key, deque()).append(buffer)
+
+
+class Pools:
+    """Where units get their buffers: whole parameters, whole gradients, and parts of reduced gradients.
+
+    The ``user`` of a buffer is an object that lives as long as buffers like it are wanted.
+
+    Attributes:
+        moves: whether any unit is made whole by gathers.
+        regrouped: whether parameters have changed their flat shards and left the old ones behind.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.moves = ctx.world_size > 1
+        self.regrouped = False
+        self.arenas = arenas = Arenas(ctx)
+        self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
+        self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)
+        self.parts = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=False)
+        self.casts = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
+        self._users: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDictionary()
+
+    def tidy(self) -> None:
+        """Give back what regrouped parameters have left behind.  Collective if there is any."""
+        if self.regrouped:
+            self.regrouped = False
+            self.ctx.device.synchronize()
+            self.arenas.look_for_garbage()
+            self.arenas.collect()
+
+    def acquire_params(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
+        """For all values, to be written on the gather stream."""
+        return self._acquire(self.params, user, layout.numel, dtype, self.ctx.device.gather_stream)
+
+    def acquire_cast(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
+        """For this rank's values in the dtype of the gather, to be written on the gather stream."""
+        return self._acquire(self.casts, user, layout.shard_numel, dtype, self.ctx.device.gather_stream)
+
+    def acquire_grads(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
+        """For all gradients, to be written by the current stream; zeros between parameters."""
+        # Shared among equal layouts only (those are one object): their gaps are at the same places.
+        return self._acquire(self.grads, user, layout.numel, dtype, self.ctx.device.current_stream(), id(layout))
+
+    def acquire_part(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
+        """For this rank's part of one reduction, to be written on the reduce stream."""
+        return self._acquire(self.parts, user, layout.shard_numel, dtype, self.ctx.device.reduce_stream)
+
+    def _acquire(
+        self,
+        pool: BufferPool,
+        user: object,
+        numel: int,
+        dtype: torch.dtype,
+        stream: torch.cuda.Stream | None,
+        place: int = 0,
+    ) -> Buffer:
+        key = (numel, dtype, place)
+        joined = self._users.setdefault(user, set())
+        if (id(pool), key) not in joined:
+            joined.add((id(pool), key))
+            pool.join(key)
+            weakref.finalize(user, pool.leave, key)
+        return pool.acquire(numel, dtype, key, stream)

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter, as_distributed
-from ..shard.unit import ShardUnit
+from ..shard.pools import Pools
+from ..shard.unit import ShardUnit, unit_of_flat
 from .linear import LandingLinear, land_gradients
 from .meta import check_buffers, materialise
+from .record import unit_of
 from .sharded import ShardedModule, become
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 
 @dataclass
@@ -29,33 +27,48 @@ class _Group:
     autocasts: list[bool] = field(default_factory=list)
 
 
-def shard_module(engine: Engine, root: nn.Module) -> None:
-    """Give every parameter of ``root`` that has none a unit, and move buffers to this process's device."""
+def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
+    """Give every parameter of ``root`` that has none a unit, and move buffers to this process's device.
+
+    Returns the new units.
+    """
     groups = _plan(root)
     casts = _cast_by_autocast(root)
     for group in groups:
         _check(group)
         group.autocasts = [id(p) in casts for p in group.parameters]
     check_buffers(root)
-    device = engine.ctx.device.torch_device
+    device = pools.ctx.device.torch_device
+    units = []
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
-        precision = group.owner.__dict__.get("_bmt_precision")
-        unit = ShardUnit(engine.ctx, engine.pools, group.name, parameters, group.names, group.autocasts, precision)
-        become(group.owner, ShardedModule)
-        group.owner.__dict__["_bmt_unit"] = unit
-        unit.keep = getattr(group.owner, "_bmt_zero_level", 3) == 2
-        if not unit.moves:
-            engine.register(unit)  # nothing is gathered, so that code may use it without the engine's noticing
-    if engine.ctx.device.is_cuda:
-        land_gradients(root)
-        torch.cuda.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
+        record = become(group.owner, ShardedModule)
+        unit = ShardUnit(pools, group.name, parameters, group.names, group.autocasts, record.precision)
+        record.unit = unit
+        unit.keep = record.zero_level == 2
+        units.append(unit)
+    _note_borrowed(root)
+    land_gradients(root)
+    pools.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != engine.ctx.device.torch_device:
-                module._buffers[name] = buffer.to(engine.ctx.device.torch_device)
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
+    return units
+
+
+def _note_borrowed(root: nn.Module) -> None:
+    """Let every block's unit know the units of parameters that the block shares with others."""
+    for owner, _, module in _walk(root, root, "", ""):
+        unit = unit_of(owner)
+        if unit is None or owner is root:
+            continue
+        for parameter in module._parameters.values():
+            flat = flat_of(parameter)
+            if flat is not None and flat.unit is not unit and flat.unit not in unit.borrows:
+                unit.borrows.append(unit_of_flat(flat))
 
 
 def _plan(root: nn.Module) -> list[_Group]:
@@ -65,7 +78,7 @@ def _plan(root: nn.Module) -> list[_Group]:
     for owner, prefix, module in _walk(root, root, "", ""):
         group = owners.setdefault(id(owner), _Group(owner, prefix[0]))
         for name, parameter in module._parameters.items():
-            if parameter is None or getattr(parameter, "_flat", None) is not None:
+            if parameter is None or flat_of(parameter) is not None:
                 continue
             _, _, used_by = places.setdefault(id(parameter), (parameter, prefix[1] + name, []))
             if id(group.owner) not in used_by:
@@ -77,21 +90,21 @@ def _plan(root: nn.Module) -> list[_Group]:
         group.parameters.append(parameter)
     spare = _spare_owners(root, owners)
     ordered = [g for g in owners.values() if g.owner is not root] + [owners[id(root)]]
-    return [g for g in ordered if "_bmt_unit" not in g.owner.__dict__] + spare
+    return [g for g in ordered if unit_of(g.owner) is None] + spare
 
 
 def _spare_owners(root: nn.Module, owners: dict[int, _Group]) -> list[_Group]:
     """Modules added to an owner that was sharded before: each becomes an owner of its own."""
     spare: dict[int, _Group] = {}
     for group in owners.values():
-        if "_bmt_unit" not in group.owner.__dict__ or not group.parameters:
+        if unit_of(group.owner) is None or not group.parameters:
             continue
         wanted = {id(p) for p in group.parameters}
         for name, module in group.owner.named_modules():
             for key, parameter in module._parameters.items():
                 if parameter is not None and id(parameter) in wanted:
                     wanted.discard(id(parameter))
-                    if "_bmt_unit" in module.__dict__:
+                    if unit_of(module) is not None:
                         raise ConfigurationError(
                             f"Parameter {key!r} was added to {name or 'a module'} after it had been sharded. Put it "
                             "into a new submodule and call bmt.BMTrainModelWrapper(model) again."

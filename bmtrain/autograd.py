@@ -1,0 +1,55 @@
+"""What autograd is doing now.  The one place that asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Node = torch.autograd.graph.Node
+
+
+def backward_id() -> int | None:
+    """A number of the backward that is running in this thread; None if none is."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+def when_backward_ends(call: Callable[[], None]) -> None:
+    """Let the running backward ``call`` when it is through."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def running_node() -> Node:
+    """The node whose backward, or whose hook, is running."""
+    return torch._C._current_autograd_node()
+
+
+def accumulator_among_inputs(parameter: torch.Tensor) -> Node:
+    """The node that adds to ``parameter.grad``, in the graph of the running node, which has it as an input.
+
+    Not the one that the parameter itself would name: a gather in another dtype than it rests in makes autograd forget
+    that one and give the parameter another, which is in no graph yet.
+    """
+    for node, _ in running_node().next_functions:
+        if getattr(node, "variable", None) is parameter:
+            assert node is not None
+            return node
+    raise AssertionError("the parameter is no input of the code that computes its gradient")
+
+
+def is_accumulated(node: Node | None) -> bool | None:
+    """Whether the running backward adds to the ``.grad`` whose node this is.
+
+    False for a backward that does not reach it; None where torch.autograd.grad is to return it.
+    """
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        return None
+
+
+def saves_with(pack: Callable[[torch.Tensor], object]) -> bool:
+    """Whether tensors that are saved now come to ``pack``, and not to hooks of somebody else inside."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return top is not None and top[0] is pack

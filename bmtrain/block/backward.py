@@ -1,0 +1,129 @@
+"""What a backward does to units: gathers them again, runs blocks again, and reduces gradients as it passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..autograd import backward_id, saves_with, when_backward_ends
+from ..device import Device
+from ..shard.unit import unit_of_flat
+from .frame import Frame
+from .saved import PlaceInFlat
+from .schedule import Schedule
+from .untrained import FirstGraphs
+
+
+class Backward:
+    """The forwards that autograd may come back to.
+
+    Attributes:
+        frames: those that are running now, the innermost last.
+        recomputes: how many blocks are being run again, one inside the other.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule, self._whole = schedule, schedule.whole
+        self.flat_at = schedule.whole.flat_at  # asked of every tensor that autograd saves
+        self.frames: list[Frame] = []
+        self.recomputes = 0
+        self.first_graphs = FirstGraphs()
+        self._begun: list[Frame] = []
+        self._id: int | None = None
+        self._note: Callable[[torch.Tensor], object] | None = None
+
+    @property
+    def device(self) -> Device:
+        """Where whole values are."""
+        return self._schedule.ctx.device
+
+    def output_is_reached(self, _: torch.Tensor) -> None:
+        """Hook of what an outermost forward returned."""
+        self._starts()
+        self.first_graphs.walk()
+
+    def _starts(self) -> None:
+        present = backward_id()
+        if present != self._id:
+            self._id = present
+            when_backward_ends(self.finish)
+
+    def reached(self, frame: Frame) -> None:
+        """The backward needs something that ``frame`` saved.
+
+        Autograd runs nodes in the reverse order of their making, so every frame that began before and does not
+        enclose this one is through: its units' gradients are complete.
+        """
+        self._starts()
+        frame.begun = True
+        enclosing = set()
+        outer = frame.parent
+        while outer is not None:
+            enclosing.add(outer)
+            outer = outer.parent
+        for done in self._begun:
+            if not done.finished and done not in enclosing:
+                self._finish(done)
+        self._begun.append(frame)
+        if frame.units and not self.recomputes:
+            self._schedule.use(frame.units[0], "backward", frame.autocast)
+
+    def _finish(self, frame: Frame) -> None:
+        frame.finished = True
+        for unit in frame.units:
+            unit.open_uses -= 1
+            if unit.open_uses <= 0:
+                self._schedule.reduce(unit)
+
+    def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
+        """A view of the re-gathered buffer."""
+        flat = place.flat
+        if flat.buffer is None:
+            self._schedule.use(unit_of_flat(flat), "backward", autocast)
+        assert flat.buffer is not None
+        return place.within(flat.buffer.tensor)
+
+    @contextmanager
+    def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> Iterator[None]:
+        """Around the second run of a block's forward; ``note`` is told of every tensor it would save."""
+        saved, self.frames = self.frames, [frame]
+        outer_note, self._note = self._note, note
+        self.recomputes += 1
+        self._whole.forward_begins()
+        try:
+            if frame.units:
+                self._schedule.use_all(frame.units[0], "backward", frame.autocast)
+            yield
+        finally:
+            self.frames, self._note = saved, outer_note
+            self.recomputes -= 1
+            self._whole.forward_ends()
+
+    @property
+    def note(self) -> Callable[[torch.Tensor], object] | None:
+        """While a block runs a second time: what to call with each tensor that would be saved, instead of saving it.
+
+        None when somebody else's hooks (a checkpoint inside the block) would get those tensors.
+        """
+        return self._note if self._note is not None and saves_with(self._note) else None
+
+    def finish(self) -> None:
+        """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""
+        self._id = None
+        used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
+        for frame in self._begun:
+            frame.begun = frame.finished = False
+        self._begun = []
+        units = self._schedule.units
+        for index in sorted(units.keys()):
+            unit = units.get(index)
+            if unit is None:
+                continue
+            if index in used or unit.has_raw_grads():
+                self._schedule.reduce(unit)
+            unit.open_uses = 0
+        if self._whole.idle:
+            self._whole.release_all()
+        self._schedule.pools.tidy()

@@ -1,0 +1,44 @@
+"""What the library keeps on a module that owns a unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..precision import Precision
+from ..shard.unit import ShardUnit
+
+
+@dataclass
+class Record:
+    """Stands in the module's ``__dict__`` under ``_bmt``.
+
+    Attributes:
+        unit: the parameters that the module makes whole; None until it is sharded.
+        recompute, zero_level, precision: what ``Block`` was told.
+        has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
+        trained: whether they have moved since the ranks last had the same.
+    """
+
+    unit: ShardUnit | None = None
+    recompute: bool | None = False
+    zero_level: int = 3
+    precision: Precision | None = None
+    has_statistics: bool | None = None
+    trained: bool = False
+
+    def settings(self) -> Record:
+        """What is worth keeping in a file."""
+        return Record(recompute=self.recompute, zero_level=self.zero_level, precision=self.precision)
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The module's record, if it has one."""
+    return module.__dict__.get("_bmt")
+
+
+def unit_of(module: nn.Module) -> ShardUnit | None:
+    """The unit that ``module`` owns, if it owns one and is sharded."""
+    record = module.__dict__.get("_bmt")
+    return None if record is None else record.unit

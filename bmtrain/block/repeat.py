@@ -1,0 +1,110 @@
+"""Running a block's forward once more, as it ran the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..device import autocast_regions, in_autocast_regions
+from ..errors import ConfigurationError
+from ..shard.unit import unit_of_flat
+from .saved import Buffers, PlaceInFlat
+from .whole_units import unpin
+
+
+@dataclass(frozen=True, eq=False)
+class _Borrowed:
+    """A block's input that is a view of a parameter. Not a tuple, so that it is a leaf among the inputs."""
+
+    place: PlaceInFlat
+    requires_grad: bool
+
+
+class Repeat:
+    """A forward that can be run once more under the same generator and autocast state."""
+
+    def __init__(
+        self, buffers: Buffers, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._buffers, self._device = buffers, buffers.device
+        self._call, self._inputs = call, self._kept((args, kwargs))
+        self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
+        self._rng = self._device.rng_state()
+        self._autocast = autocast_regions()
+
+    def __call__(self) -> Any:
+        if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
+            raise ConfigurationError(
+                "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it "
+                "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
+                "x = x + y for x += y."
+            )
+        moving = _module_buffers(getattr(self._call, "__self__", None))
+        present = self._device.rng_state()
+        self._device.set_rng_state(self._rng)
+        try:
+            with ExitStack() as stack:
+                args, kwargs = self._detached(stack)
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(in_autocast_regions(self._autocast))
+                return self._call(*args, **kwargs)
+        finally:
+            self._device.set_rng_state(present)
+            for holder, name, buffer, value in moving:
+                buffer.data.copy_(value)  # past autograd's version count: the same values return
+                holder[name] = buffer
+
+    def _kept(self, inputs: Any) -> Any:
+        """``inputs`` to be held until the backward: without gather buffers, which by then hold other values."""
+        made: dict[int, _Borrowed] = {}
+
+        def kept(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+                return value
+            flat = self._buffers.flat_at(value)
+            if flat is None:
+                return value
+            return made.setdefault(id(value), _Borrowed(PlaceInFlat.of(value, flat), value.requires_grad))
+
+        return tree_map(kept, inputs)
+
+    def _detached(self, stack: ExitStack) -> Any:
+        """Copies of the inputs outside the graph; what was one tensor stays one (attention asks ``query is key``).
+
+        Parts of gather buffers are whole again until ``stack`` ends.
+        """
+        made: dict[int, torch.Tensor] = {}
+
+        def detached(value: Any) -> Any:
+            if not isinstance(value, (torch.Tensor, _Borrowed)) or isinstance(value, torch.nn.Parameter):
+                return value
+            if id(value) not in made:
+                present = self._present(value, stack) if isinstance(value, _Borrowed) else value
+                made[id(value)] = present.detach().requires_grad_(value.requires_grad)
+            return made[id(value)]
+
+        return tree_map(detached, self._inputs)
+
+    def _present(self, borrowed: _Borrowed, stack: ExitStack) -> torch.Tensor:
+        unit = unit_of_flat(borrowed.place.flat)
+        tensor = self._buffers.rebuild(borrowed.place, self._device.autocast())
+        unit.pins += 1
+        stack.callback(unpin, [unit])
+        return tensor
+
+
+def _module_buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
+    """Every buffer with a copy: running statistics and counters must not move a second time."""
+    if not isinstance(module, torch.nn.Module) or not module.training:
+        return []
+    return [
+        (inner._buffers, name, buffer, buffer.clone())
+        for inner in module.modules()
+        for name, buffer in inner._buffers.items()
+        if buffer is not None
+    ]

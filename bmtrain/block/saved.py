@@ -1,0 +1,45 @@
+"""Parts of gather buffers that autograd, or a recomputation, wants back later, when the buffer holds other values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..device import Device
+from ..shard.flat import FlatShard
+
+
+class PlaceInFlat(NamedTuple):
+    """A view of a whole flat buffer, without the buffer."""
+
+    flat: FlatShard
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, flat: FlatShard) -> PlaceInFlat:
+        """Where ``tensor``, a part of ``flat``'s buffer, lies."""
+        return cls(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def within(self, base: torch.Tensor) -> torch.Tensor:
+        """The view, made anew from a buffer that holds the values again."""
+        if base.dtype != self.dtype:  # pinned in another precision meanwhile
+            base = base.to(self.dtype)
+        return base.as_strided(self.size, self.stride, self.offset)
+
+
+class Buffers(Protocol):
+    """Finds whole values, and gathers them again."""
+
+    @property
+    def device(self) -> Device:
+        """Where they are."""
+
+    def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
+        """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
+
+    def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
+        """A view of the re-gathered buffer."""

@@ -1,0 +1,81 @@
+"""In which order units are used: gathered when they are needed, the predicted one ahead of its time."""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+
+import torch
+
+from ..context import Context
+from ..errors import CommunicationError
+from ..shard.freeze import keep_frozen_apart
+from ..shard.pools import Pools
+from ..shard.unit import ShardUnit
+from .trace import Phase, Trace
+from .whole_units import WholeUnits
+
+
+class Schedule:
+    """All units of this process, and the collectives that they need, in an order that is the same on all ranks."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+        self.pools = Pools(ctx)
+        self.whole = WholeUnits()
+        self.trace = Trace(ctx, min(ctx.timeout, timedelta(minutes=5)))
+        self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
+        self._next_index = 0
+
+    def register(self, unit: ShardUnit) -> None:
+        """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
+        if unit.index < 0:
+            unit.index = self._next_index
+            self._next_index += 1
+            self.units[unit.index] = unit
+
+    def run_starts(self, unit: ShardUnit, grad: bool) -> None:
+        """An outermost forward begins, of ``unit``'s module."""
+        if self.pools.moves:
+            self.register(unit)
+            self.trace.begin((unit.index, grad), unit.name)
+
+    def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
+        """Make ``unit`` whole now, and prefetch what usually follows.  Collective."""
+        self.register(unit)
+        predicted = self.trace.note(unit.index, phase, unit.name) if unit.moves else None
+        if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
+            self.whole.release(unit)
+            keep_frozen_apart(unit)
+        if not unit.moves:
+            return
+        try:
+            self.whole.gather(unit, unit.compute_dtype(autocast))
+            following = self.units.get(predicted) if predicted is not None else None
+            if following is not None:
+                self.whole.prefetch(following, following.compute_dtype(autocast))
+        except CommunicationError as error:
+            raise self.trace.blamed(error, f"the {phase} of {unit.name or 'the root'}") from error
+
+    def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
+        """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
+        for other in unit.borrows:
+            if not (other.is_whole and other.pins):
+                self.use(other, phase, autocast)
+            self.whole.pin(other)
+        if not (unit.is_whole and phase == "backward"):
+            self.use(unit, phase, autocast)
+        self.whole.pin(unit)
+
+    def reduce(self, unit: ShardUnit) -> None:
+        """Sum the gradients of ``unit`` over ranks.  Collective."""
+        try:
+            unit.reduce_grads()
+        except CommunicationError as error:
+            raise self.trace.blamed(error, f"the reduction of {unit.name or 'the root'}") from error
+
+    def updated(self, unit: ShardUnit) -> None:
+        """``unit`` has new values: if the next step begins with it, gather it meanwhile."""
+        unit.release_prefetched()
+        if self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
+            self.whole.prefetch(unit, unit.compute)

@@ -1,0 +1,174 @@
+"""Which units are whole now, and why."""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..shard.flat import FlatShard
+from ..shard.unit import ShardUnit, State
+
+
+class Reason(enum.Enum):
+    """Why a unit is whole or on its way.
+
+    KEPT: it stays from its forward to the end of the backward (ZeRO-2).
+    USED: it was made whole last; whoever did computes with it.
+    PINNED: a running forward, or code inside ``bmt.gathered``, needs it.
+    NEAR: nobody needs it now; it was used or is predicted, and may be released whenever its memory is wanted, since
+        whoever needs it gathers it again.
+    """
+
+    KEPT = enum.auto()
+    USED = enum.auto()
+    PINNED = enum.auto()
+    NEAR = enum.auto()
+
+
+class WholeUnits:
+    """Keeps at most ``limit`` units whole that are USED or NEAR, beside all that are KEPT or PINNED.
+
+    ``limit`` 2 is the one in use and the one coming: the two parameter buffers per block shape.
+    """
+
+    def __init__(self, limit: int = 2) -> None:
+        self.limit = limit
+        self._units: OrderedDict[int, ShardUnit] = OrderedDict()  # least recently used first
+        self._storages: dict[int, FlatShard] = {}
+        self._used: ShardUnit | None = None
+        self._forwards: list[list[ShardUnit]] = [[]]  # what each running forward has pinned; at the bottom none runs
+
+    def why(self, unit: ShardUnit) -> Reason | None:
+        """Why ``unit`` is whole or on its way; None if it is neither."""
+        if unit.index not in self._units:
+            return None
+        if unit.keep:
+            return Reason.KEPT
+        if unit is self._used:
+            return Reason.USED
+        return Reason.PINNED if unit.pins else Reason.NEAR
+
+    # -- moves ----------------------------------------------------------------------------------------------------
+
+    def gather(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
+        """Make ``unit`` whole now, gathered for ``compute`` (unless it is pinned otherwise); None: as it rests."""
+        if not unit.pins and not unit.fits(compute):
+            self.release(unit)
+        if not unit.is_whole:
+            if unit.state is State.SHARDED:
+                self._make_room()
+            unit.gather(compute)
+            for flat in unit.flats:
+                assert flat.buffer is not None
+                self._storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
+        self._units[unit.index] = unit
+        self._units.move_to_end(unit.index)
+        self._used = unit
+
+    def prefetch(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
+        """Start gathering ``unit``, which will be needed next."""
+        if unit.state is not State.SHARDED:
+            return
+        self._make_room()
+        self._units[unit.index] = unit
+        unit.prefetch(compute)
+
+    def release(self, unit: ShardUnit) -> None:
+        """Give up ``unit``'s whole values."""
+        self._forget(unit)
+        unit.release()
+        self._units.pop(unit.index, None)
+        if self._used is unit:
+            self._used = None
+
+    def release_all(self) -> None:
+        """The same for every unit that no running forward has pinned."""
+        for unit in list(self._units.values()):
+            if not unit.pins:
+                self.release(unit)
+
+    def set_back(self, unit: ShardUnit) -> None:
+        """Show ``unit``'s parameters sharded, unless it is pinned, but keep what is whole for a use to come."""
+        if not unit.pins and unit.is_whole:
+            self._forget(unit)
+            unit.set_back()
+
+    def set_back_all(self) -> None:
+        """The same for every unit: a forward is over, and its backward is to come."""
+        for unit in self._units.values():
+            self.set_back(unit)
+
+    def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
+        """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
+        return self._storages.get(tensor.untyped_storage().data_ptr())
+
+    def _forget(self, unit: ShardUnit) -> None:
+        for flat in unit.flats:
+            if flat.buffer is not None:
+                self._storages.pop(flat.buffer.tensor.untyped_storage().data_ptr(), None)
+
+    def _make_room(self) -> None:
+        reasons = [(unit, self.why(unit)) for unit in self._units.values()]
+        near = [unit for unit, reason in reasons if reason is Reason.NEAR]
+        others = sum(reason is Reason.USED for _, reason in reasons)
+        for unit in near[: max(0, len(near) + others + 1 - self.limit)]:
+            self.release(unit)
+
+    # -- pins -----------------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether no forward is running."""
+        return len(self._forwards) == 1
+
+    def forward_begins(self) -> None:
+        """A forward starts inside the present one."""
+        self._forwards.append([])
+
+    def forward_ends(self) -> None:
+        """The innermost forward is over: what it has pinned is needed no longer."""
+        unpin(self._forwards[-1])
+        self._forwards.pop().clear()
+
+    def pin(self, unit: ShardUnit) -> None:
+        """Keep ``unit`` whole until the innermost forward is over."""
+        unit.pins += 1
+        self._forwards[-1].append(unit)
+
+    def loop_pin(self, unit: ShardUnit, uses: int | None) -> LoopPin:
+        """Let the last pin of ``unit`` end earlier."""
+        return LoopPin(unit, self._forwards[-1], uses)
+
+
+def unpin(units: Iterable[ShardUnit]) -> None:
+    """One pin less for each."""
+    for unit in units:
+        unit.pins -= 1
+
+
+@dataclass
+class LoopPin:
+    """Keeps a unit whole though nobody calls its module, for as long as it is ``among`` what a forward has pinned.
+
+    A view of a parameter may outlive the pin.  Where buffers are used again (``uses`` is how many views there were at
+    first) it keeps the unit whole until the forward ends; elsewhere it keeps the memory by itself.
+    """
+
+    unit: ShardUnit
+    among: list[ShardUnit]
+    uses: int | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the unit is still pinned."""
+        return self.unit in self.among
+
+    def release(self) -> None:
+        """Let go of the unit."""
+        if self.holds and (self.uses is None or self.unit.uses() <= self.uses):
+            self.among.remove(self.unit)
+            unpin([self.unit])

@@ -1,0 +1,94 @@
+"""What shards, and the packages above, ask of the engine: the part of the block layer that decides when units move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar, cast
+
+import torch
+from torch import nn
+
+from ..context import context
+from .flat import FlatShard
+from .unit import ShardUnit
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """When parameters are whole and when gradients are reduced."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether no distributed module is running."""
+
+    def shard(self, module: nn.Module) -> None:
+        """Shard every parameter of ``module`` that is not sharded yet.  Collective."""
+
+    def forward(
+        self,
+        unit: ShardUnit | None,
+        recompute: bool | None,
+        call: Callable[..., T],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> T:
+        """Run one module's forward with its unit whole."""
+
+    @property
+    def outside(self) -> OutsideForward:
+        """Whole units where no forward of their own module runs."""
+
+    @property
+    def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
+        """While a block runs a second time: what to call with each tensor that would be saved."""
+
+    def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
+        """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
+
+    def finish_backward(self) -> None:
+        """Reduce every gradient that is not reduced yet.  Collective."""
+
+    def updated(self, unit: ShardUnit) -> None:
+        """An optimizer has just changed all of ``unit``.  Collective."""
+
+    def optimizer_stepped(self) -> None:
+        """An optimizer has updated all its parameters."""
+
+
+class OutsideForward(Protocol):
+    """Makes units whole though no forward of their own module runs."""
+
+    def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
+        """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
+
+    def may_gather(self, func: Callable[..., object]) -> bool:
+        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
+
+    def is_near(self, units: Sequence[ShardUnit]) -> bool:
+        """Whether operations outside of any forward have used ``units``, and their values are still here."""
+
+    def on_demand(self, units: Sequence[ShardUnit]) -> AbstractContextManager[None]:
+        """Whole units for one operation, and for the rest of the forward it is part of."""
+
+    def apart(self, value: object) -> object:
+        """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
+
+    def pin_for_loop(self, unit: ShardUnit) -> Pin | None:
+        """Make ``unit`` whole until the pin is released or the running forward ends; None if none runs."""
+
+    def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
+        """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""
+
+
+class Pin(Protocol):
+    """Keeps one unit whole."""
+
+    def release(self) -> None:
+        """Let go of it."""
+
+
+def engine() -> Engine:
+    """The process's engine.  Raises NotInitializedError before ``init_distributed``."""
+    return cast(Engine, context().engine)

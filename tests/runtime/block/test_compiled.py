@@ -1,0 +1,128 @@
+"""Compiled blocks under autocast: every parameter gets torch's gradient, large linear weights first."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch import nn
+
+import bmtrain as bmt
+from bmtrain.block import linear
+
+WIDTH, ROWS, BLOCKS = 32, 12, 3
+
+
+class Layer(nn.Module):
+    """A norm, linear layers with and without bias, one weight used twice, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH, bias=False)
+        self.gain = nn.Parameter(torch.full((WIDTH,), 0.7))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.gain * self.down(F.gelu(self.up(self.norm(x))))
+        return x + self.down(self.up(x).tanh())
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(*[Layer() for _ in range(BLOCKS)])
+
+
+def data(rows: int = ROWS) -> torch.Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
+def loss_of(model: nn.Module, x: torch.Tensor, cast: bool) -> torch.Tensor:
+    kind = x.device.type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=cast):
+        return model(x).float().square().mean()
+
+
+def plain(cast: bool) -> dict[str, torch.Tensor]:
+    model = build()
+    loss_of(model, data(), cast).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def sharded(cast: bool, backend: str | None, recompute: bool, backwards: int) -> tuple[dict[str, torch.Tensor], int]:
+    """Gradients, each a mean over the backwards, and how many products landed in the reduction buffer."""
+    torch._dynamo.reset()
+    with mock.patch.object(linear, "_LARGE", WIDTH * WIDTH):
+        model = nn.Sequential(*[bmt.Block(layer, use_checkpoint=recompute) for layer in build()])
+        bmt.BMTrainModelWrapper(model)
+    if backend is not None:
+        bmt.compile(model, backend=backend)
+    device = next(model.parameters()).device
+    x = data().chunk(bmt.world_size())[bmt.rank()].to(device).requires_grad_()
+    manager = bmt.optim.OptimManager(loss_scale=None)
+    landed, land = 0, linear._land
+
+    def counted(*args: object) -> None:
+        nonlocal landed
+        landed += 1
+        land(*args)  # type: ignore[arg-type]
+
+    with mock.patch.object(linear, "_land", counted):
+        for _ in range(backwards):
+            manager.backward(loss_of(model, x, cast) / backwards)
+    found = {name: bmt.gather_grad(p) for name, p in model.named_parameters()}
+    return {name: grad.cpu() for name, grad in found.items() if grad is not None}, landed
+
+
+def check(cast: bool, backend: str | None, recompute: bool, backwards: int) -> None:
+    expected = plain(cast)
+    assert len(expected) == BLOCKS * 6
+    for grads, landed in run_ranks(2, sharded, cast, backend, recompute, backwards, timeout=240):
+        assert grads.keys() == expected.keys()
+        for name, grad in grads.items():
+            error = float((grad - expected[name]).norm() / expected[name].norm())
+            assert error < (0.02 if cast else 1e-5), (name, error)
+        assert landed == BLOCKS * 4 * backwards
+
+
+@pytest.mark.parametrize("backwards", [1, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("cast", [False, True])
+def test_every_gradient_is_torchs(cast: bool, backend: str | None, recompute: bool, backwards: int) -> None:
+    check(cast, backend, recompute, backwards)
+
+
+@pytest.mark.parametrize(("recompute", "backwards"), [(False, 3), (True, 1)])
+def test_every_gradient_of_inductors_code_is_torchs(recompute: bool, backwards: int) -> None:
+    check(True, "inductor", recompute, backwards)
+
+
+def compiled_whole(in_place: bool, blocks: bool) -> dict[str, torch.Tensor | None]:
+    """Gradients of a model that is compiled as one by torch's own means."""
+    torch._dynamo.reset()
+    with mock.patch.object(linear, "_LARGE", 0):
+        layers = build()
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*[bmt.Block(x) for x in layers]) if blocks else layers)
+    run: nn.Module = model
+    if in_place:
+        model.compile(backend="aot_eager")
+    else:
+        run = torch.compile(model, backend="aot_eager")  # type: ignore[assignment]
+    device = next(model.parameters()).device
+    x = data().chunk(bmt.world_size())[bmt.rank()].to(device).requires_grad_()
+    bmt.optim.OptimManager().backward(loss_of(run, x, cast=True))
+    return {name: bmt.gather_grad(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_every_gradient_of_a_model_compiled_whole_is_torchs(in_place: bool, blocks: bool) -> None:
+    expected = plain(cast=True)
+    for grads in run_ranks(2, compiled_whole, in_place, blocks, timeout=240):
+        for name, right in expected.items():
+            grad = grads[name]
+            assert grad is not None, name
+            assert float((grad.cpu() - right).norm() / right.norm()) < 0.02, name
