@@ -98,7 +98,6 @@ class _Apply(cst.CSTTransformer):
         self._of_expressions: dict[cst.CSTNode, list[Replace | Arguments]] = defaultdict(list)
         self._of_statements: dict[cst.CSTNode, list[StatementChange]] = defaultdict(list)
         self._hoisted: dict[cst.CSTNode, str] = {}
-        self._counterpart = {node: original for original, node in links.statements.items()}
         for change in changes:
             match change:
                 case Replace(node=node):
