@@ -119,8 +119,9 @@ def test_config() -> None:
 
 def ring() -> torch.Tensor:
     """Every rank passes its tensor to the next, as ring attention does."""
-    from bmtrain.distributed.ops import ncclRecv, ncclSend
     from bmtrain.nccl import commCount, commRank, groupEnd, groupStart
+
+    from bmtrain.distributed.ops import ncclRecv, ncclSend
 
     comm = bmt.config["comm"]
     tensor = torch.arange(3.0) + 10 * bmt.rank()
