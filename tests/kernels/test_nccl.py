@@ -114,7 +114,8 @@ def check_bool(staged: bool = False) -> None:
 def check_staged_memory() -> None:
     """What arrives in several parts is whole, on two streams in turn, in any mode, and nothing is connected for it."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    communicator().barrier()  # NCCL itself is loaded by now
+    communicator().barrier()
+    check_moves(torch.float32)  # what NCCL and torch load on first use is loaded by now
     device = torch.device("cuda", rank)
     comm = StagedCommunicator(store(), "memory", rank, world, device)
     count = 3_000_001
