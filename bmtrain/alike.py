@@ -18,14 +18,25 @@ _FACTOR = 0x1E3779B97F4A7C15  # odd, so that no difference is multiplied away
 
 
 def follow_rank_0(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
-    """Overwrite ``values``, each under its name, by rank 0's where ranks differ in any bit.  Collective.
+    """Overwrite ``values`` by rank 0's where ``differing`` names them; returns those names.  Collective."""
+    names = differing(ctx, what, values)
+    with torch.no_grad():
+        for name in names:
+            sent = values[name].detach().to(ctx.device.torch_device).contiguous()
+            ctx.world.broadcast(sent.view(-1).view(torch.uint8), 0)
+            values[name].copy_(sent)
+    return names
+
+
+def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those of ``values`` that differ between ranks in any bit.  Collective.
 
     Equal values cost one exchange of two numbers.  Those on the meta device are compared by what is known of them.
 
-    Returns the names of what differed.  Raises ConfigurationError on every rank, naming the first difference, unless
-    names, shapes, dtypes and what trains are the same on all ranks; ``what`` names the whole in it.
+    Raises ConfigurationError on every rank, naming the first difference, unless names, shapes, dtypes and what trains
+    are the same on all ranks; ``what`` names the whole in it.
     """
-    if ctx.world_size == 1 or not values:
+    if ctx.world_size == 1:
         return []
     with torch.no_grad(), torch.device("cpu"):  # not the caller's default device, which may be meta
         facts = [_fact(name, value) for name, value in values.items()]
@@ -37,12 +48,7 @@ def follow_rank_0(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -
             raise ConfigurationError(_first_difference(what, allgather_objects(facts)))
         every = _from_all(ctx, digests)
         differs = (every != every[0]).any(0).tolist()
-        names = [name for name, differ in zip(values, differs, strict=True) if differ]
-        for name in names:
-            sent = values[name].detach().to(ctx.device.torch_device).contiguous()
-            ctx.world.broadcast(sent.view(-1).view(torch.uint8), 0)
-            values[name].copy_(sent)
-        return names
+        return [name for name, differ in zip(values, differs, strict=True) if differ]
 
 
 def digest(value: torch.Tensor) -> torch.Tensor:
@@ -67,7 +73,7 @@ def _digests(values: list[torch.Tensor]) -> torch.Tensor:
     """(n,) on the CPU; 0 for values that are still to be made."""
     made = [torch.zeros((), dtype=torch.int64) if value.is_meta else digest(value) for value in values]
     device = next((one.device for one in made if one.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([one.to(device) for one in made]).cpu()
+    return torch.stack([one.to(device) for one in made]).cpu() if made else torch.empty(0, dtype=torch.int64)
 
 
 def _fact(name: str, value: torch.Tensor) -> str:
@@ -90,7 +96,7 @@ def _first_difference(what: str, facts: list[list[str]]) -> str:
     ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
     ranks = [str(rank) for rank, mine in enumerate(facts) if mine != facts[0]]
     return (
-        f"{what} is another model on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} than on rank 0: {ours} on "
-        f"rank 0 is {theirs} on rank {other} ({len(facts[0])} and {len(facts[other])} parameters and buffers). "
-        "Build the same model on every rank."
+        f"{what} has other parameters on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} than on rank 0: {ours} "
+        f"on rank 0 is {theirs} on rank {other} ({len(facts[0])} and {len(facts[other])} parameters and buffers). "
+        "Give every rank the same."
     )

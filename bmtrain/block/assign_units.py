@@ -51,7 +51,8 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
         made = {n: new for n, new, old in zip(group.names, whole, group.parameters, strict=True) if new is not old}
-        differing += follow_rank_0(pools.ctx, kind, made)
+        if made:
+            differing += follow_rank_0(pools.ctx, kind, made)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
         record = become(group.owner, ShardedModule)

@@ -244,6 +244,30 @@ def test_values_that_are_initialised_later_may_differ_before() -> None:
     assert late.gather().eq(1).all()
 
 
+@on_ranks(1, 2, 3)
+def test_values_written_later_are_rank_0s_too() -> None:
+    class Late(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = bmt.DistributedParameter(torch.zeros(5, 3), init_method=nn.init.normal_)
+            self.second = bmt.DistributedParameter(torch.zeros(4), init_method=nn.init.normal_)
+
+    torch.manual_seed(20)
+    first, second = torch.randn(5, 3), torch.randn(4)
+    model = Late()
+    for apart in (0, 1):
+        torch.manual_seed(20 + apart * bmt.rank())
+        with warned() as said, counted() as calls:
+            bmt.init_parameters(model)
+        assert bool(said) == bool(apart and not bmt.rank() and bmt.world_size() > 1), said
+        assert ("broadcast" in calls) == bool(apart and bmt.world_size() > 1)
+        assert torch.equal(model.first.gather(), first) and torch.equal(model.second.gather(), second)
+    with warned() as said, bmt.gathered(model, write=True), torch.no_grad():
+        model.second.copy_(torch.full((4,), 7.0 + bmt.rank()))
+    assert model.second.gather().eq(7).all() and torch.equal(model.first.gather(), first)
+    assert bool(said) == (bmt.rank() == 0 and bmt.world_size() > 1)
+
+
 # ---- other models on other ranks
 # -------------------------------------------------------------------------------------------------------------------
 
@@ -256,6 +280,8 @@ def refused(kind: str) -> tuple[str, str]:
             module = nn.Module()
             module.register_parameter("gain" if other else "scale", nn.Parameter(torch.ones(3)))
             bmt.BMTrainModelWrapper(module)
+        elif kind == "none":
+            bmt.BMTrainModelWrapper(nn.LayerNorm(3, elementwise_affine=not other))
         elif kind == "meta":
             with torch.device("meta" if other else "cpu"):
                 net(SHARDED)
@@ -273,7 +299,7 @@ def refused(kind: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("kind", "named"),
     [
-        ("renamed", "scale"), ("layers", "layers.3"), ("width", "(7, 7)"), ("frozen", "head.bias"),
+        ("renamed", "scale"), ("none", "weight"), ("layers", "layers.3"), ("width", "(7, 7)"), ("frozen", "head.bias"),
         ("dtype", "float64"), ("meta", "meta device"),
     ],
 )  # fmt: skip
