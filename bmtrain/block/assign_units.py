@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from ..alike import follow_rank_0
 from ..errors import ConfigurationError
 from ..shard.flat import flat_of
-from ..shard.parameter import DistributedParameter, as_distributed
+from ..shard.parameter import DistributedParameter, as_distributed, init_method_of
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .linear import LandingLinear, land_gradients
@@ -30,18 +33,26 @@ class _Group:
 def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     """Give every parameter of ``root`` that has none a unit, and move buffers to this process's device.
 
-    Returns the new units.
+    Where ranks made different values, of parameters or buffers, all take rank 0's.
+
+    Returns the new units.  Raises ConfigurationError if ranks built different models.  Collective.
     """
     groups = _plan(root)
     casts = _cast_by_autocast(root)
     for group in groups:
         _check(group)
         group.autocasts = [id(p) in casts for p in group.parameters]
+    device, kind = pools.ctx.device.torch_device, type(root).__name__
+    # Of those that are initialised later no one expects that they are equal now.
+    later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
+    differing = follow_rank_0(pools.ctx, kind, _initial_values(root, groups))
     check_buffers(root)
-    device = pools.ctx.device.torch_device
     units = []
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
+        made = {n: new for n, new, old in zip(group.names, whole, group.parameters, strict=True) if new is not old}
+        if made:
+            differing += follow_rank_0(pools.ctx, kind, made)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
         record = become(group.owner, ShardedModule)
@@ -49,6 +60,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
         record.unit = unit
         unit.keep = record.zero_level == 2
         units.append(unit)
+    _warn_of_different_starts(pools.ctx.rank, kind, [name for name in differing if name not in later])
     _note_borrowed(root)
     land_gradients(root)
     pools.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
@@ -57,6 +69,27 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
             if buffer is not None and buffer.device != device:
                 module._buffers[name] = buffer.to(device)
     return units
+
+
+def _initial_values(root: nn.Module, groups: list[_Group]) -> dict[str, torch.Tensor]:
+    """Parameters that ``groups`` shard, and buffers of the modules they belong to, under their names."""
+    values: dict[str, torch.Tensor] = {n: p for g in groups for n, p in zip(g.names, g.parameters, strict=True)}
+    new = {id(group.owner) for group in groups}  # the buffers of others may have parted on purpose, as statistics do
+    for owner, (_, prefix), module in _walk(root, root, "", ""):
+        if id(owner) in new or id(module) in new:
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not nn.parameter.is_lazy(buffer) and buffer.layout == torch.strided:
+                    values[prefix + name] = buffer
+    return values
+
+
+def _warn_of_different_starts(rank: int, kind: str, names: list[str]) -> None:
+    if names and rank == 0:
+        warnings.warn(
+            f"The ranks built {kind} with different values ({', '.join(names[:5])}{' ...' if len(names) > 5 else ''}); "
+            "rank 0's are used on all. Seed alike on every rank until the model is built.",
+            stacklevel=2,
+        )
 
 
 def _note_borrowed(root: nn.Module) -> None:

@@ -46,7 +46,8 @@ class Engine:
     # -- sharding -------------------------------------------------------------------------------------------------
 
     def shard(self, module: nn.Module) -> None:
-        """Shard every parameter of ``module`` that is not sharded yet.  Collective."""
+        """Shard every parameter of ``module`` that is not sharded yet, with rank 0's values.  Collective."""
+        self.schedule.trace.sharding(type(module).__name__)
         arenas = self.schedule.pools.arenas
         arenas.collect()
         arenas.watch(module)

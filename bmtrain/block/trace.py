@@ -43,6 +43,15 @@ class Trace:
         if early:
             self._agree(f"the start of the forward of {name}")
 
+    def sharding(self, name: str) -> None:
+        """A module is about to be sharded.  Returns once every rank has come to the same.
+
+        Raises RankDivergenceError when another rank comes elsewhere.
+        """
+        self._count += 1
+        # Until they first meet, ranks may be minutes apart: one of them has read the data that all will use.
+        self._agree(f"the sharding of {name}", self._ctx.timeout)
+
     def opening(self, count: int = 2) -> list[int]:
         """The units that the next training run needs first, as far as known."""
         last = self._run or self._past.get(self._kind, [])
@@ -71,32 +80,33 @@ class Trace:
             return self._expected[self._position][0]
         return None
 
-    def _agree(self, what: str) -> None:
+    def _agree(self, what: str, patience: timedelta | None = None) -> None:
         if self._ctx.world_size == 1:
             return
+        patience = patience or self._patience
         store, rank, key = self._ctx.store, self._ctx.rank, f"order/{self._count}/{len(self._asked)}"
         store.set(f"{key}/{rank}", what)
         done = f"{key}/done"
         if store.add(f"{key}/{zlib.crc32(what.encode())}", 1) == self._ctx.world_size:
             store.set(done, "1")
-        deadline = time.monotonic() + self._patience.total_seconds()
+        deadline = time.monotonic() + patience.total_seconds()
         pause = 0.0
         while not store.check([done]):
-            self._compare(key, what, give_up=time.monotonic() > deadline)
+            self._compare(key, what, patience if time.monotonic() > deadline else None)
             time.sleep(pause)
-            pause = min(pause + 0.001, 0.05)
+            pause = min(pause + 0.001, 0.5)
         self._asked.append(f"{key}/{rank}")
         if len(self._asked) > 2:  # every rank is past the one before the last
             store.delete_key(self._asked[-3])
 
-    def _compare(self, key: str, what: str, give_up: bool) -> None:
+    def _compare(self, key: str, what: str, passed: timedelta | None) -> None:
         store, here = self._ctx.store, self._ctx.rank
         for rank in range(self._ctx.world_size):
             said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
             if said is not None and said != what:
                 self._leave(what, _message(here, what, rank, f"came to {said}"))
-            if said is None and give_up:
-                self._leave(what, _message(here, what, rank, f"did not within {self._patience}"))
+            if said is None and passed is not None:
+                self._leave(what, _message(here, what, rank, f"did not within {passed}"))
 
     def _leave(self, what: str, message: str) -> None:
         """Raise, and end the waiting of ranks that followed the prediction into a collective that never comes."""
@@ -113,8 +123,8 @@ class Trace:
 
 
 _ADVICE = (
-    "All ranks must run the same blocks in the same order: decide skips and early exits from a generator seeded alike "
-    "on all ranks, or run the block and drop its result."
+    "All ranks must build the same modules and run the same blocks in the same order: decide skips and early exits "
+    "from a generator seeded alike on all ranks, or run the block and drop its result."
 )
 
 

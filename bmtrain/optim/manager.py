@@ -140,7 +140,15 @@ class OptimManager:
         return clip_(params_of(param_groups), max_norm, float(norm_type), scale, eps)
 
     def step(self) -> None:
-        """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients."""
+        """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients.
+
+        Raises ConfigurationError if no optimizer was added.
+        """
+        if not self.optimizers:
+            raise ConfigurationError(
+                "This OptimManager has no optimizer, so its step trains nothing. Call "
+                "optim_manager.add_optimizer(optimizer, lr_scheduler) once, before the first step."
+            )
         engine().finish_backward()
         if self._scale is None:
             self._update(self._fixed_scale)

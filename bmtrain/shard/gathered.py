@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from ..alike import follow_rank_0
 from ..errors import ConfigurationError
 from .engine import engine
-from .flat import flat_of
-from .parameter import DistributedParameter, group_of, init_method_of
+from .flat import FlatShard, flat_of
+from .parameter import DistributedParameter, group_of, init_method_of, raw_data
 from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
@@ -39,7 +41,7 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
 
     Args:
         what: a module (all its parameters), a parameter, or an iterable of parameters.
-        write: keep what the body writes.  Every rank must write the same values.
+        write: keep what the body writes.  Where ranks write different values, all keep rank 0's, with a warning.
     """
     units = units_of(what)
     flats = [flat for unit in units for flat in unit.flats]
@@ -50,11 +52,26 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
             with torch.autograd.graph.saved_tensors_hooks(_kept, _given):
                 yield
             if write:
+                _follow_rank_0(flats)
                 for flat in flats:
                     flat.keep_whole_values()
         finally:
             for flat in flats:
                 flat.forget_writes()
+
+
+def _follow_rank_0(flats: list[FlatShard]) -> None:
+    if not flats:
+        return
+    ctx = flats[0].unit.ctx
+    written = {n: raw_data(p) for flat in flats for n, p in zip(flat.names, flat.params, strict=True)}
+    differing = follow_rank_0(ctx, "What bmt.gathered(write=True) shows", written)
+    if differing and ctx.rank == 0:
+        warnings.warn(
+            f"The ranks wrote different values into {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}; "
+            "rank 0's are used on all. Seed alike on every rank before parameters are initialised.",
+            stacklevel=2,
+        )
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:
@@ -105,7 +122,7 @@ def init_parameters(model: nn.Module) -> None:
     """Run every parameter's ``init_method`` on its whole value, in the order of ``model.parameters()``.  Collective.
 
     Parameters without one keep their values.  Random numbers come from the generator of the parameter's device,
-    as if the model were not sharded; all ranks must have seeded it alike (``init_distributed`` does).
+    as if the model were not sharded; where ranks draw different ones, all take rank 0's, with a warning.
     """
     for parameter in model.parameters():
         method = init_method_of(parameter)

@@ -74,7 +74,7 @@ class DistributedParameter(nn.Parameter):
     """An ``nn.Parameter`` that its DistributedModule shards over all ranks.
 
     Args:
-        data: the whole initial value, the same on every rank.
+        data: the whole initial value; where ranks differ, sharding takes rank 0's.
         requires_grad: as for ``nn.Parameter``.
         init_method: run by ``bmt.init_parameters``.
         group: a name by which ``bmt.grouped_parameters`` groups.

@@ -49,6 +49,22 @@ def test_clipping_is_torchs() -> None:
     assert float(manager.clip_grad_norm(model.parameters(), 1.0, "inf")) == 0.0
 
 
+@pytest.mark.parametrize("loss_scale", [None, 2.0**4])
+@on_ranks(1, 2)
+def test_a_step_without_an_optimizer_is_refused(loss_scale: float | None) -> None:
+    model = bmt.BMTrainModelWrapper(Tiny())
+    manager = bmt.optim.OptimManager(loss_scale=loss_scale)
+    manager.zero_grad()
+    manager.backward(oracle.mean(model(models.share(oracle.inputs(0)))))
+    assert float(manager.clip_grad_norm(model.parameters(), 1.0)) > 0
+    with pytest.raises(bmt.errors.ConfigurationError, match="add_optimizer"):
+        manager.step()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.5))
+    before = model.state_dict()
+    manager.step()
+    assert not torch.equal(before["weight"], model.state_dict()["weight"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @on_ranks(1, 2)
 def test_an_overflow_skips_the_step_and_lowers_the_scale(dtype: torch.dtype) -> None:

@@ -1,0 +1,102 @@
+"""Values that every rank must start with alike: compared by digests, and rank 0's taken where ranks differ."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Mapping
+
+import torch
+
+from .context import Context
+from .errors import ConfigurationError
+from .objects import allgather_objects
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_AT_ONCE = 1 << 17  # words whose products stay in a CPU's cache
+_FACTOR = 0x1E3779B97F4A7C15  # odd, so that no difference is multiplied away
+
+
+def follow_rank_0(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
+    """Overwrite ``values`` by rank 0's where ``differing`` names them; returns those names.  Collective."""
+    names = differing(ctx, what, values)
+    with torch.no_grad():
+        for name in names:
+            sent = values[name].detach().to(ctx.device.torch_device).contiguous()
+            ctx.world.broadcast(sent.view(-1).view(torch.uint8), 0)
+            values[name].copy_(sent)
+    return names
+
+
+def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of those of ``values`` that differ between ranks in any bit.  Collective.
+
+    Equal values cost one exchange of two numbers.  Those on the meta device are compared by what is known of them.
+
+    Raises ConfigurationError on every rank, naming the first difference, unless names, shapes, dtypes and what trains
+    are the same on all ranks; ``what`` names the whole in it.
+    """
+    if ctx.world_size == 1:
+        return []
+    with torch.no_grad(), torch.device("cpu"):  # not the caller's default device, which may be meta
+        facts = [_fact(name, value) for name, value in values.items()]
+        digests = _digests(list(values.values()))
+        rows = _from_all(ctx, torch.stack((torch.tensor(zlib.crc32("\n".join(facts).encode())), digest(digests))))
+        if bool((rows == rows[0]).all()):
+            return []
+        if not bool((rows[:, 0] == rows[0, 0]).all()):
+            raise ConfigurationError(_first_difference(what, allgather_objects(facts)))
+        every = _from_all(ctx, digests)
+        differs = (every != every[0]).any(0).tolist()
+        return [name for name, differ in zip(values, differs, strict=True) if differ]
+
+
+def digest(value: torch.Tensor) -> torch.Tensor:
+    """() int64 of every bit of ``value`` and its place, on its device.
+
+    It changes whenever a single element does; NaNs count by their bits.
+    """
+    flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    size = flat.element_size()
+    if flat.numel() * size % 8:
+        words = flat.view(_WORDS[size])
+    else:  # the fewer words, the faster
+        words = (flat.clone() if flat.storage_offset() * size % 8 else flat).view(torch.int64)
+    weights = torch.arange(1, 2 * min(words.numel(), _AT_ONCE) + 1, 2, device=value.device)
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    for part in torch.split(words, _AT_ONCE):
+        total = total * _FACTOR + (part * weights[: part.numel()]).sum()
+    return total
+
+
+def _digests(values: list[torch.Tensor]) -> torch.Tensor:
+    """(n,) on the CPU; 0 for values that are still to be made."""
+    made = [torch.zeros((), dtype=torch.int64) if value.is_meta else digest(value) for value in values]
+    device = next((one.device for one in made if one.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([one.to(device) for one in made]).cpu() if made else torch.empty(0, dtype=torch.int64)
+
+
+def _fact(name: str, value: torch.Tensor) -> str:
+    trains = ", trained" if value.requires_grad else ""
+    made = ", on the meta device" if value.is_meta else ""
+    return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{trains}{made}"
+
+
+def _from_all(ctx: Context, numbers: torch.Tensor) -> torch.Tensor:
+    """(ranks, n) every rank's ``numbers``, (n,) on the CPU."""
+    rows = torch.empty(ctx.world_size * numbers.numel(), dtype=numbers.dtype)
+    ctx.control.all_gather(numbers, rows)
+    return rows.view(ctx.world_size, -1)
+
+
+def _first_difference(what: str, facts: list[list[str]]) -> str:
+    """Of the ranks' ``facts``, rank 0's first, of which at least two differ."""
+    other = next(rank for rank, theirs in enumerate(facts) if theirs != facts[0])
+    pairs = itertools.zip_longest(facts[0], facts[other], fillvalue="nothing")
+    ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+    ranks = [str(rank) for rank, mine in enumerate(facts) if mine != facts[0]]
+    return (
+        f"{what} has other parameters on rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} than on rank 0: {ours} "
+        f"on rank 0 is {theirs} on rank {other} ({len(facts[0])} and {len(facts[other])} parameters and buffers). "
+        "Give every rank the same."
+    )
