@@ -248,7 +248,7 @@ class Roles:
                 ("estimate", "eval")
             )
         if isinstance(value, ast.Attribute):
-            return value.attr == "loss"
+            return value.attr == "loss" or (value.attr == "data" and self._loss_value(value.value, known, part))
         if isinstance(value, ast.Subscript):
             return part is False and isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
         return False

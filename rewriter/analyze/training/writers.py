@@ -19,6 +19,9 @@ WRITING_METHODS = {
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
 }  # fmt: skip
 
+SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
+"""Methods that show the values they are given."""
+
 
 def writes(file: File, project: Project, node: ast.stmt) -> bool:
     """Whether a statement writes something outside the process."""
