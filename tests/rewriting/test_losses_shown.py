@@ -90,6 +90,7 @@ KEPT = [
     "history.append(x.detach())",
     "loss.data.zero_()",
     "losses = {}",
+    "fresh = x.shape[0] - y.shape[0]\n    logger.info('%d', fresh)",
 ]
 
 

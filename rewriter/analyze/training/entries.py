@@ -7,6 +7,7 @@ import ast
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, is_optimizer_name
 from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS
 
@@ -146,9 +147,12 @@ class Entries:
                 or external_kind(name) == "leaf"
                 or name.split(".")[0] in {"tqdm", "wandb"}
                 or name in WRITERS
+                or (fails_if_there(file, self.project, call) and not is_asked_for(file, call))
             )
-        if isinstance(call.func, ast.Attribute) and call.func.attr in WRITING_METHODS:
-            return True
+        if isinstance(call.func, ast.Attribute) and call.func.attr in {*WRITING_METHODS, "mkdir"}:
+            return call.func.attr != "mkdir" or (
+                fails_if_there(file, self.project, call) and not is_asked_for(file, call)
+            )
         if isinstance(call.func, ast.Name) and call.func.id == "print":
             return file.names.lookup("print", file.names.scope_of(call)) is None
         return False

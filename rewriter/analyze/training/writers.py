@@ -10,7 +10,7 @@ from rewriter.analyze.read.project import Project
 
 WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
-    "os.rename", "os.replace", "os.mkdir", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
+    "os.rename", "os.replace", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
     "shutil.move", "shutil.copytree", "yaml.dump", "torchvision.utils.save_image", "wandb.log", "wandb.save",
     "wandb.finish", "wandb.watch", "wandb.init", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update",
 }  # fmt: skip
