@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
@@ -58,6 +59,7 @@ def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
+    compared = {node.lineno for node in Across(file).compared()}
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -69,8 +71,10 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
             yield Remark(RULE.code, call.lineno, message)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
-            message = "items of a batch are compared with each other: a rank sees its share of them only"
-            yield Remark(RULE.code, call.lineno, message)
+            compared.add(call.lineno)
+    for line in sorted(compared):
+        message = "items of a batch are compared with each other: a rank sees its share of them only"
+        yield Remark(RULE.code, line, message)
 
 
 def _is_sum(call: ast.Call) -> bool:
