@@ -104,3 +104,53 @@ NOT_COMPARED = {
 @pytest.mark.parametrize("function", NOT_COMPARED.values(), ids=NOT_COMPARED.keys())
 def test_a_loss_of_each_item(function: str) -> None:
     assert reported(function) == []
+
+
+def counted(function: str) -> list[int]:
+    body = textwrap.indent(function, "    ")
+    text = f"{HEAD}def objective(a, b, mask):\n{body}\n{LOOP.format(loss='objective(model(a), b, b != 0)')}"
+    found = convert_text(text).reported
+    return [item.line - HEAD.count("\n") - 1 for item in found if "the mean over what counts" in item.message]
+
+
+WEIGHED = {
+    "masked": "return ((a - b) * mask).sum() / mask.sum()",
+    "at least one": "loss = ((a - b) * mask).sum() / mask.sum().clamp(min=1)\nreturn loss",
+    "with torch": "loss = torch.sum(a * mask) / (torch.sum(mask) + 1e-8)\nreturn loss",
+    "a count by name": "count = mask.sum()\nloss = (a * mask).sum() / count\nreturn loss",
+    "a sum by name": "total = (a * mask).sum()\nloss = total / mask.float().sum()\nreturn loss",
+    "div": "loss = (a * mask).sum().div(mask.sum())\nreturn loss",
+    "what is chosen": "loss = a[b != 0].mean()\nreturn loss",
+    "a mask by name": "real = b != 0\nloss = a[real].mean()\nreturn loss",
+    "selected": "loss = a.masked_select(mask).mean()\nreturn loss",
+    "labels": "b[mask] = -100\nreturn F.cross_entropy(a, b)",
+    "filled labels": "b = b.masked_fill(mask, -100)\nreturn F.cross_entropy(a, b)",
+    "labels made": "y = torch.full_like(b, -100)\nreturn F.cross_entropy(a, y)",
+    "labels chosen": "y = torch.where(mask, b, -100)\nreturn F.cross_entropy(a, y)",
+    "labels in lists": "y = b + [-100] * 3\nreturn F.cross_entropy(a, y)",
+    "ignore_index": "return F.cross_entropy(a, b, ignore_index=0)",
+}
+
+
+@pytest.mark.parametrize("function", WEIGHED.values(), ids=WEIGHED.keys())
+def test_a_mean_over_what_a_mask_leaves(function: str) -> None:
+    found = counted(function)
+    assert found and found[0] <= function.count("\n") + 1
+
+
+ALIKE = {
+    "each item by itself": "loss = ((a * mask).sum(1) / mask.sum(1)).mean()\nreturn loss",
+    "along a dimension": "loss = ((a * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()\nreturn loss",
+    "a fixed number": "loss = (a - b).sum() / 8\nreturn loss",
+    "the number of items": "loss = (a - b).sum() / len(a)\nreturn loss",
+    "a plain mean": "loss = (a - b).mean()\nreturn loss",
+    "an index": "loss = a[:, 0].mean()\nreturn loss",
+    "hits": "return ((a.argmax(1) == b) & mask).sum() / mask.sum()",
+    "an accuracy": "hits = (a * mask).sum() / mask.sum()\nprint(hits)\nreturn F.mse_loss(a, b)",
+    "another -100": "low = -100\nif b.min() != -100:\n    b = b.clamp(low)\nreturn F.mse_loss(a, b)",
+}
+
+
+@pytest.mark.parametrize("function", ALIKE.values(), ids=ALIKE.keys())
+def test_a_mean_in_which_ranks_count_alike(function: str) -> None:
+    assert counted(function) == []

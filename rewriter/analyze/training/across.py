@@ -1,10 +1,11 @@
-"""Where a loss compares the items of a batch with each other: a rank sees its share of them only."""
+"""Losses that are another value on a share of the batch: they compare its items, or weigh them by their number."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
@@ -29,10 +30,19 @@ class Across:
 
     def compared(self) -> Iterator[ast.expr]:
         """Products, distances and spreads over the items of a batch that reach a loss."""
+        for flow in self._flows():
+            yield from flow.reaching(flow.compares)
+
+    def weighed(self) -> Iterator[ast.expr]:
+        """Means over what a mask leaves of a batch that reach a loss."""
+        for flow in self._flows():
+            yield from flow.reaching(flow.weighs)
+
+    def _flows(self) -> Iterator[_Flow]:
         functions = [node for node in self.file.nodes if isinstance(node, Function)]
         for function in (self.file.tree, *functions):
             if not self._is_outside_training(function):
-                yield from _Flow(self, function).reaching()
+                yield _Flow(self, function)
 
     def _is_outside_training(self, function: ast.Module | Function) -> bool:
         if isinstance(function, ast.Module):
@@ -98,14 +108,14 @@ class _Flow:
                 return any(self.is_batch(item) for item in elts)
         return False
 
-    def reaching(self) -> Iterator[ast.expr]:
-        """Comparisons from which a loss is made in this function."""
+    def reaching(self, asked: Callable[[ast.expr], bool]) -> Iterator[ast.expr]:
+        """Values of some kind from which a loss is made in this function."""
         for node in self.nodes:
-            if isinstance(node, ast.expr) and self._compares(node) and not self._without_gradients(node):
+            if isinstance(node, ast.expr) and asked(node) and not self._without_gradients(node):
                 if self._reaches(node):
                     yield node
 
-    def _compares(self, node: ast.expr) -> bool:
+    def compares(self, node: ast.expr) -> bool:
         match node:
             case ast.BinOp(left=left, op=ast.MatMult(), right=right):
                 return self._are_rows(left, right)
@@ -127,6 +137,40 @@ class _Flow:
                 if attr in _SPREADS:
                     return self._spreads(node)
         return False
+
+    def weighs(self, node: ast.expr) -> bool:
+        """``(nll * mask).sum() / mask.sum()``, ``nll[labels != 0].mean()``."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                hits = any(isinstance(item, ast.Compare) for item in walk(left))
+                return not hits and self._sums(left) and self._sums(right)
+            case ast.Call(func=ast.Attribute(value=value, attr="div"), args=[right]):
+                return self._sums(value) and self._sums(right)
+            case ast.Call(func=ast.Attribute(value=ast.Subscript(value=value, slice=mask), attr="mean"), args=[]):
+                return self.is_batch(value) and self._is_mask(mask)
+            case ast.Call(func=ast.Attribute(value=ast.Call() as chosen, attr="mean"), args=[]):
+                return _name(chosen) == "masked_select" and self.is_batch(chosen)
+        return False
+
+    def _sums(self, node: ast.expr) -> bool:
+        """Whether a number is a sum over all of a batch, or made of one."""
+        for item in walk(node):
+            if isinstance(item, ast.Call) and _is_total(item) and self.is_batch(item):
+                return True
+            if isinstance(item, ast.Name) and any(
+                name == item.id and any(_is_total(part) and self.is_batch(part) for part in walk(value))
+                for name, value in self.assigned
+            ):
+                return True
+        return False
+
+    def _is_mask(self, index: ast.expr) -> bool:
+        made = [value for name, value in self.assigned if isinstance(index, ast.Name) and name == index.id]
+        return any(
+            isinstance(item, ast.Compare) or (isinstance(item, ast.Call) and _name(item) in {"bool", "ne", "eq"})
+            for value in (index, *made)
+            for item in walk(value)
+        )
 
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
         """``a @ b.T``: all rows of one with all rows of the other."""
@@ -189,8 +233,9 @@ class _Flow:
                 case ast.Assign(targets=[ast.Name(id=name)]) | ast.AugAssign(target=ast.Name(id=name)):
                     if "loss" in name.lower() and of(node.value):
                         return True
-                case ast.Return(value=ast.expr() as value) if any(_is_mean(i) and of(i) for i in walk(value)):
-                    return True
+                case ast.Return(value=ast.expr() as value) if of(value):
+                    if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
+                        return True
         return False
 
 
@@ -249,6 +294,11 @@ def _is_mean(node: ast.AST) -> bool:
     if not isinstance(node, ast.Call) or _name(node) not in {"mean", "sum"} or node.keywords:
         return False
     return len(node.args) == int(dotted(node.func) in {"torch.mean", "torch.sum"})
+
+
+def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
+    """``x.sum()``: one number of all."""
+    return _is_mean(node) and isinstance(node, ast.Call) and _name(node) == "sum"
 
 
 def _is_lookup(node: ast.expr) -> bool:
