@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long]", help="an input for --verify")
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
+    made.add_argument("--verbose", "-v", action="store_true", help="print every finding, not one a rule and file")
     return made
 
 
@@ -141,7 +142,7 @@ def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
         color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
         for result in results:
             sys.stdout.write(diff(result, color))
-    for line in listing(results, options.quiet):
+    for line in listing(results, options.quiet, options.verbose):
         print(line, file=sys.stdout if writes else sys.stderr)
 
 

@@ -104,9 +104,7 @@ class NcclCommunicator(Communicator):
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self.check_sizes(shard, whole)
         count, dtype = self._elements(shard, whole)
-        self._queue(
-            self._handle.all_gather, shard=shard.data_ptr(), whole=whole.data_ptr(), count=count, dtype=dtype
-        )
+        self._queue(self._handle.all_gather, shard=shard.data_ptr(), whole=whole.data_ptr(), count=count, dtype=dtype)
 
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self.check_sizes(shard, whole)
@@ -121,9 +119,7 @@ class NcclCommunicator(Communicator):
         self._check(tensor)
         dtype, code = self._reduction(tensor, op)
         address = tensor.data_ptr()
-        self._queue(
-            self._handle.all_reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code
-        )
+        self._queue(self._handle.all_reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code)
 
     def reduce(self, tensor: torch.Tensor, root: int, op: ReduceOp = "sum") -> None:
         """Reduce ``tensor`` over ranks in place at ``root``; the other ranks' tensors stay as they are."""
@@ -197,9 +193,7 @@ class NcclCommunicator(Communicator):
     def split(self, color: int | None, key: int) -> NcclCommunicator | None:
         """A communicator of the ranks that pass the same ``color``, ordered by ``key``; None for color None."""
         with torch.cuda.device(self.device):
-            handle = self._handle.split(
-                color=-1 if color is None else color, key=key, policy=_POLICIES[self.policy]
-            )
+            handle = self._handle.split(color=-1 if color is None else color, key=key, policy=_POLICIES[self.policy])
         if handle is None:
             return None
         part = object.__new__(NcclCommunicator)

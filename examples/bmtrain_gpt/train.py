@@ -130,7 +130,7 @@ def main():
         start = checkpoint["step"]
         bmt.print_rank(f"resumed at step {start}")
 
-    with open(options.losses or os.devnull, "a") as losses:
+    with open(options.losses or os.devnull if bmt.rank() == 0 else os.devnull, "a") as losses:
         progress = tqdm(range(start, options.steps), initial=start, total=options.steps, mininterval=1.0, disable=bmt.rank() != 0)
         for step in progress:
             lr = learning_rate(step, options)

@@ -99,9 +99,44 @@ def _only_effects(file: File, node: ast.With) -> bool:
     around = file.names.function_of(node) or file.tree
     inside = set(items)
     return not any(
-        isinstance(item, ast.Name) and item.id in stored and isinstance(item.ctx, ast.Load) and item not in inside
+        isinstance(item, ast.Name)
+        and item.id in stored
+        and isinstance(item.ctx, ast.Load)
+        and item not in inside
+        and not _is_bound_since(file, item, node)
         for item in walk(around)
     )
+
+
+def _is_bound_since(file: File, name: ast.Name, block: ast.With) -> bool:
+    """Whether a name has another value than the block's wherever it is read here: it is bound between the two."""
+    child: ast.AST = name
+    for parent in file.names.ancestors(name):
+        if isinstance(child, ast.stmt):
+            before = file.names.siblings(child)
+            for statement in reversed(before[: before.index(child)]):
+                if block in walk(statement):
+                    return False
+                if _binds(statement, name.id):
+                    return True
+        if isinstance(parent, ast.With) and parent is not block and _binds(parent, name.id):
+            return True
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            return False
+        child = parent
+    return False
+
+
+def _binds(statement: ast.stmt, name: str) -> bool:
+    """Whether a statement certainly gives a name a value."""
+    targets: list[ast.expr] = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.With):
+        targets = [item.optional_vars for item in statement.items if item.optional_vars is not None]
+        if any(_binds(inner, name) for inner in statement.body):
+            return True
+    return any(isinstance(target, ast.Name) and target.id == name for target in targets)
 
 
 def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:

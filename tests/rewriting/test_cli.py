@@ -97,3 +97,67 @@ def test_libcst_is_imported_only_when_a_file_changes(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout.split()[-1] == imported
+
+
+TRAIN = """import torch
+
+net = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+for x in data:
+    loss = net(x).mean()
+    loss.backward()
+    optimizer.step()
+    print(1)
+    print(2)
+"""
+
+
+def listed(project: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
+    assert main([str(project), "--check", *options]) in {0, 1}
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "train.py").write_text(TRAIN)
+    assert listed(project, capsys)[-1] == f"ready to launch: torchrun --nproc_per_node=N {project / 'train.py'}"
+    main([str(project), "--write", "-q"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ready to launch: torchrun")
+    assert listed(project, capsys, "-q")[-1].startswith("ready to launch: torchrun")  # converted already
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (TRAIN.replace("optim.SGD", "optim.LBFGS"), "LBFGS needs whole matrices"),
+        (TRAIN.replace("optimizer", "engine").replace("engine = torch.optim.SGD(net.parameters(), lr=0.1)", ""), ""),
+        ("from accelerate import Accelerator\n" + TRAIN.replace("loss.backward()", "Accelerator().backward(loss)"), ""),
+    ],
+)
+def test_a_file_that_trains_and_stays_is_an_error_line(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str, reason: str
+) -> None:
+    (project / "train.py").write_text(text)
+    lines = listed(project, capsys)
+    assert lines[0].startswith(f"{project / 'train.py'}: error: trains, and was left as it is: ") and reason in lines[0]
+    assert lines[-1].startswith("not ready to launch: ") and reason in lines[-1]
+
+
+def test_nothing_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert listed(project, capsys)[-1] == "nothing to launch: no script here trains"
+
+
+def test_a_loop_that_nothing_starts_is_not_ready(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "    " + TRAIN.partition("\n\n")[2].replace("\n", "\n    ").rstrip() + "\n"
+    (project / "train.py").write_text("import torch\n\n\ndef fit(data):\n" + body)
+    assert listed(project, capsys)[-1].startswith("not ready to launch: nothing here starts the training")
+
+
+def test_one_line_a_rule_and_all_when_asked(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "train.py").write_text(TRAIN)
+    lines = listed(project, capsys)
+    assert [line for line in lines if "BMT027" in line] == [
+        f"{project / 'train.py'}:9: BMT027 one rank prints (and 1 more)"
+    ]
+    assert len([line for line in listed(project, capsys, "-v") if "BMT027" in line]) == 2
+    marks = ["left: " in line for line in lines[:-2]]
+    assert any(marks) and marks == sorted(marks, reverse=True)

@@ -108,10 +108,6 @@ KEPT = {
         "swa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
         "\nswa = torch.optim.swa_utils.AveragedModel(model)\nswa.step()\n",
     ),
-    "a file whose lines are counted": (
-        "with open('x', 'w') as f:\n    count = f.write('a')\nprint(count)\n",
-        "\nwith open('x', 'w') as f:\n    count = f.write('a')\n",
-    ),
     "a value that is no loss": ("a = torch.ones(1)\nprint(a.item())\n", "a.item()"),
     "somebody else's step": ("env.step()\n", "\nenv.step()\n"),
     "a loss that is a number": (

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.values import Values
 
@@ -38,22 +39,32 @@ class Collectives:
         self.roles = roles
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
+        self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
 
     def values(self, file: File) -> Values:
         if file not in self._values:
             self._values[file] = Values(file, self.classes, self.roles[file])
         return self._values[file]
 
+    def readings(self, file: File) -> dict[ast.expr, ast.expr]:
+        """What shows a loss in a file, and the loss in it, whose mean over the ranks every rank must help to make."""
+        if file not in self._readings:
+            self._readings[file] = readings(file, self.roles[file])
+        return self._readings[file]
+
     def inside(self, file: File, node: ast.AST) -> ast.Call | None:
         """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""
-        return next(self.outermost(file, node), None)
+        return next((item for item in self.outermost(file, node) if isinstance(item, ast.Call)), None)
 
-    def outermost(self, file: File, node: ast.AST) -> Iterator[ast.Call]:
-        """Calls in the node that every rank must make, without those inside another one."""
+    def outermost(self, file: File, node: ast.AST) -> Iterator[ast.expr]:
+        """What every rank must evaluate in the node, without what stands inside another one."""
         stack = [node]
         while stack:
             item = stack.pop()
             if isinstance(item, ast.Call) and self.is_collective(file, item) and not self._is_barrier(file, item):
+                yield item
+                continue
+            if isinstance(item, ast.expr) and item in self.readings(file):
                 yield item
                 continue
             stack.extend(
@@ -65,7 +76,7 @@ class Collectives:
 
     def is_collective(self, file: File, call: ast.Call) -> bool:
         roles = self.roles[file]
-        if roles.is_model(call.func):
+        if roles.is_model(call.func) or call in self.readings(file):
             return True
         found = self.project.resolve(file, call.func)
         if isinstance(found, FunctionInfo):
@@ -87,7 +98,7 @@ class Collectives:
         receiver = roles.var(func.value)
         if name == "state_dict" and not _SMALL_STATE.search(dotted(func.value) or ""):
             return True
-        if name == "backward" or (name in {"item"} and receiver in roles.losses):
+        if name == "backward":
             return True
         if receiver in roles.optimizers or receiver in roles.managers:
             return name in {"state_dict", "load_state_dict", "step", "clip_grad_norm", "backward"}

@@ -7,8 +7,9 @@ import ast
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, is_optimizer_name
-from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS
+from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, opens_for_writing
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
@@ -26,6 +27,7 @@ class Entries:
         self.roles = roles
         self._needs: dict[ast.AST, bool] = {}
         self._makes: dict[ast.AST, bool] = {}
+        self._files: dict[ast.AST, bool] = {}
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
@@ -151,6 +153,22 @@ class Entries:
             return True
         if isinstance(call.func, ast.Name) and call.func.id == "print":
             return file.names.lookup("print", file.names.scope_of(call)) is None
+        return False
+
+    def makes_files(self, file: File, statement: ast.AST) -> bool:
+        """Whether a statement opens a file to write or makes a folder, itself or in a function of the project."""
+        for call in (node for node in walk_own(statement) if isinstance(node, ast.Call)):
+            if opens_for_writing(call):
+                return True
+            if fails_if_there(file, self.project, call) and not is_asked_for(file, call):
+                return True
+            found = self.project.resolve(file, call.func)
+            if isinstance(found, FunctionInfo):
+                if found.node not in self._files:
+                    self._files[found.node] = False
+                    self._files[found.node] = any(self.makes_files(found.file, inner) for inner in found.node.body)
+                if self._files[found.node]:
+                    return True
         return False
 
     def _function_needs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

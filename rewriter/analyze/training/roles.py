@@ -248,9 +248,11 @@ class Roles:
                 ("estimate", "eval")
             )
         if isinstance(value, ast.Attribute):
-            return value.attr == "loss"
+            return value.attr == "loss" or (value.attr == "data" and self._loss_value(value.value, known, part))
         if isinstance(value, ast.Subscript):
-            return part is False and isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
+            sizes = isinstance(value.value, ast.Attribute) and value.value.attr == "shape"
+            constant = isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
+            return part is False and constant and not sizes
         return False
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.read.project import Project
 
 WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
-    "os.rename", "os.replace", "os.mkdir", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
+    "os.rename", "os.replace", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
     "shutil.move", "shutil.copytree", "yaml.dump", "torchvision.utils.save_image", "wandb.log", "wandb.save",
     "wandb.finish", "wandb.watch", "wandb.init", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update",
 }  # fmt: skip
@@ -19,14 +19,20 @@ WRITING_METHODS = {
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
 }  # fmt: skip
 
+_OPENING = {"io", "gzip", "bz2", "lzma", "codecs", "builtins"}
+SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
+"""Methods that show the values they are given."""
+
 
 def writes(file: File, project: Project, node: ast.stmt) -> bool:
     """Whether a statement writes something outside the process."""
     if isinstance(node, ast.With):
-        return len(node.items) == 1 and _opens_for_writing(node.items[0].context_expr)
+        opened = [item.context_expr for item in node.items]
+        return all(map(_opens, opened)) and any(map(opens_for_writing, opened)) and not any(map(is_left_to_one, opened))
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
-    if any(isinstance(parent, ast.With) and writes(file, project, parent) for parent in file.names.ancestors(node)):
+    blocks = (parent for parent in file.names.ancestors(node) if isinstance(parent, ast.With))
+    if any(opens_for_writing(item.context_expr) for block in blocks for item in block.items):
         return False
     if project.external(file, node.value.func) in WRITERS:
         return True
@@ -34,16 +40,31 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     return isinstance(func, ast.Attribute) and func.attr in WRITING_METHODS
 
 
-def _opens_for_writing(node: ast.expr) -> bool:
-    if not isinstance(node, ast.Call):
+def _opens(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and (dotted(node.func) == "open" or getattr(node.func, "attr", "") == "open")
+
+
+def opens_for_writing(node: ast.expr) -> bool:
+    """Whether a call is ``open(path, "w")``, or ``path.open("a")``."""
+    if not isinstance(node, ast.Call) or not _opens(node):
         return False
-    path = dotted(node.func) or ""
-    method = isinstance(node.func, ast.Attribute) and node.func.attr == "open"
-    modes = [k.value for k in node.keywords if k.arg == "mode"] + node.args[0 if method and path != "io.open" else 1 :][
-        :1
-    ]
-    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else ""
-    return (path == "open" or method) and isinstance(mode, str) and any(letter in mode for letter in "wax")
+    position = 1 if takes_path(node) else 0
+    modes = [k.value for k in node.keywords if k.arg == "mode"] + node.args[position : position + 1]
+    words = [item.value for item in walk(modes[0]) if isinstance(item, ast.Constant)] if modes else []
+    return any(isinstance(word, str) and any(letter in word for letter in "wax") and len(word) < 4 for word in words)
+
+
+def takes_path(call: ast.Call) -> bool:
+    """Whether what is opened is the call's first argument, as of ``open`` and ``gzip.open``."""
+    return dotted(call.func) in {"open", *(f"{module}.open" for module in _OPENING)}
+
+
+def is_left_to_one(node: ast.expr) -> bool:
+    """Whether all ranks but one write to nowhere: ``open(path if bmt.rank() == 0 else os.devnull, "w")``."""
+    match node:
+        case ast.Call(args=[ast.IfExp(orelse=ast.Attribute(attr="devnull")), *_]):
+            return True
+    return False
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:

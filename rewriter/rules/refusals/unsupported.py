@@ -16,12 +16,16 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
 _WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
 
+_FILLING = {
+    "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
+}  # fmt: skip
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
 
@@ -58,19 +62,50 @@ def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
+    across = Across(file)
+    compared = {node.lineno for node in across.compared()}
+    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))}
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
         if "ignore_index" in given and name.startswith("torch.nn."):
-            message = "the mean over what is not ignored is taken over each rank's share, and the ranks count alike"
-            yield Remark(RULE.code, call.lineno, message)
+            counted.add(call.lineno)
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
             yield Remark(RULE.code, call.lineno, message)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
-            message = "items of a batch are compared with each other: a rank sees its share of them only"
-            yield Remark(RULE.code, call.lineno, message)
+            compared.add(call.lineno)
+    for line in sorted(counted):
+        message = (
+            "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
+            "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
+        )
+        yield Remark(RULE.code, line, message)
+    for line in sorted(compared):
+        message = "items of a batch are compared with each other: a rank sees its share of them only"
+        yield Remark(RULE.code, line, message)
+
+
+def _left_out(file: File) -> Iterator[ast.expr]:
+    """Where labels are made -100, which cross entropy leaves out unless told otherwise."""
+    if b"100" not in file.source.data:
+        return
+    for node in file.nodes:
+        match node:
+            case ast.Assign(targets=[ast.Subscript()], value=value) if _is_ignored(value):
+                yield value
+            case ast.Call(func=ast.Attribute(attr=attr)) if attr in _FILLING:
+                yield from (a for a in (*node.args, *(k.value for k in node.keywords)) if _is_ignored(a))
+            case ast.BinOp(left=ast.List(elts=[only]), op=ast.Mult()) if _is_ignored(only):
+                yield only
+
+
+def _is_ignored(node: ast.expr) -> bool:
+    match node:
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=100)):
+            return True
+    return False
 
 
 def _is_sum(call: ast.Call) -> bool:

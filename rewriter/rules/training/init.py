@@ -53,7 +53,8 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
     scripts = facts.scripts
     block = scripts.entries[file] if file in scripts.programs else []
     statements = [statement for statement in block if not _is_definition(statement)]
-    first = next((s for s in statements if scripts.entry.needs_init(file, s)), None)
+    entry = scripts.entry
+    first = next((s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s)), None)
     return statements[0] if first is None and statements and scripts.drives(file) else first
 
 

@@ -2,6 +2,7 @@
 
 What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loader(DataLoader(...))``.
 Why: together the ranks see the batches of the unconverted script, in the same order.
+A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``.
 Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
 every rank then evaluates all of them, and sums and counts made from them are the unconverted script's.
 """
@@ -14,13 +15,17 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.changes import Template, replace, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _EVALUATION = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 
+_EVALUATION_WORD = re.compile(
+    r"^(?:val|valid|validate|validation|test|testing|eval|evaluate|evaluation|dev|infer|inference|pred|predict)(?:\d|_|$)",
+    re.I,
+)
 _EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
 _TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
 
@@ -46,7 +51,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if _is_other_case(file, facts, node):
             continue
-        case = _case(file, node)
+        case = _case(file, node) or _case_of_argument(file, facts, node)
         code = "{bmt}.shard_loader({loader})"
         if case is not None:
             code += f" if {case.text} else {{loader}}"
@@ -76,6 +81,67 @@ def _case(file: File, node: ast.Call) -> Template | None:
             listed = ", ".join(f"{{{hole}}}" for hole in holes)
             return template(f"{name} == {listed}" if len(holes) == 1 else f"{name} in ({listed})", **holes)
     return None
+
+
+def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | None:
+    """``part == "train"`` where a function makes the loaders of training and evaluation, told apart by an argument."""
+    function = file.names.function_of(node)
+    if function is None:
+        return None
+    given = function.args
+    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    for name in (name for name in parameters if name not in stored):
+        words, tested = _words(function, name)
+        for call in _calls_of(file, facts, function):
+            value = _given(call, parameters, name)
+            if isinstance(value, ast.Constant):
+                tested = tested or isinstance(value.value, bool)
+                words |= {value.value} if isinstance(value.value, str) else set()
+        evaluated = sorted(word for word in words if _EVALUATION_WORD.match(word))
+        trained = sorted(words - set(evaluated))
+        if trained and (evaluated or any(re.match("train", word, re.I) for word in trained)):
+            return template(f"{name} == {trained[0]!r}" if len(trained) == 1 else f"{name} in {tuple(trained)!r}")
+        if evaluated:
+            several = f"{name} not in {tuple(evaluated)!r}"
+            return template(f"{name} != {evaluated[0]!r}" if len(evaluated) == 1 else several)
+        if tested and not words and _TRAINS.match(name):
+            return template(name)
+        if tested and not words and _EVALUATION_WORD.match(re.sub("^(?:is|for|do)_", "", name)):
+            return template(f"not {name}")
+    return None
+
+
+def _words(function: Function, name: str) -> tuple[set[str], bool]:
+    """The words that a function compares an argument with, and whether it tests the argument itself."""
+    words: set[str] = set()
+    tested = False
+    for item in walk(function):
+        if isinstance(item, ast.Compare) and isinstance(item.left, ast.Name) and item.left.id == name:
+            words |= {c.value for c in walk(item) if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+        elif isinstance(item, (ast.If, ast.IfExp)):
+            test = item.test.operand if isinstance(item.test, ast.UnaryOp) else item.test
+            tested = tested or (isinstance(test, ast.Name) and test.id == name)
+    return words, tested
+
+
+def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[ast.Call]:
+    for other in facts.project:
+        if other.mentions(function.name):
+            for call in other.calls:
+                if (dotted(call.func) or "").split(".")[-1] == function.name:
+                    found = facts.project.resolve(other, call.func)
+                    method = isinstance(call.func, ast.Attribute) and other is file
+                    if method or (isinstance(found, FunctionInfo) and found.node is function):
+                        yield call
+
+
+def _given(call: ast.Call, parameters: list[str], name: str) -> ast.expr | None:
+    """What a call gives for a parameter."""
+    named = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    skipped = 1 if parameters[0] in {"self", "cls"} else 0
+    index = parameters.index(name) - skipped
+    return named if named is not None or not 0 <= index < len(call.args) else call.args[index]
 
 
 def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:

@@ -2,6 +2,7 @@
 
 What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
 ``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
+A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the other ranks.
 ``model.save_pretrained(...)`` of a transformers model is given the ``state_dict`` that every rank helps to make.
 Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
@@ -15,8 +16,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
-from rewriter.analyze.training.writers import saves_only, writes
-from rewriter.changes import Arguments, Change, Under, insert_before, template
+from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
+from rewriter.changes import Arguments, Change, Import, Under, insert_before, template, wrap
 from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -25,13 +26,14 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
-    joined: set[ast.stmt] = set()
+    joined: set[ast.AST] = set()
     for node in file.nodes:
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
         if facts.scripts.in_opened_guard(file, node) or not writes(file, facts.project, node):
             continue
         if saves_only(file, facts.project, node):
+            joined.update(walk(node))
             continue  # BMT026 sees to it
         if _saves_pretrained(file, facts, node):
             assert isinstance(node, ast.Expr)
@@ -41,16 +43,44 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         guard = guarded(file, facts, node)
         if guard is not None:
             followers = tuple(_followers(file, facts, node))
-            joined.update(followers)
+            joined.update(item for statement in (node, *followers) for item in walk(statement))
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
-        elif isinstance(node, ast.With):
-            message = "every rank writes this file: what is written needs all ranks"
-            if facts.scripts.collectives.inside(file, node) is not None:
-                yield Remark(RULE.code, node.lineno, message)
-        elif file.source.owns_lines(node):
+        elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
             yield Remark(RULE.code, node.lineno, message)
+    for call in file.calls:
+        if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
+            yield from _opened(file, facts, call)
+
+
+def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
+    """A file that all ranks open, as what is written needs them or comes later: all but one write to nowhere."""
+    held = isinstance(file.names.statement_of(call), (ast.Assign, ast.AnnAssign))
+    if facts.scripts.in_kept_guard(file, call) or (facts.scripts.in_opened_guard(file, call) and not held):
+        return
+    plain = takes_path(call) and bool(call.args) and not isinstance(call.args[0], ast.Starred)
+    if any(facts.project.external(file, item) == "os.devnull" for item in call.args):
+        return
+    if (
+        plain
+        and (file in facts.scripts.programs or facts.scripts.trains(file))
+        and file.source.is_exact(call.args[0])
+        and _only_writes(call)
+    ):
+        changes: tuple[Change, ...] = (
+            *([] if "os" in file.names.module.bindings else [Import("import os")]),
+            wrap(call.args[0], "{it} if {bmt}.rank() == 0 else os.devnull"),
+        )
+        yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
+    else:
+        yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it")
+
+
+def _only_writes(call: ast.Call) -> bool:
+    """Whether a file is opened to be written, not read or made anew."""
+    given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    return not any(isinstance(mode, ast.Constant) and set(str(mode.value)) & {"+", "x", "r"} for mode in given)
 
 
 def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:

@@ -1,0 +1,306 @@
+"""Losses that are another value on a share of the batch: they compare its items, or weigh them by their number."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from typing import TypeGuard
+
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+
+_LOSSES = re.compile(
+    r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
+    r"criterion|loss(?:_?fn|_?func(?:tion)?)?$|^ce$",
+    re.I,
+)
+_MADE = re.compile(r"^(?:arange|zeros|ones|eye|full|linspace|rand\w*|tensor|as_tensor|empty|Parameter|len|range|int)$")
+_NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
+_SPREADS = {"std", "var", "cov", "corrcoef"}
+_SIZES = re.compile(r"^len\(|\.shape\[0\]$|\.size\(0\)$|^(?:self\.)?(?:batch_size|bsz?)$|^(?:2 \* )?[bBnN]$")
+_OUTSIDE = {"no_grad", "inference_mode"}
+
+
+class Across:
+    """Answers for one file, function by function; the module's own statements are one of them."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+
+    def compared(self) -> Iterator[ast.expr]:
+        """Products, distances and spreads over the items of a batch that reach a loss."""
+        for flow in self._flows():
+            yield from flow.reaching(flow.compares)
+
+    def weighed(self) -> Iterator[ast.expr]:
+        """Means over what a mask leaves of a batch that reach a loss."""
+        for flow in self._flows():
+            yield from flow.reaching(flow.weighs)
+
+    def _flows(self) -> Iterator[_Flow]:
+        functions = [node for node in self.file.nodes if isinstance(node, Function)]
+        for function in (self.file.tree, *functions):
+            if not self._is_outside_training(function):
+                yield _Flow(self, function)
+
+    def _is_outside_training(self, function: ast.Module | Function) -> bool:
+        if isinstance(function, ast.Module):
+            return False
+        names = [dotted(d.func if isinstance(d, ast.Call) else d) or "" for d in function.decorator_list]
+        owner = self.file.names.class_of(function)
+        optimizes = owner is not None and any((dotted(base) or "").endswith("Optimizer") for base in owner.bases)
+        return optimizes or any(name.split(".")[-1] in _OUTSIDE for name in names)
+
+
+class _Flow:
+    """What comes of a batch, and of comparisons in it, in one function."""
+
+    def __init__(self, across: Across, function: ast.Module | Function) -> None:
+        self.across, self.file = across, across.file
+        self.nodes = [item for statement in function.body for item in walk_own(statement)]
+        self.batch: set[str] = set()
+        self.sizes: set[str] = set()
+        if isinstance(function, Function):
+            given = function.args
+            self.batch = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)} - {"self", "cls"}
+        self.assigned = [
+            (target.id, node.value)
+            for node in self.nodes
+            if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.value is not None
+            for whole in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            for target in walk(whole)
+            if isinstance(target, ast.Name)
+        ]
+        for node in self.nodes:
+            if isinstance(node, ast.For) and "parameters" not in ast.dump(node.iter) and not self._counts(node.iter):
+                self.batch |= {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
+        for _ in range(3):
+            for name, value in self.assigned:
+                if _SIZES.search(self.file.source.code(value)):
+                    self.sizes.add(name)
+                elif self.is_batch(value):
+                    self.batch.add(name)
+
+    @staticmethod
+    def _counts(iterated: ast.expr) -> bool:
+        return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange"}
+
+    def is_batch(self, node: ast.expr) -> bool:
+        """Whether a value is made of what the function is given, and is no parameter, size or constant."""
+        match node:
+            case ast.Name(id=name):
+                return name in self.batch and name not in self.sizes
+            case ast.Attribute(value=value, attr=attr):
+                return attr not in _NO_BATCH and self.is_batch(value)
+            case ast.Call(func=func, args=args):
+                if _MADE.match((dotted(func) or "").split(".")[-1]):
+                    return False
+                inner = (
+                    isinstance(func, ast.Attribute) and func.attr not in {"size", "dim"} and self.is_batch(func.value)
+                )
+                return inner or any(self.is_batch(a) for a in args)
+            case ast.BinOp(left=left, right=right):
+                return self.is_batch(left) or self.is_batch(right)
+            case ast.Subscript(value=value) | ast.UnaryOp(operand=value) | ast.Starred(value=value):
+                return self.is_batch(value)
+            case ast.Tuple(elts=elts) | ast.List(elts=elts):
+                return any(self.is_batch(item) for item in elts)
+        return False
+
+    def reaching(self, asked: Callable[[ast.expr], bool]) -> Iterator[ast.expr]:
+        """Values of some kind from which a loss is made in this function."""
+        for node in self.nodes:
+            if isinstance(node, ast.expr) and asked(node) and not self._without_gradients(node):
+                if self._reaches(node):
+                    yield node
+
+    def compares(self, node: ast.expr) -> bool:
+        match node:
+            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+                return self._are_rows(left, right)
+            case ast.BinOp(left=left, op=ast.Sub(), right=right):
+                return self._are_crossed(left, right) or self._is_centred(node)
+            case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr), args=args):
+                if isinstance(node.func, ast.Attribute) and attr in {"mm", "matmul"} and len(args) == 1:
+                    return self._are_rows(node.func.value, args[0])
+                if attr in {"mm", "matmul"} and len(args) == 2:
+                    return self._are_rows(*args)
+                if attr == "einsum":
+                    return len(args) == 3 and _crosses(args[0]) and all(map(self.is_batch, args[1:]))
+                if attr == "cdist":
+                    return len(args) > 1 and all(map(self.is_batch, args[:2]))
+                if attr == "cosine_similarity":
+                    return len(args) > 1 and self._are_crossed(*args[:2])
+                if attr == "eye":
+                    return bool(args) and self._counts_items(args[0])
+                if attr in _SPREADS:
+                    return self._spreads(node)
+        return False
+
+    def weighs(self, node: ast.expr) -> bool:
+        """``(nll * mask).sum() / mask.sum()``, ``nll[labels != 0].mean()``."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                hits = any(isinstance(item, ast.Compare) for item in walk(left))
+                return not hits and self._sums(left) and self._sums(right)
+            case ast.Call(func=ast.Attribute(value=value, attr="div"), args=[right]):
+                return self._sums(value) and self._sums(right)
+            case ast.Call(func=ast.Attribute(value=ast.Subscript(value=value, slice=mask), attr="mean"), args=[]):
+                return self.is_batch(value) and self._is_mask(mask)
+            case ast.Call(func=ast.Attribute(value=ast.Call() as chosen, attr="mean"), args=[]):
+                return _name(chosen) == "masked_select" and self.is_batch(chosen)
+        return False
+
+    def _sums(self, node: ast.expr) -> bool:
+        """Whether a number is a sum over all of a batch, or made of one."""
+        for item in walk(node):
+            if isinstance(item, ast.Call) and _is_total(item) and self.is_batch(item):
+                return True
+            if isinstance(item, ast.Name) and any(
+                name == item.id and any(_is_total(part) and self.is_batch(part) for part in walk(value))
+                for name, value in self.assigned
+            ):
+                return True
+        return False
+
+    def _is_mask(self, index: ast.expr) -> bool:
+        made = [value for name, value in self.assigned if isinstance(index, ast.Name) and name == index.id]
+        return any(
+            isinstance(item, ast.Compare) or (isinstance(item, ast.Call) and _name(item) in {"bool", "ne", "eq"})
+            for value in (index, *made)
+            for item in walk(value)
+        )
+
+    def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
+        """``a @ b.T``: all rows of one with all rows of the other."""
+        turned = _turned(right)
+        return turned is not None and self.is_batch(left) and self.is_batch(turned)
+
+    def _are_crossed(self, left: ast.expr, right: ast.expr) -> bool:
+        """``a[:, None]`` with ``b[None]``."""
+        sides = {_placed(left), _placed(right)}
+        return sides == {"column", "row"} and self.is_batch(left) and self.is_batch(right)
+
+    def _is_centred(self, node: ast.BinOp) -> bool:
+        """``x - x.mean(0)``."""
+        match node:
+            case ast.BinOp(
+                left=left, op=ast.Sub(), right=ast.Call(func=ast.Attribute(value=value, attr="mean")) as call
+            ):
+                return self.is_batch(left) and ast.dump(left) == ast.dump(value) and _over_items(call)
+        return False
+
+    def _spreads(self, call: ast.Call) -> bool:
+        """``x.std(0)``, ``torch.var(x, dim=0)``, ``torch.cov(x.T)``."""
+        assert isinstance(call.func, (ast.Attribute, ast.Name))
+        method = isinstance(call.func, ast.Attribute) and self.is_batch(call.func.value)
+        if not method and not (call.args and self.is_batch(call.args[0])):
+            return False
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id
+        return name in {"cov", "corrcoef"} or _over_items(call, 0 if method else 1)
+
+    def _counts_items(self, size: ast.expr) -> bool:
+        code = self.file.source.code(size)
+        if any(isinstance(item, ast.Name) and item.id in self.sizes for item in walk(size)):
+            return True
+        named = [item.id for item in walk(size) if isinstance(item, ast.Name)]
+        return bool(_SIZES.search(code)) and any(name in self.batch for name in named)
+
+    def _without_gradients(self, node: ast.expr) -> bool:
+        return any(
+            isinstance(parent, ast.With) and any((_name(item.context_expr)) in _OUTSIDE for item in parent.items)
+            for parent in self.file.names.ancestors(node)
+        )
+
+    def _reaches(self, source: ast.expr) -> bool:
+        """Whether a loss is made of a value: by a loss function, by its name, or as a mean that is returned."""
+        held: set[str] = set()
+
+        def of(node: ast.AST) -> bool:
+            return any(item is source or (isinstance(item, ast.Name) and item.id in held) for item in walk(node))
+
+        for _ in range(3):
+            held |= {name for name, value in self.assigned if of(value) and not _is_lookup(value)}
+        for node in self.nodes:
+            match node:
+                case ast.Call(func=func, args=args):
+                    method = isinstance(func, ast.Attribute) and of(func.value)
+                    if _LOSSES.search(_name(node)) and (method or any(map(of, args))):
+                        return True
+                    if method and _name(node) == "backward":
+                        return True
+                case ast.Assign(targets=[ast.Name(id=name)]) | ast.AugAssign(target=ast.Name(id=name)):
+                    if "loss" in name.lower() and of(node.value):
+                        return True
+                case ast.Return(value=ast.expr() as value) if of(value):
+                    if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
+                        return True
+        return False
+
+
+def _name(node: ast.expr) -> str:
+    func = node.func if isinstance(node, ast.Call) else node
+    return str(getattr(func, "attr", getattr(func, "id", "")))
+
+
+def _turned(node: ast.expr) -> ast.expr | None:
+    """The tensor under ``.T``, ``.t()`` or ``.transpose(0, 1)``."""
+    match node:
+        case ast.Attribute(value=value, attr="T"):
+            return value
+        case ast.Call(func=ast.Attribute(value=value, attr="t"), args=[]):
+            return value
+        case ast.Call(func=ast.Attribute(value=value, attr="transpose" | "permute"), args=[first, second]):
+            places = {getattr(first, "value", None), getattr(second, "value", None)}
+            return value if places == {0, 1} else None
+    return None
+
+
+def _placed(node: ast.expr) -> str:
+    """``column`` for ``a[:, None]`` and ``a.unsqueeze(1)``, ``row`` for ``a[None]`` and ``a.unsqueeze(0)``."""
+    match node:
+        case (
+            ast.Subscript(slice=ast.Constant(value=None))
+            | ast.Subscript(slice=ast.Tuple(elts=[ast.Constant(value=None), *_]))
+        ):
+            return "row"
+        case ast.Subscript(slice=ast.Tuple(elts=[ast.Slice(lower=None, upper=None), ast.Constant(value=None), *_])):
+            return "column"
+        case ast.Call(func=ast.Attribute(attr="unsqueeze"), args=[ast.Constant(value=0 | 1 as place)]):
+            return "column" if place else "row"
+    return ""
+
+
+def _crosses(node: ast.expr) -> bool:
+    """Whether an einsum keeps the first dimensions of both operands apart: ``id,jd->ij``."""
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return False
+    found = re.match(r"^([A-Za-z]+),([A-Za-z]+)->([A-Za-z]+)$", node.value.replace(" ", ""))
+    if found is None:
+        return False
+    left, right, out = found.groups()
+    return left[0] not in right and right[0] not in left and {left[0], right[0]} <= set(out)
+
+
+def _over_items(call: ast.Call, position: int = 0) -> bool:
+    """Whether a reduction goes over the first dimension, or over all."""
+    given = [*call.args[position : position + 1], *(k.value for k in call.keywords if k.arg in {"dim", "axis"})]
+    return not given or (isinstance(given[0], ast.Constant) and given[0].value == 0 and given[0].value is not False)
+
+
+def _is_mean(node: ast.AST) -> bool:
+    """``x.mean()``, ``torch.sum(x)``: one number of all."""
+    if not isinstance(node, ast.Call) or _name(node) not in {"mean", "sum"} or node.keywords:
+        return False
+    return len(node.args) == int(dotted(node.func) in {"torch.mean", "torch.sum"})
+
+
+def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
+    """``x.sum()``: one number of all."""
+    return _is_mean(node) and isinstance(node, ast.Call) and _name(node) == "sum"
+
+
+def _is_lookup(node: ast.expr) -> bool:
+    """Whether a value only says where something is, or how many there are."""
+    return isinstance(node, ast.Call) and _name(node) in {"argmax", "argmin", "topk", "size", "len", "item", "argsort"}

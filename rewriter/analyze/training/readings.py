@@ -1,0 +1,104 @@
+"""Where a script reads the value of a loss: ``loss.item()``, ``float(loss.data)``, ``f"{loss:.3f}"``."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.writers import SHOWING_METHODS
+
+_READERS = {"item", "tolist", "numpy"}
+_VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
+_NUMBERS = {"float", "str", "repr"}
+_OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
+
+
+def readings(file: File, roles: Roles) -> dict[ast.expr, ast.expr]:
+    """Expressions that give a loss's value away, each with the loss tensor in it."""
+    found: dict[ast.expr, ast.expr] = {}
+    taken: set[ast.expr] = set()
+    for node in file.nodes:
+        for reading in _candidates(file, roles, node):
+            loss = _viewed(reading)
+            known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
+            if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
+                found[reading] = loss
+                taken.add(loss)
+    return found
+
+
+def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+    match node:
+        case ast.Call(func=ast.Attribute(attr=attr), args=[], keywords=[]) if attr in _READERS:
+            yield node
+        case ast.Call(func=ast.Name(), args=[_]) if _is_number_type(node):
+            yield node
+        case ast.Call(args=[value]) if roles.project.external(file, node.func) in _OF_NUMPY:
+            yield value
+        case ast.FormattedValue(value=value):
+            yield value
+        case ast.Call(func=ast.Name(id="print"), args=values):
+            yield from values
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values, keywords=named):
+            yield from (*values, *(keyword.value for keyword in named))
+        case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
+            yield from _parts(right)
+        case ast.Call(func=ast.Attribute(attr="append"), args=[value]):
+            yield from (part for part in _parts(value) if part is not _viewed(part))
+        case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            yield from (part for value in given for part in _parts(value))
+        case _ if isinstance(node, ast.Call) and roles.project.external(file, node.func) == "wandb.log":
+            yield from (part for value in node.args for part in _parts(value))
+
+
+def _parts(node: ast.expr) -> Iterator[ast.expr]:
+    """What a row, a tuple or a dict is made of."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        yield from (part for item in node.elts for part in _parts(item))
+    elif isinstance(node, ast.Dict):
+        yield from (part for item in node.values for part in _parts(item))
+    else:
+        yield node
+
+
+def _is_number_type(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and call.func.id in _NUMBERS
+
+
+def _reads(node: ast.expr) -> bool:
+    """Whether an expression makes a number of a tensor, so that it was a tensor before."""
+    return isinstance(node, ast.Call) and (
+        _is_number_type(node) or (isinstance(node.func, ast.Attribute) and node.func.attr in _READERS)
+    )
+
+
+def _viewed(node: ast.expr) -> ast.expr:
+    """The tensor under ``.detach()``, ``.cpu()``, ``.data`` and the like, in any order."""
+    while True:
+        match node:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _VIEWS:
+                node = value
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in _READERS:
+                node = value
+            case ast.Call(func=func, args=[value], keywords=[]) if isinstance(func, ast.Name) and func.id in _NUMBERS:
+                node = value
+            case ast.Attribute(value=value, attr="data"):
+                node = value
+            case _:
+                return node
+
+
+def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
+    """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own."""
+    made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(loss)]
+    return any(_is_number(value) for value in made)
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.Constant):
+        return True
+    names = {item.attr if isinstance(item, ast.Attribute) else getattr(item, "id", "") for item in ast.walk(node)}
+    return bool(names & {"item", "tolist", "float", "numpy"})

@@ -1,0 +1,106 @@
+"""A folder that all ranks make may be there already.
+
+What: ``os.makedirs(path)`` and ``path.mkdir()`` under ``if not os.path.exists(path):`` get ``exist_ok=True``, and
+``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait.
+Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
+and the others would wait for it.
+Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. A folder that other files than
+the script make without asking is reported, as are names chosen by what is there.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.folders import fails_if_there, is_asked_for, refusals_to_go_on
+from rewriter.changes import Arguments, Change, Import, Under, insert_behind, replace, template
+from rewriter.rules.one_rank import ONE_RANK
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or not (b"mkdir" in file.source.data or b"makedirs" in file.source.data):
+        return
+    made: list[ast.Call] = []
+    for call in file.calls:
+        if not fails_if_there(file, facts.project, call) or facts.scripts.in_kept_guard(file, call):
+            continue
+        if facts.scripts.in_opened_guard(file, call):
+            continue
+        made.append(call)
+        if is_asked_for(file, call):
+            changes = tuple(_allowed(file, facts, call))
+            yield Conversion(RULE.code, call.lineno, "another rank may have made this folder", changes)
+            continue
+        statement = file.names.statement_of(call)
+        alone = isinstance(statement, ast.Expr) and statement.value is call and file.source.owns_lines(statement)
+        if alone and file.names.class_of(call) is None and _is_for_all(file, facts, call):
+            one = (Under((statement,), ONE_RANK), insert_behind(statement, "{bmt}.synchronize()"))
+            yield Conversion(RULE.code, call.lineno, "one rank makes this folder, the others wait", one)
+        else:
+            message = "every rank makes this folder, and all but one fail: exist_ok=True would do"
+            yield Remark(RULE.code, call.lineno, message)
+    for test in refusals_to_go_on(file) if made else ():
+        if not facts.scripts.in_kept_guard(file, test):
+            message = "what is there decides here, and another rank may just have made it: let one rank decide"
+            yield Remark(RULE.code, test.lineno, message)
+
+
+def _allowed(file: File, facts: Facts, call: ast.Call) -> Iterator[Change]:
+    if facts.project.external(file, call.func) == "os.mkdir":
+        if isinstance(call.func, ast.Attribute):
+            yield replace(call.func, "{os}.makedirs", os=call.func.value)
+        else:
+            yield Import("import os")
+            yield replace(call.func, "os.makedirs")
+    refused = tuple(keyword for keyword in call.keywords if keyword.arg in {"exist_ok", "dir_fd"})
+    yield Arguments(call, added=(template("exist_ok=True"),), dropped=refused)
+
+
+def _is_for_all(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether all ranks come to a call once the ranks are there: the script itself makes it, and no loop or test."""
+    return file in facts.scripts.programs and not any(
+        isinstance(parent, (ast.For, ast.While, ast.Try, ast.With, ast.Lambda)) for parent in file.names.ancestors(call)
+    )
+
+
+RULE = Rule(
+    code="BMT038",
+    title="a folder that all ranks make may be there already",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import os
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+if not os.path.exists("runs"):
+    os.makedirs("runs")
+os.makedirs("runs/now")
+optim_manager.backward(model(x).mean())
+""",
+            """import os
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+if not os.path.exists("runs"):
+    os.makedirs("runs", exist_ok=True)
+if bmt.rank() == 0:
+    os.makedirs("runs/now")
+bmt.synchronize()
+optim_manager.backward(model(x).mean())
+""",
+        ),
+    ),
+)

@@ -1,0 +1,95 @@
+"""One function makes the loaders of training and of evaluation: the evaluation's stays whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from .helpers import converted
+
+HEAD = "import torch\nfrom torch.utils.data import DataLoader\n\n\n"
+LOOP = """
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for x in make({train}):
+    net(x).mean().backward()
+    opt.step()
+with torch.no_grad():
+    print(sum(net(x).mean() for x in make({val})))
+"""
+
+CASES = {
+    "if and else": (
+        'def make(part):\n    if part == "val":\n        mix = False\n    else:\n        mix = True\n'
+        "    return DataLoader(data, shuffle=mix)\n",
+        ('"train"', '"val"'),
+        "if part == 'train' else",
+    ),
+    "a dataset by word": (
+        "def make(split):\n    data = load(split)\n    return DataLoader(data)\n",
+        ('"train"', '"test"'),
+        "if split == 'train' else",
+    ),
+    "only one is named": (
+        'def make(split):\n    n = 1\n    if split != "valid":\n        n = 2\n    return DataLoader(data, n)\n',
+        ("name", "other"),
+        "if split != 'valid' else",
+    ),
+    "training is named": (
+        'def make(split):\n    mix = split == "train"\n    return DataLoader(data, shuffle=mix)\n',
+        ("name", "other"),
+        "if split == 'train' else",
+    ),
+    "a flag": (
+        "def make(train):\n    if train:\n        mix = True\n    else:\n        mix = False\n"
+        "    return DataLoader(data, shuffle=mix)\n",
+        ("True", "False"),
+        "if train else",
+    ),
+    "a flag for training by name": (
+        "def make(is_train=True):\n    data = a if is_train else b\n    return DataLoader(data)\n",
+        ("is_train=True", "is_train=False"),
+        "if is_train else",
+    ),
+    "a flag for evaluation": (
+        "def make(evaluate=False):\n    data = b if evaluate else a\n    return DataLoader(data)\n",
+        ("", "evaluate=True"),
+        "if not evaluate else",
+    ),
+    "two for training": (
+        "def make(split):\n    return DataLoader(load(split))\n\n\nmore = make('extra')\n",
+        ('"train"', '"dev"'),
+        "if split in ('extra', 'train') else",
+    ),
+    "a keyword": (
+        "def make(size, *, mode):\n    return DataLoader(load(mode), size)\n",
+        ('4, mode="train"', '4, mode="eval"'),
+        "if mode == 'train' else",
+    ),
+}
+
+
+@pytest.mark.parametrize(("factory", "given", "case"), CASES.values(), ids=CASES.keys())
+def test_the_loader_of_evaluation_stays_whole(factory: str, given: tuple[str, str], case: str) -> None:
+    after = converted(HEAD + factory + LOOP.format(train=given[0], val=given[1]))
+    assert "return bmt.shard_loader(DataLoader(" in after and f") {case} DataLoader(" in after
+
+
+SHARED = {
+    "a size": ("def make(size):\n    return DataLoader(data, size)\n", ("8", "8")),
+    "a name that holds a word": (
+        "def make(retrieval):\n    data = a if retrieval else b\n    return DataLoader(data)\n",
+        ("1", "2"),
+    ),
+    "words of data sets": ("def make(name):\n    return DataLoader(load(name))\n", ('"wiki"', '"books"')),
+    "an option that is tested": (
+        "def make(mix):\n    data = a if mix else b\n    return DataLoader(data)\n",
+        ("True", "False"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("factory", "given"), SHARED.values(), ids=SHARED.keys())
+def test_an_argument_that_does_not_tell_them_apart(factory: str, given: tuple[str, str]) -> None:
+    after = converted(HEAD + factory + LOOP.format(train=given[0], val=given[1]))
+    assert "return bmt.shard_loader(DataLoader(" in after and " else DataLoader(" not in after

@@ -1,0 +1,156 @@
+"""Losses that compare the items of a batch are reported on their line; attention, metrics and layers are not."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from rewriter.convert import convert_text
+
+HEAD = """import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+        self.codes = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, a):
+        return self.a(a)
+
+
+"""
+LOOP = """
+model = Net()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for a, b in DataLoader(data, batch_size=8):
+    loss = {loss}
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def lines(text: str) -> list[int]:
+    result = convert_text(text)
+    assert not result.error
+    return [finding.line for finding in result.reported if "compared with each other" in finding.message]
+
+
+def reported(function: str) -> list[int]:
+    """Lines of a function that makes a loss of two batches of rows."""
+    body = textwrap.indent(function, "    ")
+    found = lines(f"{HEAD}def objective(a, b):\n{body}\n{LOOP.format(loss='objective(model(a), model(b))')}")
+    return [line - HEAD.count("\n") - 1 for line in found]
+
+
+COMPARED = {
+    "T": "scores = a @ b.T\nreturn -F.log_softmax(scores, -1).diag().mean()",
+    "t": "scores = a @ a.t()\nreturn F.cross_entropy(scores, labels)",
+    "mm": "scores = torch.mm(a, b.t()) / 0.1\nreturn scores.exp().sum(1).log().mean()",
+    "method": "scores = a.mm(b.T)\nreturn scores.logsumexp(1).mean()",
+    "matmul": "scores = torch.matmul(a, b.transpose(0, 1))\nreturn F.cross_entropy(scores, labels)",
+    "einsum": 'scores = torch.einsum("id,jd->ij", a, b)\nreturn F.cross_entropy(scores, labels)',
+    "spaced einsum": 'scores = torch.einsum("i d, j d -> i j", a, b)\nreturn F.cross_entropy(scores, labels)',
+    "cdist": "far = torch.cdist(a, a)\nreturn F.relu(far - 1).mean()",
+    "cosine": "near = F.cosine_similarity(a[:, None], b[None], dim=-1)\nreturn near.exp().mean()",
+    "unsqueezed": "near = F.cosine_similarity(a.unsqueeze(1), b.unsqueeze(0), dim=2)\nreturn near.mean()",
+    "differences": "far = (a[:, None, :] - b[None, :, :]).pow(2)\nreturn far.mean()",
+    "std": "spread = a.std(0)\nreturn F.relu(1 - spread).mean()",
+    "var": "spread = torch.sqrt(a.var(dim=0) + 1e-4)\nreturn F.relu(1 - spread).mean()",
+    "cov": "c = torch.cov(a.T)\nreturn c.pow(2).sum()",
+    "centred": "c = a - a.mean(0)\nreturn (c.T @ c).pow(2).mean()",
+    "a mask of pairs": "mask = torch.eye(len(a))\nreturn (mask * a.sum()).mean()",
+}
+
+
+@pytest.mark.parametrize("function", COMPARED.values(), ids=COMPARED.keys())
+def test_a_loss_over_pairs(function: str) -> None:
+    assert reported(function)[:1] == [1]
+
+
+def test_rows_that_a_model_compares_in_its_own_loss() -> None:
+    text = HEAD.replace(
+        "return self.a(a)", "x = self.a(a)\n        return -F.log_softmax(x @ x.T, dim=-1).sum(1).mean()"
+    )
+    assert lines(text + LOOP.format(loss="model(a)")) == [text[: text.index("x @ x.T")].count("\n") + 1]
+
+
+def test_a_loss_in_the_loop_itself() -> None:
+    loss = "F.cross_entropy(model(a) @ model(b).T, labels)"
+    assert len(lines(HEAD + LOOP.format(loss=loss))) == 1
+
+
+NOT_COMPARED = {
+    "attention": "w = torch.softmax(a @ b.transpose(-2, -1), -1) @ b\nreturn w.pow(2).mean()",
+    "attention by einsum": 'w = torch.einsum("bhid,bhjd->bhij", a, b).softmax(-1)\nreturn w.mean()',
+    "weights": "out = a @ model.a.weight.T\nreturn F.cross_entropy(out, b)",
+    "a codebook": "far = torch.cdist(a, model.codes)\nreturn far.mean()",
+    "a fixed matrix": "basis = torch.randn(4, 4)\nout = a @ basis.T\nreturn F.mse_loss(out, b)",
+    "a mean over items": "return (a - b).pow(2).mean(0).sum()",
+    "spread of features": "return (a / a.std(-1, keepdim=True) - b).pow(2).mean()",
+    "products in each item": "return (a * b).sum(1).mean()",
+    "no loss": "near = a @ b.T\nprint(near.argmax(1))\nreturn F.mse_loss(a, b)",
+    "without gradients": "with torch.no_grad():\n    hit = F.cross_entropy(a @ b.T, labels)\nreturn F.mse_loss(a, b)",
+    "identity of features": "return F.mse_loss(a @ torch.eye(a.shape[-1]), b)",
+}
+
+
+@pytest.mark.parametrize("function", NOT_COMPARED.values(), ids=NOT_COMPARED.keys())
+def test_a_loss_of_each_item(function: str) -> None:
+    assert reported(function) == []
+
+
+def counted(function: str) -> list[int]:
+    body = textwrap.indent(function, "    ")
+    text = f"{HEAD}def objective(a, b, mask):\n{body}\n{LOOP.format(loss='objective(model(a), b, b != 0)')}"
+    found = convert_text(text).reported
+    return [item.line - HEAD.count("\n") - 1 for item in found if "the mean over what counts" in item.message]
+
+
+WEIGHED = {
+    "masked": "return ((a - b) * mask).sum() / mask.sum()",
+    "at least one": "loss = ((a - b) * mask).sum() / mask.sum().clamp(min=1)\nreturn loss",
+    "with torch": "loss = torch.sum(a * mask) / (torch.sum(mask) + 1e-8)\nreturn loss",
+    "a count by name": "count = mask.sum()\nloss = (a * mask).sum() / count\nreturn loss",
+    "a sum by name": "total = (a * mask).sum()\nloss = total / mask.float().sum()\nreturn loss",
+    "div": "loss = (a * mask).sum().div(mask.sum())\nreturn loss",
+    "what is chosen": "loss = a[b != 0].mean()\nreturn loss",
+    "a mask by name": "real = b != 0\nloss = a[real].mean()\nreturn loss",
+    "selected": "loss = a.masked_select(mask).mean()\nreturn loss",
+    "labels": "b[mask] = -100\nreturn F.cross_entropy(a, b)",
+    "filled labels": "b = b.masked_fill(mask, -100)\nreturn F.cross_entropy(a, b)",
+    "labels made": "y = torch.full_like(b, -100)\nreturn F.cross_entropy(a, y)",
+    "labels chosen": "y = torch.where(mask, b, -100)\nreturn F.cross_entropy(a, y)",
+    "labels in lists": "y = b + [-100] * 3\nreturn F.cross_entropy(a, y)",
+    "ignore_index": "return F.cross_entropy(a, b, ignore_index=0)",
+}
+
+
+@pytest.mark.parametrize("function", WEIGHED.values(), ids=WEIGHED.keys())
+def test_a_mean_over_what_a_mask_leaves(function: str) -> None:
+    found = counted(function)
+    assert found and found[0] <= function.count("\n") + 1
+
+
+ALIKE = {
+    "each item by itself": "loss = ((a * mask).sum(1) / mask.sum(1)).mean()\nreturn loss",
+    "along a dimension": "loss = ((a * mask).sum(dim=-1) / mask.sum(dim=-1)).mean()\nreturn loss",
+    "a fixed number": "loss = (a - b).sum() / 8\nreturn loss",
+    "the number of items": "loss = (a - b).sum() / len(a)\nreturn loss",
+    "a plain mean": "loss = (a - b).mean()\nreturn loss",
+    "an index": "loss = a[:, 0].mean()\nreturn loss",
+    "hits": "return ((a.argmax(1) == b) & mask).sum() / mask.sum()",
+    "an accuracy": "hits = (a * mask).sum() / mask.sum()\nprint(hits)\nreturn F.mse_loss(a, b)",
+    "another -100": "low = -100\nif b.min() != -100:\n    b = b.clamp(low)\nreturn F.mse_loss(a, b)",
+}
+
+
+@pytest.mark.parametrize("function", ALIKE.values(), ids=ALIKE.keys())
+def test_a_mean_in_which_ranks_count_alike(function: str) -> None:
+    assert counted(function) == []
