@@ -20,7 +20,7 @@ def indent(text: str, by: int = 1) -> str:
 AGAIN = {
     "in a loop": f"{MAKE}\nfor phase in range(2):\n    if phase == 1:\n        {MAKE}\n{indent(STEP)}",
     "after a trial": f"{MAKE}\n{STEP}{MAKE}\nfor x in xs:\n{indent(STEP)}",
-    "with its model": f"net, opt = build()\nfor phase in range(2):\n    if phase:\n        net, opt = build()\n{indent(STEP)}",
+    "with its model": f"net, opt = build()\nfor n in range(2):\n    if n:\n        net, opt = build()\n{indent(STEP)}",
     "under a while": f"{MAKE}\nwhile True:\n{indent(STEP)}    if bad:\n        {MAKE}\n",
     "in a function": f"def train():\n    {MAKE}\n{indent(STEP)}    {MAKE}\n{indent(STEP)}\n\ntrain()\n",
 }
