@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
@@ -33,6 +33,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
+    yield from _written_states(file)
+    for call in file.calls:
+        if facts.project.external(file, call.func) == "torch.nn.utils.clip_grad_value_":
+            message = "clip_grad_value_ cannot write into gradients that are shards; optim_manager.clip_grad_norm can"
+            yield Remark(RULE.code, call.lineno, message)
     if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     for node in file.nodes:
@@ -47,6 +52,44 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
                 message = "a gradient is read here; a rank sees its share of it only"
                 yield Remark(RULE.code, node.lineno, message)
+
+
+def _written_states(file: File) -> Iterator[Finding]:
+    """``own = model.state_dict()`` with ``own[name].copy_(value)``: a copy is written, and nothing loads it."""
+    if b"state_dict" not in file.source.data:
+        return
+    for node in file.nodes:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(attr="state_dict"))):
+                around = file.names.function_of(node) or file.tree
+                items = list(walk(around))
+                if any(_loads(item, name) for item in items):
+                    continue
+                for item in items:
+                    if _writes_into(item, name):
+                        message = (
+                            f"{name} is a copy of the shards: what is written into it needs load_state_dict({name})"
+                        )
+                        yield Remark(RULE.code, getattr(item, "lineno", node.lineno), message)
+
+
+def _loads(node: ast.AST, name: str) -> bool:
+    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load_state_dict"
+    return called and any(isinstance(item, ast.Name) and item.id == name for item in walk(node))
+
+
+def _writes_into(node: ast.AST, name: str) -> bool:
+    """``own[name].copy_(value)``, ``own[name].data.fill_(0)``, ``own[name][:4] = value``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr.endswith("_"):
+            pass
+        case ast.Assign(targets=[ast.Subscript(value=ast.Subscript() as value)]):
+            pass
+        case _:
+            return False
+    if isinstance(value, ast.Attribute) and value.attr == "data":
+        value = value.value
+    return isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name) and value.value.id == name
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:

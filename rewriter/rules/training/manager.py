@@ -68,6 +68,11 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
             return f"{path} belongs to another object, so where its manager would be made is not known"
         if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
             return f"{path} is not made in this file, so where its manager would be made is not known"
+    if manager.scaler is not None:
+        for optimizer in manager.optimizers:
+            place = _last_assignment(managers.file, managers, optimizer)
+            if _made_again(managers.file, managers, optimizer, place):
+                return f"{optimizer[1]} is made again while its scaler stays: make both anew, or neither"
     if (
         manager.scaler is not None
         and not _scaler_is_made_here(managers, manager)
@@ -102,7 +107,11 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
             yield from _joined(managers, manager, place, add)
             continue
         lines = [f"{manager.name} = {_UNSCALED}", add]
-        if place is not None:
+        again = _made_again(file, managers, optimizer, place)
+        if again:
+            for made in again:
+                yield insert_behind(made, *lines)
+        elif place is not None:
             yield insert_behind(place, *lines)
         else:
             first = _first_statement(optimizer)
@@ -218,6 +227,23 @@ def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt 
         return owner
     inside = [item for item in chains[-1] if file.names.parents.get(item) is owner]
     return inside[0] if inside else found[-1]
+
+
+def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt | None) -> list[ast.stmt]:
+    """The statements that make an optimizer which is used before it is made for the last time: each needs a manager."""
+    made = [s for v, value, s, _ in managers.roles.assignments if v == optimizer and not _is_none(value)]
+    if place is None or len(made) < 2:
+        return []
+    used = [
+        node
+        for node in file.calls
+        if isinstance(node.func, ast.Attribute)
+        and managers.roles.var(node.func.value) == optimizer
+        and node.func.attr in {"step", "zero_grad"}
+        and made[0].lineno < node.lineno <= (place.end_lineno or place.lineno)
+        and file.names.function_of(node) is file.names.function_of(made[0])
+    ]
+    return made if used else []
 
 
 def _is_none(value: ast.expr) -> bool:
