@@ -47,7 +47,7 @@ class Engine:
 
     def shard(self, module: nn.Module) -> None:
         """Shard every parameter of ``module`` that is not sharded yet, with rank 0's values.  Collective."""
-        self.schedule.trace.sharding(type(module).__name__)
+        self.meet(f"the sharding of {type(module).__name__}")
         arenas = self.schedule.pools.arenas
         arenas.collect()
         arenas.watch(module)
@@ -55,6 +55,10 @@ class Engine:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
         self.backward.first_graphs = FirstGraphs()
+
+    def meet(self, what: str) -> None:
+        """Return once every rank has come to ``what``; raises RankDivergenceError if one came elsewhere."""
+        self.schedule.trace.meet(what)
 
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""

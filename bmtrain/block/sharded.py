@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..alike import differing
 from ..context import context
-from ..errors import CheckpointError, DeviceError
+from ..errors import CheckpointError, ConfigurationError, DeviceError
 from ..shard.engine import engine
+from ..shard.flat import flat_of
 from ..shard.gathered import gathered
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
@@ -61,10 +63,13 @@ class ShardedModule(nn.Module):
             return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load whole tensors; each rank keeps its part.  Not collective.
+        """Load whole tensors, the same on every rank; each keeps its part.  Collective.
 
-        Raises CheckpointError that names every missing, unexpected and wrongly shaped key; then nothing was loaded.
+        Raises CheckpointError that names every missing, unexpected and wrongly shaped key, and what differs between
+        ranks, and RankDivergenceError if another rank does not load; then nothing was loaded.
         """
+        if unit_of(self) is not None:
+            _require_same(self, state_dict)
         _validate(self, state_dict, strict)
         result = super().load_state_dict(state_dict, strict)
         for unit in owned_units(self):
@@ -151,6 +156,23 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
             state[key] = copies[place]
         elif isinstance(value, torch.Tensor) and value.is_cuda:
             state[key] = value.cpu()  # buffers
+
+
+def _require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    kind = type(module).__name__
+    engine().meet(f"load_state_dict of {kind}")
+    tensors = {k: v for k, v in sorted(state_dict.items()) if isinstance(v, torch.Tensor) and flat_of(v) is None}
+    tensors = {k: v for k, v in tensors.items() if v.layout == torch.strided}
+    try:
+        names = differing(context(), f"The state dict given to {kind}", tensors)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{error} Nothing was loaded.") from None
+    if names:
+        raise CheckpointError(
+            f"The ranks were given different values to load into {kind} ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}); nothing was loaded. Read the same file on every rank, or use "
+            "bmt.load(model, path)."
+        )
 
 
 def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:

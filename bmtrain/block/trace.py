@@ -43,14 +43,14 @@ class Trace:
         if early:
             self._agree(f"the start of the forward of {name}")
 
-    def sharding(self, name: str) -> None:
-        """A module is about to be sharded.  Returns once every rank has come to the same.
+    def meet(self, what: str) -> None:
+        """Return once every rank has come to ``what``, some step outside of a run.
 
         Raises RankDivergenceError when another rank comes elsewhere.
         """
         self._count += 1
         # Until they first meet, ranks may be minutes apart: one of them has read the data that all will use.
-        self._agree(f"the sharding of {name}", self._ctx.timeout)
+        self._agree(what, self._ctx.timeout)
 
     def opening(self, count: int = 2) -> list[int]:
         """The units that the next training run needs first, as far as known."""

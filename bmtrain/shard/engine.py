@@ -26,6 +26,9 @@ class Engine(Protocol):
     def shard(self, module: nn.Module) -> None:
         """Shard every parameter of ``module`` that is not sharded yet.  Collective."""
 
+    def meet(self, what: str) -> None:
+        """Return once every rank has come to ``what``; raises RankDivergenceError if one came elsewhere."""
+
     def forward(
         self,
         unit: ShardUnit | None,

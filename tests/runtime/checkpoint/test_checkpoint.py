@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.errors import CheckpointError
+from bmtrain.errors import CheckpointError, RankDivergenceError
 
 WORLDS = [1, 2, 3]
 
@@ -92,6 +94,47 @@ def test_a_state_that_does_not_fit_is_named_and_not_loaded() -> None:
     assert sorted(result.missing_keys) == ["layers.1.0.bias", "norm.running_mean"]
     with pytest.raises(CheckpointError):
         model.load_state_dict(shape, strict=False)
+
+
+@pytest.mark.parametrize("kind", ["one bit", "empty", "shape", "buffer"])
+@on_ranks(2, 3)
+def test_other_values_on_other_ranks_are_not_loaded(kind: str) -> None:
+    plain, model = make()
+    state = {k: v * 3 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    key = "norm.running_mean" if kind == "buffer" else "layers.1.0.bias"
+    if bmt.rank() == bmt.world_size() - 1:
+        if kind == "empty":
+            state = {}
+        elif kind == "shape":
+            state[key] = torch.ones(4)
+        else:
+            state[key].view(torch.int32)[2] ^= 1
+    with pytest.raises(CheckpointError, match=r"(?i)nothing was loaded") as caught:
+        model.load_state_dict(state, strict=False)
+    assert kind == "empty" or key in str(caught.value)
+    oracle.assert_same_weights(model, plain, exact=True)
+
+
+def load_on(loading: int, then: str) -> str:
+    plain, model = make()
+    start = time.monotonic()
+    try:
+        if bmt.rank() == loading:
+            model.load_state_dict({k: torch.zeros_like(v) for k, v in plain.state_dict().items()})
+        if then == "forward":
+            model(torch.ones(2, 6))
+    except RankDivergenceError as error:
+        assert time.monotonic() - start < 20
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("then", ["forward", "nothing"])
+def test_a_load_on_one_rank_is_named(then: str) -> None:
+    said = run_ranks(2, load_on, 0, then, timeout=60, fresh=True, init={"timeout": timedelta(seconds=5)})
+    assert "load_state_dict of" in said[0], said
+    if then == "forward":
+        assert "load_state_dict of" in said[1], said
 
 
 @on_ranks(1, 2)
