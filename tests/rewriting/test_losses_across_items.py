@@ -117,6 +117,7 @@ WEIGHED = {
     "masked": "return ((a - b) * mask).sum() / mask.sum()",
     "at least one": "loss = ((a - b) * mask).sum() / mask.sum().clamp(min=1)\nreturn loss",
     "with torch": "loss = torch.sum(a * mask) / (torch.sum(mask) + 1e-8)\nreturn loss",
+    "a mask of comparisons": "kept = (b != 0).float()\nloss = (a * kept).sum() / kept.sum()\nreturn loss",
     "a count by name": "count = mask.sum()\nloss = (a * mask).sum() / count\nreturn loss",
     "a sum by name": "total = (a * mask).sum()\nloss = total / mask.float().sum()\nreturn loss",
     "div": "loss = (a * mask).sum().div(mask.sum())\nreturn loss",

@@ -100,7 +100,7 @@ class _Flow:
                     isinstance(func, ast.Attribute) and func.attr not in {"size", "dim"} and self.is_batch(func.value)
                 )
                 return inner or any(self.is_batch(a) for a in args)
-            case ast.BinOp(left=left, right=right):
+            case ast.BinOp(left=left, right=right) | ast.Compare(left=left, comparators=[right]):
                 return self.is_batch(left) or self.is_batch(right)
             case ast.Subscript(value=value) | ast.UnaryOp(operand=value) | ast.Starred(value=value):
                 return self.is_batch(value)
