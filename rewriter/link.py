@@ -49,6 +49,7 @@ class Links:
         self.expressions: dict[ast.expr, cst.BaseExpression] = {}
         self.spine: set[cst.CSTNode] = set()
         """The wanted nodes, and everything that holds one."""
+        self.elifs: set[cst.CSTNode] = set()
         self._module, self._parents, self._place = module, parents, place
         self._margins: dict[ast.AST, str] = {}
         found = list(dict.fromkeys(wanted))
@@ -100,6 +101,7 @@ class Links:
                 if isinstance(found.orelse, cst.If):
                     if statement.orelse[0] in self._way:
                         self.spine.add(found.orelse)
+                        self.elifs.add(found.orelse)
                         self._link(statement.orelse[0], found.orelse, found.orelse, margin)
                 elif found.orelse is not None:
                     self._branch(statement.orelse, found.orelse, margin)
@@ -170,7 +172,7 @@ class Links:
             body = [cst.Try(body=_STUB, handlers=[head])]
         elif isinstance(head, cst.ExceptStarHandler):
             body = [cst.TryStar(body=_STUB, handlers=[head])]
-        elif isinstance(head, cst.If) and isinstance(self._parents[owner], ast.If) and self._is_elif(owner):
+        elif isinstance(head, cst.If) and found in self.elifs:
             body = [cst.If(test=cst.Name("x"), body=_STUB, orelse=head)]
         else:
             assert isinstance(head, cst.BaseCompoundStatement)
@@ -184,10 +186,6 @@ class Links:
         spans = MetadataWrapper(module, unsafe_skip_copy=True).resolve(ByteSpanPositionProvider)
         first = spans[head].start
         return {node: (span.start - first, span.start - first + span.length) for node, span in spans.items()}
-
-    def _is_elif(self, owner: ast.AST) -> bool:
-        above = self.statements[self._parents[owner]]
-        return isinstance(above, cst.If) and above.orelse is self.statements[owner]
 
 
 class _Ways(cst.CSTVisitor):
@@ -219,15 +217,13 @@ def _upwards(node: ast.AST, parents: Mapping[ast.AST, ast.AST]) -> Iterable[ast.
 
 
 def _without_blocks(node: cst.CSTNode) -> cst.CSTNode:
-    changes: dict[str, object] = {"body": _STUB}
-    if hasattr(node, "leading_lines"):
-        changes["leading_lines"] = ()
+    if isinstance(node, (cst.Try, cst.TryStar)):
+        return cst.If(test=cst.Name("x"), body=_STUB)  # a try has no expression of its own
+    changes: dict[str, object] = {"leading_lines": ()}
+    if isinstance(node, cst.Match):
+        changes["cases"] = [cst.MatchCase(pattern=cst.MatchAs(), body=_STUB)]
+    else:
+        changes["body"] = _STUB
     if isinstance(node, (cst.If, cst.For, cst.While)):
         changes["orelse"] = None
-    elif isinstance(node, (cst.Try, cst.TryStar)):
-        changes = {"leading_lines": (), "body": _STUB, "orelse": None, "finalbody": None}
-        return cst.If(test=cst.Name("x"), body=_STUB)  # a try has no expression of its own
-    elif isinstance(node, cst.Match):
-        del changes["body"]
-        changes["cases"] = [cst.MatchCase(pattern=cst.MatchAs(), body=_STUB)]
     return node.with_changes(**changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rewriter.analyze.facts import Facts
@@ -143,25 +143,12 @@ def _imports(file: File, changes: Sequence[Change], lines: Sequence[str]) -> Ins
     """New lines behind the file's other imports."""
     body = file.tree.body
     code = tuple(map(Template, lines))
-    last = _last_import(body, _touched(file, changes))
+    anchors = (anchor(change) for change in changes)
+    last = _last_import(body, {file.names.top_of(node) for node in anchors if node is not None})
     if last is not None:
         return Insert(last, code, behind=True)
     documented = isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     return Insert(body[0], code, behind=documented)
-
-
-def _touched(file: File, changes: Iterable[Change]) -> set[ast.AST]:
-    """The statements at the top of the file that changes are in."""
-    return set(_tops(file, changes))
-
-
-def _tops(file: File, changes: Iterable[Change]) -> Iterator[ast.AST]:
-    for change in changes:
-        node: ast.AST | None = anchor(change)
-        while node is not None and file.names.parents[node] is not file.tree:
-            node = file.names.parents[node]
-        if node is not None:
-            yield node
 
 
 def _last_import(body: list[ast.stmt], touched: set[ast.AST]) -> ast.stmt | None:

@@ -30,11 +30,12 @@ def rewritten(file: File, plan: Plan) -> bytes:
         InputError: libcst cannot read the file, would print it otherwise than it is written, or the result is no
             Python. The message is the reason.
     """
+    changed = touched(file, plan.changes)
     try:
-        text = _code(file, plan)
+        text = _code(file, plan, changed)
     except RecursionError:
-        text = _with_room(lambda: _code(file, plan))
-    lost = _lost_line(file, plan, text)
+        text = _with_room(lambda: _code(file, plan, changed))
+    lost = _lost_line(file, changed, text)
     if lost:
         raise InputError(f"line {lost} would not be printed as it is written")
     after = file.source.encode(text.encode("utf-8"))
@@ -57,10 +58,12 @@ def changed_module(file: File, plan: Plan, module: cst.Module) -> cst.Module:
         raise InputError(" ".join(str(error).split())) from None
 
 
-def _code(file: File, plan: Plan) -> str:
-    """The file's text after the plan. Statements at its top that no change needs are not even parsed by libcst."""
+def _code(file: File, plan: Plan, changed: set[int]) -> str:
+    """The file's text after the plan. Statements at its top that no change needs are not even parsed by libcst.
+
+    ``changed`` are the lines that may be printed anew.
+    """
     body, lines = file.tree.body, list(_texts(file.source.text))
-    changed = touched(file, plan.changes)
     pieces: list[str] = []
     done = 0
     for first, last, changes in _runs(file, plan.changes, lines):
@@ -90,30 +93,23 @@ def _runs(file: File, changes: Sequence[Change], lines: Sequence[str]) -> Iterat
     """Neighbouring statements at the top of the file that changes need, as first and last, with those changes."""
     body = file.tree.body
     numbers: dict[ast.AST, int] = {statement: number for number, statement in enumerate(body)}
-    spans: list[tuple[int, int, Change]] = []
-    for change in changes:
-        needed = [numbers[_top(file, node)] for node in nodes(change)]
-        spans.append((min(needed), max(needed), change))
-    found: list[tuple[int, int, list[Change]]] = []
-    for first, last, change in sorted(spans, key=lambda span: span[0]):
+    spans: list[tuple[int, int, int]] = []
+    for order, change in enumerate(changes):
+        needed = [numbers[file.names.top_of(node)] for node in nodes(change)]
+        spans.append((min(needed), max(needed), order))
+    found: list[tuple[int, int, list[int]]] = []
+    for first, last, order in sorted(spans):
         while first and _first_line(body[first], lines) < (body[first - 1].end_lineno or 0):
             first -= 1  # they share a line
         while last + 1 < len(body) and _first_line(body[last + 1], lines) < (body[last].end_lineno or 0):
             last += 1
         if found and first <= found[-1][1] + 1:
             begin, end, before = found.pop()
-            found.append((begin, max(end, last), [*before, change]))
+            found.append((begin, max(end, last), [*before, order]))
         else:
-            found.append((first, last, [change]))
-    order = {id(change): number for number, change in enumerate(changes)}
-    for first, last, several in found:
-        yield first, last, sorted(several, key=lambda change: order[id(change)])
-
-
-def _top(file: File, node: ast.AST) -> ast.AST:
-    while (parent := file.names.parents[node]) is not file.tree:
-        node = parent
-    return node
+            found.append((first, last, [order]))
+    for first, last, orders in found:
+        yield first, last, [changes[order] for order in sorted(orders)]
 
 
 def _first_line(statement: ast.stmt, lines: Sequence[str]) -> int:
@@ -189,9 +185,8 @@ def _with_room(work: Callable[[], T]) -> T:
 # The guard -------------------------------------------------------------------------------------------------------
 
 
-def _lost_line(file: File, plan: Plan, text: str) -> int:
+def _lost_line(file: File, changed: set[int], text: str) -> int:
     """The first line that no change touches and that is not in the result, in its order; 0 if there is none."""
-    changed = touched(file, plan.changes)
     rest = _texts(text)
     for number, line in enumerate(_texts(file.source.text), 1):
         if number in changed or not line.strip():

@@ -33,9 +33,11 @@ from rewriter.changes import (
 )
 from rewriter.link import Links
 from rewriter.types import ConflictError
-from rewriter.write import AND, ATOM, BARE, NOT, OR, Writer, bare, comments, fitting, in_parentheses
+from rewriter.write import AND, ATOM, BARE, NOT, OR, Holes, Writer, bare, comments, fitting, in_parentheses
 
 _Line = cst.SimpleStatementLine | cst.BaseCompoundStatement
+_LINES = (cst.SimpleStatementLine, cst.BaseCompoundStatement)
+_SEMICOLON = cst.Semicolon(whitespace_after=cst.SimpleWhitespace(" "))
 _HOLDERS = (cst.BaseStatement, cst.ExceptHandler, cst.ExceptStarHandler)
 """What comments are lost from."""
 
@@ -89,6 +91,20 @@ class _Piece:
         return [found[0].with_changes(leading_lines=[*self.lead, *own]), *found[1:]], self.left
 
 
+def _in_order(pieces: Sequence[_Piece]) -> tuple[list[_Line], list[cst.EmptyLine]]:
+    """The statements of neighbours, and comment lines that nothing comes behind."""
+    found: list[_Line] = []
+    waiting: list[cst.EmptyLine] = []
+    for piece in pieces:
+        lines, left = piece.lines()
+        if lines and waiting:
+            lines = [lines[0].with_changes(leading_lines=[*waiting, *lines[0].leading_lines]), *lines[1:]]
+            waiting = []
+        found.extend(lines)
+        waiting = [*waiting, *left]
+    return found, waiting
+
+
 class _Apply(cst.CSTTransformer):
     def __init__(
         self, links: Links, parents: Mapping[ast.AST, ast.AST], changes: Sequence[Change], write: Writer
@@ -117,7 +133,7 @@ class _Apply(cst.CSTTransformer):
         self._updated: dict[cst.CSTNode, cst.CSTNode] = {}
         self._lost: list[Counter[str]] = []  # comments, by the statement being visited
         self._comments: dict[cst.CSTNode, Counter[str]] = {}
-        self._made: dict[cst.CSTNode, Sequence[_Line]] = {}  # what lines have become
+        self._made: dict[cst.CSTNode, _Piece] = {}  # what lines have become
 
     # Which nodes are visited -------------------------------------------------------------------------------------
 
@@ -150,19 +166,14 @@ class _Apply(cst.CSTTransformer):
                 assert isinstance(current, (cst.SimpleStatementLine, cst.SimpleStatementSuite))
                 current = self._shared_line(original_node, current)
             if isinstance(current, cst.SimpleStatementSuite):
-                self._made[original_node] = _opened_suite(current)
-        elif (
-            isinstance(original_node, cst.If) and original_node in self._of_statements and self._is_elif(original_node)
-        ):
+                self._made[original_node] = _Piece([], _opened_suite(current))
+        elif original_node in self._links.elifs and original_node in self._of_statements:
             raise ConflictError("an elif cannot be changed as a statement")
         return current
 
-    def _is_elif(self, node: cst.CSTNode) -> bool:
-        return any(isinstance(other, cst.If) and other.orelse is node for other in self._links.spine)
-
     # Expressions -------------------------------------------------------------------------------------------------
 
-    def _holes(self, code: Template, own: cst.CSTNode | None = None, it: cst.CSTNode | None = None) -> _Holes:
+    def _holes(self, code: Template, own: cst.CSTNode | None = None, it: cst.CSTNode | None = None) -> Holes:
         """What goes into a template's holes; ``it`` for the node ``own`` that is being changed."""
         found: dict[str, cst.BaseExpression] = {}
         for name, node in code.holes:
@@ -224,11 +235,11 @@ class _Apply(cst.CSTTransformer):
         given: list[ast.expr | ast.keyword] = [*change.node.args, *change.node.keywords]
         given.sort(key=lambda item: (item.lineno, item.col_offset))
         # Changes before this one may have added arguments at the end.
-        pairs = list(zip(given, node.args, strict=False))
-        unstarred = [arg.with_changes(star="", whitespace_after_star=cst.SimpleWhitespace("")) for _, arg in pairs]
         kept = [
-            bare if item in change.unstarred else arg
-            for (item, arg), bare in zip(pairs, unstarred, strict=True)
+            arg.with_changes(star="", whitespace_after_star=cst.SimpleWhitespace(""))
+            if item in change.unstarred
+            else arg
+            for item, arg in zip(given, node.args, strict=False)
             if item not in change.dropped
         ]
         kept += node.args[len(given) :]
@@ -246,8 +257,7 @@ class _Apply(cst.CSTTransformer):
         if not any(line in self._links.spine for line in original.body):
             return updated
         pieces = [self._piece(before, after) for before, after in zip(original.body, updated.body, strict=True)]
-        body: list[_Line] = []
-        waiting: list[cst.EmptyLine] = []
+        tops: list[_Piece] = []
         index = 0
         while index < len(pieces):
             piece, count = pieces[index], 1
@@ -255,14 +265,10 @@ class _Apply(cst.CSTTransformer):
                 followers = pieces[index + count : index + len(change.statements)]
                 piece.core = [self._under(change, piece, followers)]
                 count = max(count, len(change.statements))
-            lines, left = piece.lines()
-            self._made[original.body[index]] = lines
-            if lines and waiting:
-                lines[0] = lines[0].with_changes(leading_lines=[*waiting, *lines[0].leading_lines])
-                waiting = []
-            body.extend(lines)
-            waiting.extend(left)
+            self._made[original.body[index]] = piece
+            tops.append(piece)
             index += count
+        body, waiting = _in_order(tops)
         if not body and isinstance(updated, cst.IndentedBlock):
             body = [cst.SimpleStatementLine(body=[cst.Pass()], leading_lines=waiting)]
             waiting = []
@@ -296,7 +302,7 @@ class _Apply(cst.CSTTransformer):
                     if moved and isinstance(body := getattr(updated, "body", None), cst.IndentedBlock):
                         piece.left = list(body.footer)
                 case Keep(kept=kept):
-                    piece.core = list(self._made[self._links.lines[kept]])
+                    piece.core, _ = self._made[self._links.lines[kept]].lines()
                 case Unblock():
                     piece.core, piece.left = _opened(updated)
                 case Under():
@@ -311,26 +317,20 @@ class _Apply(cst.CSTTransformer):
         piece.lead.extend(cst.EmptyLine(comment=cst.Comment(text)) for text in lost.elements())
         return piece
 
-    def _all_holes(self, lines: Sequence[Template]) -> _Holes:
+    def _all_holes(self, lines: Sequence[Template]) -> Holes:
         return {name: node for line in lines for name, node in self._holes(line).items()}
 
     def _under(self, change: Under, piece: _Piece, followers: Sequence[_Piece]) -> cst.BaseCompoundStatement:
-        inner = list(piece.core)
-        waiting: list[cst.EmptyLine] = []
-        for follower in followers:
-            lines, left = follower.lines()
-            if lines:
-                lines[0] = lines[0].with_changes(leading_lines=[*waiting, *lines[0].leading_lines])
-                waiting = []
-            inner.extend(lines)
-            waiting.extend(left)
+        inner, waiting = _in_order(followers)
         for name, node in change.hoisted:
             value = self._updated[self._links.expressions[node]]
             assert isinstance(value, cst.BaseExpression)
             code = Template(f"{name} = {{value}}", (("value", node),))
             piece.before.extend(self._write.statements([code], {"value": value}))
         head = self._write.head(change.head, self._holes(change.head))
-        return head.with_changes(body=cst.IndentedBlock(body=inner, footer=waiting, indent=self._write.indent))
+        return head.with_changes(
+            body=cst.IndentedBlock(body=[*piece.core, *inner], footer=waiting, indent=self._write.indent)
+        )
 
     def _shared_line(
         self,
@@ -359,11 +359,6 @@ class _Apply(cst.CSTTransformer):
         last = updated.body[-1].semicolon
         joined = [small.with_changes(semicolon=_between(small)) for small in body[:-1]]
         return updated.with_changes(body=[*joined, body[-1].with_changes(semicolon=last)])
-
-
-_LINES = (cst.SimpleStatementLine, cst.BaseCompoundStatement)
-_Holes = Mapping[str, cst.BaseExpression]
-_SEMICOLON = cst.Semicolon(whitespace_after=cst.SimpleWhitespace(" "))
 
 
 def _between(small: cst.BaseSmallStatement) -> cst.Semicolon:

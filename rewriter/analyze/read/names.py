@@ -110,6 +110,12 @@ class Names:
                 return block
         return [statement]
 
+    def top_of(self, node: ast.AST) -> ast.AST:
+        """The statement at the top of the file that a node belongs to."""
+        while (parent := self.parents[node]) is not self.module.node:
+            node = parent
+        return node
+
     def ancestors(self, node: ast.AST) -> Iterator[ast.AST]:
         current = self.parents.get(node)
         while current is not None:
