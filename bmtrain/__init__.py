@@ -3,7 +3,7 @@
 from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
-from .context import init_distributed, is_initialized, rank, shutdown, world_size
+from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
@@ -54,6 +54,7 @@ __all__ = [
     "nn",
     "optim",
     "optim_step",
+    "own_random",
     "param_init",
     "parameter",
     "print_block",

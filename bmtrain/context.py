@@ -9,9 +9,10 @@ import os
 import random
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -21,6 +22,8 @@ from .device import Device, Schedule, choose_device, let_segments_grow
 from .errors import ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
 from .topology import Topology
+
+Random = Literal["own", "shared"]
 
 
 class Engine(Protocol):
@@ -51,6 +54,8 @@ class Context:
     timeout: timedelta
     precision: Precision = field(default_factory=Precision)
     """Of every module that was given none of its own."""
+    random: Random = "own"
+    """Whether layers in training draw other numbers on every rank."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -134,6 +139,7 @@ def init_distributed(
     schedule: Schedule = "overlap",
     timeout: timedelta = timedelta(minutes=30),
     precision: Precision | torch.dtype | str | None = None,
+    random: Random = "own",
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -152,6 +158,9 @@ def init_distributed(
         timeout: how long a collective or a meeting may take.
         precision: a bmt.Precision, or the dtype to gather fp32 parameters and compute in ("bf16", torch.bfloat16);
             None follows the model's dtypes and autocast. Blocks may have their own.
+        random: "own" lets a training model's layers draw other dropout masks and noise on every rank, each for its
+            share of the batch; outside of forwards all ranks draw alike (see ``bmt.own_random``). "shared" draws the
+            same everywhere, as the published library did.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -161,6 +170,8 @@ def init_distributed(
     policy = as_precision(precision)
     if schedule not in get_args(Schedule):
         raise ConfigurationError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {schedule!r}.")
+    if random not in get_args(Random):
+        raise ConfigurationError(f"random must be one of {', '.join(get_args(Random))}, not {random!r}.")
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -177,12 +188,25 @@ def init_distributed(
         env.setdefault("MASTER_ADDR", "localhost")
         env.setdefault("MASTER_PORT", "10010")
     meeting = meet(init_method, topology.rank, topology.world_size, timeout)
-    made = _connect(topology, Device(chosen, schedule), meeting.store, timeout)
+    made = _connect(topology, Device(chosen, schedule, topology.rank), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
-    made.precision = policy
+    made.precision, made.random = policy, random
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
+
+
+def own_random() -> AbstractContextManager[None]:
+    """Inside the ``with``, what torch draws is this rank's own; outside of forwards all ranks draw alike.
+
+    For noise, masks or time steps that belong to this rank's share of a batch: ``with bmt.own_random(): noise =
+    torch.randn_like(x)``.  What is drawn follows from where the shared stream stands (``torch.manual_seed``) and from
+    the rank.  ``random`` and numpy stay shared.
+    """
+    here = _State.context
+    if here is None or here.world_size == 1 or here.random == "shared":
+        return nullcontext()
+    return here.device.all_draw_own()
 
 
 def shutdown() -> None:

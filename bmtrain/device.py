@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 
 from .errors import DeviceError
+from .own_random import OwnRandom
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
 from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
 that a missing wait shows in the numbers."""
 
-RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...]]
+RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...], list[bool]]
 
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
@@ -81,11 +82,12 @@ def _delay(stream: torch.cuda.Stream | None) -> None:
 class Device:
     """One process's compute device."""
 
-    def __init__(self, device: torch.device, schedule: Schedule = "overlap") -> None:
+    def __init__(self, device: torch.device, schedule: Schedule = "overlap", rank: int = 0) -> None:
         self.torch_device = device
         self.is_cuda = device.type == "cuda"
         self.schedule = schedule
         self._index = device.index  # looked up fastest
+        self._own_random = [OwnRandom(generator, rank) for generator in self._generators()]
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
@@ -175,10 +177,34 @@ class Device:
         if self.is_cuda:
             torch.cuda.empty_cache()
 
+    def _generators(self) -> list[torch.Generator]:
+        """Torch's, that of this device first."""
+        if not self.is_cuda:
+            return [torch.default_generator]
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        return [torch.cuda.default_generators[self._index], torch.default_generator]
+
+    @property
+    def decides_apart(self) -> bool:
+        """Whether layers draw from another generator than Python code that decides which of them run."""
+        return self.is_cuda
+
+    def layers_draw_own(self) -> AbstractContextManager[None]:
+        """Inside the ``with`` this rank's layers draw numbers of their own."""
+        return self._own_random[0]()
+
+    @contextmanager
+    def all_draw_own(self) -> Iterator[None]:
+        """Inside the ``with`` whatever torch draws on this rank is its own."""
+        with ExitStack() as stack:
+            for own in self._own_random:
+                stack.enter_context(own())
+            yield
+
     def rng_state(self) -> RngState:
-        """State of torch's CPU generator, of this device's, and of ``random``."""
-        own = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
-        return torch.get_rng_state(), own, random.getstate()
+        """State of torch's CPU generator, of this device's, of ``random``, and who draws from an own stream."""
+        here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
+        return torch.get_rng_state(), here, random.getstate(), [own.entered for own in self._own_random]
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""
@@ -186,6 +212,8 @@ class Device:
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
         random.setstate(state[2])
+        for own, entered in zip(self._own_random, state[3], strict=True):
+            own.entered = entered
 
 
 AutocastRegions = list[tuple[str, bool, torch.dtype]]

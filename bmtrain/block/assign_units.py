@@ -17,7 +17,7 @@ from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .linear import LandingLinear, land_gradients
 from .meta import check_buffers, materialise
-from .record import unit_of
+from .record import record_of, unit_of
 from .sharded import ShardedModule, become
 
 
@@ -62,6 +62,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
         units.append(unit)
     _warn_of_different_starts(pools.ctx.rank, kind, [name for name in differing if name not in later])
     _note_borrowed(root)
+    _note_blocks(root)
     land_gradients(root)
     pools.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
@@ -102,6 +103,14 @@ def _note_borrowed(root: nn.Module) -> None:
             flat = flat_of(parameter)
             if flat is not None and flat.unit is not unit and flat.unit not in unit.borrows:
                 unit.borrows.append(unit_of_flat(flat))
+
+
+def _note_blocks(root: nn.Module) -> None:
+    """Let every owner of a unit know whether there are others inside it."""
+    for module in root.modules():
+        record = record_of(module)
+        if record is not None:
+            record.has_blocks = any(unit_of(inner) is not None for inner in module.modules() if inner is not module)
 
 
 def _plan(root: nn.Module) -> list[_Group]:

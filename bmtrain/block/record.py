@@ -19,6 +19,7 @@ class Record:
         recompute, zero_level, precision: what ``Block`` was told.
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
+        has_blocks: whether a module inside owns a unit too.
     """
 
     unit: ShardUnit | None = None
@@ -27,6 +28,7 @@ class Record:
     precision: Precision | None = None
     has_statistics: bool | None = None
     trained: bool = False
+    has_blocks: bool = False
 
     def settings(self) -> Record:
         """What is worth keeping in a file."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from ..alike import differing
-from ..context import context
+from ..context import Context, context
 from ..errors import CheckpointError, ConfigurationError, DeviceError
 from ..shard.engine import engine
 from ..shard.flat import flat_of
@@ -38,10 +39,11 @@ class ShardedModule(nn.Module):
         precision, outermost = unit.precision, runs.idle
         if outermost and unit.ctx.world_size > 1:
             note_run(self, record)
-        if not precision.casts:
-            return runs.forward(unit, record.recompute, super().__call__, args, kwargs)
-        args, kwargs = precision.cast_arguments((args, kwargs))
-        out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
+        with _random_numbers(self, record, unit.ctx, outermost):
+            if not precision.casts:
+                return runs.forward(unit, record.recompute, super().__call__, args, kwargs)
+            args, kwargs = precision.cast_arguments((args, kwargs))
+            out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
         # Inside a model that computes in one precision, the model's output dtype would not fit what comes next.
         return precision.cast_result(out) if outermost or not unit.inherits_precision else out
 
@@ -115,6 +117,17 @@ class ShardedModule(nn.Module):
 def _outside_of_compiled_code(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a block inside a compiled one: the engine's work is no part of a graph."""
     return module(*args, **kwargs)
+
+
+def _random_numbers(module: nn.Module, record: Record, ctx: Context, outermost: bool) -> AbstractContextManager[None]:
+    """Lets layers that train draw this rank's own numbers, while ranks go on to decide alike which layers run.
+
+    Where one generator serves both, it is a module without blocks that is let off; else, the whole forward.
+    """
+    if not module.training or ctx.world_size == 1 or ctx.random == "shared":
+        return nullcontext()
+    alone = outermost if ctx.device.decides_apart else not record.has_blocks
+    return ctx.device.layers_draw_own() if alone else nullcontext()
 
 
 def become(module: nn.Module, mixin: type[ShardedModule]) -> Record:

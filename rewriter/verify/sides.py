@@ -86,7 +86,8 @@ class Converted:
     def start(self, seed: int, device: str, meeting: str) -> None:
         # By name: the rewriter does not depend on bmtrain; the converted code that runs here does.
         self._bmt: Any = importlib.import_module("bmtrain")
-        self._bmt.init_distributed(f"file://{meeting}", seed=seed, device=device)
+        # Ranks that get the same inputs are compared with one process, dropout and all.
+        self._bmt.init_distributed(f"file://{meeting}", seed=seed, device=device, random="shared")
         self._manager = self._bmt.optim.OptimManager()
 
     def backward(self, loss: torch.Tensor) -> None:

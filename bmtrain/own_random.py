@@ -1,0 +1,60 @@
+"""Random numbers that this rank alone draws, beside the stream that all ranks share.
+
+All ranks are seeded alike, so that they build the same model, draw the same order of the data, and decide alike.  In
+a layer that would be wrong: dropout masks, noise levels and masked positions belong to a rank's own share of the batch,
+and N ranks that draw the same ones have 1/N as many.  So a generator has a second stream for every rank.
+
+Where that one starts follows from where the shared one stands, and from the rank; it is started anew each time, and if
+anything was drawn from it, the shared one moves on by one number.  Thus ``torch.manual_seed`` sets both, whoever saves
+and restores the shared state need not know of the other, and without such draws the shared stream is what it is in a
+single process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_HEAD = 32  # bytes of a state: its seed, its counters, and the first word that a generator on a CPU computes with
+
+
+class OwnRandom:
+    """The second stream of one generator.
+
+    Args:
+        generator: the process's generator for a device.
+        rank: whose stream it is.
+
+    Attributes:
+        entered: whether the generator draws from the second stream now.
+    """
+
+    def __init__(self, generator: torch.Generator, rank: int) -> None:
+        self._generator, self._salt = generator, rank.to_bytes(8, "little")
+        self.entered = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw from the rank's own stream inside the ``with``."""
+        if self.entered:
+            yield
+            return
+        shared = self._generator.get_state()
+        seed = hashlib.blake2b(_head(shared), digest_size=8, salt=self._salt).digest()
+        self._generator.manual_seed(int.from_bytes(seed, "little"))
+        start, self.entered = _head(self._generator.get_state()), True
+        try:
+            yield
+        finally:
+            drawn = _head(self._generator.get_state()) != start
+            self._generator.set_state(shared)
+            self.entered = False
+            if drawn:
+                torch.rand((), generator=self._generator, device=self._generator.device)
+
+
+def _head(state: torch.Tensor) -> bytes:
+    return bytes(state[:_HEAD].tolist())
