@@ -30,19 +30,20 @@ class Across:
 
     def compared(self) -> Iterator[ast.expr]:
         """Products, distances and spreads over the items of a batch that reach a loss."""
-        for flow in self._flows():
+        for flow in self.flows():
             yield from flow.reaching(flow.compares)
 
     def weighed(self) -> Iterator[ast.expr]:
         """Means over what a mask leaves of a batch that reach a loss."""
-        for flow in self._flows():
+        for flow in self.flows():
             yield from flow.reaching(flow.weighs)
 
-    def _flows(self) -> Iterator[_Flow]:
+    def flows(self) -> Iterator[Flow]:
+        """What comes of what, for each function that may be part of training."""
         functions = [node for node in self.file.nodes if isinstance(node, Function)]
         for function in (self.file.tree, *functions):
             if not self._is_outside_training(function):
-                yield _Flow(self, function)
+                yield Flow(self, function)
 
     def _is_outside_training(self, function: ast.Module | Function) -> bool:
         if isinstance(function, ast.Module):
@@ -53,11 +54,12 @@ class Across:
         return optimizes or any(name.split(".")[-1] in _OUTSIDE for name in names)
 
 
-class _Flow:
+class Flow:
     """What comes of a batch, and of comparisons in it, in one function."""
 
     def __init__(self, across: Across, function: ast.Module | Function) -> None:
-        self.across, self.file = across, across.file
+        self.across, self.file, self.function = across, across.file, function
+        self.parameters: set[str] = set()
         self.nodes = [item for statement in function.body for item in walk_own(statement)]
         self.batch: set[str] = set()
         self.sizes: set[str] = set()
@@ -73,8 +75,12 @@ class _Flow:
             if isinstance(target, ast.Name)
         ]
         for node in self.nodes:
-            if isinstance(node, ast.For) and "parameters" not in ast.dump(node.iter) and not self._counts(node.iter):
-                self.batch |= {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
+            if isinstance(node, ast.For):
+                names = {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
+                if "param" in ast.dump(node.iter):
+                    self.parameters |= names
+                if "parameters" not in ast.dump(node.iter) and not self._counts(node.iter):
+                    self.batch |= names
         for _ in range(3):
             for name, value in self.assigned:
                 if _SIZES.search(self.file.source.code(value)):
@@ -111,7 +117,7 @@ class _Flow:
     def reaching(self, asked: Callable[[ast.expr], bool]) -> Iterator[ast.expr]:
         """Values of some kind from which a loss is made in this function."""
         for node in self.nodes:
-            if isinstance(node, ast.expr) and asked(node) and not self._without_gradients(node):
+            if isinstance(node, ast.expr) and asked(node) and not self.without_gradients(node):
                 if self._reaches(node):
                     yield node
 
@@ -207,7 +213,8 @@ class _Flow:
         named = [item.id for item in walk(size) if isinstance(item, ast.Name)]
         return bool(_SIZES.search(code)) and any(name in self.batch for name in named)
 
-    def _without_gradients(self, node: ast.expr) -> bool:
+    def without_gradients(self, node: ast.expr) -> bool:
+        """Whether ``with torch.no_grad():`` stands around a value."""
         return any(
             isinstance(parent, ast.With) and any((_name(item.context_expr)) in _OUTSIDE for item in parent.items)
             for parent in self.file.names.ancestors(node)

@@ -1,0 +1,130 @@
+"""Random numbers that a training loop draws for the batch it has: noise, masks, time steps, permutations."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.training.across import Across, Flow
+from rewriter.analyze.training.scripts import Scripts
+
+_LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "dropout"}
+_SIZED = {"rand", "randn", "randint", "randperm", "normal"}
+_IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
+_TORCH = ("torch.", "torch.nn.functional.")
+_HARMLESS = {
+    "to", "cuda", "cpu", "view", "view_as", "reshape", "expand", "unsqueeze", "squeeze", "type", "type_as", "float",
+    "long", "int", "half", "bool", "clone", "size", "dim", "numel", "requires_grad_", "mul", "mul_", "add", "clamp",
+    "sqrt", "exp", "log", "new", "new_empty", "new_zeros", "repeat", "double", "sign", "pow", "abs",
+}  # fmt: skip
+_BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list"}
+
+
+def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
+    """Calls in training loops, and in functions that only these call, that draw as many numbers as a batch asks for."""
+    for flow in Across(file).flows():
+        function = flow.function if isinstance(flow.function, Function) else None
+        owner = file.names.class_of(function) if function is not None else None
+        if owner is not None and scripts.classes.is_module(file.class_info(owner)):
+            continue
+        drawn = [
+            node
+            for node in flow.nodes
+            if isinstance(node, ast.Call)
+            and _draws(file, scripts, flow, node)
+            and not flow.without_gradients(node)
+            and not _is_own(file, scripts, node)
+        ]
+        helps = bool(drawn) and function is not None and _only_trains(file, scripts, function)
+        yield from (node for node in drawn if helps or in_training_loop(file, node))
+
+
+def is_plain(file: File, scripts: Scripts, statement: ast.stmt) -> bool:
+    """Whether a statement only computes with tensors, so that it runs no model and no collective."""
+    if not isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return)):
+        return False
+    return all(_is_harmless(file, scripts, call) for call in walk(statement) if isinstance(call, ast.Call))
+
+
+def in_training_loop(file: File, node: ast.AST) -> bool:
+    """Whether a loop around a node also runs a backward."""
+    return any(
+        isinstance(item, ast.Attribute) and item.attr == "backward"
+        for loop in file.names.ancestors(node)
+        if isinstance(loop, (ast.For, ast.While))
+        for item in walk(loop)
+    )
+
+
+def _draws(file: File, scripts: Scripts, flow: Flow, call: ast.Call) -> bool:
+    if any(keyword.arg == "generator" for keyword in call.keywords):
+        return False
+    name, where = _torch_name(file, scripts, call), call.func
+    given = [*call.args, *(k.value for k in call.keywords if k.arg in {"size", "input"})]
+    if name in _LIKE:
+        return bool(given) and _is_of_batch(flow, given[0])
+    if name in _SIZED:
+        return any(_counts(flow, item) for item in given)
+    if isinstance(where, ast.Attribute) and where.attr in _IN_PLACE and isinstance(where.value, ast.Call):
+        inner = where.value
+        asked = [*inner.args, *([inner.func.value] if isinstance(inner.func, ast.Attribute) else [])]
+        return any(_counts(flow, item) or _is_of_batch(flow, item) for item in asked)
+    return False
+
+
+def _counts(flow: Flow, size: ast.expr) -> bool:
+    """``len(x)``, ``x.shape[0]``, ``x.shape``, ``(x.size(0), 1)`` of a batch ``x``, or a name for one of these."""
+    for item in walk(size):
+        match item:
+            case ast.Attribute(value=value, attr="shape" | "size") if _is_of_batch(flow, value):
+                return True
+            case ast.Call(func=ast.Name(id="len"), args=[value]) if _is_of_batch(flow, value):
+                return True
+            case ast.Name(id=name) if name in flow.sizes:
+                return True
+    return False
+
+
+def _is_of_batch(flow: Flow, node: ast.expr) -> bool:
+    """Whether a value is made of what a loop over data gives; parameters and gradients are no batch."""
+    names = [item for item in walk(node) if isinstance(item, (ast.Name, ast.Attribute))]
+    words = {item.id if isinstance(item, ast.Name) else item.attr for item in names}
+    return flow.is_batch(node) and not words & ({"grad", "data", "weight", "parameters"} | flow.parameters)
+
+
+def _only_trains(file: File, scripts: Scripts, function: Function) -> bool:
+    """Whether every call of a function stands in a loop that trains."""
+    calls = []
+    for other in scripts.project:
+        for call in other.calls:
+            found = scripts.project.resolve(other, call.func)
+            if isinstance(found, FunctionInfo) and found.node is function:
+                calls.append((other, call))
+    return bool(calls) and all(in_training_loop(other, call) for other, call in calls)
+
+
+def _is_own(file: File, scripts: Scripts, node: ast.AST) -> bool:
+    """Whether ``with bmt.own_random():`` stands around it, or it is a batch that is shared out."""
+    for parent in file.names.ancestors(node):
+        wanted = [item.context_expr for item in parent.items] if isinstance(parent, ast.With) else [parent]
+        for expression in wanted:
+            if isinstance(expression, ast.Call):
+                known = scripts.project.external(file, expression.func)
+                if known in {"bmtrain.own_random", "bmtrain.shard_batch"}:
+                    return True
+    return False
+
+
+def _is_harmless(file: File, scripts: Scripts, call: ast.Call) -> bool:
+    if _torch_name(file, scripts, call) or (isinstance(call.func, ast.Name) and call.func.id in _BUILT_IN):
+        return True
+    return isinstance(call.func, ast.Attribute) and call.func.attr in (_HARMLESS | _IN_PLACE)
+
+
+def _torch_name(file: File, scripts: Scripts, call: ast.Call) -> str:
+    """``randn`` for ``torch.randn``; empty for what is not torch's."""
+    known = scripts.project.external(file, call.func) if dotted(call.func) else None
+    head, _, name = (known or "").rpartition(".")
+    return name if head + "." in _TORCH else ""

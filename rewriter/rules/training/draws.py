@@ -1,0 +1,92 @@
+"""Noise, masks and time steps for a share of a batch are drawn by each rank alone.
+
+What: ``noise = torch.randn_like(x)`` in a loop that trains goes under ``with bmt.own_random():``, and so does
+everything else that draws as many numbers as the batch has: ``torch.rand(len(x))``, ``torch.randperm(x.size(0))``.
+Why: outside of models all ranks draw the same numbers, so that they agree on data and weights. N ranks that draw alike
+for their shares have 1/N as many different numbers for the batch of the unconverted script.
+Refuses when: the statement does more than compute with tensors (reported); the size is not taken from a batch; it is
+drawn without gradients, or by a generator of its own. Layers of models in training draw apart without this.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.draws import drawn_for_a_batch, is_plain
+from rewriter.changes import Under, template
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Remark
+
+_WORDS = re.compile(rb"rand|normal|uniform|bernoulli|exponential|poisson|dropout")
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training or not _WORDS.search(file.source.data):
+        return
+    runs: list[list[ast.stmt]] = []
+    for call in sorted(drawn_for_a_batch(file, facts.scripts), key=lambda node: (node.lineno, node.col_offset)):
+        if facts.scripts.in_kept_guard(file, call):
+            continue
+        statement = file.names.statement_of(call)
+        if not is_plain(file, facts.scripts, statement) or not file.source.owns_lines(statement):
+            message = "all ranks draw the same numbers here, for other shares of the batch: bmt.own_random() would do"
+            yield Remark(RULE.code, call.lineno, message)
+        elif runs and statement is runs[-1][-1]:
+            continue
+        elif runs and _follows(file, runs[-1][-1], statement):
+            runs[-1].append(statement)
+        else:
+            runs.append([statement])
+    for statements in runs:
+        change = Under(tuple(statements), template("with {bmt}.own_random():"))
+        yield Conversion(RULE.code, statements[0].lineno, "every rank draws its own numbers for its share", (change,))
+
+
+def _follows(file: File, first: ast.stmt, second: ast.stmt) -> bool:
+    siblings = file.names.siblings(first)
+    return second in siblings and siblings.index(second) == siblings.index(first) + 1
+
+
+RULE = Rule(
+    code="BMT044",
+    title="what is drawn for a share of a batch is each rank's own",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 8)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+for x in batches:
+    level = torch.rand(len(x), 1)
+    noise = torch.randn_like(x)
+    loss = (model(x + level * noise) - noise).pow(2).mean()
+    optim_manager.backward(loss)
+    optim_manager.step()
+""",
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = torch.nn.Linear(8, 8)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+for x in batches:
+    with bmt.own_random():
+        level = torch.rand(len(x), 1)
+        noise = torch.randn_like(x)
+    loss = (model(x + level * noise) - noise).pow(2).mean()
+    optim_manager.backward(loss)
+    optim_manager.step()
+""",
+        ),
+    ),
+)

@@ -1,0 +1,133 @@
+"""What a training loop draws for its share of a batch is each rank's own; data, models and evaluation stay shared."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from rewriter.convert import convert_text
+
+SCRIPT = """import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+model = nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for x, y in DataLoader(data, batch_size=8):
+{body}
+    loss = model(x).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+
+
+def converted(text: str) -> str:
+    result = convert_text(text)
+    assert not result.error
+    again = convert_text(result.after.decode())
+    assert again.after == result.after, "a second run changes nothing"
+    return result.after.decode()
+
+
+def loop(body: str) -> str:
+    return converted(SCRIPT.format(body=textwrap.indent(body, "    ")))
+
+
+SHARED = {
+    "weights": "w = torch.randn_like(model.weight)",
+    "gradients": "for p in model.parameters():\n    p.grad = torch.randn_like(p)",
+    "groups": 'for group in optimizer.param_groups:\n    for p in group["params"]:\n        torch.randn_like(p)',
+    "a number": "p = torch.rand(1)",
+    "a constant size": "z = torch.randn(64, 4)",
+    "a generator": "z = torch.rand(len(x), generator=generator)",
+    "no gradients": "with torch.no_grad():\n    z = torch.randn_like(x)",
+    "no draw": "z = torch.zeros_like(x)",
+    "a mask of a size": "m = torch.zeros(len(x))",
+}
+
+
+@pytest.mark.parametrize("body", SHARED.values(), ids=SHARED)
+def test_left_alone(body: str) -> None:
+    assert loop(body).count("own_random") == body.count("own_random")
+
+
+EVALUATION = """
+def evaluate(model, loader):
+    for x, y in loader:
+        noise = torch.randn_like(x)
+        print(model(x + noise).mean().item())
+"""
+MODEL = """
+class Masked(nn.Module):
+    def forward(self, x):
+        return x * torch.rand(x.shape[0], 1)
+"""
+BATCH = """
+def get_batch(batch_size):
+    starts = torch.randint(9, (batch_size,))
+    return data[starts]
+"""
+
+
+@pytest.mark.parametrize("text", [EVALUATION, MODEL, BATCH], ids=["evaluation", "model", "batch"])
+def test_left_alone_elsewhere(text: str) -> None:
+    whole = SCRIPT.format(body="    pass").replace("\nmodel = ", f"{text}\n\nmodel = ", 1)
+    assert "own_random" not in converted(whole)
+
+
+OWN = {
+    "len": "z = torch.rand(len(x))",
+    "shape": "z = torch.randn(x.shape[0], 7, device=x.device)",
+    "size": "z = torch.randn(x.size(0), 7)",
+    "whole shape": "z = torch.randn(x.shape)",
+    "starred": "z = torch.randn(*x.shape)",
+    "tuple": "t = torch.randint(0, 1000, (x.shape[0],), device=x.device).long()",
+    "named size": "n = x.size(0)\nt = torch.randint(0, 1000, (n,))",
+    "like": "z = torch.randn_like(x)",
+    "scaled": "z = 0.1 * torch.randn_like(x).to(x.device)",
+    "permuted": "index = torch.randperm(x.size(0))",
+    "mask": "m = torch.bernoulli(torch.full_like(x, 0.5))",
+    "in place": "z = torch.empty_like(x).uniform_(-1, 1)",
+    "new": "z = x.new(x.size(0), 3).normal_(0, 1)",
+    "added": "x = x + torch.randn_like(x) * 0.1",
+    "added in place": "x += torch.rand_like(x)",
+    "annotated": "z: torch.Tensor = torch.randn_like(x)",
+    "dropped": "x = nn.functional.dropout(x, 0.1)",
+    "branch": "if noisy:\n    x = x + torch.randn_like(x)",
+}
+
+
+@pytest.mark.parametrize("body", OWN.values(), ids=OWN)
+def test_drawn_apart(body: str) -> None:
+    after = loop(body)
+    last = body.split("\n")[-1]
+    indent = " " * (4 + len(last) - len(last.lstrip()))
+    assert f"{indent}with bmt.own_random():\n{indent}    {last.lstrip()}\n" in after
+
+
+def test_neighbours_share_one_with() -> None:
+    after = loop("t = torch.rand(len(x))\nz = torch.randn_like(x)\nq = 3\nu = torch.rand(len(x))")
+    assert after.count("with bmt.own_random():") == 2
+    assert "        t = torch.rand(len(x))\n        z = torch.randn_like(x)\n    q = 3\n" in after
+
+
+def test_a_helper_of_the_loop() -> None:
+    helper = "\ndef noisy(x):\n    z = torch.randn_like(x)\n    return x + z\n"
+    text = SCRIPT.format(body="    x = noisy(x)").replace("\nmodel = ", f"{helper}\n\nmodel = ", 1)
+    assert "    with bmt.own_random():\n        z = torch.randn_like(x)\n    return x + z\n" in converted(text)
+
+
+MIXED = {
+    "a model runs in it": "out = model(x + torch.randn_like(x))",
+    "an expression": "show(torch.rand(len(x)))",
+    "a condition": "if torch.rand(len(x)).sum() > 3:\n    pass",
+}
+
+
+@pytest.mark.parametrize("body", MIXED.values(), ids=MIXED)
+def test_what_does_more_is_reported(body: str) -> None:
+    result = convert_text(SCRIPT.format(body=textwrap.indent(body, "    ")))
+    found = [finding for finding in result.reported if "draw the same numbers" in finding.message]
+    assert [finding.line for finding in found] == [8] and b"own_random" not in result.after
