@@ -26,7 +26,9 @@ INTEGERS = [torch.int8, torch.uint8, torch.int32, torch.int64]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 ONLY_MOVED = [torch.int16, torch.complex64]
 
-several_gpus = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+RANKS = max(GPUS, 2)  # on one GPU they share it
+
+own_gpus = pytest.mark.skipif(GPUS < 2, reason="depends on how NCCL moves bytes between GPUs, and needs two")
 
 
 # ---- on the ranks
@@ -41,7 +43,7 @@ def store() -> dist.Store:
 @lru_cache
 def communicator(policy: nccl.Policy = "default", staged: bool = False) -> NcclCommunicator:
     rank = int(os.environ["RANK"])
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     kind, name = (StagedCommunicator, "staged") if staged else (NcclCommunicator, f"test-{policy}")
     return kind(store(), name, rank, int(os.environ["WORLD_SIZE"]), device, policy=policy)
@@ -116,7 +118,7 @@ def check_staged_memory() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     communicator().barrier()
     check_moves(torch.float32)  # what NCCL and torch load on first use is loaded by now
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     comm = StagedCommunicator(store(), "memory", rank, world, device)
     count = 3_000_001
     shard = torch.arange(count, dtype=torch.float32, device=device) + rank * 0.25
@@ -305,15 +307,14 @@ class WithoutWindows:
 
 
 def on_gpus(function: Callable[..., Any], *args: object, fresh: bool = False) -> list[Any]:
-    """The results of calling ``function`` in one process for each GPU."""
-    return run_ranks(GPUS, function, *args, initialize=False, fresh=fresh, timeout=60)
+    """The results of calling ``function`` in one process for each GPU, two at least."""
+    return run_ranks(RANKS, function, *args, initialize=False, fresh=fresh, timeout=60)
 
 
 # ---- the tests
 
 
 @pytest.mark.gpu
-@several_gpus
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS + FLOAT8 + ONLY_MOVED)
 def test_moves(dtype: torch.dtype, staged: bool) -> None:
@@ -321,45 +322,43 @@ def test_moves(dtype: torch.dtype, staged: bool) -> None:
 
 
 @pytest.mark.gpu
-@several_gpus
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("dtype", FLOATS + INTEGERS + FLOAT8)
 def test_reductions(dtype: torch.dtype, staged: bool) -> None:
-    ops = ["sum", "max", "min", "prod"] + (["avg"] if dtype in FLOATS and GPUS in (2, 4, 8) else [])
+    ops = ["sum", "max", "min", "prod"] + (["avg"] if dtype in FLOATS and RANKS in (2, 4, 8) else [])
     on_gpus(check_reductions, dtype, ops, staged)
 
 
 @pytest.mark.gpu
-@several_gpus
 @pytest.mark.parametrize("staged", [False, True])
 def test_bool(staged: bool) -> None:
     on_gpus(check_bool, staged)
 
 
 @pytest.mark.gpu
-@several_gpus
+@own_gpus
 @pytest.mark.skipif(GPUS > 1 and nccl.available() and nccl.version() < 22700, reason="needs windows")
 def test_staged_collectives_need_little_memory() -> None:
     on_gpus(check_staged_memory)
 
 
 @pytest.mark.gpu
-@several_gpus
+@own_gpus
 @pytest.mark.parametrize("policy", ["default", "efficiency", "zero"])
 @pytest.mark.parametrize("dtype, count", [(torch.bfloat16, 1 << 20), (torch.float32, 1 << 20), (torch.float32, 1000)])
 def test_windows_equal_ordinary_memory(policy: nccl.Policy, dtype: torch.dtype, count: int) -> None:
     opened = on_gpus(check_windows, policy, dtype, count)
-    assert opened == [nccl.version() >= 22700] * GPUS
+    assert opened == [nccl.version() >= 22700] * RANKS
 
 
 @pytest.mark.gpu
-@several_gpus
+@own_gpus
 def test_memory_returns() -> None:
     on_gpus(check_memory_returns)
 
 
 @pytest.mark.gpu
-@several_gpus
+@own_gpus
 @pytest.mark.skipif(GPUS > 1 and nccl.available() and nccl.version() < 22800, reason="needs NCCL 2.28")
 def test_zero_policy_moves_by_copy_engines() -> None:
     for names in on_gpus(check_copy_engines):
@@ -368,27 +367,23 @@ def test_zero_policy_moves_by_copy_engines() -> None:
 
 
 @pytest.mark.gpu
-@several_gpus
 def test_refusals() -> None:
     on_gpus(check_refusals)
 
 
 @pytest.mark.gpu
-@several_gpus
 def test_names_split_and_close() -> None:
     on_gpus(check_names_and_close)
 
 
 @pytest.mark.gpu
-@several_gpus
 def test_abort_ends_a_collective_that_nobody_joins() -> None:
     on_gpus(check_abort, fresh=True)
 
 
 @pytest.mark.gpu
-@several_gpus
 def test_missing_windows_are_mentioned_once() -> None:
-    assert on_gpus(count_warnings, fresh=True) == [1] + [0] * (GPUS - 1)
+    assert on_gpus(count_warnings, fresh=True) == [1] + [0] * (RANKS - 1)
 
 
 @pytest.mark.gpu

@@ -84,7 +84,8 @@ def run_ranks(
     ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the
     variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
     gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks for processes
-    that no other test uses, before or after: needed by whatever changes the process for good.
+    that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs than
+    ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
     Raises RanksFailed with the traceback of every rank that failed.
     """
     task = _describe(function, args, kwargs)
@@ -94,9 +95,7 @@ def run_ranks(
         return results
 
 
-def on_ranks(
-    *world_sizes: int, **options: Any
-) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
+def on_ranks(*world_sizes: int, **options: Any) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
     """Makes a test of what every rank does: one for each of ``world_sizes``, with ``options`` of ``run_ranks``.
 
     Fixtures and parameters that the function asks for are pickled and passed to each rank.
@@ -145,7 +144,7 @@ class _Group:
         port = _free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
-            variables = _launch_variables(rank, world_size, port) | env
+            variables = _launch_variables(rank, world_size, port) | _gpu_variables(rank, world_size) | env
             process = method.Process(target=_worker, args=(theirs, variables, init, initialize), name=f"rank{rank}")
             process.start()
             theirs.close()
@@ -262,6 +261,26 @@ def _launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
+    }
+
+
+@functools.cache
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _gpu_variables(rank: int, world_size: int) -> dict[str, str]:
+    """What lets ranks share GPUs where there are fewer than ranks: NCCL takes every rank for a host of its own."""
+    if not 0 < _gpu_count() < world_size:
+        return {}
+    return {
+        "CUDA_VISIBLE_DEVICES": str(rank % _gpu_count()),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "NCCL_HOSTID": f"rank {rank}",
+        "NCCL_SOCKET_IFNAME": "lo",
     }
 
 

@@ -118,7 +118,6 @@ def test_every_use_is_foreseen(name: str, recompute: bool) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("recompute", [True, False])
 def test_every_use_is_foreseen_on_gpus(recompute: bool) -> None:
     for name in ORDERS:

@@ -154,6 +154,4 @@ def test_pairs_of_an_ordinary_model() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("match", [pairs_match, levels_match])
 def test_groups_compute_the_same_on_gpus(match: Any) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     run_ranks(2, match, init={"device": "cuda"})

@@ -131,6 +131,4 @@ def test_methods_that_use_parameters_of_their_own(world_size: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("match", [methods_match, features_match])
 def test_methods_compute_the_same_on_gpus(match: Any) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     run_ranks(2, match, init={"device": "cuda"})

@@ -75,7 +75,6 @@ def assert_same(one: list[Any], other: list[Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_schedule_recomputation_and_repetition_change_no_bit(dtype: torch.dtype) -> None:
     reference = results(2, dtype, True, "overlap")
