@@ -17,11 +17,11 @@ def allgather_objects(obj: T) -> list[T]:
     """Every rank's ``obj``, rank 0's first.  Collective."""
     control = context().control
     payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-    sizes = torch.empty(control.world_size, dtype=torch.int64)
-    control.all_gather(torch.tensor([payload.numel()]), sizes)
-    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    sizes = torch.empty(control.world_size, dtype=torch.int64, device="cpu")
+    control.all_gather(torch.tensor([payload.numel()], device="cpu"), sizes)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device="cpu")
     padded[: payload.numel()] = payload
-    whole = torch.empty(control.world_size * padded.numel(), dtype=torch.uint8)
+    whole = torch.empty(control.world_size * padded.numel(), dtype=torch.uint8, device="cpu")
     control.all_gather(padded, whole)
     rows = whole.view(control.world_size, -1)
     return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]

@@ -35,7 +35,9 @@ def gather_result(result: torch.Tensor) -> torch.Tensor:
     Shapes may differ in dimension 0 only; a scalar counts as one row.  Any strides; no gradient.  Collective.
     """
     rows = result.detach().reshape(1) if result.dim() == 0 else result.detach()
-    counts = [int(count) for count in distributed.all_gather(torch.tensor(rows.shape[0]), context().control)]
+    counts = [
+        int(count) for count in distributed.all_gather(torch.tensor(rows.shape[0], device="cpu"), context().control)
+    ]
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = distributed.all_gather(padded)

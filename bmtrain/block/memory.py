@@ -66,7 +66,7 @@ class RecomputePlan:
 
     def _decide(self) -> None:
         order = sorted(self._bytes)
-        facts = torch.tensor([-self._budget(), *(self._bytes[i] for i in order)], dtype=torch.int64)
+        facts = torch.tensor([-self._budget(), *(self._bytes[i] for i in order)], dtype=torch.int64, device="cpu")
         self._ctx.control.all_reduce(facts, "max")
         free, sizes = -int(facts[0]), dict(zip(order, facts[1:].tolist(), strict=True))
         left = free

@@ -107,7 +107,9 @@ def _from_rank_0(ctx: Context, state: Any) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, kind in kinds.items():
         if isinstance(kind, tuple) and len(kind) == 2 and isinstance(kind[1], torch.dtype):
-            tensor = state[key].contiguous().clone() if ctx.rank == 0 else torch.empty(kind[0], dtype=kind[1])
+            tensor = (
+                state[key].contiguous().clone() if ctx.rank == 0 else torch.empty(kind[0], dtype=kind[1], device="cpu")
+            )
             if tensor.numel():
                 ctx.control.broadcast(tensor, 0)
             out[key] = tensor

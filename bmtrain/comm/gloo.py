@@ -56,7 +56,7 @@ class GlooCommunicator(Communicator):
             return
         # Low precision is summed in fp32 and rounded once.
         wide = whole.view(-1).float() if whole.dtype in _LOW_PRECISION else whole.view(-1)
-        result = torch.empty(shard.numel(), dtype=wide.dtype)
+        result = torch.empty(shard.numel(), dtype=wide.dtype, device="cpu")
         options = dist.ReduceScatterOptions()
         options.reduceOp = _OPS[op]
         _run(lambda: self._group._reduce_scatter_base(result, wide, options))

@@ -53,7 +53,7 @@ class InspectTensor:
         Raises RankDivergenceError when ranks have recorded different numbers of tensors.
         """
         local = [row for entry in self.summary for row in _rows(entry["tensor"])]
-        rows = _gather(torch.tensor(local, dtype=torch.float64).view(-1, 5))
+        rows = _gather(torch.tensor(local, dtype=torch.float64, device="cpu").view(-1, 5))
         moments = [Moments.together([Moments(*part) for part in parts]) for parts in rows.transpose(0, 1).tolist()]
         result = []
         for index, entry in enumerate(self.summary):
@@ -124,10 +124,10 @@ def _rows(tensor: torch.Tensor) -> list[list[float]]:
 def _gather(rows: torch.Tensor) -> torch.Tensor:
     """Every rank's rows: (world_size, rows, 5)."""
     control = context().control
-    counts = torch.empty(control.world_size, dtype=torch.int64)
-    control.all_gather(torch.tensor([rows.shape[0] // 2]), counts)
+    counts = torch.empty(control.world_size, dtype=torch.int64, device="cpu")
+    control.all_gather(torch.tensor([rows.shape[0] // 2], device="cpu"), counts)
     if len(set(counts.tolist())) > 1:
         raise RankDivergenceError(f"The ranks recorded different numbers of tensors: {counts.tolist()}, rank by rank.")
-    whole = torch.empty((control.world_size, *rows.shape), dtype=rows.dtype)
+    whole = torch.empty((control.world_size, *rows.shape), dtype=rows.dtype, device="cpu")
     control.all_gather(rows, whole)
     return whole

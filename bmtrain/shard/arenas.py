@@ -64,7 +64,7 @@ class Arenas:
         if self._lost:  # not always, as it takes a tenth of a second
             self._lost = False
             gc.collect()
-        unused = torch.zeros(self._count, dtype=torch.uint8)
+        unused = torch.zeros(self._count, dtype=torch.uint8, device="cpu")
         unused[list(self._unused)] = 1
         self._ctx.control.all_reduce(unused, "min")
         for number in unused.nonzero().flatten().tolist():

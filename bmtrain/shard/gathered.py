@@ -99,7 +99,7 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     assert isinstance(parameter, DistributedParameter)
     index = parameter._index
     ctx = flat.unit.ctx
-    touched = torch.tensor([int(flat.gradient.touched[index])])
+    touched = torch.tensor([int(flat.gradient.touched[index])], device="cpu")
     ctx.control.all_reduce(touched, "max")
     if not int(touched) or not flat.gradient.present:
         return None

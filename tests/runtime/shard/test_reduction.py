@@ -74,7 +74,7 @@ def test_bf16_on_the_wire_loses_one_rounding(world_size: int, policy: bool) -> N
 @pytest.mark.parametrize("policy", [True, False])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_bf16_over_nccl_loses_one_rounding(world_size: int, policy: bool) -> None:
-    if world_size > torch.cuda.device_count():
+    if world_size > max(torch.cuda.device_count(), 2):  # over sockets more than two ranks round at every hop
         pytest.skip(f"needs {world_size} GPUs")
     check_errors(world_size, policy, "cuda")
 
