@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -30,6 +30,7 @@ class Engine(Protocol):
         """Give back the memory of models that are gone.  Collective."""
 
 
+Gradients = Literal["mean", "sum"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
 
 
@@ -51,6 +52,8 @@ class Context:
     timeout: timedelta
     precision: Precision = field(default_factory=Precision)
     """Of every module that was given none of its own."""
+    gradient_divisor: int = 1
+    """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -134,6 +137,7 @@ def init_distributed(
     schedule: Schedule = "overlap",
     timeout: timedelta = timedelta(minutes=30),
     precision: Precision | torch.dtype | str | None = None,
+    gradients: Gradients = "mean",
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -152,6 +156,8 @@ def init_distributed(
         timeout: how long a collective or a meeting may take.
         precision: a bmt.Precision, or the dtype to gather fp32 parameters and compute in ("bf16", torch.bfloat16);
             None follows the model's dtypes and autocast. Blocks may have their own.
+        gradients: "mean": ``loss.backward()`` gives the mean over ranks, as does an OptimManager. "sum": it gives the
+            sum, as it did in the published releases, for scripts that divide by the number of ranks themselves.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -161,6 +167,8 @@ def init_distributed(
     policy = as_precision(precision)
     if schedule not in get_args(Schedule):
         raise ConfigurationError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {schedule!r}.")
+    if gradients not in get_args(Gradients):
+        raise ConfigurationError(f"gradients must be one of {', '.join(get_args(Gradients))}, not {gradients!r}.")
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -180,6 +188,7 @@ def init_distributed(
     made = _connect(topology, Device(chosen, schedule), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision = policy
+    made.gradient_divisor = topology.world_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
