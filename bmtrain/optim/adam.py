@@ -145,7 +145,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             values, state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(device),
             out if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
             beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=unscale.on_host, clip=None if factor is None else factor.to(device),
+            grad_scale=unscale.on_host * flat.gradient.weight, clip=None if factor is None else factor.to(device),
             skip=None if skip is None else skip.to(device), remainder=remainder,
         )  # fmt: skip
         if out is not None and not direct:

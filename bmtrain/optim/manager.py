@@ -39,7 +39,8 @@ class OptimManager:
         loss_scale_factor, loss_scale_steps: the scale is divided by the factor when a gradient overflows, and
             multiplied by it after so many good steps.
         min_loss_scale, max_loss_scale: its bounds.
-        grad_scale: losses are divided by this; None means the world size, so that gradients are means over ranks.
+        grad_scale: the sum of all ranks' gradients is divided by this; None means the world size, so that gradients are
+            means over ranks, as they are after a plain ``loss.backward()``.
 
         optim_manager = bmt.optim.OptimManager()
         optim_manager.add_optimizer(optimizer, lr_scheduler)
@@ -102,17 +103,20 @@ class OptimManager:
         return self._steps if self._scale is None else self._scale.good_steps
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to call ``backward`` on: times the loss scale, divided by ``grad_scale``."""
+        """The loss to call ``backward`` on: times the loss scale, so that gradients become what ``grad_scale`` says."""
+        # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
+        divided = context().gradient_divisor / self.grad_scale
         if self._scale is None:
-            return loss * (self._fixed_scale / self.grad_scale)
+            factor = self._fixed_scale * divided
+            return loss if factor == 1.0 else loss * factor
         if self._last is not None and self._last.holds_gradients:
             # What comes now is added to what the last step left, which is dropped if that step was skipped.
             if any(flat.gradient.present for flat in flats_of(self._params())):
                 self._learn()
             else:
                 self._last.holds_gradients = False
-        factor = self._scale.value / self.grad_scale
-        return (loss * factor.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
+        scale = self._scale.value * divided
+        return (loss * scale.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""

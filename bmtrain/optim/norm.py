@@ -27,22 +27,32 @@ def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
     return [piece for piece, _ in pieces(params) if piece.flat.gradient.present]
 
 
+def _by_weight(found: Sequence[Piece]) -> dict[float, list[torch.Tensor]]:
+    """The gradients of pieces by what they are to be multiplied with; mostly one weight."""
+    groups: dict[float, list[torch.Tensor]] = {}
+    for piece in found:
+        groups.setdefault(piece.flat.gradient.weight, []).append(piece.grad)
+    return groups
+
+
 @torch.no_grad()
 def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
     ctx = context()
-    grads = [piece.grad for piece in _pieces(params)]
     device = ctx.device.torch_device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for weight, grads in _by_weight(_pieces(params)).items():
+        if norm_type == float("inf"):
+            peak = torch.stack([g.abs().max().double() for g in grads]).max() * weight
+            torch.maximum(total, peak.to(device), out=total)
+        elif norm_type == 2.0:
+            total += kernels.sum_of_squares(grads).to(device) * weight**2
+        else:
+            for grad in grads:
+                total += grad.abs().double().pow(norm_type).sum() * weight**norm_type
     if norm_type == float("inf"):
-        peak = torch.stack([g.abs().max().float() for g in grads]).max() if grads else torch.zeros((), device=device)
-        ctx.world.all_reduce(peak, "max")
-        return peak
-    if norm_type == 2.0:
-        total = kernels.sum_of_squares(grads).to(device)
-    else:
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for grad in grads:
-            total += grad.abs().double().pow(norm_type).sum()
+        ctx.world.all_reduce(total, "max")
+        return total.float()
     ctx.world.all_reduce(total, "sum")
     return total.pow(1.0 / norm_type).float()
 

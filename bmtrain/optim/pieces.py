@@ -28,7 +28,7 @@ class Piece:
 
     @property
     def grad(self) -> torch.Tensor:
-        """(n,) this rank's part of the gradient, to be multiplied by the flat gradient's ``factor``."""
+        """(n,) this rank's part of the gradient, to be multiplied by the flat gradient's ``factor`` and ``weight``."""
         return self.flat.gradient.values()[0][self.start : self.end]
 
 

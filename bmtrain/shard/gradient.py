@@ -22,6 +22,7 @@ class ShardGradient:
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
+        weight: another, on the host.  Ranks are summed, and the weight makes that a mean, at no cost.
     """
 
     def __init__(self, pools: Pools, layout: Layout, dtype: torch.dtype, reduced: Event) -> None:
@@ -30,6 +31,7 @@ class ShardGradient:
         self.touched = [False] * len(layout.slots)
         self.reached: set[int] | None = set()
         self.factor: torch.Tensor | None = None
+        self.weight = 1.0
         self._arena: Arena | None = None  # one reduction, in the dtype that travelled
         self._sum: torch.Tensor | None = None  # fp32
         self._wide = False  # whether the gradient is in _sum
@@ -42,22 +44,29 @@ class ShardGradient:
     def add(self, whole: torch.Tensor) -> None:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
         ctx = self._pools.ctx
+        weight = 1.0 / ctx.gradient_divisor
         if not self.present:
             ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
-            self.present, self._wide, self.factor = True, False, None
+            self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return
-        total = self._total()
+        total, share = self._total(), weight / self.weight  # 1, unless somebody has settled what is there
         if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
             ctx.reduce.reduce_scatter(whole, self._came)
-            kernels.accumulate_(total, self._came, first=False)
+            if share == 1.0:
+                kernels.accumulate_(total, self._came, first=False)
+            else:
+                total.add_(self._came, alpha=share)
             return
         part = self._pools.acquire_part(self, self._layout, whole.dtype)
         ctx.reduce.reduce_scatter(whole, part.tensor)
-        total.add_(part.tensor)
+        total.add_(part.tensor, alpha=share)
         self._pools.parts.give_back(part, ctx.device.reduce_stream)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient, in whatever precision it is kept, and the factor to apply.  For the current stream."""
+        """The gradient, in whatever precision it is kept, and the factor to apply beside ``weight``.
+
+        For the current stream.
+        """
         assert self.present
         self._reduced.wait(self._pools.ctx.device.current_stream())
         tensor = self._sum if self._wide else self._came
@@ -67,7 +76,11 @@ class ShardGradient:
     def settled(self) -> torch.Tensor:
         """The gradient in the dtype of sums, with every factor applied.  For the current stream."""
         self.values()
-        return self._total()
+        total = self._total()
+        if self.weight != 1.0:
+            total.mul_(self.weight)
+            self.weight = 1.0
+        return total
 
     def scale_(self, factor: torch.Tensor | float) -> None:
         """Multiply by ``factor``, when it is next read."""
@@ -92,7 +105,7 @@ class ShardGradient:
         """Become a gradient of zeros, to be written."""
         if not self.present:
             self._fitting(self._dtype).zero_()
-            self.present, self._wide, self.factor = True, False, None
+            self.present, self._wide, self.factor, self.weight = True, False, None, 1.0
         return self.settled()
 
     @property
@@ -106,7 +119,7 @@ class ShardGradient:
         return self._arena.tensor
 
     def _total(self) -> torch.Tensor:
-        """The gradient in the dtype of sums, with every factor applied."""
+        """The gradient in the dtype of sums, with ``factor`` applied but not ``weight``."""
         assert self._came is not None
         total = self._came
         if self._wide or total.dtype != self.dtype:
