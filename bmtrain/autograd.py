@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 Node = torch.autograd.graph.Node
+
+
+@contextmanager
+def scripts_as_written() -> Iterator[None]:
+    """TorchScript functions run operation by operation inside the ``with``, every time alike.
+
+    Its executor would otherwise profile, and save other tensors from the second or third call on.
+    """
+    optimizes = torch._C._get_graph_executor_optimize()
+    torch._C._set_graph_executor_optimize(False)
+    try:
+        yield
+    finally:
+        torch._C._set_graph_executor_optimize(optimizes)
 
 
 def backward_id() -> int | None:

@@ -9,12 +9,13 @@ the block once more; that second run stops after the last tensor that is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..autograd import scripts_as_written
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
 from .memory import RecomputePlan
@@ -68,9 +69,11 @@ class Frame:
 
     def run(self, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
         """Run the block's forward, recording what autograd saves."""
-        if self.recompute:
-            self._again = Repeat(self.owner, call, args, kwargs)
-        with self.hooks():
+        with ExitStack() as stack:
+            if self.recompute:
+                self._again = Repeat(self.owner, call, args, kwargs)
+                stack.enter_context(scripts_as_written())
+            stack.enter_context(self.hooks())
             out = call(*args, **kwargs)
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
@@ -121,10 +124,17 @@ class Frame:
 
         assert self._again is not None
         try:
-            with self.owner.recomputing(self, pack), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            with (
+                self.owner.recomputing(self, pack),
+                scripts_as_written(),
+                torch.autograd.graph.saved_tensors_hooks(pack, _never),
+            ):
                 self._again()
         except _Enough:
             pass
+        except RuntimeError:  # what TorchScript makes of _Enough
+            if len(made) < len(self._facts):
+                raise
         if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
                 f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "

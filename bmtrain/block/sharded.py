@@ -56,6 +56,7 @@ class ShardedModule(nn.Module):
         if record is None or unit is None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is None and unit.ctx.world_size > 1:
+            engine().meet(f"state_dict of {type(self).__name__}")
             level(self, record)
         needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
         with engine().outside.pinned(needed):

@@ -10,8 +10,13 @@ from typing import Literal
 from ..context import Context
 from ..errors import CommunicationError, RankDivergenceError
 
-Phase = Literal["forward", "backward"]
+Phase = Literal["forward", "backward", "operation", "update"]
 Step = tuple[int, Phase]
+"""A unit, and what it is used in: "operation" is one outside of any forward, "update" one that gathers nothing."""
+
+
+Kind = tuple[Phase, int, bool]
+"""Of a run: what begins it, with which unit, and whether under autograd."""
 
 
 class Trace:
@@ -24,8 +29,9 @@ class Trace:
 
     def __init__(self, ctx: Context, patience: timedelta) -> None:
         self._ctx, self._patience = ctx, patience
-        self._past: dict[object, list[Step]] = {}
-        self._kind: object = None
+        self._past: dict[Kind | None, list[Step]] = {}
+        self._following: dict[Kind | None, Kind] = {}  # which kind of run came after the last one of each kind
+        self._kind: Kind | None = None
         self._run: list[Step] = []
         self._after: dict[Step, int] = {}  # which unit followed each step when it last occurred
         self._expected: list[Step] = []
@@ -33,15 +39,19 @@ class Trace:
         self._count = 0
         self._asked: list[str] = []
 
-    def begin(self, kind: object, name: str) -> None:
-        """An outermost forward starts; ``kind`` says which earlier runs it resembles."""
+    def begin(self, kind: Kind, what: str) -> None:
+        """An outermost forward starts, or operations outside of any; ``kind`` says which earlier runs it resembles."""
         early = self._position < len(self._expected) and bool(self._run)
+        # One rank may read what all have read before: without asking, it would gather what the others' forward gathers.
+        foreseen = self._following.get(self._kind)
+        astray = foreseen != kind and "operation" in (kind[0], foreseen and foreseen[0])
+        self._following[self._kind] = kind
         if self._run:
             self._past[self._kind] = self._run
         self._kind, self._run, self._position = kind, [], 0
         self._expected = self._past.get(kind, [])
-        if early:
-            self._agree(f"the start of the forward of {name}")
+        if early or astray:
+            self._agree(what)
 
     def meet(self, what: str) -> None:
         """Return once every rank has come to ``what``, some step outside of a run.
@@ -58,8 +68,9 @@ class Trace:
         return list(dict.fromkeys(index for index, _ in last[:count]))
 
     def note(self, index: int, phase: Phase, name: str) -> int | None:
-        """Unit ``index`` is needed now.  Returns the unit predicted next, if any.
+        """Unit ``index`` is used now.  Returns the unit to be gathered next, if that is known.
 
+        ``name`` is the unit's, or says what is done with it outside of forwards.
         Raises RankDivergenceError when another rank needs a different one.
         """
         step = (index, phase)
@@ -69,7 +80,8 @@ class Trace:
         self._count += 1
         at = self._position
         if at >= len(self._expected) or self._expected[at] != step:
-            self._agree(f"the {phase} of {name or 'the root'}")
+            outside = phase in ("operation", "update")
+            self._agree(name if outside else f"the {phase} of {name or 'the root'}")
             try:
                 at = self._expected.index(step, min(at, len(self._expected)))
             except ValueError:
@@ -77,7 +89,8 @@ class Trace:
                 return self._after.get(step)
         self._position = at + 1
         if self._position < len(self._expected):
-            return self._expected[self._position][0]
+            following, phase = self._expected[self._position]
+            return None if phase == "update" else following
         return None
 
     def _agree(self, what: str, patience: timedelta | None = None) -> None:

@@ -62,10 +62,8 @@ def test_shows_its_whole_shape() -> None:
         p = model.emb.weight
         assert p.data.isnan().all(), "reads of p.data are poison"
         for wrong in (
-            lambda: p.sum(), lambda: p[0], lambda: p + 1, lambda: float(p.norm()), lambda: p.tolist(),
-            lambda: p.numpy(), lambda: p.max().item(), lambda: p.clone(), lambda: p == 0, lambda: nn.init.normal_(p),
-            lambda: p.T, lambda: p.detach(), lambda: model.layers[0][0].state_dict(), lambda: torch.cat([p, p]),
-            lambda: torch.linalg.norm(p), lambda: pickle.dumps(p), lambda: p.cpu(),
+            lambda: p.tolist(), lambda: p.numpy(), lambda: p.item(), lambda: bool(p), lambda: 0.0 in p,
+            lambda: model.layers[0][0].bias.__array__(), lambda: pickle.dumps(p), lambda: p.share_memory_(),
             lambda: torch.save(p, io.BytesIO()),
         ):  # fmt: skip
             with pytest.raises(ShardedAccessError, match=r"gathered|state_dict"):
