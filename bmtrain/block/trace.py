@@ -32,6 +32,8 @@ class Trace:
         self._position = 0
         self._count = 0
         self._asked: list[str] = []
+        self._event: object = None  # the last thing done, and what came after each when it was done before
+        self._then: dict[object, object] = {}
 
     def begin(self, kind: object, name: str) -> None:
         """An outermost forward starts; ``kind`` says which earlier runs it resembles."""
@@ -40,7 +42,8 @@ class Trace:
             self._past[self._kind] = self._run
         self._kind, self._run, self._position = kind, [], 0
         self._expected = self._past.get(kind, [])
-        if early:
+        self._count += 1
+        if self._departs(("begin", kind)) or early:
             self._agree(f"the start of the forward of {name}")
 
     def meet(self, what: str) -> None:
@@ -51,6 +54,23 @@ class Trace:
         self._count += 1
         # Until they first meet, ranks may be minutes apart: one of them has read the data that all will use.
         self._agree(what, self._ctx.timeout)
+
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next, which concerns no unit: changes its parts of some values, or sums them up.
+
+        Raises RankDivergenceError when another rank is found to do something else.  What follows as it did before is
+        not asked for.
+        """
+        self._count += 1
+        if self._departs(what):
+            self._agree(what)
+
+    def _departs(self, event: object) -> bool:
+        """Whether ``event``, or what followed the last one before, is none of the uses of units."""
+        before, self._event = self._event, event
+        expected = self._then.get(before)
+        self._then[before] = event
+        return expected != event and (isinstance(event, str) or isinstance(expected, str))
 
     def opening(self, count: int = 2) -> list[int]:
         """The units that the next training run needs first, as far as known."""
@@ -68,7 +88,8 @@ class Trace:
         self._run.append(step)
         self._count += 1
         at = self._position
-        if at >= len(self._expected) or self._expected[at] != step:
+        departs = self._departs(step)
+        if departs or at >= len(self._expected) or self._expected[at] != step:
             self._agree(f"the {phase} of {name or 'the root'}")
             try:
                 at = self._expected.index(step, min(at, len(self._expected)))
@@ -84,10 +105,11 @@ class Trace:
         if self._ctx.world_size == 1:
             return
         patience = patience or self._patience
-        store, rank, key = self._ctx.store, self._ctx.rank, f"order/{self._count}/{len(self._asked)}"
-        store.set(f"{key}/{rank}", what)
+        # Asked by all ranks at the same step or not at all; at another one, its number tells.
+        store, rank, key, said = self._ctx.store, self._ctx.rank, f"order/{len(self._asked)}", f"{self._count} {what}"
+        store.set(f"{key}/{rank}", said)
         done = f"{key}/done"
-        if store.add(f"{key}/{zlib.crc32(what.encode())}", 1) == self._ctx.world_size:
+        if store.add(f"{key}/{zlib.crc32(said.encode())}", 1) == self._ctx.world_size:
             store.set(done, "1")
         deadline = time.monotonic() + patience.total_seconds()
         pause = 0.0
@@ -103,8 +125,8 @@ class Trace:
         store, here = self._ctx.store, self._ctx.rank
         for rank in range(self._ctx.world_size):
             said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
-            if said is not None and said != what:
-                self._leave(what, _message(here, what, rank, f"came to {said}"))
+            if said is not None and said != f"{self._count} {what}":
+                self._leave(what, _message(here, what, rank, f"came to {said.split(' ', 1)[1]}"))
             if said is None and passed is not None:
                 self._leave(what, _message(here, what, rank, f"did not within {passed}"))
 

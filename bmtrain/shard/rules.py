@@ -12,6 +12,7 @@ from ..errors import ShardedAccessError
 from .engine import engine
 from .flat import flat_of, place_of
 from .gathered import gathered
+from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter
 from .unit import ShardUnit, unit_of_flat
 
@@ -23,7 +24,7 @@ _ATTRIBUTES = {
     "is_mps", "_backward_hooks", "_grad_fn", "_base", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_vulkan", "is_ipu",
     "is_xla", "is_maia", "_post_accumulate_grad_hooks", "volatile", "name", "data", "grad", "_grad", "grad_dtype",
 }  # fmt: skip
-"""Attributes that a parameter answers without its values.  ``data`` reads as NaN, as the class documents."""
+"""Attributes that a parameter answers without its values."""
 
 _METHODS = {
     _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
@@ -53,6 +54,9 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if func is DistributedParameter.gather:
         with gathered(args[0]):
             return args[0].detach().clone()
+    args, kwargs, result = on_parts(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
     with torch._C.DisableTorchFunctionSubclass():
         if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
             return _attribute(func, args)
