@@ -16,7 +16,7 @@ from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
-from ..shard.sharded_tensor import ShardedTensor
+from ..shard.sharded_tensor import ShardedTensor, part_of
 from .driven import knows_shards
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
@@ -160,8 +160,9 @@ def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
     flat, index = place_of(parameter)
     flat.unit.is_settled = True
+    place = flat.place_of(index)
     return {
-        name: flat.local_part(value, index).to(flat.shard.device, flat.gradient.dtype, copy=True)
+        name: part_of(value, place, f"state {name}").to(flat.shard.device, flat.gradient.dtype, copy=True)
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
     }

@@ -113,6 +113,9 @@ class ShardedTensor(torch.Tensor):
     def __format__(self, spec: str) -> str:
         return format(self.item(), spec) if spec and self.numel() == 1 else repr(self)
 
+    def __copy__(self) -> ShardedTensor:
+        return ShardedTensor(self._part, self.shape)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedTensor:
         if id(self) not in memo:
             memo[id(self)] = self.clone()

@@ -94,7 +94,9 @@ def run_ranks(
         return results
 
 
-def on_ranks(*world_sizes: int, **options: Any) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
+def on_ranks(
+    *world_sizes: int, **options: Any
+) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
     """Makes a test of what every rank does: one for each of ``world_sizes``, with ``options`` of ``run_ranks``.
 
     Fixtures and parameters that the function asks for are pickled and passed to each rank.
