@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .engine import engine
 from .parameter import ShardedParameter
-from .sharded_tensor import NeedsWholeError, ShardedTensor, whole_operands
+from .sharded_tensor import NeedsWholeError, ShardedTensor, is_in_place, whole_operands
 
 _T = torch.Tensor
 
@@ -33,7 +33,7 @@ def on_parts(
     leaves = tree_leaves((args, kwargs))
     mixed = any(isinstance(leaf, ShardedTensor) for leaf in leaves)
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = is_in_place(name)
     if mixed and torch.is_grad_enabled() and not in_place and func is not _T.to and func is not _T.type_as:
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             args, kwargs = whole_operands(args, kwargs)

@@ -140,9 +140,13 @@ class ShardedTensor(torch.Tensor):
             _refuse(func.__name__, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)])
         if any(other is not cls for other in types):
             return NotImplemented  # a sharded parameter knows better
-        if torch.is_grad_enabled() and _require_grad((args, kwargs)):
-            args, kwargs = whole_operands(args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and _require_grad((args, kwargs)):
+                target = next(iter((*args, *kwargs.values())), None)
+                if isinstance(target, cls) and is_in_place(getattr(func, "__name__", "")):
+                    with torch.no_grad():  # no graph leads to parts, and what is written must stay
+                        return func(*args, **kwargs)
+                args, kwargs = whole_operands(args, kwargs)
             return func(*args, **kwargs)
 
     @classmethod
@@ -161,6 +165,17 @@ _T = torch.Tensor
 _MEMORY = {
     _T.numpy, _T.tolist, _T.data_ptr, _T.untyped_storage, _T.storage, _T.__array__, _T.share_memory_, _T.__dlpack__,
     _T.apply_, _T.map_, _T.set_, _T.resize_,
+}  # fmt: skip
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+_IN_PLACE = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
+    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 }  # fmt: skip
 
 
