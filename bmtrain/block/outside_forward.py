@@ -28,6 +28,7 @@ class OutsideForward:
         self._device = schedule.ctx.device
         self._last: weakref.WeakKeyDictionary[nn.Module, LoopPin] = weakref.WeakKeyDictionary()
         self._near: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
+        self._held: list[ShardUnit] = []
 
     def forward_starts(self) -> None:
         """An outermost forward begins: what operations outside have left whole is not near any more."""
@@ -50,6 +51,23 @@ class OutsideForward:
             for unit in held:
                 if not unit.pins and unit.moves:
                     self._whole.release(unit)
+
+    # -- transforms of torch.func ------------------------------------------------------------------------------------
+
+    def hold(self, units: Iterable[ShardUnit]) -> None:
+        """Keep whole what a transform of torch.func computes with: nobody learns when it is through."""
+        for unit in units:
+            if unit not in self._held and unit.moves:
+                unit.pins += 1
+                self._held.append(unit)
+
+    def let_go(self) -> None:
+        """The transforms are over."""
+        if self._held:
+            held, self._held = self._held, []
+            unpin(held)
+            for unit in held:
+                self._whole.set_back(unit)
 
     # -- operations on parameters -----------------------------------------------------------------------------------
 

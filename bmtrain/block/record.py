@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..precision import Precision
 from ..shard.unit import ShardUnit
+from .state import State
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Record:
         recompute, zero_level, precision: what ``Block`` was told.
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
+        state: what of its own the module's forward moves, so that a second run starts where the first did.
     """
 
     unit: ShardUnit | None = None
@@ -27,6 +29,7 @@ class Record:
     precision: Precision | None = None
     has_statistics: bool | None = None
     trained: bool = False
+    state: State = field(default_factory=State)
 
     def settings(self) -> Record:
         """What is worth keeping in a file."""
