@@ -45,4 +45,3 @@ def test_the_same_batches_are_said_once_and_where() -> None:
     assert len(found[0]) == 1 and not found[1]
     assert "test_first_batches.py:" in found[0][0] and "shard_loader" in found[0][0]
     assert run_ranks(1, said, "same", fresh=True) == [[]]
-
