@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -57,18 +56,7 @@ class Repeat:
             return True
         moved = record.state.after_run(self._module, self._before)
         self._before += [entry for entry in moved if entry not in self._before]
-        stuck = [entry for entry in moved if not entry.can_return]
-        for entry in stuck:
-            if not entry.can_be_copied and record.recompute is not False:
-                record.recompute = False
-                if record.unit is not None and record.unit.ctx.rank == 0:
-                    warnings.warn(
-                        f"{record.unit.name or 'The model'} keeps its activations: its forward changes {entry.name!r} "
-                        "of its own in place, which cannot be taken back for a second run. bmt.Block(..., "
-                        "use_checkpoint=False) says so beforehand.",
-                        stacklevel=2,
-                    )
-        return not stuck
+        return all(entry.can_return for entry in moved)
 
     def __call__(self) -> Any:
         if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:

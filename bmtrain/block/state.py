@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -34,17 +35,17 @@ class Entry:
     @classmethod
     def of(cls, holder: dict[str, Any], name: str, copied: bool) -> Entry:
         """As it is now."""
-        value, content, version = holder.get(name, _MISSING), None, 0
-        if _is_plain(value):
-            content, version = value.detach().clone() if copied else None, value._version
+        value, content = holder.get(name, _MISSING), None
+        if copied and _is_plain(value):
+            content = value.detach().clone()
         elif copied and isinstance(value, _CONTAINERS):
-            content = _elements(value)
-        return cls(holder, name, value, version, content)
+            content = copy.copy(value)
+        return cls(holder, name, value, value._version if _is_plain(value) else 0, content)
 
     @property
     def is_copied(self) -> bool:
         """Whether it can return whatever happens to it."""
-        return self.content is not None and _is_plain(self.value)
+        return self.content is not None
 
     @property
     def moved(self) -> bool:
@@ -52,7 +53,7 @@ class Entry:
         if self.holder.get(self.name, _MISSING) is not self.value:
             return True
         if not _is_plain(self.value):
-            return self.content is not None and not _same(_elements(self.value), self.content)
+            return self.content is not None and not _same(self.value, self.content)
         # Written through .data, it keeps its version.
         return self.value._version != self.version or (
             self.content is not None and not torch.equal(self.content, self.value.detach())
@@ -61,28 +62,21 @@ class Entry:
     @property
     def can_return(self) -> bool:
         """Whether it can become what it was."""
-        if _is_plain(self.value):
-            return self.is_copied or self.value._version == self.version
-        return self.holder.get(self.name, _MISSING) is not self.value
-
-    @property
-    def can_be_copied(self) -> bool:
-        """Whether it can return another time, when it is copied beforehand."""
-        return _is_plain(self.value)
+        return self.is_copied or not _is_plain(self.value) or self.value._version == self.version
 
     @contextmanager
     def rewound(self) -> Iterator[None]:
         """As it was before the run inside the ``with``; as it is now after it."""
-        value = self.value
-        content = value.detach().clone() if self.is_copied else None
-        if content is not None:
-            value.data.copy_(self.content)  # past autograd's version count: the present values return
+        present = None
+        if self.is_copied:
+            present = self.value.detach().clone() if _is_plain(self.value) else copy.copy(self.value)
+            _fill(self.value, self.content)
         try:
-            with _held(self.holder, self.name, value):
+            with _held(self.holder, self.name, self.value):
                 yield
         finally:
-            if content is not None:
-                value.data.copy_(content)
+            if present is not None:
+                _fill(self.value, present)
 
 
 class State:
@@ -167,9 +161,15 @@ def _is_plain(value: Any) -> bool:
     return type(value) is torch.Tensor and value.layout == torch.strided and not value.is_meta
 
 
-def _elements(value: Any) -> list[Any]:
-    return [*value, *value.values()] if isinstance(value, dict) else list(value)
+def _fill(value: Any, content: Any) -> None:
+    if _is_plain(value):
+        value.data.copy_(content)  # past autograd's version count: the same values return
+        return
+    value.clear()
+    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def _same(value: Any, content: Any) -> bool:
+    """Whether no element has come, gone or been exchanged."""
+    pairs = [(value, content)] + ([(value.values(), content.values())] if isinstance(value, dict) else [])
+    return len(value) == len(content) and all(a is b for p, q in pairs for a, b in zip(p, q, strict=True))

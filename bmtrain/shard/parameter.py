@@ -6,8 +6,8 @@ two states that differ only in what ``.data`` is:
 whole    ``.data`` is a view of a gather buffer (or of the shard itself at world size 1); any operation works.
 sharded  ``.data`` is one NaN element expanded to the whole shape: shape, dtype, device and ``requires_grad`` are
          right, values read as NaN and in-place writes raise.  Torch functions on the parameter itself are looked at
-         one by one (``rules.py``): metadata passes, ``copy_`` and element-wise updates act on this rank's shard, what a
-         forward needs is gathered on demand, and everything else raises ShardedAccessError.
+         one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what other operations
+         need is gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class DistributedParameter(nn.Parameter):
         self.grad = None
 
     def gather(self) -> torch.Tensor:  # type: ignore[override]
-        """The whole value, a copy that does not follow later updates.  Collective."""
+        """The whole value, a copy that does not follow later updates; its gradient reaches the shards.  Collective."""
         if self._flat is None:
             return self.detach().clone()
         return ShardedParameter.operation(DistributedParameter.gather, (self,), {})  # type: ignore[no-any-return]

@@ -36,7 +36,7 @@ def make(recompute: bool | None) -> tuple[Any, Any]:
     made = []
     for sharded in (False, True):
         torch.manual_seed(0)
-        layers: list[nn.Module] = [Net(), Net()]
+        layers: list[nn.Module] = [Net() for _ in range(5)]
         if sharded and recompute is not None:
             layers = [bmt.Block(layer, use_checkpoint=recompute) for layer in layers]
         made.append(nn.Sequential(*layers))
@@ -94,6 +94,11 @@ IDIOMS: dict[str, Idiom] = {
     "spectral": lambda m, back: back(loss(m) + torch.linalg.matrix_norm(m[0].a.weight, ord=2)),
     "anchored": lambda m, back: back(loss(m) + sum((p - torch.ones_like(p)).square().sum() for p in m.parameters())),
     "similarity": lambda m, back: back(F.cosine_similarity(m[0].a.weight, m[1].a.weight).sum() + loss(m)),
+    "many units at once": lambda m, back: back(
+        loss(m)
+        + torch.stack([layer.a.weight for layer in m]).norm()
+        + torch.cat(list(torch.stack(torch._foreach_norm(list(m.parameters()))).split(3))).sum()
+    ),
     "in turn": in_turn,
     "double backward": double_backward,
     "wasserstein": wasserstein,
@@ -111,6 +116,7 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
             {n: v.detach() for n, v in values(m).items()}
         ).values()
     ),
+    "outside": lambda m: (grad(lambda x: (m[0].a.weight * x[0]).sum() + m[1].b.weight.T.sum() * x.sum())(inputs()),),
     "of inputs": lambda m: (grad(lambda x: loss(m, x) + loss(m, x * 2))(inputs()),),
     "jacobian": lambda m: (jacrev(m)(inputs()),),
     "vmap": lambda m: (vmap(m)(inputs()),),
