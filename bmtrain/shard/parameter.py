@@ -6,8 +6,8 @@ two states that differ only in what ``.data`` is:
 whole    ``.data`` is a view of a gather buffer (or of the shard itself at world size 1); any operation works.
 sharded  ``.data`` is one NaN element expanded to the whole shape: shape, dtype, device and ``requires_grad`` are
          right, values read as NaN and in-place writes raise.  Torch functions on the parameter itself are looked at
-         one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what other operations
-         need is gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.
+         one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what others need is
+         gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.
 """
 
 from __future__ import annotations
