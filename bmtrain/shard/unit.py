@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -205,6 +206,7 @@ class ShardUnit:
         made._begin()
         made.borrows = [other.copy_into(memo) for other in self.borrows]
         made.flats = [flat.copy_for(made, memo) for flat in self.flats]
+        self.pools.copies.append(weakref.ref(made))
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:
