@@ -19,6 +19,8 @@ _LIKE = {
     torch.randint_like,
 }  # fmt: skip
 
+_OF_LAYOUT = {_T.stride, _T.is_contiguous}
+
 _TAKE_KIND = {_T.to, _T.type_as, _T.view_as, _T.expand_as, _T.reshape_as}
 """Of their second argument they need no values."""
 
@@ -43,7 +45,7 @@ def on_parts(
         or (func in _LIKE and not kwargs.get("requires_grad"))
         or (name.startswith("_foreach_") and not torch.is_grad_enabled())
     )
-    alone = alone or (func in _TAKE_KIND and not isinstance(args[0], ShardedParameter))
+    alone = alone or func in _OF_LAYOUT or (func in _TAKE_KIND and not isinstance(args[0], ShardedParameter))
     if not mixed and not alone:
         return args, kwargs, NotImplemented
     try:

@@ -287,10 +287,11 @@ def _random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sharded = _sharded((args, kwargs))
     written = kwargs.get("out", args[0] if name.endswith("_") else None)
-    if (written is not None and not isinstance(written, ShardedTensor)) or (
-        backward_id() is not None and len(sharded) < _count_dimensioned((args, kwargs))
-    ):
-        # An ordinary tensor takes whole values.  A gradient on its way through autograd stays whole.
+    mixed = backward_id() is not None and _differ_between_ranks((args, kwargs))
+    if isinstance(written, ShardedTensor):
+        if mixed:
+            _refuse(f"{name} with a gradient that every rank has its own of,", [written])
+    elif mixed or written is not None:  # an ordinary tensor takes whole values
         args, kwargs = whole_operands(args, kwargs)
         return func(*args, **kwargs)
     # The result lies where the largest operand does; memory of one's own moves sooner than a parameter's.
@@ -307,8 +308,9 @@ def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     return leader
 
 
-def _count_dimensioned(tree: Any) -> int:
-    return sum(isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in tree_leaves(tree))
+def _differ_between_ranks(tree: Any) -> bool:
+    """Whether there are ordinary tensors, of which each rank has its own: during a backward, gradients may be among."""
+    return any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, ShardedTensor) for leaf in tree_leaves(tree))
 
 
 def _note(name: str, target: ShardedTensor) -> None:
@@ -347,9 +349,12 @@ def _foreach(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and _holds_tensors(a)]
     in_place = name.endswith("_")
     leaders: list[ShardedTensor | None] = []
+    backward = backward_id() is not None
     for column in zip(*lists, strict=True):
         sharded = [x for x in column if isinstance(x, ShardedTensor)]
         whole_target = in_place and not isinstance(column[0], ShardedTensor)
+        if backward and sharded and not whole_target and _differ_between_ranks(column):
+            _refuse(f"{name} with gradients that every rank has its own of,", sharded)
         leaders.append(None if whole_target or not sharded else column[0] if in_place else sharded[0])
     first = next((leader for leader in leaders if leader is not None), None)
     if in_place and first is not None:
