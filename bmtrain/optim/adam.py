@@ -27,7 +27,6 @@ from .pieces import (
     gather_state,
     home_of,
     homes_of,
-    key_of,
     pieces,
     replicated_of,
 )  # fmt: skip
@@ -86,11 +85,11 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         return flat.shard.device
 
     def _state_of(self, flat: Home) -> FlatState:
-        state = self._states.get(key_of(flat))
+        state = self._states.get(flat.key)
         if state is None:
             if isinstance(flat, FlatShard):
                 flat.unit.is_settled = True
-            state = self._states[key_of(flat)] = FlatState(flat, self._state_device(flat))
+            state = self._states[flat.key] = FlatState(flat, self._state_device(flat))
         return state
 
     @torch.no_grad()
@@ -112,9 +111,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         params = all_params(self.param_groups)
-        finish_gradients(params)
+        replicated = finish_gradients(params)
         units = sorted(dict.fromkeys(map(unit_of_flat, flats_of(params))), key=lambda unit: unit.index)
-        replicated = replicated_of(params)
         keys = self._count_steps([*(flat for unit in units for flat in unit.flats), *replicated])
         # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
         # the rest of them its gather.
@@ -134,12 +132,12 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 
     def _count_steps(self, homes: Sequence[Home]) -> dict[int, tuple[int, int]]:
         """Group and number of this step, by id, for every parameter of this optimizer that has a gradient."""
-        touched = {key_of(h): t for h, t in zip(homes, agree_on_touched(homes), strict=True)}
+        touched = {h.key: t for h, t in zip(homes, agree_on_touched(homes), strict=True)}
         keys, self._counted = {}, []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
                 flat, index = home_of(parameter)
-                if touched[key_of(flat)][index]:
+                if touched[flat.key][index]:
                     steps = self._state_of(flat).steps
                     steps[index] += 1
                     self._counted.append((steps, index))
@@ -202,7 +200,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         ]
         states: dict[int, dict[str, torch.Tensor]] = {}
         for flat in homes_of(all_params(self.param_groups)):
-            kept = self._states.get(key_of(flat))
+            kept = self._states.get(flat.key)
             if kept is None:
                 continue
             named = {"exp_avg": kept.exp_avg, "exp_avg_sq": kept.exp_avg_sq}

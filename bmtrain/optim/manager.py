@@ -166,13 +166,14 @@ class OptimManager:
                 "This OptimManager has no optimizer, so its step trains nothing. Call "
                 "optim_manager.add_optimizer(optimizer, lr_scheduler) once, before the first step."
             )
-        finish_gradients(self._params())
+        engine().finish_backward()
         if self._scale is None:
             self._update(self._fixed_scale)
             self._step_schedules()
             self._steps += 1
             return
         self._learn()
+        finish_gradients(self._params())
         overflow = find_overflow(self._params())
         if self._may_skip():
             self._update(self._scale.value, overflow)

@@ -39,14 +39,11 @@ def homes_of(params: Iterable[Any]) -> list[Home]:
     found: dict[int, Home] = {}
     for parameter in params:
         flat = flat_of(parameter)
-        home = Replicated(parameter) if flat is None else flat
-        found.setdefault(key_of(home), home)
+        if flat is not None:
+            found[id(flat)] = flat
+        elif id(parameter) not in found:
+            found[id(parameter)] = Replicated(parameter)
     return list(found.values())
-
-
-def key_of(home: Home) -> int:
-    """A number by which to find what is kept for ``home``."""
-    return id(home) if isinstance(home, FlatShard) else id(home.parameter)
 
 
 def flats_of(params: Iterable[Any]) -> list[FlatShard]:
@@ -56,7 +53,8 @@ def flats_of(params: Iterable[Any]) -> list[FlatShard]:
 
 def replicated_of(params: Iterable[Any]) -> list[Replicated]:
     """The others."""
-    return [Replicated(p) for p in {id(p): p for p in params if flat_of(p) is None}.values()]
+    others = [p for p in params if getattr(p, "_flat", None) is None]  # flat_of, without a call for each of them
+    return [Replicated(p) for p in {id(p): p for p in others}.values()] if others else []
 
 
 def home_of(parameter: Any) -> tuple[Home, int]:
@@ -65,10 +63,15 @@ def home_of(parameter: Any) -> tuple[Home, int]:
     return (Replicated(parameter), 0) if flat is None else (flat, parameter._index)
 
 
-def finish_gradients(params: Iterable[Any]) -> None:
-    """Reduce every gradient of ``params`` that is not reduced yet.  Collective."""
+def finish_gradients(params: Iterable[Any]) -> list[Replicated]:
+    """Reduce every gradient of ``params`` that is not reduced yet.  Collective.
+
+    Returns what holds those that lie in no flat shard.
+    """
     engine().finish_backward()
-    average(replicated_of(params))
+    others = replicated_of(params)
+    average(others)
+    return others
 
 
 def all_params(groups: Sequence[ParamGroup]) -> list[Any]:
@@ -115,7 +118,10 @@ def pieces(params: Sequence[Any], keys: dict[int, Any] | None = None) -> Iterato
     wanted: dict[int, tuple[Home, dict[int, Any]]] = {}
     for parameter in params:
         flat, index = home_of(parameter)
-        wanted.setdefault(key_of(flat), (flat, {}))[1][index] = keys[id(parameter)] if keys is not None else None
+        found = wanted.get(key := flat.key)
+        if found is None:
+            found = wanted[key] = (flat, {})
+        found[1][index] = keys[id(parameter)] if keys is not None else None
     for flat, chosen in wanted.values():
         run: list[int] = []
         for index in [*sorted(chosen), -1]:

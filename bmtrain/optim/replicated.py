@@ -23,13 +23,13 @@ class Replicated:
     Complex numbers are laid out as pairs of real ones.  Made when it is needed: it keeps nothing itself.
 
     Attributes:
-        remainder, version: as a FlatShard's.  Writes are not seen, so that no version is ever the one that was seen.
+        key, remainder, version: as a FlatShard's.  Writes are not noticed, so that no version equals one seen before.
     """
 
     remainder: torch.Tensor | None = None
 
     def __init__(self, parameter: torch.Tensor) -> None:
-        self.parameter = parameter
+        self.parameter, self.key = parameter, id(parameter)
         self.params = [parameter]
         self.dtype = parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
         self.version = float("nan")

@@ -53,6 +53,7 @@ class FlatShard:
     """Parameters of one dtype in one flat buffer, of which each rank keeps an equal shard.
 
     Attributes:
+        key: a number by which to find what is kept for this flat shard.
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
         landing: where whole gradients wait to be reduced.
@@ -89,6 +90,7 @@ class FlatShard:
         self.landing = Landing(self.layout, self._acquire_grads)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
+        self.key = id(self)
         self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._writes = Writes(self.params)
