@@ -5,6 +5,7 @@ from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlock
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader
+from .loss import mean
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
 from .published.global_var import config
@@ -50,6 +51,7 @@ __all__ = [
     "load_nccl_pypi",
     "loss",
     "lr_scheduler",
+    "mean",
     "nccl",
     "nn",
     "optim",
