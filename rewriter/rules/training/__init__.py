@@ -20,6 +20,7 @@ from rewriter.rules.training import (
     progress,
     rank_guard,
     save,
+    spawn,
     values,
     wrapper,
 )
@@ -42,6 +43,7 @@ RULES = (
     progress.RULE,
     rank_guard.RULE,
     save.RULE,
+    spawn.RULE,
     values.RULE,
     wrapper.RULE,
 )

@@ -33,7 +33,12 @@ DIFFER = {
     "time", "perf_counter", "monotonic", "now", "random", "randint", "uniform", "choice", "getenv", "environ",
 }  # fmt: skip
 EQUAL = {"agree", "sum_loss", "broadcast_object", "all_reduce"}
-_OF_MODULES = {"time": {"time"}, "random": {"random", "np", "numpy"}, "load": {"bmt", "bmtrain"}, "save": {"bmt", "bmtrain"}}
+_OF_MODULES = {
+    "time": {"time"},
+    "random": {"random", "np", "numpy"},
+    "load": {"bmt", "bmtrain"},
+    "save": {"bmt", "bmtrain"},
+}
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _LOOPS = (ast.For, ast.While)
 
@@ -43,12 +48,18 @@ class Search:
 
     def __init__(self, trees: dict[Path, ast.Module]) -> None:
         self.trees = trees
-        self.parents = {child: node for tree in trees.values() for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.parents = {
+            child: node for tree in trees.values() for node in ast.walk(tree) for child in ast.iter_child_nodes(node)
+        }
         self.functions: dict[str, list[ast.AST]] = {}
         for tree in trees.values():
             for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     self.functions.setdefault(node.name, []).append(node)
+        self.calls = {
+            name: {called(node) for function in several for node in own(function) if isinstance(node, ast.Call)}
+            for name, several in self.functions.items()
+        }
         self.making = {name for name, several in self.functions.items() if any(map(self._makes_itself, several))}
         before = -1
         while before != len(self.making):
@@ -56,14 +67,11 @@ class Search:
             self.making |= {
                 name
                 for name, several in self.functions.items()
-                if name not in self.making and len(several) == 1 and any(map(self._calls_one, several))
+                if name not in self.making and len(several) == 1 and self.calls[name] & self.making
             }
 
     def _makes_itself(self, function: ast.AST) -> bool:
         return any(isinstance(node, ast.Call) and self.is_for_all(node, direct=True) for node in own(function))
-
-    def _calls_one(self, function: ast.AST) -> bool:
-        return any(isinstance(node, ast.Call) and called(node) in self.making for node in own(function))
 
     def is_for_all(self, call: ast.Call, direct: bool = False) -> bool:
         name, owner = called(call), ast.unparse(call.func).rpartition(".")[0]
@@ -126,7 +134,9 @@ class Search:
         return False
 
     def _given(self, name: ast.Name) -> Iterator[ast.expr]:
-        around: ast.AST | None = next((p for _, p in self.above(name) if isinstance(p, (*_DEFINITIONS, ast.Module))), None)
+        around: ast.AST | None = next(
+            (p for _, p in self.above(name) if isinstance(p, (*_DEFINITIONS, ast.Module))), None
+        )
         for node in own(around) if around is not None else ():
             if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name.id for t in node.targets):
                 yield node.value
@@ -205,7 +215,7 @@ def main() -> int:
             for number, example in enumerate(rule.examples)
         ]
     for folder in options.folders:
-        paths = [path for path in folder.rglob("*.py")] if options.converted else []
+        paths = list(folder.rglob("*.py")) if options.converted else []
         groups.append((folder.name, {p: p.read_bytes() for p in paths} if options.converted else converted(folder)))
     for name, files in groups:
         places = list(search(files))
