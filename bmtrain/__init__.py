@@ -19,7 +19,7 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import gather_result, sum_loss, synchronize, wait_loader
+from .synchronize import agree, gather_result, sum_loss, synchronize, wait_loader
 from .utils import load_nccl_pypi, print_block, print_dict, print_rank, see_memory
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ParameterInitializer",
     "Precision",
     "TransformerBlockList",
+    "agree",
     "benchmark",
     "block_layer",
     "compile",

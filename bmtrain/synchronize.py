@@ -8,9 +8,23 @@ import torch
 
 from . import distributed
 from .comm import Communicator
-from .context import context, synchronize
+from .context import context, is_initialized, synchronize
 
-__all__ = ["gather_result", "sum_loss", "synchronize", "wait_loader"]
+__all__ = ["agree", "gather_result", "sum_loss", "synchronize", "wait_loader"]
+
+
+def agree(test: object) -> bool:
+    """Rank 0's answer to a test, on every rank: ``if bmt.agree(os.path.exists(path)):``.  Collective.
+
+    For tests of the clock, of files, of random numbers and of other values that ranks may see differently, where they
+    decide about what all ranks must do. Every rank evaluates ``test``; a tensor must have one element.
+    """
+    if not is_initialized() or context().world_size == 1:
+        return bool(test)
+    control = context().control
+    answer = torch.tensor([bool(test) if control.rank == 0 else False], dtype=torch.uint8)
+    control.broadcast(answer, 0)
+    return bool(answer)
 
 
 @overload
