@@ -32,6 +32,15 @@ class Engine(Protocol):
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
 
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next, outside of any forward or in one.
+
+        Raises RankDivergenceError when another rank is found to do something else.
+        """
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
+        """``Communicator.all_gather`` as part of ``what``; raises RankDivergenceError as above."""
+
 
 Gradients = Literal["mean", "sum"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])

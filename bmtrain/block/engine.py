@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..autograd import backward_id
 from ..context import Context, engine_factory
+from ..errors import CommunicationError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -63,6 +64,18 @@ class Engine:
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
         self.schedule.pools.arenas.collect()
+
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next; raises RankDivergenceError when another does something else."""
+        self.schedule.trace.comes_to(what)
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
+        """The same for what ends in gathering ``shard`` into ``whole``.  Collective."""
+        self.schedule.trace.comes_to(what)
+        try:
+            self.ctx.world.all_gather(shard, whole)
+        except CommunicationError as error:
+            raise self.schedule.trace.blamed(error, what) from error
 
     # -- forward --------------------------------------------------------------------------------------------------
 

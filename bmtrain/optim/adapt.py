@@ -16,6 +16,7 @@ from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_grad, set_raw_grad
+from ..shard.sharded_tensor import ShardedTensor, part_of
 from .driven import knows_shards
 from .pieces import agree_on_touched, all_params, flats_of, follow, gather_flat
 
@@ -48,7 +49,7 @@ def _is_adapted(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before any optimizer's step: on its own, torch's would take placeholders for gradients."""
+    """Before any optimizer's step: on its own, torch's would step on gradients that are not reduced."""
     if knows_shards(optimizer) or _is_adapted(optimizer):
         return
     if any(flat_of(p) is not None for p in all_params(optimizer.param_groups)):
@@ -112,7 +113,10 @@ class _ShardView:
         """Whole states for every rank.  Collective."""
         params = all_params(optimizer.param_groups)
         numbers = {id(p): i for i, p in enumerate(params)}
-        states = {number: dict(state) for number, state in state_dict["state"].items()}
+        states = {
+            number: {k: v.full_tensor().cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
+            for number, state in state_dict["state"].items()
+        }
         for flat in flats_of(params):
             owned = [(index, numbers[id(p)]) for index, p in enumerate(flat.params) if id(p) in numbers]
             names = {n for _, number in owned for n, v in states.get(number, {}).items() if _is_local(flat, v)}
@@ -156,8 +160,9 @@ def _cut(parameter: Any, state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """This rank's part of every state that has the parameter's shape, in the dtype of its master."""
     flat, index = place_of(parameter)
     flat.unit.is_settled = True
+    place = flat.place_of(index)
     return {
-        name: flat.local_part(value, index).to(flat.shard.device, flat.gradient.dtype, copy=True)
+        name: part_of(value, place, f"state {name}").to(flat.shard.device, flat.gradient.dtype, copy=True)
         for name, value in state.items()
         if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
     }

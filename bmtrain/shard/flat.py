@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from ..context import Context
 from ..device import Event
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ShardedAccessError
 from ..precision import Precision
 from .arenas import Arena
 from .gradient import ShardGradient
@@ -25,7 +26,9 @@ from .parameter import (
     raw_grad,
     set_raw_grad,
 )  # fmt: skip
+from .place import Place
 from .pools import Buffer, Pools, views_of
+from .sharded_tensor import ShardedTensor, part_of
 from .writes import Writes
 
 
@@ -89,6 +92,7 @@ class FlatShard:
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
         self._poison: list[torch.Tensor] = []
+        self._places: dict[int, Place] = {}
         self._writes = Writes(self.params)
 
     def _new_shard(self) -> Arena:
@@ -178,6 +182,20 @@ class FlatShard:
         """The parameter that begins at ``offset`` of a whole flat buffer."""
         return next(i for i, slot in enumerate(self.layout.slots) if slot.start == offset and slot.numel)
 
+    def param_at(self, offset: int, shape: tuple[int, ...]) -> DistributedParameter | None:
+        """The parameter of this shape that begins at ``offset``, if there is one."""
+        for slot, parameter in zip(self.layout.slots, self.params, strict=True):
+            if slot.start == offset and slot.shape == shape:
+                return parameter
+        return None
+
+    def place_of(self, index: int) -> Place:
+        """Where this rank's part of parameter ``index`` is among all parts."""
+        place = self._places.get(index)
+        if place is None:
+            place = self._places[index] = Place(self.unit.ctx, self.layout, index, self.names[index])
+        return place
+
     def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
         """The part of parameter ``index`` within a tensor laid out like ``shard``: 1-D, may be empty."""
         return shard_like[self.layout.local(index, self.unit.ctx.rank).shard]
@@ -193,13 +211,31 @@ class FlatShard:
             self.expose()
         else:
             with torch.no_grad():
-                self.write_local(index, lambda part: part.copy_(self.local_part(whole, index)))
+                values = part_of(whole, self.place_of(index), f"assignment to {self.names[index]!r}")
+                self.write_local(index, lambda part: part.copy_(values))
 
     def write_local(self, index: int, change: Callable[[torch.Tensor], object]) -> None:
         """Let ``change`` write this rank's part of parameter ``index`` in place, on all ranks alike."""
+        with self.writing(index) as part:
+            change(part)
+
+    def read_part(self, index: int) -> torch.Tensor:
+        """(n,) this rank's part of parameter ``index``, not to be written."""
+        if self.buffer is not None:
+            self.keep_writes()
+        return self.local(self.shard, index)
+
+    @contextmanager
+    def writing(self, index: int) -> Iterator[torch.Tensor]:
+        """(n,) this rank's part of parameter ``index``, which the body changes in place, on all ranks alike."""
+        if self.is_whole:
+            raise ShardedAccessError(
+                f"Parameter {self.names[index]!r} is whole now: a forward runs, or this is inside `with "
+                "bmt.gathered(...)`. Write to the parameter's .data of now, not to what it gave while it was sharded."
+            )
         part = self.local(self.shard, index)
         before = None if self.remainder is None else part.clone()
-        change(part)
+        yield part
         if self.remainder is not None and before is not None:
             self.local(self.remainder, index).masked_fill_(part != before, 0)
         self.changed()
@@ -322,19 +358,27 @@ class FlatShard:
             set_raw_grad(parameter, None)
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
-        """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
-        self.gradient.set(index, whole)
+        """Replace one parameter's gradient (whole shape, the same on all ranks; or a ShardedTensor) or drop it."""
+        part = None if whole is None else part_of(whole, self.place_of(index), f"gradient of {self.names[index]!r}")
+        self.gradient.set(index, part)
         if whole is None:
             self.landing.forget(index)
 
     def visible_grad(self, index: int) -> torch.Tensor | None:
         """What ``parameter.grad`` shows for a reduced gradient."""
-        if not self.gradient.touched[index] or not self.gradient.present:
+        gradient = self.gradient
+        if not gradient.present:
             return None
-        slot = self.layout.slots[index]
         if self.unit.ctx.world_size == 1:
-            return self.gradient.settled()[slot.start : slot.end].view(slot.shape)
-        return make_poison(slot.shape, self.dtype, self.shard.device)
+            return gradient.whole(index) if gradient.touched[index] else None
+        # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
+        if not gradient.touched[index] and (index in gradient.dropped or not self._trains(index)):
+            return None
+        return ShardedTensor(gradient.part(index, self.place_of(index)))
+
+    def _trains(self, index: int) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.params[index].requires_grad
 
     def warn_of_untrained(self, touched: Sequence[bool]) -> None:
         """At the first step: ``touched`` says of each parameter whether any rank has a gradient for it."""

@@ -14,6 +14,7 @@ from ..errors import ShardedAccessError
 from .engine import engine
 from .flat import flat_of, place_of
 from .gathered import gathered, keep_rank_0s
+from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter, raw_data
 from .view import ViewOfSharded
 
@@ -25,7 +26,7 @@ _ATTRIBUTES = {
     "is_mps", "_backward_hooks", "_grad_fn", "_base", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_vulkan", "is_ipu",
     "is_xla", "is_maia", "_post_accumulate_grad_hooks", "volatile", "name", "data", "grad", "_grad", "grad_dtype",
 }  # fmt: skip
-"""Attributes that a parameter answers without its values.  ``data`` reads as NaN, as the class documents."""
+"""Attributes that a parameter answers without its values."""
 
 _METHODS = {
     _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
@@ -67,6 +68,9 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     """Carry out ``func``, which got at least one sharded parameter."""
     if func is DistributedParameter.gather:
         return _gather(args[0])
+    args, kwargs, result = on_parts(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
     if func is _T.__iter__:
         return iter(args[0].unbind(0))
     if _needs_no_values(func, args, kwargs):
