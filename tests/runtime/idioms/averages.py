@@ -184,8 +184,6 @@ def ema_lists_at_once(k: User):
 @idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
 def ema_is_stored(k: User):
     """The averages are saved, read again and loaded into a model of plain torch"""
-    import io
-
     model = k.net()
     ema = {n: p.data.clone() for n, p in model.named_parameters()}
 
@@ -194,11 +192,8 @@ def ema_is_stored(k: User):
             ema[n].mul_(0.9).add_(p.data, alpha=0.1)
 
     _train(k, model, follow)
-    file = io.BytesIO()
-    torch.save(ema, file)
-    file.seek(0)
     plain = Net()
-    plain.load_state_dict(torch.load(file, map_location="cpu"))
+    plain.load_state_dict(k.stored(ema))
     return {"ema": k.weights(plain)}
 
 

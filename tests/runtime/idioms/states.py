@@ -34,7 +34,7 @@ def into_plain_torch(k: User):
     model = k.net()
     k.train(model, k.sgd(model))
     plain = Net()
-    plain.load_state_dict(_stored(model.state_dict()))
+    plain.load_state_dict(k.stored(model.state_dict()))
     x = k.randn(12, 6, seed=5).cpu()
     return {"out": plain(x)}
 
@@ -178,7 +178,7 @@ def state_of_a_part(k: User):
     """`model.head.state_dict()` is saved alone"""
     model = k.net()
     k.train(model, k.sgd(model))
-    return {"head": _stored(model.head.state_dict()), "layer": _stored(model.layers[0].state_dict())}
+    return {"head": k.stored(model.head.state_dict()), "layer": k.stored(model.layers[0].state_dict())}
 
 
 @idiom
@@ -188,7 +188,7 @@ def trainable_parameters_are_saved(k: User):
     model.enter.requires_grad_(False)
     k.train(model, k.sgd([p for p in model.parameters() if p.requires_grad]))
     with k.gathered(model):
-        return {"saved": _stored({n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad})}
+        return {"saved": k.stored({n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad})}
 
 
 @idiom
@@ -196,7 +196,7 @@ def saved_as_halves(k: User):
     """The state is saved in half precision, `{n: v.half()}`"""
     model = k.net()
     k.train(model, k.sgd(model))
-    return {"saved": _stored({n: v.half() for n, v in model.state_dict().items()})}
+    return {"saved": k.stored({n: v.half() for n, v in model.state_dict().items()})}
 
 
 @idiom(tolerance=1e-3)
@@ -205,7 +205,7 @@ def resumed(k: User):
     model = k.net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-4)
     k.train(model, k.manage(optimizer), steps=2)
-    saved = _stored({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 2})
+    saved = k.stored({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 2})
     model = k.net()
     model.load_state_dict(saved["model"])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.5, eps=1e-4)
@@ -220,7 +220,7 @@ def resumed_with_adamw(k: User):
     model = k.net()
     optimizer = k.adam(model.parameters())
     k.train(model, k.manage(optimizer), steps=2)
-    saved = _stored({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    saved = k.stored({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     model = k.net()
     model.load_state_dict(saved["model"])
     optimizer = k.adam(model.parameters(), lr=0.5)
@@ -283,6 +283,13 @@ def model_is_saved_whole(k: User):
     k.train(model, k.sgd(model))
     again = k.shard(_stored(model).to(k.device))
     return k.train(again, k.sgd(again))
+
+
+@idiom
+def part_is_saved_by_torch(k: User):
+    """`torch.save(model.head.state_dict())` itself, unconverted"""
+    model = k.net()
+    return {"head": _stored(model.head.state_dict())}
 
 
 @idiom

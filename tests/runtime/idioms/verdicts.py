@@ -82,6 +82,8 @@ def _flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for key, entry in enumerate(value):
             yield from _flat(f"{name}.{key}", entry)
     elif isinstance(value, torch.Tensor):
+        if hasattr(value, "full_tensor"):  # an average of a sharded parameter is in parts, too
+            value = value.full_tensor()
         yield name, value.detach().to("cpu", torch.complex128 if value.is_complex() else torch.float64).numpy().copy()
     else:
         yield name, value
