@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 Node = torch.autograd.graph.Node
 
@@ -33,6 +34,16 @@ def backward_id() -> int | None:
 def when_backward_ends(call: Callable[[], None]) -> None:
     """Let the running backward ``call`` when it is through."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is running; under it nothing may see what autograd saves."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_function_transforms() -> AbstractContextManager[object]:
+    """Tensors made inside the ``with`` are ordinary ones, whatever transform of torch.func is running."""
+    return temporarily_clear_interpreter_stack()
 
 
 def running_node() -> Node:

@@ -57,7 +57,8 @@ class Frame:
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
-        self._again: Callable[[], Any] | None = None
+        self._again: Repeat | None = None
+        self._held: list[torch.Tensor] | None = None  # until it is known whether the block can run again
         if unit is not None:
             self.add(unit)
 
@@ -73,8 +74,11 @@ class Frame:
             if self.recompute:
                 self._again = Repeat(self.owner, call, args, kwargs)
                 stack.enter_context(scripts_as_written())
+                self._held = [] if self._again.watches else None
             stack.enter_context(self.hooks())
             out = call(*args, **kwargs)
+        if self._again is not None and self._again.first_run_is_over():
+            self._held = None
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):  # held for the recomputation anyway
@@ -96,6 +100,8 @@ class Frame:
         if self._plan is not None:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
+        if self._held is not None:
+            self._held.append(tensor.detach())
         self._facts.append((tensor.shape, tensor.dtype))
         return len(self._facts) - 1
 
@@ -106,6 +112,9 @@ class Frame:
             return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
+        if self._held is not None:
+            kept: torch.Tensor = self._held[packed]
+            return kept
         tensor = self._made.pop(packed, None)
         if tensor is None:
             self._recompute()

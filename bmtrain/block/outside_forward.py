@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..autograd import in_function_transform, outside_function_transforms
 from ..shard.flat import place_of
 from ..shard.parameter import ShardedParameter
 from ..shard.unit import ShardUnit, State, unit_of_flat
@@ -28,6 +29,7 @@ class OutsideForward:
         self._device = schedule.ctx.device
         self._last: weakref.WeakKeyDictionary[nn.Module, LoopPin] = weakref.WeakKeyDictionary()
         self._near: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
+        self._held: list[ShardUnit] = []
 
     def forward_starts(self) -> None:
         """An outermost forward begins: what operations outside have left whole is not near any more."""
@@ -51,6 +53,23 @@ class OutsideForward:
                 if not unit.pins and unit.moves:
                     self._whole.release(unit)
 
+    # -- transforms of torch.func ------------------------------------------------------------------------------------
+
+    def hold(self, units: Iterable[ShardUnit]) -> None:
+        """Keep whole what a transform of torch.func computes with: nobody learns when it is through."""
+        for unit in units:
+            if unit not in self._held and unit.moves:
+                unit.pins += 1
+                self._held.append(unit)
+
+    def let_go(self) -> None:
+        """The transforms are over."""
+        if self._held:
+            held, self._held = self._held, []
+            unpin(held)
+            for unit in held:
+                self._whole.set_back(unit)
+
     # -- operations on parameters -----------------------------------------------------------------------------------
 
     def is_near(self, parameters: Iterable[ShardedParameter]) -> bool:
@@ -67,8 +86,8 @@ class OutsideForward:
 
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
-        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
-            return value
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or in_function_transform():
+            return value  # what a transform computes with is held
         if self._whole.flat_at(value) is None:
             return value
         expanded = [size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)]
@@ -91,7 +110,12 @@ class OutsideForward:
                 yield
             return
         for unit in units:
-            self._use_in_forward(unit)
+            if in_function_transform():
+                with outside_function_transforms():
+                    self._use_in_forward(unit)
+                self.hold([unit])
+            else:
+                self._use_in_forward(unit)
         yield
 
     def _use_in_forward(self, unit: ShardUnit) -> None:
@@ -108,17 +132,18 @@ class OutsideForward:
         They are set back at once, so that the next operation comes here, too, and finds them near.  Near or not, it is
         noted: a rank that does it alone is found out.
         """
-        grad = torch.is_grad_enabled()
+        if in_function_transform():
+            with outside_function_transforms():
+                self._gather(units, autocast, what)
+            self.hold(units)
+            unpin(units)
+            yield
+            return
         frame = Frame(self._backward, None, None, recompute=False)
         frame.autocast = autocast
-        if not self._all_near(units):
-            if grad:
-                self._plan.run_starts()
-            self._schedule.run_starts(units[0], grad, what)
-        for unit in units:
-            self._schedule.use(unit, "operation", autocast, what)
-            unit.pins += 1
-            if grad:
+        self._gather(units, autocast, what)
+        if torch.is_grad_enabled():
+            for unit in units:
                 frame.add(unit)
         try:
             with frame.hooks():
@@ -128,6 +153,16 @@ class OutsideForward:
             for unit in units:
                 self._whole.set_back(unit)
             self._near.update(units)
+
+    def _gather(self, units: Sequence[ShardUnit], autocast: torch.dtype | None, what: str) -> None:
+        """Make ``units`` whole and pin them."""
+        if not self._all_near(units):
+            if torch.is_grad_enabled():
+                self._plan.run_starts()
+            self._schedule.run_starts(units[0], torch.is_grad_enabled(), what)
+        for unit in units:
+            self._schedule.use(unit, "operation", autocast, what)
+            unit.pins += 1
 
     # -- loops over lists -------------------------------------------------------------------------------------------
 

@@ -34,6 +34,14 @@ class Schedule:
             self._next_index += 1
             self.units[unit.index] = unit
 
+    def register_copies(self) -> None:
+        """Where nothing is gathered, code may use copied units without our noticing."""
+        copies, self.pools.copies = self.pools.copies, []
+        for reference in copies:
+            unit = reference()
+            if unit is not None and not unit.moves:
+                self.register(unit)
+
     def run_starts(self, unit: ShardUnit, grad: bool, operation: str = "") -> None:
         """An outermost forward begins, of ``unit``'s module; or, outside of any, an ``operation``."""
         if self.pools.moves:

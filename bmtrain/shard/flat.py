@@ -139,7 +139,7 @@ class FlatShard:
             enter_whole(parameter, view)
 
     def enter_sharded(self) -> Buffer | None:
-        """Show what needs no gather buffer: placeholders, or the shard itself where nothing moves.
+        """Show what needs no gather buffer: parts, or the shard itself where nothing moves.
 
         Returns the buffer that is not shown any more.
         """

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .engine import engine
 from .parameter import ShardedParameter
-from .sharded_tensor import NeedsWholeError, ShardedTensor, whole_operands
+from .sharded_tensor import NeedsWholeError, ShardedTensor, is_in_place, whole_operands
 
 _T = torch.Tensor
 
@@ -18,6 +18,8 @@ _LIKE = {
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
     torch.randint_like,
 }  # fmt: skip
+
+_OF_LAYOUT = {_T.stride, _T.is_contiguous}
 
 _TAKE_KIND = {_T.to, _T.type_as, _T.view_as, _T.expand_as, _T.reshape_as}
 """Of their second argument they need no values."""
@@ -33,7 +35,7 @@ def on_parts(
     leaves = tree_leaves((args, kwargs))
     mixed = any(isinstance(leaf, ShardedTensor) for leaf in leaves)
     name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
+    in_place = is_in_place(name)
     if mixed and torch.is_grad_enabled() and not in_place and func is not _T.to and func is not _T.type_as:
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             args, kwargs = whole_operands(args, kwargs)
@@ -43,7 +45,7 @@ def on_parts(
         or (func in _LIKE and not kwargs.get("requires_grad"))
         or (name.startswith("_foreach_") and not torch.is_grad_enabled())
     )
-    alone = alone or (func in _TAKE_KIND and not isinstance(args[0], ShardedParameter))
+    alone = alone or func in _OF_LAYOUT or (func in _TAKE_KIND and not isinstance(args[0], ShardedParameter))
     if not mixed and not alone:
         return args, kwargs, NotImplemented
     try:

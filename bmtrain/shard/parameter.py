@@ -5,8 +5,8 @@ two states that differ only in what ``.data`` is:
 
 whole    ``.data`` is a view of a gather buffer (or of the shard itself at world size 1); any operation works.
 sharded  ``.data`` is a ShardedTensor, which acts on this rank's part.  Torch functions on the parameter itself are
-         looked at one by one (``rules.py``): metadata passes, ``copy_`` and element-wise updates act on this rank's
-         shard, what a forward needs is gathered on demand, and everything else raises ShardedAccessError.  To torch
+         looked at one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what
+         others need is gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.  To torch
          the parameter is one NaN expanded to the whole shape, so that shape, dtype, device and ``requires_grad`` are
          right; nobody is shown it.
 """
@@ -165,6 +165,8 @@ class DistributedParameter(nn.Parameter):
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
             return raw
+        if not isinstance(self, ShardedParameter) and not self._flat.is_whole:
+            return None  # an optimizer steps on this rank's part, and was given none
         return self._flat.visible_grad(self._index)
 
     @grad.setter
@@ -181,7 +183,7 @@ class DistributedParameter(nn.Parameter):
         self.grad = None
 
     def gather(self) -> torch.Tensor:  # type: ignore[override]
-        """The whole value, a copy that does not follow later updates.  Collective."""
+        """The whole value, a copy that does not follow later updates; its gradient reaches the shards.  Collective."""
         if self._flat is None:
             return self.detach().clone()
         return ShardedParameter.operation(DistributedParameter.gather, (self,), {})  # type: ignore[no-any-return]

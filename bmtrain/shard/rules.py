@@ -16,6 +16,7 @@ from .flat import flat_of, place_of
 from .gathered import gathered, keep_rank_0s
 from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter, raw_data
+from .sharded_tensor import is_in_place
 from .view import ViewOfSharded
 
 _T = torch.Tensor
@@ -56,12 +57,6 @@ _TO_HOST = {
     _T.__contains__, _T.__format__, _T.share_memory_,
 }  # fmt: skip
 """Reads of values by Python, as one rank alone does them to print."""
-
-_IN_PLACE = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
-    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
-}  # fmt: skip
-"""Beside those whose names end in an underscore."""
 
 
 def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,7 +127,7 @@ def _targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """What ``func`` writes to."""
     name = getattr(func, "__name__", "")
     written = [kwargs.get("out")]
-    if name in _IN_PLACE or (name.endswith("_") and not name.endswith("__") and func not in _TO_HOST):
+    if is_in_place(name) and func not in _TO_HOST:
         written.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
     return tree_leaves(written)
 

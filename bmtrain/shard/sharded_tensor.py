@@ -140,9 +140,13 @@ class ShardedTensor(torch.Tensor):
             _refuse(func.__name__, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)])
         if any(other is not cls for other in types):
             return NotImplemented  # a sharded parameter knows better
-        if torch.is_grad_enabled() and _require_grad((args, kwargs)):
-            args, kwargs = whole_operands(args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled() and _require_grad((args, kwargs)):
+                target = next(iter((*args, *kwargs.values())), None)
+                if isinstance(target, cls) and is_in_place(getattr(func, "__name__", "")):
+                    with torch.no_grad():  # no graph leads to parts, and what is written must stay
+                        return func(*args, **kwargs)
+                args, kwargs = whole_operands(args, kwargs)
             return func(*args, **kwargs)
 
     @classmethod
@@ -161,6 +165,17 @@ _T = torch.Tensor
 _MEMORY = {
     _T.numpy, _T.tolist, _T.data_ptr, _T.untyped_storage, _T.storage, _T.__array__, _T.share_memory_, _T.__dlpack__,
     _T.apply_, _T.map_, _T.set_, _T.resize_,
+}  # fmt: skip
+
+
+def is_in_place(name: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+_IN_PLACE = {
+    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
+    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 }  # fmt: skip
 
 
@@ -272,10 +287,11 @@ def _random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     sharded = _sharded((args, kwargs))
     written = kwargs.get("out", args[0] if name.endswith("_") else None)
-    if (written is not None and not isinstance(written, ShardedTensor)) or (
-        backward_id() is not None and len(sharded) < _count_dimensioned((args, kwargs))
-    ):
-        # An ordinary tensor takes whole values.  A gradient on its way through autograd stays whole.
+    mixed = backward_id() is not None and _differ_between_ranks((args, kwargs))
+    if isinstance(written, ShardedTensor):
+        if mixed:
+            _refuse(f"{name} with a gradient that every rank has its own of,", [written])
+    elif mixed or written is not None:  # an ordinary tensor takes whole values
         args, kwargs = whole_operands(args, kwargs)
         return func(*args, **kwargs)
     # The result lies where the largest operand does; memory of one's own moves sooner than a parameter's.
@@ -292,8 +308,9 @@ def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     return leader
 
 
-def _count_dimensioned(tree: Any) -> int:
-    return sum(isinstance(leaf, torch.Tensor) and leaf.dim() > 0 for leaf in tree_leaves(tree))
+def _differ_between_ranks(tree: Any) -> bool:
+    """Whether there are ordinary tensors, of which each rank has its own: during a backward, gradients may be among."""
+    return any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, ShardedTensor) for leaf in tree_leaves(tree))
 
 
 def _note(name: str, target: ShardedTensor) -> None:
@@ -332,9 +349,12 @@ def _foreach(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     lists = [a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)) and _holds_tensors(a)]
     in_place = name.endswith("_")
     leaders: list[ShardedTensor | None] = []
+    backward = backward_id() is not None
     for column in zip(*lists, strict=True):
         sharded = [x for x in column if isinstance(x, ShardedTensor)]
         whole_target = in_place and not isinstance(column[0], ShardedTensor)
+        if backward and sharded and not whole_target and _differ_between_ranks(column):
+            _refuse(f"{name} with gradients that every rank has its own of,", sharded)
         leaders.append(None if whole_target or not sharded else column[0] if in_place else sharded[0])
     first = next((leader for leader in leaders if leader is not None), None)
     if in_place and first is not None:

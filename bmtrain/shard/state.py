@@ -13,14 +13,9 @@ from .engine import engine
 from .flat import place_of
 from .gathered import keep_rank_0s
 from .parameter import DistributedParameter
+from .sharded_tensor import is_in_place
 
 _T = torch.Tensor
-
-_WRITES = {
-    "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
-    "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
-}  # fmt: skip
-"""Beside those whose names end in an underscore."""
 
 _NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_"}
 _REPLACE_ALL = {"copy_", "zero_", "fill_", "normal_", "uniform_", "zeros_", "ones_", "constant_"}
@@ -107,7 +102,7 @@ def _linked(view: torch.Tensor, copy: torch.Tensor, original: Original) -> State
 
 def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StateTensor]:
     targets = [kwargs.get("out")]
-    if name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES):
+    if is_in_place(name) and name not in _NO_WRITES:
         targets.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
     return [leaf for leaf in tree_leaves(targets) if isinstance(leaf, StateTensor)]
 
@@ -130,7 +125,7 @@ class OfParameter:
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values.  Collective."""
-        copy.copy_(self._parameter.gather())
+        copy.copy_(self._parameter.gather().detach())
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``.  Collective."""

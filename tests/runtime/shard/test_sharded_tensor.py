@@ -489,6 +489,17 @@ def averaged_by_lists(model: Any) -> Any:
     return lambda: ema.update_parameters(model), lambda: dict(ema.module.state_dict())
 
 
+def copied_through_state_dicts(model: Any) -> Any:
+    ema = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def update() -> None:
+        for e, p in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+            e.copy_(D * e + (1 - D) * p)
+
+    return update, lambda: dict(ema.state_dict())
+
+
 def by_state_dict(model: Any) -> Any:
     ema = copy.deepcopy(dict(model.state_dict()))
 
@@ -512,7 +523,7 @@ def adam_like(model: Any) -> Any:
 
 AVERAGES: list[Callable[[Any], Any]] = [
     by_name, detached, by_index, of_parameters, with_lists, deep_copied, averaged, averaged_by, averaged_by_lists,
-    by_state_dict, adam_like,
+    by_state_dict, copied_through_state_dicts, adam_like,
 ]  # fmt: skip
 
 
@@ -671,6 +682,62 @@ def test_under_autograd_operands_are_gathered() -> None:
     with torch.inference_mode():
         assert_alike(model.lin.weight.data.norm(), plain.lin.weight.data.norm(), "in inference mode")
         assert_alike(torch.isclose(model.lin.weight.data, plain.lin.weight).all(), torch.tensor(True), "composed")
+
+
+@on_ranks(1, 2)
+def test_masks_in_hooks_and_after_steps() -> None:
+    """Some weights stay zero: masked after steps, and their gradients on their way through autograd."""
+    trained = _Trained()
+    for m in (trained.model, trained.plain):
+        masks = {n: (p.data.abs() > 0.05).float() for n, p in m.named_parameters()}
+        for n, p in m.named_parameters():
+            p.data.mul_(masks[n])
+            p.register_hook(lambda grad, mask=masks[n]: grad * mask)
+    trained.step()
+    for step in range(2):
+        trained.backward(step)
+        oracle.assert_same_grads(trained.model, trained.plain)
+        trained.step()
+    oracle.assert_same_weights(trained.model, trained.plain)
+
+
+@on_ranks(2)
+def test_gradients_of_one_rank_are_no_parts() -> None:
+    _, model = pair()
+    sums = torch.zeros_like(model.first.weight.data)
+    kept = torch.ones_like(model.last.weight.data)
+    handle = model.first.weight.register_hook(sums.add_)
+    with pytest.raises(ShardedAccessError, match="full_tensor"):
+        bmt.optim.OptimManager().backward(oracle.mean(model(models.share(oracle.inputs(0)))))
+    handle.remove()
+    model.zero_grad()
+    for parameter in (model.last.weight, model.norm.weight):
+        parameter.register_hook(lambda grad: kept if grad.dim() > 1 else torch.zeros_like(model.norm.weight.data) + 1)
+    bmt.optim.OptimManager().backward(oracle.mean(model(models.share(oracle.inputs(0)))))
+    for parameter in (model.last.weight, model.norm.weight):
+        assert torch.equal(bmt.gather_grad(parameter), torch.full(parameter.shape, 2.0)), "every rank gave ones"
+
+
+@on_ranks(1, 2, init={"precision": "bf16"})
+def test_where_parameters_are_gathered_in_another_precision() -> None:
+    plain, model = pair()
+    for m in (plain, model):
+        ema = {n: p.data.clone() for n, p in m.named_parameters()}
+        for n, p in m.named_parameters():
+            p.data.mul_(0.5)
+            ema[n].add_(p.data, alpha=2)
+        with torch.no_grad():
+            for n, p in m.named_parameters():
+                p.copy_(ema[n] - p.data)
+    oracle.assert_same_weights(model, plain)
+    assert model.first.weight.stride() == (6, 1) and model.first.weight.is_contiguous()
+    assert abs(float(model.first.weight.data.norm()) - float(plain.first.weight.norm())) < 1e-5
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    manager.backward(oracle.mean(model(models.share(oracle.inputs(0)))))
+    torch.nn.utils.clip_grad_value_(model.parameters(), 1e-4)
+    assert all(float(bmt.gather_grad(p).abs().sum()) <= 1e-4 * p.numel() for p in model.parameters())
+    manager.step()
 
 
 def alone(what: str) -> str:
