@@ -140,7 +140,7 @@ class ShardedTensor(torch.Tensor):
             _refuse(func.__name__, [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)])
         if any(other is not cls for other in types):
             return NotImplemented  # a sharded parameter knows better
-        if torch.is_grad_enabled() and _require_grad((args, kwargs)):
+        if torch.is_grad_enabled() and func not in TAKE_KIND and _require_grad((args, kwargs)):
             args, kwargs = whole_operands(args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -162,6 +162,10 @@ _MEMORY = {
     _T.numpy, _T.tolist, _T.data_ptr, _T.untyped_storage, _T.storage, _T.__array__, _T.share_memory_, _T.__dlpack__,
     _T.apply_, _T.map_, _T.set_, _T.resize_,
 }  # fmt: skip
+
+
+TAKE_KIND = {_T.to, _T.type_as, _T.view_as, _T.expand_as, _T.reshape_as}
+"""Of their second argument they need no values."""
 
 
 def part_of(value: torch.Tensor, place: Place, what: str) -> torch.Tensor:
