@@ -56,11 +56,13 @@ class FlatShard:
     """Parameters of one dtype in one flat buffer, of which each rank keeps an equal shard.
 
     Attributes:
+        key: a number by which to find what is kept for this flat shard.
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
         landing: where whole gradients wait to be reduced.
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
+        is_stepped_on: whether the parameters show what an optimizer is stepping on.
         version: grows when values change, so that optimizers' masters of them can follow.
         remainder: (S,) int16, what bf16 values leave out of optimizers' fp32 values (``fp32_values``); None if nothing.
     """
@@ -91,6 +93,8 @@ class FlatShard:
         self.landing = Landing(self.layout, self._acquire_grads)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
+        self.key = id(self)
+        self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
         self._writes = Writes(self.params)
@@ -130,7 +134,7 @@ class FlatShard:
     @property
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
-        return self.buffer is not None or not self.unit.moves
+        return self.buffer is not None or self.is_stepped_on or not self.unit.moves
 
     def enter_whole(self, buffer: Buffer) -> None:
         """Make the parameters views of ``buffer``, which holds all shards."""

@@ -32,9 +32,11 @@ def on_parts(
 
     Before that, the arguments to go on with: under autograd ShardedTensors beside parameters are gathered.
     """
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):  # an attribute, asked for often
+        return args, kwargs, NotImplemented
     leaves = tree_leaves((args, kwargs))
     mixed = any(isinstance(leaf, ShardedTensor) for leaf in leaves)
-    name = getattr(func, "__name__", "")
     in_place = is_in_place(name)
     if mixed and torch.is_grad_enabled() and not in_place and func is not _T.to and func is not _T.type_as:
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):

@@ -165,8 +165,8 @@ class DistributedParameter(nn.Parameter):
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
             return raw
-        if not isinstance(self, ShardedParameter) and not self._flat.is_whole:
-            return None  # an optimizer steps on this rank's part, and was given none
+        if not (isinstance(self, ShardedParameter) or self._flat.is_whole):
+            return None  # an optimizer steps on this rank's part, and no rank has a gradient for it
         return self._flat.visible_grad(self._index)
 
     @grad.setter

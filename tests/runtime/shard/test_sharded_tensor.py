@@ -339,6 +339,38 @@ def test_gradients_that_are_held_keep_their_values() -> None:
     oracle.assert_same_grads(trained.model, trained.plain)
 
 
+class Expert(nn.Module):
+    """Of two experts, ranks use one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 40) for _ in range(2)])
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        return self.experts[which](x)  # type: ignore[no-any-return]
+
+
+@on_ranks(2)
+def test_all_ranks_see_a_gradient_that_one_of_them_made() -> None:
+    model = bmt.BMTrainModelWrapper(Expert())
+    assert all(p.grad is None for p in model.parameters())
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5))
+    manager.backward(model(torch.ones(2, 6), bmt.rank()).sum())
+    assert all(p.grad is not None for p in model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+    expected = {n: bmt.gather_grad(p) for n, p in model.named_parameters()}
+    assert abs(sum(float(g.norm()) ** 2 for g in expected.values() if g is not None) ** 0.5 - 1e-2) < 1e-5
+    assert norm > 1 and not model.unused.grad.any()
+    model.experts[0].weight.grad = None
+    assert model.experts[0].weight.grad is None and model.experts[1].weight.grad is not None
+    before = model.experts[0].weight.gather()
+    manager.step()
+    assert torch.equal(model.unused.gather(), torch.ones(3)), "no rank has a gradient: it is not even decayed"
+    assert torch.equal(model.experts[0].weight.gather(), before)
+
+
 @on_ranks(2)
 def test_gradients_of_low_precision_are_shown_in_fp32() -> None:
     model = bmt.BMTrainModelWrapper(nn.Linear(6, 90)).bfloat16()
