@@ -70,7 +70,7 @@ def lora_after_unwrapped(k: User):
     return _tuned(k, model.to(k.device))
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def lora_merged(k: User):
     """`merge()`: `base.weight.data += b @ a`, evaluated"""
     model = k.shard(_with_lora(Net()))
@@ -82,7 +82,7 @@ def lora_merged(k: User):
         return {"out": k.gather(model(x)), "weights": k.weights(model)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def lora_merged_and_back(k: User):
     """`merge()`, `unmerge()`, more training"""
     model = k.shard(_with_lora(Net()))
@@ -236,7 +236,7 @@ def modules_to_save(k: User):
     return _tuned(k, k.shard(net))
 
 
-@idiom(verdicts="raw right right", why="a deep copy of a part of a unit steps with the whole unit's gradient")
+@idiom(verdicts="right raw raw", why="a deep copy of a part of a unit steps with the whole unit's gradient")
 def modules_to_save_after(k: User):
     """The same, made of a sharded head"""
     import copy

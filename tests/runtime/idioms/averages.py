@@ -21,7 +21,7 @@ def _train(k: User, model, follow, steps: int = 2):
         follow()
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def ema_in_a_dict(k: User):
     """`ema[n].mul_(d).add_(p.data, alpha=1 - d)` over a dict of clones"""
     model = k.net()
@@ -50,7 +50,7 @@ def ema_in_a_list(k: User):
     return {"ema": ema}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def ema_by_assignment(k: User):
     """`shadow[n] = d * shadow[n] + (1 - d) * p.data`"""
     model = k.net()
@@ -95,7 +95,7 @@ def ema_model(k: User):
     return {"ema": k.weights(ema), "out": k.gather(ema(x))}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def ema_model_through_data(k: User):
     """`e.data = d * e.data + (1 - d) * p.data`"""
     model = k.net()
@@ -109,7 +109,7 @@ def ema_model_through_data(k: User):
     return {"ema": k.weights(ema)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def ema_model_copy(k: User):
     """`e.data.copy_(e.data * d + p.data * (1 - d))`"""
     model = k.net()
@@ -123,7 +123,7 @@ def ema_model_copy(k: User):
     return {"ema": k.weights(ema)}
 
 
-@idiom(verdicts="silent", why="what is written into a state dict is lost")
+@idiom
 def ema_of_the_state_dict(k: User):
     """timm's ModelEma: `ema_v.copy_` over two state dicts, buffers too"""
     model = k.shard(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 5)).eval())
@@ -181,7 +181,7 @@ def ema_lists_at_once(k: User):
     return {"ema": ema}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def ema_is_stored(k: User):
     """The averages are saved, read again and loaded into a model of plain torch"""
     model = k.net()
@@ -197,7 +197,7 @@ def ema_is_stored(k: User):
     return {"ema": k.weights(plain)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def ema_swapped_in(k: User):
     """The averages are swapped in to evaluate, and the weights back"""
     model, seen = k.net(), []
@@ -219,7 +219,7 @@ def ema_swapped_in(k: User):
     return {"seen": seen, "weights": k.weights(model)}
 
 
-@idiom(verdicts="silent", why="`p.data` is a view of the shard, which `p.data = ...` overwrites")
+@idiom
 def ema_assigned(k: User):
     """`p.data = ema[n]` to evaluate, `p.data = backup[n]` after"""
     model, seen = k.net(), []
@@ -260,7 +260,7 @@ def averaged_model_ema(k: User):
     return {"average": k.weights(average)}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def averaged_model_own_function(k: User):
     """`AveragedModel` with a function of the user's"""
     model = k.net()
@@ -293,7 +293,7 @@ def swa(k: User):
     return {"average": k.weights(average), "rate": optimizer.param_groups[0]["lr"]}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def mean_teacher(k: User):
     """Mean teacher: a consistency loss with the EMA's outputs"""
     model = k.net()
@@ -326,7 +326,7 @@ def target_network(k: User):
     return {"target": k.weights(target), "weights": k.weights(model)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def soft_update(k: User):
     """Polyak: `t.data.copy_(tau * p.data + (1 - tau) * t.data)`"""
     model, target = k.net(), k.net()
@@ -341,7 +341,7 @@ def soft_update(k: User):
     return {"target": k.weights(target)}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def momentum_encoder(k: User):
     """MoCo: a momentum encoder and a queue of keys in a buffer"""
 
@@ -382,7 +382,7 @@ def momentum_encoder(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def byol(k: User):
     """BYOL: an online network predicts what a target, its EMA, gives"""
     online, target = k.net(), k.net()
@@ -398,7 +398,7 @@ def byol(k: User):
     return {"target": k.weights(target), "online": k.weights(online), "predictor": k.weights(predictor)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def lookahead(k: User):
     """Lookahead: slow weights every second step"""
     model = k.net()
@@ -454,7 +454,7 @@ def reptile(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def distance_is_printed(k: User):
     """How far the weights moved: `(p.data - old[n]).norm().item()`"""
     model, seen = k.net(), []

@@ -122,7 +122,7 @@ def input_is_replaced(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="silent", why="recomputation calls a pre-hook a second time")
+@idiom
 def pre_hook_counts(k: User):
     """A forward pre-hook is called once a step"""
     model, count = k.net(), []

@@ -65,7 +65,7 @@ def applied_through_data(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def written_through_data(k: User):
     """`p.data.normal_`, `uniform_`, `fill_`, `zero_` from the script"""
     model = k.net()
@@ -87,7 +87,7 @@ def reset_parameters(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="right raw raw", why="`p.data` reads as NaN")
+@idiom
 def own_init_method(k: User):
     """`model.init_weights()` of a converted class, from the script"""
 
@@ -119,7 +119,7 @@ def last_layer_to_zero(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def scaled_by_depth(k: User):
     """`layer.down.weight.data.div_(math.sqrt(2 * n))`"""
     model = k.net(layers=3)
@@ -161,7 +161,7 @@ def rows_by_mask(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def pretrained_embedding(k: User):
     """`embedding.weight.data.copy_(vectors)`"""
     model = k.shard(nn.Sequential(nn.Embedding(7, 6), Net()))
@@ -298,7 +298,7 @@ def two_parameters_of_one_storage(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def copied_between_layers(k: User):
     """`b.weight.data.copy_(a.weight.data)` of two blocks"""
     model = k.net()
@@ -317,7 +317,7 @@ def vector_and_back(k: User):
     return {"vector": vector, "weights": k.weights(model)}
 
 
-@idiom
+@idiom(verdicts="right refused refused", says="full_tensor")
 def pruned(k: User):
     """`prune.l1_unstructured` on a layer, training, `prune.remove`"""
     model = k.net()
@@ -336,7 +336,7 @@ def pruned_before(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def pruned_by_hand(k: User):
     """A mask by size, `p.data.mul_(mask)` after each step"""
     model = k.net()
@@ -377,7 +377,7 @@ def evolution(k: User):
     return {"loss": loss, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def loss_landscape(k: User):
     """The loss along a direction: `p.data = start[n] + a * d[n]`"""
     model, seen = k.net(), []
@@ -391,7 +391,7 @@ def loss_landscape(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def weights_are_quantised(k: User):
     """`p.data = (p.data / s).round() * s` with `s = p.data.abs().max() / 127`"""
     model = k.net()
@@ -401,7 +401,7 @@ def weights_are_quantised(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def weights_are_clipped(k: User):
     """WGAN: `p.data.clamp_(-c, c)` after each step"""
     model = k.net()
@@ -413,7 +413,7 @@ def weights_are_clipped(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def weights_are_normalised(k: User):
     """`w.data = F.normalize(w.data, dim=1)` after each step"""
     model = k.net()
@@ -457,7 +457,7 @@ def frozen_in_the_middle(k: User):
     return k.train(model, manager, steps=2)
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def two_models_mixed(k: User):
     """WiSE-FT: `a.data = 0.5 * a.data + 0.5 * b.data` of two models"""
     model, other = k.net(), k.net()

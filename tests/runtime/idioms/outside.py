@@ -384,7 +384,7 @@ def weights_are_logged(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def weights_are_logged_through_data(k: User):
     """`p.data.norm()`, `p.data.mean()`, `p.data.min()`, `p.detach().abs().sum()`"""
     model, seen = k.net(), {}
@@ -394,7 +394,7 @@ def weights_are_logged_through_data(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.data` reads as NaN")
+@idiom
 def weights_are_checked(k: User):
     """`torch.isnan(p).any()` over all parameters"""
     model = k.net()
@@ -405,14 +405,14 @@ def weights_are_checked(k: User):
     }
 
 
-@idiom
+@idiom(verdicts="right refused refused", says="full_tensor")
 def weights_are_shown(k: User):
     """`p.detach().cpu().numpy()` and `p.tolist()` for a plot"""
     model = k.net()
     return {"array": model.head.weight.detach().cpu().numpy().sum().item(), "list": model.head.bias.tolist()}
 
 
-@idiom
+@idiom(verdicts="right refused refused", says="full_tensor")
 def singular_values(k: User):
     """`torch.linalg.svdvals(model.head.weight)`"""
     model = k.net()

@@ -92,7 +92,7 @@ def towards_the_start(k: User):
     return _with(k, penalty)
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def elastic_weights(k: User):
     """EWC: squared gradients as importance of old weights"""
     model = k.net()
@@ -257,7 +257,7 @@ def functional(k: User):
     return model
 
 
-@idiom
+@idiom(verdicts="right refused refused", says="full_tensor")
 def functional_with_others(k: User):
     """`functional_call` with changed copies of the parameters"""
     model = k.net()
@@ -266,7 +266,7 @@ def functional_with_others(k: User):
     return {"rows": k.gather(torch.func.functional_call(model, changed, (x,)))}
 
 
-@idiom(verdicts="silent refused refused", says="gathered", why="functional calls and recomputed blocks")
+@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
 def maml(k: User):
     """MAML: a step inside, by `functional_call`, and its gradient outside"""
     model = k.net()
@@ -280,7 +280,7 @@ def maml(k: User):
     return model
 
 
-@idiom(verdicts="raw", why="functional calls and recomputed blocks")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def func_grad(k: User):
     """`torch.func.grad` over a dict of parameters, then the mean over ranks"""
     model = k.net()
@@ -290,7 +290,7 @@ def func_grad(k: User):
     return {"grads": {n: k.average(g) for n, g in torch.func.grad(loss)(weights).items()}}
 
 
-@idiom(verdicts="raw", why="functional calls and recomputed blocks")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def per_sample(k: User):
     """Gradients of each sample: `vmap(grad(...))`"""
     model = k.net()
@@ -305,7 +305,7 @@ def per_sample(k: User):
     return {"rows": {n: k.gather(g) for n, g in grads.items()}}
 
 
-@idiom(verdicts="raw refused refused", says="gathered", why="functional calls and recomputed blocks")
+@idiom
 def jacobian(k: User):
     """`torch.func.jacrev` of the outputs by the inputs"""
     model = k.net()
@@ -325,7 +325,7 @@ def max_norm_projection(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def decay_by_hand(k: User):
     """Weight decay of the user's own: `p.data.mul_(1 - lr * wd)`"""
     model = k.net()

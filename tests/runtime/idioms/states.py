@@ -47,7 +47,7 @@ def loaded(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="silent", why="what is written into a state dict is lost")
+@idiom
 def what_fits_is_copied(k: User):
     """`own = model.state_dict(); own[name].copy_(value)`, as transformers and timm once did"""
     model, own = k.net(), None
@@ -68,7 +68,7 @@ def what_fits_is_updated(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def what_fits_by_named_parameters(k: User):
     """`p.data.copy_(state[name])` over `named_parameters()`"""
     model, state = k.net(), _other_weights()
@@ -88,7 +88,7 @@ def copied_under_no_grad(k: User):
     return model
 
 
-@idiom(verdicts="silent", why="what is written into a state dict is lost")
+@idiom
 def state_dict_scaled_in_place(k: User):
     """`model.state_dict()[name].mul_(2)`"""
     model = k.net()
@@ -285,7 +285,7 @@ def model_is_saved_whole(k: User):
     return k.train(again, k.sgd(again))
 
 
-@idiom
+@idiom(verdicts="right refused refused", says="full_tensor")
 def part_is_saved_by_torch(k: User):
     """`torch.save(model.head.state_dict())` itself, unconverted"""
     model = k.net()

@@ -467,7 +467,7 @@ def old_weight_norm(k: User):
     return _trained(k, Base(nn.utils.weight_norm(nn.Linear(8, 8))))
 
 
-@idiom(verdicts="silent", why="recomputation starts from buffers that have moved on")
+@idiom
 def spectral_norm(k: User):
     """`parametrizations.spectral_norm`, inside a block"""
 
@@ -485,7 +485,7 @@ def spectral_norm(k: User):
     return _trained(k, Model())
 
 
-@idiom(verdicts="silent", why="recomputation starts from buffers that have moved on")
+@idiom
 def old_spectral_norm(k: User):
     """`torch.nn.utils.spectral_norm`, inside a block"""
 
@@ -594,7 +594,7 @@ def counter_in_forward(k: User):
     return _trained(k, Model())
 
 
-@idiom(verdicts="silent", why="recomputation moves Python's state a second time")
+@idiom
 def counter_in_python(k: User):
     """A number of Python's counts forwards and decides what a block computes"""
 
@@ -692,7 +692,7 @@ def embeddings(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`max_norm` changes rows of this rank's share only")
+@idiom
 def embedding_with_max_norm(k: User):
     """`nn.Embedding(max_norm=1)`, which changes its rows in forward"""
     model = k.shard(nn.Sequential(nn.Embedding(9, 6, max_norm=1.0), Net()))
