@@ -106,7 +106,8 @@ def test_a_script_holds(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, ranks=(1, 2), steps=None)
     assert report.held, report.findings
     for outcome in report.outcomes:
-        assert (outcome.losses, outcome.steps, outcome.weights, outcome.samples) == (8, 8, 32, 32)
+        assert (outcome.losses, outcome.gradients, outcome.steps) == (8, 8, 8)
+        assert (outcome.weights, outcome.samples) == (32, 32)
         assert (outcome.lines, outcome.files) == (10, 2)
         assert outcome.first_step is not None
     assert not report.split.kind and report.split.halves
@@ -138,9 +139,18 @@ def test_a_step_of_another_size(host: Host, tmp_path: Path) -> None:
     assert "the gradients are the same" in report.findings[0].message
 
 
+def test_an_original_that_needs_a_launcher(host: Host, tmp_path: Path) -> None:
+    loop = LOOP.format(samples="[:8]", loss="loss = model(a).square().mean()")
+    launched = "import os\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
+    code = HEAD.replace("torch.manual_seed(1)", launched + "torch.manual_seed(1)") + loop
+    report = check(host, tmp_path, code)
+    assert report.held, report.findings
+    assert report.outcomes[0].losses == 2
+
+
 def test_a_rank_that_leaves_early(host: Host, tmp_path: Path) -> None:
     early = "optim_manager.step()\n        if bmt.rank() == 1:\n            break"
-    report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", early)), timeout=15)
+    report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", early)), timeout=25)
     assert kinds(report)[0] in (compare.BRANCH, compare.STALLED)
     assert any(finding.kind == compare.STALLED and "rank 0 waits in" in finding.message for finding in report.findings)
 

@@ -22,7 +22,10 @@ def settings(
     Raises:
         InputError: the command or the ranks cannot be tried.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise InputError(f"--prove: {command!r}: {error}") from None
     if words and Path(words[0]).name in ("python", "python3"):
         words = words[1:]
     if not words or (words[0] == "-m" and len(words) == 1):

@@ -25,6 +25,7 @@ INITIAL = "weights differ before the first step"
 CRASHED = "crashed"
 STALLED = "stalled"
 LOSSES = "losses differ"
+GRADIENTS = "gradients differ"
 WEIGHTS = "weights differ"
 OUTPUT = "printed lines differ"
 FILES = "files differ"
@@ -32,6 +33,8 @@ UNREPEATED = "the original does not repeat itself"
 REFUSED = "not converted"
 NOTHING = "nothing was compared"
 
+OF_SPLIT = {"across": ACROSS, "counts": COUNTS, "sum": SUM}
+"""Classes of what the split test finds."""
 END = 1e9
 """The moment after the last loss."""
 
@@ -55,6 +58,8 @@ class Outcome:
     losses: int = 0
     loss_difference: float = 0.0
     steps: int = 0
+    gradients: int = 0
+    gradient_difference: float = 0.0
     weights: int = 0
     weight_difference: float = 0.0
     batches: int = 0
@@ -189,7 +194,7 @@ class Comparison:
                     return
                 self.note(SAMPLES, message, theirs[0].at, number - 0.2)
                 return
-            if ours.loaded:
+            if ours.loaded or sum(others, Counter()) == mine:
                 self.outcome.batches += 1
                 self.outcome.samples += total
 
@@ -223,7 +228,7 @@ class Comparison:
             drew = next(loss.drew for loss in before if loss.drew)
             kind, why = RANDOM, f"drawn {drew}, so that the losses of N ranks are as likely but not equal"
         elif len(theirs) > 1 and self.split.kind:
-            kind, why = {"across": ACROSS, "counts": COUNTS, "sum": SUM}[self.split.kind], split_words(self.split)
+            kind, why = OF_SPLIT[self.split.kind], split_words(self.split)
         self.note(kind, told + (f": {why}" if why else ""), theirs[0].at, number)
 
     def _uneven(self, number: int) -> str:
@@ -239,12 +244,15 @@ class Comparison:
         """After each step, on every rank."""
         noisy = noise_of(self.original)
         steps = self._weights_of(self.original, "after")
-        begun = {finding.moment for finding in self.outcome.findings if finding.kind != STALLED}
+        # Ranks that all do the whole work come to the same numbers.
+        begun = {finding.moment for finding in self.outcome.findings if finding.kind not in (STALLED, DATA)}
         for number, ours in enumerate(steps):
             moment = position(self.original, ours)
             if any(found < moment for found in begun):
                 return  # what follows from a difference is none of its own
             spread = noisy[number] if number < len(noisy) else {}
+            if self._differing_gradients(number, moment):
+                return
             for rank in range(self.run.ranks):
                 theirs = self._weights_of(self.run, "after", rank)
                 if number >= len(theirs):
@@ -265,36 +273,35 @@ class Comparison:
             distance = max(0.0, _distance(a, b) - slack / max(a[2] ** 0.5, 1e-12))
             if not distance <= self.tolerance:
                 message = f"after step {number + 1} parameter {index} {a[0]} differs by {distance:.1e}"
-                kind, why = WEIGHTS, self._gradients(number, index)
-                if self._uneven(moment):
-                    kind, why = COUNTS, self._uneven(moment)
-                elif any(loss.drew for loss in self.ours[:moment]):
-                    kind, why = RANDOM, "which moves gradients, too"
-                elif self.run.ranks > 1 and self.split.kind:
-                    kind = {"across": ACROSS, "counts": COUNTS, "sum": SUM}[self.split.kind]
-                    why = split_words(self.split)
-                if rank:
-                    message += f" on rank {rank}"
-                self.note(kind, f"{message}: {why}", theirs["at"], moment - 0.1)
+                message += f" on rank {rank}" * bool(rank)
+                self.note(WEIGHTS, f"{message}: the gradients are the same", theirs["at"], moment - 0.1)
                 return True
             if slack <= 0.5 * a[2] ** 0.5:
                 self.outcome.weights += rank == 0
                 self.outcome.weight_difference = max(self.outcome.weight_difference, distance)
         return False
 
-    def _gradients(self, number: int, index: int) -> str:
+    def _differing_gradients(self, number: int, moment: int) -> bool:
+        """Norms of whole gradients, as the optimizer gets them; a step of rate 0 shows them nowhere else."""
         ours, theirs = self.original.of("gradients"), self.run.of("gradients")
         if number >= min(len(ours), len(theirs)):
-            return "gradients were not seen"
-        one, other = ours[number]["norms"][index], theirs[number]["norms"][index]
-        if one is None or other is None:
-            return "the gradients are the same" if one == other else "only one of both has a gradient"
-        same = apart(one, other) <= self.tolerance
-        return (
-            "the gradients are the same, the step differs"
-            if same
-            else f"its gradient's norm {one:.5g} became {other:.5g}"
-        )
+            return False
+        one, other = (sum((norm or 0.0) ** 2 for norm in e["norms"]) ** 0.5 for e in (ours[number], theirs[number]))
+        distance = apart(one, other)
+        self.outcome.gradients += 1
+        if distance <= self.tolerance:
+            self.outcome.gradient_difference = max(self.outcome.gradient_difference, distance)
+            return False
+        kind, why = GRADIENTS, ""
+        if uneven := self._uneven(moment):
+            kind, why = COUNTS, uneven
+        elif any(loss.drew for loss in self.ours[:moment]):
+            kind, why = RANDOM, "the losses before have drawn them"
+        elif self.run.ranks > 1 and self.split.kind:
+            kind, why = OF_SPLIT[self.split.kind], split_words(self.split)
+        message = f"at step {number + 1} the gradients' norm is {one:.6g} and became {other:.6g}"
+        self.note(kind, message + (f": {why}" if why else ""), theirs[number]["at"], moment - 0.2)
+        return True
 
     # -- output -------------------------------------------------------------------------------------------------------
 
@@ -341,6 +348,11 @@ class Comparison:
                 at = next(iter(ranks.values()))
                 told = f"{path} is written by ranks {', '.join(map(str, ranks))}"
                 self.note(WRITTEN, told, at)
+        loaded = {event["path"] for rank in range(self.run.ranks) for event in self.run.of("load", rank)}
+        for event in self.original.of("load"):
+            if event["path"] not in loaded and self.run.succeeded:
+                self.note(FILES, f"{event['path']} is loaded by the original only", event["at"])
+                return
 
     # -- the original again -------------------------------------------------------------------------------------------
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rewriter.verify.script.compare import (
-    ACROSS,
-    COUNTS,
     CRASHED,
     FILES,
     NOTHING,
+    OF_SPLIT,
     REFUSED,
     STALLED,
-    SUM,
     Comparison,
     Finding,
     Outcome,
@@ -81,18 +79,25 @@ class _Proof:
     def __init__(self, settings: Settings, host: Host, work: Path) -> None:
         self.settings, self.host, self.work = settings, host, work
         self.report = Report()
-        self.again = lru_cache(maxsize=1)(lambda: self._run("again", self.settings.original))
+        self.launched = 0
+        """Ranks of the original: 1 if it runs under a launcher only."""
+        self.again = lru_cache(maxsize=1)(lambda: self._run("again", self.settings.original, self.launched))
 
     def all(self) -> Report:
         original = self._run("original", self.settings.original)
+        if not original.succeeded and not original.of("loss"):
+            launched = self._run("launched", self.settings.original, 1)
+            if launched.succeeded:
+                original, self.launched = launched, 1
         if not original.succeeded:
             self.report.trouble.append(_failed(original))
             return self.report
         losses = losses_of(original)
         # A batch that no loader gives is known in the converted script only, by the call that takes a rank's share.
         source = self.settings.original if losses and losses[0].loaded else self.settings.converted
+        alone = self.launched if source == self.settings.original else 0
         self.report.split = split_test(
-            original, lambda part: self._run(part, source, part=part), self.settings.tolerance
+            original, lambda part: self._run(part, source, alone, part), self.settings.tolerance
         )
         for ranks in self.settings.ranks:
             run = self._run(f"ranks{ranks}", self.settings.converted, ranks)
@@ -128,11 +133,10 @@ class _Proof:
     def _note_split(self) -> None:
         """A loss that looks across items is trouble where no run on several ranks has shown that it is the same."""
         shown = any(outcome.ranks > 1 and outcome.losses for outcome in self.report.outcomes)
-        told = any(finding.kind in (ACROSS, COUNTS, SUM) for finding in self.report.findings)
+        told = any(finding.kind in OF_SPLIT.values() for finding in self.report.findings)
         split = self.report.split
         if split.kind and not shown and not told:
-            kind = {"across": ACROSS, "counts": COUNTS, "sum": SUM}[split.kind]
-            self.report.trouble.append(Finding(0, kind, split_words(split), split.at, 0))
+            self.report.trouble.append(Finding(0, OF_SPLIT[split.kind], split_words(split), split.at, 0))
 
 
 def _failed(original: Run) -> Finding:

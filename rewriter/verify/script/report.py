@@ -59,6 +59,7 @@ def words(finding: Finding) -> str:
 def _compared(outcome: Outcome) -> str:
     parts = [
         f"{outcome.losses} losses ({outcome.loss_difference:.0e})",
+        f"{outcome.gradients} norms of gradients ({outcome.gradient_difference:.0e})",
         f"{outcome.weights} weights after {outcome.steps} steps ({outcome.weight_difference:.0e})",
         f"{outcome.samples} samples in {outcome.batches} batches",
         f"{outcome.lines} printed lines",
