@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
         "--verify", metavar="MODULE:FACTORY", help="show that what the factory builds is the same model converted"
     )
     made.add_argument(
-        "--prove", metavar="COMMAND", help="run the command as it is and converted, and compare all that they do"
+        "--prove",
+        action="append",
+        metavar="COMMAND",
+        help="run a command as it is and converted, and compare all that they do; a second goes on from the first",
     )
     made.add_argument("--steps", type=int, metavar="N", help="end --prove's runs after N optimizer steps")
     made.add_argument("--still", action="store_true", help="dropout does nothing in --prove's runs")

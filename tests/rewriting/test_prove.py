@@ -84,7 +84,7 @@ def check(
     for name, code in (("original", original), ("converted", changed or converted(original))):
         (folder / name).mkdir()
         (folder / name / "train.py").write_text(code)
-    command = Command(("train.py",), steps, timeout)
+    command = Command((("train.py",),), steps, timeout)
     report = prove(Settings(folder / "original", folder / "converted", command, ranks), host)
     print("\n".join(text(report)))
     return report
@@ -201,9 +201,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
     loop = LOOP.format(samples="[:8]", loss="loss = model(shift(a)).square().mean()")
+    loop = "if args.resume:\n    model.load_state_dict(torch.load('model.pt'))\n" + loop
+    loop += "torch.save(model.state_dict(), 'model.pt')\n"
     script = "import argparse\nfrom near import shift\n" + HEAD.replace("lr=1e-2", "lr=args.lr").replace(
         "torch.manual_seed(1)",
-        "parser = argparse.ArgumentParser()\nparser.add_argument('--lr', type=float)\nargs = parser.parse_args()\n"
+        "parser = argparse.ArgumentParser()\nparser.add_argument('--lr', type=float)\n"
+        "parser.add_argument('--resume', action='store_true')\nargs = parser.parse_args()\n"
         "assert open('data.txt').read() == 'here'\ntorch.manual_seed(1)",
     )
     (project / "scripts" / "train.py").write_text(script + loop)
@@ -211,11 +214,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (project / "data.txt").write_text("here")
     report = tmp_path / "proof.json"
     command = "scripts/train.py --lr 0.1"
-    arguments = [str(project), "--prove", command, "--ranks", "2", "--steps", "1", "--report", str(report)]
+    commands = ["--prove", command, "--prove", f"{command} --resume"]
+    arguments = [str(project), *commands, "--ranks", "2", "--report", str(report)]
     assert cli.main(arguments) == 0, capsys.readouterr().out
     assert "does what the original does on 2 ranks" in capsys.readouterr().out.splitlines()[-1]
     found = json.loads(report.read_text())
-    assert found["held"] and found["runs"][0]["losses"] == 1 and found["runs"][0]["samples"] == 4
+    (run,) = found["runs"]
+    assert found["held"] and (run["losses"], run["samples"], run["steps"], run["tensors"]) == (4, 16, 4, 4)
     assert sorted(path.name for path in project.rglob("*") if path.is_file()) == ["data.txt", "near.py", "train.py"]
 
 

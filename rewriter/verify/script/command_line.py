@@ -14,14 +14,25 @@ from rewriter.verify.script.runs import Command
 
 
 def settings(
-    original: Path, converted: Path, command: str, ranks: str, steps: int | None, timeout: float, still: bool,
-    refused: str,
+    original: Path, converted: Path, commands: Sequence[str], ranks: str, steps: int | None, timeout: float,
+    still: bool, refused: str,
 ) -> Settings:  # fmt: skip
     """Checked.
 
     Raises:
-        InputError: the command or the ranks cannot be tried.
+        InputError: a command or the ranks cannot be tried.
     """
+    lines = tuple(_words(original, command) for command in commands)
+    numbers = [number.strip() for number in ranks.split(",")]
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise InputError(f"--ranks: {ranks!r} is not a list of numbers above 0")
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps: {steps} is not a number above 0")
+    made = Command(lines, steps, timeout, still)
+    return Settings(original, converted, made, tuple(dict.fromkeys(map(int, numbers))), refused=refused)
+
+
+def _words(original: Path, command: str) -> tuple[str, ...]:
     try:
         words = shlex.split(command)
     except ValueError as error:
@@ -32,13 +43,7 @@ def settings(
         raise InputError("--prove: give the script and its arguments, such as 'train.py --config small.yaml'")
     if words[0] != "-m" and not (original / words[0]).is_file():
         raise InputError(f"--prove: {words[0]}: no such script in the project; give its path within it")
-    numbers = [number.strip() for number in ranks.split(",")]
-    if not all(number.isdecimal() and int(number) for number in numbers):
-        raise InputError(f"--ranks: {ranks!r} is not a list of numbers above 0")
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps: {steps} is not a number above 0")
-    made = Command(tuple(words), steps, timeout, still)
-    return Settings(original, converted, made, tuple(dict.fromkeys(map(int, numbers))), refused=refused)
+    return tuple(words)
 
 
 def refusal(results: Sequence[Result]) -> str:

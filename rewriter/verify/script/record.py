@@ -230,7 +230,7 @@ class Recorder:
         new = optimizer not in self._optimizers
         number = self._optimizers.setdefault(optimizer, len(self._optimizers))
         if new:
-            self._weights(optimizer, number, "initial")
+            self._weights(optimizer, number, "resumed" if self.spec["number"] else "initial")
         norms, largest, gradients = [], 0.0, []
         for parameter in parameters_of(optimizer):
             gradient = gradient_of(parameter)

@@ -30,7 +30,8 @@ _LAUNCH = (
 class Command:
     """What is run, and how much of it."""
 
-    words: tuple[str, ...]
+    lines: tuple[tuple[str, ...], ...]
+    """Scripts with their arguments, run one after the other in one folder: training, then going on."""
     steps: int | None = None
     timeout: float = 120.0
     still: bool = False
@@ -105,32 +106,40 @@ class Host:
     def run(
         self, command: Command, root: Path, base: Path, ranks: int = 0, converted: bool = False, part: str = ""
     ) -> Run:
-        """Run a script in ``root`` to its end, or for as long as it does something.
+        """Run a command in ``root`` to its end, or for as long as it does something.
 
         Args:
             base: where what is recorded goes: files whose names begin so.
             ranks: as torchrun would start them; 0 is ``python`` alone.
             part: of the first batch, with which the run ends.
         """
+        done = Run(root)
+        for number, words in enumerate(command.lines):
+            spec = {
+                "root": str(root), "command": list(words), "steps": command.steps, "still": command.still, "part": part,
+                "converted": converted, "world": ranks, "number": number,
+            }  # fmt: skip
+            self._run(spec, base.with_name(f"{base.name}.{number}"), command.timeout, done)
+            if part or not done.succeeded:
+                break
+        return done
+
+    def _run(self, spec: dict[str, Any], base: Path, timeout: float, done: Run) -> None:
+        """One script on all its ranks; ``done`` gets what it did."""
+        ranks = spec["world"]
         bases = [base.with_name(f"{base.name}.{rank}") for rank in range(ranks or 1)]
         port = _free_port()
         for rank, own in enumerate(bases):
-            environment = _launched(rank, ranks, port) if ranks else {}
-            spec = {
-                "base": str(own), "root": str(root), "command": list(command.words), "steps": command.steps,
-                "still": command.still, "part": part, "converted": converted, "world": ranks,
-                "environment": environment,
-            }  # fmt: skip
-            self._ask(spec)
+            self._ask({**spec, "base": str(own), "environment": _launched(rank, ranks, port) if ranks else {}})
         try:
-            stalled = self._watch(bases, command.timeout)
-            done = Run(root, stalled=stalled)
-            for own in bases:
-                done.codes.append(_number(own, ".exit"))
-                done.events.append([json.loads(line) for line in _text(own, ".events").splitlines() if line[-1] == "}"])
-                done.errors.append(_text(own, ".stderr"))
+            done.stalled = self._watch(bases, timeout)
+            done.codes = [_number(own, ".exit") for own in bases]
+            events = [
+                [json.loads(line) for line in _text(own, ".events").splitlines() if line[-1] == "}"] for own in bases
+            ]
+            done.events = [one + more for one, more in zip(done.events or [[] for _ in bases], events, strict=True)]
+            done.errors = [_text(own, ".stderr") for own in bases]
             self._dump(bases, done)
-            return done
         finally:
             self._end(bases)
 

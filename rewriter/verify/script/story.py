@@ -17,6 +17,8 @@ class Loss:
     rows: tuple[str, ...]
     """Digests of the samples that the loop got before it; else of what the model got."""
     loose: tuple[str, ...]
+    given: tuple[str, ...]
+    """Digests of all that the model got, or of the samples if a loader gave them."""
     loaded: bool
     """Whether a loader gave them."""
     drew: str
@@ -54,7 +56,8 @@ def _loss(event: dict[str, Any], batch: dict[str, Any] | None, inputs: list[dict
         drew = "between batch and model"
     return Loss(
         event["value"], event["at"], tuple(source["rows"]) if source else (),
-        tuple(source.get("loose", ())) if source else (), loaded, drew,
+        tuple(source.get("loose", ())) if source else (),
+        tuple(source["rows"]) if source and loaded else tuple(row for e in inputs for row in e["rows"]), loaded, drew,
         event.get("batch_norm", False), event.get("low", False), tuple(map(tuple, event.get("initial", ()))),
     )  # fmt: skip
 
