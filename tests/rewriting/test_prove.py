@@ -13,7 +13,7 @@ from rewriter.verify.script import compare
 from rewriter.verify.script.prove import Report, Settings, prove
 from rewriter.verify.script.report import text
 from rewriter.verify.script.runs import Command, Host
-from rewriter.verify.script.text import compare_lines
+from rewriter.verify.script.text import Origins, compare_lines
 
 from .helpers import converted
 
@@ -98,6 +98,13 @@ def fault(*changes: tuple[str, str]) -> str:
     return code
 
 
+def line_of(finding: compare.Finding) -> str:
+    """The line of the original that is named."""
+    name, number = finding.at.split(":")
+    assert name == "train.py"
+    return SCRIPT.splitlines()[int(number) - 1].strip()
+
+
 def kinds(report: Report) -> list[str]:
     return [finding.kind for finding in report.findings]
 
@@ -116,7 +123,7 @@ def test_a_script_holds(host: Host, tmp_path: Path) -> None:
 def test_data_that_is_not_shared(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, fault((LOADER, LOADER.removeprefix("bmt.shard_loader(")[:-1])))
     assert kinds(report)[0] == compare.DATA
-    assert report.findings[0].at.startswith("train.py:")
+    assert line_of(report.findings[0]) == "loss.backward()"
 
 
 def test_lines_and_files_of_every_rank(host: Host, tmp_path: Path) -> None:
@@ -125,7 +132,7 @@ def test_lines_and_files_of_every_rank(host: Host, tmp_path: Path) -> None:
     found = {finding.kind: finding for finding in report.findings}
     assert set(found) == {compare.PRINTED, compare.WRITTEN}
     assert "history.json" in found[compare.WRITTEN].message
-    assert changed.splitlines()[int(found[compare.PRINTED].at.split(":")[1]) - 1].strip().startswith("print(")
+    assert line_of(found[compare.PRINTED]) == 'print("loss", loss.item())'
 
 
 def test_first_weights(host: Host, tmp_path: Path) -> None:
@@ -148,6 +155,13 @@ def test_an_original_that_needs_a_launcher(host: Host, tmp_path: Path) -> None:
     assert report.outcomes[0].losses == 2
 
 
+def test_a_manager_that_trains_nothing(host: Host, tmp_path: Path) -> None:
+    report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", "pass")), steps=1)
+    first = report.outcomes[0].first()
+    assert first is not None and first.kind == compare.WEIGHTS
+    assert line_of(first) == "optimizer.step()"
+
+
 def test_a_rank_that_leaves_early(host: Host, tmp_path: Path) -> None:
     early = "optim_manager.step()\n        if bmt.rank() == 1:\n            break"
     report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", early)), timeout=25)
@@ -159,7 +173,8 @@ def test_a_rank_that_crashes(host: Host, tmp_path: Path) -> None:
     crash = "optim_manager.step()\n        assert bmt.rank() == 0, 'too far'"
     report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", crash)))
     crashed = [finding for finding in report.findings if finding.kind == compare.CRASHED]
-    assert "rank 1: AssertionError: too far" in crashed[0].message and crashed[0].at
+    assert "rank 1: AssertionError: too far" in crashed[0].message
+    assert line_of(crashed[0]) == "optimizer.step()"
     assert len(crashed) == 1
 
 
@@ -231,6 +246,24 @@ def test_a_script_that_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert "not converted" in shown and "NOT shown" in shown.splitlines()[-1]
     assert cli.main([str(tmp_path), "--prove", "missing.py"]) == 2
+
+
+def test_origins(tmp_path: Path) -> None:
+    changed = fault(("optim_manager.step()", "optim_manager.step()\n        assert bmt.rank() == 0"))
+    for name, code in (("original", SCRIPT), ("converted", changed)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.py").write_text(code)
+    origin = Origins(tmp_path / "original", tmp_path / "converted")
+
+    def of(text: str) -> str:
+        number = next(n for n, line in enumerate(changed.splitlines(), 1) if text in line)
+        return SCRIPT.splitlines()[int(origin(f"train.py:{number}").split(":")[1]) - 1].strip()
+
+    assert of("optim_manager.backward(loss)") == "loss.backward()"
+    assert of("assert bmt.rank()") == of("optim_manager.step()") == "optimizer.step()"
+    assert of('print_rank("loss"') == 'print("loss", loss.item())'
+    assert of("bmt.save_checkpoint").startswith("torch.save(")
+    assert origin("other.py:3") == "other.py:3" and origin("") == ""
 
 
 @pytest.mark.parametrize(

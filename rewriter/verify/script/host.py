@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import select
+import signal
 import sys
 from typing import Any
 
@@ -28,6 +29,8 @@ def serve() -> int:
         if ready:
             data = os.read(0, 1 << 16)
             if not data:
+                for left in running:
+                    os.killpg(left, signal.SIGKILL)
                 return 0
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:

@@ -26,6 +26,7 @@ from rewriter.verify.script.files import compare_left, left_by, snapshot
 from rewriter.verify.script.runs import Command, Host, Run
 from rewriter.verify.script.split import Split, split_test
 from rewriter.verify.script.story import losses_of
+from rewriter.verify.script.text import Origins
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class _Proof:
     def __init__(self, settings: Settings, host: Host, work: Path) -> None:
         self.settings, self.host, self.work = settings, host, work
         self.report = Report()
+        self.origins = Origins(settings.original, settings.converted)
         self.launched = 0
         """Ranks of the original: 1 if it runs under a launcher only."""
         self.again = lru_cache(maxsize=1)(lambda: self._run("again", self.settings.original, self.launched))
@@ -116,7 +118,12 @@ class _Proof:
         root = self.work / name / "project"
         shutil.copytree(source, root, symlinks=True)
         converted = source == self.settings.converted
-        return self.host.run(self.settings.command, root, self.work / name / "record", ranks, converted, part)
+        run = self.host.run(self.settings.command, root, self.work / name / "record", ranks, converted, part)
+        if converted:
+            run.origin = self.origins
+            for event in (event for events in run.events for event in events):
+                event["at"] = self.origins(event["at"])
+        return run
 
     def _files(self, original: Run, run: Run, comparison: Comparison) -> None:
         ours = original.root, left_by(original.root, snapshot(self.settings.original))

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,8 @@ class Run:
     errors: list[str] = field(default_factory=list)
     """What each rank wrote to standard error."""
     stalled: bool = False
+    origin: Callable[[str], str] = str
+    """Of a line, the one that is named to the user."""
 
     @property
     def ranks(self) -> int:
@@ -71,7 +73,7 @@ class Run:
         for path, line, name in _main_thread(self.stacks[rank]):
             if path.startswith(base):
                 inside = f" in {callee}" if callee else ""
-                return f"waits{inside} at {path.removeprefix(base)}:{line}"
+                return f"waits{inside} at {self.origin(f'{path.removeprefix(base)}:{line}')}"
             callee = name
         return "waits outside of the project"
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from pathlib import Path
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]*[a-zA-Z_])|\bnan\b|\binf\b")
 _CLOCK = re.compile(
@@ -29,11 +30,45 @@ class Differing:
 
 @dataclass(frozen=True)
 class Lines:
-    """Two texts, compared."""
+    """Two texts, compared: how many lines are the same."""
 
     compared: int
     largest: float
     different: tuple[Differing, ...]
+
+
+class Origins:
+    """Says which line of the original a line of the converted project comes from: ``train.py:12``, as users know it."""
+
+    def __init__(self, original: Path, converted: Path) -> None:
+        self._folders = original, converted
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, at: str) -> str:
+        path, _, line = at.rpartition(":")
+        if path not in self._known:
+            ours, theirs = (_read(folder / path) for folder in self._folders)
+            self._known[path] = list(_origins(ours, theirs))
+        numbers = self._known[path]
+        return f"{path}:{numbers[int(line) - 1]}" if line.isdecimal() and 0 < int(line) <= len(numbers) else at
+
+
+def _read(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def _origins(ours: list[str], theirs: list[str]) -> Iterator[int]:
+    """Of a line that was put in, the one before it."""
+    for _, start, end, begin, stop in SequenceMatcher(None, theirs, ours, autojunk=False).get_opcodes():
+        if end - start == stop - begin:
+            yield from range(begin + 1, stop + 1)
+            continue
+        last = begin
+        for line in theirs[start:end]:
+            alike = [(SequenceMatcher(None, line.strip(), ours[at].strip()).ratio(), -at) for at in range(last, stop)]
+            if alike and max(alike)[0] > 0.5:
+                last = 1 - max(alike)[1]
+            yield max(1, last)
 
 
 def compare_lines(
@@ -48,12 +83,12 @@ def compare_lines(
         if one is None or other is None:
             different.append(Differing(one if one is not None else len(ours), _line(ours, one), _line(theirs, other)))
             continue
-        compared += 1
         repeated = _without_clock(again[one]) if again is not None and one < len(again) else None
         distance = _distance(_without_clock(ours[one]), _without_clock(theirs[other]), tolerance, repeated)
         if distance > tolerance:
             different.append(Differing(one, ours[one], theirs[other]))
         else:
+            compared += 1
             largest = max(largest, distance)
     return Lines(compared, largest, tuple(different))
 
