@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -11,18 +11,18 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 Node = torch.autograd.graph.Node
 
 
-@contextmanager
-def scripts_as_written() -> Iterator[None]:
+class ScriptsAsWritten:
     """TorchScript functions run operation by operation inside the ``with``, every time alike.
 
     Its executor would otherwise profile, and save other tensors from the second or third call on.
     """
-    optimizes = torch._C._get_graph_executor_optimize()
-    torch._C._set_graph_executor_optimize(False)
-    try:
-        yield
-    finally:
-        torch._C._set_graph_executor_optimize(optimizes)
+
+    def __enter__(self) -> None:
+        self._optimizes = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_graph_executor_optimize(self._optimizes)
 
 
 def backward_id() -> int | None:

@@ -9,13 +9,13 @@ the block once more; that second run stops after the last tensor that is needed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..autograd import scripts_as_written
+from ..autograd import ScriptsAsWritten
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
 from .memory import RecomputePlan
@@ -70,21 +70,27 @@ class Frame:
 
     def run(self, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
         """Run the block's forward, recording what autograd saves."""
-        with ExitStack() as stack:
-            if self.recompute:
-                self._again = Repeat(self.owner, call, args, kwargs)
-                stack.enter_context(scripts_as_written())
-                self._held = [] if self._again.watches else None
-            stack.enter_context(self.hooks())
-            out = call(*args, **kwargs)
-        if self._again is not None and self._again.first_run_is_over():
-            self._held = None
+        if self.recompute:
+            out = self._run_first(Repeat(self.owner, call, args, kwargs), call, args, kwargs)
+        else:
+            with self.hooks():
+                out = call(*args, **kwargs)
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):  # held for the recomputation anyway
                     self._storages.pop(tensor.untyped_storage().data_ptr(), None)
             self._plan.measured(self.units[0], sum(self._storages.values()))
             self._storages.clear()
+        return out
+
+    def _run_first(
+        self, again: Repeat, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> T:
+        self._again, self._held = again, [] if again.watches else None
+        with ScriptsAsWritten(), self.hooks():
+            out = call(*args, **kwargs)
+        if again.first_run_is_over():
+            self._held = None
         return out
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -135,7 +141,7 @@ class Frame:
         try:
             with (
                 self.owner.recomputing(self, pack),
-                scripts_as_written(),
+                ScriptsAsWritten(),
                 torch.autograd.graph.saved_tensors_hooks(pack, _never),
             ):
                 self._again()

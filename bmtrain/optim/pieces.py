@@ -59,7 +59,7 @@ def replicated_of(params: Iterable[Any]) -> list[Replicated]:
 
 def home_of(parameter: Any) -> tuple[Home, int]:
     """What holds ``parameter``, and its index there."""
-    flat = flat_of(parameter)
+    flat = getattr(parameter, "_flat", None)  # flat_of, without a call for each parameter and step
     return (Replicated(parameter), 0) if flat is None else (flat, parameter._index)
 
 
