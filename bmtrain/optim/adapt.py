@@ -41,7 +41,7 @@ from .pieces import (
     replicated_of,
 )
 from .replicated import adopt
-from .step_on import StepOn, choose
+from .step_on import StepOn, choose, is_unchanged
 
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
@@ -64,6 +64,8 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     if sharded and way == "whole" and step_on is None:
         _warn_of_whole(optimizer, params)
     view = {"shards": _ShardView, "tensors": _TensorView, "whole": _WholeView}[way]()
+    view.tried = len(optimizer.param_groups)
+    view.admits = step_on is not None or way == "whole" or is_unchanged(type(optimizer))
     optimizer.step = MethodType(_stepping(view, optimizer.step), optimizer)  # type: ignore[method-assign]
     optimizer.register_state_dict_post_hook(view.gather)
     optimizer.register_load_state_dict_pre_hook(view.cut)
@@ -81,6 +83,7 @@ def _stepping(view: _View, step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def around(optimizer: torch.optim.Optimizer, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        view.admit(optimizer)
         try:
             view.show(optimizer)
             given = () if closure is None else (view.outside(optimizer, closure),)
@@ -123,15 +126,34 @@ register_optimizer_step_pre_hook(_refuse_unmanaged)
 
 
 class _View:
-    """What the parameters of one optimizer show while it steps, and how that becomes shards again."""
+    """What the parameters of one optimizer show while it steps, and how that becomes shards again.
+
+    Attributes:
+        tried: how many groups the optimizer had when it was decided on what it steps.
+        admits: whether that would be the same whatever groups it gets.
+    """
 
     def __init__(self) -> None:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
+        self.tried = 0
+        self.admits = True
 
     # -- a step -----------------------------------------------------------------------------------------------------
+
+    def admit(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take in groups that were added since.  Collective if there are any."""
+        if len(optimizer.param_groups) == self.tried:
+            return
+        if not self.admits:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} got parameter groups after add_optimizer, which has tried out the others "
+                "only. Add them before, or say add_optimizer(..., step_on=...)."
+            )
+        adopt(replicated_of(all_params(optimizer.param_groups)))
+        self.tried = len(optimizer.param_groups)
 
     def outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """``closure``, run on the model as it is outside of steps."""

@@ -64,7 +64,7 @@ def choose(optimizer: torch.optim.Optimizer, asked: StepOn | None) -> StepOn:
 
 def _find(optimizer: torch.optim.Optimizer) -> StepOn:
     name = type(optimizer).__name__
-    if _is_unchanged(type(optimizer)):
+    if is_unchanged(type(optimizer)):
         return "shards" if _try(optimizer, _cut_is_same) is not False else "whole"
     if name in _ELEMENTWISE_NAMES and _try(optimizer, _cut_is_same):
         return "shards"
@@ -73,7 +73,7 @@ def _find(optimizer: torch.optim.Optimizer) -> StepOn:
     return "whole"
 
 
-def _is_unchanged(cls: type) -> bool:
+def is_unchanged(cls: type) -> bool:
     """Whether ``cls`` is a known element-wise class, or derives from one without changing how it steps."""
     own = []
     for known in cls.__mro__:
@@ -98,7 +98,7 @@ def _try(optimizer: torch.optim.Optimizer, same: Any) -> bool | None:
     """Whether ``same`` holds for every group; None if the optimizer cannot be tried out."""
     standard = vars(torch.optim.SGD([torch.zeros(1)]))
     extra = {k: v for k, v in vars(optimizer).items() if k not in standard and k != "step"}
-    if not _is_unchanged(type(optimizer)) and not all(map(_is_simple, extra.values())):
+    if not is_unchanged(type(optimizer)) and not all(map(_is_simple, extra.values())):
         return None
     outer = torch.random.get_rng_state()
     try:

@@ -420,3 +420,24 @@ def test_a_step_that_raises_lets_go() -> None:
     train(model, manager, 0, 2)
     train_plain(reference, theirs, 0, 2)
     oracle.assert_same_weights(model, reference, limit=1e-4)
+
+
+@on_ranks(2)
+def test_groups_that_come_later() -> None:
+    """What the model got to train since: the same parameters thawed, and a temperature that no module holds."""
+    reference, model = oracle.pair(net)
+    for make in (lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9), Lion):
+        ours = make([model.stem.weight])
+        manager = managed(ours)
+        ours.add_param_group({"params": [model.head.weight, nn.Parameter(torch.zeros(1))]})
+        manager.backward(oracle.mean(model(models.share(oracle.inputs(0)))))
+        if make is Lion:
+            with pytest.raises(bmt.errors.ConfigurationError, match="add_optimizer"):
+                manager.step()
+        else:
+            manager.step()
+            theirs = make([reference.stem.weight, reference.head.weight])
+            oracle.mean(reference(oracle.inputs(0))).backward()
+            theirs.step()
+            oracle.assert_same_weights(model, reference)
+        manager.zero_grad()
