@@ -170,6 +170,9 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
             continue
+        if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
+            state[key] = StateTensor.of(value.full_tensor().cpu(), OfBuffer(value))
+            continue
         lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())

@@ -8,7 +8,7 @@ sharded  ``.data`` is a ShardedTensor, which acts on this rank's part.  Torch fu
          looked at one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what
          others need is gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.  To torch
          the parameter is one NaN expanded to the whole shape, so that shape, dtype, device and ``requires_grad`` are
-         right; nobody is shown it.
+         right; torch's functions never see it.
 """
 
 from __future__ import annotations

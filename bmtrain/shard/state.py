@@ -137,7 +137,7 @@ class OfParameter:
 
 
 class OfBuffer:
-    """A buffer that lies on a device."""
+    """A buffer that lies on a device, or in parts."""
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer

@@ -117,6 +117,19 @@ def test_all_else_is_as_for_ordinary_tensors(tmp_path: Any) -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
+@on_ranks(1, 2)
+def test_buffers_may_be_in_parts() -> None:
+    plain, model = pair()
+    for m in (model, plain):
+        m.mid.register_buffer("start", m.mid.weight.data.clone())
+        m.mid.weight.data.zero_()
+        own = m.state_dict()
+        assert own["mid.start"].any() and not own["mid.weight"].any()
+        own["mid.start"][0] = 3.0
+        m.load_state_dict({k: v.clone() for k, v in own.items()})
+    oracle.assert_same_weights(model, plain, exact=True)
+
+
 @on_ranks(2)
 def test_ranks_that_write_different_values_follow_rank_0() -> None:
     _, model = pair()
