@@ -146,6 +146,66 @@ def test_a_stopper_of_another_file(tmp_path: Path) -> None:
     assert b"if self.best is None:" in results[0].after and b"if stop.stopped:" in results[1].after
 
 
+TRAINER = """
+
+class Trainer:
+    def __init__(self, model, opt, calls):
+        self.model, self.opt, self.calls = model, opt, calls
+        self.best, self.stop, self.started = 0.0, False, time.time()
+
+    def fit(self, batches):
+        for epoch in range(5):
+            for x in batches:
+                loss = self.model(x).mean()
+                self.opt.zero_grad()
+                loss.backward()
+                self.opt.step()
+            right = self.validate(batches)
+            for call in self.calls:
+                call.at_end(self, right["acc"])
+            if self.stop:
+                break
+            best = right["acc"] > self.best
+            self.save(best)
+            if self.late():
+                return
+        while not self.finished():
+            self.validate(batches)
+
+    def late(self):
+        return time.time() - self.started > 3600
+
+    def finished(self):
+        return os.path.exists("stop")
+
+    def validate(self, batches):
+        right = 0
+        for x in batches:
+            right += (self.model(x) > 0).sum().item()
+        return {"acc": right, "n": len(batches)}
+
+    def save(self, best):
+        if best:
+            torch.save(self.model.state_dict(), "best.pt")
+
+
+class Late:
+    def at_end(self, trainer, acc):
+        trainer.stop = acc < 0.1
+
+
+net = torch.nn.Linear(4, 1)
+Trainer(net, torch.optim.SGD(net.parameters(), lr=0.1), [Late()]).fit(batches)
+"""
+
+
+def test_a_trainer_with_calls_of_others() -> None:
+    after = converted(HEAD + TRAINER)
+    for test in ("if bmt.agree(self.stop):", "if bmt.agree(self.late()):", "if bmt.agree(best):"):
+        assert test in after
+    assert "while not bmt.agree(self.finished()):" in after and after.count("agree") == 4
+
+
 STOPPER = """import torch
 
 

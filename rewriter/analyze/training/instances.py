@@ -96,6 +96,18 @@ class Instances:
                     found.setdefault(name, []).append(file.function_info(method))
         return found
 
+    @cached_property
+    def attributes(self) -> dict[str, list[tuple[File, ast.Attribute, ast.expr, ast.stmt]]]:
+        """By name, what attributes of other objects than ``self`` are given: file, target, value, statement."""
+        found: dict[str, list[tuple[File, ast.Attribute, ast.expr, ast.stmt]]] = {}
+        for file in self.files():
+            for node in file.nodes:
+                if isinstance(node, (ast.Assign, ast.AugAssign)):
+                    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                        if isinstance(target, ast.Attribute) and getattr(target.value, "id", "") not in {"self", "cls"}:
+                            found.setdefault(target.attr, []).append((file, target, node.value, node))
+        return found
+
     # Arguments -------------------------------------------------------------------------------------------------
 
     def given(self, file: File, function: Function, name: str) -> Iterator[tuple[File, ast.expr]]:

@@ -222,6 +222,7 @@ class Varying:
         if owner is not None:
             for member in (owner, *self.collectives.classes.ancestors(owner)):
                 yield member.file, (member.node, f"self.{node.attr}"), only_none, key
+                yield from self._set_from_outside(member, node.attr, only_none, key)
                 method = member.methods.get(node.attr)
                 if method is not None:  # a property
                     yield from self._of_function(member.file.function_info(method), only_none, key)
@@ -230,6 +231,15 @@ class Varying:
             yield file, variable, only_none, key
         if not only_none:
             yield file, node.value, only_none, node.attr
+
+    def _set_from_outside(self, owner: ClassInfo, name: str, only_none: bool, key: object) -> Iterator[State]:
+        """What ``trainer.stop = ...`` gives an attribute of a trainer, or of an object whose class is not seen."""
+        for file, target, value, statement in self.instances.attributes.get(name, ()):
+            known = self.instances.class_of(file, target.value)
+            if known is None or known is owner or owner in self.collectives.classes.ancestors(known):
+                yield file, value, only_none, key
+                if isinstance(statement, ast.AugAssign) or _is_fixed(value):
+                    yield from self._tests_above(file, statement)
 
     def _of_variable(self, file: File, variable: Var, only_none: bool, key: object) -> Iterator[State]:
         """What a variable is given; with ``key`` what its item of that key is given."""

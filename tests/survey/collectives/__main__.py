@@ -52,6 +52,7 @@ class Search:
             child: node for tree in trees.values() for node in ast.walk(tree) for child in ast.iter_child_nodes(node)
         }
         self.functions: dict[str, list[ast.AST]] = {}
+        self.given: dict[ast.AST, dict[str, list[ast.expr]]] = {}
         for tree in trees.values():
             for node in ast.walk(tree):
                 if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -137,9 +138,16 @@ class Search:
         around: ast.AST | None = next(
             (p for _, p in self.above(name) if isinstance(p, (*_DEFINITIONS, ast.Module))), None
         )
-        for node in own(around) if around is not None else ():
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name.id for t in node.targets):
-                yield node.value
+        if around is None:
+            return
+        if around not in self.given:
+            table = self.given[around] = {}
+            for node in own(around):
+                if isinstance(node, ast.Assign):
+                    for target in node.targets:
+                        if isinstance(target, ast.Name):
+                            table.setdefault(target.id, []).append(node.value)
+        yield from self.given[around].get(name.id, ())
 
 
 def own(function: ast.AST) -> Iterator[ast.AST]:
