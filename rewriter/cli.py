@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="bmt-convert",
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
-        epilog="Exit code: 0 done, 1 --check found something to change or --verify did not hold, "
+        epilog="Exit code: 0 done, 1 --check found something to change, or --verify or --prove did not hold, "
         "2 an input could not be converted, 3 a file that trains was left as it is.",
     )
     made.add_argument(
@@ -51,7 +51,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--verify", metavar="MODULE:FACTORY", help="show that what the factory builds is the same model converted"
     )
-    made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks that --verify tries")
+    made.add_argument(
+        "--prove",
+        action="append",
+        metavar="COMMAND",
+        help="run a command as it is and converted, and compare all that they do; a second goes on from the first",
+    )
+    made.add_argument("--steps", type=int, metavar="N", help="end --prove's runs after N optimizer steps")
+    made.add_argument("--still", action="store_true", help="dropout does nothing in --prove's runs")
+    made.add_argument(
+        "--timeout", type=float, default=120.0, metavar="S", help="--prove ends a run that stalls so long"
+    )
+    made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks that --verify and --prove try")
     made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long]", help="an input for --verify")
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
@@ -85,9 +96,12 @@ def _run(options: argparse.Namespace) -> int:
     for result in results:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
-    if options.report is not None:
+    if options.report is not None and options.prove is None:
         write_file(options.report, write_report(options.report, results).encode())
     held = options.verify is None or _verify(options, results)
+    if options.prove is not None:
+        _show(options, results)
+        held = _prove(options, results) and held
     if options.output is not None:
         _write_tree(options.paths, options.output, results)
     elif options.write and not held:
@@ -96,7 +110,8 @@ def _run(options: argparse.Namespace) -> int:
         for result in results:
             if result.changed:
                 _write_back(result)
-    _show(options, results)
+    if options.prove is None:
+        _show(options, results)
     if any(result.error for result in results):
         return FAILED
     if any(map(left_training, results)):
@@ -119,6 +134,27 @@ def _verify(options: argparse.Namespace, results: Sequence[Result]) -> bool:
         return tool.main([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes]) == 0
 
 
+def _prove(options: argparse.Namespace, results: Sequence[Result]) -> bool:
+    """Whether the converted script does what the original does; prints what was compared."""
+    if len(options.paths) != 1:
+        raise InputError("--prove takes one file or folder")
+    if options.report is not None and options.report.suffix not in (".json", ".md"):
+        raise InputError(f"{options.report}: --prove writes a report that ends in .json or .md")
+    from rewriter.verify.script import command_line as tool  # needs torch, which converting does not
+
+    path = options.paths[0].resolve()
+    changed = [replace(result, path=result.path.resolve()) for result in results]
+    with tempfile.TemporaryDirectory(prefix="bmt-prove-") as folder:
+        original, converted = Path(folder) / "original", Path(folder) / "converted"
+        _write_tree([path], original, [])
+        _write_tree([path], converted, changed)
+        settings = tool.settings(
+            original, converted, options.prove, options.ranks, options.steps, options.timeout, options.still,
+            tool.refusal(results),
+        )  # fmt: skip
+        return tool.run(settings, options.report)
+
+
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
     output: Path | None = options.output
     if output is not None and any(path.resolve() == output.resolve() for path in options.paths):
@@ -139,7 +175,7 @@ def _progress(done: int, total: int) -> None:
 
 
 def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
-    writes = options.write or options.output is not None or options.check
+    writes = options.write or options.output is not None or options.check or options.prove is not None
     if options.diff or not writes:
         color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
         for result in results:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .engine import engine
 from .parameter import ShardedParameter
-from .sharded_tensor import NeedsWholeError, ShardedTensor, is_in_place, whole_operands
+from .sharded_tensor import TAKE_KIND, NeedsWholeError, ShardedTensor, is_in_place, whole_operands
 
 _T = torch.Tensor
 
@@ -20,9 +20,6 @@ _LIKE = {
 }  # fmt: skip
 
 _OF_LAYOUT = {_T.stride, _T.is_contiguous}
-
-_TAKE_KIND = {_T.to, _T.type_as, _T.view_as, _T.expand_as, _T.reshape_as}
-"""Of their second argument they need no values."""
 
 
 def on_parts(
@@ -38,7 +35,7 @@ def on_parts(
     leaves = tree_leaves((args, kwargs))
     mixed = any(isinstance(leaf, ShardedTensor) for leaf in leaves)
     in_place = is_in_place(name)
-    if mixed and torch.is_grad_enabled() and not in_place and func is not _T.to and func is not _T.type_as:
+    if mixed and torch.is_grad_enabled() and not in_place and func not in TAKE_KIND:
         if any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
             args, kwargs = whole_operands(args, kwargs)
             return args, kwargs, NotImplemented
@@ -47,13 +44,12 @@ def on_parts(
         or (func in _LIKE and not kwargs.get("requires_grad"))
         or (name.startswith("_foreach_") and not torch.is_grad_enabled())
     )
-    alone = alone or func in _OF_LAYOUT or (func in _TAKE_KIND and not isinstance(args[0], ShardedParameter))
+    alone = alone or func in _OF_LAYOUT or (func in TAKE_KIND and not isinstance(args[0], ShardedParameter))
     if not mixed and not alone:
         return args, kwargs, NotImplemented
     try:
         parts, named = tree_map(_data, (args, kwargs))
-        with torch.no_grad():
-            out = func(*parts, **named)
+        out = func(*parts, **named)
     except NeedsWholeError:
         if not mixed:
             return args, kwargs, NotImplemented

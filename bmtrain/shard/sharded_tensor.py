@@ -141,7 +141,7 @@ class ShardedTensor(torch.Tensor):
         if any(other is not cls for other in types):
             return NotImplemented  # a sharded parameter knows better
         with torch._C.DisableTorchFunctionSubclass():
-            if torch.is_grad_enabled() and _require_grad((args, kwargs)):
+            if torch.is_grad_enabled() and func not in TAKE_KIND and _require_grad((args, kwargs)):
                 target = next(iter((*args, *kwargs.values())), None)
                 if isinstance(target, cls) and is_in_place(getattr(func, "__name__", "")):
                     with torch.no_grad():  # no graph leads to parts, and what is written must stay
@@ -166,6 +166,10 @@ _MEMORY = {
     _T.numpy, _T.tolist, _T.data_ptr, _T.untyped_storage, _T.storage, _T.__array__, _T.share_memory_, _T.__dlpack__,
     _T.apply_, _T.map_, _T.set_, _T.resize_,
 }  # fmt: skip
+
+
+TAKE_KIND = {_T.to, _T.type_as, _T.view_as, _T.expand_as, _T.reshape_as}
+"""Of their second argument they need no values."""
 
 
 def is_in_place(name: str) -> bool:

@@ -711,6 +711,10 @@ def test_under_autograd_operands_are_gathered() -> None:
     plain(oracle.inputs(0)).backward()
     bmt.optim.OptimManager().backward(model(models.share(oracle.inputs(0))))
     oracle.assert_same_grads(model, plain)
+    x = torch.ones(5, 6, dtype=torch.float64, requires_grad=True)
+    for like in (model.lin.weight, model.lin.weight.data):
+        x.to(like).type_as(like).view_as(like).expand_as(like).sum().backward()
+    assert torch.equal(x.grad, torch.full((5, 6), 2.0, dtype=torch.float64))
     with torch.inference_mode():
         assert_alike(model.lin.weight.data.norm(), plain.lin.weight.data.norm(), "in inference mode")
         assert_alike(torch.isclose(model.lin.weight.data, plain.lin.weight).all(), torch.tensor(True), "composed")
