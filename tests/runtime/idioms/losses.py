@@ -61,27 +61,27 @@ def masked_selection(k: User):
     return _loss(k, lambda out, y: F.cross_entropy(out[y > 1], y[y > 1]))
 
 
-@idiom(verdicts="silent", why="?")
+@idiom
 def ignored_labels_converted(k: User):
     """Labels of -100 under `bmt.loss.FusedCrossEntropy`"""
     loss = k.cross_entropy(ignore_index=-100)
     return _loss(k, lambda out, y: loss(out, y.masked_fill(y < 2, -100)))
 
 
-@idiom(verdicts="silent", why="?")
+@idiom
 def class_weights_converted(k: User):
     """Class weights in `bmt.loss.FusedCrossEntropy`"""
     loss = k.cross_entropy(weight=torch.linspace(0.5, 2, 5)).to(k.device)
     return _loss(k, loss)
 
 
-@idiom(verdicts="silent", why="?")
+@idiom
 def masked_mean_converted(k: User):
     """`bmt.mean(loss, mask)`"""
     return _loss(k, lambda out, y: k.mean_of(F.cross_entropy(out, y, reduction="none"), (y > 1).float()))
 
 
-@idiom(verdicts="silent", why="?")
+@idiom
 def masked_selection_converted(k: User):
     """`bmt.mean(loss[mask])`"""
     return _loss(k, lambda out, y: k.mean_of(F.cross_entropy(out[y > 1], y[y > 1], reduction="none")))
@@ -273,7 +273,7 @@ def uneven_loader(k: User):
     return model
 
 
-@idiom(verdicts="silent", why="?")
+@idiom
 def uneven_loader_converted(k: User):
     """The same with `bmt.mean` of the rows' losses"""
     model = k.net()

@@ -468,7 +468,7 @@ def plain_model(k: User):
     return {"other": k.weights(other), "weights": k.weights(model)}
 
 
-@idiom(verdicts="refused", says="None")
+@idiom(verdicts="refused", says="optim_manager.step")
 def step_in_backward(k: User):
     """Optimizers are stepped in `register_post_accumulate_grad_hook`"""
     model = k.net()
