@@ -10,7 +10,7 @@ from .registry import idiom
 from .user import User
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_by_value(k: User):
     """`clip_grad_value_` before the step"""
     model = k.net()
@@ -19,7 +19,7 @@ def clip_by_value(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_by_norm(k: User):
     """torch's `clip_grad_norm_`, its norm printed"""
     model, norms = k.net(), []
@@ -38,7 +38,7 @@ def clip_by_manager(k: User):
     return {"norms": norms, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_by_largest(k: User):
     """torch's `clip_grad_norm_` with the largest entry as norm"""
     model, norms = k.net(), []
@@ -47,7 +47,7 @@ def clip_by_largest(k: User):
     return {"norms": norms, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_in_two_calls(k: User):
     """`get_total_norm`, then `clip_grads_with_norm_`"""
     model, norms = k.net(), []
@@ -58,7 +58,7 @@ def clip_in_two_calls(k: User):
     return {"norms": norms, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_each_layer(k: User):
     """Each layer is clipped by its own norm"""
     model = k.net()
@@ -68,7 +68,7 @@ def clip_each_layer(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def clip_by_hand(k: User):
     """A norm and a factor of the user's own"""
     model, norms = k.net(), []
@@ -80,7 +80,7 @@ def clip_by_hand(k: User):
     return {"norms": norms, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def clip_adaptively(k: User):
     """Adaptive gradient clipping: rows of the gradient against rows of the weight"""
     model = k.net()
@@ -94,7 +94,7 @@ def clip_adaptively(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def norms_of_rows_are_read(k: User):
     """Norms of the gradient's rows, printed"""
     model, rows = k.net(), []
@@ -103,7 +103,7 @@ def norms_of_rows_are_read(k: User):
     return {"rows": rows}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def noise_is_added(k: User):
     """The same noise is added to the gradients"""
     model = k.net()
@@ -113,7 +113,7 @@ def noise_is_added(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def gradients_are_halved(k: User):
     """`p.grad *= 0.5`"""
     model = k.net()
@@ -123,7 +123,7 @@ def gradients_are_halved(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def gradients_are_clamped(k: User):
     """`p.grad.data.clamp_`"""
     model = k.net()
@@ -133,7 +133,7 @@ def gradients_are_clamped(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def gradients_are_replaced(k: User):
     """`p.grad = p.grad * 2`"""
     model = k.net()
@@ -153,7 +153,7 @@ def gradients_are_removed(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def gradients_are_zeroed(k: User):
     """`zero_grad(set_to_none=False)`: momentum and decay go on where nothing comes"""
     model = k.net()
@@ -166,7 +166,7 @@ def gradients_are_zeroed(k: User):
     return model
 
 
-@idiom(verdicts="raw", why="`p.grad` is a view, which `detach_` refuses in torch's words")
+@idiom(verdicts="raw right right", why="on one rank `p.grad` is a view, which `detach_` refuses in torch's words")
 def gradients_are_zeroed_one_by_one(k: User):
     """`p.grad.zero_()` in a loop"""
     model = k.net()
@@ -193,7 +193,7 @@ def the_model_zeroes(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def nan_is_looked_for(k: User):
     """A step is left out if any gradient is NaN or infinite"""
     model, finite = k.net(), []
@@ -208,7 +208,7 @@ def nan_is_looked_for(k: User):
     return {"finite": finite, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def nan_becomes_zero(k: User):
     """`p.grad.nan_to_num_`"""
     model = k.net()
@@ -218,7 +218,7 @@ def nan_becomes_zero(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def gradients_are_centred(k: User):
     """Gradient centralization: rows without their mean"""
     model = k.net()
@@ -229,7 +229,7 @@ def gradients_are_centred(k: User):
     return model
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def signs_are_taken(k: User):
     """`p.grad.sign_()`"""
     model = k.net()
@@ -240,7 +240,7 @@ def signs_are_taken(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def one_long_vector(k: User):
     """All gradients as one vector, its norm and its largest entry printed"""
     model, seen = k.net(), []
@@ -250,7 +250,7 @@ def one_long_vector(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def means_are_printed(k: User):
     """A table of each gradient's mean and deviation"""
     model, seen = k.net(), {}
@@ -259,7 +259,7 @@ def means_are_printed(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def gradients_as_numpy(k: User):
     """`p.grad.cpu().numpy()` for a histogram"""
     model, seen = k.net(), {}
@@ -268,7 +268,7 @@ def gradients_as_numpy(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def sgd_by_hand(k: User):
     """No optimizer: `p -= lr * p.grad` under `no_grad`"""
     model = k.net()
@@ -282,7 +282,7 @@ def sgd_by_hand(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def sgd_through_data(k: User):
     """No optimizer: `p.data.add_(p.grad.data, alpha=-lr)` after a plain backward"""
     model = k.net()
@@ -317,7 +317,7 @@ def plain_backward_and_managed(k: User):
     return {"grads": k.grads(model), "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def many_tensors_at_once(k: User):
     """`torch._foreach_mul_` and `_foreach_norm` over gradients"""
     model, norms = k.net(), []
@@ -328,7 +328,7 @@ def many_tensors_at_once(k: User):
     return {"norms": norms, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def gradients_are_added_up(k: User):
     """Gradients are added to a dict of the user's and put back"""
     model = k.net()
@@ -344,7 +344,7 @@ def gradients_are_added_up(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def gradients_of_two_losses_are_compared(k: User):
     """PCGrad: where two losses' gradients point apart, one is projected"""
     model = k.net()
@@ -362,7 +362,7 @@ def gradients_of_two_losses_are_compared(k: User):
     return {"dots": dots, "weights": k.weights(model)}
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom(verdicts="right refused refused", says="full_tensor")
 def mask_on_a_gradient(k: User):
     """Rows of an embedding-like weight are kept from training by `p.grad[rows] = 0`"""
     model = k.net()
@@ -395,7 +395,7 @@ def gradients_know_their_shape(k: User):
     return {"seen": seen}
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def gradients_are_scaled_by_group(k: User):
     """Gradients of the head are multiplied, `torch.no_grad` and a name test"""
     model = k.net()

@@ -58,7 +58,7 @@ def gan_one_manager(k: User):
     return {"g": k.weights(g), "d": k.weights(d)}
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def wgan(k: User):
     """WGAN: several critic steps, weights clipped by `p.data.clamp_`"""
     g, d = k.net(inputs=4, outputs=6), k.net(outputs=1)
@@ -122,7 +122,7 @@ def diffusion(k: User):
     return model
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def soft_actor_critic(k: User):
     """SAC: actor, two critics, their targets, log_alpha, four optimizers"""
     actor, q1, q2 = k.net(outputs=5), k.net(), k.net()

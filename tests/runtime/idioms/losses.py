@@ -62,6 +62,32 @@ def masked_selection(k: User):
 
 
 @idiom
+def ignored_labels_converted(k: User):
+    """Labels of -100 under `bmt.loss.FusedCrossEntropy`"""
+    loss = k.cross_entropy(ignore_index=-100)
+    return _loss(k, lambda out, y: loss(out, y.masked_fill(y < 2, -100)))
+
+
+@idiom
+def class_weights_converted(k: User):
+    """Class weights in `bmt.loss.FusedCrossEntropy`"""
+    loss = k.cross_entropy(weight=torch.linspace(0.5, 2, 5)).to(k.device)
+    return _loss(k, loss)
+
+
+@idiom
+def masked_mean_converted(k: User):
+    """`bmt.mean(loss, mask)`"""
+    return _loss(k, lambda out, y: k.mean_of(F.cross_entropy(out, y, reduction="none"), (y > 1).float()))
+
+
+@idiom
+def masked_selection_converted(k: User):
+    """`bmt.mean(loss[mask])`"""
+    return _loss(k, lambda out, y: k.mean_of(F.cross_entropy(out[y > 1], y[y > 1], reduction="none")))
+
+
+@idiom
 def summed_by_rows(k: User):
     """`reduction="sum"` divided by the rows of the batch"""
     return _loss(k, lambda out, y: F.cross_entropy(out, y, reduction="sum") / len(y))
@@ -236,7 +262,7 @@ def gradient_of_the_output(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="a mean of the ranks' means, though their counts differ")
+@idiom(verdicts="right said said", says="bmt.mean")
 def uneven_loader(k: User):
     """A loader whose last batch is shorter: 7 rows"""
     model = k.net()
@@ -244,6 +270,17 @@ def uneven_loader(k: User):
     data = TensorDataset(k.randn(19, 6).cpu(), k.randint(5, 19).cpu())
     for x, y in k.loader(DataLoader(data, batch_size=12)):
         k.step(manager, F.cross_entropy(model(x.to(k.device)), y.to(k.device)))
+    return model
+
+
+@idiom
+def uneven_loader_converted(k: User):
+    """The same with `bmt.mean` of the rows' losses"""
+    model = k.net()
+    manager = k.sgd(model)
+    data = TensorDataset(k.randn(19, 6).cpu(), k.randint(5, 19).cpu())
+    for x, y in k.loader(DataLoader(data, batch_size=12)):
+        k.step(manager, k.mean_of(F.cross_entropy(model(x.to(k.device)), y.to(k.device), reduction="none")))
     return model
 
 

@@ -12,7 +12,7 @@ from .registry import idiom
 from .user import User
 
 
-def _torch(name: str, expected=None, **options):
+def _torch(name: str, **options):
     """An idiom that trains with one of torch's optimizers."""
 
     def run(k: User):
@@ -24,7 +24,7 @@ def _torch(name: str, expected=None, **options):
         f" with {', '.join(n for n in options if n not in ('lr', 'eps'))}" * (len(options) > 2)
     )
     run.__module__ = __name__
-    return idiom(run, **(expected or {}))
+    return idiom(run)
 
 
 _torch("SGD", lr=0.1)
@@ -42,7 +42,7 @@ _torch("NAdam", lr=0.01, eps=1e-4)
 _torch("RAdam", lr=0.01, eps=1e-4)
 _torch("ASGD", lr=0.1)
 _torch("Rprop", lr=0.001)
-_torch("Adafactor", {"verdicts": "refused", "says": "AdamOptimizer"}, lr=0.01)
+_torch("Adafactor", lr=0.01)
 
 
 @idiom
@@ -59,7 +59,7 @@ def adamw_converted(k: User):
     return k.train(model, k.manage(k.adam(model.parameters())))
 
 
-@idiom(verdicts="refused", says="AdamOptimizer")
+@idiom
 def muon(k: User):
     """`Muon` for matrices, AdamW for the rest"""
     model = k.net()
@@ -68,7 +68,7 @@ def muon(k: User):
     return k.train(model, k.manage(torch.optim.Muon(matrices, lr=0.02), k.adam(others)))
 
 
-@idiom(verdicts="refused", says="AdamOptimizer")
+@idiom
 def lbfgs(k: User):
     """`LBFGS` with a closure"""
     model = k.net()
@@ -201,7 +201,7 @@ class Written(Momentum):
                 p.data.addcdiv_(state["m"], state["m"].abs().sqrt().add_(0.1), value=-group["lr"] / state["step"])
 
 
-def _own(cls, text: str, **expected):
+def _own(cls, text: str):
     """An idiom that trains with one of the above."""
 
     def run(k: User):
@@ -209,48 +209,23 @@ def _own(cls, text: str, **expected):
         return k.train(model, k.manage(cls(model.parameters())))
 
     run.__name__, run.__doc__, run.__module__ = "own_" + cls.__name__.lower(), text, __name__
-    return idiom(run, **expected)
+    return idiom(run)
 
 
 _own(Momentum, "A user's own element-wise optimizer")
 _own(Lion, "A user's own Lion, smoothed")
-_own(Lars, "A user's own LARS: norms of a parameter and its gradient", verdicts="refused", says="AdamOptimizer")
-_own(Lamb, "A user's own LAMB: trust ratios", verdicts="refused", says="AdamOptimizer")
+_own(Lars, "A user's own LARS: norms of a parameter and its gradient")
+_own(Lamb, "A user's own LAMB: trust ratios")
 _own(Novograd, "A user's own NovoGrad: one second moment for each layer")
-_own(
-    RowMeans,
-    "A user's own with means of rows",
-    verdicts="silent",
-    why="an optimizer that looks beyond an element steps on shards",
-)
-_own(
-    MatricesApart,
-    "A user's own that asks `g.dim() > 1`",
-    verdicts="silent",
-    why="an optimizer that looks beyond an element steps on shards",
-)
-_own(
-    Factored,
-    "A user's own Adafactor: rows and columns",
-    verdicts="silent",
-    why="an optimizer that looks beyond an element steps on shards",
-)
-_own(
-    Whitened,
-    "A user's own Muon: products of matrices",
-    verdicts="silent",
-    why="an optimizer that looks beyond an element steps on shards",
-)
-_own(
-    Global,
-    "A user's own D-Adaptation: one sum over all parameters",
-    verdicts="right silent hang",
-    why="an optimizer that looks beyond an element steps on shards",
-)
+_own(RowMeans, "A user's own with means of rows")
+_own(MatricesApart, "A user's own that asks `g.dim() > 1`")
+_own(Factored, "A user's own Adafactor: rows and columns")
+_own(Whitened, "A user's own Muon: products of matrices")
+_own(Global, "A user's own D-Adaptation: one sum over all parameters")
 _own(Written, "A user's own through `.data`, with a counter")
 
 
-@idiom(verdicts="right silent silent", why="`p.grad` reads as NaN")
+@idiom
 def sam(k: User):
     """SAM: a step up by the gradient's norm, a second backward, back, and the step"""
     model = k.net()
@@ -273,7 +248,7 @@ def sam(k: User):
     return model
 
 
-@idiom(verdicts="right refused refused", says="bmt.gathered")
+@idiom
 def sam_through_data(k: User):
     """SAM with `old_p = p.data.clone()` and `p.data = old_p`"""
     model = k.net()
@@ -435,7 +410,7 @@ def state_is_saved(k: User):
     return {"state": state["state"], "weights": k.weights(model)}
 
 
-@idiom(verdicts="raw silent silent", why="a closure runs while parameters show this rank's part")
+@idiom
 def closure_in_step(k: User):
     """`optimizer.step(closure)` of SGD"""
     model = k.net()
@@ -454,7 +429,7 @@ def closure_in_step(k: User):
     return model
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def parameter_of_no_module(k: User):
     """SAC's `log_alpha`: a tensor that trains beside a model"""
     model = k.net()
@@ -469,7 +444,7 @@ def parameter_of_no_module(k: User):
     return {"alpha": log_alpha, "weights": k.weights(model)}
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def loose_parameters_in_one_optimizer(k: User):
     """Kendall's weights of losses: an `nn.Parameter` of no module in the model's optimizer"""
     model = k.net()
@@ -482,7 +457,7 @@ def loose_parameters_in_one_optimizer(k: User):
     return {"loss weights": weights, "weights": k.weights(model)}
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def plain_model(k: User):
     """A model of plain torch beside the sharded one, with an optimizer of its own"""
     model = k.net()
@@ -493,7 +468,7 @@ def plain_model(k: User):
     return {"other": k.weights(other), "weights": k.weights(model)}
 
 
-@idiom
+@idiom(verdicts="refused", says="optim_manager.step")
 def step_in_backward(k: User):
     """Optimizers are stepped in `register_post_accumulate_grad_hook`"""
     model = k.net()

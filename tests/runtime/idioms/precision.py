@@ -94,7 +94,7 @@ def grad_scaler(k: User):
     return _autocast(k, model, manager)
 
 
-@idiom(verdicts="right raw raw", why="`p.grad` is a placeholder: writing to it ends in torch's error about memory")
+@idiom
 def own_scaler(k: User):
     """The loss is scaled, gradients are divided by hand"""
     model = k.net()

@@ -222,6 +222,16 @@ class User:
         self.losses.append(self.mean(loss))
         manager.step()
 
+    def mean_of(self, values: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """A mean in a loss whose counts differ between ranks, converted."""
+        if self.sharded:
+            return bmt.mean(values, mask)
+        return values.mean() if mask is None else (values * mask).sum() / mask.sum()
+
+    def cross_entropy(self, **options: Any) -> Any:
+        """``nn.CrossEntropyLoss``, converted."""
+        return (bmt.loss.FusedCrossEntropy if self.sharded else nn.CrossEntropyLoss)(**options)
+
     # -- what is seen
     def mean(self, value: Any) -> float:
         """A number that is shown: the mean of the ranks' means."""
