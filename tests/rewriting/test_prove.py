@@ -146,13 +146,25 @@ def test_a_step_of_another_size(host: Host, tmp_path: Path) -> None:
     assert "the gradients are the same" in report.findings[0].message
 
 
-def test_an_original_that_needs_a_launcher(host: Host, tmp_path: Path) -> None:
-    loop = LOOP.format(samples="[:8]", loss="loss = model(a).square().mean()")
-    launched = "import os\nlocal_rank = int(os.environ['LOCAL_RANK'])\n"
-    code = HEAD.replace("torch.manual_seed(1)", launched + "torch.manual_seed(1)") + loop
-    report = check(host, tmp_path, code)
+def test_an_original_that_shares_its_batches(host: Host, tmp_path: Path) -> None:
+    """Compared with itself on as many processes: 2 of 2 samples, not 1 of 4."""
+    head = HEAD.replace("torch.manual_seed(1)", "dist.init_process_group('gloo')\ntorch.manual_seed(1)")
+    head = head.replace("import torch\n", "import torch\nimport torch.distributed as dist\n", 1)
+    loop = """model = nn.parallel.DistributedDataParallel(model)
+data = TensorDataset(x[:8])
+sampler = torch.utils.data.distributed.DistributedSampler(data)
+for (a,) in DataLoader(data, batch_size=2, sampler=sampler):
+    loss = model(a).square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+if dist.get_rank() == 0:
+    torch.save(model.module.state_dict(), "model.pt")
+"""
+    report = check(host, tmp_path, head + loop, steps=None)
     assert report.held, report.findings
-    assert report.outcomes[0].losses == 2
+    (outcome,) = report.outcomes
+    assert (outcome.losses, outcome.samples, outcome.steps, outcome.tensors) == (2, 8, 2, 4)
 
 
 def test_a_manager_that_trains_nothing(host: Host, tmp_path: Path) -> None:

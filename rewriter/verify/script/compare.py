@@ -9,7 +9,7 @@ from typing import Any
 
 from rewriter.verify.script.runs import Run
 from rewriter.verify.script.split import Split
-from rewriter.verify.script.story import Loss, apart, losses_of, mean, mean_by_samples, position
+from rewriter.verify.script.story import Loss, apart, losses_of, mean, mean_by_samples, merged, position
 from rewriter.verify.script.text import compare_lines
 
 DATA = "data not shared"
@@ -82,7 +82,7 @@ class Comparison:
 
     def __init__(self, original: Run, run: Run, split: Split, tolerance: float, again: Callable[[], Run]) -> None:
         self.original, self.run, self.split, self.again = original, run, split, again
-        self.ours = losses_of(original)
+        self.ours = merged(original)
         self.theirs = [losses_of(run, rank) for rank in range(run.ranks)]
         low = any(loss.low for loss in self.ours)
         self.tolerance = max(tolerance, 1e-2) if low else tolerance
@@ -126,8 +126,7 @@ class Comparison:
         elif not run.succeeded:
             rank = next(rank for rank, code in enumerate(run.codes) if code)
             tail = run.errors[rank].strip().splitlines()[-1:] or ["without a word"]
-            if [code for code in run.codes if code] != [code for code in self.original.codes if code] * run.ranks:
-                self.note(CRASHED, f"{where}: {tail[0]}", "", moment)
+            self.note(CRASHED, f"{where}: {tail[0]}", "", moment)
 
     def _branches(self) -> None:
         """Every rank must take the same losses and steps."""
@@ -191,7 +190,7 @@ class Comparison:
                 return
             if ours.loaded and sum(others, Counter()) != mine and not _alike(ours, theirs):
                 message = f"batch {number + 1} is made of other samples than the original's"
-                if not self._repeats(lambda run, k=number: losses_of(run)[k].rows == self.ours[k].rows):  # type: ignore[misc]
+                if not self._repeats(lambda run, k=number: merged(run)[k].rows == self.ours[k].rows):  # type: ignore[misc]
                     self._unrepeated(f"its batch {number + 1} is another one when it is run again", number)
                     return
                 self.note(SAMPLES, message, theirs[0].at, number - 0.2)
@@ -217,7 +216,7 @@ class Comparison:
 
     def _differing_loss(self, number: int, ours: Loss, theirs: list[Loss]) -> None:
         told = f"loss {number + 1} is {ours.value:.6g} and became {mean(theirs):.6g}"
-        if not self._repeats(lambda run: apart(ours.value, losses_of(run)[number].value) <= self.tolerance):
+        if not self._repeats(lambda run: apart(ours.value, merged(run)[number].value) <= self.tolerance):
             self._unrepeated(f"its loss {number + 1} is another one when it is run again; set a seed", number)
             return
         before = self.ours[: number + 1]
@@ -339,8 +338,9 @@ class Comparison:
                 text.setdefault(event["at"], event["text"])
                 if rank not in ranks:
                     ranks.append(rank)
+        known = {event["at"] for rank in range(1, self.original.ranks) for event in self.original.of("print", rank)}
         for at, ranks in seen.items():
-            if any(ranks) and self.run.succeeded:
+            if any(ranks) and self.run.succeeded and at not in known:
                 who = "all ranks print" if len(ranks) == self.run.ranks else f"ranks {', '.join(map(str, ranks))} print"
                 self.note(PRINTED, f"{who} {text[at][:60]!r}", at)
 
@@ -350,8 +350,9 @@ class Comparison:
             for event in self.run.of("file", rank):
                 if event["how"] != "mkdir":
                     writers.setdefault(event["path"], {}).setdefault(rank, event["at"])
+        known = {event["path"] for rank in range(1, self.original.ranks) for event in self.original.of("file", rank)}
         for path, ranks in writers.items():
-            if len(ranks) > 1:
+            if len(ranks) > 1 and path not in known:
                 at = next(iter(ranks.values()))
                 told = f"{path} is written by ranks {', '.join(map(str, ranks))}"
                 self.note(WRITTEN, told, at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,29 +81,34 @@ class _Proof:
         self.settings, self.host, self.work = settings, host, work
         self.report = Report()
         self.origins = Origins(settings.original, settings.converted)
-        self.launched = 0
-        """Ranks of the original: 1 if it runs under a launcher only."""
-        self.again = lru_cache(maxsize=1)(lambda: self._run("again", self.settings.original, self.launched))
+        self.original = lru_cache(lambda ranks: self._run(f"original{ranks}", settings.original, ranks))
+        self.again = lru_cache(lambda ranks: self._run(f"again{ranks}", settings.original, ranks))
 
     def all(self) -> Report:
-        original = self._run("original", self.settings.original)
-        if not original.succeeded and not original.of("loss"):
-            launched = self._run("launched", self.settings.original, 1)
-            if launched.succeeded:
-                original, self.launched = launched, 1
-        if not original.succeeded:
-            self.report.trouble.append(_failed(original))
+        settings = self.settings
+        # A script that shares its batches over processes itself is compared with itself on as many.
+        alone, launched = self.original(0), _shares(settings.original)
+        launched = (launched or not (alone.succeeded or alone.of("loss"))) and self.original(1).succeeded
+        if not (alone.succeeded or launched):
+            self.report.trouble.append(_failed(alone))
             return self.report
-        losses = losses_of(original)
-        # A batch that no loader gives is known in the converted script only, by the call that takes a rank's share.
-        source = self.settings.original if losses and losses[0].loaded else self.settings.converted
-        alone = self.launched if source == self.settings.original else 0
-        self.report.split = split_test(
-            original, lambda part: self._run(part, source, alone, part), self.settings.tolerance
-        )
-        for ranks in self.settings.ranks:
-            run = self._run(f"ranks{ranks}", self.settings.converted, ranks)
-            comparison = Comparison(original, run, self.report.split, self.settings.tolerance, self.again)
+        if launched:
+            self.report.split = Split("the original shares its batches itself")
+        else:
+            losses = losses_of(alone)
+            # A batch that no loader gives is known in the converted script only, by the call that takes a rank's share.
+            source = settings.original if losses and losses[0].loaded else settings.converted
+            self.report.split = split_test(alone, lambda part: self._run(part, source, part=part), settings.tolerance)
+        for ranks in settings.ranks:
+            processes = ranks if launched else 0
+            original = self.original(processes)
+            if not original.succeeded:
+                self.report.trouble.append(_failed(original))
+                return self.report
+            run = self._run(f"ranks{ranks}", settings.converted, ranks)
+            comparison = Comparison(
+                original, run, self.report.split, settings.tolerance, partial(self.again, processes)
+            )
             outcome = comparison.all()
             if run.succeeded:
                 self._files(original, run, comparison)
@@ -131,7 +136,7 @@ class _Proof:
         slack = _slack(original) if run.ranks > 1 else {}
         found = compare_left(ours, theirs, comparison.tolerance, slack)
         if found.different:
-            found = compare_left(ours, theirs, comparison.tolerance, slack, self.again().root)
+            found = compare_left(ours, theirs, comparison.tolerance, slack, comparison.again().root)
         outcome = comparison.outcome
         outcome.files, outcome.tensors, outcome.file_difference = found.files, found.tensors, found.largest
         for path, how in found.different:
@@ -146,14 +151,20 @@ class _Proof:
             self.report.trouble.append(Finding(0, OF_SPLIT[split.kind], split_words(split), split.at, 0))
 
 
+def _shares(project: Path) -> bool:
+    """Whether a script starts torch.distributed itself."""
+    return any(b"init_process_group" in path.read_bytes() for path in project.rglob("*.py") if path.is_file())
+
+
 def _failed(original: Run) -> Finding:
-    crashes = original.of("crash")
+    crashes = [event for rank in range(original.ranks) for event in original.of("crash", rank)]
     if crashes:
         return Finding(0, CRASHED, f"the original itself: {crashes[0]['message']}", crashes[0]["at"])
+    waiting = "; ".join(original.waiting(rank) for rank in range(original.ranks))
     if original.stalled:
-        return Finding(0, STALLED, f"the original itself {original.waiting(0)}")
+        return Finding(0, STALLED, f"the original itself {waiting}")
     tail = original.errors[0].strip().splitlines()[-1:] or [""]
-    return Finding(0, CRASHED, f"the original itself {original.waiting(0)} {tail[0]}".strip())
+    return Finding(0, CRASHED, f"the original itself {waiting} {tail[0]}".strip())
 
 
 def _slack(original: Run) -> dict[tuple[Any, ...], float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rewriter.verify.script.runs import Run
@@ -60,6 +61,22 @@ def _loss(event: dict[str, Any], batch: dict[str, Any] | None, inputs: list[dict
         tuple(source["rows"]) if source and loaded else tuple(row for e in inputs for row in e["rows"]), loaded, drew,
         event.get("batch_norm", False), event.get("low", False), tuple(map(tuple, event.get("initial", ()))),
     )  # fmt: skip
+
+
+def merged(run: Run) -> list[Loss]:
+    """The job's: means over the ranks, with the samples of all."""
+    ranks = [losses_of(run, rank) for rank in range(run.ranks)]
+    return [
+        replace(
+            losses[0], value=mean(list(losses)), rows=_joined(loss.rows for loss in losses),
+            loose=_joined(loss.loose for loss in losses), given=_joined(loss.given for loss in losses),
+        )
+        for losses in zip(*ranks, strict=False)
+    ]  # fmt: skip
+
+
+def _joined(parts: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(entry for part in parts for entry in part)
 
 
 def mean(losses: list[Loss]) -> float:
