@@ -5,6 +5,7 @@ from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlock
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader
+from .loss import mean
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
 from .published.global_var import config
@@ -18,7 +19,7 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import gather_result, sum_loss, synchronize, wait_loader
+from .synchronize import agree, gather_result, sum_loss, synchronize, wait_loader
 from .utils import load_nccl_pypi, print_block, print_dict, print_rank, see_memory
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ParameterInitializer",
     "Precision",
     "TransformerBlockList",
+    "agree",
     "benchmark",
     "block_layer",
     "compile",
@@ -50,6 +52,7 @@ __all__ = [
     "load_nccl_pypi",
     "loss",
     "lr_scheduler",
+    "mean",
     "nccl",
     "nn",
     "optim",

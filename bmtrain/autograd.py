@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 Node = torch.autograd.graph.Node
+
+
+class ScriptsAsWritten:
+    """TorchScript functions run operation by operation inside the ``with``, every time alike.
+
+    Its executor would otherwise profile, and save other tensors from the second or third call on.
+    """
+
+    def __enter__(self) -> None:
+        self._optimizes = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)
+
+    def __exit__(self, *_: object) -> None:
+        torch._C._set_graph_executor_optimize(self._optimizes)
 
 
 def backward_id() -> int | None:
@@ -18,6 +34,16 @@ def backward_id() -> int | None:
 def when_backward_ends(call: Callable[[], None]) -> None:
     """Let the running backward ``call`` when it is through."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def in_function_transform() -> bool:
+    """Whether a transform of torch.func (grad, vmap, ...) is running; under it nothing may see what autograd saves."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def outside_function_transforms() -> AbstractContextManager[object]:
+    """Tensors made inside the ``with`` are ordinary ones, whatever transform of torch.func is running."""
+    return temporarily_clear_interpreter_stack()
 
 
 def running_node() -> Node:

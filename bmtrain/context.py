@@ -32,7 +32,17 @@ class Engine(Protocol):
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
 
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next, outside of any forward or in one.
 
+        Raises RankDivergenceError when another rank is found to do something else.
+        """
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
+        """``Communicator.all_gather`` as part of ``what``; raises RankDivergenceError as above."""
+
+
+Gradients = Literal["mean", "sum"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
 
 
@@ -56,6 +66,8 @@ class Context:
     """Of every module that was given none of its own."""
     random: Random = "own"
     """Whether layers in training draw other numbers on every rank."""
+    gradient_divisor: int = 1
+    """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -140,6 +152,7 @@ def init_distributed(
     timeout: timedelta = timedelta(minutes=30),
     precision: Precision | torch.dtype | str | None = None,
     random: Random = "own",
+    gradients: Gradients = "mean",
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -161,6 +174,8 @@ def init_distributed(
         random: "own" lets a training model's layers draw other dropout masks and noise on every rank, each for its
             share of the batch; outside of forwards all ranks draw alike (see ``bmt.own_random``). "shared" draws the
             same everywhere, as the published library did.
+        gradients: "mean": ``loss.backward()`` gives the mean over ranks, as does an OptimManager. "sum": it gives the
+            sum, as it did in the published releases, for scripts that divide by the number of ranks themselves.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -168,10 +183,13 @@ def init_distributed(
         raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
     _warn_of_old(old)
     policy = as_precision(precision)
-    if schedule not in get_args(Schedule):
-        raise ConfigurationError(f"schedule must be one of {', '.join(get_args(Schedule))}, not {schedule!r}.")
-    if random not in get_args(Random):
-        raise ConfigurationError(f"random must be one of {', '.join(get_args(Random))}, not {random!r}.")
+    for name, value, known in (
+        ("schedule", schedule, Schedule),
+        ("random", random, Random),
+        ("gradients", gradients, Gradients),
+    ):
+        if value not in get_args(known):
+            raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -191,6 +209,7 @@ def init_distributed(
     made = _connect(topology, Device(chosen, schedule, topology.rank), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random = policy, random
+    made.gradient_divisor = topology.world_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)

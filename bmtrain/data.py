@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -62,9 +63,10 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     draw numbers of their own.  A generator that the dataset itself holds has to be seeded by ``bmt.rank()``.
 
     *Short batches.*  A batch that does not divide evenly, usually the last, is split as evenly as possible, the first
-    ranks getting one sample more.  The mean over ranks then weighs samples slightly differently from the single
-    process; use ``drop_last=True`` where that matters.  A batch with fewer samples than ranks is repeated until every
-    rank has one.
+    ranks getting one sample more, and a warning says so once.  The mean over ranks of each rank's mean then weighs
+    samples slightly differently from the single process, unless the loss is ``bmt.mean(losses)`` or
+    FusedCrossEntropy; ``drop_last=True`` leaves the batch out.  A batch with fewer samples than ranks is repeated until
+    every rank has one.
 
     *Iterable datasets* are read whole by every rank, which keeps its part of each batch; they must yield the same
     samples on every rank.  With ``batch_size=None`` each element counts as a batch, and its tensors are cut along
@@ -121,6 +123,7 @@ class AlignedSampler(Sampler[Any]):
         self._generators = generators
         self._number = _made[here] = _made.get(here, 0) + 1
         self._epoch = 0
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -151,7 +154,21 @@ class ShardedBatchSampler(AlignedSampler):
         topology = context().topology
         for batch, draws in self.drawn():
             bounds = _bounds(len(batch), topology.data_rank, topology.data_size)
+            if len(batch) % topology.data_size and not self._warned:
+                self._warned = True
+                _warn_of_uneven(len(batch), topology.data_size)
             yield _Share(batch, bounds, draws) if type(batch) is list else batch[bounds]
+
+
+def _warn_of_uneven(length: int, ranks: int) -> None:
+    if context().rank == 0:
+        warnings.warn(
+            f"A batch of {length} does not divide evenly over {ranks} ranks. A mean over each rank's samples, averaged "
+            "over ranks, weighs them slightly differently from one process. For exactly the same, compute the loss by "
+            'bmt.mean(losses) from a loss with reduction="none" (or by bmt.loss.FusedCrossEntropy), or leave such '
+            "batches out with drop_last=True.",
+            stacklevel=2,
+        )
 
 
 _made: WeakKeyDictionary[Context, int] = WeakKeyDictionary()  # samplers of each context

@@ -162,15 +162,15 @@ class Device:
         return self.is_cuda
 
     def memory(self) -> tuple[int, int, int]:
-        """Bytes that could be allocated now; by how many the peak was above the present use; of the whole device."""
+        """Bytes that could be allocated now, that are allocated, and of the whole device."""
         free, total = torch.cuda.mem_get_info(self.torch_device)
         allocated = torch.cuda.memory_allocated(self.torch_device)
         cached = torch.cuda.memory_reserved(self.torch_device) - allocated
-        return free + cached, torch.cuda.max_memory_allocated(self.torch_device) - allocated, total
+        return free + cached, allocated, total
 
-    def reset_peak_memory(self) -> None:
-        """Measure the peak from here on."""
-        torch.cuda.reset_peak_memory_stats(self.torch_device)
+    def peak_memory(self) -> int:
+        """The most bytes that were allocated at a time since the user last asked to forget it."""
+        return torch.cuda.max_memory_allocated(self.torch_device)
 
     def empty_cache(self) -> None:
         """Give memory that torch's allocator keeps and nobody uses back to the device."""

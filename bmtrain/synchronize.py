@@ -8,21 +8,51 @@ import torch
 
 from . import distributed
 from .comm import Communicator
-from .context import context, synchronize
+from .context import context, is_initialized, synchronize
 
-__all__ = ["gather_result", "sum_loss", "synchronize", "wait_loader"]
+__all__ = ["agree", "gather_result", "sum_loss", "synchronize", "wait_loader"]
+
+
+def agree(test: object) -> bool:
+    """Rank 0's answer to a test, on every rank: ``if bmt.agree(os.path.exists(path)):``.  Collective.
+
+    For tests of the clock, of files, of random numbers and of other values that ranks may see differently, where they
+    decide about what all ranks must do. Every rank evaluates ``test``; a tensor must have one element.
+    """
+    if not is_initialized() or context().world_size == 1:
+        return bool(test)
+    control = context().control
+    answer = torch.tensor([bool(test) if control.rank == 0 else False], dtype=torch.uint8)
+    control.broadcast(answer, 0)
+    return bool(answer)
 
 
 @overload
-def sum_loss(loss: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor: ...
+def sum_loss(
+    loss: torch.Tensor, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
+) -> torch.Tensor: ...
 
 
 @overload
-def sum_loss(loss: float, comm: Communicator | None = None) -> float: ...
+def sum_loss(loss: float, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None) -> float: ...
 
 
-def sum_loss(loss: torch.Tensor | float, comm: Communicator | None = None) -> torch.Tensor | float:
-    """The *average* of ``loss`` over ranks (its name is older than its meaning), of a number a number.  Collective."""
+def sum_loss(
+    loss: torch.Tensor | float, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
+) -> torch.Tensor | float:
+    """The *average* of ``loss`` over ranks (its name is older than its meaning), of a number a number.  Collective.
+
+    Args:
+        count: of how many samples (or tokens) this rank's ``loss`` is the mean; where ranks differ, the average is that
+            of all samples. None weighs all ranks alike.
+    """
+    if count is not None:
+        if not isinstance(loss, torch.Tensor):
+            return float(sum_loss(torch.tensor(loss, dtype=torch.float64), comm, count=count))
+        weight = torch.as_tensor(count, dtype=torch.float64, device=loss.device)
+        weighted = torch.where(weight == 0, 0.0, loss.double() * weight)  # the mean of nothing is NaN
+        total, weights = (distributed.all_reduce(x.contiguous(), "sum", comm) for x in (weighted, weight))
+        return (total / weights).to(loss.dtype)
     if not isinstance(loss, torch.Tensor):
         number = torch.tensor(loss, dtype=torch.float64, device=context().device.torch_device)
         return distributed.all_reduce(number, "avg", comm).item()

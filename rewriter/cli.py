@@ -18,11 +18,11 @@ from rewriter.docs import explain
 from rewriter.formats import write_report
 from rewriter.plan import Options
 from rewriter.portions import convert_project
-from rewriter.report import diff, listing
+from rewriter.report import diff, left_training, listing
 from rewriter.rules import BY_CODE
 from rewriter.types import InputError, Result
 
-CHANGED, FAILED = 1, 2
+CHANGED, FAILED, LEFT = 1, 2, 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         prog="bmt-convert",
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
         epilog="Exit code: 0 done, 1 --check found something to change, or --verify or --prove did not hold, "
-        "2 an input could not be converted.",
+        "2 an input could not be converted, 3 a file that trains was left as it is.",
     )
     made.add_argument(
         "paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin"
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 ``--check`` found something to change, 2 an input could not be converted."""
+    """Exit code: 0 done, 1 ``--check`` found something to change, 2 an input could not be converted, 3 one was left."""
     options = parser().parse_args(arguments)
     try:
         return _run(options)
@@ -114,6 +114,8 @@ def _run(options: argparse.Namespace) -> int:
         _show(options, results)
     if any(result.error for result in results):
         return FAILED
+    if any(map(left_training, results)):
+        return LEFT
     return CHANGED if not held or (options.check and any(result.changed for result in results)) else 0
 
 

@@ -69,6 +69,9 @@ def _lines_of(found: Sequence[Finding], mark: str, verbose: bool) -> Iterator[st
 
 def left_training(result: Result) -> str:
     """Why a file that trains stays as it is; empty if it does not train, or is converted."""
+    engine = next((f for f in result.reported if f.code == "BMT090" and _is_script(f)), None)
+    if engine is not None and not result.changed:
+        return f"{engine.message} (line {engine.line})"
     if result.changed or not _TRAINS.search(result.before) or b"bmtrain" in result.before:
         return ""
     if result.error:
@@ -77,6 +80,11 @@ def left_training(result: Result) -> str:
     if refused:
         return f"{refused[0].message} (line {refused[0].line})"
     return "no optimizer was found that it steps" if re.search(rb"\.step\(", result.before) else ""
+
+
+def _is_script(finding: Finding) -> bool:
+    """Whether a file is refused for the engine that trains in it, and not for the script that it is part of."""
+    return isinstance(finding, Refusal) and not finding.spared and not finding.message.startswith("part of ")
 
 
 def launch(results: Sequence[Result]) -> str:

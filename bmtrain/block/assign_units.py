@@ -16,6 +16,7 @@ from ..shard.parameter import DistributedParameter, as_distributed, init_method_
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .linear import LandingLinear, land_gradients
+from .max_norm import shorten_alike
 from .meta import check_buffers, materialise
 from .record import record_of, unit_of
 from .sharded import ShardedModule, become
@@ -64,6 +65,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     _note_borrowed(root)
     _note_blocks(root)
     land_gradients(root)
+    shorten_alike(root)
     pools.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():

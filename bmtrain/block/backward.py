@@ -116,6 +116,7 @@ class Backward:
         for frame in self._begun:
             frame.begun = frame.finished = False
         self._begun = []
+        self._schedule.register_copies()
         units = self._schedule.units
         for index in sorted(units.keys()):
             unit = units.get(index)

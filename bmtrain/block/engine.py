@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..autograd import backward_id
+from ..autograd import backward_id, in_function_transform, outside_function_transforms
 from ..context import Context, engine_factory
+from ..errors import CommunicationError, ConfigurationError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
+from .first_batches import FirstBatches
 from .frame import Frame
 from .memory import RecomputePlan
 from .outside_forward import OutsideForward
 from .schedule import Schedule
+from .state import attribute
 from .trace import Phase
 from .untrained import FirstGraphs
 
@@ -41,6 +45,7 @@ class Engine:
         self.whole = self.schedule.whole
         self.plan = RecomputePlan(ctx)
         self.backward = Backward(self.schedule)
+        self.first_batches = FirstBatches(ctx)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
 
     # -- sharding -------------------------------------------------------------------------------------------------
@@ -64,6 +69,18 @@ class Engine:
         """Give back the memory of models that are gone.  Collective."""
         self.schedule.pools.arenas.collect()
 
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next; raises RankDivergenceError when another does something else."""
+        self.schedule.trace.comes_to(what)
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
+        """The same for what ends in gathering ``shard`` into ``whole``.  Collective."""
+        self.schedule.trace.comes_to(what)
+        try:
+            self.ctx.world.all_gather(shard, whole)
+        except CommunicationError as error:
+            raise self.schedule.trace.blamed(error, what) from error
+
     # -- forward --------------------------------------------------------------------------------------------------
 
     @property
@@ -76,23 +93,31 @@ class Engine:
     ) -> T:
         """Run one module's forward with its unit whole."""
         grad = torch.is_grad_enabled()
-        starts_run = self.whole.idle and backward_id() is None
+        starts_run, transformed = self.whole.idle and backward_id() is None, in_function_transform()
         if starts_run:
+            if not transformed:
+                self.outside.let_go()
             self.outside.forward_starts()
             if grad:
                 self.plan.run_starts()
+                if self.first_batches.wanted and not transformed and _trains(call):
+                    self.first_batches.note((args, kwargs))
             if unit is not None:
                 self.schedule.run_starts(unit, grad)
         self.whole.forward_begins()
         try:
             if unit is not None:
-                phase: Phase = "backward" if self.backward.recomputes else "forward"
-                self.schedule.use_all(unit, phase, self.ctx.device.autocast())
-            out = self._framed(unit, recompute, call, args, kwargs) if grad else call(*args, **kwargs)
+                with outside_function_transforms() if transformed else nullcontext():
+                    phase: Phase = "backward" if self.backward.recomputes else "forward"
+                    self.schedule.use_all(unit, phase, self.ctx.device.autocast())
+                    if transformed:
+                        self.outside.hold([*unit.borrows, unit])
+            framed = grad and not transformed
+            out = self._framed(unit, recompute, call, args, kwargs) if framed else call(*args, **kwargs)
         finally:
             self.whole.forward_ends()
         if starts_run:
-            self._run_ends(out, grad)
+            self._run_ends(out, framed)
         return out
 
     def _framed(
@@ -111,14 +136,26 @@ class Engine:
         if not self.schedule.pools.moves and not recompute:
             return call(*args, **kwargs)
         measured = self.plan if unit is not None and choice is None and self.plan.measuring else None
-        frame = Frame(self.backward, unit, parent, recompute, measured)
-        for other in unit.borrows if unit is not None else ():
+        module = getattr(call, "__self__", None)
+        if not recompute or not isinstance(module, nn.Module) or not _has_hooks(module):
+            return self._run_frame(Frame(self.backward, unit, parent, recompute, measured), call, args, kwargs)
+        # The module's own hooks run once, outside of what is recomputed.
+        outer, forward = Frame(self.backward, unit, parent, recompute=False), module.forward
+
+        def between_hooks(*args: object, **kwargs: object) -> object:
+            return self._run_frame(Frame(self.backward, unit, outer, True, measured), forward, args, kwargs)
+
+        with attribute(module, "forward", between_hooks):
+            return self._run_frame(outer, call, args, kwargs)
+
+    def _run_frame(self, frame: Frame, call: Callable[..., T], args: Args, kwargs: Kwargs) -> T:
+        for other in frame.units[0].borrows if frame.units else ():
             frame.add(other)
-        frames.append(frame)
+        self.backward.frames.append(frame)
         try:
             return frame.run(call, args, kwargs)
         finally:
-            frames.pop()
+            self.backward.frames.pop()
 
     def _run_ends(self, out: object, grad: bool) -> None:
         if not grad:
@@ -142,6 +179,12 @@ class Engine:
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
+        if backward_id() is not None:
+            raise ConfigurationError(
+                "Gradients were asked for inside a backward, as by an optimizer that steps in a hook of a parameter. "
+                "They are summed over the ranks when the backward is through: step after it, by optim_manager.step()."
+            )
+        self.outside.let_go()
         self.backward.finish()
 
     def updated(self, unit: ShardUnit) -> None:
@@ -151,3 +194,14 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.plan.optimizer_stepped()
+        self.first_batches.optimizer_stepped()
+
+
+def _trains(call: Callable[..., object]) -> bool:
+    return bool(getattr(getattr(call, "__self__", None), "training", False))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..autograd import ScriptsAsWritten
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
 from .memory import RecomputePlan
@@ -56,7 +57,8 @@ class Frame:
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
-        self._again: Callable[[], Any] | None = None
+        self._again: Repeat | None = None
+        self._held: list[torch.Tensor] | None = None  # until it is known whether the block can run again
         if unit is not None:
             self.add(unit)
 
@@ -69,15 +71,26 @@ class Frame:
     def run(self, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
         """Run the block's forward, recording what autograd saves."""
         if self.recompute:
-            self._again = Repeat(self.owner, call, args, kwargs)
-        with self.hooks():
-            out = call(*args, **kwargs)
+            out = self._run_first(Repeat(self.owner, call, args, kwargs), call, args, kwargs)
+        else:
+            with self.hooks():
+                out = call(*args, **kwargs)
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, torch.Tensor):  # held for the recomputation anyway
                     self._storages.pop(tensor.untyped_storage().data_ptr(), None)
             self._plan.measured(self.units[0], sum(self._storages.values()))
             self._storages.clear()
+        return out
+
+    def _run_first(
+        self, again: Repeat, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> T:
+        self._again, self._held = again, [] if again.watches else None
+        with ScriptsAsWritten(), self.hooks():
+            out = call(*args, **kwargs)
+        if again.first_run_is_over():
+            self._held = None
         return out
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -93,6 +106,8 @@ class Frame:
         if self._plan is not None:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
+        if self._held is not None:
+            self._held.append(tensor.detach())
         self._facts.append((tensor.shape, tensor.dtype))
         return len(self._facts) - 1
 
@@ -103,6 +118,9 @@ class Frame:
             return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
+        if self._held is not None:
+            kept: torch.Tensor = self._held[packed]
+            return kept
         tensor = self._made.pop(packed, None)
         if tensor is None:
             self._recompute()
@@ -121,10 +139,17 @@ class Frame:
 
         assert self._again is not None
         try:
-            with self.owner.recomputing(self, pack), torch.autograd.graph.saved_tensors_hooks(pack, _never):
+            with (
+                self.owner.recomputing(self, pack),
+                ScriptsAsWritten(),
+                torch.autograd.graph.saved_tensors_hooks(pack, _never),
+            ):
                 self._again()
         except _Enough:
             pass
+        except RuntimeError:  # what TorchScript makes of _Enough
+            if len(made) < len(self._facts):
+                raise
         if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
                 f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "

@@ -24,7 +24,7 @@ class RecomputePlan:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._steps = 0
+        self._steps = self._peak = 0
         self._decided = False
         self._bytes: dict[int, int] = {}
         self._inputs: dict[int, int] = {}
@@ -53,16 +53,22 @@ class RecomputePlan:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated its parameters."""
         self._steps += 1
+        self._look()
 
     def run_starts(self) -> None:
         """A training run begins.  Collective once, when enough has been measured."""
         if not self.measuring:
             return
+        self._look()
         if self._steps >= _MEASURED_STEPS:
             self._decided = True
             if self._bytes:
                 self._decide()
-        self._ctx.device.reset_peak_memory()
+
+    def _look(self) -> None:
+        """Note the peak so far.  It is not reset, which is the user's to do, at any time."""
+        if self.measuring:
+            self._peak = max(self._peak, self._ctx.device.peak_memory())
 
     def _decide(self) -> None:
         order = sorted(self._bytes)
@@ -85,5 +91,5 @@ class RecomputePlan:
 
     def _budget(self) -> int:
         """Bytes that a step, as run so far, leaves free."""
-        free, peak, total = self._ctx.device.memory()
-        return int(free - peak - max(_GIB, 0.04 * total))
+        free, allocated, total = self._ctx.device.memory()
+        return int(free + allocated - self._peak - max(_GIB, 0.04 * total))

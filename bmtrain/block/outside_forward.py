@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..shard.unit import ShardUnit, State
+from ..autograd import in_function_transform, outside_function_transforms
+from ..shard.flat import place_of
+from ..shard.parameter import ShardedParameter
+from ..shard.unit import ShardUnit, State, unit_of_flat
 from .backward import Backward
-from .forward_functions import FORWARD_FUNCTIONS
+from .cast_functions import CAST_BY_AUTOCAST
 from .frame import Frame
 from .memory import RecomputePlan
 from .schedule import Schedule
@@ -26,6 +29,7 @@ class OutsideForward:
         self._device = schedule.ctx.device
         self._last: weakref.WeakKeyDictionary[nn.Module, LoopPin] = weakref.WeakKeyDictionary()
         self._near: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
+        self._held: list[ShardUnit] = []
 
     def forward_starts(self) -> None:
         """An outermost forward begins: what operations outside have left whole is not near any more."""
@@ -49,56 +53,97 @@ class OutsideForward:
                 if not unit.pins and unit.moves:
                     self._whole.release(unit)
 
+    # -- transforms of torch.func ------------------------------------------------------------------------------------
+
+    def hold(self, units: Iterable[ShardUnit]) -> None:
+        """Keep whole what a transform of torch.func computes with: nobody learns when it is through."""
+        for unit in units:
+            if unit not in self._held and unit.moves:
+                unit.pins += 1
+                self._held.append(unit)
+
+    def let_go(self) -> None:
+        """The transforms are over."""
+        if self._held:
+            held, self._held = self._held, []
+            unpin(held)
+            for unit in held:
+                self._whole.set_back(unit)
+
     # -- operations on parameters -----------------------------------------------------------------------------------
 
-    def may_gather(self, func: Callable[..., object]) -> bool:
-        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
-        return not self._whole.idle or func in FORWARD_FUNCTIONS
+    def is_near(self, parameters: Iterable[ShardedParameter]) -> bool:
+        """Whether operations outside of any forward have used ``parameters``, and their values are still here."""
+        return self._whole.idle and self._all_near(_units(parameters))
 
-    def is_near(self, units: Sequence[ShardUnit]) -> bool:
-        """Whether operations outside of any forward have used ``units``, and their values are still here."""
-        return self._whole.idle and all(unit in self._near and unit.state is not State.SHARDED for unit in units)
+    def _all_near(self, units: Iterable[ShardUnit]) -> bool:
+        return all(unit in self._near and unit.state is not State.SHARDED for unit in units)
+
+    def updates(self, parameter: ShardedParameter, what: str) -> None:
+        """Every rank is about to change its own part of ``parameter``, outside of any forward or in one."""
+        if self._whole.idle:
+            self._schedule.note_update(unit_of_flat(place_of(parameter)[0]), what)
 
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
-        if isinstance(value, torch.Tensor) and self._whole.flat_at(value) is not None:
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or in_function_transform():
+            return value  # what a transform computes with is held
+        if self._whole.flat_at(value) is None:
+            return value
+        expanded = [size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)]
+        if not any(expanded):
             return value.clone()
-        return value
+        once = value[tuple(slice(0, 1) if many else slice(None) for many in expanded)]
+        return once.clone().expand(value.shape)
 
     @contextmanager
-    def on_demand(self, units: Sequence[ShardUnit]) -> Iterator[None]:
-        """Whole units for one operation and, as its result may be a view, for the rest of the enclosing forward."""
+    def on_demand(
+        self, parameters: Sequence[ShardedParameter], func: Callable[..., object] | None, what: str
+    ) -> Iterator[None]:
+        """Whole parameters for ``func`` (None: for what needs them as they rest), and for the rest of the enclosing
+        forward, as its result may be a view.  Collective; ``what`` says so in errors.
+        """
+        units = _units(parameters)
         if self._whole.idle:
-            with self._alone(units):
+            casts = func in CAST_BY_AUTOCAST or (func and not any(place_of(p)[0].autocasts for p in parameters))
+            with self._alone(units, self._device.autocast() if casts else None, what):
                 yield
             return
-        frames = self._backward.frames
         for unit in units:
-            self._schedule.use(unit, "forward", self._device.autocast())
-            self._whole.pin(unit)
-            if frames:
-                frames[-1].add(unit)
+            if in_function_transform():
+                with outside_function_transforms():
+                    self._use_in_forward(unit)
+                self.hold([unit])
+            else:
+                self._use_in_forward(unit)
         yield
 
+    def _use_in_forward(self, unit: ShardUnit) -> None:
+        """Make ``unit`` whole until the running forward ends."""
+        self._schedule.use(unit, "forward", self._device.autocast())
+        self._whole.pin(unit)
+        if self._backward.frames:
+            self._backward.frames[-1].add(unit)
+
     @contextmanager
-    def _alone(self, units: Sequence[ShardUnit]) -> Iterator[None]:
+    def _alone(self, units: Sequence[ShardUnit], autocast: torch.dtype | None, what: str) -> Iterator[None]:
         """Whole units for one operation that no module's forward runs: it is a forward of its own to autograd.
 
-        They are set back at once, so that the next operation comes here, too, and finds them near.
+        They are set back at once, so that the next operation comes here, too, and finds them near.  Near or not, it is
+        noted: a rank that does it alone is found out.
         """
-        grad = torch.is_grad_enabled()
-        frame, near = Frame(self._backward, None, None, recompute=False), self.is_near(units)
-        if not near:
-            if grad:
-                self._plan.run_starts()
-            self._schedule.run_starts(units[0], grad)
-        for unit in units:
-            if near:
-                self._whole.gather(unit, unit.compute)
-            else:
-                self._schedule.use(unit, "forward", frame.autocast)
-            unit.pins += 1
-            if grad:
+        if in_function_transform():
+            with outside_function_transforms():
+                self._gather(units, autocast, what)
+            self.hold(units)
+            unpin(units)
+            yield
+            return
+        frame = Frame(self._backward, None, None, recompute=False)
+        frame.autocast = autocast
+        self._gather(units, autocast, what)
+        if torch.is_grad_enabled():
+            for unit in units:
                 frame.add(unit)
         try:
             with frame.hooks():
@@ -109,14 +154,24 @@ class OutsideForward:
                 self._whole.set_back(unit)
             self._near.update(units)
 
+    def _gather(self, units: Sequence[ShardUnit], autocast: torch.dtype | None, what: str) -> None:
+        """Make ``units`` whole and pin them."""
+        if not self._all_near(units):
+            if torch.is_grad_enabled():
+                self._plan.run_starts()
+            self._schedule.run_starts(units[0], torch.is_grad_enabled(), what)
+        for unit in units:
+            self._schedule.use(unit, "operation", autocast, what)
+            unit.pins += 1
+
     # -- loops over lists -------------------------------------------------------------------------------------------
 
     def pin_for_loop(self, unit: ShardUnit) -> LoopPin | None:
         """Make ``unit`` whole until the pin is released or the running forward ends; None if none runs."""
         if self._whole.idle or not unit.moves:
             return None
-        with self.on_demand([unit]):
-            return self._whole.loop_pin(unit, unit.uses() if self._device.reuses_memory else None)
+        self._use_in_forward(unit)
+        return self._whole.loop_pin(unit, unit.uses() if self._device.reuses_memory else None)
 
     def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
         """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""
@@ -127,3 +182,7 @@ class OutsideForward:
             pin = self.pin_for_loop(unit)
             if pin is not None:
                 self._last[holder] = pin
+
+
+def _units(parameters: Iterable[ShardedParameter]) -> list[ShardUnit]:
+    return list({id(unit): unit for unit in (unit_of_flat(place_of(p)[0]) for p in parameters)}.values())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..precision import Precision
 from ..shard.unit import ShardUnit
+from .state import State
 
 
 @dataclass
@@ -20,6 +21,7 @@ class Record:
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
         has_blocks: whether a module inside owns a unit too.
+        state: what of its own the module's forward moves, so that a second run starts where the first did.
     """
 
     unit: ShardUnit | None = None
@@ -29,6 +31,7 @@ class Record:
     has_statistics: bool | None = None
     trained: bool = False
     has_blocks: bool = False
+    state: State = field(default_factory=State)
 
     def settings(self) -> Record:
         """What is worth keeping in a file."""

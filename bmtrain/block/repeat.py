@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..device import autocast_regions, in_autocast_regions
 from ..errors import ConfigurationError
 from ..shard.unit import unit_of_flat
+from .record import record_of
 from .saved import Buffers, PlaceInFlat
+from .state import Entry
 from .whole_units import unpin
 
 
@@ -36,6 +39,24 @@ class Repeat:
         self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
         self._rng = self._device.rng_state()
         self._autocast = autocast_regions()
+        module: Any = getattr(call, "__self__", None)
+        self._module: nn.Module = module
+        self._record = record_of(module) if isinstance(module, nn.Module) else None
+        self._before = [] if self._record is None else self._record.state.before_run(module)
+
+    @property
+    def watches(self) -> bool:
+        """Whether the block has state that its forward may move."""
+        return bool(self._before)
+
+    def first_run_is_over(self) -> bool:
+        """Learn what has moved.  Returns whether it can be put back for a second run."""
+        record = self._record
+        if record is None:
+            return True
+        moved = record.state.after_run(self._module, self._before)
+        self._before += [entry for entry in moved if entry not in self._before]
+        return all(entry.can_return for entry in moved)
 
     def __call__(self) -> Any:
         if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
@@ -44,7 +65,6 @@ class Repeat:
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
                 "x = x + y for x += y."
             )
-        moving = _module_buffers(getattr(self._call, "__self__", None))
         present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
         try:
@@ -52,12 +72,20 @@ class Repeat:
                 args, kwargs = self._detached(stack)
                 stack.enter_context(torch.enable_grad())
                 stack.enter_context(in_autocast_regions(self._autocast))
+                for entry in self._before:
+                    if entry.is_copied or entry.moved:
+                        stack.enter_context(self._rewound(entry))
                 return self._call(*args, **kwargs)
         finally:
             self._device.set_rng_state(present)
-            for holder, name, buffer, value in moving:
-                buffer.data.copy_(value)  # past autograd's version count: the same values return
-                holder[name] = buffer
+
+    def _rewound(self, entry: Entry) -> AbstractContextManager[None]:
+        if not entry.can_return:
+            raise ConfigurationError(
+                f"{entry.name!r} of a recomputed {type(self._module).__name__} was changed in place between its "
+                "forward and its backward, so it cannot run again as it did. Use bmt.Block(..., use_checkpoint=False)."
+            )
+        return entry.rewound()
 
     def _kept(self, inputs: Any) -> Any:
         """``inputs`` to be held until the backward: without gather buffers, which by then hold other values."""
@@ -96,15 +124,3 @@ class Repeat:
         unit.pins += 1
         stack.callback(unpin, [unit])
         return tensor
-
-
-def _module_buffers(module: Any) -> list[tuple[dict[str, Any], str, torch.Tensor, torch.Tensor]]:
-    """Every buffer with a copy: running statistics and counters must not move a second time."""
-    if not isinstance(module, torch.nn.Module) or not module.training:
-        return []
-    return [
-        (inner._buffers, name, buffer, buffer.clone())
-        for inner in module.modules()
-        for name, buffer in inner._buffers.items()
-        if buffer is not None
-    ]

@@ -34,16 +34,25 @@ class Schedule:
             self._next_index += 1
             self.units[unit.index] = unit
 
-    def run_starts(self, unit: ShardUnit, grad: bool) -> None:
-        """An outermost forward begins, of ``unit``'s module."""
+    def register_copies(self) -> None:
+        """Where nothing is gathered, code may use copied units without our noticing."""
+        copies, self.pools.copies = self.pools.copies, []
+        for reference in copies:
+            unit = reference()
+            if unit is not None and not unit.moves:
+                self.register(unit)
+
+    def run_starts(self, unit: ShardUnit, grad: bool, operation: str = "") -> None:
+        """An outermost forward begins, of ``unit``'s module; or, outside of any, an ``operation``."""
         if self.pools.moves:
             self.register(unit)
-            self.trace.begin((unit.index, grad), unit.name)
+            phase: Phase = "operation" if operation else "forward"
+            self.trace.begin((phase, unit.index, grad), operation or f"the start of the forward of {unit.name}")
 
-    def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
+    def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None, operation: str = "") -> None:
         """Make ``unit`` whole now, and prefetch what usually follows.  Collective."""
         self.register(unit)
-        predicted = self.trace.note(unit.index, phase, unit.name) if unit.moves else None
+        predicted = self.trace.note(unit.index, phase, operation or unit.name) if unit.moves else None
         if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
             self.whole.release(unit)
             keep_frozen_apart(unit)
@@ -55,7 +64,13 @@ class Schedule:
             if following is not None:
                 self.whole.prefetch(following, following.compute_dtype(autocast))
         except CommunicationError as error:
-            raise self.trace.blamed(error, f"the {phase} of {unit.name or 'the root'}") from error
+            raise self.trace.blamed(error, operation or f"the {phase} of {unit.name or 'the root'}") from error
+
+    def note_update(self, unit: ShardUnit, operation: str) -> None:
+        """Every rank changes its own part of ``unit``."""
+        self.register(unit)
+        if unit.moves:
+            self.trace.note(unit.index, "update", operation)
 
     def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""

@@ -19,8 +19,10 @@ from ..alike import differing
 from ..context import Context, context
 from ..errors import CheckpointError, ConfigurationError, DeviceError
 from ..shard.engine import engine
-from ..shard.flat import flat_of
+from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered
+from ..shard.sharded_tensor import ShardedTensor
+from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
 from .record import Record, record_of, unit_of
@@ -50,12 +52,16 @@ class ShardedModule(nn.Module):
     # -- whole values in and out ----------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Whole tensors on the CPU under the unconverted model's keys, on every rank.  Collective."""
+        """Whole tensors on the CPU under the unconverted model's keys, on every rank.  Collective.
+
+        Each is a copy that keeps the values of now, but what is written into it in place is written to the model, too.
+        """
         record = record_of(self)
         unit = None if record is None else record.unit
         if record is None or unit is None:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is None and unit.ctx.world_size > 1:
+            engine().meet(f"state_dict of {type(self).__name__}")
             level(self, record)
         needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
         with engine().outside.pinned(needed):
@@ -156,26 +162,38 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
 
 def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
     """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
-    own = set()
+    own: dict[int, tuple[FlatShard, torch.Tensor]] = {}
     for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
-        own.add(memory.untyped_storage().data_ptr())
+        own[memory.untyped_storage().data_ptr()] = (flat, memory)
     copies: dict[Any, torch.Tensor] = {}
     for key, value in state.items():
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in own and value.numel():
+        if not isinstance(value, torch.Tensor):
+            continue
+        if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
+            state[key] = StateTensor.of(value.full_tensor().cpu(), OfBuffer(value))
+            continue
+        lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
+        if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
-                copies[place] = value.detach().to("cpu", copy=True)
+                original = _original(value, *lies_in)
+                copies[place] = StateTensor.of(value.detach().to("cpu", copy=True), original)
             state[key] = copies[place]
-        elif isinstance(value, torch.Tensor) and value.is_cuda:
-            state[key] = value.cpu()  # buffers
+        elif value.is_cuda:
+            state[key] = StateTensor.of(value.cpu(), OfBuffer(value))
+
+
+def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Original:
+    parameter = flat.param_at(int(value.storage_offset() - memory.storage_offset()), tuple(value.shape))
+    return OfNothing() if parameter is None or not value.is_contiguous() else OfParameter(parameter)
 
 
 def _require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     kind = type(module).__name__
     engine().meet(f"load_state_dict of {kind}")
     tensors = {k: v for k, v in sorted(state_dict.items()) if isinstance(v, torch.Tensor) and flat_of(v) is None}
-    tensors = {k: v for k, v in tensors.items() if v.layout == torch.strided}
+    tensors = {k: v for k, v in tensors.items() if v.layout == torch.strided and not isinstance(v, ShardedTensor)}
     try:
         names = differing(context(), f"The state dict given to {kind}", tensors)
     except ConfigurationError as error:

@@ -10,8 +10,15 @@ from typing import Literal
 from ..context import Context
 from ..errors import CommunicationError, RankDivergenceError
 
-Phase = Literal["forward", "backward"]
+Phase = Literal["forward", "backward", "operation", "update"]
 Step = tuple[int, Phase]
+"""A unit, and what it is used in: "operation" is one outside of any forward, "update" one that gathers nothing."""
+
+Kind = tuple[Phase, int, bool]
+"""Of a run: what begins it, with which unit, and whether under autograd."""
+
+Event = Step | Kind | str | None
+"""A use of a unit, the beginning of a run, or what concerns no unit."""
 
 
 class Trace:
@@ -24,24 +31,27 @@ class Trace:
 
     def __init__(self, ctx: Context, patience: timedelta) -> None:
         self._ctx, self._patience = ctx, patience
-        self._past: dict[object, list[Step]] = {}
-        self._kind: object = None
+        self._past: dict[Kind | None, list[Step]] = {}
+        self._kind: Kind | None = None
         self._run: list[Step] = []
         self._after: dict[Step, int] = {}  # which unit followed each step when it last occurred
         self._expected: list[Step] = []
         self._position = 0
         self._count = 0
         self._asked: list[str] = []
+        self._event: Event = None  # the last thing done, and what came after each when it was done before
+        self._then: dict[Event, Event] = {}
 
-    def begin(self, kind: object, name: str) -> None:
-        """An outermost forward starts; ``kind`` says which earlier runs it resembles."""
+    def begin(self, kind: Kind, what: str) -> None:
+        """An outermost forward starts, or operations outside of any; ``kind`` says which earlier runs it resembles."""
         early = self._position < len(self._expected) and bool(self._run)
         if self._run:
             self._past[self._kind] = self._run
         self._kind, self._run, self._position = kind, [], 0
         self._expected = self._past.get(kind, [])
-        if early:
-            self._agree(f"the start of the forward of {name}")
+        self._count += 1
+        if self._departs(kind) or early:
+            self._agree(what)
 
     def meet(self, what: str) -> None:
         """Return once every rank has come to ``what``, some step outside of a run.
@@ -52,14 +62,35 @@ class Trace:
         # Until they first meet, ranks may be minutes apart: one of them has read the data that all will use.
         self._agree(what, self._ctx.timeout)
 
+    def comes_to(self, what: str) -> None:
+        """Every rank does ``what`` next, which concerns no unit: changes its parts of some values, or sums them up.
+
+        Raises RankDivergenceError when another rank is found to do something else.  What follows as it did before is
+        not asked for.
+        """
+        self._count += 1
+        if self._departs(what):
+            self._agree(what)
+
+    def _departs(self, event: Event) -> bool:
+        """Whether ``event`` is not what followed the last one before, and one of the two is outside of forwards.
+
+        There one rank may do what all have done before: without asking, it would join the others' next collective.
+        """
+        before, self._event = self._event, event
+        expected = self._then.get(before)
+        self._then[before] = event
+        return expected != event and (_is_outside(event) or _is_outside(expected))
+
     def opening(self, count: int = 2) -> list[int]:
         """The units that the next training run needs first, as far as known."""
         last = self._run or self._past.get(self._kind, [])
         return list(dict.fromkeys(index for index, _ in last[:count]))
 
     def note(self, index: int, phase: Phase, name: str) -> int | None:
-        """Unit ``index`` is needed now.  Returns the unit predicted next, if any.
+        """Unit ``index`` is used now.  Returns the unit to be gathered next, if that is known.
 
+        ``name`` is the unit's, or says what is done with it outside of forwards.
         Raises RankDivergenceError when another rank needs a different one.
         """
         step = (index, phase)
@@ -68,8 +99,9 @@ class Trace:
         self._run.append(step)
         self._count += 1
         at = self._position
-        if at >= len(self._expected) or self._expected[at] != step:
-            self._agree(f"the {phase} of {name or 'the root'}")
+        departs = self._departs(step)
+        if departs or at >= len(self._expected) or self._expected[at] != step:
+            self._agree(name if _is_outside(step) else f"the {phase} of {name or 'the root'}")
             try:
                 at = self._expected.index(step, min(at, len(self._expected)))
             except ValueError:
@@ -77,17 +109,19 @@ class Trace:
                 return self._after.get(step)
         self._position = at + 1
         if self._position < len(self._expected):
-            return self._expected[self._position][0]
+            following, phase = self._expected[self._position]
+            return None if phase == "update" else following
         return None
 
     def _agree(self, what: str, patience: timedelta | None = None) -> None:
         if self._ctx.world_size == 1:
             return
         patience = patience or self._patience
-        store, rank, key = self._ctx.store, self._ctx.rank, f"order/{self._count}/{len(self._asked)}"
-        store.set(f"{key}/{rank}", what)
+        # Asked by all ranks at the same step or not at all; at another one, its number tells.
+        store, rank, key, said = self._ctx.store, self._ctx.rank, f"order/{len(self._asked)}", f"{self._count} {what}"
+        store.set(f"{key}/{rank}", said)
         done = f"{key}/done"
-        if store.add(f"{key}/{zlib.crc32(what.encode())}", 1) == self._ctx.world_size:
+        if store.add(f"{key}/{zlib.crc32(said.encode())}", 1) == self._ctx.world_size:
             store.set(done, "1")
         deadline = time.monotonic() + patience.total_seconds()
         pause = 0.0
@@ -103,8 +137,8 @@ class Trace:
         store, here = self._ctx.store, self._ctx.rank
         for rank in range(self._ctx.world_size):
             said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
-            if said is not None and said != what:
-                self._leave(what, _message(here, what, rank, f"came to {said}"))
+            if said is not None and said != f"{self._count} {what}":
+                self._leave(what, _message(here, what, rank, f"came to {said.split(' ', 1)[1]}"))
             if said is None and passed is not None:
                 self._leave(what, _message(here, what, rank, f"did not within {passed}"))
 
@@ -122,6 +156,13 @@ class Trace:
         return RankDivergenceError(f"Rank {self._ctx.rank} came to {what}, but {did}. {_ADVICE}")
 
 
+def _is_outside(event: Event) -> bool:
+    if not isinstance(event, tuple):
+        return event is not None
+    return event[0] in _OUTSIDE or event[1] in _OUTSIDE
+
+
+_OUTSIDE = ("operation", "update")
 _ADVICE = (
     "All ranks must build the same modules and run the same blocks in the same order: decide skips and early exits "
     "from a generator seeded alike on all ranks, or run the block and drop its result."

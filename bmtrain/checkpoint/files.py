@@ -28,7 +28,7 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
-    state = OrderedDict(model.state_dict())
+    state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
     if non_blocking:
         if context().rank == 0:
             threading.Thread(target=_write, args=(state, Path(file_name)), daemon=False).start()
@@ -41,11 +41,13 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
 
     ``options`` are those of ``torch.save``.
 
-    ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.  A model
-    itself is gathered and pickled as an ordinary one; ``torch.load`` in a job of bmtrain's shards it again.  The file
+    ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.
+    ShardedTensors in its dicts, lists and tuples are written whole, as ordinary tensors.  A model itself is gathered
+    and pickled as an ordinary one; ``torch.load`` in a job of bmtrain's shards it again.  The file
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
     """
     problem = None
+    obj = pickled.with_whole_tensors(obj)
     with pickled.whole(obj) as models:
         if models:
             options.setdefault("pickle_module", pickled)

@@ -6,6 +6,7 @@ A sharded module is pickled as an instance of its own class with whole, ordinary
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from ..context import context, is_initialized
 from ..shard.engine import engine
 from ..shard.gathered import gathered
 from ..shard.parameter import DistributedParameter
+from ..shard.sharded_tensor import ShardedTensor
 
 
 class Pickler(pickle.Pickler):
@@ -89,3 +91,25 @@ def _models(obj: Any) -> Iterator[nn.Module]:
         items: Iterable[Any] = obj.values() if isinstance(obj, dict) else obj
         for item in items:
             yield from _models(item)
+
+
+def with_whole_tensors(obj: Any) -> Any:
+    """``obj`` with every ShardedTensor in its dicts, lists and tuples gathered, on the CPU.  Collective if any is."""
+    return _joined(obj, {})
+
+
+def _joined(obj: Any, known: dict[int, torch.Tensor]) -> Any:
+    if isinstance(obj, ShardedTensor):
+        if id(obj) not in known:
+            known[id(obj)] = obj.full_tensor().cpu()
+        return known[id(obj)]
+    if isinstance(obj, dict):
+        changed = {key: made for key, value in obj.items() if (made := _joined(value, known)) is not value}
+        if changed:
+            obj = copy.copy(obj)
+            obj.update(changed)
+    elif isinstance(obj, (list, tuple)):
+        items = [_joined(value, known) for value in obj]
+        if any(made is not value for made, value in zip(items, obj, strict=True)):
+            obj = type(obj)(*items) if hasattr(obj, "_fields") else type(obj)(items)
+    return obj

@@ -28,8 +28,8 @@ def all_reduce(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None 
 
     Backward, without communication: "sum" passes the gradient on as it is.  That is right for a loss computed alike
     on every rank from the result.  A loss that differs between ranks needs the sum of the ranks' gradients instead,
-    which sharded parameters form anyway when they reduce their own.  "avg" divides by the number of ranks; "max" and
-    "min" keep the gradient where this rank's ``x`` is the result; "prod" multiplies by the product of the other
+    of which sharded parameters form the mean when they reduce their own.  "avg" divides by the number of ranks; "max"
+    and "min" keep the gradient where this rank's ``x`` is the result; "prod" multiplies by the product of the other
     ranks' ``x``.
     """
     return ops.all_reduce(x, op, comm or _world_for(x))

@@ -21,7 +21,7 @@ def inspect_model(model: torch.nn.Module, param_name: str, prefix: str = "") -> 
         prefix: put before every name.
 
     Returns one dict for each parameter with its ``name``, whole ``shape`` and the floats ``std``, ``mean``, ``max``,
-    ``min``, ``grad_std``, ``grad_mean``; the last two are None for a parameter without gradient.
+    ``min``, ``grad_std``, ``grad_mean``; the last two are 0.0 for a parameter without gradient.
     """
     return [
         _describe(prefix + name, parameter)
@@ -34,7 +34,7 @@ def _describe(name: str, parameter: torch.nn.Parameter) -> dict[str, Any]:
     with gathered(parameter):
         values = Moments.of(parameter)
     whole_grad = gather_grad(parameter)
-    grad = None if whole_grad is None else Moments.of(whole_grad)
+    grad = Moments.of(whole_grad)
     return {
         "name": name,
         "shape": tuple(parameter.shape),
@@ -42,6 +42,6 @@ def _describe(name: str, parameter: torch.nn.Parameter) -> dict[str, Any]:
         "mean": values.mean,
         "max": values.max,
         "min": values.min,
-        "grad_std": grad and grad.std,
-        "grad_mean": grad and grad.mean,
+        "grad_std": grad.std if grad.count else 0.0,
+        "grad_mean": grad.mean if grad.count else 0.0,
     }

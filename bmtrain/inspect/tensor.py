@@ -118,6 +118,8 @@ def _number(summary: list[dict[str, Any]]) -> None:
 
 def _rows(tensor: torch.Tensor) -> list[list[float]]:
     grad = tensor.grad if tensor.requires_grad and (tensor.retains_grad or tensor.is_leaf) else None
+    if grad is not None:  # of this rank's loss, of which the gradients of all ranks are averaged
+        grad = grad / context().gradient_divisor
     return [Moments.of(tensor).row(), Moments.of(grad).row()]
 
 

@@ -2,6 +2,7 @@
 
 from .cross_entropy import FusedCrossEntropy
 from .linear_cross_entropy import linear_cross_entropy
+from .mean import mean
 from .vocab_parallel import vocab_parallel_cross_entropy
 
-__all__ = ["FusedCrossEntropy", "linear_cross_entropy", "vocab_parallel_cross_entropy"]
+__all__ = ["FusedCrossEntropy", "linear_cross_entropy", "mean", "vocab_parallel_cross_entropy"]

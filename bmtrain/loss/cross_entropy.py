@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from .. import kernels
-from ..context import context
+from ..context import context, world_size
 from ..errors import ConfigurationError, UnsupportedError
+from .mean import over_ranks
 
 
 class FusedCrossEntropy(torch.nn.Module):
@@ -20,6 +21,9 @@ class FusedCrossEntropy(torch.nn.Module):
         ignore_index: targets with this value count for nothing.
         reduction: "mean", "sum" or "none".
         label_smoothing: the share of the target distribution that is spread evenly over all classes.
+        over_ranks: divide by the number of targets that count on all ranks, not on this one, while gradients are
+            computed: so "mean" is the mean of the whole batch, however its targets lie on the ranks.  Collective then.
+            False: this rank's own mean, always.
         parallel: the logits hold only this rank's slice of the classes, split over the tensor-parallel group.
 
     Call it with logits of shape (N, C) (or (N, C, d1, ...)), which may have any strides, and targets of shape (N,)
@@ -35,6 +39,8 @@ class FusedCrossEntropy(torch.nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         parallel: bool = False,
+        *,
+        over_ranks: bool = True,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight, persistent=False)
@@ -42,6 +48,7 @@ class FusedCrossEntropy(torch.nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.parallel = parallel
+        self.over_ranks = over_ranks
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of ``input`` (logits) against ``target`` (class numbers)."""
@@ -51,14 +58,27 @@ class FusedCrossEntropy(torch.nn.Module):
             )
         # The published kernel took int32 targets, torch's takes int64.
         target = target if target.is_floating_point() else target.long()
+        if self.reduction == "mean" and self.over_ranks and torch.is_grad_enabled() and input.requires_grad:
+            if world_size() > 1:
+                return over_ranks(self._loss(input, target, "sum"), self._count(input, target))
+        return self._loss(input, target, self.reduction)
+
+    def _loss(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
         weight = self.weight
         if input.is_cuda and kernels.compiled() and input.dim() == 2 and target.dim() == 1:
-            return fused_cross_entropy(input, target, weight, self.ignore_index, self.reduction, self.label_smoothing)
+            return fused_cross_entropy(input, target, weight, self.ignore_index, reduction, self.label_smoothing)
         logits = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         weight = None if weight is None else weight.to(logits)
-        return F.cross_entropy(
-            logits, target, weight, None, self.ignore_index, None, self.reduction, self.label_smoothing
-        )
+        return F.cross_entropy(logits, target, weight, None, self.ignore_index, None, reduction, self.label_smoothing)
+
+    def _count(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """What a mean divides by."""
+        if target.is_floating_point():
+            return torch.tensor(input.numel() // input.shape[min(1, input.dim() - 1)], device=input.device)
+        counted = target != self.ignore_index
+        if self.weight is None:
+            return counted.sum()
+        return self.weight.to(input.device)[target.masked_fill(~counted, 0)].masked_fill(~counted, 0.0).sum()
 
     def extra_repr(self) -> str:
         return (

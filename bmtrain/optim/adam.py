@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,25 @@ from .. import kernels
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError, UnsupportedError
 from ..shard.engine import engine
-from ..shard.flat import FlatShard, place_of
+from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
-from ..shard.unit import ShardUnit, unit_of_flat
+from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
-from .pieces import agree_on_touched, all_params, flats_of, gather_flat, pieces
+from .pieces import (
+    Home,
+    agree_on_touched,
+    all_params,
+    finish_gradients,
+    flats_of,
+    gather_state,
+    home_of,
+    homes_of,
+    pieces,
+    replicated_of,
+)  # fmt: skip
+from .replicated import adopt
 
 _TORCH_EXTRAS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -33,6 +45,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     Args are torch.optim.AdamW's, but ``weight_decay`` is 0 by default.  Moments and masters are fp32.
     ``hold_steps``: for this many first steps the moments build up and the parameters stay.
     ``scale``: the loss scale that older scripts gave to the optimizer; others use OptimManager.
+
+    Parameters that no distributed module holds (a plain model's, a temperature's) stay whole on every rank, with rank
+    0's values to begin with; their gradients are averaged before each step.
 
     ``state_dict()`` is collective and has torch.optim.AdamW's format with whole tensors: either may load the other's.
 
@@ -64,16 +79,17 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._states: dict[int, FlatState] = {}
         self._counted: list[tuple[list[int], int]] = []
         self._overflow: Overflow | None = None
-        flats_of(all_params(self.param_groups))
+        adopt(replicated_of(all_params(self.param_groups)))
 
-    def _state_device(self, flat: FlatShard) -> torch.device:
+    def _state_device(self, flat: Home) -> torch.device:
         return flat.shard.device
 
-    def _state_of(self, flat: FlatShard) -> FlatState:
-        state = self._states.get(id(flat))
+    def _state_of(self, flat: Home) -> FlatState:
+        state = self._states.get(flat.key)
         if state is None:
-            flat.unit.is_settled = True
-            state = self._states[id(flat)] = FlatState(flat, self._state_device(flat))
+            if isinstance(flat, FlatShard):
+                flat.unit.is_settled = True
+            state = self._states[flat.key] = FlatState(flat, self._state_device(flat))
         return state
 
     @torch.no_grad()
@@ -94,31 +110,34 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        engine().finish_backward()
-        flats = flats_of(all_params(self.param_groups))
-        units = sorted(dict.fromkeys(map(unit_of_flat, flats)), key=lambda unit: unit.index)
-        keys = self._count_steps(units)
+        params = all_params(self.param_groups)
+        replicated = finish_gradients(params)
+        units = sorted(dict.fromkeys(map(unit_of_flat, flats_of(params))), key=lambda unit: unit.index)
+        keys = self._count_steps([*(flat for unit in units for flat in unit.flats), *replicated])
         # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
         # the rest of them its gather.
         first, others = units[:2], units[2:]
         half = len(others) // 2
         for unit in [*others[:half], *first, *others[half:]]:
             own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
-            for piece, (group, step) in pieces(own, keys):
-                self._update(piece, step, self.param_groups[group], unscale)
+            self._update_all(own, keys, unscale)
             engine().updated(unit)
+        self._update_all([home.parameter for home in replicated if id(home.parameter) in keys], keys, unscale)
         engine().optimizer_stepped()
         return loss
 
-    def _count_steps(self, units: list[ShardUnit]) -> dict[int, tuple[int, int]]:
+    def _update_all(self, params: list[Any], keys: dict[int, tuple[int, int]], unscale: Unscale) -> None:
+        for piece, (group, step) in pieces(params, keys):
+            self._update(piece, step, self.param_groups[group], unscale)
+
+    def _count_steps(self, homes: Sequence[Home]) -> dict[int, tuple[int, int]]:
         """Group and number of this step, by id, for every parameter of this optimizer that has a gradient."""
-        flats = [flat for unit in units for flat in unit.flats]
-        touched = {id(f): t for f, t in zip(flats, agree_on_touched(flats), strict=True)}
+        touched = {h.key: t for h, t in zip(homes, agree_on_touched(homes), strict=True)}
         keys, self._counted = {}, []
         for number, group in enumerate(self.param_groups):
             for parameter in group["params"]:
-                flat, index = place_of(parameter)
-                if touched[id(flat)][index]:
+                flat, index = home_of(parameter)
+                if touched[flat.key][index]:
                     steps = self._state_of(flat).steps
                     steps[index] += 1
                     self._counted.append((steps, index))
@@ -133,7 +152,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._overflow = None
 
     def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
-        flat: FlatShard = piece.flat
+        flat: Home = piece.flat
         state, where = self._state_of(flat), slice(piece.start, piece.end)
         values, out, remainder = state.operands(flat, where)
         beta1, beta2 = group["betas"]
@@ -145,7 +164,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             values, state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(device),
             out if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
             beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=unscale.on_host, clip=None if factor is None else factor.to(device),
+            grad_scale=unscale.on_host * flat.gradient.weight, clip=None if factor is None else factor.to(device),
             skip=None if skip is None else skip.to(device), remainder=remainder,
         )  # fmt: skip
         if out is not None and not direct:
@@ -180,15 +199,15 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             for g in self.param_groups
         ]
         states: dict[int, dict[str, torch.Tensor]] = {}
-        for flat in flats_of(all_params(self.param_groups)):
-            kept = self._states.get(id(flat))
+        for flat in homes_of(all_params(self.param_groups)):
+            kept = self._states.get(flat.key)
             if kept is None:
                 continue
             named = {"exp_avg": kept.exp_avg, "exp_avg_sq": kept.exp_avg_sq}
             if flat.dtype != torch.float32:
                 named["master"] = kept.master_of(flat)  # also where this rank's part is empty: gathering is collective
             if gather:
-                whole = {name: gather_flat(flat, tensor) for name, tensor in named.items()}
+                whole = {name: gather_state(flat, tensor) for name, tensor in named.items()}
             else:
                 whole = {n: [flat.local(t, i).clone() for i in range(len(flat.params))] for n, t in named.items()}
             for index, parameter in enumerate(flat.params):
@@ -214,9 +233,11 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._states.clear()
         self._overflow = None
         for parameter in params:
-            drop_remainder(*place_of(parameter))
+            flat, index = home_of(parameter)
+            if isinstance(flat, FlatShard):
+                drop_remainder(flat, index)
         for number, saved in state_dict["state"].items():
-            flat, index = place_of(params[int(number)])
+            flat, index = home_of(params[int(number)])
             state = self._state_of(flat)
             state.steps[index] = int(saved["step"])
             parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k != "step"}
@@ -245,14 +266,14 @@ class AdamOffloadOptimizer(AdamOptimizer):
             raise UnsupportedError("record_delta is not in this version.")
         super().__init__(params, lr, betas, eps, weight_decay, hold_steps, scale=scale)
 
-    def _state_device(self, flat: FlatShard) -> torch.device:
+    def _state_device(self, flat: Home) -> torch.device:
         return torch.device("cpu")
 
 
 def clear_grads(optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of every parameter of ``optimizer``."""
     own = {id(p) for p in all_params(optimizer.param_groups)}
-    for flat in flats_of(all_params(optimizer.param_groups)):
+    for flat in homes_of(all_params(optimizer.param_groups)):
         if all(id(p) in own for p in flat.params):
             flat.clear_grad()
         else:

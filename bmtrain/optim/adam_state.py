@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 
 from ..shard.flat import FlatShard
 from ..shard.fp32_values import can_split, join, remainder_of, write_master
-from .pieces import follow
+from .pieces import Home, follow
 
 
 class FlatState:
@@ -15,19 +17,19 @@ class FlatState:
     Where it can, that is the remainder of the bf16 values; else it is a copy in fp32.
     """
 
-    def __init__(self, flat: FlatShard, device: torch.device) -> None:
+    def __init__(self, flat: Home, device: torch.device) -> None:
         self.exp_avg = torch.zeros(flat.shard.numel(), dtype=torch.float32, device=device)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self.steps = [0] * len(flat.params)
         self.master: torch.Tensor | None = None
-        self._version = -1
+        self._version: float = -1
         self._device = device
 
-    def splits(self, flat: FlatShard) -> bool:
+    def splits(self, flat: Home) -> TypeGuard[FlatShard]:
         """Whether the masters are ``flat``'s values with their remainder."""
-        return can_split(flat) and flat.shard.device == self._device
+        return isinstance(flat, FlatShard) and can_split(flat) and flat.shard.device == self._device
 
-    def master_of(self, flat: FlatShard) -> torch.Tensor:
+    def master_of(self, flat: Home) -> torch.Tensor:
         """The fp32 values; follows values that were loaded or written since the last step.
 
         To be updated in place, unless they are split.
@@ -41,7 +43,7 @@ class FlatState:
         self._version = flat.version
         return self.master
 
-    def operands(self, flat: FlatShard, where: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def operands(self, flat: Home, where: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What a step updates in place; in which dtype or on which device else it is wanted; its remainder."""
         shard = flat.shard[where]
         if self.splits(flat):
@@ -52,16 +54,19 @@ class FlatState:
             flat.remainder[where].zero_()
         return (shard, None, None) if master is flat.shard else (master[where], shard, None)
 
-    def stepped(self, flat: FlatShard) -> None:
+    def stepped(self, flat: Home) -> None:
         """A step has changed ``operands``: the masters of other optimizers are to follow."""
         flat.version += 1
         self._version = flat.version
 
-    def load_master(self, flat: FlatShard, index: int, values: torch.Tensor) -> None:
+    def load_master(self, flat: Home, index: int, values: torch.Tensor) -> None:
         """Replace this rank's part of one parameter's master, and the parameter by its rounding."""
         if self.splits(flat):
             remainder_of(flat)
         else:
             flat.local(self.master_of(flat), index).copy_(values)
-        write_master(flat, values.float(), index)
+        if isinstance(flat, FlatShard):
+            write_master(flat, values.float(), index)
+        else:
+            flat.shard.copy_(values)
         self._version = flat.version

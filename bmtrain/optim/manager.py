@@ -15,7 +15,8 @@ from .adapt import adapt
 from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .norm import clip_, find_overflow, scale_grads_
-from .pieces import all_params, flats_of, params_of
+from .pieces import all_params, finish_gradients, homes_of, params_of
+from .step_on import StepOn
 
 
 @dataclass
@@ -39,7 +40,8 @@ class OptimManager:
         loss_scale_factor, loss_scale_steps: the scale is divided by the factor when a gradient overflows, and
             multiplied by it after so many good steps.
         min_loss_scale, max_loss_scale: its bounds.
-        grad_scale: losses are divided by this; None means the world size, so that gradients are means over ranks.
+        grad_scale: the sum of all ranks' gradients is divided by this; None means the world size, so that gradients are
+            means over ranks, as they are after a plain ``loss.backward()``.
 
         optim_manager = bmt.optim.OptimManager()
         optim_manager.add_optimizer(optimizer, lr_scheduler)
@@ -72,9 +74,21 @@ class OptimManager:
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_schedulers: list[Any] = []
 
-    def add_optimizer(self, optimizer: torch.optim.Optimizer, lr_scheduler: Any = None) -> None:
-        """Drive ``optimizer``, and ``lr_scheduler`` after each of its steps (leave it out if you step it yourself)."""
-        adapt(optimizer)
+    def add_optimizer(
+        self, optimizer: torch.optim.Optimizer, lr_scheduler: Any = None, *, step_on: StepOn | None = None
+    ) -> None:
+        """Drive ``optimizer``, and ``lr_scheduler`` after each of its steps (leave it out if you step it yourself).
+
+        Args:
+            step_on: what an optimizer of torch's or another package's steps on.  "shards": this rank's parts; right for
+                element-wise ones (Adam, SGD, Lion).  "tensors": whole tensors, each on one rank, which alone keeps its
+                state; for those that treat each tensor by itself (Muon, Adafactor, LARS).  "whole": all tensors on
+                every rank, at N times the memory; always right.  None: the cheapest that is known to be right; an
+                optimizer that is not known steps on whole tensors, with a warning.
+
+        Raises ConfigurationError when the optimizer, tried out on small tensors, does not do the same on ``step_on``.
+        """
+        adapt(optimizer, step_on)
         self.optimizers.append(optimizer)
         self.lr_schedulers.append(lr_scheduler)
 
@@ -102,17 +116,20 @@ class OptimManager:
         return self._steps if self._scale is None else self._scale.good_steps
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to call ``backward`` on: times the loss scale, divided by ``grad_scale``."""
+        """The loss to call ``backward`` on: times the loss scale, so that gradients become what ``grad_scale`` says."""
+        # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
+        divided = context().gradient_divisor / self.grad_scale
         if self._scale is None:
-            return loss * (self._fixed_scale / self.grad_scale)
+            factor = self._fixed_scale * divided
+            return loss if factor == 1.0 else loss * factor
         if self._last is not None and self._last.holds_gradients:
             # What comes now is added to what the last step left, which is dropped if that step was skipped.
-            if any(flat.gradient.present for flat in flats_of(self._params())):
+            if any(flat.gradient.present for flat in homes_of(self._params())):
                 self._learn()
             else:
                 self._last.holds_gradients = False
-        factor = self._scale.value / self.grad_scale
-        return (loss * factor.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
+        scale = self._scale.value * divided
+        return (loss * scale.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
@@ -156,6 +173,7 @@ class OptimManager:
             self._steps += 1
             return
         self._learn()
+        finish_gradients(self._params())
         overflow = find_overflow(self._params())
         if self._may_skip():
             self._update(self._scale.value, overflow)

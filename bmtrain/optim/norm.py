@@ -9,14 +9,14 @@ import torch
 
 from .. import kernels
 from ..context import context
-from ..shard.engine import engine
+from ..shard.flat import FlatShard
 from .loss_scale import Overflow
-from .pieces import Piece, flats_of, pieces
+from .pieces import Piece, finish_gradients, homes_of, pieces
 
 
 def _pieces(params: Sequence[Any]) -> list[Piece]:
     """This rank's parts of all gradients of ``params``, neighbours joined, without pending factors."""
-    for flat in flats_of(params):
+    for flat in homes_of(params):
         if flat.gradient.present and flat.gradient.factor is not None:
             flat.gradient.settled()
     return _raw_pieces(params)
@@ -27,23 +27,42 @@ def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
     return [piece for piece, _ in pieces(params) if piece.flat.gradient.present]
 
 
+def _by_weight(found: Sequence[Piece]) -> dict[float, list[torch.Tensor]]:
+    """The gradients of pieces by what they are to be multiplied with; mostly one weight."""
+    groups: dict[float, list[torch.Tensor]] = {}
+    for piece in found:
+        groups.setdefault(piece.flat.gradient.weight, []).append(piece.grad)
+    return groups
+
+
+def _sum_of_powers(found: Sequence[Piece], norm_type: float) -> torch.Tensor:
+    """What the gradients' norm is the root of, or their largest entry for the infinity norm: 0-d float64."""
+    device = context().device.torch_device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for weight, grads in _by_weight(found).items():
+        if norm_type == float("inf"):
+            peak = torch.stack([g.abs().max().double() for g in grads]).max() * weight
+            total = torch.maximum(total, peak.to(device))
+        elif norm_type == 2.0:
+            total += kernels.sum_of_squares(grads).to(device) * weight**2
+        else:
+            for grad in grads:
+                total += grad.abs().double().pow(norm_type).sum().to(device) * weight**norm_type
+    return total
+
+
 @torch.no_grad()
 def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
     ctx = context()
-    grads = [piece.grad for piece in _pieces(params)]
-    device = ctx.device.torch_device
+    found = _pieces(params)
+    sharded = _sum_of_powers([piece for piece in found if isinstance(piece.flat, FlatShard)], norm_type)
+    replicated = _sum_of_powers([piece for piece in found if not isinstance(piece.flat, FlatShard)], norm_type)
     if norm_type == float("inf"):
-        peak = torch.stack([g.abs().max().float() for g in grads]).max() if grads else torch.zeros((), device=device)
-        ctx.world.all_reduce(peak, "max")
-        return peak
-    if norm_type == 2.0:
-        total = kernels.sum_of_squares(grads).to(device)
-    else:
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for grad in grads:
-            total += grad.abs().double().pow(norm_type).sum()
-    ctx.world.all_reduce(total, "sum")
+        ctx.world.all_reduce(sharded, "max")
+        return torch.maximum(sharded, replicated).float()
+    ctx.world.all_reduce(sharded, "sum")
+    total = sharded + replicated
     return total.pow(1.0 / norm_type).float()
 
 
@@ -55,7 +74,7 @@ def clip_(
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
-    engine().finish_backward()
+    finish_gradients(params)
     norm = global_norm(params, norm_type) / loss_scale
     scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
     return norm
@@ -65,12 +84,13 @@ def clip_(
 def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
     """Multiply every gradient of ``params`` by ``factor``; a whole flat one when it is next read."""
     chosen = {id(p) for p in params}
-    for flat in flats_of(params):
+    for flat in homes_of(params):
         if not flat.gradient.present:
             continue
         if all(id(p) in chosen for p in flat.params):
             flat.gradient.scale_(factor)
             continue
+        assert isinstance(flat, FlatShard)
         part = flat.gradient.settled()
         for index, parameter in enumerate(flat.params):
             if id(parameter) in chosen:

@@ -20,7 +20,8 @@ class HoldsLossScale:
     def loss_scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on, so that gradients become means over ranks."""
         _say("optimizer.loss_scale(loss)")
-        return loss * (self.scale / context().world_size)
+        ctx = context()
+        return loss * (self.scale * ctx.gradient_divisor / ctx.world_size)
 
 
 def clip_grad_norm(

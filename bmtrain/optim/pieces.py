@@ -9,60 +9,84 @@ from typing import Any
 import torch
 
 from ..context import Context, context
-from ..errors import ConfigurationError
-from ..shard.flat import FlatShard, flat_of, place_of
-from ..shard.parameter import DistributedParameter
+from ..shard.engine import engine
+from ..shard.flat import FlatShard, flat_of
 from ..shard.pools import views_of
+from .replicated import Replicated, average
 
 ParamGroup = dict[str, Any]
+Home = FlatShard | Replicated
+"""Where a parameter lies."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring parameters of one flat shard, as a range of this rank's shard."""
+    """Neighbouring parameters of one home, as a range of this rank's shard."""
 
-    flat: FlatShard
+    flat: Home
     indices: tuple[int, ...]
     start: int
     end: int
 
     @property
     def grad(self) -> torch.Tensor:
-        """(n,) this rank's part of the gradient, to be multiplied by the flat gradient's ``factor``."""
+        """(n,) this rank's part of the gradient, to be multiplied by the flat gradient's ``factor`` and ``weight``."""
         return self.flat.gradient.values()[0][self.start : self.end]
 
 
-def flats_of(params: Iterable[Any]) -> list[FlatShard]:
-    """The flat shards that hold ``params``, each once, in order.
-
-    Raises ConfigurationError for a parameter that no distributed module holds.
-    """
-    found: dict[int, FlatShard] = {}
-    for number, parameter in enumerate(params):
+def homes_of(params: Iterable[Any]) -> list[Home]:
+    """What holds ``params``: flat shards, each once, in order, and Replicated ones for what no module holds."""
+    found: dict[int, Home] = {}
+    for parameter in params:
         flat = flat_of(parameter)
-        if flat is None:
-            raise ConfigurationError(
-                f"Parameter number {number}, of shape {tuple(parameter.shape)}, is not sharded, so its gradient would "
-                "not be reduced. Let its module's class derive from bmt.DistributedModule, or call "
-                "bmt.BMTrainModelWrapper(model), before the optimizer is made."
-            )
-        found[id(flat)] = flat
+        if flat is not None:
+            found[id(flat)] = flat
+        elif id(parameter) not in found:
+            found[id(parameter)] = Replicated(parameter)
     return list(found.values())
 
 
-def all_params(groups: Sequence[ParamGroup]) -> list[DistributedParameter]:
+def flats_of(params: Iterable[Any]) -> list[FlatShard]:
+    """The flat shards among ``homes_of(params)``."""
+    return list({id(flat): flat for flat in map(flat_of, params) if flat is not None}.values())
+
+
+def replicated_of(params: Iterable[Any]) -> list[Replicated]:
+    """The others."""
+    others = [p for p in params if getattr(p, "_flat", None) is None]  # flat_of, without a call for each of them
+    return [Replicated(p) for p in {id(p): p for p in others}.values()] if others else []
+
+
+def home_of(parameter: Any) -> tuple[Home, int]:
+    """What holds ``parameter``, and its index there."""
+    flat = getattr(parameter, "_flat", None)  # flat_of, without a call for each parameter and step
+    return (Replicated(parameter), 0) if flat is None else (flat, parameter._index)
+
+
+def finish_gradients(params: Iterable[Any]) -> list[Replicated]:
+    """Reduce every gradient of ``params`` that is not reduced yet.  Collective.
+
+    Returns what holds those that lie in no flat shard.
+    """
+    engine().finish_backward()
+    others = replicated_of(params)
+    average(others)
+    return others
+
+
+def all_params(groups: Sequence[ParamGroup]) -> list[Any]:
     """Every parameter of the groups, in order."""
     return [p for group in groups for p in group["params"]]
 
 
-def params_of(groups: Any) -> list[DistributedParameter]:
+def params_of(groups: Any) -> list[Any]:
     """The parameters of an optimizer's ``param_groups``, of an iterable of parameters, or of one parameter."""
     items: list[Any] = [groups] if isinstance(groups, torch.Tensor) else list(groups)
     return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
 
 
-def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
-    """For each parameter of each flat shard, whether any rank has a gradient for it.  Collective.
+def agree_on_touched(flats: Sequence[Home]) -> list[list[bool]]:
+    """For each parameter of each home, whether any rank has a gradient for it.  Collective.
 
     Ranks may differ: an expert may have had tokens on one rank only.  A rank that has all gradients knows the answer
     without waiting for its device.
@@ -80,21 +104,24 @@ def agree_on_touched(flats: Sequence[FlatShard]) -> list[list[bool]]:
     out, at = [], 0
     for flat in flats:
         out.append(flags[at : at + len(flat.params)])
-        if flat.gradient.reached is not None:
+        if isinstance(flat, FlatShard) and flat.gradient.reached is not None:
             flat.warn_of_untrained(out[-1])
         at += len(flat.params)
     return out
 
 
-def pieces(params: Sequence[DistributedParameter], keys: dict[int, Any] | None = None) -> Iterator[tuple[Piece, Any]]:
+def pieces(params: Sequence[Any], keys: dict[int, Any] | None = None) -> Iterator[tuple[Piece, Any]]:
     """Join neighbours among ``params`` that have the same key.  Empty pieces are left out.
 
     Gaps between neighbours are zeros in values, gradients and moments, and stay so.
     """
-    wanted: dict[int, tuple[FlatShard, dict[int, Any]]] = {}
+    wanted: dict[int, tuple[Home, dict[int, Any]]] = {}
     for parameter in params:
-        flat, index = place_of(parameter)
-        wanted.setdefault(id(flat), (flat, {}))[1][index] = keys[id(parameter)] if keys is not None else None
+        flat, index = home_of(parameter)
+        found = wanted.get(key := flat.key)
+        if found is None:
+            found = wanted[key] = (flat, {})
+        found[1][index] = keys[id(parameter)] if keys is not None else None
     for flat, chosen in wanted.values():
         run: list[int] = []
         for index in [*sorted(chosen), -1]:
@@ -106,15 +133,15 @@ def pieces(params: Sequence[DistributedParameter], keys: dict[int, Any] | None =
             run.append(index)
 
 
-def _piece(flat: FlatShard, indices: Sequence[int]) -> Piece:
-    slots, rank = flat.layout.slots, flat.unit.ctx.rank
+def _piece(flat: Home, indices: Sequence[int]) -> Piece:
+    slots, rank = flat.layout.slots, flat.unit.ctx.rank if isinstance(flat, FlatShard) else 0
     first, last = flat.layout.shard_range(rank)
     start = min(max(slots[indices[0]].start, first), last)
     end = max(min(slots[indices[-1]].end, last), start)
     return Piece(flat, tuple(indices), start - first, end - first)
 
 
-def follow(master: torch.Tensor | None, flat: FlatShard, seen: int, device: torch.device) -> torch.Tensor:
+def follow(master: torch.Tensor | None, flat: Home, seen: float, device: torch.device) -> torch.Tensor:
     """The fp32 master of ``flat``, brought up to date if its values changed since version ``seen``.
 
     Only what changed is taken over: elsewhere the master knows more digits than the parameter.
@@ -127,10 +154,21 @@ def follow(master: torch.Tensor | None, flat: FlatShard, seen: int, device: torc
     return torch.where(master.to(flat.dtype) == values, master, values.float())
 
 
-def gather_flat(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor]:
-    """Whole CPU tensors, one for each parameter, from a tensor laid out like ``flat.shard``.  Collective."""
+def gather_whole(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor]:
+    """Whole tensors, one for each parameter, from a tensor laid out like ``flat.shard``.  Collective.
+
+    They are views of one buffer; on one rank, where ``shard_like`` is, of that.
+    """
     ctx: Context = flat.unit.ctx
     device = ctx.device.torch_device
+    if ctx.world_size == 1:
+        return views_of(shard_like, flat.layout)
     whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
     ctx.world.all_gather(shard_like.to(device).contiguous(), whole)
-    return [view.to("cpu", copy=True) for view in views_of(whole, flat.layout)]
+    return views_of(whole, flat.layout)
+
+
+def gather_state(home: Home, shard_like: torch.Tensor) -> list[torch.Tensor]:
+    """Whole CPU tensors, one for each parameter, from a tensor laid out like ``home.shard``.  Collective."""
+    whole = gather_whole(home, shard_like) if isinstance(home, FlatShard) else [home.whole(shard_like)]
+    return [view.to("cpu", copy=True) for view in whole]

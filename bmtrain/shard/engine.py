@@ -11,6 +11,7 @@ from torch import nn
 
 from ..context import context
 from .flat import FlatShard
+from .parameter import ShardedParameter
 from .unit import ShardUnit
 
 T = TypeVar("T")
@@ -66,14 +67,16 @@ class OutsideForward(Protocol):
     def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
         """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
 
-    def may_gather(self, func: Callable[..., object]) -> bool:
-        """Whether ``func`` on a sharded parameter is part of a forward that all ranks run."""
+    def is_near(self, parameters: Iterable[ShardedParameter]) -> bool:
+        """Whether operations outside of any forward have used ``parameters``, and their values are still here."""
 
-    def is_near(self, units: Sequence[ShardUnit]) -> bool:
-        """Whether operations outside of any forward have used ``units``, and their values are still here."""
+    def on_demand(
+        self, parameters: Sequence[ShardedParameter], func: Callable[..., object] | None, what: str
+    ) -> AbstractContextManager[None]:
+        """Whole parameters for one operation, and for the rest of the forward it is part of.  Collective."""
 
-    def on_demand(self, units: Sequence[ShardUnit]) -> AbstractContextManager[None]:
-        """Whole units for one operation, and for the rest of the forward it is part of."""
+    def updates(self, parameter: ShardedParameter, what: str) -> None:
+        """Every rank is about to change its own part of ``parameter``, outside of any forward or in one."""
 
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
 from ..context import Context
 from ..device import Event
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ShardedAccessError
 from ..precision import Precision
 from .arenas import Arena
 from .gradient import ShardGradient
@@ -25,7 +26,9 @@ from .parameter import (
     raw_grad,
     set_raw_grad,
 )  # fmt: skip
+from .place import Place
 from .pools import Buffer, Pools, views_of
+from .sharded_tensor import ShardedTensor, part_of
 from .writes import Writes
 
 
@@ -53,11 +56,13 @@ class FlatShard:
     """Parameters of one dtype in one flat buffer, of which each rank keeps an equal shard.
 
     Attributes:
+        key: a number by which to find what is kept for this flat shard.
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
         landing: where whole gradients wait to be reduced.
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
+        is_stepped_on: whether the parameters show what an optimizer is stepping on.
         version: grows when values change, so that optimizers' masters of them can follow.
         remainder: (S,) int16, what bf16 values leave out of optimizers' fp32 values (``fp32_values``); None if nothing.
     """
@@ -88,7 +93,10 @@ class FlatShard:
         self.landing = Landing(self.layout, self._acquire_grads)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
+        self.key = id(self)
+        self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
+        self._places: dict[int, Place] = {}
         self._writes = Writes(self.params)
 
     def _new_shard(self) -> Arena:
@@ -126,7 +134,7 @@ class FlatShard:
     @property
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
-        return self.buffer is not None or not self.unit.moves
+        return self.buffer is not None or self.is_stepped_on or not self.unit.moves
 
     def enter_whole(self, buffer: Buffer) -> None:
         """Make the parameters views of ``buffer``, which holds all shards."""
@@ -135,7 +143,7 @@ class FlatShard:
             enter_whole(parameter, view)
 
     def enter_sharded(self) -> Buffer | None:
-        """Show what needs no gather buffer: placeholders, or the shard itself where nothing moves.
+        """Show what needs no gather buffer: parts, or the shard itself where nothing moves.
 
         Returns the buffer that is not shown any more.
         """
@@ -178,6 +186,20 @@ class FlatShard:
         """The parameter that begins at ``offset`` of a whole flat buffer."""
         return next(i for i, slot in enumerate(self.layout.slots) if slot.start == offset and slot.numel)
 
+    def param_at(self, offset: int, shape: tuple[int, ...]) -> DistributedParameter | None:
+        """The parameter of this shape that begins at ``offset``, if there is one."""
+        for slot, parameter in zip(self.layout.slots, self.params, strict=True):
+            if slot.start == offset and slot.shape == shape:
+                return parameter
+        return None
+
+    def place_of(self, index: int) -> Place:
+        """Where this rank's part of parameter ``index`` is among all parts."""
+        place = self._places.get(index)
+        if place is None:
+            place = self._places[index] = Place(self.unit.ctx, self.layout, index, self.names[index])
+        return place
+
     def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
         """The part of parameter ``index`` within a tensor laid out like ``shard``: 1-D, may be empty."""
         return shard_like[self.layout.local(index, self.unit.ctx.rank).shard]
@@ -193,13 +215,31 @@ class FlatShard:
             self.expose()
         else:
             with torch.no_grad():
-                self.write_local(index, lambda part: part.copy_(self.local_part(whole, index)))
+                values = part_of(whole, self.place_of(index), f"assignment to {self.names[index]!r}")
+                self.write_local(index, lambda part: part.copy_(values))
 
     def write_local(self, index: int, change: Callable[[torch.Tensor], object]) -> None:
         """Let ``change`` write this rank's part of parameter ``index`` in place, on all ranks alike."""
+        with self.writing(index) as part:
+            change(part)
+
+    def read_part(self, index: int) -> torch.Tensor:
+        """(n,) this rank's part of parameter ``index``, not to be written."""
+        if self.buffer is not None:
+            self.keep_writes()
+        return self.local(self.shard, index)
+
+    @contextmanager
+    def writing(self, index: int) -> Iterator[torch.Tensor]:
+        """(n,) this rank's part of parameter ``index``, which the body changes in place, on all ranks alike."""
+        if self.is_whole:
+            raise ShardedAccessError(
+                f"Parameter {self.names[index]!r} is whole now: a forward runs, or this is inside `with "
+                "bmt.gathered(...)`. Write to the parameter's .data of now, not to what it gave while it was sharded."
+            )
         part = self.local(self.shard, index)
         before = None if self.remainder is None else part.clone()
-        change(part)
+        yield part
         if self.remainder is not None and before is not None:
             self.local(self.remainder, index).masked_fill_(part != before, 0)
         self.changed()
@@ -322,19 +362,27 @@ class FlatShard:
             set_raw_grad(parameter, None)
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
-        """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
-        self.gradient.set(index, whole)
+        """Replace one parameter's gradient (whole shape, the same on all ranks; or a ShardedTensor) or drop it."""
+        part = None if whole is None else part_of(whole, self.place_of(index), f"gradient of {self.names[index]!r}")
+        self.gradient.set(index, part)
         if whole is None:
             self.landing.forget(index)
 
     def visible_grad(self, index: int) -> torch.Tensor | None:
         """What ``parameter.grad`` shows for a reduced gradient."""
-        if not self.gradient.touched[index] or not self.gradient.present:
+        gradient = self.gradient
+        if not gradient.present:
             return None
-        slot = self.layout.slots[index]
         if self.unit.ctx.world_size == 1:
-            return self.gradient.settled()[slot.start : slot.end].view(slot.shape)
-        return make_poison(slot.shape, self.dtype, self.shard.device)
+            return gradient.whole(index) if gradient.touched[index] else None
+        # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
+        if not gradient.touched[index] and (index in gradient.dropped or not self._trains(index)):
+            return None
+        return ShardedTensor(gradient.part(index, self.place_of(index)))
+
+    def _trains(self, index: int) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.params[index].requires_grad
 
     def warn_of_untrained(self, touched: Sequence[bool]) -> None:
         """At the first step: ``touched`` says of each parameter whether any rank has a gradient for it."""

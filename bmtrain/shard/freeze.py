@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .flat import FlatShard
+from .parameter import follow_taken
 from .unit import ShardUnit
 
 
@@ -45,4 +46,7 @@ def _split(flat: FlatShard) -> list[FlatShard]:
             flat.params[index]._flat = None
         params, names = [flat.params[i] for i in chosen], [flat.names[i] for i in chosen]
         made.append(FlatShard(flat.unit, params, names, flat.autocasts))
+        if not flat.unit.moves:
+            for parameter in params:
+                follow_taken(parameter)
     return made

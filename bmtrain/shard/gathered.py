@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..alike import follow_rank_0
+from ..context import Context
 from ..errors import ConfigurationError
 from .engine import engine
 from .flat import FlatShard, flat_of
@@ -45,6 +46,8 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
     """
     units = units_of(what)
     flats = [flat for unit in units for flat in unit.flats]
+    if engine().idle and flats:
+        engine().meet(f"bmt.gathered of {flats[0].names[0]}{' and others' if len(flats[0].names) > 1 else ''}")
     with engine().outside.pinned(units):
         for flat in flats:
             flat.keep_writes()  # of the forward that this may be part of
@@ -61,11 +64,14 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
 
 
 def _follow_rank_0(flats: list[FlatShard]) -> None:
-    if not flats:
-        return
-    ctx = flats[0].unit.ctx
-    written = {n: raw_data(p) for flat in flats for n, p in zip(flat.names, flat.params, strict=True)}
-    differing = follow_rank_0(ctx, "What bmt.gathered(write=True) shows", written)
+    if flats:
+        written = {n: raw_data(p) for flat in flats for n, p in zip(flat.names, flat.params, strict=True)}
+        keep_rank_0s(flats[0].unit.ctx, "What bmt.gathered(write=True) shows", written)
+
+
+def keep_rank_0s(ctx: Context, what: str, written: Mapping[str, torch.Tensor]) -> None:
+    """Take rank 0's values of parameters, by name, where ``what`` differs between ranks, and warn.  Collective."""
+    differing = follow_rank_0(ctx, what, written)
     if differing and ctx.rank == 0:
         warnings.warn(
             f"The ranks wrote different values into {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}; "

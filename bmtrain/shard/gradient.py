@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
 import torch
 
 from .. import kernels
 from ..device import Event
 from .arenas import Arena
 from .layout import Layout
+from .place import Part, Place
 from .pools import Pools
 
 
@@ -20,16 +26,22 @@ class ShardGradient:
     Attributes:
         present: whether anything was reduced since ``clear``; the same on all ranks.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
+        dropped: parameters whose gradient user code has dropped since the last reduction.
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
+        weight: another, on the host.  Ranks are summed, and the weight makes that a mean, at no cost.
     """
 
     def __init__(self, pools: Pools, layout: Layout, dtype: torch.dtype, reduced: Event) -> None:
         self._pools, self._layout, self._dtype, self._reduced = pools, layout, dtype, reduced
         self.present = False
         self.touched = [False] * len(layout.slots)
+        self.dropped: set[int] = set()
         self.reached: set[int] | None = set()
+        self._shown: dict[int, weakref.ref[Part]] = {}  # what user code may hold: parts, or, on one rank, all
+        self._shown_whole: dict[int, torch.Tensor] = {}
         self.factor: torch.Tensor | None = None
+        self.weight = 1.0
         self._arena: Arena | None = None  # one reduction, in the dtype that travelled
         self._sum: torch.Tensor | None = None  # fp32
         self._wide = False  # whether the gradient is in _sum
@@ -39,52 +51,121 @@ class ShardGradient:
         """Dtype in which gradients are summed."""
         return torch.float32 if self._dtype in (torch.float16, torch.bfloat16) else self._dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradient is."""
+        assert self._came is not None
+        return self._came.device
+
     def add(self, whole: torch.Tensor) -> None:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
         ctx = self._pools.ctx
+        weight = 1.0 / ctx.gradient_divisor
+        self.dropped.clear()
         if not self.present:
             ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
-            self.present, self._wide, self.factor = True, False, None
+            self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return
-        total = self._total()
+        total, share = self._total(), weight / self.weight  # 1, unless somebody has settled what is there
         if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
             ctx.reduce.reduce_scatter(whole, self._came)
-            kernels.accumulate_(total, self._came, first=False)
+            if share == 1.0:
+                kernels.accumulate_(total, self._came, first=False)
+            else:
+                total.add_(self._came, alpha=share)
             return
         part = self._pools.acquire_part(self, self._layout, whole.dtype)
         ctx.reduce.reduce_scatter(whole, part.tensor)
-        total.add_(part.tensor)
+        total.add_(part.tensor, alpha=share)
         self._pools.parts.give_back(part, ctx.device.reduce_stream)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The gradient, in whatever precision it is kept, and the factor to apply.  For the current stream."""
+        """The gradient, in whatever precision it is kept, and the factor to apply beside ``weight``.
+
+        For the current stream.
+        """
         assert self.present
         self._reduced.wait(self._pools.ctx.device.current_stream())
         tensor = self._sum if self._wide else self._came
         assert tensor is not None
+        if self._shown_whole:
+            self._take_assigned(tensor)
         return tensor, self.factor
 
     def settled(self) -> torch.Tensor:
         """The gradient in the dtype of sums, with every factor applied.  For the current stream."""
         self.values()
-        return self._total()
+        total = self._total()
+        if self.weight != 1.0:
+            total.mul_(self.weight)
+            self.weight = 1.0
+        return total
 
     def scale_(self, factor: torch.Tensor | float) -> None:
         """Multiply by ``factor``, when it is next read."""
         factor = torch.as_tensor(factor, dtype=torch.float32, device=self._pools.ctx.device.torch_device)
         self.factor = factor if self.factor is None else self.factor * factor
 
-    def set(self, index: int, whole: torch.Tensor | None) -> None:
-        """Replace one parameter's gradient (whole shape, the same on all ranks) or drop it."""
-        part = self._layout.local(index, self._pools.ctx.rank)
-        if whole is not None:
-            self._zeros()[part.shard].copy_(whole.reshape(-1)[part.whole])
+    def set(self, index: int, part: torch.Tensor | None) -> None:
+        """Replace this rank's part of one parameter's gradient, or drop it."""
+        self._leave(index)
+        place = self._layout.local(index, self._pools.ctx.rank).shard
+        if part is not None:
+            self._zeros()[place].copy_(part)
+            self.dropped.discard(index)
         elif self.present:
-            self.settled()[part.shard].zero_()
-        self.touched[index] = whole is not None
+            self.settled()[place].zero_()
+            self.dropped.add(index)
+        self.touched[index] = part is not None
+
+    def part(self, index: int, place: Place) -> Part:
+        """This rank's part of one parameter's gradient, as user code holds it.  Nothing is read yet."""
+        known = self._shown.get(index)
+        part = None if known is None else known()
+        if part is None:
+            part = Part(place, home=_OfGradient(self, index, place))
+            self._shown[index] = weakref.ref(part)
+        return part
+
+    def read_part(self, index: int) -> torch.Tensor:
+        """(n,) the same, in the dtype of sums.  For the current stream."""
+        return self.settled()[self._layout.local(index, self._pools.ctx.rank).shard]
+
+    def whole(self, index: int) -> torch.Tensor:
+        """On one rank: one parameter's gradient, the same tensor each time, so that its ``.data`` may be assigned."""
+        total, shown = self.settled(), self._shown_whole.get(index)
+        if shown is None:
+            slot = self._layout.slots[index]
+            shown = self._shown_whole[index] = total[slot.start : slot.end].view(slot.shape)
+        return shown
+
+    def _take_assigned(self, total: torch.Tensor) -> None:
+        """Keep what was assigned to the ``.data`` of what ``whole`` gave."""
+        start, size = total.data_ptr(), total.element_size()
+        for index, shown in self._shown_whole.items():
+            slot = self._layout.slots[index]
+            if shown.numel() and shown.data_ptr() != start + slot.start * size:
+                place = total[slot.start : slot.end].view(slot.shape)
+                place.copy_(shown)
+                shown.data = place
+
+    def _leave(self, index: int) -> None:
+        """Whoever holds this gradient keeps its values."""
+        known = self._shown.pop(index, None)
+        part = None if known is None else known()
+        if part is not None:
+            part.leave_home()
+        if index in self._shown_whole:
+            whole = weakref.ref(self._shown_whole.pop(index))
+            held = whole()
+            if held is not None:
+                held.data = held.clone()
 
     def clear(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
+        for index in [*self._shown, *self._shown_whole]:
+            self._leave(index)
+        self.dropped.clear()
         self.present, self.factor = False, None
         self.touched = [False] * len(self.touched)
 
@@ -92,7 +173,7 @@ class ShardGradient:
         """Become a gradient of zeros, to be written."""
         if not self.present:
             self._fitting(self._dtype).zero_()
-            self.present, self._wide, self.factor = True, False, None
+            self.present, self._wide, self.factor, self.weight = True, False, None, 1.0
         return self.settled()
 
     @property
@@ -106,7 +187,7 @@ class ShardGradient:
         return self._arena.tensor
 
     def _total(self) -> torch.Tensor:
-        """The gradient in the dtype of sums, with every factor applied."""
+        """The gradient in the dtype of sums, with ``factor`` applied but not ``weight``."""
         assert self._came is not None
         total = self._came
         if self._wide or total.dtype != self.dtype:
@@ -119,3 +200,31 @@ class ShardGradient:
             total.mul_(self.factor)
             self.factor = None
         return total
+
+
+class _OfGradient:
+    """Where one parameter's gradient is."""
+
+    is_gradient: ClassVar[bool] = True
+
+    def __init__(self, gradient: ShardGradient, index: int, place: Place) -> None:
+        self._gradient, self._index, self.place = gradient, index, place
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which gradients are summed."""
+        return self._gradient.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self._gradient.device
+
+    def read(self) -> torch.Tensor:
+        """(n,) the present values, not to be written."""
+        return self._gradient.read_part(self._index)
+
+    @contextmanager
+    def writing(self) -> Iterator[torch.Tensor]:
+        """(n,) the present values, which the body may change in place."""
+        yield self.read()

@@ -4,15 +4,18 @@ A DistributedParameter is an ordinary ``nn.Parameter`` until its module is shard
 two states that differ only in what ``.data`` is:
 
 whole    ``.data`` is a view of a gather buffer (or of the shard itself at world size 1); any operation works.
-sharded  ``.data`` is one NaN element expanded to the whole shape: shape, dtype, device and ``requires_grad`` are
-         right, values read as NaN and in-place writes raise.  Torch functions on the parameter itself are looked at
-         one by one (``rules.py``): metadata passes, ``copy_`` and element-wise updates act on this rank's shard, what a
-         forward needs is gathered on demand, and everything else raises ShardedAccessError.
+sharded  ``.data`` is a ShardedTensor, which acts on this rank's part.  Torch functions on the parameter itself are
+         looked at one by one (``rules.py``): metadata passes, element-wise updates act on this rank's shard, what
+         others need is gathered for them, and what Python alone reads (``item``) raises ShardedAccessError.  To torch
+         the parameter is one NaN expanded to the whole shape, so that shape, dtype, device and ``requires_grad`` are
+         right; torch's functions never see it.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -20,7 +23,8 @@ from torch import nn
 
 from ..context import context
 from ..errors import ShardedAccessError
-from .placeholder import Placeholder
+from .place import Part, Place
+from .sharded_tensor import ShardedTensor
 
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
@@ -47,6 +51,15 @@ class Home(Protocol):
     def expose(self) -> None:
         """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
 
+    def place_of(self, index: int) -> Place:
+        """Where this rank's part of a parameter is among all parts."""
+
+    def read_part(self, index: int) -> torch.Tensor:
+        """(n,) this rank's part of a parameter, not to be written."""
+
+    def writing(self, index: int) -> AbstractContextManager[torch.Tensor]:
+        """(n,) the same, which the body may change in place."""
+
     def write(self, index: int, whole: torch.Tensor) -> None:
         """``p.data = whole``."""
 
@@ -54,7 +67,7 @@ class Home(Protocol):
         """What ``p.grad`` shows for a reduced gradient."""
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
-        """``p.grad = whole``."""
+        """``p.grad = whole``, which may be a ShardedTensor."""
 
     def copy_unit(self, memo: dict[int, Any]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
@@ -84,6 +97,7 @@ class DistributedParameter(nn.Parameter):
     _index: int
     _init_method: Callable[[torch.Tensor], Any] | None
     _group: str | None
+    _taken: list[weakref.ref[Any]]  # what ``data`` has given: Parts while sharded, tensors while whole
 
     def __new__(
         cls,
@@ -103,14 +117,17 @@ class DistributedParameter(nn.Parameter):
 
     @property
     def data(self) -> torch.Tensor:
-        """The values while whole; a Placeholder while sharded.  What is written to it or assigned stays."""
-        shown: torch.Tensor = _raw_data.__get__(self)
-        if self._flat is None:
-            return shown
+        """The values while whole; a ShardedTensor while sharded.  What is written to it stays.
+
+        What is assigned is copied; what was taken from here before keeps the old values, as in torch.
+        """
         if isinstance(self, ShardedParameter):
-            return shown.as_subclass(Placeholder)
-        if self._flat.is_whole:  # else an optimizer steps on this rank's part
+            return ShardedTensor(self._own_part())
+        shown: torch.Tensor = _raw_data.__get__(self)
+        if self._flat is not None and self._flat.is_whole:  # else an optimizer steps on this rank's part
             self._flat.expose()
+            self._taken = [taken for taken in self._taken if taken() is not None]
+            self._taken.append(weakref.ref(shown))
         return shown
 
     @data.setter
@@ -119,18 +136,37 @@ class DistributedParameter(nn.Parameter):
             _raw_data.__set__(self, value)
             return
         require_same(self, value)
+        for taken in [one() for one in self._taken]:
+            if isinstance(taken, Part):
+                taken.leave_home()
+            elif taken is not None:
+                taken.data = taken.clone()
+        self._taken = []
         self._flat.write(self._index, value)
+
+    def _own_part(self) -> Part:
+        for taken in self._taken:
+            part = taken()
+            if isinstance(part, Part):
+                return part
+        assert self._flat is not None
+        part = Part(self._flat.place_of(self._index), home=_Values(self))
+        self._taken = [weakref.ref(part)]
+        return part
 
     @property
     def grad(self) -> torch.Tensor | None:
-        """The gradient as far as a single rank can show it.
+        """The gradient: whole while autograd holds it and at world size 1; a ShardedTensor once it is reduced.
 
-        Whole while autograd holds it and at world size 1; once reduced and sharded, a NaN placeholder of the whole
-        shape (use ``bmt.gather_grad(p)``); None if there is none.
+        In fp32 for parameters in low precision.  None if there is none; where some parameters of a block got one, on
+        whatever rank, those that got none show zeros, so that ranks agree.  Until it is cleared or replaced it is
+        what the optimizer steps on, writes included.
         """
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
             return raw
+        if not (isinstance(self, ShardedParameter) or self._flat.is_whole):
+            return None  # an optimizer steps on this rank's part, and no rank has a gradient for it
         return self._flat.visible_grad(self._index)
 
     @grad.setter
@@ -147,7 +183,7 @@ class DistributedParameter(nn.Parameter):
         self.grad = None
 
     def gather(self) -> torch.Tensor:  # type: ignore[override]
-        """The whole value, a copy that does not follow later updates.  Collective."""
+        """The whole value, a copy that does not follow later updates; its gradient reaches the shards.  Collective."""
         if self._flat is None:
             return self.detach().clone()
         return ShardedParameter.operation(DistributedParameter.gather, (self,), {})  # type: ignore[no-any-return]
@@ -170,6 +206,43 @@ class DistributedParameter(nn.Parameter):
                 "model.state_dict(), or use bmt.save(model, path)."
             )
         return torch._utils._rebuild_parameter, (self.detach(), self.requires_grad, {})
+
+
+class _Values:
+    """Where a parameter's values are, wherever it comes to lie."""
+
+    is_gradient: ClassVar[bool] = False
+
+    def __init__(self, parameter: DistributedParameter) -> None:
+        self._parameter = parameter
+
+    @property
+    def _flat(self) -> Home:
+        assert self._parameter._flat is not None
+        return self._parameter._flat
+
+    @property
+    def place(self) -> Place:
+        """Which part it is."""
+        return self._flat.place_of(self._parameter._index)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it rests."""
+        return self._flat.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return raw_data(self._parameter).device
+
+    def read(self) -> torch.Tensor:
+        """(n,) the present values, not to be written."""
+        return self._flat.read_part(self._parameter._index)
+
+    def writing(self) -> AbstractContextManager[torch.Tensor]:
+        """(n,) the present values, which the body may change in place."""
+        return self._flat.writing(self._parameter._index)
 
 
 class ShardedParameter(DistributedParameter):
@@ -200,7 +273,7 @@ def _adopt(
     made: Any, init_method: Callable[[torch.Tensor], Any] | None = None, group: str | None = None
 ) -> DistributedParameter:
     made._flat, made._index = None, 0
-    made._init_method, made._group = init_method, group
+    made._init_method, made._group, made._taken = init_method, group, []
     return made  # type: ignore[no-any-return]
 
 
@@ -248,6 +321,13 @@ def require_same(parameter: DistributedParameter, value: torch.Tensor) -> None:
             f"Parameter {flat.names[parameter._index]!r} is {wanted} {flat.dtype}; its data cannot become "
             f"{tuple(value.shape)} {value.dtype}. Change dtypes with model.to(dtype); shapes stay as they are."
         )
+
+
+def follow_taken(parameter: DistributedParameter) -> None:
+    """``parameter`` has come to lie elsewhere: so do tensors that ``data`` gave while it was whole."""
+    for taken in [one() for one in parameter._taken]:
+        if isinstance(taken, torch.Tensor):
+            taken.data = raw_data(parameter)
 
 
 def enter_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:

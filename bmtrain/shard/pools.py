@@ -11,6 +11,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -117,12 +118,14 @@ class Pools:
 
     Attributes:
         moves: whether any unit is made whole by gathers.
+        copies: units copied from others, which the schedule does not know yet.
         regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.moves = ctx.world_size > 1
+        self.copies: list[weakref.ref[Any]] = []
         self.regrouped = False
         self.arenas = arenas = Arenas(ctx)
         self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..errors import ShardedAccessError
 from .engine import engine
 from .flat import flat_of, place_of
-from .gathered import gathered
-from .parameter import DistributedParameter, ShardedParameter
-from .unit import ShardUnit, unit_of_flat
+from .gathered import gathered, keep_rank_0s
+from .on_parts import on_parts
+from .parameter import DistributedParameter, ShardedParameter, raw_data
+from .sharded_tensor import is_in_place
+from .view import ViewOfSharded
 
 _T = torch.Tensor
 
@@ -23,14 +27,14 @@ _ATTRIBUTES = {
     "is_mps", "_backward_hooks", "_grad_fn", "_base", "is_xpu", "is_mkldnn", "is_sparse_csr", "is_vulkan", "is_ipu",
     "is_xla", "is_maia", "_post_accumulate_grad_hooks", "volatile", "name", "data", "grad", "_grad", "grad_dtype",
 }  # fmt: skip
-"""Attributes that a parameter answers without its values.  ``data`` reads as NaN, as the class documents."""
+"""Attributes that a parameter answers without its values."""
 
 _METHODS = {
     _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
     _T.is_complex, _T.is_contiguous, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook,
-    _T.is_signed, _T.register_post_accumulate_grad_hook, _T.storage_offset, _T.type, _T.is_set_to,
+    _T.is_signed, _T.register_post_accumulate_grad_hook, _T.storage_offset, _T.is_set_to, _T.new,
     _T.untyped_storage,
-    _T.data_ptr, _T.__repr__, _T.__format__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size,
+    _T.data_ptr, _T.__repr__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size,
     _T.is_inference, _T.is_shared, _T.new_zeros, _T.new_ones, _T.new_empty, _T.new_full, _T.new_tensor,
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
 }  # fmt: skip
@@ -42,65 +46,231 @@ _ELEMENTWISE = {
 }  # fmt: skip
 """In-place functions whose every output element depends on the same element of the inputs only."""
 
-_NEVER = {
-    _T.item, _T.tolist, _T.numpy, _T.cpu, _T.cuda, _T.to, _T.clone, _T.mean, _T.std, _T.norm, _T.__bool__,
-    _T.share_memory_,
+_FILLS = {
+    _T.normal_, _T.uniform_, _T.random_, _T.bernoulli_, _T.exponential_, _T.geometric_, _T.cauchy_, _T.log_normal_,
+    nn.init.normal_, nn.init.uniform_, nn.init.constant_, nn.init.kaiming_uniform_,
 }  # fmt: skip
+"""In-place functions that need no values.  They draw the whole tensor, as for a model that is not sharded."""
+
+_TO_HOST = {
+    _T.item, _T.tolist, _T.numpy, _T.__array__, _T.__bool__, _T.__float__, _T.__int__, _T.__index__, _T.__complex__,
+    _T.__contains__, _T.__format__, _T.share_memory_,
+}  # fmt: skip
+"""Reads of values by Python, as one rank alone does them to print."""
 
 
 def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out ``func``, which got at least one sharded parameter."""
     if func is DistributedParameter.gather:
-        with gathered(args[0]):
-            return args[0].detach().clone()
-    with torch._C.DisableTorchFunctionSubclass():
-        if getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__"):
-            return _attribute(func, args)
-        if func in _METHODS:
+        return _gather(args[0])
+    args, kwargs, result = on_parts(func, args, kwargs)
+    if result is not NotImplemented:
+        return result
+    if func is _T.__iter__:
+        return iter(args[0].unbind(0))
+    if _needs_no_values(func, args, kwargs):
+        with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
-        if func in _ELEMENTWISE:
-            return _elementwise(func, args, kwargs)
-    units = _units((args, kwargs))
+    targets = [t for t in _targets(func, args, kwargs) if isinstance(t, ShardedParameter)]
+    if targets:
+        return _write(func, args, kwargs, targets)
+    parameters = _parameters((args, kwargs))
     outside = engine().outside
-    if (func not in _NEVER and outside.may_gather(func)) or outside.is_near(units):
-        with outside.on_demand(units):
-            out = func(*args, **kwargs)
-            return tree_map(outside.apart, out) if engine().idle else out
-    raise ShardedAccessError(_advice(func, args))
+    if engine().idle and func in _TO_HOST and not outside.is_near(parameters):
+        raise ShardedAccessError(_advice(func, parameters))
+    with outside.on_demand(parameters, func, _what(func, parameters)):
+        out = func(*args, **kwargs)
+        return _apart(func, args, kwargs, out, parameters) if engine().idle else out
 
 
-def _attribute(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    name = getattr(getattr(func, "__self__", None), "__name__", "")
-    if func.__name__ == "__get__" and name not in _ATTRIBUTES:
-        raise ShardedAccessError(_advice(name, args))
-    return func(*args)
+def on_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Carry out ``func``, which got at least one ViewOfSharded."""
+    views = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, ViewOfSharded)]
+    targets = [t for t in _targets(func, args, kwargs) if isinstance(t, ViewOfSharded)]
+    if not targets:
+        if not _needs_no_values(func, args, kwargs):
+            for view in views:
+                _refresh(view)
+        plain, named = tree_map(_plain, (args, kwargs))
+        out = func(*plain, **named)
+        return _follow(func, args, kwargs, out, [p for view in views for p in view.parameters])
+    parameters = [p for target in targets for p in target.parameters]
+    with _writing(parameters, _what(func, parameters)):
+        func(*tree_map(_present, args), **tree_map(_present, kwargs))
+    for view in views:
+        _refresh(view)
+    return targets[0]
+
+
+def _gather(parameter: DistributedParameter) -> torch.Tensor:
+    if not isinstance(parameter, ShardedParameter):
+        return parameter.clone()
+    if not engine().idle:  # as it rests, whatever the forward computes in
+        with gathered(parameter):
+            return parameter.clone()
+    with engine().outside.on_demand([parameter], None, _what("gather", [parameter])):
+        return parameter.clone()
+
+
+def _needs_no_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return name != "__get__" or getattr(getattr(func, "__self__", None), "__name__", "") in _ATTRIBUTES
+    if func is _T.type:
+        return len(args) == 1 and not kwargs
+    if func is _T.__format__:
+        return args[0].dim() > 0 or not args[1]
+    return func in _METHODS
+
+
+def _targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What ``func`` writes to."""
+    name = getattr(func, "__name__", "")
+    written = [kwargs.get("out")]
+    if is_in_place(name) and func not in _TO_HOST:
+        written.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
+    return tree_leaves(written)
+
+
+# -- views -----------------------------------------------------------------------------------------------------------
+
+
+def _apart(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, parameters: list[Any]
+) -> Any:
+    """What ``func`` gave outside of any forward, without parts of gather buffers."""
+    leaves, structure = tree_flatten(out)
+    for index, leaf in enumerate(leaves):
+        copied: Any = engine().outside.apart(leaf)
+        if copied is not leaf and not copied.requires_grad:
+            copied = ViewOfSharded.of(copied, parameters, _again(func, args, kwargs, index))
+        leaves[index] = copied
+    return tree_unflatten(leaves, structure)
+
+
+def _follow(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, parameters: list[Any]
+) -> Any:
+    """Views of a ViewOfSharded are some, too."""
+    leaves, structure = tree_flatten(out)
+    for index, leaf in enumerate(leaves):
+        if type(leaf) is torch.Tensor and leaf._is_view() and not leaf.requires_grad:
+            leaves[index] = ViewOfSharded.of(leaf, parameters, _again(func, args, kwargs, index))
+    return tree_unflatten(leaves, structure)
+
+
+def _again(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], index: int
+) -> Callable[[], torch.Tensor]:
+    def again() -> torch.Tensor:
+        out: torch.Tensor = tree_leaves(func(*tree_map(_present, args), **tree_map(_present, kwargs)))[index]
+        return out
+
+    return again
+
+
+def _present(value: Any) -> Any:
+    return value.again() if isinstance(value, ViewOfSharded) else value
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, ViewOfSharded) else value
+
+
+def _refresh(view: ViewOfSharded) -> None:
+    """Let ``view`` show what the parameters hold now."""
+    if view.is_fresh:
+        return
+    sharded = [p for p in view.parameters if isinstance(p, ShardedParameter)]
+    with torch.no_grad():
+        if not sharded:
+            view.show(view.again())
+            return
+        with engine().outside.on_demand(sharded, None, _what("a view", sharded)):
+            view.show(view.again())
+
+
+# -- writes ----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[ShardedParameter]
+) -> Any:
+    initializes = getattr(func, "__module__", "") == nn.init.__name__  # without gradients, whatever the mode
+    if torch.is_grad_enabled() and not initializes and any(t.requires_grad for t in targets):
+        raise RuntimeError(
+            f"{_what(func, targets)}: a leaf that requires grad is changed in place; do it under torch.no_grad()."
+        )
+    parameters, target = _parameters((args, kwargs)), targets[0]
+    with torch.no_grad():
+        if len(parameters) == 1 and func in _FILLS:
+            return _fill(func, args, kwargs, target)
+        if func in _ELEMENTWISE and target is args[0] and _lie_alike(target, parameters):
+            return _elementwise(func, args, kwargs)
+        with _writing(parameters, _what(func, parameters), targets):
+            return func(*args, **kwargs)
+
+
+@contextmanager
+def _writing(parameters: list[Any], what: str, targets: list[Any] | None = None) -> Iterator[None]:
+    """Whole ``parameters``, of which the body changes ``targets`` (None: all); all ranks keep rank 0's values."""
+    sharded = [p for p in parameters if isinstance(p, ShardedParameter)]
+    if not sharded:  # inside bmt.gathered
+        with torch.no_grad():
+            yield
+        return
+    with torch.no_grad(), engine().outside.on_demand(sharded, None, what):
+        yield
+        if engine().idle:
+            for target in {id(t): t for t in (sharded if targets is None else targets)}.values():
+                flat, index = place_of(target)
+                keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: raw_data(target)})
+                flat.expose()
+
+
+def _fill(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: ShardedParameter
+) -> torch.Tensor:
+    flat, index = place_of(target)
+    what = _what(func, [target])
+    engine().outside.updates(target, what)
+    whole = torch.empty(target.shape, dtype=flat.dtype, device=flat.shard.device)
+    given, named = tree_map(lambda value: whole if value is target else value, (args, kwargs))
+    func(*given, **named)
+    keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: whole})
+    flat.write(index, whole)
+    return target
+
+
+def _lie_alike(target: ShardedParameter, parameters: list[ShardedParameter]) -> bool:
+    flat, index = place_of(target)
+    return all(place_of(p)[0].layout is flat.layout and p._index == index for p in parameters)
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target = args[0]
-    if isinstance(target, (list, tuple)) or not isinstance(target, ShardedParameter):
-        raise ShardedAccessError(_advice(func, args))
     flat, index = place_of(target)
-
-    def local(value: Any) -> Any:
-        other = flat_of(value)
-        if other is not None and value.shape == target.shape:
-            if other.layout is flat.layout and value._index == index:
-                return other.local(other.shard, index)
-            raise ShardedAccessError(
-                f"{_name(func)} mixes two sharded parameters that lie differently; use it inside "
-                "`with bmt.gathered(...)`."
-            )
-        if isinstance(value, torch.Tensor) and value.dim():
-            return flat.local_part(value.to(flat.shard.device).expand(target.shape), index)
-        return value
-
+    what = _what(func, [target])
+    engine().outside.updates(target, what)
     if func is _T.copy_:
         _require_shape(target, args[1])
-    with torch.no_grad():
-        others, named = [local(a) for a in args[1:]], {k: local(v) for k, v in kwargs.items()}
-        flat.write_local(index, lambda part: func(part, *others, **named))
+    others, named = tree_map(lambda value: _operand(value, target, what), (args[1:], kwargs))
+    flat.write_local(index, lambda part: func(part, *others, **named))
     return target
+
+
+def _operand(value: Any, target: ShardedParameter, what: str) -> Any:
+    """This rank's part of ``value``, to be combined with that of ``target``."""
+    flat, index = place_of(target)
+    other = flat_of(value)
+    if other is not None:
+        return other.local(other.shard, index)
+    if isinstance(value, torch.Tensor) and value.dim():
+        if engine().idle:
+            value = value.detach().clone()
+            keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: value})
+        return flat.local_part(value.to(flat.shard.device).expand(target.shape), index)
+    return value
 
 
 def _require_shape(parameter: DistributedParameter, value: torch.Tensor) -> None:
@@ -112,13 +282,9 @@ def _require_shape(parameter: DistributedParameter, value: torch.Tensor) -> None
         ) from None
 
 
-def _units(tree: Any) -> list[ShardUnit]:
-    found: dict[int, ShardUnit] = {}
-    for leaf in torch.utils._pytree.tree_leaves(tree):
-        if isinstance(leaf, ShardedParameter):
-            unit = unit_of_flat(place_of(leaf)[0])
-            found[id(unit)] = unit
-    return list(found.values())
+def _parameters(tree: Any) -> list[ShardedParameter]:
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, ShardedParameter)]
+    return list({id(p): p for p in found}.values())
 
 
 def _where(parameter: DistributedParameter) -> str:
@@ -129,13 +295,17 @@ def _name(func: Any) -> str:
     return func if isinstance(func, str) else getattr(func, "__name__", str(func))
 
 
-def _advice(func: Any, args: tuple[Any, ...]) -> str:
-    names = [_where(leaf) for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, ShardedParameter)]
+def _what(func: Any, parameters: Sequence[DistributedParameter]) -> str:
+    names = ", ".join(_where(p) for p in parameters[:3])
+    return f"{_name(func)} of {names}"
+
+
+def _advice(func: Any, parameters: Sequence[DistributedParameter]) -> str:
     return (
-        f"{_name(func)} needs the values of {', '.join(names[:3]) or 'a parameter'}, which is sharded over the ranks. "
-        "On every rank, read it inside `with bmt.gathered(module_or_parameter):`, or change it inside "
-        "`with bmt.gathered(..., write=True):`."
+        f"{_name(func)} reads the values of {', '.join(_where(p) for p in parameters[:3])}, which is sharded over the "
+        "ranks. On every rank, read it inside `with bmt.gathered(module_or_parameter):`, or call parameter.gather()."
     )
 
 
 ShardedParameter.operation = staticmethod(on_sharded)
+ViewOfSharded.operation = staticmethod(on_view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ from .pools import Buffer, Pools
 class State(enum.Enum):
     """Where the values of a unit's parameters are, and what memory that takes beside the shard.
 
-    SHARDED: in the shards alone.  Parameters show placeholders of one element.
+    SHARDED: in the shards alone.  Parameters show this rank's parts.
     GATHERING: also in a buffer of the whole size, into which they are being gathered, or which was whole and is kept
-        for a use to come.  Parameters show placeholders.
+        for a use to come.  Parameters show this rank's parts.
     WHOLE: also in a buffer of the whole size, of which the parameters are views.  Where nothing moves (one rank, no
         cast) there is no buffer: the parameters are views of the shard, always.
     """
@@ -205,6 +206,7 @@ class ShardUnit:
         made._begin()
         made.borrows = [other.copy_into(memo) for other in self.borrows]
         made.flats = [flat.copy_for(made, memo) for flat in self.flats]
+        self.pools.copies.append(weakref.ref(made))
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:

@@ -13,6 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.values import Values
@@ -38,6 +39,10 @@ class Facts:
     @cached_property
     def scripts(self) -> Scripts:
         return Scripts(self.classes)
+
+    @cached_property
+    def decisions(self) -> Decisions:
+        return Decisions(self.scripts)
 
     @cached_property
     def left_as_it_is(self) -> str:

@@ -30,7 +30,6 @@ class Phases:
     def __init__(self, job: dict[str, Any]) -> None:
         self.seed: int = job["seed"]
         self.rank: int = job["rank"]
-        self.ranks: int = job["ranks"]
         self.device = torch.device(job["device"])
         self.job = job
         self.side: Side = Original() if job["side"] == "original" else Converted()
@@ -83,11 +82,9 @@ class Phases:
             args, kwargs = self._inputs(input_grads)
             record = self._forward_backward(args, kwargs)
             of_inputs = [t.grad for t in tensors((args, kwargs)) if t.requires_grad]
-            # The manager divides the loss by the number of ranks; each rank's inputs are its own.
-            scaled = [None if g is None else g * self.ranks for g in of_inputs]
             needed = any(g is not None for g in of_inputs)
             if needed:
-                record["gradients of inputs"] = recorded(scaled)
+                record["gradients of inputs"] = recorded(of_inputs)
             record["input_grads"] = input_grads
             record["no_input_grads"] = "" if needed or not of_inputs else "the loss does not depend on them"
             return record

@@ -113,7 +113,7 @@ for x in data:
 
 
 def listed(project: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
-    assert main([str(project), "--check", *options]) in {0, 1}
+    assert main([str(project), "--check", *options]) in {0, 1, 3}
     return capsys.readouterr().out.splitlines()
 
 
@@ -161,3 +161,48 @@ def test_one_line_a_rule_and_all_when_asked(project: Path, capsys: pytest.Captur
     assert len([line for line in listed(project, capsys, "-v") if "BMT027" in line]) == 2
     marks = ["left: " in line for line in lines[:-2]]
     assert any(marks) and marks == sorted(marks, reverse=True)
+
+
+LEFT_TRAINING = {
+    "a step in a hook": (
+        "import torch\n\nnet = torch.nn.Linear(4, 1)\n"
+        "opts = {p: torch.optim.SGD([p], lr=0.1) for p in net.parameters()}\n"
+        "for p in net.parameters():\n    p.register_post_accumulate_grad_hook(lambda p: opts[p].step())\n"
+        "net(torch.ones(1, 4)).mean().backward()\n"
+    ),
+    "a trainer": "from transformers import Trainer\n\ntrainer = Trainer(model)\ntrainer.train()\n",
+    "lightning": (
+        "import lightning\n\n\nclass Net(lightning.LightningModule):\n    pass\n\n\nlightning.Trainer().fit(Net())\n"
+    ),
+    "accelerate": (
+        "from accelerate import Accelerator\n\naccelerator = Accelerator()\nmodel = accelerator.prepare(model)\n"
+        "accelerator.backward(model(x))\n"
+    ),
+    "deepspeed": (
+        "import deepspeed\n\nengine, *_ = deepspeed.initialize(model=net)\nengine.backward(engine(x))\nengine.step()\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", LEFT_TRAINING.values(), ids=LEFT_TRAINING.keys())
+def test_a_script_that_trains_and_is_left_is_an_error(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(text)
+    assert main([str(script), "--write"]) == 3 and script.read_text() == text
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{script}: error: trains, and was left as it is: ") and last.startswith(
+        "not ready to launch"
+    )
+
+
+def test_what_to_write_for_an_accelerator_stands_at_its_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LEFT_TRAINING["accelerate"])
+    main([str(script), "--write"])
+    shown = capsys.readouterr().out
+    assert f"{script}:4: BMT090 left: for accelerator.prepare write: take this line out" in shown
+    assert f"{script}:5: BMT090 left: for accelerator.backward write: loss.backward()" in shown

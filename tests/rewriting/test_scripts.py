@@ -46,7 +46,7 @@ REFUSED = {
     "muon": LOOP.replace("torch.optim.SGD", "Muon"),
     "lbfgs": LOOP.replace("torch.optim.SGD", "torch.optim.LBFGS"),
     "closure": LOOP.replace("optimizer.step()", "optimizer.step(closure)"),
-    "spawn": "import torch.multiprocessing as mp\nmp.spawn(run, nprocs=2)\n" + LOOP,
+    "spawn": "import torch.multiprocessing as mp\nstarted = mp.spawn(run, nprocs=2, join=False)\n" + LOOP,
     "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
     "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
     "a flag of more than ranks": LOOP

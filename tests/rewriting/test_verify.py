@@ -116,7 +116,7 @@ def test_untied_weights(tmp_path: Path) -> None:
 
 
 def test_wrong_reduction_factor(tmp_path: Path) -> None:
-    summing = "\nbmt.optim.OptimManager.scale_loss = lambda self, loss: loss\n"
+    summing = "\nbmt.optim.OptimManager.scale_loss = lambda self, loss: loss * bmt.world_size()\n"
     report = check(tmp_path, converted(MODEL) + summing)
     assert ("gradients", "gradients") in differing(report)
     assert ("train", "gradients") in differing(report)

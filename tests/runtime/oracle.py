@@ -65,7 +65,8 @@ def assert_same_grads(model: Any, reference: Any, limit: float = LIMIT) -> None:
 
 def inputs(step: int) -> torch.Tensor:
     """(ROWS, WIDTH) one global batch, the same on every rank."""
-    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 + step))
+    made = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 + step), device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def matches(

@@ -83,9 +83,10 @@ def run_ranks(
     ``function`` is a top-level function; arguments and results are pickled. Before the first call every process runs
     ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the
     variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
-    gradient mode and default dtype are torch's own. ``env`` adds environment variables. ``fresh`` asks for processes
-    that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs than
-    ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
+    gradient mode and default dtype are torch's own; BMTRAIN_TEST_DEFAULT_DEVICE=cuda beside BMTRAIN_TEST_DEVICE=cuda
+    lets tests that name no device make their tensors there. ``env`` adds environment variables. ``fresh`` asks for
+    processes that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs
+    than ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
     Raises RanksFailed with the traceback of every rank that failed.
     """
     task = _describe(function, args, kwargs)
@@ -351,7 +352,7 @@ def _reset() -> None:
     random.seed(0)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
+    torch.set_default_device(os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"))
     with contextlib.suppress(ImportError):
         import numpy
 

@@ -106,3 +106,28 @@ def test_a_failing_rank_ends_the_job(tmp_path: Path) -> None:
     process = start("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(script))
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode != 0 and "the reason" in output
+
+
+RESTARTS = {"static": [], "c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rendezvous", RESTARTS)
+def test_ranks_that_are_started_again_find_each_other(tmp_path: Path, rendezvous: str, rank: int) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os\n"
+        "import bmtrain as bmt, torch\n"
+        "bmt.init_distributed(device='cpu')\n"
+        "model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))\n"
+        "for step in range(3):\n"
+        "    model(torch.ones(1, 4)).sum().backward()\n"
+        f"    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and bmt.rank() == {rank}:\n"
+        "        os._exit(3)\n"
+        "print(f'rank {bmt.rank()} is through')\n"
+    )
+    where = RESTARTS[rendezvous] or [f"--master_port={free_port()}"]
+    run = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", *where]
+    process = start(*run, str(script))
+    output, _ = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0 and "rank 0 is through" in output and "rank 1 is through" in output, output

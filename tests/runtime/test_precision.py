@@ -124,16 +124,17 @@ def train(policies: list[bmt.Precision], root: bmt.Precision, recompute: bool, d
 
 
 def sum_gradients(plain: Cast, losses: list[torch.Tensor], policies: list[bmt.Precision], root: bmt.Precision) -> None:
-    """Every rank's gradient rounded to what travels, summed in fp32, and the sum rounded once."""
+    """Every rank's gradient rounded to what travels, summed in fp32, the sum rounded once, and their mean."""
     ranks = []
     for loss in losses:
-        (loss / bmt.world_size()).backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         ranks.append([p.grad for p in plain.parameters()])
         plain.zero_grad()
     for (name, p), *grads in zip(plain.named_parameters(), *ranks, strict=True):
         policy = next((q for i, q in enumerate(policies) if f"layers.{i}." in name), root)
         travels = policy.reduce or policy.param or torch.float32
-        p.grad = sum(g.to(travels).float() for g in grads if g is not None).to(travels).float()  # type: ignore[union-attr]
+        total = sum(g.to(travels).float() for g in grads if g is not None).to(travels).float()  # type: ignore[union-attr]
+        p.grad = total / bmt.world_size()
 
 
 def compare(model: Any, plain: Cast) -> None:

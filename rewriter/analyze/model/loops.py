@@ -37,8 +37,8 @@ class Loop:
     me: str
 
     def is_element(self, node: ast.AST) -> bool:
-        """Whether an expression is the loop's current member, or its ``__call__``."""
-        if isinstance(node, ast.Attribute) and node.attr == "__call__":
+        """Whether an expression is the loop's current member, or its ``__call__`` or ``forward``."""
+        if isinstance(node, ast.Attribute) and node.attr in {"__call__", "forward"}:
             node = node.value
         if isinstance(node, ast.Name):
             return bool(self.element) and node.id == self.element

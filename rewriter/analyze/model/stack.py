@@ -155,7 +155,7 @@ def _bypass(chains: list[Loop]) -> str:
                 if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 called, method = node.func.value, node.func.attr
-                if SETUP.match(method) or method == "__call__":
+                if SETUP.match(method) or method in {"__call__", "forward"}:
                     continue
                 if loop.is_element(called):
                     return f"a loop calls {ast.unparse(called)}.{method}(...) beside the block"

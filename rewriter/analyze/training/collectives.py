@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.read.classes import Classes
-from rewriter.analyze.read.file import External, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.values import Values
@@ -33,10 +34,11 @@ _LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtra
 class Collectives:
     """Answers for all files of a project, remembered per function."""
 
-    def __init__(self, classes: Classes, roles: dict[File, Roles]) -> None:
+    def __init__(self, classes: Classes, roles: dict[File, Roles], files: Callable[[], Iterable[File]]) -> None:
         self.classes = classes
         self.project = classes.project
         self.roles = roles
+        self.instances = Instances(classes, roles, files)
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
@@ -91,7 +93,10 @@ class Collectives:
             return False
         if isinstance(call.func, ast.Attribute):
             return self._method(file, call, call.func)
-        return False
+        return found is None and self._runs(self.instances.called(file, call.func))
+
+    def _runs(self, functions: Iterable[FunctionInfo]) -> bool:
+        return any(self.function(function.file, function.node) for function in functions)
 
     def _method(self, file: File, call: ast.Call, func: ast.Attribute) -> bool:
         roles, name = self.roles[file], func.attr
@@ -111,14 +116,20 @@ class Collectives:
             method = self.classes.method(cls, name) if cls is not None else None
             if method is not None:
                 return self.function(method[0].file, method[1])
-            return name not in _LOCAL_METHODS
+            return name not in _LOCAL_METHODS and not self._is_known_as_local(name)
         if isinstance(func.value, ast.Name) and func.value.id == "self":
             owner = file.names.class_of(call)
             if owner is not None:
                 method = self.classes.method(file.class_info(owner), name)
                 if method is not None:
                     return self.function(method[0].file, method[1])
-        return False
+                return False
+        return self._runs([*self.instances.methods(file, func), *self.instances.called(file, func)])
+
+    def _is_known_as_local(self, name: str) -> bool:
+        """Whether methods of this name are in the project, and none of them makes a call that is for all ranks."""
+        known = self.instances.named(name)
+        return bool(known) and not self._runs(known)
 
     def _saves(self, file: File, call: ast.Call) -> bool:
         """Whether a call is a ``torch.save`` that becomes bmtrain's, for all ranks to make."""
@@ -134,15 +145,31 @@ class Collectives:
             for place in self.values(file).gathered
         )
 
+    def _runs_module(self, module: ClassInfo, call: ast.Call) -> bool:
+        """Whether a call in a module's method runs the module or one of its parts."""
+        path = dotted(call.func) or ""
+        if path == "self":
+            return True
+        first, *parts = path.split(".")
+        if first != "self":
+            return False
+        part = len(parts) == 1 and self.classes.method(module, parts[0]) is None and parts[0] not in _LOCAL_METHODS
+        return part or parts[-1] in {"forward", "state_dict", "generate"}
+
     def function(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         """Whether a function makes a call that every rank must make."""
         if node not in self._functions:
             self._functions[node] = False
             owner = file.names.class_of(node)
-            module = owner is not None and self.classes.is_module(file.class_info(owner))
+            info = file.class_info(owner) if owner is not None else None
+            module = info if info is not None and self.classes.is_module(info) else None
             self._functions[node] = self._gathers(file, node) or any(
                 isinstance(item, ast.Call)
-                and (self.is_collective(file, item) or (module and _runs_module(item)) or self._saves(file, item))
+                and (
+                    self.is_collective(file, item)
+                    or (module is not None and self._runs_module(module, item))
+                    or self._saves(file, item)
+                )
                 for statement in node.body
                 for item in walk_own(statement)
             )
@@ -154,14 +181,6 @@ _DIST_COLLECTIVES = {
     "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
     "all_gather_into_tensor", "reduce_scatter_tensor",
 }  # fmt: skip
-
-
-def _runs_module(call: ast.Call) -> bool:
-    """Whether a call in a module's method runs the module or one of its parts."""
-    path = dotted(call.func) or ""
-    if path == "self":
-        return True
-    return path.startswith("self.") and path.split(".")[-1] in {"forward", "state_dict", "generate"}
 
 
 # Rank guards --------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from rewriter.analyze.training.writers import SHOWING_METHODS
 _READERS = {"item", "tolist", "numpy"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
 _NUMBERS = {"float", "str", "repr"}
+_QUESTIONS = {"isnan", "isinf", "isfinite"}
+_OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
+_OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
 
@@ -20,7 +23,7 @@ def readings(file: File, roles: Roles) -> dict[ast.expr, ast.expr]:
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
     for node in file.nodes:
-        for reading in _candidates(file, roles, node):
+        for reading in (*_candidates(file, roles, node), *_tested(file, roles, node)):
             loss = _viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
@@ -52,6 +55,28 @@ def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield from (part for value in given for part in _parts(value))
         case _ if isinstance(node, ast.Call) and roles.project.external(file, node.func) == "wandb.log":
             yield from (part for value in node.args for part in _parts(value))
+
+
+def _tested(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+    """What a test compares, or asks for being finite."""
+    match node:
+        case ast.Compare(left=left, comparators=others) if not isinstance(node.ops[0], _OF_OBJECTS):
+            compared = [left, *others]
+        case ast.Call(args=[value]) if roles.project.external(file, node.func) in _OF_NUMBERS:
+            compared = [value]
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _QUESTIONS:
+            compared = [value]
+        case _:
+            return
+    child: ast.AST = node
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+            if child is parent.test:
+                yield from compared
+            return
+        if isinstance(parent, ast.stmt):
+            return
+        child = parent
 
 
 def _parts(node: ast.expr) -> Iterator[ast.expr]:

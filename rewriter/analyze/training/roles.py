@@ -14,6 +14,7 @@ Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
+_MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 _LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
@@ -58,6 +59,19 @@ class Roles:
                         variable = self.var(part)
                         if variable is not None:
                             found.append((variable, node.value, node, part is not target))
+        return found
+
+    @cached_property
+    def _paired(self) -> list[tuple[Var, ast.expr]]:
+        """``self.model, self.optimizer = model, optimizer``: each variable with its own value."""
+        found: list[tuple[Var, ast.expr]] = []
+        for node in self.file.nodes:
+            match node:
+                case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                    pairs = zip(targets, values, strict=False) if len(targets) == len(values) else ()
+                    found += [
+                        (variable, value) for target, value in pairs if (variable := self.var(target)) is not None
+                    ]
         return found
 
     @cached_property
@@ -144,19 +158,19 @@ class Roles:
                 methods & {"train", "eval"} and methods & {"state_dict", "load_state_dict", "to"}
             ):
                 found[variable] = None
+        named = [node for node in self.file.nodes if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id)]
+        arguments = {given for node in named if (given := self.var(node)) and self._is_argument(given)}
+        found.update((v, None) for v in arguments if v not in found and _MODEL_ITSELF.match(v[1]))
         for _ in range(4):
             before = len(found), sum(value is not None for value in found.values())
-            for variable, value, _, part in self.assignments:
+            for variable, value in (*((v, value) for v, value, _, part in self.assignments if not part), *self._paired):
                 is_model, cls = self._model_value(value, found)
-                if is_model and not part:
+                if is_model:
                     found[variable] = cls or found.get(variable)
             if before == (len(found), sum(value is not None for value in found.values())):
                 break
-        for node in self.file.nodes:
-            if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id):
-                named = self.var(node)
-                if named is not None and self._is_argument(named):
-                    found.setdefault(named, None)
+        for variable in arguments:
+            found.setdefault(variable, None)
         return {variable: cls for variable, cls in found.items() if variable not in self.optimizers}
 
     def _is_argument(self, variable: Var) -> bool:

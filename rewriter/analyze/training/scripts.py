@@ -25,7 +25,7 @@ class Scripts:
         self.classes = classes
         self.project = classes.project
         self.roles: dict[File, Roles] = _Roles(classes)
-        self.collectives = Collectives(classes, self.roles)
+        self.collectives = Collectives(classes, self.roles, lambda: self.training)
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
         self._reached: dict[File, set[File]] = {}

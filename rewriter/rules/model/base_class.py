@@ -1,7 +1,8 @@
 """Classes inherit bmt.DistributedModule.
 
-What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``. A model of the project's modules whose base is a
-base class of transformers or diffusers gets ``bmt.DistributedModule`` beside it, so that it is sharded once whole.
+What: a direct base ``nn.Module`` becomes ``bmt.DistributedModule``. A model of the project's modules that derives
+from a base class of transformers or diffusers gets ``bmt.DistributedModule`` beside its own, so that it is sharded once
+whole.
 Why: a DistributedModule shards its parameters over the ranks when its outermost constructor ends.
 Refuses when: ``nn.Module`` stands anywhere else than among the bases (annotations, isinstance), or the class is a
 protocol of another package, or has a metaclass of its own. Subclasses of torch layers and of project classes stay;
@@ -35,7 +36,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             message = f"class {info.name} has a metaclass of its own; give the model to bmt.BMTrainModelWrapper"
             yield Remark(RULE.code, info.node.lineno, message)
             continue
-        beside = not bases and any(is_hub_base(name) for _, name in external) and _holds_modules(info, facts)
+        beside = not bases and _stands_beside(info, facts)
         if not (bases or beside) and facts.classes.kind(info) == "external" and file.convert:
             message = f"class {info.name} is based on another package's; give the model to bmt.BMTrainModelWrapper"
             yield Remark(RULE.code, info.node.lineno, message)
@@ -45,6 +46,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 change = Arguments(info.node, added=(template(_BASE),))
             message = f"class {info.name} inherits {facts.alias(file)}.DistributedModule"
             yield Conversion(RULE.code, base.lineno, message, (change,), key="import")
+
+
+def _stands_beside(info: ClassInfo, facts: Facts) -> bool:
+    """Whether a class that derives from transformers or diffusers, at any depth, is where its model is made whole."""
+    if not any(map(is_hub_base, facts.classes.external_bases(info))) or not _holds_modules(info, facts):
+        return False
+    return not any(_stands_beside(above, facts) for above in facts.classes.ancestors(info))
 
 
 def _own_metaclass(info: ClassInfo, facts: Facts) -> bool:

@@ -1,8 +1,9 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
-conversion of the script; code that reads ``p.grad``, batch norms, losses that are sums over the batch or compare its
-items with each other are reported.
+conversion of the script; code that reads ``p.grad``, ``torch.autograd.grad`` over parameters, clipping by value,
+embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each other are
+reported.
 Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
 Refuses when: always.
 """
@@ -38,6 +39,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if facts.project.external(file, call.func) == "torch.nn.utils.clip_grad_value_":
             message = "clip_grad_value_ cannot write into gradients that are shards; optim_manager.clip_grad_norm can"
             yield Remark(RULE.code, call.lineno, message)
+        elif _is_of_parameters(file, facts, call):
+            message = (
+                "torch.autograd.grad has no gradients for shards: loss.backward() and bmt.gather_grad(p) give them"
+            )
+            yield Remark(RULE.code, call.lineno, message)
+        elif isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
+            message = "embeddings that are sharded keep their size: resize them before the model is given to bmtrain"
+            yield Remark(RULE.code, call.lineno, message)
     if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     for node in file.nodes:
@@ -52,6 +61,22 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
                 message = "a gradient is read here; a rank sees its share of it only"
                 yield Remark(RULE.code, node.lineno, message)
+
+
+def _is_of_parameters(file: File, facts: Facts, call: ast.Call) -> bool:
+    """``torch.autograd.grad(loss, model.parameters())``, or of a list of them, or of a weight."""
+    if facts.project.external(file, call.func) != "torch.autograd.grad":
+        return False
+    given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "inputs")]
+    roles = facts.scripts.roles[file]
+    values = [
+        v for item in given for variable, v, _, part in roles.assignments if variable == roles.var(item) and not part
+    ]
+    return any(
+        isinstance(node, ast.Attribute) and node.attr in {"parameters", "named_parameters", "weight", "bias"}
+        for item in (*given, *values)
+        for node in walk(item)
+    )
 
 
 def _written_states(file: File) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from rewriter.rules.training import (
     batches,
     compiled,
     ddp,
+    decision,
     dist,
     draws,
     folder,
@@ -20,6 +21,7 @@ from rewriter.rules.training import (
     progress,
     rank_guard,
     save,
+    spawn,
     values,
     wrapper,
 )
@@ -28,6 +30,7 @@ RULES = (
     batches.RULE,
     compiled.RULE,
     ddp.RULE,
+    decision.RULE,
     dist.RULE,
     draws.RULE,
     folder.RULE,
@@ -42,6 +45,7 @@ RULES = (
     progress.RULE,
     rank_guard.RULE,
     save.RULE,
+    spawn.RULE,
     values.RULE,
     wrapper.RULE,
 )

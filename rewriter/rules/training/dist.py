@@ -4,8 +4,7 @@ What: ``get_rank``, ``get_world_size``, ``barrier``, ``is_initialized`` and in-p
 ``init_process_group`` and ``destroy_process_group`` go.
 Why: bmtrain has its own communicators and needs no process group.
 Refuses when: the project uses other collectives of torch.distributed, or groups: then the process group stays beside
-bmtrain's communicators. ``mp.spawn`` starts its own processes; start the script with torchrun instead. A script that
-reduces gradients itself would do it twice.
+bmtrain's communicators. A script that reduces gradients itself would do it twice.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     names = {call: facts.project.external(file, call.func) for call in file.calls}
     for call, name in names.items():
-        if name == "torch.multiprocessing.spawn":
-            message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"
-            yield Refusal(RULE.code, call.lineno, message)
-        elif name == "torch.distributed.all_reduce" and _is_gradient(call):
+        if name == "torch.distributed.all_reduce" and _is_gradient(call):
             message = "gradients are averaged by hand; bmtrain's are means over the ranks already: take these lines out"
             yield Refusal(RULE.code, call.lineno, message)
     distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}

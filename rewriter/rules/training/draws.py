@@ -52,7 +52,7 @@ def _follows(file: File, first: ast.stmt, second: ast.stmt) -> bool:
 
 
 RULE = Rule(
-    code="BMT044",
+    code="BMT041",
     title="what is drawn for a share of a batch is each rank's own",
     explanation=__doc__,
     find=find,

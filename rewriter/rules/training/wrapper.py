@@ -1,7 +1,7 @@
 """A model of another package is wrapped.
 
-What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model;
-so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``.
+What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model,
+also inside ``DDP(...)``; so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``.
 Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
 package cannot, and its parameters would train without their gradients being reduced.
 Refuses when: the value is a class of the project that becomes a DistributedModule, is wrapped already, or comes from
@@ -29,6 +29,9 @@ _PACKAGES = {
 }  # fmt: skip
 _TRAINED = {"parameters", "named_parameters"}
 _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
+_DATA_PARALLEL = {
+    "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
+}  # fmt: skip
 _EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
 
@@ -47,6 +50,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         owner = file.names.class_of(statement)
         if owner is not None and facts.classes.is_module(file.class_info(owner)):
             continue
+        while isinstance(value, ast.Call) and facts.project.external(file, value.func) in _DATA_PARALLEL and value.args:
+            value = value.args[0]
         if isinstance(value, ast.Call) and _foreign(file, facts, value):
             message = "the model is another package's, so it is wrapped"
             yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))

@@ -86,12 +86,12 @@ def refused() -> str:
 @on_ranks(1)
 def test_one_rank_draws_what_plain_torch_does() -> None:
     torch.manual_seed(3)
-    plain = nn.Sequential(Noisy(), Noisy())
-    expected = plain(rows().cpu())
+    plain = nn.Sequential(Noisy(), Noisy()).to(context().device.torch_device)
+    expected = plain(rows())
     torch.manual_seed(3)
     model = bmt.BMTrainModelWrapper(nn.Sequential(bmt.Block(Noisy()), bmt.Block(Noisy())))
     with bmt.own_random():
-        assert torch.equal(model(rows().cpu()), expected)
+        assert torch.equal(model(rows()), expected)
 
 
 @on_ranks(2, init={"random": "shared"})

@@ -11,6 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.context import context
 
 
 class Noisy(nn.Module):
@@ -29,7 +30,7 @@ def gradients(recompute: bool) -> list[torch.Tensor]:
     model = nn.Sequential(*[bmt.Block(Noisy(), use_checkpoint=recompute) for _ in range(3)])
     random.seed(4)
     torch.manual_seed(4)
-    model(torch.randn(5, 4)).sum().backward()
+    model(torch.randn(5, 4, device=context().device.torch_device)).sum().backward()
     return [g for p in model.parameters() if (g := bmt.gather_grad(p)) is not None]
 
 

@@ -254,8 +254,9 @@ def test_values_written_later_are_rank_0s_too() -> None:
             self.first = bmt.DistributedParameter(torch.zeros(5, 3), init_method=nn.init.normal_)
             self.second = bmt.DistributedParameter(torch.zeros(4), init_method=nn.init.normal_)
 
+    device = context().device.torch_device
     torch.manual_seed(20)
-    first, second = torch.randn(5, 3), torch.randn(4)
+    first, second = torch.randn(5, 3, device=device), torch.randn(4, device=device)
     model = Late()
     for apart in (0, 1):
         torch.manual_seed(20 + apart * bmt.rank())
@@ -263,10 +264,10 @@ def test_values_written_later_are_rank_0s_too() -> None:
             bmt.init_parameters(model)
         assert bool(said) == bool(apart and not bmt.rank() and bmt.world_size() > 1), said
         assert ("broadcast" in calls) == bool(apart and bmt.world_size() > 1)
-        assert torch.equal(model.first.gather().cpu(), first) and torch.equal(model.second.gather().cpu(), second)
+        assert torch.equal(model.first.gather(), first) and torch.equal(model.second.gather(), second)
     with warned() as said, bmt.gathered(model, write=True), torch.no_grad():
         model.second.copy_(torch.full((4,), 7.0 + bmt.rank()))
-    assert model.second.gather().eq(7).all() and torch.equal(model.first.gather().cpu(), first)
+    assert model.second.gather().eq(7).all() and torch.equal(model.first.gather(), first)
     assert bool(said) == (bmt.rank() == 0 and bmt.world_size() > 1)
 
 

@@ -164,17 +164,19 @@ def test_accumulate_then_clip() -> None:
 
 
 def bare_backward() -> float:
-    """Without the manager a backward sums over ranks."""
+    """Without the manager a backward gives the mean over ranks, unless the published sum was asked for."""
     model = bmt.BMTrainModelWrapper(Tiny())
-    model(torch.ones(1, 6)).sum().backward()
+    model(torch.full((1, 6), 1.0 + bmt.rank())).sum().backward()
     found = bmt.gather_grad(model.weight)
     assert found is not None
     return float(found[0])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_a_bare_backward_sums_over_ranks(world_size: int) -> None:
-    assert run_ranks(world_size, bare_backward) == [world_size] * world_size
+def test_a_bare_backward_is_the_mean_over_ranks(world_size: int) -> None:
+    total = sum(range(1, world_size + 1))
+    assert run_ranks(world_size, bare_backward) == [total / world_size] * world_size
+    assert run_ranks(world_size, bare_backward, init={"gradients": "sum"}) == [total] * world_size
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

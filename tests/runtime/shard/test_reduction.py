@@ -49,7 +49,7 @@ def errors(policy: bool) -> tuple[dict[str, float], dict[str, float]]:
     total = gradient_of(bmt.rank()).float().to(found.device)
     total = bmt.distributed.all_reduce(total, "sum").bfloat16()
     exact = sum(gradient_of(rank).double() for rank in range(bmt.world_size()))
-    return error(found, exact), error(total, exact)
+    return error((found * bmt.world_size()).bfloat16(), exact), error(total, exact)
 
 
 def error(found: torch.Tensor, exact: Any) -> dict[str, float]:

@@ -1,0 +1,58 @@
+"""Whether the ranks train on different batches, asked once at the start."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import deque
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from ..alike import digest
+from ..context import Context
+
+_BATCHES, _STEPS = 2, 3
+"""How many batches are compared, at which optimizer step: two optimizers have made two by then."""
+
+
+class FirstBatches:
+    """Digests of the latest training batches, compared at one of the first optimizer steps."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._digests: deque[torch.Tensor] = deque(maxlen=_BATCHES)
+        self._steps, self._place = 0, ""
+        self.wanted = ctx.topology.data_size > 1
+
+    def note(self, inputs: object) -> None:
+        """An outermost forward is about to train on ``inputs``, of which the first tensor counts."""
+        first = next((leaf for leaf in tree_leaves(inputs) if type(leaf) is torch.Tensor), None)
+        if first is not None and first.layout == torch.strided and not first.is_meta:
+            with torch.no_grad():
+                self._digests.append(digest(first))
+            self._place = _users_line()
+
+    def optimizer_stepped(self) -> None:
+        """Warn if all ranks have had the same batches.  Collective once."""
+        self._steps += 1
+        if not self.wanted or self._steps < _STEPS:
+            return
+        self.wanted = False
+        here = [int(one) for one in self._digests] if len(self._digests) == _BATCHES else [self._ctx.rank] * _BATCHES
+        bounds = torch.tensor([*here, *(~number for number in here)])
+        self._ctx.control.all_reduce(bounds, "max")
+        same = all(int(most) == ~int(least) for most, least in zip(bounds[:_BATCHES], bounds[_BATCHES:], strict=True))
+        if same and self._ctx.rank == 0:
+            warnings.warn(
+                f"All ranks train on the same batches ({self._place}): each repeats the work of the others. Give every "
+                "rank its share: bmt.shard_loader(loader), or bmt.shard_batch(batch).",
+                stacklevel=2,
+            )
+
+
+def _users_line() -> str:
+    frame = sys._getframe()
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("bmtrain", "torch") and frame.f_back is not None:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,175 @@
+"""What a block's forward changes of its own: buffers, counters, caches.  A second run starts where the first did."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..shard.parameter import DistributedParameter
+
+_RUNS = 3
+"""For so many runs everything is compared; then only what has moved by then is copied before each."""
+
+_MISSING = object()
+_INTERNAL = {*nn.Module().__dict__, "_bmt"}
+_CONTAINERS = (list, dict, set, deque)
+
+
+@dataclass(eq=False)
+class Entry:
+    """A buffer or an attribute, as it was before a run: ``holder[name]`` was ``value``, which held ``content``."""
+
+    holder: dict[str, Any]
+    name: str
+    value: Any
+    version: int
+    content: Any
+
+    @classmethod
+    def of(cls, holder: dict[str, Any], name: str, copied: bool) -> Entry:
+        """As it is now."""
+        value, content = holder.get(name, _MISSING), None
+        if copied and _is_plain(value):
+            content = value.detach().clone()
+        elif copied and isinstance(value, _CONTAINERS):
+            content = copy.copy(value)
+        return cls(holder, name, value, value._version if _is_plain(value) else 0, content)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether it can return whatever happens to it."""
+        return self.content is not None
+
+    @property
+    def moved(self) -> bool:
+        """Whether it is different now."""
+        if self.holder.get(self.name, _MISSING) is not self.value:
+            return True
+        if not _is_plain(self.value):
+            return self.content is not None and not _same(self.value, self.content)
+        # Written through .data, it keeps its version.
+        return self.value._version != self.version or (
+            self.content is not None and not torch.equal(self.content, self.value.detach())
+        )
+
+    @property
+    def can_return(self) -> bool:
+        """Whether it can become what it was."""
+        return self.is_copied or not _is_plain(self.value) or self.value._version == self.version
+
+    @contextmanager
+    def rewound(self) -> Iterator[None]:
+        """As it was before the run inside the ``with``; as it is now after it."""
+        present = None
+        if self.is_copied:
+            present = self.value.detach().clone() if _is_plain(self.value) else copy.copy(self.value)
+            _fill(self.value, self.content)
+        try:
+            with _held(self.holder, self.name, self.value):
+                yield
+        finally:
+            if present is not None:
+                _fill(self.value, present)
+
+
+class State:
+    """Learns from a block's first runs what its forward moves."""
+
+    def __init__(self) -> None:
+        self._runs = 0
+        self._tensors: list[tuple[dict[str, Any], str]] = []
+        self._parameters: list[tuple[dict[str, Any], str]] = []
+        self._moving: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return State()  # a copy of the module has attributes of its own
+
+    def before_run(self, module: nn.Module) -> list[Entry]:
+        """Everything that may have to return for a second run."""
+        self._runs += 1
+        if self._runs <= _RUNS:
+            self._parameters = [(h, name) for h in (m._parameters for m in module.modules()) for name in h]
+            places = [(holder, name) for holder in _holders(module) for name in holder if name not in _INTERNAL]
+            self._tensors = [(h, n) for h, n in places if _is_plain(h[n])]
+            known = {(id(h), n) for h, n in places}
+            places += [place for key, place in self._moving.items() if key not in known]
+            return [Entry.of(holder, name, True) for holder, name in places] + self._in_place_of_parameters()
+        watched = [Entry.of(h, n, False) for h, n in self._tensors if (id(h), n) not in self._moving]
+        moving = [Entry.of(holder, name, True) for holder, name in self._moving.values()]
+        return watched + moving + self._in_place_of_parameters()
+
+    def _in_place_of_parameters(self) -> list[Entry]:
+        """What torch.func.functional_call has put there, for one forward."""
+        places = self._parameters
+        return [Entry.of(h, n, False) for h, n in places if not isinstance(h.get(n), DistributedParameter | None)]
+
+    def after_run(self, module: nn.Module, before: list[Entry]) -> list[Entry]:
+        """Those of ``before`` that the run has moved, beside those known to move, and what is new."""
+        observes = self._runs <= _RUNS
+        moved = [entry for entry in before if (observes or not entry.is_copied) and entry.moved]
+        if observes:
+            known = {(id(entry.holder), entry.name) for entry in before}
+            moved += [
+                Entry(holder, name, _MISSING, 0, None)
+                for holder in _holders(module)
+                for name in holder
+                if name not in _INTERNAL and (id(holder), name) not in known
+            ]
+        for entry in moved:
+            self._moving[id(entry.holder), entry.name] = (entry.holder, entry.name)
+        return moved
+
+
+def attribute(module: nn.Module, name: str, value: object) -> AbstractContextManager[None]:
+    """An attribute of ``module`` itself inside the ``with``."""
+    return _held(module.__dict__, name, value)
+
+
+@contextmanager
+def _held(holder: dict[str, Any], name: str, value: object) -> Iterator[None]:
+    present = holder.get(name, _MISSING)
+    _put(holder, name, value)
+    try:
+        yield
+    finally:
+        _put(holder, name, present)
+
+
+def _put(holder: dict[str, Any], name: str, value: object) -> None:
+    if value is _MISSING:
+        holder.pop(name, None)
+    else:
+        holder[name] = value
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    for inner in module.modules():
+        yield inner.__dict__
+        buffers = inner.__dict__.get("_buffers")
+        if isinstance(buffers, dict):
+            yield buffers
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) is torch.Tensor and value.layout == torch.strided and not value.is_meta
+
+
+def _fill(value: Any, content: Any) -> None:
+    if _is_plain(value):
+        value.data.copy_(content)  # past autograd's version count: the same values return
+        return
+    value.clear()
+    (value.update if isinstance(value, (dict, set)) else value.extend)(content)
+
+
+def _same(value: Any, content: Any) -> bool:
+    """Whether no element has come, gone or been exchanged."""
+    pairs = [(value, content)] + ([(value.values(), content.values())] if isinstance(value, dict) else [])
+    return len(value) == len(content) and all(a is b for p, q in pairs for a, b in zip(p, q, strict=True))

@@ -1,0 +1,166 @@
+"""Whole copies in a state dict.  For torch they would be the parameters themselves, so writes to them go there, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import ShardedAccessError
+from .engine import engine
+from .flat import place_of
+from .gathered import keep_rank_0s
+from .parameter import DistributedParameter
+from .sharded_tensor import is_in_place
+
+_T = torch.Tensor
+
+_NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_"}
+_REPLACE_ALL = {"copy_", "zero_", "fill_", "normal_", "uniform_", "zeros_", "ones_", "constant_"}
+
+
+class Original(Protocol):
+    """What a copy was taken of."""
+
+    def read(self, copy: torch.Tensor) -> None:
+        """Give ``copy`` the present values."""
+
+    def write(self, copy: torch.Tensor) -> None:
+        """Take the values of ``copy``."""
+
+
+class StateTensor(torch.Tensor):
+    """A whole tensor on the CPU.  In-place writes to it or a view of it are written to the model as well.
+
+    It shows the values of when it was taken; before it is written in part, it follows the model.  What is computed
+    from it, copies and files are ordinary tensors.
+    """
+
+    _copy: torch.Tensor
+    _original: Original
+
+    @classmethod
+    def of(cls, copy: torch.Tensor, original: Original) -> StateTensor:
+        """``copy``, a tensor of its own memory, linked to ``original``."""
+        return _linked(copy, copy, original)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = _plain(self).clone()
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """A read-only array: writes to it would reach nobody."""
+        array = _plain(self).numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        written = _written(name, args, kwargs)
+        copies = {id(target._copy): target for target in written}.values()
+        if not (name in _REPLACE_ALL and all(t.numel() == t._copy.numel() for t in written)):
+            for target in copies:
+                target._original.read(target._copy)
+        if all(issubclass(cls, other) for other in types):
+            with torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **kwargs)
+        else:  # beside a sharded tensor, which knows better
+            plain, named = tree_map(lambda x: _plain(x) if isinstance(x, cls) else x, (args, kwargs))
+            out = func(*plain, **named)
+        for target in copies:
+            target._original.write(target._copy)
+        if written:
+            return out
+        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        return tree_map(lambda x: _followed(x, sources) if type(x) is _T else x, out)
+
+
+def _plain(tensor: StateTensor) -> torch.Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(torch.Tensor)
+
+
+def _linked(view: torch.Tensor, copy: torch.Tensor, original: Original) -> StateTensor:
+    made = view.as_subclass(StateTensor)
+    made._copy, made._original = copy, original
+    return made
+
+
+def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StateTensor]:
+    targets = [kwargs.get("out")]
+    if is_in_place(name) and name not in _NO_WRITES:
+        targets.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
+    return [leaf for leaf in tree_leaves(targets) if isinstance(leaf, StateTensor)]
+
+
+def _followed(out: torch.Tensor, sources: list[StateTensor]) -> torch.Tensor:
+    """A view of one of ``sources`` is linked, too."""
+    if out.layout != torch.strided or not out.numel():
+        return out
+    for source in sources:
+        if out.untyped_storage().data_ptr() == source._copy.untyped_storage().data_ptr():
+            return _linked(out, source._copy, source._original)
+    return out
+
+
+class OfParameter:
+    """All ranks write the same to a parameter's copy; where they do not, rank 0's values are kept, with a warning."""
+
+    def __init__(self, parameter: DistributedParameter) -> None:
+        self._parameter = parameter
+
+    def read(self, copy: torch.Tensor) -> None:
+        """Give ``copy`` the present values.  Collective."""
+        copy.copy_(self._parameter.gather().detach())
+
+    def write(self, copy: torch.Tensor) -> None:
+        """Take the values of ``copy``.  Collective."""
+        flat, index = place_of(self._parameter)
+        what = f"the write into the state dict's copy of {flat.names[index]!r}"
+        engine().meet(what)
+        keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: copy})
+        flat.write(index, copy)
+
+
+class OfBuffer:
+    """A buffer that lies on a device, or in parts."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        self._buffer = buffer
+
+    def read(self, copy: torch.Tensor) -> None:
+        """Give ``copy`` the present values."""
+        copy.copy_(self._buffer)
+
+    def write(self, copy: torch.Tensor) -> None:
+        """Take the values of ``copy``."""
+        with torch.no_grad():
+            self._buffer.copy_(copy)
+
+
+class OfNothing:
+    """What a hook of the model's has made of parameters."""
+
+    def read(self, copy: torch.Tensor) -> None:
+        """Raises ShardedAccessError."""
+        raise ShardedAccessError(
+            "This tensor of a state dict is a copy of part of a parameter, and a write to it would be lost. Give the "
+            "changed state dict to model.load_state_dict, or change parameters inside `with bmt.gathered(model, "
+            "write=True):`."
+        )
+
+    write = read

@@ -1,0 +1,362 @@
+"""Tests that decide whether a rank makes a call that all ranks must make, and whether ranks may answer differently."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rewriter.analyze.read.file import ClassInfo, File
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.collectives import as_guard, is_rank_test
+from rewriter.analyze.training.folders import fails_if_there, is_asked_for
+from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.varying import Varying, of_rank, strides_by_rank
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
+_EXITS = {"exit", "quit", "sys.exit", "os._exit"}
+_OF_FILES = {"OSError", "IOError", "FileNotFoundError", "EnvironmentError"}
+_OF_RUNS = {"RuntimeError", "OutOfMemoryError", "Exception", "BaseException", "AcceleratorError"}
+_READS = {"open", "torch.load", "numpy.load", "pickle.load", "json.load"}
+_MAKING = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.compile"}
+_TRAINED = {"parameters", "named_parameters"}
+_NO_CALLS_OF_ALL = (
+    "bmtrain.optim.", "bmtrain.lr_scheduler.", "bmtrain.shard_", "bmtrain.print_", "bmtrain.compile", "bmtrain.config",
+    "bmtrain.init_distributed", "bmtrain.see_memory", "bmtrain.nn.", "bmtrain.utils.", "bmtrain.loss.",
+)  # fmt: skip
+Decider = ast.If | ast.While | ast.IfExp | ast.BoolOp | ast.For | ast.AsyncFor | ast.Try
+
+
+@dataclass(eq=False)
+class Decision:
+    """``node`` decides whether ``call`` is made; ``jumps`` if a jump under it leads past the call."""
+
+    node: Decider
+    call: ast.expr | ast.stmt
+    jumps: bool = False
+
+
+@dataclass(eq=False)
+class Verdict:
+    """What is to be made equal under one decision, or why the file cannot be converted."""
+
+    decision: Decision
+    tests: list[ast.expr] = field(default_factory=list)
+    listed: list[ast.expr] = field(default_factory=list)
+    reason: str = ""
+    as_before: bool = False
+    """Whether the ranks of the unconverted script differ here, too."""
+
+
+class Decisions:
+    """Answers for all files of a project."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+        self.collectives = scripts.collectives
+        self.project = scripts.project
+        self._found: dict[File, dict[Decider, Decision]] = {}
+
+    @cached_property
+    def varying(self) -> Varying:
+        """What varies, given that all decisions of the project are made equal."""
+        found = Varying(self.collectives)
+        for file in self.scripts.training:
+            found.settled.update(self.of(file))
+        return found
+
+    def verdicts(self, file: File) -> Iterator[Verdict]:
+        """The decisions of a file on which ranks may differ."""
+        for decision in self.of(file).values():
+            verdict = self._judge(file, decision)
+            if verdict.reason or verdict.tests or verdict.listed:
+                yield verdict
+
+    # Finding ---------------------------------------------------------------------------------------------------
+
+    def of(self, file: File) -> dict[Decider, Decision]:
+        if file not in self._found:
+            found: dict[Decider, Decision] = {}
+            last: dict[ast.AST, ast.expr | ast.stmt] = {}
+            for call in self._for_all(file):
+                for decision in self._above(file, call):
+                    found.setdefault(decision.node, decision)
+                for parent in file.names.ancestors(call):
+                    if isinstance(parent, (*_FUNCTIONS, *_LOOPS)):
+                        if parent not in last or last[parent].lineno < call.lineno:
+                            last[parent] = call
+                    if isinstance(parent, _FUNCTIONS):
+                        break
+                else:
+                    last[file.tree] = call
+            if last:
+                for decision in self._jumps(file, last):
+                    found.setdefault(decision.node, decision)
+            self._found[file] = found
+        return self._found[file]
+
+    def _for_all(self, file: File) -> Iterator[ast.expr | ast.stmt]:
+        """What all ranks must do, in source order, but what one rank alone reaches and what models do inside."""
+        gathered = {node for node in self.collectives.values(file).gathered if isinstance(node, ast.stmt)}
+        models = self._models_made(file)
+        for node in file.nodes:
+            reading = isinstance(node, ast.expr) and node in self.collectives.readings(file)
+            if reading or node in gathered or (isinstance(node, ast.Call) and self._is_for_all(file, node, models)):
+                assert isinstance(node, (ast.expr, ast.stmt))
+                if not self._is_inside_a_model(file, node) and not self.scripts.in_kept_guard(file, node):
+                    yield node
+
+    def _models_made(self, file: File) -> set[ast.expr]:
+        roles = self.scripts.roles[file]
+        trained = {v for v, methods in roles.methods_called.items() if methods & _TRAINED and v in roles.models}
+        return {value for variable, value, _, part in roles.assignments if variable in trained and not part}
+
+    def _is_for_all(self, file: File, call: ast.Call, models: set[ast.expr]) -> bool:
+        name = self.project.external(file, call.func)
+        if name.startswith(_NO_CALLS_OF_ALL) or name in _MAKING:
+            return False
+        if name == "torch.save" or name == "torch.nn.utils.clip_grad_norm_" or name == "torch.distributed.barrier":
+            return True
+        roles = self.scripts.roles[file]
+        if isinstance(call.func, ast.Attribute) and call.func.attr in {"step", "unscale_"}:
+            if roles.var(call.func.value) in roles.scalers:
+                return True
+        if call in models and not (isinstance(call.func, ast.Attribute) and roles.is_model(call.func.value)):
+            return True
+        if fails_if_there(file, self.project, call) and not is_asked_for(file, call):
+            return file in self.scripts.programs
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, ClassInfo) and self.collectives.classes.kind(found) in {"module", "distributed"}:
+            return True
+        return self.collectives.is_collective(file, call)
+
+    def _is_inside_a_model(self, file: File, node: ast.AST) -> bool:
+        owner = file.names.class_of(node)
+        if owner is None or not self.collectives.classes.is_module(file.class_info(owner)):
+            return False
+        function = file.names.function_of(node)
+        return function is None or not any(
+            isinstance(item, ast.Attribute) and item.attr == "backward"
+            for statement in function.body
+            for item in walk_own(statement)
+        )
+
+    def _above(self, file: File, call: ast.expr | ast.stmt) -> Iterator[Decision]:
+        """What decides whether a call is made, in its function."""
+        child: ast.AST = call
+        for parent in file.names.ancestors(call):
+            if isinstance(parent, _FUNCTIONS):
+                return
+            match parent:
+                case ast.If(test=test) | ast.IfExp(test=test) if child is not test:
+                    yield Decision(parent, call)
+                case ast.While():
+                    yield Decision(parent, call)
+                case ast.BoolOp(values=values) if child is not values[0]:
+                    yield Decision(parent, call)
+                case ast.For(iter=iterated) | ast.AsyncFor(iter=iterated) if child is not iterated:
+                    yield Decision(parent, call)
+                case ast.Try():
+                    yield Decision(parent, call)
+            child = parent
+
+    def _jumps(self, file: File, last: dict[ast.AST, ast.expr | ast.stmt]) -> Iterator[Decision]:
+        """Tests under which a ``continue``, ``break``, ``return`` or an exit leads past a call that is for all."""
+        for node in file.nodes:
+            leaves = isinstance(node, ast.Return) or (
+                isinstance(node, ast.Call) and (dotted(node.func) or "") in _EXITS
+            )
+            if not leaves and not isinstance(node, (ast.Break, ast.Continue)):
+                continue
+            above: list[ast.If | ast.While] = []
+            child: ast.AST = node
+            for parent in file.names.ancestors(node):
+                if isinstance(parent, _LOOPS) and any(child is item for item in parent.body):
+                    reached = last.get(parent)
+                    if reached is not None and (not isinstance(node, ast.Continue) or reached.lineno > _line(node)):
+                        yield from (Decision(test, reached, jumps=True) for test in above)
+                        above = []
+                    if not leaves:
+                        break
+                if isinstance(parent, _FUNCTIONS) or parent is file.tree:
+                    reached = last.get(parent)
+                    if reached is not None and reached.lineno > _line(node):
+                        yield from (Decision(test, reached, jumps=True) for test in above)
+                    break
+                if isinstance(parent, (ast.If, ast.While)) and child is not parent.test:
+                    above.append(parent)
+                child = parent
+
+    # Judging ---------------------------------------------------------------------------------------------------
+
+    def _judge(self, file: File, decision: Decision) -> Verdict:
+        verdict = Verdict(decision)
+        match decision.node:
+            case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
+                if isinstance(decision.node, ast.If) and as_guard(file, decision.node) is not None:
+                    self._judge_guard(file, decision, verdict)
+                else:
+                    self._judge_test(file, test, verdict)
+            case ast.BoolOp(values=values):
+                for value in values[:-1]:
+                    self._judge_test(file, value, verdict)
+                if verdict.tests and not _is_only_tested(file, decision.node):
+                    verdict.reason = "it follows an `and` or `or` whose value is used: write it as an if"
+            case ast.For(iter=iterated) | ast.AsyncFor(iter=iterated):
+                if strides_by_rank(file, iterated):
+                    verdict.reason = "each rank goes through a share of its own, which may be longer than another's"
+                else:
+                    verdict.listed = list(self._listed(file, iterated))
+            case ast.Try() as node:
+                verdict.reason = self._caught(file, node)
+        return verdict
+
+    def _judge_guard(self, file: File, decision: Decision, verdict: Verdict) -> None:
+        assert isinstance(decision.node, ast.If)
+        guard = as_guard(file, decision.node)
+        assert guard is not None
+        if decision.node in self.scripts.opened_guards(file):
+            for operand in guard.rest:
+                self._judge_test(file, operand, verdict)
+        elif decision.jumps and not decision.node.orelse:
+            verdict.reason = "one rank alone leaves here"
+            verdict.as_before = self.scripts.was_parallel(file)
+
+    def _judge_test(self, file: File, test: ast.expr, verdict: Verdict) -> None:
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            self._judge_test(file, test.operand, verdict)
+        elif isinstance(test, ast.BoolOp):
+            for value in test.values:
+                self._judge_test(file, value, verdict)
+        elif is_rank_test(file, test):
+            return
+        elif of_rank(file, test):
+            verdict.reason = verdict.reason or "every rank has another answer here"
+        elif self._is_of_share(file, test):
+            verdict.reason = verdict.reason or "a rank sees its share of the batch only, and this test is of the batch"
+        elif self.varying.varies(file, test):
+            verdict.tests.append(test)
+
+    def _listed(self, file: File, iterated: ast.expr) -> Iterator[ast.expr]:
+        """The list of files, or other list that may differ, that a loop goes through."""
+        if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name):
+            if iterated.func.id in {"enumerate", "tqdm", "zip", "reversed", "trange"}:
+                for argument in iterated.args:
+                    yield from self._listed(file, argument)
+                return
+            if iterated.func.id == "range":
+                return
+        if self.varying.lists(file, iterated):
+            yield iterated
+
+    def _caught(self, file: File, node: ast.Try) -> str:
+        """Why an error that one rank alone catches would leave the others waiting; empty if it would not."""
+        body = [item for statement in node.body for item in walk_own(statement)]
+        calls = [item for item in body if isinstance(item, ast.Call)]
+        reads = any(self.project.external(file, call.func) in _READS or dotted(call.func) in _READS for call in calls)
+        looped = any(isinstance(parent, _LOOPS) for parent in self._around(file, node))
+        trains = any(
+            self.scripts.roles[file].is_model(call.func) or getattr(call.func, "attr", "") in {"backward", "step"}
+            for call in calls
+        )
+        for handler in node.handlers:
+            if _raises(handler):
+                continue
+            caught = _caught_names(handler)
+            if reads and caught & _OF_FILES:
+                return "a rank that does not find the file goes on alone: test bmt.agree(os.path.exists(...)) instead"
+            if trains and looped and caught & _OF_RUNS:
+                return "a rank that catches an error goes on alone"
+        return ""
+
+    @staticmethod
+    def _around(file: File, node: ast.AST) -> Iterator[ast.AST]:
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, _FUNCTIONS):
+                return
+            yield parent
+
+    # Batches ---------------------------------------------------------------------------------------------------
+
+    def _is_of_share(self, file: File, test: ast.expr) -> bool:
+        """Whether a test is of the size or the values of a batch, of which every rank sees its share."""
+        names = {item.id for item in walk(test) if isinstance(item, ast.Name)}
+        if not names or self.scripts.started or _is_of_kind(test):
+            return False
+        for parent in self._around(file, test):
+            if isinstance(parent, ast.For) and _trains_itself(parent):
+                targets = {item.id for item in walk(_batch_of(parent)) if isinstance(item, ast.Name)}
+                return bool(names & targets) and not _is_given_by_range(parent)
+        return False
+
+
+def _is_only_tested(file: File, node: ast.expr) -> bool:
+    """Whether only the truth of an expression matters."""
+    child: ast.AST = node
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, (ast.If, ast.While, ast.IfExp, ast.Assert)):
+            return child is parent.test
+        if isinstance(parent, ast.Expr):
+            return True
+        if not isinstance(parent, ast.BoolOp) and not (
+            isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not)
+        ):
+            return False
+        child = parent
+    return False
+
+
+def _is_of_kind(test: ast.expr) -> bool:
+    """Whether a test asks what is there at all, and not for values or sizes."""
+    match test:
+        case ast.Compare(ops=[ast.In() | ast.NotIn() | ast.Is() | ast.IsNot()]):
+            return True
+        case ast.Call(func=ast.Name(id="isinstance" | "hasattr" | "callable")):
+            return True
+    return False
+
+
+def _batch_of(loop: ast.For) -> ast.expr:
+    match loop:
+        case ast.For(iter=ast.Call(func=ast.Name(id="enumerate")), target=ast.Tuple(elts=[_, batch])):
+            return batch
+    return loop.target
+
+
+def _is_given_by_range(loop: ast.For) -> bool:
+    inner = [item for item in walk(loop.iter) if isinstance(item, ast.Call)]
+    return any(dotted(call.func) in {"range", "trange", "itertools.count", "count"} for call in inner) or isinstance(
+        loop.iter, (ast.List, ast.Tuple, ast.Constant)
+    )
+
+
+def _trains_itself(loop: ast.For) -> bool:
+    """Whether a loop's own body, without loops in it, calls backward."""
+    stack: list[ast.AST] = list(loop.body)
+    while stack:
+        item = stack.pop()
+        if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward":
+            return True
+        if not isinstance(item, (*_FUNCTIONS, *_LOOPS)):
+            stack.extend(ast.iter_child_nodes(item))
+    return False
+
+
+def _raises(handler: ast.ExceptHandler) -> bool:
+    last = handler.body[-1]
+    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
+        return (dotted(last.value.func) or "") in _EXITS
+    return isinstance(last, ast.Raise)
+
+
+def _caught_names(handler: ast.ExceptHandler) -> set[str]:
+    if handler.type is None:
+        return {"BaseException"}
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return {(dotted(kind) or "").split(".")[-1] for kind in kinds}
+
+
+def _line(node: ast.AST) -> int:
+    return getattr(node, "lineno", 0)

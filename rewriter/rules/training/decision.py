@@ -1,0 +1,104 @@
+"""A test that decides about a call of all ranks has one answer.
+
+What: ``if not os.path.exists(path):`` above ``bmt.save_checkpoint(...)`` becomes ``if not
+bmt.agree(os.path.exists(path)):``, and so do tests of the clock, of random numbers, of environment variables and of
+what a model gave, in ``if``, ``while``, conditional expressions and ``and``/``or``, also where a ``continue``,
+``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list.
+Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
+does not make the call, and the others wait for it forever.
+Refuses when: the test is of the size or values of a rank's share of a batch, or compares its rank with something; one
+rank alone would leave (a remark, if the script had ranks before); an error that one rank may meet alone is caught:
+then the file stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.training.decisions import Verdict
+from rewriter.changes import Change, wrap
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal, Remark
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    made: set[ast.expr] = set()
+    refused: set[int] = set()
+    for verdict in facts.decisions.verdicts(file):
+        node, what = verdict.decision.node, _what(file, verdict)
+        if verdict.reason and node.lineno not in refused:
+            refused.add(node.lineno)
+            message = f"{what} is for all ranks, but {verdict.reason}"
+            yield (
+                Remark(RULE.code, node.lineno, message)
+                if verdict.as_before
+                else Refusal(RULE.code, node.lineno, message)
+            )
+        changes: list[Change] = []
+        for test in verdict.tests:
+            if test not in made:
+                made.add(test)
+                changes.append(wrap(test, "{bmt}.agree({it})"))
+        for listed in verdict.listed:
+            if listed not in made:
+                made.add(listed)
+                changes.append(wrap(listed, "{bmt}.store.broadcast_object(list({it}))"))
+        if changes:
+            message = f"rank 0 decides for all: {what} is for all ranks"
+            yield Conversion(RULE.code, node.lineno, message, tuple(changes))
+
+
+def _what(file: File, verdict: Verdict) -> str:
+    call = verdict.decision.call
+    if isinstance(call, ast.Call):
+        return f"{file.source.code(call.func)}(...)".replace("\n", " ")
+    return file.source.code(call).partition("\n")[0]
+
+
+RULE = Rule(
+    code="BMT039",
+    title="a test that decides about a call of all ranks has one answer",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import os
+import time
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+if not os.path.exists("first.pt"):
+    torch.save(model.state_dict(), "first.pt")
+for step, x in enumerate(batches):
+    optim_manager.backward(model(x).mean())
+    if step % 10 == 0 and time.time() - start > 600:
+        torch.save(model.state_dict(), "last.pt")
+        break
+""",
+            """import os
+import time
+import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+if not bmt.agree(os.path.exists("first.pt")):
+    bmt.save(model, "first.pt")
+for step, x in enumerate(batches):
+    optim_manager.backward(model(x).mean())
+    if step % 10 == 0 and bmt.agree(time.time() - start > 600):
+        bmt.save(model, "last.pt")
+        break
+""",
+        ),
+    ),
+)

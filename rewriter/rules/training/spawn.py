@@ -1,0 +1,229 @@
+"""Processes that a script starts itself are torchrun's.
+
+What: ``mp.spawn(worker, nprocs=n, args=(n, options))`` becomes ``worker(int(os.environ.get("LOCAL_RANK", 0)), ...)``,
+and so does a loop that starts ``mp.Process(target=worker, args=(rank, n))``; the loop that joins them goes. ``n`` is
+the number of processes that torchrun started on this machine. ``os.environ["MASTER_PORT"] = ...`` and the like give way
+to what torchrun has set.
+Why: bmtrain's ranks are torchrun's processes, one a GPU, on any number of machines. One process runs without torchrun.
+Refuses when: the result of ``mp.spawn`` is used, or its arguments are not seen; ``mp.Process`` is started in another
+way: then the file stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, same, walk
+from rewriter.changes import (
+    Change,
+    Import,
+    Remove,
+    Replace,
+    ReplaceStatement,
+    Template,
+    insert_before,
+    replace,
+    template,
+)
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal
+
+_RANK = 'int(os.environ.get("LOCAL_RANK", 0))'
+_COUNT = 'int(os.environ.get("LOCAL_WORLD_SIZE", 1))'
+_GIVEN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+_PROCESSES = {"torch.multiprocessing.Process", "multiprocessing.Process"}
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file not in facts.scripts.training:
+        return
+    if b"environ" in file.source.data:
+        yield from _variables(file, facts)
+    if b"spawn" in file.source.data or b"Process" in file.source.data:
+        for call in file.calls:
+            name = facts.project.external(file, call.func)
+            if name == "torch.multiprocessing.spawn":
+                yield from _spawn(file, facts, call)
+            elif name in _PROCESSES:
+                yield from _process(file, facts, call)
+
+
+def _variables(file: File, facts: Facts) -> Iterator[Finding]:
+    """``os.environ["MASTER_PORT"] = "29500"`` would hide where torchrun's processes meet."""
+    for node in file.nodes:
+        match node:
+            case ast.Assign(
+                targets=[ast.Subscript(value=environ, slice=ast.Constant(value=key) as name)], value=value
+            ) if key in _GIVEN and facts.project.external(file, environ) == "os.environ":
+                line = template("{environ}.setdefault({name}, {value})", environ=environ, name=name, value=value)
+                message = f"torchrun's {key} is taken, if there is one"
+                yield Conversion(RULE.code, node.lineno, message, (ReplaceStatement(node, line),))
+
+
+def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
+    statement = file.names.statement_of(call)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    given.update(zip(("fn", "args", "nprocs", "join"), call.args, strict=False))
+    arguments = given.get("args", ast.Tuple(elts=[], ctx=ast.Load()))
+    worker, count = given.get("fn"), given.get("nprocs")
+    alone = isinstance(statement, ast.Expr) and statement.value is call and None not in given
+    if not alone or worker is None or not isinstance(arguments, (ast.Tuple, ast.List)):
+        message = "mp.spawn starts its own processes; call the function directly and start the script with torchrun"
+        yield Refusal(RULE.code, call.lineno, message)
+        return
+    made = _call(worker, [Template(_RANK)], arguments.elts, count)
+    changes = (Replace(call, made), *_counted(file, facts, count, statement), *_os(file))
+    yield Conversion(RULE.code, call.lineno, "torchrun starts the processes", changes)
+
+
+def _process(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
+    """``for rank in range(n): p = mp.Process(target=worker, args=(rank, n)); p.start(); processes.append(p)``."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    worker, arguments = given.get("target"), given.get("args")
+    found = facts.project.resolve(file, worker) if worker is not None else None
+    if not isinstance(found, FunctionInfo) or not _is_rank_of(facts, found):
+        return
+    loop = file.names.enclosing(call, (ast.For,))
+    message = "processes are started here; call the function directly and start the script with torchrun"
+    if not isinstance(loop, ast.For) or not isinstance(arguments, (ast.Tuple, ast.List)) or worker is None:
+        yield Refusal(RULE.code, call.lineno, message)
+        return
+    match loop:
+        case ast.For(target=ast.Name(id=number), iter=ast.Call(func=ast.Name(id="range"), args=[count])):
+            pass
+        case _:
+            yield Refusal(RULE.code, call.lineno, message)
+            return
+    first = [i for i, item in enumerate(arguments.elts) if isinstance(item, ast.Name) and item.id == number]
+    nested = [n for item in arguments.elts for n in walk(item) if isinstance(n, ast.Name) and n.id == number]
+    if len(nested) != len(first) or not all(_only_starts(item, call) for item in loop.body):
+        yield Refusal(RULE.code, call.lineno, message)
+        return
+    made = _call(worker, [], arguments.elts, count, dict.fromkeys(first, _RANK))
+    joined = [Remove(item) for item in _joins(file, loop)]
+    changes = (ReplaceStatement(loop, made), *joined, *_counted(file, facts, count, loop), *_os(file))
+    yield Conversion(RULE.code, loop.lineno, "torchrun starts the processes", changes)
+
+
+def _is_rank_of(facts: Facts, function: FunctionInfo) -> bool:
+    """Whether a function trains, or joins a process group: then its processes are ranks, and no loaders of data."""
+    if facts.scripts.steps(function.file, function.node):
+        return True
+    return any(facts.scripts.entry.needs_init(function.file, statement) for statement in function.node.body)
+
+
+def _only_starts(statement: ast.stmt, call: ast.Call) -> bool:
+    """Whether a statement of the loop makes, starts or keeps a process, and no more."""
+    if isinstance(statement, ast.Assign):
+        return statement.value is call
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        func = statement.value.func
+        return isinstance(func, ast.Attribute) and func.attr in {"start", "append"}
+    return False
+
+
+def _joins(file: File, loop: ast.For) -> Iterator[ast.For]:
+    """The loops behind that join the processes."""
+    block = file.names.siblings(loop)
+    for statement in block[block.index(loop) + 1 :]:
+        match statement:
+            case ast.For(body=[ast.Expr(value=ast.Call(func=ast.Attribute(attr="join"), args=[]))]):
+                yield statement
+
+
+def _call(
+    worker: ast.expr,
+    first: list[Template],
+    given: list[ast.expr],
+    count: ast.expr | None,
+    put: dict[int, str] | None = None,
+) -> Template:
+    """``worker(rank, n, ...)``, where what is the number of processes is torchrun's."""
+    parts, holes = [item.text for item in first], {"worker": worker}
+    for number, item in enumerate(given):
+        if put is not None and number in put:
+            parts.append(put[number])
+        elif count is not None and same(item, count):
+            parts.append(_COUNT)
+        else:
+            parts.append(f"{{given_{number}}}")
+            holes[f"given_{number}"] = item
+    return template(f"{{worker}}({', '.join(parts)})", **holes)
+
+
+def _counted(file: File, facts: Facts, count: ast.expr | None, start: ast.stmt) -> Iterator[Change]:
+    """``n = torch.cuda.device_count()`` where n is the number of processes; an attribute is set in any case."""
+    found = False
+    for node in file.nodes if count is not None and dotted(count) else ():
+        if isinstance(node, ast.Assign) and any(_is_same_name(target, count) for target in node.targets):
+            if isinstance(node.value, ast.Call):
+                if facts.project.external(file, node.value.func) == "torch.cuda.device_count":
+                    found = True
+                    yield replace(node.value, _COUNT)
+    if isinstance(count, ast.Attribute) and dotted(count) and not found:
+        yield insert_before(start, f"{dotted(count)} = {_COUNT}")
+
+
+def _is_same_name(target: ast.expr, count: ast.expr | None) -> bool:
+    return count is not None and dotted(target) is not None and dotted(target) == dotted(count)
+
+
+def _os(file: File) -> Iterator[Change]:
+    if "os" not in file.names.module.bindings:
+        yield Import("import os")
+
+
+RULE = Rule(
+    code="BMT040",
+    title="processes that a script starts itself are torchrun's",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import os
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def worker(rank, world_size, lr):
+    os.environ["MASTER_PORT"] = "29500"
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    model(torch.ones(1, 8)).mean().backward()
+    optimizer.step()
+
+
+if __name__ == "__main__":
+    world_size = torch.cuda.device_count()
+    mp.spawn(worker, args=(world_size, 0.1), nprocs=world_size, join=True)
+""",
+            """import os
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import bmtrain as bmt
+
+
+def worker(rank, world_size, lr):
+    os.environ.setdefault("MASTER_PORT", "29500")
+    bmt.init_distributed()
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optim_manager = bmt.optim.OptimManager(loss_scale=None)
+    optim_manager.add_optimizer(optimizer)
+    optim_manager.backward(model(torch.ones(1, 8)).mean())
+    optim_manager.step()
+
+
+if __name__ == "__main__":
+    world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    worker(int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 0.1)
+""",
+        ),
+    ),
+)

@@ -1,0 +1,230 @@
+"""Recomputed blocks whose forward changes something of their own: the second run starts where the first did."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import oracle
+import torch
+import torch.nn.functional as F
+from ranks import on_ranks
+from torch import Tensor, nn
+
+import bmtrain as bmt
+
+WIDTH = 6
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+
+
+class SpectralBuffers(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.utils.parametrizations.spectral_norm(self.lin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.lin(x))
+
+
+class SpectralHook(SpectralBuffers):
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.lin = nn.utils.spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+
+class Counter(Base):
+    """A number in Python, and one in a buffer, decide what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += 1
+        self.calls += 1
+        x = x + torch.tanh(self.lin(x)) * self.n
+        return x * torch.sigmoid(self.calls * x) if self.n % 2 else x
+
+
+class Codebook(Base):
+    """Moves by averages, written past autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codes", torch.randn(4, WIDTH))
+        self.register_buffer("counts", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lin(x)
+        nearest = torch.cdist(y.detach(), self.codes).argmin(1)
+        chosen = F.one_hot(nearest, 4).to(y.dtype)
+        self.counts.data.mul_(0.5).add_(chosen.sum(0), alpha=0.5)
+        self.codes.data.copy_(torch.lerp(self.codes, chosen.t() @ y.detach() / self.counts[:, None], 0.5))
+        return y + torch.tanh(self.codes[nearest] * y)
+
+
+class ActNorm(Base):
+    """Initialised by the first batch it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("done", torch.zeros(()))
+        self.register_buffer("shift", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.shift.copy_(x.detach().mean(0))
+            self.done.fill_(1)
+            return torch.tanh(self.lin(x - self.shift)) * x.exp()
+        return torch.tanh(self.lin(x - self.shift))
+
+
+class Lazy(Base):
+    """Builds what it needs in its first forward."""
+
+    table: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "table"):
+            self.table = torch.linspace(0, 1, WIDTH)
+            x = x.exp()
+        return torch.tanh(self.lin(x) * self.table)
+
+
+class Memory(Base):
+    """Goes on from what it has seen, held in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.seen is None else x * torch.sigmoid(self.seen)
+        self.seen = y.detach()
+        return y + torch.tanh(self.lin(y))
+
+
+class Late(Base):
+    """Its buffer moves from the sixth run on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps > 5:
+            self.mean.lerp_(x.detach().mean(0), 0.5)
+        return torch.tanh(self.lin(x)) * torch.cos(x - self.mean)
+
+
+class History(Base):
+    """A list that grows decides what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.past: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.past.append(len(x))
+        return torch.tanh(self.lin(x) * len(self.past)) * x
+
+
+class Cache(Base):
+    """What a dict holds decides what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: dict[str, int] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = self.cache.setdefault("rows", 0)
+        self.cache["rows"] = known + len(x)
+        return torch.tanh(self.lin(x)) * x if known else torch.tanh(self.lin(x.exp()))
+
+
+class Norm(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + torch.tanh(self.lin(x))).sigmoid()
+
+
+KINDS: list[Callable[[], Base]] = [
+    SpectralBuffers, SpectralHook, Counter, Codebook, ActNorm, Lazy, Memory, Late, History, Cache, Norm,
+]  # fmt: skip
+
+
+def stack(kind: Callable[[], Base]) -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(kind(), kind())
+
+
+@on_ranks(1, 2)
+def test_second_runs_start_where_the_first_did() -> None:
+    for kind in KINDS:
+        plain = stack(kind)
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(m, use_checkpoint=True) for m in stack(kind))))
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+        for step in range(8):
+            x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step))
+            sgd.zero_grad()
+            manager.zero_grad()
+            expected, found = plain(x).square().mean(), model(x).square().mean()
+            oracle.assert_close(found, expected, f"{kind} {step}")
+            expected.backward()
+            manager.backward(found)
+            oracle.assert_same_grads(model, plain)
+            sgd.step()
+            manager.step()
+            for (name, ours), (_, theirs) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+                oracle.assert_close(ours.double(), theirs.double(), f"{kind} {name}")
+        oracle.assert_same_weights(model, plain)
+        for name in ("n", "past", "cache"):
+            assert vars(model[0]).get(name) == vars(plain[0]).get(name), name
+
+
+@on_ranks(1, 2)
+def test_hooks_of_a_recomputed_block_run_once() -> None:
+    for observes in (True, False):
+        plain = stack(Norm)
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(m, use_checkpoint=True) for m in stack(Norm))))
+        called: dict[int, list[str]] = {0: [], 1: []}
+        for key, m in enumerate((plain, model)):
+            said = called[key]
+
+            def before(_: Any, args: Any, said: list[str] = said, observes: bool = observes) -> Any:
+                said.append("before")
+                return None if observes else (args[0].exp() * 2,)
+
+            def after(_: Any, args: Any, out: Tensor, said: list[str] = said, observes: bool = observes) -> Any:
+                said.append("after")
+                return None if observes else out.sin()
+
+            m[0].register_forward_pre_hook(before)
+            m[1].register_forward_hook(after)
+            m[1].register_full_backward_hook(lambda *_, said=said: said.append("backward"))
+            m[1].register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs), with_kwargs=True)
+        for _ in range(2):
+            x = torch.randn(5, WIDTH)
+            plain(x).square().mean().backward()
+            bmt.optim.OptimManager().backward(model(x).square().mean())
+            oracle.assert_same_grads(model, plain)
+        assert called[0] == called[1], called
+        copied = copy.deepcopy(model)
+        assert "forward" not in vars(copied[0])

@@ -1,0 +1,266 @@
+"""Hooks of modules, parameters and tensors."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .registry import idiom
+from .user import User
+
+
+@idiom
+def scaled_by_a_hook(k: User):
+    """`p.register_hook(lambda g: g * 0.5)`"""
+    model = k.net()
+    for p in model.head.parameters():
+        p.register_hook(lambda g: g * 0.5)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def masked_by_a_hook(k: User):
+    """A hook that keeps rows from training: `g * mask`"""
+    model = k.net()
+    mask = (k.randn(5, 8) > 0).float()
+    model.head.weight.register_hook(lambda g: g * mask)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def clipped_by_a_hook(k: User):
+    """`p.register_hook(lambda g: torch.clamp(g, -c, c))`, far from clipping"""
+    model = k.net()
+    for p in model.parameters():
+        p.register_hook(lambda g: torch.clamp(g, -100, 100))
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def frozen_row_by_a_hook(k: User):
+    """A hook that writes into a clone of the gradient"""
+    model = k.net()
+
+    def hook(grad):
+        grad = grad.clone()
+        grad[0] = 0
+        return grad
+
+    model.enter.weight.register_hook(hook)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def counted_by_a_hook(k: User):
+    """A hook on each parameter is called once a step"""
+    model, count = k.net(), {}
+    for name, p in model.named_parameters():
+        p.register_hook(lambda g, name=name: count.__setitem__(name, count.get(name, 0) + 1))
+    k.train(model, k.sgd(model))
+    return {"count": dict(sorted(count.items())), "weights": k.weights(model)}
+
+
+@idiom
+def hook_is_removed(k: User):
+    """`handle.remove()` after two steps"""
+    model = k.net()
+    manager = k.sgd(model)
+    handle = model.head.weight.register_hook(torch.zeros_like)
+    k.train(model, manager, steps=2)
+    handle.remove()
+    return k.train(model, manager, steps=2)
+
+
+@idiom
+def counted_after_accumulation(k: User):
+    """`register_post_accumulate_grad_hook` is called once a step for each parameter"""
+    model, count = k.net(), []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: count.append(tuple(p.shape)))
+    k.train(model, k.sgd(model))
+    return {"count": len(count)}
+
+
+@idiom
+def features_by_a_hook(k: User):
+    """`register_forward_hook` collects outputs of blocks; a loss uses them"""
+    model, kept = k.net(), {}
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda m, a, out, number=number: kept.__setitem__(number, out))
+    manager = k.sgd(model)
+    for x, y in k.batches():
+        k.step(manager, F.cross_entropy(model(x), y) + 0.1 * sum(v.square().mean() for v in kept.values()))
+    return model
+
+
+@idiom
+def features_are_watched(k: User):
+    """A forward hook stores means of activations, once a step"""
+    model, seen = k.net(), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda m, a, out: seen.append(out.detach().mean()))
+    k.train(model, k.sgd(model))
+    return {"seen": [k.mean(v) for v in seen]}
+
+
+@idiom
+def output_is_replaced(k: User):
+    """A forward hook gives another output"""
+    model = k.net()
+    model.layers[0].register_forward_hook(lambda m, a, out: out * 0.5)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def input_is_replaced(k: User):
+    """A forward pre-hook gives another input, with keywords"""
+    model = k.net()
+    model.layers[1].register_forward_pre_hook(lambda m, a, kw: ((a[0] + 0.1,), kw), with_kwargs=True)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def pre_hook_counts(k: User):
+    """A forward pre-hook is called once a step"""
+    model, count = k.net(), []
+    model.layers[0].register_forward_pre_hook(lambda m, a: count.append(1))
+    k.train(model, k.sgd(model))
+    return {"count": len(count)}
+
+
+@idiom
+def weight_in_a_pre_hook(k: User):
+    """A forward pre-hook of a block clamps the block's weight"""
+    model = k.net()
+
+    @torch.no_grad()
+    def clamp(module, args):
+        module.up.weight.clamp_(-0.2, 0.2)
+
+    model.layers[0].register_forward_pre_hook(clamp)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def backward_hook_of_a_block(k: User):
+    """`register_full_backward_hook` reads the gradient of outputs"""
+    model, seen = k.net(), []
+    model.layers[0].register_full_backward_hook(lambda m, gi, go: seen.append(k.gather(go[0].clone())))
+    k.train(model, k.sgd(model), steps=1)
+    return {"rows": [len(v) for v in seen], "weights": k.weights(model)}
+
+
+@idiom
+def backward_hook_scales(k: User):
+    """`register_full_backward_hook` gives another gradient"""
+    model = k.net()
+    model.layers[1].register_full_backward_hook(lambda m, gi, go: tuple(None if g is None else 0.5 * g for g in gi))
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def hook_on_an_activation(k: User):
+    """`features.register_hook` reverses the gradient (domain adversarial)"""
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches():
+        f = model.features(x)
+        f.register_hook(lambda g: -0.5 * g)
+        k.step(manager, F.cross_entropy(model.head(f), y))
+    return model
+
+
+@idiom
+def grad_cam(k: User):
+    """Grad-CAM: activations by a forward hook, their gradient by `retain_grad`"""
+    model, kept = k.net(), {}
+
+    def keep(module, args, out):
+        out.retain_grad()
+        kept["out"] = out
+
+    model.layers[1].register_forward_hook(keep)
+    x, y = k.batch()
+    model(x).gather(1, y[:, None]).sum().backward()
+    return {"rows": k.gather((kept["out"] * kept["out"].grad).detach())}
+
+
+@idiom
+def hooks_of_all_modules(k: User):
+    """A forward hook on every leaf, for a summary of shapes"""
+    model, shapes = k.net(), []
+    handles = [
+        m.register_forward_hook(lambda m, a, out: shapes.append((type(m).__name__, str(tuple(out.shape[1:])))))
+        for m in model.modules()
+        if not list(m.children())
+    ]
+    with torch.no_grad():
+        model(k.batch()[0])
+    for handle in handles:
+        handle.remove()
+    return {"shapes": shapes}
+
+
+@idiom
+def hooks_are_copied(k: User):
+    """`copy.deepcopy` of a model with hooks"""
+    model = k.net()
+    model.layers[0].register_forward_hook(lambda m, a, out: out * 0.5)
+    other = copy.deepcopy(model)
+    return k.train(other, k.sgd(other))
+
+
+@idiom
+def saved_tensor_hooks(k: User):
+    """`saved_tensors_hooks` of the user's around the forward (offloading)"""
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+            loss = F.cross_entropy(model(x), y)
+        k.step(manager, loss)
+    return model
+
+
+@idiom
+def saved_on_the_cpu(k: User):
+    """`torch.autograd.graph.save_on_cpu` around the forward"""
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches():
+        with torch.autograd.graph.save_on_cpu():
+            loss = F.cross_entropy(model(x), y)
+        k.step(manager, loss)
+    return model
+
+
+@idiom
+def anomalies_are_detected(k: User):
+    """`torch.autograd.detect_anomaly`"""
+    model = k.net()
+    manager = k.sgd(model)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        for x, y in k.batches(2):
+            k.step(manager, F.cross_entropy(model(x), y))
+    return model
+
+
+@idiom
+def forward_is_replaced(k: User):
+    """`model.layers[0].forward = ...`: a method of an instance is replaced"""
+    model = k.net()
+    layer = model.layers[0]
+    old = layer.forward
+    layer.forward = lambda x: old(x) * 0.5
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def module_is_replaced_by_a_wrapper(k: User):
+    """A linear layer is replaced by a module that holds it (Sequential)"""
+    model = k.net()
+    model.head = nn.Sequential(model.head, nn.Tanh())
+    return k.train(model, k.sgd(model))
