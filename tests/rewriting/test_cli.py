@@ -128,7 +128,7 @@ def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (TRAIN.replace("optim.SGD", "optim.LBFGS"), "LBFGS needs whole matrices"),
+        (TRAIN.replace("optim.SGD", "optim.LBFGS"), "LBFGS runs the model itself"),
         (TRAIN.replace("optimizer", "engine").replace("engine = torch.optim.SGD(net.parameters(), lr=0.1)", ""), ""),
         ("from accelerate import Accelerator\n" + TRAIN.replace("loss.backward()", "Accelerator().backward(loss)"), ""),
     ],

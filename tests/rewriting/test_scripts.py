@@ -43,7 +43,6 @@ REFUSED = {
     "ignite": "from ignite.engine import create_supervised_trainer\ntrainer = create_supervised_trainer(Net(), 1, 2)\ntrainer.run(1)\n",
     "trl": "from trl import SFTTrainer\nSFTTrainer(Net()).train()\n",
     "mmengine": "from mmengine.runner import Runner\nRunner(Net()).train()\n",
-    "muon": LOOP.replace("torch.optim.SGD", "Muon"),
     "lbfgs": LOOP.replace("torch.optim.SGD", "torch.optim.LBFGS"),
     "closure": LOOP.replace("optimizer.step()", "optimizer.step(closure)"),
     "spawn": "import torch.multiprocessing as mp\nstarted = mp.spawn(run, nprocs=2, join=False)\n" + LOOP,

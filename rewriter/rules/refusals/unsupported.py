@@ -1,10 +1,9 @@
 """What cannot work on shards is refused or reported.
 
-What: optimizers that need whole matrices or call the model themselves (Muon, Shampoo, SOAP, Adafactor, LBFGS) stop the
-conversion of the script; code that reads ``p.grad``, ``torch.autograd.grad`` over parameters, clipping by value,
-embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each other are
-reported.
-Why: a rank holds only its share of every parameter and gradient, so a whole-matrix update on it is another update.
+What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
+script; embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each
+other are reported.
+Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
 
@@ -16,13 +15,13 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
-_WHOLE = re.compile(r"^(?:\w*Muon\w*|Adafactor|LBFGS|\w*Shampoo\w*|SOAP|KFAC|GaLore\w*|Sophia\w*Hessian|PSGD\w*)$")
+_RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
 
 _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
@@ -34,87 +33,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
-    yield from _written_states(file)
     for call in file.calls:
-        if facts.project.external(file, call.func) == "torch.nn.utils.clip_grad_value_":
-            message = "clip_grad_value_ cannot write into gradients that are shards; optim_manager.clip_grad_norm can"
-            yield Remark(RULE.code, call.lineno, message)
-        elif _is_of_parameters(file, facts, call):
-            message = (
-                "torch.autograd.grad has no gradients for shards: loss.backward() and bmt.gather_grad(p) give them"
-            )
-            yield Remark(RULE.code, call.lineno, message)
-        elif isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
             message = "embeddings that are sharded keep their size: resize them before the model is given to bmtrain"
             yield Remark(RULE.code, call.lineno, message)
     if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
-    for node in file.nodes:
-        if isinstance(node, ast.Call):
-            name = (dotted(node.func) or "").split(".")[-1]
-            if _WHOLE.match(name) and (node.args or node.keywords):
-                message = f"{name} needs whole matrices or a closure, and a rank holds only its share of them"
-                yield Refusal(RULE.code, node.lineno, message)
-        elif isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
-            if node in facts.values(file).gradients:
-                continue  # BMT036 sees to it
-            if dotted(node.value) in {"p", "param", "parameter", "v", "w", "weight"}:
-                message = "a gradient is read here; a rank sees its share of it only"
-                yield Remark(RULE.code, node.lineno, message)
-
-
-def _is_of_parameters(file: File, facts: Facts, call: ast.Call) -> bool:
-    """``torch.autograd.grad(loss, model.parameters())``, or of a list of them, or of a weight."""
-    if facts.project.external(file, call.func) != "torch.autograd.grad":
-        return False
-    given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "inputs")]
-    roles = facts.scripts.roles[file]
-    values = [
-        v for item in given for variable, v, _, part in roles.assignments if variable == roles.var(item) and not part
-    ]
-    return any(
-        isinstance(node, ast.Attribute) and node.attr in {"parameters", "named_parameters", "weight", "bias"}
-        for item in (*given, *values)
-        for node in walk(item)
-    )
-
-
-def _written_states(file: File) -> Iterator[Finding]:
-    """``own = model.state_dict()`` with ``own[name].copy_(value)``: a copy is written, and nothing loads it."""
-    if b"state_dict" not in file.source.data:
-        return
-    for node in file.nodes:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call(func=ast.Attribute(attr="state_dict"))):
-                around = file.names.function_of(node) or file.tree
-                items = list(walk(around))
-                if any(_loads(item, name) for item in items):
-                    continue
-                for item in items:
-                    if _writes_into(item, name):
-                        message = (
-                            f"{name} is a copy of the shards: what is written into it needs load_state_dict({name})"
-                        )
-                        yield Remark(RULE.code, getattr(item, "lineno", node.lineno), message)
-
-
-def _loads(node: ast.AST, name: str) -> bool:
-    called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "load_state_dict"
-    return called and any(isinstance(item, ast.Name) and item.id == name for item in walk(node))
-
-
-def _writes_into(node: ast.AST, name: str) -> bool:
-    """``own[name].copy_(value)``, ``own[name].data.fill_(0)``, ``own[name][:4] = value``."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr.endswith("_"):
-            pass
-        case ast.Assign(targets=[ast.Subscript(value=ast.Subscript() as value)]):
-            pass
-        case _:
-            return False
-    if isinstance(value, ast.Attribute) and value.attr == "data":
-        value = value.value
-    return isinstance(value, ast.Subscript) and isinstance(value.value, ast.Name) and value.value.id == name
+    for call in file.calls:
+        name = (dotted(call.func) or "").split(".")[-1]
+        if _RUNS_MODEL.match(name) and (call.args or call.keywords):
+            message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
+            yield Refusal(RULE.code, call.lineno, message)
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
