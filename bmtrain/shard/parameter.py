@@ -45,6 +45,10 @@ class Home(Protocol):
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
 
+    @property
+    def is_stepped_on(self) -> bool:
+        """Whether an optimizer's step is running, and the parameters show what it is to change."""
+
     def shape_of(self, index: int) -> tuple[int, ...]:
         """The whole shape."""
 
@@ -165,8 +169,8 @@ class DistributedParameter(nn.Parameter):
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
             return raw
-        if not (isinstance(self, ShardedParameter) or self._flat.is_whole):
-            return None  # an optimizer steps on this rank's part, and no rank has a gradient for it
+        if self._flat.is_stepped_on:
+            return None  # no rank has a gradient for it, which an optimizer has to see
         return self._flat.visible_grad(self._index)
 
     @grad.setter

@@ -15,4 +15,6 @@ Layers, imports only downwards::
     processes   starts workers and talks to them
     run         the whole comparison
     report      table and json
+
+``script`` does for a whole script what these do for a model.
 """

@@ -155,9 +155,9 @@ def _bypass(chains: list[Loop]) -> str:
                 if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 called, method = node.func.value, node.func.attr
-                if SETUP.match(method) or method in {"__call__", "forward"}:
+                if SETUP.match(method) or method == "__call__":
                     continue
-                if loop.is_element(called):
+                if loop.is_element(called) and method != "forward":
                     return f"a loop calls {ast.unparse(called)}.{method}(...) beside the block"
                 if isinstance(called, ast.Attribute) and loop.is_element(called.value):
                     return f"a loop reaches into the block ({ast.unparse(called)}.{method})"

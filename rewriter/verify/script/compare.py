@@ -319,7 +319,7 @@ class Comparison:
             again = [event["text"] for event in self.again().of("print")]
             found = compare_lines(texts[0], texts[1], self.tolerance, again)
         self.outcome.lines = found.compared
-        self._several(ours)
+        self._several()
         if found.different and self.run.succeeded:
             first = found.different[0]
             event = ours[first.index] if first.index < len(ours) else None
@@ -328,7 +328,7 @@ class Comparison:
             at = next((e["at"] for e in theirs if e["text"] == first.theirs), event["at"] if event else "")
             self.note(OUTPUT, f"{first.ours!r} became {first.theirs!r}{more}", at, moment)
 
-    def _several(self, ours: list[dict[str, Any]]) -> None:
+    def _several(self) -> None:
         """Lines that more than one rank prints."""
         seen: dict[str, list[int]] = {}
         text: dict[str, str] = {}

@@ -84,7 +84,8 @@ class Recorder:
         self._losses = self._steps = 0
         self._loaders: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._optimizers: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._prepared: set[int] = set()
+        self._held: dict[int, bool] = {}
+        """Optimizers that a manager drives just now, and whether they have stepped."""
         self._models: WeakKeyDictionary[torch.nn.Module, None] = WeakKeyDictionary()
 
     def install(self) -> None:
@@ -208,22 +209,29 @@ class Recorder:
     # -- weights ------------------------------------------------------------------------------------------------------
 
     def _watch_manager(self, manager_class: Any) -> None:
-        """While an optimizer of torch's steps it sees shards; before the manager's step all is whole."""
+        """While an optimizer of torch's steps it sees shards; before and after the manager's step all is whole."""
         step = manager_class.step
 
         def managed(manager: Any) -> None:
             for optimizer in manager.optimizers:
                 self._record_before(optimizer, manager.loss_scale)
-                self._prepared.add(id(optimizer))
+                self._held[id(optimizer)] = False
             step(manager)
+            for optimizer in manager.optimizers:
+                if self._held.pop(id(optimizer), False):
+                    self._record_after(optimizer)
 
         manager_class.step = managed
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if id(optimizer) in self._prepared:
-            self._prepared.discard(id(optimizer))
-        else:
+        if id(optimizer) not in self._held:
             self._record_before(optimizer, 1.0)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._held:
+            self._held[id(optimizer)] = True
+        else:
+            self._record_after(optimizer)
 
     @torch.no_grad()
     def _record_before(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
@@ -246,7 +254,7 @@ class Recorder:
         self.stream.emit("gradients", optimizer=number, norms=norms, noise=noise, rates=rates)
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _record_after(self, optimizer: torch.optim.Optimizer) -> None:
         number = self._optimizers.setdefault(optimizer, len(self._optimizers))
         self._weights(optimizer, number, "after")
         self._steps += number == 0
