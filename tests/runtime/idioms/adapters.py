@@ -63,7 +63,7 @@ def lora_after(k: User):
     return _tuned(k, k.shard(model))
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def lora_after_unwrapped(k: User):
     """LoRA put in after wrapping, not wrapped again"""
     model = _with_lora(k.net())

@@ -206,7 +206,7 @@ def embedding_is_resized(k: User):
     return model
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def head_is_replaced(k: User):
     """`model.head = nn.Linear(...)` after wrapping, then an optimizer over all"""
     model = k.net()
@@ -231,7 +231,7 @@ def head_is_replaced_before(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="refused", says="BMTrainModelWrapper")
+@idiom
 def head_is_added_later(k: User):
     """A second head is added after some steps, with a group of its own"""
     model = k.net()
