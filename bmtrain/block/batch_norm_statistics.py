@@ -6,6 +6,8 @@ hold a collective. So before a model is evaluated or saved, every rank gets thei
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +24,19 @@ def note_run(model: nn.Module, record: Record) -> None:
         return
     if record.has_statistics is None:
         record.has_statistics = bool(_statistics(model))
+        _warn_of_lonely_sync(model)
     record.trained = record.has_statistics
+
+
+def _warn_of_lonely_sync(model: nn.Module) -> None:
+    """SyncBatchNorm talks through torch's own process group, and without one it is silently an ordinary batch norm."""
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    if synced and context().rank == 0 and not torch.distributed.is_initialized():
+        warnings.warn(
+            "nn.SyncBatchNorm sees each rank's share of the batch only, as torch has no process group here. Call "
+            'torch.distributed.init_process_group("nccl") beside bmt.init_distributed().',
+            stacklevel=2,
+        )
 
 
 def level(model: nn.Module, record: Record) -> None:

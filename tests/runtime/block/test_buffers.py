@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 
 import pytest
 import torch
@@ -75,3 +77,15 @@ def test_batch_norms_are_levelled_before_evaluation() -> None:
     model(torch.full((3, 4), float(rank)) + torch.arange(3.0)[:, None])
     state = model.state_dict()["1.running_mean"]
     assert torch.equal(bmt.distributed.broadcast(state, 0), state), "every rank saves the same model"
+
+
+@on_ranks(2)
+def test_a_synced_batch_norm_without_a_process_group_is_said() -> None:
+    model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(3, 3), nn.SyncBatchNorm(3)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with contextlib.suppress(ValueError, RuntimeError):  # torch's layer is for GPUs
+                model(torch.ones(4, 3))
+    said = [w for w in caught if "SyncBatchNorm" in str(w.message)]
+    assert len(said) == (1 if bmt.rank() == 0 else 0)
