@@ -236,7 +236,7 @@ def modules_to_save(k: User):
     return _tuned(k, k.shard(net))
 
 
-@idiom(verdicts="right raw raw", why="a deep copy of a part of a unit steps with the whole unit's gradient")
+@idiom
 def modules_to_save_after(k: User):
     """The same, made of a sharded head"""
     import copy
