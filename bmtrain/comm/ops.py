@@ -100,6 +100,16 @@ def recv_activations(prev_rank: int, comm: Communicator, device: torch.device | 
     return hidden_state
 
 
+def reduce_gradient(x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.Tensor:
+    """``x``, the gradient of this rank's loss, reduced over ranks ("sum" or "avg"), as part of a loss of every rank.
+
+    Backward: the same reduction of the ranks' gradients, so that sharded parameters, which reduce theirs once more, get
+    what one process would compute.
+    """
+    result: torch.Tensor = _ReduceGradient.apply(x, op, comm)  # type: ignore[no-untyped-call]
+    return result
+
+
 def _check_op(op: str) -> None:
     if op not in _OPS:
         raise CommunicationError(f"Unknown reduction {op!r}; use one of {', '.join(_OPS)}.")
@@ -148,6 +158,19 @@ class _AllReduce(torch.autograd.Function):
         elif ctx.op != "sum":
             grad = grad * ctx.saved_tensors[0]
         return grad, None, None
+
+
+class _ReduceGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, op: ReduceOp, comm: Communicator) -> torch.Tensor:
+        ctx.op, ctx.comm = op, comm
+        result = x.clone(memory_format=torch.contiguous_format)
+        comm.all_reduce(result, op)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return reduce_gradient(grad, ctx.op, ctx.comm), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):

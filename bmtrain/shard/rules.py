@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..comm import ops
+from ..comm.base import ReduceOp
 from ..errors import ShardedAccessError
 from .engine import engine
 from .flat import flat_of, place_of
@@ -63,6 +65,8 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     """Carry out ``func``, which got at least one sharded parameter."""
     if func is DistributedParameter.gather:
         return _gather(args[0])
+    if func is torch.autograd.grad:
+        return _gradients(args, kwargs)
     args, kwargs, result = on_parts(func, args, kwargs)
     if result is not NotImplemented:
         return result
@@ -110,6 +114,29 @@ def _gather(parameter: DistributedParameter) -> torch.Tensor:
             return parameter.clone()
     with engine().outside.on_demand([parameter], None, _what("gather", [parameter])):
         return parameter.clone()
+
+
+def _gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` with sharded parameters among its inputs: their gradients are reduced over the ranks.
+
+    As in a backward, a parameter that some ranks have no gradient for counts as zeros there.  Collective.
+    """
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    with torch._C.DisableTorchFunctionSubclass():
+        found = list(torch.autograd.grad(*args, **kwargs))
+    places = [index for index, value in enumerate(inputs) if isinstance(value, ShardedParameter)]
+    flat, _ = place_of(inputs[places[0]])
+    ctx, what = flat.unit.ctx, _what("autograd.grad", [inputs[index] for index in places])
+    ctx.engine.comes_to(what)
+    missing = torch.tensor([found[index] is None for index in places], dtype=torch.uint8, device="cpu")
+    ctx.control.all_reduce(missing, "min")
+    op: ReduceOp = "sum" if ctx.gradient_divisor == 1 else "avg"
+    for index, is_missing in zip(places, missing.tolist(), strict=True):
+        if not is_missing:
+            own = torch.zeros_like(raw_data(inputs[index])) if found[index] is None else found[index]
+            found[index] = ops.reduce_gradient(own, op, ctx.world)
+    return tuple(found)
 
 
 def _needs_no_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -16,21 +16,13 @@ def reported(text: str) -> list[int]:
     return [f.line - HEAD.count("\n") for f in result.reported if f.code == "BMT091"]
 
 
-FORETOLD = {
-    "gradients of parameters": "grads = torch.autograd.grad(net(x).mean(), net.parameters())\n",
-    "of a list of them": "ps = list(net.parameters())\ngrads = torch.autograd.grad(net(x).mean(), ps)\n",
-    "of a weight": "grads = torch.autograd.grad(outputs=net(x).mean(), inputs=net.weight)\n",
-    "resized": "net.resize_token_embeddings(len(tokenizer))\n",
-}
-
-
-@pytest.mark.parametrize("text", FORETOLD.values(), ids=FORETOLD.keys())
-def test_reported(text: str) -> None:
-    assert reported(text) == [text.count("\n")]
+def test_embeddings_that_are_resized_are_reported() -> None:
+    assert reported("net.resize_token_embeddings(len(tokenizer))\n") == [1]
 
 
 RIGHT = {
     "written state": "own = net.state_dict()\nown['weight'].copy_(value)\n",
+    "gradients of parameters": "grads = torch.autograd.grad(net(x).mean(), net.parameters())\n",
     "gradients of an input": "grads = torch.autograd.grad(net(x).mean(), x, create_graph=True)\n",
     "clipped by value": "torch.nn.utils.clip_grad_value_(net.parameters(), 0.1)\n",
     "gradients read": "for p in net.parameters():\n    p.grad.mul_(0.5)\n",

@@ -1,8 +1,8 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; ``torch.autograd.grad`` over parameters, embeddings that are resized, batch norms, losses that are sums over the
-batch or compare its items with each other are reported.
+script; embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each
+other are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
@@ -34,13 +34,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     yield from _batch_norm(file, facts)
     for call in file.calls:
-        if _is_of_parameters(file, facts, call):
-            message = (
-                "torch.autograd.grad gives every rank the gradient of its own share: what is made of it needs the "
-                "mean, bmt.distributed.all_reduce(grad, 'avg')"
-            )
-            yield Remark(RULE.code, call.lineno, message)
-        elif isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
             message = "embeddings that are sharded keep their size: resize them before the model is given to bmtrain"
             yield Remark(RULE.code, call.lineno, message)
     if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
@@ -50,22 +44,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if _RUNS_MODEL.match(name) and (call.args or call.keywords):
             message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
             yield Refusal(RULE.code, call.lineno, message)
-
-
-def _is_of_parameters(file: File, facts: Facts, call: ast.Call) -> bool:
-    """``torch.autograd.grad(loss, model.parameters())``, or of a list of them, or of a weight."""
-    if facts.project.external(file, call.func) != "torch.autograd.grad":
-        return False
-    given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "inputs")]
-    roles = facts.scripts.roles[file]
-    values = [
-        v for item in given for variable, v, _, part in roles.assignments if variable == roles.var(item) and not part
-    ]
-    return any(
-        isinstance(node, ast.Attribute) and node.attr in {"parameters", "named_parameters", "weight", "bias"}
-        for item in (*given, *values)
-        for node in walk(item)
-    )
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:

@@ -201,7 +201,7 @@ def grad_of_parameters_averaged(k: User):
     return {"grads": [k.average(g) for g in grads]}
 
 
-@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
+@idiom
 def grad_of_parameters(k: User):
     """`autograd.grad(loss, model.parameters())`, printed"""
     model = k.net()
@@ -210,7 +210,7 @@ def grad_of_parameters(k: User):
     return {"grads": list(grads)}
 
 
-@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
+@idiom
 def sgd_from_grad(k: User):
     """`autograd.grad` over parameters, and `p.sub_(lr * g)`"""
     model = k.net()
@@ -223,7 +223,7 @@ def sgd_from_grad(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
+@idiom
 def norm_of_the_gradient(k: User):
     """The norm of the parameters' gradient in the loss, by `create_graph`"""
     model = k.net()
@@ -235,7 +235,7 @@ def norm_of_the_gradient(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
+@idiom
 def hessian_vector(k: User):
     """A product of the Hessian and a vector"""
     model = k.net()
@@ -266,7 +266,7 @@ def functional_with_others(k: User):
     return {"rows": k.gather(torch.func.functional_call(model, changed, (x,)))}
 
 
-@idiom(verdicts="right silent silent", why="`autograd.grad` over parameters gives this rank's gradient, not the mean's")
+@idiom
 def maml(k: User):
     """MAML: a step inside, by `functional_call`, and its gradient outside"""
     model = k.net()

@@ -446,7 +446,7 @@ def batch_norm_statistics(k: User):
     return {"mean": k.weights(model)["0.running_mean"], "count": k.weights(model)["0.num_batches_tracked"]}
 
 
-@idiom(verdicts="right silent silent", why="SyncBatchNorm sees this rank's share")
+@idiom(verdicts="right said said", says="SyncBatchNorm")
 def sync_batch_norm(k: User):
     """`SyncBatchNorm` sees the batches of all ranks"""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5))
