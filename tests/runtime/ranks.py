@@ -352,7 +352,7 @@ def _reset() -> None:
     random.seed(0)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"))
+    torch.set_default_device(os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE") or None)
     with contextlib.suppress(ImportError):
         import numpy
 
