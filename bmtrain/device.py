@@ -20,7 +20,7 @@ Schedule = Literal["overlap", "serial", "stress"]
 from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
 that a missing wait shows in the numbers."""
 
-RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...], list[bool]]
+RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...], list[int]]
 
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
@@ -191,20 +191,20 @@ class Device:
 
     def layers_draw_own(self) -> AbstractContextManager[None]:
         """Inside the ``with`` this rank's layers draw numbers of their own."""
-        return self._own_random[0]()
+        return self._own_random[0]
 
     @contextmanager
     def all_draw_own(self) -> Iterator[None]:
         """Inside the ``with`` whatever torch draws on this rank is its own."""
         with ExitStack() as stack:
             for own in self._own_random:
-                stack.enter_context(own())
+                stack.enter_context(own)
             yield
 
     def rng_state(self) -> RngState:
         """State of torch's CPU generator, of this device's, of ``random``, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
-        return torch.get_rng_state(), here, random.getstate(), [own.entered for own in self._own_random]
+        return torch.get_rng_state(), here, random.getstate(), [own.depth for own in self._own_random]
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""
@@ -212,8 +212,8 @@ class Device:
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
         random.setstate(state[2])
-        for own, entered in zip(self._own_random, state[3], strict=True):
-            own.entered = entered
+        for own, depth in zip(self._own_random, state[3], strict=True):
+            own.depth = depth
 
 
 AutocastRegions = list[tuple[str, bool, torch.dtype]]

@@ -13,8 +13,6 @@ single process.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -22,38 +20,38 @@ _HEAD = 32  # bytes of a state: its seed, its counters, and the first word that 
 
 
 class OwnRandom:
-    """The second stream of one generator.
+    """The second stream of one generator, from which it draws inside ``with own_random:``.
 
     Args:
         generator: the process's generator for a device.
         rank: whose stream it is.
 
     Attributes:
-        entered: whether the generator draws from the second stream now.
+        depth: how many such ``with``s are open, one inside the other.
     """
 
     def __init__(self, generator: torch.Generator, rank: int) -> None:
         self._generator, self._salt = generator, rank.to_bytes(8, "little")
-        self.entered = False
+        self._shared, self._start = torch.empty(0, dtype=torch.uint8, device="cpu"), b""
+        self.depth = 0
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Draw from the rank's own stream inside the ``with``."""
-        if self.entered:
-            yield
+    def __enter__(self) -> None:
+        self.depth += 1
+        if self.depth > 1:
             return
-        shared = self._generator.get_state()
-        seed = hashlib.blake2b(_head(shared), digest_size=8, salt=self._salt).digest()
+        self._shared = self._generator.get_state()
+        seed = hashlib.blake2b(_head(self._shared), digest_size=8, salt=self._salt).digest()
         self._generator.manual_seed(int.from_bytes(seed, "little"))
-        start, self.entered = _head(self._generator.get_state()), True
-        try:
-            yield
-        finally:
-            drawn = _head(self._generator.get_state()) != start
-            self._generator.set_state(shared)
-            self.entered = False
-            if drawn:
-                torch.rand((), generator=self._generator, device=self._generator.device)
+        self._start = _head(self._generator.get_state())
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+        if self.depth:
+            return
+        drawn = _head(self._generator.get_state()) != self._start
+        self._generator.set_state(self._shared)
+        if drawn:
+            torch.rand((), generator=self._generator, device=self._generator.device)
 
 
 def _head(state: torch.Tensor) -> bytes:
