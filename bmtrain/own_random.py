@@ -32,7 +32,8 @@ class OwnRandom:
 
     def __init__(self, generator: torch.Generator, rank: int) -> None:
         self._generator, self._salt = generator, rank.to_bytes(8, "little")
-        self._shared, self._start = torch.empty(0, dtype=torch.uint8, device="cpu"), b""
+        self._shared: torch.Tensor | None = None  # where the shared stream stands, while the other is drawn from
+        self._start = b""
         self.depth = 0
 
     def __enter__(self) -> None:
@@ -48,8 +49,10 @@ class OwnRandom:
         self.depth -= 1
         if self.depth:
             return
+        shared, self._shared = self._shared, None
+        assert shared is not None
         drawn = _head(self._generator.get_state()) != self._start
-        self._generator.set_state(self._shared)
+        self._generator.set_state(shared)
         if drawn:
             torch.rand((), generator=self._generator, device=self._generator.device)
 
