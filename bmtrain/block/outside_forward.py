@@ -79,11 +79,6 @@ class OutsideForward:
     def _all_near(self, units: Iterable[ShardUnit]) -> bool:
         return all(unit in self._near and unit.state is not State.SHARDED for unit in units)
 
-    def updates(self, parameter: ShardedParameter, what: str) -> None:
-        """Every rank is about to change its own part of ``parameter``, outside of any forward or in one."""
-        if self._whole.idle:
-            self._schedule.note_update(unit_of_flat(place_of(parameter)[0]), what)
-
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
         if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or in_function_transform():

@@ -66,12 +66,6 @@ class Schedule:
         except CommunicationError as error:
             raise self.trace.blamed(error, operation or f"the {phase} of {unit.name or 'the root'}") from error
 
-    def note_update(self, unit: ShardUnit, operation: str) -> None:
-        """Every rank changes its own part of ``unit``."""
-        self.register(unit)
-        if unit.moves:
-            self.trace.note(unit.index, "update", operation)
-
     def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
         for other in unit.borrows:

@@ -10,9 +10,9 @@ from typing import Literal
 from ..context import Context
 from ..errors import CommunicationError, RankDivergenceError
 
-Phase = Literal["forward", "backward", "operation", "update"]
+Phase = Literal["forward", "backward", "operation"]
 Step = tuple[int, Phase]
-"""A unit, and what it is used in: "operation" is one outside of any forward, "update" one that gathers nothing."""
+"""A unit, and what it is used in: "operation" is one outside of any forward."""
 
 Kind = tuple[Phase, int, bool]
 """Of a run: what begins it, with which unit, and whether under autograd."""
@@ -109,8 +109,7 @@ class Trace:
                 return self._after.get(step)
         self._position = at + 1
         if self._position < len(self._expected):
-            following, phase = self._expected[self._position]
-            return None if phase == "update" else following
+            return self._expected[self._position][0]
         return None
 
     def _agree(self, what: str, patience: timedelta | None = None) -> None:
@@ -159,10 +158,9 @@ class Trace:
 def _is_outside(event: Event) -> bool:
     if not isinstance(event, tuple):
         return event is not None
-    return event[0] in _OUTSIDE or event[1] in _OUTSIDE
+    return "operation" in event
 
 
-_OUTSIDE = ("operation", "update")
 _ADVICE = (
     "All ranks must build the same modules and run the same blocks in the same order: decide skips and early exits "
     "from a generator seeded alike on all ranks, or run the block and drop its result."

@@ -75,9 +75,6 @@ class OutsideForward(Protocol):
     ) -> AbstractContextManager[None]:
         """Whole parameters for one operation, and for the rest of the forward it is part of.  Collective."""
 
-    def updates(self, parameter: ShardedParameter, what: str) -> None:
-        """Every rank is about to change its own part of ``parameter``, outside of any forward or in one."""
-
     def apart(self, value: object) -> object:
         """What an operation outside of any forward gives: a copy, if it is a view of whole values."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -216,12 +216,8 @@ class FlatShard:
         else:
             with torch.no_grad():
                 values = part_of(whole, self.place_of(index), f"assignment to {self.names[index]!r}")
-                self.write_local(index, lambda part: part.copy_(values))
-
-    def write_local(self, index: int, change: Callable[[torch.Tensor], object]) -> None:
-        """Let ``change`` write this rank's part of parameter ``index`` in place, on all ranks alike."""
-        with self.writing(index) as part:
-            change(part)
+                with self.writing(index) as part:
+                    part.copy_(values)
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) this rank's part of parameter ``index``, not to be written."""

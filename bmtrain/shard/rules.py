@@ -14,11 +14,11 @@ from ..comm import ops
 from ..comm.base import ReduceOp
 from ..errors import ShardedAccessError
 from .engine import engine
-from .flat import flat_of, place_of
+from .flat import place_of
 from .gathered import gathered, keep_rank_0s
 from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter, raw_data
-from .sharded_tensor import is_in_place
+from .sharded_tensor import written_by
 from .view import ViewOfSharded
 
 _T = torch.Tensor
@@ -32,8 +32,8 @@ _ATTRIBUTES = {
 """Attributes that a parameter answers without its values."""
 
 _METHODS = {
-    _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.stride, _T.is_floating_point,
-    _T.is_complex, _T.is_contiguous, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook,
+    _T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.is_floating_point,
+    _T.is_complex, _T.__len__, _T.__hash__, _T.requires_grad_, _T.get_device, _T.register_hook,
     _T.is_signed, _T.register_post_accumulate_grad_hook, _T.storage_offset, _T.is_set_to, _T.new,
     _T.untyped_storage,
     _T.data_ptr, _T.__repr__, torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size,
@@ -44,7 +44,7 @@ _METHODS = {
 _ELEMENTWISE = {
     _T.copy_, _T.zero_, _T.fill_, _T.add_, _T.sub_, _T.mul_, _T.div_, _T.neg_, _T.lerp_, _T.clamp_, _T.clamp_min_,
     _T.clamp_max_, _T.addcmul_, _T.addcdiv_, _T.sign_, _T.abs_, _T.sqrt_, _T.pow_, _T.__iadd__, _T.__isub__,
-    _T.__imul__, _T.__itruediv__, torch._foreach_add_, torch._foreach_mul_, torch._foreach_lerp_, torch._foreach_copy_,
+    _T.__imul__, _T.__itruediv__,
 }  # fmt: skip
 """In-place functions whose every output element depends on the same element of the inputs only."""
 
@@ -152,11 +152,7 @@ def _needs_no_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
 
 def _targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """What ``func`` writes to."""
-    name = getattr(func, "__name__", "")
-    written = [kwargs.get("out")]
-    if is_in_place(name) and func not in _TO_HOST:
-        written.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
-    return tree_leaves(written)
+    return [] if func in _TO_HOST else written_by(getattr(func, "__name__", ""), args, kwargs)
 
 
 # -- views -----------------------------------------------------------------------------------------------------------
@@ -260,7 +256,7 @@ def _fill(
 ) -> torch.Tensor:
     flat, index = place_of(target)
     what = _what(func, [target])
-    engine().outside.updates(target, what)
+    flat.unit.ctx.engine.comes_to(what)
     whole = torch.empty(target.shape, dtype=flat.dtype, device=flat.shard.device)
     given, named = tree_map(lambda value: whole if value is target else value, (args, kwargs))
     func(*given, **named)
@@ -275,28 +271,24 @@ def _lie_alike(target: ShardedParameter, parameters: list[ShardedParameter]) -> 
 
 
 def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As on ``.data``, with operands that are the same on all ranks."""
     target = args[0]
-    flat, index = place_of(target)
-    what = _what(func, [target])
-    engine().outside.updates(target, what)
     if func is _T.copy_:
         _require_shape(target, args[1])
-    others, named = tree_map(lambda value: _operand(value, target, what), (args[1:], kwargs))
-    flat.write_local(index, lambda part: func(part, *others, **named))
+    others, named = tree_map(lambda value: _operand(value, target, _what(func, [target])), (args[1:], kwargs))
+    func(target.data, *others, **named)
     return target
 
 
 def _operand(value: Any, target: ShardedParameter, what: str) -> Any:
-    """This rank's part of ``value``, to be combined with that of ``target``."""
-    flat, index = place_of(target)
-    other = flat_of(value)
-    if other is not None:
-        return other.local(other.shard, index)
+    if isinstance(value, ShardedParameter):
+        return value.data
     if isinstance(value, torch.Tensor) and value.dim():
+        flat, index = place_of(target)
+        value = value.detach().to(flat.shard.device)
         if engine().idle:
-            value = value.detach().clone()
+            value = value.clone()
             keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: value})
-        return flat.local_part(value.to(flat.shard.device).expand(target.shape), index)
     return value
 
 

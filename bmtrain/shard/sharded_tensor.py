@@ -177,6 +177,14 @@ def is_in_place(name: str) -> bool:
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
+def written_by(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What a function of this name writes to."""
+    targets = [kwargs.get("out")]
+    if is_in_place(name):
+        targets.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
+    return tree_leaves(targets)
+
+
 _IN_PLACE = {
     "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__",
     "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",

@@ -13,7 +13,7 @@ from .engine import engine
 from .flat import place_of
 from .gathered import keep_rank_0s
 from .parameter import DistributedParameter
-from .sharded_tensor import is_in_place
+from .sharded_tensor import written_by
 
 _T = torch.Tensor
 
@@ -101,10 +101,8 @@ def _linked(view: torch.Tensor, copy: torch.Tensor, original: Original) -> State
 
 
 def _written(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StateTensor]:
-    targets = [kwargs.get("out")]
-    if is_in_place(name) and name not in _NO_WRITES:
-        targets.append(next(iter((*args, *kwargs.values())), None))  # torch.nn.init's functions pass all by name
-    return [leaf for leaf in tree_leaves(targets) if isinstance(leaf, StateTensor)]
+    targets = [] if name in _NO_WRITES else written_by(name, args, kwargs)
+    return [target for target in targets if isinstance(target, StateTensor)]
 
 
 def _followed(out: torch.Tensor, sources: list[StateTensor]) -> torch.Tensor:

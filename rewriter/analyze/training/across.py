@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
@@ -30,20 +31,19 @@ class Across:
 
     def compared(self) -> Iterator[ast.expr]:
         """Products, distances and spreads over the items of a batch that reach a loss."""
-        for flow in self.flows():
+        for flow in self.flows:
             yield from flow.reaching(flow.compares)
 
     def weighed(self) -> Iterator[ast.expr]:
         """Means over what a mask leaves of a batch that reach a loss."""
-        for flow in self.flows():
+        for flow in self.flows:
             yield from flow.reaching(flow.weighs)
 
-    def flows(self) -> Iterator[Flow]:
+    @cached_property
+    def flows(self) -> list[Flow]:
         """What comes of what, for each function that may be part of training."""
         functions = [node for node in self.file.nodes if isinstance(node, Function)]
-        for function in (self.file.tree, *functions):
-            if not self._is_outside_training(function):
-                yield Flow(self, function)
+        return [Flow(self, f) for f in (self.file.tree, *functions) if not self._is_outside_training(f)]
 
     def _is_outside_training(self, function: ast.Module | Function) -> bool:
         if isinstance(function, ast.Module):

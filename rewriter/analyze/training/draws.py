@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
-from rewriter.analyze.training.across import Across, Flow
+from rewriter.analyze.training.across import Flow
 from rewriter.analyze.training.scripts import Scripts
 
 _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "dropout"}
@@ -24,7 +24,7 @@ _BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list"}
 
 def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
     """Calls in training loops, and in functions that only these call, that draw as many numbers as a batch asks for."""
-    for flow in Across(file).flows():
+    for flow in scripts.across(file).flows:
         function = flow.function if isinstance(flow.function, Function) else None
         owner = file.names.class_of(function) if function is not None else None
         if owner is not None and scripts.classes.is_module(file.class_info(owner)):

@@ -9,6 +9,7 @@ from functools import cached_property
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.training.entries import Entries
 from rewriter.analyze.training.roles import Roles
@@ -32,6 +33,11 @@ class Scripts:
         self._imported_by: dict[File, set[File]] = {}
         self._programs_of: dict[File, set[File]] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
+        self._across: dict[File, Across] = {}
+
+    def across(self, file: File) -> Across:
+        """What looks across the items of a batch in a file."""
+        return self._across.setdefault(file, Across(file))
 
     @cached_property
     def entries(self) -> dict[File, list[ast.stmt]]:

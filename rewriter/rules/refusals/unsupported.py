@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
@@ -37,13 +36,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
             message = "embeddings that are sharded keep their size: resize them before the model is given to bmtrain"
             yield Remark(RULE.code, call.lineno, message)
-    if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
-        yield from _whole_batch(file, facts)
-    for call in file.calls:
         name = (dotted(call.func) or "").split(".")[-1]
         if _RUNS_MODEL.match(name) and (call.args or call.keywords):
             message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
             yield Refusal(RULE.code, call.lineno, message)
+    if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
+        yield from _whole_batch(file, facts)
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
@@ -59,7 +57,7 @@ def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
-    across = Across(file)
+    across = facts.scripts.across(file)
     compared = {node.lineno for node in across.compared()}
     counted = {node.lineno for node in (*across.weighed(), *_left_out(file))}
     for call in file.calls:
