@@ -53,7 +53,8 @@ class Readback:
     def __init__(self, number: torch.Tensor) -> None:
         self._number, self._event = number, None
         if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True, device="cpu")
+            self._number.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
