@@ -198,6 +198,7 @@ class ShardGradient:
             total, self._wide = self._sum, True
         if self.factor is not None:
             total.mul_(self.factor)
+            self._pools.ctx.device.keep_for_current_stream(self.factor)  # made on another one
             self.factor = None
         return total
 
