@@ -136,7 +136,7 @@ class ShardGradient:
         total, shown = self.settled(), self._shown_whole.get(index)
         if shown is None:
             slot = self._layout.slots[index]
-            shown = self._shown_whole[index] = total[slot.start : slot.end].view(slot.shape)
+            shown = self._shown_whole[index] = total[slot.start : slot.end].view(slot.shape).data  # can be detached
         return shown
 
     def _take_assigned(self, total: torch.Tensor) -> None:
