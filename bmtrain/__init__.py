@@ -20,7 +20,7 @@ from .shard import (
     init_parameters,
 )
 from .synchronize import agree, gather_result, sum_loss, synchronize, wait_loader
-from .utils import load_nccl_pypi, print_block, print_dict, print_rank, see_memory
+from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
 
 __all__ = [
     "BMTrainModelWrapper",
@@ -55,6 +55,7 @@ __all__ = [
     "mean",
     "nccl",
     "nn",
+    "on_rank_0",
     "optim",
     "optim_step",
     "own_random",
