@@ -4,7 +4,7 @@ from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim,
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
-from .data import shard_batch, shard_loader
+from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
@@ -74,6 +74,7 @@ __all__ = [
     "store",
     "sum_loss",
     "synchronize",
+    "to_device",
     "utils",
     "wait_loader",
     "world_size",
