@@ -19,7 +19,7 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import agree, gather_result, sum_loss, synchronize, wait_loader
+from .synchronize import agree, gather_result, rank_0_first, sum_loss, synchronize, wait_loader
 from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
 
 __all__ = [
@@ -65,6 +65,7 @@ __all__ = [
     "print_dict",
     "print_rank",
     "rank",
+    "rank_0_first",
     "save",
     "save_checkpoint",
     "see_memory",

@@ -83,6 +83,9 @@ REFUSED = {
     "a list": script().replace("accelerator.prepare(model, optimizer, train_loader, eval_loader)", "accelerator.prepare(*parts)"),
     "another loop that adds up": script("gradient_accumulation_steps=2", behind="while True:\n    with accelerator.accumulate(model):\n        accelerator.backward(model(x))\n        optimizer.step()"),
     "a step that starts late": script("gradient_accumulation_steps=2").replace("enumerate(train_loader)", "enumerate(train_loader, 1)").replace("    loss = ", "    with accelerator.accumulate(model):\n        pass\n    loss = "),
+    "cleared before it adds up": script("gradient_accumulation_steps=2").replace("    loss = ", "    optimizer.zero_grad()\n    with accelerator.accumulate(model):\n        pass\n    loss = "),
+    "asked before it adds up": script("gradient_accumulation_steps=2").replace("    loss = ", "    print(accelerator.sync_gradients)\n    with accelerator.accumulate(model):\n        pass\n    loss = "),
+    "no GPU": script("cpu=True"),
     "no name": SCRIPT.replace("accelerator = Accelerator()", "fit(Accelerator())"),
     "data not known to be evaluated": script(evaluated="out = accelerator.gather_for_metrics(out)").replace("eval_loader", "second_loader"),
     "what the others refuse": script().replace("optimizer.step()", "optimizer.step(closure)"),
@@ -149,7 +152,7 @@ BEHIND = {
     "an index that is compared": ("if accelerator.process_index == 0:\n    print(1)", "if bmt.rank() == 0:\n    print(1)"),
     "an index": ("part = data[accelerator.process_index :: accelerator.num_processes]", "part = data[(0) :: (1)]\n"),
     "a bar": ("for a in tqdm(b, disable=not accelerator.is_local_main_process):\n    pass", f"disable=not {ONE}):"),
-    "first one": ("with accelerator.main_process_first():\n    data = tokenize(data)", "\ndata = tokenize(data)\n"),
+    "first one": ("with accelerator.main_process_first():\n    data = tokenize(data)", "\nwith bmt.rank_0_first():\n    data = tokenize(data)\n"),
     "no reduction": ("with accelerator.no_sync(model):\n    y = 1", "\ny = 1\n"),
     "no reduction at times": ("c = accelerator.no_sync(model) if x else d", "c = contextlib.nullcontext() if x else d\n"),
     "without precision": ("with accelerator.autocast():\n    y = 1", "\ny = 1\n"),
@@ -300,6 +303,13 @@ def test_a_trainer_in_another_file(tmp_path: Path) -> None:
         results = convert_paths(paths, Options(), [tmp_path])
         assert not any(result.changed for result in results)
         assert all(any("written for accelerate" in f.message for f in result.reported) for result in results)
+
+
+def test_an_accelerator_that_another_file_imports(tmp_path: Path) -> None:
+    (tmp_path / "say.py").write_text("from train import accelerator\n\naccelerator.print(1)\n")
+    (tmp_path / "train.py").write_text(SCRIPT + "import say\n")
+    results = convert_paths(sorted(tmp_path.iterdir()), Options(), [tmp_path])
+    assert not any(result.changed for result in results)
 
 
 def test_lines_are_those_of_the_file_as_it_was() -> None:

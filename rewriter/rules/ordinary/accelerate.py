@@ -174,6 +174,8 @@ class _Uses:
             )
         if name == "mixed_precision" and constant in {"fp16", "fp8"}:
             return f"mixed_precision={constant!r} needs a loss scale: use bf16, or a GradScaler in an ordinary loop"
+        if name == "cpu" and constant is True:
+            return "cpu=True: run the script with CUDA_VISIBLE_DEVICES= instead"
         if name == "log_with" and constant not in {"tensorboard", "wandb"}:
             return 'log_with is not one of "tensorboard" and "wandb": name the one that is used'
         if name == "device_placement" and constant is not True:
@@ -415,10 +417,10 @@ class _Uses:
             yield from self._code(call, "contextlib.nullcontext()")
 
     def _main_process_first_call(self, call: ast.Call) -> Iterator[Change]:
-        yield from self._no_sync_call(call)
+        yield replace(call, "{bmt}.rank_0_first()")
 
     def _local_main_process_first_call(self, call: ast.Call) -> Iterator[Change]:
-        yield from self._no_sync_call(call)
+        yield replace(call, "{bmt}.rank_0_first()")
 
     def _autocast_call(self, call: ast.Call) -> Iterator[Change]:
         if not self._precision:
@@ -456,16 +458,19 @@ class _Uses:
             else:
                 yield replace(node, "True")
         elif (counted := self._counting_loop(node)) is not None:
+            if any(call.lineno > node.lineno for call in self._accumulations(counted)):
+                self.refuse(node, "sync_gradients is that of the batch before here: ask for it behind accumulate")
             yield replace(node, f"({self._condition(counted, node)})")
 
     def _accumulates(self, loop: ast.For | ast.While) -> bool:
-        return any(
-            isinstance(item, ast.Call)
-            and isinstance(item.func, ast.Attribute)
-            and item.func.attr == "accumulate"
-            and self.held.is_one(self.file, item.func.value)
-            for item in walk(loop)
-        )
+        return any(True for _ in self._accumulations(loop))
+
+    def _accumulations(self, loop: ast.AST) -> Iterator[ast.Call]:
+        """The calls of ``accumulate`` in a loop."""
+        for item in walk(loop):
+            if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "accumulate":
+                if self.held.is_one(self.file, item.func.value):
+                    yield item
 
     def _counting_loop(self, node: ast.AST) -> ast.For | None:
         """The loop whose steps tell when gradients are complete."""
@@ -529,7 +534,11 @@ class _Uses:
                 if statement is not None and self._is_step(statement, stepped):
                     run.append(statement)
                 elif run:
-                    if not self._is_guarded(run[0]):
+                    if run[0].lineno < node.lineno:
+                        self.refuse(
+                            run[0], "this acts when the batch before has completed the gradients: put it behind"
+                        )
+                    elif not self._is_guarded(run[0]):
                         yield Under(tuple(run), template(f"if {self._condition(loop, node)}:"))
                     run = []
 
@@ -880,6 +889,8 @@ class _Uses:
     def _imports(self) -> Iterator[Change]:
         """Names of accelerate that nothing uses any more go from their imports."""
         for node in self.file.nodes:
+            if isinstance(node, ast.ImportFrom) and any(alias.name in self.held.names for alias in node.names):
+                self.refuse(node, "the Accelerator is imported from another file: hand it on as an argument")
             if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "accelerate" or node.level:
                 continue
             kept = [alias for alias in node.names if alias.name == "*" or self._stays(alias.asname or alias.name)]
