@@ -100,6 +100,23 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     return sharded
 
 
+def to_device(batch: Any) -> Any:
+    """``batch`` with its tensors on this rank's device, in dicts, lists and tuples, too.
+
+    What else has a method ``to``, such as a batch of transformers' tokenizers, is moved by it; other values stay.
+    """
+    device = context().device.torch_device
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: to_device(entry) for key, entry in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(entry) for entry in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(entry) for entry in batch)
+    return batch
+
+
 def _iterator(loader: DataLoader[Any], rank: int) -> Any:
     """What ``iter(loader)`` goes through: the loader's own iterator, over a dataset that minds its random numbers."""
     inner = copy.copy(loader)

@@ -252,7 +252,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_script_that_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = "from accelerate import Accelerator\naccelerator = Accelerator()\n" + HEAD
+    script = "from accelerate import Accelerator\naccelerator = Accelerator(**options)\n" + HEAD
     (tmp_path / "train.py").write_text(script + LOOP.format(samples="", loss="loss = model(a).mean()"))
     assert cli.main([str(tmp_path), "--prove", "train.py"]) == 3
     shown = capsys.readouterr().out
