@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 
 from .context import Context
 from .errors import CommunicationError
+from .wire import from_bytes, to_bytes
 
 T = TypeVar("T")
 State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is in use
@@ -83,15 +83,16 @@ def _from_rank_0(here: Context, key: str, value: Any) -> Any:
         return value
     key = f"draws/{key}"
     if here.rank == 0:
-        here.store.set(key, pickle.dumps(value).hex())
+        here.store.set(key, to_bytes(value).hex())
         return value
     try:
-        received = pickle.loads(bytes.fromhex(here.store.get(key).decode()))
+        sent = here.store.get(key).decode()
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {here.rank} waited for rank 0 to begin the same epoch, which it did not: {error}. "
             "Every rank must go through the same sharded loaders in the same order."
         ) from error
+    received = from_bytes(bytes.fromhex(sent))
     if here.store.add(f"{key}/read", 1) == here.world_size - 1:
         here.store.delete_key(key)
         here.store.delete_key(f"{key}/read")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import kernels
 from ..context import context
-from ..errors import CheckpointError, ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
+from .fit import number_problem, require_fit, tensor_problem
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import (
@@ -37,6 +38,9 @@ _TORCH_EXTRAS = {
     "decoupled_weight_decay": True,
 }  # fmt: skip
 """What torch.optim.AdamW keeps in a group besides; written so that state dicts interchange."""
+
+
+_STATES = ("exp_avg", "exp_avg_sq", "master")
 
 
 class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
@@ -181,7 +185,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamOptimizer:
         made = type(self)(copy.deepcopy(self.param_groups, memo), hold_steps=self._hold_steps, scale=self.scale)
         memo[id(self)] = made
-        made.load_state_dict(self.state_dict(gather=False))
+        made._load(self.state_dict(gather=False))
         return made
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -219,15 +223,18 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             out["shard_of"] = (context().rank, context().world_size)
         return out
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole states (from here or torch.optim.AdamW, any world size) or this rank's own shards.
 
-        Raises CheckpointError, with nothing loaded, when the state does not fit.
+        Raises CheckpointError on every rank, with nothing loaded, when the state does not fit or ranks have others.
         """
+        check_fits(self, state_dict)
+        self._load(state_dict)
+
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any]) -> None:
         params = all_params(self.param_groups)
         sharded = "shard_of" in state_dict
-        _check_fits(state_dict, self.param_groups, params, sharded)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self._states.clear()
@@ -240,7 +247,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             flat, index = home_of(params[int(number)])
             state = self._state_of(flat)
             state.steps[index] = int(saved["step"])
-            parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k != "step"}
+            parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k in _STATES}
             flat.local(state.exp_avg, index).copy_(parts["exp_avg"])
             flat.local(state.exp_avg_sq, index).copy_(parts["exp_avg_sq"])
             if "master" in parts and flat.dtype != torch.float32:
@@ -282,21 +289,31 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
                     parameter.grad = None
 
 
-def _check_fits(state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Any], sharded: bool) -> None:
-    problems = []
-    given = [len(g["params"]) for g in state_dict.get("param_groups", [])]
-    wanted = [len(g["params"]) for g in groups]
-    if given != wanted:
-        problems.append(f"its groups have {given} parameters, the optimizer's have {wanted}")
+def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
+    """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
+    sharded, problems = isinstance(state_dict, dict) and "shard_of" in state_dict, []
     here = (context().rank, context().world_size)
     if sharded and tuple(state_dict["shard_of"]) != here:
         rank, size = state_dict["shard_of"]
         problems.append(f"it is rank {rank}'s of {size}; this is rank {here[0]} of {here[1]}")
-    for number, saved in state_dict.get("state", {}).items():
-        if sharded or given != wanted:
-            break
-        there, expected = tuple(saved["exp_avg"].shape), tuple(params[int(number)].shape)
-        if there != expected:
-            problems.append(f"parameter {number} has shape {there} there, {expected} here")
-    if problems:
-        raise CheckpointError("The optimizer state does not fit; nothing was loaded: " + "; ".join(problems) + ".")
+    require_fit(optimizer, state_dict, _check_part if sharded else _check_whole, problems, own=sharded)
+
+
+def _check_whole(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+    dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
+    return _check_entry(entry, tuple(parameter.shape), dtype)
+
+
+def _check_part(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+    home, index = home_of(parameter)
+    return _check_entry(entry, tuple(home.local(home.shard, index).shape), torch.float32)
+
+
+def _check_entry(entry: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    problems = [f"no {name}" for name in ("step", "exp_avg", "exp_avg_sq") if name not in entry]
+    if "step" in entry:
+        problems += number_problem("step", entry["step"])
+    for name in _STATES:
+        if name in entry:
+            problems += tensor_problem(name, entry[name], shape, dtype)
+    return problems

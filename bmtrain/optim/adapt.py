@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.sharded_tensor import ShardedTensor, part_of
 from .driven import knows_shards
+from .fit import CheckEntry, number_problem, require_fit, tensor_problem
 from .pieces import (
     agree_on_touched,
     all_params,
@@ -53,7 +54,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         if step_on not in (None, "shards"):
             raise ConfigurationError(f"{type(optimizer).__name__} steps on shards; leave step_on out.")
         return
-    if _is_adapted(optimizer):
+    if _view_of(optimizer) is not None:
         return
     params = all_params(optimizer.param_groups)
     if isinstance(optimizer, torch.optim.SparseAdam) and (flats_of(params) or context().world_size > 1):
@@ -73,9 +74,17 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     view.cut_present(optimizer)
 
 
-def _is_adapted(optimizer: torch.optim.Optimizer) -> bool:
+def _view_of(optimizer: torch.optim.Optimizer) -> _View | None:
     hooks = optimizer._optimizer_state_dict_post_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), _View) for hook in hooks)
+    views = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((view for view in views if isinstance(view, _View)), None)
+
+
+def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Raises CheckpointError on every rank if ``state_dict`` cannot be loaded.  Collective."""
+    view = _view_of(optimizer)
+    if view is not None:
+        require_fit(optimizer, state_dict, view.check(optimizer))
 
 
 def _stepping(view: _View, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -242,7 +251,11 @@ class _View:
         return state
 
     def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of whole states, to be loaded."""
+        """This rank's part of whole states, to be loaded.  Collective.
+
+        Raises CheckpointError on every rank when they do not fit.
+        """
+        require_fit(optimizer, state_dict, self.check(optimizer))
         params = all_params(optimizer.param_groups)
         self._loading, states = {}, {}
         for number, state in state_dict["state"].items():
@@ -253,6 +266,25 @@ class _View:
                 if known:
                     self._loading[number] = part
         return {**state_dict, "state": states}
+
+    def check(self, optimizer: torch.optim.Optimizer) -> CheckEntry:
+        """What tells the problems of one parameter's whole state: torch's optimizers are known, of others little is."""
+        known = is_unchanged(type(optimizer))
+
+        def check(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+            shape = tuple(parameter.shape)
+            dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
+            problems = []
+            for name, value in entry.items():
+                if not isinstance(value, torch.Tensor):
+                    problems += [f"{name}: a str given"] if isinstance(value, str) else []
+                elif name in _SCALARS or value.numel() == 1:
+                    problems += number_problem(name, value)
+                elif known or (value.dim() == len(shape) and value.numel() == parameter.numel()) or value.is_meta:
+                    problems += tensor_problem(name, value, shape, dtype if known else value.dtype)
+            return problems
+
+        return check
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Undo torch's rounding of loaded states to the parameters' dtype: they belong to fp32 masters."""
