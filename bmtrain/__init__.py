@@ -1,6 +1,6 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim, utils
+from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
@@ -34,6 +34,7 @@ __all__ = [
     "agree",
     "benchmark",
     "block_layer",
+    "checkpoint",
     "compile",
     "config",
     "debug",

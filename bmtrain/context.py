@@ -71,6 +71,8 @@ class Context:
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
+    groups: int = 0
+    """How many ``host_group`` were made."""
     building: int = 0
     """How many constructors of distributed modules are running, one inside the other."""
 
@@ -83,6 +85,14 @@ class Context:
     def world_size(self) -> int:
         """How many processes there are."""
         return self.topology.world_size
+
+    def host_group(self, name: str, timeout: timedelta) -> Communicator:
+        """All ranks once more, on CPU tensors, for a thread of its own.  Collective."""
+        self.groups += 1
+        if self.world_size == 1:
+            return LocalCommunicator()
+        store = PrefixStore(f"{name}/{self.groups}", self.store)
+        return GlooCommunicator(store, self.rank, self.world_size, timeout)
 
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""

@@ -146,6 +146,10 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """CPU memory for values like these, to which a GPU copies while it goes on."""
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.is_cuda)
+
     @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation."""

@@ -219,7 +219,7 @@ def _renames(module: nn.Module) -> bool:
 
 
 def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
-    expected = _names(module)
+    expected = named_state(module)
     problems = []
     if strict:
         problems += [f"missing: {key}" for key in expected if key not in state_dict]
@@ -253,7 +253,7 @@ def _undone_by_errors(module: nn.Module) -> Iterator[None]:
         raise
 
 
-def _names(module: nn.Module) -> dict[str, Any]:
+def named_state(module: nn.Module) -> dict[str, Any]:
     """The keys of the state dict with sharded parameters as values; nothing is gathered."""
     found: dict[str, Any] = {}
     for prefix, inner in module.named_modules(remove_duplicate=False):

@@ -14,6 +14,8 @@ from ..errors import ConfigurationError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
+from ..shard.in_parts import part_at
+from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
 from .fit import number_problem, require_fit, tensor_problem
@@ -190,6 +192,13 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 
     # -- state ----------------------------------------------------------------------------------------------------
 
+    def _numbered_groups(self) -> list[dict[str, Any]]:
+        numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
+        return [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": [numbers[id(p)] for p in g["params"]]}
+            for g in self.param_groups
+        ]
+
     def state_dict(self, gather: bool = True) -> dict[str, Any]:
         """The state in torch.optim.AdamW's format.
 
@@ -198,10 +207,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """
         self._uncount()
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
-        groups = [
-            {**{k: v for k, v in g.items() if k != "params"}, "params": [numbers[id(p)] for p in g["params"]]}
-            for g in self.param_groups
-        ]
+        groups = self._numbered_groups()
         states: dict[int, dict[str, torch.Tensor]] = {}
         for flat in homes_of(all_params(self.param_groups)):
             kept = self._states.get(flat.key)
@@ -222,6 +228,48 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         if not gather:
             out["shard_of"] = (context().rank, context().world_size)
         return out
+
+    def parts(self) -> dict[str, Any]:
+        """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
+        self._uncount()
+        params = all_params(self.param_groups)
+        states: dict[int, dict[str, Any]] = {}
+        for number, parameter in enumerate(params):
+            home, index = home_of(parameter)
+            kept = self._states.get(home.key)
+            if kept is None or not kept.steps[index]:
+                continue
+            entry: dict[str, Any] = {"step": torch.tensor(float(kept.steps[index]))}
+            for name, values in (("exp_avg", kept.exp_avg), ("exp_avg_sq", kept.exp_avg_sq)):
+                entry[name] = (
+                    part_at(home.place_of(index), home.local(values, index))
+                    if isinstance(home, FlatShard) else home.whole(values)
+                )  # fmt: skip
+            if home.dtype != torch.float32:
+                entry["master"] = (
+                    kept.part_of_master(home, index)
+                    if isinstance(home, FlatShard) else home.whole(kept.master_of(home))
+                )  # fmt: skip
+            states[number] = entry
+        return {"state": states, "param_groups": self._numbered_groups()}
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        """As ``shard.in_parts`` says."""
+        params = all_params(self.param_groups)
+        if len(path) == 3 and path[0] == "state" and path[2] in _STATES and path[1] in range(len(params)):
+            home, index = home_of(params[path[1]])
+            if isinstance(home, FlatShard) and tuple(home.shape_of(index)) == shape:
+                return home.place_of(index)
+        return True
+
+    def check_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        require_fit(self, state, _check_whole, own=True)
+
+    def load_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        self.check_parts(state)
+        self._load(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole states (from here or torch.optim.AdamW, any world size) or this rank's own shards.

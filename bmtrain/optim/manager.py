@@ -12,6 +12,8 @@ from ..context import context
 from ..errors import CheckpointError, ConfigurationError
 from ..objects import allgather_objects
 from ..shard.engine import engine
+from ..shard.in_parts import in_parts
+from ..shard.place import Place
 from .adam import AdamOptimizer, check_fits, clear_grads
 from .adapt import adapt, check_adapted
 from .driven import knows_shards, skips_on_device
@@ -233,8 +235,11 @@ class OptimManager:
             gather_opt: whole optimizer states, loadable at any world size; False gives this rank's shards where the
                 optimizer has that form, which every rank has to write to a file of its own.
         """
-        self._learn()
-        optimizers = [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
+        return self._state(
+            [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
+        )
+
+    def _state(self, optimizers: list[Any]) -> dict[str, Any]:
         return {
             "optimizers": optimizers,
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
@@ -243,6 +248,35 @@ class OptimManager:
             "steps_since_last_scale": self.steps_since_last_scale,
         }
 
+    def parts(self) -> dict[str, Any]:
+        """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
+        self._learn()
+        found = [(o, in_parts(o)) for o in self.optimizers]
+        return self._state([o.state_dict() if own is None else own.parts() for o, own in found])
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        """As ``shard.in_parts`` says."""
+        if len(path) < 2 or path[0] != "optimizers" or path[1] not in range(len(self.optimizers)):
+            return True
+        own = in_parts(self.optimizers[path[1]])
+        return True if own is None else own.part_at(path[2:], shape)
+
+    def check_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        _agree(_problem(self, state))
+        for optimizer, inner in zip(self.optimizers, state["optimizers"], strict=True):
+            own = in_parts(optimizer)
+            if own is not None:
+                own.check_parts(inner)
+
+    def load_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        self.check_parts(state)
+        for optimizer, inner in zip(self.optimizers, state["optimizers"], strict=True):
+            own = in_parts(optimizer)
+            (optimizer.load_state_dict if own is None else own.load_parts)(inner)
+        self._go_on(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from ``state_dict``.  Collective.
 
@@ -250,14 +284,17 @@ class OptimManager:
         not fit, before the manager or a schedule has changed.
         """
         _agree(_problem(self, state_dict))
-        schedules = _pairs(self, state_dict)
         if len(self.optimizers) > 1:  # a single one checks by itself
             for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
                 _check(optimizer, state)
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for schedule, state in schedules:
-            schedule.load_state_dict(state)
+        self._go_on(state_dict)
+
+    def _go_on(self, state_dict: dict[str, Any]) -> None:
+        """From the state of schedules and of the loss scale."""
+        for schedule, own in _pairs(self, state_dict):
+            schedule.load_state_dict(own)
         self._last = None
         if state_dict["loss_scale_enabled"]:
             self._scale = LossScale(context(), state_dict["loss_scale"], state_dict.get("steps_since_last_scale", 0))
