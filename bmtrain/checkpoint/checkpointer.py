@@ -330,7 +330,10 @@ class Checkpointer:
         }  # fmt: skip
         storage.finish(written, tensors, records, paths, facts)
         folders.commit(written, folders.path_of(self.folder, staged.step))
-        folders.prune(self.folder, self._keep)
+        try:
+            folders.prune(self.folder, self._keep)
+        except OSError as error:  # the new one is whole, and there is only more than was asked for
+            warnings.warn(f"An older checkpoint in {self.folder} could not be removed: {error}", stacklevel=2)
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -358,7 +361,7 @@ class Checkpointer:
             if step not in found:
                 raise CheckpointError(f"{self.folder} has no whole checkpoint of step {step}, only of {found}.")
             found = [number for number in found if number <= step]
-        for number, older in zip(found, [*found[1:], None], strict=True):
+        for number, older in zip(found, [*found[1:], None], strict=False):
             try:
                 self._load(number)
                 return number

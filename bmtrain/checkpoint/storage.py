@@ -97,13 +97,25 @@ class _Summing:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.position, self.crc32 = file, 0, 0
+        self._error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
         size = memoryview(data).nbytes
-        self._file.write(data)
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self._error = error
+            raise
         self.position += size
         return size
+
+    def save(self, chunk: torch.Tensor) -> None:
+        """Write it as torch does; where the file system fails, its own error is raised, which torch would hide."""
+        try:
+            torch.save(chunk, self)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise self._error or error from None
 
     def flush(self) -> None:
         self._file.flush()
@@ -125,7 +137,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Recor
                 position = out.position
                 out.restart()
                 # A copy, as torch.save writes all of the memory that a view is part of.
-                torch.save(chunk.to("cpu", copy=True), out)  # type: ignore[arg-type]
+                out.save(chunk.to("cpu", copy=True))
                 records.append(
                     Record(
                         piece.name, list(piece.shape), str(piece.dtype).removeprefix("torch."), list(box.offsets),
