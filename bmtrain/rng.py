@@ -74,6 +74,13 @@ def _numpy_key(state: State) -> tuple[Any, ...]:
     return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that were given to a DataLoader or its samplers, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
 def _from_rank_0(here: Context, key: str, value: Any) -> Any:
     """Rank 0's ``value`` on every rank.
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from ..rng import capture, restore
+from ..rng import capture, generators_of, restore
 
 
 class ResumableLoader:
@@ -27,8 +29,9 @@ class ResumableLoader:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
         self.epoch = self.batches = self.total = 0
-        self._start: Any = None
-        self._skip = 0
+        self._is_stream = isinstance(loader.dataset, IterableDataset)
+        self._kind = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        self._order = _Order(getattr(loader, self._kind), generators_of(loader))
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -39,55 +42,80 @@ class ResumableLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
-        now = capture()
-        if skip:
-            restore(self._start)
-        else:
-            self._start, self.batches = now, 0
-        batches = _after(self._loader, skip)
-        if skip:
-            restore(now)
-        for batch in batches:
+        if not self._order.skip:
+            self.batches = 0
+        for batch in self._after(self._order.skip) if self._is_stream else self._ordered():
             self.batches += 1
             self.total += 1
             yield batch
         self.epoch, self.batches = self.epoch + 1, 0
 
+    def _ordered(self) -> Iterator[Any]:
+        """The loader's batches, whose indices come through ``_order``."""
+        sampler, again, now = getattr(self._loader, self._kind), self._order.skip > 0, capture()
+        # DataLoader forbids plain assignment because running workers would not notice: they have the same one already.
+        object.__setattr__(self._loader, self._kind, self._order)
+        try:
+            return iter(self._loader)
+        finally:
+            object.__setattr__(self._loader, self._kind, sampler)
+            if again:
+                restore(now)  # the loader draws a seed, which it drew already
+
+    def _after(self, skip: int) -> Iterator[Any]:
+        """The batches of an iterable dataset after the first ``skip`` ones, which are read."""
+        with self._order.begins():
+            batches = iter(self._loader)
+            for _ in range(skip):
+                next(batches)
+        return batches
+
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches, and the generators as the epoch began."""
-        return {"epoch": self.epoch, "batches": self.batches, "total": self.total, "start": self._start}
+        """Epoch, batches, and the generators as the order of the epoch was drawn."""
+        return {"epoch": self.epoch, "batches": self.batches, "total": self.total, "start": self._order.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next epoch begin there."""
         self.epoch, self.batches, self.total = state["epoch"], state["batches"], state["total"]
-        self._start, self._skip = state["start"], state["batches"]
+        self._order.start, self._order.skip = state["start"], state["batches"]
 
 
-def _after(loader: DataLoader[Any], skip: int) -> Iterator[Any]:
-    """The batches after the first ``skip`` ones, whose order is drawn now."""
-    if not skip:
-        return iter(loader)
-    if loader.batch_sampler is None:
-        return itertools.islice(iter(loader), skip, None)
-    sampler = loader.batch_sampler
-    # DataLoader forbids plain assignment because running workers would not notice; these are started here.
-    object.__setattr__(loader, "batch_sampler", _Later(sampler, skip))
-    try:
-        return iter(loader)
-    finally:
-        object.__setattr__(loader, "batch_sampler", sampler)
+class _Order:
+    """A sampler that knows from which generators its order was drawn, and can leave out what comes first, once.
 
+    Attributes:
+        skip: how much to leave out the next time.
+        start: the process's generators, and the loader's own, when an order was drawn; then the one to draw from.
+    """
 
-class _Later:
-    """A batch sampler that leaves out its first batches, once: workers that stay go through it again."""
+    def __init__(self, sampler: Any, generators: list[torch.Generator]) -> None:
+        self._sampler, self._generators = sampler, generators
+        self.skip = 0
+        self.start: Any = None
 
-    def __init__(self, sampler: Any, skip: int) -> None:
-        self._sampler, self._skip = sampler, skip
+    @contextmanager
+    def begins(self) -> Iterator[None]:
+        """An order is drawn inside; where one is drawn again, the process's generators stay where they are."""
+        again, self.skip = self.skip > 0, 0
+        now = capture()
+        if not again:
+            self.start = now, [generator.get_state() for generator in self._generators]
+            yield
+            return
+        restore(self.start[0])
+        for generator, state in zip(self._generators, self.start[1], strict=True):
+            generator.set_state(state)
+        try:
+            yield
+        finally:
+            restore(now)
 
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
-        return itertools.islice(iter(self._sampler), skip, None)
+        skip, drawn = self.skip, iter(self._sampler)
+        with self.begins():
+            first = list(itertools.islice(drawn, skip + 1))[skip:]
+        yield from first
+        yield from drawn
 
     def __len__(self) -> int:
         return len(self._sampler)
