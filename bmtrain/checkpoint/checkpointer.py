@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -78,7 +80,7 @@ class Checkpointer:
     generators of every rank, and what else is given.  It is a folder ``step-0000000500`` in the format of
     ``torch.distributed.checkpoint``, with a checksum of every chunk.  It has this name only when it is whole.
 
-    Every method is collective, as is the constructor.
+    Every method but ``make_room`` is collective, as is the constructor.
 
     Args:
         folder: on a file system that all ranks share.
@@ -163,6 +165,12 @@ class Checkpointer:
                 os.close(self._lock)
                 self._lock = None
 
+    def make_room(self) -> None:
+        """Save and exit at the next step, as on SIGTERM; any rank and any thread may call this, such as one that asks a
+        cloud whether the machine will be taken away.
+        """
+        self._preemption.ask()
+
     def step(self, step: int) -> None:
         """Say that ``step`` is done: saves when it is due, and ends the job when it has to make room.
 
@@ -205,6 +213,19 @@ class Checkpointer:
         """Rank 0's ``make()``, on every rank; its error, too.  Collective."""
         made = self._agreed(lambda: make() if self._rank == 0 else None, what)
         return allgather_objects(made, self._comm)[0]  # type: ignore[return-value]
+
+    def _on_rank_0(self, data: bytes) -> list[bytes]:
+        """Every rank's ``data`` on rank 0, nothing elsewhere.  Collective."""
+        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        sizes = torch.empty(self._world_size, dtype=torch.int64, device="cpu")
+        self._comm.all_gather(torch.tensor([len(data)], device="cpu"), sizes)
+        if self._rank:
+            self._comm.send(own, 0)
+            return []
+        found = [own, *(torch.empty(int(size), dtype=torch.uint8, device="cpu") for size in sizes[1:])]
+        for rank in range(1, self._world_size):
+            self._comm.recv(found[rank], rank)
+        return [bytes(one.numpy()) for one in found]
 
     def _tree(self, step: int) -> _Tree:
         """What there is to save."""
@@ -295,7 +316,7 @@ class Checkpointer:
         written = folders.writing_path(self.folder, staged.step, self._from_rank_0(lambda: self._begin(staged), what))
         try:
             records = self._agreed(lambda: self._write_own(written, staged), what)
-            every = allgather_objects([tuple(record) for record in records], self._comm)
+            every = self._on_rank_0(json.dumps(records).encode())
             self._from_rank_0(lambda: self._complete(staged, written, every), what)
         except BaseException:
             if self._rank == 0:
@@ -320,18 +341,18 @@ class Checkpointer:
         folders.writing_path(self.folder, staged.step, word).mkdir()
         return word
 
-    def _complete(self, staged: _Staged, written: Path, every: list[list[tuple[Any, ...]]]) -> None:
-        records = [Record(*record) for theirs in every for record in theirs]
+    def _complete(self, staged: _Staged, written: Path, every: list[bytes]) -> None:
+        records = [Record(*record) for theirs in every for record in json.loads(theirs)]
         tensors = {r.name: (r.shape, r.dtype) for r in records if r.name.startswith(RANK)} | staged.tensors
         paths = {name: (name,) for name in tensors} | staged.paths
         facts = {
             "step": staged.step, "world_size": self._world_size,
-            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "versions": {"bmtrain": _version(), "torch": torch.__version__, "python": platform.python_version()},
         }  # fmt: skip
         storage.finish(written, tensors, records, paths, facts)
         folders.commit(written, folders.path_of(self.folder, staged.step))
         try:
-            folders.prune(self.folder, self._keep)
+            folders.prune(self.folder, staged.step, self._keep)
         except OSError as error:  # the new one is whole, and there is only more than was asked for
             warnings.warn(f"An older checkpoint in {self.folder} could not be removed: {error}", stacklevel=2)
 
@@ -360,7 +381,13 @@ class Checkpointer:
         if step is not None:
             if step not in found:
                 raise CheckpointError(f"{self.folder} has no whole checkpoint of step {step}, only of {found}.")
-            found = [number for number in found if number <= step]
+            newer, found = [n for n in found if n > step], [n for n in found if n <= step]
+            if newer and self._rank == 0:
+                warnings.warn(
+                    f"Going on from step {step}, while {self.folder} has newer checkpoints, of steps {newer}, which "
+                    "the next resume() would take. Remove them if they are not wanted.",
+                    stacklevel=2,
+                )
         for number, older in zip(found, [*found[1:], None], strict=False):
             try:
                 self._load(number)
@@ -442,6 +469,13 @@ def _document(stored: Stored, name: str) -> bytes:
     if name not in stored.tensors:
         raise CheckpointError(f"{stored.folder} was not written by bmt.checkpoint.Checkpointer: it has no {name}")
     return stored.whole(name).numpy().tobytes()
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("bmtrain")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _told(error: Exception) -> str:

@@ -48,9 +48,9 @@ def commit(written: Path, final: Path) -> None:
     _remove(old)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` whole ones."""
-    for step in steps(folder)[keep:]:
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest ``keep`` whole ones up to ``step``; later ones are of a run that went on from there."""
+    for step in [known for known in steps(folder) if known <= step][keep:]:
         path = path_of(folder, step)
         going = path.with_name(_REMOVING + path.name)
         _remove(going)

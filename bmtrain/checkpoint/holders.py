@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -52,25 +53,40 @@ def _has_state(given: Any) -> bool:
 
 
 class Stateful:
-    """Any object with state_dict and load_state_dict, the same on all ranks."""
+    """Any object with state_dict and load_state_dict, the same on all ranks.
+
+    An optimizer that a manager has got since is in parts.
+    """
 
     def __init__(self, of: Any) -> None:
-        self.of = of
+        self._of = of
 
     def parts(self) -> dict[str, Any]:
         """As ``shard.in_parts`` says."""
-        return self.of.state_dict()  # type: ignore[no-any-return]
+        own = in_parts(self._of)
+        return self._of.state_dict() if own is None else own.parts()
 
     def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
-        """All."""
-        return True
+        """As ``shard.in_parts`` says."""
+        own = in_parts(self._of)
+        return True if own is None else own.part_at(path, shape)
 
     def check_parts(self, state: Any) -> None:
-        """Only the object itself knows."""
+        """By trying, if it is not in parts: only the object itself knows.  It keeps its own state."""
+        own = in_parts(self._of)
+        if own is not None:
+            own.check_parts(state)
+            return
+        before = copy.deepcopy(self._of.state_dict())
+        try:
+            self._of.load_state_dict(copy.deepcopy(state))
+        finally:
+            self._of.load_state_dict(before)
 
     def load_parts(self, state: Any) -> None:
         """As ``shard.in_parts`` says."""
-        self.of.load_state_dict(state)
+        own = in_parts(self._of)
+        (self._of.load_state_dict if own is None else own.load_parts)(state)
 
 
 class Values:

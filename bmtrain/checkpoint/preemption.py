@@ -63,6 +63,10 @@ class Preemption:
         self._asked = self._asker.submit(_any, comm, flags)
         return answer[0], answer[1]
 
+    def ask(self) -> None:
+        """Stop at the next step."""
+        self._came.set()
+
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # only there Python lets handlers be set

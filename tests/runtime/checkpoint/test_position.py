@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import random
@@ -96,6 +97,7 @@ def all_of(folder: str, stop: int | None, resume: bool) -> dict[str, list[list[i
         random.seed(0)
         numpy.random.seed(0)
         found[name] = batches_of(name, folder, stop, resume)
+        gc.collect()  # workers end with their loader
     return found
 
 
@@ -106,10 +108,9 @@ def joined(results: list[dict[str, list[list[int]]]], name: str) -> list[list[in
     return [list(itertools.chain.from_iterable(parts)) for parts in together]
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 3)])
-def test_the_next_batch_is_the_next_one(before: int, after: int, tmp_path: Path) -> None:
+def test_the_next_batch_is_the_next_one(tmp_path: Path) -> None:
     straight = run_ranks(1, all_of, str(tmp_path / "straight"), None, False)
-    for stop in (8,):
+    for before, after, stop in ((1, 1, 8), (2, 3, 2)):
         first = run_ranks(before, all_of, str(tmp_path / str(stop)), stop, False)
         rest = run_ranks(after, all_of, str(tmp_path / str(stop)), stop, True)
         for name in LOADERS:
