@@ -27,6 +27,7 @@ from ..context import context
 from ..errors import BMTrainError, CheckpointError, ConfigurationError
 from ..objects import allgather_objects
 from ..rng import capture, restore
+from ..shard.flat import flat_of
 from ..shard.in_parts import Owned, part_at
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor
@@ -239,6 +240,8 @@ class Checkpointer:
         generators = {"host": capture(), "device": self._device.rng_state()[1]}
         tree.own = to_bytes({"generators": generators, "data": own})
         for name, value in tree.tensors.items():
+            if flat_of(value) is not None:
+                raise CheckpointError(f"{name} is a sharded parameter; give its module, or a copy of its .data")
             if not isinstance(value, (ShardedTensor, Owned)) and (value.layout != torch.strided or value.is_meta):
                 raise CheckpointError(f"{name} is {'on the meta device' if value.is_meta else value.layout}")
         return tree

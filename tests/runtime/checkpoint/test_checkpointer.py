@@ -139,6 +139,40 @@ def test_a_resumed_job_is_the_undisturbed_one(tmp_path: Path) -> None:
         job.ckpt.close()
 
 
+@on_ranks(1, 2, init={"precision": "bf16"})
+def test_under_a_precision_with_frozen_layers_and_late_groups(tmp_path: Path) -> None:
+    def make(seed: int) -> tuple[Any, Any, Checkpointer]:
+        torch.manual_seed(seed)
+        net = nn.Sequential(bmt.Block(nn.Linear(6, 5)), nn.Linear(5, 5), bmt.Block(nn.Linear(5, 6), precision="fp32"))
+        net[1].requires_grad_(False)
+        model: Any = bmt.BMTrainModelWrapper(net)
+        optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.01)
+        ckpt = Checkpointer(tmp_path, model=model, optimizer=optimizer)  # it learns of shards only now:
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(optimizer)
+        optimizer.add_param_group({"params": [model[2].weight], "lr": 0.1})
+        return model, manager, ckpt
+
+    def train(model: Any, manager: Any, first: int) -> None:
+        for step in range(first, first + 2):
+            manager.zero_grad()
+            manager.backward(oracle.mean(model(models.share(oracle.inputs(step)))))
+            manager.step()
+
+    model, manager, ckpt = make(0)
+    train(model, manager, 1)
+    ckpt.save(2)
+    train(model, manager, 3)
+    expected = copy.deepcopy((model.state_dict(), manager.state_dict()))
+    ckpt.close()
+    model, manager, ckpt = make(1)
+    train(model, manager, 1)
+    assert ckpt.resume() == 2
+    train(model, manager, 3)
+    assert_same((model.state_dict(), manager.state_dict()), expected)
+    ckpt.close()
+
+
 def saved(folder: str) -> list[dict[str, Any]]:
     found = []
     for number, (kind, dtype) in enumerate(ALL):

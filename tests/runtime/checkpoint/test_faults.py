@@ -373,6 +373,13 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     ckpt = Checkpointer(tmp_path, model=job.model, bad=bad)
     with pytest.raises(CheckpointError, match=r"bad\.f is not saved"):
         ckpt.save(1)
+    for wrong, said in (
+        (job.model.one.weight, "a sharded parameter"), (torch.ones(2, device="meta"), "meta"),
+        (torch.eye(2).to_sparse(), "sparse"), ({"x": {1: object()}}, r"bad\.f\.x\.1"),
+    ):  # fmt: skip
+        bad["f"] = wrong
+        with pytest.raises(CheckpointError, match=said):
+            ckpt.save(1)
     bad.clear()
     bad["rank"] = bmt.rank()
     if bmt.world_size() > 1:
