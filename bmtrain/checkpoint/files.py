@@ -9,6 +9,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,16 +28,51 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
     The file appears complete or not at all.
 
     Args:
-        non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.
+        non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.  The
+            next ``bmt.save`` or ``bmt.save_checkpoint`` does, and raises its error.
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
     state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
-    if non_blocking:
-        if context().rank == 0:
-            threading.Thread(target=_write, args=(state, Path(file_name)), daemon=False).start()
+    if not non_blocking:
+        save_checkpoint(state, file_name)
         return
-    save_checkpoint(state, file_name)
+    _finish_background()
+    if context().rank == 0:
+        _background[context()] = _Writer(state, Path(file_name))
+
+
+class _Writer(threading.Thread):
+    """Writes a file; its error is printed, and kept for whoever comes next."""
+
+    def __init__(self, state: Any, path: Path) -> None:
+        super().__init__(name=f"writer of {path}")
+        self._state, self._path = state, path
+        self.problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            _write(self._state, self._path)
+        except Exception as error:
+            self.problem = f"{self._path}: {type(error).__name__}: {error}"
+            raise
+        finally:
+            self._state = None
+
+
+_background: WeakKeyDictionary[Context, _Writer] = WeakKeyDictionary()  # of rank 0's contexts
+
+
+def _finish_background() -> None:
+    """Wait for what ``save(non_blocking=True)`` still writes.  Collective.  Raises CheckpointError on every rank."""
+    writer = _background.pop(context(), None)
+    if writer is not None:
+        writer.join()
+    problem = broadcast_object(None if writer is None else writer.problem)
+    if problem is not None:
+        raise CheckpointError(f"Rank 0 could not write, in the background, {problem}. Nothing was written now either.")
 
 
 def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
@@ -50,6 +86,7 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
     """
     problem = None
+    _finish_background()
     _refuse_shards(obj)
     obj = pickled.with_whole_tensors(obj)
     with pickled.whole(obj) as models:
