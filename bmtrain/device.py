@@ -238,6 +238,17 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
         yield
 
 
+def is_in_use() -> bool:
+    """Whether this process has used a GPU already, so that its libraries have read the environment."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def choose_deterministic_algorithms() -> None:
+    """Let torch and cuDNN choose algorithms that give the same bits each time; where there is none, it is an error."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it would choose by time
+
+
 def let_segments_grow() -> None:
     """Let torch's allocator extend its segments instead of adding others, so that it reserves little more than is used.
 
