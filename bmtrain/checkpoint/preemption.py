@@ -49,7 +49,7 @@ class Preemption:
         self._asker = ThreadPoolExecutor(1, "preemption")
         self._asked: Future[list[bool]] | None = None
         self._before: dict[signal.Signals, Any] = {}
-        self._came = threading.Event()
+        self._came, self._process = threading.Event(), os.getpid()
 
     def agreed(self, failed: bool) -> tuple[bool, bool]:
         """Whether some rank had to stop, and whether something had failed on some, when asked last.  Collective."""
@@ -74,7 +74,8 @@ class Preemption:
             self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self._came.is_set() and number == signal.SIGTERM:  # asked again: go at once
+        again = self._came.is_set() and number == signal.SIGTERM
+        if again or os.getpid() != self._process:  # asked twice, or a child that was forked: go at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._came.set()

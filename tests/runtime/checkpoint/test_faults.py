@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -428,6 +429,20 @@ def test_a_job_saves_and_makes_room(how: str, tmp_path: Path) -> None:
     assert_same(job.facts(), expected)
     job.ckpt.close()
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)
+
+
+@on_ranks(1)
+def test_children_go_when_they_are_asked_to(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.ckpt.step(1)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM
+    job.ckpt.step(2)
+    job.ckpt.step(3)
+    job.ckpt.close()
 
 
 # ---- death
