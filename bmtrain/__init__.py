@@ -1,9 +1,9 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim, utils
+from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
-from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
+from .context import deterministic, init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .precision import Precision
@@ -34,9 +34,11 @@ __all__ = [
     "agree",
     "benchmark",
     "block_layer",
+    "checkpoint",
     "compile",
     "config",
     "debug",
+    "deterministic",
     "distributed",
     "gather_grad",
     "gather_result",

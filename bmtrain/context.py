@@ -18,7 +18,14 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
-from .device import Device, Schedule, choose_device, let_segments_grow
+from .device import (
+    Device,
+    Schedule,
+    choose_deterministic_algorithms,
+    choose_device,
+    is_in_use,
+    let_segments_grow,
+)
 from .errors import ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
 from .topology import Topology
@@ -71,6 +78,8 @@ class Context:
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
+    groups: int = 0
+    """How many ``host_group`` were made."""
     building: int = 0
     """How many constructors of distributed modules are running, one inside the other."""
 
@@ -83,6 +92,14 @@ class Context:
     def world_size(self) -> int:
         """How many processes there are."""
         return self.topology.world_size
+
+    def host_group(self, name: str, timeout: timedelta) -> Communicator:
+        """All ranks once more, on CPU tensors, for a thread of its own.  Collective."""
+        self.groups += 1
+        if self.world_size == 1:
+            return LocalCommunicator()
+        store = PrefixStore(f"{name}/{self.groups}", self.store)
+        return GlooCommunicator(store, self.rank, self.world_size, timeout)
 
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""
@@ -213,6 +230,31 @@ def init_distributed(
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
+
+
+def deterministic() -> None:
+    """From here on, equal runs give equal bits: libraries choose algorithms that do, or raise an error.
+
+    Call it first of all, before anything uses a GPU.  With as many ranks, on machines of one kind, a job that goes on
+    from a ``bmt.checkpoint.Checkpointer`` then has the bits of one that was never interrupted.  Some operations become
+    slower.
+
+    Raises ConfigurationError when it is too late, or when CUBLAS_WORKSPACE_CONFIG says otherwise.
+    """
+    known = (":4096:8", ":16:8")  # the values that cuBLAS documents as deterministic
+    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if given is None and is_in_use():
+        raise ConfigurationError(
+            "bmt.deterministic() comes too late: this process has used a GPU already. Call it first of all, or set "
+            f"CUBLAS_WORKSPACE_CONFIG={known[0]} in the environment."
+        )
+    if given is not None and given not in known:
+        raise ConfigurationError(
+            f"CUBLAS_WORKSPACE_CONFIG is {given!r}, with which cuBLAS may give other bits each time. Set it to "
+            f"{known[0]} or {known[1]}, or leave it out."
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", known[0])
+    choose_deterministic_algorithms()
 
 
 def own_random() -> AbstractContextManager[None]:

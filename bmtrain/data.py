@@ -22,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from .context import Context, context
 from .errors import ConfigurationError
-from .rng import Draws, capture, restore, same
+from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
 
 BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any])
@@ -88,11 +88,11 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     if loader.batch_sampler is None:
         replaced["collate_fn"] = _ShareOfElement(loader.collate_fn, topology.data_rank, topology.data_size)
         if not iterable:
-            replaced["sampler"] = AlignedSampler(loader.sampler, _generators(loader))
+            replaced["sampler"] = AlignedSampler(loader.sampler, generators_of(loader))
     elif iterable:
         replaced["collate_fn"] = _ShareOfSamples(loader.collate_fn, topology.data_rank, topology.data_size)
     else:
-        replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, _generators(loader))
+        replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, generators_of(loader))
         replaced["_get_iterator"] = partial(_iterator, sharded, topology.data_rank)
     for name, value in replaced.items():
         # DataLoader forbids plain assignment because running workers would not notice; the copy has none yet.
@@ -293,10 +293,3 @@ def _bounds(length: int, rank: int, ranks: int) -> slice:
         return slice(first, first + 1)
     part = share(length, ranks, rank)
     return slice(part.start, part.stop)
-
-
-def _generators(loader: DataLoader[Any]) -> list[Generator]:
-    """The generators that were given to the loader or its samplers, each once."""
-    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if isinstance(g, Generator)}
-    return list(found.values())

@@ -152,6 +152,10 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """CPU memory for values like these, to which a GPU copies while it goes on."""
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.is_cuda)
+
     @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation."""
@@ -243,6 +247,17 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
             if enabled or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
         yield
+
+
+def is_in_use() -> bool:
+    """Whether this process has used a GPU already, so that its libraries have read the environment."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def choose_deterministic_algorithms() -> None:
+    """Let torch and cuDNN choose algorithms that give the same bits each time; where there is none, it is an error."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it would choose by time
 
 
 def let_segments_grow() -> None:

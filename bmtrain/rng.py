@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import torch
 
 from .context import Context
 from .errors import CommunicationError
+from .wire import from_bytes, to_bytes
 
 T = TypeVar("T")
 State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is in use
@@ -74,6 +74,13 @@ def _numpy_key(state: State) -> tuple[Any, ...]:
     return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that were given to a DataLoader or its samplers, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
 def _from_rank_0(here: Context, key: str, value: Any) -> Any:
     """Rank 0's ``value`` on every rank.
 
@@ -83,15 +90,16 @@ def _from_rank_0(here: Context, key: str, value: Any) -> Any:
         return value
     key = f"draws/{key}"
     if here.rank == 0:
-        here.store.set(key, pickle.dumps(value).hex())
+        here.store.set(key, to_bytes(value).hex())
         return value
     try:
-        received = pickle.loads(bytes.fromhex(here.store.get(key).decode()))
+        sent = here.store.get(key).decode()
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {here.rank} waited for rank 0 to begin the same epoch, which it did not: {error}. "
             "Every rank must go through the same sharded loaders in the same order."
         ) from error
+    received = from_bytes(bytes.fromhex(sent))
     if here.store.add(f"{key}/read", 1) == here.world_size - 1:
         here.store.delete_key(key)
         here.store.delete_key(f"{key}/read")
