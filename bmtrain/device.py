@@ -146,6 +146,13 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    def is_busy(self) -> bool:
+        """Whether queued device work is still to be done.  For any thread."""
+        if not self.is_cuda:
+            return False
+        streams = (self.gather_stream, self.reduce_stream, torch.cuda.default_stream(self.torch_device))
+        return not all(stream is None or stream.query() for stream in streams)
+
     @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation."""
