@@ -21,6 +21,7 @@ from .shard import (
 )
 from .synchronize import agree, gather_result, rank_0_first, sum_loss, synchronize, wait_loader
 from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
+from .watch import Timeouts
 
 __all__ = [
     "BMTrainModelWrapper",
@@ -30,6 +31,7 @@ __all__ = [
     "DistributedParameter",
     "ParameterInitializer",
     "Precision",
+    "Timeouts",
     "TransformerBlockList",
     "agree",
     "benchmark",

@@ -32,11 +32,13 @@ LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 def shard_batch(batch: BatchT) -> BatchT:
     """This rank's part of a global batch that every rank holds alike.
 
-    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Raises ConfigurationError when
+    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Every rank calls this equally
+    often: a rank that takes a batch more is found out at the next collective.  Raises ConfigurationError when
     its length is not a multiple of the number of ranks: parts of different length would weigh their samples
     differently.
     """
     topology = context().topology
+    context().diary.takes_batch()
     length = len(batch)
     if length % topology.data_size:
         raise ConfigurationError(
@@ -155,7 +157,9 @@ class AlignedSampler(Sampler[Any]):
         draws = Draws(context(), f"{self._number}/{self._epoch}", self._generators)
         drawn = draws.run(lambda: iter(self.sampler))
         end = object()
+        diary = context().diary
         while (item := draws.run(lambda: next(drawn, end))) is not end:
+            diary.takes_batch()
             yield item, draws
 
     def __getattr__(self, name: str) -> Any:

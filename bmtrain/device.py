@@ -156,6 +156,13 @@ class Device:
         """CPU memory for values like these, to which a GPU copies while it goes on."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.is_cuda)
 
+    def is_busy(self) -> bool:
+        """Whether queued device work is still to be done.  For any thread."""
+        if not self.is_cuda:
+            return False
+        streams = (self.gather_stream, self.reduce_stream, torch.cuda.default_stream(self.torch_device))
+        return not all(stream is None or stream.query() for stream in streams)
+
     @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -93,7 +95,9 @@ def _from_rank_0(here: Context, key: str, value: Any) -> Any:
         here.store.set(key, to_bytes(value).hex())
         return value
     try:
-        sent = here.store.get(key).decode()
+        sent = _wait_for(here, key).decode()
+    except CommunicationError:
+        raise
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {here.rank} waited for rank 0 to begin the same epoch, which it did not: {error}. "
@@ -104,3 +108,23 @@ def _from_rank_0(here: Context, key: str, value: Any) -> Any:
         here.store.delete_key(key)
         here.store.delete_key(f"{key}/read")
     return received
+
+
+def _wait_for(here: Context, key: str) -> bytes:
+    """What rank 0 puts there.  Raises RuntimeError after the context's timeout, CommunicationError if it never will."""
+    deadline, pause = time.monotonic() + here.timeout.total_seconds(), 0.0
+    is_watched = threading.get_ident() == here.diary.thread
+    if is_watched:
+        here.diary.enter_pair("the wait for the order of batches from", 0)
+    try:
+        while not here.store.check([key]):
+            if here.watchdog is not None and here.watchdog.verdict is not None:
+                raise CommunicationError(here.watchdog.verdict.text)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out after {here.timeout}")
+            time.sleep(pause)
+            pause = min(pause + 0.001, 0.05)
+        return here.store.get(key)
+    finally:
+        if is_watched:
+            here.diary.leave()

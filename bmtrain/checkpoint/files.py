@@ -33,7 +33,8 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
-    state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
+    with context().diary.saving():
+        state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
     if not non_blocking:
         save_checkpoint(state, file_name)
         return
@@ -86,18 +87,19 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
     """
     problem = None
-    _finish_background()
     _refuse_shards(obj)
-    obj = pickled.with_whole_tensors(obj)
-    with pickled.whole(obj) as models:
-        if models:
-            options.setdefault("pickle_module", pickled)
-        if context().rank == 0:
-            try:
-                _write(obj, Path(file_name), **options)
-            except Exception as error:  # pickling may raise anything, and the others wait for the verdict
-                problem = f"{type(error).__name__}: {error}"
-    problem = broadcast_object(problem)
+    with context().diary.saving():
+        _finish_background()
+        obj = pickled.with_whole_tensors(obj)
+        with pickled.whole(obj) as models:
+            if models:
+                options.setdefault("pickle_module", pickled)
+            if context().rank == 0:
+                try:
+                    _write(obj, Path(file_name), **options)
+                except Exception as error:  # pickling may raise anything, and the others wait for the verdict
+                    problem = f"{type(error).__name__}: {error}"
+        problem = broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {file_name}: {problem}")
 
