@@ -431,12 +431,20 @@ def test_a_job_saves_and_makes_room(how: str, tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) in (signal.SIG_DFL, None)
 
 
+def told_then_asleep(told: Any) -> None:
+    told.set()
+    time.sleep(60)
+
+
 @on_ranks(1)
 def test_children_go_when_they_are_asked_to(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.ckpt.step(1)
-    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    forks = multiprocessing.get_context("fork")
+    told = forks.Event()
+    child = forks.Process(target=told_then_asleep, args=(told,))
     child.start()
+    assert told.wait(20)  # Python drops a signal that comes while it is being forked
     child.terminate()
     child.join(10)
     assert child.exitcode == -signal.SIGTERM

@@ -54,14 +54,14 @@ def seeded() -> torch.Generator:
 
 
 LOADERS: dict[str, Callable[[], DataLoader[Any]]] = {
-    "in order": lambda: DataLoader(Numbers(), batch_size=6),
     "shuffled": lambda: DataLoader(Numbers(), batch_size=6, shuffle=True),
-    "drop": lambda: DataLoader(Numbers(), batch_size=6, shuffle=True, drop_last=True),
     "drawing": lambda: DataLoader(Numbers(), batch_size=6, sampler=Drawing()),
     "generator": lambda: DataLoader(Numbers(), batch_size=6, shuffle=True, generator=seeded()),
     "stream": lambda: DataLoader(Stream(), batch_size=6),
     "single": lambda: DataLoader(Numbers(), batch_size=None, shuffle=True),
-    "workers": lambda: DataLoader(Numbers(), batch_size=6, shuffle=True, num_workers=1, persistent_workers=True),
+    "workers": lambda: DataLoader(
+        Numbers(), batch_size=6, shuffle=True, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
+    ),
 }
 
 
