@@ -230,6 +230,13 @@ def test_trackers() -> None:
         and "wandb.log({'loss': value}, step=step)" in wandb
     )
     assert not convert_text(text.replace(", project_dir=folder", "")).changed
+    asked = converted(text.replace("if accelerator.is_main_process:\n", "if args.tracked:\n"))
+    assert "tracker = None\nif args.tracked:\n    tracker = bmt.on_rank_0(SummaryWriter)" in asked
+    assert (
+        "    if tracker is not None:\n        value = bmt.sum_loss(loss).item()\n        if bmt.rank() == 0:\n" in asked
+    )
+    assert asked.endswith("\nif tracker is not None:\n    tracker.close()\n")
+    assert "\nif True:" not in asked and "tracker" not in converted(text.replace(made, "pass\n"))
 
 
 def test_precision() -> None:

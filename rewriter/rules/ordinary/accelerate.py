@@ -699,8 +699,26 @@ class _Uses:
 
     @cached_property
     def _tracker(self) -> str:
+        """The tracker that the script starts; empty if it starts none, in which case logs go nowhere."""
         found = self.held.option("log_with")
-        return str(getattr(found[1], "value", "?")) if found is not None else ""
+        return str(getattr(found[1], "value", "?")) if found is not None and any(self._starts()) else ""
+
+    def _starts(self) -> Iterator[tuple[File, ast.Call]]:
+        """The calls of ``init_trackers``."""
+        for file in self.held.files:
+            for node in file.calls:
+                if isinstance(node.func, ast.Attribute) and node.func.attr == "init_trackers":
+                    if self.held.is_one(file, node.func.value):
+                        yield file, node
+
+    @cached_property
+    def _is_conditional(self) -> bool:
+        """Whether there may be no tracker: it is started under a test of something else than the rank."""
+        return any(
+            isinstance(parent, ast.If) and as_guard(file, parent) is None and not _is_main(parent)
+            for file, call in self._starts()
+            for parent in file.names.ancestors(call)
+        )
 
     def _init_trackers_call(self, call: ast.Call) -> Iterator[Change]:
         given = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -709,38 +727,33 @@ class _Uses:
         if not self._tracker:
             yield from self._left_out(call, "")
             return
-        if name is None or "init_kwargs" in given or not self._alone(call) or self._tracker == "?":
+        if name is None or "init_kwargs" in given or not self._alone(call) or len(list(self._starts())) > 1:
             self.refuse(call, "init_trackers with arguments that are not known: make the writer in the script")
             return
         statement = self.file.names.statement_of(call)
-        holes = {"name": name} | ({"config": config} if config is not None else {})
         if self._tracker == "wandb":
             yield Import("import wandb")
-            yield replace(
-                call, f"wandb.init(project={{name}}{', config={config}' if config is not None else ''})", **holes
-            )
+            holes = {"name": name} | ({"config": config} if config is not None else {})
+            told = ", config={config}" if config is not None else ""
+            yield replace(call, f"wandb.init(project={{name}}{told})", **holes)
             return
         folder = self._folder(_attribute(call))
         yield Import("from torch.utils.tensorboard import SummaryWriter")
         if "os" not in self.file.names.module.bindings:
             yield Import("import os")
-        guard = self._guard_around(statement)
-        inside = {n.id for n in walk(guard) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        if guard is not statement and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
+        tests = [p for p in self.file.names.ancestors(statement) if isinstance(p, ast.If) and not _is_main(p)]
+        guards = [test for test in tests if as_guard(self.file, test) is not None]
+        place: ast.stmt = guards[-1] if guards else statement
+        inside = {n.id for n in walk(place) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if guards and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
             self.refuse(call, "the name of the trackers is made on one rank")
-        line = f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"
-        yield insert_before(guard, line, name=name)  # what closes it stands outside of the guard
+        if self._is_conditional:
+            yield insert_before(tests[-1], "tracker = None")
+        # What closes it stands outside of the guard.
+        yield insert_before(place, f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))", name=name)
         if config is not None:
             yield insert_before(statement, "tracker.add_hparams({config}, {})", config=config)
         yield Remove(statement)
-
-    def _guard_around(self, statement: ast.stmt) -> ast.stmt:
-        """The outermost test of the rank that a statement stands under; else the statement."""
-        found = statement
-        for parent in self.file.names.ancestors(statement):
-            if isinstance(parent, ast.If) and as_guard(self.file, parent) is not None:
-                found = parent
-        return found
 
     def _folder(self, node: ast.Attribute) -> str:
         """Where logs go, as code."""
@@ -759,51 +772,54 @@ class _Uses:
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         given |= dict(zip(("values", "step"), call.args, strict=False))
         values, step = given.get("values"), given.get("step")
-        if values is None or set(given) - {"values", "step"} or not self._alone(call) or not self._tracked(call):
+        if values is None or set(given) - {"values", "step"} or not self._alone(call) or not self._is_tracked(call):
             self.refuse(call, "log(...) with arguments that are not known, or away from init_trackers")
             return
-        if self._tracker == "wandb":
-            yield Import("import wandb")
-            yield replace(call.func, "wandb.log")
-            return
-        statement = self.file.names.statement_of(call)
         holes = {"step": step} if step is not None else {}
         at = ", {step}" if step is not None else ""
-        if isinstance(values, ast.Dict) and all(key is not None for key in values.keys):
+        if self._tracker == "wandb":
+            lines = ["wandb.log({values}" + (", step={step})" if step is not None else ")")]
+            holes["values"] = values
+        elif isinstance(values, ast.Dict) and all(key is not None for key in values.keys):
+            lines = []
             for number, (key, value) in enumerate(zip(values.keys, values.values, strict=True)):
                 assert key is not None
-                text = isinstance(value, ast.JoinedStr) or (
-                    isinstance(value, ast.Call) and last_name(value.func) == "str"
+                text = isinstance(value, ast.JoinedStr) or last_name(getattr(value, "func", value)) == "str"
+                lines.append(
+                    f"tracker.{'add_text' if text else 'add_scalar'}({{key_{number}}}, {{value_{number}}}{at})"
                 )
-                method = "add_text" if text else "add_scalar"
-                del number
-                yield insert_before(
-                    statement, f"tracker.{method}({{key}}, {{value}}{at})", key=key, value=value, **holes
-                )
+                holes |= {f"key_{number}": key, f"value_{number}": value}
         else:
-            lines = ("for name, value in {values}.items():", f"    tracker.add_scalar(name, value{at})")
-            yield insert_before(statement, *lines, values=values, **holes)
+            lines = ["for name, value in {values}.items():", f"    tracker.add_scalar(name, value{at})"]
+            holes["values"] = values
+        yield from self._to_tracker(call, lines, holes)
+
+    def _to_tracker(self, call: ast.Call, lines: list[str], holes: dict[str, ast.expr]) -> Iterator[Change]:
+        """Lines for a tracker, if there is one."""
+        statement = self.file.names.statement_of(call)
+        if self._tracker == "wandb":
+            yield Import("import wandb")
+        if self._is_conditional:
+            there = "wandb.run is not None" if self._tracker == "wandb" else "tracker is not None"
+            lines = [f"if {there}:", *(f"    {line}" for line in lines)]
+        yield insert_before(statement, *lines, **holes)
         yield Remove(statement)
 
-    def _tracked(self, call: ast.Call) -> bool:
+    def _is_tracked(self, call: ast.Call) -> bool:
         """Whether the tracker is known where it is used."""
-        if self._tracker == "wandb":
-            return True
         function = self.file.names.function_of(call)
-        return any(
-            isinstance(node.func, ast.Attribute)
-            and node.func.attr == "init_trackers"
-            and self.file.names.function_of(node) is function
-            for node in self.file.calls
+        return self._tracker == "wandb" or any(
+            file is self.file and file.names.function_of(start) is function for file, start in self._starts()
         )
 
     def _end_training_call(self, call: ast.Call) -> Iterator[Change]:
-        if self._tracker == "wandb":
-            yield Import("import wandb")
-        if self._tracker and not self._tracked(call):
+        if not self._tracker:
+            yield from self._left_out(call, "")
+            return
+        if not self._alone(call) or not self._is_tracked(call):
             self.refuse(call, "end_training() away from init_trackers")
-        lines = {"": "", "wandb": "wandb.finish()", "tensorboard": "tracker.close()"}
-        yield from self._left_out(call, lines.get(self._tracker, ""))
+            return
+        yield from self._to_tracker(call, ["wandb.finish()" if self._tracker == "wandb" else "tracker.close()"], {})
 
     # Other names of accelerate -----------------------------------------------------
 
@@ -925,6 +941,11 @@ def _is_made(value: ast.expr | None) -> bool:
     if isinstance(value, ast.IfExp):
         return _is_made(value.body) and _is_made(value.orelse)
     return isinstance(value, ast.Call) and last_name(value.func) in {"Accelerator"}
+
+
+def _is_main(node: ast.AST) -> bool:
+    """``if __name__ == "__main__":``."""
+    return isinstance(node, ast.If) and any(getattr(n, "id", "") == "__name__" for n in walk(node.test))
 
 
 def _operand(code: str) -> str:
