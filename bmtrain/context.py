@@ -43,6 +43,7 @@ class Engine(Protocol):
 
 
 Gradients = Literal["mean", "sum"]
+MemoryUse = Literal["lean", "auto"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
 
 
@@ -68,6 +69,8 @@ class Context:
     """Whether layers in training draw other numbers on every rank."""
     gradient_divisor: int = 1
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
+    memory: MemoryUse | float = "auto"
+    """Whether free memory is spent to save time, and up to how many GiB."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -153,6 +156,7 @@ def init_distributed(
     precision: Precision | torch.dtype | str | None = None,
     random: Random = "own",
     gradients: Gradients = "mean",
+    memory: MemoryUse | float = "auto",
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -176,6 +180,10 @@ def init_distributed(
             same everywhere, as the published library did.
         gradients: "mean": ``loss.backward()`` gives the mean over ranks, as does an OptimManager. "sum": it gives the
             sum, as it did in the published releases, for scripts that divide by the number of ranks themselves.
+        memory: "auto" spends what the first steps leave free on a GPU to save time: blocks that were not told keep
+            their activations, parameters stay whole from step to step; what stays is given up when memory becomes
+            scarce. A number: the same within so many GiB for each process. "lean": nothing is kept. The results are
+            the same. On a CPU nothing is kept.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -187,9 +195,12 @@ def init_distributed(
         ("schedule", schedule, Schedule),
         ("random", random, Random),
         ("gradients", gradients, Gradients),
+        *([("memory", memory, MemoryUse)] if isinstance(memory, str) else []),
     ):
         if value not in get_args(known):
             raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
+    if not isinstance(memory, str) and not (isinstance(memory, (int, float)) and memory > 0):
+        raise ConfigurationError(f'memory must be "auto", "lean" or a number of GiB, not {memory!r}.')
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -208,7 +219,7 @@ def init_distributed(
     meeting = meet(init_method, topology.rank, topology.world_size, timeout)
     made = _connect(topology, Device(chosen, schedule, topology.rank), meeting.store, timeout)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
-    made.precision, made.random = policy, random
+    made.precision, made.random, made.memory = policy, random, memory
     made.gradient_divisor = topology.world_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
     _State.context = made

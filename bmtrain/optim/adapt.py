@@ -29,6 +29,7 @@ from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.fp32_values import can_split, join, write_master
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.sharded_tensor import ShardedTensor, part_of
+from ..shard.unit import unit_of_flat
 from .driven import knows_shards
 from .pieces import (
     agree_on_touched,
@@ -214,7 +215,10 @@ class _View:
                 write_master(flat, values)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
+        units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
         self.show_sharded(optimizer)
+        for unit in units.values():
+            engine().updated(unit)
 
     def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""

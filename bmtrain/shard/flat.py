@@ -40,6 +40,7 @@ class Unit(Protocol):
     precision: Precision
     reduced: Event
     is_settled: bool
+    is_stale: bool
 
     @property
     def moves(self) -> bool:
@@ -165,9 +166,13 @@ class FlatShard:
         """Whether these parameters may be gathered in another dtype than they rest in."""
         return self.autocasts or (self.unit.precision.param is not None and self.dtype.is_floating_point)
 
+    def wire_for(self, compute: torch.dtype | None) -> torch.dtype:
+        """The dtype to gather in; ``compute`` is as in ``ShardUnit.prefetch``."""
+        return compute if compute is not None and self.casts else self.dtype
+
     def to_gather(self, compute: torch.dtype | None) -> torch.Tensor:
-        """This rank's shard in the dtype to gather; ``compute`` is as in ``ShardUnit.prefetch``."""
-        self.wire = compute if compute is not None and self.casts else self.dtype
+        """This rank's shard in the dtype to gather."""
+        self.wire = self.wire_for(compute)
         if self.wire == self.dtype:
             return self.shard
         pools = self.unit.pools
@@ -245,6 +250,8 @@ class FlatShard:
         self.version += 1
         if prefetched_too:
             self.unit.release_prefetched()
+        else:
+            self.unit.is_stale = True
 
     # -- writes into whole parameters -----------------------------------------------------------------------------
 
@@ -305,6 +312,8 @@ class FlatShard:
         return self.is_whole and self.reduce_dtype == self.wire
 
     def _acquire_grads(self) -> Buffer:
+        if self.unit.ctx.world_size == 1:
+            return self.gradient.room(self.reduce_dtype)
         return self.unit.pools.acquire_grads(self, self.layout, self.reduce_dtype)
 
     def add_raw_grad(self, index: int, whole: torch.Tensor) -> None:
@@ -326,6 +335,9 @@ class FlatShard:
         buffer, landed = self.landing.take()
         with torch.no_grad():
             self._collect(buffer.views(self.layout), landed)
+            if self.unit.ctx.world_size == 1:
+                self.gradient.take(buffer)
+                return
             device.event_after(device.current_stream()).wait(device.reduce_stream)
             with device.on(device.reduce_stream):
                 self.gradient.add(buffer.tensor)
@@ -352,6 +364,8 @@ class FlatShard:
 
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
+        if self.unit.ctx.world_size == 1:
+            self.landing.drop()
         self.gradient.clear()
         for index, parameter in enumerate(self.params):
             self.landing.forget(index)
