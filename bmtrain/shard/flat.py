@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import is_not
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +21,13 @@ from .landing import Landing
 from .layout import Layout, make_layout
 from .parameter import (
     DistributedParameter,
+    any_trains,
     enter_sharded,
     enter_whole,
     make_poison,
     raw_data,
     raw_grad,
+    raw_grads,
     set_raw_grad,
 )  # fmt: skip
 from .place import Place
@@ -298,8 +302,7 @@ class FlatShard:
     @property
     def trainable(self) -> bool:
         """Whether any parameter here gets a gradient."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return any(p.requires_grad for p in self.params)
+        return any_trains(self.params)
 
     @property
     def reduce_dtype(self) -> torch.dtype:
@@ -323,8 +326,13 @@ class FlatShard:
 
     def raw_grads(self) -> list[torch.Tensor | None]:
         """What autograd has accumulated and nobody reduced yet."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return [raw_grad(p) for p in self.params]
+        return raw_grads(self.params)
+
+    @property
+    def has_raw_grads(self) -> bool:
+        """Whether any waits to be reduced."""
+        found = self.landing.is_used or any(map(is_not, self.raw_grads(), repeat(None)))
+        return found and self.trainable
 
     def reduce(self) -> None:
         """Sum whole gradients over ranks; add this rank's part to the gradient.  Collective.

@@ -209,7 +209,7 @@ class ShardUnit:
 
     def has_raw_grads(self) -> bool:
         """Whether autograd left gradients here that are not reduced yet."""
-        return any(f.landing.is_used or any(g is not None for g in f.raw_grads()) for f in self.flats if f.trainable)
+        return any(f.has_raw_grads for f in self.flats)
 
     def reduce_grads(self) -> None:
         """Sum whole gradients over ranks and add this rank's part to its gradient shards."""
