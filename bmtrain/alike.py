@@ -38,10 +38,11 @@ def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> li
     """
     if ctx.world_size == 1:
         return []
-    with torch.no_grad(), torch.device("cpu"):  # not the caller's default device, which may be meta
+    with torch.no_grad():
         facts = [_fact(name, value) for name, value in values.items()]
         digests = _digests(list(values.values()))
-        rows = _from_all(ctx, torch.stack((torch.tensor(zlib.crc32("\n".join(facts).encode())), digest(digests))))
+        names = torch.tensor(zlib.crc32("\n".join(facts).encode()), device="cpu")
+        rows = _from_all(ctx, torch.stack((names, digest(digests))))
         if bool((rows == rows[0]).all()):
             return []
         if not bool((rows[:, 0] == rows[0, 0]).all()):
@@ -71,9 +72,10 @@ def digest(value: torch.Tensor) -> torch.Tensor:
 
 def _digests(values: list[torch.Tensor]) -> torch.Tensor:
     """(n,) on the CPU; 0 for values that are still to be made."""
-    made = [torch.zeros((), dtype=torch.int64) if value.is_meta else digest(value) for value in values]
-    device = next((one.device for one in made if one.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([one.to(device) for one in made]).cpu() if made else torch.empty(0, dtype=torch.int64)
+    none = torch.zeros((), dtype=torch.int64, device="cpu")
+    made = [none if value.is_meta else digest(value) for value in values]
+    device = next((one.device for one in made if one.device.type != "cpu"), none.device)
+    return torch.stack([one.to(device) for one in made]).cpu() if made else none.new_empty(0)
 
 
 def _fact(name: str, value: torch.Tensor) -> str:
@@ -84,7 +86,7 @@ def _fact(name: str, value: torch.Tensor) -> str:
 
 def _from_all(ctx: Context, numbers: torch.Tensor) -> torch.Tensor:
     """(ranks, n) every rank's ``numbers``, (n,) on the CPU."""
-    rows = torch.empty(ctx.world_size * numbers.numel(), dtype=numbers.dtype)
+    rows = torch.empty(ctx.world_size * numbers.numel(), dtype=numbers.dtype, device="cpu")
     ctx.control.all_gather(numbers, rows)
     return rows.view(ctx.world_size, -1)
 

@@ -75,6 +75,15 @@ def is_accumulated(node: Node | None) -> bool | None:
         return None
 
 
+def running_node_saves_with(pack: Callable[[torch.Tensor], object], unpack: Callable[[object], torch.Tensor]) -> None:
+    """Let what the running node saves, as its backward is to be differentiated in turn, go through these hooks.
+
+    They end with the node: the engine runs each with the hooks that were there when the backward began.
+    """
+    if backward_id() is not None:
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
 def saves_with(pack: Callable[[torch.Tensor], object]) -> bool:
     """Whether tensors that are saved now come to ``pack``, and not to hooks of somebody else inside."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(True)

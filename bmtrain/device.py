@@ -54,7 +54,8 @@ class Readback:
     def __init__(self, number: torch.Tensor) -> None:
         self._number, self._event = number, None
         if number.is_cuda:
-            self._number = torch.empty((), dtype=number.dtype, pin_memory=True).copy_(number, non_blocking=True)
+            self._number = torch.empty((), dtype=number.dtype, pin_memory=True, device="cpu")
+            self._number.copy_(number, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
@@ -149,6 +150,11 @@ class Device:
             stream = self._streams[handle] = torch.cuda.current_stream(self._index)
         return stream
 
+    def keep_for_current_stream(self, tensor: torch.Tensor) -> None:
+        """Let the memory of ``tensor``, made on another stream, be used again only after the work queued so far."""
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream(self.torch_device))
+
     def read_later(self, number: torch.Tensor) -> Readback:
         """Bring a 0-d tensor to the host behind the present end of the current stream."""
         return Readback(number)
@@ -170,8 +176,8 @@ class Device:
 
     @property
     def reuses_memory(self) -> bool:
-        """Whether buffers that go back are used again while views of them may live."""
-        return self.is_cuda
+        """Whether buffers that go back are used again while views of them may live; a CPU does so under "stress"."""
+        return self.is_cuda or self.schedule == "stress"
 
     @property
     def measures_memory(self) -> bool:

@@ -111,7 +111,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     overflow there: the sum is finite exactly when every element is.
     """
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
     _check_contiguous(*tensors)
     if not all(_fits(tensors[0], t.dtype) and t.device == tensors[0].device for t in tensors):
         total = torch.zeros((), dtype=torch.float64, device=tensors[0].device)

@@ -38,7 +38,7 @@ def broadcast_object(obj: Any, comm: Communicator | None = None, src: int = 0) -
     else:
         device = here.device.torch_device
     sends = comm.rank == src
-    payload = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8) if sends else torch.empty(0)
+    payload = torch.frombuffer(bytearray(pickle.dumps(obj) if sends else b"\0"), dtype=torch.uint8)
     size = torch.tensor([payload.numel()], device=device)
     comm.broadcast(size, src)
     buffer = payload.to(device) if sends else torch.empty(int(size), dtype=torch.uint8, device=device)

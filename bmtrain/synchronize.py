@@ -22,7 +22,7 @@ def agree(test: object) -> bool:
     if not is_initialized() or context().world_size == 1:
         return bool(test)
     control = context().control
-    answer = torch.tensor([bool(test) if control.rank == 0 else False], dtype=torch.uint8)
+    answer = torch.tensor([bool(test) if control.rank == 0 else False], dtype=torch.uint8, device="cpu")
     control.broadcast(answer, 0)
     return bool(answer)
 
@@ -48,15 +48,18 @@ def sum_loss(
     """
     if count is not None:
         if not isinstance(loss, torch.Tensor):
-            return float(sum_loss(torch.tensor(loss, dtype=torch.float64), comm, count=count))
+            return float(sum_loss(_number(loss), comm, count=count))
         weight = torch.as_tensor(count, dtype=torch.float64, device=loss.device)
         weighted = torch.where(weight == 0, 0.0, loss.double() * weight)  # the mean of nothing is NaN
         total, weights = (distributed.all_reduce(x.contiguous(), "sum", comm) for x in (weighted, weight))
         return (total / weights).to(loss.dtype)
     if not isinstance(loss, torch.Tensor):
-        number = torch.tensor(loss, dtype=torch.float64, device=context().device.torch_device)
-        return distributed.all_reduce(number, "avg", comm).item()
+        return distributed.all_reduce(_number(loss), "avg", comm).item()
     return distributed.all_reduce(loss, "avg", comm)
+
+
+def _number(loss: float) -> torch.Tensor:
+    return torch.tensor(loss, dtype=torch.float64, device=context().device.torch_device)
 
 
 def gather_result(result: torch.Tensor) -> torch.Tensor:

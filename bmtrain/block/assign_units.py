@@ -15,9 +15,11 @@ from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter, as_distributed, init_method_of
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
+from .autocast_switches import switches_autocast
 from .linear import LandingLinear, land_gradients
 from .max_norm import shorten_alike
 from .meta import check_buffers, materialise
+from .one_memory import tie
 from .record import record_of, unit_of
 from .sharded import ShardedModule, become
 
@@ -38,6 +40,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
 
     Returns the new units.  Raises ConfigurationError if ranks built different models.  Collective.
     """
+    tie(root, pools.ctx.rank)
     groups = _plan(root)
     casts = _cast_by_autocast(root)
     for group in groups:
@@ -176,12 +179,17 @@ _AUTOCAST_LAYERS = (
 
 
 def _cast_by_autocast(root: nn.Module) -> set[int]:
-    """Ids of the parameters that autocast casts whenever they are used: only layers of matrix products hold them."""
+    """Ids of the parameters that autocast casts whenever they are used: only layers of matrix products hold them, and
+    not below a module that switches autocast off.
+    """
     cast: set[int] = set()
     other: set[int] = set()
+    switching = {cls for cls in {type(module) for module in root.modules()} if switches_autocast(cls)}
     for module in root.modules():
         own = {id(p) for p in module._parameters.values() if p is not None}
         (cast if type(module) in (*_AUTOCAST_LAYERS, LandingLinear) else other).update(own)
+        if type(module) in switching:
+            other.update(id(p) for p in module.parameters())
     return cast - other
 
 

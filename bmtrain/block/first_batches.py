@@ -40,7 +40,7 @@ class FirstBatches:
             return
         self.wanted = False
         here = [int(one) for one in self._digests] if len(self._digests) == _BATCHES else [self._ctx.rank] * _BATCHES
-        bounds = torch.tensor([*here, *(~number for number in here)])
+        bounds = torch.tensor([*here, *(~number for number in here)], device="cpu")
         self._ctx.control.all_reduce(bounds, "max")
         same = all(int(most) == ~int(least) for most, least in zip(bounds[:_BATCHES], bounds[_BATCHES:], strict=True))
         if same and self._ctx.rank == 0:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..autograd import ScriptsAsWritten
+from ..autograd import ScriptsAsWritten, running_node_saves_with
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
 from .memory import MemoryPlan
@@ -115,6 +115,10 @@ class Frame:
         if not self.begun:
             self.owner.reached(self)
         if isinstance(packed, PlaceInFlat):
+            if torch.is_grad_enabled():  # create_graph=True: what this node saves of the buffer is no more to be kept
+                again = Frame(self.owner, None, None, recompute=False)
+                again.autocast = self.autocast
+                running_node_saves_with(again._pack, again._unpack)
             return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed

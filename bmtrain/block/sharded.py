@@ -6,6 +6,7 @@ hooks, ``train()`` and the state dict's keys stay what they were.
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +18,7 @@ from torch import nn
 
 from ..alike import differing
 from ..context import Context, context
-from ..errors import CheckpointError, ConfigurationError, DeviceError
+from ..errors import CheckpointError, ConfigurationError, DeviceError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered
@@ -113,6 +114,27 @@ class ShardedModule(nn.Module):
                 if buffer is not None:
                     module._buffers[name] = fn(buffer).to(device)
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        theirs = getattr(super(), "__deepcopy__", None)
+        return theirs(memo) if theirs is not None else self._copy(memo, lambda state: copy.deepcopy(state, memo))
+
+    def __copy__(self) -> Any:
+        theirs = getattr(super(), "__copy__", None)
+        return theirs() if theirs is not None else self._copy({}, dict)
+
+    def _copy(self, memo: dict[int, Any], of_state: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+        """As ``copy`` would by ``__reduce_ex__``, which is pickle's alone here."""
+        made = memo[id(self)] = type(self).__new__(type(self))
+        state = of_state(getattr(self, "__getstate__", lambda: self.__dict__)())
+        made.__setstate__(state)  # type: ignore[no-untyped-call]
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            f"{type(self).__name__} cannot be pickled by itself: its values are spread over ranks. Write it with "
+            "bmt.save_checkpoint(model, path), which torch.load reads, or save model.state_dict() by bmt.save."
+        )
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
         """Does nothing: a sharded model has its memory."""

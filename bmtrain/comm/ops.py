@@ -85,8 +85,8 @@ def send_activations(hidden_state: torch.Tensor, next_rank: int, comm: Communica
             f"send_activations takes at most {_MOST_DIMENSIONS} dimensions, not {hidden_state.dim()}."
         )
     facts = [_DTYPES.index(hidden_state.dtype), hidden_state.dim(), *hidden_state.shape]
-    meta = torch.tensor(facts + [0] * (_META_LENGTH - len(facts)), dtype=torch.int64)
-    comm.send(meta.to(hidden_state.device), next_rank)
+    meta = torch.tensor(facts + [0] * (_META_LENGTH - len(facts)), dtype=torch.int64, device=hidden_state.device)
+    comm.send(meta, next_rank)
     comm.send(hidden_state.detach().contiguous(), next_rank)
 
 

@@ -212,7 +212,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                 whole = {n: [flat.local(t, i).clone() for i in range(len(flat.params))] for n, t in named.items()}
             for index, parameter in enumerate(flat.params):
                 if id(parameter) in numbers and kept.steps[index]:
-                    entry = {"step": torch.tensor(float(kept.steps[index]))}
+                    entry = {"step": torch.tensor(float(kept.steps[index]), device="cpu")}
                     states[numbers[id(parameter)]] = entry | {name: parts[index] for name, parts in whole.items()}
         out: dict[str, Any] = {"state": dict(sorted(states.items())), "param_groups": groups}
         if not gather:

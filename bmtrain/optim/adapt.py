@@ -349,7 +349,7 @@ class _WholeView(_View):
         ctx = context()
         if ctx.world_size == 1 or not isinstance(loss, (float, torch.Tensor)):
             return loss
-        mean = torch.as_tensor(loss, dtype=torch.float64).detach().to("cpu", copy=True)
+        mean = torch.as_tensor(loss, dtype=torch.float64, device="cpu").detach().clone()
         ctx.control.all_reduce(mean, "avg")
         return mean.to(loss) if isinstance(loss, torch.Tensor) else float(mean)
 

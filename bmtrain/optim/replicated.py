@@ -146,7 +146,7 @@ def average(homes: Iterable[Replicated]) -> None:
     params = [home.parameter for home in homes]
     if ctx.world_size == 1 or not params:
         return
-    present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
+    present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device="cpu")
     ctx.control.all_reduce(present, "max")
     alike: dict[tuple[torch.dtype, str], list[torch.Tensor]] = {}
     for parameter, there in zip(params, present.tolist(), strict=True):

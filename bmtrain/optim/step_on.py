@@ -96,7 +96,7 @@ def is_unchanged(cls: type) -> bool:
 
 def _try(optimizer: torch.optim.Optimizer, same: Any) -> bool | None:
     """Whether ``same`` holds for every group; None if the optimizer cannot be tried out."""
-    standard = vars(torch.optim.SGD([torch.zeros(1)]))
+    standard = vars(torch.optim.SGD([torch.zeros(1, device="cpu")]))
     extra = {k: v for k, v in vars(optimizer).items() if k not in standard and k != "step"}
     if not is_unchanged(type(optimizer)) and not all(map(_is_simple, extra.values())):
         return None
@@ -159,8 +159,8 @@ def _shapes(group: dict[str, Any]) -> list[tuple[Any, tuple[int, ...]]]:
 def _data(shape: tuple[int, ...], number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """A value, and a gradient for each step."""
     generator = torch.Generator().manual_seed(number)
-    value = torch.randn(shape, generator=generator)
-    return value, [torch.randn(shape, generator=generator) * size for size in (1.0, 5.0, 0.2)]
+    value = torch.randn(shape, generator=generator, device="cpu")
+    return value, [torch.randn(shape, generator=generator, device="cpu") * size for size in (1.0, 5.0, 0.2)]
 
 
 def _stepped(
@@ -190,7 +190,7 @@ def _stepped(
         for name, given in optimizer.state.get(like, {}).items():  # what the constructor made (Adagrad's)
             filled = isinstance(given, torch.Tensor) and given.shape == like.shape
             made.state[parameter][name] = (
-                torch.full(parameter.shape, float(given.reshape(-1)[0])) if filled else copy.deepcopy(given)
+                torch.full_like(parameter, float(given.reshape(-1)[0])) if filled else copy.deepcopy(given)
             )
     step = inspect.unwrap(type(optimizer).step)
     for own in grads:

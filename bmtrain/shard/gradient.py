@@ -173,7 +173,7 @@ class ShardGradient:
         total, shown = self.settled(), self._shown_whole.get(index)
         if shown is None:
             slot = self._layout.slots[index]
-            shown = self._shown_whole[index] = total[slot.start : slot.end].view(slot.shape)
+            shown = self._shown_whole[index] = total[slot.start : slot.end].view(slot.shape).data  # can be detached
         return shown
 
     def _take_assigned(self, total: torch.Tensor) -> None:
@@ -245,6 +245,7 @@ class ShardGradient:
             total, self._wide = self._sum, True
         if self.factor is not None:
             total.mul_(self.factor)
+            self._pools.ctx.device.keep_for_current_stream(self.factor)  # made on another one
             self.factor = None
         return total
 

@@ -40,7 +40,7 @@ def assert_same_weights(model: Any, reference: Any, exact: bool = False, limit: 
         if not isinstance(value, torch.Tensor):
             continue
         if exact:
-            assert torch.equal(ours[key], value), key
+            assert torch.equal(ours[key].cpu(), value.cpu()), key
         else:
             assert_close(ours[key].cpu(), value.cpu(), key, limit)
 

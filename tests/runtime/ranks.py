@@ -90,7 +90,9 @@ def run_ranks(
     Raises RanksFailed with the traceback of every rank that failed.
     """
     task = _describe(function, args, kwargs)
-    options = {"device": os.environ.get("BMTRAIN_TEST_DEVICE", "cpu")} | (init or {})
+    options = {"device": os.environ.get("BMTRAIN_TEST_DEVICE", "cpu")}
+    options |= {"schedule": schedule} if (schedule := os.environ.get("BMTRAIN_TEST_SCHEDULE")) else {}
+    options |= init or {}
     with _group(world_size, options, initialize, env or {}, fresh) as group:
         results: list[T] = group.run(task, timeout)
         return results

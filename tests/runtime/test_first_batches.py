@@ -20,7 +20,11 @@ def said(kind: str) -> list[str]:
         warnings.simplefilter("always")
         for step in range(6):
             seed = step if kind != "parted" else 10 * step + bmt.rank()
-            x = torch.randn(3 + (kind == "lengths") * bmt.rank(), 4, generator=torch.Generator().manual_seed(seed))
+            x = torch.randn(
+                3 + (kind == "lengths") * bmt.rank(),
+                4,
+                generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
+            )
             if kind == "once" and step == 1:
                 x = x + bmt.rank()
             if kind == "evaluated":

@@ -166,7 +166,7 @@ def gradients_are_zeroed(k: User):
     return model
 
 
-@idiom(verdicts="raw right right", why="on one rank `p.grad` is a view, which `detach_` refuses in torch's words")
+@idiom
 def gradients_are_zeroed_one_by_one(k: User):
     """`p.grad.zero_()` in a loop"""
     model = k.net()

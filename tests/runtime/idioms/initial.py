@@ -289,7 +289,7 @@ def tied_before(k: User):
     return k.train(model, k.sgd(model))
 
 
-@idiom(verdicts="silent", why="two Parameters made of one tensor are not tied")
+@idiom
 def two_parameters_of_one_storage(k: User):
     """Two Parameters made of one tensor stay tied"""
     plain = Net(width=6, outputs=6)

@@ -42,8 +42,6 @@ def autocast_gradients(k: User):
 
 
 @idiom(
-    verdicts="right raw raw",
-    why="a layer that autocast would cast is gathered in bf16, also for `autocast(enabled=False)`",
     tolerance=HALF,
 )
 def autocast_switched_off(k: User):

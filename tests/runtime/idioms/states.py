@@ -267,7 +267,7 @@ def model_is_saved_by_the_library(k: User):
     return k.train(again, k.sgd(again))
 
 
-@idiom(verdicts="raw", why="pickling a sharded model ends in pickle's error; `bmt.save_checkpoint` works")
+@idiom(verdicts="refused", says="bmt.save_checkpoint")
 def model_is_pickled(k: User):
     """`pickle.dumps(model)` and back"""
     model = k.net()
@@ -276,7 +276,7 @@ def model_is_pickled(k: User):
     return {"weights": k.weights(again)}
 
 
-@idiom(verdicts="raw", why="pickling a sharded model ends in pickle's error; `bmt.save_checkpoint` works")
+@idiom(verdicts="refused", says="bmt.save_checkpoint")
 def model_is_saved_whole(k: User):
     """`torch.save(model)`, read back, trained on"""
     model = k.net()
