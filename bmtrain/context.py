@@ -183,7 +183,7 @@ def init_distributed(
         memory: "auto" spends what the first steps leave free on a GPU to save time: blocks that were not told keep
             their activations, parameters stay whole from step to step; what stays is given up when memory becomes
             scarce. A number: the same within so many GiB for each process. "lean": nothing is kept. The results are
-            the same. On a CPU nothing is kept.
+            the same. On a CPU nothing is kept. All ranks say the same.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -199,7 +199,7 @@ def init_distributed(
     ):
         if value not in get_args(known):
             raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
-    if not isinstance(memory, str) and not (isinstance(memory, (int, float)) and memory > 0):
+    if not isinstance(memory, str) and not (type(memory) in (int, float) and 0 < memory < float("inf")):
         raise ConfigurationError(f'memory must be "auto", "lean" or a number of GiB, not {memory!r}.')
     env = os.environ
     topology = Topology(
@@ -221,6 +221,7 @@ def init_distributed(
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
     made.gradient_divisor = topology.world_size if gradients == "mean" else 1
+    _check_memory(made)
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
@@ -267,6 +268,16 @@ def _connect(topology: Topology, device: Device, store: Store, timeout: timedelt
         topology, device, store, nccl(StagedCommunicator, "world"), control,
         nccl(NcclCommunicator, "gather", "zero"), nccl(NcclCommunicator, "reduce"), timeout,
     )  # fmt: skip
+
+
+def _check_memory(made: Context) -> None:
+    """Ranks decide together what memory is spent on.  Collective."""
+    own = {"lean": 0.0, "auto": -1.0}[made.memory] if isinstance(made.memory, str) else float(made.memory)
+    bounds = torch.tensor([own, -own], dtype=torch.float64, device="cpu")
+    made.control.all_reduce(bounds, "max")
+    if float(bounds[0]) != -float(bounds[1]):
+        made.close()
+        raise ConfigurationError(f"memory must be the same on all ranks; it is {made.memory!r} on rank {made.rank}.")
 
 
 def _integer(env: os._Environ[str], name: str, default: int) -> int:

@@ -104,9 +104,8 @@ class Engine:
                     self.first_batches.note((args, kwargs))
             if unit is not None:
                 self.schedule.run_starts(unit, grad)
-                if unit.moves and self.plan.has_to_give_up(args, kwargs):
-                    self.whole.let_go_of_all()
-                    self.schedule.pools.trim_params()
+                if unit.moves and grad:
+                    self.plan.note_inputs(args, kwargs)
         self.whole.forward_begins()
         try:
             if unit is not None:
@@ -196,7 +195,9 @@ class Engine:
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
-        self.plan.optimizer_stepped()
+        if self.plan.optimizer_stepped():
+            self.whole.let_go_of_all()
+            self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
 
 

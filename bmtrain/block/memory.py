@@ -6,15 +6,16 @@ of a step needs.  Then, in this order and as far as it fits, blocks keep their a
 one step to the next: an all-gather follows the optimizer, and forward and backward gather nothing.  Optimizer states
 and gradients stay sharded.  Every way gives the same numbers.
 
-What stays whole is given up as soon as a rank is about to need more memory than was measured: for larger inputs, or
-when the allocator had to look twice.  Ranks decide together.
+Units stay only in what a step of twice the size would leave free.  They are given up when a rank needs more than was
+measured: for larger inputs, or when the allocator had to look twice.  It says so to the others during the step, after
+which all give up together; until then it recomputes all blocks.
 """
 
 from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -42,8 +43,11 @@ class MemoryPlan:
         self._inputs: dict[int, int] = {}
         self._kept: set[int] = set()
         self._staying: list[weakref.ref[ShardUnit]] = []  # not emptied as models go, which ranks see at other times
-        self._run = _Size()  # the largest inputs of whole forwards
+        self._run = _Size()  # the largest inputs of whole forwards, when that was planned
+        self._seen = _Size()  # the same since then
         self._spare = self._moving = self._retries = 0  # left free; what a step takes beside what always stays
+        self._is_short = self._was_short = False  # this forward needs more than that; any since the others were told
+        self._answer: Callable[[], bool] | None = None  # whether any rank was short
 
     @property
     def measuring(self) -> bool:
@@ -59,7 +63,7 @@ class MemoryPlan:
 
     def recomputes(self, unit: ShardUnit, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether this forward of ``unit``'s block is to be recomputed."""
-        if not self._plans and not self._measures:
+        if self._is_short or not (self._plans or self._measures):
             return True
         size = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         if self.measuring:
@@ -74,11 +78,16 @@ class MemoryPlan:
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated its parameters."""
+    def optimizer_stepped(self) -> bool:
+        """An optimizer has updated its parameters.  Returns whether all ranks are to let go of what stays now."""
+        answer, self._answer = self._answer, None
+        if answer is not None and answer():
+            self._give_up()
+            return True
         if self._measures:
             self._steps += 1
             self._look()
+        return False
 
     def run_starts(self, units: Mapping[int, ShardUnit]) -> None:
         """A training run begins; ``units`` are all there are.  Collective once, when enough has been measured."""
@@ -90,25 +99,26 @@ class MemoryPlan:
             self._decide(units)
             self._plans += 1
 
-    def has_to_give_up(self, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-        """Whether what stays whole has to go before a forward with these inputs.  Collective if anything stays."""
-        size = _Size()
-        if self._measures or self._staying:
-            size = _Size.of(args, kwargs)
-        if self._staying:
-            pressure = torch.tensor([self._would_not_fit(size)], dtype=torch.uint8, device="cpu")
-            self._ctx.control.all_reduce(pressure, "max")
-            if bool(pressure):
-                self._run.include(size)
-                self._give_up()
-                return True
-        if self._measures:
-            self._run.include(size)
-        return False
+    def note_inputs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """A forward begins that will train on these.  Collective if anything stays: ranks tell who is short."""
+        if not self._measures and not self._staying:
+            return
+        size = _Size.of(args, kwargs)
+        self._seen.include(size)
+        if not self._staying:
+            return
+        self._is_short = self._moving * (size.growth_over(self._run) - 1) > self._spare
+        self._was_short |= self._is_short
+        if self._answer is None:  # nobody waits for it: it comes while the step is computed
+            self._was_short |= self._ctx.device.allocation_retries() > self._retries
+            short, self._was_short = torch.tensor([self._was_short], dtype=torch.uint8, device="cpu"), False
+            wait = self._ctx.control.start_all_reduce(short, "max")
 
-    def _would_not_fit(self, size: _Size) -> bool:
-        growth = size.growth_over(self._run)
-        return self._moving * (growth - 1) > self._spare or self._ctx.device.allocation_retries() > self._retries
+            def answer() -> bool:
+                wait()
+                return bool(short)
+
+            self._answer = answer
 
     def _give_up(self) -> None:
         for reference in self._staying:
@@ -116,6 +126,7 @@ class MemoryPlan:
             if unit is not None:
                 unit.stays = False
         self._staying = []
+        self._is_short = self._was_short = False
         self._steps, self._is_over = 0, self._plans >= _MOST_PLANS
         self._retries = self._ctx.device.allocation_retries()
         if self._ctx.rank == 0:
@@ -126,17 +137,19 @@ class MemoryPlan:
         self._peak = max(self._peak, self._ctx.device.peak_memory())
 
     def _decide(self, units: Mapping[int, ShardUnit]) -> None:
-        order = sorted(self._bytes) if not self._plans else []
         count = self._most(max(units, default=-1) + 1)
         free, moving = self._budget()
+        reserve = moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word
         # Whether a unit may not stay, or is gone already, which ranks notice at different times.
         refused = [int(unit is None or not unit.may_stay) for unit in map(units.get, range(count))]
-        facts = torch.tensor([-free, *(self._bytes[i] for i in order), *refused], dtype=torch.int64, device="cpu")
+        own = [-free, reserve, *(self._bytes.get(i, 0) for i in range(count)), *refused]
+        facts = torch.tensor(own, dtype=torch.int64, device="cpu")
         self._ctx.control.all_reduce(facts, "max")
-        free, sizes = -int(facts[0]), dict(zip(order, facts[1 : 1 + len(order)].tolist(), strict=True))
-        candidates = [units[i] for i, no in enumerate(facts[1 + len(order) :].tolist()) if not no]
+        free, reserve, *agreed = facts.tolist()
+        free, sizes = -free, {i: size for i, size in enumerate(agreed[:count]) if size}
+        candidates = [units[i] for i, no in enumerate(agreed[count:]) if not no]
         left = free
-        for index in reversed(order):  # the last blocks' activations are held for the shortest time
+        for index in sorted(sizes, reverse=True):  # the last blocks' activations are held for the shortest time
             if sizes[index] > left:
                 break
             left -= sizes[index]
@@ -145,14 +158,16 @@ class MemoryPlan:
         left -= 2 * max((unit.whole_bytes(at_rest=True) for unit in candidates), default=0)
         whole = 0
         for unit in candidates:  # what is needed first has least to hide behind
-            if unit.whole_bytes() <= left - whole:
+            if unit.whole_bytes() <= left - reserve - whole:
                 whole += unit.whole_bytes()
                 unit.stays = True
                 self._staying.append(weakref.ref(unit))
         if self._staying:
             self._ctx.device.empty_cache()  # transports take their memory from the device itself
+        self._bytes = {}
+        self._run.include(self._seen)
         self._spare, self._moving, self._retries = left - whole, moving, self._ctx.device.allocation_retries()
-        if self._ctx.rank == 0 and (order or candidates):
+        if self._ctx.rank == 0 and (sizes or candidates):
             self._say(free, sizes, len(candidates), whole)
 
     def _most(self, number: int) -> int:
