@@ -1,10 +1,10 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
-from . import benchmark, debug, distributed, inspect, loss, lr_scheduler, optim, utils
+from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
-from .context import init_distributed, is_initialized, own_random, rank, shutdown, world_size
-from .data import shard_batch, shard_loader
+from .context import deterministic, init_distributed, is_initialized, own_random, rank, shutdown, world_size
+from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
@@ -19,8 +19,9 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import agree, gather_result, sum_loss, synchronize, wait_loader
-from .utils import load_nccl_pypi, print_block, print_dict, print_rank, see_memory
+from .synchronize import agree, gather_result, rank_0_first, sum_loss, synchronize, wait_loader
+from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
+from .watch import Timeouts
 
 __all__ = [
     "BMTrainModelWrapper",
@@ -30,13 +31,16 @@ __all__ = [
     "DistributedParameter",
     "ParameterInitializer",
     "Precision",
+    "Timeouts",
     "TransformerBlockList",
     "agree",
     "benchmark",
     "block_layer",
+    "checkpoint",
     "compile",
     "config",
     "debug",
+    "deterministic",
     "distributed",
     "gather_grad",
     "gather_result",
@@ -55,6 +59,7 @@ __all__ = [
     "mean",
     "nccl",
     "nn",
+    "on_rank_0",
     "optim",
     "optim_step",
     "own_random",
@@ -64,6 +69,7 @@ __all__ = [
     "print_dict",
     "print_rank",
     "rank",
+    "rank_0_first",
     "save",
     "save_checkpoint",
     "see_memory",
@@ -73,6 +79,7 @@ __all__ = [
     "store",
     "sum_loss",
     "synchronize",
+    "to_device",
     "utils",
     "wait_loader",
     "world_size",

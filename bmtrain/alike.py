@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -28,18 +28,18 @@ def follow_rank_0(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -
     return names
 
 
-def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
+def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor], others: Sequence[str] = ()) -> list[str]:
     """The names of those of ``values`` that differ between ranks in any bit.  Collective.
 
     Equal values cost one exchange of two numbers.  Those on the meta device are compared by what is known of them.
 
     Raises ConfigurationError on every rank, naming the first difference, unless names, shapes, dtypes and what trains
-    are the same on all ranks; ``what`` names the whole in it.
+    are the same on all ranks, and ``others``, what else is known; ``what`` names the whole in it.
     """
     if ctx.world_size == 1:
         return []
     with torch.no_grad():
-        facts = [_fact(name, value) for name, value in values.items()]
+        facts = [_fact(name, value) for name, value in values.items()] + list(others)
         digests = _digests(list(values.values()))
         names = torch.tensor(zlib.crc32("\n".join(facts).encode()), device="cpu")
         rows = _from_all(ctx, torch.stack((names, digest(digests))))
@@ -50,6 +50,25 @@ def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> li
         every = _from_all(ctx, digests)
         differs = (every != every[0]).any(0).tolist()
         return [name for name, differ in zip(values, differs, strict=True) if differ]
+
+
+def misfit(given: object, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why ``given`` cannot be loaded where a tensor of this shape and dtype is; None if it can."""
+    if not isinstance(given, torch.Tensor):
+        return f"a {type(given).__name__} given, a tensor needed"
+    if given.is_meta:
+        return "given on the meta device, without values"
+    if given.layout != torch.strided or given.is_quantized:
+        return f"a {'quantized' if given.is_quantized else str(given.layout).removeprefix('torch.')} tensor given"
+    if given.shape != torch.Size(shape) and not (len(shape) == 0 and given.shape == (1,)):
+        return f"shape {tuple(given.shape)} given, {tuple(shape)} needed"
+    if _kind(given.dtype) != _kind(dtype):
+        return f"{given.dtype} given, {dtype} needed".replace("torch.", "")
+    return None
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "floating" if dtype.is_floating_point else "integer"
 
 
 def digest(value: torch.Tensor) -> torch.Tensor:

@@ -9,21 +9,40 @@ import os
 import random
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from .comm import Communicator, GlooCommunicator, LocalCommunicator, meet
-from .device import Device, Schedule, choose_device, let_segments_grow
-from .errors import ConfigurationError, NotInitializedError, UnsupportedError
+from .comm import (
+    Communicator,
+    GlooCommunicator,
+    LocalCommunicator,
+    Meeting,
+    WatchedCommunicator,
+    let_others_speak_first,
+    meet,
+)
+from .device import (
+    Device,
+    Schedule,
+    choose_deterministic_algorithms,
+    choose_device,
+    is_in_use,
+    let_segments_grow,
+)
+from .errors import CommunicationError, ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
 from .topology import Topology
+from .watch import Diary, Hooks, Timeouts, Watchdog
+from .watch import start as start_watchdog
 
 Random = Literal["own", "shared"]
+_LATER = timedelta(seconds=30)
 
 
 class Engine(Protocol):
@@ -63,6 +82,11 @@ class Context:
     reduce: Communicator
     """Reductions of gradients."""
     timeout: timedelta
+    """The longest that ranks wait for each other."""
+    diary: Diary
+    """What this rank has done with the others."""
+    watchdog: Watchdog | None
+    """Compares it with theirs; None for one rank, and where it is switched off."""
     precision: Precision = field(default_factory=Precision)
     """Of every module that was given none of its own."""
     random: Random = "own"
@@ -74,6 +98,8 @@ class Context:
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
+    groups: int = 0
+    """How many ``host_group`` were made."""
     building: int = 0
     """How many constructors of distributed modules are running, one inside the other."""
 
@@ -87,6 +113,14 @@ class Context:
         """How many processes there are."""
         return self.topology.world_size
 
+    def host_group(self, name: str, timeout: timedelta) -> Communicator:
+        """All ranks once more, on CPU tensors, for a thread of its own.  Collective."""
+        self.groups += 1
+        if self.world_size == 1:
+            return LocalCommunicator()
+        store = PrefixStore(f"{name}/{self.groups}", self.store)
+        return GlooCommunicator(store, self.rank, self.world_size, timeout)
+
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""
         for communicator in (self.gather, self.reduce, self.world, self.control):
@@ -94,6 +128,8 @@ class Context:
 
     def close(self) -> None:
         """Give back communicators.  The context is not used afterwards."""
+        if self.watchdog is not None:
+            self.watchdog.leave()
         for communicator in (self.gather, self.reduce, self.world, self.control):
             communicator.close()
 
@@ -152,7 +188,8 @@ def init_distributed(
     *,
     device: str | None = None,
     schedule: Schedule = "overlap",
-    timeout: timedelta = timedelta(minutes=30),
+    timeout: timedelta | Timeouts = timedelta(minutes=30),
+    watch: bool = True,
     precision: Precision | torch.dtype | str | None = None,
     random: Random = "own",
     gradients: Gradients = "mean",
@@ -172,7 +209,12 @@ def init_distributed(
         pipe_size, num_micro_batches, tp_size: pipeline and tensor parallelism; only 1 (or -1 for the pipeline) yet.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
         schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
-        timeout: how long a collective or a meeting may take.
+        timeout: how long ranks wait for each other before the job is ended, in all cases or (bmt.Timeouts) at the
+            start, in a step and in a save.
+        watch: whether a thread on every rank compares what the ranks do. It names a rank that dies, differs or stalls
+            on all of them, with the places in the code; of the first two it ends the job, with exit code 70 where no
+            error can be raised. BMTRAIN_WATCH=0 in the environment switches it off, too. Before a process ends it
+            writes its last 200 collectives to a file in the folder BMTRAIN_DIARY_DIR (else that for temporary files).
         precision: a bmt.Precision, or the dtype to gather fp32 parameters and compute in ("bf16", torch.bfloat16);
             None follows the model's dtypes and autocast. Blocks may have their own.
         random: "own" lets a training model's layers draw other dropout masks and noise on every rank, each for its
@@ -216,8 +258,10 @@ def init_distributed(
     if topology.world_size > 1:
         env.setdefault("MASTER_ADDR", "localhost")
         env.setdefault("MASTER_PORT", "10010")
-    meeting = meet(init_method, topology.rank, topology.world_size, timeout)
-    made = _connect(topology, Device(chosen, schedule, topology.rank), meeting.store, timeout)
+    timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout)
+    meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start)
+    watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
+    made = _connect(topology, Device(chosen, schedule, topology.rank), meeting, timeouts, watches)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
     made.gradient_divisor = topology.world_size if gradients == "mean" else 1
@@ -225,6 +269,31 @@ def init_distributed(
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
+
+
+def deterministic() -> None:
+    """From here on, equal runs give equal bits: libraries choose algorithms that do, or raise an error.
+
+    Call it first of all, before anything uses a GPU.  With as many ranks, on machines of one kind, a job that goes on
+    from a ``bmt.checkpoint.Checkpointer`` then has the bits of one that was never interrupted.  Some operations become
+    slower.
+
+    Raises ConfigurationError when it is too late, or when CUBLAS_WORKSPACE_CONFIG says otherwise.
+    """
+    known = (":4096:8", ":16:8")  # the values that cuBLAS documents as deterministic
+    given = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    if given is None and is_in_use():
+        raise ConfigurationError(
+            "bmt.deterministic() comes too late: this process has used a GPU already. Call it first of all, or set "
+            f"CUBLAS_WORKSPACE_CONFIG={known[0]} in the environment."
+        )
+    if given is not None and given not in known:
+        raise ConfigurationError(
+            f"CUBLAS_WORKSPACE_CONFIG is {given!r}, with which cuBLAS may give other bits each time. Set it to "
+            f"{known[0]} or {known[1]}, or leave it out."
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", known[0])
+    choose_deterministic_algorithms()
 
 
 def own_random() -> AbstractContextManager[None]:
@@ -247,27 +316,54 @@ def shutdown() -> None:
         _State.context = None
 
 
-def _connect(topology: Topology, device: Device, store: Store, timeout: timedelta) -> Context:
+def _connect(topology: Topology, device: Device, meeting: Meeting, timeouts: Timeouts, watches: bool) -> Context:
+    store, diary = meeting.store, Diary()
+    # Who waits too long is named by the watchdog; the transport's own limit says nothing, so it comes later.
+    timeout = timeouts.longest + (_LATER if watches else timedelta(0))
+    on_device: list[Communicator] = []  # what another thread may end; gloo waits until its connections end
+    watchdog = None
+    if topology.world_size > 1 and watches:
+        let_others_speak_first()
+        hooks = Hooks(partial(_abort, on_device), partial(_check, on_device), device.is_busy)
+        watchdog = start_watchdog(
+            store, topology.rank, topology.world_size, meeting.host, diary, timeouts,
+            os.environ.get("BMTRAIN_DIARY_DIR", ""), hooks,
+        )  # fmt: skip
+
+    def watched(name: str, communicator: Communicator) -> Communicator:
+        return communicator if watchdog is None else WatchedCommunicator(communicator, name, diary, watchdog)
+
     def gloo(name: str) -> Communicator:
         if topology.world_size == 1:
             return LocalCommunicator()
-        return GlooCommunicator(PrefixStore(name, store), topology.rank, topology.world_size, timeout)
+        return watched(name, GlooCommunicator(PrefixStore(name, store), topology.rank, topology.world_size, timeout))
+
+    def nccl(name: str) -> Communicator:
+        from .comm.nccl import NcclCommunicator, Policy
+        from .comm.staged import StagedCommunicator
+
+        # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
+        policy: Policy = "zero" if name == "gather" else "default"
+        kind = StagedCommunicator if name == "world" else NcclCommunicator
+        place: Any = store, name, topology.rank, topology.world_size, device.torch_device
+        on_device.append(kind(*place, policy=policy))
+        return watched(name, on_device[-1])
 
     control = gloo("control")
-    if topology.world_size == 1 or not device.is_cuda:
-        return Context(topology, device, store, gloo("world"), control, gloo("gather"), gloo("reduce"), timeout)
-    from .comm.nccl import NcclCommunicator, Policy
-    from .comm.staged import StagedCommunicator
+    connect = nccl if topology.world_size > 1 and device.is_cuda else gloo
+    world, gather, reduce = connect("world"), connect("gather"), connect("reduce")
+    return Context(topology, device, store, world, control, gather, reduce, timeouts.longest, diary, watchdog)
 
-    def nccl(kind: type[NcclCommunicator], name: str, policy: Policy = "default") -> Communicator:
-        place: Any = store, name, topology.rank, topology.world_size, device.torch_device
-        return kind(*place, policy=policy)
 
-    # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
-    return Context(
-        topology, device, store, nccl(StagedCommunicator, "world"), control,
-        nccl(NcclCommunicator, "gather", "zero"), nccl(NcclCommunicator, "reduce"), timeout,
-    )  # fmt: skip
+def _abort(communicators: list[Communicator]) -> None:
+    for communicator in communicators:
+        with suppress(CommunicationError):  # the others must be freed, too
+            communicator.abort()
+
+
+def _check(communicators: list[Communicator]) -> None:
+    for communicator in communicators:
+        communicator.check_async_error()
 
 
 def _check_memory(made: Context) -> None:

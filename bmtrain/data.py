@@ -22,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from .context import Context, context
 from .errors import ConfigurationError
-from .rng import Draws, capture, restore, same
+from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
 
 BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any])
@@ -32,11 +32,13 @@ LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 def shard_batch(batch: BatchT) -> BatchT:
     """This rank's part of a global batch that every rank holds alike.
 
-    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Raises ConfigurationError when
+    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Every rank calls this equally
+    often: a rank that takes a batch more is found out at the next collective.  Raises ConfigurationError when
     its length is not a multiple of the number of ranks: parts of different length would weigh their samples
     differently.
     """
     topology = context().topology
+    context().diary.takes_batch()
     length = len(batch)
     if length % topology.data_size:
         raise ConfigurationError(
@@ -88,16 +90,33 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     if loader.batch_sampler is None:
         replaced["collate_fn"] = _ShareOfElement(loader.collate_fn, topology.data_rank, topology.data_size)
         if not iterable:
-            replaced["sampler"] = AlignedSampler(loader.sampler, _generators(loader))
+            replaced["sampler"] = AlignedSampler(loader.sampler, generators_of(loader))
     elif iterable:
         replaced["collate_fn"] = _ShareOfSamples(loader.collate_fn, topology.data_rank, topology.data_size)
     else:
-        replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, _generators(loader))
+        replaced["batch_sampler"] = ShardedBatchSampler(loader.batch_sampler, generators_of(loader))
         replaced["_get_iterator"] = partial(_iterator, sharded, topology.data_rank)
     for name, value in replaced.items():
         # DataLoader forbids plain assignment because running workers would not notice; the copy has none yet.
         object.__setattr__(sharded, name, value)
     return sharded
+
+
+def to_device(batch: Any) -> Any:
+    """``batch`` with its tensors on this rank's device, in dicts, lists and tuples, too.
+
+    What else has a method ``to``, such as a batch of transformers' tokenizers, is moved by it; other values stay.
+    """
+    device = context().device.torch_device
+    if hasattr(batch, "to"):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: to_device(entry) for key, entry in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(entry) for entry in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(entry) for entry in batch)
+    return batch
 
 
 def _iterator(loader: DataLoader[Any], rank: int) -> Any:
@@ -138,7 +157,9 @@ class AlignedSampler(Sampler[Any]):
         draws = Draws(context(), f"{self._number}/{self._epoch}", self._generators)
         drawn = draws.run(lambda: iter(self.sampler))
         end = object()
+        diary = context().diary
         while (item := draws.run(lambda: next(drawn, end))) is not end:
+            diary.takes_batch()
             yield item, draws
 
     def __getattr__(self, name: str) -> Any:
@@ -276,10 +297,3 @@ def _bounds(length: int, rank: int, ranks: int) -> slice:
         return slice(first, first + 1)
     part = share(length, ranks, rank)
     return slice(part.start, part.stop)
-
-
-def _generators(loader: DataLoader[Any]) -> list[Generator]:
-    """The generators that were given to the loader or its samplers, each once."""
-    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = {id(g): g for g in (getattr(holder, "generator", None) for holder in holders) if isinstance(g, Generator)}
-    return list(found.values())

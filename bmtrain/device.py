@@ -169,6 +169,17 @@ class Device:
         if self.is_cuda:
             torch.cuda.synchronize(self.torch_device)
 
+    def host_buffer(self, like: torch.Tensor) -> torch.Tensor:
+        """CPU memory for values like these, to which a GPU copies while it goes on."""
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.is_cuda)
+
+    def is_busy(self) -> bool:
+        """Whether queued device work is still to be done.  For any thread."""
+        if not self.is_cuda:
+            return False
+        streams = (self.gather_stream, self.reduce_stream, torch.cuda.default_stream(self.torch_device))
+        return not all(stream is None or stream.query() for stream in streams)
+
     @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation."""
@@ -178,6 +189,11 @@ class Device:
     def reuses_memory(self) -> bool:
         """Whether buffers that go back are used again while views of them may live; a CPU does so under "stress"."""
         return self.is_cuda or self.schedule == "stress"
+
+    @property
+    def counts_views(self) -> bool:
+        """Whether who uses a buffer can be counted, alike on all ranks: a CPU's transport holds some for a while."""
+        return self.is_cuda
 
     @property
     def measures_memory(self) -> bool:
@@ -265,6 +281,17 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
             if enabled or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
         yield
+
+
+def is_in_use() -> bool:
+    """Whether this process has used a GPU already, so that its libraries have read the environment."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def choose_deterministic_algorithms() -> None:
+    """Let torch and cuDNN choose algorithms that give the same bits each time; where there is none, it is an error."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False  # it would choose by time
 
 
 def let_segments_grow() -> None:

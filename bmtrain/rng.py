@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 
 from .context import Context
 from .errors import CommunicationError
+from .wire import from_bytes, to_bytes
 
 T = TypeVar("T")
 State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is in use
@@ -74,6 +76,13 @@ def _numpy_key(state: State) -> tuple[Any, ...]:
     return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators that were given to a DataLoader or its samplers, each once."""
+    holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
 def _from_rank_0(here: Context, key: str, value: Any) -> Any:
     """Rank 0's ``value`` on every rank.
 
@@ -83,16 +92,39 @@ def _from_rank_0(here: Context, key: str, value: Any) -> Any:
         return value
     key = f"draws/{key}"
     if here.rank == 0:
-        here.store.set(key, pickle.dumps(value).hex())
+        here.store.set(key, to_bytes(value).hex())
         return value
     try:
-        received = pickle.loads(bytes.fromhex(here.store.get(key).decode()))
+        sent = _wait_for(here, key).decode()
+    except CommunicationError:
+        raise
     except RuntimeError as error:
         raise CommunicationError(
             f"Rank {here.rank} waited for rank 0 to begin the same epoch, which it did not: {error}. "
             "Every rank must go through the same sharded loaders in the same order."
         ) from error
+    received = from_bytes(bytes.fromhex(sent))
     if here.store.add(f"{key}/read", 1) == here.world_size - 1:
         here.store.delete_key(key)
         here.store.delete_key(f"{key}/read")
     return received
+
+
+def _wait_for(here: Context, key: str) -> bytes:
+    """What rank 0 puts there.  Raises RuntimeError after the context's timeout, CommunicationError if it never will."""
+    deadline, pause = time.monotonic() + here.timeout.total_seconds(), 0.0
+    is_watched = threading.get_ident() == here.diary.thread
+    if is_watched:
+        here.diary.enter_pair("the wait for the order of batches from", 0)
+    try:
+        while not here.store.check([key]):
+            if here.watchdog is not None and here.watchdog.verdict is not None:
+                raise CommunicationError(here.watchdog.verdict.text)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"timed out after {here.timeout}")
+            time.sleep(pause)
+            pause = min(pause + 0.001, 0.05)
+        return here.store.get(key)
+    finally:
+        if is_watched:
+            here.diary.leave()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import overload
 
 import torch
@@ -10,7 +12,7 @@ from . import distributed
 from .comm import Communicator
 from .context import context, is_initialized, synchronize
 
-__all__ = ["agree", "gather_result", "sum_loss", "synchronize", "wait_loader"]
+__all__ = ["agree", "gather_result", "rank_0_first", "sum_loss", "synchronize", "wait_loader"]
 
 
 def agree(test: object) -> bool:
@@ -25,6 +27,20 @@ def agree(test: object) -> bool:
     answer = torch.tensor([bool(test) if control.rank == 0 else False], dtype=torch.uint8, device="cpu")
     control.broadcast(answer, 0)
     return bool(answer)
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block, then all others do: ``with bmt.rank_0_first():`` around what fills a cache.  Collective.
+
+    Nothing in the block may wait for other ranks.
+    """
+    waits = is_initialized() and context().world_size > 1
+    if waits and context().rank > 0:
+        synchronize()
+    yield
+    if waits and context().rank == 0:
+        synchronize()
 
 
 @overload

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar, cast
 
 import torch
 
 from .context import context, is_initialized
 from .context import rank as this_rank
+from .errors import ConfigurationError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _LINE_WIDTH = 60
 
 
@@ -25,6 +31,68 @@ def print_rank(*args: Any, rank: int = 0, **kwargs: Any) -> None:
     """``print(*args, **kwargs)`` on one rank only."""
     if this_rank() == rank:
         print(*args, **kwargs)
+
+
+def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
+    """``make`` on rank 0; on the other ranks a function that gives an object which stands in and does nothing.
+
+        writer = bmt.on_rank_0(SummaryWriter)("runs/now")
+
+    For what exists once: writers of logs, trackers, dashboards.  Calls of the stand-in's methods do nothing, as do
+    ``with`` and ``x[key] = value``.  What they give, and its attributes (``writer.log_dir``), are known on rank 0 only:
+    a use of such a value raises ConfigurationError.  ``bmt.store.broadcast_object(writer.log_dir)`` gives it to all.
+
+    No rank waits.  Before ``init_distributed`` a rank is what the launcher calls it (``RANK``).
+    """
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        if (this_rank() if is_initialized() else int(os.environ.get("RANK", "0"))) == 0:
+            return make(*args, **kwargs)
+        return cast(T, _OnRank0(getattr(make, "__name__", "value")))
+
+    return made
+
+
+class _OnRank0:
+    """What stands on other ranks for an object of rank 0's."""
+
+    def __init__(self, name: str) -> None:
+        self._known_as = name
+
+    def __getattr__(self, name: str) -> _ValueOnRank0:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _ValueOnRank0(f"{self._known_as}.{name}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _ValueOnRank0:
+        return _ValueOnRank0(f"{self._known_as}()")
+
+    def __getitem__(self, key: Any) -> _ValueOnRank0:
+        return _ValueOnRank0(f"{self._known_as}[...]")
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __enter__(self) -> _OnRank0:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class _ValueOnRank0(_OnRank0):
+    """What stands for what such an object's attributes and calls give."""
+
+    def _unknown(self, *args: object) -> NoReturn:
+        raise ConfigurationError(
+            f"{self._known_as} is known on rank 0 only. Call bmt.store.broadcast_object(...) with it on every rank for "
+            "a value that all ranks use."
+        )
+
+    __bool__ = __str__ = __format__ = __fspath__ = __int__ = __float__ = __index__ = __len__ = __iter__ = _unknown
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __hash__ = __contains__ = _unknown
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __mod__ = _unknown
 
 
 def print_block(title: str, content: str | None = None, file: TextIO | None = None) -> None:

@@ -11,6 +11,7 @@
     link | write           pairs ast nodes with libcst's | libcst nodes from templates
     plan                   facts -> the changes a file gets and the findings to report; pure
     rules/                 one rewrite a file, and none knows another
+        ordinary/          scripts of other engines that are ordinary loops with other names: first of all
         model/             base classes, parameters, lists of blocks and the loops over them
         training/          starting, data, losses, optimizers, output, checkpoints
         refusals/          what cannot be converted, and what the user should look at

@@ -68,12 +68,17 @@ class Convert(CodemodCommand):
     def transform_module_impl(self, tree: cst.Module) -> cst.Module:
         try:
             file, plan = self._planned(tree)
-            if file.source.raw != tree.bytes:
+            before = file.source if file.original is None else file.original.source
+            if before.raw != tree.bytes:
                 raise InputError("libcst would not print this file as it is written")
+            if file.original is not None:
+                tree = cst.parse_module(file.source.raw)
             changed = changed_module(file, plan, tree) if plan.changes else tree
         except InputError as error:
             raise SkipFile(str(error)) from None
-        for message in messages(plan.applied, plan.hidden, plan.reported):
+        for message in messages(
+            (*(file.original.applied if file.original else ()), *plan.applied), plan.hidden, plan.reported
+        ):
             self.warn(message)
         return changed
 

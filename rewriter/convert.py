@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, Original
 from rewriter.analyze.read.notebook import Notebook
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.read.source import Source
-from rewriter.plan import Options, Plan, make_plans
-from rewriter.types import Conversion, InputError, Result
+from rewriter.plan import Options, Plan, make_first_plans, make_plans
+from rewriter.types import Conversion, InputError, Refusal, Remark, Result
 
 
 def convert_paths(
@@ -49,13 +50,80 @@ def plan_paths(
 ) -> tuple[list[File | Result], dict[File, Plan]]:
     """All files, or why they cannot be read, in the order given, and what is to become of them.
 
-    ``contents`` are bytes of files that are not asked of the disk.
+    ``contents`` are bytes of files that are not asked of the disk. A file of a script for another engine that is an
+    ordinary one with other names is that ordinary file, and ``File.original`` what it was.
     """
+    refused: dict[Path, tuple[Refusal, ...]] = {}
+    while True:
+        outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, {})
+        files = [outcome for outcome in outcomes if isinstance(outcome, File)]
+        first: dict[Path, Original] = {}
+        if any(b"accelerat" in file.source.data for file in files):
+            first, refused = _first(files, facts, options, refused)
+        if first:
+            outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, first)
+            files = [outcome for outcome in outcomes if isinstance(outcome, File)]
+        facts.refused = refused
+        plans = make_plans(files, facts, options, absent)
+        stopped = {
+            file.path: tuple(f for f in plans[file].reported if isinstance(f, Refusal) and not f.spared)
+            for file in files
+            if file.original is not None
+        }
+        stopped = {path: reasons for path, reasons in stopped.items() if reasons}
+        if not stopped:
+            return outcomes, plans
+        lines = {file.path: file.original for file in files}
+        for path, reasons in stopped.items():
+            refused[path] = tuple(replace(reason, line=_line(lines[path], reason.line)) for reason in reasons)
+
+
+def _first(
+    files: list[File], facts: Facts, options: Options, refused: Mapping[Path, tuple[Refusal, ...]]
+) -> tuple[dict[Path, Original], dict[Path, tuple[Refusal, ...]]]:
+    """The files of scripts that become ordinary ones first, as they are then, and why others do not."""
+    from rewriter.rewrite import rewritten
+
+    plans, reasons = make_first_plans(files, facts, options, refused)
+    made = {}
+    for file, plan in plans.items():
+        try:
+            made[file.path] = Original(file.source, plan.applied, rewritten(file, plan))
+        except InputError as error:
+            reasons[file.path] = (Refusal("BMT090", 1, f"the ordinary loop would be broken: {error}"),)
+            return _first(files, facts, options, reasons)
+    return made, reasons
+
+
+def _read(
+    paths: Sequence[Path],
+    options: Options,
+    roots: list[Path],
+    derived: dict[bytes, list[Path]] | None,
+    contents: Mapping[Path, bytes],
+    first: Mapping[Path, Original],
+) -> tuple[list[File | Result], Facts]:
     project = Project(roots, derived)
-    outcomes = [_load(project, path, (contents or {}).get(path)) for path in paths]
-    facts = Facts(project, options.blocks)
-    files = [outcome for outcome in outcomes if isinstance(outcome, File)]
-    return outcomes, make_plans(files, facts, options, absent)
+    outcomes = []
+    for path in paths:
+        original = first.get(path)
+        outcome = _load(project, path, contents.get(path) if original is None else original.after)
+        if isinstance(outcome, File):
+            outcome.original = original
+        outcomes.append(outcome)
+    return outcomes, Facts(project, options.blocks)
+
+
+def _line(original: Original | None, line: int) -> int:
+    """The line of the original that a line of the ordinary file comes from, or the one before."""
+    if original is None:
+        return line
+    before, after = original.source.raw.splitlines(), original.after.splitlines()
+    found = 1
+    for block in difflib.SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks():
+        if block.b < line:
+            found = block.a + min(line - block.b, max(block.size, 1))
+    return min(found, max(len(before), 1))
 
 
 def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
@@ -84,16 +152,20 @@ def plan_text(text: str, options: Options, path: Path = Path("stdin.py")) -> tup
     Raises:
         InputError: it is no Python.
     """
-    project = Project()
-    file = project.add(Source(path, text.encode("utf-8", "surrogatepass")))
-    return file, make_plans([file], Facts(project, options.blocks), options)[file]
+    (outcome,), plans = plan_paths([path], options, contents={path: text.encode("utf-8", "surrogatepass")})
+    if isinstance(outcome, Result):
+        raise InputError(outcome.error)
+    return outcome, plans[outcome]
 
 
 def apply_plan(file: File, plan: Plan) -> Result:
     """The file after its plan. A conversion that would not parse is an error and changes nothing."""
+    original = file.original
     raw = file.notebook.raw if file.notebook is not None else file.source.raw
+    if original is not None:
+        raw, plan = original.source.raw, _on_lines_of(original, plan)
     if not plan.changes:
-        return Result(file.path, raw, raw, (), _told(plan.hidden), plan.reported)
+        return Result(file.path, raw, raw if original is None else original.after, *_found(plan))
     from rewriter.rewrite import rewritten  # libcst takes half a second to import, and many runs change nothing
 
     try:
@@ -103,7 +175,21 @@ def apply_plan(file: File, plan: Plan) -> Result:
         return Result(file.path, raw, raw, error=message)
     if file.notebook is not None:
         after = file.notebook.with_text(after.decode())
-    return Result(file.path, raw, after, _told(plan.applied), _told(plan.hidden), plan.reported)
+    return Result(file.path, raw, after, *_found(plan))
+
+
+def _on_lines_of(original: Original, plan: Plan) -> Plan:
+    """A plan whose findings name lines of the original file, and those by which it became an ordinary one."""
+    return replace(
+        plan,
+        applied=(*original.applied, *(replace(f, line=_line(original, f.line)) for f in plan.applied)),
+        hidden=tuple(replace(finding, line=_line(original, finding.line)) for finding in plan.hidden),
+        reported=tuple(replace(finding, line=_line(original, finding.line)) for finding in plan.reported),
+    )
+
+
+def _found(plan: Plan) -> tuple[tuple[Conversion, ...], tuple[Conversion, ...], tuple[Remark | Refusal, ...]]:
+    return _told(plan.applied), _told(plan.hidden), plan.reported
 
 
 def _told(found: tuple[Conversion, ...]) -> tuple[Conversion, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.training.accelerators import scripts_with_accelerators
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
-from rewriter.rules import RULES
+from rewriter.rules import FIRST, RULES
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -75,6 +77,41 @@ def make_plans(
     return plans
 
 
+def make_first_plans(
+    files: Sequence[File], facts: Facts, options: Options, refused: Mapping[Path, Sequence[Refusal]]
+) -> tuple[dict[File, Plan], dict[Path, tuple[Refusal, ...]]]:
+    """Plans that make scripts of another engine ordinary ones, and for each file of those that stay the reasons.
+
+    A script changes whole or not at all: not where one of its files is refused here, or was before.
+    """
+    found = {file: [f for rule in FIRST if options.wants(rule.code) for f in rule.find(file, facts)] for file in files}
+    reasons = {file: [f for f in findings if isinstance(f, Refusal)] for file, findings in found.items()}
+    for file in files:
+        reasons[file] = [*refused.get(file.path, ()), *reasons[file]]
+    stay = {f for f in files if reasons[f] or _file_stays(f)}
+    groups = scripts_with_accelerators(facts.scripts)
+    for _ in groups:
+        stay |= {file for group in groups.values() if group & stay for file in group}
+    for program, group in groups.items():
+        first = next((file for file in files if file in group and reasons[file]), None)
+        if first is not None and program not in group and not facts.scripts.trains(program):
+            reason = reasons[first][0]
+            message = f"it starts the training in {first.path}: {reason.message} (line {reason.line})"
+            stay.add(program)
+            reasons[program] = [Refusal(reason.code, 1, message)]
+    plans = {}
+    for file in files:
+        conversions = [finding for finding in found[file] if isinstance(finding, Conversion)]
+        if conversions and file not in stay:
+            plans[file] = _plan(file, facts, options, found[file], conversions, set())
+    return plans, {file.path: tuple(reasons[file]) for file in stay if reasons[file]}
+
+
+def _file_stays(file: File) -> bool:
+    """Whether nothing may change a file."""
+    return file.source.skips_file or file.notebook is not None
+
+
 def _stops(finding: Finding) -> bool:
     """Whether a finding keeps its whole file as it is."""
     return isinstance(finding, Refusal) and not finding.spared
@@ -86,7 +123,9 @@ def _applies(file: File, finding: Conversion, options: Options) -> bool:
 
 def _findings(file: File, facts: Facts) -> list[Finding]:
     """What the rules say about a file, in their order."""
-    return [] if file.source.skips_file else [finding for rule in RULES for finding in rule.find(file, facts)]
+    if file.source.skips_file:
+        return []
+    return [finding for rule in RULES if rule not in FIRST for finding in rule.find(file, facts)]
 
 
 def _without_refused_parts(findings: list[Finding]) -> list[Finding]:

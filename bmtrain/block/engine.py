@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..autograd import backward_id, in_function_transform, outside_function_transforms
 from ..context import Context, engine_factory
-from ..errors import CommunicationError, ConfigurationError
+from ..errors import ConfigurationError
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -76,10 +76,7 @@ class Engine:
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
         """The same for what ends in gathering ``shard`` into ``whole``.  Collective."""
         self.schedule.trace.comes_to(what)
-        try:
-            self.ctx.world.all_gather(shard, whole)
-        except CommunicationError as error:
-            raise self.schedule.trace.blamed(error, what) from error
+        self.ctx.world.all_gather(shard, whole)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -195,6 +192,7 @@ class Engine:
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
+        self.ctx.diary.step += 1
         if self.plan.optimizer_stepped():
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()

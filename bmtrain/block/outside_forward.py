@@ -166,7 +166,7 @@ class OutsideForward:
         if self._whole.idle or not unit.moves:
             return None
         self._use_in_forward(unit)
-        return self._whole.loop_pin(unit, unit.uses() if self._device.reuses_memory else None)
+        return self._whole.loop_pin(unit, unit.uses() if self._device.counts_views else None)
 
     def pin_until_next(self, holder: nn.Module, unit: ShardUnit) -> None:
         """Make ``unit`` whole until ``holder`` asks so for another, or the running forward ends."""

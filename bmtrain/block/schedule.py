@@ -8,7 +8,6 @@ from datetime import timedelta
 import torch
 
 from ..context import Context
-from ..errors import CommunicationError
 from ..shard.freeze import keep_frozen_apart
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit
@@ -23,7 +22,8 @@ class Schedule:
         self.ctx = ctx
         self.pools = Pools(ctx)
         self.whole = WholeUnits()
-        self.trace = Trace(ctx, min(ctx.timeout, timedelta(minutes=5)))
+        # With a watchdog nobody is waited for who differs or is gone, so that slowness alone may take its time.
+        self.trace = Trace(ctx, ctx.timeout if ctx.watchdog is not None else min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
         self._next_index = 0
 
@@ -61,13 +61,11 @@ class Schedule:
         compute = unit.compute_dtype(autocast)
         if phase == "backward":
             unit.trains_in = compute
-        try:
-            self.whole.gather(unit, compute)
-            following = self.units.get(predicted) if predicted is not None else None
-            if following is not None:
-                self.whole.prefetch(following, following.compute_dtype(autocast))
-        except CommunicationError as error:
-            raise self.trace.blamed(error, operation or f"the {phase} of {unit.name or 'the root'}") from error
+        self.ctx.diary.phase = phase
+        self.whole.gather(unit, compute)
+        following = self.units.get(predicted) if predicted is not None else None
+        if following is not None:
+            self.whole.prefetch(following, following.compute_dtype(autocast))
 
     def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
@@ -81,10 +79,7 @@ class Schedule:
 
     def reduce(self, unit: ShardUnit) -> None:
         """Sum the gradients of ``unit`` over ranks.  Collective."""
-        try:
-            unit.reduce_grads()
-        except CommunicationError as error:
-            raise self.trace.blamed(error, f"the reduction of {unit.name or 'the root'}") from error
+        unit.reduce_grads()
 
     def updated(self, unit: ShardUnit) -> None:
         """``unit`` has new values: if it stays whole, or the next step begins with it, gather it meanwhile."""

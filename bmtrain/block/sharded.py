@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..alike import differing
+from ..alike import differing, misfit
 from ..context import Context, context
-from ..errors import CheckpointError, ConfigurationError, DeviceError, UnsupportedError
+from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered
@@ -74,13 +74,17 @@ class ShardedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors, the same on every rank; each keeps its part.  Collective.
 
-        Raises CheckpointError that names every missing, unexpected and wrongly shaped key, and what differs between
-        ranks, and RankDivergenceError if another rank does not load; then nothing was loaded.
+        Raises CheckpointError that names every missing, unexpected and wrongly shaped key, every value of another kind,
+        and what differs between ranks, and RankDivergenceError if another rank does not load; then nothing was loaded.
         """
         if unit_of(self) is not None:
-            _require_same(self, state_dict)
-        _validate(self, state_dict, strict)
-        result = super().load_state_dict(state_dict, strict)
+            require_same(self, state_dict)
+        if _renames(self):  # torch's own checks know better, but come when half is loaded
+            with _undone_by_errors(self):
+                result = super().load_state_dict(state_dict, strict)
+        else:
+            _validate(self, state_dict, strict)
+            result = super().load_state_dict(state_dict, strict)
         for unit in owned_units(self):
             for flat in unit.flats:
                 flat.changed()
@@ -211,13 +215,16 @@ def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Ori
     return OfNothing() if parameter is None or not value.is_contiguous() else OfParameter(parameter)
 
 
-def _require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Raises CheckpointError on every rank unless all were given the same to load into ``module``.  Collective."""
     kind = type(module).__name__
     engine().meet(f"load_state_dict of {kind}")
-    tensors = {k: v for k, v in sorted(state_dict.items()) if isinstance(v, torch.Tensor) and flat_of(v) is None}
-    tensors = {k: v for k, v in tensors.items() if v.layout == torch.strided and not isinstance(v, ShardedTensor)}
+    given = {k: v for k, v in sorted(state_dict.items()) if not isinstance(v, torch.Tensor) or flat_of(v) is None}
+    given = {k: v for k, v in given.items() if not isinstance(v, ShardedTensor)}
+    tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
+    others = [f"{k} ({type(v).__name__})" for k, v in given.items() if k not in tensors]
     try:
-        names = differing(context(), f"The state dict given to {kind}", tensors)
+        names = differing(context(), f"The state dict given to {kind}", tensors, others)
     except ConfigurationError as error:
         raise CheckpointError(f"{error} Nothing was loaded.") from None
     if names:
@@ -228,25 +235,47 @@ def _require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
         )
 
 
+def _renames(module: nn.Module) -> bool:
+    """Whether the model changes keys or values while it loads them."""
+    return any(m._load_state_dict_pre_hooks or "_load_from_state_dict" in _methods(m) for m in module.modules())
+
+
 def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
-    if any(m._load_state_dict_pre_hooks or "_load_from_state_dict" in _methods(m) for m in module.modules()):
-        return  # the model renames keys while loading: torch's own checks know better
-    expected = _names(module)
+    expected = named_state(module)
     problems = []
     if strict:
         problems += [f"missing: {key}" for key in expected if key not in state_dict]
         problems += [f"unexpected: {key}" for key in state_dict if key not in expected]
     for key, value in expected.items():
-        given = state_dict.get(key)
-        if not isinstance(value, torch.Tensor) or not isinstance(given, torch.Tensor):
-            continue
-        if given.shape != value.shape and not (value.dim() == 0 and given.shape == (1,)):
-            problems.append(f"shape of {key}: {tuple(given.shape)} given, {tuple(value.shape)} in the model")
+        if isinstance(value, torch.Tensor) and key in state_dict:
+            reason = misfit(state_dict[key], value.shape, value.dtype)
+            if reason is not None:
+                problems.append(f"{key}: {reason}")
     if problems:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded.\n  " + "\n  ".join(problems))
 
 
-def _names(module: nn.Module) -> dict[str, Any]:
+@contextmanager
+def _undone_by_errors(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers as they were, if the body raises.  What torch reports becomes a CheckpointError."""
+    flats = [flat for unit in owned_units(module) for flat in unit.flats]
+    held: list[Any] = [t for flat in flats for t in (flat.shard, flat.remainder, flat.buffer and flat.buffer.tensor)]
+    held += [buffer for buffer in module.buffers() if not isinstance(buffer, ShardedTensor) and not buffer.is_meta]
+    before = [(tensor, tensor.clone()) for tensor in held if tensor is not None]
+    try:
+        yield
+    except BaseException as error:
+        with torch.no_grad():
+            for tensor, values in before:
+                tensor.copy_(values)
+        for flat in flats:
+            flat.changed()
+        if isinstance(error, RuntimeError) and not isinstance(error, BMTrainError):
+            raise CheckpointError(f"Nothing was loaded: {error}") from error
+        raise
+
+
+def named_state(module: nn.Module) -> dict[str, Any]:
     """The keys of the state dict with sharded parameters as values; nothing is gathered."""
     found: dict[str, Any] = {}
     for prefix, inner in module.named_modules(remove_duplicate=False):

@@ -44,6 +44,7 @@ class Trace:
 
     def begin(self, kind: Kind, what: str) -> None:
         """An outermost forward starts, or operations outside of any; ``kind`` says which earlier runs it resembles."""
+        self._ctx.diary.kind = "training" if kind[2] else "evaluation"
         early = self._position < len(self._expected) and bool(self._run)
         if self._run:
             self._past[self._kind] = self._run
@@ -115,7 +116,27 @@ class Trace:
     def _agree(self, what: str, patience: timedelta | None = None) -> None:
         if self._ctx.world_size == 1:
             return
-        patience = patience or self._patience
+        diary = self._ctx.diary
+        diary.unit = what
+        diary.enter("order", "agreement", 0)
+        try:
+            self._ask(what, patience or self._patience)
+        except CommunicationError as error:
+            raise error if self._ctx.watchdog is None else self._ctx.watchdog.explained(error) from error
+        finally:
+            diary.unit = ""
+            diary.leave()
+
+    def _ask(self, what: str, patience: timedelta) -> None:
+        try:
+            self._compare_all(what, patience)
+        except (RankDivergenceError, CommunicationError):
+            self._ctx.abort()  # ends the waiting of ranks that followed the prediction into what never comes
+            raise
+        except RuntimeError as error:  # of the store, which may have ended with the rank that has it
+            raise CommunicationError(f"The ranks could not agree on {what}: {error}") from error
+
+    def _compare_all(self, what: str, patience: timedelta) -> None:
         # Asked by all ranks at the same step or not at all; at another one, its number tells.
         store, rank, key, said = self._ctx.store, self._ctx.rank, f"order/{len(self._asked)}", f"{self._count} {what}"
         store.set(f"{key}/{rank}", said)
@@ -124,7 +145,10 @@ class Trace:
             store.set(done, "1")
         deadline = time.monotonic() + patience.total_seconds()
         pause = 0.0
+        watchdog = self._ctx.watchdog
         while not store.check([done]):
+            if watchdog is not None:
+                watchdog.raise_verdict()
             self._compare(key, what, patience if time.monotonic() > deadline else None)
             time.sleep(pause)
             pause = min(pause + 0.001, 0.5)
@@ -137,22 +161,14 @@ class Trace:
         for rank in range(self._ctx.world_size):
             said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
             if said is not None and said != f"{self._count} {what}":
-                self._leave(what, _message(here, what, rank, f"came to {said.split(' ', 1)[1]}"))
+                self._leave(_message(here, what, rank, f"came to {said.split(' ', 1)[1]}"))
             if said is None and passed is not None:
-                self._leave(what, _message(here, what, rank, f"did not within {passed}"))
+                self._leave(_message(here, what, rank, f"did not within {passed}"))
 
-    def _leave(self, what: str, message: str) -> None:
-        """Raise, and end the waiting of ranks that followed the prediction into a collective that never comes."""
-        self._ctx.store.set("diverged", f"rank {self._ctx.rank} came to {what}")
-        self._ctx.abort()
+    def _leave(self, message: str) -> None:
+        if self._ctx.watchdog is not None:
+            self._ctx.watchdog.tell(message)
         raise RankDivergenceError(message)
-
-    def blamed(self, error: CommunicationError, what: str) -> Exception:
-        """What to raise for a collective that failed: names the rank that has left the common order, if one has."""
-        if not self._ctx.store.check(["diverged"]):
-            return error
-        did = self._ctx.store.get("diverged").decode()
-        return RankDivergenceError(f"Rank {self._ctx.rank} came to {what}, but {did}. {_ADVICE}")
 
 
 def _is_outside(event: Event) -> bool:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from ..block.record import unit_of
+from ..block.sharded import ShardedModule, require_same
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
@@ -24,16 +28,52 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
     The file appears complete or not at all.
 
     Args:
-        non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.
+        non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.  The
+            next ``bmt.save`` or ``bmt.save_checkpoint`` does, and raises its error.
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
-    state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
-    if non_blocking:
-        if context().rank == 0:
-            threading.Thread(target=_write, args=(state, Path(file_name)), daemon=False).start()
+    with context().diary.saving():
+        state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
+    if not non_blocking:
+        save_checkpoint(state, file_name)
         return
-    save_checkpoint(state, file_name)
+    _finish_background()
+    if context().rank == 0:
+        _background[context()] = _Writer(state, Path(file_name))
+
+
+class _Writer(threading.Thread):
+    """Writes a file; its error is printed, and kept for whoever comes next."""
+
+    def __init__(self, state: Any, path: Path) -> None:
+        super().__init__(name=f"writer of {path}")
+        self._state, self._path = state, path
+        self.problem: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            _write(self._state, self._path)
+        except Exception as error:
+            self.problem = f"{self._path}: {type(error).__name__}: {error}"
+            raise
+        finally:
+            self._state = None
+
+
+_background: WeakKeyDictionary[Context, _Writer] = WeakKeyDictionary()  # of rank 0's contexts
+
+
+def _finish_background() -> None:
+    """Wait for what ``save(non_blocking=True)`` still writes.  Collective.  Raises CheckpointError on every rank."""
+    writer = _background.pop(context(), None)
+    if writer is not None:
+        writer.join()
+    problem = broadcast_object(None if writer is None else writer.problem)
+    if problem is not None:
+        raise CheckpointError(f"Rank 0 could not write, in the background, {problem}. Nothing was written now either.")
 
 
 def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
@@ -47,18 +87,39 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
     appears complete or not at all.  Raises CheckpointError on every rank when rank 0 cannot write.
     """
     problem = None
-    obj = pickled.with_whole_tensors(obj)
-    with pickled.whole(obj) as models:
-        if models:
-            options.setdefault("pickle_module", pickled)
-        if context().rank == 0:
-            try:
-                _write(obj, Path(file_name), **options)
-            except Exception as error:  # pickling may raise anything, and the others wait for the verdict
-                problem = f"{type(error).__name__}: {error}"
-    problem = broadcast_object(problem)
+    _refuse_shards(obj)
+    with context().diary.saving():
+        _finish_background()
+        obj = pickled.with_whole_tensors(obj)
+        with pickled.whole(obj) as models:
+            if models:
+                options.setdefault("pickle_module", pickled)
+            if context().rank == 0:
+                try:
+                    _write(obj, Path(file_name), **options)
+                except Exception as error:  # pickling may raise anything, and the others wait for the verdict
+                    problem = f"{type(error).__name__}: {error}"
+        problem = broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {file_name}: {problem}")
+
+
+def _refuse_shards(obj: Any) -> None:
+    """Raises CheckpointError, on every rank, if some rank's ``obj`` has an optimizer state of that rank alone."""
+    found = torch.tensor([int(context().world_size > 1 and _has_shards(obj))], device="cpu")
+    context().control.all_reduce(found, "max")
+    if int(found):
+        raise CheckpointError(
+            "This holds one rank's shards of an optimizer's state, and a file would keep rank 0's alone. Write "
+            "optimizer.state_dict() or optim_manager.state_dict(), without gather=False or gather_opt=False. Nothing "
+            "was written."
+        )
+
+
+def _has_shards(obj: Any) -> bool:
+    if isinstance(obj, dict):
+        return "shard_of" in obj or any(map(_has_shards, obj.values()))
+    return isinstance(obj, (list, tuple)) and any(map(_has_shards, obj))
 
 
 def _write(obj: Any, path: Path, **options: Any) -> None:
@@ -77,25 +138,40 @@ def _write(obj: Any, path: Path, **options: Any) -> None:
         raise
 
 
-def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = True) -> Any:
+def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = True, *, weights_only: bool = True) -> Any:
     """Load a state dict written by ``bmt.save`` or by ``torch.save(model.state_dict(), ...)``.  Collective.
 
-    Ranks that see the file read it; the others (no shared file system) get it from rank 0.  Raises CheckpointError,
-    on every rank, when rank 0 cannot read it or its keys or shapes do not fit; then nothing was loaded.
+    Ranks that see the file read it; the others (no shared file system) get it from rank 0.
+
+    Args:
+        weights_only: as ``torch.load``'s; False runs whatever code the file holds.
+
+    Raises CheckpointError, on every rank, when rank 0 cannot read it, when its keys, shapes or kinds do not fit, or
+    when files of this name differ between nodes; then nothing was loaded.
     """
     ctx = context()
-    state, problem = _read(Path(file_name))
+    state, problem = _read(Path(file_name), weights_only)
     problems = allgather_objects(problem)
     if problems[0] is not None:
         raise CheckpointError(f"Rank 0 could not read {file_name}: {problems[0]}")
     if any(p is not None for p in problems):
         state = _from_rank_0(ctx, state)
+    if not isinstance(model, ShardedModule) or unit_of(model) is None:  # those compare by themselves
+        require_same(model, state)
     return model.load_state_dict(state, strict)
 
 
-def _read(path: Path) -> tuple[Any, str | None]:
+def _read(path: Path, weights_only: bool) -> tuple[Any, str | None]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error):
+            return None, f"UnpicklingError: {error}"
+        lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler error" in line]
+        return None, (
+            f"it holds more than tensors and plain values, which reading could run as code ({' '.join(lines)}). If you "
+            "trust whoever wrote it: bmt.load(model, path, weights_only=False)"
+        )
     except Exception as error:  # unpickling may raise anything; the caller reports it
         return None, f"{type(error).__name__}: {error}"
     if not isinstance(state, dict):

@@ -1,8 +1,18 @@
 """Communication: one interface, three transports."""
 
 from .base import Communicator, ReduceOp
-from .gloo import GlooCommunicator
+from .gloo import GlooCommunicator, let_others_speak_first
 from .local import LocalCommunicator
 from .rendezvous import Meeting, meet
+from .watched import WatchedCommunicator
 
-__all__ = ["Communicator", "GlooCommunicator", "LocalCommunicator", "Meeting", "ReduceOp", "meet"]
+__all__ = [
+    "Communicator",
+    "GlooCommunicator",
+    "LocalCommunicator",
+    "Meeting",
+    "ReduceOp",
+    "WatchedCommunicator",
+    "let_others_speak_first",
+    "meet",
+]

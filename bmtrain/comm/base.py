@@ -73,6 +73,9 @@ class Communicator(ABC):
         """Leave at once, so that ranks which wait for this one fail instead.  Not used afterwards."""
         self.close()
 
+    def check_async_error(self) -> None:  # noqa: B027 - most transports raise where they fail
+        """Raise CommunicationError if an operation queued earlier has failed since.  For any thread."""
+
     def check_sizes(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         """Raise CommunicationError unless ``whole`` holds exactly one ``shard`` for each rank."""
         if whole.numel() != self.world_size * shard.numel() or whole.dtype != shard.dtype:

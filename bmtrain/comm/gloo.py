@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from weakref import WeakSet
@@ -22,6 +25,7 @@ _OPS: dict[ReduceOp, Any] = {
     "min": dist.ReduceOp.MIN,
     "prod": dist.ReduceOp.PRODUCT,
 }
+_PATIENCE = 6.0  # seconds
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -112,6 +116,32 @@ def _run(collective: Callable[[], Any]) -> None:
             f"A collective failed: {error}. Usually another rank stopped or ran different code; its own error is the "
             "cause."
         ) from error
+
+
+def let_others_speak_first() -> None:
+    """Let the process live for some seconds after gloo would have ended it.
+
+    Where ranks come to collectives of different sizes, a thread of gloo's throws what nobody can catch, and the process
+    is aborted before anybody can say which rank differs.  From now on that thread waits first.
+    """
+    with suppress(OSError, AttributeError):  # another C++ library: the process ends at once
+        set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
+        set_terminate.restype = _Abort.kind
+        if _Abort.before is None:
+            _Abort.before = set_terminate(_Abort.later)
+
+
+def _abort_later() -> None:
+    time.sleep(_PATIENCE)
+    _Abort.before()
+
+
+class _Abort:
+    """What C++ calls for an exception that nobody catches; kept, as C++ does not count references."""
+
+    kind = ctypes.CFUNCTYPE(None)
+    later = kind(_abort_later)
+    before: Any = None
 
 
 _alive: WeakSet[GlooCommunicator] = WeakSet()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlparse
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
@@ -22,6 +24,8 @@ class Meeting:
     rank: int
     world_size: int
     store: Store
+    host: str | None = None
+    """The host at which they met; None for one rank, and where they met in a file."""
 
 
 def meet(init_method: str, rank: int, world_size: int, timeout: timedelta) -> Meeting:
@@ -38,7 +42,13 @@ def meet(init_method: str, rank: int, world_size: int, timeout: timedelta) -> Me
             f"The {world_size} ranks could not meet through {init_method!r}: {error}. "
             "Check that MASTER_ADDR and MASTER_PORT are the same everywhere and reachable from every node."
         ) from error
-    return Meeting(rank, world_size, PrefixStore(name, ours))
+    return Meeting(rank, world_size, PrefixStore(name, ours), _host(init_method))
+
+
+def _host(init_method: str) -> str | None:
+    if init_method.startswith("env://"):
+        return os.environ.get("MASTER_ADDR")
+    return urlparse(init_method).hostname
 
 
 def _name_of_attempt(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import kernels
 from ..context import context
-from ..errors import CheckpointError, ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
+from ..shard.in_parts import part_at
+from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
+from .fit import number_problem, require_fit, tensor_problem
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import (
@@ -37,6 +40,9 @@ _TORCH_EXTRAS = {
     "decoupled_weight_decay": True,
 }  # fmt: skip
 """What torch.optim.AdamW keeps in a group besides; written so that state dicts interchange."""
+
+
+_STATES = ("exp_avg", "exp_avg_sq", "master")
 
 
 class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
@@ -181,10 +187,17 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamOptimizer:
         made = type(self)(copy.deepcopy(self.param_groups, memo), hold_steps=self._hold_steps, scale=self.scale)
         memo[id(self)] = made
-        made.load_state_dict(self.state_dict(gather=False))
+        made._load(self.state_dict(gather=False))
         return made
 
     # -- state ----------------------------------------------------------------------------------------------------
+
+    def _numbered_groups(self) -> list[dict[str, Any]]:
+        numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
+        return [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": [numbers[id(p)] for p in g["params"]]}
+            for g in self.param_groups
+        ]
 
     def state_dict(self, gather: bool = True) -> dict[str, Any]:
         """The state in torch.optim.AdamW's format.
@@ -194,10 +207,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """
         self._uncount()
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
-        groups = [
-            {**{k: v for k, v in g.items() if k != "params"}, "params": [numbers[id(p)] for p in g["params"]]}
-            for g in self.param_groups
-        ]
+        groups = self._numbered_groups()
         states: dict[int, dict[str, torch.Tensor]] = {}
         for flat in homes_of(all_params(self.param_groups)):
             kept = self._states.get(flat.key)
@@ -219,15 +229,60 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             out["shard_of"] = (context().rank, context().world_size)
         return out
 
-    @torch.no_grad()
+    def parts(self) -> dict[str, Any]:
+        """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
+        self._uncount()
+        params = all_params(self.param_groups)
+        states: dict[int, dict[str, Any]] = {}
+        for number, parameter in enumerate(params):
+            home, index = home_of(parameter)
+            kept = self._states.get(home.key)
+            if kept is None or not kept.steps[index]:
+                continue
+            entry: dict[str, Any] = {"step": torch.tensor(float(kept.steps[index]))}
+            for name, values in (("exp_avg", kept.exp_avg), ("exp_avg_sq", kept.exp_avg_sq)):
+                entry[name] = (
+                    part_at(home.place_of(index), home.local(values, index))
+                    if isinstance(home, FlatShard) else home.whole(values)
+                )  # fmt: skip
+            if home.dtype != torch.float32:
+                entry["master"] = (
+                    kept.part_of_master(home, index)
+                    if isinstance(home, FlatShard) else home.whole(kept.master_of(home))
+                )  # fmt: skip
+            states[number] = entry
+        return {"state": states, "param_groups": self._numbered_groups()}
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        """As ``shard.in_parts`` says."""
+        params = all_params(self.param_groups)
+        if len(path) == 3 and path[0] == "state" and path[2] in _STATES and path[1] in range(len(params)):
+            home, index = home_of(params[path[1]])
+            if isinstance(home, FlatShard) and tuple(home.shape_of(index)) == shape:
+                return home.place_of(index)
+        return True
+
+    def check_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        require_fit(self, state, _check_whole, own=True)
+
+    def load_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        self.check_parts(state)
+        self._load(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole states (from here or torch.optim.AdamW, any world size) or this rank's own shards.
 
-        Raises CheckpointError, with nothing loaded, when the state does not fit.
+        Raises CheckpointError on every rank, with nothing loaded, when the state does not fit or ranks have others.
         """
+        check_fits(self, state_dict)
+        self._load(state_dict)
+
+    @torch.no_grad()
+    def _load(self, state_dict: dict[str, Any]) -> None:
         params = all_params(self.param_groups)
         sharded = "shard_of" in state_dict
-        _check_fits(state_dict, self.param_groups, params, sharded)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
         self._states.clear()
@@ -240,7 +295,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             flat, index = home_of(params[int(number)])
             state = self._state_of(flat)
             state.steps[index] = int(saved["step"])
-            parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k != "step"}
+            parts = {k: v if sharded else flat.local_part(v, index) for k, v in saved.items() if k in _STATES}
             flat.local(state.exp_avg, index).copy_(parts["exp_avg"])
             flat.local(state.exp_avg_sq, index).copy_(parts["exp_avg_sq"])
             if "master" in parts and flat.dtype != torch.float32:
@@ -282,21 +337,31 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
                     parameter.grad = None
 
 
-def _check_fits(state_dict: dict[str, Any], groups: list[dict[str, Any]], params: list[Any], sharded: bool) -> None:
-    problems = []
-    given = [len(g["params"]) for g in state_dict.get("param_groups", [])]
-    wanted = [len(g["params"]) for g in groups]
-    if given != wanted:
-        problems.append(f"its groups have {given} parameters, the optimizer's have {wanted}")
+def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
+    """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
+    sharded, problems = isinstance(state_dict, dict) and "shard_of" in state_dict, []
     here = (context().rank, context().world_size)
     if sharded and tuple(state_dict["shard_of"]) != here:
         rank, size = state_dict["shard_of"]
         problems.append(f"it is rank {rank}'s of {size}; this is rank {here[0]} of {here[1]}")
-    for number, saved in state_dict.get("state", {}).items():
-        if sharded or given != wanted:
-            break
-        there, expected = tuple(saved["exp_avg"].shape), tuple(params[int(number)].shape)
-        if there != expected:
-            problems.append(f"parameter {number} has shape {there} there, {expected} here")
-    if problems:
-        raise CheckpointError("The optimizer state does not fit; nothing was loaded: " + "; ".join(problems) + ".")
+    require_fit(optimizer, state_dict, _check_part if sharded else _check_whole, problems, own=sharded)
+
+
+def _check_whole(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+    dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
+    return _check_entry(entry, tuple(parameter.shape), dtype)
+
+
+def _check_part(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+    home, index = home_of(parameter)
+    return _check_entry(entry, tuple(home.local(home.shard, index).shape), torch.float32)
+
+
+def _check_entry(entry: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    problems = [f"no {name}" for name in ("step", "exp_avg", "exp_avg_sq") if name not in entry]
+    if "step" in entry:
+        problems += number_problem("step", entry["step"])
+    for name in _STATES:
+        if name in entry:
+            problems += tensor_problem(name, entry[name], shape, dtype)
+    return problems

@@ -14,23 +14,28 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map
 
 from ..context import context
 from ..errors import ConfigurationError
 from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
-from ..shard.fp32_values import can_split, join, write_master
+from ..shard.fp32_values import JoinedValues, can_split, join, remainder_of, write_master
+from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
+from ..shard.place import Part, Place
 from ..shard.sharded_tensor import ShardedTensor, part_of
 from ..shard.unit import unit_of_flat
 from .driven import knows_shards
+from .fit import CheckEntry, number_problem, require_fit, tensor_problem
 from .pieces import (
     agree_on_touched,
     all_params,
@@ -54,7 +59,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         if step_on not in (None, "shards"):
             raise ConfigurationError(f"{type(optimizer).__name__} steps on shards; leave step_on out.")
         return
-    if _is_adapted(optimizer):
+    if _view_of(optimizer) is not None:
         return
     params = all_params(optimizer.param_groups)
     if isinstance(optimizer, torch.optim.SparseAdam) and (flats_of(params) or context().world_size > 1):
@@ -72,11 +77,53 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     optimizer.register_load_state_dict_pre_hook(view.cut)
     optimizer.register_load_state_dict_post_hook(view.restore)
     view.cut_present(optimizer)
+    optimizer.__dict__["_bmt_in_parts"] = _InParts(optimizer, view)
 
 
-def _is_adapted(optimizer: torch.optim.Optimizer) -> bool:
+class _InParts:
+    """The state of an adapted optimizer, each rank's part of it (``shard.in_parts``)."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, view: _View) -> None:
+        self._optimizer, self._view = optimizer, view
+
+    def parts(self) -> dict[str, Any]:
+        with self._view.in_parts():
+            return {**self._optimizer.state_dict(), "masters": self._view.masters(self._optimizer)}
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        params = all_params(self._optimizer.param_groups)
+        if len(path) < 2 or path[0] not in ("state", "masters") or path[1] not in range(len(params)):
+            return True
+        parameter = params[path[1]]
+        if path[0] == "state":
+            return self._view.part_at(self._optimizer, parameter, path[2:], shape)
+        return False if flat_of(parameter) is None else _place(parameter)
+
+    def check_parts(self, state: dict[str, Any]) -> None:
+        require_fit(self._optimizer, state, self._view.check(self._optimizer), own=True)
+
+    def load_parts(self, state: dict[str, Any]) -> None:
+        with self._view.in_parts():
+            self._optimizer.load_state_dict({k: v for k, v in state.items() if k != "masters"})
+        self._view.load_masters(self._optimizer, state.get("masters", {}))
+
+
+def _place(parameter: Any) -> Place:
+    flat, index = place_of(parameter)
+    return flat.place_of(index)
+
+
+def _view_of(optimizer: torch.optim.Optimizer) -> _View | None:
     hooks = optimizer._optimizer_state_dict_post_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), _View) for hook in hooks)
+    views = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((view for view in views if isinstance(view, _View)), None)
+
+
+def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Raises CheckpointError on every rank if ``state_dict`` cannot be loaded.  Collective."""
+    view = _view_of(optimizer)
+    if view is not None:
+        require_fit(optimizer, state_dict, view.check(optimizer))
 
 
 def _stepping(view: _View, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +186,7 @@ class _View:
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
+        self._apart = False  # whether states come and go in parts
         self.tried = 0
         self.admits = True
 
@@ -237,6 +285,57 @@ class _View:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def in_parts(self) -> Iterator[None]:
+        """Inside the ``with``, states come and go in parts."""
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+
+    def masters(self, optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
+        """The fp32 values of parameters in low precision, by number."""
+        found: dict[int, torch.Tensor] = {}
+        known: dict[int, torch.Tensor] = {}
+        for number, parameter in enumerate(all_params(optimizer.param_groups)):
+            flat = flat_of(parameter)
+            if flat is None or flat.dtype == flat.gradient.dtype:
+                continue
+            _, index = place_of(parameter)
+            if can_split(flat):
+                flat.keep_writes()
+                found[number] = ShardedTensor(Part(flat.place_of(index), home=JoinedValues(flat, index)))
+            else:
+                if flat.key not in known:
+                    known[flat.key] = self._values(flat)
+                found[number] = part_at(flat.place_of(index), flat.local(known[flat.key], index))
+        return found
+
+    @torch.no_grad()
+    def load_masters(self, optimizer: torch.optim.Optimizer, masters: dict[int, torch.Tensor]) -> None:
+        """Go on from them; what parameters show is their rounding."""
+        params = all_params(optimizer.param_groups)
+        kept: dict[int, tuple[FlatShard, torch.Tensor]] = {}
+        for number, values in masters.items():
+            flat, index = place_of(params[number])
+            if flat.dtype == flat.gradient.dtype:
+                continue
+            part = flat.local_part(values, index).to(flat.shard.device)
+            if can_split(flat):
+                remainder_of(flat)
+            else:
+                flat.local(kept.setdefault(flat.key, (flat, self._values(flat)))[1], index).copy_(part)
+            write_master(flat, part, index)
+        for flat, values in kept.values():
+            self._masters[id(flat)] = (flat.version, values)
+
+    def part_at(
+        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> Place | bool:
+        """What this rank needs of the tensor ``name`` of a parameter's state."""
+        return True
+
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Whole states for every rank.  Collective."""
         return state_dict
@@ -246,7 +345,11 @@ class _View:
         return state
 
     def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of whole states, to be loaded."""
+        """This rank's part of whole states, to be loaded.  Collective.
+
+        Raises CheckpointError on every rank when they do not fit.
+        """
+        require_fit(optimizer, state_dict, self.check(optimizer), own=self._apart)
         params = all_params(optimizer.param_groups)
         self._loading, states = {}, {}
         for number, state in state_dict["state"].items():
@@ -257,6 +360,25 @@ class _View:
                 if known:
                     self._loading[number] = part
         return {**state_dict, "state": states}
+
+    def check(self, optimizer: torch.optim.Optimizer) -> CheckEntry:
+        """What tells the problems of one parameter's whole state: torch's optimizers are known, of others little is."""
+        known = is_unchanged(type(optimizer))
+
+        def check(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
+            shape = tuple(parameter.shape)
+            dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
+            problems = []
+            for name, value in entry.items():
+                if not isinstance(value, torch.Tensor):
+                    problems += [f"{name}: a str given"] if isinstance(value, str) else []
+                elif name in _SCALARS or value.numel() == 1:
+                    problems += number_problem(name, value)
+                elif known or (value.dim() == len(shape) and value.numel() == parameter.numel()) or value.is_meta:
+                    problems += tensor_problem(name, value, shape, dtype if known else value.dtype)
+            return problems
+
+        return check
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Undo torch's rounding of loaded states to the parameters' dtype: they belong to fp32 masters."""
@@ -293,6 +415,12 @@ class _ShardView(_View):
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         params = all_params(optimizer.param_groups)
+        if self._apart:
+            states = {
+                number: {k: _labelled(params[number], v) for k, v in state.items()}
+                for number, state in state_dict["state"].items()
+            }
+            return {**state_dict, "state": states}
         numbers = {id(p): i for i, p in enumerate(params)}
         states = {
             number: {k: v.full_tensor().cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
@@ -324,6 +452,19 @@ class _ShardView(_View):
             for name, value in state.items()
             if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
         }
+
+    def part_at(
+        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> Place | bool:
+        scalar = len(name) != 1 or name[0] in _SCALARS
+        return True if scalar or flat_of(parameter) is None or shape != parameter.shape else _place(parameter)
+
+
+def _labelled(parameter: Any, value: Any) -> Any:
+    """A parameter's local state as part of a whole one."""
+    if flat_of(parameter) is None or not _is_local(value):
+        return value
+    return value if isinstance(value, ShardedTensor) else part_at(_place(parameter), value)
 
 
 class _WholeView(_View):
@@ -407,6 +548,8 @@ class _TensorView(_View):
 
     def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         params = all_params(optimizer.param_groups)
+        if self._apart:
+            return self._owned(optimizer, state_dict)
         own = {
             number: _moved(state, torch.device("cpu"))
             for number, state in state_dict["state"].items()
@@ -416,6 +559,37 @@ class _TensorView(_View):
         for others in allgather_objects(own):
             states.update(others)
         return {**state_dict, "state": dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))}
+
+    def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The states of all owners, of which each rank has its own tensors only."""
+        rank, params, states = context().rank, all_params(optimizer.param_groups), dict(state_dict["state"])
+
+        def known(value: Any) -> Any:
+            return Owned(rank, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
+
+        def told(value: Any) -> Any:
+            return _OWNED, value.owner, value.shape, value.dtype
+
+        def heard(value: Any) -> Any:
+            told_of = isinstance(value, tuple) and value[:1] == (_OWNED,)
+            return Owned(value[1], value[2], value[3], None) if told_of else value
+
+        own = {
+            number: tree_map(known, state)
+            for number, state in states.items()
+            if isinstance(number, int) and flat_of(params[number]) is not None
+        }
+        told_of = tree_map(lambda v: told(v) if isinstance(v, Owned) else v, own)
+        for theirs in allgather_objects(told_of):
+            for number, state in theirs.items():
+                states[number] = own.get(number) or tree_map(heard, state, is_leaf=lambda v: isinstance(v, tuple))
+        return {**state_dict, "state": dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))}
+
+    def part_at(
+        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
+    ) -> Place | bool:
+        self._owner(optimizer)
+        return self._owns(parameter)
 
     def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
         return state if self._owns(parameter) else None
@@ -429,6 +603,7 @@ class _TensorView(_View):
         super().cut_present(optimizer)
 
 
+_OWNED = "owned by"
 _SCALARS = ("step", "eta", "mu", "mu_product")
 """States of torch's optimizers that are one number for a parameter, whatever its shape."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..context import context
-from ..errors import ConfigurationError
+from ..errors import CheckpointError, ConfigurationError
+from ..objects import allgather_objects
 from ..shard.engine import engine
-from .adam import clear_grads
-from .adapt import adapt
+from ..shard.in_parts import in_parts
+from ..shard.place import Place
+from .adam import AdamOptimizer, check_fits, clear_grads
+from .adapt import adapt, check_adapted
 from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .norm import clip_, find_overflow, scale_grads_
@@ -224,15 +228,18 @@ class OptimManager:
     def _params(self) -> list[Any]:
         return [p for optimizer in self.optimizers for p in all_params(optimizer.param_groups)]
 
-    def state_dict(self, gather_opt: bool = False) -> dict[str, Any]:
-        """Everything needed to go on: optimizers, schedules, loss scale.
+    def state_dict(self, gather_opt: bool = True) -> dict[str, Any]:
+        """Everything needed to go on: optimizers, schedules, loss scale.  Collective.
 
         Args:
-            gather_opt: whole optimizer states, loadable at any world size (collective); False gives this rank's
-                shards where the optimizer has that form.
+            gather_opt: whole optimizer states, loadable at any world size; False gives this rank's shards where the
+                optimizer has that form, which every rank has to write to a file of its own.
         """
-        self._learn()
-        optimizers = [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
+        return self._state(
+            [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
+        )
+
+    def _state(self, optimizers: list[Any]) -> dict[str, Any]:
         return {
             "optimizers": optimizers,
             "lr_schedulers": [None if s is None else s.state_dict() for s in self.lr_schedulers],
@@ -241,21 +248,116 @@ class OptimManager:
             "steps_since_last_scale": self.steps_since_last_scale,
         }
 
+    def parts(self) -> dict[str, Any]:
+        """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
+        self._learn()
+        found = [(o, in_parts(o)) for o in self.optimizers]
+        return self._state([o.state_dict() if own is None else own.parts() for o, own in found])
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        """As ``shard.in_parts`` says."""
+        if len(path) < 2 or path[0] != "optimizers" or path[1] not in range(len(self.optimizers)):
+            return True
+        own = in_parts(self.optimizers[path[1]])
+        return True if own is None else own.part_at(path[2:], shape)
+
+    def check_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        _agree(_problem(self, state))
+        for optimizer, inner in zip(self.optimizers, state["optimizers"], strict=True):
+            own = in_parts(optimizer)
+            if own is not None:
+                own.check_parts(inner)
+
+    def load_parts(self, state: dict[str, Any]) -> None:
+        """As ``shard.in_parts`` says."""
+        self.check_parts(state)
+        for optimizer, inner in zip(self.optimizers, state["optimizers"], strict=True):
+            own = in_parts(optimizer)
+            (optimizer.load_state_dict if own is None else own.load_parts)(inner)
+        self._go_on(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from ``state_dict``.  Raises ConfigurationError when it holds another number of optimizers."""
-        if len(state_dict["optimizers"]) != len(self.optimizers):
-            raise ConfigurationError(
-                f"The state holds {len(state_dict['optimizers'])} optimizers, this manager has {len(self.optimizers)}; "
-                "add them first."
-            )
+        """Go on from ``state_dict``.  Collective.
+
+        Raises ConfigurationError when it holds another number of optimizers, and CheckpointError when some of it does
+        not fit, before the manager or a schedule has changed.
+        """
+        _agree(_problem(self, state_dict))
+        if len(self.optimizers) > 1:  # a single one checks by itself
+            for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+                _check(optimizer, state)
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        for schedule, state in zip(self.lr_schedulers, state_dict["lr_schedulers"], strict=True):
-            if schedule is not None and state is not None:
-                schedule.load_state_dict(state)
+        self._go_on(state_dict)
+
+    def _go_on(self, state_dict: dict[str, Any]) -> None:
+        """From the state of schedules and of the loss scale."""
+        for schedule, own in _pairs(self, state_dict):
+            schedule.load_state_dict(own)
         self._last = None
         if state_dict["loss_scale_enabled"]:
             self._scale = LossScale(context(), state_dict["loss_scale"], state_dict.get("steps_since_last_scale", 0))
         else:
             self._scale, self._fixed_scale = None, state_dict["loss_scale"]
             self._steps = state_dict.get("steps_since_last_scale", 0)
+
+
+def _pairs(manager: OptimManager, state: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Each schedule that has a state, with it."""
+    both = zip(manager.lr_schedulers, state["lr_schedulers"], strict=True)
+    return [(schedule, own) for schedule, own in both if schedule is not None and own is not None]
+
+
+def _agree(problem: str | None) -> None:
+    """Raises an error on every rank if there is a problem on some.  Collective."""
+    every = allgather_objects(problem)
+    found = next((p for p in every if p is not None), None)
+    if found is not None:
+        raise (ConfigurationError if found.endswith(_ADD) else CheckpointError)(found)
+
+
+_ADD = "add them first."
+
+
+def _problem(manager: OptimManager, state: Any) -> str | None:
+    kinds: dict[str, Any] = {
+        "optimizers": (list, tuple), "lr_schedulers": (list, tuple), "loss_scale": (int, float),
+        "loss_scale_enabled": bool,
+    }  # fmt: skip
+    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    if wrong:
+        return (
+            f"This is no state of an OptimManager, as its {', '.join(wrong)} show; nothing was loaded. Give it what "
+            "optim_manager.state_dict() gave."
+        )
+    for name, own in (("optimizers", manager.optimizers), ("lr_schedulers", manager.lr_schedulers)):
+        if len(state[name]) != len(own):
+            return f"The state holds {len(state[name])} {name}, this manager has {len(own)}; {_ADD}"
+    for schedule, own in _pairs(manager, state):
+        reason = _refusal(schedule, own)
+        if reason is not None:
+            return f"The state of {type(schedule).__name__} does not fit; nothing was loaded: {reason}"
+    return None
+
+
+def _refusal(schedule: Any, state: Any) -> str | None:
+    """Why ``schedule`` does not take ``state``, found out by trying; it keeps its own."""
+    groups = getattr(getattr(schedule, "optimizer", None), "param_groups", [])
+    before, rates = copy.deepcopy(schedule.state_dict()), [group.get("lr") for group in groups]
+    try:
+        schedule.load_state_dict(copy.deepcopy(state))
+    except Exception as error:  # of whatever kind a schedule raises
+        return f"{type(error).__name__}: {error}"
+    finally:
+        schedule.load_state_dict(before)
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+    return None
+
+
+def _check(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    if isinstance(optimizer, AdamOptimizer):
+        check_fits(optimizer, state)
+    elif not knows_shards(optimizer):
+        check_adapted(optimizer, state)

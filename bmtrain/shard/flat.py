@@ -215,7 +215,7 @@ class FlatShard:
 
     def local_part(self, whole: torch.Tensor, index: int) -> torch.Tensor:
         """The same part taken from a tensor of the parameter's whole shape."""
-        return whole.reshape(-1)[self.layout.local(index, self.unit.ctx.rank).whole]
+        return part_of(whole, self.place_of(index), f"part of {self.names[index]!r}")
 
     def write(self, index: int, whole: torch.Tensor) -> None:
         """Take the values of parameter ``index`` from ``whole``: this rank's part, or all of them while it is whole."""
@@ -227,6 +227,14 @@ class FlatShard:
                 values = part_of(whole, self.place_of(index), f"assignment to {self.names[index]!r}")
                 with self.writing(index) as part:
                     part.copy_(values)
+
+    def write_part(self, index: int, part: torch.Tensor) -> None:
+        """Take this rank's part of parameter ``index``, which is not gathered.  What lies there may be shown."""
+        assert self.buffer is None
+        self.local(self.shard, index).copy_(part)
+        if self.remainder is not None:
+            self.local(self.remainder, index).zero_()
+        self.changed()
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) this rank's part of parameter ``index``, not to be written."""

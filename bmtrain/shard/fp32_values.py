@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from typing import ClassVar
+
 import torch
 
 from .. import split_float
@@ -24,6 +27,26 @@ def remainder_of(flat: FlatShard) -> torch.Tensor:
 def join(flat: FlatShard) -> torch.Tensor:
     """(S,) fp32, a copy."""
     return split_float.join(flat.shard, remainder_of(flat))
+
+
+class JoinedValues:
+    """The fp32 values of one parameter, made when they are read; a ``place.Home``."""
+
+    is_gradient: ClassVar[bool] = False
+    dtype = torch.float32
+
+    def __init__(self, flat: FlatShard, index: int) -> None:
+        self._flat, self._index, self.place = flat, index, flat.place_of(index)
+        self.device = flat.shard.device
+
+    def read(self) -> torch.Tensor:
+        """(n,) this rank's part."""
+        flat, index = self._flat, self._index
+        return split_float.join(flat.local(flat.shard, index), flat.local(remainder_of(flat), index))
+
+    def writing(self) -> AbstractContextManager[torch.Tensor]:
+        """Nothing writes to a copy."""
+        raise NotImplementedError
 
 
 def write_master(flat: FlatShard, values: torch.Tensor, index: int | None = None) -> None:

@@ -151,12 +151,15 @@ class ShardUnit:
         stream = device.gather_stream
         self._ready.record(device.current_stream())  # the shard may just have been updated
         self._ready.wait(stream)
+        diary = self.ctx.diary
+        diary.unit = self.name or "the root"
         for flat in self.flats:
             with device.on(stream):
                 shard = flat.to_gather(compute)
                 buffer = self.pools.acquire_params(flat, flat.layout, flat.wire)
                 self.ctx.gather.all_gather(shard, buffer.tensor)
             self._prefetched.append(buffer)
+        diary.unit = ""
         self._ready.record(stream)
 
     def gather(self, compute: torch.dtype | None = None) -> None:
@@ -213,9 +216,12 @@ class ShardUnit:
 
     def reduce_grads(self) -> None:
         """Sum whole gradients over ranks and add this rank's part to its gradient shards."""
+        diary = self.ctx.diary
+        diary.unit = self.name or "the root"
         for flat in self.flats:
             if flat.trainable:
                 flat.reduce()
+        diary.unit = ""
         if self.ctx.world_size > 1:
             self.reduced.record(self.ctx.device.reduce_stream)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 from rewriter.analyze.model.pairs import Pairs, find_pairs
 from rewriter.analyze.model.parameters import parameter_calls
@@ -17,15 +19,20 @@ from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.values import Values
+from rewriter.types import Refusal
 
 
 class Facts:
-    """``blocks`` holds patterns such as ``GPT.h`` that name stacks."""
+    """``blocks`` holds patterns such as ``GPT.h`` that name stacks.
+
+    ``refused`` is why files of other engines did not become ordinary ones.
+    """
 
     def __init__(self, project: Project, blocks: tuple[str, ...] = ()) -> None:
         self.project = project
         self.classes = Classes(project)
         self.blocks = blocks
+        self.refused: Mapping[Path, Sequence[Refusal]] = {}
         self._managers: dict[File, Managers] = {}
 
     @cached_property

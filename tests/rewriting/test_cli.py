@@ -197,12 +197,17 @@ def test_a_script_that_trains_and_is_left_is_an_error(
     )
 
 
-def test_what_to_write_for_an_accelerator_stands_at_its_lines(
+def test_what_keeps_a_script_for_accelerate_stands_at_its_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "train.py"
-    script.write_text(LEFT_TRAINING["accelerate"])
+    more = "accelerator.set_trigger()\naccelerator.print(library.f(accelerator))\n"
+    script.write_text("from accelerate import Accelerator\naccelerator = Accelerator()\n" + TRAIN + more)
     main([str(script), "--write"])
-    shown = capsys.readouterr().out
-    assert f"{script}:4: BMT090 left: for accelerator.prepare write: take this line out" in shown
-    assert f"{script}:5: BMT090 left: for accelerator.backward write: loss.backward()" in shown
+    shown, line = capsys.readouterr().out, TRAIN.count("\n") + 3
+    assert (
+        f"{script}:{line}: BMT090 left: the script is written for accelerate and stays: accelerator.set_trig" in shown
+    )
+    assert (
+        f"{script}:{line + 1}: BMT090 left: the script is written for accelerate and stays: accelerator is h" in shown
+    )

@@ -126,6 +126,7 @@ def test_data_that_is_not_shared(host: Host, tmp_path: Path) -> None:
     assert line_of(report.findings[0]) == "loss.backward()"
 
 
+@pytest.mark.long
 def test_lines_and_files_of_every_rank(host: Host, tmp_path: Path) -> None:
     changed = fault(('bmt.print_rank("loss"', 'print("loss"'), ("if bmt.rank() == 0:", "if True:"))
     report = check(host, tmp_path, SCRIPT, changed, steps=None)
@@ -135,17 +136,20 @@ def test_lines_and_files_of_every_rank(host: Host, tmp_path: Path) -> None:
     assert line_of(found[compare.PRINTED]) == 'print("loss", loss.item())'
 
 
+@pytest.mark.long
 def test_first_weights(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, fault(("seed=1", "seed=2")))
     assert kinds(report)[0] == compare.INITIAL
 
 
+@pytest.mark.long
 def test_a_step_of_another_size(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, fault(("lr=1e-2", "lr=2e-2")))
     assert kinds(report)[0] == compare.WEIGHTS
     assert "the gradients are the same" in report.findings[0].message
 
 
+@pytest.mark.long
 def test_an_original_that_shares_its_batches(host: Host, tmp_path: Path) -> None:
     """Compared with itself on as many processes: 2 of 2 samples, not 1 of 4."""
     head = HEAD.replace("torch.manual_seed(1)", "dist.init_process_group('gloo')\ntorch.manual_seed(1)")
@@ -167,6 +171,7 @@ if dist.get_rank() == 0:
     assert (outcome.losses, outcome.samples, outcome.steps, outcome.tensors) == (2, 8, 2, 4)
 
 
+@pytest.mark.long
 def test_a_manager_that_trains_nothing(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", "pass")), steps=1)
     first = report.outcomes[0].first()
@@ -181,6 +186,7 @@ def test_a_rank_that_leaves_early(host: Host, tmp_path: Path) -> None:
     assert any(finding.kind == compare.STALLED and "rank 0 waits in" in finding.message for finding in report.findings)
 
 
+@pytest.mark.long
 def test_a_rank_that_crashes(host: Host, tmp_path: Path) -> None:
     crash = "optim_manager.step()\n        assert bmt.rank() == 0, 'too far'"
     report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", crash)))
@@ -190,6 +196,7 @@ def test_a_rank_that_crashes(host: Host, tmp_path: Path) -> None:
     assert len(crashed) == 1
 
 
+@pytest.mark.long
 def test_an_original_that_crashes(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT + "raise ValueError('no')\n", steps=None)
     assert not report.held
@@ -209,7 +216,7 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [n if n == "sum" else pytest.param(n, marks=pytest.mark.long) for n in LOSSES])
 def test_losses(host: Host, tmp_path: Path, name: str) -> None:
     samples, loss, kind = LOSSES[name]
     report = check(host, tmp_path, HEAD + LOOP.format(samples=samples, loss=loss), steps=None)
@@ -217,6 +224,7 @@ def test_losses(host: Host, tmp_path: Path, name: str) -> None:
     assert report.findings[0].at.startswith("train.py:")
 
 
+@pytest.mark.long
 def test_an_original_that_draws_its_seed(host: Host, tmp_path: Path) -> None:
     loop = LOOP.format(samples="[:8]", loss="loss = model(a + shift).square().mean()")
     shift = "import os\nshift = int.from_bytes(os.urandom(2), 'big') / 65536\n"
@@ -252,7 +260,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_script_that_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = "from accelerate import Accelerator\naccelerator = Accelerator()\n" + HEAD
+    script = "from accelerate import Accelerator\naccelerator = Accelerator(**options)\n" + HEAD
     (tmp_path / "train.py").write_text(script + LOOP.format(samples="", loss="loss = model(a).mean()"))
     assert cli.main([str(tmp_path), "--prove", "train.py"]) == 3
     shown = capsys.readouterr().out

@@ -33,7 +33,7 @@ for x in batches:
 """
 
 REFUSED = {
-    "accelerate": "from accelerate import Accelerator\naccelerator = Accelerator()\n" + LOOP,
+    "accelerate": "from accelerate import Accelerator\naccelerator = Accelerator(**options)\n" + LOOP,
     "lightning": "import pytorch_lightning as pl\ntrainer = pl.Trainer()\ntrainer.fit(Net())\n",
     "new lightning": "import lightning as L\n\n\nclass Task(L.LightningModule):\n    def __init__(self):\n        self.net = Net()\n",
     "fabric": "from lightning.fabric import Fabric\nfabric = Fabric()\n" + LOOP,
@@ -67,9 +67,7 @@ def test_refused_whole_with_a_reason(text: str) -> None:
 
 def test_files_that_only_a_refused_script_uses_stay(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(HEAD)
-    (tmp_path / "main.py").write_text(
-        "from accelerate import Accelerator\nfrom model import Net\n\nAccelerator().prepare(Net())\n"
-    )
+    (tmp_path / "main.py").write_text("import deepspeed\nfrom model import Net\n\ndeepspeed.initialize(Net())\n")
     results = convert_paths([tmp_path / "main.py", tmp_path / "model.py"], Options(), [tmp_path])
     assert not any(result.changed for result in results)
     (tmp_path / "plain.py").write_text("from model import Net\n\n" + LOOP)

@@ -94,12 +94,14 @@ def test_dropped_keyword(tmp_path: Path) -> None:
     assert not json.loads(json.dumps(as_json(report)))["held"]
 
 
+@pytest.mark.long
 def test_swapped_argument(tmp_path: Path) -> None:
     report = check(tmp_path, fault(CALL, "x = self.layers(x, bias, shift, scale=0.5)"))
     assert ("evaluate", "outputs") in differing(report)
     assert report.first[2, "evaluate"][0] == "layers.0.inner"
 
 
+@pytest.mark.long
 def test_skipped_block(tmp_path: Path) -> None:
     skipping = "for layer in self.layers[:-1]:\n            x = layer(x, shift, bias, scale=0.5)"
     report = check(tmp_path, fault(CALL, skipping))
@@ -108,6 +110,7 @@ def test_skipped_block(tmp_path: Path) -> None:
     assert name.startswith("layers.2") and distance.why == "is called in the original only"
 
 
+@pytest.mark.long
 def test_untied_weights(tmp_path: Path) -> None:
     tie = "self.head.weight = self.table.weight"
     report = check(tmp_path, fault(tie, "self.head.weight = nn.Parameter(self.table.weight.detach().clone())"))
@@ -115,6 +118,7 @@ def test_untied_weights(tmp_path: Path) -> None:
     assert ("gradients", "gradients") in differing(report)
 
 
+@pytest.mark.long
 def test_wrong_reduction_factor(tmp_path: Path) -> None:
     summing = "\nbmt.optim.OptimManager.scale_loss = lambda self, loss: loss * bmt.world_size()\n"
     report = check(tmp_path, converted(MODEL) + summing)
@@ -147,6 +151,7 @@ bmt.optim.AdamOptimizer = Stale
     assert ("train", "gradients") not in differing(report)
 
 
+@pytest.mark.long
 def test_parameters_left_whole(tmp_path: Path) -> None:
     report = check(tmp_path, MODEL + "\nNothing = nn.Module\n")
     assert ("build", "sharded") in differing(report)
@@ -161,6 +166,7 @@ def test_errors_and_emptiness_are_failures(tmp_path: Path) -> None:
     assert any("something else was imported" in row.error for row in report.rows)
 
 
+@pytest.mark.long
 def test_an_exception_is_named_and_other_phases_go_on(tmp_path: Path) -> None:
     raising = "if self.training:\n            raise ValueError('only in training')\n        " + CALL
     report = check(tmp_path, fault(CALL, raising), ranks=(1,))

@@ -141,7 +141,9 @@ def gpt() -> tuple[Any, ...]:
         ),
     ],
 )
-@pytest.mark.parametrize("factory", ["gpt", "picture", "mixture", "decoder", "sound"])
+@pytest.mark.parametrize(
+    "factory", ["gpt", *(pytest.param(f, marks=pytest.mark.long) for f in ("picture", "mixture", "decoder", "sound"))]
+)
 def test_two_ranks(factory: str, device: str, tmp_path: Path) -> None:
     original, converted, module = EXAMPLES / "plain_gpt", EXAMPLES / "bmtrain_gpt", __name__
     if factory != "gpt":

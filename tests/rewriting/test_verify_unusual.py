@@ -153,6 +153,7 @@ def check(
     return report, "\n".join(table(report))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
@@ -179,7 +180,9 @@ def test_what_hangs_ends(tmp_path: Path) -> None:
     assert "no answer within 3 s" in text
 
 
-@pytest.mark.parametrize("factory", ["plain", "slots", "prints", "parts"])
+@pytest.mark.parametrize(
+    "factory", ["slots", *(pytest.param(f, marks=pytest.mark.long) for f in ("plain", "prints", "parts"))]
+)
 def test_what_is_only_unusual_holds(factory: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report, text = check(tmp_path, factory)
     assert report.held, text
@@ -192,6 +195,7 @@ def test_what_is_skipped_is_said(tmp_path: Path) -> None:
     assert "the original cannot be run with inputs that need gradients: a leaf Variable" in text
 
 
+@pytest.mark.long
 def test_gradients_in_evaluation_mode_are_not_needed(tmp_path: Path) -> None:
     report, text = check(tmp_path, "only_trains")
     assert report.held, text
@@ -199,12 +203,14 @@ def test_gradients_in_evaluation_mode_are_not_needed(tmp_path: Path) -> None:
     assert ("train", "gradients") in {(row.phase, row.what) for row in report.rows if row.verdict == "equal"}
 
 
+@pytest.mark.long
 def test_more_ranks_than_examples(tmp_path: Path) -> None:
     report, text = check(tmp_path, "few", ranks=(3,))
     assert report.held, text
     assert "the inputs' first dimension does not split into 3" in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("factory", "before", "after", "where"),
     [

@@ -316,9 +316,20 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
             pipe.send_bytes(pickle.dumps(answer))
         except OSError:  # the parent has given up on this group
             break
+    with contextlib.suppress(Exception):
+        _say_goodbye()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the other ranks leave at the same moment: an orderly teardown could wait for a peer that is gone
+
+
+def _say_goodbye() -> None:
+    """Nobody is to miss this process."""
+    from bmtrain.context import context, is_initialized
+
+    watchdog = context().watchdog if is_initialized() else None
+    if watchdog is not None:
+        watchdog.leave()
 
 
 def _perform(task: _Task) -> Any:

@@ -321,3 +321,30 @@ def test_shard_batch() -> None:
     assert torch.equal(torch.cat([first[0], second[0]]), torch.randint(100, (6, 2)))
     assert first[1:3] == [["a", "b"], (1,)] and second[1:3] == [["c", "d"], (2,)]
     assert "batch of 5" in first[3][0] and "2 ranks" in first[3][0] and "multiple of 2" in first[3][0]
+
+
+class Tokens:
+    """A batch that moves itself."""
+
+    def to(self, device: torch.device) -> tuple[str, torch.device]:
+        return "moved", device
+
+
+def moved() -> Any:
+    x = torch.arange(3)
+    batch = {"x": x, "pair": (x, [x, "text"]), "named": FirstAndSecond(x, None), "tokens": Tokens(), "n": 5}
+    return bmt.to_device(batch), bmt.to_device("text"), bmt.to_device((x,))
+
+
+class FirstAndSecond(NamedTuple):
+    first: torch.Tensor
+    second: object
+
+
+def test_to_device() -> None:
+    ((batch, text, (only,)),) = run_ranks(1, moved)
+    assert list(batch) == ["x", "pair", "named", "tokens", "n"] and batch["n"] == 5 and text == "text"
+    assert batch["tokens"] == ("moved", batch["x"].device) and batch["pair"][1][1] == "text"
+    assert isinstance(batch["named"], FirstAndSecond) and batch["named"].second is None
+    for tensor in (batch["x"], batch["pair"][0], batch["pair"][1][0], batch["named"].first, only):
+        assert tensor.tolist() == [0, 1, 2] and tensor.device == batch["x"].device

@@ -6,9 +6,12 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import os
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +41,60 @@ def test_print_rank_before_initialisation(capsys: pytest.CaptureFixture[str]) ->
     utils.print_rank("hello")
     utils.print_rank("nobody", rank=1)
     assert capsys.readouterr().out == "hello\n"
+
+
+class Writer:
+    """A writer of a log that keeps the file's name."""
+
+    def __init__(self, folder: Path, name: str = "log") -> None:
+        self.path = folder / name
+        self.path.touch(exist_ok=False)
+
+    def add(self, *words: object) -> Path:
+        with self.path.open("a") as file:
+            print(*words, file=file)
+        return self.path
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.add("closed")
+
+
+USES_OF_A_VALUE: list[Callable[[Any], object]] = [
+    str, os.fspath, bool, list, hash, Path, lambda v: f"{v}", lambda v: v / "a", lambda v: v + 1, lambda v: v == 1,
+    lambda v: 1 in v, lambda v: v < 1, float, int, len,
+]  # fmt: skip
+
+
+def written_by_one(folder: str) -> int:
+    writer = bmt.on_rank_0(Writer)(Path(folder), name="one")
+    assert writer and writer is not None and writer != 1 and len({writer, str(writer)}) == 2
+    writer.add(bmt.rank())
+    writer.flag = 5  # type: ignore[attr-defined]
+    assert writer.flag == 5  # type: ignore[attr-defined]
+    with bmt.on_rank_0(Writer)(Path(folder)) as log:
+        log.add(bmt.rank()).with_suffix(".txt")
+    values = [] if bmt.rank() == 0 else [writer.path, writer.add(), writer.path.parent, writer.path.exists()]
+    for value in values:
+        for use in USES_OF_A_VALUE:
+            with pytest.raises((bmt.errors.ConfigurationError, TypeError), match=r"rank 0 only|unsupported"):
+                use(value)
+    assert bmt.store.broadcast_object(writer.path) == Path(folder) / "one"
+    return len(values)
+
+
+def test_on_rank_0(tmp_path: Path) -> None:
+    assert run_ranks(3, written_by_one, str(tmp_path)) == [0, 4, 4]
+    assert (tmp_path / "one").read_text() == "0\n" and (tmp_path / "log").read_text() == "0\nclosed\n"
+
+
+def test_on_rank_0_before_initialisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bmt.on_rank_0(Writer)(tmp_path).add("x") == tmp_path / "log"
+    monkeypatch.setenv("RANK", "1")
+    bmt.on_rank_0(Writer)(tmp_path).add("y")
+    assert (tmp_path / "log").read_text() == "x\n"
 
 
 def test_print_block_and_dict(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rewriter.analyze.read.names import Names
 from rewriter.analyze.read.notebook import Notebook
 from rewriter.analyze.read.source import Source
-from rewriter.types import InputError
+from rewriter.types import Conversion, InputError
 
 _TORCH_HOMES = (
     (re.compile(r"^torch\.nn\.(?:modules|parameter)(?:\.[a-z_]+)*\.([A-Z]\w*)$"), r"torch.nn.\1"),
@@ -61,16 +61,29 @@ class ModuleRef:
     file: File
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a file was before it became an ordinary one, by which findings, and its bytes since."""
+
+    source: Source
+    applied: tuple[Conversion, ...]
+    after: bytes
+
+
 Resolved = External | ClassInfo | FunctionInfo | ModuleRef | None
 
 
 @dataclass(eq=False)
 class File:
-    """One file. ``convert`` is False for files that are only read; ``notebook`` is where cells came from."""
+    """One file. ``convert`` is False for files that are only read; ``notebook`` is where cells came from.
+
+    ``original`` is what the file was, where it was written for another engine.
+    """
 
     source: Source
     convert: bool = True
     notebook: Notebook | None = None
+    original: Original | None = None
     rank_flags: dict[str, bool] | None = None
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)

@@ -28,7 +28,7 @@ _LOCAL_METHODS = {
     "register_buffer", "register_forward_hook", "compile", "share_memory",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
-_LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized"}
+_LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0"}
 
 
 class Collectives:

@@ -9,7 +9,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, is_optimizer_name
-from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, opens_for_writing
+from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
@@ -158,11 +158,13 @@ class Entries:
     def makes_files(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement opens a file to write or makes a folder, itself or in a function of the project."""
         for call in (node for node in walk_own(statement) if isinstance(node, ast.Call)):
-            if opens_for_writing(call):
+            if opens_for_writing(call) or log_file(file, self.project, call) is not None:
                 return True
             if fails_if_there(file, self.project, call) and not is_asked_for(file, call):
                 return True
             found = self.project.resolve(file, call.func)
+            if isinstance(found, ClassInfo) and "__init__" in found.methods:
+                found = found.file.function_info(found.methods["__init__"])
             if isinstance(found, FunctionInfo):
                 if found.node not in self._files:
                     self._files[found.node] = False

@@ -12,7 +12,22 @@ WRITERS = {
     "json.dump", "pickle.dump", "numpy.save", "numpy.savez", "numpy.savetxt", "matplotlib.pyplot.savefig", "os.remove",
     "os.rename", "os.replace", "os.symlink", "os.unlink", "shutil.copy", "shutil.copyfile", "shutil.rmtree",
     "shutil.move", "shutil.copytree", "yaml.dump", "torchvision.utils.save_image", "wandb.log", "wandb.save",
-    "wandb.finish", "wandb.watch", "wandb.init", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update",
+    "wandb.finish", "wandb.watch", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update", "mlflow.log_param",
+    "mlflow.log_params", "mlflow.log_artifact", "mlflow.log_artifacts", "mlflow.log_dict", "mlflow.log_text",
+    "mlflow.log_figure", "mlflow.set_tag", "mlflow.set_tags", "mlflow.set_experiment", "mlflow.end_run",
+}  # fmt: skip
+MADE_ONCE = {
+    "torch.utils.tensorboard.SummaryWriter", "torch.utils.tensorboard.writer.SummaryWriter",
+    "torch.utils.tensorboard.FileWriter", "tensorboardX.SummaryWriter", "tensorboardX.writer.SummaryWriter", "aim.Run",
+    "comet_ml.Experiment", "comet_ml.OfflineExperiment", "comet_ml.start", "mlflow.start_run", "neptune.init_run",
+    "clearml.Task.init", "visdom.Visdom", "dvclive.Live", "trackio.init",
+}  # fmt: skip
+"""Calls that make a writer of logs, of which there is to be one."""
+CAN_BE_DISABLED = {"wandb.init", "swanlab.init"}
+"""Such calls whose ``mode="disabled"`` makes one that does nothing and holds what it is given."""
+LOG_FILES = {
+    "logging.FileHandler", "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
+    "logging.handlers.WatchedFileHandler", "logging.basicConfig",
 }  # fmt: skip
 WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
@@ -65,6 +80,16 @@ def is_left_to_one(node: ast.expr) -> bool:
         case ast.Call(args=[ast.IfExp(orelse=ast.Attribute(attr="devnull")), *_]):
             return True
     return False
+
+
+def log_file(file: File, project: Project, call: ast.Call) -> ast.expr | None:
+    """The path of the log file that a call of ``logging`` opens."""
+    name = project.external(file, call.func)
+    if name not in LOG_FILES:
+        return None
+    named = next((keyword.value for keyword in call.keywords if keyword.arg == "filename"), None)
+    first = call.args[0] if call.args and name != "logging.basicConfig" else None
+    return named if named is not None else first
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:

@@ -1,10 +1,10 @@
 """Scripts written for another engine are left alone.
 
-What: a script that uses Lightning, accelerate, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod,
-Colossal-AI, apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst is recognised and
-reported, with the lines that an ordinary loop has instead; nothing in it, nor in files that only it uses, is changed.
-Where a library file holds such a trainer beside
-models that it does not make itself, the models are converted.
+What: a script that uses Lightning, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod, Colossal-AI,
+apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst, or accelerate in ways that are not
+understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead; nothing in it,
+nor in files that only it uses, is changed. Where a library file holds such a trainer beside models that it does not
+make itself, the models are converted.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
 Refuses when: always; go back to an ordinary torch loop first.
 """
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
-from rewriter.analyze.read.nodes import dotted
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal
 
@@ -61,39 +60,7 @@ _ORDINARY = {
         "instead of deepspeed.initialize(...): optimizer = torch.optim.AdamW(model.parameters(), lr=...); "
         "engine.backward(loss) is loss.backward(), engine.step() is optimizer.step(); optimizer.zero_grad()"
     ),
-    "accelerate": "take Accelerator() out: what to write for each of its uses stands at their lines",
 }
-_OF_ACCELERATOR = {
-    "prepare": "take this line out",
-    "backward": "loss.backward()",
-    "clip_grad_norm_": "torch.nn.utils.clip_grad_norm_(parameters, max_norm)",
-    "clip_grad_value_": "torch.nn.utils.clip_grad_value_(parameters, value)",
-    "gather": "the value itself: every rank evaluates all data",
-    "gather_for_metrics": "the value itself: every rank evaluates all data",
-    "reduce": "the value itself: every rank evaluates all data",
-    "accumulate": "if (step + 1) % n == 0: above optimizer.step() and optimizer.zero_grad(), and (loss / n).backward()",
-    "sync_gradients": "(step + 1) % n == 0",
-    "unwrap_model": "model",
-    "get_state_dict": "model.state_dict()",
-    "save": "torch.save(value, path)",
-    "save_model": "torch.save(model.state_dict(), path)",
-    "save_state": 'torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)',
-    "load_state": "model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])",
-    "is_main_process": "True: bmt-convert leaves to one rank what one rank is to do",
-    "is_local_main_process": "True: bmt-convert leaves to one rank what one rank is to do",
-    "process_index": "0",
-    "local_process_index": "0",
-    "num_processes": "1",
-    "print": "print(...)",
-    "wait_for_everyone": "take this line out",
-    "end_training": "take this line out",
-    "free_memory": "take this line out",
-    "device": 'torch.device("cuda" if torch.cuda.is_available() else "cpu")',
-    "autocast": 'torch.autocast("cuda", dtype=torch.bfloat16)',
-    "main_process_first": "take this with statement out",
-    "log": "a writer of your own",
-}
-"""What an ordinary script has for each use of an Accelerator."""
 _HINTS = (
     b"accelerate",
     b"deepspeed",
@@ -112,6 +79,10 @@ _HINTS = (
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if file.path in facts.refused:
+        for reason in facts.refused[file.path]:
+            yield Refusal(RULE.code, reason.line, f"the script is written for accelerate and stays: {reason.message}")
+        return
     if not any(hint in file.source.data for hint in _HINTS):
         return
     parts: dict[ast.stmt, str] = {}
@@ -121,8 +92,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
             lines = _ORDINARY.get(engine)
             yield Refusal(RULE.code, getattr(node, "lineno", 1), f"{message}; {lines}" if lines else message)
-            if engine == "accelerate":
-                yield from _lines_to_write(file, facts)
             return
         parts.setdefault(part, engine)
     for part, engine in parts.items():
@@ -130,23 +99,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         message = f"{name} is written for {engine}, so it stays as it is; its models need an ordinary torch loop"
         end = part.end_lineno or part.lineno
         yield Refusal(RULE.code, part.lineno, message, spared=_MODELS, end=end)
-
-
-def _lines_to_write(file: File, facts: Facts) -> Iterator[Finding]:
-    """What to write for each use of an Accelerator."""
-    roles = facts.scripts.roles[file]
-    made = {v for v, value, _, _ in roles.assignments if _is_accelerator(file, facts, value)}
-    names = {variable[1].split(".")[-1] for variable in made} | {"accelerator"}
-    for node in file.nodes:
-        if isinstance(node, ast.Attribute) and node.attr in _OF_ACCELERATOR:
-            owner = (dotted(node.value) or "").split(".")[-1]
-            if owner in names:
-                code = f"{file.source.code(node.value)}.{node.attr}"
-                yield Refusal(RULE.code, node.lineno, f"for {code} write: {_OF_ACCELERATOR[node.attr]}")
-
-
-def _is_accelerator(file: File, facts: Facts, value: ast.expr) -> bool:
-    return isinstance(value, ast.Call) and _engine(facts.project.external(file, value.func)) == "accelerate"
 
 
 def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:
@@ -197,8 +149,8 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            "import torch\nfrom accelerate import Accelerator\n\n\nclass Net(torch.nn.Module):\n    pass\n\n\n"
-            "accelerator = Accelerator()\nmodel = accelerator.prepare(Net())\n"
+            "import deepspeed\nimport torch\n\n\nclass Net(torch.nn.Module):\n    pass\n\n\n"
+            "model, *_ = deepspeed.initialize(model=Net())\n"
         ),
     ),
 )

@@ -25,6 +25,7 @@ from rewriter.types import Finding, Remark
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}
+_OVER_RANKS = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.distributed.all_reduce"}
 _VALUES = {"item", "tolist", "numpy"}
 
 
@@ -103,6 +104,8 @@ def _is_loader(node: ast.AST) -> bool:
 def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
     """Whether what is added is a size, or a sum that is no loss."""
     roles = facts.scripts.roles[file]
+    if _is_of_all_ranks(file, facts, node.value):
+        return False
     for item in ast.walk(node.value):
         match item:
             case ast.Call(func=ast.Attribute(attr="sum"), args=[*given]) if _compares(item, given):
@@ -130,8 +133,14 @@ def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
             made = [made for v, made, _, _ in roles.assignments if v == variable]
             names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
+            given = given or any(_is_of_all_ranks(file, facts, m) for m in (value, *made))
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
+
+
+def _is_of_all_ranks(file: File, facts: Facts, node: ast.expr) -> bool:
+    """Whether a value is made from what all ranks have."""
+    return any(isinstance(n, ast.Call) and facts.project.external(file, n.func) in _OVER_RANKS for n in ast.walk(node))
 
 
 def _sums(node: ast.expr) -> bool:

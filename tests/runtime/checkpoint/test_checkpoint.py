@@ -227,3 +227,26 @@ def test_a_file_may_be_written_in_the_background(tmp_path: Path) -> None:
     while not os.path.exists(path) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "norm.weight" in torch.load(path, weights_only=True)
+
+
+@on_ranks(1, 2)
+def test_writes_in_the_background_keep_their_order_and_tell_their_errors(tmp_path: Path) -> None:
+    from bmtrain.checkpoint import files
+
+    _, model = make()
+    path = os.path.join(tmp_path, "late.pt")
+    write, slow = files._write, [0.3, 0.0, 0.0]
+    files._write = lambda *args, **options: (time.sleep(slow.pop(0)), write(*args, **options))  # type: ignore[assignment]
+    try:
+        for value in (1.0, 2.0):
+            with bmt.gathered(model, write=True), torch.no_grad():
+                model.norm.bias.fill_(value)
+            bmt.save(model, path, non_blocking=True)
+        bmt.save(model, os.path.join(tmp_path, "another.pt"))
+    finally:
+        files._write = write
+    assert (torch.load(path)["norm.bias"] == 2).all()
+    bmt.save(model, os.path.join(tmp_path, "missing", "late.pt"), non_blocking=True)
+    with pytest.raises(CheckpointError, match=r"in the background.*missing.*FileNotFoundError"):
+        bmt.save(model, path)
+    bmt.save(model, path)

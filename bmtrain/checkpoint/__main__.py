@@ -1,0 +1,7 @@
+"""``python -m bmtrain.checkpoint``."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())

@@ -1,0 +1,58 @@
+"""Ranges of a flattened tensor as boxes of the whole one, which is how torch.distributed.checkpoint names parts.
+
+Integers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+
+class Box(NamedTuple):
+    """Elements that are neighbours in the whole tensor and in memory; ``start`` is the first in the flattened one."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    start: int
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + prod(self.sizes)
+
+
+def boxes(shape: Sequence[int], start: int, end: int, most: int) -> Iterator[Box]:
+    """The range from ``start`` to ``end`` of a tensor of this shape, row by row, as few boxes in order.
+
+    Of k dimensions there are at most 2k - 1 of them, unless they are cut so that none has more than ``most`` elements.
+    """
+    yield from _cut(tuple(shape), (), 0, start, end, most)
+
+
+def _cut(shape: tuple[int, ...], outer: tuple[int, ...], at: int, start: int, end: int, most: int) -> Iterator[Box]:
+    """Of the part that begins at element ``at`` and has the indices ``outer``, what lies in the range."""
+    if start >= end:
+        return
+    if not shape:
+        yield Box(outer, (1,) * len(outer), at)
+        return
+    row = prod(shape[1:])
+    first, last = (start - at) // row, (end - at) // row  # the rows that both ends lie in
+    if start > at + first * row:  # a row that begins before the range
+        stop = min(end, at + (first + 1) * row)
+        yield from _cut(shape[1:], (*outer, first), at + first * row, start, stop, most)
+        first += 1
+    if row > most:
+        for index in range(first, last):
+            begin = at + index * row
+            yield from _cut(shape[1:], (*outer, index), begin, begin, begin + row, most)
+    else:
+        step = max(1, most // row)
+        for index in range(first, last, step):
+            count = min(step, last - index)
+            sizes = (1,) * len(outer) + (count, *shape[1:])
+            yield Box((*outer, index) + (0,) * (len(shape) - 1), sizes, at + index * row)
+    if last >= first and end > at + last * row:  # a row that ends behind it
+        yield from _cut(shape[1:], (*outer, last), at + last * row, max(start, at + last * row), end, most)

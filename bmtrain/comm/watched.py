@@ -1,0 +1,110 @@
+"""A communicator that writes each call into the diary, and says who is to blame when one fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..errors import CommunicationError
+from ..watch import Diary, Watchdog
+from .base import Communicator, ReduceOp
+
+
+class WatchedCommunicator(Communicator):
+    """``inner``, under the ``name`` it has in the diary.
+
+    Raises RankDivergenceError or CommunicationError that says which rank is the cause, and where it is.
+    """
+
+    def __init__(self, inner: Communicator, name: str, diary: Diary, watchdog: Watchdog) -> None:
+        super().__init__(inner.rank, inner.world_size)
+        self.inner, self.name, self._diary, self._watchdog = inner, name, diary, watchdog
+
+    def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
+        diary = self._diary
+        diary.enter(self.name, "all_gather", shard.nbytes)
+        try:
+            self.inner.all_gather(shard, whole)
+        except CommunicationError as error:
+            self._raise(error)
+        finally:
+            diary.leave()
+
+    def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
+        diary = self._diary
+        diary.enter(self.name, "reduce_scatter", shard.nbytes)
+        try:
+            self.inner.reduce_scatter(whole, shard, op)
+        except CommunicationError as error:
+            self._raise(error)
+        finally:
+            diary.leave()
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
+        self._counted("all_reduce", tensor.nbytes, self.inner.all_reduce, tensor, op)
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
+        wait = self._counted("all_reduce", tensor.nbytes, self.inner.start_all_reduce, tensor, op)
+
+        def wait_watched() -> None:
+            self._diary.is_inside = True
+            try:
+                wait()
+            except CommunicationError as error:
+                self._raise(error)
+            finally:
+                self._diary.leave()
+
+        return wait_watched
+
+    def broadcast(self, tensor: torch.Tensor, root: int) -> None:
+        self._counted("broadcast", tensor.nbytes, self.inner.broadcast, tensor, root)
+
+    def barrier(self) -> None:
+        self._counted("barrier", 0, self.inner.barrier)
+
+    def send(self, tensor: torch.Tensor, peer: int) -> None:
+        self._between_two("a send to", peer, self.inner.send, tensor)
+
+    def recv(self, tensor: torch.Tensor, peer: int) -> None:
+        self._between_two("a receive from", peer, self.inner.recv, tensor)
+
+    def alloc(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        made: torch.Tensor = self._counted("alloc", numel * dtype.itemsize, self.inner.alloc, numel, dtype, device)
+        return made
+
+    def release(self, tensor: torch.Tensor) -> bool:
+        done: bool = self._counted("release", tensor.nbytes, self.inner.release, tensor)
+        return done
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def _counted(self, operation: str, size: int, call: Callable[..., Any], *args: Any) -> Any:
+        self._diary.enter(self.name, operation, size)
+        try:
+            return call(*args)
+        except CommunicationError as error:
+            self._raise(error)
+        finally:
+            self._diary.leave()
+
+    def _between_two(self, pair: str, peer: int, call: Callable[..., Any], tensor: torch.Tensor) -> None:
+        self._diary.enter_pair(pair, peer)
+        try:
+            call(tensor, peer)
+        except CommunicationError as error:
+            raise self._watchdog.explained(error) from error
+        finally:
+            self._diary.leave()
+
+    def _raise(self, error: CommunicationError) -> None:
+        if error.__cause__ is None and self._watchdog.verdict is None:  # refused here, so that nobody waits for it
+            self._diary.refused()
+            raise error
+        raise self._watchdog.explained(error) from error

@@ -1,0 +1,7 @@
+"""Rules that come before all others: scripts of other engines that are ordinary loops with other names."""
+
+from __future__ import annotations
+
+from rewriter.rules.ordinary import accelerate
+
+RULES = (accelerate.RULE,)

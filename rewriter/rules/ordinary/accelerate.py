@@ -1,0 +1,987 @@
+"""A script that trains through accelerate is an ordinary loop.
+
+What: ``Accelerator()`` and all its uses become what an ordinary loop on one process has, which the other rules then
+convert: ``accelerator.backward(loss)`` is ``loss.backward()``, ``accumulate`` and ``sync_gradients`` are a test of the
+step, ``prepare`` goes, ``save_state`` writes each state under accelerate's own file name, and so on.
+Why: such a script owns its loop; only the names differ. Every rank trains on its share of the batches that the script
+would see on one process, so batch sizes are those of all ranks together, and schedulers step once a step.
+Refuses when: anything that the script does with accelerate is not understood: a plugin, fp16, a tracker that is not
+named, values of other processes whose data are not known. Then the whole script stays as it is, with the reasons.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.training.accelerators import (
+    CLASSES,
+    PREPARES,
+    SKIPS,
+    Accelerators,
+    last_name,
+    scripts_with_accelerators,
+    targets,
+)
+from rewriter.analyze.training.collectives import as_guard
+from rewriter.changes import (
+    Arguments,
+    Change,
+    Import,
+    Remove,
+    ReplaceStatement,
+    Unblock,
+    Under,
+    insert_before,
+    insert_behind,
+    replace,
+    template,
+)
+from rewriter.rules.rule import Example, Rule
+from rewriter.types import Conversion, Finding, Refusal
+
+_DEVICE = 'torch.device("cuda" if torch.cuda.is_available() else "cpu")'
+_WITHOUT_MEANING = {
+    "split_batches", "dispatch_batches", "even_batches", "project_dir", "project_config", "log_with", "cpu",
+    "mixed_precision", "gradient_accumulation_steps", "gradient_accumulation_plugin", "step_scheduler_with_optimizer",
+    "kwargs_handlers", "dataloader_config", "device_placement", "logging_dir",
+}  # fmt: skip
+"""What an Accelerator may be told; some of it has its own reasons against it."""
+_HARMLESS_HANDLERS = {"DistributedDataParallelKwargs", "InitProcessGroupKwargs"}
+_PURE = {
+    "DistributedType", "ProjectConfiguration", "DistributedDataParallelKwargs", "InitProcessGroupKwargs",
+    "DataLoaderConfiguration", "GradientAccumulationPlugin", "send_to_device", "convert_outputs_to_fp32", "Accelerator",
+    "is_wandb_available", "is_tensorboard_available", "__version__", "check_min_version", "LoggerType",
+}  # fmt: skip
+"""Names of accelerate that mean the same without an Accelerator."""
+_CONSTANTS = {
+    "num_processes": "1",
+    "optimizer_step_was_skipped": "False",
+    "use_distributed": "False",
+    "device": _DEVICE,
+    "is_main_process": "{bmt}.rank() == 0",
+    "is_local_main_process": "{bmt}.rank() == 0",
+    "is_last_process": "{bmt}.rank() == {bmt}.world_size() - 1",
+}
+_INDEX = {"process_index", "local_process_index"}
+_LEFT_OUT = {"wait_for_everyone": "{bmt}.synchronize()", "free_memory": "", "clear": "", "unscale_gradients": ""}
+_STATES = {"model": "pytorch_model", "optimizer": "optimizer", "scheduler": "scheduler"}
+"""What accelerate calls the files of a state."""
+_RANDOM_FILE = '"random_states_0.pkl"'
+_RANDOM = {
+    "random_state": ("random.getstate", "random.setstate"),
+    "numpy_random_seed": ("numpy.random.get_state", "numpy.random.set_state"),
+    "torch_manual_seed": ("torch.get_rng_state", "torch.set_rng_state"),
+}
+"""What accelerate calls the states of generators, and what reads and writes them."""
+
+
+def find(file: File, facts: Facts) -> Iterator[Finding]:
+    for files in dict.fromkeys(scripts_with_accelerators(facts.scripts).values()):
+        if file in files:
+            uses = _Uses(file, facts, Accelerators(files, facts.scripts))
+            changes = tuple(uses.changes())
+            yield from (Refusal(RULE.code, line, message) for line, message in sorted(set(uses.reasons)))
+            if changes:
+                line = min(getattr(node, "lineno", 1) for node in uses.seen) if uses.seen else 1
+                yield Conversion(RULE.code, line, "the script is an ordinary loop without accelerate", changes)
+
+
+class _Uses:
+    """The uses of an Accelerator in one file: what takes their place, and reasons against it."""
+
+    def __init__(self, file: File, facts: Facts, held: Accelerators) -> None:
+        self.file, self.facts, self.held = file, facts, held
+        self.project = facts.project
+        self.reasons: list[tuple[int, str]] = []
+        self.seen: list[ast.AST] = []
+        self._counted: set[ast.For] = set()
+
+    def refuse(self, node: ast.AST, message: str) -> None:
+        self.reasons.append((getattr(node, "lineno", 1), message))
+
+    def changes(self) -> Iterator[Change]:
+        yield from self._constructors()
+        for node in self.file.nodes:
+            if isinstance(node, ast.Attribute) and self.held.is_one(self.file, node.value):
+                self.seen.append(node)
+                yield from self._use(node)
+            elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+                if self.held.is_one(self.file, node):
+                    yield from self._itself(node)
+                elif isinstance(node, ast.Name) or not isinstance(self.file.names.parents[node], ast.Attribute):
+                    yield from self._name(node, self.project.external(self.file, node))
+        yield from self._loops()
+        yield from self._imports()
+
+    # The Accelerator itself -----------------------------------------------------
+
+    def _constructors(self) -> Iterator[Change]:
+        for name, values in self.held.options.items():
+            for file, value in values:
+                reason = self._against(name, value)
+                if reason and file is self.file:
+                    self.refuse(value, reason)
+        statements = {self.file.names.statement_of(call) for file, call in self.held.made if file is self.file}
+        for statement in sorted(statements, key=lambda item: item.lineno):
+            self.seen.append(statement)
+            if not isinstance(statement, (ast.Assign, ast.AnnAssign)) or len(targets(statement)) != 1:
+                self.refuse(statement, "an Accelerator that is given no name")
+            elif not _is_made(statement.value):
+                self.refuse(statement, "an Accelerator inside another expression")
+            elif self._is_handed_on:
+                yield from self._held_values(statement)
+            else:
+                yield Remove(statement)
+
+    def _held_values(self, statement: ast.Assign | ast.AnnAssign) -> Iterator[Change]:
+        """The name that is handed on means what the Accelerator was told, where that is asked for elsewhere."""
+        values = {name: self.held.options[name][0] for name in sorted(self.held.asked_elsewhere)}
+        (target,) = targets(statement)
+        if not values:
+            yield ReplaceStatement(statement, template("{target} = None", target=target))
+        elif any(file is not self.file for file, _ in values.values()):
+            self.refuse(statement, "what the Accelerator is told stands in another file")
+        else:
+            given = ", ".join(f"{name}={{{name}}}" for name in values)
+            holes = {name: value for name, (_, value) in values.items()}
+            code = f"{{target}} = types.SimpleNamespace({given})"
+            if "types" not in self.file.names.module.bindings:
+                yield Import("import types")
+            yield ReplaceStatement(statement, template(code, target=target, **holes))
+
+    @cached_property
+    def _is_handed_on(self) -> bool:
+        """Whether the Accelerator itself stands anywhere, so that its name must mean something."""
+        return bool(self.held.asked_elsewhere) or any(
+            self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute)
+            for file in self.held.files
+            for node in file.nodes
+        )
+
+    def _against(self, name: str, value: ast.expr) -> str:
+        """Why an Accelerator that is told something cannot be done without."""
+        constant = value.value if isinstance(value, ast.Constant) else ...
+        if constant is None or (constant is False and name != "device_placement"):
+            return ""
+        if name not in _WITHOUT_MEANING:
+            return (
+                "Accelerator(**options) may hold anything" if name == "*" else f"Accelerator({name}=...) is an engine's"
+            )
+        if name == "mixed_precision" and constant in {"fp16", "fp8"}:
+            return f"mixed_precision={constant!r} needs a loss scale: use bf16, or a GradScaler in an ordinary loop"
+        if name == "cpu" and constant is True:
+            return "cpu=True: run the script with CUDA_VISIBLE_DEVICES= instead"
+        if name == "log_with" and constant not in {"tensorboard", "wandb"}:
+            return 'log_with is not one of "tensorboard" and "wandb": name the one that is used'
+        if name == "device_placement" and constant is not True:
+            return "device_placement is not known: move batches with .to(device) in an ordinary loop"
+        if name == "kwargs_handlers":
+            handlers = {last_name(item.func) for item in walk(value) if isinstance(item, ast.Call)}
+            handlers |= {n for item in walk(value) if isinstance(item, ast.Name) for n in self._made_by(item)}
+            if handlers - _HARMLESS_HANDLERS:
+                return f"kwargs_handlers={self.file.source.code(value)} is an engine's"
+        if name == "project_config":
+            for item in walk(value):
+                if isinstance(item, ast.keyword) and item.arg not in {"project_dir", "logging_dir"}:
+                    return f"ProjectConfiguration({item.arg}=...) names folders by itself: name them in the script"
+        if name == "step_scheduler_with_optimizer" and constant is not True:
+            return "step_scheduler_with_optimizer is not known"
+        return ""
+
+    def _made_by(self, node: ast.Name) -> Iterator[str]:
+        roles = self.facts.scripts.roles[self.file]
+        for variable, value, _, _ in roles.assignments:
+            if variable == roles.var(node) and isinstance(value, ast.Call):
+                yield last_name(value.func)
+
+    def _itself(self, node: ast.expr) -> Iterator[Change]:
+        """The Accelerator where it is handed on, or asked whether it is one."""
+        parent = self.file.names.parents[node]
+        if isinstance(parent, ast.Attribute):
+            return
+        if not self.held.is_handed_on(self.file, node):
+            self.refuse(node, f"{self.file.source.code(node)} is handed to code that is not known")
+        yield from ()
+
+    # What it was told -----------------------------------------------------
+
+    def _told(self, name: str, node: ast.Attribute) -> str | None:
+        """The code of what the Accelerator, of which a node is an attribute, was told; None if that is nothing."""
+        found = self.held.option(name)
+        if found is None:
+            return None
+        file, value = found
+        if self.held.is_known(name, self.file, node):
+            return file.source.code(value)
+        return f"{self.file.source.code(node.value)}.{name}"
+
+    def _steps(self, node: ast.Attribute) -> str:
+        """Over how many batches gradients are added up, as code."""
+        plugin = self.held.option("gradient_accumulation_plugin")
+        if plugin is not None:
+            self.refuse(node, "gradient_accumulation_plugin: say gradient_accumulation_steps=n")
+        return self._told("gradient_accumulation_steps", node) or "1"
+
+    @cached_property
+    def _precision(self) -> bool:
+        """Whether the model runs in another precision, or may do so."""
+        found = self.held.option("mixed_precision")
+        return found is not None and not (isinstance(found[1], ast.Constant) and found[1].value == "no")
+
+    # Its attributes and methods -----------------------------------------------------
+
+    def _use(self, node: ast.Attribute) -> Iterator[Change]:
+        call = self.file.names.parents[node]
+        if isinstance(call, ast.Call) and call.func is node:
+            method: Callable[[ast.Call], Iterator[Change]] | None = getattr(self, f"_{node.attr.strip('_')}_call", None)
+            if node.attr in PREPARES:
+                yield from self._prepare(call)
+            elif node.attr in _LEFT_OUT:
+                yield from self._left_out(call, _LEFT_OUT[node.attr])
+            elif method is not None:
+                yield from method(call)
+            else:
+                self.refuse(node, f"{self.file.source.code(node)}(...) has no counterpart in an ordinary loop")
+        elif not isinstance(node.ctx, ast.Load):
+            self.refuse(node, f"{self.file.source.code(node)} is set")
+        elif node.attr in _CONSTANTS:
+            if not self._is_dropped(node):
+                yield from self._code(node, _CONSTANTS[node.attr])
+        elif node.attr in _INDEX:
+            compared = isinstance(call, ast.Compare) or (isinstance(call, ast.UnaryOp) and isinstance(call.op, ast.Not))
+            yield replace(node, "{bmt}.rank()" if compared else "0")
+        elif node.attr == "sync_gradients":
+            yield from self._sync(node)
+        elif node.attr == "gradient_accumulation_steps":
+            yield replace(node, self._steps(node))
+        elif node.attr == "mixed_precision":
+            yield replace(node, f'({self._told("mixed_precision", node)} or "no")' if self._precision else '"no"')
+        elif node.attr == "distributed_type":
+            yield from self._distributed_type(node)
+        elif node.attr == "save" and isinstance(call, ast.keyword):
+            if not self._is_dropped(node):
+                yield from self._code(node, "torch.save")
+        elif node.attr == "state" and isinstance(call, ast.Call) and self._alone(call):
+            yield Remove(self.file.names.statement_of(call))  # a line of the log about the engine
+        else:
+            self.refuse(node, f"{self.file.source.code(node)} has no counterpart in an ordinary loop")
+
+    def _alone(self, call: ast.Call) -> bool:
+        statement = self.file.names.statement_of(call)
+        return isinstance(statement, ast.Expr) and statement.value is call
+
+    def _is_dropped(self, node: ast.expr) -> bool:
+        """Whether a value is an argument of ``save_pretrained`` that says no more than what is so without it."""
+        keyword = self.file.names.parents[node]
+        if not isinstance(keyword, ast.keyword) or keyword.arg not in {"is_main_process", "save_function"}:
+            return False
+        return last_name(getattr(self.file.names.parents[keyword], "func", keyword)) == "save_pretrained"
+
+    def _code(self, node: ast.expr, text: str, **holes: ast.expr) -> Iterator[Change]:
+        """Other code in the place of a node, with the imports that it needs."""
+        for module in ("torch", "os", "itertools", "contextlib", "logging"):
+            if f"{module}." in text and module not in self.file.names.module.bindings:
+                yield Import(f"import {module}")
+        yield replace(node, text, **holes)
+
+    def _distributed_type(self, node: ast.Attribute) -> Iterator[Change]:
+        if any(self.project.external(self.file, n) == "accelerate.DistributedType" for n in self._names_of_module()):
+            yield replace(node, "DistributedType.NO")
+        else:
+            self.refuse(node, "the kind of processes is asked for under a name that is not known")
+
+    def _names_of_module(self) -> list[ast.Name]:
+        return [n for n in self.file.nodes if isinstance(n, ast.Name) and n.id == "DistributedType"]
+
+    def _left_out(self, call: ast.Call, instead: str) -> Iterator[Change]:
+        if not self._alone(call):
+            self.refuse(call, f"{self.file.source.code(call.func)}(...) gives a value that is used")
+        elif instead:
+            yield replace(call, instead)
+        else:
+            yield Remove(self.file.names.statement_of(call))
+
+    def _prepare(self, call: ast.Call) -> Iterator[Change]:
+        statement = self.file.names.statement_of(call)
+        into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is call else []
+        if any(isinstance(item, ast.Starred) for item in call.args) or not call.args:
+            self.refuse(call, "what is prepared is not known: name each in the call")
+            return
+        for _, made, item, kind in self.held.prepared:
+            if made is call and not kind:
+                self.refuse(
+                    item, f"whether {self.file.source.code(item)} is a model, an optimizer or a loader is not known"
+                )
+        kinds = [kind for _, made, _, kind in self.held.prepared if made is call]
+        code = self.file.source.code
+        names = into if len(into) == len(call.args) else list(call.args)
+        if into and len(into) != len(call.args):
+            self.refuse(call, "what is prepared goes to one variable: give each its own")
+        elif not into and not self._alone(call):
+            yield replace(call, "{only}", only=call.args[0])
+            if len(call.args) > 1 or self._precision:
+                self.refuse(call, "what is prepared has no name")
+            return
+        lines: list[str] = []
+        for name, kind in zip(names, kinds, strict=True):
+            if kind == "model" and self._precision:
+                lines += self._in_precision(code(name), _attribute(call))
+        if not into or all(code(a) == code(b) for a, b in zip(into, call.args, strict=True)):
+            yield from self._imports_for(lines)
+            if lines:
+                yield insert_before(statement, *lines)
+            yield Remove(statement)
+        else:
+            yield from self._imports_for(lines)
+            holes = {f"value_{number}": item for number, item in enumerate(call.args)}
+            yield replace(call, ", ".join(f"{{{name}}}" for name in holes), **holes)
+            if lines:
+                yield insert_behind(statement, *lines)
+
+    def _imports_for(self, lines: list[str]) -> Iterator[Change]:
+        if lines and "torch" not in self.file.names.module.bindings:
+            yield Import("import torch")
+        if lines and "convert_outputs_to_fp32" not in self.file.names.module.bindings:
+            yield Import("from accelerate.utils import convert_outputs_to_fp32")
+
+    def _in_precision(self, model: str, node: ast.Attribute) -> list[str]:
+        """Lines that make a model run as accelerate lets it run in bf16."""
+        told = self._told("mixed_precision", node)
+        cast = 'torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)'
+        line = f"{model}.forward = convert_outputs_to_fp32({cast}({model}.forward))"
+        found = self.held.option("mixed_precision")
+        if found is not None and isinstance(found[1], ast.Constant):
+            return [line]
+        return [
+            f'if {told} not in (None, "no", "bf16"):',
+            f'    raise ValueError(f"{{{told}}} needs a loss scale: use bf16")',
+            f'if {told} == "bf16":',
+            f"    {line}",
+        ]
+
+    def _backward_call(self, call: ast.Call) -> Iterator[Change]:
+        if len(call.args) != 1 or any(keyword.arg in {"learning_rate", None} for keyword in call.keywords):
+            self.refuse(call, "backward with arguments that are not known")
+            return
+        steps = self._steps(_attribute(call))
+        holes = {keyword.arg or "": keyword.value for keyword in call.keywords}
+        given = ", ".join(f"{name}={{{name}}}" for name in holes)
+        loss = "{loss}" if steps == "1" else f"({{loss}} / {_operand(steps)})"
+        yield replace(call, f"{loss}.backward({given})", loss=call.args[0], **holes)
+
+    def _clip_grad_norm_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._code(call.func, "torch.nn.utils.clip_grad_norm_")
+
+    def _clip_grad_value_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._code(call.func, "torch.nn.utils.clip_grad_value_")
+
+    def _print_call(self, call: ast.Call) -> Iterator[Change]:
+        yield replace(call.func, "print")
+
+    def _unwrap_model_call(self, call: ast.Call) -> Iterator[Change]:
+        yield replace(call, "{model}", model=call.args[0])
+
+    def _get_state_dict_call(self, call: ast.Call) -> Iterator[Change]:
+        yield replace(call, "{model}.state_dict()", model=call.args[0])
+
+    def _skip_first_batches_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        number = call.args[1] if len(call.args) > 1 else given.get("num_batches")
+        loader = call.args[0] if call.args else given.get("dataloader")
+        if number is None or loader is None:
+            self.refuse(call, "skip_first_batches with arguments that are not known")
+            return
+        yield from self._code(call, "itertools.islice({loader}, {number}, None)", loader=loader, number=number)
+
+    # Blocks -----------------------------------------------------
+
+    def _accumulate_call(self, call: ast.Call) -> Iterator[Change]:
+        block = self._block(call)
+        if block is None:
+            self.refuse(call, "accumulate(...) that is not the only part of a with statement")
+            return
+        yield Unblock(block)
+        if self._steps(_attribute(call)) != "1" and (loop := self._counting_loop(call)) is not None:
+            yield from self._only_when_synchronised(loop, _attribute(call))
+
+    def _no_sync_call(self, call: ast.Call) -> Iterator[Change]:
+        block = self._block(call)
+        if block is not None:
+            yield Unblock(block)
+        else:
+            yield from self._code(call, "contextlib.nullcontext()")
+
+    def _main_process_first_call(self, call: ast.Call) -> Iterator[Change]:
+        yield replace(call, "{bmt}.rank_0_first()")
+
+    def _local_main_process_first_call(self, call: ast.Call) -> Iterator[Change]:
+        yield replace(call, "{bmt}.rank_0_first()")
+
+    def _autocast_call(self, call: ast.Call) -> Iterator[Change]:
+        if not self._precision:
+            yield from self._no_sync_call(call)
+            return
+        told = self._told("mixed_precision", _attribute(call))
+        yield from self._code(
+            call,
+            'torch.autocast("cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16, '
+            f'enabled={told} == "bf16")',
+        )
+
+    def _split_between_processes_call(self, call: ast.Call) -> Iterator[Change]:
+        block = self._block(call)
+        part = block.items[0].optional_vars if block is not None else None
+        if block is None or part is None or self.held.trains(self.file, block):
+            self.refuse(call, "split_between_processes(...) over what is trained on")
+            return
+        yield insert_before(block, "{part} = {whole}", part=part, whole=call.args[0])
+        yield Unblock(block)
+
+    def _block(self, call: ast.Call) -> ast.With | None:
+        """The with statement of which a call is all."""
+        item = self.file.names.parents[call]
+        block = self.file.names.parents[item] if isinstance(item, ast.withitem) else None
+        return block if isinstance(block, ast.With) and len(block.items) == 1 else None
+
+    def _sync(self, node: ast.Attribute) -> Iterator[Change]:
+        loop = self.held.loop_around(self.file, node)
+        counts = loop is not None and self._accumulates(loop) and self._steps(node) != "1"
+        test = self.file.names.parents[node]
+        if not counts:
+            if isinstance(test, ast.If) and test.test is node and not test.orelse:
+                yield Unblock(test)
+            else:
+                yield replace(node, "True")
+        elif (counted := self._counting_loop(node)) is not None:
+            if any(call.lineno > node.lineno for call in self._accumulations(counted)):
+                self.refuse(node, "sync_gradients is that of the batch before here: ask for it behind accumulate")
+            yield replace(node, f"({self._condition(counted, node)})")
+
+    def _accumulates(self, loop: ast.For | ast.While) -> bool:
+        return any(True for _ in self._accumulations(loop))
+
+    def _accumulations(self, loop: ast.AST) -> Iterator[ast.Call]:
+        """The calls of ``accumulate`` in a loop."""
+        for item in walk(loop):
+            if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "accumulate":
+                if self.held.is_one(self.file, item.func.value):
+                    yield item
+
+    def _counting_loop(self, node: ast.AST) -> ast.For | None:
+        """The loop whose steps tell when gradients are complete."""
+        loop = self.held.loop_around(self.file, node)
+        if not isinstance(loop, ast.For):
+            self.refuse(
+                node, "gradients are added up over batches in a loop that does not go through a prepared loader"
+            )
+            return None
+        if self._index(loop) is None:
+            self.refuse(loop, "the step of this loop is not known: write for step, batch in enumerate(loader)")
+            return None
+        return loop
+
+    def _index(self, loop: ast.For) -> str | None:
+        """The name of a loop's step; ``index`` for a loop without one."""
+        inner, starts = loop.iter, 0
+        enumerated = False
+        while isinstance(inner, ast.Call) and inner.args:
+            name = last_name(inner.func)
+            if name in {"skip_first_batches", "islice"}:
+                return None
+            if name == "enumerate":
+                enumerated = enumerated or inner is loop.iter
+                starts += len(inner.args) + len(inner.keywords) - 1
+            inner = inner.args[0]
+        if starts or not isinstance(inner, (ast.Name, ast.Attribute)):
+            return None
+        if any(name in SKIPS for name in self._skipped(inner)):
+            return None
+        if not enumerated:
+            return None if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate" else "index"
+        target = loop.target
+        name = target.elts[0].id if isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name) else ""
+        inside = (item for statement in loop.body for item in walk(statement))
+        stored = any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in inside)
+        return None if stored else name or None
+
+    def _skipped(self, node: ast.expr) -> Iterator[str]:
+        roles = self.facts.scripts.roles[self.file]
+        for variable, value, _, _ in roles.assignments:
+            if variable == roles.var(node) and isinstance(value, ast.Call):
+                name = "accelerate.skip_first_batches" if last_name(value.func) == "skip_first_batches" else ""
+                yield name or self.project.external(self.file, value.func)
+
+    def _condition(self, loop: ast.For, node: ast.Attribute) -> str:
+        """When gradients are complete: after so many batches, and at the end of the data."""
+        index, steps = self._index(loop), self._steps(node)
+        self._counted.add(loop)
+        loader = self.file.source.code(self.held.loader(self.file, loop.iter))
+        return f"({index} + 1) % {_operand(steps)} == 0 or {index} + 1 == len({loader})"
+
+    def _only_when_synchronised(self, loop: ast.For, node: ast.Attribute) -> Iterator[Change]:
+        """Steps of what is prepared act when gradients are complete."""
+        stepped = self.held.names_of("optimizer")
+        stepped |= self.held.names_of("scheduler") if self._scheduler_follows else set()
+        blocks = [block for item in walk(loop) for name in ("body", "orelse") if (block := getattr(item, name, None))]
+        for block in blocks:
+            run: list[ast.stmt] = []
+            for statement in [*(block if isinstance(block, list) else []), None]:
+                if statement is not None and self._is_step(statement, stepped):
+                    run.append(statement)
+                elif run:
+                    if run[0].lineno < node.lineno:
+                        self.refuse(
+                            run[0], "this acts when the batch before has completed the gradients: put it behind"
+                        )
+                    elif not self._is_guarded(run[0]):
+                        yield Under(tuple(run), template(f"if {self._condition(loop, node)}:"))
+                    run = []
+
+    @property
+    def _scheduler_follows(self) -> bool:
+        found = self.held.option("step_scheduler_with_optimizer")
+        return found is None or not (isinstance(found[1], ast.Constant) and found[1].value is False)
+
+    @staticmethod
+    def _is_step(statement: ast.stmt, stepped: set[str]) -> bool:
+        match statement:
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=owner, attr="step" | "zero_grad"))):
+                return last_name(owner) in stepped
+        return False
+
+    def _is_guarded(self, statement: ast.stmt) -> bool:
+        return any(
+            isinstance(parent, ast.If) and any(getattr(n, "attr", "") == "sync_gradients" for n in walk(parent.test))
+            for parent in self.file.names.ancestors(statement)
+        )
+
+    # Values of other processes -----------------------------------------------------
+
+    def _gather_call(self, call: ast.Call) -> Iterator[Change]:
+        if not call.args:
+            self.refuse(call, "gather with arguments that are not known")
+            return
+        value = call.args[0]
+        shared = self.held.shares(self.file, value, self.file.names.statement_of(call))
+        if shared is None:
+            self.refuse(call, f"whether {self.file.source.code(value)} is of a rank's share of the data is not known")
+        elif not shared:
+            yield replace(call, "{value}", value=value)
+        elif isinstance(value, (ast.Tuple, ast.List)):
+            holes = {f"value_{number}": item for number, item in enumerate(value.elts)}
+            yield replace(call, "(" + ", ".join(f"{{bmt}}.gather_result({{{name}}})" for name in holes) + ",)", **holes)
+        else:
+            yield replace(call, "{bmt}.gather_result({value})", value=value)
+
+    def _gather_for_metrics_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._gather_call(call)
+
+    def _pad_across_processes_call(self, call: ast.Call) -> Iterator[Change]:
+        if self.held.shares(self.file, call.args[0], self.file.names.statement_of(call)) is False:
+            yield replace(call, "{value}", value=call.args[0])
+        else:
+            self.refuse(call, "pad_across_processes of values of a share: bmt.gather_result takes different lengths")
+
+    def _reduce_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        how = call.args[1] if len(call.args) > 1 else given.get("reduction")
+        operation = "sum" if how is None else getattr(how, "value", "")
+        if "scale" in given or len(call.args) > 2 or operation not in {"sum", "mean"} or not call.args:
+            self.refuse(call, "reduce with arguments that are not known")
+            return
+        shared = self.held.shares(self.file, call.args[0], self.file.names.statement_of(call))
+        if shared is None:
+            code = self.file.source.code(call.args[0])
+            self.refuse(call, f"whether {code} is of a rank's share of the data is not known")
+        elif shared:
+            name = "sum" if operation == "sum" else "avg"
+            yield replace(call, f'{{bmt}}.distributed.all_reduce({{value}}, "{name}")', value=call.args[0])
+        else:
+            yield replace(call, "{value}", value=call.args[0])
+
+    # Files -----------------------------------------------------
+
+    def _save_call(self, call: ast.Call) -> Iterator[Change]:
+        safe = [keyword for keyword in call.keywords if keyword.arg == "safe_serialization"]
+        if any(not (isinstance(k.value, ast.Constant) and k.value.value is False) for k in safe):
+            self.refuse(call, "save(..., safe_serialization=...): write torch.save")
+            return
+        yield from self._code(call.func, "torch.save")
+        if safe:
+            yield Arguments(call, dropped=tuple(safe))
+
+    def _save_model_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        model = call.args[0] if call.args else given.get("model")
+        folder = call.args[1] if len(call.args) > 1 else given.get("save_directory")
+        if model is None or folder is None or not self._alone(call) or not _is_repeatable(folder):
+            self.refuse(call, "save_model with arguments that are not known")
+            return
+        statement = self.file.names.statement_of(call)
+        yield insert_before(statement, "os.makedirs({folder}, exist_ok=True)", folder=folder)
+        line = 'torch.save({model}.state_dict(), os.path.join({folder}, "pytorch_model.bin"))'
+        yield from self._code(call, line, model=model, folder=folder)
+
+    def _save_state_call(self, call: ast.Call) -> Iterator[Change]:
+        lines = ["os.makedirs({folder}, exist_ok=True)"]
+        for name, file in self._parts(call):
+            lines.append(f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))')
+        random = ", ".join(f'"{name}": {read}()' for name, (read, _) in _RANDOM.items())
+        lines.append(f"torch.save({{{random}}}, os.path.join({{folder}}, {_RANDOM_FILE}))")
+        yield from self._state(call, "output_dir", lines)
+
+    def _load_state_call(self, call: ast.Call) -> Iterator[Change]:
+        lines = []
+        for name, file in self._parts(call):
+            state = f'torch.load(os.path.join({{folder}}, "{file}"), map_location="cpu")'
+            if file.startswith(_STATES["model"]):  # what accelerate itself has written
+                safe = file.replace(".bin", ".safetensors").replace(_STATES["model"], "model")
+                lines.append(f'weights = os.path.join({{folder}}, "{safe}")')
+                state = f"safetensors.torch.load_file(weights) if os.path.exists(weights) else {state}"
+                yield Import("import safetensors.torch")
+            lines.append(f"{name}.load_state_dict({state})")
+        lines.append(f"drawn = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
+        lines += [f'{write}(drawn["{name}"])' for name, (_, write) in _RANDOM.items()]
+        yield from self._state(call, "input_dir", lines)
+
+    def _state(self, call: ast.Call, keyword: str, lines: list[str]) -> Iterator[Change]:
+        given = {item.arg: item.value for item in call.keywords}
+        folder = call.args[0] if call.args else given.get(keyword)
+        if folder is None or not self._alone(call) or set(given) - {keyword}:
+            self.refuse(call, f"{self.file.source.code(call.func)}(...) in a folder that is not named here")
+            return
+        for module in ("os", "torch", "random", "numpy"):
+            if module not in self.file.names.module.bindings:
+                yield Import(f"import {module}")
+        named = isinstance(folder, (ast.Name, ast.Constant))
+        code = "{folder}" if named else "state_folder"
+        lines = [*([] if named else ["state_folder = {folder}"]), *(line.replace("{folder}", code) for line in lines)]
+        statement = self.file.names.statement_of(call)
+        yield insert_before(statement, *lines, folder=folder)
+        yield Remove(statement)
+
+    def _parts(self, call: ast.Call) -> Iterator[tuple[str, str]]:
+        """What a state is made of, by name, and the file of each."""
+        counts: dict[str, int] = {}
+        function = self.file.names.function_of(call)
+        parts = [(file, made, item, kind) for file, made, item, kind in self.held.prepared if kind in _STATES]
+        registered = [
+            (file, node, item)
+            for file in self.held.files
+            for node in file.calls
+            if isinstance(node.func, ast.Attribute)
+            and node.func.attr == "register_for_checkpointing"
+            and self.held.is_one(file, node.func.value)
+            for item in node.args
+        ]
+        for file, made, item, kind in [*parts, *((f, m, i, "custom") for f, m, i in registered)]:
+            statement = file.names.statement_of(made)
+            into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is made else made.args
+            name = file.source.code(into[made.args.index(item)] if len(into) == len(made.args) else item)
+            own = name.startswith("self.") and file is self.file
+            if not own and (file is not self.file or file.names.function_of(made) is not function):
+                self.refuse(call, f"{name}, a part of the state, is prepared elsewhere: save each part by torch.save")
+            number = counts[kind] = counts.get(kind, -1) + 1
+            if kind == "custom":
+                yield name, f"custom_checkpoint_{number}.pkl"
+            else:
+                yield name, _STATES[kind] + (f"_{number}" if number else "") + ".bin"
+
+    def _register_for_checkpointing_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._left_out(call, "")
+
+    # Trackers -----------------------------------------------------
+
+    @cached_property
+    def _tracker(self) -> str:
+        found = self.held.option("log_with")
+        return str(getattr(found[1], "value", "?")) if found is not None else ""
+
+    def _init_trackers_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("project_name", "config", "init_kwargs"), call.args, strict=False))
+        name, config = given.get("project_name"), given.get("config")
+        if not self._tracker:
+            yield from self._left_out(call, "")
+            return
+        if name is None or "init_kwargs" in given or not self._alone(call) or self._tracker == "?":
+            self.refuse(call, "init_trackers with arguments that are not known: make the writer in the script")
+            return
+        statement = self.file.names.statement_of(call)
+        holes = {"name": name} | ({"config": config} if config is not None else {})
+        if self._tracker == "wandb":
+            yield Import("import wandb")
+            yield replace(
+                call, f"wandb.init(project={{name}}{', config={config}' if config is not None else ''})", **holes
+            )
+            return
+        folder = self._folder(_attribute(call))
+        yield Import("from torch.utils.tensorboard import SummaryWriter")
+        if "os" not in self.file.names.module.bindings:
+            yield Import("import os")
+        guard = self._guard_around(statement)
+        inside = {n.id for n in walk(guard) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        if guard is not statement and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
+            self.refuse(call, "the name of the trackers is made on one rank")
+        line = f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"
+        yield insert_before(guard, line, name=name)  # what closes it stands outside of the guard
+        if config is not None:
+            yield insert_before(statement, "tracker.add_hparams({config}, {})", config=config)
+        yield Remove(statement)
+
+    def _guard_around(self, statement: ast.stmt) -> ast.stmt:
+        """The outermost test of the rank that a statement stands under; else the statement."""
+        found = statement
+        for parent in self.file.names.ancestors(statement):
+            if isinstance(parent, ast.If) and as_guard(self.file, parent) is not None:
+                found = parent
+        return found
+
+    def _folder(self, node: ast.Attribute) -> str:
+        """Where logs go, as code."""
+        config = self.held.option("project_config")
+        if config is not None:
+            self.refuse(node, "project_config: say project_dir=folder")
+        folder = self._told("project_dir", node) or self._told("logging_dir", node)
+        if folder is None:
+            self.refuse(node, "a writer of logs needs a folder: say project_dir=folder")
+        return folder or "."
+
+    def _log_call(self, call: ast.Call) -> Iterator[Change]:
+        if not self._tracker:
+            yield from self._left_out(call, "")
+            return
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("values", "step"), call.args, strict=False))
+        values, step = given.get("values"), given.get("step")
+        if values is None or set(given) - {"values", "step"} or not self._alone(call) or not self._tracked(call):
+            self.refuse(call, "log(...) with arguments that are not known, or away from init_trackers")
+            return
+        if self._tracker == "wandb":
+            yield Import("import wandb")
+            yield replace(call.func, "wandb.log")
+            return
+        statement = self.file.names.statement_of(call)
+        holes = {"step": step} if step is not None else {}
+        at = ", {step}" if step is not None else ""
+        if isinstance(values, ast.Dict) and all(key is not None for key in values.keys):
+            for number, (key, value) in enumerate(zip(values.keys, values.values, strict=True)):
+                assert key is not None
+                text = isinstance(value, ast.JoinedStr) or (
+                    isinstance(value, ast.Call) and last_name(value.func) == "str"
+                )
+                method = "add_text" if text else "add_scalar"
+                del number
+                yield insert_before(
+                    statement, f"tracker.{method}({{key}}, {{value}}{at})", key=key, value=value, **holes
+                )
+        else:
+            lines = ("for name, value in {values}.items():", f"    tracker.add_scalar(name, value{at})")
+            yield insert_before(statement, *lines, values=values, **holes)
+        yield Remove(statement)
+
+    def _tracked(self, call: ast.Call) -> bool:
+        """Whether the tracker is known where it is used."""
+        if self._tracker == "wandb":
+            return True
+        function = self.file.names.function_of(call)
+        return any(
+            isinstance(node.func, ast.Attribute)
+            and node.func.attr == "init_trackers"
+            and self.file.names.function_of(node) is function
+            for node in self.file.calls
+        )
+
+    def _end_training_call(self, call: ast.Call) -> Iterator[Change]:
+        if self._tracker == "wandb":
+            yield Import("import wandb")
+        if self._tracker and not self._tracked(call):
+            self.refuse(call, "end_training() away from init_trackers")
+        lines = {"": "", "wandb": "wandb.finish()", "tensorboard": "tracker.close()"}
+        yield from self._left_out(call, lines.get(self._tracker, ""))
+
+    # Other names of accelerate -----------------------------------------------------
+
+    def _name(self, node: ast.expr, name: str) -> Iterator[Change]:
+        if not name.startswith("accelerate."):
+            return
+        call = self.file.names.parents[node]
+        if name in CLASSES or name.split(".")[-1] in _PURE or "DistributedType." in name:
+            return
+        self.seen.append(node)
+        if not isinstance(call, ast.Call) or call.func is not node:
+            self.refuse(node, f"{name} has no counterpart in an ordinary loop")
+        elif name in SKIPS:
+            yield from self._skip_first_batches_call(call)
+        elif name in {"accelerate.utils.set_seed", "accelerate.utils.random.set_seed"}:
+            yield from self._seed(call)
+        elif name == "accelerate.logging.get_logger":
+            yield from self._logger(call)
+        elif name == "accelerate.utils.extract_model_from_parallel":
+            yield from self._unwrap_model_call(call)
+        else:
+            self.refuse(node, f"{name} has no counterpart in an ordinary loop")
+
+    def _seed(self, call: ast.Call) -> Iterator[Change]:
+        statement = self.file.names.statement_of(call)
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        seed = call.args[0] if call.args else given.pop("seed", None)
+        plain = all(isinstance(v, ast.Constant) and v.value is False for v in given.values())
+        if seed is None or len(call.args) > 1 or not plain or not self._alone(call) or not _is_repeatable(seed):
+            self.refuse(call, "a seed of each process, or with arguments that are not known")
+            return
+        for module in ("random", "numpy", "torch"):
+            if module not in self.file.names.module.bindings:
+                yield Import(f"import {module}")
+        yield insert_behind(statement, "random.seed({seed})", "numpy.random.seed({seed})", seed=seed)
+        yield replace(call, "torch.manual_seed({seed})", seed=seed)
+
+    def _logger(self, call: ast.Call) -> Iterator[Change]:
+        statement = self.file.names.statement_of(call)
+        if not isinstance(statement, ast.Assign) or statement.value is not call or call.keywords or len(call.args) != 1:
+            self.refuse(call, "a logger that is given no name, or a level")
+            return
+        yield from self._code(call.func, "logging.getLogger")
+        if "os" not in self.file.names.module.bindings:
+            yield Import("import os")
+        line = '{logger}.disabled = os.environ.get("RANK", "0") != "0"'
+        yield insert_behind(statement, line, logger=statement.targets[0])
+        name = last_name(statement.targets[0])
+        for file_call in self.file.calls:
+            if isinstance(file_call.func, ast.Attribute) and last_name(file_call.func.value) == name:
+                own = tuple(k for k in file_call.keywords if k.arg in {"main_process_only", "in_order"})
+                if own:
+                    yield Arguments(file_call, dropped=own)
+
+    # Loops and imports -----------------------------------------------------
+
+    def _loops(self) -> Iterator[Change]:
+        """Batches go to the model's device, and loops count where they must."""
+        for loop, file in self.held.loops.items():
+            if file is not self.file:
+                continue
+            plain = loop.target
+            counted = isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate"
+            if counted and isinstance(plain, ast.Tuple) and len(plain.elts) == 2:
+                plain = plain.elts[1]
+            batch = self.file.source.code(plain)
+            several = isinstance(plain, ast.Tuple) and not batch.startswith("(")
+            yield insert_before(loop.body[0], f"{batch} = {{bmt}}.to_device({f'({batch})' if several else batch})")
+            if loop in self._counted and not counted:
+                yield replace(loop.target, "index, ({target})" if several else "index, {target}", target=loop.target)
+                yield replace(loop.iter, "enumerate({loader})", loader=loop.iter)
+        known = set(self.held.loops)
+        for node in self.file.calls:
+            if last_name(node.func) in {"next", "cycle", "zip", "iter", "list"} and any(
+                self.held.is_prepared_loader(self.file, item) for item in node.args
+            ):
+                if not any(node in walk(loop.iter) for loop in known):
+                    self.refuse(
+                        node,
+                        f"{self.file.source.code(node)} takes batches of a prepared loader: go through it in a loop",
+                    )
+
+    def _imports(self) -> Iterator[Change]:
+        """Names of accelerate that nothing uses any more go from their imports."""
+        for node in self.file.nodes:
+            if isinstance(node, ast.ImportFrom) and any(alias.name in self.held.names for alias in node.names):
+                self.refuse(node, "the Accelerator is imported from another file: hand it on as an argument")
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "accelerate" or node.level:
+                continue
+            kept = [alias for alias in node.names if alias.name == "*" or self._stays(alias.asname or alias.name)]
+            if not kept:
+                yield Remove(node)
+            elif len(kept) < len(node.names):
+                names = ", ".join(f"{a.name} as {a.asname}" if a.asname else a.name for a in kept)
+                yield ReplaceStatement(node, template(f"from {node.module} import {names}"))
+
+    def _stays(self, name: str) -> bool:
+        """Whether a name is used where nothing takes its place."""
+        gone = {
+            item
+            for statement in {self.file.names.statement_of(c) for f, c in self.held.made if f is self.file}
+            for item in walk(statement)
+        }
+        replaced = {"get_logger", "set_seed", "skip_first_batches", "extract_model_from_parallel"}
+        return any(
+            isinstance(node, ast.Name) and node.id == name and node not in gone and name not in replaced
+            for node in self.file.nodes
+        )
+
+
+def _attribute(call: ast.Call) -> ast.Attribute:
+    """The method that is called."""
+    assert isinstance(call.func, ast.Attribute)
+    return call.func
+
+
+def _is_made(value: ast.expr | None) -> bool:
+    """Whether a value is a call, or one of two."""
+    if isinstance(value, ast.IfExp):
+        return _is_made(value.body) and _is_made(value.orelse)
+    return isinstance(value, ast.Call) and last_name(value.func) in {"Accelerator"}
+
+
+def _operand(code: str) -> str:
+    """Code that can stand beside an operator."""
+    return code if all(c.isalnum() or c in "._[]\"'()" for c in code) else f"({code})"
+
+
+def _is_repeatable(node: ast.expr) -> bool:
+    """Whether an expression may be evaluated several times."""
+    return all(
+        last_name(item.func) in {"join", "str", "format", "Path", "int"}
+        for item in walk(node)
+        if isinstance(item, ast.Call)
+    )
+
+
+RULE = Rule(
+    code="BMT010",
+    title="a script that trains through accelerate is an ordinary loop",
+    explanation=__doc__,
+    find=find,
+    examples=(
+        Example(
+            """import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+accelerator = Accelerator(gradient_accumulation_steps=2)
+model = torch.nn.Linear(8, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+train_loader = DataLoader(train_set, batch_size=8)
+model, optimizer, train_loader = accelerator.prepare(model, optimizer, train_loader)
+for x in train_loader:
+    with accelerator.accumulate(model):
+        loss = model(x).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+""",
+            """import torch
+from torch.utils.data import DataLoader
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+optim_manager.add_optimizer(optimizer)
+train_loader = bmt.shard_loader(DataLoader(train_set, batch_size=8))
+for (index, x) in enumerate(train_loader):
+    x = bmt.to_device(x)
+    loss = model(x).mean()
+    optim_manager.backward(loss / 2)
+    if (index + 1) % 2 == 0 or index + 1 == len(train_loader):
+        optim_manager.step()
+        optim_manager.zero_grad()
+""",
+        ),
+    ),
+)

@@ -1,0 +1,63 @@
+"""Carries out every attack and writes docs/faults.md; arguments choose attacks, which are only shown."""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from pathlib import Path
+
+from .attacks import Attack, attacks
+from .judge import Finding, judge
+
+HEAD = """# When a rank dies, differs or stalls
+
+Made by `bash tests/faults.sh`; do not edit. One rank of a small training script (`tests/faults/script.py`), on CPUs,
+does what the first column says. The job must end within 10 s, or go on where that is said; every rank that still runs
+must name the rank at fault within 10 s, with the places of both in the script; exit codes must tell, no process may
+stay behind and no file be half-written. Seconds are counted from the fault. After a death, torchrun ends the other
+ranks itself and names the one that died; what they had said by then counts.
+
+"""
+
+
+def main(chosen: list[str]) -> int:
+    every = [a for a in attacks() if not chosen or any(fnmatch.fnmatch(a.name, pattern) for pattern in chosen)]
+    rows: list[tuple[Attack, Finding]] = []
+    for attack in every:
+        found = judge(attack)
+        rows.append((attack, found))
+        print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
+        if chosen or found.problems:
+            print("    " + found.output.replace("\n", "\n    "), flush=True)
+    if not chosen:
+        Path(__file__).parents[2].joinpath("docs", "faults.md").write_text(HEAD + _table(rows))
+    return int(any(found.problems for _, found in rows))
+
+
+def _table(rows: list[tuple[Attack, Finding]]) -> str:
+    right = sum(not found.problems for _, found in rows)
+    lines = [f"{right} of {len(rows)} as they must be.", ""]
+    lines += [
+        "| one rank | rank | started by | must | reported after | ended after | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for attack, found in rows:
+        launcher = "torchrun" if attack.torchrun else "hand"
+        must = {"ends": "end", "reported": "be reported and go on", "unharmed": "go on"}[attack.outcome]
+        seconds = f"{_second(found.reported_after)} | {_second(found.ended_after)}"
+        who = f"{attack.rank} of {attack.ranks}"
+        lines.append(f"| {attack.text} | {who} | {launcher} | {must} | {seconds} | {found.verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def _second(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} s"
+
+
+def _seconds(found: Finding) -> str:
+    seconds = f"reported after {_second(found.reported_after)}, ended after {_second(found.ended_after)}"
+    return f"({seconds}, exit codes {found.exit_codes})"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
