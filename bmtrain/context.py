@@ -62,6 +62,7 @@ class Engine(Protocol):
 
 
 Gradients = Literal["mean", "sum"]
+MemoryUse = Literal["lean", "auto"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
 
 
@@ -92,6 +93,8 @@ class Context:
     """Whether layers in training draw other numbers on every rank."""
     gradient_divisor: int = 1
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
+    memory: MemoryUse | float = "auto"
+    """Whether free memory is spent to save time, and up to how many GiB."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
@@ -190,6 +193,7 @@ def init_distributed(
     precision: Precision | torch.dtype | str | None = None,
     random: Random = "own",
     gradients: Gradients = "mean",
+    memory: MemoryUse | float = "auto",
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -218,6 +222,10 @@ def init_distributed(
             same everywhere, as the published library did.
         gradients: "mean": ``loss.backward()`` gives the mean over ranks, as does an OptimManager. "sum": it gives the
             sum, as it did in the published releases, for scripts that divide by the number of ranks themselves.
+        memory: "auto" spends what the first steps leave free on a GPU to save time: blocks that were not told keep
+            their activations, parameters stay whole from step to step; what stays is given up when memory becomes
+            scarce. A number: the same within so many GiB for each process. "lean": nothing is kept. The results are
+            the same. On a CPU nothing is kept. All ranks say the same.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -229,9 +237,12 @@ def init_distributed(
         ("schedule", schedule, Schedule),
         ("random", random, Random),
         ("gradients", gradients, Gradients),
+        *([("memory", memory, MemoryUse)] if isinstance(memory, str) else []),
     ):
         if value not in get_args(known):
             raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
+    if not isinstance(memory, str) and not (type(memory) in (int, float) and 0 < memory < float("inf")):
+        raise ConfigurationError(f'memory must be "auto", "lean" or a number of GiB, not {memory!r}.')
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
@@ -252,8 +263,9 @@ def init_distributed(
     watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
     made = _connect(topology, Device(chosen, schedule, topology.rank), meeting, timeouts, watches)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
-    made.precision, made.random = policy, random
+    made.precision, made.random, made.memory = policy, random, memory
     made.gradient_divisor = topology.world_size if gradients == "mean" else 1
+    _check_memory(made)
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
@@ -352,6 +364,16 @@ def _abort(communicators: list[Communicator]) -> None:
 def _check(communicators: list[Communicator]) -> None:
     for communicator in communicators:
         communicator.check_async_error()
+
+
+def _check_memory(made: Context) -> None:
+    """Ranks decide together what memory is spent on.  Collective."""
+    own = {"lean": 0.0, "auto": -1.0}[made.memory] if isinstance(made.memory, str) else float(made.memory)
+    bounds = torch.tensor([own, -own], dtype=torch.float64, device="cpu")
+    made.control.all_reduce(bounds, "max")
+    if float(bounds[0]) != -float(bounds[1]):
+        made.close()
+        raise ConfigurationError(f"memory must be the same on all ranks; it is {made.memory!r} on rank {made.rank}.")
 
 
 def _integer(env: os._Environ[str], name: str, default: int) -> int:

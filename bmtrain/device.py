@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -80,10 +81,26 @@ def _delay(stream: torch.cuda.Stream | None) -> None:
         torch.cuda._sleep(_STRESS_CYCLES)  # type: ignore[no-untyped-call]
 
 
+@dataclass
+class Memory:
+    """What a device says of its memory, in bytes; ``retries``: how often its allocator had to free what it kept."""
+
+    free: int
+    allocated: int
+    total: int
+    peak: int
+    retries: int = 0
+
+
 class Device:
-    """One process's compute device."""
+    """One process's compute device.
+
+    Attributes:
+        stand_in: what to say of memory in the place of the device; None for the truth, which a CPU does not know.
+    """
 
     def __init__(self, device: torch.device, schedule: Schedule = "overlap", rank: int = 0) -> None:
+        self.stand_in: Memory | None = None
         self.torch_device = device
         self.is_cuda = device.type == "cuda"
         self.schedule = schedule
@@ -181,18 +198,28 @@ class Device:
     @property
     def measures_memory(self) -> bool:
         """Whether ``memory`` can tell what a step leaves free."""
-        return self.is_cuda
+        return self.is_cuda or self.stand_in is not None
 
-    def memory(self) -> tuple[int, int, int]:
-        """Bytes that could be allocated now, that are allocated, and of the whole device."""
+    def memory(self) -> Memory:
+        """Bytes that could be allocated now, that are allocated, of the whole device, and the most allocated so far."""
+        if self.stand_in is not None:
+            return self.stand_in
         free, total = torch.cuda.mem_get_info(self.torch_device)
         allocated = torch.cuda.memory_allocated(self.torch_device)
         cached = torch.cuda.memory_reserved(self.torch_device) - allocated
-        return free + cached, allocated, total
+        return Memory(free + cached, allocated, total, self.peak_memory(), self.allocation_retries())
 
     def peak_memory(self) -> int:
         """The most bytes that were allocated at a time since the user last asked to forget it."""
+        if self.stand_in is not None:
+            return self.stand_in.peak
         return torch.cuda.max_memory_allocated(self.torch_device)
+
+    def allocation_retries(self) -> int:
+        """How often the allocator had to free what it kept, and only then found memory."""
+        if self.stand_in is not None:
+            return self.stand_in.retries
+        return int(torch._C._cuda_memoryStats(self._index)["num_alloc_retries"]) if self.is_cuda else 0
 
     def empty_cache(self) -> None:
         """Give memory that torch's allocator keeps and nobody uses back to the device."""

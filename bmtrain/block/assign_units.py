@@ -62,7 +62,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
         record = become(group.owner, ShardedModule)
         unit = ShardUnit(pools, group.name, parameters, group.names, group.autocasts, record.precision)
         record.unit = unit
-        unit.keep = record.zero_level == 2
+        unit.keep = record.keep
         units.append(unit)
     _warn_of_different_starts(pools.ctx.rank, kind, [name for name in differing if name not in later])
     _note_borrowed(root)

@@ -126,5 +126,5 @@ class Backward:
                 self._schedule.reduce(unit)
             unit.open_uses = 0
         if self._whole.idle:
-            self._whole.release_all()
+            self._whole.let_go_of_all()
         self._schedule.pools.tidy()

@@ -25,7 +25,8 @@ class Block(ShardedModule):
         inner_module: any module; None, a place without a module in an ``nn.ModuleList``, stays None.
         use_checkpoint: True drops activations in the forward and computes them again in the backward, False keeps them,
             None does either as memory allows (see ``bmtrain.block.memory``).  The numbers are the same.
-        zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over.
+        zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over, None does
+            either, or lets them stay from step to step, as memory allows.
         initialized: accepted for older scripts; parameters keep their values either way.
         mode: "BLOCK"; "PIPE" raises UnsupportedError.
         precision: the block's own bmt.Precision, or the dtype to compute in ("bf16", torch.bfloat16); None leaves the
@@ -36,7 +37,7 @@ class Block(ShardedModule):
         cls,
         inner_module: Any = ...,
         use_checkpoint: bool | None = None,
-        zero_level: int = 3,
+        zero_level: int | None = None,
         initialized: bool = False,
         mode: str = "BLOCK",
         precision: Precision | torch.dtype | str | None = None,
@@ -48,7 +49,7 @@ class Block(ShardedModule):
             return None
         if not isinstance(inner_module, nn.Module):
             raise ConfigurationError(f"bmt.Block takes a torch.nn.Module, not {type(inner_module).__name__}.")
-        if zero_level not in (2, 3):
+        if zero_level not in (None, 2, 3):
             raise ConfigurationError(f"zero_level must be 2 or 3, not {zero_level}.")
         if mode != "BLOCK":
             raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
@@ -60,7 +61,7 @@ class Block(ShardedModule):
         if policy is not None:
             record.precision = policy
         if record.unit is not None:
-            record.unit.keep = zero_level == 2
+            record.unit.keep = record.keep
             if policy is not None:
                 record.unit.change_precision(policy)
         elif not ctx.building:

@@ -19,7 +19,7 @@ from .assign_units import shard_module
 from .backward import Backward
 from .first_batches import FirstBatches
 from .frame import Frame
-from .memory import RecomputePlan
+from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .schedule import Schedule
 from .state import attribute
@@ -36,14 +36,14 @@ class Engine:
     """Gathers along the observed order, reduces as the backward passes, and gathers on demand what was not foreseen.
 
     Made of ``schedule`` (which unit when; ``schedule.whole``: who is whole, and why), ``backward`` (what autograd comes
-    back to), ``plan`` (who is recomputed) and ``outside`` (whole units where no forward of their module runs).
+    back to), ``plan`` (what memory is spent on) and ``outside`` (whole units where no forward of their module runs).
     """
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
         self.schedule = Schedule(ctx)
         self.whole = self.schedule.whole
-        self.plan = RecomputePlan(ctx)
+        self.plan = MemoryPlan(ctx)
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -96,11 +96,13 @@ class Engine:
                 self.outside.let_go()
             self.outside.forward_starts()
             if grad:
-                self.plan.run_starts()
+                self.plan.run_starts(self.schedule.units)
                 if self.first_batches.wanted and not transformed and _trains(call):
                     self.first_batches.note((args, kwargs))
             if unit is not None:
                 self.schedule.run_starts(unit, grad)
+                if unit.moves and grad:
+                    self.plan.note_inputs(args, kwargs)
         self.whole.forward_begins()
         try:
             if unit is not None:
@@ -156,7 +158,7 @@ class Engine:
 
     def _run_ends(self, out: object, grad: bool) -> None:
         if not grad:
-            self.whole.release_all()
+            self.whole.let_go_of_all()
             return
         self.whole.set_back_all()
         for tensor in tree_leaves(out):
@@ -191,7 +193,9 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.ctx.diary.step += 1
-        self.plan.optimizer_stepped()
+        if self.plan.optimizer_stepped():
+            self.whole.let_go_of_all()
+            self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..autograd import ScriptsAsWritten, running_node_saves_with
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
-from .memory import RecomputePlan
+from .memory import MemoryPlan
 from .repeat import Repeat
 from .saved import Buffers, PlaceInFlat
 
@@ -48,7 +48,7 @@ class Frame:
         unit: ShardUnit | None,
         parent: Frame | None,
         recompute: bool,
-        plan: RecomputePlan | None = None,
+        plan: MemoryPlan | None = None,
     ) -> None:
         self.owner, self.parent, self.recompute = owner, parent, recompute
         self.units: list[ShardUnit] = []

@@ -1,43 +1,69 @@
-"""Recompute only what memory demands.
+"""One plan for memory: what a step leaves free is spent where it saves time.
 
-Blocks that were not told (``use_checkpoint=None``) are all recomputed at first.  That measures how many bytes each one
-would keep and what the rest of a step needs; then as many blocks as fit keep their activations instead.  Both ways give
-the same numbers.
+At first nothing is kept: blocks that were not told (``use_checkpoint=None``) are recomputed, and parameters are whole
+only while they are used.  The first steps measure how many bytes each block's activations would take and what the rest
+of a step needs.  Then, in this order and as far as it fits, blocks keep their activations, and units stay whole from
+one step to the next: an all-gather follows the optimizer, and forward and backward gather nothing.  Optimizer states
+and gradients stay sharded.  Every way gives the same numbers.
+
+Units stay only in what a step of twice the size would leave free.  They are given up when a rank needs more than was
+measured: for larger inputs, or when the allocator had to look twice.  It says so to the others during the step, after
+which all give up together; until then it recomputes all blocks.
 """
 
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..comm.nccl_library import arena_bytes
 from ..context import Context
 from ..shard.unit import ShardUnit
 
 _MEASURED_STEPS = 2  # by then the optimizer's state and every buffer are allocated
+_MOST_PLANS = 4  # inputs that grow again and again are not followed for ever
 _GIB = 2**30
 
 
-class RecomputePlan:
-    """Decides for each block whether it keeps its activations.  On a CPU all are recomputed."""
+class MemoryPlan:
+    """Decides which blocks keep their activations, and which units stay whole.
+
+    Where memory cannot be measured (on a CPU) nothing is kept, as with ``init_distributed(memory="lean")``.
+    """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
-        self._steps = self._peak = 0
-        self._decided = False
+        self._steps = self._peak = self._plans = 0
+        self._is_over = False
         self._bytes: dict[int, int] = {}
         self._inputs: dict[int, int] = {}
         self._kept: set[int] = set()
+        self._staying: list[weakref.ref[ShardUnit]] = []  # not emptied as models go, which ranks see at other times
+        self._run = _Size()  # the largest inputs of whole forwards, when that was planned
+        self._seen = _Size()  # the same since then
+        self._spare = self._moving = self._retries = 0  # left free; what a step takes beside what always stays
+        self._is_short = self._was_short = False  # this forward needs more than that; any since the others were told
+        self._answer: Callable[[], bool] | None = None  # whether any rank was short
 
     @property
     def measuring(self) -> bool:
         """Whether frames should count what they would keep."""
-        return self._ctx.device.measures_memory and not self._decided
+        return self._measures and not self._plans
+
+    @property
+    def _measures(self) -> bool:
+        """Whether a plan is to be made."""
+        return not self._is_over and self._ctx.device.measures_memory and self._ctx.memory != "lean"
+
+    # -- activations ------------------------------------------------------------------------------------------------
 
     def recomputes(self, unit: ShardUnit, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether this forward of ``unit``'s block is to be recomputed."""
-        if not self._ctx.device.measures_memory:
+        if self._is_short or not (self._plans or self._measures):
             return True
         size = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         if self.measuring:
@@ -50,46 +76,149 @@ class RecomputePlan:
         """A forward of ``unit`` would have kept so many bytes."""
         self._bytes[unit.index] = max(kept, self._bytes.get(unit.index, 0))
 
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated its parameters."""
-        self._steps += 1
-        self._look()
+    # -- the plan ---------------------------------------------------------------------------------------------------
 
-    def run_starts(self) -> None:
-        """A training run begins.  Collective once, when enough has been measured."""
-        if not self.measuring:
+    def optimizer_stepped(self) -> bool:
+        """An optimizer has updated its parameters.  Returns whether all ranks are to let go of what stays now."""
+        answer, self._answer = self._answer, None
+        if answer is not None and answer():
+            self._give_up()
+            return True
+        if self._measures:
+            self._steps += 1
+            self._look()
+        return False
+
+    def run_starts(self, units: Mapping[int, ShardUnit]) -> None:
+        """A training run begins; ``units`` are all there are.  Collective once, when enough has been measured."""
+        if not self._measures:
             return
         self._look()
         if self._steps >= _MEASURED_STEPS:
-            self._decided = True
-            if self._bytes:
-                self._decide()
+            self._is_over = True
+            self._decide(units)
+            self._plans += 1
+
+    def note_inputs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        """A forward begins that will train on these.  Collective if anything stays: ranks tell who is short."""
+        if not self._measures and not self._staying:
+            return
+        size = _Size.of(args, kwargs)
+        self._seen.include(size)
+        if not self._staying:
+            return
+        self._is_short = self._moving * (size.growth_over(self._run) - 1) > self._spare
+        self._was_short |= self._is_short
+        if self._answer is None:  # nobody waits for it: it comes while the step is computed
+            self._was_short |= self._ctx.device.allocation_retries() > self._retries
+            short, self._was_short = torch.tensor([self._was_short], dtype=torch.uint8, device="cpu"), False
+            wait = self._ctx.control.start_all_reduce(short, "max")
+
+            def answer() -> bool:
+                wait()
+                return bool(short)
+
+            self._answer = answer
+
+    def _give_up(self) -> None:
+        for reference in self._staying:
+            unit = reference()
+            if unit is not None:
+                unit.stays = False
+        self._staying = []
+        self._is_short = self._was_short = False
+        self._steps, self._is_over = 0, self._plans >= _MOST_PLANS
+        self._retries = self._ctx.device.allocation_retries()
+        if self._ctx.rank == 0:
+            print("bmtrain: memory became scarce; parameters are whole only while they are used.", file=sys.stderr)
 
     def _look(self) -> None:
         """Note the peak so far.  It is not reset, which is the user's to do, at any time."""
-        if self.measuring:
-            self._peak = max(self._peak, self._ctx.device.peak_memory())
+        self._peak = max(self._peak, self._ctx.device.peak_memory())
 
-    def _decide(self) -> None:
-        order = sorted(self._bytes)
-        facts = torch.tensor([-self._budget(), *(self._bytes[i] for i in order)], dtype=torch.int64, device="cpu")
+    def _decide(self, units: Mapping[int, ShardUnit]) -> None:
+        count = self._most(max(units, default=-1) + 1)
+        free, moving = self._budget()
+        reserve = moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word
+        # Whether a unit may not stay, or is gone already, which ranks notice at different times.
+        refused = [int(unit is None or not unit.may_stay) for unit in map(units.get, range(count))]
+        own = [-free, reserve, *(self._bytes.get(i, 0) for i in range(count)), *refused]
+        facts = torch.tensor(own, dtype=torch.int64, device="cpu")
         self._ctx.control.all_reduce(facts, "max")
-        free, sizes = -int(facts[0]), dict(zip(order, facts[1:].tolist(), strict=True))
+        free, reserve, *agreed = facts.tolist()
+        free, sizes = -free, {i: size for i, size in enumerate(agreed[:count]) if size}
+        candidates = [units[i] for i, no in enumerate(agreed[count:]) if not no]
         left = free
-        for index in reversed(order):  # the last blocks' activations are held for the shortest time
+        for index in sorted(sizes, reverse=True):  # the last blocks' activations are held for the shortest time
             if sizes[index] > left:
                 break
             left -= sizes[index]
             self._kept.add(index)
-        if self._ctx.rank == 0:
-            print(
-                f"bmtrain: {len(self._kept)} of {len(order)} blocks keep their activations "
-                f"({max(sizes.values()) / _GIB:.2f} GiB a block, {max(free, 0) / _GIB:.1f} GiB to spare); "
-                f"{len(order) - len(self._kept)} are recomputed.",
-                file=sys.stderr,
-            )
+        # Outside of training they are whole in other dtypes, two at a time, which may not have been measured.
+        left -= 2 * max((unit.whole_bytes(at_rest=True) for unit in candidates), default=0)
+        whole = 0
+        for unit in candidates:  # what is needed first has least to hide behind
+            if unit.whole_bytes() <= left - reserve - whole:
+                whole += unit.whole_bytes()
+                unit.stays = True
+                self._staying.append(weakref.ref(unit))
+        if self._staying:
+            self._ctx.device.empty_cache()  # transports take their memory from the device itself
+        self._bytes = {}
+        self._run.include(self._seen)
+        self._spare, self._moving, self._retries = left - whole, moving, self._ctx.device.allocation_retries()
+        if self._ctx.rank == 0 and (sizes or candidates):
+            self._say(free, sizes, len(candidates), whole)
 
-    def _budget(self) -> int:
-        """Bytes that a step, as run so far, leaves free."""
-        free, allocated, total = self._ctx.device.memory()
-        return int(free + allocated - self._peak - max(_GIB, 0.04 * total))
+    def _most(self, number: int) -> int:
+        largest = torch.tensor([number], device="cpu")
+        self._ctx.control.all_reduce(largest, "max")
+        return int(largest)
+
+    def _say(self, free: int, sizes: dict[int, int], candidates: int, whole: int) -> None:
+        said = [f"{max(free, 0) / _GIB:.1f} GiB to spare"]
+        if sizes:
+            kept, block = len(self._kept), max(sizes.values()) / _GIB
+            said.append(
+                f"{kept} of {len(sizes)} blocks keep their activations ({block:.2f} GiB a block), "
+                f"{len(sizes) - kept} are recomputed"
+            )
+        if candidates:
+            staying = len(self._staying)
+            said.append(f"parameters of {staying} of {candidates} units stay whole ({whole / _GIB:.2f} GiB)")
+        print(f"bmtrain: {'; '.join(said)}.", file=sys.stderr)
+
+    def _budget(self) -> tuple[int, int]:
+        """Bytes that a step, as run so far, leaves free, and that it takes beside what is allocated between steps."""
+        now, limit = self._ctx.device.memory(), self._ctx.memory
+        moving = max(0, self._peak - now.allocated)
+        if isinstance(limit, str):
+            return int(now.free - moving - max(_GIB, 0.04 * now.total)), moving
+        free = min(limit * _GIB - now.allocated - arena_bytes(), now.free - 0.01 * now.total)
+        return int(free - moving), moving
+
+
+class _Size:
+    """How large the inputs of a forward are: elements in all, and along the longest axis."""
+
+    def __init__(self, numel: int = 0, longest: int = 0) -> None:
+        self.numel, self.longest = numel, longest
+
+    @classmethod
+    def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> _Size:
+        """Of these inputs."""
+        size = cls()
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor):
+                size.numel += leaf.numel()
+                size.longest = max(size.longest, *leaf.shape, 0)
+        return size
+
+    def include(self, other: _Size) -> None:
+        """Become at least as large."""
+        self.numel, self.longest = max(self.numel, other.numel), max(self.longest, other.longest)
+
+    def growth_over(self, other: _Size) -> float:
+        """How many times as much memory a step may take as with ``other``; attention may grow with the square."""
+        numel, longest = self.numel / max(other.numel, 1), self.longest / max(other.longest, 1)
+        return max(numel, 1.0) * max(longest, 1.0)

@@ -16,7 +16,7 @@ from ..shard.unit import ShardUnit, State, unit_of_flat
 from .backward import Backward
 from .cast_functions import CAST_BY_AUTOCAST
 from .frame import Frame
-from .memory import RecomputePlan
+from .memory import MemoryPlan
 from .schedule import Schedule
 from .whole_units import LoopPin, unpin
 
@@ -24,7 +24,7 @@ from .whole_units import LoopPin, unpin
 class OutsideForward:
     """Makes units whole though no forward of their own module runs."""
 
-    def __init__(self, schedule: Schedule, backward: Backward, plan: RecomputePlan) -> None:
+    def __init__(self, schedule: Schedule, backward: Backward, plan: MemoryPlan) -> None:
         self._schedule, self._whole, self._backward, self._plan = schedule, schedule.whole, backward, plan
         self._device = schedule.ctx.device
         self._last: weakref.WeakKeyDictionary[nn.Module, LoopPin] = weakref.WeakKeyDictionary()
@@ -51,7 +51,7 @@ class OutsideForward:
             unpin(held)
             for unit in held:
                 if not unit.pins and unit.moves:
-                    self._whole.release(unit)
+                    self._whole.let_go(unit)
 
     # -- transforms of torch.func ------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class OutsideForward:
         """Make ``units`` whole and pin them."""
         if not self._all_near(units):
             if torch.is_grad_enabled():
-                self._plan.run_starts()
+                self._plan.run_starts(self._schedule.units)
             self._schedule.run_starts(units[0], torch.is_grad_enabled(), what)
         for unit in units:
             self._schedule.use(unit, "operation", autocast, what)

@@ -26,12 +26,17 @@ class Record:
 
     unit: ShardUnit | None = None
     recompute: bool | None = False
-    zero_level: int = 3
+    zero_level: int | None = None
     precision: Precision | None = None
     has_statistics: bool | None = None
     trained: bool = False
     has_blocks: bool = False
     state: State = field(default_factory=State)
+
+    @property
+    def keep(self) -> bool | None:
+        """As the unit's."""
+        return None if self.zero_level is None else self.zero_level == 2
 
     def settings(self) -> Record:
         """What is worth keeping in a file."""

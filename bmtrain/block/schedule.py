@@ -58,8 +58,11 @@ class Schedule:
             keep_frozen_apart(unit)
         if not unit.moves:
             return
+        compute = unit.compute_dtype(autocast)
+        if phase == "backward":
+            unit.trains_in = compute
         self.ctx.diary.phase = phase
-        self.whole.gather(unit, unit.compute_dtype(autocast))
+        self.whole.gather(unit, compute)
         following = self.units.get(predicted) if predicted is not None else None
         if following is not None:
             self.whole.prefetch(following, following.compute_dtype(autocast))
@@ -79,7 +82,9 @@ class Schedule:
         unit.reduce_grads()
 
     def updated(self, unit: ShardUnit) -> None:
-        """``unit`` has new values: if the next step begins with it, gather it meanwhile."""
+        """``unit`` has new values: if it stays whole, or the next step begins with it, gather it meanwhile."""
         unit.release_prefetched()
-        if self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
+        if unit.stays and self.whole.idle:
+            self.whole.prefetch(unit, unit.trains_in)
+        elif self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
             self.whole.prefetch(unit, unit.compute)

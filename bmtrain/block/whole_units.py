@@ -16,6 +16,7 @@ from ..shard.unit import ShardUnit, State
 class Reason(enum.Enum):
     """Why a unit is whole or on its way.
 
+    STAYING: the plan for memory lets it stay from one step to the next.
     KEPT: it stays from its forward to the end of the backward (ZeRO-2).
     USED: it was made whole last; whoever did computes with it.
     PINNED: a running forward, or code inside ``bmt.gathered``, needs it.
@@ -23,6 +24,7 @@ class Reason(enum.Enum):
         whoever needs it gathers it again.
     """
 
+    STAYING = enum.auto()
     KEPT = enum.auto()
     USED = enum.auto()
     PINNED = enum.auto()
@@ -30,7 +32,8 @@ class Reason(enum.Enum):
 
 
 class WholeUnits:
-    """Keeps at most ``limit`` units whole that are USED or NEAR, beside all that are KEPT or PINNED.
+    """Keeps at most ``limit`` units whole that are USED or NEAR, beside all that are STAYING, KEPT or
+    PINNED.
 
     ``limit`` 2 is the one in use and the one coming: the two parameter buffers per block shape.
     """
@@ -46,6 +49,8 @@ class WholeUnits:
         """Why ``unit`` is whole or on its way; None if it is neither."""
         if unit.index not in self._units:
             return None
+        if unit.is_kept:
+            return Reason.STAYING
         if unit.keep:
             return Reason.KEPT
         if unit is self._used:
@@ -59,7 +64,7 @@ class WholeUnits:
         if not unit.pins and not unit.fits(compute):
             self.release(unit)
         if not unit.is_whole:
-            if unit.state is State.SHARDED:
+            if unit.state is State.SHARDED and not unit.stays:
                 self._make_room()
             unit.gather(compute)
             for flat in unit.flats:
@@ -73,7 +78,8 @@ class WholeUnits:
         """Start gathering ``unit``, which will be needed next."""
         if unit.state is not State.SHARDED:
             return
-        self._make_room()
+        if not unit.stays:
+            self._make_room()
         self._units[unit.index] = unit
         unit.prefetch(compute)
 
@@ -85,11 +91,20 @@ class WholeUnits:
         if self._used is unit:
             self._used = None
 
-    def release_all(self) -> None:
+    def let_go(self, unit: ShardUnit) -> None:
+        """Nobody needs ``unit`` now: release it, or set it back if it stays."""
+        if not unit.is_kept:
+            self.release(unit)
+            return
+        self.set_back(unit)
+        if self._used is unit:
+            self._used = None
+
+    def let_go_of_all(self) -> None:
         """The same for every unit that no running forward has pinned."""
         for unit in list(self._units.values()):
             if not unit.pins:
-                self.release(unit)
+                self.let_go(unit)
 
     def set_back(self, unit: ShardUnit) -> None:
         """Show ``unit``'s parameters sharded, unless it is pinned, but keep what is whole for a use to come."""

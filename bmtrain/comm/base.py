@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,6 +36,11 @@ class Communicator(ABC):
     @abstractmethod
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         """Reduce ``tensor`` over ranks in place."""
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
+        """The same, maybe meanwhile: ``tensor`` is to be read after a call of what is returned."""
+        self.all_reduce(tensor, op)
+        return lambda: None
 
     @abstractmethod
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:

@@ -78,6 +78,14 @@ class GlooCommunicator(Communicator):
         if wide is not tensor:
             tensor.copy_(wide)
 
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
+        if op == "avg" or tensor.dtype in _LOW_PRECISION:
+            return super().start_all_reduce(tensor, op)
+        options = dist.AllreduceOptions()
+        options.reduceOp = _OPS[op]
+        work = self._group.allreduce([tensor], options)
+        return lambda: _run(lambda: work)
+
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._check_peer(root)
         options = dist.BroadcastOptions()

@@ -45,6 +45,20 @@ class WatchedCommunicator(Communicator):
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._counted("all_reduce", tensor.nbytes, self.inner.all_reduce, tensor, op)
 
+    def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
+        wait = self._counted("all_reduce", tensor.nbytes, self.inner.start_all_reduce, tensor, op)
+
+        def wait_watched() -> None:
+            self._diary.is_inside = True
+            try:
+                wait()
+            except CommunicationError as error:
+                self._raise(error)
+            finally:
+                self._diary.leave()
+
+        return wait_watched
+
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._counted("broadcast", tensor.nbytes, self.inner.broadcast, tensor, root)
 

@@ -33,6 +33,7 @@ from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Part, Place
 from ..shard.sharded_tensor import ShardedTensor, part_of
+from ..shard.unit import unit_of_flat
 from .driven import knows_shards
 from .fit import CheckEntry, number_problem, require_fit, tensor_problem
 from .pieces import (
@@ -262,7 +263,10 @@ class _View:
                 write_master(flat, values)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
+        units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
         self.show_sharded(optimizer)
+        for unit in units.values():
+            engine().updated(unit)
 
     def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""

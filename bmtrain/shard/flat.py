@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from operator import is_not
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +21,13 @@ from .landing import Landing
 from .layout import Layout, make_layout
 from .parameter import (
     DistributedParameter,
+    any_trains,
     enter_sharded,
     enter_whole,
     make_poison,
     raw_data,
     raw_grad,
+    raw_grads,
     set_raw_grad,
 )  # fmt: skip
 from .place import Place
@@ -40,6 +44,7 @@ class Unit(Protocol):
     precision: Precision
     reduced: Event
     is_settled: bool
+    is_stale: bool
 
     @property
     def moves(self) -> bool:
@@ -165,9 +170,13 @@ class FlatShard:
         """Whether these parameters may be gathered in another dtype than they rest in."""
         return self.autocasts or (self.unit.precision.param is not None and self.dtype.is_floating_point)
 
+    def wire_for(self, compute: torch.dtype | None) -> torch.dtype:
+        """The dtype to gather in; ``compute`` is as in ``ShardUnit.prefetch``."""
+        return compute if compute is not None and self.casts else self.dtype
+
     def to_gather(self, compute: torch.dtype | None) -> torch.Tensor:
-        """This rank's shard in the dtype to gather; ``compute`` is as in ``ShardUnit.prefetch``."""
-        self.wire = compute if compute is not None and self.casts else self.dtype
+        """This rank's shard in the dtype to gather."""
+        self.wire = self.wire_for(compute)
         if self.wire == self.dtype:
             return self.shard
         pools = self.unit.pools
@@ -253,6 +262,8 @@ class FlatShard:
         self.version += 1
         if prefetched_too:
             self.unit.release_prefetched()
+        else:
+            self.unit.is_stale = True
 
     # -- writes into whole parameters -----------------------------------------------------------------------------
 
@@ -299,8 +310,7 @@ class FlatShard:
     @property
     def trainable(self) -> bool:
         """Whether any parameter here gets a gradient."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return any(p.requires_grad for p in self.params)
+        return any_trains(self.params)
 
     @property
     def reduce_dtype(self) -> torch.dtype:
@@ -313,6 +323,8 @@ class FlatShard:
         return self.is_whole and self.reduce_dtype == self.wire
 
     def _acquire_grads(self) -> Buffer:
+        if self.unit.ctx.world_size == 1:
+            return self.gradient.room(self.reduce_dtype)
         return self.unit.pools.acquire_grads(self, self.layout, self.reduce_dtype)
 
     def add_raw_grad(self, index: int, whole: torch.Tensor) -> None:
@@ -322,8 +334,13 @@ class FlatShard:
 
     def raw_grads(self) -> list[torch.Tensor | None]:
         """What autograd has accumulated and nobody reduced yet."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return [raw_grad(p) for p in self.params]
+        return raw_grads(self.params)
+
+    @property
+    def has_raw_grads(self) -> bool:
+        """Whether any waits to be reduced."""
+        found = self.landing.is_used or any(map(is_not, self.raw_grads(), repeat(None)))
+        return found and self.trainable
 
     def reduce(self) -> None:
         """Sum whole gradients over ranks; add this rank's part to the gradient.  Collective.
@@ -334,6 +351,9 @@ class FlatShard:
         buffer, landed = self.landing.take()
         with torch.no_grad():
             self._collect(buffer.views(self.layout), landed)
+            if self.unit.ctx.world_size == 1:
+                self.gradient.take(buffer)
+                return
             device.event_after(device.current_stream()).wait(device.reduce_stream)
             with device.on(device.reduce_stream):
                 self.gradient.add(buffer.tensor)
@@ -360,6 +380,8 @@ class FlatShard:
 
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
+        if self.unit.ctx.world_size == 1:
+            self.landing.drop()
         self.gradient.clear()
         for index, parameter in enumerate(self.params):
             self.landing.forget(index)

@@ -14,7 +14,7 @@ from ..device import Event
 from .arenas import Arena
 from .layout import Layout
 from .place import Part, Place
-from .pools import Pools
+from .pools import Buffer, Pools
 
 
 class ShardGradient:
@@ -43,6 +43,8 @@ class ShardGradient:
         self.factor: torch.Tensor | None = None
         self.weight = 1.0
         self._arena: Arena | None = None  # one reduction, in the dtype that travelled
+        self._room: Buffer | None = None  # the same on one rank, where whole gradients are written into it
+        self._is_lent = False  # whether that is going on
         self._sum: torch.Tensor | None = None  # fp32
         self._wide = False  # whether the gradient is in _sum
 
@@ -78,6 +80,41 @@ class ShardGradient:
         ctx.reduce.reduce_scatter(whole, part.tensor)
         total.add_(part.tensor, alpha=share)
         self._pools.parts.give_back(part, ctx.device.reduce_stream)
+
+    def room(self, dtype: torch.dtype) -> Buffer:
+        """On one rank: where whole gradients may be written, for ``take``; uninitialised but for zeros in gaps.
+
+        It is what ``take`` keeps, unless there is a gradient already.  As in torch, its memory goes when the gradient
+        is cleared.
+        """
+        if self.present or self._is_lent:
+            room = self._pools.make_grads(self._layout, dtype)
+        else:
+            self._is_lent = True
+            if self._room is None or self._room.tensor.dtype != dtype:
+                self._room = self._pools.make_grads(self._layout, dtype)
+            room = self._room
+            room.allocate()
+        if self._layout.gaps:
+            torch._foreach_zero_([room.tensor[start:end] for start, end in self._layout.gaps])
+        return room
+
+    def take(self, room: Buffer) -> None:
+        """On one rank: add what was written into ``room``."""
+        self.dropped.clear()
+        weight = 1.0 / self._pools.ctx.gradient_divisor
+        if room is self._room:
+            self._is_lent = False
+        if not self.present:
+            assert room is self._room
+            self._arena = room.arena
+            self.present, self._wide, self.factor, self.weight = True, False, None, weight
+            return
+        total, share = self._total(), weight / self.weight
+        if share == 1.0 and total.dtype == torch.float32:
+            kernels.accumulate_(total, room.tensor, first=False)
+        else:
+            total.add_(room.tensor, alpha=share)
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient, in whatever precision it is kept, and the factor to apply beside ``weight``.
@@ -168,6 +205,10 @@ class ShardGradient:
         self.dropped.clear()
         self.present, self.factor = False, None
         self.touched = [False] * len(self.touched)
+        if self._room is not None:
+            self._arena, self._sum, self._is_lent = None, None, False
+            if not self._room.give_up_memory():
+                self._room = None
 
     def _zeros(self) -> torch.Tensor:
         """Become a gradient of zeros, to be written."""
@@ -182,6 +223,12 @@ class ShardGradient:
 
     def _fitting(self, dtype: torch.dtype) -> torch.Tensor:
         """The buffer of one reduction, in this dtype."""
+        if self._pools.ctx.world_size == 1:
+            room = self.room(dtype)
+            if room is self._room:
+                self._is_lent = False
+            self._arena = room.arena
+            return room.tensor
         if self._arena is None or self._arena.tensor.dtype != dtype:
             self._arena = self._pools.arenas.alloc(self._pools.ctx.reduce, self._layout.shard_numel, dtype)
         return self._arena.tensor

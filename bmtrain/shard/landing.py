@@ -35,6 +35,10 @@ class Landing:
         """Nothing of a backward that an exception ended is wanted."""
         self._landed[index] = False
 
+    def drop(self) -> None:
+        """The buffer goes, and what is in it."""
+        self._buffer, self._landed = None, [False] * len(self._landed)
+
     @property
     def is_used(self) -> bool:
         """Whether whole gradients wait in the buffer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -43,6 +43,12 @@ class Layout:
     slots: tuple[Slot, ...]
     world_size: int
     numel: int
+
+    @cached_property
+    def gaps(self) -> tuple[tuple[int, int], ...]:
+        """Ranges between parameters and behind the last, which none of them fills."""
+        ends = [*(slot.start for slot in self.slots[1:]), self.numel]
+        return tuple((slot.end, end) for slot, end in zip(self.slots, ends, strict=True) if slot.end < end)
 
     @property
     def shard_numel(self) -> int:

@@ -28,6 +28,7 @@ from .sharded_tensor import ShardedTensor
 
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
+_requires_grad: Any = torch.Tensor.requires_grad
 
 
 class Home(Protocol):
@@ -303,6 +304,18 @@ def group_of(parameter: nn.Parameter) -> str | None:
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """The gradient autograd has accumulated and nobody has taken yet."""
     return _raw_grad.__get__(parameter)  # type: ignore[no-any-return]
+
+
+def raw_grads(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor | None]:
+    """The same of many, without a call for each."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return list(map(_raw_grad.__get__, parameters))
+
+
+def any_trains(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether any requires grad."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return any(map(_requires_grad.__get__, parameters))
 
 
 def set_raw_grad(parameter: nn.Parameter, value: torch.Tensor | None) -> None:

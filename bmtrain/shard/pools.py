@@ -35,6 +35,7 @@ class Buffer:
     key: Hashable
     free: Event
     _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    _bytes: int = 0  # what to allocate again, where memory was given back
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -47,6 +48,24 @@ class Buffer:
             for view in views:
                 if view.is_floating_point():
                     view.fill_(float("nan"))
+
+    def give_up_memory(self) -> bool:
+        """Free the memory and keep the views, for ``allocate``; False, and nothing, if views of others need it."""
+        if self._bytes:
+            return True
+        storage = self.tensor.untyped_storage()
+        own = 2 + sum(len(views) for views in self._views.values())  # the flat tensor and ``storage`` itself
+        if torch._C._storage_Use_Count(storage._cdata) > own:
+            return False
+        self._bytes = storage.nbytes()
+        storage.resize_(0)
+        return True
+
+    def allocate(self) -> None:
+        """Have memory again, uninitialised."""
+        if self._bytes:
+            self.tensor.untyped_storage().resize_(self._bytes)
+            self._bytes = 0
 
     def views(self, layout: Layout) -> list[torch.Tensor]:
         """Every parameter's view of this buffer, made once for each layout."""
@@ -110,6 +129,13 @@ class BufferPool:
         buffer.free.record(stream)
         self._idle.setdefault(buffer.key, deque()).append(buffer)
 
+    def trim(self) -> None:
+        """Let go of idle buffers beyond the two that serve any number of units."""
+        for key, idle in self._idle.items():
+            while idle and self._made[key] > 2:
+                idle.popleft()
+                self._made[key] -= 1
+
 
 class Pools:
     """Where units get their buffers: whole parameters, whole gradients, and parts of reduced gradients.
@@ -142,6 +168,13 @@ class Pools:
             self.arenas.look_for_garbage()
             self.arenas.collect()
 
+    def trim_params(self) -> None:
+        """Give back what was made for units that are not whole any more.  Collective."""
+        self.ctx.device.synchronize()
+        self.params.trim()
+        self.arenas.collect()
+        self.ctx.device.empty_cache()
+
     def acquire_params(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
         """For all values, to be written on the gather stream."""
         return self._acquire(self.params, user, layout.numel, dtype, self.ctx.device.gather_stream)
@@ -154,6 +187,12 @@ class Pools:
         """For all gradients, to be written by the current stream; zeros between parameters."""
         # Shared among equal layouts only (those are one object): their gaps are at the same places.
         return self._acquire(self.grads, user, layout.numel, dtype, self.ctx.device.current_stream(), id(layout))
+
+    def make_grads(self, layout: Layout, dtype: torch.dtype) -> Buffer:
+        """For all gradients on one rank, which keeps them there: of no pool, and uninitialised."""
+        with torch.inference_mode(False):
+            arena = self.arenas.alloc(self.ctx.reduce, layout.numel, dtype)
+        return Buffer(arena, None, self.ctx.device.event())
 
     def acquire_part(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:
         """For this rank's part of one reduction, to be written on the reduce stream."""

@@ -43,7 +43,11 @@ class ShardUnit:
         open_uses: forwards whose backward has not passed yet.
         compute: the dtype that the last gather was to compute in.
         borrows: units that hold parameters which this one's module shares with others.
-        keep: stay whole from the first forward to the end of the backward (ZeRO-2).
+        keep: True: stay whole from the first forward to the end of the backward (ZeRO-2); False: do not; None: as
+            memory allows.
+        stays: the plan for memory lets it stay whole from one step to the next.
+        trains_in: the dtype that the last backward was to compute in.
+        is_stale: ranks may have written different values into what is whole.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
 
@@ -61,9 +65,11 @@ class ShardUnit:
         self.inherits_precision = precision is None
         self.precision = self.ctx.precision if precision is None else precision
         self.pools.moves |= self.moves
-        self.keep = self.is_settled = False
+        self.keep: bool | None = None
+        self.is_settled = False
         self.borrows: list[ShardUnit] = []
         self.compute: torch.dtype | None = None
+        self.trains_in: torch.dtype | None = None
         self._begin()
         # One flat buffer for each dtype, frozen parameters apart so that they are never reduced, and those apart that
         # autocast would cast; matrices first, so that the usual weight-decay groups are contiguous.
@@ -78,6 +84,7 @@ class ShardUnit:
     def _begin(self) -> None:
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = self.open_uses = 0
+        self.stays = self.is_stale = False
         self.is_whole = not self.moves
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
@@ -112,6 +119,23 @@ class ShardUnit:
         """Whether what is whole or prefetched is what ``prefetch(compute)`` would bring."""
         return self.compute == compute or not any(flat.casts for flat in self.flats)
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether what is whole now is to stay from one step to the next."""
+        return self.stays and not self.is_stale and self.fits(self.trains_in)
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether the plan for memory may let it stay."""
+        return self.moves and self.keep is None
+
+    def whole_bytes(self, at_rest: bool = False) -> int:
+        """Bytes of the whole values, in the dtypes of training or at rest."""
+        return sum(
+            flat.layout.numel * (flat.dtype if at_rest else flat.wire_for(self.trains_in)).itemsize
+            for flat in self.flats
+        )
+
     # -- moves ----------------------------------------------------------------------------------------------------
 
     def prefetch(self, compute: torch.dtype | None = None) -> None:
@@ -122,7 +146,7 @@ class ShardUnit:
         """
         if self.is_whole or self._prefetched:
             return
-        self.compute = compute
+        self.compute, self.is_stale = compute, False
         device = self.ctx.device
         stream = device.gather_stream
         self._ready.record(device.current_stream())  # the shard may just have been updated
@@ -188,7 +212,7 @@ class ShardUnit:
 
     def has_raw_grads(self) -> bool:
         """Whether autograd left gradients here that are not reduced yet."""
-        return any(f.landing.is_used or any(g is not None for g in f.raw_grads()) for f in self.flats if f.trainable)
+        return any(f.has_raw_grads for f in self.flats)
 
     def reduce_grads(self) -> None:
         """Sum whole gradients over ranks and add this rank's part to its gradient shards."""
@@ -198,7 +222,8 @@ class ShardUnit:
             if flat.trainable:
                 flat.reduce()
         diary.unit = ""
-        self.reduced.record(self.ctx.device.reduce_stream)
+        if self.ctx.world_size > 1:
+            self.reduced.record(self.ctx.device.reduce_stream)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 

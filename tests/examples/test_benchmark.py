@@ -17,9 +17,9 @@ ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "examples" / "benchmark"
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: str = "run.py") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(BENCHMARK / "run.py"), *arguments]
+    command = [sys.executable, str(BENCHMARK / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
@@ -83,3 +83,30 @@ def test_startup_without_a_gpu() -> None:
     assert float(lines["bmtrain"][0]) > 0 and float(lines["fsdp2"][0]) > 0
     assert lines["bmtrain"][3:] == ["-"] * 4
     assert lines["deepspeed"][:3] == ["not", "measured:", "DeepSpeed"]
+
+
+def test_a_users_script_is_no_other_when_converted(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    done = run(
+        "nano:1", "--ranks", "2", "--engines", "ddp", "converted", "--length", "16", "--steps", "4",
+        "--json", str(rows), script="user.py",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    ddp, converted = json.loads(rows.read_text())
+    assert [ddp["engine"], converted["engine"]] == ["ddp", "converted"]
+    assert ddp["median"] > 0 and converted["median"] > 0
+    assert converted["losses"] == pytest.approx(ddp["losses"], rel=1e-4) and len(converted["losses"]) == 4
+
+
+@pytest.mark.long
+def test_a_row_whose_losses_differ_has_failed() -> None:
+    more = ("--engines", "ddp", "converted", "--length", "16", "--steps", "2", "--tolerance", "0")
+    done = run("nano:1", "--ranks", "2", *more, script="user.py")
+    assert done.returncode == 1
+    assert "FAILED: losses differ from those of ddp x2" in done.stdout
+
+
+def test_a_users_workload_that_is_none_is_explained() -> None:
+    done = run("nano:1:accum", script="user.py")
+    assert done.returncode == 1
+    assert "SIZE:BATCH" in done.stderr

@@ -1,0 +1,365 @@
+"""What is free buys speed and changes no number: units stay whole from step to step, beside a model that is lean."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from ranks import on_ranks, run_ranks
+
+import bmtrain as bmt
+from bmtrain.block.memory import MemoryPlan
+from bmtrain.context import context
+from bmtrain.device import Memory
+from bmtrain.errors import ConfigurationError
+from bmtrain.objects import allgather_objects
+from bmtrain.precision import Precision, as_precision
+from bmtrain.shard.unit import ShardUnit, State, unit_of_flat
+
+GIB = 2**30
+
+
+def memory_of(free: float) -> Memory:
+    """A step takes one GiB for a while; of what is free beside that, 3.2 GiB are left alone."""
+    return Memory(free=int((free + 1 + 3.2) * GIB), allocated=GIB, total=80 * GIB, peak=2 * GIB)
+
+
+PLENTY = memory_of(60)
+
+
+def fresh_plan(memory: Memory | None) -> MemoryPlan:
+    """Let the process's engine forget its plan, and the device say ``memory`` of itself."""
+    engine: Any = context().engine
+    context().device.stand_in = memory
+    engine.plan = engine.outside._plan = MemoryPlan(context())
+    return engine.plan  # type: ignore[no-any-return]
+
+
+def units_of(model: Any) -> list[ShardUnit]:
+    return list({id(u): u for u in (unit_of_flat(p._flat) for p in model.parameters())}.values())
+
+
+def names(recompute: bool | None) -> models.Names:
+    made = models.sharded()
+
+    def block(module: Any) -> Any:
+        return bmt.Block(module, use_checkpoint=recompute)
+
+    return models.Names(made.Module, made.Parameter, lambda ms: bmt.TransformerBlockList([block(m) for m in ms]), block)
+
+
+def tokens(step: int, length: int = 8, rows: int = 4) -> torch.Tensor:
+    every = torch.randint(0, 31, (bmt.world_size() * rows, length), generator=torch.Generator().manual_seed(step))
+    return every.chunk(bmt.world_size())[bmt.rank()]
+
+
+def loss_of(model: Any, step: int) -> Any:
+    return model(tokens(step), tokens(step + 1))
+
+
+Between = Callable[[Any, Any, int], None]
+"""What user code does to a model and its manager before a step."""
+
+
+def nothing(model: Any, manager: Any, step: int) -> None:
+    pass
+
+
+def writes(model: Any, manager: Any, step: int) -> None:
+    """Into parameters outside of the optimizer, in every way."""
+    first = next(iter(model.parameters()))
+    if step % 3 == 0:
+        first.data.mul_(0.75)
+    elif step % 3 == 1:
+        with torch.no_grad():
+            first.add_(0.01)
+    else:
+        with bmt.gathered(model, write=True):
+            for parameter in model.parameters():
+                parameter.data.mul_(0.999)
+
+
+def loads(model: Any, manager: Any, step: int) -> None:
+    if step == 4:
+        model.saved = ({k: v.clone() for k, v in model.state_dict().items()}, manager.state_dict(gather_opt=True))
+    if step == 6:
+        model.load_state_dict(model.saved[0])
+        manager.load_state_dict(model.saved[1])
+
+
+def averages(model: Any, manager: Any, step: int) -> None:
+    if step == 3:
+        model.__dict__["ema"] = copy.deepcopy(model)
+    if step > 3:
+        with torch.no_grad():
+            for kept, parameter in zip(model.ema.parameters(), model.parameters(), strict=True):
+                kept.mul_(0.9).add_(parameter, alpha=0.1)
+            loss_of(model.ema, step)
+
+
+def evaluates(model: Any, manager: Any, step: int) -> None:
+    with torch.no_grad():
+        loss_of(model, step + 100)
+        loss_of(model, step + 100)
+
+
+def freezes(model: Any, manager: Any, step: int) -> None:
+    if step == 0:
+        for parameter in list(model.parameters())[4:10]:
+            parameter.requires_grad_(False)
+
+
+def trained(
+    memory: Memory | None, between: Between, steps: int, precision: str, recompute: bool | None = None, own: bool = True
+) -> list[Any]:
+    """Losses and final weights of a small GPT, and, last, whether units were whole between steps."""
+    fresh_plan(memory)
+    torch.manual_seed(3)
+    context().precision = as_precision(precision if precision in ("bf16", "fp16") else None)
+    model = models.gpt(names(recompute), layers=2, width=8)
+    context().precision = Precision()
+    manager = bmt.optim.OptimManager(loss_scale=2.0**8 if precision == "fp16" else None)
+    kind: Any = bmt.optim.AdamOptimizer if own else torch.optim.AdamW
+    manager.add_optimizer(kind(model.parameters(), lr=1e-2))
+    losses, stayed = [], False
+    for step in range(steps):
+        between(model, manager, step)
+        for micro in range(1 + (step % 4 == 1)):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
+                loss = loss_of(model, 2 * step + micro) / 2
+            manager.backward(loss)
+            losses.append(float(loss.detach()))
+        manager.clip_grad_norm(model.parameters(), 0.5)
+        manager.step()
+        manager.zero_grad()
+        moving = [unit for unit in units_of(model) if unit.moves]
+        stayed = bool(moving) and all(unit.state is State.GATHERING for unit in moving)
+    assert not any(unit.is_whole for unit in moving)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    if "ema" in model.__dict__:
+        weights |= {f"ema.{k}": v.clone() for k, v in model.ema.state_dict().items()}
+    assert {unit.stays for unit in moving} <= {memory is not None}
+    return [losses, weights, stayed]
+
+
+def check_same(between: Between, steps: int, precision: str, *how: Any) -> None:
+    lean = trained(None, between, steps, precision, *how)
+    auto = trained(PLENTY, between, steps, precision, *how)
+    fresh_plan(None)
+    assert lean[0] == auto[0], (between.__name__, precision, *how)
+    assert all(torch.equal(lean[1][key], auto[1][key]) for key in lean[1]), (between.__name__, precision, *how)
+    assert not lean[2] and auto[2] == (bmt.world_size() > 1 or precision in ("bf16", "fp16"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "fp16"])
+@on_ranks(2)
+def test_what_stays_changes_no_number_in_20_steps(precision: str) -> None:
+    check_same(nothing, 20, precision)
+
+
+@on_ranks(3)
+def test_what_stays_changes_no_number_on_3_ranks() -> None:
+    check_same(nothing, 20, "autocast")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@on_ranks(1, 3)
+def test_what_stays_changes_no_number_on_other_ranks(precision: str) -> None:
+    for how in [(None, True), (True, False), (False, True)]:
+        check_same(nothing, 20, precision, *how)
+
+
+BETWEEN = [writes, loads, averages, evaluates, freezes]
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+@on_ranks(2)
+def test_what_else_is_done_to_a_model_counts(between: Between) -> None:
+    check_same(between, 7, "autocast")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("between", BETWEEN)
+@on_ranks(1, 2, 3)
+def test_what_else_is_done_to_a_model_counts_however_it_trains(between: Between) -> None:
+    for how in [(None, False), (True, True), (False, False)]:
+        check_same(between, 8, "bf16", *how)
+
+
+@on_ranks(1)
+def test_one_rank_keeps_what_it_casts() -> None:
+    check_same(writes, 5, "bf16")
+    check_same(nothing, 4, "fp32", False)
+
+
+# ---- who decides, and who takes it back
+# -------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A small GPT that is trained step by step, with as many sequences as asked for."""
+
+    def __init__(self, memory: Memory, limit: Any = "auto") -> None:
+        context().memory = limit
+        self.plan = fresh_plan(memory)
+        torch.manual_seed(3)
+        self.model = models.gpt(names(None), layers=2, width=8)
+        self.manager = bmt.optim.OptimManager()
+        self.manager.add_optimizer(bmt.optim.AdamOptimizer(self.model.parameters(), lr=1e-2))
+
+    def forward(self, step: int = 0, rows: int = 4) -> Any:
+        return self.model(tokens(step, rows=rows), tokens(step + 1, rows=rows))
+
+    def steps(self, count: int, rows: int = 4) -> None:
+        for step in range(count):
+            self.manager.backward(self.forward(step, rows))
+            self.manager.step()
+            self.manager.zero_grad()
+
+    @property
+    def stay(self) -> bool:
+        """Whether all stay; all do, or none."""
+        answers = {unit.stays for unit in units_of(self.model)}
+        assert len(answers) == 1 and answers == {bool(self.plan._staying)}
+        return answers.pop()
+
+
+@contextmanager
+def training(memory: Memory, limit: Any = "auto") -> Iterator[Training]:
+    before = context().memory
+    try:
+        yield Training(memory, limit)
+    finally:
+        context().memory = before
+        fresh_plan(None)
+
+
+@on_ranks(2)
+def test_ranks_decide_alike_whatever_each_has_free() -> None:
+    last = bmt.rank() == bmt.world_size() - 1
+    # The last rank's free memory, or its limit; 1 GiB is left for a step of twice the size, unless a number is given.
+    cases = [(60, "auto", True), (1.5, "auto", True), (0.5, "auto", False), (-3, "auto", False), (60, "lean", False)]
+    cases += [(60, 2.5, True), (60, 1.5, False), (60, 60, True), (-3.9, 60, False)]
+    for free, limit, stay in cases:
+        with training(memory_of(free) if last else PLENTY, limit) as run:
+            run.steps(2)
+            assert not run.plan._staying
+            run.steps(1)
+            assert run.stay == stay, (free, limit)
+            kept = allgather_objects(sorted(run.plan._kept))
+            assert all(each == kept[0] for each in kept)
+            assert bool(kept[0]) == (limit != "lean" and free > 0 and limit != 1.5)
+
+
+@on_ranks(3)
+def test_larger_inputs_of_one_rank_take_back_what_stays_everywhere() -> None:
+    with training(memory_of(4)) as run:
+        other = bmt.rank() != 1
+        run.steps(3)
+        run.steps(2, rows=8)  # twice as much fits
+        assert run.stay
+        loss = run.forward(rows=4 if other else 40)
+        assert run.plan._is_short == (not other), "the rank itself keeps nothing else from now on"
+        assert run.stay
+        run.manager.backward(loss)
+        run.manager.step()
+        assert not run.stay
+        assert all(unit.state is State.SHARDED for unit in units_of(run.model))
+        run.steps(3)  # measured again, on one rank with the larger inputs
+        assert run.stay
+        run.steps(2, rows=8 if other else 40)
+        assert run.stay
+        for rows in (50, 60, 70):  # inputs that grow for ever are not followed for ever
+            assert run.stay
+            run.plan._moving = 100 * GIB
+            run.steps(4, rows=8 if other else rows)
+        assert not run.stay
+
+
+@on_ranks(2)
+def test_an_allocator_that_looked_twice_takes_back_what_stays_on_all_ranks() -> None:
+    with training(PLENTY) as run:
+        run.steps(4)
+        context().device.stand_in = replace(PLENTY, retries=bmt.rank())
+        assert run.stay
+        run.steps(1)
+        assert not run.stay
+        run.steps(3)
+        assert run.stay, "it is not held against what is planned later"
+
+
+@on_ranks(2)
+def test_need_in_a_later_forward_of_a_step_is_told_in_the_next() -> None:
+    with training(memory_of(4)) as run:
+        run.steps(4)
+        run.manager.backward(run.forward())
+        run.manager.backward(run.forward(rows=40 if bmt.rank() else 4))
+        run.manager.step()
+        assert run.stay
+        run.steps(1)
+        assert not run.stay
+
+
+@on_ranks(2)
+def test_nobody_waits_for_other_ranks_while_all_stays() -> None:
+    control: Any = context().control
+    calls: list[str] = []
+
+    def noted(name: str) -> Any:
+        inner = getattr(control, name)
+
+        def around(*args: Any) -> Any:
+            calls.append(name)
+            return inner(*args)
+
+        return around
+
+    exchanges = ("all_reduce", "all_gather", "broadcast", "barrier", "start_all_reduce")
+    with training(PLENTY) as run:
+        run.steps(5)
+        for name in exchanges:
+            setattr(control, name, noted(name))
+        try:
+            for _ in range(3):
+                for _ in range(2):
+                    run.manager.backward(run.forward())
+                with torch.no_grad():
+                    run.forward(rows=40)  # takes little, whatever its size
+                run.manager.step()
+        finally:
+            for name in exchanges:
+                delattr(control, name)
+        assert run.stay
+    assert calls == ["start_all_reduce"] * 3
+
+
+# ---- refusals
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "memory", ["", "Auto", "all", "8", "8GiB", None, True, False, 0, -1, float("nan"), float("inf"), [8]]
+)
+def test_memory_is_a_word_or_a_number_of_gib(memory: Any) -> None:
+    with pytest.raises(ConfigurationError, match="memory must be"):
+        bmt.init_distributed(memory=memory)
+    assert not bmt.is_initialized()
+
+
+def other_memory_on_rank_1(others: list[Any]) -> None:
+    with pytest.raises(ConfigurationError, match="the same on all ranks"):
+        bmt.init_distributed(device="cpu", memory=others[int(os.environ["RANK"])])
+    assert not bmt.is_initialized()
+
+
+@pytest.mark.parametrize("others", [["auto", "lean"], [8, 4.5]])
+def test_ranks_say_the_same_of_memory(others: list[Any]) -> None:
+    run_ranks(2, other_memory_on_rank_1, others, initialize=False, fresh=True)
