@@ -178,7 +178,10 @@ class Device:
         if not self.is_cuda:
             return False
         streams = (self.gather_stream, self.reduce_stream, torch.cuda.default_stream(self.torch_device))
-        return not all(stream is None or stream.query() for stream in streams)
+        try:
+            return not all(stream is None or stream.query() for stream in streams)
+        except RuntimeError:  # an error of the device, which is raised where somebody waits for it
+            return True
 
     @property
     def overlaps(self) -> bool:

@@ -157,7 +157,7 @@ class _Run:
 
     def _start(self) -> list[_Process]:
         attack = self.attack
-        port = _free_port()
+        port = free_port()
         clean = {key: value for key, value in os.environ.items() if key not in LAUNCH}
         common = {
             **clean, **attack.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULTS_MARK": self.mark,
@@ -293,7 +293,8 @@ def _marked(mark: str) -> list[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -159,7 +159,8 @@ def test_on_one_rank_a_cleared_gradient_takes_no_memory() -> None:
         grads.append((part, expected))
         manager.zero_grad()
         manager.zero_grad()
-        assert held() - before < len(grads) * (head + 2048) + 2048
+        # The gradient that ``part`` is a view of lives on beside the memory it was in.
+        assert held() - before < len(grads) * (2 * head + 2048) + 2048
     assert all(torch.equal(*pair) for pair in grads)
 
 
