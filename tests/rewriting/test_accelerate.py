@@ -161,6 +161,11 @@ BEHIND = {
     "ended": ("accelerator.end_training()\naccelerator.free_memory()\ndone = 1", "\ndone = 1\n"),
     "totals behind a loop": ("seen = accelerator.gather(loss)", "seen = bmt.gather_result(loss)\n"),
     "totals of evaluation": ("seen = accelerator.gather(out)", "seen = out\n"),
+    "a pretrained model": (
+        "inner = accelerator.unwrap_model(model)\ninner.save_pretrained('out', is_main_process=accelerator.is_main_process, "
+        "save_function=accelerator.save, max_shard_size='1GB')",
+        "inner = model\ninner.save_pretrained('out', max_shard_size='1GB')\n",
+    ),
     "precision asked for": ("p = accelerator.mixed_precision", 'p = "no"\n'),
 }  # fmt: skip
 

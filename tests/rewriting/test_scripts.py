@@ -224,6 +224,18 @@ CASES = {
         ["value = model.state_dict()\nif bmt.rank() == 0:\n    model.save_pretrained(\n        'out',  # here\n"
          "        max_shard_size='1GB', state_dict=value,\n    )\n"],
     ),
+    "a pretrained model that rank 0 saves": (
+        "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
+        + "if rank == 0 and step % 10 == 0:\n    print('saving')\n    model.save_pretrained('out')\n",
+        ["if step % 10 == 0:\n    bmt.print_rank('saving')\n    value = model.state_dict()\n"
+         "    if bmt.rank() == 0:\n        model.save_pretrained('out', state_dict=value)\n"],
+    ),
+    "a pretrained model inside another name": (
+        "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
+        + "if rank == 0:\n    inner = model.module if hasattr(model, 'module') else model\n"
+        "    inner = model\n    inner.save_pretrained('out')\n",
+        ["value = inner.state_dict()\nif bmt.rank() == 0:\n    inner.save_pretrained('out', state_dict=value)\n"],
+    ),
     "a part of the outputs": (
         LOOP.replace("loss = model(x).mean()", "out = model(x)").replace("loss.back", "out['loss'].back")
         + "    print(f'{out[\"loss\"].item():.3f}', out['loss'].item(), out['other'].item())\n",

@@ -100,6 +100,7 @@ class _Uses:
         self.reasons: list[tuple[int, str]] = []
         self.seen: list[ast.AST] = []
         self._counted: set[ast.For] = set()
+        self._dropped: dict[ast.Call, list[ast.keyword]] = {}
 
     def refuse(self, node: ast.AST, message: str) -> None:
         self.reasons.append((getattr(node, "lineno", 1), message))
@@ -116,6 +117,8 @@ class _Uses:
                 elif isinstance(node, ast.Name) or not isinstance(self.file.names.parents[node], ast.Attribute):
                     yield from self._name(node, self.project.external(self.file, node))
         yield from self._loops()
+        for call, dropped in self._dropped.items():
+            yield Arguments(call, dropped=tuple(dropped))
         yield from self._imports()
 
     # The Accelerator itself -----------------------------------------------------
@@ -276,11 +279,17 @@ class _Uses:
         return isinstance(statement, ast.Expr) and statement.value is call
 
     def _is_dropped(self, node: ast.expr) -> bool:
-        """Whether a value is an argument of ``save_pretrained`` that says no more than what is so without it."""
+        """Whether a value is an argument of ``save_pretrained`` that says no more than what is so without it; if so,
+        it goes.
+        """
         keyword = self.file.names.parents[node]
         if not isinstance(keyword, ast.keyword) or keyword.arg not in {"is_main_process", "save_function"}:
             return False
-        return last_name(getattr(self.file.names.parents[keyword], "func", keyword)) == "save_pretrained"
+        call = self.file.names.parents[keyword]
+        if not isinstance(call, ast.Call) or last_name(call.func) != "save_pretrained":
+            return False
+        self._dropped.setdefault(call, []).append(keyword)
+        return True
 
     def _code(self, node: ast.expr, text: str, **holes: ast.expr) -> Iterator[Change]:
         """Other code in the place of a node, with the imports that it needs."""

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
 from rewriter.changes import Arguments, Change, Import, Under, insert_before, template, wrap
 from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
@@ -30,16 +31,18 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for node in file.nodes:
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
-        if facts.scripts.in_opened_guard(file, node) or not writes(file, facts.project, node):
+        if not writes(file, facts.project, node):
             continue
-        if saves_only(file, facts.project, node):
-            joined.update(walk(node))
-            continue  # BMT026 sees to it
-        if _saves_pretrained(file, facts, node):
+        if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)
             changes = tuple(_with_state(file, node))
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
+        if facts.scripts.in_opened_guard(file, node):
+            continue
+        if saves_only(file, facts.project, node):
+            joined.update(walk(node))
+            continue  # BMT026 sees to it
         guard = guarded(file, facts, node)
         if guard is not None:
             followers = tuple(_followers(file, facts, node))
@@ -106,7 +109,9 @@ def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
     match node:
         case ast.Expr(value=ast.Call(func=ast.Attribute(value=receiver, attr="save_pretrained")) as call):
             roles = facts.scripts.roles[file]
-            made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(receiver)]
+            receiver = _without_wrapper(receiver)
+            made = _values_of(roles, receiver)
+            made += [value for other in made for value in _values_of(roles, _without_wrapper(other))]
             given = {keyword.arg for keyword in call.keywords}
             return (
                 roles.is_model(receiver)
@@ -121,6 +126,17 @@ def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
                 )
             )
     return False
+
+
+def _values_of(roles: Roles, name: ast.expr) -> list[ast.expr]:
+    """What is assigned to a variable."""
+    variable = roles.var(name)
+    return [] if variable is None else [value for other, value, _, _ in roles.assignments if other == variable]
+
+
+def _without_wrapper(model: ast.expr) -> ast.expr:
+    """``model`` for ``model.module``, as DDP has it."""
+    return model.value if isinstance(model, ast.Attribute) and model.attr == "module" else model
 
 
 def _with_state(file: File, node: ast.Expr) -> Iterator[Change]:
