@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.accelerators import scripts_with_accelerators
+from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
 from rewriter.rules import FIRST, RULES
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -92,8 +92,11 @@ def make_first_plans(
     groups = scripts_with_accelerators(facts.scripts)
     for _ in groups:
         stay |= {file for group in groups.values() if group & stay for file in group}
+    holders = set(groups).union(*(Accelerators(group, facts.scripts).holders() for group in set(groups.values())))
     for program, group in groups.items():
-        first = next((file for file in files if file in group and reasons[file]), None)
+        # Not what a package's entry reaches at some depth: a library has trainers that its programs need not run.
+        near = group & holders & facts.project.imported(program)
+        first = next((file for file in files if file in near and reasons[file]), None)
         if first is not None and program not in group and not facts.scripts.trains(program):
             reason = reasons[first][0]
             message = f"it starts the training in {first.path}: {reason.message} (line {reason.line})"
@@ -104,7 +107,8 @@ def make_first_plans(
         conversions = [finding for finding in found[file] if isinstance(finding, Conversion)]
         if conversions and file not in stay:
             plans[file] = _plan(file, facts, options, found[file], conversions, set())
-    return plans, {file.path: tuple(reasons[file]) for file in stay if reasons[file]}
+    # A library's file that only takes helpers of accelerate is converted for itself, as its models are others' to train.
+    return plans, {file.path: tuple(reasons[file]) for file in stay & holders if reasons[file]}
 
 
 def _file_stays(file: File) -> bool:

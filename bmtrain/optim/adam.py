@@ -239,7 +239,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             kept = self._states.get(home.key)
             if kept is None or not kept.steps[index]:
                 continue
-            entry: dict[str, Any] = {"step": torch.tensor(float(kept.steps[index]))}
+            entry: dict[str, Any] = {"step": torch.tensor(float(kept.steps[index]), device="cpu")}
             for name, values in (("exp_avg", kept.exp_avg), ("exp_avg_sq", kept.exp_avg_sq)):
                 entry[name] = (
                     part_at(home.place_of(index), home.local(values, index))

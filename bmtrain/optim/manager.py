@@ -235,6 +235,7 @@ class OptimManager:
             gather_opt: whole optimizer states, loadable at any world size; False gives this rank's shards where the
                 optimizer has that form, which every rank has to write to a file of its own.
         """
+        self._learn()
         return self._state(
             [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
         )

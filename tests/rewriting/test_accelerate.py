@@ -368,3 +368,24 @@ def test_the_ranks_train_as_one_process(number: int, tmp_path: Path) -> None:
     assert files == sorted([*states, *random_states, "out/last.pt"])
     again = run_ranks(number, play, text, str(tmp_path), "--resume", "2", initialize=False, fresh=True)
     assert again[0][0] == RESUMED
+
+
+def test_models_of_a_library_with_a_trainer_are_converted(tmp_path: Path) -> None:
+    """Its other files may take helpers of accelerate; only the trainer's own file stays."""
+    library = tmp_path / "library"
+    library.mkdir()
+    files = {
+        "__init__.py": "from .modeling import Net\nfrom .training import Trainer\n",
+        "modeling.py": "import torch\nfrom accelerate.hooks import add_hook_to_module\n\n\n"
+        "class Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.weight = torch.nn.Parameter(torch.ones(3))\n\n    def forward(self, x):\n        return x * self.weight\n",
+        "training.py": "from accelerate import Accelerator\nfrom .modeling import Net\n\n\nclass Trainer:\n"
+        "    def __init__(self, args):\n        self.accelerator = Accelerator(**args)\n\n"
+        "    def train(self, loss):\n        self.accelerator.backward(loss)\n",
+        "tool.py": "from library import Net\n\nif __name__ == '__main__':\n    print(Net())\n",
+    }
+    for name, text in files.items():
+        (library / name).write_text(text)
+    after = {result.path.name: result for result in convert_paths(sorted(library.iterdir()), Options())}
+    assert b"class Net(bmt.DistributedModule)" in after["modeling.py"].after
+    assert not after["training.py"].changed and not after["tool.py"].reported

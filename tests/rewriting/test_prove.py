@@ -183,7 +183,8 @@ def test_a_rank_that_leaves_early(host: Host, tmp_path: Path) -> None:
     early = "optim_manager.step()\n        if bmt.rank() == 1:\n            break"
     report = check(host, tmp_path, SCRIPT, fault(("optim_manager.step()", early)), timeout=25)
     assert kinds(report)[0] in (compare.BRANCH, compare.STALLED)
-    assert any(finding.kind == compare.STALLED and "rank 0 waits in" in finding.message for finding in report.findings)
+    # Each rank's place: from the runtime, or from where it waits if that is not quick enough.
+    assert any("rank 0 waits in" in f.message or "Now rank 0 is in" in f.message for f in report.findings)
 
 
 @pytest.mark.long

@@ -28,6 +28,7 @@ BLOCK_LISTS = {BLOCK_LIST, "bmtrain.PipelineTransformerBlockList"}
 KEPT = "kept"
 """``Build.container`` of a dict, or of a class of its own, that stays what it is while its members become blocks."""
 _MODULE = "torch.nn.Module"
+_BARE = ({_MODULE}, {"bmtrain.DistributedModule"})
 _TORCH_BLOCKS = {"TransformerEncoderLayer", "TransformerDecoderLayer"}
 
 
@@ -85,7 +86,7 @@ class Elements:
             kind = self.classes.kind(found)
             if kind == "leaf":
                 return Element(node, self._leaf_kind(found), found)
-            if self.classes.method(found, "forward") is None and self.classes.external_bases(found) == {_MODULE}:
+            if self.classes.method(found, "forward") is None and self.classes.external_bases(found) in _BARE:
                 return Element(node, "container", found)  # parts under one name
             return Element(node, "unknown" if kind == "none" else "block", found)
         if isinstance(found, External):

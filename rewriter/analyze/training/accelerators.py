@@ -82,6 +82,10 @@ class Accelerators:
             and self._is_bound_by_value(file, node)
         )
 
+    def holders(self) -> set[File]:
+        """The files in which it is made or used."""
+        return {file for file, _ in self.made} | {f for f in self.files if any(self.is_one(f, n) for n in f.nodes)}
+
     @staticmethod
     def _is_bound_by_value(file: File, node: ast.expr) -> bool:
         if not isinstance(node, ast.Name):

@@ -120,7 +120,8 @@ class Comparison:
         if crashed:
             _, _, rank, message, at = min(crashed)
             rest = "" if all(code is not None for code in run.codes) else f" ({where})"
-            self.note(CRASHED, f"rank {rank}: {message}{rest}", at, moment)
+            parted = message.startswith("RankDivergenceError")  # the runtime has seen it before a rank could wait
+            self.note(BRANCH if parted else CRASHED, f"rank {rank}: {message}{rest}", at, moment)
         elif run.stalled:
             self.note(STALLED, where, "", moment)
         elif not run.succeeded:
