@@ -107,7 +107,7 @@ def make_first_plans(
         conversions = [finding for finding in found[file] if isinstance(finding, Conversion)]
         if conversions and file not in stay:
             plans[file] = _plan(file, facts, options, found[file], conversions, set())
-    # A library's file that only takes helpers of accelerate is converted for itself, as its models are others' to train.
+    # A library's file that only takes helpers of accelerate is converted for itself: others train its models.
     return plans, {file.path: tuple(reasons[file]) for file in stay & holders if reasons[file]}
 
 
