@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .context import Context
-from .errors import ConfigurationError
+from .context import Context, context
+from .errors import CheckpointError, ConfigurationError
 from .objects import allgather_objects
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -50,6 +50,29 @@ def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor], other
         every = _from_all(ctx, digests)
         differs = (every != every[0]).any(0).tolist()
         return [name for name, differ in zip(values, differs, strict=True) if differ]
+
+
+def require_same(
+    what: str, kind: str, values: Mapping[str, torch.Tensor], others: Sequence[str], advice: str, noun: str = "values"
+) -> None:
+    """Collective.  Raises CheckpointError on every rank unless all were given the same to load.
+
+    Args:
+        what: the name of the whole, as in "state dict".
+        kind: of the object that it is to be loaded into.
+        values, others: as ``differing`` takes them.
+        advice: what to do instead.
+        noun: what the ranks were given that differs.
+    """
+    try:
+        names = differing(context(), f"The {what} given to {kind}", values, others)
+    except ConfigurationError as error:
+        raise CheckpointError(f"{error} Nothing was loaded.") from None
+    if names:
+        raise CheckpointError(
+            f"The ranks were given different {noun} to load into {kind} ({', '.join(names[:5])}"
+            f"{' ...' if len(names) > 5 else ''}); nothing was loaded. {advice}"
+        )
 
 
 def misfit(given: object, shape: Sequence[int], dtype: torch.dtype) -> str | None:

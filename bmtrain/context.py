@@ -61,6 +61,16 @@ class Engine(Protocol):
         """``Communicator.all_gather`` as part of ``what``; raises RankDivergenceError as above."""
 
 
+class BackgroundWriter(Protocol):
+    """A thread that writes a file."""
+
+    problem: str | None
+    """Why it could not, once that is known."""
+
+    def join(self) -> None:
+        """Wait for its end."""
+
+
 Gradients = Literal["mean", "sum"]
 MemoryUse = Literal["lean", "auto"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
@@ -98,6 +108,8 @@ class Context:
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
+    writer: BackgroundWriter | None = None
+    """What still writes a checkpoint to a file; on rank 0 only."""
     groups: int = 0
     """How many ``host_group`` were made."""
     building: int = 0

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..alike import differing, misfit
+from ..alike import misfit
+from ..alike import require_same as require_same_values
 from ..context import Context, context
-from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceError, UnsupportedError
+from ..errors import BMTrainError, CheckpointError, DeviceError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered
@@ -27,6 +28,7 @@ from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTenso
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
 from .record import Record, record_of, unit_of
+from .state import state_for_pickle
 
 
 class ShardedModule(nn.Module):
@@ -130,7 +132,7 @@ class ShardedModule(nn.Module):
     def _copy(self, memo: dict[int, Any], of_state: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
         """As ``copy`` would by ``__reduce_ex__``, which is pickle's alone here."""
         made = memo[id(self)] = type(self).__new__(type(self))
-        state = of_state(getattr(self, "__getstate__", lambda: self.__dict__)())
+        state = of_state(state_for_pickle(self))
         made.__setstate__(state)  # type: ignore[no-untyped-call]
         return made
 
@@ -223,16 +225,8 @@ def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     given = {k: v for k, v in given.items() if not isinstance(v, ShardedTensor)}
     tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.layout == torch.strided}
     others = [f"{k} ({type(v).__name__})" for k, v in given.items() if k not in tensors]
-    try:
-        names = differing(context(), f"The state dict given to {kind}", tensors, others)
-    except ConfigurationError as error:
-        raise CheckpointError(f"{error} Nothing was loaded.") from None
-    if names:
-        raise CheckpointError(
-            f"The ranks were given different values to load into {kind} ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}); nothing was loaded. Read the same file on every rank, or use "
-            "bmt.load(model, path)."
-        )
+    advice = "Read the same file on every rank, or use bmt.load(model, path)."
+    require_same_values("state dict", kind, tensors, others, advice)
 
 
 def _renames(module: nn.Module) -> bool:

@@ -127,6 +127,12 @@ class State:
         return moved
 
 
+def state_for_pickle(module: nn.Module) -> dict[str, Any]:
+    """What pickle and copy take of ``module``; before Python 3.11 not every object says so itself."""
+    found: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()
+    return found
+
+
 def attribute(module: nn.Module, name: str, value: object) -> AbstractContextManager[None]:
     """An attribute of ``module`` itself inside the ``with``."""
     return _held(module.__dict__, name, value)

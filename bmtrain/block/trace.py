@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import zlib
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import Literal
 
 from ..context import Context
 from ..errors import CommunicationError, RankDivergenceError
+from ..watch.place import place_of_thread
 
 Phase = Literal["forward", "backward", "operation"]
 Step = tuple[int, Phase]
@@ -138,8 +140,8 @@ class Trace:
 
     def _compare_all(self, what: str, patience: timedelta) -> None:
         # Asked by all ranks at the same step or not at all; at another one, its number tells.
-        store, rank, key, said = self._ctx.store, self._ctx.rank, f"order/{len(self._asked)}", f"{self._count} {what}"
-        store.set(f"{key}/{rank}", said)
+        store, key, said = self._ctx.store, f"order/{len(self._asked)}", f"{self._count} {what}"
+        store.set(f"{key}/{self._ctx.rank}", f"{said}\n{place_of_thread(threading.get_ident()).line}")
         done = f"{key}/done"
         if store.add(f"{key}/{zlib.crc32(said.encode())}", 1) == self._ctx.world_size:
             store.set(done, "1")
@@ -149,21 +151,23 @@ class Trace:
         while not store.check([done]):
             if watchdog is not None:
                 watchdog.raise_verdict()
-            self._compare(key, what, patience if time.monotonic() > deadline else None)
+            self._compare(key, said, patience if time.monotonic() > deadline else None)
             time.sleep(pause)
             pause = min(pause + 0.001, 0.5)
-        self._asked.append(f"{key}/{rank}")
+        self._asked.append(f"{key}/{self._ctx.rank}")
         if len(self._asked) > 2:  # every rank is past the one before the last
             store.delete_key(self._asked[-3])
 
-    def _compare(self, key: str, what: str, passed: timedelta | None) -> None:
+    def _compare(self, key: str, said: str, passed: timedelta | None) -> None:
+        """Raise RankDivergenceError if a rank has not ``said`` the same, or nothing when the time has ``passed``."""
         store, here = self._ctx.store, self._ctx.rank
         for rank in range(self._ctx.world_size):
-            said = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
-            if said is not None and said != f"{self._count} {what}":
-                self._leave(_message(here, what, rank, f"came to {said.split(' ', 1)[1]}"))
-            if said is None and passed is not None:
-                self._leave(_message(here, what, rank, f"did not within {passed}"))
+            other = store.get(f"{key}/{rank}").decode() if store.check([f"{key}/{rank}"]) else None
+            if other is not None and other.split("\n")[0] != said:
+                self._leave(_difference(here, store.get(f"{key}/{here}").decode(), rank, other))
+            if other is None and passed is not None:
+                own = _came_to(store.get(f"{key}/{here}").decode())
+                self._leave(f"Rank {here} came to {own}, but rank {rank} did not within {passed}. {_ADVICE}")
 
     def _leave(self, message: str) -> None:
         if self._ctx.watchdog is not None:
@@ -183,5 +187,18 @@ _ADVICE = (
 )
 
 
-def _message(here: int, what: str, rank: int, did: str) -> str:
-    return f"Rank {here} came to {what}, but rank {rank} {did}. {_ADVICE}"
+def _came_to(said: str) -> str:
+    """In words, where a rank is that ``said`` so."""
+    event, place = said.split("\n")
+    what = event.split(" ", 1)[1]
+    return f"{what}, called at {place}" if place else what
+
+
+def _difference(here: int, said: str, rank: int, other: str) -> str:
+    own, theirs = _came_to(said), _came_to(other)
+    text = f"Rank {here} came to {own}, but rank {rank} came to {theirs}"
+    if own == theirs:
+        more = int(said.split(" ", 1)[0]) - int(other.split(" ", 1)[0])
+        steps = f"{abs(more)} {'step' if abs(more) == 1 else 'steps'} {'fewer' if more > 0 else 'more'}"
+        text += f" after {steps} (a step: one use of a block, or one thing that all ranks do together)"
+    return f"{text}. {_ADVICE}"

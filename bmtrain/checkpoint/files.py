@@ -9,7 +9,6 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -40,7 +39,7 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
         return
     _finish_background()
     if context().rank == 0:
-        _background[context()] = _Writer(state, Path(file_name))
+        context().writer = _Writer(state, Path(file_name))
 
 
 class _Writer(threading.Thread):
@@ -63,12 +62,10 @@ class _Writer(threading.Thread):
             self._state = None
 
 
-_background: WeakKeyDictionary[Context, _Writer] = WeakKeyDictionary()  # of rank 0's contexts
-
-
 def _finish_background() -> None:
     """Wait for what ``save(non_blocking=True)`` still writes.  Collective.  Raises CheckpointError on every rank."""
-    writer = _background.pop(context(), None)
+    ctx = context()
+    writer, ctx.writer = ctx.writer, None
     if writer is not None:
         writer.join()
     problem = broadcast_object(None if writer is None else writer.problem)

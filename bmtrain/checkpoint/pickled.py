@@ -19,6 +19,7 @@ from ..block.block import Block
 from ..block.linear import LandingLinear
 from ..block.record import Record, record_of
 from ..block.sharded import ShardedModule
+from ..block.state import state_for_pickle
 from ..context import context, is_initialized
 from ..shard.engine import engine
 from ..shard.gathered import gathered
@@ -36,8 +37,7 @@ class Pickler(pickle.Pickler):
         if not isinstance(obj, (ShardedModule, LandingLinear)):
             return NotImplemented
         own = next(c for c in type(obj).__mro__ if not issubclass(c, (ShardedModule, LandingLinear)))
-        state: dict[str, Any] = getattr(obj, "__getstate__", lambda: obj.__dict__)()
-        state = {key: value for key, value in state.items() if key not in ("_bmt", "lands_compiled")}
+        state = {key: value for key, value in state_for_pickle(obj).items() if key not in ("_bmt", "lands_compiled")}
         record = record_of(obj)
         if record is not None:
             state["_bmt_was"] = (isinstance(obj, Block), record.settings())

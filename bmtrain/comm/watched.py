@@ -23,24 +23,10 @@ class WatchedCommunicator(Communicator):
         self.inner, self.name, self._diary, self._watchdog = inner, name, diary, watchdog
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
-        diary = self._diary
-        diary.enter(self.name, "all_gather", shard.nbytes)
-        try:
-            self.inner.all_gather(shard, whole)
-        except CommunicationError as error:
-            self._raise(error)
-        finally:
-            diary.leave()
+        self._counted("all_gather", shard.nbytes, self.inner.all_gather, shard, whole)
 
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
-        diary = self._diary
-        diary.enter(self.name, "reduce_scatter", shard.nbytes)
-        try:
-            self.inner.reduce_scatter(whole, shard, op)
-        except CommunicationError as error:
-            self._raise(error)
-        finally:
-            diary.leave()
+        self._counted("reduce_scatter", shard.nbytes, self.inner.reduce_scatter, whole, shard, op)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._counted("all_reduce", tensor.nbytes, self.inner.all_reduce, tensor, op)

@@ -7,9 +7,8 @@ from typing import TypeGuard
 import torch
 
 from ..shard.flat import FlatShard
-from ..shard.fp32_values import JoinedValues, can_split, join, remainder_of, write_master
+from ..shard.fp32_values import can_split, join, part_of_joined, remainder_of, write_master
 from ..shard.in_parts import part_at
-from ..shard.place import Part
 from ..shard.sharded_tensor import ShardedTensor
 from .pieces import Home, follow
 
@@ -49,8 +48,7 @@ class FlatState:
     def part_of_master(self, flat: FlatShard, index: int) -> ShardedTensor:
         """The fp32 values of one parameter; where they are split, they are made when they are read."""
         if flat.shard.device == self._device and can_split(flat):
-            flat.keep_writes()
-            return ShardedTensor(Part(flat.place_of(index), home=JoinedValues(flat, index)))
+            return part_of_joined(flat, index)
         return part_at(flat.place_of(index), flat.local(self.master_of(flat), index))
 
     def operands(self, flat: Home, where: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

@@ -28,10 +28,10 @@ from ..errors import ConfigurationError
 from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
-from ..shard.fp32_values import JoinedValues, can_split, join, remainder_of, write_master
+from ..shard.fp32_values import can_split, join, part_of_joined, remainder_of, write_master
 from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
-from ..shard.place import Part, Place
+from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor, part_of
 from ..shard.unit import unit_of_flat
 from .driven import knows_shards
@@ -304,8 +304,7 @@ class _View:
                 continue
             _, index = place_of(parameter)
             if can_split(flat):
-                flat.keep_writes()
-                found[number] = ShardedTensor(Part(flat.place_of(index), home=JoinedValues(flat, index)))
+                found[number] = part_of_joined(flat, index)
             else:
                 if flat.key not in known:
                     known[flat.key] = self._values(flat)
@@ -558,7 +557,7 @@ class _TensorView(_View):
         states = dict(state_dict["state"])
         for others in allgather_objects(own):
             states.update(others)
-        return {**state_dict, "state": dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))}
+        return {**state_dict, "state": _in_order(states)}
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The states of all owners, of which each rank has its own tensors only."""
@@ -583,7 +582,7 @@ class _TensorView(_View):
         for theirs in allgather_objects(told_of):
             for number, state in theirs.items():
                 states[number] = own.get(number) or tree_map(heard, state, is_leaf=lambda v: isinstance(v, tuple))
-        return {**state_dict, "state": dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))}
+        return {**state_dict, "state": _in_order(states)}
 
     def part_at(
         self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
@@ -601,6 +600,11 @@ class _TensorView(_View):
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
         super().cut_present(optimizer)
+
+
+def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:
+    """By parameters' numbers, as an optimizer of whole tensors would have them."""
+    return dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))
 
 
 _OWNED = "owned by"

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ..alike import differing, misfit
-from ..context import context
-from ..errors import CheckpointError, ConfigurationError
+from ..alike import misfit, require_same
+from ..errors import CheckpointError
 from ..objects import allgather_objects
 from ..shard.sharded_tensor import ShardedTensor
 from .pieces import all_params
@@ -42,15 +41,7 @@ def require_fit(
     tensors: dict[str, torch.Tensor] = {}
     others: list[str] = []
     _flatten("", {"state": state["state"], "param_groups": state["param_groups"]}, tensors, others)
-    try:
-        names = differing(context(), f"The state given to {kind}", tensors, others)
-    except ConfigurationError as error:
-        raise CheckpointError(f"{error} Nothing was loaded.") from None
-    if names:
-        raise CheckpointError(
-            f"The ranks were given different states to load into {kind} ({', '.join(names[:5])}"
-            f"{' ...' if len(names) > 5 else ''}); nothing was loaded. Read the same file on every rank."
-        )
+    require_same("state", kind, tensors, others, "Read the same file on every rank.", noun="states")
 
 
 def _structure(optimizer: torch.optim.Optimizer, state: Any, check: CheckEntry) -> list[str]:

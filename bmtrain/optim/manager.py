@@ -264,7 +264,7 @@ class OptimManager:
 
     def check_parts(self, state: dict[str, Any]) -> None:
         """As ``shard.in_parts`` says."""
-        _agree(_problem(self, state))
+        _require_fit(self, state)
         for optimizer, inner in zip(self.optimizers, state["optimizers"], strict=True):
             own = in_parts(optimizer)
             if own is not None:
@@ -284,7 +284,7 @@ class OptimManager:
         Raises ConfigurationError when it holds another number of optimizers, and CheckpointError when some of it does
         not fit, before the manager or a schedule has changed.
         """
-        _agree(_problem(self, state_dict))
+        _require_fit(self, state_dict)
         if len(self.optimizers) > 1:  # a single one checks by itself
             for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
                 _check(optimizer, state)
@@ -310,15 +310,20 @@ def _pairs(manager: OptimManager, state: dict[str, Any]) -> list[tuple[Any, Any]
     return [(schedule, own) for schedule, own in both if schedule is not None and own is not None]
 
 
-def _agree(problem: str | None) -> None:
-    """Raises an error on every rank if there is a problem on some.  Collective."""
-    every = allgather_objects(problem)
-    found = next((p for p in every if p is not None), None)
-    if found is not None:
-        raise (ConfigurationError if found.endswith(_ADD) else CheckpointError)(found)
+def _require_fit(manager: OptimManager, state: Any) -> None:
+    """Raises an error on every rank if ``state`` does not fit on some.  Collective."""
+    every = allgather_objects([_misses_optimizers(manager, state), _problem(manager, state)])
+    for missing, problem in every:
+        if missing or problem:
+            raise ConfigurationError(missing) if missing else CheckpointError(problem)
 
 
-_ADD = "add them first."
+def _misses_optimizers(manager: OptimManager, state: Any) -> str | None:
+    for name, own in (("optimizers", manager.optimizers), ("lr_schedulers", manager.lr_schedulers)):
+        given = state.get(name) if isinstance(state, dict) else None
+        if isinstance(given, list | tuple) and len(given) != len(own):
+            return f"The state holds {len(given)} {name}, this manager has {len(own)}; add them first."
+    return None
 
 
 def _problem(manager: OptimManager, state: Any) -> str | None:
@@ -332,9 +337,8 @@ def _problem(manager: OptimManager, state: Any) -> str | None:
             f"This is no state of an OptimManager, as its {', '.join(wrong)} show; nothing was loaded. Give it what "
             "optim_manager.state_dict() gave."
         )
-    for name, own in (("optimizers", manager.optimizers), ("lr_schedulers", manager.lr_schedulers)):
-        if len(state[name]) != len(own):
-            return f"The state holds {len(state[name])} {name}, this manager has {len(own)}; {_ADD}"
+    if _misses_optimizers(manager, state):
+        return None
     for schedule, own in _pairs(manager, state):
         reason = _refusal(schedule, own)
         if reason is not None:

@@ -9,6 +9,8 @@ import torch
 
 from .. import split_float
 from .flat import FlatShard
+from .place import Part
+from .sharded_tensor import ShardedTensor
 
 
 def can_split(flat: FlatShard) -> bool:
@@ -47,6 +49,12 @@ class JoinedValues:
     def writing(self) -> AbstractContextManager[torch.Tensor]:
         """Nothing writes to a copy."""
         raise NotImplementedError
+
+
+def part_of_joined(flat: FlatShard, index: int) -> ShardedTensor:
+    """The fp32 values of one parameter where they are split, made when they are read."""
+    flat.keep_writes()
+    return ShardedTensor(Part(flat.place_of(index), home=JoinedValues(flat, index)))
 
 
 def write_master(flat: FlatShard, values: torch.Tensor, index: int | None = None) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import BMTrainError, CommunicationError, RankDivergenceError
 from .diary import Diary, Entry
@@ -94,6 +94,7 @@ class Watchdog:
         self._said: dict[str, tuple[float, float]] = {}
         self._missed: set[int] = set()
         self._process = os.getpid()
+        self._aborting = threading.Thread(target=hooks.abort, name="bmtrain abort", daemon=True)
         self._thread = threading.Thread(target=self._run, name="bmtrain watchdog", daemon=True)
 
     # -- for the thread that runs the script ------------------------------------------------------------------------
@@ -143,11 +144,15 @@ class Watchdog:
         said = {} if error is None else {"error": _in_words(error)}
         self._mesh.send({"left": self._position().message(), **said}, must=True)
         self._mesh.close()
-        if self.verdict is None or self._delivered or error is not None:
-            return
-        if not exits:
-            raise self._given(self.verdict)
-        self._exit()
+        if self.verdict is not None and not self._delivered and error is None:
+            if not exits:
+                raise self._given(self.verdict)
+            self._say(self.verdict.text)
+            self._exit()
+        if exits and self._aborting.is_alive():
+            self._aborting.join(_PATIENCE)
+            if self._aborting.is_alive():  # Python would end it inside of the transport, which ends in SIGABRT
+                _exit_now()
 
     # -- the watchdog's own thread ----------------------------------------------------------------------------------
 
@@ -390,7 +395,7 @@ class Watchdog:
             path = self._write(self.verdict.text)
             self._say(f"{self.verdict.text}{f' The last collectives of this rank: {path}' if path else ''}")
         self._known.set()
-        threading.Thread(target=self._hooks.abort, daemon=True).start()  # it may take longer than the others wait
+        self._aborting.start()  # it may take longer than the others wait
         deadline = monotonic() + _GRACE
         while not (self._delivered or self._stops):
             if monotonic() > deadline:
@@ -405,9 +410,7 @@ class Watchdog:
         faulthandler.dump_traceback(2)
         path = self._write(self.verdict.text, stacks=True)
         self._say(f"Exit code {EXIT_CODE}.{f' Diary: {path}' if path else ''}")
-        for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
-        os._exit(EXIT_CODE)
+        _exit_now()
 
     def _say(self, text: str) -> None:
         # Past Python's own buffers, whose lock the thread that is stuck may hold.
@@ -437,6 +440,12 @@ class Watchdog:
         except OSError:
             return None
         return path
+
+
+def _exit_now() -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
+    os._exit(EXIT_CODE)
 
 
 def _flush(stream: Any) -> None:

@@ -1,9 +1,15 @@
-"""Carries out every attack and writes docs/faults.md; arguments choose attacks, which are only shown."""
+"""Carries out every attack and writes docs/faults.md; arguments choose attacks, which are only shown.
+
+--jobs N carries out N at a time, which loads the machine and so lengthens what is measured.  With
+BMTRAIN_TEST_DEVICE=cuda ranks are on GPUs, and the table is written to docs/faults-gpu.md.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .attacks import Attack, attacks
@@ -11,7 +17,7 @@ from .judge import Finding, judge
 
 HEAD = """# When a rank dies, differs or stalls
 
-Made by `bash tests/faults.sh`; do not edit. One rank of a small training script (`tests/faults/script.py`), on CPUs,
+Made by `bash tests/faults.sh`; do not edit. One rank of a small training script on {device}, `tests/faults/script.py`,
 does what the first column says. The job must end within 10 s, or go on where that is said; every rank that still runs
 must name the rank at fault within 10 s, with the places of both in the script; exit codes must tell, no process may
 stay behind and no file be half-written. Seconds are counted from the fault. After a death, torchrun ends the other
@@ -20,17 +26,23 @@ ranks itself and names the one that died; what they had said by then counts.
 """
 
 
-def main(chosen: list[str]) -> int:
-    every = [a for a in attacks() if not chosen or any(fnmatch.fnmatch(a.name, pattern) for pattern in chosen)]
+def main(words: list[str]) -> int:
+    jobs = 1
+    if "--jobs" in words:
+        at = words.index("--jobs")
+        jobs, words = int(words[at + 1]), words[:at] + words[at + 2 :]
+    every = [a for a in attacks() if not words or any(fnmatch.fnmatch(a.name, pattern) for pattern in words)]
     rows: list[tuple[Attack, Finding]] = []
-    for attack in every:
-        found = judge(attack)
-        rows.append((attack, found))
-        print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
-        if chosen or found.problems:
-            print("    " + found.output.replace("\n", "\n    "), flush=True)
-    if not chosen:
-        Path(__file__).parents[2].joinpath("docs", "faults.md").write_text(HEAD + _table(rows))
+    with ThreadPoolExecutor(jobs) as pool:
+        for attack, found in zip(every, pool.map(judge, every), strict=True):
+            rows.append((attack, found))
+            print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
+            if words or found.problems:
+                print("    " + found.output.replace("\n", "\n    "), flush=True)
+    if not words:
+        on_gpus = os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda"
+        file = Path(__file__).parents[2].joinpath("docs", "faults-gpu.md" if on_gpus else "faults.md")
+        file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(rows))
     return int(any(found.problems for _, found in rows))
 
 

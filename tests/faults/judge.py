@@ -25,6 +25,9 @@ from typing import Protocol
 
 from .attacks import Attack
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))  # the harness that runs several ranks
+from ranks import gpu_variables
+
 SCRIPT = Path(__file__).with_name("script.py")
 ROOT = Path(__file__).parents[2]
 SECONDS = 10.0  # from the fault to its report, and to the end of the job
@@ -139,7 +142,10 @@ class _Run:
         ended = time.time()
         self._watch_for_the_fault()
         time.sleep(0.3)
-        orphans = [pid for pid in _marked(self.mark) if pid not in {process.pid for process in processes}]
+        orphans = self._orphans(processes)
+        while orphans and self.fault is not None and time.time() < self.fault + SECONDS:
+            time.sleep(0.2)  # workers of a loader look after their parent every few seconds
+            orphans = self._orphans(processes)
         late = [process for process in processes if process.poll() is None]
         for pid in {*orphans, *(process.pid for process in late)}:
             os.kill(pid, signal.SIGKILL)
@@ -151,6 +157,9 @@ class _Run:
         self._judge(ended, bool(late), bool(orphans))
         return self.found
 
+    def _orphans(self, processes: list[_Process]) -> list[int]:
+        return [pid for pid in _marked(self.mark) if pid not in {process.pid for process in processes}]
+
     def _deadline(self, begun: float) -> float:
         limit = float(self.attack.env.get("LIMIT", "0"))
         return begun + START if self.fault is None else self.fault + PATIENCE + limit
@@ -159,8 +168,9 @@ class _Run:
         attack = self.attack
         port = free_port()
         clean = {key: value for key, value in os.environ.items() if key not in LAUNCH}
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         common = {
-            **clean, **attack.env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "FAULTS_MARK": self.mark,
+            **clean, **attack.env, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "FAULTS_MARK": self.mark,
             "BMTRAIN_DIARY_DIR": str(self.out / "diaries"),
         }  # fmt: skip
         script = [str(SCRIPT), attack.fault, attack.phase, str(attack.rank), str(self.out)]
@@ -178,7 +188,10 @@ class _Run:
             return [popen("-m", "torch.distributed.run", count, f"--master_port={port}", *script)]
         place = {"WORLD_SIZE": str(attack.ranks), "LOCAL_WORLD_SIZE": str(attack.ranks), "MASTER_PORT": str(port)}
         place["MASTER_ADDR"] = "127.0.0.1"
-        return [popen(*script, RANK=str(rank), LOCAL_RANK=str(rank), **place) for rank in range(attack.ranks)]
+        return [
+            popen(*script, **{"RANK": str(rank), "LOCAL_RANK": str(rank), **place, **gpu_variables(rank, attack.ranks)})
+            for rank in range(attack.ranks)
+        ]
 
     def _read(self, number: int, process: _Process) -> None:
         assert process.stdout is not None
@@ -219,8 +232,9 @@ class _Run:
         if not late and self.found.ended_after > SECONDS + limit:
             self.found.problems.append(f"ended after {self.found.ended_after:.1f} s")
         codes = self.found.exit_codes
-        # Whoever leaves by sys.exit(0) says itself that all is well; and who is killed cannot say.
-        survivors = codes if self.attack.torchrun or self.attack.fault != "leave" else _without(codes, self.attack.rank)
+        # Whoever leaves by sys.exit(0), or comes to its script's end, says itself that all is well.
+        well = not self.attack.torchrun and (self.attack.fault == "leave" or self.attack.phase == "rest")
+        survivors = _without(codes, self.attack.rank) if well else codes
         if not all(survivors):
             self.found.problems.append(f"exit codes {codes}")
         halves = [path.name for path in self.out.glob("*.pt") if not _is_whole(path)]
@@ -231,7 +245,7 @@ class _Run:
         """Every rank that could speak has named the one at fault, and where it and the others were."""
         attack, problems = self.attack, self.found.problems
         assert self.fault is not None
-        dead = attack.fault in ("kill", "segfault", "exit", "raise", "leave", "stop")
+        dead = attack.fault in ("kill", "segfault", "exit", "raise", "leave", "stop") or attack.phase == "rest"
         speakers = [rank for rank in range(attack.ranks) if not (dead and rank == attack.rank)]
         said: dict[int, list[tuple[float, str]]] = {rank: [] for rank in speakers}
         for moment, process, line in self.lines:
@@ -255,7 +269,7 @@ class _Run:
         if moments and max(moments) - self.fault > SECONDS:
             problems.append(f"reported after {max(moments) - self.fault:.1f} s")
         if not re.search(
-            rf"rank {attack.rank} [^;]*script\.py:\d+|Rank {attack.rank} has ended with .*script\.py", text
+            rf"[Rr]ank {attack.rank} [^;]*script\.py:\d+|Rank {attack.rank} has ended with .*script\.py", text
         ):
             problems.append("no place of the rank at fault")
         if not any(re.search(rf"[Rr]ank(s [-0-9, ]*| ){rank}\b[^;]*script\.py:\d+", text) for rank in speakers):

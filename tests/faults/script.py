@@ -58,17 +58,17 @@ def point(phase: str) -> None:
     elif FAULT == "sleep":
         time.sleep(float(os.environ.get("SECONDS_ASLEEP", "8")))
     elif FAULT == "other size":
-        bmt.sum_loss(torch.zeros(3))
+        bmt.sum_loss(bmt.to_device(torch.zeros(3)))
     elif FAULT == "evaluate":
         with torch.no_grad():
-            net(torch.zeros(2, 8))
+            net(bmt.to_device(torch.zeros(2, 8)))
     elif FAULT == "save":
         bmt.save(net, f"{OUT}/alone.pt")
     elif FAULT == "gather":
         with bmt.gathered(net):
             pass
     elif FAULT == "sum":
-        bmt.sum_loss(torch.zeros(()))
+        bmt.sum_loss(bmt.to_device(torch.zeros(())))
     elif FAULT == "agree":
         bmt.agree(True)
     elif FAULT == "batch":
@@ -123,12 +123,12 @@ def evaluate() -> None:
     with torch.no_grad():
         for _ in range(3):
             point("evaluation")
-            net(torch.zeros(2, 8))
+            net(bmt.to_device(torch.zeros(2, 8)))
 
 
 def generate() -> None:
     with torch.no_grad():
-        x = torch.ones(1, 8)
+        x = bmt.to_device(torch.ones(1, 8))
         for token in range(4):
             point("generate")
             if token == 2 and skips("generate"):
@@ -136,7 +136,11 @@ def generate() -> None:
             x = x + net(x)
 
 
-bmt.init_distributed(device="cpu", seed=1, timeout=bmt.Timeouts(start=LIMIT, step=LIMIT, save=LIMIT))
+bmt.init_distributed(
+    device=os.environ.get("BMTRAIN_TEST_DEVICE", "cpu"),
+    seed=1,
+    timeout=bmt.Timeouts(start=LIMIT, step=LIMIT, save=LIMIT),
+)
 point("start")
 torch.set_num_threads(1)
 whole = Net()
@@ -151,7 +155,7 @@ for step, (batch,) in enumerate(loader):
         break
     if skips("batch"):
         continue
-    loss = net(batch).square().mean()
+    loss = net(bmt.to_device(batch)).square().mean()
     manager.zero_grad()
     if not skips("backward"):
         manager.backward(loss)

@@ -48,7 +48,7 @@ def assert_same_weights(model: Any, reference: Any, exact: bool = False, limit: 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, what: str, limit: float = LIMIT) -> None:
     assert found.shape == expected.shape, (what, found.shape, expected.shape)
     size = max(float(expected.detach().abs().max()), 1e-6) if expected.numel() else 1.0
-    error = float((found - expected).detach().abs().max()) / size if expected.numel() else 0.0
+    error = float((found.cpu() - expected.cpu()).detach().abs().max()) / size if expected.numel() else 0.0
     assert error <= limit, f"{what} differs by {error:.2e} of its largest entry"
 
 

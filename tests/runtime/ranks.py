@@ -147,7 +147,7 @@ class _Group:
         port = _free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
-            variables = _launch_variables(rank, world_size, port) | _gpu_variables(rank, world_size) | env
+            variables = _launch_variables(rank, world_size, port) | gpu_variables(rank, world_size) | env
             process = method.Process(target=_worker, args=(theirs, variables, init, initialize), name=f"rank{rank}")
             process.start()
             theirs.close()
@@ -274,7 +274,7 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def _gpu_variables(rank: int, world_size: int) -> dict[str, str]:
+def gpu_variables(rank: int, world_size: int) -> dict[str, str]:
     """What lets ranks share GPUs where there are fewer than ranks: NCCL takes every rank for a host of its own."""
     if not 0 < _gpu_count() < world_size:
         return {}

@@ -119,7 +119,7 @@ def build(cell: Row, wrap: Wrap = lambda module: module) -> Model:
 
 
 def batch(step: int, micro: int) -> torch.Tensor:
-    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 * step + micro))
+    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(100 * step + micro), device="cpu")
 
 
 def casting(cell: Row, kind: str) -> AbstractContextManager[Any]:
