@@ -134,8 +134,12 @@ class Context:
         return GlooCommunicator(store, self.rank, self.world_size, timeout)
 
     def abort(self) -> None:
-        """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""
-        for communicator in (self.gather, self.reduce, self.world, self.control):
+        """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards.
+
+        What works on a device is left to the watchdog, where there is one: it may take longer than the caller can wait.
+        """
+        apart = self.watchdog is not None and self.device.is_cuda
+        for communicator in (self.control,) if apart else (self.gather, self.reduce, self.world, self.control):
             communicator.abort()
 
     def close(self) -> None:

@@ -194,6 +194,11 @@ class Device:
         return self.is_cuda or self.schedule == "stress"
 
     @property
+    def is_apart(self) -> bool:
+        """Whether its memory is not the host's; a CPU's counts as such under "stress"."""
+        return self.is_cuda or self.schedule == "stress"
+
+    @property
     def counts_views(self) -> bool:
         """Whether who uses a buffer can be counted, alike on all ranks: a CPU's transport holds some for a while."""
         return self.is_cuda
@@ -283,6 +288,16 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
         for kind, enabled, dtype in regions:
             if enabled or torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.amp.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
+
+
+@contextmanager
+def on_default_device(device: torch.device) -> Iterator[None]:
+    """Let tensors that name no device be made on ``device``; a thread does not know what another has chosen."""
+    if torch.get_default_device() == device:
+        yield
+        return
+    with device:
         yield
 
 

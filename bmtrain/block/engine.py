@@ -94,15 +94,10 @@ class Engine:
         if starts_run:
             if not transformed:
                 self.outside.let_go()
-            self.outside.forward_starts()
-            if grad:
-                self.plan.run_starts(self.schedule.units)
-                if self.first_batches.wanted and not transformed and _trains(call):
-                    self.first_batches.note((args, kwargs))
-            if unit is not None:
-                self.schedule.run_starts(unit, grad)
-                if unit.moves and grad:
-                    self.plan.note_inputs(args, kwargs)
+                self._run_starts(unit, grad, call, args, kwargs)
+            else:
+                with outside_function_transforms():
+                    self._run_starts(unit, grad, None, args, kwargs)
         self.whole.forward_begins()
         try:
             if unit is not None:
@@ -118,6 +113,20 @@ class Engine:
         if starts_run:
             self._run_ends(out, framed)
         return out
+
+    def _run_starts(
+        self, unit: ShardUnit | None, grad: bool, call: Callable[..., object] | None, args: Args, kwargs: Kwargs
+    ) -> None:
+        """An outermost forward begins; ``call`` is None inside a transform of torch.func."""
+        self.outside.forward_starts()
+        if grad:
+            self.plan.run_starts(self.schedule.units)
+            if self.first_batches.wanted and call is not None and _trains(call):
+                self.first_batches.note((args, kwargs))
+        if unit is not None:
+            self.schedule.run_starts(unit, grad)
+            if unit.moves and grad:
+                self.plan.note_inputs(args, kwargs)
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

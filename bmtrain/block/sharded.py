@@ -67,10 +67,11 @@ class ShardedModule(nn.Module):
             engine().meet(f"state_dict of {type(self).__name__}")
             level(self, record)
         needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
+        others = set() if destination is None else set(destination)  # of enclosing modules, which see to them
         with engine().outside.pinned(needed):
             out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
             if not keep_vars:
-                _copy_out(out, needed)
+                _copy_out(out, needed, others)
             return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -115,6 +116,11 @@ class ShardedModule(nn.Module):
                     )
                 if shard.dtype != flat.dtype:
                     flat.convert(shard.to(device))
+        for parameter in self.parameters():
+            if flat_of(parameter) is None:  # put in after the model was sharded
+                parameter.data = fn(parameter.data).to(device)
+                if parameter.grad is not None:
+                    parameter.grad = fn(parameter.grad).to(device)
         for module in self.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -188,15 +194,19 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
             yield unit
 
 
-def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
-    """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along."""
+def _copy_out(state: dict[str, Any], units: list[ShardUnit], others: set[str]) -> None:
+    """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along.
+
+    ``others`` are the keys that are somebody else's.
+    """
+    apart = context().device.is_apart
     own: dict[int, tuple[FlatShard, torch.Tensor]] = {}
     for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
         own[memory.untyped_storage().data_ptr()] = (flat, memory)
     copies: dict[Any, torch.Tensor] = {}
     for key, value in state.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or key in others:
             continue
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
             state[key] = StateTensor.of(value.full_tensor().cpu(), OfBuffer(value))
@@ -208,8 +218,8 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
                 original = _original(value, *lies_in)
                 copies[place] = StateTensor.of(value.detach().to("cpu", copy=True), original)
             state[key] = copies[place]
-        elif value.is_cuda:
-            state[key] = StateTensor.of(value.cpu(), OfBuffer(value))
+        elif apart and not isinstance(value, StateTensor):
+            state[key] = StateTensor.of(value.detach().to("cpu", copy=True), OfBuffer(value))
 
 
 def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Original:

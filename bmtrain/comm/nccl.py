@@ -56,6 +56,9 @@ def group() -> Iterator[None]:
             _C.nccl.group_end()
 
 
+_LINEAR = ("sum", "avg")  # of complex numbers: of their parts
+
+
 class NcclCommunicator(Communicator):
     """A group of GPUs.  Every method but ``abort`` and ``check_async_error`` is collective.
 
@@ -109,6 +112,8 @@ class NcclCommunicator(Communicator):
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self.check_sizes(shard, whole)
         self._check(shard, whole)
+        if op in _LINEAR and shard.is_complex():
+            whole, shard = torch.view_as_real(whole), torch.view_as_real(shard)
         dtype, code = self._reduction(shard, op)
         self._queue(
             self._handle.reduce_scatter, whole=whole.data_ptr(), shard=shard.data_ptr(), count=shard.numel(),
@@ -117,6 +122,8 @@ class NcclCommunicator(Communicator):
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._check(tensor)
+        if op in _LINEAR and tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
         dtype, code = self._reduction(tensor, op)
         address = tensor.data_ptr()
         self._queue(self._handle.all_reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code)

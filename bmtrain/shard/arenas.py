@@ -1,14 +1,16 @@
 """Memory that a transport moves fastest, given back by all ranks together.
 
 NCCL opens a window on such memory on every rank and must close it on every rank, while garbage is collected on each
-rank in its own time.  So what is no longer used waits here until all ranks come to ``collect``.
+rank in its own time.  So what is no longer used waits here until all ranks come to ``collect``; and so does whatever
+decides when memory is next taken.
 """
 
 from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -26,27 +28,29 @@ class Arena:
 
 
 class Arenas:
-    """All of one process's arenas, numbered in the order of allocation, which is the same on all ranks."""
+    """All of one process's arenas and their users, numbered in the order of coming, which is the same on all ranks."""
 
     def __init__(self, ctx: Context) -> None:
         self._ctx = ctx
         self._shared = ctx.device.reuses_memory and ctx.world_size > 1
         self._count = 0
-        self._unused: dict[int, tuple[Communicator, torch.Tensor]] = {}
+        self._unused: dict[int, Callable[[], object]] = {}
         self._lost = False
 
     def alloc(self, comm: Communicator, numel: int, dtype: torch.dtype) -> Arena:
         """An uninitialised flat buffer for ``comm``.  Collective."""
         arena = Arena(comm.alloc(numel, dtype, self._ctx.device.torch_device))
-        if self._shared:
-            # The finalizer holds the tensor, so that its memory and window outlive the arena.
-            weakref.finalize(arena, self._retire, self._count, comm, arena.tensor)
-            self._count += 1
+        if self._shared:  # what is to be done holds the tensor, so that memory and window outlive the arena
+            self.when_gone(arena, partial(comm.release, arena.tensor))
         return arena
 
-    def _retire(self, *what: Any) -> None:
-        number, comm, tensor = what
-        self._unused[number] = (comm, tensor)
+    def when_gone(self, user: object, action: Callable[[], object]) -> None:
+        """Once no rank has its ``user`` any more, call ``action`` on all ranks at the same time."""
+        if self._shared:
+            weakref.finalize(user, self._unused.__setitem__, self._count, action)
+            self._count += 1
+        else:
+            weakref.finalize(user, action)
 
     def watch(self, module: torch.nn.Module) -> None:
         """Look for garbage once ``module``, which uses arenas, is gone."""
@@ -64,9 +68,12 @@ class Arenas:
         if self._lost:  # not always, as it takes a tenth of a second
             self._lost = False
             gc.collect()
-        unused = torch.zeros(self._count, dtype=torch.uint8, device="cpu")
-        unused[list(self._unused)] = 1
-        self._ctx.control.all_reduce(unused, "min")
-        for number in unused.nonzero().flatten().tolist():
-            comm, tensor = self._unused.pop(number)
-            comm.release(tensor)
+        while True:  # the end of one may be the end of others
+            unused = torch.zeros(self._count, dtype=torch.uint8, device="cpu")
+            unused[list(self._unused)] = 1
+            self._ctx.control.all_reduce(unused, "min")
+            numbers = unused.nonzero().flatten().tolist()
+            for number in numbers:
+                self._unused.pop(number)()
+            if not numbers:
+                return

@@ -11,6 +11,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -212,5 +213,5 @@ class Pools:
         if (id(pool), key) not in joined:
             joined.add((id(pool), key))
             pool.join(key)
-            weakref.finalize(user, pool.leave, key)
+            self.arenas.when_gone(user, partial(pool.leave, key))  # together: it decides when memory is next taken
         return pool.acquire(numel, dtype, key, stream)

@@ -363,3 +363,19 @@ def other_memory_on_rank_1(others: list[Any]) -> None:
 @pytest.mark.parametrize("others", [["auto", "lean"], [8, 4.5]])
 def test_ranks_say_the_same_of_memory(others: list[Any]) -> None:
     run_ranks(2, other_memory_on_rank_1, others, initialize=False, fresh=True)
+
+
+@on_ranks(2)
+def test_a_transform_of_torch_func_between_steps() -> None:
+    with training(PLENTY) as run:
+        run.steps(4)
+        assert run.stay
+        given, wanted = tokens(7), tokens(8)
+        values = {name: p.gather().detach() for name, p in run.model.named_parameters()}
+
+        def loss(values: Any) -> torch.Tensor:
+            return torch.func.functional_call(run.model, values, (given, wanted))  # type: ignore[no-any-return]
+
+        torch.func.grad(loss)(values)  # begins a forward that tells the others whether memory is short
+        run.steps(2)
+        assert run.stay

@@ -41,3 +41,33 @@ def test_recomputation_repeats_random_numbers(world_size: int) -> None:
     for one, other in zip(kept, again, strict=True):
         assert len(one) == 6
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+PLACES: list[str] = []
+
+
+class Placed(nn.Module):
+    """Notes where its forward makes tensors that name no device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        PLACES.append(torch.empty(1).device.type)
+        return torch.tanh(self.linear(x)).square()
+
+
+def places() -> list[str]:
+    PLACES.clear()
+    model = bmt.Block(Placed(), use_checkpoint=True)
+    x = torch.ones(2, 4, device=context().device.torch_device)
+    with torch.device("meta"):  # as set_default_device is to the thread in which autograd works on a GPU
+        out = model(x)
+    out.sum().backward()
+    return PLACES
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_recomputation_makes_tensors_on_the_same_default_device(world_size: int) -> None:
+    assert run_ranks(world_size, places) == [["meta", "meta"]] * world_size

@@ -292,7 +292,7 @@ def tied_before(k: User):
 @idiom
 def two_parameters_of_one_storage(k: User):
     """Two Parameters made of one tensor stay tied"""
-    plain = Net(width=6, outputs=6)
+    plain = Net(width=6, outputs=6).to(k.device)
     plain.head.weight = nn.Parameter(plain.enter.weight.data)
     model = k.shard(plain)
     return k.train(model, k.sgd(model))

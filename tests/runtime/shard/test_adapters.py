@@ -149,3 +149,14 @@ def test_a_copy_of_a_part_is_trained_in_its_place(blocks: bool) -> None:
         sgd.step()
         manager.step()
     oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
+def test_what_was_put_in_later_moves_along() -> None:
+    net = bmt.BMTrainModelWrapper(nn.Sequential(bmt.CheckpointBlock(nn.Linear(WIDTH, WIDTH)), nn.Linear(WIDTH, WIDTH)))
+    device = next(net.parameters()).device
+    net[0].later = nn.Parameter(torch.ones(WIDTH, device="cpu"))
+    net[1].later = nn.Linear(WIDTH, WIDTH)
+    net.to(device).double()
+    assert {(p.dtype, p.device.type) for p in net.parameters()} == {(torch.float64, device.type)}
+    assert net[0].later.is_leaf and net[0].later.requires_grad

@@ -34,7 +34,12 @@ class Net(nn.Module):
 
 
 def pair() -> tuple[Any, Any]:
-    return oracle.pair(lambda names: Net() if names.Module is nn.Module else bmt.BMTrainModelWrapper(Net()))
+    return oracle.pair(lambda names: Net() if names.Module is nn.Module else wrapped(Net()))
+
+
+def wrapped(net: Any) -> Any:
+    net.mid = bmt.CheckpointBlock(net.mid)
+    return bmt.BMTrainModelWrapper(net)
 
 
 def take_what_fits(own: dict[str, Any]) -> None:
@@ -66,8 +71,17 @@ WRITES: dict[str, Callable[[dict[str, Any]], Any]] = {
 }  # fmt: skip
 
 
+@on_ranks(2, init={"schedule": "stress"})
+def test_writes_reach_the_model_where_memory_is_apart() -> None:
+    writes_reach_the_model()
+
+
 @on_ranks(1, 2, 3)
 def test_writes_reach_the_model() -> None:
+    writes_reach_the_model()
+
+
+def writes_reach_the_model() -> None:
     for what, write in WRITES.items():
         plain, model = pair()
         owns = [m.state_dict() for m in (model, plain)]
