@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +71,24 @@ class Readback:
         return self._number.item()
 
 
+class _OnStream:
+    """Work inside the ``with`` is queued on ``stream``, later work on ``before``.  Made often, so no generator."""
+
+    __slots__ = ("before", "stream")
+
+    def __init__(self, stream: torch.cuda.Stream, before: Any) -> None:
+        self.stream, self.before = stream, before
+
+    def __enter__(self) -> None:
+        torch.cuda.set_stream(self.stream)
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_stream(self.before)
+
+
+_NOWHERE = nullcontext()
+
+
 def current_stream_handle(index: int) -> int:
     """The cudaStream_t on which work for GPU ``index`` is queued now, as C++ takes it."""
     return int(torch._C._cuda_getCurrentRawStream(index))
@@ -120,18 +138,9 @@ class Device:
         """A new event, not yet recorded."""
         return Event(self.is_cuda, self.schedule == "stress")
 
-    @contextmanager
-    def on(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:
         """Run the body's device work on ``stream``."""
-        if stream is None:
-            yield
-            return
-        before = self.current_stream()
-        torch.cuda.set_stream(stream)
-        try:
-            yield
-        finally:
-            torch.cuda.set_stream(before)  # type: ignore[arg-type]
+        return _NOWHERE if stream is None else _OnStream(stream, self.current_stream())
 
     def event_after(self, stream: torch.cuda.Stream | None) -> Event:
         """An event recorded at the present end of ``stream``."""

@@ -26,7 +26,7 @@ class Backward:
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule, self._whole = schedule, schedule.whole
-        self.flat_at = schedule.whole.flat_at  # asked of every tensor that autograd saves
+        self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
         self.frames: list[Frame] = []
         self.recomputes = 0
         self.first_graphs = FirstGraphs()

@@ -51,6 +51,7 @@ class Frame:
         plan: MemoryPlan | None = None,
     ) -> None:
         self.owner, self.parent, self.recompute = owner, parent, recompute
+        self._whole = owner.whole_storages
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
         self.autocast = owner.device.autocast()
@@ -98,9 +99,9 @@ class Frame:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
-        flat = self.owner.flat_at(tensor)
+        flat = self._whole.get(tensor.untyped_storage().data_ptr())  # asked of every tensor that is saved
         if flat is not None:
-            return PlaceInFlat.of(tensor, flat)
+            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         if not self.recompute:
             return tensor
         if self._plan is not None:

@@ -65,7 +65,7 @@ class MemoryPlan:
         """Whether this forward of ``unit``'s block is to be recomputed."""
         if self._is_short or not (self._plans or self._measures):
             return True
-        size = sum(t.numel() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        size = sum([t.numel() for t in _tensors(args, kwargs)])
         if self.measuring:
             self._inputs[unit.index] = max(size, self._inputs.get(unit.index, 0))
             return True
@@ -198,6 +198,17 @@ class MemoryPlan:
         return int(free - moving), moving
 
 
+def _tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.Tensor]:
+    """The tensors among inputs.  Asked of every block, most of which get tensors alone."""
+    found: list[torch.Tensor] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif value is not None and not isinstance(value, bool | int | float | str):
+            found += [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return found
+
+
 class _Size:
     """How large the inputs of a forward are: elements in all, and along the longest axis."""
 
@@ -208,10 +219,9 @@ class _Size:
     def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> _Size:
         """Of these inputs."""
         size = cls()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, torch.Tensor):
-                size.numel += leaf.numel()
-                size.longest = max(size.longest, *leaf.shape, 0)
+        for tensor in _tensors(args, kwargs):
+            size.numel += tensor.numel()
+            size.longest = max(size.longest, *tensor.shape, 0)
         return size
 
     def include(self, other: _Size) -> None:

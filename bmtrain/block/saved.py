@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -37,6 +38,10 @@ class Buffers(Protocol):
     @property
     def device(self) -> Device:
         """Where they are."""
+
+    @property
+    def whole_storages(self) -> Mapping[int, FlatShard]:
+        """By the address of a gather buffer's memory, the whole FlatShard that it holds; always up to date."""
 
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""

@@ -36,12 +36,15 @@ class WholeUnits:
     PINNED.
 
     ``limit`` 2 is the one in use and the one coming: the two parameter buffers per block shape.
+
+    Attributes:
+        storages: by the address of a gather buffer's memory, the whole FlatShard that it holds.
     """
 
     def __init__(self, limit: int = 2) -> None:
         self.limit = limit
         self._units: OrderedDict[int, ShardUnit] = OrderedDict()  # least recently used first
-        self._storages: dict[int, FlatShard] = {}
+        self.storages: dict[int, FlatShard] = {}
         self._used: ShardUnit | None = None
         self._forwards: list[list[ShardUnit]] = [[]]  # what each running forward has pinned; at the bottom none runs
 
@@ -69,7 +72,7 @@ class WholeUnits:
             unit.gather(compute)
             for flat in unit.flats:
                 assert flat.buffer is not None
-                self._storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
+                self.storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
         self._units[unit.index] = unit
         self._units.move_to_end(unit.index)
         self._used = unit
@@ -119,12 +122,12 @@ class WholeUnits:
 
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
-        return self._storages.get(tensor.untyped_storage().data_ptr())
+        return self.storages.get(tensor.untyped_storage().data_ptr())
 
     def _forget(self, unit: ShardUnit) -> None:
         for flat in unit.flats:
             if flat.buffer is not None:
-                self._storages.pop(flat.buffer.tensor.untyped_storage().data_ptr(), None)
+                self.storages.pop(flat.buffer.tensor.untyped_storage().data_ptr(), None)
 
     def _make_room(self) -> None:
         reasons = [(unit, self.why(unit)) for unit in self._units.values()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import (
     Home,
+    Piece,
     agree_on_touched,
     all_params,
     finish_gradients,
@@ -30,10 +31,10 @@ from .pieces import (
     gather_state,
     home_of,
     homes_of,
-    pieces,
+    joined,
     replicated_of,
 )  # fmt: skip
-from .replicated import adopt
+from .replicated import Replicated, adopt
 
 _TORCH_EXTRAS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -43,6 +44,42 @@ _TORCH_EXTRAS = {
 
 
 _STATES = ("exp_avg", "exp_avg_sq", "master")
+
+
+class _Holdings:
+    """Which parameters of which home an optimizer's groups hold.
+
+    Attributes:
+        groups: by key of home and the parameter's index there, the number of its group; in the order of indices.
+    """
+
+    def __init__(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        self._params = all_params(param_groups)  # they live as long as their ids are compared
+        self._ids, self._ends = self._now(param_groups)
+        self.flats = flats_of(self._params)
+        found: dict[int, dict[int, int]] = {}
+        for number, group in enumerate(param_groups):
+            for parameter in group["params"]:
+                home, index = home_of(parameter)
+                found.setdefault(home.key, {})[index] = number
+        self.groups = {key: dict(sorted(of_home.items())) for key, of_home in found.items()}
+
+    @staticmethod
+    def _now(param_groups: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+        params = all_params(param_groups)
+        homes = [id(getattr(p, "_flat", None)) for p in params]  # flat_of, without a call for each of them
+        return [*map(id, params), *homes], [len(group["params"]) for group in param_groups]
+
+    def fit(self, param_groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether this is still so."""
+        return (self._ids, self._ends) == self._now(param_groups)
+
+
+class _Runs(NamedTuple):
+    """What to step on in a home while ``chosen`` of its parameters are stepped on: pieces, each of one group."""
+
+    chosen: list[int]
+    pieces: list[tuple[Piece, int]]
 
 
 class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
@@ -83,7 +120,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_TORCH_EXTRAS})
         self._hold_steps, self.scale = hold_steps, scale
         self._states: dict[int, FlatState] = {}
-        self._counted: list[tuple[list[int], int]] = []
+        self._counted: list[tuple[list[int], list[int]]] = []
+        self._holdings = _Holdings([])
+        self._runs: dict[int, _Runs] = {}
         self._overflow: Overflow | None = None
         adopt(replicated_of(all_params(self.param_groups)))
 
@@ -118,46 +157,64 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                 loss = closure()
         params = all_params(self.param_groups)
         replicated = finish_gradients(params)
-        units = sorted(dict.fromkeys(map(unit_of_flat, flats_of(params))), key=lambda unit: unit.index)
-        keys = self._count_steps([*(flat for unit in units for flat in unit.flats), *replicated])
+        if not self._holdings.fit(self.param_groups):
+            self._holdings, self._runs = _Holdings(self.param_groups), {}
+        units = sorted(dict.fromkeys(map(unit_of_flat, self._holdings.flats)), key=lambda unit: unit.index)
+        due = self._count_steps([*(flat for unit in units for flat in unit.flats), *replicated])
         # What the next forward needs first was reduced last: half of the others hide the wait for that reduction, and
         # the rest of them its gather.
         first, others = units[:2], units[2:]
         half = len(others) // 2
         for unit in [*others[:half], *first, *others[half:]]:
-            own = [p for flat in unit.flats for p in flat.params if id(p) in keys]
-            self._update_all(own, keys, unscale)
+            for flat in unit.flats:
+                self._update_all(due[flat.key], unscale)
             engine().updated(unit)
-        self._update_all([home.parameter for home in replicated if id(home.parameter) in keys], keys, unscale)
+        for home in replicated:
+            self._update_all(due[home.key], unscale)
         engine().optimizer_stepped()
         return loss
 
-    def _update_all(self, params: list[Any], keys: dict[int, tuple[int, int]], unscale: Unscale) -> None:
-        for piece, (group, step) in pieces(params, keys):
+    def _update_all(self, due: list[tuple[Piece, tuple[int, int]]], unscale: Unscale) -> None:
+        for piece, (group, step) in due:
             self._update(piece, step, self.param_groups[group], unscale)
 
-    def _count_steps(self, homes: Sequence[Home]) -> dict[int, tuple[int, int]]:
-        """Group and number of this step, by id, for every parameter of this optimizer that has a gradient."""
-        touched = {h.key: t for h, t in zip(homes, agree_on_touched(homes), strict=True)}
-        keys, self._counted = {}, []
-        for number, group in enumerate(self.param_groups):
-            for parameter in group["params"]:
-                flat, index = home_of(parameter)
-                if touched[flat.key][index]:
-                    steps = self._state_of(flat).steps
-                    steps[index] += 1
-                    self._counted.append((steps, index))
-                    keys[id(parameter)] = (number, steps[index])
-        return keys
+    def _count_steps(self, homes: Sequence[Home]) -> dict[int, list[tuple[Piece, tuple[int, int]]]]:
+        """By key of home: what is to be updated, with the number of its group and of this step."""
+        due: dict[int, list[tuple[Piece, tuple[int, int]]]] = {}
+        self._counted = []
+        for home, touched in zip(homes, agree_on_touched(homes), strict=True):
+            groups = self._holdings.groups.get(home.key, {})
+            chosen = [index for index in groups if touched[index]]
+            if not chosen:
+                due[home.key] = []
+                continue
+            steps = self._state_of(home).steps
+            for index in chosen:
+                steps[index] += 1
+            self._counted.append((steps, chosen))
+            due[home.key] = self._due(home, chosen, groups, steps)
+        return due
+
+    def _due(
+        self, home: Home, chosen: list[int], groups: dict[int, int], steps: list[int]
+    ) -> list[tuple[Piece, tuple[int, int]]]:
+        first = steps[chosen[0]]
+        if isinstance(home, Replicated) or [steps[index] for index in chosen].count(first) != len(chosen):
+            return joined(home, {index: (groups[index], steps[index]) for index in chosen})
+        runs = self._runs.get(home.key)  # nearly always as the last time
+        if runs is None or runs.chosen != chosen:
+            runs = self._runs[home.key] = _Runs(chosen, joined(home, {index: groups[index] for index in chosen}))
+        return [(piece, (group, first)) for piece, group in runs.pieces]
 
     def _uncount(self) -> None:
         """Take back the count of the last step if it turns out to have been skipped."""
         if self._overflow is not None and self._overflow.happened:
-            for steps, index in self._counted:
-                steps[index] -= 1
+            for steps, chosen in self._counted:
+                for index in chosen:
+                    steps[index] -= 1
         self._overflow = None
 
-    def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
+    def _update(self, piece: Piece, step: int, group: dict[str, Any], unscale: Unscale) -> None:
         flat: Home = piece.flat
         state, where = self._state_of(flat), slice(piece.start, piece.end)
         values, out, remainder = state.operands(flat, where)
@@ -329,7 +386,7 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
     """Forget the gradients of every parameter of ``optimizer``."""
     own = {id(p) for p in all_params(optimizer.param_groups)}
     for flat in homes_of(all_params(optimizer.param_groups)):
-        if all(id(p) in own for p in flat.params):
+        if own.issuperset(map(id, flat.params)):
             flat.clear_grad()
         else:
             for parameter in flat.params:

@@ -24,7 +24,7 @@ def _pieces(params: Sequence[Any]) -> list[Piece]:
 
 def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
     """The same where pending factors do not matter."""
-    return [piece for piece, _ in pieces(params) if piece.flat.gradient.present]
+    return [piece for piece in pieces(params) if piece.flat.gradient.present]
 
 
 def _by_weight(found: Sequence[Piece]) -> dict[float, list[torch.Tensor]]:
@@ -87,7 +87,7 @@ def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
     for flat in homes_of(params):
         if not flat.gradient.present:
             continue
-        if all(id(p) in chosen for p in flat.params):
+        if chosen.issuperset(map(id, flat.params)):
             flat.gradient.scale_(factor)
             continue
         assert isinstance(flat, FlatShard)

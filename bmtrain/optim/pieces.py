@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from ..shard.flat import FlatShard, flat_of
 from ..shard.pools import views_of
 from .replicated import Replicated, average
 
+K = TypeVar("K")
 ParamGroup = dict[str, Any]
 Home = FlatShard | Replicated
 """Where a parameter lies."""
@@ -38,7 +39,7 @@ def homes_of(params: Iterable[Any]) -> list[Home]:
     """What holds ``params``: flat shards, each once, in order, and Replicated ones for what no module holds."""
     found: dict[int, Home] = {}
     for parameter in params:
-        flat = flat_of(parameter)
+        flat = getattr(parameter, "_flat", None)  # flat_of, without a call for each of them
         if flat is not None:
             found[id(flat)] = flat
         elif id(parameter) not in found:
@@ -53,13 +54,13 @@ def flats_of(params: Iterable[Any]) -> list[FlatShard]:
 
 def replicated_of(params: Iterable[Any]) -> list[Replicated]:
     """The others."""
-    others = [p for p in params if getattr(p, "_flat", None) is None]  # flat_of, without a call for each of them
+    others = [p for p in params if getattr(p, "_flat", None) is None]
     return [Replicated(p) for p in {id(p): p for p in others}.values()] if others else []
 
 
 def home_of(parameter: Any) -> tuple[Home, int]:
     """What holds ``parameter``, and its index there."""
-    flat = getattr(parameter, "_flat", None)  # flat_of, without a call for each parameter and step
+    flat = getattr(parameter, "_flat", None)
     return (Replicated(parameter), 0) if flat is None else (flat, parameter._index)
 
 
@@ -110,27 +111,32 @@ def agree_on_touched(flats: Sequence[Home]) -> list[list[bool]]:
     return out
 
 
-def pieces(params: Sequence[Any], keys: dict[int, Any] | None = None) -> Iterator[tuple[Piece, Any]]:
-    """Join neighbours among ``params`` that have the same key.  Empty pieces are left out.
-
-    Gaps between neighbours are zeros in values, gradients and moments, and stay so.
-    """
-    wanted: dict[int, tuple[Home, dict[int, Any]]] = {}
+def pieces(params: Iterable[Any]) -> list[Piece]:
+    """This rank's parts of ``params``, neighbours joined.  Empty pieces are left out."""
+    wanted: dict[int, tuple[Home, dict[int, None]]] = {}
     for parameter in params:
         flat, index = home_of(parameter)
-        found = wanted.get(key := flat.key)
+        found = wanted.get(flat.key)
         if found is None:
-            found = wanted[key] = (flat, {})
-        found[1][index] = keys[id(parameter)] if keys is not None else None
-    for flat, chosen in wanted.values():
-        run: list[int] = []
-        for index in [*sorted(chosen), -1]:
-            if run and (index != run[-1] + 1 or chosen[index] != chosen[run[-1]]):
-                piece = _piece(flat, run)
-                if piece.end > piece.start:
-                    yield piece, chosen[run[0]]
-                run = []
-            run.append(index)
+            found = wanted[flat.key] = (flat, {})
+        found[1][index] = None
+    return [piece for flat, chosen in wanted.values() for piece, _ in joined(flat, chosen)]
+
+
+def joined(home: Home, chosen: Mapping[int, K]) -> list[tuple[Piece, K]]:
+    """Neighbours among ``chosen``, parameters of ``home`` by index, that have the same value there.
+
+    Gaps between neighbours are zeros in values, gradients and moments, and stay so.  Empty pieces are left out.
+    """
+    found, run = [], list[int]()
+    for index in [*sorted(chosen), -1]:
+        if run and (index != run[-1] + 1 or chosen[index] != chosen[run[-1]]):
+            piece = _piece(home, run)
+            if piece.end > piece.start:
+                found.append((piece, chosen[run[0]]))
+            run = []
+        run.append(index)
+    return found
 
 
 def _piece(flat: Home, indices: Sequence[int]) -> Piece:

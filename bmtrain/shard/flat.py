@@ -21,9 +21,9 @@ from .landing import Landing
 from .layout import Layout, make_layout
 from .parameter import (
     DistributedParameter,
+    all_enter_sharded,
+    all_enter_whole,
     any_trains,
-    enter_sharded,
-    enter_whole,
     make_poison,
     raw_data,
     raw_grad,
@@ -144,8 +144,7 @@ class FlatShard:
     def enter_whole(self, buffer: Buffer) -> None:
         """Make the parameters views of ``buffer``, which holds all shards."""
         self.buffer = buffer
-        for parameter, view in zip(self.params, buffer.views(self.layout), strict=True):
-            enter_whole(parameter, view)
+        all_enter_whole(self.params, buffer.views(self.layout))
 
     def enter_sharded(self) -> Buffer | None:
         """Show what needs no gather buffer: parts, or the shard itself where nothing moves.
@@ -156,13 +155,11 @@ class FlatShard:
             self.keep_writes()
         buffer, self.buffer = self.buffer, None
         if not self.unit.moves:
-            for parameter, view in zip(self.params, views_of(self.shard, self.layout), strict=True):
-                enter_whole(parameter, view)
+            all_enter_whole(self.params, views_of(self.shard, self.layout))
             return buffer
         if not self._poison:
             self._poison = [make_poison(slot.shape, self.dtype, self.shard.device) for slot in self.layout.slots]
-        for parameter, poison in zip(self.params, self._poison, strict=True):
-            enter_sharded(parameter, poison)
+        all_enter_sharded(self.params, self._poison)
         return buffer
 
     @property
@@ -349,7 +346,7 @@ class FlatShard:
         """
         device = self.unit.ctx.device
         buffer, landed = self.landing.take()
-        with torch.no_grad():
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # which asks of every parameter take time
             self._collect(buffer.views(self.layout), landed)
             if self.unit.ctx.world_size == 1:
                 self.gradient.take(buffer)
@@ -383,9 +380,10 @@ class FlatShard:
         if self.unit.ctx.world_size == 1:
             self.landing.drop()
         self.gradient.clear()
-        for index, parameter in enumerate(self.params):
-            self.landing.forget(index)
-            set_raw_grad(parameter, None)
+        self.landing.forget_all()
+        for parameter, raw in zip(self.params, self.raw_grads(), strict=True):
+            if raw is not None:
+                set_raw_grad(parameter, None)
 
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
         """Replace one parameter's gradient (whole shape, the same on all ranks; or a ShardedTensor) or drop it."""

@@ -35,9 +35,14 @@ class Landing:
         """Nothing of a backward that an exception ended is wanted."""
         self._landed[index] = False
 
+    def forget_all(self) -> None:
+        """The same for all parameters."""
+        self._landed = [False] * len(self._landed)
+
     def drop(self) -> None:
         """The buffer goes, and what is in it."""
-        self._buffer, self._landed = None, [False] * len(self._landed)
+        self._buffer = None
+        self.forget_all()
 
     @property
     def is_used(self) -> bool:

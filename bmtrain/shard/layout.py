@@ -18,12 +18,12 @@ class Slot:
     start: int
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of the whole parameter."""
         return prod(self.shape)
 
-    @property
+    @cached_property
     def end(self) -> int:
         """One past the last element."""
         return self.start + self.numel

@@ -353,11 +353,21 @@ def enter_whole(parameter: DistributedParameter, value: torch.Tensor) -> None:
     _raw_data.__set__(parameter, value)
 
 
-def enter_sharded(parameter: DistributedParameter, poison: torch.Tensor) -> None:
+def all_enter_whole(parameters: Iterable[DistributedParameter], values: Iterable[torch.Tensor]) -> None:
+    """The same for many."""
+    assign = _raw_data.__set__
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.__class__ = DistributedParameter
+        assign(parameter, value)
+
+
+def all_enter_sharded(parameters: Iterable[DistributedParameter], poisons: Iterable[torch.Tensor]) -> None:
     """Enter the sharded state."""
-    parameter.__class__ = DistributedParameter
-    _raw_data.__set__(parameter, poison)
-    parameter.__class__ = ShardedParameter
+    assign = _raw_data.__set__
+    for parameter, poison in zip(parameters, poisons, strict=True):
+        parameter.__class__ = DistributedParameter
+        assign(parameter, poison)
+        parameter.__class__ = ShardedParameter
 
 
 def make_poison(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter, deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,20 +27,14 @@ def views_of(flat: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
     return [flat[slot.start : slot.end].view(slot.shape) for slot in layout.slots]
 
 
-@dataclass(eq=False)
 class Buffer:
     """A flat tensor and the event after which its next owner may write it."""
 
-    arena: Arena
-    key: Hashable
-    free: Event
-    _views: dict[int, list[torch.Tensor]] = field(default_factory=dict)
-    _bytes: int = 0  # what to allocate again, where memory was given back
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The flat tensor."""
-        return self.arena.tensor
+    def __init__(self, arena: Arena, key: Hashable, free: Event) -> None:
+        self.arena, self.key, self.free = arena, key, free
+        self.tensor = arena.tensor
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self._bytes = 0  # what to allocate again, where memory was given back
 
     def spoil(self) -> None:
         """Overwrite every parameter's place, so that whoever still reads it is found out."""
