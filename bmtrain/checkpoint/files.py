@@ -66,6 +66,17 @@ class _Writer(threading.Thread):
 _background: WeakKeyDictionary[Context, _Writer] = WeakKeyDictionary()  # of rank 0's contexts
 
 
+def background_writer() -> threading.Thread | None:
+    """The thread of ``save(non_blocking=True)`` that is still writing; None when all is written, and beyond rank 0."""
+    writer = _background.get(context())
+    return writer if writer is not None and writer.is_alive() else None
+
+
+def write(obj: Any, file_name: str | os.PathLike[str]) -> None:
+    """``torch.save`` by this process alone; the file appears complete or not at all."""
+    _write(obj, Path(file_name))
+
+
 def _finish_background() -> None:
     """Wait for what ``save(non_blocking=True)`` still writes.  Collective.  Raises CheckpointError on every rank."""
     writer = _background.pop(context(), None)
