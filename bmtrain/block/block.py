@@ -11,6 +11,7 @@ from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
 from ..precision import Precision, as_precision
 from ..shard.engine import engine
+from .published_block import PublishedBlock
 from .record import record_of
 from .sharded import ShardedModule, become
 
@@ -32,6 +33,8 @@ class Block(ShardedModule):
         precision: the block's own bmt.Precision, or the dtype to compute in ("bf16", torch.bfloat16); None leaves the
             one it has, at first that of ``init_distributed``.
     """
+
+    last_bases = (PublishedBlock,)
 
     def __new__(
         cls,
@@ -75,10 +78,6 @@ class Block(ShardedModule):
         # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
         if record_of(self) is None:
             super().__init__(*args, **kwargs)
-
-    @property
-    def _module(self) -> Any:
-        return self
 
 
 CheckpointBlock = Block

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,7 +31,13 @@ from .record import Record, record_of, unit_of
 
 
 class ShardedModule(nn.Module):
-    """Mixin of every module that owns a unit: the root of a model, and each Block."""
+    """Mixin of every module that owns a unit: the root of a model, and each Block.
+
+    Attributes:
+        last_bases: of the classes made of this one, after the module's own class.
+    """
+
+    last_bases: ClassVar[tuple[type, ...]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -173,7 +179,7 @@ def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
 
-    return types.new_class(own.__name__, (mixin, own), {}, body)
+    return types.new_class(own.__name__, (mixin, own, *mixin.last_bases), {}, body)
 
 
 def owned_units(module: nn.Module) -> Iterator[ShardUnit]:

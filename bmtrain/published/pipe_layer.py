@@ -42,11 +42,12 @@ class PipelineTransformerBlockList(TransformerBlockList):
         *args: Any,
         batch_related: Sequence[int] = (),
         return_hidden_states: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """Run all blocks: ``for block in list: hidden = block(hidden, *args)``.
+        """Run all blocks: ``for block in list: hidden = block(hidden, *args, **kwargs)``.
 
         Args:
             batch_related: which of ``args`` are cut into micro-batches with the hidden state.  On one stage none is.
             return_hidden_states: also give the inputs of every block, stacked: (out, (L, ...)).
         """
-        return super().forward(hidden_state, *args, return_hidden_states=return_hidden_states)
+        return super().forward(hidden_state, *args, return_hidden_states=return_hidden_states, **kwargs)
