@@ -9,6 +9,7 @@ from .loss import mean
 from .precision import Precision
 from .published import (
     block_layer,
+    checkpointing,
     global_var,
     hook_func,
     init,
@@ -53,6 +54,7 @@ __all__ = [
     "benchmark",
     "block_layer",
     "checkpoint",
+    "checkpointing",
     "compile",
     "config",
     "debug",

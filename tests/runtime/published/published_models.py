@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
 
 def names(published: bool, dtype: torch.dtype, lora: int = 0) -> SimpleNamespace:
-    """What the models are written with, of the library or of torch; ``lora`` is the rank of adapters of linear layers."""
+    """What the models are written with, of the library or of torch; ``lora`` is the rank of adapters."""
     if published:
         return SimpleNamespace(
             Module=bmt.DistributedModule, Parameter=bmt.DistributedParameter, Block=bmt.CheckpointBlock,

@@ -17,7 +17,7 @@ from torch import nn
 
 import bmtrain as bmt
 
-ROWS, LR = 4, 0.02
+ROWS, LR = 12, 0.02
 
 
 def tokens(step: int) -> torch.Tensor:
@@ -155,8 +155,6 @@ def test_in_low_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None
 @pytest.mark.long
 @on_ranks(3, 4)
 def test_on_more_ranks(tmp_path: Path) -> None:
-    global ROWS
-    ROWS = 12
     live("bert", torch.float32, tmp_path)
     live("t5", torch.float32, tmp_path)
 

@@ -154,6 +154,14 @@ def test_every_published_name_is_reached_and_called_as_it_was() -> None:
     assert differences == {}
 
 
+def test_published_modules_are_imported_and_reached_alike() -> None:
+    for name in bmt.published._MODULES:
+        found = bmt
+        for part in name.split("."):
+            found = getattr(found, part)  # what `import bmtrain.name` leaves
+        assert found is importlib.import_module(f"bmtrain.{name}"), name
+
+
 def test_a_table_that_would_not_notice_is_no_test() -> None:
     assert difference("no_such_name", None) is not None
     assert difference("store.no_such_name", None) is not None
