@@ -203,10 +203,10 @@ def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[list[ShardU
         yield needed
 
 
-def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[str, Any]:
     """What ``module.state_dict()`` gives, past ``state_dict`` methods that classes of the model define.  Collective.
 
-    For those methods themselves, which ask for it.
+    For those methods themselves, which ask for it.  A rank that does not ``keep`` values gets tensors without any.
     """
     state: Any = OrderedDict()
     state._metadata = OrderedDict()
@@ -215,12 +215,12 @@ def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Any]:
     if unit_of(module) is None and context().world_size > 1:
         engine().meet(f"the state of {type(module).__name__}")
     with engine().outside.pinned(outer):
-        whole: dict[str, Any] = _add_state(module, state, prefix, outermost=True)
-        _copy_out(whole, outer)
+        whole: dict[str, Any] = _add_state(module, state, prefix, keep, outermost=True)
+        _copy_out(whole, outer, keep)
     return whole
 
 
-def _add_state(module: nn.Module, state: Any, prefix: str, outermost: bool = False) -> Any:
+def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost: bool = False) -> Any:
     facts: dict[str, Any] = {"version": module._version}
     state._metadata[prefix[:-1]] = facts
     owned: AbstractContextManager[list[ShardUnit]] = nullcontext([])
@@ -232,18 +232,24 @@ def _add_state(module: nn.Module, state: Any, prefix: str, outermost: bool = Fal
         module._save_to_state_dict(state, prefix, False)
         for name, child in module._modules.items():
             if child is not None:
-                _add_state(child, state, f"{prefix}{name}.")
+                _add_state(child, state, f"{prefix}{name}.", keep)
         for after in module._state_dict_hooks.values():
             replaced = after(module, state, prefix, facts)
             state = state if replaced is None else replaced  # which counts for the outermost alone, as in torch
         if needed:
-            _copy_out(state, needed)
+            _copy_out(state, needed, keep)
     return state
 
 
-def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit]) -> None:
+def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], keep: bool = True) -> None:
     """Replace views of these units' memory by copies; what was tied stays one tensor.  Buffers come along."""
     to_cpu = context().save_param_to_cpu
+
+    def copied(value: torch.Tensor, original: Original) -> torch.Tensor:
+        if not keep:
+            return torch.empty_like(value, device="meta")
+        return StateTensor.of(value.detach().to("cpu" if to_cpu else None, copy=True), original)
+
     own: dict[int, tuple[FlatShard, torch.Tensor]] = {}
     for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
@@ -253,18 +259,16 @@ def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit]) -> None:
         if not isinstance(value, torch.Tensor):
             continue
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
-            whole = value.full_tensor()
-            state[key] = StateTensor.of(whole.cpu() if to_cpu else whole, OfBuffer(value))
+            state[key] = copied(value.full_tensor(), OfBuffer(value))
             continue
         lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
-                original = _original(value, *lies_in)
-                copies[place] = StateTensor.of(value.detach().to("cpu" if to_cpu else None, copy=True), original)
+                copies[place] = copied(value, _original(value, *lies_in))
             state[key] = copies[place]
         elif value.is_cuda and to_cpu:
-            state[key] = StateTensor.of(value.cpu(), OfBuffer(value))
+            state[key] = copied(value, OfBuffer(value))
 
 
 def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Original:

@@ -88,7 +88,7 @@ def _save_to_local_rank0(
 def _save_where(
     here: bool, model: torch.nn.Module, destination: MutableMapping[str, Any] | None, prefix: str
 ) -> MutableMapping[str, Any]:
-    whole = whole_state(model, prefix)
+    whole = whole_state(model, prefix, keep=here)
     if destination is None:
         destination = whole if here else OrderedDict()
     elif here:

@@ -147,7 +147,10 @@ def test_hooks_of_the_state_dict_run() -> None:
     model = Base()
     model.layers[0].register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.seen.fill_(7.0))
     model._register_state_dict_hook(lambda m, state, *_: OrderedDict((k.upper(), v) for k, v in state.items()))
+    devices: list[str] = []
+    model._register_state_dict_hook(lambda m, state, *_: devices.append(state["LAYERS.1.PROJECT.WEIGHT"].device.type))
     found = store._save_to_rank0(model)
+    assert devices == ["cpu" if bmt.rank() == 0 else "meta"]  # no copies for nobody
     if bmt.rank() == 0:
         assert "EMBEDDING" in found and float(found["LAYERS.0.SEEN"]) == 7.0
 
