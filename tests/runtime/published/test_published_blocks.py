@@ -283,6 +283,27 @@ def test_whole_by_hand() -> None:
 
 
 @on_ranks(1, 2)
+def test_whole_by_hooks() -> None:
+    from bmtrain.hook_func import zero_post_forward, zero_pre_forward
+
+    grads = []
+    for hooked in (False, True):
+        torch.manual_seed(3)
+        model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)))
+        for module in model if hooked else ():
+            module.register_forward_pre_hook(zero_pre_forward)
+            module.register_forward_hook(zero_post_forward)
+        x = torch.ones(2, WIDTH)
+        with torch.no_grad():
+            model(x)
+        model[2](model[0](x)).sum().backward()
+        model(x).sum().backward()
+        grads.append([bmt.gather_grad(p) for p in model.parameters()])
+    for plain, hooked_grad in zip(*grads, strict=True):
+        assert plain is not None and hooked_grad is not None and torch.allclose(plain, hooked_grad, atol=1e-6)
+
+
+@on_ranks(1, 2)
 def test_recomputed_functions() -> None:
     from bmtrain.checkpointing import checkpoint
 

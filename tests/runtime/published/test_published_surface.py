@@ -169,6 +169,42 @@ def test_a_table_that_would_not_notice_is_no_test() -> None:
     assert difference("store.allgather_object", "obj comm more") is not None
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "init_distributed":
+        {"init_method": "env://", "seed": 0, "pipe_size": -1, "num_micro_batches": None, "tp_size": 1},
+    "DistributedParameter":
+        {"requires_grad": True, "init_method": None, "group": None, "tp_mode": False, "tp_split_dim": -1},
+    "Block": {"initialized": False, "mode": "BLOCK"},
+    "TransformerBlockList": {"num_hidden": 1}, "PipelineTransformerBlockList": {"num_hidden": 1},
+    "optim.AdamOptimizer": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "hold_steps": 0},
+    "optim.AdamOffloadOptimizer": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "hold_steps": 0,
+                                   "record_delta": False},
+    "optim.OptimManager": {"loss_scale": None, "loss_scale_factor": 2, "loss_scale_steps": 1024, "min_loss_scale": 1,
+                           "max_loss_scale": float("inf"), "grad_scale": None},
+    "optim.OptimManager.clip_grad_norm": {"norm_type": 2, "eps": 1e-6},
+    "loss.FusedCrossEntropy": {"weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0,
+                               "parallel": False},
+    "lr_scheduler.Noam": {"num_iter": 0}, "lr_scheduler.Exponential": {"num_iter": 0, "gamma": 0.95},
+    "distributed.all_reduce": {"op": "sum", "comm": None}, "distributed.reduce_scatter": {"op": "sum", "comm": None},
+    "save": {"non_blocking": False}, "load": {"strict": True}, "store.broadcast_object": {"src": 0},
+    "store._save_to_rank0": {"destination": None, "prefix": ""}, "inspect.inspect_model": {"prefix": ""},
+    "nn.Linear": {"bias": True, "dtype": None},
+    "nn.ColumnParallelLinear": {"bias": True, "dtype": None, "gather_output": False, "gather_input": True,
+                                "async_gather_chunks": 2},
+    "nn.RowParallelLinear": {"bias": True, "dtype": None, "split_input": False, "all_reduce_output": False,
+                             "async_chunks": 2},
+    "nn.VPEmbedding": {"dtype": torch.half}, "nn.VPEmbedding.forward": {"projection": False},
+    "print_rank": {"rank": 0}, "see_memory": {"detail": False},
+    "utils.AverageRecorder": {"alpha": 0.9, "start_value": 0},
+}  # fmt: skip
+
+
+def test_what_is_left_out_is_what_it_was() -> None:
+    for name, wanted in DEFAULTS.items():
+        parameters = inspect.signature(reached(name)).parameters
+        assert {p: parameters[p].default for p in wanted} == wanted, name
+
+
 INSTANCES = {
     "manager": "loss_scale loss_scale_enabled optimizers lr_schedulers grad_scale steps_since_last_scale "
     "loss_scale_factor loss_scale_steps min_loss_scale max_loss_scale",
