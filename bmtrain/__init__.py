@@ -7,9 +7,25 @@ from .context import deterministic, init_distributed, is_initialized, own_random
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .precision import Precision
-from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
+from .published import (
+    block_layer,
+    checkpointing,
+    global_var,
+    hook_func,
+    init,
+    layer,
+    nccl,
+    nn,
+    param_init,
+    parameter,
+    pipe_layer,
+    store,
+    wrapper,
+    zero_context,
+)
 from .published.global_var import config
 from .published.legacy import optim_step
+from .published.pipe_layer import PipelineTransformerBlockList
 from .shard import (
     DistributedModule,
     DistributedParameter,
@@ -30,6 +46,7 @@ __all__ = [
     "DistributedModule",
     "DistributedParameter",
     "ParameterInitializer",
+    "PipelineTransformerBlockList",
     "Precision",
     "Timeouts",
     "TransformerBlockList",
@@ -37,6 +54,7 @@ __all__ = [
     "benchmark",
     "block_layer",
     "checkpoint",
+    "checkpointing",
     "compile",
     "config",
     "debug",
@@ -45,7 +63,9 @@ __all__ = [
     "gather_grad",
     "gather_result",
     "gathered",
+    "global_var",
     "grouped_parameters",
+    "hook_func",
     "init",
     "init_distributed",
     "init_parameters",
@@ -65,6 +85,7 @@ __all__ = [
     "own_random",
     "param_init",
     "parameter",
+    "pipe_layer",
     "print_block",
     "print_dict",
     "print_rank",
@@ -84,6 +105,7 @@ __all__ = [
     "wait_loader",
     "world_size",
     "wrapper",
+    "zero_context",
 ]
 
 __version__ = "2.0.0.dev0"

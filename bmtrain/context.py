@@ -105,6 +105,8 @@ class Context:
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     memory: MemoryUse | float = "auto"
     """Whether free memory is spent to save time, and up to how many GiB."""
+    save_param_to_cpu: bool = True
+    """Whether state dicts are copies on the CPU; else they are on ``device``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)

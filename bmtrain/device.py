@@ -47,6 +47,11 @@ class Event:
             if self._stress:
                 _delay(stream)
 
+    def synchronize(self) -> None:
+        """Return when the device has passed the recorded point."""
+        if self._event is not None:
+            self._event.synchronize()
+
 
 class Readback:
     """One number on its way from the device to the host."""

@@ -17,11 +17,12 @@ T = TypeVar("T")
 def allgather_objects(obj: T, comm: Communicator | None = None) -> list[T]:
     """Every rank's ``obj``, rank 0's first.  Collective.
 
-    ``comm`` is a group on CPU tensors; the world's ranks if it is None.
+    ``comm`` is the world (also None), or a group on CPU tensors.
 
     Raises UnsupportedError, on every rank, when some rank's object is of a class that is not sent (``wire``).
     """
-    control = context().control if comm is None else comm
+    here = context()
+    control = here.control if comm is None or comm is here.world else comm
     payload, problem = _payload(obj)
     facts = torch.empty(2 * control.world_size, dtype=torch.int64, device="cpu")
     control.all_gather(torch.tensor([payload.numel(), problem is not None], device="cpu"), facts)

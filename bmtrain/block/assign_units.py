@@ -62,7 +62,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
         record = become(group.owner, ShardedModule)
         unit = ShardUnit(pools, group.name, parameters, group.names, group.autocasts, record.precision)
         record.unit = unit
-        unit.keep = record.keep
+        unit.keep, unit.is_block = record.keep, record.is_block
         units.append(unit)
     _warn_of_different_starts(pools.ctx.rank, kind, [name for name in differing if name not in later])
     _note_borrowed(root)

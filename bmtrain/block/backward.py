@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..autograd import backward_id, saves_with, when_backward_ends
+from ..autograd import ScriptsAsWritten, backward_id, saves_with, when_backward_ends
 from ..device import Device
 from ..shard.unit import unit_of_flat
 from .frame import Frame
@@ -22,6 +22,7 @@ class Backward:
     Attributes:
         frames: those that are running now, the innermost last.
         recomputes: how many blocks are being run again, one inside the other.
+        repeats: whether blocks have run that are still to run again.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -29,6 +30,7 @@ class Backward:
         self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
         self.frames: list[Frame] = []
         self.recomputes = 0
+        self.repeats = False
         self.first_graphs = FirstGraphs()
         self._begun: list[Frame] = []
         self._id: int | None = None
@@ -38,6 +40,11 @@ class Backward:
     def device(self) -> Device:
         """Where whole values are."""
         return self._schedule.ctx.device
+
+    def will_repeat(self) -> None:
+        """A block that begins now is to run again in the backward: until then no script may come to be optimized."""
+        self.repeats = True
+        ScriptsAsWritten.begin()
 
     def output_is_reached(self, _: torch.Tensor) -> None:
         """Hook of what an outermost forward returned."""
@@ -115,7 +122,7 @@ class Backward:
         used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
         for frame in self._begun:
             frame.begun = frame.finished = False
-        self._begun = []
+        self._begun, self.repeats = [], False
         self._schedule.register_copies()
         units = self._schedule.units
         for index in sorted(units.keys()):

@@ -11,6 +11,7 @@ from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
 from ..precision import Precision, as_precision
 from ..shard.engine import engine
+from .published_block import PublishedBlock
 from .record import record_of
 from .sharded import ShardedModule, become
 
@@ -28,10 +29,12 @@ class Block(ShardedModule):
         zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over, None does
             either, or lets them stay from step to step, as memory allows.
         initialized: accepted for older scripts; parameters keep their values either way.
-        mode: "BLOCK"; "PIPE" raises UnsupportedError.
+        mode: "BLOCK", or "PIPE" for a stage of a pipeline, which is the same on the one stage that there is.
         precision: the block's own bmt.Precision, or the dtype to compute in ("bf16", torch.bfloat16); None leaves the
             one it has, at first that of ``init_distributed``.
     """
+
+    last_bases = (PublishedBlock,)
 
     def __new__(
         cls,
@@ -51,17 +54,20 @@ class Block(ShardedModule):
             raise ConfigurationError(f"bmt.Block takes a torch.nn.Module, not {type(inner_module).__name__}.")
         if zero_level not in (None, 2, 3):
             raise ConfigurationError(f"zero_level must be 2 or 3, not {zero_level}.")
-        if mode != "BLOCK":
-            raise UnsupportedError("Pipeline parallelism is not in this version; leave mode out.")
+        if mode not in ("BLOCK", "PIPE"):
+            raise ConfigurationError(f'mode must be "BLOCK" or "PIPE", not {mode!r}.')
         ctx = context()
+        if mode == "PIPE" and ctx.topology.pipe_size > 1:
+            raise UnsupportedError("Pipelines of several stages are not in this version; leave pipe_size out.")
         policy = None if precision is None else as_precision(precision)
         record = become(inner_module, Block)
+        record.is_block = True
         record.recompute = None if use_checkpoint is None else bool(use_checkpoint)
         record.zero_level = zero_level
         if policy is not None:
             record.precision = policy
         if record.unit is not None:
-            record.unit.keep = record.keep
+            record.unit.keep, record.unit.is_block = record.keep, True
             if policy is not None:
                 record.unit.change_precision(policy)
         elif not ctx.building:
@@ -72,10 +78,6 @@ class Block(ShardedModule):
         # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
         if record_of(self) is None:
             super().__init__(*args, **kwargs)
-
-    @property
-    def _module(self) -> Any:
-        return self
 
 
 CheckpointBlock = Block

@@ -28,6 +28,9 @@ T = TypeVar("T")
 class Owner(Buffers, Protocol):
     """What a frame asks of the backward that it takes part in."""
 
+    def will_repeat(self) -> None:
+        """A block that begins now is to run again in the backward."""
+
     def reached(self, frame: Frame) -> None:
         """The backward needs something that ``frame`` saved."""
 
@@ -88,7 +91,8 @@ class Frame:
         self, again: Repeat, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> T:
         self._again, self._held = again, [] if again.watches else None
-        with ScriptsAsWritten(), self.hooks():
+        self.owner.will_repeat()
+        with self.hooks():
             out = call(*args, **kwargs)
         if again.first_run_is_over():
             self._held = None
@@ -146,9 +150,10 @@ class Frame:
         try:
             with (
                 self.owner.recomputing(self, pack),
-                ScriptsAsWritten(),
+                ScriptsAsWritten() as scripts,
                 torch.autograd.graph.saved_tensors_hooks(pack, _never),
             ):
+                scripts.begin()
                 self._again()
         except _Enough:
             pass

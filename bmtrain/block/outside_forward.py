@@ -53,6 +53,12 @@ class OutsideForward:
                 if not unit.pins and unit.moves:
                     self._whole.let_go(unit)
 
+    def release(self, units: Iterable[ShardUnit]) -> None:
+        """Give up whole values that no running forward has pinned."""
+        for unit in units:
+            if unit.moves and not unit.pins:
+                self._whole.release(unit)
+
     # -- transforms of torch.func ------------------------------------------------------------------------------------
 
     def hold(self, units: Iterable[ShardUnit]) -> None:

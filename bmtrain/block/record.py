@@ -17,6 +17,7 @@ class Record:
 
     Attributes:
         unit: the parameters that the module makes whole; None until it is sharded.
+        is_block: whether the module is a Block.
         recompute, zero_level, precision: what ``Block`` was told.
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
@@ -25,6 +26,7 @@ class Record:
     """
 
     unit: ShardUnit | None = None
+    is_block: bool = False
     recompute: bool | None = False
     zero_level: int | None = None
     precision: Precision | None = None

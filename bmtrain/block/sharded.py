@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from ..context import Context, context
 from ..errors import BMTrainError, CheckpointError, DeviceError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
-from ..shard.gathered import gathered
+from ..shard.gathered import gathered, units_of
 from ..shard.sharded_tensor import ShardedTensor
 from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
@@ -32,7 +33,13 @@ from .state import state_for_pickle
 
 
 class ShardedModule(nn.Module):
-    """Mixin of every module that owns a unit: the root of a model, and each Block."""
+    """Mixin of every module that owns a unit: the root of a model, and each Block.
+
+    Attributes:
+        last_bases: of the classes made of this one, after the module's own class.
+    """
+
+    last_bases: ClassVar[tuple[type, ...]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -54,23 +61,20 @@ class ShardedModule(nn.Module):
 
     # -- whole values in and out ----------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Whole tensors on the CPU under the unconverted model's keys, on every rank.  Collective.
 
         Each is a copy that keeps the values of now, but what is written into it in place is written to the model, too.
+        With ``bmt.config["save_param_to_cpu"] = False`` they are on this process's device.
         """
-        record = record_of(self)
-        unit = None if record is None else record.unit
-        if record is None or unit is None:
-            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if destination is None and unit.ctx.world_size > 1:
-            engine().meet(f"state_dict of {type(self).__name__}")
-            level(self, record)
-        needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
-        others = set() if destination is None else set(destination)  # of enclosing modules, which see to them
-        with engine().outside.pinned(needed):
-            out = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-            if not keep_vars:
+        if unit_of(self) is None:
+            return super().state_dict(*args, **kwargs)
+        # What was given and no more: the model's own method may take none of it.
+        given = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)) | kwargs
+        others = set(given.get("destination") or ())  # of enclosing modules, which see to them
+        with _whole_for_state(self, given.get("destination") is None) as needed:
+            out = super().state_dict(*args, **kwargs)
+            if not given.get("keep_vars", False) and isinstance(out, MutableMapping):
                 _copy_out(out, needed, others)
             return out
 
@@ -183,7 +187,7 @@ def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
 
-    return types.new_class(own.__name__, (mixin, own), {}, body)
+    return types.new_class(own.__name__, (mixin, own, *mixin.last_bases), {}, body)
 
 
 def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
@@ -194,12 +198,70 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
             yield unit
 
 
-def _copy_out(state: dict[str, Any], units: list[ShardUnit], others: set[str]) -> None:
-    """Replace views of these units' memory by CPU copies; what was tied stays one tensor.  Buffers come along.
+@contextmanager
+def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[list[ShardUnit]]:
+    """Whole units for the state of ``module``, which owns one; gives those that are not whole anyway.  Collective."""
+    record, unit = record_of(module), unit_of(module)
+    assert record is not None and unit is not None
+    if outermost and unit.ctx.world_size > 1:
+        engine().meet(f"state_dict of {type(module).__name__}")
+        level(module, record)
+    needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
+    with engine().outside.pinned(needed):
+        yield needed
+
+
+def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[str, Any]:
+    """What ``module.state_dict()`` gives, past ``state_dict`` methods that classes of the model define.  Collective.
+
+    For those methods themselves, which ask for it.  A rank that does not ``keep`` values gets tensors without any.
+    """
+    state: Any = OrderedDict()
+    state._metadata = OrderedDict()
+    own = set(owned_units(module))
+    outer = [unit for unit in units_of(module) if unit not in own]
+    if unit_of(module) is None and context().world_size > 1:
+        engine().meet(f"the state of {type(module).__name__}")
+    with engine().outside.pinned(outer):
+        whole: dict[str, Any] = _add_state(module, state, prefix, keep, outermost=True)
+        _copy_out(whole, outer, set(), keep)
+    return whole
+
+
+def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost: bool = False) -> Any:
+    facts: dict[str, Any] = {"version": module._version}
+    others = set(state)  # of enclosing modules, which see to them
+    state._metadata[prefix[:-1]] = facts
+    owned: AbstractContextManager[list[ShardUnit]] = nullcontext([])
+    if unit_of(module) is not None:
+        owned = _whole_for_state(module, outermost)
+    with owned as needed:
+        for before in module._state_dict_pre_hooks.values():
+            before(module, prefix, False)
+        module._save_to_state_dict(state, prefix, False)
+        for name, child in module._modules.items():
+            if child is not None:
+                _add_state(child, state, f"{prefix}{name}.", keep)
+        for after in module._state_dict_hooks.values():
+            replaced = after(module, state, prefix, facts)
+            state = state if replaced is None else replaced  # which counts for the outermost alone, as in torch
+        if needed:
+            _copy_out(state, needed, others, keep)
+    return state
+
+
+def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], others: set[str], keep: bool = True) -> None:
+    """Replace views of these units' memory by copies; what was tied stays one tensor.  Buffers come along.
 
     ``others`` are the keys that are somebody else's.
     """
-    apart = context().device.is_apart
+    to_cpu, apart = context().save_param_to_cpu, context().device.is_apart
+
+    def copied(value: torch.Tensor, original: Original) -> torch.Tensor:
+        if not keep:
+            return torch.empty_like(value, device="meta")
+        return StateTensor.of(value.detach().to("cpu" if to_cpu else None, copy=True), original)
+
     own: dict[int, tuple[FlatShard, torch.Tensor]] = {}
     for flat in [flat for unit in units for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
@@ -209,17 +271,16 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit], others: set[str]) -
         if not isinstance(value, torch.Tensor) or key in others:
             continue
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
-            state[key] = StateTensor.of(value.full_tensor().cpu(), OfBuffer(value))
+            state[key] = copied(value.full_tensor(), OfBuffer(value))
             continue
         lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
-                original = _original(value, *lies_in)
-                copies[place] = StateTensor.of(value.detach().to("cpu", copy=True), original)
+                copies[place] = copied(value, _original(value, *lies_in))
             state[key] = copies[place]
-        elif apart and not isinstance(value, StateTensor):
-            state[key] = StateTensor.of(value.detach().to("cpu", copy=True), OfBuffer(value))
+        elif apart and to_cpu and not isinstance(value, StateTensor):
+            state[key] = copied(value, OfBuffer(value))
 
 
 def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Original:

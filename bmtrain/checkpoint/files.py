@@ -62,6 +62,17 @@ class _Writer(threading.Thread):
             self._state = None
 
 
+def background_writer() -> threading.Thread | None:
+    """The thread of ``save(non_blocking=True)`` that is still writing; None when all is written, and beyond rank 0."""
+    writer = context().writer
+    return writer if isinstance(writer, threading.Thread) and writer.is_alive() else None
+
+
+def write(obj: Any, file_name: str | os.PathLike[str]) -> None:
+    """``torch.save`` by this process alone; the file appears complete or not at all."""
+    _write(obj, Path(file_name))
+
+
 def _finish_background() -> None:
     """Wait for what ``save(non_blocking=True)`` still writes.  Collective.  Raises CheckpointError on every rank."""
     ctx = context()

@@ -55,7 +55,7 @@ def arena_bytes() -> int:
 def type_code(dtype: torch.dtype) -> int | None:
     """NCCL's number for ``dtype``; None if this NCCL does not know the type."""
     if dtype in _FLOAT8:
-        return _FLOAT8[dtype] if _C.nccl.has_float8() else None
+        return _FLOAT8[dtype] if built and _C.nccl.has_float8() else None
     return _TYPES.get(dtype)
 
 

@@ -5,12 +5,17 @@ The communicator is ``bmt.config["comm"]`` or any other Communicator; the transp
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import PrefixStore
 
-from ..comm import Communicator, ReduceOp
+from ..comm import Communicator, GlooCommunicator, LocalCommunicator, ReduceOp
+from ..comm.nccl_library import op_code, type_code
+from ..context import context
+from ..errors import ConfigurationError
 
 NCCLCommunicator = Communicator
 Memory = torch.Tensor | torch.UntypedStorage | torch.TypedStorage
@@ -18,6 +23,52 @@ Memory = torch.Tensor | torch.UntypedStorage | torch.TypedStorage
 _group: list[tuple[tuple[int, int, bool], Callable[[], None]]] | None = (
     None  # point-to-point calls that wait for groupEnd
 )
+
+
+def getUniqueId() -> bytes:
+    """A name for a new communicator, which one rank makes and sends to the others (``bmt.store.broadcast_object``)."""
+    return secrets.token_bytes(128)
+
+
+def commInitRank(unique_id: bytes, world_size: int, rank: int) -> Communicator:
+    """A communicator of ``world_size`` ranks, all or some, in which this one is ``rank``.
+
+    Its tensors are on this process's device.  Collective of those ranks, who pass the same ``unique_id``.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigurationError(f"Rank {rank} does not exist in a group of {world_size}.")
+    if world_size == 1:
+        return LocalCommunicator()
+    here = context()
+    store: Any = PrefixStore(f"comm/{unique_id.hex()}", here.store)
+    if not here.device.is_cuda:
+        return GlooCommunicator(store, rank, world_size, here.timeout)
+    from ..comm.nccl import NcclCommunicator
+
+    return NcclCommunicator(store, "comm", rank, world_size, here.device.torch_device)
+
+
+def commDestroy(comm: Communicator) -> None:
+    """Give back what ``comm`` holds; it is not used afterwards."""
+    if comm is context().world:
+        raise ConfigurationError('bmt.config["comm"] is needed to the end; bmt.shutdown() closes it.')
+    comm.close()
+
+
+def dtype2nccl(dtype: torch.dtype) -> int:
+    """NCCL's number for a dtype.  Raises ConfigurationError for one it does not know."""
+    return _known(type_code(dtype), dtype)
+
+
+def op2nccl(op: str) -> int:
+    """NCCL's number for a reduction: "sum", "prod", "max", "min" or "avg".  Raises ConfigurationError for another."""
+    return _known(op_code(op, torch.float32), op)
+
+
+def _known(code: int | None, what: object) -> int:
+    if code is None:
+        raise ConfigurationError(f"NCCL has no {what!r}.")
+    return code
 
 
 def commCount(comm: Communicator) -> int:

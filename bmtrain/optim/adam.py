@@ -10,7 +10,7 @@ import torch
 
 from .. import kernels
 from ..context import context
-from ..errors import ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
@@ -18,6 +18,7 @@ from ..shard.in_parts import part_at
 from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
+from .delta import Delta
 from .fit import number_problem, require_fit, tensor_problem
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
@@ -360,7 +361,10 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 
 
 class AdamOffloadOptimizer(AdamOptimizer):
-    """AdamOptimizer with masters and moments in host memory: 12 bytes a parameter less on the GPU, slower steps."""
+    """AdamOptimizer with masters and moments in host memory: 12 bytes a parameter less on the GPU, slower steps.
+
+    ``record_delta`` keeps of each step by how much it changed the parameters: see ``get_avg_delta``.
+    """
 
     def __init__(
         self,
@@ -374,12 +378,60 @@ class AdamOffloadOptimizer(AdamOptimizer):
         *,
         scale: float = 1.0,
     ) -> None:
-        if record_delta:
-            raise UnsupportedError("record_delta is not in this version.")
         super().__init__(params, lr, betas, eps, weight_decay, hold_steps, scale=scale)
+        self._delta = Delta() if record_delta else None
 
     def _state_device(self, flat: Home) -> torch.device:
         return torch.device("cpu")
+
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        scale: float | torch.Tensor | None = None,
+        overflow: Overflow | None = None,
+    ) -> float | None:
+        if self._delta is None:
+            return super().step(closure, scale, overflow)
+        self._delta = Delta()
+        loss = super().step(closure, scale, overflow)
+        self._delta.of_all_ranks()
+        return loss
+
+    def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
+        if self._delta is None:
+            super()._update(piece, step, group, unscale)
+            return
+        state, where = self._state_of(piece.flat), slice(piece.start, piece.end)
+        before = state.master_of(piece.flat)[where].clone()
+        super()._update(piece, step, group, unscale)
+        self._delta.add(piece, state.master_of(piece.flat)[where] - before)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdamOptimizer:
+        made: Any = super().__deepcopy__(memo)
+        made._delta = None if self._delta is None else Delta()
+        return made  # type: ignore[no-any-return]
+
+    def get_avg_delta(self) -> float:
+        """The mean over all elements of what the last step added to the parameters; 0 before the first.
+
+        Raises ConfigurationError without ``record_delta``.
+        """
+        return self._recorded().mean
+
+    def get_var_delta(self) -> float:
+        """The variance of the same."""
+        return self._recorded().variance
+
+    def _recorded(self) -> Delta:
+        if self._delta is None:
+            raise ConfigurationError(
+                "What steps change is not recorded; make the optimizer with AdamOffloadOptimizer(record_delta=True)."
+            )
+        return self._delta
+
+    def state_dict(self, gather: bool = True) -> dict[str, Any]:
+        """As AdamOptimizer's; ``is_whole`` says whether it holds whole tensors, as ``gather`` asked."""
+        return super().state_dict(gather) | {"is_whole": gather}
 
 
 def clear_grads(optimizer: torch.optim.Optimizer) -> None:

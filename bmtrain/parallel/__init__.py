@@ -3,6 +3,7 @@
 from .embedding import VPEmbedding
 from .functional import OpParallelLinear, parallel_linear
 from .linear import Linear, OpLinear
+from .projection import Projection, VPProjection
 from .tensor import ColumnParallelLinear, RowParallelLinear
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "Linear",
     "OpLinear",
     "OpParallelLinear",
+    "Projection",
     "RowParallelLinear",
     "VPEmbedding",
+    "VPProjection",
     "parallel_linear",
 ]

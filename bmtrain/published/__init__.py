@@ -7,12 +7,28 @@ import sys
 
 from .. import optim
 from ..distributed import nccl
-from . import block_layer, global_var, init, layer, nn, optim_manager, param_init, parameter, store, wrapper
+from . import (
+    block_layer,
+    checkpointing,
+    global_var,
+    hook_func,
+    init,
+    layer,
+    nn,
+    optim_manager,
+    param_init,
+    parameter,
+    pipe_layer,
+    store,
+    wrapper,
+    zero_context,
+)
 
 _MODULES = {
-    "block_layer": block_layer, "global_var": global_var, "init": init, "layer": layer, "nccl": nccl, "nn": nn,
-    "optim.optim_manager": optim_manager, "param_init": param_init, "parameter": parameter, "store": store,
-    "wrapper": wrapper,
+    "block_layer": block_layer, "checkpointing": checkpointing, "global_var": global_var, "hook_func": hook_func,
+    "init": init, "layer": layer, "nccl": nccl, "nn": nn, "optim.optim_manager": optim_manager,
+    "param_init": param_init, "parameter": parameter, "pipe_layer": pipe_layer, "store": store, "wrapper": wrapper,
+    "zero_context": zero_context,
 }  # fmt: skip
 
 for _name, _module in _MODULES.items():
@@ -20,6 +36,6 @@ for _name, _module in _MODULES.items():
 optim.optim_manager = optim_manager  # type: ignore[attr-defined]
 
 __all__ = [
-    "block_layer", "global_var", "init", "layer", "nccl", "nn", "optim_manager", "param_init", "parameter", "store",
-    "wrapper",
+    "block_layer", "checkpointing", "global_var", "hook_func", "init", "layer", "nccl", "nn", "optim_manager",
+    "param_init", "parameter", "pipe_layer", "store", "wrapper", "zero_context",
 ]  # fmt: skip

@@ -25,19 +25,20 @@ __all__ = [
 class CheckpointBlockContext:
     """Whole parameters of ``block``, between ``enter()`` and ``exit()`` or inside a ``with``.  See ``bmt.gathered``.
 
-    The other arguments steered the published engine and are not needed.
+    The other arguments steered the published engine and are not needed: gradients are reduced when the backward is
+    through.
     """
 
     def __init__(self, block: torch.nn.Module, *_ignored: Any, **_ignored_too: Any) -> None:
         self._block = block
         self._gathered: AbstractContextManager[None] | None = None
 
-    def enter(self, *_ignored: Any) -> None:
+    def enter(self, *_ignored: Any, **_ignored_too: Any) -> None:
         """Gather.  Collective."""
         self._gathered = gathered(self._block)
         self._gathered.__enter__()
 
-    def exit(self, *_ignored: Any) -> None:
+    def exit(self, *_ignored: Any, **_ignored_too: Any) -> None:
         """Release."""
         if self._gathered is not None:
             self._gathered.__exit__(None, None, None)

@@ -1,6 +1,7 @@
 """``bmt.config``: what this process knows of the job, under the published names.
 
-Reading asks the context.  Writing is for a script's own keys, such as a communicator or stream of its own.
+Reading asks the context.  Writing is for a script's own keys, such as a communicator or stream of its own, and for
+``save_param_to_cpu``.
 """
 
 from __future__ import annotations
@@ -8,8 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
-from ..context import Context, context, is_initialized
+from ..checkpoint import background_writer
+from ..comm import LocalCommunicator
+from ..context import Context, context, is_initialized, rank, world_size
 from ..errors import ConfigurationError
+from .init import topology
+
+__all__ = ["Config", "config", "rank", "world_size"]
+
+
+def _stream(here: Context) -> Any:
+    """Where what is not gathered or reduced runs: the caller's stream.  None on a CPU."""
+    return here.device.current_stream()
+
 
 _KNOWN: dict[str, Callable[[Context], Any]] = {
     "initialized": lambda here: True,
@@ -19,18 +31,30 @@ _KNOWN: dict[str, Callable[[Context], Any]] = {
     "local_size": lambda here: here.topology.local_size,
     "pipe_size": lambda here: here.topology.pipe_size,
     "pipe_enabled": lambda here: here.topology.pipe_size > 1,
+    "micros": lambda here: 1,  # a batch is one piece on one stage
     "tp_size": lambda here: here.topology.tp_size,
     "tp_rank": lambda here: here.topology.tp_rank,
-    "topology": lambda here: here.topology,
+    "topology": lambda here: topology(),
     "zero_rank": lambda here: here.rank,
     "zero_size": lambda here: here.world_size,
     "tp_zero_rank": lambda here: here.rank,
     "tp_zero_size": lambda here: here.world_size,
     "comm": lambda here: here.world,
     "zero_comm": lambda here: here.world,
-    "calc_stream": lambda here: here.device.current_stream(),
-    "load_stream": lambda here: here.device.gather_stream,
-    "save_param_to_cpu": lambda here: True,
+    "pp_zero_comm": lambda here: here.world,
+    "tp_zero_comm": lambda here: here.world,
+    "pp_tp_zero_comm": lambda here: here.world,
+    "pipe_comm": lambda here: LocalCommunicator(),
+    "tp_comm": lambda here: LocalCommunicator(),
+    "calc_stream": _stream,
+    "load_stream": lambda here: here.device.gather_stream or _stream(here),
+    "tp_comm_stream": _stream,
+    "pp_comm_stream": _stream,
+    "barrier_stream": _stream,
+    "load_event": lambda here: here.device.event_after(here.device.gather_stream),
+    "save_param_to_cpu": lambda here: here.save_param_to_cpu,
+    "finish_save": lambda here: background_writer() is None,
+    "save_thread": lambda here: background_writer(),
 }
 _BEFORE = {"initialized": False, "rank": 0, "world_size": 1}
 
@@ -49,7 +73,9 @@ class Config(MutableMapping[str, Any]):
         raise KeyError(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in _KNOWN and value != self[key]:
+        if key == "save_param_to_cpu":
+            context().save_param_to_cpu = bool(value)
+        elif key in _KNOWN and value != self[key]:
             raise ConfigurationError(
                 f"bmt.config[{key!r}] is {self[key]!r}, settled by init_distributed; it cannot be changed."
             )

@@ -67,6 +67,9 @@ class OutsideForward(Protocol):
     def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
         """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
 
+    def release(self, units: Iterable[ShardUnit]) -> None:
+        """Give up whole values that no running forward has pinned."""
+
     def is_near(self, parameters: Iterable[ShardedParameter]) -> bool:
         """Whether operations outside of any forward have used ``parameters``, and their values are still here."""
 

@@ -24,6 +24,7 @@ from .parameter import (
     all_enter_sharded,
     all_enter_whole,
     any_trains,
+    like,
     make_poison,
     raw_data,
     raw_grad,
@@ -43,6 +44,7 @@ class Unit(Protocol):
     pools: Pools
     precision: Precision
     reduced: Event
+    is_block: bool
     is_settled: bool
     is_stale: bool
 
@@ -116,7 +118,7 @@ class FlatShard:
         made.unit, made.names, made.params = unit, list(self.names), []
         for index, old in enumerate(self.params):
             poison = make_poison((), self.dtype, self.shard.device)
-            new = DistributedParameter(poison, old.requires_grad, old._init_method, old._group)
+            new = like(old, poison)
             new._flat, new._index = made, index
             memo[id(old)] = new
             made.params.append(new)
@@ -140,6 +142,11 @@ class FlatShard:
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
         return self.buffer is not None or self.is_stepped_on or not self.unit.moves
+
+    @property
+    def in_block(self) -> bool:
+        """Whether a Block gathers it."""
+        return self.unit.is_block
 
     def enter_whole(self, buffer: Buffer) -> None:
         """Make the parameters views of ``buffer``, which holds all shards."""

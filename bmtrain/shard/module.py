@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..autograd import backward_id
 from ..context import context
 from .engine import engine
 
@@ -52,6 +53,8 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if engine().idle:  # a part of a model called by itself: what it needs is gathered on demand
+        # A part of a model called by itself: what it needs is gathered on demand.  Not so where a checkpoint of torch's
+        # runs it again in the backward, and is to see what it saves.
+        if engine().idle and backward_id() is None:
             return engine().forward(None, False, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)

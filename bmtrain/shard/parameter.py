@@ -24,6 +24,7 @@ from torch import nn
 from ..context import context
 from ..errors import ShardedAccessError
 from .place import Part, Place
+from .published_facts import PublishedFacts
 from .sharded_tensor import ShardedTensor
 
 _raw_grad: Any = torch.Tensor.grad
@@ -45,6 +46,10 @@ class Home(Protocol):
     @property
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
+
+    @property
+    def in_block(self) -> bool:
+        """Whether a Block gathers it."""
 
     @property
     def is_stepped_on(self) -> bool:
@@ -88,7 +93,7 @@ class ParameterInitializer:
         self.func(parameter, *self.args, **self.kwargs)
 
 
-class DistributedParameter(nn.Parameter):
+class DistributedParameter(PublishedFacts, nn.Parameter):
     """An ``nn.Parameter`` that its DistributedModule shards over all ranks.
 
     Args:
@@ -96,6 +101,8 @@ class DistributedParameter(nn.Parameter):
         requires_grad: as for ``nn.Parameter``.
         init_method: run by ``bmt.init_parameters``.
         group: a name by which ``bmt.grouped_parameters`` groups.
+        tp_mode, tp_split_dim: whether, and along which dimension, tensor-parallel ranks each hold a slice; kept as
+            facts, since there is one such rank.
     """
 
     _flat: Home | None
@@ -110,10 +117,12 @@ class DistributedParameter(nn.Parameter):
         requires_grad: bool = True,
         init_method: Callable[[torch.Tensor], Any] | None = None,
         group: str | None = None,
+        tp_mode: bool = False,
+        tp_split_dim: int = -1,
     ) -> DistributedParameter:
         context()  # a clear error when init_distributed was forgotten
         made = nn.Parameter.__new__(cls, data, requires_grad)
-        return _adopt(made, init_method, group)
+        return _adopt(made, init_method, group, tp_mode, tp_split_dim)
 
     @property
     def group(self) -> str | None:
@@ -200,7 +209,7 @@ class DistributedParameter(nn.Parameter):
             self._flat.copy_unit(memo)  # copies every parameter of the unit, so that the copy is sharded alike
             if id(self) in memo:
                 return memo[id(self)]  # type: ignore[no-any-return]
-        made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)
+        made = like(self, self.detach().clone())
         memo[id(self)] = made
         return made
 
@@ -275,11 +284,21 @@ class ShardedParameter(DistributedParameter):
 
 
 def _adopt(
-    made: Any, init_method: Callable[[torch.Tensor], Any] | None = None, group: str | None = None
+    made: Any,
+    init_method: Callable[[torch.Tensor], Any] | None = None,
+    group: str | None = None,
+    tp_mode: bool = False,
+    tp_split_dim: int = -1,
 ) -> DistributedParameter:
     made._flat, made._index = None, 0
     made._init_method, made._group, made._taken = init_method, group, []
+    made._tp_mode, made._tp_split_dim = tp_mode, tp_split_dim
     return made  # type: ignore[no-any-return]
+
+
+def like(old: DistributedParameter, data: torch.Tensor) -> DistributedParameter:
+    """A parameter with ``data``, made as ``old`` was."""
+    return DistributedParameter(data, old.requires_grad, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
 
 
 def as_distributed(parameter: nn.Parameter) -> DistributedParameter:

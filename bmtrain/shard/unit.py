@@ -47,6 +47,7 @@ class ShardUnit:
             memory allows.
         stays: the plan for memory lets it stay whole from one step to the next.
         trains_in: the dtype that the last backward was to compute in.
+        is_block: whether it is a Block's.
         is_stale: ranks may have written different values into what is whole.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
@@ -66,7 +67,7 @@ class ShardUnit:
         self.precision = self.ctx.precision if precision is None else precision
         self.pools.moves |= self.moves
         self.keep: bool | None = None
-        self.is_settled = False
+        self.is_block = self.is_settled = False
         self.borrows: list[ShardUnit] = []
         self.compute: torch.dtype | None = None
         self.trains_in: torch.dtype | None = None

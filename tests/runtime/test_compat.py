@@ -20,6 +20,7 @@ TOP_LEVEL = """
     init_parameters inspect load load_nccl_pypi loss lr_scheduler nccl nn optim optim_step print_block print_dict
     print_rank rank save see_memory store sum_loss synchronize utils wait_loader world_size
     block_layer layer param_init parameter wrapper
+    PipelineTransformerBlockList checkpointing global_var hook_func pipe_layer zero_context
 """
 MODULES = {
     "benchmark": "all_gather reduce_scatter send_recv",

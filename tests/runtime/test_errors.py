@@ -104,8 +104,8 @@ def test_modules_that_cannot_be_sharded() -> None:
         bmt.Block([nn.Linear(2, 2)])
     with pytest.raises(errors.ConfigurationError, match="zero_level"):
         bmt.Block(nn.Linear(2, 2), zero_level=1)
-    with pytest.raises(errors.UnsupportedError, match="mode"):
-        bmt.Block(nn.Linear(2, 2), mode="PIPE")
+    with pytest.raises(errors.ConfigurationError, match="mode"):
+        bmt.Block(nn.Linear(2, 2), mode="PIPES")
     with pytest.raises(errors.ConfigurationError, match="num_hidden"):
         bmt.TransformerBlockList([nn.Linear(2, 2)], num_hidden=0)
     pairs = bmt.TransformerBlockList([nn.Linear(2, 2)], num_hidden=2)

@@ -76,3 +76,64 @@ def build(names: models.Names) -> Any:
 def test_scripts_in_recomputed_blocks() -> None:
     oracle.matches(build, steps=5)
     assert torch._C._get_graph_executor_optimize()
+
+
+def fresh_norm() -> Any:
+    """One that has never run: its first calls decide how it runs later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+
+        @torch.jit.script  # type: ignore[untyped-decorator]
+        def norm(hidden: Tensor, weight: Tensor) -> Tensor:
+            variance = hidden.to(torch.float32).pow(2).mean(dim=-1, keepdim=True)
+            return hidden * torch.rsqrt(variance + 1e-6) * weight
+
+    return norm
+
+
+def sandwiched(first: bool, between: bool, last: bool) -> Any:
+    """Norms by one script in blocks, and before, between and after them."""
+
+    def build(names: models.Names) -> Any:
+        norm = fresh_norm()
+
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.lin, self.weight = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.lin(norm(x, self.weight))  # type: ignore[no-any-return]
+
+        class Model(names.Module):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                self.weights = nn.ParameterList(torch.ones(WIDTH) for _ in range(3))
+                self.layers = names.stack([Block() for _ in range(3)])
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = norm(x * self.weights[0], self.weights[0]) if first else x
+                for index, layer in enumerate(self.layers):
+                    x = layer(x)
+                    x = norm(x, self.weights[1]) if between and index == 0 else x
+                return norm(x, self.weights[2]) if last else x  # type: ignore[no-any-return]
+
+        return Model()
+
+    return build
+
+
+@on_ranks(1, 2)
+def test_a_script_that_blocks_share_with_the_model_around_them() -> None:
+    """It is optimized at its second call outside of blocks, which may come between a block's two runs."""
+    for places in ((0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)):
+        oracle.matches(sandwiched(*map(bool, places)), steps=4, recompute=True)
+    assert torch._C._get_graph_executor_optimize()
+
+
+@on_ranks(1, 2)
+def test_another_forward_between_a_blocks_two_runs() -> None:
+    def twice(model: Any, x: Tensor) -> Tensor:
+        return oracle.mean(model(x)) + oracle.mean(model(x * 2))
+
+    oracle.matches(sandwiched(True, False, False), run=twice, steps=3, recompute=True)
