@@ -20,5 +20,5 @@
         read/              files, names, classes
     config | discover      settings in pyproject.toml | which files are a project's own
     types                  frozen values: conversions, remarks, refusals, results
-    changes                what rules say: printable, without offsets and without libcst
+    changes | spelling     what rules say: printable, without offsets and without libcst | the nearest of known names
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gc
 import sys
 import tempfile
@@ -15,11 +16,12 @@ from rewriter.config import read_settings
 from rewriter.convert import convert_text, write_file
 from rewriter.discover import sources, walk
 from rewriter.docs import explain
-from rewriter.formats import write_report
-from rewriter.plan import Options
+from rewriter.formats import check_report, write_report
+from rewriter.plan import Options, known_codes
 from rewriter.portions import convert_project
 from rewriter.report import diff, left_training, listing
-from rewriter.rules import BY_CODE
+from rewriter.rules import BY_CODE, RULES
+from rewriter.spelling import nearest
 from rewriter.types import InputError, Result
 
 CHANGED, FAILED, LEFT = 1, 2, 3
@@ -46,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
     made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
     made.add_argument("--report", type=Path, metavar="FILE", help="write a report; FILE ends in .json, .md or .sarif")
-    made.add_argument("--explain", metavar="CODE", help="print what a rule does, with examples")
+    made.add_argument(
+        "--explain", nargs="?", const="all", metavar="CODE", help="print what a rule does, with examples; or all titles"
+    )
     made.add_argument("-j", "--jobs", type=int, default=None, metavar="N", help="processes for large projects")
     made.add_argument(
         "--verify", metavar="MODULE:FACTORY", help="show that what the factory builds is the same model converted"
@@ -86,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.explain:
         return _explain(options.explain)
-    if not options.paths:
-        raise InputError("give a file or folder, or - for standard input")
+    _check(options)
     settings = read_settings(options.paths[0] if str(options.paths[0]) != "-" else Path.cwd())
     conversion = _conversion(options, settings)
     if [str(path) for path in options.paths] == ["-"]:
         return _standard_input(conversion, options)
     results = _convert(options, settings, conversion)
+    _check_blocks(conversion.blocks, results)
     for result in results:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
@@ -117,6 +121,19 @@ def _run(options: argparse.Namespace) -> int:
     if any(map(left_training, results)):
         return LEFT
     return CHANGED if not held or (options.check and any(result.changed for result in results)) else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises InputError for what cannot be meant, before anything is read."""
+    if not options.paths:
+        raise InputError("give a file or folder, or - for standard input")
+    if options.jobs is not None and options.jobs < 1:
+        raise InputError(f"--jobs: {options.jobs} is not a number above 0")
+    for name, needed in (("steps", "prove"), ("still", "prove"), ("shape", "verify")):
+        if getattr(options, name) and not getattr(options, needed):
+            raise InputError(f"--{name} says how --{needed} is done; give that, too")
+    if options.report is not None:
+        check_report(options.report)
 
 
 def _verify(options: argparse.Namespace, results: Sequence[Result]) -> bool:
@@ -185,9 +202,12 @@ def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
 
 
 def _explain(code: str) -> int:
+    if code.lower() == "all":
+        print("".join(f"{rule.code}  {rule.title}\n" for rule in RULES), end="")
+        return 0
     rule = BY_CODE.get(code.upper())
     if rule is None:
-        raise InputError(f"no rule {code}; there are {', '.join(BY_CODE)}")
+        raise InputError(f"no rule {code}{nearest(code, BY_CODE)} --explain lists them: {', '.join(BY_CODE)}")
     print(explain(rule), end="")
     return 0
 
@@ -195,6 +215,7 @@ def _explain(code: str) -> int:
 def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
     """Code in, converted code out."""
     result = convert_text(sys.stdin.read(), conversion)
+    _check_blocks(conversion.blocks, [result])
     if result.error:
         print(f"bmt-convert: {result.error}", file=sys.stderr)
         return FAILED
@@ -210,11 +231,30 @@ def _exclude(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str
 
 def _conversion(options: argparse.Namespace, settings: dict[str, Any]) -> Options:
     def codes(key: str) -> tuple[str, ...]:
-        values = [*settings.get(key, []), *getattr(options, key)]
-        return tuple(code.strip() for value in values for code in value.split(",") if code.strip())
+        given = [known_codes(value, f"pyproject.toml, {key}") for value in settings.get(key, [])]
+        given += [known_codes(value, f"--{key}") for value in getattr(options, key)]
+        return tuple(code for codes in given for code in codes)
 
     unsafe = settings.get("unsafe", False) if options.unsafe is None else options.unsafe
-    return Options(unsafe, codes("select"), codes("ignore"), codes("blocks"))
+    blocks = [value.strip() for given in (*settings.get("blocks", []), *options.blocks) for value in given.split(",")]
+    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)))
+    made.check()
+    return made
+
+
+def _check_blocks(patterns: Sequence[str], results: Sequence[Result]) -> None:
+    known = {name for result in results for name in result.lists}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) or _path_of(name, pattern) for name in known):
+            raise InputError(f"--blocks: no list of modules {pattern} here{nearest(pattern, known) or _some(known)}")
+
+
+def _path_of(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.partition(".")[2], pattern)
+
+
+def _some(known: set[str]) -> str:
+    return f"; there are {', '.join(sorted(known)[:8])}" if known else "; there are none"
 
 
 def _write_back(result: Result) -> None:

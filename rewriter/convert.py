@@ -15,6 +15,8 @@ from rewriter.analyze.read.notebook import Notebook
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.read.source import Source
 from rewriter.plan import Options, Plan, make_first_plans, make_plans
+from rewriter.rules import BY_CODE
+from rewriter.spelling import nearest
 from rewriter.types import Conversion, InputError, Refusal, Remark, Result
 
 
@@ -132,6 +134,7 @@ def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
         notebook = Notebook(str(path), raw) if path.suffix == ".ipynb" else None
         source = Source(path, notebook.text().encode() if notebook is not None else raw)
         _ = source.tree
+        _check_skips(source)
         file = project.add(source)
         file.notebook = notebook
         return file
@@ -139,6 +142,12 @@ def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
         return Result(path, b"", b"", error=str(error))
     except OSError as error:
         return Result(path, b"", b"", error=f"{path}: cannot read: {error.strerror or error}")
+
+
+def _check_skips(source: Source) -> None:
+    for line, codes in source.skips.items():
+        for code in sorted(codes - BY_CODE.keys()):
+            raise InputError(f"{source.at(line)}: skip[{code}]: no such rule{nearest(code, BY_CODE)}")
 
 
 def convert_text(text: str, options: Options | None = None, path: Path = Path("stdin.py")) -> Result:
@@ -165,17 +174,17 @@ def apply_plan(file: File, plan: Plan) -> Result:
     if original is not None:
         raw, plan = original.source.raw, _on_lines_of(original, plan)
     if not plan.changes:
-        return Result(file.path, raw, raw if original is None else original.after, *_found(plan))
+        return Result(file.path, raw, raw if original is None else original.after, *_found(plan), lists=plan.lists)
     from rewriter.rewrite import rewritten  # libcst takes half a second to import, and many runs change nothing
 
     try:
         after = rewritten(file, plan)
     except InputError as error:
         message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
-        return Result(file.path, raw, raw, error=message)
+        return Result(file.path, raw, raw, error=message, lists=plan.lists)
     if file.notebook is not None:
         after = file.notebook.with_text(after.decode())
-    return Result(file.path, raw, after, *_found(plan))
+    return Result(file.path, raw, after, *_found(plan), lists=plan.lists)
 
 
 def _on_lines_of(original: Original, plan: Plan) -> Plan:

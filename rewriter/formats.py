@@ -14,15 +14,15 @@ from rewriter.types import Conversion, Finding, InputError, Result
 _STATES = ("applied", "needs --unsafe", "left")
 
 
-def write_report(path: Path, results: Sequence[Result]) -> str:
-    """The report's text, in the format that the file's ending asks for.
-
-    Raises:
-        InputError: the ending is none of .json, .md, .sarif.
-    """
-    makers: dict[str, Callable[[Sequence[Result]], str]] = {".json": _json, ".md": _markdown, ".sarif": _sarif}
-    if path.suffix not in makers:
+def check_report(path: Path) -> None:
+    """Raises InputError where a report has an ending of no format."""
+    if path.suffix not in (".json", ".md", ".sarif"):
         raise InputError(f"{path}: a report ends in .json, .md or .sarif")
+
+
+def write_report(path: Path, results: Sequence[Result]) -> str:
+    """The report's text, in the format that the file's ending asks for."""
+    makers: dict[str, Callable[[Sequence[Result]], str]] = {".json": _json, ".md": _markdown, ".sarif": _sarif}
     return makers[path.suffix](results)
 
 

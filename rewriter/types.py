@@ -61,7 +61,10 @@ Finding = Conversion | Remark | Refusal
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one file. ``error`` is one line; then ``after`` equals ``before``."""
+    """What became of one file. ``error`` is one line; then ``after`` equals ``before``.
+
+    ``lists`` are the names of its lists of modules, if the user named any.
+    """
 
     path: Path
     before: bytes
@@ -70,6 +73,7 @@ class Result:
     hidden: tuple[Conversion, ...] = ()
     reported: tuple[Remark | Refusal, ...] = ()
     error: str = ""
+    lists: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:

@@ -40,9 +40,13 @@ class Source:
                 warnings.simplefilter("ignore")
                 return ast.parse(self.text)
         except SyntaxError as error:
-            raise InputError(f"{self.path}:{error.lineno or 1}: cannot parse: {error.msg}") from None
+            raise InputError(f"{self.at(error.lineno or 1)}: cannot parse: {error.msg}") from None
         except (ValueError, RecursionError, MemoryError) as error:
-            raise InputError(f"{self.path}:1: cannot parse: {error}") from None
+            raise InputError(f"{self.at(1)}: cannot parse: {error}") from None
+
+    def at(self, line: int) -> str:
+        """A line as it is named to the user."""
+        return f"{self.path}:{line}"
 
     def encode(self, data: bytes) -> bytes:
         """Bytes of the converted file in the encoding of the original."""
