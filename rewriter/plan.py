@@ -11,6 +11,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
+from rewriter.discover import Tell
 from rewriter.rules import BY_CODE, FIRST, RULES
 from rewriter.spelling import nearest
 from rewriter.types import Conversion, Finding, InputError, Refusal, Remark
@@ -70,13 +71,21 @@ class Plan:
 
 
 def make_plans(
-    files: Sequence[File], facts: Facts, options: Options, absent: frozenset[str] = frozenset()
+    files: Sequence[File],
+    facts: Facts,
+    options: Options,
+    absent: frozenset[str] = frozenset(),
+    tell: Tell | None = None,
 ) -> dict[File, Plan]:
     """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too.
 
     ``absent`` are keys of findings in other portions of the project that are known not to be applied.
     """
-    found = {file: _without_refused_parts(_findings(file, facts)) for file in files}
+    found: dict[File, list[Finding]] = {}
+    for file in files:
+        if tell is not None:
+            tell("deciding", len(found), len(files))
+        found[file] = _without_refused_parts(_findings(file, facts))
     stopped = [file for file, findings in found.items() if any(_stops(finding) for finding in findings)]
     behind = facts.scripts.only_behind(stopped) if stopped else {}
     chosen = {
