@@ -1,5 +1,6 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
+from . import requirements as _requirements  # noqa: F401 # isort: skip - first: says in one line what is missing
 from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint

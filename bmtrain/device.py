@@ -286,6 +286,28 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of this machine; memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int]
+
+
+def visible_gpus() -> list[Gpu]:
+    """Every GPU that this process may use; none on a machine without."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(properties.name, total, free, (properties.major, properties.minor)))
+    return found
+
+
 def is_in_use() -> bool:
     """Whether this process has used a GPU already, so that its libraries have read the environment."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
