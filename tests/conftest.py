@@ -15,6 +15,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--files", action="store_true", help="name each test file when its first test begins")
 
 
+@pytest.hookimpl(trylast=True)  # when the reporter is there
 def pytest_configure(config: pytest.Config) -> None:
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if config.getoption("--files") and reporter is not None:
