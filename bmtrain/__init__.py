@@ -7,6 +7,7 @@ from .checkpoint import load, save, save_checkpoint
 from .context import deterministic, init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
+from .meter import Meter
 from .precision import Precision
 from .published import block_layer, init, layer, nccl, nn, param_init, parameter, store, wrapper
 from .published.global_var import config
@@ -30,6 +31,7 @@ __all__ = [
     "CheckpointBlock",
     "DistributedModule",
     "DistributedParameter",
+    "Meter",
     "ParameterInitializer",
     "Precision",
     "Timeouts",

@@ -206,6 +206,16 @@ def test_a_verdict_comes_last(
             assert (project / "model.py").read_text() == PLAIN
 
 
+def test_the_hook_names_file_line_and_rule(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hooks = (Path(__file__).parents[2] / ".pre-commit-hooks.yaml").read_text()
+    program, *options = hooks.partition("entry: ")[2].splitlines()[0].split()
+    assert program == "bmt-convert" and "require_serial: true" in hooks
+    (project / "done.py").write_text(DONE)
+    assert main([*options, str(project / "done.py"), str(project / "model.py")]) == 1
+    assert capsys.readouterr().out.startswith(f"{project / 'model.py'}:4: BMT001 class A inherits")
+    assert main([*options, str(project / "done.py")]) == 0
+
+
 LEFT_TRAINING = {
     "a step in a hook": (
         "import torch\n\nnet = torch.nn.Linear(4, 1)\n"
