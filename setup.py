@@ -1,14 +1,20 @@
-"""Builds bmtrain._C; everything else about the package is in setup.cfg.
+"""Builds bmtrain._C where it is of use; everything else about the package is in setup.cfg.
 
-Without nvcc the extension has no CUDA kernels, and without a C++ compiler there is no extension at all: the package
-then uses torch operations instead, with the same results.
+BMTRAIN_EXTENSION says what is built; the package uses torch operations instead of what is not, with the same results:
+
+- ``auto``, or unset: all that can be, where an NVIDIA driver is; elsewhere nothing, and no compiler is asked
+- ``0``: nothing; the wheel is pure Python, and installing it takes seconds
+- ``cpp``: the NCCL bindings and the CPU's references, without nvcc
+- ``1``: all that can be: CUDA kernels, too, if nvcc is on PATH
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -22,7 +28,24 @@ ARCHITECTURES = [
     "-gencode=arch=compute_90,code=sm_90",
     "-gencode=arch=compute_90,code=compute_90",  # PTX, for what comes after
 ]
+CHOICES = ("auto", "0", "cpp", "1")
 HOST_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+
+
+def chosen() -> str:
+    """What BMTRAIN_EXTENSION asks for."""
+    choice = os.environ.get("BMTRAIN_EXTENSION") or "auto"
+    if choice not in CHOICES:
+        sys.exit(f"BMTRAIN_EXTENSION is {choice!r}; it must be one of {', '.join(CHOICES)}")
+    return choice
+
+
+def is_wanted() -> bool:
+    """Whether there is anything to build."""
+    if chosen() == "auto":
+        driver = any(map(os.path.exists, ("/proc/driver/nvidia/version", "/dev/nvidiactl")))
+        return driver or shutil.which("nvidia-smi") is not None
+    return chosen() != "0"
 
 
 def cuda_library_dirs() -> list[str]:
@@ -50,7 +73,7 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def compile_kernels(self) -> list[str]:
-        if shutil.which("nvcc") is None:
+        if shutil.which("nvcc") is None or chosen() == "cpp":
             return []
         sources = sorted(glob("csrc/kernels/*.cu"))
         with ThreadPoolExecutor() as pool:
@@ -81,4 +104,4 @@ EXTENSION = Extension(
     optional=True,
 )
 
-setup(ext_modules=[EXTENSION], cmdclass={"build_ext": BuildExtension})
+setup(ext_modules=[EXTENSION] if is_wanted() else [], cmdclass={"build_ext": BuildExtension})

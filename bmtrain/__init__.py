@@ -1,11 +1,13 @@
 """ZeRO-3 training for ordinary PyTorch models: ``import bmtrain as bmt``."""
 
+from . import requirements as _requirements  # noqa: F401 # isort: skip - first: says in one line what is missing
 from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
 from .context import deterministic, init_distributed, is_initialized, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
+from .meter import Meter
 from .precision import Precision
 from .published import (
     block_layer,
@@ -45,6 +47,7 @@ __all__ = [
     "CheckpointBlock",
     "DistributedModule",
     "DistributedParameter",
+    "Meter",
     "ParameterInitializer",
     "PipelineTransformerBlockList",
     "Precision",

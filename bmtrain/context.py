@@ -38,7 +38,7 @@ from .device import (
 from .errors import CommunicationError, ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
 from .topology import Topology
-from .watch import Diary, Hooks, Timeouts, Watchdog
+from .watch import Diary, Hooks, Interrupts, Timeouts, Watchdog
 from .watch import start as start_watchdog
 
 Random = Literal["own", "shared"]
@@ -97,6 +97,8 @@ class Context:
     """What this rank has done with the others."""
     watchdog: Watchdog | None
     """Compares it with theirs; None for one rank, and where it is switched off."""
+    interrupts: Interrupts
+    """Says in one line that Ctrl-C has ended the job."""
     precision: Precision = field(default_factory=Precision)
     """Of every module that was given none of its own."""
     random: Random = "own"
@@ -146,6 +148,7 @@ class Context:
 
     def close(self) -> None:
         """Give back communicators.  The context is not used afterwards."""
+        self.interrupts.close()
         if self.watchdog is not None:
             self.watchdog.leave()
         for communicator in (self.gather, self.reduce, self.world, self.control):
@@ -370,7 +373,10 @@ def _connect(topology: Topology, device: Device, meeting: Meeting, timeouts: Tim
     control = gloo("control")
     connect = nccl if topology.world_size > 1 and device.is_cuda else gloo
     world, gather, reduce = connect("world"), connect("gather"), connect("reduce")
-    return Context(topology, device, store, world, control, gather, reduce, timeouts.longest, diary, watchdog)
+    interrupts = Interrupts(topology.rank)
+    return Context(
+        topology, device, store, world, control, gather, reduce, timeouts.longest, diary, watchdog, interrupts
+    )
 
 
 def _abort(communicators: list[Communicator]) -> None:

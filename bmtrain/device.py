@@ -6,6 +6,7 @@ On a CPU every operation is finished when its call returns, so streams and event
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ that a missing wait shows in the numbers."""
 
 RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...], list[int]]
 
+# The first name whose words are among a GPU's counts.
+_PEAKS = {
+    "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12,
+    "A800": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
 
@@ -243,6 +249,11 @@ class Device:
             return self.stand_in.retries
         return int(torch._C._cuda_memoryStats(self._index)["num_alloc_retries"]) if self.is_cuda else 0
 
+    def peak_flops(self) -> float:
+        """FLOP/s in bf16, or fp16 where there is no bf16, dense, as NVIDIA gives them; 0 where that is not known."""
+        name = torch.cuda.get_device_name(self.torch_device) if self.is_cuda else ""
+        return next((flops for part, flops in _PEAKS.items() if re.search(rf"\b{part}\b", name)), 0.0)
+
     def empty_cache(self) -> None:
         """Give memory that torch's allocator keeps and nobody uses back to the device."""
         if self.is_cuda:
@@ -313,6 +324,28 @@ def on_default_device(device: torch.device) -> Iterator[None]:
         return
     with device:
         yield
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of this machine; memory in bytes."""
+
+    name: str
+    total: int
+    free: int
+    capability: tuple[int, int]
+
+
+def visible_gpus() -> list[Gpu]:
+    """Every GPU that this process may use; none on a machine without."""
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(properties.name, total, free, (properties.major, properties.minor)))
+    return found
 
 
 def is_in_use() -> bool:

@@ -3,8 +3,9 @@
 ``ast`` and facts about the whole project find what to change; libcst changes it. Layers, imports only downwards::
 
     cli | command          the command line | the same conversion as a libcst.codemod command
-    docs | formats         the rules as markdown | reports for machines: json, markdown, sarif
+    formats | output       reports for machines: json, markdown, sarif | writes all results, or nothing
     portions | verify      large projects by portions | shows that the converted model is the original
+    docs                   the rules as markdown
     convert | report       files in, results out | results as text and diffs
     rewrite                the bytes of a file after its plan, or the error that leaves it as it was
     transform              one libcst transformer a file makes all its changes
@@ -21,4 +22,7 @@
     config | discover      settings in pyproject.toml | which files are a project's own
     types                  frozen values: conversions, remarks, refusals, results
     changes                what rules say: printable, without offsets and without libcst
+    progress | spelling    a line on the terminal | the nearest of known names
 """
+
+__version__ = "2.0.0.dev0"

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import gc
+import os
+import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rewriter import __version__
 from rewriter.config import read_settings
-from rewriter.convert import convert_text, write_file
-from rewriter.discover import sources, walk
+from rewriter.convert import convert_bytes, write_file
+from rewriter.discover import sources
 from rewriter.docs import explain
-from rewriter.formats import write_report
-from rewriter.plan import Options
+from rewriter.formats import check_report, write_report
+from rewriter.output import check_target, copy_project, write_back, write_tree, written_place
+from rewriter.plan import Options, known_codes
 from rewriter.portions import convert_project
-from rewriter.report import diff, left_training, listing
-from rewriter.rules import BY_CODE
+from rewriter.progress import Progress
+from rewriter.report import closing, diff, left_training, listing
+from rewriter.rules import BY_CODE, RULES
+from rewriter.spelling import nearest
 from rewriter.types import InputError, Result
 
-CHANGED, FAILED, LEFT = 1, 2, 3
+CHANGED, FAILED, LEFT, INTERRUPTED = 1, 2, 3, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         prog="bmt-convert",
         description="Convert ordinary torch code to bmtrain. Without options it prints a diff and writes nothing.",
         epilog="Exit code: 0 done, 1 --check found something to change, or --verify or --prove did not hold, "
-        "2 an input could not be converted, 3 a file that trains was left as it is.",
+        "2 an input could not be converted, 3 a file that trains was left as it is, 130 interrupted.",
     )
     made.add_argument(
         "paths", nargs="*", type=Path, metavar="PATH", help="Python files, notebooks or folders; - is stdin"
@@ -39,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     target.add_argument("--write", action="store_true", help="change the files in place")
     target.add_argument("--output", type=Path, metavar="DIR", help="write the whole project, converted, to DIR")
     target.add_argument("--check", action="store_true", help="write nothing; exit 1 if something would change")
+    made.add_argument("--force", action="store_true", help="let --output write into a folder that is not empty")
     made.add_argument("--diff", action="store_true", help="print a diff (the default when nothing is written)")
     made.add_argument("--unsafe", action="store_true", default=None, help="also apply edits that need a look")
     made.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTR", help="name a stack of blocks")
@@ -46,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
     made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
     made.add_argument("--report", type=Path, metavar="FILE", help="write a report; FILE ends in .json, .md or .sarif")
-    made.add_argument("--explain", metavar="CODE", help="print what a rule does, with examples")
-    made.add_argument("-j", "--jobs", type=int, default=None, metavar="N", help="processes for large projects")
+    made.add_argument(
+        "--explain", nargs="?", const="all", metavar="CODE", help="print what a rule does, with examples; or all titles"
+    )
+    made.add_argument(
+        "-j", "--jobs", type=int, default=None, metavar="N", help="processes for large projects (default: one a core)"
+    )
     made.add_argument(
         "--verify", metavar="MODULE:FACTORY", help="show that what the factory builds is the same model converted"
     )
@@ -67,17 +79,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     made.add_argument("--verbose", "-v", action="store_true", help="print every finding, not one a rule and file")
+    made.add_argument("--version", action="version", version=f"bmt-convert {__version__}")
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 ``--check`` found something to change, 2 an input could not be converted, 3 one was left."""
     options = parser().parse_args(arguments)
+    options.arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options.written = "nothing was written"
     try:
         return _run(options)
     except InputError as error:
         print(f"bmt-convert: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt as stop:
+        print(f"\nbmt-convert: interrupted; {stop.args[0] if stop.args else options.written}", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
@@ -86,58 +104,87 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.explain:
         return _explain(options.explain)
-    if not options.paths:
-        raise InputError("give a file or folder, or - for standard input")
-    settings = read_settings(options.paths[0] if str(options.paths[0]) != "-" else Path.cwd())
+    _check(options)
+    alone = [str(path) for path in options.paths] == ["-"]
+    settings = read_settings(Path.cwd() if alone else options.paths[0])
     conversion = _conversion(options, settings)
-    if [str(path) for path in options.paths] == ["-"]:
+    if alone:
         return _standard_input(conversion, options)
     results = _convert(options, settings, conversion)
+    _check_blocks(conversion.blocks, results)
     for result in results:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
     if options.report is not None and options.prove is None:
         write_file(options.report, write_report(options.report, results).encode())
-    held = options.verify is None or _verify(options, results)
-    if options.prove is not None:
-        _show(options, results)
-        held = _prove(options, results) and held
+    _show(options, results)
+    verdicts = _tried(options, results)
+    held = all(good for good, _ in verdicts)
     if options.output is not None:
-        _write_tree(options.paths, options.output, results)
-    elif options.write and not held:
-        print("bmt-convert: nothing was written", file=sys.stderr)
-    elif options.write:
-        for result in results:
-            if result.changed:
-                _write_back(result)
-    if options.prove is None:
-        _show(options, results)
+        options.written = write_tree(options.paths, options.output, results)
+    elif options.write and held:
+        options.written = write_back(results)
+    _close(options, results, held)
+    for _, verdict in verdicts:
+        print(verdict)
+    return _exit_code(results, options.check, held)
+
+
+def _exit_code(results: Sequence[Result], check: bool, held: bool = True) -> int:
     if any(result.error for result in results):
         return FAILED
     if any(map(left_training, results)):
         return LEFT
-    return CHANGED if not held or (options.check and any(result.changed for result in results)) else 0
+    return CHANGED if not held or (check and any(result.changed for result in results)) else 0
 
 
-def _verify(options: argparse.Namespace, results: Sequence[Result]) -> bool:
-    """Whether the project is still the same model; prints what was compared."""
-    if len(options.paths) != 1:
-        raise InputError("--verify takes one file or folder")
+def _check(options: argparse.Namespace) -> None:
+    """Raises InputError for what cannot be meant, before anything is read."""
+    if not options.paths:
+        raise InputError("give a file or folder, or - for standard input")
+    if options.jobs is not None and options.jobs < 1:
+        raise InputError(f"--jobs: {options.jobs} is not a number above 0")
+    for name, needed in (("steps", "prove"), ("still", "prove"), ("shape", "verify"), ("force", "output")):
+        if getattr(options, name) and not getattr(options, needed):
+            raise InputError(f"--{name} says how --{needed} is done; give that, too")
+    if options.report is not None:
+        check_report(options.report)
+    if options.output is not None:
+        check_target(options.paths, options.output, options.force)
+    tried = [name for name in ("verify", "prove") if getattr(options, name)]
+    if any(str(path) == "-" for path in options.paths):
+        if len(options.paths) > 1:
+            raise InputError("- is standard input, and goes alone")
+        for name in ("write", "output", *tried):
+            if getattr(options, name):
+                raise InputError(f"--{name} needs files; what comes on standard input goes to standard output")
+    if tried and len(options.paths) != 1:
+        raise InputError(f"--{tried[0]} takes one file or folder")
+
+
+def _tried(options: argparse.Namespace, results: Sequence[Result]) -> list[tuple[bool, str]]:
+    """Whether the project is still the same, and how that is said; prints what was compared."""
+    found = []
+    if options.verify is not None:
+        found.append(_verify(options, results))
+    if options.prove is not None:
+        found.append(_prove(options, results))
+    return found
+
+
+def _verify(options: argparse.Namespace, results: Sequence[Result]) -> tuple[bool, str]:
     from rewriter.verify import __main__ as tool  # needs torch, which converting does not
 
     path = options.paths[0].resolve()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / path.name if path.is_dir() else Path(folder)
-        _write_tree([path], target, [replace(result, path=result.path.resolve()) for result in results])
+        copy_project([path], target, [replace(result, path=result.path.resolve()) for result in results])
         converted = target if path.is_dir() else target / path.name
         shapes = [item for shape in options.shape for item in ("--shape", shape)]
-        return tool.main([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes]) == 0
+        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes])
 
 
-def _prove(options: argparse.Namespace, results: Sequence[Result]) -> bool:
-    """Whether the converted script does what the original does; prints what was compared."""
-    if len(options.paths) != 1:
-        raise InputError("--prove takes one file or folder")
+def _prove(options: argparse.Namespace, results: Sequence[Result]) -> tuple[bool, str]:
     if options.report is not None and options.report.suffix not in (".json", ".md"):
         raise InputError(f"{options.report}: --prove writes a report that ends in .json or .md")
     from rewriter.verify.script import command_line as tool  # needs torch, which converting does not
@@ -146,8 +193,8 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> bool:
     changed = [replace(result, path=result.path.resolve()) for result in results]
     with tempfile.TemporaryDirectory(prefix="bmt-prove-") as folder:
         original, converted = Path(folder) / "original", Path(folder) / "converted"
-        _write_tree([path], original, [])
-        _write_tree([path], converted, changed)
+        copy_project([path], original, [])
+        copy_project([path], converted, changed)
         settings = tool.settings(
             original, converted, options.prove, options.ranks, options.steps, options.timeout, options.still,
             tool.refusal(results),
@@ -156,52 +203,88 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> bool:
 
 
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
-    output: Path | None = options.output
-    if output is not None and any(path.resolve() == output.resolve() for path in options.paths):
-        raise InputError(f"{output}: --output must not be the input; use --write to convert in place")
-    skip = output.resolve() if output is not None else None
+    skip = options.output.resolve() if options.output is not None else None
     exclude = _exclude(options, settings)
-    paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip)))
-    roots = [path for path in options.paths if path.is_dir()]
-    progress = _progress if len(paths) > 200 and sys.stderr.isatty() else None
-    gc.disable()  # syntax trees hold no garbage worth looking for
-    return convert_project(paths, conversion, roots, options.jobs or settings.get("jobs", 1), progress)
-
-
-def _progress(done: int, total: int) -> None:
-    if done % 20 == 0 or done == total:
-        end = "\n" if done == total else ""
-        print(f"\r{done}/{total} files", end=end, file=sys.stderr, flush=True)
+    with Progress(sys.stderr) as progress:
+        paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, progress)))
+        roots = [path for path in options.paths if path.is_dir()]
+        gc.disable()  # syntax trees hold no garbage worth looking for
+        jobs = options.jobs or settings.get("jobs") or os.cpu_count() or 1
+        return convert_project(paths, conversion, roots, jobs, progress)
 
 
 def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
-    writes = options.write or options.output is not None or options.check or options.prove is not None
-    if options.diff or not writes:
-        color = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    if options.diff or not _writes(options):
         for result in results:
-            sys.stdout.write(diff(result, color))
-    for line in listing(results, options.quiet, options.verbose):
-        print(line, file=sys.stdout if writes else sys.stderr)
+            sys.stdout.write(diff(result, _colored(options.color)))
+    if not options.quiet:
+        for line in listing(results, options.verbose):
+            print(line, file=_stream(options))
+
+
+def _close(options: argparse.Namespace, results: Sequence[Result], held: bool) -> None:
+    """Counts, what was written, and what to run next, unless a comparison says something else."""
+    output: Path | None = options.output
+    place: Callable[[Path], Path] = lambda path: path  # noqa: E731
+    if output is not None:
+        place = lambda path: written_place(options.paths, output, path)  # noqa: E731
+    again = "" if options.write or options.output else _command_that_writes(options)
+    for line in list(closing(results, options.written, again, place))[: 3 if held else 2]:
+        print(line, file=_stream(options))
+
+
+def _command_that_writes(options: argparse.Namespace) -> str:
+    command = shlex.join(["bmt-convert", *(a for a in options.arguments if a not in ("--check", "--diff")), "--write"])
+    return command if len(command) < 200 else "the same command with --write"
+
+
+def _writes(options: argparse.Namespace) -> bool:
+    """Whether standard output is not for diffs alone."""
+    return bool(options.write or options.output or options.check or options.prove)
+
+
+def _stream(options: argparse.Namespace) -> Any:
+    return sys.stdout if _writes(options) else sys.stderr
+
+
+def _colored(choice: str) -> bool:
+    """As https://no-color.org and https://force-color.org have it; an option goes before the environment."""
+    if choice != "auto":
+        return choice == "always"
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
 
 
 def _explain(code: str) -> int:
+    if code.lower() == "all":
+        print("".join(f"{rule.code}  {rule.title}\n" for rule in RULES), end="")
+        return 0
     rule = BY_CODE.get(code.upper())
     if rule is None:
-        raise InputError(f"no rule {code}; there are {', '.join(BY_CODE)}")
+        raise InputError(f"no rule {code}{nearest(code, BY_CODE)} --explain lists them: {', '.join(BY_CODE)}")
     print(explain(rule), end="")
     return 0
 
 
 def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
-    """Code in, converted code out."""
-    result = convert_text(sys.stdin.read(), conversion)
+    """Code in, converted code out; what was found goes to standard error."""
+    stream = getattr(sys.stdin, "buffer", None)
+    result = convert_bytes(stream.read() if stream is not None else sys.stdin.read().encode(), conversion)
+    _check_blocks(conversion.blocks, [result])
+    if options.report is not None:
+        write_file(options.report, write_report(options.report, [result]).encode())
     if result.error:
         print(f"bmt-convert: {result.error}", file=sys.stderr)
-        return FAILED
-    if options.check:
-        return CHANGED if result.changed else 0
-    sys.stdout.write(diff(result) if options.diff else result.after.decode())
-    return 0
+    elif options.diff:
+        sys.stdout.write(diff(result, _colored(options.color)))
+    elif not options.check:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(result.after)
+        sys.stdout.flush()
+    for line in () if options.quiet else listing([result], options.verbose):
+        print(line, file=sys.stderr)
+    return _exit_code([result], options.check)
 
 
 def _exclude(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str, ...]:
@@ -210,31 +293,30 @@ def _exclude(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[str
 
 def _conversion(options: argparse.Namespace, settings: dict[str, Any]) -> Options:
     def codes(key: str) -> tuple[str, ...]:
-        values = [*settings.get(key, []), *getattr(options, key)]
-        return tuple(code.strip() for value in values for code in value.split(",") if code.strip())
+        given = [known_codes(value, f"pyproject.toml, {key}") for value in settings.get(key, [])]
+        given += [known_codes(value, f"--{key}") for value in getattr(options, key)]
+        return tuple(code for codes in given for code in codes)
 
     unsafe = settings.get("unsafe", False) if options.unsafe is None else options.unsafe
-    return Options(unsafe, codes("select"), codes("ignore"), codes("blocks"))
+    blocks = [value.strip() for given in (*settings.get("blocks", []), *options.blocks) for value in given.split(",")]
+    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)))
+    made.check()
+    return made
 
 
-def _write_back(result: Result) -> None:
-    path = result.path.resolve()
-    if path.read_bytes() != result.before:
-        raise InputError(f"{result.path}: changed while it was being converted; left as it is")
-    write_file(path, result.after)
+def _check_blocks(patterns: Sequence[str], results: Sequence[Result]) -> None:
+    known = {name for result in results for name in result.lists}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) or _path_of(name, pattern) for name in known):
+            raise InputError(f"--blocks: no list of modules {pattern} here{nearest(pattern, known) or _some(known)}")
 
 
-def _write_tree(paths: Sequence[Path], output: Path, results: Sequence[Result]) -> None:
-    """The projects whole: converted files, and copies of all others."""
-    converted = {result.path: result for result in results}
-    for path in paths:
-        files = [path] if path.is_file() else walk(path, (), output.resolve(), everything=True)
-        base = path.parent if path.is_file() else path
-        target = output if len(paths) == 1 or path.is_file() else output / path.resolve().name
-        for item in files:
-            found = converted.get(item)
-            data = item.read_bytes() if found is None or found.error else found.after
-            write_file(target / item.relative_to(base), data, mode_of=item)
+def _path_of(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name.partition(".")[2], pattern)
+
+
+def _some(known: set[str]) -> str:
+    return f"; there are {', '.join(sorted(known)[:8])}" if known else "; there are none"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from libcst.codemod import CodemodCommand, CodemodContext, SkipFile
 from rewriter.analyze.read.file import File
 from rewriter.convert import plan_paths, plan_text
 from rewriter.discover import sources
-from rewriter.plan import Options, Plan
+from rewriter.plan import Options, Plan, known_codes
 from rewriter.report import messages
 from rewriter.rewrite import changed_module
 from rewriter.types import InputError, Result
@@ -44,8 +44,9 @@ class Convert(CodemodCommand):
     def add_args(arg_parser: argparse.ArgumentParser) -> None:
         arg_parser.add_argument("--project", metavar="FOLDER", help="what to look at; default: the file's own package")
         arg_parser.add_argument("--unsafe", action="store_true", help="also make changes that may change results")
-        arg_parser.add_argument("--select", action="append", default=[], metavar="CODE", help="only these rules")
-        arg_parser.add_argument("--ignore", action="append", default=[], metavar="CODE", help="not these rules")
+        add = arg_parser.add_argument
+        add("--select", action="extend", type=_codes, default=[], metavar="CODES", help="only these rules")
+        add("--ignore", action="extend", type=_codes, default=[], metavar="CODES", help="not these rules")
         arg_parser.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTRIBUTE", help="a stack")
         folder = tempfile.mkdtemp(prefix="bmt-convert-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -95,6 +96,13 @@ class Convert(CodemodCommand):
         if isinstance(found, str):
             raise InputError(found)
         return found
+
+
+def _codes(given: str) -> tuple[str, ...]:
+    try:
+        return known_codes(given, "a list of rules")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _own_project(path: Path) -> Path:

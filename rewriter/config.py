@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rewriter.spelling import nearest
 from rewriter.types import InputError
 
 KEYS = {"select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int}
@@ -25,11 +26,21 @@ def read_settings(start: Path) -> dict[str, Any]:
             found = _table(path)
             for key, value in found.items():
                 if key not in KEYS:
-                    raise InputError(f"{path}: unknown key {key!r} in [tool.bmt-convert]; known: {', '.join(KEYS)}")
-                if not isinstance(value, KEYS[key]):
-                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be a {KEYS[key].__name__}")
+                    known = nearest(key, KEYS) or f"; known: {', '.join(KEYS)}"
+                    raise InputError(f"{path}: unknown key {key!r} in [tool.bmt-convert]{known}")
+                if not _fits(value, KEYS[key]):
+                    what = "list of strings" if KEYS[key] is list else KEYS[key].__name__
+                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be a {what}")
+                if KEYS[key] is int and value < 1:
+                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be above 0")
             return found
     return {}
+
+
+def _fits(value: object, kind: type) -> bool:
+    if isinstance(value, list):
+        return kind is list and all(isinstance(item, str) for item in value)
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,10 @@ from rewriter.analyze.read.file import File, Original
 from rewriter.analyze.read.notebook import Notebook
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.read.source import Source
+from rewriter.discover import Tell
 from rewriter.plan import Options, Plan, make_first_plans, make_plans
+from rewriter.rules import BY_CODE
+from rewriter.spelling import nearest
 from rewriter.types import Conversion, InputError, Refusal, Remark, Result
 
 
@@ -22,7 +25,7 @@ def convert_paths(
     paths: Sequence[Path],
     options: Options,
     roots: Iterable[Path] = (),
-    progress: Callable[[int, int], None] | None = None,
+    tell: Tell | None = None,
     derived: dict[bytes, list[Path]] | None = None,
     absent: frozenset[str] = frozenset(),
 ) -> list[Result]:
@@ -31,12 +34,12 @@ def convert_paths(
     Where ``paths`` are a portion of a project, ``derived`` is the project's, and ``absent`` are keys of findings that
     other portions are known not to apply.
     """
-    outcomes, plans = plan_paths(paths, options, roots, derived, absent)
+    outcomes, plans = plan_paths(paths, options, roots, derived, absent, tell=tell)
     results = []
     for number, outcome in enumerate(outcomes):
         results.append(outcome if isinstance(outcome, Result) else apply_plan(outcome, plans[outcome]))
-        if progress is not None:
-            progress(number + 1, len(outcomes))
+        if tell is not None:
+            tell("converting", number + 1, len(outcomes))
     return results
 
 
@@ -47,6 +50,7 @@ def plan_paths(
     derived: dict[bytes, list[Path]] | None = None,
     absent: frozenset[str] = frozenset(),
     contents: Mapping[Path, bytes] | None = None,
+    tell: Tell | None = None,
 ) -> tuple[list[File | Result], dict[File, Plan]]:
     """All files, or why they cannot be read, in the order given, and what is to become of them.
 
@@ -55,16 +59,16 @@ def plan_paths(
     """
     refused: dict[Path, tuple[Refusal, ...]] = {}
     while True:
-        outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, {})
+        outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, {}, tell)
         files = [outcome for outcome in outcomes if isinstance(outcome, File)]
         first: dict[Path, Original] = {}
         if any(b"accelerat" in file.source.data for file in files):
             first, refused = _first(files, facts, options, refused)
         if first:
-            outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, first)
+            outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, first, tell)
             files = [outcome for outcome in outcomes if isinstance(outcome, File)]
         facts.refused = refused
-        plans = make_plans(files, facts, options, absent)
+        plans = make_plans(files, facts, options, absent, tell)
         stopped = {
             file.path: tuple(f for f in plans[file].reported if isinstance(f, Refusal) and not f.spared)
             for file in files
@@ -102,10 +106,13 @@ def _read(
     derived: dict[bytes, list[Path]] | None,
     contents: Mapping[Path, bytes],
     first: Mapping[Path, Original],
+    tell: Tell | None,
 ) -> tuple[list[File | Result], Facts]:
     project = Project(roots, derived)
     outcomes = []
-    for path in paths:
+    for number, path in enumerate(paths):
+        if tell is not None:
+            tell("reading", number, len(paths))
         original = first.get(path)
         outcome = _load(project, path, contents.get(path) if original is None else original.after)
         if isinstance(outcome, File):
@@ -130,8 +137,9 @@ def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
     try:
         raw = path.read_bytes() if content is None else content
         notebook = Notebook(str(path), raw) if path.suffix == ".ipynb" else None
-        source = Source(path, notebook.text().encode() if notebook is not None else raw)
+        source = Source(path, raw) if notebook is None else Source(path, notebook.text().encode(), notebook.places())
         _ = source.tree
+        _check_skips(source)
         file = project.add(source)
         file.notebook = notebook
         return file
@@ -141,9 +149,21 @@ def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
         return Result(path, b"", b"", error=f"{path}: cannot read: {error.strerror or error}")
 
 
+def _check_skips(source: Source) -> None:
+    for line, codes in source.skips.items():
+        for code in sorted(codes - BY_CODE.keys()):
+            raise InputError(f"{source.at(line)}: skip[{code}]: no such rule{nearest(code, BY_CODE)}")
+
+
 def convert_text(text: str, options: Options | None = None, path: Path = Path("stdin.py")) -> Result:
     """One file given as text, on its own."""
     return apply_plan(*plan_text(text, options or Options(), path))
+
+
+def convert_bytes(content: bytes, options: Options, path: Path = Path("stdin.py")) -> Result:
+    """One file given as bytes, on its own."""
+    (outcome,), plans = plan_paths([path], options, contents={path: content})
+    return outcome if isinstance(outcome, Result) else apply_plan(outcome, plans[outcome])
 
 
 def plan_text(text: str, options: Options, path: Path = Path("stdin.py")) -> tuple[File, Plan]:
@@ -165,17 +185,18 @@ def apply_plan(file: File, plan: Plan) -> Result:
     if original is not None:
         raw, plan = original.source.raw, _on_lines_of(original, plan)
     if not plan.changes:
-        return Result(file.path, raw, raw if original is None else original.after, *_found(plan))
+        after = raw if original is None else original.after
+        return Result(file.path, raw, after, *_found(plan), lists=plan.lists, cells=file.source.cells)
     from rewriter.rewrite import rewritten  # libcst takes half a second to import, and many runs change nothing
 
     try:
         after = rewritten(file, plan)
     except InputError as error:
         message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
-        return Result(file.path, raw, raw, error=message)
+        return Result(file.path, raw, raw, error=message, lists=plan.lists)
     if file.notebook is not None:
         after = file.notebook.with_text(after.decode())
-    return Result(file.path, raw, after, *_found(plan))
+    return Result(file.path, raw, after, *_found(plan), lists=plan.lists, cells=file.source.cells)
 
 
 def _on_lines_of(original: Original, plan: Plan) -> Plan:

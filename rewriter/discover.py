@@ -14,6 +14,8 @@ SKIPPED_FOLDERS = {
     "node_modules", "site-packages", ".venv", "venv", ".ipynb_checkpoints", "build", "dist",
 }  # fmt: skip
 SUFFIXES = {".py", ".ipynb"}
+Tell = Callable[[str, int, int], None]
+"""Told of what is being done, how many are done, and of how many."""
 
 
 class Ignored:
@@ -90,7 +92,9 @@ def _excluded(path: Path, exclude: tuple[str, ...], root: Path) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path.name, pattern) for pattern in exclude)
 
 
-def sources(path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None) -> list[Path]:
+def sources(
+    path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, tell: Tell | None = None
+) -> list[Path]:
     """The Python files and notebooks of a path.
 
     Raises:
@@ -100,7 +104,12 @@ def sources(path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None)
         return [path]
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
-    found = [item for item in walk(path, exclude, skip) if item.suffix in SUFFIXES]
+    found = []
+    for item in walk(path, exclude, skip):
+        if item.suffix in SUFFIXES:
+            found.append(item)
+            if tell is not None:
+                tell("looking for files", len(found), 0)
     if not found:
         raise InputError(f"{path}: no Python files in this folder")
     return found

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
-from rewriter.rules import FIRST, RULES
-from rewriter.types import Conversion, Finding, Refusal, Remark
+from rewriter.discover import Tell
+from rewriter.rules import BY_CODE, FIRST, RULES
+from rewriter.spelling import nearest
+from rewriter.types import Conversion, Finding, InputError, Refusal, Remark
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def known_codes(given: str, where: str) -> tuple[str, ...]:
+    """Codes of rules, or what they begin with, from a list with commas.
+
+    Raises:
+        InputError: there are none, or no rule's code begins so; ``where`` says who named it.
+    """
+    codes = tuple(code.strip().upper() for code in given.split(",") if code.strip())
+    if not codes:
+        raise InputError(f"{where}: names no rule; give codes such as {RULES[0].code}")
+    for code in codes:
+        if not any(known.startswith(code) for known in BY_CODE):
+            raise InputError(f"{where}: no rule {code}{nearest(code, BY_CODE) or '; --explain lists the rules'}")
+    return codes
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +48,18 @@ class Options:
             return False
         return not self.select or any(code.startswith(prefix) for prefix in self.select)
 
+    def check(self) -> None:
+        """Raises InputError where every rule is left out."""
+        if not any(map(self.wants, BY_CODE)):
+            raise InputError("--select and --ignore leave no rule; nothing would be converted")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``changes`` are those of the ``applied`` conversions, in the order of the rules; ``hidden`` ones
     wait for --unsafe.
 
-    ``bmt`` is what the file calls bmtrain.
+    ``bmt`` is what the file calls bmtrain. ``lists`` are the names of its lists of modules, if the user named any.
     """
 
     changes: tuple[Change, ...] = ()
@@ -45,16 +67,25 @@ class Plan:
     hidden: tuple[Conversion, ...] = ()
     reported: tuple[Remark | Refusal, ...] = ()
     bmt: str = "bmt"
+    lists: tuple[str, ...] = ()
 
 
 def make_plans(
-    files: Sequence[File], facts: Facts, options: Options, absent: frozenset[str] = frozenset()
+    files: Sequence[File],
+    facts: Facts,
+    options: Options,
+    absent: frozenset[str] = frozenset(),
+    tell: Tell | None = None,
 ) -> dict[File, Plan]:
     """The plans of all files. A file that only scripts use which cannot be converted stays as it is, too.
 
     ``absent`` are keys of findings in other portions of the project that are known not to be applied.
     """
-    found = {file: _without_refused_parts(_findings(file, facts)) for file in files}
+    found: dict[File, list[Finding]] = {}
+    for file in files:
+        if tell is not None:
+            tell("deciding", len(found), len(files))
+        found[file] = _without_refused_parts(_findings(file, facts))
     stopped = [file for file, findings in found.items() if any(_stops(finding) for finding in findings)]
     behind = facts.scripts.only_behind(stopped) if stopped else {}
     chosen = {
@@ -74,6 +105,8 @@ def make_plans(
             plans[file] = Plan(reported=(Refusal("BMT090", 1, message),))
         else:
             plans[file] = _plan(file, facts, options, found[file], chosen.get(file), met)
+        if options.blocks:
+            plans[file] = replace(plans[file], lists=facts.stacks.names(file))
     return plans
 
 

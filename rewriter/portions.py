@@ -7,36 +7,39 @@ Small projects are one portion, in this process.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+import signal
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rewriter.analyze.read.file import base_names
 from rewriter.convert import convert_paths
+from rewriter.discover import Tell
 from rewriter.plan import Options
 from rewriter.types import Result
 
 WHOLE = 16_000_000  # bytes of source up to which a project is one portion
 PORTION = 5_000_000
-Progress = Callable[[int, int], None]
 _Task = tuple[list[Path], Options, list[Path], dict[bytes, list[Path]], frozenset[str]]
 
 
 def convert_project(
-    paths: Sequence[Path], options: Options, roots: Sequence[Path] = (), jobs: int = 1, progress: Progress | None = None
+    paths: Sequence[Path], options: Options, roots: Sequence[Path] = (), jobs: int = 1, tell: Tell | None = None
 ) -> list[Result]:
     """Results of all files, in the order given. ``jobs`` portions at a time."""
     sizes = {path: _size(path) for path in paths}
     if sum(sizes.values()) <= WHOLE:
-        return convert_paths(paths, options, roots, progress)
+        return convert_paths(paths, options, roots, tell)
     below = derived(paths)
     tasks: list[_Task] = [(portion, options, list(roots), below, frozenset()) for portion in cut(paths, sizes)]
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     found: list[list[Result]] = []
-    with multiprocessing.get_context(method).Pool(jobs, maxtasksperchild=1) as pool:
+    if tell is not None:
+        tell("converting", 0, len(paths))
+    with multiprocessing.get_context(method).Pool(min(jobs, len(tasks)), _leave_interrupts, maxtasksperchild=1) as pool:
         for portion in pool.imap(_convert, tasks, chunksize=1):
             found.append(portion)
-            if progress is not None:
-                progress(sum(map(len, found)), len(paths))
+            if tell is not None:
+                tell("converting", sum(map(len, found)), len(paths))
         absent = missing(result for portion in found for result in portion)
         if absent:
             again = [number for number, portion in enumerate(found) if relied_on(portion) & absent]
@@ -61,6 +64,11 @@ def missing(results: Iterable[Result]) -> frozenset[str]:
 def _convert(task: _Task) -> list[Result]:
     paths, options, roots, below, absent = task
     return convert_paths(paths, options, roots, derived=below, absent=absent)
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C is for the process that has started this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _size(path: Path) -> int:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rewriter.types import Finding, Refusal, Result
+from rewriter.types import Finding, Refusal, Result, place
 
+READY = "ready to launch: "
 _TRAINS = re.compile(rb"\.backward\(")
 
 
@@ -34,51 +35,66 @@ def _name(path: Path) -> str:
     return path.as_posix().lstrip("/")
 
 
-def listing(results: Sequence[Result], quiet: bool = False, verbose: bool = False) -> Iterator[str]:
-    """What was found, what needs the user's hand first, then a summary, then whether the project can be launched.
+def listing(results: Sequence[Result], verbose: bool = False) -> Iterator[str]:
+    """What was found, what needs the user's hand first.
 
-    Files that train and stay as they are come first of all. One line stands for all findings of a rule in a file that
-    say the same; with ``verbose`` every finding has its own.
+    Files that train and stay as they are come first of all. Then one line stands for all places that are left for the
+    same reason, in whatever files, and one for all edits of a rule in a file; with ``verbose`` each has its own.
     """
-    understood = [] if quiet else [result for result in results if not result.error]
-    for result in () if quiet else results:
+    understood = [result for result in results if not result.error]
+    for result in results:
         reason = left_training(result)
         if reason:
             yield f"{result.path}: error: trains, and was left as it is: {reason}"
-    kinds: tuple[tuple[str, Callable[[Result], Sequence[Finding]]], ...] = (
-        ("left: ", lambda result: result.reported),
-        ("needs --unsafe: ", lambda result: result.hidden),
-        ("", lambda result: result.applied),
-    )
-    for mark, found in kinds:
-        for result in understood:
-            yield from (f"{result.path}:{line}" for line in _lines_of(found(result), mark, verbose))
-    yield summary(results)
-    yield launch(results)
+    yield from _places(understood, lambda result: result.reported, "left: ", verbose)
+    yield from _places(understood, lambda result: result.hidden, "needs --unsafe: ", verbose)
+    for result in understood:  # what is done needs no more than its rule
+        yield from _lines_of([(result, f) for f in _in_order(result.applied)], "", lambda f: f.code, verbose)
 
 
-def _lines_of(found: Sequence[Finding], mark: str, verbose: bool) -> Iterator[str]:
-    groups: dict[tuple[str, str, int], list[Finding]] = {}
-    for number, finding in enumerate(sorted(found, key=lambda finding: (finding.line, finding.code))):
-        said = finding.message if mark else ""  # what is done needs no more than its rule
-        groups.setdefault((finding.code, said, number if verbose else 0), []).append(finding)
-    for (code, _, _), (first, *others) in groups.items():
-        more = f" (and {len(others)} more)" if others else ""
-        yield f"{first.line}: {code} {mark}{first.message}{more}"
+def _places(
+    results: Sequence[Result], found: Callable[[Result], Sequence[Finding]], mark: str, verbose: bool
+) -> Iterator[str]:
+    every = [(result, finding) for result in results for finding in _in_order(found(result))]
+    return _lines_of(every, mark, lambda finding: (finding.code, finding.message), verbose)
+
+
+def _in_order(found: Sequence[Finding]) -> list[Finding]:
+    return sorted(found, key=lambda finding: (finding.line, finding.code))
+
+
+def _lines_of(
+    found: Sequence[tuple[Result, Finding]], mark: str, kind: Callable[[Finding], object], verbose: bool
+) -> Iterator[str]:
+    groups: dict[object, list[tuple[Result, Finding]]] = {}
+    for number, (result, finding) in enumerate(found):
+        groups.setdefault(number if verbose else kind(finding), []).append((result, finding))
+    for (result, first), *others in groups.values():
+        yield f"{result.at(first.line)}: {first.code} {mark}{first.message}{_more(result, others)}"
+
+
+def _more(first: Result, others: Sequence[tuple[Result, Finding]]) -> str:
+    if not others:
+        return ""
+    places = [result.at(finding.line) for result, finding in others if result is not first]
+    if not places:
+        return f" (and {len(others)} more)"
+    files = len({result.path for result, _ in others} | {first.path})
+    return f" (and {len(others)} more in {_count(files, 'file')}: {', '.join(places[:2])}{' ...' * (len(places) > 2)})"
 
 
 def left_training(result: Result) -> str:
     """Why a file that trains stays as it is; empty if it does not train, or is converted."""
     engine = next((f for f in result.reported if f.code == "BMT090" and _is_script(f)), None)
     if engine is not None and not result.changed:
-        return f"{engine.message} (line {engine.line})"
+        return f"{engine.message} ({_line(result, engine)})"
     if result.changed or not _TRAINS.search(result.before) or b"bmtrain" in result.before:
         return ""
     if result.error:
         return result.error.removeprefix(f"{result.path}: ")
     refused = [finding for finding in result.reported if isinstance(finding, Refusal)]
     if refused:
-        return f"{refused[0].message} (line {refused[0].line})"
+        return f"{refused[0].message} ({_line(result, refused[0])})"
     return "no optimizer was found that it steps" if re.search(rb"\.step\(", result.before) else ""
 
 
@@ -87,7 +103,26 @@ def _is_script(finding: Finding) -> bool:
     return isinstance(finding, Refusal) and not finding.spared and not finding.message.startswith("part of ")
 
 
-def launch(results: Sequence[Result]) -> str:
+def _line(result: Result, finding: Finding) -> str:
+    where = place(result.cells, finding.line)
+    return where if result.cells else f"line {where}"
+
+
+def closing(results: Sequence[Result], written: str, again: str, at: Callable[[Path], Path]) -> Iterator[str]:
+    """The last lines: counts, what was written, what to run next.
+
+    ``again`` is the command that writes, empty when that is done; ``at`` says where a file now is.
+    """
+    yield summary(results)
+    yield written
+    launched = launch(results, at)
+    if again and any(result.changed for result in results) and not launched.startswith("not ready"):
+        yield f"next: {again}" + (f"; then {launched.removeprefix(READY)}" if launched.startswith(READY) else "")
+    else:
+        yield launched
+
+
+def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     """Whether the project is ready to launch, with the command, or why it is not."""
     failed = next((result for result in results if result.error), None)
     if failed is not None:
@@ -102,7 +137,7 @@ def launch(results: Sequence[Result]) -> str:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
         return "nothing to launch: no script here trains"
     script = next((path for path in started if path in trained), started[0])
-    return f"ready to launch: torchrun --nproc_per_node=N {script}"
+    return f"{READY}torchrun --nproc_per_node=N {at(script)}"
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:

@@ -7,6 +7,15 @@ from pathlib import Path
 
 from rewriter.changes import Change
 
+Cells = tuple[tuple[int, int], ...]
+"""Of a notebook: the line before each cell's code in the text of all, and the cell's number, from 1."""
+
+
+def place(cells: Cells, line: int) -> str:
+    """A line of a file, in words: ``cell 2:3`` in a notebook."""
+    within = [(line - before, number) for before, number in cells if before < line]
+    return f"cell {within[-1][1]}:{within[-1][0]}" if within else str(line)
+
 
 class InputError(Exception):
     """Input that cannot be converted; the message is one line for the user."""
@@ -61,7 +70,10 @@ Finding = Conversion | Remark | Refusal
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one file. ``error`` is one line; then ``after`` equals ``before``."""
+    """What became of one file. ``error`` is one line; then ``after`` equals ``before``.
+
+    ``lists`` are the names of its lists of modules, if the user named any; ``cells`` those of a notebook.
+    """
 
     path: Path
     before: bytes
@@ -70,7 +82,13 @@ class Result:
     hidden: tuple[Conversion, ...] = ()
     reported: tuple[Remark | Refusal, ...] = ()
     error: str = ""
+    lists: tuple[str, ...] = ()
+    cells: Cells = ()
 
     @property
     def changed(self) -> bool:
         return self.before != self.after
+
+    def at(self, line: int) -> str:
+        """A line as it is named to the user: ``file.py:3`` or, in a notebook, ``nb.ipynb:cell 2:3``."""
+        return f"{self.path}:{place(self.cells, line)}"

@@ -1,12 +1,42 @@
-"""Tests marked ``long`` run with ``--long`` only: variants of what a shorter test of the same file shows already."""
+"""Tests marked ``long`` run with ``--long`` only: variants of what a shorter test of the same file shows already.
+
+With ``--files`` every test file is named when its first test begins.
+"""
 
 from __future__ import annotations
+
+import time
 
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+    parser.addoption("--files", action="store_true", help="name each test file when its first test begins")
+
+
+@pytest.hookimpl(trylast=True)  # when the reporter is there
+def pytest_configure(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if config.getoption("--files") and reporter is not None:
+        config.pluginmanager.register(Files(reporter))
+
+
+class Files:
+    """Names files on the terminal. Where several processes test, this is the one that hears of all of them."""
+
+    def __init__(self, reporter: pytest.TerminalReporter) -> None:
+        self.reporter = reporter
+        self.seen: set[str] = set()
+        self.began = time.monotonic()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        file = nodeid.partition("::")[0]
+        if file not in self.seen:
+            self.seen.add(file)
+            self.reporter.ensure_newline()
+            self.reporter.write_line(f"{time.monotonic() - self.began:5.0f} s  {file}", flush=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,6 +25,12 @@ def all_gather(sizes: Sequence[int] = SIZES) -> None:
     _table("All gather", sizes, prepare)
 
 
+def time_all_gather(size: int) -> float:
+    """Seconds that gathering a whole tensor of ``size`` bytes takes.  Collective."""
+    shard, whole = _buffers(size)
+    return _time(lambda: context().world.all_gather(shard, whole), repeat=5)
+
+
 def reduce_scatter(sizes: Sequence[int] = SIZES) -> None:
     """Time adding up a whole tensor of each size over ranks, each rank keeping an equal shard."""
     here = context()

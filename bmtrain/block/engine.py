@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
@@ -23,6 +24,7 @@ from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .schedule import Schedule
 from .state import attribute
+from .summary import summary
 from .trace import Phase
 from .untrained import FirstGraphs
 
@@ -47,6 +49,7 @@ class Engine:
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
+        self._is_told = False
 
     # -- sharding -------------------------------------------------------------------------------------------------
 
@@ -212,10 +215,18 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.ctx.diary.step += 1
+        if not self._is_told:
+            self._is_told = True
+            self._tell()
         if self.plan.optimizer_stepped():
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
+
+    def _tell(self) -> None:
+        if self.ctx.rank == 0 and self.schedule.units:
+            print("".join(f"bmtrain: {line}\n" for line in summary(self.ctx, self.schedule.units.values())),
+                  end="", file=sys.stderr)  # fmt: skip
 
 
 def _trains(call: Callable[..., object]) -> bool:

@@ -42,7 +42,8 @@ def version() -> int:
     if not built:
         raise CommunicationError(
             "NCCL needs bmtrain's compiled extension, which this installation lacks. "
-            "Install a C++ compiler and reinstall bmtrain."
+            "With a C++ compiler at hand, install bmtrain again: BMTRAIN_EXTENSION=1 pip install --force-reinstall "
+            "--no-deps . (python -m bmtrain doctor says more)."
         )
     return _C.nccl.load(_candidates())
 

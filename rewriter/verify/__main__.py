@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewriter.verify.report import as_json, table
+from rewriter.types import InputError
+from rewriter.verify.report import as_json, table, verdict
 from rewriter.verify.run import Settings, verify
 
 
@@ -66,12 +67,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except OSError as error:
             print(f"rewriter.verify: --keep: {error}", file=sys.stderr)
             return 2
-    report = verify(_settings(options))
+    try:
+        report = verify(_settings(options))
+    except KeyboardInterrupt:
+        print("\nrewriter.verify: interrupted; nothing was written", file=sys.stderr)
+        return 130
     if options.json:
         print(json.dumps(as_json(report), indent=1))
     else:
-        print("\n".join(table(report)))
+        print("\n".join([*table(report), verdict(report)]))
     return 0 if report.held else 1
+
+
+def compared(arguments: Sequence[str]) -> tuple[bool, str]:
+    """Compare and print; whether all held, and the verdict in words, which is not printed yet."""
+    options = parser().parse_args(arguments)
+    if ":" not in options.factory:
+        raise InputError(f"--verify: {options.factory}: write MODULE:FACTORY, such as model:build")
+    report = verify(_settings(options))
+    print("\n".join(table(report)))
+    return report.held, verdict(report)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

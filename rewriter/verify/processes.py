@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -72,6 +75,8 @@ class Group:
         method = multiprocessing.get_context("forkserver")
         if not _State.loaded:
             preload(())
+        with _without_interrupts():
+            forkserver.ensure_running()
         for rank in range(ranks):
             job = {**self._job, "rank": rank, "meeting": str(self._work / f"{self._name}.{self._count}")}
             environment = {
@@ -127,6 +132,19 @@ class Group:
     def _logged(self, rank: int) -> str:
         path = self._log(rank)
         return path.read_text(errors="replace")[-4000:] if path.exists() else ""
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started inside ignores Ctrl-C, which is for this process alone: it ends the others."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _State:

@@ -11,7 +11,7 @@ from rewriter.verify.findings import TITLES, Report, Row
 
 
 def table(report: Report) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Lines for a terminal, without the verdict."""
     cells: list[tuple[str, ...]] = [("ranks", "when", "what", "compared", "ulp", "relative", "")]
     cells += [_cells(row) for row in report.rows]
     widths = [max(len(row[column]) for row in cells) for column in range(6)]
@@ -48,7 +48,11 @@ def _explanations(report: Report) -> Iterator[str]:
         yield f"nothing was compared: {what}"
     if report.kept is not None:
         yield f"both tensors of each difference: {report.kept}"
-    yield "the converted model is the same model" if report.held else "NOT shown to be the same model"
+
+
+def verdict(report: Report) -> str:
+    """What comes last."""
+    return "the converted model is the same model" if report.held else "NOT shown to be the same model"
 
 
 def words(distance: Distance) -> str:

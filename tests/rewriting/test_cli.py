@@ -117,9 +117,21 @@ def listed(project: Path, capsys: pytest.CaptureFixture[str], *options: str) -> 
     return capsys.readouterr().out.splitlines()
 
 
+def listed_by(options: list[str], project: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert main([str(project), *options]) in {0, 3}
+    return capsys.readouterr().out.splitlines()
+
+
 def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "train.py").write_text(TRAIN)
-    assert listed(project, capsys)[-1] == f"ready to launch: torchrun --nproc_per_node=N {project / 'train.py'}"
+    launch = f"torchrun --nproc_per_node=N {project / 'train.py'}"
+    assert listed(project, capsys)[-2:] == [
+        "nothing was written", f"next: bmt-convert {project} --write; then {launch}",
+    ]  # fmt: skip
+    copy = project.with_name("a copy")
+    assert listed_by(["--output", str(copy)], project, capsys)[-2:] == [
+        f"the project, converted, is in {copy}", f"ready to launch: torchrun --nproc_per_node=N {copy / 'train.py'}",
+    ]  # fmt: skip
     main([str(project), "--write", "-q"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("ready to launch: torchrun")
     assert listed(project, capsys, "-q")[-1].startswith("ready to launch: torchrun")  # converted already
@@ -143,7 +155,10 @@ def test_a_file_that_trains_and_stays_is_an_error_line(
 
 
 def test_nothing_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert listed(project, capsys)[-1] == "nothing to launch: no script here trains"
+    assert listed(project, capsys, "--unsafe")[-1] == f"next: bmt-convert {project} --unsafe --write"
+    assert listed_by(["--write"], project, capsys)[-3:] == [
+        "1 of 1 file changed, 1 edit", "1 file changed in place", "nothing to launch: no script here trains",
+    ]  # fmt: skip
 
 
 def test_a_loop_that_nothing_starts_is_not_ready(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +176,44 @@ def test_one_line_a_rule_and_all_when_asked(project: Path, capsys: pytest.Captur
     assert len([line for line in listed(project, capsys, "-v") if "BMT027" in line]) == 2
     marks = ["left: " in line for line in lines[:-2]]
     assert any(marks) and marks == sorted(marks, reverse=True)
+
+
+def test_what_is_left_for_one_reason_is_one_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.py", "b.py", "c.py", "d.py"):
+        (project / name).write_text(f'{TRAIN}log = open("{name}", "x")\n')
+    lines = listed(project, capsys)
+    (line,) = [line for line in lines if "BMT033" in line]
+    assert line.startswith(f"{project / 'a.py'}:11: BMT033 left: ")
+    assert line.endswith(f"(and 3 more in 4 files: {project / 'b.py'}:11, {project / 'c.py'}:11 ...)")
+    assert len([line for line in listed(project, capsys, "-v") if "BMT033" in line]) == 4
+    assert [line for line in lines[:-3] if "left: " in line] == lines[: sum("left: " in line for line in lines)]
+
+
+def test_a_verdict_comes_last(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rewriter.verify import __main__ as tool
+
+    for held, verdict in ((False, "NOT shown"), (True, "the same")):
+        monkeypatch.setattr(tool, "compared", lambda arguments, held=held, verdict=verdict: (held, verdict))
+        assert main([str(project), "--write", "--verify", "model:A"]) == (0 if held else 1)
+        *_, written, launch, last = ["", *capsys.readouterr().out.splitlines()]
+        assert last == verdict
+        if held:
+            assert (written, launch) == ("1 file changed in place", "nothing to launch: no script here trains")
+        else:
+            assert (written, launch) == ("1 of 1 file changed, 1 edit", "nothing was written")
+            assert (project / "model.py").read_text() == PLAIN
+
+
+def test_the_hook_names_file_line_and_rule(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hooks = (Path(__file__).parents[2] / ".pre-commit-hooks.yaml").read_text()
+    program, *options = hooks.partition("entry: ")[2].splitlines()[0].split()
+    assert program == "bmt-convert" and "require_serial: true" in hooks
+    (project / "done.py").write_text(DONE)
+    assert main([*options, str(project / "done.py"), str(project / "model.py")]) == 1
+    assert capsys.readouterr().out.startswith(f"{project / 'model.py'}:4: BMT001 class A inherits")
+    assert main([*options, str(project / "done.py")]) == 0
 
 
 LEFT_TRAINING = {

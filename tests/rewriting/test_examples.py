@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
-from rewriter.rules import RULES
 
 from .helpers import converted
 
@@ -40,19 +39,37 @@ def test_converting_the_converted_example_changes_nothing() -> None:
     assert main([str(EXAMPLES / "bmtrain_gpt"), "--check", "--quiet"]) == 0
 
 
-README = re.split(r"^<!-- converted -->\n```diff\n", (EXAMPLES.parent / "README.md").read_text(), flags=re.MULTILINE)
+ROOT = EXAMPLES.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DIFFS = [
+    part.partition("```")[0]
+    for page in PAGES
+    for part in re.split(r"^<!-- converted -->\n```diff\n", page.read_text(), flags=re.MULTILINE)[1:]
+]
 
 
-@pytest.mark.parametrize("diff", [part.partition("```")[0] for part in README[1:]])
-def test_the_readme_shows_what_the_converter_does(diff: str) -> None:
+@pytest.mark.parametrize("diff", DIFFS)
+def test_the_docs_show_what_the_converter_does(diff: str) -> None:
     lines = diff.splitlines()
     before = "\n".join(line[1:] for line in lines if not line.startswith("+")) + "\n"
     after = "\n".join(line[1:] for line in lines if not line.startswith("-")) + "\n"
     assert converted(before) == after
 
 
-def test_the_readme_shows_a_model_and_a_script() -> None:
-    assert len(README) == 3
+def test_the_readme_shows_a_script_and_the_docs_a_model_too() -> None:
+    assert len(DIFFS) == 3 and len(PAGES[0].read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        path, _, section = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), target
+        if section:
+            titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_the_docs_show_the_rules() -> None:
@@ -60,8 +77,3 @@ def test_the_docs_show_the_rules() -> None:
         [sys.executable, str(EXAMPLES.parent / ".ci" / "rules"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_the_readme_names_the_rules() -> None:
-    text = (EXAMPLES.parent / "README.md").read_text()
-    assert re.findall(r"^\| (BMT\d+) \| (.*) \|$", text, re.MULTILINE) == [(r.code, r.title) for r in RULES]

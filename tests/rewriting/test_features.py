@@ -41,7 +41,12 @@ def test_sarif_and_markdown_reports(model: Path, tmp_path: Path) -> None:
     assert main([str(model), "--quiet", "--report", str(tmp_path / "out.sarif")]) == 0
     run = json.loads((tmp_path / "out.sarif").read_text())["runs"][0]
     assert [result["ruleId"] for result in run["results"]] == ["BMT001"]
-    assert {rule["id"] for rule in run["tool"]["driver"]["rules"]} == {rule.code for rule in RULES}
+    driver = run["tool"]["driver"]
+    assert {rule["id"] for rule in driver["rules"]} == {rule.code for rule in RULES}
+    assert driver["semanticVersion"] and all("Why:" in rule["help"]["text"] for rule in driver["rules"])
+    where = run["results"][0]["locations"][0]["physicalLocation"]
+    assert where["region"] == {"startLine": 4, "startColumn": 1, "endColumn": 26}
+    assert where["artifactLocation"]["uri"] == model.as_uri()
     assert main([str(model), "--quiet", "--report", str(tmp_path / "out.md")]) == 0
     assert f"| {model.as_posix()} | 4 | BMT001 | applied |" in (tmp_path / "out.md").read_text()
     assert main([str(model), "--report", str(tmp_path / "out.txt")]) == 2
@@ -83,6 +88,82 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert capsys.readouterr().out == DONE
 
 
+def given(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_standard_input_keeps_what_was_found_out_of_the_code(
+    monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    given(monkeypatch, PLAIN.replace("\n", "\r\n").encode())
+    assert main(["-"]) == 0
+    shown = capsysbinary.readouterr()
+    assert shown.out == DONE.replace("\n", "\r\n").encode()
+    assert shown.err == b"stdin.py:4: BMT001 class A inherits bmt.DistributedModule\n"
+    given(monkeypatch, b"x = (\n")
+    assert main(["-"]) == 2
+    shown = capsysbinary.readouterr()
+    assert not shown.out and shown.err.count(b"\n") == 1 and b"stdin.py:1: cannot parse" in shown.err
+    given(monkeypatch, b"# \xe9\n")
+    assert main(["-", "--check"]) == 2
+    assert b"not UTF-8" in capsysbinary.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["-", "--write"], "--write needs files"),
+        (["-", "--output", "there"], "--output needs files"),
+        (["-", "--verify", "a:b"], "--verify needs files"),
+        (["-", "model.py"], "- is standard input, and goes alone"),
+        (["model.py", "--force"], "--force says how --output is done"),
+    ],
+)
+def test_what_makes_no_sense(capsys: pytest.CaptureFixture[str], options: list[str], error: str) -> None:
+    assert main(options) == 2
+    assert error in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_empty_is_asked_about(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there"
+    for name in ("model.py", "mine.txt"):
+        there.mkdir(exist_ok=True)
+        (there / name).write_text("mine")
+        assert main([str(model), "--output", str(there)]) == 2
+        assert "not empty; --force writes into it" in capsys.readouterr().err
+        assert (there / name).read_text() == "mine"
+    assert main([str(model), "--output", str(there), "--force"]) == 0
+    assert (there / "model.py").read_text() == DONE and (there / "mine.txt").read_text() == "mine"
+    assert main([str(model), "--output", str(model)]) == 2
+    assert main([str(model), "--output", str(there / "mine.txt")]) == 2
+    (there / "model.py").unlink()
+    (there / "model.py").mkdir()
+    assert main([str(model), "--output", str(there), "--force"]) == 2
+    assert "a folder where a file must go; nothing was written" in capsys.readouterr().err
+    assert sorted(path.name for path in there.iterdir()) == ["mine.txt", "model.py"]
+
+
+def test_a_notebook_is_named_by_its_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": ["text"]},
+        {"cell_type": "code", "metadata": {}, "source": ["import torch\n", "\n"]},
+        {"cell_type": "code", "metadata": {}, "source": ["%%bash\n", "ls\n"]},
+        {"cell_type": "code", "metadata": {}, "source": ["# a\n", "\n", "class A(torch.nn.Module):\n", "    pass"]},
+    ]
+    path = tmp_path / "nb.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+    assert main([str(path), "--check", "--report", str(tmp_path / "out.json")]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == f"{path}:cell 4:3: BMT001 class A inherits bmt.DistributedModule"
+    finding = json.loads((tmp_path / "out.json").read_text())["files"][0]["findings"][0]
+    assert (finding["at"], finding["line"]) == ("cell 4:3", 3)
+    cells[3]["source"] = ["\n", "x = (\n"]
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+    assert main([str(path), "--check"]) == 2
+    assert f"{path}:cell 4:2: cannot parse" in capsys.readouterr().err
+
+
 def test_notebook(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "metadata": {}, "source": ["class A(torch.nn.Module): text\n"]},
@@ -119,6 +200,49 @@ def test_blocks_are_named_by_the_user(tmp_path: Path) -> None:
 def test_color(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model), "--color", "always"]) == 0
     assert "\033[32m+class A(bmt.DistributedModule):\033[0m\n" in capsys.readouterr().out
+
+
+def test_color_as_the_environment_has_it(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value, coloured in (("FORCE_COLOR", "1", True), ("NO_COLOR", "", True), ("NO_COLOR", "1", False)):
+        monkeypatch.setenv(name, value)
+        main([str(model)])
+        assert ("\033[32m" in capsys.readouterr().out) == coloured, (name, value)
+    main([str(model), "--color", "always"])
+    assert "\033[32m" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_at_once_what_is_done(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert main([str(model.parent), "--check", "-q"]) == 1
+    steps = [step.strip() for step in terminal.getvalue().split("\r")]
+    assert steps[:4] == ["", "looking for files", "reading 0/1", "deciding 0/1"] and steps[-1] == ""
+    assert capsys.readouterr().out.startswith("1 of 1 file changed")
+
+
+def test_versions_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    import bmtrain
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    setup = (Path(__file__).parents[2] / "setup.cfg").read_text()
+    assert capsys.readouterr().out == f"bmt-convert {bmtrain.__version__}\n"
+    assert f"\nversion = {bmtrain.__version__}\n" in setup
+
+
+def test_all_rules_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--explain"], ["--explain", "all"]):
+        assert main(option) == 0
+        assert capsys.readouterr().out.splitlines() == [f"{rule.code}  {rule.title}" for rule in RULES]
 
 
 def test_portions_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ class Stacks:
         self.classes = classes
         self.containers = Containers(classes)
         self.chosen = chosen
+        self._names: dict[File, list[str]] = {}
         self.left: list[Left] = []
         self.loops: list[Loop] = []
         self.inside: dict[ClassInfo, Stack] = {}  # classes that are parts of a stack's blocks
@@ -42,6 +43,10 @@ class Stacks:
         for stack in self.found:
             self._decide_loops(stack)
         self._note_others()
+
+    def names(self, file: File) -> tuple[str, ...]:
+        """``Class.path`` of every container of modules that a file's classes make, stack or not."""
+        return tuple(self._names.get(file, ()))
 
     def _modules(self) -> Iterator[ClassInfo]:
         for file in self.project:
@@ -65,6 +70,7 @@ class Stacks:
                 family = [info, *self.classes.descendants(info), *self.classes.ancestors(info)]
                 over = [loop for member in family for loop in loops[member] if loop.path == path]
                 stack = Stack(info, path, builds, over)
+                self._names.setdefault(info.file, []).append(stack.name)
                 reason = reason_against(stack, self.chosen)
                 if not reason:
                     yield stack

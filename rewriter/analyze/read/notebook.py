@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from rewriter.types import InputError
+from rewriter.types import Cells, InputError
 
 _MARK = "# bmt-convert cell {} ---\n"
 _MARKS = re.compile(r"^# bmt-convert cell (\d+) ---\n", re.M)
@@ -33,6 +33,15 @@ class Notebook:
             for number, cell in enumerate(cells)
             if cell.get("cell_type") == "code" and not "".join(cell.get("source", [])).lstrip().startswith("%%")
         }
+
+    def places(self) -> Cells:
+        """Where the cells are in ``text()``."""
+        found, line = [], 0
+        for number, source in self.cells.items():
+            line += 1  # the mark
+            found.append((line, number + 1))
+            line += source.count("\n") + 1
+        return tuple(found)
 
     def text(self) -> str:
         """The cells as one module; lines with magics become ``pass``."""

@@ -11,7 +11,7 @@ import warnings
 from functools import cached_property
 from pathlib import Path
 
-from rewriter.types import InputError
+from rewriter.types import Cells, InputError, place
 
 _NEWLINE = re.compile(rb"\r\n|\n|\r")
 _SKIP = re.compile(r"#\s*bmt:\s*skip(?:\[([^\]]*)\])?")
@@ -25,8 +25,9 @@ class Source:
     own encoding.
     """
 
-    def __init__(self, path: Path, raw: bytes) -> None:
+    def __init__(self, path: Path, raw: bytes, cells: Cells = ()) -> None:
         self.path = path
+        self.cells = cells
         self.raw = raw
         self.encoding, self.bom, text = _decode(path, raw)
         self.data = text.encode("utf-8", "surrogatepass")
@@ -40,9 +41,13 @@ class Source:
                 warnings.simplefilter("ignore")
                 return ast.parse(self.text)
         except SyntaxError as error:
-            raise InputError(f"{self.path}:{error.lineno or 1}: cannot parse: {error.msg}") from None
+            raise InputError(f"{self.at(error.lineno or 1)}: cannot parse: {error.msg}") from None
         except (ValueError, RecursionError, MemoryError) as error:
-            raise InputError(f"{self.path}:1: cannot parse: {error}") from None
+            raise InputError(f"{self.at(1)}: cannot parse: {error}") from None
+
+    def at(self, line: int) -> str:
+        """A line as it is named to the user."""
+        return f"{self.path}:{place(self.cells, line)}"
 
     def encode(self, data: bytes) -> bytes:
         """Bytes of the converted file in the encoding of the original."""

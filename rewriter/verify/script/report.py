@@ -14,7 +14,7 @@ MORE = 12
 
 
 def text(report: Report) -> Iterator[str]:
-    """Lines for a terminal."""
+    """Lines for a terminal, without the verdict."""
     for finding in report.trouble:
         yield words(finding)
     for outcome in report.outcomes:
@@ -30,7 +30,6 @@ def text(report: Report) -> Iterator[str]:
             yield f"halves of a batch: not compared, {split.skipped}"
         elif not split.kind:
             yield "halves of a batch: the loss of the first batch is the mean of its halves' losses"
-    yield verdict(report)
 
 
 def verdict(report: Report) -> str:
@@ -81,4 +80,4 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def as_markdown(report: Report) -> str:
     """For people."""
-    return "\n".join(["# Proof", "", "```", *text(report), "```", ""])
+    return "\n".join(["# Proof", "", "```", *text(report), verdict(report), "```", ""])

@@ -94,8 +94,9 @@ class Host:
         # One order of sets in every run; one thread, as torchrun has it, so that sums are made alike.
         environment |= {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "rewriter.verify.script.host"], stdin=subprocess.PIPE, env=environment
-        )
+            [sys.executable, "-m", "rewriter.verify.script.host"], stdin=subprocess.PIPE, env=environment,
+            start_new_session=True,  # Ctrl-C is for this process; that one ends with its standard input
+        )  # fmt: skip
 
     def __enter__(self) -> Host:
         return self

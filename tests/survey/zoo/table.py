@@ -26,8 +26,8 @@ The columns:
   a stack of blocks / run over a list that was left alone;
 - **1 rank**, **2 ranks**: largest difference before any optimizer step, in units in the last place at 1 rank and
   relative to the tensor's largest entry at 2; *after steps*: of the trained weights, relative. The bounds are 0 ulp at
-  1 rank, 1e-6 relative at 2, and 1e-4 after three steps (1e-5 after one). What is measured against what is in the
-  README, under "Check a conversion".
+  1 rank, 1e-6 relative at 2, and 1e-4 after three steps (1e-5 after one). What is measured against what is in
+  [Checking a conversion](verifying.md).
 
 """
 

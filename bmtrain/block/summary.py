@@ -1,0 +1,39 @@
+"""What a job is, in a few lines: said once, by rank 0, when the first step is through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from .. import kernels
+from ..context import Context
+from ..precision import Precision
+from ..shard.unit import ShardUnit
+
+_MIB = 2**20
+
+
+def summary(ctx: Context, units: Iterable[ShardUnit]) -> Iterator[str]:
+    """Parameters, bytes per rank, ranks, precision, and what is decided about memory."""
+    every = list(units)
+    flats = [flat for unit in every for flat in unit.flats]
+    total = sum(parameter.numel() for flat in flats for parameter in flat.params)
+    trained = sum(parameter.numel() for flat in flats for parameter in flat.params if parameter.requires_grad)
+    device = ctx.device.torch_device
+    ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size != 1)}, {ctx.topology.local_size} on this host"
+    yield f"{total:,} parameters, {trained:,} train, in {len(every)} units; {ranks}, on {device.type}"
+    shards = sum(flat.shard.nbytes for flat in flats)
+    largest = max((unit.whole_bytes() for unit in every), default=0)
+    yield (
+        f"each rank holds {shards / _MIB:,.1f} MiB of parameters, and while a block runs it whole: at most "
+        f"{largest / _MIB:,.1f} MiB each"
+    )
+    memory = ctx.memory if isinstance(ctx.memory, str) else f"at most {ctx.memory:g} GiB"
+    plan = "to be decided after two steps" if ctx.device.measures_memory and ctx.memory != "lean" else "nothing is kept"
+    ops = ("compiled" if kernels.compiled() else "not compiled") if ctx.device.is_cuda else "torch's on a CPU"
+    yield f"precision {_words(ctx.precision)}; memory {memory}: {plan}; kernels: {ops}"
+
+
+def _words(precision: Precision) -> str:
+    named = [(name, getattr(precision, name)) for name in ("param", "reduce", "output")]
+    said = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in named if dtype is not None]
+    return ", ".join(said) or "as the model and autocast have it"

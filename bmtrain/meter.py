@@ -1,0 +1,85 @@
+"""How fast a job trains and what it needs, as numbers of every so many steps."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .context import context
+from .errors import ConfigurationError
+
+
+class Meter:
+    """Tokens per second, model FLOPs utilisation, memory, and what else is given, every ``every`` steps.
+
+    Waits for the device when it reports, and never for other ranks: every rank measures itself, rank 0 writes::
+
+        meter = bmt.Meter(model, path="run.jsonl")
+        for batch in loader:
+            ...
+            optim_manager.step()
+            meter.step(tokens=batch.numel(), loss=loss, gradient_norm=norm)
+
+    Model FLOPs utilisation is ``tokens/s * flops_per_token / peak``: what the model needs, without what is recomputed,
+    of what the GPU could do in bf16 or fp16 without sparsity.
+
+    Args:
+        model: of which parameters are counted.
+        every: optimizer steps between two reports.  The first report holds what only first steps do.
+        flops_per_token: of forward and backward; by default 6 for every element of a parameter with two dimensions or
+            more, which leaves attention's own out (12 * layers * width * length for each token).
+        path: a file to which rank 0 appends a line of json for each report.
+
+    Raises ConfigurationError for ``every`` below 1.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, every: int = 10, flops_per_token: float | None = None, path: str | Path | None = None
+    ) -> None:
+        if every < 1:
+            raise ConfigurationError(f"every must be at least 1, not {every}.")
+        matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
+        self.flops_per_token = 6 * matrices if flops_per_token is None else flops_per_token
+        self.every, self.path = every, None if path is None else Path(path)
+        self.steps = 0
+        self._ctx = context()
+        self._peak = self._ctx.device.peak_flops()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def step(self, tokens: int, **values: float | torch.Tensor) -> dict[str, Any] | None:
+        """Count an optimizer step; every ``every`` steps returns what was measured since the last report.
+
+        Args:
+            tokens: that this rank has trained on, of its share of the batch.
+            values: numbers of this step to report with it; tensors of one element are read when that is done.
+
+        Returns:
+            ``step``, ``seconds`` a step, ``tokens_per_second`` of this GPU, ``mfu`` (None where the peak is not known),
+            ``peak_gib`` of memory (None on a CPU), and ``values``.
+        """
+        self.steps += 1
+        self._tokens += tokens
+        if self.steps % self.every:
+            return None
+        numbers = {name: float(value) for name, value in values.items()}
+        self._ctx.device.synchronize()
+        seconds = time.perf_counter() - self._since
+        speed = self._tokens / seconds
+        memory = self._ctx.device.peak_memory() / 2**30 if self._ctx.device.measures_memory else None
+        found = {
+            "step": self.steps, "seconds": seconds / self.every, "tokens_per_second": speed,
+            "mfu": speed * self.flops_per_token / self._peak if self._peak else None, "peak_gib": memory, **numbers,
+        }  # fmt: skip
+        if self.path is not None and self._ctx.rank == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+        self._begin()
+        return found

@@ -1,0 +1,56 @@
+"""What must be there before anything else is imported, and what to do where it is not."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+OLDEST = (2, 9)
+PRIVATE = (
+    "torch._C._distributed_c10d.HashStore",
+    "torch._C._distributed_c10d.PrefixStore",
+    "torch._C._distributed_c10d.Store",
+    "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.utils._pytree.tree_flatten",
+    "torch.utils._pytree.tree_leaves",
+    "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_unflatten",
+)
+"""Names that torch does not promise to keep, and that are imported here."""
+
+
+def check() -> None:
+    """Raises ImportError, in one line, where torch is missing, too old, or without something that is needed of it."""
+    wanted = f"bmtrain trains with torch {'.'.join(map(str, OLDEST))} or later"
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ImportError(
+            f"{wanted}, and torch is not installed: pip install 'bmtrain[train]', or the build of torch for your GPU "
+            "as https://pytorch.org says (bmt-convert works without it)"
+        ) from None
+    found = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    if found and tuple(map(int, found.groups())) < OLDEST:
+        raise ImportError(f"{wanted}, and this is torch {torch.__version__}: pip install --upgrade torch")
+    missing = [name for name in PRIVATE if not _is_there(name)]
+    if missing:
+        raise ImportError(
+            f"bmtrain needs {', '.join(missing)}, which torch {torch.__version__} does not have: "
+            "install a newer bmtrain, or the torch before this one"
+        )
+
+
+def _is_there(name: str) -> bool:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return hasattr(importlib.import_module(module), attribute)
+    except ImportError:
+        return False
+
+
+check()

@@ -1,0 +1,39 @@
+"""What rank 0 says of a job, once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import torch
+from ranks import run_ranks
+
+import bmtrain as bmt
+
+
+def says_what_it_is() -> None:
+    model = bmt.BMTrainModelWrapper(torch.nn.Sequential(torch.nn.Linear(600, 800), torch.nn.Linear(800, 1)))
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(False)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        for _ in range(3):
+            manager.zero_grad()
+            manager.backward(model(torch.ones(2, 600)).mean())
+            manager.step()
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("bmtrain: ")]
+    if bmt.rank():
+        assert not lines
+        return
+    first, second, third = lines
+    assert first.startswith("bmtrain: 481,601 parameters, 480,800 train, in ")
+    assert f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {bmt.world_size()} on this host" in first
+    held = 481_601 * 4 / 2**20 / bmt.world_size()
+    assert abs(float(second.split()[4]) - held) < 0.11 and "MiB each" in second
+    assert third.startswith("bmtrain: precision as the model and autocast have it; memory auto: ")
+
+
+def test_one_block_from_rank_0() -> None:
+    run_ranks(2, says_what_it_is, fresh=True)

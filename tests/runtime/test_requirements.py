@@ -1,0 +1,59 @@
+"""A torch that is missing, old or without a private name: one clear line at import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bmtrain import requirements
+
+ROOT = Path(__file__).parents[2]
+TORCHES = {
+    "none": (None, "torch is not installed: pip install 'bmtrain[train]'"),
+    "old": ("__version__ = '2.8.1+cu128'", "bmtrain trains with torch 2.9 or later, and this is torch 2.8.1+cu128"),
+    "another": ("__version__ = '3.0.0'", "which torch 3.0.0 does not have: install a newer bmtrain"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), TORCHES.values(), ids=TORCHES.keys())
+def test_one_line_says_what_to_do(tmp_path: Path, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / "torch.py").write_text(content)
+    hide = "import sys; sys.modules['torch'] = None; " if content is None else ""
+    hide = hide.replace("sys.modules['torch'] = None", "sys.meta_path.insert(0, type('No', (), dict(find_spec=find)))")
+    find = (
+        "def find(name, path=None, target=None):\n    if name == 'torch':\n"
+        "        raise ModuleNotFoundError('no', name='torch')\n"
+    )
+    code = f"{find}import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; {hide}import bmtrain"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    *_, last = done.stderr.splitlines()
+    assert done.returncode == 1 and last.startswith("ImportError: ") and message in last
+    assert "During handling" not in done.stderr
+
+
+def test_a_later_torch_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("2.9.0", "2.10.0a0+git1", "3.1", "nightly"):
+        monkeypatch.setattr(torch, "__version__", version)
+        requirements.check()
+
+
+def test_every_private_name_is_looked_for() -> None:
+    used = set()
+    for path in (ROOT / "bmtrain").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch"):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                used |= {name for name in names if any(part.startswith("_") for part in name.split("."))}
+    assert used == set(requirements.PRIVATE)
+
+
+def test_the_converter_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['numpy'] = None; from rewriter.cli import main; main(['-h'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "bmt-convert" in done.stdout
