@@ -19,7 +19,7 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import agree, gather_result, rank_0_first, sum_loss, synchronize, wait_loader
+from .synchronize import agree, gather_result, gather_samples, rank_0_first, sum_loss, synchronize, total, wait_loader
 from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
 from .watch import Timeouts
 
@@ -44,6 +44,7 @@ __all__ = [
     "distributed",
     "gather_grad",
     "gather_result",
+    "gather_samples",
     "gathered",
     "grouped_parameters",
     "init",
@@ -80,6 +81,7 @@ __all__ = [
     "sum_loss",
     "synchronize",
     "to_device",
+    "total",
     "utils",
     "wait_loader",
     "world_size",

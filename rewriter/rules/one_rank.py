@@ -9,7 +9,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.writers import WRITERS, saves_only, writes
-from rewriter.changes import Under, template
+from rewriter.changes import Change, Under, template, wrap
+from rewriter.rules.imports import imports
 
 ONE_RANK = template("if {bmt}.rank() == 0:")
 _ALWAYS_RUN = (
@@ -145,6 +146,11 @@ def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:
     if facts.project.external(file, call.func) in {"torch.save", "gc.collect", "torch.cuda.empty_cache"}:
         return True
     return name.split(".")[-1] in _EVERYWHERE or name.startswith("bmt.")
+
+
+def written_once(file: File, path: ast.expr) -> tuple[Change, ...]:
+    """The file at a path is rank 0's; what other ranks write goes nowhere."""
+    return *imports(file, "os"), wrap(path, "{it} if {bmt}.rank() == 0 else os.devnull")
 
 
 def unused_name(file: File, number: int = 0, count: int = 1) -> str:

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.values import ValueUse
-from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
+from rewriter.changes import Arguments, Change, Under, replace, template, wrap
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -39,8 +40,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
-    if (use.local or use.states) and "torch" not in file.names.module.bindings:
-        yield Import("import torch")
+    if use.local or use.states:
+        yield from imports(file, "torch")
     if use.local:
         for data in use.data:
             yield replace(data, "{parameter}", parameter=data.value)
