@@ -44,7 +44,8 @@ def guarded(file: File, facts: Facts, node: ast.stmt, opened: bool = False) -> U
     given = [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
     inner: list[ast.expr] = [call for argument in given for call in collectives.outermost(file, argument)]
     covered = {item for call in inner for item in walk(call)}
-    inner += [g for argument in given for g in walk(argument) if g in facts.values(file).gradients and g not in covered]
+    gathered = facts.values(file).gradients | facts.values(file).shown
+    inner += [item for argument in given for item in walk(argument) if item in gathered and item not in covered]
     exact = all(file.source.is_exact(item) for item in inner)
     return Under((node,), ONE_RANK, _named(file, inner)) if exact else None
 

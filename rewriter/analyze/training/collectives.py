@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
@@ -50,6 +51,7 @@ class Collectives:
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
         self._shares: dict[File, dict[ast.expr, Share]] = {}
+        self._unclear: dict[File, list[ast.expr]] = {}
         self._find_shares = shares
 
     def values(self, file: File) -> Values:
@@ -63,16 +65,35 @@ class Collectives:
             counted = {
                 item for value, share in self.shares(file).items() if share.kind == "total" for item in walk(value)
             }
-            found = readings(file, self.roles[file])
+            found = readings(file, self.roles[file], self._held_losses)
             self._readings[file] = {reading: loss for reading, loss in found.items() if loss not in counted}
         return self._readings[file]
+
+    @cached_property
+    def _held_losses(self) -> set[str]:
+        """Attributes that backward is called on: ``self.loss.backward()``."""
+        return {
+            call.func.value.attr
+            for file in self.instances.files()
+            for call in file.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr == "backward"
+            and isinstance(call.func.value, ast.Attribute)
+        }
 
     def shares(self, file: File) -> dict[ast.expr, Share]:
         """Values of a rank's share of a batch that become the whole batch's, which every rank must help to make."""
         if file not in self._shares:
             self._shares[file] = {}
-            self._shares[file] = self._find_shares(file)
+            found = self._find_shares(file)
+            self._unclear[file] = [value for value, share in found.items() if share.kind == "unknown"]
+            self._shares[file] = {value: share for value, share in found.items() if share.kind != "unknown"}
         return self._shares[file]
+
+    def unclear(self, file: File) -> list[ast.expr]:
+        """Values of a rank's share of a batch that leave its loop, of which it is not seen what they are."""
+        self.shares(file)
+        return self._unclear.get(file, [])
 
     def inside(self, file: File, node: ast.AST) -> ast.Call | None:
         """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""

@@ -32,6 +32,8 @@ class Feed:
     names: list[str] = field(default_factory=list)
     """Variables, parameters, attributes and keys that hold the loader."""
     loops: set[ast.For] = field(default_factory=set)
+    entered: set[ast.AST] = field(default_factory=set)
+    """Functions that it is handed to."""
     direct: bool = True
     """No function returns it, so that everything here is said of one loader."""
 
@@ -42,7 +44,7 @@ class Feeds:
     def __init__(self, collectives: Collectives) -> None:
         self.collectives = collectives
         self.project = collectives.project
-        self._steps: dict[ast.AST, bool] = {}
+        self._steps: dict[ast.AST, str] = {}
         self._by_name: dict[File, dict[str, list[ast.expr]]] = {}
 
     def of(self, file: File, loader: ast.expr) -> Feed:
@@ -137,6 +139,7 @@ class Feeds:
                 feed.lost = True
                 continue
             feed.names.append(parameter)
+            feed.entered.add(function.node)
             self._uses(function.file, (function.node, parameter), place, feed, seen, deep)
         if not functions:
             if last in _PASSED_ON or last.startswith(_ENDLESS) or last.endswith("Loader"):
@@ -218,7 +221,7 @@ class Feeds:
             feed.maybe = True
         elif any(isinstance(n, (ast.Yield, ast.YieldFrom)) for statement in body for n in walk_own(statement)):
             function = file.names.function_of(body[0])
-            if function is not None:
+            if function is not None and function not in feed.entered:  # else it is followed from there
                 for other, call in self.collectives.instances.calls(file, function):
                     self._follow(other, call, None, feed, set(), _DEEP)
         else:
@@ -230,8 +233,9 @@ class Feeds:
         if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
             return "trains"
         functions = self._functions(file, node)
-        if any(self.steps(function) for function in functions):
-            return "trains"
+        known = {self.steps(function) for function in functions}
+        if known - {""}:
+            return "trains" if "trains" in known else "maybe"
         if not functions and isinstance(node.func, ast.Attribute):
             named = self.collectives.instances.named(node.func.attr)
             if any(self.steps(function) for function in named):
@@ -257,16 +261,16 @@ class Feeds:
                 break
         return inside is not None and any(self._kind(file, item) == "trains" for item in walk(inside))
 
-    def steps(self, function: FunctionInfo) -> bool:
-        """Whether a function calls backward whatever it is told, or a function of the project that does."""
+    def steps(self, function: FunctionInfo) -> str:
+        """``trains`` if a function, or one that it calls, calls backward; ``maybe`` if it does so under a test."""
         if function.node not in self._steps:
-            self._steps[function.node] = False
-            self._steps[function.node] = any(
-                self._kind(function.file, item) == "trains"
-                and not self._under_test(function.file, item, function.node.body)
-                for statement in function.node.body
-                for item in walk_own(statement)
-            )
+            self._steps[function.node] = ""
+            kinds = set()
+            for item in (item for statement in function.node.body for item in walk_own(statement)):
+                kind = self._kind(function.file, item)
+                under = kind and self._under_test(function.file, item, function.node.body)
+                kinds.add("maybe" if under else kind)
+            self._steps[function.node] = "trains" if "trains" in kinds else "maybe" if "maybe" in kinds else ""
         return self._steps[function.node]
 
     def _functions(self, file: File, call: ast.Call) -> list[FunctionInfo]:

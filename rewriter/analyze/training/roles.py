@@ -197,7 +197,7 @@ class Roles:
             ):
                 found[variable] = None
         named = [node for node in self.file.nodes if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id)]
-        arguments = {given for node in named if (given := self.var(node)) and self._is_argument(given)}
+        arguments = {given for node in named if (given := self.var(node)) and self.is_argument(given)}
         found.update((v, None) for v in arguments if v not in found and _MODEL_ITSELF.match(v[1]))
         for _ in range(4):
             before = len(found), sum(value is not None for value in found.values())
@@ -211,7 +211,8 @@ class Roles:
             found.setdefault(variable, None)
         return {variable: cls for variable, cls in found.items() if variable not in self.optimizers}
 
-    def _is_argument(self, variable: Var) -> bool:
+    def is_argument(self, variable: Var) -> bool:
+        """Whether a variable is a function's argument."""
         scope = self.file.names.scopes.get(variable[0])
         return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.read.file import File
@@ -30,13 +30,18 @@ _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 @dataclass(frozen=True)
 class Share:
-    """``total``, ``mean`` or ``samples``: how the ranks' values become the batch's; what the loop goes through."""
+    """``total``, ``mean``, ``samples``: how the ranks' values become the batch's; what the loop goes through.
+
+    ``unknown`` is what leaves the loop too, and of which it is not seen what it is.
+    """
 
     kind: str
     loader: ast.expr | None
 
 
-def shares(file: File, roles: Roles, loops: dict[ast.For, bool]) -> dict[ast.expr, Share]:
+def shares(
+    file: File, roles: Roles, loops: dict[ast.For, bool], is_sum: Callable[[ast.expr], bool]
+) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
     ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
@@ -46,8 +51,9 @@ def shares(file: File, roles: Roles, loops: dict[ast.For, bool]) -> dict[ast.exp
         loader = None if known else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop)
+        kinds = Kinds(file, roles, loop, is_sum)
         for expression, kind in kinds.leaving():
+            kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
                 found[expression] = Share(kind, loader)
     return found
@@ -71,8 +77,8 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
-    def __init__(self, file: File, roles: Roles, loop: ast.For) -> None:
-        self.file, self.roles, self.loop = file, roles, loop
+    def __init__(self, file: File, roles: Roles, loop: ast.For, is_sum: Callable[[ast.expr], bool]) -> None:
+        self.file, self.roles, self.loop, self.is_sum = file, roles, loop, is_sum
         self.nodes = list(_own(loop))
         self.batch = self._targets()
         self.made: dict[str, list[tuple[ast.expr, bool]]] = {}
@@ -82,6 +88,10 @@ class Kinds:
                     for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
                         if isinstance(part, ast.Name):
                             self.made.setdefault(part.id, []).append((node.value, part is not target))
+        for node in self.nodes:
+            for item in walk(node.target) if isinstance(node, ast.For) else ():
+                if isinstance(item, ast.Name) and isinstance(node, ast.For):
+                    self.made.setdefault(item.id, []).append((node.iter, True))
         self.added = {
             n.target.id for n in self.nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
         }
@@ -112,9 +122,9 @@ class Kinds:
         for node in self.nodes:
             match node:
                 case ast.AugAssign(target=target, op=ast.Add(), value=value):
-                    if not self._bound_inside(target) and not isinstance(target, ast.Subscript):
-                        kind = self.kind(value)
-                        if kind in {"total", "mean"} or (kind == "samples" and self._is_list(value)):
+                    if not self._bound_inside(target):
+                        kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
+                        if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
                             yield value, kind
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
@@ -122,8 +132,7 @@ class Kinds:
                         if kind in {"total", "mean"} and attr == "append":
                             yield value, kind
                         elif kind in {"samples", "unknown"} and self._is_cut(value):
-                            if not isinstance(value, (ast.Tuple, ast.Dict)):
-                                yield value, "samples"
+                            yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = [*args, *(keyword.value for keyword in keywords)]
                     kinds = [(value, self.kind(value)) for value in given]
@@ -136,6 +145,19 @@ class Kinds:
                         kind = self.kind(value)
                         if kind in {"total", "mean"}:
                             yield value, kind
+
+    def comes_once(self, node: ast.expr) -> bool:
+        """Whether every rank comes to a value once for each batch, whatever its share holds."""
+        for parent in self.file.names.ancestors(node):
+            if parent is self.loop:
+                return True
+            if isinstance(parent, (ast.For, ast.While, ast.Try, ast.comprehension, ast.Lambda, ast.BoolOp)):
+                return False
+            if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
+                return False
+            if isinstance(parent, (ast.If, ast.IfExp)) and self.of_batch(parent.test):
+                return False
+        return False
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
         match node:
@@ -151,6 +173,16 @@ class Kinds:
                 yield from right.elts if isinstance(right, ast.Tuple) else [right]
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
                 yield from (*node.args, *(keyword.value for keyword in node.keywords))
+
+    def _per_item(self, node: ast.AST) -> str:
+        """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked."""
+        for parent in self.file.names.ancestors(node):
+            if parent is self.loop:
+                return ""
+            asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
+            if asked is not None and self.of_batch(asked):
+                return "unknown"
+        return ""
 
     def _bound_inside(self, target: ast.expr) -> bool:
         """Whether a name is made anew for each batch."""
@@ -188,7 +220,7 @@ class Kinds:
             return ""
         variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         if variable is not None and variable in self.roles.losses:
-            return "loss"
+            return "total" if self.is_sum(node) else "loss"
         match node:
             case ast.Name(id=name):
                 if name not in self.made:
@@ -281,10 +313,10 @@ class Kinds:
 
 
 def _own(loop: ast.For) -> Iterator[ast.AST]:
-    """The nodes of a loop's body without those of loops in it: they are looked at by themselves."""
+    """The nodes of a loop's body, without those of functions in it."""
     stack: list[ast.AST] = list(loop.body)
     while stack:
         item = stack.pop(0)
-        if not isinstance(item, (ast.For, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+        if not isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
             yield item
             stack[:0] = ast.iter_child_nodes(item)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.rules.training import (
     batches,
     compiled,
+    counted_loss,
     ddp,
     decision,
     dist,
@@ -24,6 +25,7 @@ from rewriter.rules.training import (
     save,
     share_value,
     spawn,
+    summed_loss,
     values,
     wrapper,
 )
@@ -31,6 +33,7 @@ from rewriter.rules.training import (
 RULES = (
     batches.RULE,
     compiled.RULE,
+    counted_loss.RULE,
     ddp.RULE,
     decision.RULE,
     dist.RULE,
@@ -50,6 +53,7 @@ RULES = (
     save.RULE,
     share_value.RULE,
     spawn.RULE,
+    summed_loss.RULE,
     values.RULE,
     wrapper.RULE,
 )

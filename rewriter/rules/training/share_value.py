@@ -57,6 +57,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             holes = {"loader": share.loader} if options and share.loader is not None else {}
             change = wrap(value, code.replace("{options}", options), **holes)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (change,))
+    for value in facts.scripts.collectives.unclear(file):
+        if value.lineno not in told:
+            told.add(value.lineno)
+            message = f"{file.source.code(value)} may be of this rank's share of the data: see bmt.total, bmt.sum_loss"
+            yield Remark(RULE.code, value.lineno, message)
     counted: set[Var] = set()
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
@@ -64,7 +69,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
-                    counted |= {v} if (v := facts.scripts.roles[file].var(item.target)) is not None else set()
+                    if item.lineno not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
+                        counted.add(v)
                 elif isinstance(item, ast.Call) and _shown(file, facts, item):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)

@@ -26,6 +26,10 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    for shown in facts.values(file).shown:
+        if not facts.scripts.in_kept_guard(file, shown):
+            change = wrap(shown, "{it}.gather()")
+            yield Conversion(RULE.code, shown.lineno, "all ranks give the values of a parameter", (change,))
     for grad in facts.values(file).gradients:
         if not facts.scripts.in_kept_guard(file, grad):
             change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
