@@ -37,7 +37,7 @@ from .shard import (
     grouped_parameters,
     init_parameters,
 )
-from .synchronize import agree, gather_result, rank_0_first, sum_loss, synchronize, wait_loader
+from .synchronize import agree, gather_result, gather_samples, rank_0_first, sum_loss, synchronize, total, wait_loader
 from .utils import load_nccl_pypi, on_rank_0, print_block, print_dict, print_rank, see_memory
 from .watch import Timeouts
 
@@ -65,6 +65,7 @@ __all__ = [
     "distributed",
     "gather_grad",
     "gather_result",
+    "gather_samples",
     "gathered",
     "global_var",
     "grouped_parameters",
@@ -104,6 +105,7 @@ __all__ = [
     "sum_loss",
     "synchronize",
     "to_device",
+    "total",
     "utils",
     "wait_loader",
     "world_size",

@@ -183,8 +183,8 @@ def is_initialized() -> bool:
 
 
 def rank() -> int:
-    """This process's number; 0 before ``init_distributed``."""
-    return _State.context.rank if _State.context else 0
+    """This process's number; before ``init_distributed`` what the launcher calls it (``RANK``), or 0."""
+    return _State.context.rank if _State.context else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:

@@ -102,6 +102,17 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     return sharded
 
 
+def is_sharded(loader: object) -> bool:
+    """Whether a loader, or what wraps one (a progress bar, a prefetcher), gives each rank its share of each batch."""
+    for _ in range(4):
+        if isinstance(loader, DataLoader):
+            shares = (_ShareOfElement, _ShareOfSamples)
+            return isinstance(loader.batch_sampler, ShardedBatchSampler) or isinstance(loader.collate_fn, shares)
+        inner = (getattr(loader, name, None) for name in ("iterable", "loader", "dataloader", "data_loader", "_loader"))
+        loader = next((found for found in inner if found is not None), None)
+    return False
+
+
 def to_device(batch: Any) -> Any:
     """``batch`` with its tensors on this rank's device, in dicts, lists and tuples, too.
 

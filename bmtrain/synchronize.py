@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import overload
+from typing import Any, TypeVar, cast, overload
 
+import numpy
 import torch
 
 from . import distributed
 from .comm import Communicator
 from .context import context, is_initialized, synchronize
+from .data import is_sharded
+from .errors import ConfigurationError
+from .objects import allgather_objects
 
-__all__ = ["agree", "gather_result", "rank_0_first", "sum_loss", "synchronize", "wait_loader"]
+__all__ = [
+    "agree", "gather_result", "gather_samples", "rank_0_first", "sum_loss", "synchronize", "total", "wait_loader",
+]  # fmt: skip
+ValueT = TypeVar("ValueT")
 
 
 def agree(test: object) -> bool:
@@ -91,6 +98,74 @@ def gather_result(result: torch.Tensor) -> torch.Tensor:
     padded[: rows.shape[0]] = rows
     gathered = distributed.all_gather(padded)
     return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def total(value: ValueT, of: object = None) -> ValueT:
+    """The sum over ranks of what each counted in its share of a batch: a number, an array or a tensor.  Collective.
+
+        correct += bmt.total((out.argmax(1) == y).sum().item())
+
+    Args:
+        value: of the same kind, and shape, on every rank. No gradient flows back.
+        of: the loader that the batch came from, where that may be one which all ranks go through whole
+            (``loaders[part]``): then ``value`` is given back as it is.
+
+    A sum of bools is an int.  Before ``init_distributed`` and on one rank ``value`` is given back.
+    """
+    if not _is_share(of):
+        return value
+    if isinstance(value, torch.Tensor):
+        counted = value.detach()
+        counted = counted.long() if counted.dtype == torch.bool else counted
+        return cast(ValueT, distributed.all_reduce(counted.contiguous(), "sum"))
+    tensor = torch.as_tensor(value, dtype=torch.int64 if _is_whole(value) else torch.float64, device="cpu")
+    summed = distributed.all_reduce(tensor.contiguous(), "sum", context().control)
+    return cast(ValueT, summed.numpy() if isinstance(value, numpy.ndarray) else summed.item())
+
+
+def gather_samples(values: ValueT, of: object = None) -> ValueT:
+    """What ranks have of their shares of a batch, in the order of the batch, on every rank.  Collective.
+
+        predictions.extend(bmt.gather_samples(out.argmax(1).tolist()))
+
+    Args:
+        values: a tensor or array with a row for each sample, or a list or tuple of what can be sent (``wire``). A
+            number and a 0-d tensor count as a mean over the share: the mean over the ranks is given.
+        of: as in :func:`total`.
+
+    Raises ConfigurationError, on every rank, where the rows of ranks have different shapes.
+    """
+    if not _is_share(of):
+        return values
+    if isinstance(values, list | tuple):
+        return cast(ValueT, type(values)([item for part in allgather_objects(values) for item in part]))
+    if isinstance(values, numpy.ndarray) and values.ndim and values.dtype.kind not in "biufc":
+        return cast(ValueT, numpy.array([item for part in allgather_objects(values.tolist()) for item in part]))
+    if not isinstance(values, torch.Tensor | numpy.ndarray | numpy.generic | int | float):
+        raise ConfigurationError(f"bmt.gather_samples takes tensors, arrays, lists and numbers, not {type(values)}.")
+    rows = values.detach() if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
+    if rows.dim() == 0:
+        mean = distributed.all_reduce(rows.double(), "avg", None if rows.is_cuda else context().control)
+        return cast(ValueT, mean.to(rows.dtype) if isinstance(values, torch.Tensor) else mean.item())
+    shapes = allgather_objects(list(rows.shape[1:]))
+    if any(shape != shapes[0] for shape in shapes):
+        raise ConfigurationError(
+            f"The ranks' rows have different shapes, {shapes}: pad them to one shape, or use lists."
+        )
+    gathered = gather_result(rows)
+    return cast(ValueT, gathered.numpy() if isinstance(values, numpy.ndarray) else gathered)
+
+
+def _is_share(of: object) -> bool:
+    """Whether a rank's batches from a loader are its share of larger ones."""
+    if not is_initialized() or context().world_size == 1:
+        return False
+    return of is None or is_sharded(of)
+
+
+def _is_whole(value: Any) -> bool:
+    dtype = getattr(value, "dtype", None)
+    return isinstance(value, int) if dtype is None else dtype.kind in "biu"
 
 
 def wait_loader() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +46,7 @@ def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> T:
-        if (this_rank() if is_initialized() else int(os.environ.get("RANK", "0"))) == 0:
+        if this_rank() == 0:
             return make(*args, **kwargs)
         return cast(T, _OnRank0(getattr(make, "__name__", "value")))
 

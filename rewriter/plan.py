@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
 from rewriter.discover import Tell
 from rewriter.rules import BY_CODE, FIRST, RULES
@@ -122,10 +121,10 @@ def make_first_plans(
     for file in files:
         reasons[file] = [*refused.get(file.path, ()), *reasons[file]]
     stay = {f for f in files if reasons[f] or _file_stays(f)}
-    groups = scripts_with_accelerators(facts.scripts)
+    groups = facts.programs_with_accelerators
     for _ in groups:
         stay |= {file for group in groups.values() if group & stay for file in group}
-    holders = set(groups).union(*(Accelerators(group, facts.scripts).holders() for group in set(groups.values())))
+    holders = set(groups).union(*(known.holders() for known in facts.accelerators.values()))
     for program, group in groups.items():
         # Not what a package's entry reaches at some depth: a library has trainers that its programs need not run.
         near = group & holders & facts.project.imported(program)

@@ -3,6 +3,7 @@
 from .cross_entropy import FusedCrossEntropy
 from .linear_cross_entropy import linear_cross_entropy
 from .mean import mean
+from .mean_over_ranks import mean_over_ranks
 from .vocab_parallel import vocab_parallel_cross_entropy
 
-__all__ = ["FusedCrossEntropy", "linear_cross_entropy", "mean", "vocab_parallel_cross_entropy"]
+__all__ = ["FusedCrossEntropy", "linear_cross_entropy", "mean", "mean_over_ranks", "vocab_parallel_cross_entropy"]

@@ -15,6 +15,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.scripts import Scripts
@@ -46,6 +47,16 @@ class Facts:
     @cached_property
     def scripts(self) -> Scripts:
         return Scripts(self.classes)
+
+    @cached_property
+    def programs_with_accelerators(self) -> dict[File, frozenset[File]]:
+        """For every program that uses accelerate, its files that do."""
+        return scripts_with_accelerators(self.scripts)
+
+    @cached_property
+    def accelerators(self) -> dict[frozenset[File], Accelerators]:
+        """What is known of the Accelerator of each set of such files."""
+        return {files: Accelerators(files, self.scripts) for files in self.programs_with_accelerators.values()}
 
     @cached_property
     def decisions(self) -> Decisions:

@@ -9,7 +9,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.writers import WRITERS, saves_only, writes
-from rewriter.changes import Under, template
+from rewriter.changes import Change, Under, template, wrap
+from rewriter.rules.imports import imports
 
 ONE_RANK = template("if {bmt}.rank() == 0:")
 _ALWAYS_RUN = (
@@ -43,7 +44,8 @@ def guarded(file: File, facts: Facts, node: ast.stmt, opened: bool = False) -> U
     given = [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
     inner: list[ast.expr] = [call for argument in given for call in collectives.outermost(file, argument)]
     covered = {item for call in inner for item in walk(call)}
-    inner += [g for argument in given for g in walk(argument) if g in facts.values(file).gradients and g not in covered]
+    gathered = facts.values(file).gradients | facts.values(file).shown
+    inner += [item for argument in given for item in walk(argument) if item in gathered and item not in covered]
     exact = all(file.source.is_exact(item) for item in inner)
     return Under((node,), ONE_RANK, _named(file, inner)) if exact else None
 
@@ -145,6 +147,11 @@ def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:
     if facts.project.external(file, call.func) in {"torch.save", "gc.collect", "torch.cuda.empty_cache"}:
         return True
     return name.split(".")[-1] in _EVERYWHERE or name.startswith("bmt.")
+
+
+def written_once(file: File, path: ast.expr) -> tuple[Change, ...]:
+    """The file at a path is rank 0's; what other ranks write goes nowhere."""
+    return *imports(file, "os"), wrap(path, "{it} if {bmt}.rank() == 0 else os.devnull")
 
 
 def unused_name(file: File, number: int = 0, count: int = 1) -> str:

@@ -83,13 +83,18 @@ def test_what_is_right_stays(text: str) -> None:
     assert f"\n{text}\n" in converted(f"{HEAD}{text}\n{TRAIN}")
 
 
+def test_where_others_may_come_too_a_folder_may_be_there_on_several_ranks() -> None:
+    wanted = "exist_ok=bmt.world_size() > 1)"
+    assert f"os.makedirs(d, {wanted}" in converted(HEAD + "for d in ds:\n    os.makedirs(d)\n" + TRAIN)
+    log = "class Log:\n    def __init__(self, d):\n        d.mkdir(parents=True)\n"
+    assert f"d.mkdir(parents=True, {wanted}" in converted(HEAD + log + TRAIN)
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "while os.path.exists(d):\n    d += '1'\nos.makedirs(d)\n",
         "if os.path.exists(d):\n    raise ValueError(d)\nos.makedirs(d)\n",
-        "for d in ds:\n    os.makedirs(d)\n",
-        "class Log:\n    def __init__(self, d):\n        d.mkdir()\n",
     ],
 )
 def test_what_one_rank_must_decide_is_reported(text: str) -> None:

@@ -129,7 +129,6 @@ WEIGHED = {
     "labels made": "y = torch.full_like(b, -100)\nreturn F.cross_entropy(a, y)",
     "labels chosen": "y = torch.where(mask, b, -100)\nreturn F.cross_entropy(a, y)",
     "labels in lists": "y = b + [-100] * 3\nreturn F.cross_entropy(a, y)",
-    "ignore_index": "return F.cross_entropy(a, b, ignore_index=0)",
 }
 
 

@@ -39,7 +39,8 @@ KEPT = [
     "if args.rank == 0 and args.log:\n    wandb.init(project='x')",
     "wandb.init(project='x', mode='disabled')",
     "log = logging.FileHandler(os.devnull)",
-    "logging.basicConfig(level=logging.INFO)",
+    "logging.basicConfig(level=logging.ERROR)",
+    "logging.basicConfig(level=args.level)",
     "log = logging.StreamHandler()",
     "if rank == 0:\n    log = logging.FileHandler('x')",
     "writer = csv.writer(out)",
@@ -77,6 +78,8 @@ CASES = {
     "swanlab": ("swanlab.init(project='x')", f"swanlab.init(project='x', mode=None if {DISABLED})"),
     "a log file": ("log = logging.FileHandler(d)", "logging.FileHandler(d if bmt.rank() == 0 else os.devnull)"),
     "by keyword": ("log = logging.FileHandler(mode='w', filename=d)", "filename=d if bmt.rank() == 0 else os.devnull)"),
+    "levels": ("logging.basicConfig(level=logging.INFO)", "level=logging.INFO if bmt.rank() == 0 else logging.WARNING)"),
+    "a logger's level": ("net.log.setLevel(logging.DEBUG)", "logging.DEBUG if bmt.rank() == 0 else logging.WARNING)"),
     "the root's": ("logging.basicConfig(filename=d)", "filename=d if bmt.rank() == 0 else os.devnull)"),
     "in a guard that goes": (
         "if rank == 0:\n    writer = SummaryWriter(d)\n    state = net.state_dict()", f"\nwriter = {ONE}(d)\nstate"

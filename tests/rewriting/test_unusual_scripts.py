@@ -195,11 +195,11 @@ def test_the_list_of_clipped_parameters_is_one_list() -> None:
 
 def test_values_of_data_that_nobody_shares_are_the_scripts_own() -> None:
     text = LOOP.replace("loss.backward()", "for x in data:\n    loss.backward()\n    seen += len(x)")
-    assert "BMT037" not in {finding.code for finding in convert_text(text).reported}
+    assert "seen += len(x)" in converted(text)
     shared = text.replace("data", "loader").replace(
         "import torch\n", "import torch\nfrom torch.utils.data import DataLoader\nloader = DataLoader(1)\n", 1
     )
-    assert "BMT037" in {finding.code for finding in convert_text(shared).reported}
+    assert "seen += bmt.total(len(x))" in converted(shared)
 
 
 @pytest.mark.parametrize(

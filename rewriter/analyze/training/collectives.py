@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
@@ -13,6 +14,7 @@ from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.values import Values
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -34,7 +36,13 @@ _LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtra
 class Collectives:
     """Answers for all files of a project, remembered per function."""
 
-    def __init__(self, classes: Classes, roles: dict[File, Roles], files: Callable[[], Iterable[File]]) -> None:
+    def __init__(
+        self,
+        classes: Classes,
+        roles: dict[File, Roles],
+        files: Callable[[], Iterable[File]],
+        shares: Callable[[File], dict[ast.expr, Share]],
+    ) -> None:
         self.classes = classes
         self.project = classes.project
         self.roles = roles
@@ -42,6 +50,9 @@ class Collectives:
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
+        self._shares: dict[File, dict[ast.expr, Share]] = {}
+        self._unclear: dict[File, list[ast.expr]] = {}
+        self._find_shares = shares
 
     def values(self, file: File) -> Values:
         if file not in self._values:
@@ -51,8 +62,38 @@ class Collectives:
     def readings(self, file: File) -> dict[ast.expr, ast.expr]:
         """What shows a loss in a file, and the loss in it, whose mean over the ranks every rank must help to make."""
         if file not in self._readings:
-            self._readings[file] = readings(file, self.roles[file])
+            counted = {
+                item for value, share in self.shares(file).items() if share.kind == "total" for item in walk(value)
+            }
+            found = readings(file, self.roles[file], self._held_losses)
+            self._readings[file] = {reading: loss for reading, loss in found.items() if loss not in counted}
         return self._readings[file]
+
+    @cached_property
+    def _held_losses(self) -> set[str]:
+        """Attributes that backward is called on: ``self.loss.backward()``."""
+        return {
+            call.func.value.attr
+            for file in self.instances.files()
+            for call in file.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr == "backward"
+            and isinstance(call.func.value, ast.Attribute)
+        }
+
+    def shares(self, file: File) -> dict[ast.expr, Share]:
+        """Values of a rank's share of a batch that become the whole batch's, which every rank must help to make."""
+        if file not in self._shares:
+            self._shares[file] = {}
+            found = self._find_shares(file)
+            self._unclear[file] = [value for value, share in found.items() if share.kind == "unknown"]
+            self._shares[file] = {value: share for value, share in found.items() if share.kind != "unknown"}
+        return self._shares[file]
+
+    def unclear(self, file: File) -> list[ast.expr]:
+        """Values of a rank's share of a batch that leave its loop, of which it is not seen what they are."""
+        self.shares(file)
+        return self._unclear.get(file, [])
 
     def inside(self, file: File, node: ast.AST) -> ast.Call | None:
         """A call in the node that every rank must make, if there is one. Barriers, which scripts pair up, are none."""
@@ -66,7 +107,7 @@ class Collectives:
             if isinstance(item, ast.Call) and self.is_collective(file, item) and not self._is_barrier(file, item):
                 yield item
                 continue
-            if isinstance(item, ast.expr) and item in self.readings(file):
+            if isinstance(item, ast.expr) and (item in self.readings(file) or item in self.shares(file)):
                 yield item
                 continue
             stack.extend(
@@ -78,7 +119,7 @@ class Collectives:
 
     def is_collective(self, file: File, call: ast.Call) -> bool:
         roles = self.roles[file]
-        if roles.is_model(call.func) or call in self.readings(file):
+        if roles.is_model(call.func) or call in self.readings(file) or call in self.shares(file):
             return True
         found = self.project.resolve(file, call.func)
         if isinstance(found, FunctionInfo):

@@ -119,14 +119,15 @@ class Instances:
         method = isinstance(file.names.parents.get(function), ast.ClassDef)
         if method and listed[:1] == [name]:
             return
-        for other, call in self._calls(file, function):
+        for other, call in self.calls(file, function):
             yield from ((other, keyword.value) for keyword in call.keywords if keyword.arg == name)
             if name in listed:
                 index = listed.index(name) - (1 if method and listed[0] in {"self", "cls"} else 0)
                 if 0 <= index < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args[: index + 1]):
                     yield other, call.args[index]
 
-    def _calls(self, file: File, function: Function) -> Iterator[tuple[File, ast.Call]]:
+    def calls(self, file: File, function: Function) -> Iterator[tuple[File, ast.Call]]:
+        """The calls of a function, each with its file."""
         owner = file.names.parents.get(function)
         if not isinstance(owner, ast.ClassDef):
             for other, call in self._by_name.get(function.name, ()):

@@ -15,7 +15,7 @@ _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
-_LOSS_CALL = re.compile(r"loss|criterion|cross_entropy|nll|mse|objective", re.I)
+_LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
@@ -89,6 +89,8 @@ class Roles:
     @cached_property
     def optimizers(self) -> set[Var]:
         found = {v for v, value, _, part in self.assignments if not part and self._is_optimizer(value)}
+        found |= {v for v, value in self._paired if self._is_optimizer(value)}
+        found |= self._stepped_bare & {v for v, methods in self.methods_called.items() if "zero_grad" in methods}
         for variable, methods in self.methods_called.items():
             named = re.search(r"opt", variable[1].split(".")[-1], re.I)
             if (named and "zero_grad" in methods and ("step" in methods or self.scalers)) or (
@@ -101,7 +103,43 @@ class Roles:
                     stepped = self.var(node.args[0])
                     if stepped is not None:
                         found.add(stepped)
+        for variable, given in self._handed_on:
+            if given in found and "step" in self.methods_called.get(variable, set()):
+                found.add(variable)
         return found - self.managers - self.scalers
+
+    @cached_property
+    def _stepped_bare(self) -> set[Var]:
+        """Variables of any name whose ``step()`` is called without arguments, other than the project's modules."""
+        modules = {
+            v
+            for v, value, _, part in self.assignments
+            if not part
+            and isinstance(value, ast.Call)
+            and isinstance(found := self.project.resolve(self.file, value.func), ClassInfo)
+            and self.classes.is_module(found)
+        }
+        called = {
+            variable
+            for node in self.file.calls
+            if isinstance(node.func, ast.Attribute) and node.func.attr == "step" and not (node.args or node.keywords)
+            and (variable := self.var(node.func.value)) is not None
+        }  # fmt: skip
+        return {v for v in called - modules if not _MODEL_NAMES.match(v[1].split(".")[-1]) and v[1] not in {"self"}}
+
+    @cached_property
+    def _handed_on(self) -> list[tuple[Var, Var]]:
+        """Arguments of this file's functions, each with a variable that a call here gives for it."""
+        found: list[tuple[Var, Var]] = []
+        for call in self.file.calls:
+            function = self.project.resolve(self.file, call.func) if call.args or call.keywords else None
+            if not isinstance(function, FunctionInfo) or function.file is not self.file:
+                continue
+            given = function.node.args
+            names = [a.arg for a in (*given.posonlyargs, *given.args)]
+            pairs = [*zip(names, call.args, strict=False), *((k.arg, k.value) for k in call.keywords if k.arg)]
+            found += [((function.node, name), held) for name, value in pairs if (held := self.var(value)) is not None]
+        return found
 
     def _is_optimizer(self, value: ast.expr) -> bool:
         if not isinstance(value, ast.Call):
@@ -159,7 +197,7 @@ class Roles:
             ):
                 found[variable] = None
         named = [node for node in self.file.nodes if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id)]
-        arguments = {given for node in named if (given := self.var(node)) and self._is_argument(given)}
+        arguments = {given for node in named if (given := self.var(node)) and self.is_argument(given)}
         found.update((v, None) for v in arguments if v not in found and _MODEL_ITSELF.match(v[1]))
         for _ in range(4):
             before = len(found), sum(value is not None for value in found.values())
@@ -173,7 +211,8 @@ class Roles:
             found.setdefault(variable, None)
         return {variable: cls for variable, cls in found.items() if variable not in self.optimizers}
 
-    def _is_argument(self, variable: Var) -> bool:
+    def is_argument(self, variable: Var) -> bool:
+        """Whether a variable is a function's argument."""
         scope = self.file.names.scopes.get(variable[0])
         return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
 
@@ -215,14 +254,13 @@ class Roles:
     @cached_property
     def losses(self) -> set[Var]:
         """Names that hold a loss tensor: they come out of a model or a loss function."""
-        found: set[Var] = set()
+        made = {variable for variable, *_ in self.assignments if "." not in variable[1]}
+        found = {v for v in made if "backward" in self.methods_called.get(v, set())}
         for _ in range(3):
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
-                if "backward" in self.methods_called.get(variable, set()):
-                    found.add(variable)
-                elif "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
+                if "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
             for node in self.file.nodes:

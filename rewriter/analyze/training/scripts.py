@@ -12,7 +12,10 @@ from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.training.entries import Entries
+from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.shares import Share, shares
+from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
 _SHARING = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
@@ -26,18 +29,67 @@ class Scripts:
         self.classes = classes
         self.project = classes.project
         self.roles: dict[File, Roles] = _Roles(classes)
-        self.collectives = Collectives(classes, self.roles, lambda: self.training)
+        self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares)
+        self.feeds = Feeds(self.collectives)
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
         self._reached: dict[File, set[File]] = {}
         self._imported_by: dict[File, set[File]] = {}
         self._programs_of: dict[File, set[File]] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
+        self._sums: dict[File, Sums] = {}
         self._across: dict[File, Across] = {}
 
     def across(self, file: File) -> Across:
         """What looks across the items of a batch in a file."""
         return self._across.setdefault(file, Across(file))
+
+    def _shares(self, file: File) -> dict[ast.expr, Share]:
+        """What a file's loops make of a rank's share of a batch, and is to be the batch's."""
+        if file not in self.training or self.started or self.is_parallel(file) or not self.shares_data(file):
+            return {}
+        loops: dict[ast.For, bool] = {}
+        for loop in (node for node in file.nodes if isinstance(node, ast.For)):
+            feeds = self._feeds_of.get(loop, [])
+            if feeds:
+                if any(feed.trained or feed.maybe for feed in feeds):
+                    loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
+            elif not self.was_parallel(file) and self.feeds.trains(file, loop):
+                loops[loop] = False
+        return shares(file, self.roles[file], loops, self.sums(file).is_sum)
+
+    def sums(self, file: File) -> Sums:
+        """Which losses of a file are sums over the batch."""
+        return self._sums.setdefault(file, Sums(file, self.classes, self.roles))
+
+    @cached_property
+    def summed(self) -> set[ast.Call]:
+        """The backward calls of losses that are sums over a rank's share, and the calls that make those sums."""
+        found: set[ast.Call] = set()
+        for file in self.training:
+            for call in file.calls:
+                if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+                    if self.over_shares(file, call) and self.sums(file).is_sum(call.func.value):
+                        found |= self.sums(file).sources | {call}
+        return found
+
+    def over_shares(self, file: File, node: ast.AST) -> bool:
+        """Whether a node stands in a loop that trains on a rank's share of a loader's batches."""
+        loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, ast.For)]
+        return any(any(feed.trained or feed.maybe for feed in self._feeds_of.get(loop, [])) for loop in loops)
+
+    @cached_property
+    def _feeds_of(self) -> dict[ast.For, list[Feed]]:
+        """The loaders that each loop goes through, as far as they are seen."""
+        found: dict[ast.For, list[Feed]] = {}
+        for file in self.training:
+            for call in file.calls if b"DataLoader" in file.source.data else ():
+                own = self.is_parallel(file) and any(k.arg in {"sampler", "batch_sampler"} for k in call.keywords)
+                if self.project.external(file, call.func) == "torch.utils.data.DataLoader" and not own:
+                    feed = self.feeds.of(file, call)
+                    for loop in feed.loops:
+                        found.setdefault(loop, []).append(feed)
+        return found
 
     @cached_property
     def entries(self) -> dict[File, list[ast.stmt]]:

@@ -103,7 +103,37 @@ class Values:
     @cached_property
     def gathered(self) -> list[ast.stmt | ast.Attribute]:
         """Where every rank must help, once it is converted: to make parameters or gradients whole."""
-        return [*(use.node for use in self.uses if not use.local), *self.gradients]
+        return [*(use.node for use in self.uses if not use.local), *self.gradients, *self.shown]
+
+    @cached_property
+    def shown(self) -> set[ast.Attribute]:
+        """``model.head.weight`` where ``.detach().numpy()``, ``.item()`` or ``.tolist()`` takes its values."""
+        found: set[ast.Attribute] = set()
+        for call in self.file.calls:
+            if not isinstance(call.func, ast.Attribute) or call.func.attr not in {"numpy", "tolist", "item"}:
+                continue
+            item: ast.expr = call.func.value
+            while True:
+                if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr in _VIEWS:
+                    item = item.func.value
+                elif isinstance(item, ast.Attribute) and item.attr == "data":
+                    item = item.value
+                else:
+                    break
+            if isinstance(item, ast.Attribute) and _WEIGHTS.match(item.attr) and self._is_of_model(item.value):
+                statement = self.file.names.statement_of(item)
+                around = {statement, *self.file.names.ancestors(statement)}
+                if not self._is_whole_there(statement) and not any(use.node in around for use in self.uses):
+                    found.add(item)
+        return found
+
+    def _is_of_model(self, node: ast.expr) -> bool:
+        """Whether a value is a model or a part of one."""
+        while isinstance(node, (ast.Attribute, ast.Subscript)):
+            if self.roles.is_model(node):
+                return True
+            node = node.value
+        return self.roles.is_model(node)
 
     def _is_whole_there(self, node: ast.stmt) -> bool:
         for parent in self.file.names.ancestors(node):

@@ -24,7 +24,6 @@ from rewriter.analyze.training.accelerators import (
     SKIPS,
     Accelerators,
     last_name,
-    scripts_with_accelerators,
     targets,
 )
 from rewriter.analyze.training.collectives import as_guard
@@ -41,6 +40,7 @@ from rewriter.changes import (
     replace,
     template,
 )
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal
 
@@ -81,9 +81,9 @@ _RANDOM = {
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    for files in dict.fromkeys(scripts_with_accelerators(facts.scripts).values()):
+    for files, accelerators in facts.accelerators.items():
         if file in files:
-            uses = _Uses(file, facts, Accelerators(files, facts.scripts))
+            uses = _Uses(file, facts, accelerators)
             changes = tuple(uses.changes())
             yield from (Refusal(RULE.code, line, message) for line, message in sorted(set(uses.reasons)))
             if changes:
@@ -153,8 +153,7 @@ class _Uses:
             given = ", ".join(f"{name}={{{name}}}" for name in values)
             holes = {name: value for name, (_, value) in values.items()}
             code = f"{{target}} = types.SimpleNamespace({given})"
-            if "types" not in self.file.names.module.bindings:
-                yield Import("import types")
+            yield from imports(self.file, "types")
             yield ReplaceStatement(statement, template(code, target=target, **holes))
 
     @cached_property
@@ -293,9 +292,8 @@ class _Uses:
 
     def _code(self, node: ast.expr, text: str, **holes: ast.expr) -> Iterator[Change]:
         """Other code in the place of a node, with the imports that it needs."""
-        for module in ("torch", "os", "itertools", "contextlib", "logging"):
-            if f"{module}." in text and module not in self.file.names.module.bindings:
-                yield Import(f"import {module}")
+        named = ("torch", "os", "itertools", "contextlib", "logging")
+        yield from imports(self.file, *(module for module in named if f"{module}." in text))
         yield replace(node, text, **holes)
 
     def _distributed_type(self, node: ast.Attribute) -> Iterator[Change]:
@@ -353,8 +351,8 @@ class _Uses:
                 yield insert_behind(statement, *lines)
 
     def _imports_for(self, lines: list[str]) -> Iterator[Change]:
-        if lines and "torch" not in self.file.names.module.bindings:
-            yield Import("import torch")
+        if lines:
+            yield from imports(self.file, "torch")
         if lines and "convert_outputs_to_fp32" not in self.file.names.module.bindings:
             yield Import("from accelerate.utils import convert_outputs_to_fp32")
 
@@ -664,9 +662,7 @@ class _Uses:
         if folder is None or not self._alone(call) or set(given) - {keyword}:
             self.refuse(call, f"{self.file.source.code(call.func)}(...) in a folder that is not named here")
             return
-        for module in ("os", "torch", "random", "numpy"):
-            if module not in self.file.names.module.bindings:
-                yield Import(f"import {module}")
+        yield from imports(self.file, "os", "torch", "random", "numpy")
         named = isinstance(folder, (ast.Name, ast.Constant))
         code = "{folder}" if named else "state_folder"
         lines = [*([] if named else ["state_folder = {folder}"]), *(line.replace("{folder}", code) for line in lines)]
@@ -748,8 +744,7 @@ class _Uses:
             return
         folder = self._folder(_attribute(call))
         yield Import("from torch.utils.tensorboard import SummaryWriter")
-        if "os" not in self.file.names.module.bindings:
-            yield Import("import os")
+        yield from imports(self.file, "os")
         tests = [p for p in self.file.names.ancestors(statement) if isinstance(p, ast.If) and not _is_main(p)]
         guards = [test for test in tests if as_guard(self.file, test) is not None]
         place: ast.stmt = guards[-1] if guards else statement
@@ -860,9 +855,7 @@ class _Uses:
         if seed is None or len(call.args) > 1 or not plain or not self._alone(call) or not _is_repeatable(seed):
             self.refuse(call, "a seed of each process, or with arguments that are not known")
             return
-        for module in ("random", "numpy", "torch"):
-            if module not in self.file.names.module.bindings:
-                yield Import(f"import {module}")
+        yield from imports(self.file, "random", "numpy", "torch")
         yield insert_behind(statement, "random.seed({seed})", "numpy.random.seed({seed})", seed=seed)
         yield replace(call, "torch.manual_seed({seed})", seed=seed)
 
@@ -872,8 +865,7 @@ class _Uses:
             self.refuse(call, "a logger that is given no name, or a level")
             return
         yield from self._code(call.func, "logging.getLogger")
-        if "os" not in self.file.names.module.bindings:
-            yield Import("import os")
+        yield from imports(self.file, "os")
         line = '{logger}.disabled = os.environ.get("RANK", "0") != "0"'
         yield insert_behind(statement, line, logger=statement.targets[0])
         name = last_name(statement.targets[0])

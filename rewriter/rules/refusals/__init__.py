@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rewriter.rules.refusals import engines, share_value, unsupported
+from rewriter.rules.refusals import engines, unsupported
 
-RULES = (engines.RULE, share_value.RULE, unsupported.RULE)
+RULES = (engines.RULE, unsupported.RULE)

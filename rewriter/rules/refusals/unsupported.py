@@ -64,8 +64,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
-        if "ignore_index" in given and name.startswith("torch.nn."):
-            counted.add(call.lineno)
+        if call in facts.scripts.summed:
+            continue
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
             yield Remark(RULE.code, call.lineno, message)

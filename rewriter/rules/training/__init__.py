@@ -5,6 +5,7 @@ from __future__ import annotations
 from rewriter.rules.training import (
     batches,
     compiled,
+    counted_loss,
     ddp,
     decision,
     dist,
@@ -22,7 +23,9 @@ from rewriter.rules.training import (
     progress,
     rank_guard,
     save,
+    share_value,
     spawn,
+    summed_loss,
     values,
     wrapper,
 )
@@ -30,6 +33,7 @@ from rewriter.rules.training import (
 RULES = (
     batches.RULE,
     compiled.RULE,
+    counted_loss.RULE,
     ddp.RULE,
     decision.RULE,
     dist.RULE,
@@ -47,7 +51,9 @@ RULES = (
     progress.RULE,
     rank_guard.RULE,
     save.RULE,
+    share_value.RULE,
     spawn.RULE,
+    summed_loss.RULE,
     values.RULE,
     wrapper.RULE,
 )

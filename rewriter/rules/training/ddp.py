@@ -15,7 +15,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import same
 from rewriter.analyze.training.collectives import varies_by_rank
-from rewriter.changes import Arguments, Change, Import, Remove, ReplaceStatement, replace, template
+from rewriter.changes import Arguments, Change, Remove, ReplaceStatement, replace, template
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -59,9 +60,7 @@ def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
         yield Remark(RULE.code, node.lineno, "SyncBatchNorm needs a process group")
     elif isinstance(node.func, ast.Attribute) and node.func.attr == "no_sync" and not node.args:
         if facts.scripts.roles[file].is_model(node.func.value):
-            changes = (replace(node, "contextlib.nullcontext()"),)
-            if "contextlib" not in file.names.module.bindings:
-                changes = (*changes, Import("import contextlib"))
+            changes = (replace(node, "contextlib.nullcontext()"), *imports(file, "contextlib"))
             yield Conversion(RULE.code, node.lineno, "gradients are reduced once a step in any case", changes)
 
 

@@ -1,11 +1,12 @@
 """A folder that all ranks make may be there already.
 
 What: ``os.makedirs(path)`` and ``path.mkdir()`` under ``if not os.path.exists(path):`` get ``exist_ok=True``, and
-``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait.
+``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait;
+where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
-Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. A folder that other files than
-the script make without asking is reported, as are names chosen by what is there.
+Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. Names chosen by what is there
+are reported.
 """
 
 from __future__ import annotations
@@ -42,15 +43,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             one = (Under((statement,), ONE_RANK), insert_behind(statement, "{bmt}.synchronize()"))
             yield Conversion(RULE.code, call.lineno, "one rank makes this folder, the others wait", one)
         else:
-            message = "every rank makes this folder, and all but one fail: exist_ok=True would do"
-            yield Remark(RULE.code, call.lineno, message)
+            changes = tuple(_allowed(file, facts, call, "{bmt}.world_size() > 1"))
+            message = "every rank makes this folder: on several, one that is there already is no error"
+            yield Conversion(RULE.code, call.lineno, message, changes)
     for test in refusals_to_go_on(file) if made else ():
         if not facts.scripts.in_kept_guard(file, test):
             message = "what is there decides here, and another rank may just have made it: let one rank decide"
             yield Remark(RULE.code, test.lineno, message)
 
 
-def _allowed(file: File, facts: Facts, call: ast.Call) -> Iterator[Change]:
+def _allowed(file: File, facts: Facts, call: ast.Call, when: str = "True") -> Iterator[Change]:
     if facts.project.external(file, call.func) == "os.mkdir":
         if isinstance(call.func, ast.Attribute):
             yield replace(call.func, "{os}.makedirs", os=call.func.value)
@@ -58,11 +60,11 @@ def _allowed(file: File, facts: Facts, call: ast.Call) -> Iterator[Change]:
             yield Import("import os")
             yield replace(call.func, "os.makedirs")
     refused = tuple(keyword for keyword in call.keywords if keyword.arg in {"exist_ok", "dir_fd"})
-    yield Arguments(call, added=(template("exist_ok=True"),), dropped=refused)
+    yield Arguments(call, added=(template(f"exist_ok={when}"),), dropped=refused)
 
 
 def _is_for_all(file: File, facts: Facts, call: ast.Call) -> bool:
-    """Whether all ranks come to a call once the ranks are there: the script itself makes it, and no loop or test."""
+    """Whether all ranks come to a call once they are started: the script itself makes it, in no loop or test."""
     return file in facts.scripts.programs and not any(
         isinstance(parent, (ast.For, ast.While, ast.Try, ast.With, ast.Lambda)) for parent in file.names.ancestors(call)
     )

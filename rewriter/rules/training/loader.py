@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.training.feeds import Feed
 from rewriter.changes import Template, replace, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -45,7 +46,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             file
         ):
             continue
-        if _for_evaluation(file, facts, node):
+        feed = facts.scripts.feeds.of(file, node)
+        if _is_evaluated(file, facts, node, feed):
             message = "every rank evaluates all of this data, with the same result"
             yield Remark(RULE.code, node.lineno, message)
             continue
@@ -55,6 +57,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         code = "{bmt}.shard_loader({loader})"
         if case is not None:
             code += f" if {case.text} else {{loader}}"
+        elif feed.trained and feed.read:
+            message = "this data is gone through without training as well: every rank sees its share of it there"
+            yield Remark(RULE.code, node.lineno, message)
         change = replace(node, code, loader=node, **dict(case.holes if case is not None else ()))
         yield Conversion(RULE.code, node.lineno, "every rank takes its share of each batch", (change,))
 
@@ -153,6 +158,18 @@ def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:
         and isinstance(parent.body, ast.Call)
         and facts.project.external(file, parent.body.func) == "bmtrain.shard_loader"
     )
+
+
+def _is_evaluated(file: File, facts: Facts, node: ast.Call, feed: Feed) -> bool:
+    """Whether a loader's batches are only evaluated: by what the loops over them do, else by its names."""
+    if feed.trained:
+        return not feed.direct and _for_evaluation(file, facts, node)
+    if feed.read and not (feed.maybe or feed.lost):
+        return True
+    if _for_evaluation(file, facts, node):
+        return True
+    words = [name for name in feed.names if not re.search(r"train", name, re.I)]
+    return len(words) == len(feed.names) and any(_EVALUATION_WORD.match(name.lstrip("_")) for name in words)
 
 
 def _for_evaluation(file: File, facts: Facts, node: ast.Call) -> bool:

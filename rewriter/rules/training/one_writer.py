@@ -2,7 +2,8 @@
 
 What: ``SummaryWriter(...)`` of TensorBoard, ``mlflow.start_run()`` and their like become
 ``bmt.on_rank_0(SummaryWriter)(...)``, which gives an object that does nothing on the other ranks, wherever it is handed
-on. ``wandb.init(...)`` is told ``mode="disabled"`` there, and a log file of ``logging`` is ``os.devnull``.
+on. ``wandb.init(...)`` is told ``mode="disabled"`` there, a log file of ``logging`` is ``os.devnull``, and a level of
+``logging.INFO`` is ``logging.WARNING``.
 Why: a writer of each rank writes the same log once more, and making their folder is a race that stops a rank.
 Refuses when: only one rank reaches the call. A class of the project that is such a writer and has methods for all ranks
 is reported, and so are values of a writer (``writer.log_dir``, ``wandb.run.id``), which are rank 0's.
@@ -17,7 +18,8 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.writers import CAN_BE_DISABLED, MADE_ONCE, log_file
-from rewriter.changes import Arguments, Change, Import, template, wrap
+from rewriter.changes import Arguments, template, wrap
+from rewriter.rules.one_rank import written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -25,6 +27,7 @@ _HINTS = (
     b"Writer", b"wandb", b"swanlab", b"logging", b"aim", b"comet", b"mlflow", b"neptune", b"clearml", b"visdom",
     b"dvclive", b"trackio",
 )  # fmt: skip
+_LEVELS = {"logging.INFO", "logging.DEBUG", "logging.NOTSET"}
 _VALUES = {"log_dir", "logdir", "get_logdir"}
 _OF_A_RUN = {"id", "name", "dir", "path", "url", "project"}
 _MESSAGE = "one rank makes this writer"
@@ -36,6 +39,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if facts.scripts.in_kept_guard(file, call):
             continue
+        yield from _level(file, facts, call)
         name = facts.project.external(file, call.func)
         path = log_file(file, facts.project, call)
         if path is not None:
@@ -72,11 +76,22 @@ def _log_file(file: File, facts: Facts, call: ast.Call, path: ast.expr) -> Itera
     if isinstance(path, ast.Starred) or not file.source.is_exact(path):
         yield Remark(RULE.code, call.lineno, "every rank writes this log file: one rank is to open it")
         return
-    changes: tuple[Change, ...] = (
-        *([] if "os" in file.names.module.bindings else [Import("import os")]),
-        wrap(path, "{it} if {bmt}.rank() == 0 else os.devnull"),
-    )
-    yield Conversion(RULE.code, call.lineno, "one rank writes this log file", changes)
+    yield Conversion(RULE.code, call.lineno, "one rank writes this log file", written_once(file, path))
+
+
+def _level(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
+    """``logger.setLevel(logging.INFO)``, ``logging.basicConfig(level=...)``: other ranks log what is wrong only."""
+    values = [keyword.value for keyword in call.keywords if keyword.arg == "level"]
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "setLevel":
+        values += call.args[:1]
+    elif facts.project.external(file, call.func) != "logging.basicConfig":
+        return
+    if facts.scripts.was_parallel(file) or facts.scripts.started or "logging" not in file.names.module.bindings:
+        return
+    for value in values:
+        if facts.project.external(file, value) in _LEVELS and file.source.is_exact(value):
+            change = wrap(value, "{it} if {bmt}.rank() == 0 else logging.WARNING")
+            yield Conversion(RULE.code, call.lineno, "one rank logs, the others warn", (change,))
 
 
 def _own_writer(file: File, facts: Facts, call: ast.Call) -> ClassInfo | None:

@@ -18,8 +18,8 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
-from rewriter.changes import Arguments, Change, Import, Under, insert_before, template, wrap
-from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name
+from rewriter.changes import Arguments, Change, Under, insert_before, template
+from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name, written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -71,10 +71,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         and file.source.is_exact(call.args[0])
         and _only_writes(call)
     ):
-        changes: tuple[Change, ...] = (
-            *([] if "os" in file.names.module.bindings else [Import("import os")]),
-            wrap(call.args[0], "{it} if {bmt}.rank() == 0 else os.devnull"),
-        )
+        changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
     else:
         yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it")

@@ -19,7 +19,6 @@ from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, same, walk
 from rewriter.changes import (
     Change,
-    Import,
     Remove,
     Replace,
     ReplaceStatement,
@@ -28,6 +27,7 @@ from rewriter.changes import (
     replace,
     template,
 )
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal
 
@@ -75,7 +75,7 @@ def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         yield Refusal(RULE.code, call.lineno, message)
         return
     made = _call(worker, [Template(_RANK)], arguments.elts, count)
-    changes = (Replace(call, made), *_counted(file, facts, count, statement), *_os(file))
+    changes = (Replace(call, made), *_counted(file, facts, count, statement), *imports(file, "os"))
     yield Conversion(RULE.code, call.lineno, "torchrun starts the processes", changes)
 
 
@@ -104,7 +104,7 @@ def _process(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         return
     made = _call(worker, [], arguments.elts, count, dict.fromkeys(first, _RANK))
     joined = [Remove(item) for item in _joins(file, loop)]
-    changes = (ReplaceStatement(loop, made), *joined, *_counted(file, facts, count, loop), *_os(file))
+    changes = (ReplaceStatement(loop, made), *joined, *_counted(file, facts, count, loop), *imports(file, "os"))
     yield Conversion(RULE.code, loop.lineno, "torchrun starts the processes", changes)
 
 
@@ -169,11 +169,6 @@ def _counted(file: File, facts: Facts, count: ast.expr | None, start: ast.stmt) 
 
 def _is_same_name(target: ast.expr, count: ast.expr | None) -> bool:
     return count is not None and dotted(target) is not None and dotted(target) == dotted(count)
-
-
-def _os(file: File) -> Iterator[Change]:
-    if "os" not in file.names.module.bindings:
-        yield Import("import os")
 
 
 RULE = Rule(

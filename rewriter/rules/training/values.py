@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.values import ValueUse
-from rewriter.changes import Arguments, Change, Import, Under, replace, template, wrap
+from rewriter.changes import Arguments, Change, Under, replace, template, wrap
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -25,6 +26,10 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    for shown in facts.values(file).shown:
+        if not facts.scripts.in_kept_guard(file, shown):
+            change = wrap(shown, "{it}.gather()")
+            yield Conversion(RULE.code, shown.lineno, "all ranks give the values of a parameter", (change,))
     for grad in facts.values(file).gradients:
         if not facts.scripts.in_kept_guard(file, grad):
             change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
@@ -39,8 +44,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 
 def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
-    if (use.local or use.states) and "torch" not in file.names.module.bindings:
-        yield Import("import torch")
+    if use.local or use.states:
+        yield from imports(file, "torch")
     if use.local:
         for data in use.data:
             yield replace(data, "{parameter}", parameter=data.value)

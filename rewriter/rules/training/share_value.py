@@ -1,12 +1,14 @@
-"""Counts made over a rank's share of the data are pointed out.
+"""What a loop makes of a rank's share of a batch becomes the whole batch's.
 
-What: ``correct += (out == y).sum().item()``, ``seen += len(x)``, ``total += loss.item() * x.size(0)`` in a loop over
-training data, an ``.item()`` of what is no loss there, functions of the project that are handed the training loader,
-and tests of such counts above calls that all ranks must make, are reported.
-Why: every rank sees its share of each batch, so such a sum is this rank's part of the unconverted script's. Ratios of
-two of them are nearly right; sums divided by the size of the data set are not. ``bmt.distributed.all_reduce`` gives the
-sum over the ranks.
-Refuses when: always; what a number is used for is not known.
+What: in a loop over training data, sums that are added up (``correct += (out == y).sum().item()``, ``seen += len(x)``,
+``total += loss.item() * x.size(0)``) and shown (``print(step * len(x))``) are ``bmt.total(...)``; means that are shown,
+collected or handed to a meter are ``bmt.sum_loss(...)``, the mean over the ranks; samples' values that are collected
+(``predictions.extend(out.argmax(1).tolist())``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the
+loop may also go through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
+Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
+Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through: then the line is
+reported, as are functions of the project that are handed the training loader, and tests of such counts above calls that
+all ranks must make.
 """
 
 from __future__ import annotations
@@ -20,12 +22,23 @@ from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.batches import shares_data
 from rewriter.analyze.training.roles import Roles, Var
+from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Finding, Remark
+from rewriter.types import Conversion, Finding, Remark
 
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}
 _OVER_RANKS = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.distributed.all_reduce"}
+_CODE = {
+    "total": "{bmt}.total({it}{options})",
+    "mean": "{bmt}.sum_loss({it})",
+    "samples": "{bmt}.gather_samples({it}{options})",
+}
+_MESSAGES = {
+    "total": "what ranks count is added up",
+    "mean": "a mean over a share of the batch is averaged over the ranks",
+    "samples": "what ranks have of their samples is collected from all",
+}
 _VALUES = {"item", "tolist", "numpy"}
 
 
@@ -35,6 +48,20 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if b"backward" in file.source.data and not shares_data(file, facts.scripts):
         return
     told: set[int] = set()
+    made = facts.scripts.collectives.shares(file)
+    for value, share in made.items():
+        if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
+            told.add(value.lineno)
+            code = _CODE[share.kind]
+            options = ", of={loader}" if share.loader is not None and share.kind != "mean" else ""
+            holes = {"loader": share.loader} if options and share.loader is not None else {}
+            change = wrap(value, code.replace("{options}", options), **holes)
+            yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (change,))
+    for value in facts.scripts.collectives.unclear(file):
+        if value.lineno not in told:
+            told.add(value.lineno)
+            message = f"{file.source.code(value)} may be of this rank's share of the data: see bmt.total, bmt.sum_loss"
+            yield Remark(RULE.code, value.lineno, message)
     counted: set[Var] = set()
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
@@ -42,7 +69,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
-                    counted |= {v} if (v := facts.scripts.roles[file].var(item.target)) is not None else set()
+                    if item.lineno not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
+                        counted.add(v)
                 elif isinstance(item, ast.Call) and _shown(file, facts, item):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
@@ -166,23 +194,45 @@ def _evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
 
 RULE = Rule(
     code="BMT037",
-    title="counts made over a rank's share of the data are pointed out",
+    title="what is made of a rank's share of the data becomes the batch's",
     explanation=__doc__,
     find=find,
     examples=(
         Example(
             """import torch
+from torch.utils.data import DataLoader
+
+model = torch.nn.Linear(8, 2)
+train_loader = DataLoader(train_set, batch_size=8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+correct = seen = 0
+for x, y in train_loader:
+    out = model(x)
+    torch.nn.functional.cross_entropy(out, y).backward()
+    optimizer.step()
+    correct += (out.argmax(1) == y).sum().item()
+    seen += len(y)
+    predictions.extend(out.argmax(1).tolist())
+""",
+            """import torch
+from torch.utils.data import DataLoader
 import bmtrain as bmt
 
 bmt.init_distributed()
 model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 2))
+train_loader = bmt.shard_loader(DataLoader(train_set, batch_size=8))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
-correct = 0
+optim_manager.add_optimizer(optimizer)
+correct = seen = 0
 for x, y in train_loader:
     out = model(x)
     optim_manager.backward(torch.nn.functional.cross_entropy(out, y))
-    correct += (out.argmax(1) == y).sum().item()
-"""
+    optim_manager.step()
+    correct += bmt.total((out.argmax(1) == y).sum().item())
+    seen += bmt.total(len(y))
+    predictions.extend(bmt.gather_samples(out.argmax(1).tolist()))
+""",
         ),
     ),
 )

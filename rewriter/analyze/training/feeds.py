@@ -1,0 +1,291 @@
+"""What becomes of a loader: the loops that its batches go through, and the names that it has on the way there."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.training.collectives import Collectives
+from rewriter.analyze.training.roles import Var
+
+_PASSED_ON = {
+    "enumerate", "iter", "zip", "list", "cycle", "islice", "tqdm", "trange", "chain", "Progbar", "track", "to_device",
+}  # fmt: skip
+_ENDLESS = ("cycle", "infinite", "inf_", "endless", "shard_loader")
+_DEEP = 8
+
+
+@dataclass
+class Feed:
+    """Where a loader's batches go."""
+
+    trained: bool = False
+    """Some loop over them calls backward, whatever happens."""
+    maybe: bool = False
+    """Some loop over them calls backward under a test, or calls what is not known."""
+    read: bool = False
+    """Some loop goes through them without training on them."""
+    lost: bool = False
+    """It is handed to what is not known."""
+    names: list[str] = field(default_factory=list)
+    """Variables, parameters, attributes and keys that hold the loader."""
+    loops: set[ast.For] = field(default_factory=set)
+    entered: set[ast.AST] = field(default_factory=set)
+    """Functions that it is handed to."""
+    direct: bool = True
+    """No function returns it, so that everything here is said of one loader."""
+
+
+class Feeds:
+    """Answers for the loaders of a project."""
+
+    def __init__(self, collectives: Collectives) -> None:
+        self.collectives = collectives
+        self.project = collectives.project
+        self._steps: dict[ast.AST, str] = {}
+        self._by_name: dict[File, dict[str, list[ast.expr]]] = {}
+
+    def of(self, file: File, loader: ast.expr) -> Feed:
+        feed = Feed()
+        self._follow(file, loader, None, feed, set(), 0)
+        return feed
+
+    def _follow(self, file: File, node: ast.AST, place: int | None, feed: Feed, seen: set[object], deep: int) -> None:
+        """Where a value goes; with ``place``, the value is that part of a tuple."""
+        if (node, place) in seen or deep > _DEEP * 4:
+            return
+        seen.add((node, place))
+        parent = file.names.parents.get(node)
+
+        def go(to: ast.AST, part: int | None = place) -> None:
+            self._follow(file, to, part, feed, seen, deep + 1)
+
+        match parent:
+            case ast.Call(args=args) if node in args:
+                self._argument(file, parent, args.index(node), None, place, feed, seen, deep)
+            case ast.keyword(arg=name):
+                call = file.names.parents[parent]
+                if name is not None and isinstance(call, ast.Call):
+                    feed.names.append(name)
+                    self._argument(file, call, None, name, place, feed, seen, deep)
+            case ast.Call(func=func) if node is func:
+                pass
+            case ast.Tuple(elts=elts) | ast.List(elts=elts):
+                go(parent, elts.index(node) if place is None else place)  # type: ignore[arg-type]
+            case ast.IfExp() | ast.Starred() | ast.NamedExpr():
+                go(parent)
+            case ast.Dict(keys=keys, values=values) if node in values:
+                feed.names.append(str(getattr(keys[values.index(node)], "value", "")))
+                feed.lost = True
+            case ast.Assign(targets=targets):
+                for target in targets:
+                    self._held(file, target, place, feed, seen, deep)
+            case ast.AnnAssign(target=target):
+                self._held(file, target, place, feed, seen, deep)
+            case ast.withitem(optional_vars=ast.expr() as target):
+                self._held(file, target, place, feed, seen, deep)
+            case ast.Return() | ast.Yield():
+                function = file.names.function_of(node)
+                if function is not None:
+                    self._returned(file, function, place, feed, seen, deep)
+            case ast.For(iter=iterated, body=body) if node is iterated:
+                feed.loops.add(parent)
+                self._loop(file, body, feed)
+            case ast.comprehension(iter=iterated) if node is iterated:
+                made = file.names.parents[parent]
+                kinds = [self._kind(file, item) for item in walk(made)]
+                feed.trained |= "trains" in kinds
+                feed.read |= "trains" not in kinds
+            case ast.Attribute(value=value) if node is value:
+                pass
+            case None | ast.stmt() | ast.Compare() | ast.BoolOp() | ast.UnaryOp():
+                pass
+            case _:
+                feed.lost = True
+
+    def _argument(
+        self,
+        file: File,
+        call: ast.Call,
+        index: int | None,
+        name: str | None,
+        place: int | None,
+        feed: Feed,
+        seen: set[object],
+        deep: int,
+    ) -> None:
+        last = (dotted(call.func) or "").split(".")[-1]
+        if last == "next":
+            if self._around(file, call):
+                feed.trained = True
+            else:
+                feed.lost = True
+            return
+        if last in {"len", "print", "isinstance", "hasattr", "getattr", "id", "type"}:
+            return
+        functions = self._functions(file, call)
+        for function in functions:
+            given = function.node.args
+            listed = [a.arg for a in (*given.posonlyargs, *given.args)]
+            method = isinstance(function.file.names.parents.get(function.node), ast.ClassDef)
+            if index is not None:
+                at = index + (1 if method and listed[:1] in (["self"], ["cls"]) else 0)
+                parameter = listed[at] if at < len(listed) else None
+            else:
+                parameter = name if name in {*listed, *(a.arg for a in given.kwonlyargs)} else None
+            if parameter is None:
+                feed.lost = True
+                continue
+            feed.names.append(parameter)
+            feed.entered.add(function.node)
+            self._uses(function.file, (function.node, parameter), place, feed, seen, deep)
+        if not functions:
+            if last in _PASSED_ON or last.startswith(_ENDLESS) or last.endswith("Loader"):
+                self._follow(file, call, None, feed, seen, deep + 1)
+            else:
+                feed.lost = True
+        elif any(self._gives(function) for function in functions):
+            self._follow(file, call, None, feed, seen, deep + 1)
+
+    @staticmethod
+    def _gives(function: FunctionInfo) -> bool:
+        """Whether a function is a generator, which hands on what it is given."""
+        return any(isinstance(n, (ast.Yield, ast.YieldFrom)) for s in function.node.body for n in walk_own(s))
+
+    def _held(self, file: File, target: ast.AST, place: int | None, feed: Feed, seen: set[object], deep: int) -> None:
+        if isinstance(target, (ast.Tuple, ast.List)):
+            if place is None or any(isinstance(item, ast.Starred) for item in target.elts):
+                feed.lost = True
+            elif place < len(target.elts):
+                self._held(file, target.elts[place], None, feed, seen, deep)
+            return
+        variable = self.collectives.roles[file].var(target)
+        if variable is None:
+            if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+                feed.names.append(str(target.slice.value))
+            feed.lost = True
+            return
+        feed.names.append(variable[1].split(".")[-1])
+        self._uses(file, variable, place, feed, seen, deep)
+
+    def _uses(self, file: File, variable: Var, place: int | None, feed: Feed, seen: set[object], deep: int) -> None:
+        if (variable, place) in seen:
+            return
+        seen.add((variable, place))
+        roles = self.collectives.roles[file]
+        for node in self._loads(file).get(variable[1].split(".")[-1], ()):
+            if roles.var(node) == variable:
+                self._follow(file, node, place, feed, seen, deep + 1)
+
+    def _loads(self, file: File) -> dict[str, list[ast.expr]]:
+        if file not in self._by_name:
+            table = self._by_name[file] = {}
+            for node in file.nodes:
+                if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+                    name = node.id if isinstance(node, ast.Name) else node.attr
+                    table.setdefault(name, []).append(node)
+        return self._by_name[file]
+
+    def _returned(
+        self, file: File, function: Function, place: int | None, feed: Feed, seen: set[object], deep: int
+    ) -> None:
+        feed.names.append(function.name)
+        feed.direct = False
+        calls = list(self.collectives.instances.calls(file, function))
+        for other, call in calls:
+            self._follow(other, call, place, feed, seen, deep + 1)
+        if not calls:
+            feed.lost = True
+
+    def trains(self, file: File, loop: ast.For) -> bool:
+        """Whether what a loop goes through is trained on, perhaps under a test."""
+        feed = Feed()
+        self._loop(file, loop.body, feed)
+        return feed.trained or feed.maybe
+
+    # Loops -----------------------------------------------------------------------------------------------------
+
+    def _loop(self, file: File, body: list[ast.stmt], feed: Feed) -> None:
+        kinds: set[str] = set()
+        for statement in body:
+            for item in walk_own(statement):
+                kind = self._kind(file, item)
+                if kind == "trains" and self._under_test(file, item, body):
+                    kind = "maybe"
+                kinds.add(kind)
+        if "trains" in kinds:
+            feed.trained = True
+        elif "maybe" in kinds:
+            feed.maybe = True
+        elif any(isinstance(n, (ast.Yield, ast.YieldFrom)) for statement in body for n in walk_own(statement)):
+            function = file.names.function_of(body[0])
+            if function is not None and function not in feed.entered:  # else it is followed from there
+                for other, call in self.collectives.instances.calls(file, function):
+                    self._follow(other, call, None, feed, set(), _DEEP)
+        else:
+            feed.read = True
+
+    def _kind(self, file: File, node: ast.AST) -> str:
+        if not isinstance(node, ast.Call):
+            return ""
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+            return "trains"
+        functions = self._functions(file, node)
+        known = {self.steps(function) for function in functions}
+        if known - {""}:
+            return "trains" if "trains" in known else "maybe"
+        if not functions and isinstance(node.func, ast.Attribute):
+            named = self.collectives.instances.named(node.func.attr)
+            if any(self.steps(function) for function in named):
+                return "maybe"
+        return ""
+
+    def _under_test(self, file: File, node: ast.AST, body: list[ast.stmt]) -> bool:
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, (ast.If, ast.IfExp)) and not _counts(parent.test):
+                return True
+            if parent in body:
+                return False
+        return False
+
+    def _around(self, file: File, node: ast.AST) -> bool:
+        """Whether a batch is trained on around the place where it is taken."""
+        inside: ast.AST | None = None
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, (ast.For, ast.While)):
+                inside = parent
+            elif isinstance(parent, Function):
+                inside = inside or parent
+                break
+        return inside is not None and any(self._kind(file, item) == "trains" for item in walk(inside))
+
+    def steps(self, function: FunctionInfo) -> str:
+        """``trains`` if a function, or one that it calls, calls backward; ``maybe`` if it does so under a test."""
+        if function.node not in self._steps:
+            self._steps[function.node] = ""
+            kinds = set()
+            for item in (item for statement in function.node.body for item in walk_own(statement)):
+                kind = self._kind(function.file, item)
+                under = kind and self._under_test(function.file, item, function.node.body)
+                kinds.add("maybe" if under else kind)
+            self._steps[function.node] = "trains" if "trains" in kinds else "maybe" if "maybe" in kinds else ""
+        return self._steps[function.node]
+
+    def _functions(self, file: File, call: ast.Call) -> list[FunctionInfo]:
+        """The functions of the project that a call runs, as far as is seen."""
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, FunctionInfo):
+            return [found]
+        if isinstance(found, ClassInfo):
+            method = self.collectives.classes.method(found, "__init__")
+            return [method[0].file.function_info(method[1])] if method is not None else []
+        if isinstance(call.func, ast.Attribute):
+            return self.collectives.instances.methods(file, call.func)
+        return []
+
+
+def _counts(test: ast.expr) -> bool:
+    """``(i + 1) % n == 0``: a test of when, not of whether."""
+    return any(isinstance(item, ast.BinOp) and isinstance(item.op, ast.Mod) for item in walk(test))

@@ -1,0 +1,322 @@
+"""What a loop makes of each rank's share of a batch: counts, means and samples' values that are to be the batch's."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.writers import SHOWING_METHODS
+
+_SIZES = {"size", "numel", "nelement", "__len__"}
+_VIEWS = {
+    "item", "float", "double", "int", "long", "detach", "cpu", "clone", "to", "squeeze", "numpy", "flatten", "view",
+    "reshape", "half", "bool", "cuda", "type", "contiguous", "astype", "unsqueeze",
+}  # fmt: skip
+_NUMBERS = {"float", "int", "round", "abs", "sqrt", "str"}
+_CUTS = {"item", "tolist", "numpy", "detach", "argmax", "data"}
+_NAMED_MEANS = re.compile(
+    r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl)(?:_\w+)?$",
+    re.I,
+)
+_PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
+_ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
+_METERS = {"update", "add", "log", "append_value", "record", "put"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """``total``, ``mean``, ``samples``: how the ranks' values become the batch's; what the loop goes through.
+
+    ``unknown`` is what leaves the loop too, and of which it is not seen what it is.
+    """
+
+    kind: str
+    loader: ast.expr | None
+
+
+def shares(
+    file: File, roles: Roles, loops: dict[ast.For, bool], is_sum: Callable[[ast.expr], bool]
+) -> dict[ast.expr, Share]:
+    """Expressions in loops over a rank's share of the data whose values leave the loop.
+
+    ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    """
+    found: dict[ast.expr, Share] = {}
+    for loop, known in loops.items():
+        loader = None if known else loop_over(loop)
+        if not known and loader is None:
+            continue
+        kinds = Kinds(file, roles, loop, is_sum)
+        for expression, kind in kinds.leaving():
+            kind = kind if kinds.comes_once(expression) else "unknown"
+            if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
+                found[expression] = Share(kind, loader)
+    return found
+
+
+def loop_over(loop: ast.For) -> ast.expr | None:
+    """The loader in ``enumerate(tqdm(loader))``, if it can be named again."""
+    node = loop.iter
+    while isinstance(node, ast.Call):
+        if (dotted(node.func) or "").split(".")[-1] not in _PASSED or not node.args:
+            return None
+        node = node.args[0]
+    inner = node
+    while isinstance(inner, (ast.Attribute, ast.Subscript)):
+        if isinstance(inner, ast.Subscript) and not isinstance(inner.slice, (ast.Constant, ast.Name)):
+            return None
+        inner = inner.value
+    return node if isinstance(inner, ast.Name) else None
+
+
+class Kinds:
+    """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
+
+    def __init__(self, file: File, roles: Roles, loop: ast.For, is_sum: Callable[[ast.expr], bool]) -> None:
+        self.file, self.roles, self.loop, self.is_sum = file, roles, loop, is_sum
+        self.nodes = list(_own(loop))
+        self.batch = self._targets()
+        self.made: dict[str, list[tuple[ast.expr, bool]]] = {}
+        for node in self.nodes:
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+                        if isinstance(part, ast.Name):
+                            self.made.setdefault(part.id, []).append((node.value, part is not target))
+        for node in self.nodes:
+            for item in walk(node.target) if isinstance(node, ast.For) else ():
+                if isinstance(item, ast.Name) and isinstance(node, ast.For):
+                    self.made.setdefault(item.id, []).append((node.iter, True))
+        self.added = {
+            n.target.id for n in self.nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
+        }
+        for _ in range(3):
+            for name, values in self.made.items():
+                if any(self.of_batch(value) for value, _ in values):
+                    self.batch.add(name)
+
+    def _targets(self) -> set[str]:
+        target: ast.expr = self.loop.target
+        called = dotted(self.loop.iter.func) if isinstance(self.loop.iter, ast.Call) else ""
+        if called and called.split(".")[-1] == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
+            target = target.elts[1]
+        return {item.id for item in walk(target) if isinstance(item, ast.Name)}
+
+    def of_batch(self, node: ast.AST) -> bool:
+        """Whether a value comes of the loop's batch and is not made the ranks' yet."""
+        if isinstance(node, ast.Call) and self.roles.project.external(self.file, node.func) in _ALL:
+            return False
+        if isinstance(node, ast.Name):
+            return node.id in self.batch and node.id not in self.added
+        if isinstance(node, ast.Attribute) and node.attr in {"dtype", "device", "ndim"}:
+            return False
+        return any(self.of_batch(child) for child in ast.iter_child_nodes(node))
+
+    def leaving(self) -> Iterator[tuple[ast.expr, str]]:
+        """The expressions that are added up, collected, handed to meters or shown."""
+        for node in self.nodes:
+            match node:
+                case ast.AugAssign(target=target, op=ast.Add(), value=value):
+                    if not self._bound_inside(target):
+                        kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
+                        if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
+                            yield value, kind
+                case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
+                    if not self._bound_inside(holder):
+                        kind = self.kind(value)
+                        if kind in {"total", "mean"} and attr == "append":
+                            yield value, kind
+                        elif kind in {"samples", "unknown"} and self._is_cut(value):
+                            yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
+                case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
+                    given = [*args, *(keyword.value for keyword in keywords)]
+                    kinds = [(value, self.kind(value)) for value in given]
+                    sizes_only = all(kind != "total" or self._is_size(value) for value, kind in kinds)
+                    for value, kind in kinds:
+                        if kind == "mean" or (kind == "total" and not sizes_only):
+                            yield value, kind
+                case _:
+                    for value in self._shown(node):
+                        kind = self.kind(value)
+                        if kind in {"total", "mean"}:
+                            yield value, kind
+
+    def comes_once(self, node: ast.expr) -> bool:
+        """Whether every rank comes to a value once for each batch, whatever its share holds."""
+        for parent in self.file.names.ancestors(node):
+            if parent is self.loop:
+                return True
+            if isinstance(parent, (ast.For, ast.While, ast.Try, ast.comprehension, ast.Lambda, ast.BoolOp)):
+                return False
+            if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
+                return False
+            if isinstance(parent, (ast.If, ast.IfExp)) and self.of_batch(parent.test):
+                return False
+        return False
+
+    def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
+        match node:
+            case ast.FormattedValue(value=value):
+                yield value
+            case ast.Call(func=ast.Name(id="print"), args=values):
+                yield from values
+            case ast.Call(
+                func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values, keywords=named
+            ):
+                yield from (*values, *(keyword.value for keyword in named))
+            case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
+                yield from right.elts if isinstance(right, ast.Tuple) else [right]
+            case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
+                yield from (*node.args, *(keyword.value for keyword in node.keywords))
+
+    def _per_item(self, node: ast.AST) -> str:
+        """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked."""
+        for parent in self.file.names.ancestors(node):
+            if parent is self.loop:
+                return ""
+            asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
+            if asked is not None and self.of_batch(asked):
+                return "unknown"
+        return ""
+
+    def _bound_inside(self, target: ast.expr) -> bool:
+        """Whether a name is made anew for each batch."""
+        return isinstance(target, ast.Name) and (target.id in self.made or target.id in self.batch)
+
+    def _is_size(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Name):
+            return any(self._is_size(value) for value, _ in self.made.get(node.id, []))
+        match node:
+            case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
+                return True
+            case ast.Call(func=ast.Attribute(attr=attr)):
+                return attr in _SIZES
+        return False
+
+    def _is_list(self, node: ast.expr) -> bool:
+        return isinstance(node, (ast.ListComp, ast.List)) or (
+            isinstance(node, ast.Call) and (dotted(node.func) or "").split(".")[-1] in {"tolist", "list"}
+        )
+
+    def _is_cut(self, node: ast.expr) -> bool:
+        """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
+        if isinstance(node, ast.Name):
+            return any(self._is_cut(value) for value, _ in self.made.get(node.id, []))
+        if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
+            return True
+        names = {item.id for item in walk(node) if isinstance(item, ast.Name)} - self._targets()
+        return isinstance(node, ast.Call) and not names & self.batch and bool(self._targets())
+
+    # Kinds -----------------------------------------------------------------------------------------------------
+
+    def kind(self, node: ast.expr, deep: int = 0) -> str:
+        """Empty for what does not come of the batch."""
+        if deep > 8 or not self.of_batch(node):
+            return ""
+        variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
+        if variable is not None and variable in self.roles.losses:
+            return "total" if self.is_sum(node) else "loss"
+        match node:
+            case ast.Name(id=name):
+                if name not in self.made:
+                    return "samples"
+                kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
+                return kinds.pop() if len(kinds) == 1 else "unknown"
+            case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
+                return "total" if self._first_dimension(node) else ""
+            case ast.Call(func=ast.Name(id="sum"), args=[value]):
+                return "total" if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=keywords):
+                if attr in _SIZES:
+                    return "total" if self._first_dimension(node) else ""
+                whole = not args and not keywords
+                if dotted(value) in {"torch", "np", "numpy"} and args:
+                    whole, value = len(args) == 1 and not keywords, args[0]
+                if attr in {"sum", "mean"}:
+                    if self.kind(value, deep + 1) == "loss":
+                        return "loss"
+                    return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
+                if attr in _VIEWS:
+                    return self.kind(value, deep + 1)
+                if attr == "tolist":
+                    return "samples"
+                return self._named(attr, node)
+            case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _NUMBERS:
+                return self.kind(value, deep + 1)
+            case ast.Call(func=func):
+                return self._named((dotted(func) or "").split(".")[-1], node)
+            case ast.Attribute(value=value, attr="data"):
+                return self.kind(value, deep + 1)
+            case ast.BinOp(left=left, op=op, right=right):
+                return self._joined(self.kind(left, deep + 1), self.kind(right, deep + 1), op)
+            case ast.UnaryOp(operand=value):
+                return self.kind(value, deep + 1)
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
+                kind = self.kind(value, deep + 1)
+                return kind if kind == "mean" else "unknown"
+            case ast.Compare():
+                return "samples"
+        return "unknown"
+
+    def _part(self, value: ast.expr, part: bool, name: str, deep: int) -> str:
+        """What a name is that gets a value, or a part of it."""
+        if part:
+            return "mean" if _NAMED_MEANS.match(name) else "unknown"
+        kind = self.kind(value, deep + 1)
+        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) else kind
+
+    def _named(self, name: str, call: ast.Call) -> str:
+        if self.roles.is_model(call.func):
+            return "samples"
+        if _NAMED_MEANS.match(name) and name not in {"acc", "prec"}:
+            return "mean"
+        return "samples" if name in {"argmax", "max", "eq", "softmax", "sigmoid", "log_softmax", "topk"} else "unknown"
+
+    @staticmethod
+    def _first_dimension(node: ast.expr) -> bool:
+        """Whether a size is that of the batch: ``x.size(0)``, ``x.shape[0]``, ``len(x)``, ``x.numel()``."""
+        match node:
+            case ast.Call(func=ast.Attribute(attr="size"), args=args):
+                return len(args) == 1 and isinstance(args[0], ast.Constant) and args[0].value == 0
+            case ast.Subscript(slice=ast.Constant(value=value)):
+                return value == 0
+            case ast.Subscript():
+                return False
+        return True
+
+    @staticmethod
+    def _joined(left: str, right: str, op: ast.operator) -> str:
+        pair = {left or "same", right or "same"}
+        if isinstance(op, ast.Mult):
+            if "total" in pair:
+                return "total" if pair & {"same", "mean", "loss"} else "unknown"
+            if pair <= {"same", "mean"}:
+                return "mean"
+        elif isinstance(op, (ast.Div, ast.FloorDiv)):
+            if left == right == "total":
+                return "mean"
+            if not right and left in {"total", "mean"}:
+                return left
+        elif isinstance(op, (ast.Add, ast.Sub)):
+            if left == right:
+                return left
+            if pair == {"same", "mean"}:
+                return "mean"
+        if pair <= {"same", "loss"} or (left == "loss" and right == "total" and isinstance(op, ast.Div)):
+            return "loss"
+        return "samples" if "samples" in pair and "unknown" not in pair else "unknown"
+
+
+def _own(loop: ast.For) -> Iterator[ast.AST]:
+    """The nodes of a loop's body, without those of functions in it."""
+    stack: list[ast.AST] = list(loop.body)
+    while stack:
+        item = stack.pop(0)
+        if not isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            yield item
+            stack[:0] = ast.iter_child_nodes(item)

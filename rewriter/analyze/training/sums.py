@@ -1,0 +1,171 @@
+"""Losses that are sums over a batch: on a rank's share of it they are smaller by the number of ranks."""
+
+from __future__ import annotations
+
+import ast
+
+from rewriter.analyze.read.classes import Classes
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.training.roles import Roles, Var
+
+_VIEWS = {"float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu", "item", "cuda", "div", "mul"}
+_DEEP = 10
+
+
+class Sums:
+    """Answers for one file; ``sources`` are the calls that make the sums that were found."""
+
+    def __init__(self, file: File, classes: Classes, roles: dict[File, Roles]) -> None:
+        self.file, self.classes, self.project = file, classes, classes.project
+        self.all_roles = roles
+        self.sources: set[ast.Call] = set()
+
+    def is_sum(self, node: ast.expr) -> bool:
+        """Whether a loss is a sum over the batch, however weighed by what is the same on all ranks."""
+        sources: set[ast.Call] = set()
+        found = self._kind(self.file, node, None, 0, sources) == "sum"
+        self.sources |= sources if found else set()
+        return found
+
+    def _kind(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
+        """``sum``, ``mean``, ``same`` for what does not depend on the batch, else empty."""
+        if deep > _DEEP:
+            return ""
+
+        def kind(inner: ast.expr) -> str:
+            return self._kind(file, inner, None, deep + 1, sources)
+
+        match node:
+            case ast.Constant():
+                return "same"
+            case ast.Name() | ast.Attribute():
+                return self._variable(file, node, deep, sources)
+            case ast.UnaryOp(operand=value):
+                return kind(value)
+            case ast.Tuple(elts=elts):
+                return kind(elts[part]) if part is not None and part < len(elts) else ""
+            case ast.BinOp(left=left, op=op, right=right):
+                return _joined(kind(left), kind(right), op, _is_size(right))
+            case ast.Call():
+                return self._call(file, node, part, deep, sources)
+        return ""
+
+    def _variable(self, file: File, node: ast.expr, deep: int, sources: set[ast.Call]) -> str:
+        roles = self.all_roles[file]
+        variable = roles.var(node)
+        if variable is None:
+            return ""
+        kinds: set[str] = set()
+        for other, value, statement, is_part in roles.assignments:
+            if other == variable:
+                place = _place(roles, statement, variable) if is_part else None
+                kinds.add("" if is_part and place is None else self._kind(file, value, place, deep + 1, sources))
+        for item in file.nodes:
+            if isinstance(item, ast.AugAssign) and roles.var(item.target) == variable:
+                kinds.add(self._kind(file, item.value, None, deep + 1, sources))
+        if not kinds:
+            return "same" if "." in variable[1] or roles.is_argument(variable) else ""
+        kinds -= {"same"} if len(kinds) > 1 else set()
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    def _call(self, file: File, node: ast.Call, part: int | None, deep: int, sources: set[ast.Call]) -> str:
+        name = self.project.external(file, node.func)
+        last = str(dotted(node.func) or getattr(node.func, "attr", "")).split(".")[-1]
+        if name.startswith("torch.nn.functional."):
+            found = _reduction(node)
+            sources |= {node} if found == "sum" else set()
+            return found
+        made = self._criterion(file, node)
+        if made is not None:
+            found = _reduction(made)
+            sources |= {made} if found == "sum" else set()
+            return found
+        given = [a for a in node.args if not isinstance(a, ast.Starred)]
+        if last in {"sum", "mean"}:
+            method = isinstance(node.func, ast.Attribute) and not name
+            whole = len(given) == (0 if method else 1) and not node.keywords
+            if name == "" and not method:
+                return ""
+            inner = node.func.value if method and isinstance(node.func, ast.Attribute) else given[0] if given else node
+            if whole and isinstance(inner, ast.expr):
+                known = self._kind(file, inner, None, deep + 1, set())
+                return known if known in {"sum", "mean"} and inner is not node else last
+            return ""
+        if isinstance(node.func, ast.Attribute) and last in _VIEWS and not name:
+            return self._kind(file, node.func.value, part, deep + 1, sources)
+        function = self._function(file, node)
+        if function is None:
+            return ""
+        returned = [
+            item.value
+            for statement in function.node.body
+            for item in walk_own(statement)
+            if isinstance(item, ast.Return) and item.value is not None
+        ]
+        kinds = {self._kind(function.file, value, part, deep + 1, sources) for value in returned}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    def _criterion(self, file: File, node: ast.Call) -> ast.Call | None:
+        """``nn.MSELoss(reduction="sum")`` where what it makes is called."""
+        if isinstance(node.func, ast.Call):
+            made = [node.func]
+        else:
+            roles = self.all_roles[file]
+            variable = roles.var(node.func)
+            made = [v for other, v, _, is_part in roles.assignments if other == variable and not is_part]  # type: ignore[misc]
+        if len(made) != 1 or not isinstance(made[0], ast.Call):
+            return None
+        name = self.project.external(file, made[0].func)
+        return made[0] if name.startswith("torch.nn.") and name.endswith("Loss") else None
+
+    def _function(self, file: File, node: ast.Call) -> FunctionInfo | None:
+        found = self.project.resolve(file, node.func)
+        if isinstance(found, FunctionInfo):
+            return found
+        if isinstance(node.func, ast.Attribute):
+            owner = None
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "self":
+                inside = file.names.class_of(node)
+                owner = file.class_info(inside) if inside is not None else None
+            else:
+                owner = self.all_roles[file].model_class(node.func.value)
+            method = self.classes.method(owner, node.func.attr) if owner is not None else None
+            return method[0].file.function_info(method[1]) if method is not None else None
+        return None
+
+
+def _place(roles: Roles, statement: ast.stmt, variable: Var) -> int | None:
+    for target in statement.targets if isinstance(statement, ast.Assign) else ():
+        if isinstance(target, (ast.Tuple, ast.List)):
+            return next((i for i, item in enumerate(target.elts) if roles.var(item) == variable), None)
+    return None
+
+
+def _reduction(call: ast.Call) -> str:
+    """How a loss function of torch reduces."""
+    given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+    if given.get("size_average") is False:
+        return "sum"
+    found = given.get("reduction", "mean")
+    return found if found in {"sum", "mean"} else ""
+
+
+def _is_size(node: ast.expr) -> bool:
+    match node:
+        case ast.Call(func=ast.Name(id="len")) | ast.Call(func=ast.Attribute(attr="size" | "numel" | "nelement")):
+            return True
+        case ast.Subscript(value=ast.Attribute(attr="shape")):
+            return True
+    return False
+
+
+def _joined(left: str, right: str, op: ast.operator, by_size: bool) -> str:
+    if isinstance(op, (ast.Add, ast.Sub)):
+        kinds = {left, right} - {"same"} if "same" in {left, right} and left != right else {left, right}
+        return kinds.pop() if len(kinds) == 1 else ""
+    if isinstance(op, ast.Mult):
+        return right if left == "same" else left if right == "same" else ""
+    if isinstance(op, ast.Div):
+        return "mean" if by_size and left == "sum" else left if right == "same" else ""
+    return ""

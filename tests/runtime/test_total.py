@@ -1,0 +1,68 @@
+"""``bmt.total`` and ``bmt.gather_samples``: what a loop makes of its share of a batch becomes the batch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from ranks import on_ranks
+from torch.utils.data import DataLoader
+
+import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
+
+
+def test_before_the_ranks_are_there_a_value_is_ones_own() -> None:
+    values: list[Any] = [3, 0.5, [1, "a"], (1,), torch.arange(2), numpy.arange(2)]
+    for value in values:
+        assert bmt.total(value) is value and bmt.gather_samples(value) is value
+
+
+@on_ranks(1, 2, 3)
+def test_the_ranks_shares_make_the_batch() -> None:
+    batches = list(DataLoader(range(7), batch_size=7))
+    mine = next(iter(bmt.shard_loader(DataLoader(range(7), batch_size=7))))
+    whole: torch.Tensor = batches[0]
+
+    counted = bmt.total(len(mine))
+    assert counted == 7 and type(counted) is int
+    assert bmt.total(float(mine.sum())) == float(whole.sum())
+    assert bmt.total(mine.double().sum()).equal(whole.double().sum())
+    assert bmt.total((mine == 2).any()) == 1
+    assert bmt.total(mine.numpy().sum()) == whole.sum()
+    assert bmt.total(numpy.ones(2)).tolist() == [float(bmt.world_size())] * 2
+
+    assert bmt.gather_samples(mine).equal(whole)
+    rows = bmt.gather_samples(torch.stack([mine, mine], 1).float().requires_grad_())
+    assert rows.detach().equal(torch.stack([whole, whole], 1).float())
+    assert rows.requires_grad == (bmt.world_size() == 1)
+    assert bmt.gather_samples(mine.tolist()) == whole.tolist()
+    assert bmt.gather_samples(tuple(map(str, mine.tolist()))) == tuple(map(str, whole.tolist()))
+    assert bmt.gather_samples(mine.numpy()).tolist() == whole.tolist()
+    assert bmt.gather_samples(numpy.array(["a"] * len(mine))).tolist() == ["a"] * 7
+    mean = (bmt.world_size() - 1) / 2
+    assert bmt.gather_samples(float(bmt.rank())) == mean
+    assert bmt.gather_samples(torch.tensor(float(bmt.rank()))).item() == mean
+
+
+@on_ranks(2)
+def test_the_loader_tells_whether_batches_are_shares() -> None:
+    loader = DataLoader(range(4), batch_size=2)
+    assert bmt.total(1, of=loader) == 1 and bmt.total(1, of=[1, 2]) == 1
+    assert bmt.total(1, of=bmt.shard_loader(loader)) == 2
+    assert bmt.gather_samples([1], of=loader) == [1]
+
+    class Bar:
+        iterable = bmt.shard_loader(loader)
+
+    assert bmt.total(1, of=Bar()) == 2
+
+
+@on_ranks(2)
+def test_rows_of_different_shapes_are_refused_on_all_ranks() -> None:
+    with pytest.raises(ConfigurationError, match="pad them"):
+        bmt.gather_samples(torch.zeros(2, 3 + bmt.rank()))
+    with pytest.raises(ConfigurationError, match="takes tensors"):
+        bmt.gather_samples({})
