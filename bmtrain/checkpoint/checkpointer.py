@@ -31,6 +31,7 @@ from ..shard.flat import flat_of
 from ..shard.in_parts import Owned, part_at
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor
+from ..topology import share
 from ..wire import from_bytes, to_bytes
 from . import folder as folders
 from . import storage
@@ -125,6 +126,7 @@ class Checkpointer:
             self._holders.update(holders(name, one))
         ctx = context()
         self._rank, self._world_size, self._device = ctx.rank, ctx.world_size, ctx.device
+        self._mesh = ctx.topology.mesh
         self._comm = ctx.host_group("checkpoint", timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._pending: Future[None] | None = None
@@ -293,8 +295,10 @@ class Checkpointer:
         shape, start = tuple(value.shape), 0
         numel = prod(shape)
         if isinstance(value, ShardedTensor):
-            kept = value.part.place.ranges[self._rank]
-            start, numel, read = kept.start, kept.stop - kept.start, value.part.read
+            kept, part = value.part.place.kept, value.part
+            # Ranks that keep the same part share the work.
+            own = share(kept.stop - kept.start, self._mesh.size("replicate"), self._mesh.get_local_rank("replicate"))
+            start, numel, read = kept.start + own.start, len(own), lambda: part.read()[own.start : own.stop]
         elif isinstance(value, Owned):
             numel, read = numel if value.owner == self._rank else 0, partial(_flat, value.values)  # type: ignore[arg-type]
         else:
@@ -436,7 +440,7 @@ class Checkpointer:
                 return ABSENT
             key = (name, id(wanted))
             if key not in made:
-                kept = wanted.ranges[self._rank] if isinstance(wanted, Place) else slice(0, known.size.numel())
+                kept = wanted.kept if isinstance(wanted, Place) else slice(0, known.size.numel())
                 out = torch.empty(kept.stop - kept.start, dtype=known.properties.dtype, device="cpu")
                 targets.append((name, kept.start, out))
                 made[key] = part_at(wanted, out) if isinstance(wanted, Place) else out.view(known.size)

@@ -203,7 +203,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """The state in torch.optim.AdamW's format.
 
         Args:
-            gather: whole tensors, on every rank (collective); False gives this rank's shards, for the same world size.
+            gather: whole tensors, on every rank (collective); False gives this rank's shards, for as many shards.
         """
         self._uncount()
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
@@ -226,7 +226,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                     states[numbers[id(parameter)]] = entry | {name: parts[index] for name, parts in whole.items()}
         out: dict[str, Any] = {"state": dict(sorted(states.items())), "param_groups": groups}
         if not gather:
-            out["shard_of"] = (context().rank, context().world_size)
+            out["shard_of"] = _shard_of()
         return out
 
     def parts(self) -> dict[str, Any]:
@@ -337,13 +337,19 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
                     parameter.grad = None
 
 
+def _shard_of() -> tuple[int, int]:
+    """Which shard this rank keeps, of how many."""
+    ctx = context()
+    return ctx.shard_rank, ctx.shard_group.world_size
+
+
 def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
     """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
     sharded, problems = isinstance(state_dict, dict) and "shard_of" in state_dict, []
-    here = (context().rank, context().world_size)
+    here = _shard_of()
     if sharded and tuple(state_dict["shard_of"]) != here:
         rank, size = state_dict["shard_of"]
-        problems.append(f"it is rank {rank}'s of {size}; this is rank {here[0]} of {here[1]}")
+        problems.append(f"it is shard {rank} of {size}; this rank keeps shard {here[0]} of {here[1]}")
     require_fit(optimizer, state_dict, _check_part if sharded else _check_whole, problems, own=sharded)
 
 

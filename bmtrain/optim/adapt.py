@@ -501,7 +501,7 @@ class _TensorView(_View):
     def __init__(self) -> None:
         super().__init__()
         self._owners: dict[int, int] = {}
-        self._loads = [0] * context().world_size
+        self._loads = [0] * context().shard_group.world_size
 
     def _owner(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every new parameter to the rank that has least, the largest first; the same on all ranks."""
@@ -512,7 +512,7 @@ class _TensorView(_View):
             self._loads[rank] += parameter.numel()
 
     def _owns(self, parameter: Any) -> bool:
-        return self._owners.get(id(parameter), context().rank) == context().rank
+        return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
 
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
@@ -542,7 +542,7 @@ class _TensorView(_View):
                 slot = flat.layout.slots[index]
                 whole[slot.start : slot.end].view(slot.shape).copy_(raw_data(flat.params[index]))
         mine = torch.empty_like(values)
-        flat.unit.ctx.world.reduce_scatter(whole, mine)  # only owners have anything but zeros
+        flat.unit.ctx.shard_group.reduce_scatter(whole, mine)  # only owners have anything but zeros
         for index in shown:
             flat.local(values, index).copy_(flat.local(mine, index))
 
@@ -562,10 +562,11 @@ class _TensorView(_View):
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The states of all owners, of which each rank has its own tensors only."""
-        rank, params, states = context().rank, all_params(optimizer.param_groups), dict(state_dict["state"])
+        params, states = all_params(optimizer.param_groups), dict(state_dict["state"])
+        first = context().topology.mesh.group("replicate")[0]  # of the ranks that own the same, which writes it
 
         def known(value: Any) -> Any:
-            return Owned(rank, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
+            return Owned(first, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
 
         def told(value: Any) -> Any:
             return _OWNED, value.owner, value.shape, value.dtype

@@ -59,9 +59,9 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
     sharded = _sum_of_powers([piece for piece in found if isinstance(piece.flat, FlatShard)], norm_type)
     replicated = _sum_of_powers([piece for piece in found if not isinstance(piece.flat, FlatShard)], norm_type)
     if norm_type == float("inf"):
-        ctx.world.all_reduce(sharded, "max")
+        ctx.shard_group.all_reduce(sharded, "max")
         return torch.maximum(sharded, replicated).float()
-    ctx.world.all_reduce(sharded, "sum")
+    ctx.shard_group.all_reduce(sharded, "sum")
     total = sharded + replicated
     return total.pow(1.0 / norm_type).float()
 

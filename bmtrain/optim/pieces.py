@@ -134,7 +134,7 @@ def pieces(params: Sequence[Any], keys: dict[int, Any] | None = None) -> Iterato
 
 
 def _piece(flat: Home, indices: Sequence[int]) -> Piece:
-    slots, rank = flat.layout.slots, flat.unit.ctx.rank if isinstance(flat, FlatShard) else 0
+    slots, rank = flat.layout.slots, flat.unit.ctx.shard_rank if isinstance(flat, FlatShard) else 0
     first, last = flat.layout.shard_range(rank)
     start = min(max(slots[indices[0]].start, first), last)
     end = max(min(slots[indices[-1]].end, last), start)
@@ -164,7 +164,7 @@ def gather_whole(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor
     if ctx.world_size == 1:
         return views_of(shard_like, flat.layout)
     whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
-    ctx.world.all_gather(shard_like.to(device).contiguous(), whole)
+    ctx.shard_group.all_gather(shard_like.to(device).contiguous(), whole)
     return views_of(whole, flat.layout)
 
 

@@ -45,6 +45,7 @@ class Unit(Protocol):
     reduced: Event
     is_settled: bool
     is_stale: bool
+    is_written: bool
 
     @property
     def moves(self) -> bool:
@@ -78,7 +79,7 @@ class FlatShard:
         self.unit = unit
         self.params, self.names = list(params), list(names)
         self.dtype = self.wire = params[0].dtype
-        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.world_size)
+        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.shard_group.world_size)
         self.autocasts = autocasts
         self.version = 0
         self._begin()
@@ -211,7 +212,7 @@ class FlatShard:
 
     def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
         """The part of parameter ``index`` within a tensor laid out like ``shard``: 1-D, may be empty."""
-        return shard_like[self.layout.local(index, self.unit.ctx.rank).shard]
+        return shard_like[self.layout.local(index, self.unit.ctx.shard_rank).shard]
 
     def local_part(self, whole: torch.Tensor, index: int) -> torch.Tensor:
         """The same part taken from a tensor of the parameter's whole shape."""
@@ -274,6 +275,7 @@ class FlatShard:
     def keep_writes(self) -> None:
         """Keep what user code wrote into whole parameters in place, as in an unsharded model."""
         if self._writes.happened:
+            self.unit.is_written = True
             self.forget_writes()
             self.keep_whole_values()
 
@@ -284,7 +286,7 @@ class FlatShard:
     def keep_whole_values(self) -> None:
         """Take this rank's part of what the gather buffer holds now."""
         if self.buffer is not None:
-            start, end = self.layout.shard_range(self.unit.ctx.rank)
+            start, end = self.layout.shard_range(self.unit.ctx.shard_rank)
             part = self.buffer.tensor[start:end]
             if part.dtype != self.shard.dtype:  # gathered in low precision: what was not written stays as precise
                 part = torch.where(part != self.shard.to(part.dtype), part.to(self.shard.dtype), self.shard)

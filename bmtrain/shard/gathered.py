@@ -111,7 +111,7 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     part = flat.gradient.settled()
     whole = torch.empty(flat.layout.numel, dtype=part.dtype, device=part.device)
-    ctx.world.all_gather(part, whole)
+    ctx.shard_group.all_gather(part, whole)
     slot = flat.layout.slots[index]
     return whole[slot.start : slot.end].view(slot.shape).clone()
 

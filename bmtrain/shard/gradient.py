@@ -146,7 +146,7 @@ class ShardGradient:
     def set(self, index: int, part: torch.Tensor | None) -> None:
         """Replace this rank's part of one parameter's gradient, or drop it."""
         self._leave(index)
-        place = self._layout.local(index, self._pools.ctx.rank).shard
+        place = self._layout.local(index, self._pools.ctx.shard_rank).shard
         if part is not None:
             self._zeros()[place].copy_(part)
             self.dropped.discard(index)
@@ -166,7 +166,7 @@ class ShardGradient:
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) the same, in the dtype of sums.  For the current stream."""
-        return self.settled()[self._layout.local(index, self._pools.ctx.rank).shard]
+        return self.settled()[self._layout.local(index, self._pools.ctx.shard_rank).shard]
 
     def whole(self, index: int) -> torch.Tensor:
         """On one rank: one parameter's gradient, the same tensor each time, so that its ``.data`` may be assigned."""

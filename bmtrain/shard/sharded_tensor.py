@@ -287,8 +287,10 @@ def _random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not isinstance(target, ShardedTensor) or len(_sharded((args, kwargs))) > 1:
         return _unknown(func, name, args, kwargs)
     whole = func(torch.empty(target.shape, dtype=target.dtype, device=target.device), *args[1:], **kwargs)
+    place = target.part.place
+    whole = place.same_on_replicas(whole, f"{name} of {place.name!r}")
     if not name.endswith("_"):
-        return _own(target, target.part.place.cut(whole).clone())
+        return _own(target, place.cut(whole).clone())
     _elementwise(torch.ops.aten.copy_.default, name, (target, whole), {})
     return target
 

@@ -48,6 +48,7 @@ class ShardUnit:
         stays: the plan for memory lets it stay whole from one step to the next.
         trains_in: the dtype that the last backward was to compute in.
         is_stale: ranks may have written different values into what is whole.
+        is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
 
@@ -84,7 +85,7 @@ class ShardUnit:
     def _begin(self) -> None:
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = self.open_uses = 0
-        self.stays = self.is_stale = False
+        self.stays = self.is_stale = self.is_written = False
         self.is_whole = not self.moves
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
