@@ -38,7 +38,7 @@ from .device import (
 )
 from .errors import CommunicationError, ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
-from .topology import Mesh, Topology
+from .topology import Dimension, Mesh, Topology
 from .watch import Diary, Hooks, Timeouts, Watchdog
 from .watch import start as start_watchdog
 
@@ -81,11 +81,19 @@ class Context:
     shard_group: Communicator
     """The ranks that keep the parts of one copy of the parameters: what is made of the parts; ``world`` if all do."""
     replicate_group: Communicator
-    """The ranks that keep the same parts as this one."""
+    """The ranks that keep the same parts as this one, in other replicas."""
+    tensor_group: Communicator
+    """The ranks that hold the slices of one tensor-parallel layer."""
+    model_group: Communicator
+    """The ranks that hold one replica of the model: ``shard_group``, in all its slices."""
+    data_group: Communicator
+    """The ranks that hold the same slices and see different data; ``world`` without tensor parallelism."""
     gather: Communicator
     """Gathers of parameters in the shard group; apart from ``reduce``, so that neither waits for the other."""
     reduce: Communicator
     """Reductions of gradients: their sum over all ranks that see different data, of which this one keeps its part."""
+    reduce_unsliced: Communicator
+    """The same for parameters that are no slices, which tensor-parallel ranks keep alike: their sum over these, too."""
     timeout: timedelta
     """The longest that ranks wait for each other."""
     diary: Diary
@@ -133,7 +141,8 @@ class Context:
 
     @property
     def _communicators(self) -> tuple[Communicator, ...]:
-        return self.gather, self.reduce, self.shard_group, self.replicate_group, self.world, self.control
+        groups = self.shard_group, self.replicate_group, self.tensor_group, self.model_group, self.data_group
+        return self.gather, self.reduce, self.reduce_unsliced, *groups, self.world, self.control
 
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards."""
@@ -229,7 +238,9 @@ def init_distributed(
     Args:
         init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
         seed: for all generators, the same on all ranks.
-        pipe_size, num_micro_batches, tp_size: pipeline and tensor parallelism; only 1 (or -1 for the pipeline) yet.
+        pipe_size, num_micro_batches: pipeline parallelism; only 1 or -1 yet.
+        tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
+            the same data.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
         schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
         timeout: how long ranks wait for each other before the job is ended, in all cases or (bmt.Timeouts) at the
@@ -275,10 +286,8 @@ def init_distributed(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,
     )  # fmt: skip
-    if tp_size > 1 or pipe_size > 1:
-        raise UnsupportedError(
-            "Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out."
-        )
+    if pipe_size > 1:
+        raise UnsupportedError("Pipeline parallelism is not in this version; leave pipe_size out.")
     chosen = choose_device(device, topology.local_rank)
     if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         let_segments_grow()
@@ -380,7 +389,7 @@ def _connect(
         made = connect(name, place, ranks.index(topology.rank), len(ranks))
         return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog)
 
-    everyone, copy, replicas = list(range(mesh.size())), mesh.group("shard"), mesh.group("replicate")
+    everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard"), mesh.group("replicate")
     control = connected(gloo, "control", everyone)
     try:
         _check_alike(control, topology, memory)
@@ -391,14 +400,29 @@ def _connect(
         raise
     connect = nccl if device.is_cuda else gloo
     world = connected(connect, "world", everyone)
-    shard_group = world if copy == everyone else connected(connect, "shard", copy)
-    gather, reduce = connected(connect, "gather", copy), connected(connect, "reduce", copy)
-    replicate_group = connected(connect, "replicate", replicas)
+    known = [(everyone, world)]
+
+    def group(name: str, *dimensions: Dimension) -> Communicator:
+        """One more group, or one that there is already."""
+        ranks = mesh.group(*dimensions)
+        for others, made in known:
+            if others == ranks:
+                return made
+        known.append((ranks, connected(connect, name, ranks)))
+        return known[-1][1]
+
+    shard_group, replicate_group = group("shard", "shard"), group("replicate", "replicate")
+    tensor_group, data_group = group("tensor", "tensor"), group("data", "replicate", "shard")
+    model_group = group("model", "shard", "tensor")
+    gather, reduce = connected(connect, "gather", shards), connected(connect, "reduce", shards)
     if len(replicas) > 1:
-        reduce = ReplicatedCommunicator(reduce, replicate_group)
+        reduce = ReplicatedCommunicator(reduce, connected(connect, "reduce/replicas", replicas))
+    reduce_unsliced = reduce
+    if mesh.size("tensor") > 1:
+        reduce_unsliced = ReplicatedCommunicator(reduce, connected(connect, "reduce/tensor", mesh.group("tensor")))
     return Context(
-        topology, device, store, world, control, shard_group, replicate_group, gather, reduce, timeouts.longest, diary,
-        watchdog,
+        topology, device, store, world, control, shard_group, replicate_group, tensor_group, model_group, data_group,
+        gather, reduce, reduce_unsliced, timeouts.longest, diary, watchdog,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
@@ -133,6 +133,11 @@ class Topology:
     def data_rank(self) -> int:
         """Position among the ranks that see different data."""
         return self.mesh.group("replicate", "shard").index(self.rank)
+
+    @property
+    def data_ranks(self) -> list[int]:
+        """Of the ranks that see the same data, the first of each."""
+        return replace(self.mesh, rank=0).group("replicate", "shard")
 
     @property
     def data_size(self) -> int:

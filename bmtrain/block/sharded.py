@@ -79,6 +79,7 @@ class ShardedModule(nn.Module):
         """
         if unit_of(self) is not None:
             require_same(self, state_dict)
+        state_dict = own_slices(self, state_dict)
         if _renames(self):  # torch's own checks know better, but come when half is loaded
             with _undone_by_errors(self):
                 result = super().load_state_dict(state_dict, strict)
@@ -204,7 +205,15 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
                 original = _original(value, *lies_in)
-                copies[place] = StateTensor.of(value.detach().to("cpu", copy=True), original)
+                flat, values = lies_in[0], value.detach()
+                if flat.is_slice:
+                    if not isinstance(original, OfParameter):
+                        raise UnsupportedError(
+                            f"A state_dict hook has made {key!r} of a part of a parameter of which tensor-parallel "
+                            "ranks have slices, so that the whole is not known. Split it after state_dict() instead."
+                        )
+                    values = flat.joined(original.index, values)
+                copies[place] = StateTensor.of(values.to("cpu", copy=True), original)
             state[key] = copies[place]
         elif value.is_cuda:
             state[key] = StateTensor.of(value.cpu(), OfBuffer(value))
@@ -233,6 +242,18 @@ def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             f"{' ...' if len(names) > 5 else ''}); nothing was loaded. Read the same file on every rank, or use "
             "bmt.load(model, path)."
         )
+
+
+def own_slices(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state_dict`` with this rank's slices in place of what tensor-parallel layers hold slices of."""
+    if context().tensor_group.world_size == 1:
+        return state_dict
+    out: Any = copy.copy(state_dict)  # with its _metadata
+    for name, parameter in named_state(module).items():
+        flat = flat_of(parameter)
+        if flat is not None and isinstance(out.get(name), torch.Tensor):
+            out[name] = flat.own_slice(parameter._index, out[name])
+    return out  # type: ignore[no-any-return]
 
 
 def _renames(module: nn.Module) -> bool:

@@ -48,9 +48,12 @@ class ReplicatedCommunicator(Communicator):
 
     def close(self) -> None:
         self._inner.close()
+        self._replicas.close()
 
     def abort(self) -> None:
         self._inner.abort()
+        self._replicas.abort()
 
     def check_async_error(self) -> None:
         self._inner.check_async_error()
+        self._replicas.check_async_error()

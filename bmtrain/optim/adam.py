@@ -18,7 +18,7 @@ from ..shard.in_parts import part_at
 from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
-from .fit import number_problem, require_fit, tensor_problem
+from .fit import number_problem, require_fit, shape_in_state, tensor_problem
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import (
@@ -258,7 +258,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         params = all_params(self.param_groups)
         if len(path) == 3 and path[0] == "state" and path[2] in _STATES and path[1] in range(len(params)):
             home, index = home_of(params[path[1]])
-            if isinstance(home, FlatShard) and tuple(home.shape_of(index)) == shape:
+            if isinstance(home, FlatShard) and home.whole_shape(index) == shape:
                 return home.place_of(index)
         return True
 
@@ -340,7 +340,7 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
 def _shard_of() -> tuple[int, int]:
     """Which shard this rank keeps, of how many."""
     ctx = context()
-    return ctx.shard_rank, ctx.shard_group.world_size
+    return ctx.model_group.rank, ctx.model_group.world_size
 
 
 def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
@@ -355,7 +355,7 @@ def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
 
 def _check_whole(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
     dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
-    return _check_entry(entry, tuple(parameter.shape), dtype)
+    return _check_entry(entry, shape_in_state(parameter, entry), dtype)
 
 
 def _check_part(parameter: Any, entry: Mapping[str, Any]) -> list[str]:

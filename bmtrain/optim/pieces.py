@@ -170,5 +170,6 @@ def gather_whole(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor
 
 def gather_state(home: Home, shard_like: torch.Tensor) -> list[torch.Tensor]:
     """Whole CPU tensors, one for each parameter, from a tensor laid out like ``home.shard``.  Collective."""
-    whole = gather_whole(home, shard_like) if isinstance(home, FlatShard) else [home.whole(shard_like)]
-    return [view.to("cpu", copy=True) for view in whole]
+    if not isinstance(home, FlatShard):
+        return [home.whole(shard_like).to("cpu", copy=True)]
+    return [home.joined(index, own).to("cpu", copy=True) for index, own in enumerate(gather_whole(home, shard_like))]

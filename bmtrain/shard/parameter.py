@@ -96,12 +96,16 @@ class DistributedParameter(nn.Parameter):
         requires_grad: as for ``nn.Parameter``.
         init_method: run by ``bmt.init_parameters``.
         group: a name by which ``bmt.grouped_parameters`` groups.
+        tp_mode: ``data`` is this rank's slice of a tensor-parallel layer's parameter.  ``init_method`` still gets the
+            whole, and whole state dicts hold the whole.
+        tp_split_dim: the dimension along which the whole is cut.
     """
 
     _flat: Home | None
     _index: int
     _init_method: Callable[[torch.Tensor], Any] | None
     _group: str | None
+    _split_dim: int | None = None  # along which a whole is cut, of which this is a slice
     _taken: list[weakref.ref[Any]]  # what ``data`` has given: Parts while sharded, tensors while whole
 
     def __new__(
@@ -110,10 +114,14 @@ class DistributedParameter(nn.Parameter):
         requires_grad: bool = True,
         init_method: Callable[[torch.Tensor], Any] | None = None,
         group: str | None = None,
+        tp_mode: bool = False,
+        tp_split_dim: int = -1,
     ) -> DistributedParameter:
-        context()  # a clear error when init_distributed was forgotten
-        made = nn.Parameter.__new__(cls, data, requires_grad)
-        return _adopt(made, init_method, group)
+        here = context()  # a clear error when init_distributed was forgotten
+        made = _adopt(nn.Parameter.__new__(cls, data, requires_grad), init_method, group)
+        if tp_mode and here.tensor_group.world_size > 1:
+            made._split_dim = tp_split_dim % made.dim()
+        return made
 
     @property
     def group(self) -> str | None:
@@ -201,6 +209,7 @@ class DistributedParameter(nn.Parameter):
             if id(self) in memo:
                 return memo[id(self)]  # type: ignore[no-any-return]
         made = type(self)(self.detach().clone(), self.requires_grad, self._init_method, self._group)
+        made._split_dim = self._split_dim
         memo[id(self)] = made
         return made
 
@@ -299,6 +308,11 @@ def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], object] 
 def group_of(parameter: nn.Parameter) -> str | None:
     """Name of the parameter group it was made for."""
     return parameter._group if isinstance(parameter, DistributedParameter) else None
+
+
+def split_dim_of(parameter: nn.Parameter) -> int | None:
+    """The dimension along which a whole is cut, of which ``parameter`` is this rank's slice; None if it is none."""
+    return parameter._split_dim if isinstance(parameter, DistributedParameter) else None
 
 
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ import torch
 
 from ..context import Context
 from .layout import Layout
+from .slices import whole_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +22,30 @@ class Place:
     layout: Layout
     index: int
     name: str
+    split_dim: int | None = None
+    """The dimension along which it is a slice of a tensor-parallel layer's."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The whole shape."""
         return self.layout.slots[self.index].shape
+
+    @cached_property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape without tensor parallelism."""
+        return whole_shape(self.ctx, self.shape, self.split_dim)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where this rank's slice begins in that."""
+        at = self.ctx.tensor_group.rank
+        return tuple(at * size if dim == self.split_dim else 0 for dim, size in enumerate(self.shape))
+
+    @cached_property
+    def copies(self) -> list[int]:
+        """The ranks that keep the same part, this one included."""
+        mesh = self.ctx.topology.mesh
+        return mesh.group("replicate") if self.split_dim is not None else mesh.group("replicate", "tensor")
 
     @cached_property
     def ranges(self) -> list[slice]:

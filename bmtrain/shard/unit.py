@@ -73,13 +73,16 @@ class ShardUnit:
         self.trains_in: torch.dtype | None = None
         self._begin()
         # One flat buffer for each dtype, frozen parameters apart so that they are never reduced, and those apart that
-        # autocast would cast; matrices first, so that the usual weight-decay groups are contiguous.
-        groups: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
+        # autocast would cast, and slices of tensor-parallel layers; matrices first, so that the usual weight-decay
+        # groups are contiguous.
+        groups: dict[tuple[torch.dtype, bool, bool, bool], list[int]] = {}
         for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
             casts = autocasts[index] and params[index].dtype == torch.float32
-            groups.setdefault((params[index].dtype, params[index].requires_grad, casts), []).append(index)
+            key = params[index].dtype, params[index].requires_grad, casts, params[index]._split_dim is not None
+            groups.setdefault(key, []).append(index)
         self.flats = [
-            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts) for (_, _, casts), g in groups.items()
+            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts)
+            for (_, _, casts, _), g in groups.items()
         ]
 
     def _begin(self) -> None:

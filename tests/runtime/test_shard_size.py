@@ -311,7 +311,7 @@ def diary_of_steps() -> tuple[list[Any], set[str]]:
         manager.step()
         manager.zero_grad()
     entries = [entry for entry in context().diary.last(10000) if entry.number >= before]
-    reductions = {(entry.operation, entry.unit) for entry in entries if entry.group == "replicate"}
+    reductions = {(entry.operation, entry.unit) for entry in entries if entry.group == "reduce/replicas"}
     assert {operation for operation, _ in reductions} == {"all_reduce"}
     assert {"layers.0", "layers.2"} <= {unit for _, unit in reductions}
     return [entry[1:5] for entry in entries], {entry.group for entry in entries}
@@ -320,7 +320,7 @@ def diary_of_steps() -> tuple[list[Any], set[str]]:
 def test_all_groups_write_the_same_diary() -> None:
     results = on_mesh((2, 2), diary_of_steps)
     assert all(theirs[0] == results[0][0] for theirs in results)
-    assert {"gather", "reduce", "replicate"} <= results[0][1]
+    assert {"gather", "reduce", "reduce/replicas"} <= results[0][1]
 
 
 def parts_ways() -> None:

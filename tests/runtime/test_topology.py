@@ -55,6 +55,7 @@ def test_of_a_topology() -> None:
     here = Topology(rank=13, world_size=24, tp_size=2, pipe_size=3, shard_size=2)
     assert here.mesh == Mesh((2, 2, 3, 2), 13)
     assert (here.data_rank, here.data_size, here.shard_rank, here.pipe_rank, here.tp_rank) == (2, 4, 0, 0, 1)
+    assert here.data_ranks == [0, 6, 12, 18]
     assert Topology(rank=1, world_size=6).mesh == Mesh((1, 6, 1, 1), 1)
 
 
