@@ -23,8 +23,7 @@ from bmtrain.context import context
 from bmtrain.errors import CheckpointError, RankDivergenceError
 from bmtrain.objects import allgather_objects
 
-MESHES = [(2, 1), (2, 2)]
-on_meshes = pytest.mark.parametrize("mesh", MESHES, ids=["2x1", "2x2"])
+on_meshes = pytest.mark.parametrize("mesh", [(2, 2), pytest.param((2, 1), marks=pytest.mark.long)], ids=str)
 
 
 def on_mesh(mesh: tuple[int, int], function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -120,8 +119,13 @@ def scaled_steps(make: str) -> None:
     assert_replicas_agree(model)
 
 
-@on_meshes
-@pytest.mark.parametrize("make", ["ours", "torch's", "tensors", "whole"])
+KINDS = [("ours", (2, 2)), ("torch's", (2, 1)), ("tensors", (2, 2)), ("whole", (2, 1))]
+MORE = [(make, (2, 3 - shards)) for make, (_, shards) in KINDS]
+
+
+@pytest.mark.parametrize(
+    ("make", "mesh"), [*KINDS, *(pytest.param(*row, marks=pytest.mark.long) for row in MORE)], ids=str
+)
 def test_training_with_every_kind_of_optimizer(make: str, mesh: tuple[int, int]) -> None:
     on_mesh(mesh, scaled_steps, make)
 

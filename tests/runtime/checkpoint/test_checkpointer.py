@@ -204,8 +204,16 @@ def test_any_number_of_ranks_reads_what_another_wrote(before: int, tmp_path: Pat
 
 
 # (ranks, shard_size), before and after
-MESHES = [((4, 2), (2, 1)), ((2, 1), (4, 2))]
-MORE = [((4, 1), (4, 4)), ((4, 4), (4, 1)), ((4, 2), (3, 3)), ((3, 3), (4, 2)), ((2, 1), (1, 1)), ((1, 1), (4, 2))]
+MESHES = [((4, 2), (2, 1))]
+MORE = [
+    ((2, 1), (4, 2)),
+    ((4, 1), (4, 4)),
+    ((4, 4), (4, 1)),
+    ((4, 2), (3, 3)),
+    ((3, 3), (4, 2)),
+    ((2, 1), (1, 1)),
+    ((1, 1), (4, 2)),
+]
 
 
 @pytest.mark.parametrize(
