@@ -376,7 +376,8 @@ def _connect(
 
         # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
         policy: Policy = "zero" if name == "gather" else "default"
-        kind = StagedCommunicator if name in ("world", "shard") else NcclCommunicator
+        rare = name in ("world", "shard", "replicate", "model", "data")
+        kind = StagedCommunicator if rare else NcclCommunicator
         where: Any = store, place, rank, size, device.torch_device
         on_device.append(kind(*where, policy=policy))
         return on_device[-1]
@@ -412,8 +413,8 @@ def _connect(
         return known[-1][1]
 
     shard_group, replicate_group = group("shard", "shard"), group("replicate", "replicate")
-    tensor_group, data_group = group("tensor", "tensor"), group("data", "replicate", "shard")
-    model_group = group("model", "shard", "tensor")
+    model_group, data_group = group("model", "shard", "tensor"), group("data", "replicate", "shard")
+    tensor_group = connected(connect, "tensor", mesh.group("tensor"))  # for activations, which are large
     gather, reduce = connected(connect, "gather", shards), connected(connect, "reduce", shards)
     if len(replicas) > 1:
         reduce = ReplicatedCommunicator(reduce, connected(connect, "reduce/replicas", replicas))

@@ -22,7 +22,7 @@ from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceEr
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered
-from ..shard.sharded_tensor import ShardedTensor
+from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
 from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
@@ -198,7 +198,7 @@ def _copy_out(state: dict[str, Any], units: list[ShardUnit]) -> None:
         if not isinstance(value, torch.Tensor):
             continue
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
-            state[key] = StateTensor.of(value.full_tensor().cpu(), OfBuffer(value))
+            state[key] = StateTensor.of(unsliced(value).cpu(), OfBuffer(value))
             continue
         lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
         if lies_in is not None:
@@ -249,10 +249,14 @@ def own_slices(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str,
     if context().tensor_group.world_size == 1:
         return state_dict
     out: Any = copy.copy(state_dict)  # with its _metadata
-    for name, parameter in named_state(module).items():
-        flat = flat_of(parameter)
-        if flat is not None and isinstance(out.get(name), torch.Tensor):
-            out[name] = flat.own_slice(parameter._index, out[name])
+    for name, value in named_state(module).items():
+        flat = flat_of(value)
+        if not isinstance(out.get(name), torch.Tensor):
+            continue
+        if flat is not None:
+            out[name] = flat.own_slice(value._index, out[name])
+        elif isinstance(value, ShardedTensor):
+            out[name] = slice_for(value, out[name])
     return out  # type: ignore[no-any-return]
 
 

@@ -214,6 +214,12 @@ def unsliced(tensor: ShardedTensor) -> torch.Tensor:
     return joined(place.ctx, tensor.full_tensor(), place.split_dim)
 
 
+def slice_for(tensor: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
+    """What ``tensor`` has of ``whole``, which is as ``unsliced`` gives it; any other tensor as it is."""
+    place = tensor.part.place
+    return own_slice(place.ctx, whole, place.split_dim if tuple(whole.shape) == place.whole_shape else None)
+
+
 def whole_operands(args: Any, kwargs: Any) -> Any:
     """``args`` and ``kwargs`` with every ShardedTensor gathered.  Collective if there are any."""
     return tree_map(lambda x: x.full_tensor() if isinstance(x, ShardedTensor) else x, (args, kwargs))

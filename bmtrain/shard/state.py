@@ -13,7 +13,7 @@ from .engine import engine
 from .flat import place_of
 from .gathered import keep_rank_0s
 from .parameter import DistributedParameter
-from .sharded_tensor import written_by
+from .sharded_tensor import ShardedTensor, slice_for, unsliced, written_by
 
 _T = torch.Tensor
 
@@ -148,10 +148,12 @@ class OfBuffer:
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
-        copy.copy_(self._buffer)
+        copy.copy_(unsliced(self._buffer) if isinstance(self._buffer, ShardedTensor) else self._buffer)
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``."""
+        if isinstance(self._buffer, ShardedTensor):
+            copy = slice_for(self._buffer, copy)
         with torch.no_grad():
             self._buffer.copy_(copy)
 

@@ -267,6 +267,25 @@ def test_values_outside_of_forwards(ranks: int, tmp_path: Path) -> None:
     run_ranks(ranks, values_outside, str(tmp_path), init={"tp_size": 2})
 
 
+def with_an_average() -> None:
+    """A buffer made of a slice is one, too."""
+    reference, model = pair()
+    model.layers[0].register_buffer("average", model.layers[0].down.weight.data.clone())
+    reference.layers[0].register_buffer("average", reference.layers[0].down.weight.detach().clone())
+    oracle.assert_same_weights(model, reference, exact=True)
+    model.state_dict()["layers.0.average"][2, 3:7] = 5.0
+    reference.layers[0].average[2, 3:7] = 5.0
+    oracle.assert_same_weights(model, reference, exact=True)
+    with torch.no_grad():
+        model.layers[0].average.zero_()
+    model.load_state_dict(reference.state_dict())
+    oracle.assert_same_weights(model, reference, exact=True)
+
+
+def test_buffers_made_of_slices() -> None:
+    run_ranks(2, with_an_average, init={"tp_size": 2})
+
+
 def built_on_meta() -> dict[str, torch.Tensor]:
     torch.manual_seed(3)
     with torch.device("meta"):
