@@ -36,8 +36,9 @@ from .sharded_tensor import ShardedTensor, part_of
 from .slices import joined, own_slice, whole_shape
 from .writes import Writes
 
-_ALIKE = 0.01
-"""By how much norms of one gradient may differ, relatively, that ranks compute in low precision and any order."""
+_ALIKE, _COMPARED = 0.05, 3
+"""How much of its norm sums of a gradient may differ by that ranks compute alike, in low precision and any order; and
+how many of the first reductions are compared."""
 
 
 class Unit(Protocol):
@@ -112,7 +113,7 @@ class FlatShard:
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
         self._writes = Writes(self.params)
-        self._is_compared = self.is_slice or self.unit.ctx.tensor_group.world_size == 1
+        self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
     def _new_gradient(self) -> ShardGradient:
         ctx = self.unit.ctx
@@ -396,7 +397,7 @@ class FlatShard:
         buffer, landed = self.landing.take()
         with torch.no_grad():
             self._collect(buffer.views(self.layout), landed)
-            if not self._is_compared:
+            if self._compares:
                 self._require_alike(buffer.views(self.layout))
             if self.unit.ctx.world_size == 1:
                 self.gradient.take(buffer)
@@ -409,13 +410,16 @@ class FlatShard:
     def _require_alike(self, whole: list[torch.Tensor]) -> None:
         """Raises ConfigurationError when tensor-parallel ranks have computed different gradients of what is no slice.
 
-        Collective in the tensor-parallel group, once.
+        Collective in the tensor-parallel group.
         """
-        self._is_compared, group = True, self.unit.ctx.tensor_group
-        norms = torch.stack([gradient.norm().double() for gradient in whole])
-        every = norms.new_empty((group.world_size, *norms.shape))
-        group.all_gather(norms, every)
-        differing = ((every.amax(0) - every.amin(0)) > _ALIKE * every.amax(0)).tolist()
+        self._compares -= 1
+        group = self.unit.ctx.tensor_group
+        real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in whole]
+        facts = torch.stack([_facts(gradient.view(-1)) for gradient in real])
+        every = facts.new_empty((group.world_size, *facts.shape))
+        group.all_gather(facts, every)
+        apart, norms = (every.amax(0) - every.amin(0)).amax(1), every[:, :, 0].amax(0)
+        differing = (apart > _ALIKE * norms).tolist()
         names = [name for name, differs in zip(self.names, differing, strict=True) if differs]
         if names:
             raise ConfigurationError(
@@ -488,6 +492,15 @@ class FlatShard:
                 "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",
                 stacklevel=2,
             )
+
+
+def _facts(gradient: torch.Tensor) -> torch.Tensor:
+    """(4,) the norm and some sums of (n,) a gradient: two that have all of these in common are the same."""
+    middle, kind = gradient.numel() // 2, torch.float32
+    halves = gradient[:middle].sum(dtype=kind), gradient[middle:].sum(dtype=kind)
+    rows = gradient[::2].sum(dtype=kind), gradient[1::2].sum(dtype=kind)
+    norm = torch.linalg.vector_norm(gradient, dtype=kind)
+    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
 
 
 def flat_of(parameter: object) -> FlatShard | None:
