@@ -4,7 +4,7 @@ from . import requirements as _requirements  # noqa: F401 # isort: skip - first:
 from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
 from .checkpoint import load, save, save_checkpoint
-from .context import deterministic, init_distributed, is_initialized, own_random, rank, shutdown, world_size
+from .context import deterministic, init_distributed, is_initialized, mesh, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .meter import Meter
@@ -81,6 +81,7 @@ __all__ = [
     "loss",
     "lr_scheduler",
     "mean",
+    "mesh",
     "nccl",
     "nn",
     "on_rank_0",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,21 +18,33 @@ _AT_ONCE = 1 << 17  # words whose products stay in a CPU's cache
 _FACTOR = 0x1E3779B97F4A7C15  # odd, so that no difference is multiplied away
 
 
-def follow_rank_0(ctx: Context, what: str, values: Mapping[str, torch.Tensor]) -> list[str]:
-    """Overwrite ``values`` by rank 0's where ``differing`` names them; returns those names.  Collective."""
-    names = differing(ctx, what, values)
+def follow_rank_0(
+    ctx: Context, what: str, values: Mapping[str, torch.Tensor], slices: Collection[str] = ()
+) -> list[str]:
+    """Overwrite ``values`` by rank 0's where ``differing`` names them; returns those names.  Collective.
+
+    Of ``slices``, the first rank's that holds the same slices.
+    """
+    names = differing(ctx, what, values, slices=slices)
     with torch.no_grad():
         for name in names:
             sent = values[name].detach().to(ctx.device.torch_device).contiguous()
-            ctx.world.broadcast(sent.view(-1).view(torch.uint8), 0)
+            (ctx.data_group if name in slices else ctx.world).broadcast(sent.view(-1).view(torch.uint8), 0)
             values[name].copy_(sent)
     return names
 
 
-def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor], others: Sequence[str] = ()) -> list[str]:
+def differing(
+    ctx: Context,
+    what: str,
+    values: Mapping[str, torch.Tensor],
+    others: Sequence[str] = (),
+    slices: Collection[str] = (),
+) -> list[str]:
     """The names of those of ``values`` that differ between ranks in any bit.  Collective.
 
     Equal values cost one exchange of two numbers.  Those on the meta device are compared by what is known of them.
+    ``slices`` names values that tensor-parallel ranks hold slices of: only ranks that hold the same ones compare them.
 
     Raises ConfigurationError on every rank, naming the first difference, unless names, shapes, dtypes and what trains
     are the same on all ranks, and ``others``, what else is known; ``what`` names the whole in it.
@@ -49,6 +62,11 @@ def differing(ctx: Context, what: str, values: Mapping[str, torch.Tensor], other
             raise ConfigurationError(_first_difference(what, allgather_objects(facts)))
         every = _from_all(ctx, digests)
         differs = (every != every[0]).any(0).tolist()
+        if slices:
+            mesh = ctx.topology.mesh
+            firsts = [replace(mesh, rank=rank).group("replicate", "shard")[0] for rank in range(ctx.world_size)]
+            of_slices = (every != every[firsts]).any(0).tolist()
+            differs = [s if name in slices else d for name, d, s in zip(values, differs, of_slices, strict=True)]
         return [name for name, differ in zip(values, differs, strict=True) if differ]
 
 

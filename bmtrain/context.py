@@ -23,6 +23,7 @@ from .comm import (
     GlooCommunicator,
     LocalCommunicator,
     Meeting,
+    ReplicatedCommunicator,
     WatchedCommunicator,
     let_others_speak_first,
     meet,
@@ -37,7 +38,7 @@ from .device import (
 )
 from .errors import CommunicationError, ConfigurationError, NotInitializedError, UnsupportedError
 from .precision import Precision, as_precision
-from .topology import Topology
+from .topology import Dimension, Mesh, Topology
 from .watch import Diary, Hooks, Interrupts, Timeouts, Watchdog
 from .watch import start as start_watchdog
 
@@ -58,7 +59,7 @@ class Engine(Protocol):
         """
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
-        """``Communicator.all_gather`` as part of ``what``; raises RankDivergenceError as above."""
+        """``all_gather`` in the shard group as part of ``what``; raises RankDivergenceError as above."""
 
 
 class BackgroundWriter(Protocol):
@@ -84,13 +85,25 @@ class Context:
     device: Device
     store: Store
     world: Communicator
-    """Collectives of user code, on tensors of ``device``."""
+    """All ranks: what they agree on, and collectives of user code, on tensors of ``device``."""
     control: Communicator
-    """Small facts and objects, always on CPU tensors."""
+    """All ranks: small facts and objects, always on CPU tensors."""
+    shard_group: Communicator
+    """The ranks that keep the parts of one copy of the parameters: what is made of the parts; ``world`` if all do."""
+    replicate_group: Communicator
+    """The ranks that keep the same parts as this one, in other replicas."""
+    tensor_group: Communicator
+    """The ranks that hold the slices of one tensor-parallel layer."""
+    model_group: Communicator
+    """The ranks that hold one replica of the model: ``shard_group``, in all its slices."""
+    data_group: Communicator
+    """The ranks that hold the same slices and see different data; ``world`` without tensor parallelism."""
     gather: Communicator
-    """Gathers of parameters; apart from ``reduce``, so that neither waits for the other."""
+    """Gathers of parameters in the shard group; apart from ``reduce``, so that neither waits for the other."""
     reduce: Communicator
-    """Reductions of gradients."""
+    """Reductions of gradients: their sum over all ranks that see different data, of which this one keeps its part."""
+    reduce_unsliced: Communicator
+    """The same for parameters that are no slices, which tensor-parallel ranks keep alike: their sum over these, too."""
     timeout: timedelta
     """The longest that ranks wait for each other."""
     diary: Diary
@@ -129,6 +142,11 @@ class Context:
         """How many processes there are."""
         return self.topology.world_size
 
+    @property
+    def shard_rank(self) -> int:
+        """Which parts of parameters this process keeps."""
+        return self.topology.shard_rank
+
     def host_group(self, name: str, timeout: timedelta) -> Communicator:
         """All ranks once more, on CPU tensors, for a thread of its own.  Collective."""
         self.groups += 1
@@ -137,13 +155,18 @@ class Context:
         store = PrefixStore(f"{name}/{self.groups}", self.store)
         return GlooCommunicator(store, self.rank, self.world_size, timeout)
 
+    @property
+    def _communicators(self) -> tuple[Communicator, ...]:
+        groups = self.shard_group, self.replicate_group, self.tensor_group, self.model_group, self.data_group
+        return self.gather, self.reduce, self.reduce_unsliced, *groups, self.world, self.control
+
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards.
 
         What works on a device is left to the watchdog, where there is one: it may take longer than the caller can wait.
         """
         apart = self.watchdog is not None and self.device.is_cuda
-        for communicator in (self.control,) if apart else (self.gather, self.reduce, self.world, self.control):
+        for communicator in (self.control,) if apart else self._communicators:
             communicator.abort()
 
     def close(self) -> None:
@@ -151,7 +174,7 @@ class Context:
         self.interrupts.close()
         if self.watchdog is not None:
             self.watchdog.leave()
-        for communicator in (self.gather, self.reduce, self.world, self.control):
+        for communicator in self._communicators:
             communicator.close()
 
 
@@ -192,6 +215,14 @@ def world_size() -> int:
     return _State.context.world_size if _State.context else 1
 
 
+def mesh() -> Mesh:
+    """The ranks as a grid with named dimensions: their sizes, this process's coordinates, who forms which group.
+
+    Raises NotInitializedError before ``init_distributed``.
+    """
+    return context().topology.mesh
+
+
 def synchronize() -> None:
     """Wait until every rank has come here and all its device work is done; free what deleted models held."""
     here = context()
@@ -215,6 +246,7 @@ def init_distributed(
     random: Random = "own",
     gradients: Gradients = "mean",
     memory: MemoryUse | float = "auto",
+    shard_size: int | None = None,
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -227,7 +259,9 @@ def init_distributed(
     Args:
         init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
         seed: for all generators, the same on all ranks.
-        pipe_size, num_micro_batches, tp_size: pipeline and tensor parallelism; only 1 (or -1 for the pipeline) yet.
+        pipe_size, num_micro_batches: pipeline parallelism; only 1 or -1 yet.
+        tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
+            the same data.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
         schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
         timeout: how long ranks wait for each other before the job is ended, in all cases or (bmt.Timeouts) at the
@@ -247,6 +281,10 @@ def init_distributed(
             their activations, parameters stay whole from step to step; what stays is given up when memory becomes
             scarce. A number: the same within so many GiB for each process. "lean": nothing is kept. The results are
             the same. On a CPU nothing is kept. All ranks say the same.
+        shard_size: spread parameters, gradients and optimizer states over groups of this many ranks that follow each
+            other, as those of one host do. Every group keeps all of them; gathers stay inside, and gradients are summed
+            inside and then over the groups. None: one group of all ranks, which takes least memory. Results are the
+            same up to rounding, and checkpoints fit any. All ranks say the same.
 
     Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
     """
@@ -267,12 +305,10 @@ def init_distributed(
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
-        _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1),
+        _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,
     )  # fmt: skip
-    if tp_size > 1 or pipe_size > 1:
-        raise UnsupportedError(
-            "Tensor and pipeline parallelism are not in this version; leave tp_size and pipe_size out."
-        )
+    if pipe_size > 1:
+        raise UnsupportedError("Pipeline parallelism is not in this version; leave pipe_size out.")
     chosen = choose_device(device, topology.local_rank)
     if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         let_segments_grow()
@@ -282,11 +318,10 @@ def init_distributed(
     timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout)
     meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start)
     watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
-    made = _connect(topology, Device(chosen, schedule, topology.rank), meeting, timeouts, watches)
+    made = _connect(topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
-    made.gradient_divisor = topology.world_size if gradients == "mean" else 1
-    _check_memory(made)
+    made.gradient_divisor = topology.data_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
     _State.context = made
     _seed_everything(seed)
@@ -337,8 +372,10 @@ def shutdown() -> None:
         _State.context = None
 
 
-def _connect(topology: Topology, device: Device, meeting: Meeting, timeouts: Timeouts, watches: bool) -> Context:
-    store, diary = meeting.store, Diary()
+def _connect(
+    topology: Topology, device: Device, meeting: Meeting, timeouts: Timeouts, watches: bool, memory: MemoryUse | float
+) -> Context:
+    store, diary, mesh = meeting.store, Diary(), topology.mesh
     # Who waits too long is named by the watchdog; the transport's own limit says nothing, so it comes later.
     timeout = timeouts.longest + (_LATER if watches else timedelta(0))
     on_device: list[Communicator] = []  # what another thread may end; gloo waits until its connections end
@@ -351,32 +388,64 @@ def _connect(topology: Topology, device: Device, meeting: Meeting, timeouts: Tim
             os.environ.get("BMTRAIN_DIARY_DIR", ""), hooks,
         )  # fmt: skip
 
-    def watched(name: str, communicator: Communicator) -> Communicator:
-        return communicator if watchdog is None else WatchedCommunicator(communicator, name, diary, watchdog)
+    def gloo(name: str, place: str, rank: int, size: int) -> Communicator:
+        return GlooCommunicator(PrefixStore(place, store), rank, size, timeout)
 
-    def gloo(name: str) -> Communicator:
-        if topology.world_size == 1:
-            return LocalCommunicator()
-        return watched(name, GlooCommunicator(PrefixStore(name, store), topology.rank, topology.world_size, timeout))
-
-    def nccl(name: str) -> Communicator:
+    def nccl(name: str, place: str, rank: int, size: int) -> Communicator:
         from .comm.nccl import NcclCommunicator, Policy
         from .comm.staged import StagedCommunicator
 
         # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
         policy: Policy = "zero" if name == "gather" else "default"
-        kind = StagedCommunicator if name == "world" else NcclCommunicator
-        place: Any = store, name, topology.rank, topology.world_size, device.torch_device
-        on_device.append(kind(*place, policy=policy))
-        return watched(name, on_device[-1])
+        rare = name in ("world", "shard", "replicate", "model", "data")
+        kind = StagedCommunicator if rare else NcclCommunicator
+        where: Any = store, place, rank, size, device.torch_device
+        on_device.append(kind(*where, policy=policy))
+        return on_device[-1]
 
-    control = gloo("control")
-    connect = nccl if topology.world_size > 1 and device.is_cuda else gloo
-    world, gather, reduce = connect("world"), connect("gather"), connect("reduce")
-    interrupts = Interrupts(topology.rank)
+    def connected(connect: Callable[[str, str, int, int], Communicator], name: str, ranks: list[int]) -> Communicator:
+        """``ranks``, this one among them; other groups of the same ``name`` meet elsewhere."""
+        if len(ranks) == 1:
+            return LocalCommunicator()
+        place = name if ranks == everyone else f"{name}/{ranks[0]}"
+        made = connect(name, place, ranks.index(topology.rank), len(ranks))
+        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog)
+
+    everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard"), mesh.group("replicate")
+    control = connected(gloo, "control", everyone)
+    try:
+        _check_alike(control, topology, memory)
+    except ConfigurationError:
+        if watchdog is not None:
+            watchdog.leave()
+        control.close()
+        raise
+    connect = nccl if device.is_cuda else gloo
+    world = connected(connect, "world", everyone)
+    known = [(everyone, world)]
+
+    def group(name: str, *dimensions: Dimension) -> Communicator:
+        """One more group, or one that there is already."""
+        ranks = mesh.group(*dimensions)
+        for others, made in known:
+            if others == ranks:
+                return made
+        known.append((ranks, connected(connect, name, ranks)))
+        return known[-1][1]
+
+    shard_group, replicate_group = group("shard", "shard"), group("replicate", "replicate")
+    model_group, data_group = group("model", "shard", "tensor"), group("data", "replicate", "shard")
+    tensor_group = connected(connect, "tensor", mesh.group("tensor"))  # for activations, which are large
+    gather, reduce = connected(connect, "gather", shards), connected(connect, "reduce", shards)
+    if len(replicas) > 1:
+        reduce = ReplicatedCommunicator(reduce, connected(connect, "reduce/replicas", replicas))
+    reduce_unsliced = reduce
+    if mesh.size("tensor") > 1:
+        reduce_unsliced = ReplicatedCommunicator(reduce, connected(connect, "reduce/tensor", mesh.group("tensor")))
     return Context(
-        topology, device, store, world, control, gather, reduce, timeouts.longest, diary, watchdog, interrupts
-    )
+        topology, device, store, world, control, shard_group, replicate_group, tensor_group, model_group, data_group,
+        gather, reduce, reduce_unsliced, timeouts.longest, diary, watchdog, Interrupts(topology.rank),
+    )  # fmt: skip
 
 
 def _abort(communicators: list[Communicator]) -> None:
@@ -390,14 +459,20 @@ def _check(communicators: list[Communicator]) -> None:
         communicator.check_async_error()
 
 
-def _check_memory(made: Context) -> None:
-    """Ranks decide together what memory is spent on.  Collective."""
-    own = {"lean": 0.0, "auto": -1.0}[made.memory] if isinstance(made.memory, str) else float(made.memory)
-    bounds = torch.tensor([own, -own], dtype=torch.float64, device="cpu")
-    made.control.all_reduce(bounds, "max")
-    if float(bounds[0]) != -float(bounds[1]):
-        made.close()
-        raise ConfigurationError(f"memory must be the same on all ranks; it is {made.memory!r} on rank {made.rank}.")
+def _check_alike(control: Communicator, topology: Topology, memory: MemoryUse | float) -> None:
+    """Raises ConfigurationError on every rank unless all were given the same.  Collective."""
+    asked = {"lean": 0.0, "auto": -1.0}[memory] if isinstance(memory, str) else float(memory)
+    own = torch.tensor([*map(float, topology.mesh.shape), asked], dtype=torch.float64, device="cpu")
+    bounds = torch.stack((own, -own))
+    control.all_reduce(bounds, "max")
+    *of_mesh, of_memory = (bounds[0] != -bounds[1]).tolist()
+    if any(of_mesh):
+        raise ConfigurationError(
+            "tp_size, pipe_size and shard_size must be the same on all ranks, as must their number; on rank "
+            f"{topology.rank} they make a mesh of {dict(zip(Mesh.mesh_dim_names, topology.mesh.shape, strict=True))}."
+        )
+    if of_memory:
+        raise ConfigurationError(f"memory must be the same on all ranks; it is {memory!r} on rank {topology.rank}.")
 
 
 def _integer(env: os._Environ[str], name: str, default: int) -> int:

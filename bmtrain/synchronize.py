@@ -88,6 +88,7 @@ def _number(loss: float) -> torch.Tensor:
 def gather_result(result: torch.Tensor) -> torch.Tensor:
     """All ranks' ``result`` one after the other along dimension 0, on every rank and on the device of the argument.
 
+    Tensor-parallel ranks, which see the same data, count once.
     Shapes may differ in dimension 0 only; a scalar counts as one row.  Any strides; no gradient.  Collective.
     """
     rows = result.detach().reshape(1) if result.dim() == 0 else result.detach()
@@ -97,7 +98,7 @@ def gather_result(result: torch.Tensor) -> torch.Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     gathered = distributed.all_gather(padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    return torch.cat([gathered[rank][: counts[rank]] for rank in context().topology.data_ranks])
 
 
 def total(value: ValueT, of: object = None) -> ValueT:

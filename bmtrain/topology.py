@@ -2,16 +2,82 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from math import prod
+from typing import ClassVar, Literal
 
 from .errors import ConfigurationError
+
+Dimension = Literal["replicate", "shard", "pipe", "tensor"]
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """All ranks as a grid of four dimensions, numbered row by row: a tensor-parallel group is of neighbours.
+
+    The names are those of ``torch.distributed.device_mesh.DeviceMesh``; it needs no process groups of torch's.
+
+    replicate   ranks that keep the same parts of parameters
+    shard       ranks that keep the parts of one copy of the parameters
+    pipe        stages of one pipeline
+    tensor      ranks that hold the slices of one tensor-parallel layer
+
+    Ranks that differ in ``replicate`` or ``shard`` train on different data.
+    """
+
+    shape: tuple[int, int, int, int]
+    rank: int
+
+    mesh_dim_names: ClassVar[tuple[Dimension, ...]] = ("replicate", "shard", "pipe", "tensor")
+
+    def size(self, name: Dimension | None = None) -> int:
+        """How many ranks there are along dimension ``name``, or in all."""
+        return prod(self.shape) if name is None else self.shape[self._index(name)]
+
+    def get_rank(self) -> int:
+        """This process among all."""
+        return self.rank
+
+    def get_local_rank(self, name: Dimension) -> int:
+        """This process's coordinate along dimension ``name``."""
+        return self.get_coordinate()[self._index(name)]
+
+    def get_coordinate(self) -> tuple[int, ...]:
+        """All four coordinates of this process."""
+        found, rest = [], self.rank
+        for size in reversed(self.shape):
+            rest, coordinate = divmod(rest, size)
+            found.append(coordinate)
+        return tuple(reversed(found))
+
+    def group(self, *names: Dimension) -> list[int]:
+        """The ranks that differ from this one along the dimensions ``names`` only, itself included, in order."""
+        free = {self._index(name) for name in names}
+        ranges = [
+            range(size) if index in free else range(here, here + 1)
+            for index, (size, here) in enumerate(zip(self.shape, self.get_coordinate(), strict=True))
+        ]
+        return [self._at(coordinate) for coordinate in product(*ranges)]
+
+    def _at(self, coordinate: tuple[int, ...]) -> int:
+        rank = 0
+        for size, here in zip(self.shape, coordinate, strict=True):
+            rank = rank * size + here
+        return rank
+
+    def _index(self, name: str) -> int:
+        if name not in self.mesh_dim_names:
+            raise ConfigurationError(f"The mesh has the dimensions {', '.join(self.mesh_dim_names)}, not {name!r}.")
+        return self.mesh_dim_names.index(name)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Where one rank stands in the world.
+    """Where one rank stands among all: on its host and, by ``mesh``, in the job.
 
-    The world is laid out as (data, pipeline, tensor), tensor-parallel ranks adjacent.
+    ``shard_size`` None: all ranks that see different data.
     """
 
     rank: int = 0
@@ -20,6 +86,7 @@ class Topology:
     local_size: int = 1
     tp_size: int = 1
     pipe_size: int = 1
+    shard_size: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
@@ -31,21 +98,46 @@ class Topology:
                 f"The world size {self.world_size} is not divisible by pipe_size * tp_size = "
                 f"{self.pipe_size} * {self.tp_size}. Start a multiple of {self.pipe_size * self.tp_size} processes."
             )
+        size = self.shard_size
+        if size is not None and (type(size) is not int or size < 1 or self.data_size % size):
+            ranks = "ranks" if self.data_size == self.world_size else "ranks that see different data"
+            good = [n for n in range(1, self.data_size + 1) if not self.data_size % n]
+            raise ConfigurationError(
+                f"shard_size is {size!r}, which does not divide the {self.data_size} {ranks}. Parameters are sharded "
+                f"over groups of shard_size ranks, all equally large: use one of {good}, such as the number of GPUs "
+                "of one host."
+            )
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The ranks as a grid."""
+        shard = self.shard_size or self.data_size
+        return Mesh((self.data_size // shard, shard, self.pipe_size, self.tp_size), self.rank)
+
+    @cached_property
+    def shard_rank(self) -> int:
+        """Which parts of parameters this rank keeps."""
+        return self.mesh.get_local_rank("shard")
 
     @property
     def tp_rank(self) -> int:
         """Position within the tensor-parallel group."""
-        return self.rank % self.tp_size
+        return self.mesh.get_local_rank("tensor")
 
     @property
     def pipe_rank(self) -> int:
         """Pipeline stage."""
-        return self.rank // self.tp_size % self.pipe_size
+        return self.mesh.get_local_rank("pipe")
 
-    @property
+    @cached_property
     def data_rank(self) -> int:
         """Position among the ranks that see different data."""
-        return self.rank // (self.tp_size * self.pipe_size)
+        return self.mesh.group("replicate", "shard").index(self.rank)
+
+    @property
+    def data_ranks(self) -> list[int]:
+        """Of the ranks that see the same data, the first of each."""
+        return replace(self.mesh, rank=0).group("replicate", "shard")
 
     @property
     def data_size(self) -> int:
@@ -54,14 +146,11 @@ class Topology:
 
     def tp_group(self) -> list[int]:
         """Ranks that hold the slices of one tensor-parallel layer with this rank."""
-        first = self.rank - self.tp_rank
-        return list(range(first, first + self.tp_size))
+        return self.mesh.group("tensor")
 
     def pipe_group(self) -> list[int]:
         """Ranks that hold the stages of one pipeline with this rank."""
-        stride = self.tp_size
-        first = self.rank - self.pipe_rank * stride
-        return [first + stage * stride for stage in range(self.pipe_size)]
+        return self.mesh.group("pipe")
 
 
 def share(total: int, parts: int, index: int) -> range:

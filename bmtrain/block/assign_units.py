@@ -12,7 +12,7 @@ from torch import nn
 from ..alike import follow_rank_0
 from ..errors import ConfigurationError
 from ..shard.flat import flat_of
-from ..shard.parameter import DistributedParameter, as_distributed, init_method_of
+from ..shard.parameter import DistributedParameter, as_distributed, init_method_of, split_dim_of
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .autocast_switches import switches_autocast
@@ -49,14 +49,15 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     device, kind = pools.ctx.device.torch_device, type(root).__name__
     # Of those that are initialised later no one expects that they are equal now.
     later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
-    differing = follow_rank_0(pools.ctx, kind, _initial_values(root, groups))
+    slices = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if split_dim_of(p) is not None}
+    differing = follow_rank_0(pools.ctx, kind, _initial_values(root, groups), slices)
     check_buffers(root)
     units = []
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
         made = {n: new for n, new, old in zip(group.names, whole, group.parameters, strict=True) if new is not old}
         if made:
-            differing += follow_rank_0(pools.ctx, kind, made)
+            differing += follow_rank_0(pools.ctx, kind, made, slices)
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
         record = become(group.owner, ShardedModule)

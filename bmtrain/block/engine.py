@@ -22,6 +22,7 @@ from .first_batches import FirstBatches
 from .frame import Frame
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
+from .replicas import Replicas
 from .schedule import Schedule
 from .state import attribute
 from .summary import summary
@@ -38,7 +39,8 @@ class Engine:
     """Gathers along the observed order, reduces as the backward passes, and gathers on demand what was not foreseen.
 
     Made of ``schedule`` (which unit when; ``schedule.whole``: who is whole, and why), ``backward`` (what autograd comes
-    back to), ``plan`` (what memory is spent on) and ``outside`` (whole units where no forward of their module runs).
+    back to), ``plan`` (what memory is spent on), ``outside`` (whole units where no forward of their module runs) and
+    ``replicas`` (what keeps copies of the parameters equal, where there are several).
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -50,6 +52,7 @@ class Engine:
         self.first_batches = FirstBatches(ctx)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self._is_told = False
+        self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
     # -- sharding -------------------------------------------------------------------------------------------------
 
@@ -77,9 +80,9 @@ class Engine:
         self.schedule.trace.comes_to(what)
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
-        """The same for what ends in gathering ``shard`` into ``whole``.  Collective."""
+        """The same for what ends in gathering ``shard`` into ``whole``, in the shard group.  Collective."""
         self.schedule.trace.comes_to(what)
-        self.ctx.world.all_gather(shard, whole)
+        self.ctx.shard_group.all_gather(shard, whole)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -207,6 +210,8 @@ class Engine:
             )
         self.outside.let_go()
         self.backward.finish()
+        if self.replicas is not None:
+            self.replicas.ask()
 
     def updated(self, unit: ShardUnit) -> None:
         """An optimizer has just changed all of ``unit``.  Collective."""
@@ -215,6 +220,8 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.ctx.diary.step += 1
+        if self.replicas is not None:
+            self.replicas.level()
         if not self._is_told:
             self._is_told = True
             self._tell()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import ConfigurationError
-from ..shard.parameter import as_distributed, group_of, init_method_of
+from ..shard.gathered import initialise
+from ..shard.parameter import as_distributed, group_of, init_method_of, split_dim_of
 from .sharded import ShardedModule
 
 
@@ -61,7 +62,7 @@ def _some(names: Sequence[str]) -> str:
 def _allocate(old: nn.Parameter, device: torch.device) -> nn.Parameter:
     fill = float("nan") if old.is_floating_point() or old.is_complex() else 0
     new = as_distributed(nn.Parameter(torch.full(old.shape, fill, dtype=old.dtype, device=device), old.requires_grad))
-    new._init_method, new._group = init_method_of(old), group_of(old)
+    new._init_method, new._group, new._split_dim = init_method_of(old), group_of(old), split_dim_of(old)
     return new
 
 
@@ -80,7 +81,7 @@ def _initialise(
     for parameter in parameters:
         method = init_method_of(parameter)
         if callable(method):
-            method(parameter)
+            initialise(parameter, method)
 
 
 def _own_modules(owner: nn.Module) -> Iterator[nn.Module]:

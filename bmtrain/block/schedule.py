@@ -16,7 +16,12 @@ from .whole_units import WholeUnits
 
 
 class Schedule:
-    """All units of this process, and the collectives that they need, in an order that is the same on all ranks."""
+    """All units of this process, and the collectives that they need, in an order that is the same on all ranks.
+
+    Attributes:
+        units: those that there are still, by their place in the order.
+        registered: how many there have been.
+    """
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
@@ -25,13 +30,13 @@ class Schedule:
         # With a watchdog nobody is waited for who differs or is gone, so that slowness alone may take its time.
         self.trace = Trace(ctx, ctx.timeout if ctx.watchdog is not None else min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
-        self._next_index = 0
+        self.registered = 0
 
     def register(self, unit: ShardUnit) -> None:
         """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
         if unit.index < 0:
-            unit.index = self._next_index
-            self._next_index += 1
+            unit.index = self.registered
+            self.registered += 1
             self.units[unit.index] = unit
 
     def register_copies(self) -> None:

@@ -24,7 +24,7 @@ from ..errors import BMTrainError, CheckpointError, DeviceError, UnsupportedErro
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered, units_of
-from ..shard.sharded_tensor import ShardedTensor
+from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
 from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
@@ -86,6 +86,7 @@ class ShardedModule(nn.Module):
         """
         if unit_of(self) is not None:
             require_same(self, state_dict)
+        state_dict = own_slices(self, state_dict)
         if _renames(self):  # torch's own checks know better, but come when half is loaded
             with _undone_by_errors(self):
                 result = super().load_state_dict(state_dict, strict)
@@ -271,13 +272,22 @@ def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], others: s
         if not isinstance(value, torch.Tensor) or key in others:
             continue
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
-            state[key] = copied(value.full_tensor(), OfBuffer(value))
+            state[key] = copied(unsliced(value), OfBuffer(value))
             continue
         lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
-                copies[place] = copied(value, _original(value, *lies_in))
+                original = _original(value, *lies_in)
+                flat, values = lies_in[0], value.detach()
+                if flat.is_slice:
+                    if not isinstance(original, OfParameter):
+                        raise UnsupportedError(
+                            f"A state_dict hook has made {key!r} of a part of a parameter of which tensor-parallel "
+                            "ranks have slices, so that the whole is not known. Split it after state_dict() instead."
+                        )
+                    values = flat.joined(original.index, values)
+                copies[place] = copied(values, original)
             state[key] = copies[place]
         elif apart and to_cpu and not isinstance(value, StateTensor):
             state[key] = copied(value, OfBuffer(value))
@@ -298,6 +308,22 @@ def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     others = [f"{k} ({type(v).__name__})" for k, v in given.items() if k not in tensors]
     advice = "Read the same file on every rank, or use bmt.load(model, path)."
     require_same_values("state dict", kind, tensors, others, advice)
+
+
+def own_slices(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state_dict`` with this rank's slices in place of what tensor-parallel layers hold slices of."""
+    if context().tensor_group.world_size == 1:
+        return state_dict
+    out: Any = copy.copy(state_dict)  # with its _metadata
+    for name, value in named_state(module).items():
+        flat = flat_of(value)
+        if not isinstance(out.get(name), torch.Tensor):
+            continue
+        if flat is not None:
+            out[name] = flat.own_slice(value._index, out[name])
+        elif isinstance(value, ShardedTensor):
+            out[name] = slice_for(value, out[name])
+    return out  # type: ignore[no-any-return]
 
 
 def _renames(module: nn.Module) -> bool:

@@ -23,6 +23,24 @@ class Box(NamedTuple):
         return self.start + prod(self.sizes)
 
 
+class Region(NamedTuple):
+    """Part of a whole tensor: that of this shape from ``offsets`` on.  Its elements are counted by themselves."""
+
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    whole: tuple[int, ...]
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Region:
+        """All of a tensor."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
+
+    def boxes(self, start: int, end: int, most: int) -> Iterator[Box]:
+        """As ``boxes`` below, of this part, with the offsets that they have in the whole tensor."""
+        for box in boxes(self.shape, start, end, most):
+            yield box._replace(offsets=tuple(a + b for a, b in zip(self.offsets, box.offsets, strict=True)))
+
+
 def boxes(shape: Sequence[int], start: int, end: int, most: int) -> Iterator[Box]:
     """The range from ``start`` to ``end`` of a tensor of this shape, row by row, as few boxes in order.
 

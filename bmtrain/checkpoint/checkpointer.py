@@ -31,9 +31,11 @@ from ..shard.flat import flat_of
 from ..shard.in_parts import Owned, part_at
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor
+from ..topology import share
 from ..wire import from_bytes, to_bytes
 from . import folder as folders
 from . import storage
+from .boxes import Region
 from .data import ResumableLoader
 from .holders import Holder, holders
 from .preemption import Preemption
@@ -285,23 +287,26 @@ class Checkpointer:
         if not wait:
             pieces = [self._copied(piece) for piece in pieces]
             self._device.synchronize()
-        known = {n: (list(v.shape), str(v.dtype).removeprefix("torch.")) for n, v in tensors.items()}
+        known = {n: (list(_region_of(v).whole), str(v.dtype).removeprefix("torch.")) for n, v in tensors.items()}
         return _Staged(step, pieces, known, paths)
 
     def _piece(self, name: str, value: Any, of_rank_0: list[str]) -> list[Piece]:
         """What this rank writes of one tensor, if anything."""
-        shape, start = tuple(value.shape), 0
-        numel = prod(shape)
+        region, start = _region_of(value), 0
+        numel = prod(region.shape)
         if isinstance(value, ShardedTensor):
-            kept = value.part.place.ranges[self._rank]
-            start, numel, read = kept.start, kept.stop - kept.start, value.part.read
+            place, part = value.part.place, value.part
+            kept = place.kept
+            # Ranks that keep the same part share the work.
+            own = share(kept.stop - kept.start, len(place.copies), place.copies.index(self._rank))
+            start, numel, read = kept.start + own.start, len(own), lambda: part.read()[own.start : own.stop]
         elif isinstance(value, Owned):
             numel, read = numel if value.owner == self._rank else 0, partial(_flat, value.values)  # type: ignore[arg-type]
         else:
             large = numel * value.element_size() > _SMALL and name not in of_rank_0
             writer = zlib.crc32(name.encode()) % self._world_size if large else 0
             numel, read = numel if writer == self._rank else 0, partial(_flat, value.detach())
-        return [Piece(name, shape, value.dtype, start, numel, read)] if numel else []
+        return [Piece(name, region, value.dtype, start, numel, read)] if numel else []
 
     def _copied(self, piece: Piece) -> Piece:
         """The same from memory that training does not change."""
@@ -425,7 +430,7 @@ class Checkpointer:
     def _read(self, stored: Stored) -> tuple[dict[str, Any], dict[str, Any]]:
         """The shared state, in which tensors are this rank's part, and what is this rank's own."""
         stored.check_sizes()
-        targets: list[tuple[str, int, torch.Tensor]] = []
+        targets: list[tuple[str, Region, int, torch.Tensor]] = []
         made: dict[tuple[str, int], Any] = {}
 
         def target(path: tuple[Any, ...], name: str) -> Any:
@@ -436,9 +441,10 @@ class Checkpointer:
                 return ABSENT
             key = (name, id(wanted))
             if key not in made:
-                kept = wanted.ranges[self._rank] if isinstance(wanted, Place) else slice(0, known.size.numel())
+                kept = wanted.kept if isinstance(wanted, Place) else slice(0, known.size.numel())
+                region = _region_at(wanted) if isinstance(wanted, Place) else Region.of(known.size)
                 out = torch.empty(kept.stop - kept.start, dtype=known.properties.dtype, device="cpu")
-                targets.append((name, kept.start, out))
+                targets.append((name, region, kept.start, out))
                 made[key] = part_at(wanted, out) if isinstance(wanted, Place) else out.view(known.size)
             return made[key]
 
@@ -458,6 +464,23 @@ class Checkpointer:
             )
         stored.read(targets)
         return state, own
+
+
+def _region_at(place: Place) -> Region:
+    return Region(place.shape, place.offsets, place.whole_shape)
+
+
+def _region_of(value: Any) -> Region:
+    """What this rank and those that have its slices hold of a tensor."""
+    if not isinstance(value, ShardedTensor) or value.part.place.split_dim is None:
+        return Region.of(value.shape)
+    place = value.part.place
+    if value.shape != place.shape:
+        raise CheckpointError(
+            f"a view of {place.name} has another shape; give the tensor-parallel parameter's own shape, "
+            f"{tuple(place.shape)}"
+        )
+    return _region_at(place)
 
 
 def _is_owned(value: Any) -> bool:

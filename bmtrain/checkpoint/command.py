@@ -23,6 +23,7 @@ from ..errors import CheckpointError
 from ..wire import to_bytes
 from . import folder as folders
 from . import storage
+from .boxes import Region
 from .storage import RANK, STATE, Piece, Stored
 from .tree import decode, encode
 
@@ -289,7 +290,7 @@ def _from_file(file: _File, folder: Path) -> None:
     written = folders.writing_path(folder, 0, uuid.uuid4().hex[:12])
     written.mkdir()
     pieces = [
-        Piece(n, tuple(t.shape), t.dtype, 0, t.numel(), lambda t=t: t.detach().reshape(-1))  # type: ignore[misc]
+        Piece(n, Region.of(t.shape), t.dtype, 0, t.numel(), lambda t=t: t.detach().reshape(-1))  # type: ignore[misc]
         for n, t in tensors.items()
         if t.numel()
     ]

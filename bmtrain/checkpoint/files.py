@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..block.record import unit_of
-from ..block.sharded import ShardedModule, require_same
+from ..block.sharded import ShardedModule, own_slices, require_same
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
@@ -166,6 +166,7 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
         state = _from_rank_0(ctx, state)
     if not isinstance(model, ShardedModule) or unit_of(model) is None:  # those compare by themselves
         require_same(model, state)
+        state = own_slices(model, state)
     return model.load_state_dict(state, strict)
 
 

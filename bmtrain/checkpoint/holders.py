@@ -107,7 +107,11 @@ class Values:
                 value = value[key]
             except (LookupError, TypeError):
                 return True
-        fits = isinstance(value, ShardedTensor) and tuple(value.shape) == shape and value.part.place.shape == shape
+        fits = (
+            isinstance(value, ShardedTensor)
+            and value.part.place.whole_shape == shape
+            and value.shape == value.part.place.shape
+        )
         return value.part.place if fits else True
 
     def check_parts(self, state: Any) -> None:

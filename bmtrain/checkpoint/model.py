@@ -55,7 +55,7 @@ class ModelParts:
         if isinstance(value, ShardedTensor):
             return value.part.place
         flat = flat_of(value)
-        if value is None or flat is None or tuple(value.shape) != shape:
+        if value is None or flat is None or flat.whole_shape(place_of(value)[1]) != shape:
             return True
         return flat.place_of(place_of(value)[1])
 

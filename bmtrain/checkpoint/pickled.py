@@ -21,10 +21,11 @@ from ..block.record import Record, record_of
 from ..block.sharded import ShardedModule
 from ..block.state import state_for_pickle
 from ..context import context, is_initialized
+from ..errors import UnsupportedError
 from ..shard.engine import engine
 from ..shard.gathered import gathered
-from ..shard.parameter import DistributedParameter
-from ..shard.sharded_tensor import ShardedTensor
+from ..shard.parameter import DistributedParameter, split_dim_of
+from ..shard.sharded_tensor import ShardedTensor, unsliced
 
 
 class Pickler(pickle.Pickler):
@@ -73,6 +74,11 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
 def whole(obj: Any) -> Iterator[bool]:
     """Gather the models in ``obj``, its dicts, lists and tuples; gives whether there are any.  Collective if so."""
     models = list(_models(obj))
+    if any(split_dim_of(parameter) is not None for model in models for parameter in model.parameters()):
+        raise UnsupportedError(
+            "A model of which tensor-parallel ranks have slices cannot be pickled. Save its state dict: "
+            "bmt.save(model, path), or bmt.save_checkpoint(model.state_dict(), path)."
+        )
     with gathered([parameter for model in models for parameter in model.parameters()]):
         for model in models:
             model.__dict__["_bmt_outermost"] = True
@@ -101,7 +107,7 @@ def with_whole_tensors(obj: Any) -> Any:
 def _joined(obj: Any, known: dict[int, torch.Tensor]) -> Any:
     if isinstance(obj, ShardedTensor):
         if id(obj) not in known:
-            known[id(obj)] = obj.full_tensor().cpu()
+            known[id(obj)] = unsliced(obj).cpu()
         return known[id(obj)]
     if isinstance(obj, dict):
         changed = {key: made for key, value in obj.items() if (made := _joined(value, known)) is not value}

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..errors import CheckpointError
-from .boxes import boxes
+from .boxes import Region
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 FORMAT = 1
@@ -49,7 +49,7 @@ _ALL = 1 << 62
 
 @dataclass(frozen=True)
 class Piece:
-    """What one rank writes of one tensor: the elements from ``start`` on in the flattened whole.
+    """What one rank writes of one tensor: the elements from ``start`` on in its flattened ``region``.
 
     Attributes:
         read: gives them, (n,) on any device, when they are written.
@@ -57,7 +57,7 @@ class Piece:
     """
 
     name: str
-    shape: tuple[int, ...]
+    region: Region
     dtype: torch.dtype
     start: int
     numel: int
@@ -132,16 +132,17 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Recor
         for piece in pieces:
             values = piece.read().detach()
             most = max(1, _MOST // values.element_size())
-            for box in boxes(piece.shape, piece.start, piece.start + piece.numel, most):
+            for box in piece.region.boxes(piece.start, piece.start + piece.numel, most):
                 chunk = values[box.start - piece.start : box.end - piece.start].view(box.sizes)
                 position = out.position
                 out.restart()
                 # A copy, as torch.save writes all of the memory that a view is part of.
                 out.save(chunk.to("cpu", copy=True))
+                dtype = str(piece.dtype).removeprefix("torch.")
                 records.append(
                     Record(
-                        piece.name, list(piece.shape), str(piece.dtype).removeprefix("torch."), list(box.offsets),
-                        list(box.sizes), name, position, out.position - position, out.crc32,
+                        piece.name, list(piece.region.whole), dtype, list(box.offsets), list(box.sizes), name, position,
+                        out.position - position, out.crc32,
                     )
                 )  # fmt: skip
             del values
@@ -248,9 +249,9 @@ class _Into(DefaultLoadPlanner):
         self._boxes: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self.items: list[ReadItem] = []
 
-    def add(self, name: str, known: TensorStorageMetadata, start: int, out: torch.Tensor) -> None:
+    def add(self, name: str, known: TensorStorageMetadata, region: Region, start: int, out: torch.Tensor) -> None:
         chunks = []
-        for box in boxes(known.size, start, start + out.numel(), _ALL):
+        for box in region.boxes(start, start + out.numel(), _ALL):
             self._boxes[name, box.offsets] = out[box.start - start : box.end - start].view(box.sizes)
             chunks.append(ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)))
         self.items += create_read_items_for_chunk_list(name, known, chunks)
@@ -323,12 +324,12 @@ class Stored:
         """Where each tensor was in the tree that was saved."""
         return dict(self._metadata.planner_data)
 
-    def read(self, targets: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-        """Fill CPU tensors, each with the elements of a name from a first one of the flattened whole on."""
+    def read(self, targets: Iterable[tuple[str, Region, int, torch.Tensor]]) -> None:
+        """Fill CPU tensors, each with the elements of a name from a first one of a flattened region on."""
         reader, into = _Reader(self.folder, self._sums), _Into()
         reader.set_up_storage_reader(self._metadata, False)
-        for name, start, out in targets:
-            into.add(name, self.tensors[name], start, out)
+        for name, region, start, out in targets:
+            into.add(name, self.tensors[name], region, start, out)
         places = self._metadata.storage_data
         into.items.sort(key=lambda item: (places[item.storage_index].relative_path, places[item.storage_index].offset))
         try:
@@ -342,7 +343,7 @@ class Stored:
         """One tensor, all of it."""
         known = self.tensors[name]
         out = torch.empty(known.size, dtype=known.properties.dtype, device="cpu")
-        self.read([(name, 0, out.view(-1))])
+        self.read([(name, Region.of(known.size), 0, out.view(-1))])
         return out
 
     def check_sizes(self, files: Iterable[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from .base import Communicator, ReduceOp
 from .gloo import GlooCommunicator, let_others_speak_first
 from .local import LocalCommunicator
 from .rendezvous import Meeting, meet
+from .replicated import ReplicatedCommunicator
 from .watched import WatchedCommunicator
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "LocalCommunicator",
     "Meeting",
     "ReduceOp",
+    "ReplicatedCommunicator",
     "WatchedCommunicator",
     "let_others_speak_first",
     "meet",

@@ -11,6 +11,7 @@ from .. import kernels
 from ..context import context, world_size
 from ..errors import ConfigurationError, UnsupportedError
 from .mean import over_ranks
+from .vocab_parallel import vocab_parallel_cross_entropy
 
 
 class FusedCrossEntropy(torch.nn.Module):
@@ -52,9 +53,9 @@ class FusedCrossEntropy(torch.nn.Module):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of ``input`` (logits) against ``target`` (class numbers)."""
-        if self.parallel and context().topology.tp_size > 1:
+        if self._is_split and (self.weight is not None or target.is_floating_point() or input.dim() != 2):
             raise UnsupportedError(
-                "FusedCrossEntropy(parallel=True) needs tensor parallelism, which this version does not have."
+                "FusedCrossEntropy(parallel=True) takes logits (N, C / tp_size) and class numbers (N,), and no weight."
             )
         # The published kernel took int32 targets, torch's takes int64.
         target = target if target.is_floating_point() else target.long()
@@ -63,7 +64,18 @@ class FusedCrossEntropy(torch.nn.Module):
                 return over_ranks(self._loss(input, target, "sum"), self._count(input, target))
         return self._loss(input, target, self.reduction)
 
+    @property
+    def _is_split(self) -> bool:
+        """Whether the logits are of some classes only."""
+        return self.parallel and context().tensor_group.world_size > 1
+
     def _loss(self, input: torch.Tensor, target: torch.Tensor, reduction: str) -> torch.Tensor:
+        if self._is_split:
+            group = context().tensor_group
+            losses = vocab_parallel_cross_entropy(input, target, group, self.ignore_index, self.label_smoothing)
+            if reduction == "none":
+                return losses
+            return losses.sum() if reduction == "sum" else losses.sum() / self._count(input, target)
         weight = self.weight
         if input.is_cuda and kernels.compiled() and input.dim() == 2 and target.dim() == 1:
             return fused_cross_entropy(input, target, weight, self.ignore_index, reduction, self.label_smoothing)

@@ -19,7 +19,7 @@ from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
 from .delta import Delta
-from .fit import number_problem, require_fit, tensor_problem
+from .fit import number_problem, require_fit, shape_in_state, tensor_problem
 from .loss_scale import Overflow, Unscale
 from .old import HoldsLossScale
 from .pieces import (
@@ -261,7 +261,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """The state in torch.optim.AdamW's format.
 
         Args:
-            gather: whole tensors, on every rank (collective); False gives this rank's shards, for the same world size.
+            gather: whole tensors, on every rank (collective); False gives this rank's shards, for as many shards.
         """
         self._uncount()
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}
@@ -284,7 +284,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                     states[numbers[id(parameter)]] = entry | {name: parts[index] for name, parts in whole.items()}
         out: dict[str, Any] = {"state": dict(sorted(states.items())), "param_groups": groups}
         if not gather:
-            out["shard_of"] = (context().rank, context().world_size)
+            out["shard_of"] = _shard_of()
         return out
 
     def parts(self) -> dict[str, Any]:
@@ -316,7 +316,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         params = all_params(self.param_groups)
         if len(path) == 3 and path[0] == "state" and path[2] in _STATES and path[1] in range(len(params)):
             home, index = home_of(params[path[1]])
-            if isinstance(home, FlatShard) and tuple(home.shape_of(index)) == shape:
+            if isinstance(home, FlatShard) and home.whole_shape(index) == shape:
                 return home.place_of(index)
         return True
 
@@ -446,19 +446,25 @@ def clear_grads(optimizer: torch.optim.Optimizer) -> None:
                     parameter.grad = None
 
 
+def _shard_of() -> tuple[int, int]:
+    """Which shard this rank keeps, of how many."""
+    ctx = context()
+    return ctx.model_group.rank, ctx.model_group.world_size
+
+
 def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
     """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
     sharded, problems = isinstance(state_dict, dict) and "shard_of" in state_dict, []
-    here = (context().rank, context().world_size)
+    here = _shard_of()
     if sharded and tuple(state_dict["shard_of"]) != here:
         rank, size = state_dict["shard_of"]
-        problems.append(f"it is rank {rank}'s of {size}; this is rank {here[0]} of {here[1]}")
+        problems.append(f"it is shard {rank} of {size}; this rank keeps shard {here[0]} of {here[1]}")
     require_fit(optimizer, state_dict, _check_part if sharded else _check_whole, problems, own=sharded)
 
 
 def _check_whole(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
     dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
-    return _check_entry(entry, tuple(parameter.shape), dtype)
+    return _check_entry(entry, shape_in_state(parameter, entry), dtype)
 
 
 def _check_part(parameter: Any, entry: Mapping[str, Any]) -> list[str]:

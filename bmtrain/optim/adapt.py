@@ -16,6 +16,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from types import MethodType
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 from ..context import context
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedError
 from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
@@ -32,10 +33,10 @@ from ..shard.fp32_values import can_split, join, part_of_joined, remainder_of, w
 from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Place
-from ..shard.sharded_tensor import ShardedTensor, part_of
+from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
 from ..shard.unit import unit_of_flat
 from .driven import knows_shards
-from .fit import CheckEntry, number_problem, require_fit, tensor_problem
+from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (
     agree_on_touched,
     all_params,
@@ -67,6 +68,11 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     adopt(replicated_of(params))
     sharded = bool(flats_of(params)) and context().world_size > 1
     way = choose(optimizer, step_on) if sharded else "whole"
+    if sharded and way != "shards" and any(flat.is_slice for flat in flats_of(params)):
+        raise UnsupportedError(
+            f"{type(optimizer).__name__} steps on whole tensors, of which tensor-parallel ranks have slices. Use an "
+            'element-wise optimizer (Adam, SGD, Lion), or give add_optimizer(step_on="shards") if this is one.'
+        )
     if sharded and way == "whole" and step_on is None:
         _warn_of_whole(optimizer, params)
     view = {"shards": _ShardView, "tensors": _TensorView, "whole": _WholeView}[way]()
@@ -365,7 +371,7 @@ class _View:
         known = is_unchanged(type(optimizer))
 
         def check(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
-            shape = tuple(parameter.shape)
+            shape = shape_in_state(parameter, entry)
             dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
             problems = []
             for name, value in entry.items():
@@ -373,7 +379,7 @@ class _View:
                     problems += [f"{name}: a str given"] if isinstance(value, str) else []
                 elif name in _SCALARS or value.numel() == 1:
                     problems += number_problem(name, value)
-                elif known or (value.dim() == len(shape) and value.numel() == parameter.numel()) or value.is_meta:
+                elif known or (value.dim() == len(shape) and value.numel() == prod(shape)) or value.is_meta:
                     problems += tensor_problem(name, value, shape, dtype if known else value.dtype)
             return problems
 
@@ -422,7 +428,7 @@ class _ShardView(_View):
             return {**state_dict, "state": states}
         numbers = {id(p): i for i, p in enumerate(params)}
         states = {
-            number: {k: v.full_tensor().cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
+            number: {k: unsliced(v).cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
             for number, state in state_dict["state"].items()
         }
         for flat in flats_of(params):
@@ -447,16 +453,22 @@ class _ShardView(_View):
         flat.unit.is_settled = True
         place = flat.place_of(index)
         return state | {
-            name: part_of(value, place, f"state {name}").to(flat.shard.device, flat.gradient.dtype, copy=True)
+            name: part_of(flat.own_slice(index, value), place, f"state {name}").to(
+                flat.shard.device, flat.gradient.dtype, copy=True
+            )
             for name, value in state.items()
-            if isinstance(value, torch.Tensor) and name not in _SCALARS and value.shape == parameter.shape
+            if isinstance(value, torch.Tensor)
+            and name not in _SCALARS
+            and tuple(value.shape) in (tuple(parameter.shape), place.whole_shape)
         }
 
     def part_at(
         self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
     ) -> Place | bool:
         scalar = len(name) != 1 or name[0] in _SCALARS
-        return True if scalar or flat_of(parameter) is None or shape != parameter.shape else _place(parameter)
+        if scalar or flat_of(parameter) is None or shape != _place(parameter).whole_shape:
+            return True
+        return _place(parameter)
 
 
 def _labelled(parameter: Any, value: Any) -> Any:
@@ -500,7 +512,7 @@ class _TensorView(_View):
     def __init__(self) -> None:
         super().__init__()
         self._owners: dict[int, int] = {}
-        self._loads = [0] * context().world_size
+        self._loads = [0] * context().shard_group.world_size
 
     def _owner(self, optimizer: torch.optim.Optimizer) -> None:
         """Give every new parameter to the rank that has least, the largest first; the same on all ranks."""
@@ -511,7 +523,7 @@ class _TensorView(_View):
             self._loads[rank] += parameter.numel()
 
     def _owns(self, parameter: Any) -> bool:
-        return self._owners.get(id(parameter), context().rank) == context().rank
+        return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
 
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
@@ -541,7 +553,7 @@ class _TensorView(_View):
                 slot = flat.layout.slots[index]
                 whole[slot.start : slot.end].view(slot.shape).copy_(raw_data(flat.params[index]))
         mine = torch.empty_like(values)
-        flat.unit.ctx.world.reduce_scatter(whole, mine)  # only owners have anything but zeros
+        flat.unit.ctx.shard_group.reduce_scatter(whole, mine)  # only owners have anything but zeros
         for index in shown:
             flat.local(values, index).copy_(flat.local(mine, index))
 
@@ -561,10 +573,11 @@ class _TensorView(_View):
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The states of all owners, of which each rank has its own tensors only."""
-        rank, params, states = context().rank, all_params(optimizer.param_groups), dict(state_dict["state"])
+        params, states = all_params(optimizer.param_groups), dict(state_dict["state"])
+        first = context().topology.mesh.group("replicate")[0]  # of the ranks that own the same, which writes it
 
         def known(value: Any) -> Any:
-            return Owned(rank, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
+            return Owned(first, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
 
         def told(value: Any) -> Any:
             return _OWNED, value.owner, value.shape, value.dtype

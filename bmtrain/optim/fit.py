@@ -10,6 +10,7 @@ import torch
 from ..alike import misfit, require_same
 from ..errors import CheckpointError
 from ..objects import allgather_objects
+from ..shard.flat import flat_of
 from ..shard.sharded_tensor import ShardedTensor
 from .pieces import all_params
 
@@ -71,6 +72,13 @@ def _structure(optimizer: torch.optim.Optimizer, state: Any, check: CheckEntry) 
         else:
             problems += [f"parameter {key} has {problem}" for problem in check(params[key], entry)]
     return problems
+
+
+def shape_in_state(parameter: Any, entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of a parameter's states: the whole one, or that of its slice where ``entry`` has them in parts."""
+    flat, shape = flat_of(parameter), tuple(parameter.shape)
+    in_parts = any(isinstance(value, ShardedTensor) for value in entry.values())
+    return shape if flat is None or in_parts else flat.whole_shape(parameter._index)
 
 
 def tensor_problem(name: str, given: Any, shape: Sequence[int], dtype: torch.dtype) -> list[str]:

@@ -74,7 +74,7 @@ class OptimManager:
             self._scale = LossScale(context(), loss_scale)
         self.loss_scale_factor, self.loss_scale_steps = loss_scale_factor, loss_scale_steps
         self.min_loss_scale, self.max_loss_scale = min_loss_scale, max_loss_scale
-        self.grad_scale = context().world_size if grad_scale is None else grad_scale
+        self.grad_scale = context().topology.data_size if grad_scale is None else grad_scale
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_schedulers: list[Any] = []
 

@@ -56,12 +56,14 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
     """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
     ctx = context()
     found = _pieces(params)
-    sharded = _sum_of_powers([piece for piece in found if isinstance(piece.flat, FlatShard)], norm_type)
+    sharded = _sum_of_powers(
+        [piece for piece in found if isinstance(piece.flat, FlatShard) and piece.flat.is_counted], norm_type
+    )
     replicated = _sum_of_powers([piece for piece in found if not isinstance(piece.flat, FlatShard)], norm_type)
     if norm_type == float("inf"):
-        ctx.world.all_reduce(sharded, "max")
+        ctx.model_group.all_reduce(sharded, "max")
         return torch.maximum(sharded, replicated).float()
-    ctx.world.all_reduce(sharded, "sum")
+    ctx.model_group.all_reduce(sharded, "sum")
     total = sharded + replicated
     return total.pow(1.0 / norm_type).float()
 

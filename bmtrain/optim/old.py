@@ -21,7 +21,7 @@ class HoldsLossScale:
         """The loss to call ``backward`` on, so that gradients become means over ranks."""
         _say("optimizer.loss_scale(loss)")
         ctx = context()
-        return loss * (self.scale * ctx.gradient_divisor / ctx.world_size)
+        return loss * (self.scale * ctx.gradient_divisor / ctx.topology.data_size)
 
 
 def clip_grad_norm(

@@ -140,7 +140,7 @@ def joined(home: Home, chosen: Mapping[int, K]) -> list[tuple[Piece, K]]:
 
 
 def _piece(flat: Home, indices: Sequence[int]) -> Piece:
-    slots, rank = flat.layout.slots, flat.unit.ctx.rank if isinstance(flat, FlatShard) else 0
+    slots, rank = flat.layout.slots, flat.unit.ctx.shard_rank if isinstance(flat, FlatShard) else 0
     first, last = flat.layout.shard_range(rank)
     start = min(max(slots[indices[0]].start, first), last)
     end = max(min(slots[indices[-1]].end, last), start)
@@ -170,11 +170,12 @@ def gather_whole(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor
     if ctx.world_size == 1:
         return views_of(shard_like, flat.layout)
     whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
-    ctx.world.all_gather(shard_like.to(device).contiguous(), whole)
+    ctx.shard_group.all_gather(shard_like.to(device).contiguous(), whole)
     return views_of(whole, flat.layout)
 
 
 def gather_state(home: Home, shard_like: torch.Tensor) -> list[torch.Tensor]:
     """Whole CPU tensors, one for each parameter, from a tensor laid out like ``home.shard``.  Collective."""
-    whole = gather_whole(home, shard_like) if isinstance(home, FlatShard) else [home.whole(shard_like)]
-    return [view.to("cpu", copy=True) for view in whole]
+    if not isinstance(home, FlatShard):
+        return [home.whole(shard_like).to("cpu", copy=True)]
+    return [home.joined(index, own).to("cpu", copy=True) for index, own in enumerate(gather_whole(home, shard_like))]

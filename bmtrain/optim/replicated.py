@@ -113,7 +113,7 @@ def adopt(homes: Sequence[Replicated]) -> None:
     ctx = context()
     if ctx.world_size == 1 or not homes:
         return
-    if ctx.gradient_divisor == 1:
+    if ctx.gradient_divisor != ctx.topology.data_size:
         raise ConfigurationError(
             "This optimizer has parameters that no distributed module holds. Every rank keeps them, and their "
             'gradients are averaged, which does not fit bmt.init_distributed(gradients="sum").'

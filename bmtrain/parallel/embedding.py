@@ -38,6 +38,8 @@ class VPEmbedding(DistributedModule):
         self.weight = DistributedParameter(
             torch.empty(self.vocab_size_per_partition, embedding_size, dtype=dtype),
             init_method=ParameterInitializer(torch.nn.init.normal_, mean=init_mean, std=init_std),
+            tp_mode=True,
+            tp_split_dim=0,
         )
 
     def forward(self, x: torch.Tensor, projection: bool = False) -> torch.Tensor:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from ..comm import Communicator, LocalCommunicator
+from ..comm import Communicator
 from ..context import context
-from ..errors import ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError
 
 
 def tensor_group() -> Communicator:
     """The ranks that hold the slices of one layer with this one."""
-    if context().topology.tp_size > 1:
-        raise UnsupportedError("Tensor parallelism is not in this version; leave tp_size out of init_distributed().")
-    return LocalCommunicator()
+    return context().tensor_group
 
 
 def slice_of(features: int, what: str) -> int:

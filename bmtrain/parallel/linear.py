@@ -48,13 +48,19 @@ class Linear(DistributedModule):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def xavier_weight(rows: int, columns: int, dtype: torch.dtype | None) -> DistributedParameter:
-    """A weight (rows, columns) that ``init_parameters`` fills."""
-    initializer = ParameterInitializer(torch.nn.init.xavier_normal_)
-    return DistributedParameter(torch.empty(rows, columns, dtype=dtype), init_method=initializer)
+def xavier_weight(
+    rows: int, columns: int, dtype: torch.dtype | None, split_dim: int | None = None
+) -> DistributedParameter:
+    """A weight (rows, columns) that ``init_parameters`` fills; a slice along ``split_dim`` of a larger one."""
+    return _made(ParameterInitializer(torch.nn.init.xavier_normal_), torch.empty(rows, columns, dtype=dtype), split_dim)
 
 
-def zero_bias(size: int, dtype: torch.dtype | None) -> DistributedParameter:
-    """A bias (size,) that ``init_parameters`` sets to zero."""
-    initializer = ParameterInitializer(torch.nn.init.zeros_)
-    return DistributedParameter(torch.empty(size, dtype=dtype), init_method=initializer)
+def zero_bias(size: int, dtype: torch.dtype | None, split_dim: int | None = None) -> DistributedParameter:
+    """A bias (size,) that ``init_parameters`` sets to zero; a slice along ``split_dim`` of a larger one."""
+    return _made(ParameterInitializer(torch.nn.init.zeros_), torch.empty(size, dtype=dtype), split_dim)
+
+
+def _made(initializer: ParameterInitializer, data: torch.Tensor, split_dim: int | None) -> DistributedParameter:
+    if split_dim is None:
+        return DistributedParameter(data, init_method=initializer)
+    return DistributedParameter(data, init_method=initializer, tp_mode=True, tp_split_dim=split_dim)

@@ -41,8 +41,8 @@ class ColumnParallelLinear(DistributedModule):
         self.gather_output = gather_output
         self.gather_input = gather_input
         self.async_gather_chunks = async_gather_chunks
-        self.weight = xavier_weight(self.out_features_per_partition, in_features, dtype)
-        self.register_parameter("bias", zero_bias(self.out_features_per_partition, dtype) if bias else None)
+        self.weight = xavier_weight(self.out_features_per_partition, in_features, dtype, split_dim=0)
+        self.register_parameter("bias", zero_bias(self.out_features_per_partition, dtype, 0) if bias else None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` (..., in_features) to (..., out_features), or to this rank's slice of the last dimension."""
@@ -86,7 +86,7 @@ class RowParallelLinear(DistributedModule):
         self.split_input = split_input
         self.all_reduce_output = all_reduce_output
         self.async_chunks = async_chunks
-        self.weight = xavier_weight(out_features, self.in_features_per_partition, dtype)
+        self.weight = xavier_weight(out_features, self.in_features_per_partition, dtype, split_dim=1)
         self.register_parameter("bias", zero_bias(out_features, dtype) if bias else None)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

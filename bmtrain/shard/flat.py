@@ -34,7 +34,12 @@ from .parameter import (
 from .place import Place
 from .pools import Buffer, Pools, views_of
 from .sharded_tensor import ShardedTensor, part_of
+from .slices import joined, own_slice, whole_shape
 from .writes import Writes
+
+_ALIKE, _COMPARED = 0.05, 3
+"""How much of its norm sums of a gradient may differ by that ranks compute alike, in low precision and any order; and
+how many of the first reductions are compared."""
 
 
 class Unit(Protocol):
@@ -47,6 +52,7 @@ class Unit(Protocol):
     is_block: bool
     is_settled: bool
     is_stale: bool
+    is_written: bool
 
     @property
     def moves(self) -> bool:
@@ -67,6 +73,8 @@ class FlatShard:
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
         landing: where whole gradients wait to be reduced.
+        split_dims: of slices, along which dimension each is one; None for all where they are none.
+        is_counted: whether this rank's part counts, where tensor-parallel ranks keep the same.
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
         is_stepped_on: whether the parameters show what an optimizer is stepping on.
@@ -80,7 +88,9 @@ class FlatShard:
         self.unit = unit
         self.params, self.names = list(params), list(names)
         self.dtype = self.wire = params[0].dtype
-        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.world_size)
+        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.shard_group.world_size)
+        self.split_dims = [p._split_dim for p in params]
+        self.is_counted = self.is_slice or unit.ctx.tensor_group.rank == 0
         self.autocasts = autocasts
         self.version = 0
         self._begin()
@@ -96,7 +106,7 @@ class FlatShard:
     def _begin(self) -> None:
         """Have memory for a shard, and nothing else yet."""
         self._arena = self._new_shard()
-        self.gradient = ShardGradient(self.unit.pools, self.layout, self.dtype, self.unit.reduced)
+        self.gradient = self._new_gradient()
         self.landing = Landing(self.layout, self._acquire_grads)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
@@ -105,6 +115,15 @@ class FlatShard:
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
         self._writes = Writes(self.params)
+        self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
+
+    def _new_gradient(self) -> ShardGradient:
+        ctx = self.unit.ctx
+        if self.is_slice:
+            reduce, divisor = ctx.reduce, ctx.gradient_divisor
+        else:
+            reduce, divisor = ctx.reduce_unsliced, ctx.gradient_divisor * ctx.tensor_group.world_size
+        return ShardGradient(self.unit.pools, self.layout, self.dtype, self.unit.reduced, reduce, divisor)
 
     def _new_shard(self) -> Arena:
         arena = self.unit.pools.arenas.alloc(self.unit.ctx.gather, self.layout.shard_numel, self.dtype)
@@ -195,6 +214,30 @@ class FlatShard:
         """The whole shape of parameter ``index``."""
         return self.layout.slots[index].shape
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether these are slices, of which tensor-parallel ranks hold others."""
+        return self.split_dims[0] is not None
+
+    @property
+    def slices(self) -> list[str]:
+        """The names of those that are."""
+        return self.names if self.is_slice else []
+
+    def whole_shape(self, index: int) -> tuple[int, ...]:
+        """The shape of parameter ``index`` without tensor parallelism."""
+        return whole_shape(self.unit.ctx, self.shape_of(index), self.split_dims[index])
+
+    def joined(self, index: int, own: torch.Tensor) -> torch.Tensor:
+        """The same of a tensor like parameter ``index``.  Collective in the tensor-parallel group, of slices."""
+        return joined(self.unit.ctx, own, self.split_dims[index])
+
+    def own_slice(self, index: int, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's slice of a tensor without tensor parallelism; any other tensor as it is."""
+        if not self.is_slice or tuple(whole.shape) != self.whole_shape(index):
+            return whole
+        return own_slice(self.unit.ctx, whole, self.split_dims[index])
+
     def index_at(self, offset: int) -> int:
         """The parameter that begins at ``offset`` of a whole flat buffer."""
         return next(i for i, slot in enumerate(self.layout.slots) if slot.start == offset and slot.numel)
@@ -210,16 +253,18 @@ class FlatShard:
         """Where this rank's part of parameter ``index`` is among all parts."""
         place = self._places.get(index)
         if place is None:
-            place = self._places[index] = Place(self.unit.ctx, self.layout, index, self.names[index])
+            place = self._places[index] = Place(
+                self.unit.ctx, self.layout, index, self.names[index], self.split_dims[index]
+            )
         return place
 
     def local(self, shard_like: torch.Tensor, index: int) -> torch.Tensor:
         """The part of parameter ``index`` within a tensor laid out like ``shard``: 1-D, may be empty."""
-        return shard_like[self.layout.local(index, self.unit.ctx.rank).shard]
+        return shard_like[self.layout.local(index, self.unit.ctx.shard_rank).shard]
 
     def local_part(self, whole: torch.Tensor, index: int) -> torch.Tensor:
-        """The same part taken from a tensor of the parameter's whole shape."""
-        return part_of(whole, self.place_of(index), f"part of {self.names[index]!r}")
+        """The same part taken from a tensor of the parameter's whole shape, with or without tensor parallelism."""
+        return part_of(self.own_slice(index, whole), self.place_of(index), f"part of {self.names[index]!r}")
 
     def write(self, index: int, whole: torch.Tensor) -> None:
         """Take the values of parameter ``index`` from ``whole``: this rank's part, or all of them while it is whole."""
@@ -278,6 +323,7 @@ class FlatShard:
     def keep_writes(self) -> None:
         """Keep what user code wrote into whole parameters in place, as in an unsharded model."""
         if self._writes.happened:
+            self.unit.is_written = True
             self.forget_writes()
             self.keep_whole_values()
 
@@ -288,7 +334,7 @@ class FlatShard:
     def keep_whole_values(self) -> None:
         """Take this rank's part of what the gather buffer holds now."""
         if self.buffer is not None:
-            start, end = self.layout.shard_range(self.unit.ctx.rank)
+            start, end = self.layout.shard_range(self.unit.ctx.shard_rank)
             part = self.buffer.tensor[start:end]
             if part.dtype != self.shard.dtype:  # gathered in low precision: what was not written stays as precise
                 part = torch.where(part != self.shard.to(part.dtype), part.to(self.shard.dtype), self.shard)
@@ -304,7 +350,7 @@ class FlatShard:
         self.remainder = None
         self._arena = self._new_shard()
         self.shard.copy_(shard)
-        self.gradient = ShardGradient(self.unit.pools, self.layout, self.dtype, self.unit.reduced)
+        self.gradient = self._new_gradient()
         self._poison = []
         self.version += 1
         self.enter_sharded()
@@ -355,6 +401,8 @@ class FlatShard:
         buffer, landed = self.landing.take()
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # which asks of every parameter take time
             self._collect(buffer.views(self.layout), landed)
+            if self._compares:
+                self._require_alike(buffer.views(self.layout))
             if self.unit.ctx.world_size == 1:
                 self.gradient.take(buffer)
                 return
@@ -362,6 +410,28 @@ class FlatShard:
             with device.on(device.reduce_stream):
                 self.gradient.add(buffer.tensor)
         self.unit.pools.grads.give_back(buffer, device.reduce_stream)
+
+    def _require_alike(self, whole: list[torch.Tensor]) -> None:
+        """Raises ConfigurationError when tensor-parallel ranks have computed different gradients of what is no slice.
+
+        Collective in the tensor-parallel group.
+        """
+        self._compares -= 1
+        group = self.unit.ctx.tensor_group
+        real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in whole]
+        facts = torch.stack([_facts(gradient.view(-1)) for gradient in real])
+        every = facts.new_empty((group.world_size, *facts.shape))
+        group.all_gather(facts, every)
+        apart, norms = (every.amax(0) - every.amin(0)).amax(1), every[:, :, 0].amax(0)
+        differing = (apart > _ALIKE * norms).tolist()
+        names = [name for name, differs in zip(self.names, differing, strict=True) if differs]
+        if names:
+            raise ConfigurationError(
+                f"The tensor-parallel ranks have computed different gradients of {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}, as for parameters that see some rows of the batch only. Let "
+                "activations be the same on all of them: ColumnParallelLinear(gather_input=False) and "
+                "RowParallelLinear(all_reduce_output=True), and the same batch (bmt.shard_loader, bmt.shard_batch)."
+            )
 
     def _collect(self, views: list[torch.Tensor], landed: list[bool]) -> None:
         """Bring every gradient into the buffer."""
@@ -427,6 +497,15 @@ class FlatShard:
                 "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",
                 stacklevel=2,
             )
+
+
+def _facts(gradient: torch.Tensor) -> torch.Tensor:
+    """(4,) the norm and some sums of (n,) a gradient: two that have all of these in common are the same."""
+    middle, kind = gradient.numel() // 2, torch.float32
+    halves = gradient[:middle].sum(dtype=kind), gradient[middle:].sum(dtype=kind)
+    rows = gradient[::2].sum(dtype=kind), gradient[1::2].sum(dtype=kind)
+    norm = torch.linalg.vector_norm(gradient, dtype=kind)
+    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
 
 
 def flat_of(parameter: object) -> FlatShard | None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..alike import follow_rank_0
-from ..context import Context
+from ..context import Context, context
 from ..errors import ConfigurationError
 from .engine import engine
 from .flat import FlatShard, flat_of
-from .parameter import DistributedParameter, group_of, init_method_of, raw_data
+from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_dim_of
+from .slices import own_slice, whole_shape
 from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
@@ -66,12 +67,16 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
 def _follow_rank_0(flats: list[FlatShard]) -> None:
     if flats:
         written = {n: raw_data(p) for flat in flats for n, p in zip(flat.names, flat.params, strict=True)}
-        keep_rank_0s(flats[0].unit.ctx, "What bmt.gathered(write=True) shows", written)
+        slices = [name for flat in flats for name in flat.slices]
+        keep_rank_0s(flats[0].unit.ctx, "What bmt.gathered(write=True) shows", written, slices)
 
 
-def keep_rank_0s(ctx: Context, what: str, written: Mapping[str, torch.Tensor]) -> None:
-    """Take rank 0's values of parameters, by name, where ``what`` differs between ranks, and warn.  Collective."""
-    differing = follow_rank_0(ctx, what, written)
+def keep_rank_0s(ctx: Context, what: str, written: Mapping[str, torch.Tensor], slices: Collection[str] = ()) -> None:
+    """Take rank 0's values of parameters, by name, where ``what`` differs between ranks, and warn.  Collective.
+
+    ``slices`` as in ``alike.follow_rank_0``.
+    """
+    differing = follow_rank_0(ctx, what, written, slices)
     if differing and ctx.rank == 0:
         warnings.warn(
             f"The ranks wrote different values into {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}; "
@@ -96,7 +101,7 @@ def _given(tensor: torch.Tensor) -> torch.Tensor:
 def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     """The whole reduced gradient, in fp32 for low precision; None if no rank has one.  Collective.
 
-    Shape: the parameter's.  Call it between backward and the optimizer's step.
+    Shape: the parameter's, of a slice the slice's.  Call it between backward and the optimizer's step.
     """
     flat = flat_of(parameter)
     if flat is None:
@@ -111,7 +116,7 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     part = flat.gradient.settled()
     whole = torch.empty(flat.layout.numel, dtype=part.dtype, device=part.device)
-    ctx.world.all_gather(part, whole)
+    ctx.shard_group.all_gather(part, whole)
     slot = flat.layout.slots[index]
     return whole[slot.start : slot.end].view(slot.shape).clone()
 
@@ -137,4 +142,16 @@ def init_parameters(model: nn.Module) -> None:
         if not callable(method):
             raise ConfigurationError(f"init_method must be callable, not {method!r}.")
         with gathered(parameter, write=True), torch.no_grad():
-            method(parameter)
+            initialise(parameter, method)
+
+
+def initialise(parameter: nn.Parameter, method: Callable[[torch.Tensor], object]) -> None:
+    """Let ``method`` fill ``parameter``, which is whole; of a slice, let it fill the whole and take the slice."""
+    dim = split_dim_of(parameter)
+    if dim is None:
+        method(parameter)
+        return
+    shape = whole_shape(context(), tuple(parameter.shape), dim)
+    whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+    method(whole)
+    parameter.copy_(own_slice(context(), whole, dim))

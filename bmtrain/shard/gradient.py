@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from .. import kernels
+from ..comm import Communicator
 from ..device import Event
 from .arenas import Arena
 from .layout import Layout
@@ -32,8 +33,12 @@ class ShardGradient:
         weight: another, on the host.  Ranks are summed, and the weight makes that a mean, at no cost.
     """
 
-    def __init__(self, pools: Pools, layout: Layout, dtype: torch.dtype, reduced: Event) -> None:
+    def __init__(
+        self, pools: Pools, layout: Layout, dtype: torch.dtype, reduced: Event, reduce: Communicator, divisor: int
+    ) -> None:
+        """``reduce`` sums over ranks, and ``divisor`` makes a mean of that, or whatever else it is to be."""
         self._pools, self._layout, self._dtype, self._reduced = pools, layout, dtype, reduced
+        self._reduce, self._divisor = reduce, divisor
         self.present = False
         self.touched = [False] * len(layout.slots)
         self.dropped: set[int] = set()
@@ -61,25 +66,24 @@ class ShardGradient:
 
     def add(self, whole: torch.Tensor) -> None:
         """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
-        ctx = self._pools.ctx
-        weight = 1.0 / ctx.gradient_divisor
+        weight = 1.0 / self._divisor
         self.dropped.clear()
         if not self.present:
-            ctx.reduce.reduce_scatter(whole, self._fitting(whole.dtype))
+            self._reduce.reduce_scatter(whole, self._fitting(whole.dtype))
             self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return
         total, share = self._total(), weight / self.weight  # 1, unless somebody has settled what is there
         if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
-            ctx.reduce.reduce_scatter(whole, self._came)
+            self._reduce.reduce_scatter(whole, self._came)
             if share == 1.0:
                 kernels.accumulate_(total, self._came, first=False)
             else:
                 total.add_(self._came, alpha=share)
             return
         part = self._pools.acquire_part(self, self._layout, whole.dtype)
-        ctx.reduce.reduce_scatter(whole, part.tensor)
+        self._reduce.reduce_scatter(whole, part.tensor)
         total.add_(part.tensor, alpha=share)
-        self._pools.parts.give_back(part, ctx.device.reduce_stream)
+        self._pools.parts.give_back(part, self._pools.ctx.device.reduce_stream)
 
     def room(self, dtype: torch.dtype) -> Buffer:
         """On one rank: where whole gradients may be written, for ``take``; uninitialised but for zeros in gaps.
@@ -102,7 +106,7 @@ class ShardGradient:
     def take(self, room: Buffer) -> None:
         """On one rank: add what was written into ``room``."""
         self.dropped.clear()
-        weight = 1.0 / self._pools.ctx.gradient_divisor
+        weight = 1.0 / self._divisor
         if room is self._room:
             self._is_lent = False
         if not self.present:
@@ -146,7 +150,7 @@ class ShardGradient:
     def set(self, index: int, part: torch.Tensor | None) -> None:
         """Replace this rank's part of one parameter's gradient, or drop it."""
         self._leave(index)
-        place = self._layout.local(index, self._pools.ctx.rank).shard
+        place = self._layout.local(index, self._pools.ctx.shard_rank).shard
         if part is not None:
             self._zeros()[place].copy_(part)
             self.dropped.discard(index)
@@ -166,7 +170,7 @@ class ShardGradient:
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) the same, in the dtype of sums.  For the current stream."""
-        return self.settled()[self._layout.local(index, self._pools.ctx.rank).shard]
+        return self.settled()[self._layout.local(index, self._pools.ctx.shard_rank).shard]
 
     def whole(self, index: int) -> torch.Tensor:
         """On one rank: one parameter's gradient, the same tensor each time, so that its ``.data`` may be assigned."""

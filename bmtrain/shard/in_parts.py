@@ -17,7 +17,7 @@ from .sharded_tensor import ShardedTensor
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """A whole tensor of rank ``owner``, which alone has its ``values``."""
+    """A whole tensor of rank ``owner``, and of the ranks that replicate it; nobody else has its ``values``."""
 
     owner: int
     shape: tuple[int, ...]

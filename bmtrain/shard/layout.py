@@ -38,10 +38,10 @@ class Local(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat buffer of ``numel`` elements, cut into ``world_size`` equal shards."""
+    """A flat buffer of ``numel`` elements, cut into ``shards`` equal parts, one for each rank of the shard group."""
 
     slots: tuple[Slot, ...]
-    world_size: int
+    shards: int
     numel: int
 
     @cached_property
@@ -53,10 +53,10 @@ class Layout:
     @property
     def shard_numel(self) -> int:
         """Elements that one rank keeps."""
-        return self.numel // self.world_size
+        return self.numel // self.shards
 
     def shard_range(self, rank: int) -> tuple[int, int]:
-        """Where ``rank``'s shard starts and ends in the flat buffer."""
+        """Where the shard of ``rank``, of the shard group, starts and ends in the flat buffer."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
     def local(self, index: int, rank: int) -> Local:
@@ -69,7 +69,7 @@ class Layout:
 
 
 @cache
-def make_layout(shapes: tuple[tuple[int, ...], ...], world_size: int, align: int = ALIGN) -> Layout:
+def make_layout(shapes: tuple[tuple[int, ...], ...], shards: int, align: int = ALIGN) -> Layout:
     """Lay parameters of these shapes one after the other and pad so that all ranks keep equally much.
 
     Equal arguments give the same object, so that blocks of one shape share views of one buffer.
@@ -78,5 +78,5 @@ def make_layout(shapes: tuple[tuple[int, ...], ...], world_size: int, align: int
     for shape in shapes:
         slots.append(Slot(offset, shape))
         offset += -(-prod(shape) // align) * align
-    unit = world_size * align
-    return Layout(tuple(slots), world_size, -(-offset // unit) * unit)
+    unit = shards * align
+    return Layout(tuple(slots), shards, -(-offset // unit) * unit)

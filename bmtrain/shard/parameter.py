@@ -101,14 +101,16 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         requires_grad: as for ``nn.Parameter``.
         init_method: run by ``bmt.init_parameters``.
         group: a name by which ``bmt.grouped_parameters`` groups.
-        tp_mode, tp_split_dim: whether, and along which dimension, tensor-parallel ranks each hold a slice; kept as
-            facts, since there is one such rank.
+        tp_mode: ``data`` is this rank's slice of a tensor-parallel layer's parameter.  ``init_method`` still gets the
+            whole, and whole state dicts hold the whole.
+        tp_split_dim: the dimension along which the whole is cut.
     """
 
     _flat: Home | None
     _index: int
     _init_method: Callable[[torch.Tensor], Any] | None
     _group: str | None
+    _split_dim: int | None = None  # along which a whole is cut, of which this is a slice
     _taken: list[weakref.ref[Any]]  # what ``data`` has given: Parts while sharded, tensors while whole
 
     def __new__(
@@ -120,9 +122,11 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         tp_mode: bool = False,
         tp_split_dim: int = -1,
     ) -> DistributedParameter:
-        context()  # a clear error when init_distributed was forgotten
-        made = nn.Parameter.__new__(cls, data, requires_grad)
-        return _adopt(made, init_method, group, tp_mode, tp_split_dim)
+        here = context()  # a clear error when init_distributed was forgotten
+        made = _adopt(nn.Parameter.__new__(cls, data, requires_grad), init_method, group, tp_mode, tp_split_dim)
+        if tp_mode and here.tensor_group.world_size > 1:
+            made._split_dim = tp_split_dim % made.dim()
+        return made
 
     @property
     def group(self) -> str | None:
@@ -298,7 +302,10 @@ def _adopt(
 
 def like(old: DistributedParameter, data: torch.Tensor) -> DistributedParameter:
     """A parameter with ``data``, made as ``old`` was."""
-    return DistributedParameter(data, old.requires_grad, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
+    made: Any = nn.Parameter.__new__(DistributedParameter, data, old.requires_grad)
+    _adopt(made, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
+    made._split_dim = old._split_dim
+    return made  # type: ignore[no-any-return]
 
 
 def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
@@ -318,6 +325,11 @@ def init_method_of(parameter: nn.Parameter) -> Callable[[torch.Tensor], object] 
 def group_of(parameter: nn.Parameter) -> str | None:
     """Name of the parameter group it was made for."""
     return parameter._group if isinstance(parameter, DistributedParameter) else None
+
+
+def split_dim_of(parameter: nn.Parameter) -> int | None:
+    """The dimension along which a whole is cut, of which ``parameter`` is this rank's slice; None if it is none."""
+    return parameter._split_dim if isinstance(parameter, DistributedParameter) else None
 
 
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:

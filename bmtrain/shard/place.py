@@ -11,6 +11,7 @@ import torch
 
 from ..context import Context
 from .layout import Layout
+from .slices import whole_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +22,8 @@ class Place:
     layout: Layout
     index: int
     name: str
+    split_dim: int | None = None
+    """The dimension along which it is a slice of a tensor-parallel layer's."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,13 +31,35 @@ class Place:
         return self.layout.slots[self.index].shape
 
     @cached_property
+    def whole_shape(self) -> tuple[int, ...]:
+        """The shape without tensor parallelism."""
+        return whole_shape(self.ctx, self.shape, self.split_dim)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where this rank's slice begins in that."""
+        at = self.ctx.tensor_group.rank
+        return tuple(at * size if dim == self.split_dim else 0 for dim, size in enumerate(self.shape))
+
+    @cached_property
+    def copies(self) -> list[int]:
+        """The ranks that keep the same part, this one included."""
+        mesh = self.ctx.topology.mesh
+        return mesh.group("replicate") if self.split_dim is not None else mesh.group("replicate", "tensor")
+
+    @cached_property
     def ranges(self) -> list[slice]:
-        """Rank by rank, which elements of the flattened whole it keeps."""
-        return [self.layout.local(self.index, rank).whole for rank in range(self.ctx.world_size)]
+        """Rank by rank of the shard group, which elements of the flattened whole it keeps."""
+        return [self.layout.local(self.index, rank).whole for rank in range(self.layout.shards)]
+
+    @property
+    def kept(self) -> slice:
+        """The same of this rank."""
+        return self.ranges[self.ctx.shard_rank]
 
     @cached_property
     def keepers(self) -> list[int]:
-        """The ranks that keep any."""
+        """The ranks of the shard group that keep any."""
         return [rank for rank, kept in enumerate(self.ranges) if kept.stop > kept.start]
 
     def is_same(self, other: Place) -> bool:
@@ -43,7 +68,7 @@ class Place:
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
         """(n,) this rank's part of ``whole``, which has as many elements as there are here, the same on all ranks."""
-        return whole.reshape(-1)[self.ranges[self.ctx.rank]]
+        return whole.reshape(-1)[self.kept]
 
     def join(self, part: torch.Tensor, what: str) -> torch.Tensor:
         """The whole tensor, of which each rank gives its ``part``; on the device of ``part``.  Collective."""
@@ -51,17 +76,24 @@ class Place:
         rows = self.rows(torch.nn.functional.pad(part, (0, max(sizes) - part.numel())), what)
         return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)]).view(self.shape)
 
+    def same_on_replicas(self, drawn: torch.Tensor, what: str) -> torch.Tensor:
+        """``drawn``, random numbers of the whole shape, or another rank's that keeps the same part.  Collective."""
+        if self.ctx.replicate_group.world_size > 1:
+            self.ctx.engine.comes_to(what)
+            self.ctx.replicate_group.broadcast(drawn, 0)
+        return drawn
+
     def rows(self, facts: torch.Tensor, what: str) -> torch.Tensor:
-        """(ranks, n) every rank's ``facts``, (n,).  Collective."""
-        ctx, kind = self.ctx, facts.dtype
+        """(ranks, n) the ``facts``, (n,), of every rank of the shard group.  Collective."""
+        ctx, kind, ranks = self.ctx, facts.dtype, self.layout.shards
         if not facts.numel():
-            return facts.new_empty(ctx.world_size, 0)
+            return facts.new_empty(ranks, 0)
         sent = facts.to(ctx.device.torch_device).contiguous()
         if kind == torch.bool or kind.is_complex:
             sent = sent.view(torch.uint8)
-        rows = torch.empty(ctx.world_size * sent.numel(), dtype=sent.dtype, device=sent.device)
+        rows = torch.empty(ranks * sent.numel(), dtype=sent.dtype, device=sent.device)
         ctx.engine.all_gather(sent, rows, what)
-        return rows.view(kind).view(ctx.world_size, -1).to(facts.device)
+        return rows.view(kind).view(ranks, -1).to(facts.device)
 
 
 class Home(Protocol):

@@ -13,6 +13,7 @@ import torch
 from ..comm import Communicator
 from ..context import context
 from .place import Place
+from .slices import joined, whole_shape
 
 
 class Home(Protocol):
@@ -34,16 +35,17 @@ class PublishedFacts:
     _index: int
     _tp_mode: bool
     _tp_split_dim: int
+    _split_dim: int | None
 
     @property
     def _original_shape(self) -> torch.Size:
-        """The whole shape."""
+        """The whole shape; of a tensor-parallel rank's slice."""
         return self.shape  # type: ignore[attr-defined, no-any-return]
 
     @property
     def _tp_original_shape(self) -> torch.Size:
-        """The shape over all tensor-parallel ranks, of which there is one."""
-        return self.shape  # type: ignore[attr-defined, no-any-return]
+        """The shape over all tensor-parallel ranks."""
+        return torch.Size(whole_shape(context(), tuple(self._original_shape), self._split_dim))
 
     @property
     def _start_partition(self) -> int:
@@ -58,7 +60,7 @@ class PublishedFacts:
         home: Home | None = self._flat
         if home is None:
             return range(self.numel())  # type: ignore[attr-defined]
-        kept = home.place_of(self._index).ranges[context().rank]
+        kept = home.place_of(self._index).ranges[context().topology.shard_rank]
         return range(kept.start, kept.stop)
 
     @property
@@ -69,15 +71,15 @@ class PublishedFacts:
     @property
     def _zero_comm(self) -> Communicator:
         """The ranks that it is spread over."""
-        return context().world
+        return context().shard_group
 
     def gather_all(self) -> torch.Tensor:
-        """``gather()``, over tensor-parallel ranks as well, of which there is one.  Collective."""
-        return self.gather()  # type: ignore[attr-defined, no-any-return]
+        """The whole value over tensor-parallel ranks as well.  Collective; a slice's is not differentiable."""
+        return joined(context(), self.gather(), self._split_dim)  # type: ignore[attr-defined]
 
     def tp_gather(self) -> torch.Tensor:
-        """``gather()``, over tensor-parallel ranks as well, of which there is one.  Collective."""
-        return self.gather()  # type: ignore[attr-defined, no-any-return]
+        """The same."""
+        return self.gather_all()
 
     def _copy_data(self, data: torch.Tensor) -> None:
         """Take the values of ``data``, the whole tensor, the same on all ranks.  Collective."""

@@ -135,7 +135,7 @@ def _gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
     for index, is_missing in zip(places, missing.tolist(), strict=True):
         if not is_missing:
             own = torch.zeros_like(raw_data(inputs[index])) if found[index] is None else found[index]
-            found[index] = ops.reduce_gradient(own, op, ctx.world)
+            found[index] = ops.reduce_gradient(own, op, ctx.data_group)
     return tuple(found)
 
 
@@ -247,7 +247,7 @@ def _writing(parameters: list[Any], what: str, targets: list[Any] | None = None)
         if engine().idle:
             for target in {id(t): t for t in (sharded if targets is None else targets)}.values():
                 flat, index = place_of(target)
-                keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: raw_data(target)})
+                keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: raw_data(target)}, flat.slices)
                 flat.expose()
 
 
@@ -257,10 +257,11 @@ def _fill(
     flat, index = place_of(target)
     what = _what(func, [target])
     flat.unit.ctx.engine.comes_to(what)
-    whole = torch.empty(target.shape, dtype=flat.dtype, device=flat.shard.device)
+    whole = torch.empty(flat.whole_shape(index), dtype=flat.dtype, device=flat.shard.device)
     given, named = tree_map(lambda value: whole if value is target else value, (args, kwargs))
     func(*given, **named)
-    keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: whole})
+    whole = flat.own_slice(index, whole)
+    keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: whole}, flat.slices)
     flat.write(index, whole)
     return target
 
@@ -288,7 +289,7 @@ def _operand(value: Any, target: ShardedParameter, what: str) -> Any:
         value = value.detach().to(flat.shard.device)
         if engine().idle:
             value = value.clone()
-            keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: value})
+            keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: value}, flat.slices)
     return value
 
 

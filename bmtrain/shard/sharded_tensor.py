@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..autograd import backward_id
 from ..errors import ShardedAccessError
 from .place import Part, Place
+from .slices import joined, own_slice
 
 _Handler = Callable[..., Any]
 
@@ -199,6 +200,26 @@ def part_of(value: torch.Tensor, place: Place, what: str) -> torch.Tensor:
     return value.part.values_at(place, what) if isinstance(value, ShardedTensor) else place.cut(value)
 
 
+def unsliced(tensor: ShardedTensor) -> torch.Tensor:
+    """``tensor.full_tensor()``; of slices of tensor-parallel layers the whole.  Collective.
+
+    Raises ShardedAccessError for a view of a slice that has another shape.
+    """
+    place = tensor.part.place
+    if place.split_dim is not None and tensor.shape != place.shape:
+        raise ShardedAccessError(
+            f"A tensor of shape {tuple(tensor.shape)} was made of {place.name!r}, of which tensor-parallel ranks have "
+            f"slices of shape {tuple(place.shape)}: give it this shape, so that the slices can be put together."
+        )
+    return joined(place.ctx, tensor.full_tensor(), place.split_dim)
+
+
+def slice_for(tensor: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
+    """What ``tensor`` has of ``whole``, which is as ``unsliced`` gives it; any other tensor as it is."""
+    place = tensor.part.place
+    return own_slice(place.ctx, whole, place.split_dim if tuple(whole.shape) == place.whole_shape else None)
+
+
 def whole_operands(args: Any, kwargs: Any) -> Any:
     """``args`` and ``kwargs`` with every ShardedTensor gathered.  Collective if there are any."""
     return tree_map(lambda x: x.full_tensor() if isinstance(x, ShardedTensor) else x, (args, kwargs))
@@ -286,9 +307,15 @@ def _random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     target = args[0]
     if not isinstance(target, ShardedTensor) or len(_sharded((args, kwargs))) > 1:
         return _unknown(func, name, args, kwargs)
-    whole = func(torch.empty(target.shape, dtype=target.dtype, device=target.device), *args[1:], **kwargs)
+    place = target.part.place
+    is_slice = place.split_dim is not None and target.shape == place.shape
+    shape = place.whole_shape if is_slice else target.shape
+    whole = func(torch.empty(shape, dtype=target.dtype, device=target.device), *args[1:], **kwargs)
+    if is_slice:
+        whole = own_slice(place.ctx, whole, place.split_dim)
+    whole = place.same_on_replicas(whole, f"{name} of {place.name!r}")
     if not name.endswith("_"):
-        return _own(target, target.part.place.cut(whole).clone())
+        return _own(target, place.cut(whole).clone())
     _elementwise(torch.ops.aten.copy_.default, name, (target, whole), {})
     return target
 

@@ -13,7 +13,7 @@ from .engine import engine
 from .flat import place_of
 from .gathered import keep_rank_0s
 from .parameter import DistributedParameter
-from .sharded_tensor import written_by
+from .sharded_tensor import ShardedTensor, slice_for, unsliced, written_by
 
 _T = torch.Tensor
 
@@ -121,9 +121,15 @@ class OfParameter:
     def __init__(self, parameter: DistributedParameter) -> None:
         self._parameter = parameter
 
+    @property
+    def index(self) -> int:
+        """The parameter's place in its flat shard."""
+        return self._parameter._index
+
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values.  Collective."""
-        copy.copy_(self._parameter.gather().detach())
+        flat, index = place_of(self._parameter)
+        copy.copy_(flat.joined(index, self._parameter.gather().detach()))
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``.  Collective."""
@@ -131,7 +137,7 @@ class OfParameter:
         what = f"the write into the state dict's copy of {flat.names[index]!r}"
         engine().meet(what)
         keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: copy})
-        flat.write(index, copy)
+        flat.write(index, flat.own_slice(index, copy))
 
 
 class OfBuffer:
@@ -142,10 +148,12 @@ class OfBuffer:
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
-        copy.copy_(self._buffer)
+        copy.copy_(unsliced(self._buffer) if isinstance(self._buffer, ShardedTensor) else self._buffer)
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``."""
+        if isinstance(self._buffer, ShardedTensor):
+            copy = slice_for(self._buffer, copy)
         with torch.no_grad():
             self._buffer.copy_(copy)
 

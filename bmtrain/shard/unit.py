@@ -49,6 +49,7 @@ class ShardUnit:
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
         is_stale: ranks may have written different values into what is whole.
+        is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
 
@@ -73,19 +74,22 @@ class ShardUnit:
         self.trains_in: torch.dtype | None = None
         self._begin()
         # One flat buffer for each dtype, frozen parameters apart so that they are never reduced, and those apart that
-        # autocast would cast; matrices first, so that the usual weight-decay groups are contiguous.
-        groups: dict[tuple[torch.dtype, bool, bool], list[int]] = {}
+        # autocast would cast, and slices of tensor-parallel layers; matrices first, so that the usual weight-decay
+        # groups are contiguous.
+        groups: dict[tuple[torch.dtype, bool, bool, bool], list[int]] = {}
         for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
             casts = autocasts[index] and params[index].dtype == torch.float32
-            groups.setdefault((params[index].dtype, params[index].requires_grad, casts), []).append(index)
+            key = params[index].dtype, params[index].requires_grad, casts, params[index]._split_dim is not None
+            groups.setdefault(key, []).append(index)
         self.flats = [
-            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts) for (_, _, casts), g in groups.items()
+            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts)
+            for (_, _, casts, _), g in groups.items()
         ]
 
     def _begin(self) -> None:
         self.index = -1  # its place in the engine's order, given on first use
         self.pins = self.open_uses = 0
-        self.stays = self.is_stale = False
+        self.stays = self.is_stale = self.is_written = False
         self.is_whole = not self.moves
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()

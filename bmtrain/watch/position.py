@@ -68,7 +68,7 @@ def what_of(entry: Entry) -> str:
         return f"{entry.operation} of {entry.size} bytes ({entry.group}){during}"
     if entry.group == "order":
         return f"{entry.unit} (asking the others)"
-    if entry.group == "reduce":
+    if entry.group.startswith("reduce"):
         return f"the reduction of {entry.unit}"
     return f"the {entry.phase} of {entry.unit}{during}" if entry.phase else f"{entry.operation} of {entry.unit}"
 

@@ -84,7 +84,8 @@ def run_ranks(
     ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the
     variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
     gradient mode and default dtype are torch's own; BMTRAIN_TEST_DEFAULT_DEVICE=cuda beside BMTRAIN_TEST_DEVICE=cuda
-    lets tests that name no device make their tensors there. ``env`` adds environment variables. ``fresh`` asks for
+    lets tests that name no device make their tensors there. BMTRAIN_TEST_SHARD_SIZE=1 replicates what else is sharded
+    over all ranks. ``env`` adds environment variables. ``fresh`` asks for
     processes that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs
     than ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
     Raises RanksFailed with the traceback of every rank that failed.
@@ -92,6 +93,8 @@ def run_ranks(
     task = _describe(function, args, kwargs)
     options = {"device": os.environ.get("BMTRAIN_TEST_DEVICE", "cpu")}
     options |= {"schedule": schedule} if (schedule := os.environ.get("BMTRAIN_TEST_SCHEDULE")) else {}
+    size = int(os.environ.get("BMTRAIN_TEST_SHARD_SIZE", "0"))
+    options |= {"shard_size": size} if size and world_size % size == 0 else {}
     options |= init or {}
     with _group(world_size, options, initialize, env or {}, fresh) as group:
         results: list[T] = group.run(task, timeout)

@@ -49,7 +49,7 @@ def test_use_before_init() -> None:
 def bad_init() -> None:
     for arguments, error, said in (
         ({"tp_size": 3}, errors.ConfigurationError, "not divisible"),
-        ({"tp_size": 2}, errors.UnsupportedError, "tp_size"),
+        ({"pipe_size": 2}, errors.UnsupportedError, "pipe_size"),
         ({"device": "cuda"}, errors.DeviceError, "no GPU"),
         ({"device": "tpu"}, errors.DeviceError, "device must be"),
         ({"unknown": 1}, TypeError, "unknown"),

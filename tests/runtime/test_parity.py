@@ -170,12 +170,19 @@ def compare(run: Run, expected: Run) -> None:
             assert relative(run.final[key], value) <= 1e-3, f"{key} after {STEPS} steps"
 
 
-def check(model: str, setting: tuple[int, float | None, bool, int], world_size: int, device: str) -> None:
+def check(
+    model: str,
+    setting: tuple[int, float | None, bool, int],
+    world_size: int,
+    device: str,
+    shard_size: int | None = None,
+) -> None:
     accumulation, clip, recompute, zero_level = setting
     task = Task(model, accumulation, clip, device)
     expected = reference(task)
     assert expected.losses[-1] < expected.losses[0], "the reference does not learn"
-    for run in run_ranks(world_size, train, task, recompute, zero_level, expected.final, init={"device": device}):
+    init = {"device": device} | ({} if shard_size is None else {"shard_size": shard_size})
+    for run in run_ranks(world_size, train, task, recompute, zero_level, expected.final, init=init):
         compare(run, expected)
 
 
@@ -189,6 +196,26 @@ ROWS = [(world, setting) for world in (1, 2) for setting in SETTINGS] + [
 @pytest.mark.parametrize("model", models.BUILDERS)
 def test_training_equals_plain_torch(model: str, setting: Any, world_size: int) -> None:
     check(model, setting, world_size, "cpu")
+
+
+# Groups of ranks, each of which keeps all parameters: two rows that differ in every setting, and all the others.
+MESHES = [("gpt", SETTINGS[2], 2, 1), ("awkward", SETTINGS[1], 4, 2)]
+MORE = [
+    (model, setting, *mesh)
+    for model in models.BUILDERS
+    for setting in SETTINGS[1:3]
+    for mesh in ((2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4))
+    if (model, setting, *mesh) not in MESHES
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "setting", "world_size", "shard_size"),
+    [*MESHES, *(pytest.param(*row, marks=pytest.mark.long) for row in MORE)],
+    ids=str,
+)
+def test_training_with_replicas_equals_plain_torch(model: str, setting: Any, world_size: int, shard_size: int) -> None:
+    check(model, setting, world_size, "cpu", shard_size)
 
 
 @pytest.mark.gpu

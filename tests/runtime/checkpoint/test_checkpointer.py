@@ -203,6 +203,34 @@ def test_any_number_of_ranks_reads_what_another_wrote(before: int, tmp_path: Pat
             assert_same(theirs, expected, f"{before} to {after}")
 
 
+# (ranks, shard_size), before and after
+MESHES = [((4, 2), (2, 1))]
+MORE = [
+    ((2, 1), (4, 2)),
+    ((4, 1), (4, 4)),
+    ((4, 4), (4, 1)),
+    ((4, 2), (3, 3)),
+    ((3, 3), (4, 2)),
+    ((2, 1), (1, 1)),
+    ((1, 1), (4, 2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [*MESHES, *(pytest.param(*pair, marks=pytest.mark.long) for pair in MORE)], ids=str
+)
+def test_any_mesh_reads_what_another_wrote(before: tuple[int, int], after: tuple[int, int], tmp_path: Path) -> None:
+    expected, *others = run_ranks(before[0], saved, str(tmp_path), init={"shard_size": before[1]})
+    for theirs in others:
+        assert_same(theirs, expected)
+    if before == (4, 2):  # every element is written once, by all ranks about equally
+        files = [tmp_path / "0" / "step-0000000002" / f"__{rank}_0.distcp" for rank in range(4)]
+        sizes = [file.stat().st_size for file in files]
+        assert min(sizes) > 0.5 * max(sizes), sizes
+    for theirs in run_ranks(after[0], loaded, str(tmp_path), init={"shard_size": after[1]}):
+        assert_same(theirs, expected)
+
+
 def test_torch_reads_it(tmp_path: Path) -> None:
     """The names, shapes and values are there for torch.distributed.checkpoint itself."""
     import torch.distributed.checkpoint as dcp

@@ -360,7 +360,7 @@ def test_a_state_that_does_not_fit_is_not_loaded() -> None:
     optimizer.load_state_dict(sharded)
     assert_same_state(optimizer.state_dict(), before)
     sharded["shard_of"] = (7, 9)
-    with pytest.raises(CheckpointError, match="rank 7"):
+    with pytest.raises(CheckpointError, match="shard 7"):
         optimizer.load_state_dict(sharded)
 
 

@@ -1,0 +1,400 @@
+"""Models whose layers are split over tensor-parallel ranks, against the whole model in plain torch on one process."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch import nn
+
+import bmtrain as bmt
+from bmtrain.alike import digest
+from bmtrain.checkpoint import Checkpointer
+from bmtrain.errors import CheckpointError, ConfigurationError, UnsupportedError
+from bmtrain.objects import allgather_objects
+
+WIDTH, INNER, VOCABULARY, ROWS, LENGTH = 6, 10, 14, 8, 5
+
+
+class PlainLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class PlainModel(nn.Module):
+    """Embedding and projection are tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.places = nn.Parameter(torch.linspace(-1, 1, LENGTH * WIDTH).view(LENGTH, WIDTH))
+        self.layers = nn.ModuleList(PlainLayer() for _ in range(2))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.view(-1, VOCABULARY), targets.reshape(-1))
+
+
+class Layer(bmt.DistributedModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = bmt.nn.ColumnParallelLinear(WIDTH, INNER, gather_input=False)
+        self.down = bmt.nn.RowParallelLinear(INNER, WIDTH, all_reduce_output=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Model(bmt.DistributedModule):
+    def __init__(self, recompute: bool = True) -> None:
+        super().__init__()
+        self.embedding = bmt.nn.VPEmbedding(VOCABULARY, WIDTH, dtype=torch.float32)
+        self.places = bmt.DistributedParameter(torch.linspace(-1, 1, LENGTH * WIDTH).view(LENGTH, WIDTH))
+        self.layers = bmt.TransformerBlockList([bmt.Block(Layer(), use_checkpoint=recompute) for _ in range(2)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.loss = bmt.loss.FusedCrossEntropy(parallel=True)
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) + self.places
+        x = self.layers(x)
+        logits = self.embedding(self.norm(x), projection=True)
+        loss: torch.Tensor = self.loss(logits.view(-1, logits.shape[-1]), targets.reshape(-1))
+        return loss
+
+
+def pair(recompute: bool = True, seed: int = 5) -> tuple[PlainModel, Any]:
+    """The whole model in plain torch and the split one, from one seed."""
+    reference = PlainModel()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in reference.named_parameters():
+            if name == "embedding.weight":
+                nn.init.normal_(p)
+            elif ".up." in name or ".down." in name:
+                (nn.init.xavier_normal_ if p.dim() == 2 else nn.init.zeros_)(p)
+    model: Any = Model(recompute)
+    torch.manual_seed(seed)
+    bmt.init_parameters(model)
+    return reference, model
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(50 + step))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def own_slice(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """This rank's slice, by what the shapes say."""
+    for dim, (all_of_it, own) in enumerate(zip(whole.shape, like.shape, strict=True)):
+        if all_of_it != own:
+            return whole.chunk(all_of_it // own, dim)[bmt.mesh().get_local_rank("tensor")]
+    return whole
+
+
+def trains(recompute: bool, kind: str) -> None:
+    reference, model = pair(recompute)
+    oracle.assert_same_weights(model, reference, exact=True)
+    tensors = bmt.mesh().size("tensor")
+    assert model.layers[0].up.weight.shape == (INNER // tensors, WIDTH)
+    assert model.layers[0].down.weight.shape == (WIDTH, INNER // tensors)
+    make = bmt.optim.AdamOptimizer if kind == "ours" else torch.optim.AdamW
+    optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1)
+    manager = bmt.optim.OptimManager(loss_scale=256.0)
+    manager.add_optimizer(optimizer)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
+    for step in range(4):
+        for micro in range(2):
+            whole = reference(*batch(2 * step + micro))
+            (whole / 2).backward()
+            loss = model(*(bmt.shard_batch(x) for x in batch(2 * step + micro)))
+            manager.backward(loss / 2)
+            oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), f"the loss of step {step}")
+        for (name, p), (same, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
+            found = bmt.gather_grad(p)
+            assert name == same and found is not None and q.grad is not None
+            oracle.assert_close(found / 256.0, own_slice(q.grad, found), f"the gradient of {name}")
+        norm = manager.clip_grad_norm(model.parameters(), 0.05)
+        oracle.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.05), f"the norm of step {step}")
+        manager.step()
+        theirs.step()
+        manager.zero_grad()
+        theirs.zero_grad()
+    oracle.assert_same_weights(model, reference, limit=1e-3)
+    ours = optimizer.state_dict()["state"]
+    for number, state in theirs.state_dict()["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            oracle.assert_close(ours[number][name], state[name], f"{name} of {number}", 1e-3)
+    assert_alike(model)
+
+
+def assert_alike(model: Any) -> None:
+    """Bit for bit: what replicas keep, what tensor-parallel ranks keep of no slices, and whole state dicts."""
+    parts = {name: int(digest(p.data.part.read())) for name, p in model.named_parameters()}
+    every = allgather_objects(parts)
+    for name, p in model.named_parameters():
+        assert all(every[rank][name] == parts[name] for rank in p._flat.place_of(p._index).copies), name
+    state = {name: int(digest(value)) for name, value in model.state_dict().items()}
+    assert all(theirs == state for theirs in allgather_objects(state))
+
+
+# ranks, shard_size, recompute, optimizer
+RUNS = [(2, None, False, "torch's"), (4, None, True, "ours")]
+MORE = [(2, None, True, "ours"), (4, None, False, "torch's"), (4, 1, True, "torch's"), (4, 1, False, "ours")]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shard_size", "recompute", "kind"),
+    [*RUNS, *(pytest.param(*run, marks=pytest.mark.long) for run in MORE)],
+)
+def test_training_equals_the_whole_model(ranks: int, shard_size: int | None, recompute: bool, kind: str) -> None:
+    run_ranks(ranks, trains, recompute, kind, init={"tp_size": 2, "shard_size": shard_size})
+
+
+# ---- what is refused
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class RowsBetween(bmt.DistributedModule):
+    """A norm between two layers sees this rank's rows only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = bmt.nn.RowParallelLinear(WIDTH, WIDTH, split_input=True)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = bmt.nn.ColumnParallelLinear(WIDTH, WIDTH, gather_output=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.up(self.norm(self.down(x)))
+        return out
+
+
+def refused() -> None:
+    with pytest.raises(ConfigurationError, match="vocab_size is 7, which cannot be split evenly over 2"):
+        bmt.nn.VPEmbedding(7, 4)
+    _, model = pair()
+    with pytest.raises(UnsupportedError, match="element-wise"):
+        bmt.optim.OptimManager().add_optimizer(torch.optim.Adafactor(model.parameters()))
+    with pytest.raises(UnsupportedError, match="no weight"):
+        loss = bmt.loss.FusedCrossEntropy(torch.ones(4), parallel=True)
+        loss(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64))
+    between: Any = RowsBetween()
+    bmt.init_parameters(between)
+    with pytest.raises(ConfigurationError, match=r"different gradients of norm\.weight"):
+        between(torch.randn(4, WIDTH)).square().mean().backward()
+        bmt.optim.OptimManager().add_optimizer(bmt.optim.AdamOptimizer(between.parameters()))
+        bmt.gather_grad(between.norm.weight)
+
+
+def test_refusals() -> None:
+    run_ranks(2, refused, init={"tp_size": 2}, fresh=True)
+
+
+# ---- what user code sees
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def values_outside(folder: str) -> None:
+    reference, model = pair()
+    size = bmt.mesh().size("tensor")
+    names = ("embedding.weight", "layers.0.up.weight", "layers.1.down.weight", "layers.1.down.bias", "places")
+    for name in names:  # numbers are those of the whole parameter
+        ours, theirs = model.get_parameter(name), reference.get_parameter(name)
+        for draw in (lambda p: p.data.normal_(), lambda p: nn.init.uniform_(p), lambda p: p.data.random_(3)):
+            torch.manual_seed(7)
+            draw(ours)
+            torch.manual_seed(7)
+            draw(theirs)
+            oracle.assert_same_weights(model, reference, exact=True)
+    torch.manual_seed(7)
+    noise, expected = torch.randn_like(model.layers[0].up.weight.data), torch.empty(INNER, WIDTH)
+    torch.manual_seed(7)
+    assert torch.equal(noise.full_tensor(), own_slice(expected.normal_(), noise))
+    with torch.no_grad():
+        model.layers[0].up.weight.data.add_(noise)
+    model.load_state_dict(reference.state_dict())
+    oracle.assert_same_weights(model, reference, exact=True)
+    # What is written into a state dict, and while parameters are whole.
+    model.state_dict()["layers.0.down.weight"][1, 3:7] = 4.0
+    with torch.no_grad():
+        reference.layers[0].down.weight[1, 3:7] = 4.0
+    oracle.assert_same_weights(model, reference, exact=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with bmt.gathered(model, write=True), torch.no_grad():  # the first rank counts that holds the same slice
+            model.layers[0].up.bias.fill_(float(bmt.rank()))
+            model.places.fill_(float(bmt.rank()))
+    with torch.no_grad():
+        reference.places.zero_()
+        reference.layers[0].up.bias.copy_(torch.arange(size).repeat_interleave(INNER // size))
+    oracle.assert_same_weights(model, reference, exact=True)
+    # Gradients by torch.autograd.grad, and a copy of the model.
+    chosen = [model.get_parameter(name) for name in names]
+    found = torch.autograd.grad(model(*(bmt.shard_batch(x) for x in batch(0))), chosen)
+    expected = torch.autograd.grad(reference(*batch(0)), [reference.get_parameter(name) for name in names])
+    for name, one, other in zip(names, found, expected, strict=True):
+        oracle.assert_close(one, own_slice(other, one), name)
+    oracle.assert_same_weights(copy.deepcopy(model), reference, exact=True)
+    # Averages in a file, and models.
+    average = {name: p.data.clone() for name, p in model.named_parameters()}
+    bmt.save_checkpoint(average, f"{folder}/average.pt")
+    for name, value in torch.load(f"{folder}/average.pt").items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+    with pytest.raises(UnsupportedError, match="state dict"):
+        bmt.save_checkpoint(model, f"{folder}/model.pt")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.up\.weight"):
+        model.load_state_dict(reference.state_dict() | {"layers.0.up.weight": torch.zeros(INNER, WIDTH + 1)})
+    oracle.assert_same_weights(model, reference, exact=True)
+
+
+@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.long)])
+def test_values_outside_of_forwards(ranks: int, tmp_path: Path) -> None:
+    run_ranks(ranks, values_outside, str(tmp_path), init={"tp_size": 2})
+
+
+def with_an_average() -> None:
+    """A buffer made of a slice is one, too."""
+    reference, model = pair()
+    model.layers[0].register_buffer("average", model.layers[0].down.weight.data.clone())
+    reference.layers[0].register_buffer("average", reference.layers[0].down.weight.detach().clone())
+    oracle.assert_same_weights(model, reference, exact=True)
+    model.state_dict()["layers.0.average"][2, 3:7] = 5.0
+    reference.layers[0].average[2, 3:7] = 5.0
+    oracle.assert_same_weights(model, reference, exact=True)
+    with torch.no_grad():
+        model.layers[0].average.zero_()
+    model.load_state_dict(reference.state_dict())
+    oracle.assert_same_weights(model, reference, exact=True)
+
+
+def test_buffers_made_of_slices() -> None:
+    run_ranks(2, with_an_average, init={"tp_size": 2})
+
+
+def built_on_meta() -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        model = bmt.nn.ColumnParallelLinear(WIDTH, INNER, gather_input=False)
+    return dict(bmt.BMTrainModelWrapper(nn.Sequential(bmt.Block(model))).state_dict())
+
+
+def test_models_on_the_meta_device() -> None:
+    (expected,) = run_ranks(1, built_on_meta)
+    for found in run_ranks(2, built_on_meta, init={"tp_size": 2}):
+        assert compare([found], [expected])
+
+
+# ---- state
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Job:
+    def __init__(self, folder: str, dtype: torch.dtype, kind: str, seed: int) -> None:
+        _, self.model = pair(seed=seed)
+        self.model.to(dtype)
+        make = bmt.optim.AdamOptimizer if kind == "ours" else torch.optim.AdamW
+        self.optimizer = make(self.model.parameters(), lr=0.01)
+        self.manager = bmt.optim.OptimManager()
+        self.manager.add_optimizer(self.optimizer)
+        self.average = {name: p.data.clone() for name, p in self.model.named_parameters()}
+        self.ckpt = Checkpointer(folder, model=self.model, optimizer=self.manager, average=self.average)
+
+    def train(self) -> None:
+        for step in range(2):
+            self.manager.backward(self.model(*(bmt.shard_batch(x) for x in batch(step))))
+            self.manager.step()
+            self.manager.zero_grad()
+            for name, p in self.model.named_parameters():
+                self.average[name].lerp_(p.data, 0.3)
+
+    def facts(self) -> dict[str, torch.Tensor]:
+        found = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"{number}.{name}": value for name, value in state.items()}
+        for name, value in self.average.items():
+            p = self.model.get_parameter(name)
+            found[f"average.{name}"] = p._flat.joined(p._index, value.full_tensor())
+        return {name: value.clone() for name, value in found.items()}
+
+
+KINDS = [(torch.float32, "ours"), (torch.bfloat16, "ours"), (torch.bfloat16, "torch's")]
+
+
+def saves(folder: str) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for number, (dtype, kind) in enumerate(KINDS):
+        job = Job(f"{folder}/{number}", dtype, kind, 5)
+        job.train()
+        job.ckpt.save(2)
+        bmt.save(job.model, f"{folder}/{number}.pt")
+        bmt.save_checkpoint(job.optimizer.state_dict(), f"{folder}/{number}.opt")
+        found.append(job.facts())
+        job.ckpt.close()
+    return found
+
+
+def loads(folder: str, by: str) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for number, (dtype, kind) in enumerate(KINDS):
+        job = Job(f"{folder}/{number}", dtype, kind, 8)
+        if by == "checkpointer":
+            assert job.ckpt.resume() == 2
+        else:
+            bmt.load(job.model, f"{folder}/{number}.pt")
+            job.optimizer.load_state_dict(torch.load(f"{folder}/{number}.opt"))
+        found.append({k: v for k, v in job.facts().items() if by == "checkpointer" or not k.startswith("average")})
+        assert_alike(job.model)
+        job.train()
+        job.ckpt.close()
+    return found
+
+
+SPLIT, WHOLE, ONE = (4, {"tp_size": 2}), (2, {}), (2, {"tp_size": 2})
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(SPLIT, WHOLE), *(pytest.param(*p, marks=pytest.mark.long) for p in ((WHOLE, ONE), (ONE, SPLIT), (WHOLE, SPLIT)))],
+    ids=str,
+)
+def test_state_fits_any_mesh(before: Any, after: Any, tmp_path: Path) -> None:
+    expected, *others = run_ranks(before[0], saves, str(tmp_path), init=before[1])
+    assert all(compare(theirs, expected) for theirs in others)
+    for by in ("checkpointer", "files"):
+        for theirs in run_ranks(after[0], loads, str(tmp_path), by, init=after[1]):
+            assert compare(theirs, expected), by
+
+
+def compare(found: list[dict[str, torch.Tensor]], expected: list[dict[str, torch.Tensor]]) -> bool:
+    for one, other in zip(found, expected, strict=True):
+        for name, value in one.items():
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+    return True
+
+
+def of_data() -> tuple[float, list[float]]:
+    with bmt.own_random():
+        own = float(torch.rand(()))
+    return own, bmt.gather_result(torch.tensor([float(bmt.rank())])).tolist()
+
+
+def test_ranks_that_see_the_same_data() -> None:
+    """They draw the same numbers, and what they find counts once."""
+    (first, rows), *others = run_ranks(4, of_data, init={"tp_size": 2})
+    assert [one == first for one, _ in others] == [True, False, False] and others[1][0] == others[2][0]
+    assert all(theirs == rows == [0.0, 2.0] for _, theirs in others)
