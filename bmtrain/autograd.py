@@ -12,19 +12,14 @@ Node = torch.autograd.graph.Node
 
 
 class ScriptsAsWritten:
-    """From ``begin`` to the end of the ``with``, TorchScript functions run operation by operation, every time alike.
+    """TorchScript functions run operation by operation inside the ``with``, every time alike.
 
     Its executor would otherwise profile, and save other tensors from the second or third call on; once it does, it
     does so wherever the function is called.
     """
 
-    def __enter__(self) -> ScriptsAsWritten:
+    def __enter__(self) -> None:
         self._optimizes = torch._C._get_graph_executor_optimize()
-        return self
-
-    @staticmethod
-    def begin() -> None:
-        """From here on."""
         torch._C._set_graph_executor_optimize(False)
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,6 @@ class Backward:
     Attributes:
         frames: those that are running now, the innermost last.
         recomputes: how many blocks are being run again, one inside the other.
-        repeats: whether blocks have run that are still to run again.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -30,9 +29,9 @@ class Backward:
         self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
         self.frames: list[Frame] = []
         self.recomputes = 0
-        self.repeats = False
         self.first_graphs = FirstGraphs()
         self._begun: list[Frame] = []
+        self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again
         self._id: int | None = None
         self._note: Callable[[torch.Tensor], object] | None = None
 
@@ -42,9 +41,10 @@ class Backward:
         return self._schedule.ctx.device
 
     def will_repeat(self) -> None:
-        """A block that begins now is to run again in the backward: until then no script may come to be optimized."""
-        self.repeats = True
-        ScriptsAsWritten.begin()
+        """A block that begins now is to run again: until the backward is over no script may come to be optimized."""
+        if self._scripts is None:
+            self._scripts = ScriptsAsWritten()
+            self._scripts.__enter__()
 
     def output_is_reached(self, _: torch.Tensor) -> None:
         """Hook of what an outermost forward returned."""
@@ -122,7 +122,10 @@ class Backward:
         used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
         for frame in self._begun:
             frame.begun = frame.finished = False
-        self._begun, self.repeats = [], False
+        self._begun = []
+        if self._scripts is not None:
+            self._scripts.__exit__()
+            self._scripts = None
         self._schedule.register_copies()
         units = self._schedule.units
         for index in sorted(units.keys()):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..autograd import ScriptsAsWritten, backward_id, in_function_transform, outside_function_transforms
+from ..autograd import backward_id, in_function_transform, outside_function_transforms
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
 from ..shard.flat import FlatShard
@@ -95,16 +95,6 @@ class Engine:
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs
     ) -> T:
         """Run one module's forward with its unit whole."""
-        if self.whole.idle:
-            with ScriptsAsWritten() as scripts:  # blocks begin it
-                if self.backward.repeats:
-                    scripts.begin()
-                return self._forward(unit, recompute, call, args, kwargs)
-        return self._forward(unit, recompute, call, args, kwargs)
-
-    def _forward(
-        self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs
-    ) -> T:
         grad = torch.is_grad_enabled()
         starts_run, transformed = self.whole.idle and backward_id() is None, in_function_transform()
         if starts_run:

@@ -150,10 +150,9 @@ class Frame:
         try:
             with (
                 self.owner.recomputing(self, pack),
-                ScriptsAsWritten() as scripts,
+                ScriptsAsWritten(),
                 torch.autograd.graph.saved_tensors_hooks(pack, _never),
             ):
-                scripts.begin()
                 self._again()
         except _Enough:
             pass

@@ -108,7 +108,7 @@ def sandwiched(first: bool, between: bool, last: bool) -> Any:
         class Model(names.Module):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 super().__init__()
-                self.weights = nn.ParameterList(torch.ones(WIDTH) for _ in range(3))
+                self.norm, self.weights = norm, nn.ParameterList(torch.ones(WIDTH) for _ in range(3))
                 self.layers = names.stack([Block() for _ in range(3)])
 
             def forward(self, x: Tensor) -> Tensor:
@@ -128,6 +128,15 @@ def test_a_script_that_blocks_share_with_the_model_around_them() -> None:
     """It is optimized at its second call outside of blocks, which may come between a block's two runs."""
     for places in ((0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 0, 1), (1, 1, 1)):
         oracle.matches(sandwiched(*map(bool, places)), steps=4, recompute=True)
+    assert torch._C._get_graph_executor_optimize()
+
+
+@on_ranks(1, 2)
+def test_a_script_that_blocks_share_with_code_outside_of_the_model() -> None:
+    def run(model: Any, x: Tensor) -> Tensor:
+        return oracle.mean(model.norm(model(x), torch.full((WIDTH,), 2.0)))
+
+    oracle.matches(sandwiched(False, False, False), run=run, steps=4, recompute=True)
     assert torch._C._get_graph_executor_optimize()
 
 
