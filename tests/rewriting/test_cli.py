@@ -210,7 +210,7 @@ def test_the_hook_names_file_line_and_rule(project: Path, capsys: pytest.Capture
     hooks = (Path(__file__).parents[2] / ".pre-commit-hooks.yaml").read_text()
     program, *options = hooks.partition("entry: ")[2].splitlines()[0].split()
     assert program == "bmt-convert" and "require_serial: true" in hooks
-    (project / "done.py").write_text(DONE)
+    (project / "done.py").write_text("x = 1\n")
     assert main([*options, str(project / "done.py"), str(project / "model.py")]) == 1
     assert capsys.readouterr().out.startswith(f"{project / 'model.py'}:4: BMT001 class A inherits")
     assert main([*options, str(project / "done.py")]) == 0

@@ -47,12 +47,14 @@ def test_a_run_is_measured(tmp_path: Path) -> None:
     run_ranks(2, measures, str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA H20", 148e12),
-     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA A10", 125e12), ("Tesla T4", 65e12), ("NVIDIA L40", 181e12),
-     ("NVIDIA RTX A1000", 0.0), ("Another", 0.0)],
-)  # fmt: skip
+PEAKS = {
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H20": 148e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla T4": 65e12, "NVIDIA L40": 181e12,
+    "NVIDIA RTX A1000": 0.0, "Another": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "flops"), PEAKS.items())
 def test_peaks_of_gpus(monkeypatch: pytest.MonkeyPatch, name: str, flops: float) -> None:
     device = Device(torch.device("cpu"))
     assert device.peak_flops() == 0
