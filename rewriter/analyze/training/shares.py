@@ -206,11 +206,11 @@ class Kinds:
     def _is_cut(self, node: ast.expr) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
         if isinstance(node, ast.Name):
-            return any(self._is_cut(value) for value, _ in self.made.get(node.id, []))
+            made = self.made.get(node.id)
+            return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
-        names = {item.id for item in walk(node) if isinstance(item, ast.Name)} - self._targets()
-        return isinstance(node, ast.Call) and not names & self.batch and bool(self._targets())
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
 
     # Kinds -----------------------------------------------------------------------------------------------------
 
