@@ -43,6 +43,7 @@ MADE = {
         "acc1, acc5 = f(out, y)\n    top.update(acc1[0], len(x))",
         "top.update(bmt.sum_loss(acc1[0]), len(x))",
     ),
+    "a row of wandb": ("wandb.log({'a': (out == y).float().mean()})", "bmt.sum_loss((out == y).float().mean())"),
     "a ratio": ("accs.append((out == y).sum().item() / len(y))", "accs.append(bmt.sum_loss((out == y).sum().item() /"),
     "predictions": ("p.extend(out.argmax(1).tolist())", "p.extend(bmt.gather_samples(out.argmax(1).tolist()))"),
     "arrays": ("p.append(out.detach().cpu().numpy())", "p.append(bmt.gather_samples(out.detach().cpu().numpy()))"),
@@ -74,6 +75,7 @@ def test_what_is_no_share_stays(text: str) -> None:
 UNKNOWN = {
     "each item": "for a, b in zip(out.argmax(1), y):\n        if a == b:\n            n += 1",
     "as the items are": "if y.sum() > 3:\n        n += len(y)",
+    "a metric": "metric.update(out.argmax(1), y)",
     "a score": "n += score(out, y)",
     "rows": "rows.append((out.detach(), y))",
     "a dict's": "for k, v in measured(out, y).items():\n        t[k] += v",

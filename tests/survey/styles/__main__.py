@@ -2,7 +2,7 @@
 
     python -m tests.survey.styles [NAME...] [--ranks 2] [-j 4] [--keep FOLDER]
 
-Training batches divide evenly over two ranks: elsewhere a mean weighs samples slightly differently, with a warning. What
+Training batches divide evenly over two ranks: elsewhere a mean weighs samples slightly otherwise, with a warning. What
 is printed, every file that is written, and what is in it must be the original's. A script's folder may hold
 ``commands``, one a line (else ``train.py``), and ``said``: what the conversion must say of it, where it is known not to
 be the same.
