@@ -30,6 +30,7 @@ _LOCAL_METHODS = {
     "register_buffer", "register_forward_hook", "compile", "share_memory",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
+_MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
 _LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0"}
 
 
@@ -62,12 +63,21 @@ class Collectives:
     def readings(self, file: File) -> dict[ast.expr, ast.expr]:
         """What shows a loss in a file, and the loss in it, whose mean over the ranks every rank must help to make."""
         if file not in self._readings:
-            counted = {
-                item for value, share in self.shares(file).items() if share.kind == "total" for item in walk(value)
-            }
+            counted = {item for value in self.shares(file) for item in walk(value)}
             found = readings(file, self.roles[file], self._held_losses)
-            self._readings[file] = {reading: loss for reading, loss in found.items() if loss not in counted}
+            self._readings[file] = {
+                reading: loss
+                for reading, loss in found.items()
+                if loss not in counted and not self._is_made_whole(file, reading)
+            }
         return self._readings[file]
+
+    def _is_made_whole(self, file: File, node: ast.expr) -> bool:
+        """Whether a value stands in a call that makes it that of all ranks."""
+        return any(
+            isinstance(parent, ast.Call) and self.project.external(file, parent.func) in _MAKE_WHOLE
+            for parent in file.names.ancestors(node)
+        )
 
     @cached_property
     def _held_losses(self) -> set[str]:

@@ -134,12 +134,14 @@ class Kinds:
                         elif kind in {"samples", "unknown"} and self._is_cut(value):
                             yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
-                    given = [*args, *(keyword.value for keyword in keywords)]
+                    given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
                     kinds = [(value, self.kind(value)) for value in given]
                     sizes_only = all(kind != "total" or self._is_size(value) for value, kind in kinds)
                     for value, kind in kinds:
                         if kind == "mean" or (kind == "total" and not sizes_only):
                             yield value, kind
+                        elif kind in {"samples", "unknown"} and attr == "update":
+                            yield value, "unknown"
                 case _:
                     for value in self._shown(node):
                         kind = self.kind(value)
@@ -171,8 +173,9 @@ class Kinds:
                 yield from (*values, *(keyword.value for keyword in named))
             case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
                 yield from right.elts if isinstance(right, ast.Tuple) else [right]
-            case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
-                yield from (*node.args, *(keyword.value for keyword in node.keywords))
+            case ast.Call(func=ast.Attribute(attr=attr)):
+                if attr in SHOWING_METHODS:
+                    yield from _parts([*node.args, *(keyword.value for keyword in node.keywords)])
 
     def _per_item(self, node: ast.AST) -> str:
         """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked."""
@@ -206,11 +209,11 @@ class Kinds:
     def _is_cut(self, node: ast.expr) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
         if isinstance(node, ast.Name):
-            return any(self._is_cut(value) for value, _ in self.made.get(node.id, []))
+            made = self.made.get(node.id)
+            return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
-        names = {item.id for item in walk(node) if isinstance(item, ast.Name)} - self._targets()
-        return isinstance(node, ast.Call) and not names & self.batch and bool(self._targets())
+        return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
 
     # Kinds -----------------------------------------------------------------------------------------------------
 
@@ -310,6 +313,12 @@ class Kinds:
         if pair <= {"same", "loss"} or (left == "loss" and right == "total" and isinstance(op, ast.Div)):
             return "loss"
         return "samples" if "samples" in pair and "unknown" not in pair else "unknown"
+
+
+def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:
+    """Values, and those in dicts among them."""
+    for value in values:
+        yield from value.values if isinstance(value, ast.Dict) else [value]
 
 
 def _own(loop: ast.For) -> Iterator[ast.AST]:

@@ -31,7 +31,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         module = _module(file, facts, parser) if parser else None
         if module is None:
             continue
-        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, help={module}.SUPPRESS)'
+        hidden = f"default={module}.SUPPRESS, help={module}.SUPPRESS"
+        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, {hidden})'
         change = insert_before(statement, line)
         yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
 
@@ -71,7 +72,8 @@ RULE = Rule(
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
             "import argparse\nimport torch\nimport bmtrain as bmt\n\nparser = argparse.ArgumentParser()\n"
-            'parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)\n'
+            'parser.add_argument("--local-rank", "--local_rank", type=int, default=argparse.SUPPRESS, '
+            "help=argparse.SUPPRESS)\n"
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
         ),

@@ -57,12 +57,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             holes = {"loader": share.loader} if options and share.loader is not None else {}
             change = wrap(value, code.replace("{options}", options), **holes)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (change,))
+    counted: set[Var] = set()
     for value in facts.scripts.collectives.unclear(file):
+        statement = file.names.statement_of(value)
+        if isinstance(statement, ast.AugAssign):
+            variable = facts.scripts.roles[file].var(statement.target)
+            counted |= {variable} if variable is not None else set()
         if value.lineno not in told:
             told.add(value.lineno)
             message = f"{file.source.code(value)} may be of this rank's share of the data: see bmt.total, bmt.sum_loss"
             yield Remark(RULE.code, value.lineno, message)
-    counted: set[Var] = set()
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
             for item in _own(node):

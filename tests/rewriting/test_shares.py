@@ -1,0 +1,251 @@
+"""What a loop makes of a rank's share of a batch: counts, means, samples, losses that are sums; which loaders train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.convert import convert_paths, convert_text
+from rewriter.plan import Options
+
+from .helpers import converted
+
+HEAD = """import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+net = torch.nn.Linear(4, 2)
+opt = torch.optim.Adam(net.parameters())
+loader = DataLoader(data, batch_size=8)
+"""
+LOOP = """for step, (x, y) in enumerate(loader):
+    out = net(x)
+    loss = F.cross_entropy(out, y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+MADE = {
+    "hits": ("n += (out.argmax(1) == y).sum().item()", "n += bmt.total((out.argmax(1) == y).sum().item())"),
+    "hits in a tensor": ("n += torch.sum(out.argmax(1) == y)", "n += bmt.total(torch.sum(out.argmax(1) == y))"),
+    "hits, named": ("h = (out.argmax(1) == y).sum().item()\n    n += h", "n += bmt.total(h)"),
+    "sizes": ("n += len(x)", "n += bmt.total(len(x))"),
+    "a shape": ("n += x.shape[0]", "n += bmt.total(x.shape[0])"),
+    "a weighed loss": ("t += loss.item() * x.size(0)", "t += bmt.total(loss.item() * x.size(0))"),
+    "a weighed mean": ("t += (out == y).float().mean() * len(y)", "t += bmt.total((out == y).float().mean() * len(y))"),
+    "an attribute": ("log.n += len(x)", "log.n += bmt.total(len(x))"),
+    "shown": ("print(step * len(x))", "bmt.print_rank(bmt.total(step * len(x)))"),
+    "a mean shown": ("a = (out == y).float().mean()\n    print(f'{a:.3f}')", "f'{bmt.sum_loss(a):.3f}'"),
+    "a mean collected": ("accs.append((out == y).float().mean().item())", "accs.append(bmt.sum_loss((out == y)"),
+    "a mean by its name": (
+        "acc1, acc5 = f(out, y)\n    top.update(acc1[0], len(x))",
+        "top.update(bmt.sum_loss(acc1[0]), len(x))",
+    ),
+    "a row of wandb": ("wandb.log({'a': (out == y).float().mean()})", "bmt.sum_loss((out == y).float().mean())"),
+    "a ratio": ("accs.append((out == y).sum().item() / len(y))", "accs.append(bmt.sum_loss((out == y).sum().item() /"),
+    "predictions": ("p.extend(out.argmax(1).tolist())", "p.extend(bmt.gather_samples(out.argmax(1).tolist()))"),
+    "arrays": ("p.append(out.detach().cpu().numpy())", "p.append(bmt.gather_samples(out.detach().cpu().numpy()))"),
+    "labels": ("p.extend(y.tolist())", "p.extend(bmt.gather_samples(y.tolist()))"),
+    "a list added": ("p += y.tolist()", "p += bmt.gather_samples(y.tolist())"),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), MADE.values(), ids=MADE.keys())
+def test_what_leaves_the_loop_is_the_batchs(text: str, wanted: str) -> None:
+    assert wanted in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+KEPT = {
+    "a step": "n += 1",
+    "a list of the batch's own": "rows = []\n    rows.append(out.detach())",
+    "with gradients": "terms.append(out)",
+    "a feature's size": "n += x.size(1)",
+    "what all ranks have": "n += len(data)",
+    "a rate": "rates.append(opt.param_groups[0]['lr'])",
+}
+
+
+@pytest.mark.parametrize("text", KEPT.values(), ids=KEPT.keys())
+def test_what_is_no_share_stays(text: str) -> None:
+    assert f"    {text}\n" in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+UNKNOWN = {
+    "each item": "for a, b in zip(out.argmax(1), y):\n        if a == b:\n            n += 1",
+    "as the items are": "if y.sum() > 3:\n        n += len(y)",
+    "a metric": "metric.update(out.argmax(1), y)",
+    "a score": "n += score(out, y)",
+    "rows": "rows.append((out.detach(), y))",
+    "a dict's": "for k, v in measured(out, y).items():\n        t[k] += v",
+}
+
+
+@pytest.mark.parametrize("text", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_what_is_not_known_stays_and_is_reported(text: str) -> None:
+    result = convert_text(f"{HEAD}{LOOP}    {text}\n")
+    assert f"    {text}\n" in result.after.decode()
+    assert "BMT037" in {finding.code for finding in result.reported}
+
+
+def test_a_loop_over_either_data_names_the_loader() -> None:
+    text = HEAD.replace(
+        "loader = DataLoader(data, batch_size=8)", 'loaders = {k: DataLoader(d[k]) for k in ("train", "val")}'
+    )
+    loop = LOOP.replace("loader)", "loaders[part])").replace("    loss.b", "    if part == 'train':\n        loss.b")
+    after = converted(f"{text}{loop}    n += len(x)\n    p.extend(y.tolist())\n")
+    assert "n += bmt.total(len(x), of=loaders[part])\n" in after
+    assert "p.extend(bmt.gather_samples(y.tolist(), of=loaders[part]))\n" in after
+
+
+SUMS = {
+    "reduction": 'loss = F.mse_loss(out, x, reduction="sum")',
+    "a tensor's": "loss = ((out - x) ** 2).sum()",
+    "torch's": "loss = torch.sum((out - x) ** 2)",
+    "by a number": 'loss = F.mse_loss(out, x, reduction="sum") / 8',
+    "terms": 'kl = -0.5 * torch.sum(out.exp())\n    loss = F.mse_loss(out, x, reduction="sum") + 0.1 * kl',
+    "size_average": "loss = F.mse_loss(out, x, size_average=False)",
+    "a function's": "loss = both(out, x)",
+    "a criterion's": "loss = both(out, x) + 2 * criterion(out, x)",
+}
+FUNCTIONS = """criterion = torch.nn.MSELoss(reduction="sum")
+
+
+def both(a, b):
+    return criterion(a, b) + torch.sum(a.pow(2))
+
+
+"""
+
+
+@pytest.mark.parametrize("text", SUMS.values(), ids=SUMS.keys())
+def test_a_sum_is_the_whole_batchs(text: str) -> None:
+    loop = LOOP.replace("loss = F.cross_entropy(out, y)", text)
+    functions = FUNCTIONS if "both" in text or "criterion" in text else ""
+    result = convert_text(HEAD + functions + loop + "    t += loss.item()\n    print(loss.item() / len(x))\n")
+    after = result.after.decode()
+    assert ".backward(loss * bmt.world_size())\n" in after
+    assert "t += bmt.total(loss.item())\n" in after
+    assert "bmt.sum_loss(" in after.splitlines()[-1]
+    assert not any("sum over" in finding.message for finding in result.reported)
+
+
+NO_SUMS = {
+    "a mean": "loss = F.mse_loss(out, x)",
+    "of the batch's size": 'loss = F.mse_loss(out, x, reduction="sum") / x.size(0)',
+    "along a dimension": "loss = (out - x).pow(2).sum(1).mean()",
+    "a mean beside": 'loss = F.mse_loss(out, x, reduction="sum") + out.mean()',
+}
+
+
+@pytest.mark.parametrize("text", NO_SUMS.values(), ids=NO_SUMS.keys())
+def test_another_loss_is_left(text: str) -> None:
+    assert ".backward(loss)\n" in converted(HEAD + LOOP.replace("loss = F.cross_entropy(out, y)", text))
+
+
+COUNTED = {
+    "a module": ("torch.nn.CrossEntropyLoss(ignore_index=0)", True),
+    "by default": ("torch.nn.CrossEntropyLoss()", False),
+    "a sum": ("torch.nn.CrossEntropyLoss(ignore_index=0, reduction='sum')", False),
+}
+
+
+@pytest.mark.parametrize(("made", "changes"), COUNTED.values(), ids=COUNTED.keys())
+def test_what_counts_on_all_ranks(made: str, changes: bool) -> None:
+    after = converted(f"{HEAD}criterion = {made}\n" + LOOP.replace("F.cross_entropy(", "criterion("))
+    assert (f"criterion = bmt.loss.mean_over_ranks({made})\n" in after) is changes
+    called = "F.cross_entropy(out, y, ignore_index=0)"
+    wanted = "bmt.loss.mean_over_ranks(F.cross_entropy)(out, y, ignore_index=0)"
+    assert wanted in converted(HEAD + LOOP.replace("F.cross_entropy(out, y)", called))
+
+
+# Which loaders train ----------------------------------------------------------------------------------------------
+
+TESTED = """
+
+def measure(net, data):
+    return [net(x).argmax(1) for x, y in data]
+
+
+"""
+
+
+def shards(text: str) -> bool:
+    return "rest = bmt.shard_loader(" in convert_text(text).after.decode()
+
+
+OTHER = "rest = DataLoader(held_out, sampler=torch.utils.data.SequentialSampler(held_out))\n"
+USES = {
+    "a loop": ("for x, y in rest:\n    print(net(x))\n", False),
+    "a function's loop": ("measure(net, rest)\n", False),
+    "a list": ("scores = [net(x) for x, y in rest]\n", False),
+    "by another name": ("again = rest\nfor x, y in again:\n    net(x)\n", False),
+    "a bar": ("from tqdm import tqdm\nfor x, y in tqdm(rest):\n    net(x)\n", False),
+    "trained on": ("for x, y in rest:\n    F.cross_entropy(net(x), y).backward()\n    opt.step()\n", True),
+    "endless": ("it = iter(rest)\nfor i in range(9):\n    x, y = next(it)\n    net(x).mean().backward()\n", True),
+    "not seen": ("run(rest)\n", True),
+}
+
+
+@pytest.mark.parametrize(("use", "trains"), USES.values(), ids=USES.keys())
+def test_what_is_done_with_the_batches_decides(use: str, trains: bool) -> None:
+    assert shards(HEAD + OTHER + TESTED + LOOP + use) is trains
+
+
+def test_a_word_inside_a_name_decides_nothing() -> None:
+    text = HEAD.replace("loader =", "retrieval_loader =") + LOOP.replace("(loader)", "(retrieval_loader)")
+    assert "retrieval_loader = bmt.shard_loader(" in converted(text)
+
+
+def test_a_generator_method_hands_each_loader_to_its_own_loop(tmp_path: Path) -> None:
+    (tmp_path / "log.py").write_text(
+        "class Log:\n    def every(self, data):\n        for x in data:\n            yield x\n"
+    )
+    loop = LOOP.replace("enumerate(loader)", "enumerate(log.every(loader))")
+    (tmp_path / "train.py").write_text(
+        f"from log import Log\n{HEAD}{OTHER}log = Log()\n{loop}for x, y in log.every(rest):\n    net(x)\n"
+    )
+    results = convert_paths(sorted(tmp_path.glob("*.py")), Options(), [tmp_path])
+    after = next(result.after.decode() for result in results if result.path.name == "train.py")
+    assert "loader = bmt.shard_loader(" in after and "rest = DataLoader(" in after
+
+
+# Who steps, who holds a loss --------------------------------------------------------------------------------------
+
+
+def test_optimizers_of_any_name() -> None:
+    text = HEAD.replace("opt = torch.optim.Adam(net.parameters())", "a, b = torch.optim.SGD(p), torch.optim.SGD(q)")
+    train = (
+        "def train(x, first, second):\n    first.zero_grad()\n    second.zero_grad()\n    net(x).mean().backward()\n"
+    )
+    after = converted(f"{text}{train}    first.step()\n    second.step()\n\n\nfor x in loader:\n    train(x, a, b)\n")
+    for name in ("first", "second"):
+        assert f"{name}_manager.add_optimizer({name})\n" in after and f"{name}_manager.step()\n" in after
+
+
+def test_a_loss_that_is_added_up_is_a_loss() -> None:
+    loop = LOOP.replace("loss = F.cross_entropy(out, y)", "loss = 0\n    loss += crit(out, y)")
+    assert "t += bmt.sum_loss(loss).item()" in converted(f"{HEAD}{loop}    t += loss.item()\n")
+
+
+def test_a_loss_that_another_object_holds(tmp_path: Path) -> None:
+    learner = "class Learner:\n    def fit(self, x):\n        self.loss = net(x).mean()\n        self.loss.backward()\n"
+    (tmp_path / "notes.py").write_text(
+        "class Notes:\n    def after(self, run):\n        self.all.append(run.loss.item())\n"
+    )
+    (tmp_path / "train.py").write_text(f"from notes import Notes\n{HEAD}\n\n{learner}\n\nopt.step()\n")
+    results = convert_paths(sorted(tmp_path.glob("*.py")), Options(), [tmp_path])
+    assert b"self.all.append(bmt.sum_loss(run.loss).item())" in results[0].after
+
+
+@pytest.mark.parametrize(
+    "read", ["net.weight.detach().numpy()", "net.bias.data.cpu().tolist()", "net.weight.norm().item()"]
+)
+def test_a_parameter_that_is_shown(read: str) -> None:
+    after = converted(f"{HEAD}{LOOP}np.save('w.npy', {read})\n")
+    if "norm" in read:
+        assert read in after
+    else:
+        name = read.split(".")[1]
+        assert f"value = net.{name}.gather()\nif bmt.rank() == 0:\n    np.save('w.npy', value." in after

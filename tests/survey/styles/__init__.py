@@ -1,0 +1,1 @@
+"""Training scripts in the styles that people write, run before and after conversion."""
