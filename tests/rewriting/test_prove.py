@@ -212,7 +212,7 @@ LOSSES = {
         compare.COUNTS,
     ),
     "items compared": ("[:8]", "z = model(a); loss = (z @ z.T).logsumexp(1).mean()", compare.ACROSS),
-    "sum": ("[:8]", "loss = model(a).square().sum()", compare.SUM),
+    "sum": ("[:8]", "loss = model(a).square().sum() + 0 * model(a).mean()", compare.SUM),
     "random numbers": ("[:8]", "loss = (model(a + torch.randn_like(a))).square().mean()", compare.RANDOM),
 }
 

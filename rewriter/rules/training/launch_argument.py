@@ -31,8 +31,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         module = _module(file, facts, parser) if parser else None
         if module is None:
             continue
-        hidden = f"default={module}.SUPPRESS, help={module}.SUPPRESS"
-        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, {hidden})'
+        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, help={module}.SUPPRESS)'
         change = insert_before(statement, line)
         yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
 
@@ -72,8 +71,7 @@ RULE = Rule(
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
             "import argparse\nimport torch\nimport bmtrain as bmt\n\nparser = argparse.ArgumentParser()\n"
-            'parser.add_argument("--local-rank", "--local_rank", type=int, default=argparse.SUPPRESS, '
-            "help=argparse.SUPPRESS)\n"
+            'parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)\n'
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
         ),
