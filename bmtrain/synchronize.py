@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast, overload
 
@@ -118,9 +118,9 @@ def total(value: ValueT, of: object = None) -> ValueT:
     if isinstance(value, torch.Tensor):
         counted = value.detach()
         counted = counted.long() if counted.dtype == torch.bool else counted
-        return cast(ValueT, distributed.all_reduce(counted.contiguous(), "sum"))
+        return cast(ValueT, _once(distributed.all_reduce(counted.contiguous(), "sum")))
     tensor = torch.as_tensor(value, dtype=torch.int64 if _is_whole(value) else torch.float64, device="cpu")
-    summed = distributed.all_reduce(tensor.contiguous(), "sum", context().control)
+    summed = _once(distributed.all_reduce(tensor.contiguous(), "sum", context().control))
     return cast(ValueT, summed.numpy() if isinstance(value, numpy.ndarray) else summed.item())
 
 
@@ -139,9 +139,9 @@ def gather_samples(values: ValueT, of: object = None) -> ValueT:
     if not _is_share(of):
         return values
     if isinstance(values, list | tuple):
-        return cast(ValueT, type(values)([item for part in allgather_objects(values) for item in part]))
+        return cast(ValueT, type(values)(_items_of_all(values)))
     if isinstance(values, numpy.ndarray) and values.ndim and values.dtype.kind not in "biufc":
-        return cast(ValueT, numpy.array([item for part in allgather_objects(values.tolist()) for item in part]))
+        return cast(ValueT, numpy.array(_items_of_all(values.tolist())))
     if not isinstance(values, torch.Tensor | numpy.ndarray | numpy.generic | int | float):
         raise ConfigurationError(f"bmt.gather_samples takes tensors, arrays, lists and numbers, not {type(values)}.")
     rows = values.detach() if isinstance(values, torch.Tensor) else torch.as_tensor(values, device="cpu")
@@ -155,6 +155,19 @@ def gather_samples(values: ValueT, of: object = None) -> ValueT:
         )
     gathered = gather_result(rows)
     return cast(ValueT, gathered.numpy() if isinstance(values, numpy.ndarray) else gathered)
+
+
+def _items_of_all(items: Sequence[Any]) -> list[Any]:
+    parts = allgather_objects(items)
+    return [item for rank in context().topology.data_ranks for item in parts[rank]]
+
+
+def _once(summed: torch.Tensor) -> torch.Tensor:
+    """A sum over ranks in which tensor-parallel ranks, which see the same data, count once."""
+    copies = context().world_size // context().topology.data_size
+    if copies == 1:
+        return summed
+    return summed / copies if summed.is_floating_point() or summed.is_complex() else summed // copies
 
 
 def _is_share(of: object) -> bool:

@@ -66,3 +66,19 @@ def test_rows_of_different_shapes_are_refused_on_all_ranks() -> None:
         bmt.gather_samples(torch.zeros(2, 3 + bmt.rank()))
     with pytest.raises(ConfigurationError, match="takes tensors"):
         bmt.gather_samples({})
+
+
+@on_ranks(2, init={"tp_size": 2})
+def test_tensor_parallel_ranks_count_once() -> None:
+    mine = next(iter(bmt.shard_loader(DataLoader(range(7), batch_size=7))))
+    assert len(mine) == 7
+    assert bmt.total(len(mine)) == 7 and bmt.total(float(mine.sum())) == 21.0
+    assert bmt.total(mine.sum()).item() == 21 and bmt.total(mine.double().sum()).item() == 21.0
+    assert bmt.gather_samples(mine).equal(mine)
+    assert bmt.gather_samples(mine.tolist()) == mine.tolist()
+    assert bmt.gather_samples(numpy.array(["a"] * 7)).tolist() == ["a"] * 7
+    values = mine.float().requires_grad_()
+    loss = bmt.mean(values)
+    assert loss.item() == 3.0
+    loss.backward()
+    torch.testing.assert_close(values.grad, torch.full((7,), 1 / 7))
