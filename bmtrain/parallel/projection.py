@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +24,9 @@ class Projection(DistributedModule):
         init_mean, init_std: of the initial weight.
     """
 
+    _is_split: ClassVar[bool] = False
+    """Whether tensor-parallel ranks hold slices of the weight."""
+
     def __init__(
         self,
         vocab_size: int,
@@ -35,6 +40,8 @@ class Projection(DistributedModule):
         self.weight = DistributedParameter(
             torch.empty(self._rows(), embedding_size, dtype=dtype),
             init_method=ParameterInitializer(torch.nn.init.normal_, mean=init_mean, std=init_std),
+            tp_mode=self._is_split,
+            tp_split_dim=0,
         )
 
     def _rows(self) -> int:
@@ -50,6 +57,8 @@ class Projection(DistributedModule):
 
 class VPProjection(Projection):
     """A Projection whose rows are split over the tensor-parallel group, which must divide ``vocab_size``."""
+
+    _is_split = True
 
     def _rows(self) -> int:
         return slice_of(self.vocab_size, "vocab_size")

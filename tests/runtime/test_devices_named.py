@@ -31,7 +31,11 @@ _FACTORIES = {
     ),
     *("randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"),
 }
-_THE_USERS = {"parallel/embedding.py", "parallel/linear.py"}  # parameters are made where the user wants them
+_THE_USERS = {
+    "parallel/embedding.py",
+    "parallel/linear.py",
+    "parallel/projection.py",
+}  # parameters are made where the user wants them
 
 
 def _without_device(source: str) -> Iterator[tuple[int, str]]:

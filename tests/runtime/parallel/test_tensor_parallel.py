@@ -398,3 +398,44 @@ def test_ranks_that_see_the_same_data() -> None:
     (first, rows), *others = run_ranks(4, of_data, init={"tp_size": 2})
     assert [one == first for one, _ in others] == [True, False, False] and others[1][0] == others[2][0]
     assert all(theirs == rows == [0.0, 2.0] for _, theirs in others)
+
+
+class Projected(bmt.DistributedModule):
+    """A head that is not tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = bmt.nn.VPProjection(VOCABULARY, WIDTH, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor) -> Any:
+        return bmt.loss.FusedCrossEntropy(parallel=True)(self.head(x), targets)
+
+
+def projects() -> None:
+    reference = nn.Linear(WIDTH, VOCABULARY, bias=False)
+    torch.manual_seed(3)
+    nn.init.normal_(reference.weight)
+    model: Any = Projected()
+    torch.manual_seed(3)
+    bmt.init_parameters(model)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2, eps=1e-4))
+    plain = torch.optim.AdamW(reference.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
+    assert model.head.weight.shape == (VOCABULARY // 2, WIDTH)
+    assert torch.equal(model.state_dict()["head.weight"], reference.weight)
+    x, targets = torch.randn(4, WIDTH), torch.tensor([0, 13, 5, 8])
+    for _ in range(3):
+        manager.zero_grad()
+        loss = model(x, targets)
+        manager.backward(loss)
+        manager.step()
+        expected = F.cross_entropy(reference(x), targets)
+        plain.zero_grad()
+        expected.backward()
+        plain.step()
+        torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(model.state_dict()["head.weight"].clone(), reference.weight.detach())
+
+
+def test_a_projection_of_its_own() -> None:
+    run_ranks(2, projects, init={"tp_size": 2})
