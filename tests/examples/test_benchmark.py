@@ -76,6 +76,7 @@ def test_engines_run_side_by_side(tmp_path: Path) -> None:
     assert (tmp_path / "benchmark.png").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_startup_without_a_gpu() -> None:
     done = run("--startup", "nano", "--ranks", "2")
     assert done.returncode == 0, done.stderr

@@ -111,8 +111,15 @@ def test_a_failing_rank_ends_the_job(tmp_path: Path) -> None:
 RESTARTS = {"static": [], "c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]}
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("rendezvous", RESTARTS)
+@pytest.mark.parametrize(
+    ("rendezvous", "rank"),
+    [
+        ("static", 1),
+        ("c10d", 0),
+        pytest.param("static", 0, marks=pytest.mark.long),
+        pytest.param("c10d", 1, marks=pytest.mark.long),
+    ],
+)
 def test_ranks_that_are_started_again_find_each_other(tmp_path: Path, rendezvous: str, rank: int) -> None:
     script = tmp_path / "dies.py"
     script.write_text(
