@@ -51,7 +51,6 @@ class Engine:
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
-        self._is_told = False
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
     # -- sharding -------------------------------------------------------------------------------------------------
@@ -212,8 +211,7 @@ class Engine:
         self.ctx.diary.step += 1
         if self.replicas is not None:
             self.replicas.level()
-        if not self._is_told:
-            self._is_told = True
+        if self.ctx.diary.step == 1:
             self._tell()
         if self.plan.optimizer_stepped():
             self.whole.let_go_of_all()

@@ -105,7 +105,7 @@ class Frame:
     def _pack(self, tensor: torch.Tensor) -> Any:
         flat = self._whole.get(tensor.untyped_storage().data_ptr())  # asked of every tensor that is saved
         if flat is not None:
-            return PlaceInFlat(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+            return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
             return tensor
         if self._plan is not None:

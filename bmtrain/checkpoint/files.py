@@ -54,7 +54,7 @@ class _Writer(threading.Thread):
     def run(self) -> None:
         """In the thread."""
         try:
-            _write(self._state, self._path)
+            write(self._state, self._path)
         except Exception as error:
             self.problem = f"{self._path}: {type(error).__name__}: {error}"
             raise
@@ -66,11 +66,6 @@ def background_writer() -> threading.Thread | None:
     """The thread of ``save(non_blocking=True)`` that is still writing; None when all is written, and beyond rank 0."""
     writer = context().writer
     return writer if isinstance(writer, threading.Thread) and writer.is_alive() else None
-
-
-def write(obj: Any, file_name: str | os.PathLike[str]) -> None:
-    """``torch.save`` by this process alone; the file appears complete or not at all."""
-    _write(obj, Path(file_name))
 
 
 def _finish_background() -> None:
@@ -104,7 +99,7 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
                 options.setdefault("pickle_module", pickled)
             if context().rank == 0:
                 try:
-                    _write(obj, Path(file_name), **options)
+                    write(obj, file_name, **options)
                 except Exception as error:  # pickling may raise anything, and the others wait for the verdict
                     problem = f"{type(error).__name__}: {error}"
         problem = broadcast_object(problem)
@@ -130,7 +125,9 @@ def _has_shards(obj: Any) -> bool:
     return isinstance(obj, (list, tuple)) and any(map(_has_shards, obj))
 
 
-def _write(obj: Any, path: Path, **options: Any) -> None:
+def write(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
+    """``torch.save`` by this process alone; the file appears complete or not at all."""
+    path = Path(file_name)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -112,31 +112,25 @@ class NcclCommunicator(Communicator):
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self.check_sizes(shard, whole)
         self._check(shard, whole)
-        if op in _LINEAR and shard.is_complex():
-            whole, shard = torch.view_as_real(whole), torch.view_as_real(shard)
-        dtype, code = self._reduction(shard, op)
+        count, dtype, code = self._reduction(shard, op)
         self._queue(
-            self._handle.reduce_scatter, whole=whole.data_ptr(), shard=shard.data_ptr(), count=shard.numel(),
-            dtype=dtype, op=code,
+            self._handle.reduce_scatter, whole=whole.data_ptr(), shard=shard.data_ptr(), count=count, dtype=dtype,
+            op=code,
         )  # fmt: skip
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._check(tensor)
-        if op in _LINEAR and tensor.is_complex():
-            tensor = torch.view_as_real(tensor)
-        dtype, code = self._reduction(tensor, op)
+        count, dtype, code = self._reduction(tensor, op)
         address = tensor.data_ptr()
-        self._queue(self._handle.all_reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code)
+        self._queue(self._handle.all_reduce, source=address, target=address, count=count, dtype=dtype, op=code)
 
     def reduce(self, tensor: torch.Tensor, root: int, op: ReduceOp = "sum") -> None:
         """Reduce ``tensor`` over ranks in place at ``root``; the other ranks' tensors stay as they are."""
         self._check(tensor)
         self._check_rank(root)
-        dtype, code = self._reduction(tensor, op)
+        count, dtype, code = self._reduction(tensor, op)
         address = tensor.data_ptr()
-        self._queue(
-            self._handle.reduce, source=address, target=address, count=tensor.numel(), dtype=dtype, op=code, root=root
-        )
+        self._queue(self._handle.reduce, source=address, target=address, count=count, dtype=dtype, op=code, root=root)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._check_rank(root)
@@ -256,12 +250,13 @@ class NcclCommunicator(Communicator):
         code = library.type_code(tensor.dtype)
         return (tensor.numel(), code) if code is not None else (tensor.numel() * tensor.element_size(), library.BYTE)
 
-    def _reduction(self, tensor: torch.Tensor, op: ReduceOp) -> tuple[int, int]:
-        """Type and operation codes for reducing ``tensor``."""
-        dtype, code = library.type_code(tensor.dtype), library.op_code(op, tensor.dtype)
+    def _reduction(self, tensor: torch.Tensor, op: ReduceOp) -> tuple[int, int, int]:
+        """Count, type and operation codes for reducing ``tensor``; complex numbers are summed as their two parts."""
+        parts = torch.view_as_real(tensor) if tensor.is_complex() and op in _LINEAR else tensor
+        dtype, code = library.type_code(parts.dtype), library.op_code(op, parts.dtype)
         if dtype is None or code is None:
             raise CommunicationError(f"NCCL {version()} cannot reduce {tensor.dtype} by {op!r}.")
-        return dtype, code
+        return parts.numel(), dtype, code
 
     def _say(self, text: str) -> None:
         if self.rank == 0:

@@ -235,8 +235,8 @@ def test_writes_in_the_background_keep_their_order_and_tell_their_errors(tmp_pat
 
     _, model = make()
     path = os.path.join(tmp_path, "late.pt")
-    write, slow = files._write, [0.3, 0.0, 0.0]
-    files._write = lambda *args, **options: (time.sleep(slow.pop(0)), write(*args, **options))  # type: ignore[assignment]
+    write, slow = files.write, [0.3, 0.0, 0.0]
+    files.write = lambda *args, **options: (time.sleep(slow.pop(0)), write(*args, **options))  # type: ignore[assignment]
     try:
         for value in (1.0, 2.0):
             with bmt.gathered(model, write=True), torch.no_grad():
@@ -244,7 +244,7 @@ def test_writes_in_the_background_keep_their_order_and_tell_their_errors(tmp_pat
             bmt.save(model, path, non_blocking=True)
         bmt.save(model, os.path.join(tmp_path, "another.pt"))
     finally:
-        files._write = write
+        files.write = write
     assert (torch.load(path)["norm.bias"] == 2).all()
     bmt.save(model, os.path.join(tmp_path, "missing", "late.pt"), non_blocking=True)
     with pytest.raises(CheckpointError, match=r"in the background.*missing.*FileNotFoundError"):
