@@ -32,7 +32,7 @@ from .pieces import (
     gather_state,
     home_of,
     homes_of,
-    joined,
+    pieces_of,
     replicated_of,
 )  # fmt: skip
 from .replicated import Replicated, adopt
@@ -201,10 +201,10 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     ) -> list[tuple[Piece, tuple[int, int]]]:
         first = steps[chosen[0]]
         if isinstance(home, Replicated) or [steps[index] for index in chosen].count(first) != len(chosen):
-            return joined(home, {index: (groups[index], steps[index]) for index in chosen})
+            return pieces_of(home, {index: (groups[index], steps[index]) for index in chosen})
         runs = self._runs.get(home.key)  # nearly always as the last time
         if runs is None or runs.chosen != chosen:
-            runs = self._runs[home.key] = _Runs(chosen, joined(home, {index: groups[index] for index in chosen}))
+            runs = self._runs[home.key] = _Runs(chosen, pieces_of(home, {index: groups[index] for index in chosen}))
         return [(piece, (group, first)) for piece, group in runs.pieces]
 
     def _uncount(self) -> None:

@@ -120,10 +120,10 @@ def pieces(params: Iterable[Any]) -> list[Piece]:
         if found is None:
             found = wanted[flat.key] = (flat, {})
         found[1][index] = None
-    return [piece for flat, chosen in wanted.values() for piece, _ in joined(flat, chosen)]
+    return [piece for flat, chosen in wanted.values() for piece, _ in pieces_of(flat, chosen)]
 
 
-def joined(home: Home, chosen: Mapping[int, K]) -> list[tuple[Piece, K]]:
+def pieces_of(home: Home, chosen: Mapping[int, K]) -> list[tuple[Piece, K]]:
     """Neighbours among ``chosen``, parameters of ``home`` by index, that have the same value there.
 
     Gaps between neighbours are zeros in values, gradients and moments, and stay so.  Empty pieces are left out.

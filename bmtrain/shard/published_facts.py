@@ -60,7 +60,7 @@ class PublishedFacts:
         home: Home | None = self._flat
         if home is None:
             return range(self.numel())  # type: ignore[attr-defined]
-        kept = home.place_of(self._index).ranges[context().topology.shard_rank]
+        kept = home.place_of(self._index).kept
         return range(kept.start, kept.stop)
 
     @property
