@@ -5,6 +5,7 @@ With ``--files`` every test file is named when its first test begins.
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
@@ -17,6 +18,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)  # when the reporter is there
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for jobs in the background of a shell
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if config.getoption("--files") and reporter is not None:
         config.pluginmanager.register(Files(reporter))

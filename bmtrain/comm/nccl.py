@@ -225,13 +225,19 @@ class NcclCommunicator(Communicator):
         self._handle.abort()
 
     def _queue(self, operation: Callable[..., None], **arguments: int) -> None:
-        """Call ``operation`` on the current stream."""
+        """Call ``operation`` on the current stream.
+
+        NCCL may say so here that another rank is gone: as the cause of an error, it is no refusal of this rank's.
+        """
         stream = current_stream_handle(self.device.index)
-        if self.policy != "zero" or stream != _DEFAULT_STREAM:
-            operation(**arguments, stream=stream)
-            return
-        with _off_default_stream(self.device):
-            operation(**arguments, stream=current_stream_handle(self.device.index))
+        try:
+            if self.policy != "zero" or stream != _DEFAULT_STREAM:
+                operation(**arguments, stream=stream)
+                return
+            with _off_default_stream(self.device):
+                operation(**arguments, stream=current_stream_handle(self.device.index))
+        except CommunicationError as error:
+            raise CommunicationError(str(error)) from error
 
     def _check(self, *tensors: torch.Tensor) -> None:
         for tensor in tensors:

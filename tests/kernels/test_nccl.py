@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from ranks import run_ranks
 from bmtrain.comm import nccl
 from bmtrain.comm.nccl import NcclCommunicator
 from bmtrain.comm.staged import StagedCommunicator
+from bmtrain.comm.watched import WatchedCommunicator
 from bmtrain.errors import CommunicationError, ConfigurationError, DeviceError
+from bmtrain.watch import Diary
 
 GPUS = torch.cuda.device_count()
 COUNT = 1000  # elements of one rank's share
@@ -448,3 +451,24 @@ def test_cpu_device_is_refused() -> None:
 def test_rank_must_be_in_the_group() -> None:
     with pytest.raises(ConfigurationError, match="Rank 2"):
         NcclCommunicator(dist.HashStore(), "none", 2, 2, torch.device("cuda", 0))
+
+
+class Gone:
+    """A communicator of the compiled part, one of whose ranks is gone."""
+
+    def all_reduce(self, **arguments: int) -> None:
+        raise CommunicationError("NCCL: remote process exited")
+
+
+def test_what_nccl_finds_while_queueing_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog knows who it was; only what was refused before NCCL was asked goes on as it is."""
+    comm: Any = object.__new__(NcclCommunicator)
+    comm.rank, comm.world_size, comm.device, comm.policy, comm._handle = 0, 2, torch.device("cpu"), "default", Gone()
+    monkeypatch.setattr(nccl, "current_stream_handle", lambda index: 1)
+    monkeypatch.setattr(nccl, "library", SimpleNamespace(type_code=lambda _: 0, op_code=lambda *_: 0))
+    watchdog: Any = SimpleNamespace(verdict=None, explained=lambda error: CommunicationError(f"Rank 1: {error}"))
+    watched = WatchedCommunicator(comm, "world", Diary(), watchdog)
+    with pytest.raises(CommunicationError, match=r"^Rank 1: NCCL: remote process exited$"):
+        watched.all_reduce(torch.ones(2))
+    with pytest.raises(CommunicationError, match=r"^This communicator moves"):
+        watched.all_reduce(torch.ones(2, device="meta"))

@@ -78,6 +78,7 @@ def test_torchrun(tmp_path: Path, alone: list[float]) -> None:
     check(tmp_path, 2, alone)
 
 
+@pytest.mark.long
 def test_the_older_launcher_passes_local_rank(tmp_path: Path, alone: list[float]) -> None:
     run = ["-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={free_port()}"]
     finish(start(*run, SCRIPT, "--out", str(tmp_path)))
@@ -114,8 +115,8 @@ RESTARTS = {"static": [], "c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=local
 @pytest.mark.parametrize(
     ("rendezvous", "rank"),
     [
-        ("static", 1),
         ("c10d", 0),
+        pytest.param("static", 1, marks=pytest.mark.long),
         pytest.param("static", 0, marks=pytest.mark.long),
         pytest.param("c10d", 1, marks=pytest.mark.long),
     ],

@@ -187,8 +187,10 @@ def check(
 
 
 # The larger worlds take long on few cores: two of the rows there, which differ in every setting.
-ROWS = [(world, setting) for world in (1, 2) for setting in SETTINGS] + [
-    (world, setting) for world in (3, 4) for setting in SETTINGS[1:3]
+ROWS = [
+    *((world, setting) for world in (1, 2) for setting in SETTINGS),
+    *((3, setting) for setting in SETTINGS[1:3]),
+    *(pytest.param(4, setting, marks=pytest.mark.long) for setting in SETTINGS[1:3]),
 ]
 
 

@@ -281,7 +281,10 @@ def resumed(states: dict[str, Any]) -> None:
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("before, after", [(2, 3), (3, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "before, after",
+    [(2, 3), pytest.param(3, 1, marks=pytest.mark.long), pytest.param(1, 2, marks=pytest.mark.long)],
+)
 def test_states_are_whole_and_fit_any_number_of_ranks(before: int, after: int) -> None:
     states = run_ranks(before, saved)
     for name, (_, state) in states[0].items():

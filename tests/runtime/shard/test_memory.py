@@ -77,7 +77,7 @@ def bytes_held(recompute: bool) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_rank_holds_its_share(world_size: int, recompute: bool) -> None:
     whole = (LAYERS + 1) * (WIDTH * WIDTH + WIDTH) * 4
     share = whole // world_size
