@@ -14,41 +14,24 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from math import prod
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._pytree import tree_map
 
 from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
-from ..objects import allgather_objects
 from ..shard.engine import engine
-from ..shard.flat import FlatShard, flat_of, place_of
-from ..shard.fp32_values import can_split, join, part_of_joined, remainder_of, write_master
-from ..shard.in_parts import Owned, part_at
-from ..shard.parameter import enter_whole, raw_data, set_raw_grad
+from ..shard.flat import flat_of
 from ..shard.place import Place
-from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
-from ..shard.unit import unit_of_flat
 from .driven import knows_shards
-from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
-from .pieces import (
-    agree_on_touched,
-    all_params,
-    finish_gradients,
-    flats_of,
-    follow,
-    gather_state,
-    gather_whole,
-    replicated_of,
-)
+from .fit import require_fit
+from .pieces import all_params, flats_of, replicated_of
 from .replicated import adopt
 from .step_on import StepOn, choose, is_unchanged
+from .views import ShardView, TensorView, View, WholeView, own_place
 
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
@@ -75,7 +58,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         )
     if sharded and way == "whole" and step_on is None:
         _warn_of_whole(optimizer, params)
-    view = {"shards": _ShardView, "tensors": _TensorView, "whole": _WholeView}[way]()
+    view = {"shards": ShardView, "tensors": TensorView, "whole": WholeView}[way]()
     view.tried = len(optimizer.param_groups)
     view.admits = step_on is not None or way == "whole" or is_unchanged(type(optimizer))
     optimizer.step = MethodType(_stepping(view, optimizer.step), optimizer)  # type: ignore[method-assign]
@@ -89,7 +72,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
 class _InParts:
     """The state of an adapted optimizer, each rank's part of it (``shard.in_parts``)."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, view: _View) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, view: View) -> None:
         self._optimizer, self._view = optimizer, view
 
     def parts(self) -> dict[str, Any]:
@@ -103,7 +86,7 @@ class _InParts:
         parameter = params[path[1]]
         if path[0] == "state":
             return self._view.part_at(self._optimizer, parameter, path[2:], shape)
-        return False if flat_of(parameter) is None else _place(parameter)
+        return False if flat_of(parameter) is None else own_place(parameter)
 
     def check_parts(self, state: dict[str, Any]) -> None:
         require_fit(self._optimizer, state, self._view.check(self._optimizer), own=True)
@@ -114,15 +97,10 @@ class _InParts:
         self._view.load_masters(self._optimizer, state.get("masters", {}))
 
 
-def _place(parameter: Any) -> Place:
-    flat, index = place_of(parameter)
-    return flat.place_of(index)
-
-
-def _view_of(optimizer: torch.optim.Optimizer) -> _View | None:
+def _view_of(optimizer: torch.optim.Optimizer) -> View | None:
     hooks = optimizer._optimizer_state_dict_post_hooks.values()
     views = (getattr(hook, "__self__", None) for hook in hooks)
-    return next((view for view in views if isinstance(view, _View)), None)
+    return next((view for view in views if isinstance(view, View)), None)
 
 
 def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
@@ -132,7 +110,7 @@ def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
         require_fit(optimizer, state_dict, view.check(optimizer))
 
 
-def _stepping(view: _View, step: Callable[..., Any]) -> Callable[..., Any]:
+def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
     """``step`` between ``view``'s two ends.  Not by hooks: a step that raises must let go, too."""
 
     @functools.wraps(step)
@@ -177,464 +155,3 @@ def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
 
 
 register_optimizer_step_pre_hook(_refuse_unmanaged)
-
-
-class _View:
-    """What the parameters of one optimizer show while it steps, and how that becomes shards again.
-
-    Attributes:
-        tried: how many groups the optimizer had when it was decided on what it steps.
-        admits: whether that would be the same whatever groups it gets.
-    """
-
-    def __init__(self) -> None:
-        self._masters: dict[int, tuple[int, torch.Tensor]] = {}
-        self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
-        self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
-        self._loading: dict[Any, dict[str, Any]] = {}
-        self._apart = False  # whether states come and go in parts
-        self.tried = 0
-        self.admits = True
-
-    # -- a step -----------------------------------------------------------------------------------------------------
-
-    def admit(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take in groups that were added since.  Collective if there are any."""
-        if len(optimizer.param_groups) == self.tried:
-            return
-        if not self.admits:
-            raise ConfigurationError(
-                f"{type(optimizer).__name__} got parameter groups after add_optimizer, which has tried out the others "
-                "only. Add them before, or say add_optimizer(..., step_on=...)."
-            )
-        adopt(replicated_of(all_params(optimizer.param_groups)))
-        self.tried = len(optimizer.param_groups)
-
-    def outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, run on the model as it is outside of steps."""
-
-        def again() -> Any:
-            self.keep(optimizer)
-            loss = closure()
-            self.show(optimizer)
-            return self._loss(loss)
-
-        return again
-
-    def _loss(self, loss: Any) -> Any:
-        """What the optimizer sees of a closure's loss."""
-        return loss
-
-    @torch.no_grad()
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before a step: show what it is to step on.  Collective."""
-        params = all_params(optimizer.param_groups)
-        finish_gradients(params)
-        flats = flats_of(params)
-        touched = agree_on_touched(flats)
-        self._groups = [group["params"] for group in optimizer.param_groups]
-        own = {id(p) for p in params}
-        for flat, used in zip(flats, touched, strict=True):
-            chosen = [index for index, p in enumerate(flat.params) if id(p) in own]
-            values = self._values(flat)
-            self._shown.append((flat, values, self._show_flat(flat, values, chosen, used)))
-            flat.is_stepped_on = True
-
-    def _show_flat(self, flat: FlatShard, values: torch.Tensor, chosen: list[int], used: list[bool]) -> list[int]:
-        """Show those of ``chosen``, parameters of ``flat``, that are to be stepped on; returns which.
-
-        ``used`` says of all parameters whether they have a gradient.
-        """
-        raise NotImplementedError
-
-    def _values(self, flat: FlatShard) -> torch.Tensor:
-        """(S,) in the dtype of sums: the shard itself, or a copy."""
-        if flat.dtype == flat.gradient.dtype:
-            return flat.shard
-        flat.keep_writes()
-        if can_split(flat):
-            return join(flat)
-        version, known = self._masters.get(id(flat), (-1, None))
-        return follow(known, flat, version, flat.shard.device)
-
-    @torch.no_grad()
-    def keep(self, optimizer: torch.optim.Optimizer) -> None:
-        """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
-        for flat, values, shown in self._shown:
-            self._take(flat, values, shown)
-        for flat, values, _ in self._shown:
-            if values is flat.shard:
-                flat.changed()
-            else:
-                write_master(flat, values)
-                if not can_split(flat):
-                    self._masters[id(flat)] = (flat.version, values)
-        units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
-        self.show_sharded(optimizer)
-        for unit in units.values():
-            engine().updated(unit)
-
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
-        """Bring what the parameters show now into ``values``."""
-
-    def show_sharded(self, optimizer: torch.optim.Optimizer) -> None:
-        """Show what is shown outside of steps."""
-        for group, params in zip(optimizer.param_groups, self._groups, strict=False):
-            group["params"] = params
-        for flat, _, shown in self._shown:
-            for index in shown:
-                set_raw_grad(flat.params[index], None)
-            flat.is_stepped_on = False
-            flat.enter_sharded()
-            flat.forget_writes()
-        self._shown, self._groups = [], []
-
-    # -- state ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def in_parts(self) -> Iterator[None]:
-        """Inside the ``with``, states come and go in parts."""
-        self._apart = True
-        try:
-            yield
-        finally:
-            self._apart = False
-
-    def masters(self, optimizer: torch.optim.Optimizer) -> dict[int, torch.Tensor]:
-        """The fp32 values of parameters in low precision, by number."""
-        found: dict[int, torch.Tensor] = {}
-        known: dict[int, torch.Tensor] = {}
-        for number, parameter in enumerate(all_params(optimizer.param_groups)):
-            flat = flat_of(parameter)
-            if flat is None or flat.dtype == flat.gradient.dtype:
-                continue
-            _, index = place_of(parameter)
-            if can_split(flat):
-                found[number] = part_of_joined(flat, index)
-            else:
-                if flat.key not in known:
-                    known[flat.key] = self._values(flat)
-                found[number] = part_at(flat.place_of(index), flat.local(known[flat.key], index))
-        return found
-
-    @torch.no_grad()
-    def load_masters(self, optimizer: torch.optim.Optimizer, masters: dict[int, torch.Tensor]) -> None:
-        """Go on from them; what parameters show is their rounding."""
-        params = all_params(optimizer.param_groups)
-        kept: dict[int, tuple[FlatShard, torch.Tensor]] = {}
-        for number, values in masters.items():
-            flat, index = place_of(params[number])
-            if flat.dtype == flat.gradient.dtype:
-                continue
-            part = flat.local_part(values, index).to(flat.shard.device)
-            if can_split(flat):
-                remainder_of(flat)
-            else:
-                flat.local(kept.setdefault(flat.key, (flat, self._values(flat)))[1], index).copy_(part)
-            write_master(flat, part, index)
-        for flat, values in kept.values():
-            self._masters[id(flat)] = (flat.version, values)
-
-    def part_at(
-        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
-    ) -> Place | bool:
-        """What this rank needs of the tensor ``name`` of a parameter's state."""
-        return True
-
-    def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Whole states for every rank.  Collective."""
-        return state_dict
-
-    def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        """What this rank keeps of a parameter's whole state; None for nothing."""
-        return state
-
-    def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of whole states, to be loaded.  Collective.
-
-        Raises CheckpointError on every rank when they do not fit.
-        """
-        require_fit(optimizer, state_dict, self.check(optimizer), own=self._apart)
-        params = all_params(optimizer.param_groups)
-        self._loading, states = {}, {}
-        for number, state in state_dict["state"].items():
-            known = isinstance(number, int) and number < len(params)
-            part = self.part(params[number], state) if known else state
-            if part is not None:
-                states[number] = part
-                if known:
-                    self._loading[number] = part
-        return {**state_dict, "state": states}
-
-    def check(self, optimizer: torch.optim.Optimizer) -> CheckEntry:
-        """What tells the problems of one parameter's whole state: torch's optimizers are known, of others little is."""
-        known = is_unchanged(type(optimizer))
-
-        def check(parameter: Any, entry: Mapping[str, Any]) -> list[str]:
-            shape = shape_in_state(parameter, entry)
-            dtype = torch.float32.to_complex() if parameter.is_complex() else torch.float32
-            problems = []
-            for name, value in entry.items():
-                if not isinstance(value, torch.Tensor):
-                    problems += [f"{name}: a str given"] if isinstance(value, str) else []
-                elif name in _SCALARS or value.numel() == 1:
-                    problems += number_problem(name, value)
-                elif known or (value.dim() == len(shape) and value.numel() == prod(shape)) or value.is_meta:
-                    problems += tensor_problem(name, value, shape, dtype if known else value.dtype)
-            return problems
-
-        return check
-
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Undo torch's rounding of loaded states to the parameters' dtype: they belong to fp32 masters."""
-        params = all_params(optimizer.param_groups)
-        for number, part in self._loading.items():
-            parameter = params[number]
-            device = parameter.device
-            kept = {name: _moved(value, device) for name, value in part.items() if name != "step"}
-            optimizer.state[parameter].update(kept)
-        self._loading = {}
-
-    def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cut what the constructor (Adagrad's) has made whole."""
-        for parameter in list(optimizer.state):
-            if not isinstance(parameter, torch.Tensor):
-                continue
-            part = self.part(parameter, optimizer.state[parameter])
-            if part is None:
-                del optimizer.state[parameter]
-            else:
-                optimizer.state[parameter].update(part)
-
-
-class _ShardView(_View):
-    """This rank's part of every parameter."""
-
-    def _show_flat(self, flat: FlatShard, values: torch.Tensor, chosen: list[int], used: list[bool]) -> list[int]:
-        for index in chosen:
-            parameter = flat.params[index]
-            enter_whole(parameter, flat.local(values, index))
-            if used[index]:
-                set_raw_grad(parameter, flat.local(flat.gradient.settled(), index))
-        return chosen
-
-    def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        params = all_params(optimizer.param_groups)
-        if self._apart:
-            states = {
-                number: {k: _labelled(params[number], v) for k, v in state.items()}
-                for number, state in state_dict["state"].items()
-            }
-            return {**state_dict, "state": states}
-        numbers = {id(p): i for i, p in enumerate(params)}
-        states = {
-            number: {k: unsliced(v).cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
-            for number, state in state_dict["state"].items()
-        }
-        for flat in flats_of(params):
-            owned = [(index, numbers[id(p)]) for index, p in enumerate(flat.params) if id(p) in numbers]
-            names = {n for _, number in owned for n, v in states.get(number, {}).items() if _is_local(v)}
-            for name in sorted(names):
-                dtype = next(states[k][name].dtype for _, k in owned if k in states and name in states[k])
-                packed = torch.zeros(flat.shard.numel(), dtype=dtype, device=flat.shard.device)
-                for index, number in owned:
-                    if name in states.get(number, {}):
-                        flat.local(packed, index).copy_(states[number][name])
-                whole = gather_state(flat, packed)
-                for index, number in owned:
-                    if name in states.get(number, {}):
-                        states[number][name] = whole[index]
-        return {**state_dict, "state": states}
-
-    def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        if flat_of(parameter) is None:
-            return state
-        flat, index = place_of(parameter)
-        flat.unit.is_settled = True
-        place = flat.place_of(index)
-        return state | {
-            name: part_of(flat.own_slice(index, value), place, f"state {name}").to(
-                flat.shard.device, flat.gradient.dtype, copy=True
-            )
-            for name, value in state.items()
-            if isinstance(value, torch.Tensor)
-            and name not in _SCALARS
-            and tuple(value.shape) in (tuple(parameter.shape), place.whole_shape)
-        }
-
-    def part_at(
-        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
-    ) -> Place | bool:
-        scalar = len(name) != 1 or name[0] in _SCALARS
-        if scalar or flat_of(parameter) is None or shape != _place(parameter).whole_shape:
-            return True
-        return _place(parameter)
-
-
-def _labelled(parameter: Any, value: Any) -> Any:
-    """A parameter's local state as part of a whole one."""
-    if flat_of(parameter) is None or not _is_local(value):
-        return value
-    return value if isinstance(value, ShardedTensor) else part_at(_place(parameter), value)
-
-
-class _WholeView(_View):
-    """Whole parameters, on every rank."""
-
-    def _show_flat(self, flat: FlatShard, values: torch.Tensor, chosen: list[int], used: list[bool]) -> list[int]:
-        if not chosen:
-            return []
-        whole = gather_whole(flat, values)
-        grads = gather_whole(flat, flat.gradient.settled()) if flat.gradient.present else []
-        for index in chosen:
-            enter_whole(flat.params[index], whole[index])
-            if used[index]:
-                set_raw_grad(flat.params[index], grads[index])
-        return chosen
-
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
-        if flat.unit.ctx.world_size > 1:
-            for index in shown:
-                flat.local(values, index).copy_(flat.local_part(raw_data(flat.params[index]), index))
-
-    def _loss(self, loss: Any) -> Any:
-        ctx = context()
-        if ctx.world_size == 1 or not isinstance(loss, (float, torch.Tensor)):
-            return loss
-        mean = torch.as_tensor(loss, dtype=torch.float64, device="cpu").detach().clone()
-        ctx.control.all_reduce(mean, "avg")
-        return mean.to(loss) if isinstance(loss, torch.Tensor) else float(mean)
-
-
-class _TensorView(_View):
-    """Whole parameters, each on its owner.  The others do not have it in their groups while they step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._owners: dict[int, int] = {}
-        self._loads = [0] * context().shard_group.world_size
-
-    def _owner(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give every new parameter to the rank that has least, the largest first; the same on all ranks."""
-        new = [p for p in all_params(optimizer.param_groups) if flat_of(p) is not None and id(p) not in self._owners]
-        for parameter in sorted(new, key=lambda p: -int(p.numel())):
-            rank = self._loads.index(min(self._loads))
-            self._owners[id(parameter)] = rank
-            self._loads[rank] += parameter.numel()
-
-    def _owns(self, parameter: Any) -> bool:
-        return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
-
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
-        self._owner(optimizer)
-        super().show(optimizer)
-        shown = {id(flat.params[index]) for flat, _, chosen in self._shown for index in chosen}
-        for group in optimizer.param_groups:
-            group["params"] = [
-                p for p in group["params"] if flat_of(p) is None or (id(p) in shown and self._owns(p))
-            ]  # fmt: skip
-
-    def _show_flat(self, flat: FlatShard, values: torch.Tensor, chosen: list[int], used: list[bool]) -> list[int]:
-        chosen = [index for index in chosen if used[index]]
-        if chosen:
-            for take, shards in ((enter_whole, values), (set_raw_grad, flat.gradient.settled())):
-                whole = gather_whole(flat, shards)
-                for index in chosen:
-                    if self._owns(flat.params[index]):
-                        take(flat.params[index], whole[index].clone())
-        return chosen
-
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
-        if not shown:
-            return
-        whole = torch.zeros(flat.layout.numel, dtype=values.dtype, device=values.device)
-        for index in shown:
-            if self._owns(flat.params[index]):
-                slot = flat.layout.slots[index]
-                whole[slot.start : slot.end].view(slot.shape).copy_(raw_data(flat.params[index]))
-        mine = torch.empty_like(values)
-        flat.unit.ctx.shard_group.reduce_scatter(whole, mine)  # only owners have anything but zeros
-        for index in shown:
-            flat.local(values, index).copy_(flat.local(mine, index))
-
-    def gather(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        params = all_params(optimizer.param_groups)
-        if self._apart:
-            return self._owned(optimizer, state_dict)
-        own = {
-            number: _moved(state, torch.device("cpu"))
-            for number, state in state_dict["state"].items()
-            if isinstance(number, int) and flat_of(params[number]) is not None
-        }
-        states = dict(state_dict["state"])
-        for others in allgather_objects(own):
-            states.update(others)
-        return {**state_dict, "state": _in_order(states)}
-
-    def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The states of all owners, of which each rank has its own tensors only."""
-        params, states = all_params(optimizer.param_groups), dict(state_dict["state"])
-        first = context().topology.mesh.group("replicate")[0]  # of the ranks that own the same, which writes it
-
-        def known(value: Any) -> Any:
-            return Owned(first, tuple(value.shape), value.dtype, value) if isinstance(value, torch.Tensor) else value
-
-        def told(value: Any) -> Any:
-            return _OWNED, value.owner, value.shape, value.dtype
-
-        def heard(value: Any) -> Any:
-            told_of = isinstance(value, tuple) and value[:1] == (_OWNED,)
-            return Owned(value[1], value[2], value[3], None) if told_of else value
-
-        own = {
-            number: tree_map(known, state)
-            for number, state in states.items()
-            if isinstance(number, int) and flat_of(params[number]) is not None
-        }
-        told_of = tree_map(lambda v: told(v) if isinstance(v, Owned) else v, own)
-        for theirs in allgather_objects(told_of):
-            for number, state in theirs.items():
-                states[number] = own.get(number) or tree_map(heard, state, is_leaf=lambda v: isinstance(v, tuple))
-        return {**state_dict, "state": _in_order(states)}
-
-    def part_at(
-        self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
-    ) -> Place | bool:
-        self._owner(optimizer)
-        return self._owns(parameter)
-
-    def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        return state if self._owns(parameter) else None
-
-    def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        self._owner(optimizer)
-        return super().cut(optimizer, state_dict)
-
-    def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
-        self._owner(optimizer)
-        super().cut_present(optimizer)
-
-
-def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:
-    """By parameters' numbers, as an optimizer of whole tensors would have them."""
-    return dict(sorted(states.items(), key=lambda entry: str(entry[0]).zfill(9)))
-
-
-_OWNED = "owned by"
-_SCALARS = ("step", "eta", "mu", "mu_product")
-"""States of torch's optimizers that are one number for a parameter, whatever its shape."""
-
-
-def _is_local(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 1
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A copy of a state on ``device``."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to(device, copy=True)
-    if isinstance(value, dict):
-        return {name: _moved(entry, device) for name, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_moved(entry, device) for entry in value)
-    return value
