@@ -84,7 +84,8 @@ def run_ranks(
     ``bmt.init_distributed(**init)`` unless ``initialize`` is False; the device is the CPU unless ``init`` or the
     variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
     gradient mode and default dtype are torch's own; BMTRAIN_TEST_DEFAULT_DEVICE=cuda beside BMTRAIN_TEST_DEVICE=cuda
-    lets tests that name no device make their tensors there. BMTRAIN_TEST_SHARD_SIZE=1 replicates what else is sharded
+    lets tests that name no device run there: tensors are made and arguments put there, random numbers are a CPU's, and
+    results come back to the CPU. BMTRAIN_TEST_SHARD_SIZE=1 replicates what else is sharded
     over all ranks. ``env`` adds environment variables. ``fresh`` asks for
     processes that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs
     than ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
@@ -312,7 +313,9 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
 
                 bmt.init_distributed(**init)
             started = True
-            answer = (True, pickle.dumps(_perform(task)))
+            from drawn_on_cpu import dumps_on_cpu
+
+            answer = (True, dumps_on_cpu(_perform(task)))
         except BaseException:  # whatever it is, the parent must hear of it
             answer = (False, traceback.format_exc())
         try:
@@ -342,8 +345,13 @@ def _perform(task: _Task) -> Any:
     function: Any = _module(task)
     for name in task.function.split("."):
         function = getattr(function, name)
-    args, kwargs = pickle.loads(task.arguments)
-    return function(*args, **kwargs)
+    from drawn_on_cpu import DrawnOnCPU, on_default_device
+
+    args, kwargs = on_default_device(pickle.loads(task.arguments))
+    if not os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"):
+        return function(*args, **kwargs)
+    with DrawnOnCPU():
+        return function(*args, **kwargs)
 
 
 def _module(task: _Task) -> Any:
