@@ -11,6 +11,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from bmtrain.shard.parameter import DistributedParameter
+
 _MADE = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
 _FILLED = {
     torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_, torch.Tensor.random_,
@@ -18,24 +20,36 @@ _FILLED = {
 }  # fmt: skip
 
 
+_COMPARED = {torch.equal, torch.allclose, torch.isclose}
+_WHOLE = (torch.Tensor, torch.nn.Parameter, DistributedParameter)
+
+
 class DrawnOnCPU(TorchFunctionMode):
     """What is drawn comes from the CPU's generator, so that a model begins as its reference on a CPU does.
 
-    Numbers that are drawn like a tensor (dropout, ``randn_like``) stay its device's.
+    Numbers that are drawn like a tensor (dropout, ``randn_like``) stay its device's. A state dict, which is on the CPU,
+    compares with a reference.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _MADE and "out" not in kwargs:
-            device, grad = kwargs.pop("device", None), kwargs.pop("requires_grad", False)
-            made = func(*args, **kwargs, device="cpu")
-            return made.to(torch.get_default_device() if device is None else device).requires_grad_(grad)
-        if func in _FILLED and type(args[0]) in (torch.Tensor, torch.nn.Parameter) and args[0].device.type != "cpu":
+        device = torch.get_default_device()
+        generator = kwargs.get("generator")
+        if (
+            func in _MADE
+            and not {"device", "out"} & kwargs.keys()
+            and (generator is None or generator.device.type == "cpu")
+        ):
+            grad = kwargs.pop("requires_grad", False)
+            return func(*args, **kwargs, device="cpu").to(device).requires_grad_(grad)
+        if func in _FILLED and type(args[0]) in _WHOLE and args[0].device.type != "cpu" and generator is None:
             drawn = func(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
             with torch.no_grad():
                 return args[0].copy_(drawn)
+        if func in _COMPARED and args[0].device != args[1].device:
+            args = (args[0].to(args[1].device), *args[1:])
         return func(*args, **kwargs)
 
 
