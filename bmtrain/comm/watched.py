@@ -23,16 +23,16 @@ class WatchedCommunicator(Communicator):
         self.inner, self.name, self._diary, self._watchdog = inner, name, diary, watchdog
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
-        self._counted("all_gather", shard.nbytes, self.inner.all_gather, shard, whole)
+        self._counted("all_gather", shard, self.inner.all_gather, shard, whole)
 
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
-        self._counted("reduce_scatter", shard.nbytes, self.inner.reduce_scatter, whole, shard, op)
+        self._counted("reduce_scatter", shard, self.inner.reduce_scatter, whole, shard, op)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
-        self._counted("all_reduce", tensor.nbytes, self.inner.all_reduce, tensor, op)
+        self._counted("all_reduce", tensor, self.inner.all_reduce, tensor, op)
 
     def start_all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> Callable[[], None]:
-        wait = self._counted("all_reduce", tensor.nbytes, self.inner.start_all_reduce, tensor, op)
+        wait = self._counted("all_reduce", tensor, self.inner.start_all_reduce, tensor, op)
 
         def wait_watched() -> None:
             self._diary.is_inside = True
@@ -46,7 +46,7 @@ class WatchedCommunicator(Communicator):
         return wait_watched
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
-        self._counted("broadcast", tensor.nbytes, self.inner.broadcast, tensor, root)
+        self._counted("broadcast", tensor, self.inner.broadcast, tensor, root)
 
     def barrier(self) -> None:
         self._counted("barrier", 0, self.inner.barrier)
@@ -62,7 +62,7 @@ class WatchedCommunicator(Communicator):
         return made
 
     def release(self, tensor: torch.Tensor) -> bool:
-        done: bool = self._counted("release", tensor.nbytes, self.inner.release, tensor)
+        done: bool = self._counted("release", tensor, self.inner.release, tensor)
         return done
 
     def close(self) -> None:
@@ -71,8 +71,11 @@ class WatchedCommunicator(Communicator):
     def abort(self) -> None:
         self.inner.abort()
 
-    def _counted(self, operation: str, size: int, call: Callable[..., Any], *args: Any) -> Any:
-        self._diary.enter(self.name, operation, size)
+    def _counted(self, operation: str, moved: torch.Tensor | int, call: Callable[..., Any], *args: Any) -> Any:
+        """``call(*args)``, with a tensor that it moves, or how many bytes."""
+        if torch.compiler.is_compiling():
+            return _outside_of_compiled_code(self._counted, operation, moved, call, *args)
+        self._diary.enter(self.name, operation, moved if isinstance(moved, int) else moved.nbytes)
         try:
             return call(*args)
         except CommunicationError as error:
@@ -81,6 +84,9 @@ class WatchedCommunicator(Communicator):
             self._diary.leave()
 
     def _between_two(self, pair: str, peer: int, call: Callable[..., Any], tensor: torch.Tensor) -> None:
+        if torch.compiler.is_compiling():
+            _outside_of_compiled_code(self._between_two, pair, peer, call, tensor)
+            return
         self._diary.enter_pair(pair, peer)
         try:
             call(tensor, peer)
@@ -94,3 +100,9 @@ class WatchedCommunicator(Communicator):
             self._diary.refused()
             raise error
         raise self._watchdog.explained(error) from error
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _outside_of_compiled_code(call: Callable[..., Any], *args: Any) -> Any:
+    """What ranks tell one another is no part of a graph, in which it would happen when it is made, or never."""
+    return call(*args)
