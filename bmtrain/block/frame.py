@@ -63,6 +63,7 @@ class Frame:
         self._made: dict[int, torch.Tensor] = {}
         self._again: Repeat | None = None
         self._held: list[torch.Tensor] | None = None  # until it is known whether the block can run again
+        self._second: Frame | None = None  # of what nodes of the backward save, where that is differentiated
         if unit is not None:
             self.add(unit)
 
@@ -121,9 +122,10 @@ class Frame:
             self.owner.reached(self)
         if isinstance(packed, PlaceInFlat):
             if torch.is_grad_enabled():  # create_graph=True: what this node saves of the buffer is no more to be kept
-                again = Frame(self.owner, None, None, recompute=False)
-                again.autocast = self.autocast
-                running_node_saves_with(again._pack, again._unpack)
+                if self._second is None:
+                    self._second = Frame(self.owner, None, None, recompute=False)
+                    self._second.autocast = self.autocast
+                running_node_saves_with(self._second._pack, self._second._unpack)
             return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
