@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -13,18 +12,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block.record import unit_of
-from ..block.sharded import ShardedModule, own_slices, require_same
+from ..block.batch_norm_statistics import level
+from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_value
+from ..block.record import record_of, unit_of
+from ..block.sharded import ShardedModule, own_slices, require_same, whole_state
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
+from ..shard.engine import engine
+from ..written import replacing
 from . import pickled
+from .torch_file import write_in_turn
 
 
 def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool = False) -> None:
     """Write ``model.state_dict()`` to ``file_name``; plain ``torch.load`` reads it.  Collective.
 
-    The file appears complete or not at all.
+    The file appears complete or not at all.  No rank has more than one tensor whole in memory; where hooks of the
+    model or ``non_blocking`` need all of them, rank 0 has; where a ``state_dict`` method of its own does, every rank.
 
     Args:
         non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.  The
@@ -32,14 +37,46 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
+    own = any("state_dict" in methods_of(inner) for inner in model.modules())
+    if not non_blocking and comes_in_turn(model):
+        _save_in_turn(model, Path(file_name))
+        return
     with context().diary.saving():
-        state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
+        state = model.state_dict() if own else whole_state(model, keep=context().rank == 0)
+        state = pickled.with_whole_tensors(OrderedDict(state))
     if not non_blocking:
         save_checkpoint(state, file_name)
         return
     _finish_background()
     if context().rank == 0:
         context().writer = _Writer(state, Path(file_name))
+
+
+def _save_in_turn(model: nn.Module, path: Path) -> None:
+    """The same, of which no rank has more than one tensor whole."""
+    with context().diary.saving():
+        _finish_background()
+        if context().world_size > 1:
+            engine().meet(f"the saving of {type(model).__name__}")
+        record = record_of(model) if isinstance(model, ShardedModule) else None
+        if record is not None:
+            level(model, record)
+        values = named_state(model)
+        firsts: dict[int, str] = {}
+        ties = {name: firsts.setdefault(id(value), name) for name, value in values.items()}
+        wholes = ((name, whole_value(values[name])) for name in firsts.values())
+        problem = None
+        if context().rank == 0:
+            kinds = {name: facts_of(values[name]) for name in firsts.values()}
+            try:
+                write_in_turn(path, kinds, ties, metadata_of(model), wholes)
+            except Exception as error:  # of many kinds, and the others wait for the verdict
+                problem = f"{type(error).__name__}: {error}"
+        for _ in wholes:  # all of them where nothing is written, what is left where it failed
+            pass
+        problem = broadcast_object(problem)
+    if problem is not None:
+        raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
 
 
 class _Writer(threading.Thread):
@@ -127,20 +164,8 @@ def _has_shards(obj: Any) -> bool:
 
 def write(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` by this process alone; the file appears complete or not at all."""
-    path = Path(file_name)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(Path(file_name)) as temporary, open(temporary, "wb") as file:
+        torch.save(obj, file, **options)
 
 
 def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = True, *, weights_only: bool = True) -> Any:
