@@ -1,7 +1,8 @@
-"""The whole values of a model, one tensor after the other: nowhere more than one of them is whole."""
+"""The whole values of a model, one tensor after the other, and of each a piece after the other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..shard.in_parts import part_at
 from ..shard.parameter import DistributedParameter
 from ..shard.sharded_tensor import ShardedTensor, unsliced
 
+_AT_ONCE = 16 << 20
 _DECIDES = {"state_dict", "_save_to_state_dict", "get_extra_state"}
 
 
@@ -56,13 +58,35 @@ def metadata_of(module: nn.Module) -> dict[str, Any]:
     return {name: {"version": inner._version} for name, inner in module.named_modules(remove_duplicate=False)}
 
 
-def whole_value(value: torch.Tensor) -> torch.Tensor:
-    """One value of ``named_state`` as an ordinary tensor, which may be the model's own memory.  Collective."""
+def whole_in_pieces(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The flattened whole of one value of ``named_state``, from its first element to its last.  Collective.
+
+    Gives where each piece begins, and its values, (n,), not to be written: of a sharded one at most 16 MiB, which are
+    gone when the next is asked for.
+    """
     flat = flat_of(value)
     if flat is not None:
         index = place_of(value)[1]  # type: ignore[arg-type]
-        return unsliced(part_at(flat.place_of(index), flat.read_part(index)))
-    return unsliced(value) if isinstance(value, ShardedTensor) else value.detach()
+        value = part_at(flat.place_of(index), flat.read_part(index))
+    if not isinstance(value, ShardedTensor):
+        yield 0, value.detach().reshape(-1)
+        return
+    place = value.part.place
+    if place.split_dim is not None or value.shape != place.shape:
+        yield 0, unsliced(value).reshape(-1)
+        return
+    ctx, part = place.ctx, value.part.read()
+    ctx.engine.comes_to(f"the whole of {place.name}")
+    at_once = _AT_ONCE // part.element_size()
+    for rank, kept in enumerate(place.ranges):
+        for start in range(kept.start, kept.stop, at_once):
+            size = min(at_once, kept.stop - start)
+            if rank == ctx.shard_rank:
+                piece = part[start - kept.start :][:size]
+            else:
+                piece = torch.empty(size, dtype=part.dtype, device=part.device)
+            ctx.shard_group.broadcast(piece.view(torch.uint8), rank)
+            yield start, piece
 
 
 def facts_of(value: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -1,8 +1,8 @@
 """``model.save_pretrained(folder)`` of whatever package: every rank gives its part, rank 0 writes.
 
 Rank 0 runs the package's own method, so that names, index and configuration are its own. The state dict that the
-method asks for gives each tensor when it is taken: then rank 0 tells the others which, all of them make it whole, and
-rank 0 puts it into a file that it maps. So no rank has more than one tensor in memory, and a method that writes few of
+method asks for gives each tensor when it is taken: then rank 0 tells the others which, gets it in pieces, and puts it
+into a file that it maps. So no rank has a whole tensor in memory that cannot go again, and a method that writes few of
 them, as of an adapter, gathers few.
 """
 
@@ -14,6 +14,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..context import context
 from ..errors import CheckpointError
 from ..objects import broadcast_object
 from ..written import replacing_files_of
-from .in_turn import metadata_of, named_state, whole_value
+from .in_turn import facts_of, metadata_of, named_state, whole_in_pieces
 from .state import attribute
 
 
@@ -65,7 +66,8 @@ def write_by_rank_0(
     else:
         key, problem = broadcast_object(None)
         while key is not None:
-            whole_value(values[key])
+            for _ in whole_in_pieces(values[key]):
+                pass
             key, problem = broadcast_object(None)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {folder}: {problem}") from raised
@@ -101,20 +103,27 @@ class _WhenTaken(OrderedDict[str, Any]):
         value = self._values[key]
         if id(value) not in self._made:
             broadcast_object((key, None))
-            self._made[id(value)] = self._in_a_file(whole_value(value))
+            pieces = whole_in_pieces(value)
+            try:
+                self._made[id(value)] = self._in_a_file(pieces, *facts_of(value))
+            finally:
+                for _ in pieces:  # the others give all of them, whatever happens here
+                    pass
         return self._made[id(value)]
 
-    def _in_a_file(self, whole: torch.Tensor) -> torch.Tensor:
-        """``whole`` in memory that the system may take back at any time: it is on the disk as well."""
-        plain = whole.detach().cpu().contiguous()
-        if not plain.numel():
-            return plain
+    def _in_a_file(
+        self, pieces: Iterator[tuple[int, torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The whole in memory that the system may take back at any time: it is on the disk as well."""
+        if 0 in shape:
+            return torch.empty(shape, dtype=dtype, device="cpu")
         path = self._room / str(len(self._made))
         with open(path, "wb") as file:
-            file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
-        mapped = torch.from_file(str(path), shared=False, size=plain.numel(), dtype=plain.dtype)
+            for _, piece in pieces:
+                file.write(piece.cpu().view(torch.uint8).numpy().data)
+        mapped = torch.from_file(str(path), shared=False, size=prod(shape), dtype=dtype)
         path.unlink()
-        return mapped.view(plain.shape)
+        return mapped.view(shape)
 
     def __getitem__(self, key: str) -> Any:
         present = super().__getitem__(key)

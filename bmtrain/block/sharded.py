@@ -239,8 +239,8 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
 
     For models of any package that has this method, with parts of their values on other ranks, also those inside a
     sharded model and around one; a tokenizer is written by rank 0, too.  The files are what the package writes for a
-    model of one process; those of a new folder appear all at once, others one by one, each whole.  No rank has more
-    than one tensor whole in memory, beside what the method itself copies.
+    model of one process; those of a new folder appear all at once, others one by one, each whole.  No rank has whole
+    tensors in memory that are not in a file of rank 0's as well, beside what the method itself copies.
 
     Raises CheckpointError on every rank when rank 0 cannot write; then files that were there are as they were.
     """

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..block.batch_norm_statistics import level
-from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_value
+from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_in_pieces
 from ..block.record import record_of, unit_of
 from ..block.sharded import ShardedModule, own_slices, require_same, whole_state
 from ..context import Context, context
@@ -28,8 +28,9 @@ from .torch_file import write_in_turn
 def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool = False) -> None:
     """Write ``model.state_dict()`` to ``file_name``; plain ``torch.load`` reads it.  Collective.
 
-    The file appears complete or not at all.  No rank has more than one tensor whole in memory; where hooks of the
-    model or ``non_blocking`` need all of them, rank 0 has; where a ``state_dict`` method of its own does, every rank.
+    The file appears complete or not at all.  What is whole is in the file, and not in
+    memory; only where hooks of the model or ``non_blocking`` need it, rank 0 has the whole model in memory, and where a
+    ``state_dict`` method of the model's own does, every rank.
 
     Args:
         non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.  The
@@ -53,7 +54,7 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
 
 def _save_in_turn(model: nn.Module, path: Path) -> None:
-    """The same, of which no rank has more than one tensor whole."""
+    """The same, in pieces of 16 MiB."""
     with context().diary.saving():
         _finish_background()
         if context().world_size > 1:
@@ -64,15 +65,15 @@ def _save_in_turn(model: nn.Module, path: Path) -> None:
         values = named_state(model)
         firsts: dict[int, str] = {}
         ties = {name: firsts.setdefault(id(value), name) for name, value in values.items()}
-        wholes = ((name, whole_value(values[name])) for name in firsts.values())
+        pieces = ((name, *piece) for name in firsts.values() for piece in whole_in_pieces(values[name]))
         problem = None
         if context().rank == 0:
             kinds = {name: facts_of(values[name]) for name in firsts.values()}
             try:
-                write_in_turn(path, kinds, ties, metadata_of(model), wholes)
+                write_in_turn(path, kinds, ties, metadata_of(model), pieces)
             except Exception as error:  # of many kinds, and the others wait for the verdict
                 problem = f"{type(error).__name__}: {error}"
-        for _ in wholes:  # all of them where nothing is written, what is left where it failed
+        for _ in pieces:  # all of them where nothing is written, what is left where it failed
             pass
         problem = broadcast_object(problem)
     if problem is not None:

@@ -33,7 +33,7 @@ def write_in_turn(
     kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     ties: Mapping[str, str],
     metadata: dict[str, Any],
-    wholes: Iterable[tuple[str, torch.Tensor]],
+    pieces: Iterable[tuple[str, int, torch.Tensor]],
 ) -> None:
     """A state dict, as ``torch.save`` writes it; the file appears complete or not at all.
 
@@ -41,7 +41,7 @@ def write_in_turn(
         kinds: shape and dtype of each tensor.
         ties: of each, the first of those that are one tensor.
         metadata: what torch adds to a state dict.
-        wholes: name and values of each of those firsts.
+        pieces: of those firsts: name, where in the flattened whole, (n,) values.
     """
     with replacing(path) as temporary:
         with FakeTensorMode():
@@ -52,6 +52,5 @@ def write_in_turn(
             state: Any = OrderedDict((name, firsts[first]) for name, first in ties.items())
             state._metadata = metadata
         placed = with_room(temporary, state)
-        for name, whole in wholes:
-            if whole.numel():
-                placed[name].copy_(whole)
+        for name, start, piece in pieces:
+            placed[name].view(-1)[start : start + piece.numel()] = piece

@@ -155,8 +155,8 @@ def test_models_around_a_sharded_one_and_inside_it(tmp_path: Path) -> None:
 @on_ranks(2)
 def test_only_what_is_asked_for_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = bmt.BMTrainModelWrapper(Pretrained()), list[tuple[int, ...]]()
-    whole = pretrained.whole_value
-    monkeypatch.setattr(pretrained, "whole_value", lambda value: made.append(tuple(value.shape)) or whole(value))
+    whole = pretrained.whole_in_pieces
+    monkeypatch.setattr(pretrained, "whole_in_pieces", lambda value: made.append(tuple(value.shape)) or whole(value))
     model.save_pretrained(tmp_path / "out", only="inner.bias")
     assert made == [(5,), (5,)]
     made.clear()
