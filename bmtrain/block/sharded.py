@@ -7,7 +7,9 @@ hooks, ``train()`` and the state dict's keys stay what they were.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -242,6 +244,8 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     model of one process; those of a new folder appear all at once, others one by one, each whole.  No rank has whole
     tensors in memory that are not in a file of rank 0's as well, beside what the method itself copies.
 
+    A method in a file that imports bmtrain is run by every rank, as it is; so is one that is given a ``state_dict``.
+
     Raises CheckpointError on every rank when rank 0 cannot write; then files that were there are as they were.
     """
     kind = next(c for c in type(model).__mro__ if not issubclass(c, ShardedModule))
@@ -249,8 +253,9 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     def own(folder: str, *args: Any, **kwargs: Any) -> Any:
         return kind.save_pretrained(model, folder, *args, **kwargs)  # type: ignore[attr-defined]
 
-    if any(isinstance(given, Mapping) for given in (*args, kwargs.get("state_dict"))):
-        own(os.fspath(save_directory), *args, **kwargs)  # by one rank alone, which has the values
+    has_values = any(isinstance(given, Mapping) for given in (*args, kwargs.get("state_dict")))
+    if has_values or _is_of_all_ranks(kind.save_pretrained):  # type: ignore[attr-defined]
+        own(os.fspath(save_directory), *args, **kwargs)
         return
     ctx = context()
     if ctx.world_size > 1:
@@ -263,6 +268,12 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
                 level(model, record)
             state = None if comes_in_turn(model) else model.state_dict()
         write_by_rank_0(model, own, state, save_directory, args, kwargs)
+
+
+def _is_of_all_ranks(method: Callable[..., object]) -> bool:
+    """Whether a method was written for, or converted to, this library, so that every rank is to run it."""
+    known = getattr(inspect.unwrap(method), "__globals__", {})
+    return any(value is sys.modules["bmtrain"] for value in known.values())
 
 
 def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost: bool = False) -> Any:

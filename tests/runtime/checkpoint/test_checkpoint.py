@@ -17,6 +17,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block import in_turn
 from bmtrain.errors import CheckpointError, RankDivergenceError
 
 WORLDS = [1, 2, 3]
@@ -250,3 +251,42 @@ def test_writes_in_the_background_keep_their_order_and_tell_their_errors(tmp_pat
     with pytest.raises(CheckpointError, match=r"in the background.*missing.*FileNotFoundError"):
         bmt.save(model, path)
     bmt.save(model, path)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2)])
+        self.first, self.last = nn.Embedding(4, 6), nn.Linear(6, 4, bias=False)
+        self.last.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(6)
+        self.half, self.empty = nn.Linear(3, 2).half(), nn.Parameter(torch.empty(0, 3))
+        self.register_buffer("flags", torch.tensor([True, False]))
+
+
+@on_ranks(*WORLDS)
+def test_a_file_is_what_torch_writes(tmp_path: Path) -> None:
+    plain = Tied()
+    bmt.save(bmt.BMTrainModelWrapper(Tied()), tmp_path / "model.pt")
+    expected = plain.state_dict()
+    for options in ({"mmap": True}, {"mmap": False}, {"weights_only": False}):
+        state = torch.load(tmp_path / "model.pt", **options)
+        assert type(state) is type(expected) and list(state) == list(expected)
+        assert state._metadata == expected._metadata
+        assert all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in expected.items())
+        assert state["first.weight"].data_ptr() == state["last.weight"].data_ptr()
+        assert all(type(value) is torch.Tensor for value in state.values())
+
+
+@on_ranks(2)
+def test_whole_values_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_turn, "_AT_ONCE", 64)
+    model, plain = bmt.BMTrainModelWrapper(Tied()), Tied()
+    for name, value in in_turn.named_state(model).items():
+        pieces = [(start, piece.clone()) for start, piece in in_turn.whole_in_pieces(value)]
+        assert [start for start, _ in pieces] == [sum(p.numel() for _, p in pieces[:i]) for i in range(len(pieces))]
+        whole = torch.cat([piece for _, piece in pieces]) if pieces else torch.empty(0)
+        assert torch.equal(whole, plain.state_dict()[name].reshape(-1).to(whole.dtype))
+        if isinstance(value, nn.Parameter):
+            assert all(piece.nbytes <= 64 for _, piece in pieces)

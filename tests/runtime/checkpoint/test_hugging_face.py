@@ -164,6 +164,16 @@ def test_embeddings_keep_their_size(tmp_path: Path) -> None:
 
 
 @on_ranks(1, 2)
+def test_built_on_the_meta_device() -> None:
+    plain = build("llama")
+    with torch.device("meta"):
+        model = build("llama")
+    model = bmt.BMTrainModelWrapper(model)
+    assert torch.equal(model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
+    assert abs(float(loss_of(model, IDS)) - float(loss_of(plain, IDS))) < 0.5
+
+
+@on_ranks(1, 2)
 def test_generate() -> None:
     plain, model = build("gpt2").eval(), bmt.BMTrainModelWrapper(build("gpt2")).eval()
     for options in ({}, {"num_beams": 2}, {"use_cache": False}):

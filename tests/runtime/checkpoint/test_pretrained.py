@@ -2,91 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pretrained_models import Around, Given, Hooked, Own, Pretrained, Tokenizer
 from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
 from bmtrain.block import pretrained
-from bmtrain.errors import CheckpointError, RankDivergenceError
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(5, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x)
-
-
-class Pretrained(nn.Module):
-    """A model as packages have them: the method writes a configuration, and tensors in files of a series."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.first = nn.Linear(5, 5, bias=False)
-        self.layers = nn.ModuleList([Layer() for _ in range(2)])
-        self.norm = nn.BatchNorm1d(5)
-        self.last = nn.Linear(5, 5, bias=False)
-        self.last.weight = self.first.weight
-        self.scale = nn.Parameter(torch.arange(3.0).bfloat16())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return self.last(self.norm(self.first(x)))
-
-    def save_pretrained(self, save_directory: str, files: int = 2, only: str = "", fails: bool = False) -> None:
-        os.makedirs(save_directory, exist_ok=True)
-        state = self.state_dict()
-        state = OrderedDict((key, state[key]) for key in state if only in key)
-        names = sorted(state)
-        with open(f"{save_directory}/config.json", "w") as file:
-            json.dump({"names": names, "class": type(self).__name__}, file)
-        for number in range(files):
-            part = {name: state.pop(name) for name in names[number::files]}
-            torch.save(part, f"{save_directory}/model-{number + 1:05}-of-{files:05}.bin")
-        if fails:
-            raise ValueError("of its own")
-
-
-class Hooked(Pretrained):
-    """The state dict is what a hook makes of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_state_dict_post_hook(_renamed)
-
-
-def _renamed(module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
-    state[prefix + "renamed"] = state.pop(prefix + "scale")
-
-
-class Own(Pretrained):
-    """The state dict is what a method of the class makes."""
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return OrderedDict((f"own.{key}", value) for key, value in super().state_dict(*args, **kwargs).items())
-
-
-class Around(nn.Module):
-    """As an adapter's model: not sharded itself, with a sharded model and a parameter of its own in it."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.factor = inner, nn.Parameter(torch.ones(2))
-
-    save_pretrained = Pretrained.save_pretrained
+from bmtrain.errors import CheckpointError, ConfigurationError, RankDivergenceError
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -121,6 +49,17 @@ def test_nothing_is_written_when_it_fails(tmp_path: Path) -> None:
     bmt.synchronize()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@on_ranks(1, 2)
+def test_a_device_map_is_refused() -> None:
+    for places in ({"first": 0, "last": "cpu"}, {"": "disk"}):
+        model = Pretrained()
+        model.hf_device_map = places  # type: ignore[assignment]
+        with pytest.raises(ConfigurationError, match="without device_map"):
+            bmt.BMTrainModelWrapper(model)
+    model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+    bmt.BMTrainModelWrapper(model)
 
 
 @on_ranks(1, 2, 3)
@@ -179,10 +118,6 @@ def test_an_older_series_goes(tmp_path: Path) -> None:
 
 @on_ranks(1, 2)
 def test_who_gives_the_values_writes_alone(tmp_path: Path) -> None:
-    class Given(Pretrained):
-        def save_pretrained(self, save_directory: str, state_dict: Any = None) -> None:  # type: ignore[override]
-            torch.save(state_dict, save_directory)
-
     model = bmt.BMTrainModelWrapper(Given())
     state = model.state_dict()
     if bmt.rank() == 0:
@@ -208,18 +143,23 @@ def test_one_rank_alone_is_told(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-class Tokenizer:
-    """No model."""
-
-    def save_pretrained(self, save_directory: str) -> None:
-        os.makedirs(save_directory, exist_ok=True)
-        with open(f"{save_directory}/words-{bmt.rank()}.txt", "w") as file:
-            file.write(sys.platform)
-
-
 @on_ranks(1, 2)
 def test_a_tokenizer_comes_beside_a_model(tmp_path: Path) -> None:
     bmt.BMTrainModelWrapper(Pretrained()).save_pretrained(tmp_path)
     bmt.save_pretrained(Tokenizer(), tmp_path)
-    assert "words-0.txt" in os.listdir(tmp_path) and "config.json" in os.listdir(tmp_path)
-    assert "words-1.txt" not in os.listdir(tmp_path)
+    assert (tmp_path / "words.txt").read_text() == "once" and (tmp_path / "config.json").exists()
+
+
+class Converted(Pretrained):
+    """Written for all ranks."""
+
+    def save_pretrained(self, save_directory: str) -> None:  # type: ignore[override]
+        bmt.save(self, save_directory)
+
+
+@on_ranks(1, 2)
+def test_a_method_of_converted_code_is_of_all_ranks(tmp_path: Path) -> None:
+    model = bmt.BMTrainModelWrapper(Converted())
+    model.save_pretrained(str(tmp_path / "method"))
+    bmt.save_pretrained(model, str(tmp_path / "function"))
+    assert list(torch.load(tmp_path / "function")) == list(torch.load(tmp_path / "method"))
