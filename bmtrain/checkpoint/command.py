@@ -21,14 +21,10 @@ from ..written import replacing
 from . import folder as folders
 from . import storage
 from .boxes import Region
+from .safetensors import NAMES
 from .storage import RANK, STATE, Piece, Stored
 from .torch_file import with_room
 from .tree import decode, encode
-
-_SAFE = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -237,11 +233,11 @@ def _to_safetensors(stored: Stored, tree: Any, path: Path) -> None:
     header, at = {}, 0
     for name, stored_name in tensors.items():
         known = stored.tensors[stored_name]
-        if known.properties.dtype not in _SAFE:
+        if known.properties.dtype not in NAMES:
             raise CheckpointError(f"{name} is {known.properties.dtype}, for which safetensors has no name here.")
         size = prod(known.size) * known.properties.dtype.itemsize
         header[name] = {
-            "dtype": _SAFE[known.properties.dtype], "shape": list(known.size), "data_offsets": [at, at + size]
+            "dtype": NAMES[known.properties.dtype], "shape": list(known.size), "data_offsets": [at, at + size]
         }  # fmt: skip
         at += size
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import threading
@@ -21,7 +22,7 @@ from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
 from ..shard.engine import engine
 from ..written import replacing
-from . import pickled
+from . import pickled, safetensors
 from .torch_file import write_in_turn
 
 
@@ -78,6 +79,10 @@ def _save_in_turn(model: nn.Module, path: Path) -> None:
         problem = broadcast_object(problem)
     if problem is not None:
         raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
+
+
+_WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+"""Names of a folder's one file, the first that is there."""
 
 
 class _Writer(threading.Thread):
@@ -172,6 +177,9 @@ def write(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
 def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = True, *, weights_only: bool = True) -> Any:
     """Load a state dict written by ``bmt.save`` or by ``torch.save(model.state_dict(), ...)``.  Collective.
 
+    Also files of safetensors, and folders that ``save_pretrained`` has written, of one file or several with an index;
+    of what the model ties, they hold one.  Files are mapped, so that no rank has more of them in memory than it copies.
+
     Ranks that see the file read it; the others (no shared file system) get it from rank 0.
 
     Args:
@@ -181,7 +189,7 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
     when files of this name differ between nodes; then nothing was loaded.
     """
     ctx = context()
-    state, problem = _read(Path(file_name), weights_only)
+    state, problem = _read(model, Path(file_name), weights_only)
     problems = allgather_objects(problem)
     if problems[0] is not None:
         raise CheckpointError(f"Rank 0 could not read {file_name}: {problems[0]}")
@@ -193,9 +201,35 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
     return model.load_state_dict(state, strict)
 
 
-def _read(path: Path, weights_only: bool) -> tuple[Any, str | None]:
+def _with_ties(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` with what is left out of it as the model has it under two names."""
+    values, found = named_state(model), dict(state)
+    known = {id(values[name]): value for name, value in state.items() if name in values}
+    found.update({n: known[id(v)] for n, v in values.items() if n not in found and id(v) in known})
+    return found
+
+
+def _mapped(path: Path, weights_only: bool) -> Any:
+    """What a file holds, or the files of a folder."""
+    if path.suffix == ".safetensors":
+        return safetensors.mapped(path)
+    if path.is_dir():
+        whole = [path / name for name in _WHOLE if (path / name).is_file()]
+        index = [path / f"{name}.index.json" for name in _WHOLE if (path / f"{name}.index.json").is_file()]
+        if not whole and not index:
+            raise FileNotFoundError(f"the folder has none of {', '.join(_WHOLE)}, nor an index of one")
+        if whole:
+            return _mapped(whole[0], weights_only)
+        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+        return {key: value for name in names for key, value in _mapped(path / Path(name).name, weights_only).items()}
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+
+def _read(model: nn.Module, path: Path, weights_only: bool) -> tuple[Any, str | None]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        state = _mapped(path, weights_only)
+        if path.is_dir() or path.suffix == ".safetensors":
+            state = _with_ties(model, state)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error):
             return None, f"UnpicklingError: {error}"

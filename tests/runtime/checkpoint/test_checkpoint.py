@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import time
 import zipfile
 from datetime import timedelta
@@ -290,3 +292,63 @@ def test_whole_values_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(whole, plain.state_dict()[name].reshape(-1).to(whole.dtype))
         if isinstance(value, nn.Parameter):
             assert all(piece.nbytes <= 64 for _, piece in pieces)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], **wrong: object) -> None:
+    """By hand, as the format is documented."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bool: "BOOL", torch.int64: "I64"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes], **wrong}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@on_ranks(1, 2)
+def test_what_is_no_file_of_safetensors_is_refused(tmp_path: Path) -> None:
+    model, before = bmt.BMTrainModelWrapper(Tied()), Tied()
+    state = {name: value + 1 if value.is_floating_point() else value for name, value in before.state_dict().items()}
+    if bmt.rank() == 0:
+        (tmp_path / "empty.safetensors").write_bytes(b"")
+        (tmp_path / "text.safetensors").write_bytes(b"words " * 9)
+        write_safetensors(tmp_path / "short.safetensors", state)
+        cut = (tmp_path / "short.safetensors").read_bytes()[:-9]
+        (tmp_path / "short.safetensors").write_bytes(cut)
+        write_safetensors(tmp_path / "dtype.safetensors", state, dtype="F4")
+        write_safetensors(tmp_path / "shape.safetensors", state, shape=[3])
+        write_safetensors(tmp_path / "few.safetensors", {"norm.weight": state["norm.weight"]})
+        (tmp_path / "folder").mkdir()
+    bmt.synchronize()
+    for name in ("empty", "text", "short", "dtype", "shape", "few"):
+        with pytest.raises(CheckpointError):
+            bmt.load(model, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="none of model"):
+        bmt.load(model, tmp_path / "folder")
+    oracle.assert_same_weights(model, before, exact=True)
+
+
+@on_ranks(1, 2)
+def test_files_of_safetensors_and_folders_are_loaded(tmp_path: Path) -> None:
+    state = {n: v + 1 if v.is_floating_point() else v for n, v in Tied().state_dict().items() if n != "last.weight"}
+    names = list(state)
+    if bmt.rank() == 0:
+        write_safetensors(tmp_path / "any.safetensors", state)
+        for folder in ("one", "several", "old"):
+            (tmp_path / folder).mkdir()
+        write_safetensors(tmp_path / "one" / "model.safetensors", state)
+        torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+        for number in range(2):
+            part = {name: state[name] for name in names[number::2]}
+            write_safetensors(tmp_path / "several" / f"model-{number}.safetensors", part)
+        index = {"weight_map": {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}}
+        (tmp_path / "several" / "model.safetensors.index.json").write_text(json.dumps(index))
+    bmt.synchronize()
+    for name in ("any.safetensors", "one", "several", "old"):
+        model = bmt.BMTrainModelWrapper(Tied())
+        bmt.load(model, tmp_path / name)
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+        assert torch.equal(loaded["last.weight"], state["first.weight"])
