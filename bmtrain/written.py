@@ -40,15 +40,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_files_of(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to write files to, which take their places when all of them are complete.
+    """A folder beside ``folder``, or in it, to write files to, which take their places when all of them are complete.
 
     A ``folder`` that is new or empty appears whole.  In one that holds files, each takes its place whole, one after the
     other, and files of a series (``model-00001-of-00005.safetensors``) go that are no part of the new one.
     """
+    folder = folder.resolve()  # a link stays one
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, where a folder is to be")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    within = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK))
+    temporary = Path(tempfile.mkdtemp(dir=folder if within else folder.parent, prefix=f".{folder.name}."))
     try:
         yield temporary
         files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
@@ -60,7 +62,8 @@ def replacing_files_of(folder: Path) -> Iterator[Path]:
             os.replace(temporary, folder)
         else:
             _move(files, temporary, folder)
-        sync_folder(folder.parent)
+        if not within:
+            sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

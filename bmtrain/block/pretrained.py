@@ -50,7 +50,7 @@ def write_by_rank_0(
         try:
             with (
                 replacing_files_of(folder) as written,
-                tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as room,
+                tempfile.TemporaryDirectory(dir=written.parent, prefix=".") as room,
             ):
                 given: AbstractContextManager[None] = nullcontext()
                 if state is not None:
