@@ -2,7 +2,7 @@
 
 from . import requirements as _requirements  # noqa: F401 # isort: skip - first: says in one line what is missing
 from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_scheduler, optim, utils
-from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile
+from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile, save_pretrained
 from .checkpoint import load, save, save_checkpoint
 from .context import deterministic, init_distributed, is_initialized, mesh, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
@@ -98,6 +98,7 @@ __all__ = [
     "rank_0_first",
     "save",
     "save_checkpoint",
+    "save_pretrained",
     "see_memory",
     "shard_batch",
     "shard_loader",

@@ -57,7 +57,7 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """A call, or a class statement, gets arguments at the end, loses some, or loses the star of some.
+    """A call, or a class statement, gets arguments at the end, or one in front, loses some, or loses the star of some.
 
     ``dropped`` are positional arguments or keywords of the call; ``unstarred`` arguments ``*x`` that become ``x``.
     """
@@ -66,9 +66,11 @@ class Arguments:
     added: tuple[Template, ...] = ()
     dropped: tuple[ast.expr | ast.keyword, ...] = ()
     unstarred: tuple[ast.Starred, ...] = ()
+    first: Template | None = None
 
     def __str__(self) -> str:
-        words = [f"+{item}" for item in self.added] + [f"-{ast.unparse(item)}" for item in self.dropped]
+        words = [f"{item}, ..." for item in (self.first,) if item is not None]
+        words += [f"+{item}" for item in self.added] + [f"-{ast.unparse(item)}" for item in self.dropped]
         words += [f"{_code(item)} without its star" for item in self.unstarred]
         return f"{_place(self.node)}: arguments {', '.join(words)}"
 
@@ -218,7 +220,9 @@ def templates(change: Change) -> Iterator[Template]:
     match change:
         case Replace(by=by) | ReplaceStatement(by=by) | Under(head=by):
             yield by
-        case Arguments(added=lines) | Insert(lines=lines):
+        case Arguments(added=lines, first=first):
+            yield from lines if first is None else (first, *lines)
+        case Insert(lines=lines):
             yield from lines
 
 

@@ -246,6 +246,9 @@ class _Apply(cst.CSTTransformer):
         last = node.args[-1] if node.args else None
         if kept and last is not None and kept[-1].comma != last.comma:  # a trailing comma or none, as before
             kept[-1] = kept[-1].with_changes(comma=last.comma, whitespace_after_arg=last.whitespace_after_arg)
+        if change.first is not None:
+            comma = cst.Comma(whitespace_after=cst.SimpleWhitespace(" ")) if kept else cst.MaybeSentinel.DEFAULT
+            kept.insert(0, self._write.argument(change.first, self._holes(change.first)).with_changes(comma=comma))
         return node.with_changes(args=_extended(kept, new))
 
     # Statements --------------------------------------------------------------------------------------------------

@@ -4,7 +4,15 @@ from . import engine as _engine  # noqa: F401 - completes the context
 from .block import Block, CheckpointBlock
 from .block_list import TransformerBlockList
 from .compile import compile
-from .sharded import whole_state
+from .sharded import save_pretrained, whole_state
 from .wrapper import BMTrainModelWrapper
 
-__all__ = ["BMTrainModelWrapper", "Block", "CheckpointBlock", "TransformerBlockList", "compile", "whole_state"]
+__all__ = [
+    "BMTrainModelWrapper",
+    "Block",
+    "CheckpointBlock",
+    "TransformerBlockList",
+    "compile",
+    "save_pretrained",
+    "whole_state",
+]

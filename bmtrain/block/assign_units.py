@@ -18,7 +18,7 @@ from ..shard.unit import ShardUnit, unit_of_flat
 from .autocast_switches import switches_autocast
 from .linear import LandingLinear, land_gradients
 from .max_norm import shorten_alike
-from .meta import check_buffers, materialise
+from .meta import make_buffers, materialise
 from .one_memory import tie
 from .record import record_of, unit_of
 from .sharded import ShardedModule, become
@@ -40,6 +40,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
 
     Returns the new units.  Raises ConfigurationError if ranks built different models.  Collective.
     """
+    _refuse_placed(root)
     tie(root, pools.ctx.rank)
     groups = _plan(root)
     casts = _cast_by_autocast(root)
@@ -51,7 +52,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
     slices = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if split_dim_of(p) is not None}
     differing = follow_rank_0(pools.ctx, kind, _initial_values(root, groups), slices)
-    check_buffers(root)
+    make_buffers(root)
     units = []
     for group in groups:
         whole = materialise(root, group.owner, group.parameters, group.names, device)
@@ -192,6 +193,17 @@ def _cast_by_autocast(root: nn.Module) -> set[int]:
         if type(module) in switching:
             other.update(id(p) for p in module.parameters())
     return cast - other
+
+
+def _refuse_placed(root: nn.Module) -> None:
+    """Raise ConfigurationError for what transformers' ``device_map`` has spread over devices or left on a disk."""
+    for module in root.modules():
+        places = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
+        if len(places) > 1 or "disk" in places:
+            raise ConfigurationError(
+                f"{type(module).__name__} was loaded with a device_map, which put it on {', '.join(sorted(places))}. "
+                "Load it without device_map: it comes from its files when it is sharded, and each rank keeps its part."
+            )
 
 
 def _check(group: _Group) -> None:

@@ -1,7 +1,8 @@
 """Models built under ``torch.device("meta")``: made real one unit at a time, so that no rank ever holds the whole.
 
 A unit's parameters are allocated whole on the device, initialised by the modules' own ``reset_parameters`` and then the
-root's ``_init_weights(module)`` if it has one, cut into shards, and freed before the next unit's turn.
+root's ``_init_weights(module)`` if it has one, cut into shards, and freed before the next unit's turn.  Buffers come
+first, from ``_init_weights`` alone.
 """
 
 from __future__ import annotations
@@ -45,14 +46,41 @@ def materialise(
     return fresh
 
 
-def check_buffers(root: nn.Module) -> None:
-    """Raise ConfigurationError for a buffer on the meta device: its values are lost."""
-    lost = [name for name, buffer in root.named_buffers() if buffer.is_meta]
+def make_buffers(root: nn.Module) -> None:
+    """Let the root's ``_init_weights(module)`` fill the buffers that are on the meta device, as transformers' does.
+
+    Raise ConfigurationError for those that nothing filled: their values are lost.
+    """
+    init = getattr(root, "_init_weights", None)
+    lost = []
+    for prefix, module in root.named_modules():
+        names = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in names if callable(init) else ():
+            module._buffers[name] = _unfilled(module._buffers[name])
+        if names and callable(init) and all(p.is_meta for p in module._parameters.values() if p is not None):
+            with torch.no_grad():
+                init(module)
+        lost += [f"{prefix}.{name}".lstrip(".") for name in names if _is_unfilled(module._buffers[name])]
     if lost:
         raise ConfigurationError(
             f"The values of the buffers {_some(lost)} were lost on the meta device. Create them with an explicit "
             "device='cpu'."
         )
+
+
+def _unfilled(old: torch.Tensor) -> torch.Tensor:
+    if old.dtype == torch.bool:
+        return old  # no value would tell
+    fill = torch.iinfo(old.dtype).min if not (old.is_floating_point() or old.is_complex()) else float("nan")
+    return torch.full(old.shape, fill, dtype=old.dtype, device="cpu")
+
+
+def _is_unfilled(buffer: torch.Tensor | None) -> bool:
+    if buffer is None or buffer.is_meta:
+        return buffer is not None
+    if buffer.is_floating_point() or buffer.is_complex():
+        return bool(torch.isnan(buffer).any())
+    return bool((buffer == torch.iinfo(buffer.dtype).min).any())
 
 
 def _some(names: Sequence[str]) -> str:

@@ -7,6 +7,9 @@ hooks, ``train()`` and the state dict's keys stay what they were.
 from __future__ import annotations
 
 import copy
+import inspect
+import os
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -28,6 +31,8 @@ from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
 from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from .batch_norm_statistics import level, note_run
+from .in_turn import comes_in_turn, methods_of, named_state
+from .pretrained import write_by_rank_0
 from .record import Record, record_of, unit_of
 from .state import state_for_pickle
 
@@ -187,6 +192,8 @@ def become(module: nn.Module, mixin: type[ShardedModule]) -> Record:
 def _mixed(mixin: type[ShardedModule], own: type[nn.Module]) -> type[nn.Module]:
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
+        if hasattr(own, "save_pretrained"):
+            namespace["save_pretrained"] = save_pretrained
 
     return types.new_class(own.__name__, (mixin, own, *mixin.last_bases), {}, body)
 
@@ -227,6 +234,46 @@ def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[
         whole: dict[str, Any] = _add_state(module, state, prefix, keep, outermost=True)
         _copy_out(whole, outer, set(), keep)
     return whole
+
+
+def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    """``model.save_pretrained(save_directory, ...)`` with its own arguments, written by rank 0 alone.  Collective.
+
+    For models of any package that has this method, with parts of their values on other ranks, also those inside a
+    sharded model and around one; a tokenizer is written by rank 0, too.  The files are what the package writes for a
+    model of one process; those of a new folder appear all at once, others one by one, each whole.  No rank has whole
+    tensors in memory that are not in a file of rank 0's as well, beside what the method itself copies.
+
+    A method in a file that imports bmtrain is run by every rank, as it is; so is one that is given a ``state_dict``.
+
+    Raises CheckpointError on every rank when rank 0 cannot write; then files that were there are as they were.
+    """
+    kind = next(c for c in type(model).__mro__ if not issubclass(c, ShardedModule))
+
+    def own(folder: str, *args: Any, **kwargs: Any) -> Any:
+        return kind.save_pretrained(model, folder, *args, **kwargs)  # type: ignore[attr-defined]
+
+    has_values = any(isinstance(given, Mapping) for given in (*args, kwargs.get("state_dict")))
+    if has_values or _is_of_all_ranks(kind.save_pretrained):  # type: ignore[attr-defined]
+        own(os.fspath(save_directory), *args, **kwargs)
+        return
+    ctx = context()
+    if ctx.world_size > 1:
+        engine().meet(f"save_pretrained of {kind.__name__}")
+    state = None
+    with ctx.diary.saving():
+        if isinstance(model, nn.Module):
+            record = record_of(model) if isinstance(model, ShardedModule) else None
+            if record is not None:
+                level(model, record)
+            state = None if comes_in_turn(model) else model.state_dict()
+        write_by_rank_0(model, own, state, save_directory, args, kwargs)
+
+
+def _is_of_all_ranks(method: Callable[..., object]) -> bool:
+    """Whether a method was written for, or converted to, this library, so that every rank is to run it."""
+    known = getattr(inspect.unwrap(method), "__globals__", {})
+    return any(value is sys.modules["bmtrain"] for value in known.values())
 
 
 def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost: bool = False) -> Any:
@@ -328,7 +375,7 @@ def own_slices(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str,
 
 def _renames(module: nn.Module) -> bool:
     """Whether the model changes keys or values while it loads them."""
-    return any(m._load_state_dict_pre_hooks or "_load_from_state_dict" in _methods(m) for m in module.modules())
+    return any(m._load_state_dict_pre_hooks or "_load_from_state_dict" in methods_of(m) for m in module.modules())
 
 
 def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
@@ -364,24 +411,3 @@ def _undone_by_errors(module: nn.Module) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, BMTrainError):
             raise CheckpointError(f"Nothing was loaded: {error}") from error
         raise
-
-
-def named_state(module: nn.Module) -> dict[str, Any]:
-    """The keys of the state dict with sharded parameters as values; nothing is gathered."""
-    found: dict[str, Any] = {}
-    for prefix, inner in module.named_modules(remove_duplicate=False):
-        dot = prefix + "." if prefix else ""
-        for name, parameter in inner._parameters.items():
-            if parameter is not None:
-                found[dot + name] = parameter
-        for name, buffer in inner._buffers.items():
-            if buffer is not None and name not in inner._non_persistent_buffers_set:
-                found[dot + name] = buffer
-        if type(inner).get_extra_state is not nn.Module.get_extra_state:
-            found[dot + "_extra_state"] = None
-    return found
-
-
-def _methods(module: nn.Module) -> set[str]:
-    """Names that ``module``'s class overrides from nn.Module, outside torch itself."""
-    return {n for c in type(module).__mro__ if not c.__module__.startswith(("torch.", "bmtrain.")) for n in vars(c)}

@@ -10,6 +10,7 @@ from ..context import context
 from ..shard.engine import engine
 from .block import Block
 from .block_list import TransformerBlockList
+from .sharded import ShardedModule, become
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -18,7 +19,8 @@ def BMTrainModelWrapper(model: ModuleT) -> ModuleT:
     """Shard an ordinary model in place and return it.
 
     Every ``nn.ModuleList`` of two or more modules of one class, at the outermost level, becomes a TransformerBlockList.
-    Parameters added to a model after it was sharded are sharded by calling this again.
+    Parameters added to a model after it was sharded are sharded by calling this again.  In a constructor of a
+    DistributedModule it is sharded with the whole.
     """
     ctx = context()
     ctx.building += 1
@@ -26,7 +28,10 @@ def BMTrainModelWrapper(model: ModuleT) -> ModuleT:
         _find_stacks(model)
     finally:
         ctx.building -= 1
-    engine().shard(model)
+    if ctx.building:
+        become(model, ShardedModule)
+    else:
+        engine().shard(model)
     return model
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import mmap
-import os
 import struct
 import sys
-import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,16 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError
 from ..wire import to_bytes
+from ..written import replacing
 from . import folder as folders
 from . import storage
 from .boxes import Region
+from .safetensors import NAMES
 from .storage import RANK, STATE, Piece, Stored
+from .torch_file import with_room
 from .tree import decode, encode
-
-_SAFE = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,7 +164,7 @@ def _convert(given: argparse.Namespace) -> int:
         if given.part != "all" and given.part not in tree:
             raise CheckpointError(f"{stored.folder} has no {given.part}, only {', '.join(tree)}.")
         part = tree if given.part == "all" else tree[given.part]
-        with _replacing(given.out) as temporary:
+        with replacing(given.out) as temporary:
             (_to_safetensors if given.out.suffix == ".safetensors" else _to_torch)(stored, part, temporary)
     print(f"wrote {given.out}")
     return 0
@@ -178,25 +172,6 @@ def _convert(given: argparse.Namespace) -> int:
 
 class _Name(str):
     """Of a tensor, in its place in a tree."""
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which takes its place when it is complete."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-        storage.sync_folder(path.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _mapped(tree: Any, change: Any) -> Any:
@@ -221,8 +196,6 @@ def _to_torch(stored: Stored, tree: Any, path: Path) -> None:
 
     with FakeTensorMode():
         shapes = _mapped(tree, empty)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(shapes, path)
     filled: set[str] = set()
 
     def fill(place: Any, names: Any) -> None:
@@ -237,8 +210,7 @@ def _to_torch(stored: Stored, tree: Any, path: Path) -> None:
             for inner, name in zip(place, names, strict=True):
                 fill(inner, name)
 
-    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        fill(torch.load(path, weights_only=False, mmap=True), tree)
+    fill(with_room(path, shapes), tree)
 
 
 def _to_safetensors(stored: Stored, tree: Any, path: Path) -> None:
@@ -261,11 +233,11 @@ def _to_safetensors(stored: Stored, tree: Any, path: Path) -> None:
     header, at = {}, 0
     for name, stored_name in tensors.items():
         known = stored.tensors[stored_name]
-        if known.properties.dtype not in _SAFE:
+        if known.properties.dtype not in NAMES:
             raise CheckpointError(f"{name} is {known.properties.dtype}, for which safetensors has no name here.")
         size = prod(known.size) * known.properties.dtype.itemsize
         header[name] = {
-            "dtype": _SAFE[known.properties.dtype], "shape": list(known.size), "data_offsets": [at, at + size]
+            "dtype": NAMES[known.properties.dtype], "shape": list(known.size), "data_offsets": [at, at + size]
         }  # fmt: skip
         at += size
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

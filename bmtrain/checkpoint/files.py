@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
-import tempfile
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -13,18 +13,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block.record import unit_of
-from ..block.sharded import ShardedModule, own_slices, require_same
+from ..block.batch_norm_statistics import level
+from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_in_pieces
+from ..block.record import record_of, unit_of
+from ..block.sharded import ShardedModule, own_slices, require_same, whole_state
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
-from . import pickled
+from ..shard.engine import engine
+from ..written import replacing
+from . import pickled, safetensors
+from .torch_file import write_in_turn
 
 
 def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool = False) -> None:
     """Write ``model.state_dict()`` to ``file_name``; plain ``torch.load`` reads it.  Collective.
 
-    The file appears complete or not at all.
+    The file appears complete or not at all.  What is whole is in the file, and not in
+    memory; only where hooks of the model or ``non_blocking`` need it, rank 0 has the whole model in memory, and where a
+    ``state_dict`` method of the model's own does, every rank.
 
     Args:
         non_blocking: return before rank 0 has written the file; ``bmt.synchronize()`` does not wait for it either.  The
@@ -32,14 +39,50 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
+    own = any("state_dict" in methods_of(inner) for inner in model.modules())
+    if not non_blocking and comes_in_turn(model):
+        _save_in_turn(model, Path(file_name))
+        return
     with context().diary.saving():
-        state = pickled.with_whole_tensors(OrderedDict(model.state_dict()))
+        state = model.state_dict() if own else whole_state(model, keep=context().rank == 0)
+        state = pickled.with_whole_tensors(OrderedDict(state))
     if not non_blocking:
         save_checkpoint(state, file_name)
         return
     _finish_background()
     if context().rank == 0:
         context().writer = _Writer(state, Path(file_name))
+
+
+def _save_in_turn(model: nn.Module, path: Path) -> None:
+    """The same, in pieces of 16 MiB."""
+    with context().diary.saving():
+        _finish_background()
+        if context().world_size > 1:
+            engine().meet(f"the saving of {type(model).__name__}")
+        record = record_of(model) if isinstance(model, ShardedModule) else None
+        if record is not None:
+            level(model, record)
+        values = named_state(model)
+        firsts: dict[int, str] = {}
+        ties = {name: firsts.setdefault(id(value), name) for name, value in values.items()}
+        pieces = ((name, *piece) for name in firsts.values() for piece in whole_in_pieces(values[name]))
+        problem = None
+        if context().rank == 0:
+            kinds = {name: facts_of(values[name]) for name in firsts.values()}
+            try:
+                write_in_turn(path, kinds, ties, metadata_of(model), pieces)
+            except Exception as error:  # of many kinds, and the others wait for the verdict
+                problem = f"{type(error).__name__}: {error}"
+        for _ in pieces:  # all of them where nothing is written, what is left where it failed
+            pass
+        problem = broadcast_object(problem)
+    if problem is not None:
+        raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
+
+
+_WHOLE = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.bin")
+"""Names of a folder's one file, the first that is there."""
 
 
 class _Writer(threading.Thread):
@@ -127,24 +170,15 @@ def _has_shards(obj: Any) -> bool:
 
 def write(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` by this process alone; the file appears complete or not at all."""
-    path = Path(file_name)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(Path(file_name)) as temporary, open(temporary, "wb") as file:
+        torch.save(obj, file, **options)
 
 
 def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = True, *, weights_only: bool = True) -> Any:
     """Load a state dict written by ``bmt.save`` or by ``torch.save(model.state_dict(), ...)``.  Collective.
+
+    Also files of safetensors, and folders that ``save_pretrained`` has written, of one file or several with an index;
+    of what the model ties, they hold one.  Files are mapped, so that no rank has more of them in memory than it copies.
 
     Ranks that see the file read it; the others (no shared file system) get it from rank 0.
 
@@ -155,7 +189,7 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
     when files of this name differ between nodes; then nothing was loaded.
     """
     ctx = context()
-    state, problem = _read(Path(file_name), weights_only)
+    state, problem = _read(model, Path(file_name), weights_only)
     problems = allgather_objects(problem)
     if problems[0] is not None:
         raise CheckpointError(f"Rank 0 could not read {file_name}: {problems[0]}")
@@ -167,9 +201,35 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
     return model.load_state_dict(state, strict)
 
 
-def _read(path: Path, weights_only: bool) -> tuple[Any, str | None]:
+def _with_ties(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """``state`` with what is left out of it as the model has it under two names."""
+    values, found = named_state(model), dict(state)
+    known = {id(values[name]): value for name, value in state.items() if name in values}
+    found.update({n: known[id(v)] for n, v in values.items() if n not in found and id(v) in known})
+    return found
+
+
+def _mapped(path: Path, weights_only: bool) -> Any:
+    """What a file holds, or the files of a folder."""
+    if path.suffix == ".safetensors":
+        return safetensors.mapped(path)
+    if path.is_dir():
+        whole = [path / name for name in _WHOLE if (path / name).is_file()]
+        index = [path / f"{name}.index.json" for name in _WHOLE if (path / f"{name}.index.json").is_file()]
+        if not whole and not index:
+            raise FileNotFoundError(f"the folder has none of {', '.join(_WHOLE)}, nor an index of one")
+        if whole:
+            return _mapped(whole[0], weights_only)
+        names = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
+        return {key: value for name in names for key, value in _mapped(path / Path(name).name, weights_only).items()}
+    return torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+
+
+def _read(model: nn.Module, path: Path, weights_only: bool) -> tuple[Any, str | None]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        state = _mapped(path, weights_only)
+        if path.is_dir() or path.suffix == ".safetensors":
+            state = _with_ties(model, state)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error):
             return None, f"UnpicklingError: {error}"

@@ -11,7 +11,8 @@ import os
 import shutil
 from pathlib import Path
 
-from .storage import METADATA, sync_folder
+from ..written import sync_folder
+from .storage import METADATA
 
 _PREFIX, _WRITING, _REPLACED, _REMOVING = "step-", ".writing-", ".replaced-", ".removing-"
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from ..alike import misfit
 from ..block.batch_norm_statistics import level
+from ..block.in_turn import named_state
 from ..block.record import record_of
-from ..block.sharded import ShardedModule, named_state, owned_units
+from ..block.sharded import ShardedModule, owned_units
 from ..errors import CheckpointError
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.in_parts import part_at

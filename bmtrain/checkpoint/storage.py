@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..errors import CheckpointError
+from ..written import sync_folder
 from .boxes import Region
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
@@ -81,15 +82,6 @@ class Record(NamedTuple):
 def open_file(path: Path, mode: str) -> IO[bytes]:
     """How every file of a checkpoint is opened."""
     return open(path, mode)
-
-
-def sync_folder(path: Path) -> None:
-    """Make what was created and renamed in ``path`` outlast a power failure."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class _Summing:

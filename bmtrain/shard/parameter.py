@@ -367,7 +367,8 @@ def require_same(parameter: DistributedParameter, value: torch.Tensor) -> None:
     if tuple(value.shape) != wanted or value.dtype != flat.dtype:
         raise ShardedAccessError(
             f"Parameter {flat.names[parameter._index]!r} is {wanted} {flat.dtype}; its data cannot become "
-            f"{tuple(value.shape)} {value.dtype}. Change dtypes with model.to(dtype); shapes stay as they are."
+            f"{tuple(value.shape)} {value.dtype}. Change dtypes with model.to(dtype), and shapes before the model is "
+            "sharded, as resize_token_embeddings does."
         )
 
 

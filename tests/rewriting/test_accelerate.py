@@ -164,7 +164,7 @@ BEHIND = {
     "a pretrained model": (
         "inner = accelerator.unwrap_model(model)\ninner.save_pretrained('out', is_main_process=accelerator.is_main_process, "
         "save_function=accelerator.save, max_shard_size='1GB')",
-        "inner = model\ninner.save_pretrained('out', max_shard_size='1GB')\n",
+        "inner = model\nbmt.save_pretrained(inner, 'out', max_shard_size='1GB')\n",
     ),
     "precision asked for": ("p = accelerator.mixed_precision", 'p = "no"\n'),
 }  # fmt: skip

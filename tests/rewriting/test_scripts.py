@@ -221,20 +221,55 @@ CASES = {
     "a pretrained model": (
         "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
         + "model.save_pretrained(\n    'out',  # here\n    max_shard_size='1GB',\n)\n",
-        ["value = model.state_dict()\nif bmt.rank() == 0:\n    model.save_pretrained(\n        'out',  # here\n"
-         "        max_shard_size='1GB', state_dict=value,\n    )\n"],
+        ["\nbmt.save_pretrained(\n    model, 'out',  # here\n    max_shard_size='1GB',\n)\n"],
     ),
     "a pretrained model that rank 0 saves": (
         "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
         + "if rank == 0 and step % 10 == 0:\n    print('saving')\n    model.save_pretrained('out')\n",
-        ["if step % 10 == 0:\n    bmt.print_rank('saving')\n    value = model.state_dict()\n"
-         "    if bmt.rank() == 0:\n        model.save_pretrained('out', state_dict=value)\n"],
+        ["if step % 10 == 0:\n    bmt.print_rank('saving')\n    bmt.save_pretrained(model, 'out')\n"],
     ),
     "a pretrained model inside another name": (
         "from transformers import AutoModel\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
         + "if rank == 0:\n    inner = model.module if hasattr(model, 'module') else model\n"
         "    inner = model\n    inner.save_pretrained('out')\n",
-        ["value = inner.state_dict()\nif bmt.rank() == 0:\n    inner.save_pretrained('out', state_dict=value)\n"],
+        ["\nbmt.save_pretrained(inner, 'out')\n"],
+    ),
+    "pretrained parts, beside others": (
+        "from transformers import AutoModel, AutoTokenizer\n" + LOOP.replace("Net()", "AutoModel.from_pretrained('x')")
+        + "tok = AutoTokenizer.from_pretrained('x')\nif rank == 0:\n    tok.save_pretrained('out')\n"
+        "    model.config.save_pretrained('out')\n    model.encoder.save_pretrained('out/encoder')\n"
+        "    merged = model.merge_and_unload()\n    merged.save_pretrained('out/merged', state_dict=merged.state_dict())\n",
+        ["if bmt.rank() == 0:\n    tok.save_pretrained('out')\n", "if bmt.rank() == 0:\n    model.config.save_pretrained('out')\n",
+         "\nbmt.save_pretrained(model.encoder, 'out/encoder')\n", "\nbmt.save_pretrained(merged, 'out/merged')\n"],
+    ),
+    "a model that gets tokens first": (
+        "from transformers import AutoModel\n" + LOOP.replace(
+            "model = Net()\n", "if new:\n    model = AutoModel.from_config('x')\nelse:\n"
+            "    model = AutoModel.from_pretrained('x')\nif tokens > 5:\n    model.resize_token_embeddings(tokens)\n"),
+        ["    model = AutoModel.from_pretrained('x')\nif", "_embeddings(tokens)\nmodel = bmt.BMTrainModelWrapper(model)\n"],
+    ),
+    "a model that gets an adapter first": (
+        "from peft import get_peft_model\nfrom transformers import AutoModel\n" + LOOP.replace(
+            "model = Net()\n", "model = AutoModel.from_pretrained('x')\nmodel = get_peft_model(model, config)\n"
+            "model.print_trainable_parameters()\n"),
+        ["\nmodel = AutoModel.from_pretrained('x')\nmodel = bmt.BMTrainModelWrapper(get_peft_model(model, config))\n"
+         "if bmt.rank() == 0:\n    model.print_trainable_parameters()\n"],
+    ),
+    "a model that gets an adapter perhaps": (
+        "from peft import get_peft_model\nfrom transformers import AutoModel\n" + LOOP.replace(
+            "model = Net()\n", "model = AutoModel.from_pretrained('x')\nif lora:\n    model = get_peft_model(model, c)\n"),
+        ["\nmodel = AutoModel.from_pretrained('x')\nif lora:\n    model = get_peft_model(model, c)\n"
+         "model = bmt.BMTrainModelWrapper(model)\n"],
+    ),
+    "a pretrained part of a module": (
+        "from transformers import AutoModel\n\n\nclass Part(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.config = AutoConfig.from_pretrained('x')\n"
+        "        self.encoder = AutoModel.from_pretrained('x')\n\n\n" + LOOP.replace("Net()", "Part()"),
+        ["        self.encoder = bmt.BMTrainModelWrapper(AutoModel.from_pretrained('x'))\n", "AutoConfig.from_pretrained('x')\n"],
+    ),
+    "safetensors of one rank": (
+        "from safetensors.torch import save_file\n" + LOOP + "state = model.state_dict()\nsave_file(state, 'x')\n",
+        ["state = model.state_dict()\nif bmt.rank() == 0:\n    save_file(state, 'x')\n"],
     ),
     "a part of the outputs": (
         LOOP.replace("loss = model(x).mean()", "out = model(x)").replace("loss.back", "out['loss'].back")

@@ -19,6 +19,7 @@ from rewriter.analyze.training.values import Values
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
+_BESIDE_MODEL = re.compile(r"token|process|config|extractor|sched|vocab|collat", re.I)
 _RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
@@ -27,7 +28,9 @@ _MAIN_NAME = re.compile(
 _LOCAL_METHODS = {
     "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
     "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
-    "register_buffer", "register_forward_hook", "compile", "share_memory",
+    "register_buffer", "register_forward_hook", "compile", "share_memory", "print_trainable_parameters",
+    "gradient_checkpointing_enable", "gradient_checkpointing_disable", "enable_input_require_grads", "tie_weights",
+    "get_input_embeddings", "get_output_embeddings", "num_parameters", "get_nb_trainable_parameters",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
 _MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
@@ -154,7 +157,7 @@ class Collectives:
         receiver = roles.var(func.value)
         if name == "state_dict" and not _SMALL_STATE.search(dotted(func.value) or ""):
             return True
-        if name == "backward":
+        if name == "backward" or self.saves_pretrained(file, call):
             return True
         if receiver in roles.optimizers or receiver in roles.managers:
             return name in {"state_dict", "load_state_dict", "step", "clip_grad_norm", "backward"}
@@ -162,7 +165,7 @@ class Collectives:
             if name in _COLLECTIVE_METHODS:
                 return True
             if name == "save_pretrained" and any(keyword.arg == "state_dict" for keyword in call.keywords):
-                return False
+                return self.saves_pretrained(file, call)
             cls = roles.model_class(func.value)
             method = self.classes.method(cls, name) if cls is not None else None
             if method is not None:
@@ -176,6 +179,30 @@ class Collectives:
                     return self.function(method[0].file, method[1])
                 return False
         return self._runs([*self.instances.methods(file, func), *self.instances.called(file, func)])
+
+    def saves_pretrained(self, file: File, call: ast.Call) -> bool:
+        """Whether a call is the ``save_pretrained`` of a package, and of what may be a model: no tokenizer, say."""
+        func, roles = call.func, self.roles[file]
+        if not isinstance(func, ast.Attribute) or func.attr != "save_pretrained" or not (call.args or call.keywords):
+            return False
+        if len(call.args) > 2 or any(isinstance(item, ast.Starred) for item in call.args):
+            return False
+        own_state = of_own_state(call)
+        if any(keyword.arg == "state_dict" and keyword is not own_state for keyword in call.keywords):
+            return False
+        if roles.is_model(func.value):
+            cls = roles.model_class(func.value)
+            return cls is None or self.classes.method(cls, func.attr) is None
+        path = dotted(func.value)
+        if path is None or any(self.instances.methods(file, func)) or path.split(".")[0] == "bmt":
+            return False
+        owner = file.names.class_of(call)
+        if path == "self" and owner is not None and self.classes.method(file.class_info(owner), func.attr) is not None:
+            return False
+        variable = roles.var(func.value)
+        made = [value for other, value, _, _ in roles.assignments if other == variable and isinstance(value, ast.Call)]
+        names = [path.split(".")[-1], *(self.project.external(file, value.func) for value in made)]
+        return not any(map(_BESIDE_MODEL.search, names))
 
     def _is_known_as_local(self, name: str) -> bool:
         """Whether methods of this name are in the project, and none of them makes a call that is for all ranks."""
@@ -232,6 +259,18 @@ _DIST_COLLECTIVES = {
     "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
     "all_gather_into_tensor", "reduce_scatter_tensor",
 }  # fmt: skip
+
+
+def of_own_state(call: ast.Call) -> ast.keyword | None:
+    """The keyword of ``model.save_pretrained(path, state_dict=model.state_dict())`` that says no more than without."""
+    for keyword in call.keywords:
+        match keyword.value, call.func:
+            case ast.Call(func=ast.Attribute(value=given, attr="state_dict"), args=[], keywords=[]), ast.Attribute(
+                value=receiver
+            ):
+                same = dotted(given) is not None and dotted(given) == dotted(receiver)
+                return keyword if same and keyword.arg == "state_dict" else None
+    return None
 
 
 # Rank guards --------------------------------------------------------------------------------------------------

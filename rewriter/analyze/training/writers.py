@@ -15,6 +15,7 @@ WRITERS = {
     "wandb.finish", "wandb.watch", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update", "mlflow.log_param",
     "mlflow.log_params", "mlflow.log_artifact", "mlflow.log_artifacts", "mlflow.log_dict", "mlflow.log_text",
     "mlflow.log_figure", "mlflow.set_tag", "mlflow.set_tags", "mlflow.set_experiment", "mlflow.end_run",
+    "safetensors.torch.save_file",
 }  # fmt: skip
 MADE_ONCE = {
     "torch.utils.tensorboard.SummaryWriter", "torch.utils.tensorboard.writer.SummaryWriter",
@@ -32,8 +33,11 @@ LOG_FILES = {
 WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
+    "print_trainable_parameters",
 }  # fmt: skip
 
+_OF_MODELS = {"safetensors.torch.save_model"}
+"""Calls that write values of a model themselves."""
 _OPENING = {"io", "gzip", "bz2", "lzma", "codecs", "builtins"}
 SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
 """Methods that show the values they are given."""
@@ -49,7 +53,7 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     blocks = (parent for parent in file.names.ancestors(node) if isinstance(parent, ast.With))
     if any(opens_for_writing(item.context_expr) for block in blocks for item in block.items):
         return False
-    if project.external(file, node.value.func) in WRITERS:
+    if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
         return True
     func = node.value.func
     return isinstance(func, ast.Attribute) and func.attr in WRITING_METHODS

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.batches import shares_data
+from rewriter.analyze.training.completed import completing
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
@@ -33,7 +34,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     yield from _batch_norm(file, facts)
     for call in file.calls:
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "resize_token_embeddings":
+        if (
+            isinstance(call.func, ast.Attribute)
+            and call.func.attr == "resize_token_embeddings"
+            and not _is_wrapped_later(file, facts, call, call.func.value)
+        ):
             message = "embeddings that are sharded keep their size: resize them before the model is given to bmtrain"
             yield Remark(RULE.code, call.lineno, message)
         name = (dotted(call.func) or "").split(".")[-1]
@@ -42,6 +47,19 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, call.lineno, message)
     if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
+
+
+def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr) -> bool:
+    """Whether the model is wrapped behind a call that resizes it."""
+    roles = facts.scripts.roles[file]
+    variable = roles.var(model)
+    return variable is not None and any(
+        call in walk(last) or last.lineno > call.lineno
+        for other, _, statement, _ in roles.assignments
+        if other == variable
+        and statement.lineno < call.lineno
+        and (last := completing(file, facts.project, roles, variable, statement)) is not None
+    )
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:

@@ -3,7 +3,8 @@
 What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
 ``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
 A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the other ranks.
-``model.save_pretrained(...)`` of a transformers model is given the ``state_dict`` that every rank helps to make.
+``model.save_pretrained(...)`` of transformers, peft and the like becomes ``bmt.save_pretrained(model, ...)``, which
+every rank calls and one writes.
 Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
 """
@@ -16,10 +17,10 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
-from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.collectives import of_own_state
 from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
-from rewriter.changes import Arguments, Change, Under, insert_before, template
-from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name, written_once
+from rewriter.changes import Arguments, Change, Under, replace, template
+from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -35,7 +36,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)
-            changes = tuple(_with_state(file, node))
+            changes = tuple(_by_all(node))
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
         if facts.scripts.in_opened_guard(file, node):
@@ -102,46 +103,20 @@ def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
 
 
 def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
-    """Whether a statement saves a model of transformers, whose method takes a state dict."""
-    match node:
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=receiver, attr="save_pretrained")) as call):
-            roles = facts.scripts.roles[file]
-            receiver = _without_wrapper(receiver)
-            made = _values_of(roles, receiver)
-            made += [value for other in made for value in _values_of(roles, _without_wrapper(other))]
-            given = {keyword.arg for keyword in call.keywords}
-            return (
-                roles.is_model(receiver)
-                and not given & {"state_dict", "is_main_process", None}
-                and len(call.args) < 2
-                and bool(call.args or call.keywords)
-                and file.source.owns_lines(node)
-                and any(
-                    isinstance(item, ast.Call) and facts.project.external(file, item.func).startswith("transformers.")
-                    for value in made
-                    for item in walk(value)
-                )
-            )
-    return False
+    """Whether a statement saves a model by a package's method."""
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
+        return False
+    return facts.scripts.collectives.saves_pretrained(file, node.value)
 
 
-def _values_of(roles: Roles, name: ast.expr) -> list[ast.expr]:
-    """What is assigned to a variable."""
-    variable = roles.var(name)
-    return [] if variable is None else [value for other, value, _, _ in roles.assignments if other == variable]
-
-
-def _without_wrapper(model: ast.expr) -> ast.expr:
-    """``model`` for ``model.module``, as DDP has it."""
-    return model.value if isinstance(model, ast.Attribute) and model.attr == "module" else model
-
-
-def _with_state(file: File, node: ast.Expr) -> Iterator[Change]:
-    call, name = node.value, unused_name(file)
+def _by_all(node: ast.Expr) -> Iterator[Change]:
+    call = node.value
     assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-    yield insert_before(node, f"{name} = {{model}}.state_dict()", model=call.func.value)
-    yield Arguments(call, added=(template(f"state_dict={name}"),))
-    yield Under((node,), ONE_RANK)
+    yield replace(call.func, "{bmt}.save_pretrained")
+    dropped = of_own_state(call)
+    yield Arguments(
+        call, dropped=() if dropped is None else (dropped,), first=template("{model}", model=call.func.value)
+    )
 
 
 RULE = Rule(

@@ -1,7 +1,9 @@
 """A model of another package is wrapped.
 
 What: ``model = resnet18()`` becomes ``model = bmt.BMTrainModelWrapper(resnet18())`` where the script trains the model,
-also inside ``DDP(...)``; so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``.
+also inside ``DDP(...)``; so does a part that replaces another, ``model.fc = nn.Linear(512, 10)``, and a model of
+transformers or diffusers that a module of the project holds, so that its blocks are blocks. Where the model first gets
+tokens (``resize_token_embeddings``) or an adapter (``peft.get_peft_model``), it is wrapped behind that.
 Why: a class of the project becomes a DistributedModule by its base; a torch layer, a Sequential or a class of another
 package cannot, and its parameters would train without their gradients being reduced.
 Refuses when: the value is a class of the project that becomes a DistributedModule, is wrapped already, or comes from
@@ -11,13 +13,15 @@ a package that is not known to hold models.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.classes import external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import walk
-from rewriter.changes import wrap
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.completed import completing, is_adapted
+from rewriter.changes import insert_behind, wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
@@ -35,6 +39,12 @@ _DATA_PARALLEL = {
 _EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
 
+_MODEL_OF_HUB = re.compile(
+    r"(?:transformers|diffusers)\.(?:[\w.]+\.)?"
+    r"(?!\w*(?:Config|Tokenizer|Processor|Scheduler|Pipeline))\w*(?:Model|For[A-Z]\w+|AutoencoderKL)"
+    r"(?:\.from_(?:pretrained|config|encoder_decoder_pretrained))?$"
+)
+
 _WRAPPED = "{bmt}.BMTrainModelWrapper({it})"
 
 
@@ -43,6 +53,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     roles = facts.scripts.roles[file]
     yield from _parts(file, facts)
+    yield from _inside(file, facts)
+    wrapped = set[ast.stmt]()
     for variable, value, statement, part in roles.assignments:
         trained = roles.methods_called.get(variable, set()) & _TRAINED
         if part or not trained or variable not in roles.models or not roles.optimizers:
@@ -52,9 +64,37 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         while isinstance(value, ast.Call) and facts.project.external(file, value.func) in _DATA_PARALLEL and value.args:
             value = value.args[0]
-        if isinstance(value, ast.Call) and _foreign(file, facts, value):
-            message = "the model is another package's, so it is wrapped"
-            yield Conversion(RULE.code, statement.lineno, message, (wrap(value, _WRAPPED),))
+        if statement in wrapped or not isinstance(value, ast.Call) or not _foreign(file, facts, value):
+            continue
+        last = completing(file, facts.project, roles, variable, statement)
+        if last is None:
+            message, change = "the model is another package's, so it is wrapped", wrap(value, _WRAPPED)
+            yield Conversion(RULE.code, statement.lineno, message, (change,))
+        elif last not in wrapped and not (isinstance(last, ast.Assign) and roles.var(last.targets[0]) == variable):
+            wrapped.update(item for item in walk(last) if isinstance(item, ast.stmt))
+            behind = insert_behind(last, "{model} = {bmt}.BMTrainModelWrapper({model})", model=_target(statement))
+            yield Conversion(RULE.code, last.lineno, "the model is another package's, so it is wrapped here", (behind,))
+
+
+def _inside(file: File, facts: Facts) -> Iterator[Finding]:
+    """Models of transformers or diffusers that a module of the project holds: their blocks become blocks."""
+    for statement in file.nodes:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.value, ast.Call):
+            continue
+        owner = file.names.class_of(statement)
+        path = dotted(statement.targets[0])
+        if owner is None or path is None or not path.startswith("self.") or path.count(".") != 1:
+            continue
+        if facts.classes.kind(file.class_info(owner)) not in {"module", "distributed"}:
+            continue
+        if _MODEL_OF_HUB.match(facts.project.external(file, statement.value.func)):
+            message = "the part is another package's model, so it is wrapped"
+            yield Conversion(RULE.code, statement.lineno, message, (wrap(statement.value, _WRAPPED),))
+
+
+def _target(statement: ast.stmt) -> ast.expr:
+    assert isinstance(statement, (ast.Assign, ast.AnnAssign))
+    return statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0]
 
 
 def _parts(file: File, facts: Facts) -> Iterator[Finding]:
@@ -85,7 +125,8 @@ def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
         if not isinstance(call.func.value, ast.Call):
             return False
         call = call.func.value
-    if any(facts.scripts.roles[file].is_model(argument) for argument in call.args):
+    roles = facts.scripts.roles[file]
+    if is_adapted(facts.project, file, roles, call) is None and any(map(roles.is_model, call.args)):
         return False
     found = facts.project.resolve(file, call.func)
     if isinstance(found, ClassInfo):

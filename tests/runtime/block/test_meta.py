@@ -100,6 +100,60 @@ def test_a_lost_buffer_is_named() -> None:
     assert "mask" in run_ranks(1, build_with_lost_buffer)[0]
 
 
+class Positions(nn.Module):
+    """Its buffers are filled by the model, which says what it would do to a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("ids", torch.arange(4), persistent=False)
+        self.register_buffer("angles", torch.ones(3), persistent=False)
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool), persistent=False)
+
+
+class Model(nn.Module):
+    def __init__(self, fills: str) -> None:
+        super().__init__()
+        self.fills, self.positions = fills, Positions()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Positions) and "i" in self.fills:
+            module.ids.copy_(torch.arange(4, device="cpu"))
+        if isinstance(module, Positions) and "a" in self.fills:
+            module.angles.fill_(2.0)
+
+
+def buffers_that_the_model_fills() -> list[str]:
+    said = []
+    for fills, mask in (("", False), ("i", False), ("ia", True)):
+        with torch.device("meta"):
+            model = Model(fills)
+        if not mask:
+            del model.positions.mask
+        try:
+            bmt.BMTrainModelWrapper(model)
+        except ConfigurationError as error:
+            said.append(str(error))
+    with torch.device("meta"):
+        model = Model("ia")
+    del model.positions.mask
+    bmt.BMTrainModelWrapper(model)
+    assert model.positions.ids.tolist() == [0, 1, 2, 3] and model.positions.angles.tolist() == [2.0, 2.0, 2.0]
+    assert float(model.positions.linear.weight.gather().sum()) == 9.0
+    return said
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_buffers_that_the_model_fills(world_size: int) -> None:
+    for said in run_ranks(world_size, buffers_that_the_model_fills):
+        assert "ids, positions.angles" in said[0]
+        assert "buffers positions.angles were" in said[1]
+        assert "buffers positions.mask were" in said[2]
+
+
 # ---- memory
 # ---------------------------------------------------------------------------------------------------------------------
 

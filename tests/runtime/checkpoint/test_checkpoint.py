@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import struct
 import time
 import zipfile
 from datetime import timedelta
@@ -17,6 +19,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block import in_turn
 from bmtrain.errors import CheckpointError, RankDivergenceError
 
 WORLDS = [1, 2, 3]
@@ -250,3 +253,102 @@ def test_writes_in_the_background_keep_their_order_and_tell_their_errors(tmp_pat
     with pytest.raises(CheckpointError, match=r"in the background.*missing.*FileNotFoundError"):
         bmt.save(model, path)
     bmt.save(model, path)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)) for _ in range(2)])
+        self.first, self.last = nn.Embedding(4, 6), nn.Linear(6, 4, bias=False)
+        self.last.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(6)
+        self.half, self.empty = nn.Linear(3, 2).half(), nn.Parameter(torch.empty(0, 3))
+        self.register_buffer("flags", torch.tensor([True, False]))
+
+
+@on_ranks(*WORLDS)
+def test_a_file_is_what_torch_writes(tmp_path: Path) -> None:
+    plain = Tied()
+    bmt.save(bmt.BMTrainModelWrapper(Tied()), tmp_path / "model.pt")
+    expected = plain.state_dict()
+    for options in ({"mmap": True}, {"mmap": False}, {"weights_only": False}):
+        state = torch.load(tmp_path / "model.pt", **options)
+        assert type(state) is type(expected) and list(state) == list(expected)
+        assert state._metadata == expected._metadata
+        assert all(torch.equal(state[k], v) and state[k].dtype == v.dtype for k, v in expected.items())
+        assert state["first.weight"].data_ptr() == state["last.weight"].data_ptr()
+        assert all(type(value) is torch.Tensor for value in state.values())
+
+
+@on_ranks(2)
+def test_whole_values_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(in_turn, "_AT_ONCE", 64)
+    model, plain = bmt.BMTrainModelWrapper(Tied()), Tied()
+    for name, value in in_turn.named_state(model).items():
+        pieces = [(start, piece.clone()) for start, piece in in_turn.whole_in_pieces(value)]
+        assert [start for start, _ in pieces] == [sum(p.numel() for _, p in pieces[:i]) for i in range(len(pieces))]
+        whole = torch.cat([piece for _, piece in pieces]) if pieces else torch.empty(0)
+        assert torch.equal(whole, plain.state_dict()[name].reshape(-1).to(whole.dtype))
+        if isinstance(value, nn.Parameter):
+            assert all(piece.nbytes <= 64 for _, piece in pieces)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], **wrong: object) -> None:
+    """By hand, as the format is documented."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, tensor in tensors.items():
+        dtype = {torch.float32: "F32", torch.float16: "F16", torch.bool: "BOOL", torch.int64: "I64"}[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes], **wrong}
+        at += tensor.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@on_ranks(1, 2)
+def test_what_is_no_file_of_safetensors_is_refused(tmp_path: Path) -> None:
+    model, before = bmt.BMTrainModelWrapper(Tied()), Tied()
+    state = {name: value + 1 if value.is_floating_point() else value for name, value in before.state_dict().items()}
+    if bmt.rank() == 0:
+        (tmp_path / "empty.safetensors").write_bytes(b"")
+        (tmp_path / "text.safetensors").write_bytes(b"words " * 9)
+        write_safetensors(tmp_path / "short.safetensors", state)
+        cut = (tmp_path / "short.safetensors").read_bytes()[:-9]
+        (tmp_path / "short.safetensors").write_bytes(cut)
+        write_safetensors(tmp_path / "dtype.safetensors", state, dtype="F4")
+        write_safetensors(tmp_path / "shape.safetensors", state, shape=[3])
+        write_safetensors(tmp_path / "few.safetensors", {"norm.weight": state["norm.weight"]})
+        (tmp_path / "folder").mkdir()
+    bmt.synchronize()
+    for name in ("empty", "text", "short", "dtype", "shape", "few"):
+        with pytest.raises(CheckpointError):
+            bmt.load(model, tmp_path / f"{name}.safetensors")
+    with pytest.raises(CheckpointError, match="none of model"):
+        bmt.load(model, tmp_path / "folder")
+    oracle.assert_same_weights(model, before, exact=True)
+
+
+@on_ranks(1, 2)
+def test_files_of_safetensors_and_folders_are_loaded(tmp_path: Path) -> None:
+    state = {n: v + 1 if v.is_floating_point() else v for n, v in Tied().state_dict().items() if n != "last.weight"}
+    names = list(state)
+    if bmt.rank() == 0:
+        write_safetensors(tmp_path / "any.safetensors", state)
+        for folder in ("one", "several", "old"):
+            (tmp_path / folder).mkdir()
+        write_safetensors(tmp_path / "one" / "model.safetensors", state)
+        torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+        for number in range(2):
+            part = {name: state[name] for name in names[number::2]}
+            write_safetensors(tmp_path / "several" / f"model-{number}.safetensors", part)
+        index = {"weight_map": {name: f"model-{number % 2}.safetensors" for number, name in enumerate(names)}}
+        (tmp_path / "several" / "model.safetensors.index.json").write_text(json.dumps(index))
+    bmt.synchronize()
+    for name in ("any.safetensors", "one", "several", "old"):
+        model = bmt.BMTrainModelWrapper(Tied())
+        bmt.load(model, tmp_path / name)
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+        assert torch.equal(loaded["last.weight"], state["first.weight"])
