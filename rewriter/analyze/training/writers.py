@@ -15,6 +15,8 @@ WRITERS = {
     "wandb.finish", "wandb.watch", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update", "mlflow.log_param",
     "mlflow.log_params", "mlflow.log_artifact", "mlflow.log_artifacts", "mlflow.log_dict", "mlflow.log_text",
     "mlflow.log_figure", "mlflow.set_tag", "mlflow.set_tags", "mlflow.set_experiment", "mlflow.end_run",
+    "pprint.pprint", "pprint.pp", "rich.print", "click.echo", "click.secho", "termcolor.cprint",
+    *(f"{module}.tqdm.write" for module in ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.autonotebook")),
 }  # fmt: skip
 MADE_ONCE = {
     "torch.utils.tensorboard.SummaryWriter", "torch.utils.tensorboard.writer.SummaryWriter",
@@ -52,7 +54,18 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if project.external(file, node.value.func) in WRITERS:
         return True
     func = node.value.func
-    return isinstance(func, ast.Attribute) and func.attr in WRITING_METHODS
+    return isinstance(func, ast.Attribute) and (func.attr in WRITING_METHODS or _writes_above_bar(file, project, func))
+
+
+def _writes_above_bar(file: File, project: Project, method: ast.Attribute) -> bool:
+    """``bar.write`` of ``bar = tqdm(...)``, which a bar that is not drawn does, too."""
+    if method.attr != "write" or not isinstance(method.value, ast.Name):
+        return False
+    found = file.names.lookup(method.value.id, file.names.scope_of(method))
+    made = [file.names.parents.get(binding.node) for binding in found[1]] if found else []
+    calls = [node.value for node in made if isinstance(node, ast.Assign)]
+    calls += [node.context_expr for node in made if isinstance(node, ast.withitem)]
+    return any(isinstance(call, ast.Call) and project.external(file, call.func).startswith("tqdm.") for call in calls)
 
 
 def _opens(node: ast.expr) -> bool:
