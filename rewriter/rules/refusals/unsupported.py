@@ -68,7 +68,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
-            yield Remark(RULE.code, call.lineno, message)
+            yield Remark(RULE.code, call.lineno, message, differs=True)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             compared.add(call.lineno)
     for line in sorted(counted):
@@ -76,10 +76,10 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
             "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
         )
-        yield Remark(RULE.code, line, message)
+        yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
-        yield Remark(RULE.code, line, message)
+        yield Remark(RULE.code, line, message, differs=True)
 
 
 def _left_out(file: File) -> Iterator[ast.expr]:

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
-from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.read_back import reads_of
+from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
 from rewriter.changes import Arguments, Change, Under, insert_before, template
 from rewriter.rules.one_rank import ONE_RANK, guarded, unused_name, written_once
@@ -49,12 +50,32 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             joined.update(item for statement in (node, *followers) for item in walk(statement))
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
+            yield from _read_back(file, facts, node)
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
-            yield Remark(RULE.code, node.lineno, message)
+            yield Remark(RULE.code, node.lineno, message, differs=True)
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+
+
+def _read_back(file: File, facts: Facts, node: ast.stmt) -> Iterator[Finding]:
+    """A word where the other ranks may read a file that rank 0 has not finished."""
+    function = file.names.function_of(node)
+    loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, (ast.For, ast.While))]
+    if any(facts.scripts.feeds.trains(file, loop) for loop in loops if isinstance(loop, ast.For)):
+        return
+    if function is not None and facts.scripts.steps(file, function):
+        return
+    files = sorted(facts.scripts.training, key=lambda item: (item is not file, item.place))
+    for other, call, test in reads_of(file, facts.project, node, files):
+        where = f"line {call.lineno}" if other is file else f"{other.path.name}:{call.lineno}"
+        wait = "put bmt.synchronize() between the two"
+        if test is not None:
+            wait = f"let rank 0 decide for all, if bmt.agree({file.source.code(test.test)})"
+        message = f"one rank writes this file, and others may read it too early ({where}): {wait}"
+        yield Remark(RULE.code, node.lineno, message, differs=True)
+        return
 
 
 def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
@@ -74,7 +95,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
     else:
-        yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it")
+        yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it", differs=True)
 
 
 def _only_writes(call: ast.Call) -> bool:
@@ -128,11 +149,19 @@ def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
 def _values_of(roles: Roles, name: ast.expr) -> list[ast.expr]:
     """What is assigned to a variable."""
     variable = roles.var(name)
-    return [] if variable is None else [value for other, value, _, _ in roles.assignments if other == variable]
+    found = [] if variable is None else [value for other, value, _, _ in roles.assignments if other == variable]
+    return [choice for value in found for choice in _choices(value)]
+
+
+def _choices(value: ast.expr) -> list[ast.expr]:
+    """``model.module`` and ``model``, for ``model.module if hasattr(model, "module") else model``."""
+    return [*_choices(value.body), *_choices(value.orelse)] if isinstance(value, ast.IfExp) else [value]
 
 
 def _without_wrapper(model: ast.expr) -> ast.expr:
-    """``model`` for ``model.module``, as DDP has it."""
+    """``model`` for ``model.module``, as DDP has it, and for ``unwrap(model)``."""
+    if (inner := unwrapped(model)) is not None:
+        return inner
     return model.value if isinstance(model, ast.Attribute) and model.attr == "module" else model
 
 
