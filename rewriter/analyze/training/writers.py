@@ -106,28 +106,42 @@ def log_file(file: File, project: Project, call: ast.Call) -> ast.expr | None:
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:
-    """Whether a block opens a file for one ``torch.save`` and does nothing else."""
-    match node:
-        case ast.With(body=[ast.Expr(value=ast.Call() as call)]):
-            return project.external(file, call.func) == "torch.save" and opened_for(file, call) is not None
-    return False
+    """Whether a block opens a file for one ``torch.save``, and beside it only says something."""
+    if not isinstance(node, ast.With):
+        return False
+    calls = (statement.value for statement in node.body if isinstance(statement, ast.Expr))
+    return any(
+        isinstance(call, ast.Call)
+        and project.external(file, call.func) == "torch.save"
+        and opened_for(file, call) is not None
+        for call in calls
+    )
 
 
 def opened_for(file: File, call: ast.Call) -> tuple[ast.With, ast.expr] | None:
-    """The block and the path of ``with open(path, "wb") as f: torch.save(x, f)``, where it does nothing else."""
+    """The block and the path of ``with open(path, "wb") as f: torch.save(x, f)``, where it writes nothing else."""
     statement = file.names.parents[call]
     block = file.names.parents[statement]
     match block:
         case ast.With(
-            items=[ast.withitem(ast.Call(func=ast.Name(id="open"), args=[path, *_]), ast.Name(id=name))], body=[only]
+            items=[ast.withitem(ast.Call(func=ast.Name(id="open"), args=[path, *_]), ast.Name(id=name))], body=body
         ):
             lost = any(line in file.source.comments for line in range(block.lineno, call.lineno))
             if (
-                only is statement
-                and not lost
+                statement in body
+                and all(_says(other, name) for other in body if other is not statement)
+                and not (lost and len(body) == 1)
                 and len(call.args) == 2
                 and not call.keywords
                 and file.source.owns_lines(block)
             ):
                 return (block, path) if getattr(call.args[1], "id", "") == name else None
     return None
+
+
+def _says(statement: ast.stmt, handle: str) -> bool:
+    """Whether a statement prints or logs, and leaves an open file alone."""
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Name(id="print") | ast.Attribute(attr="info" | "debug" | "warning"))):
+            return not any(isinstance(item, ast.Name) and item.id == handle for item in walk(statement))
+    return False

@@ -44,6 +44,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if saves_only(file, facts.project, node):
             joined.update(walk(node))
             continue  # BMT026 sees to it
+        if isinstance(node, ast.With) and (pickled := _pickled(file, facts, node)) is not None:
+            joined.update(walk(node))
+            message = "an open file gets a model whose values are spread: bmt.save_checkpoint(model, path) writes it"
+            yield Remark(RULE.code, pickled.lineno, message, differs=True)
+            continue
         guard = guarded(file, facts, node)
         if guard is not None:
             followers = tuple(_followers(file, facts, node))
@@ -57,6 +62,21 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+
+
+def _pickled(file: File, facts: Facts, block: ast.With) -> ast.Call | None:
+    """A call in a block that opens a file and writes a whole model to it."""
+    roles = facts.scripts.roles[file]
+    for call in (item for item in walk(block) if isinstance(item, ast.Call) and item.args):
+        writes_object = facts.project.external(file, call.func) in {"torch.save", "pickle.dump"}
+        if writes_object and any(
+            roles.is_model(item) and not isinstance(file.names.parents[item], (ast.Call, ast.Attribute))
+            for item in walk(call.args[0])
+        ):
+            return call
+        if writes_object and roles.is_model(call.args[0]):
+            return call
+    return None
 
 
 def _read_back(file: File, facts: Facts, node: ast.stmt) -> Iterator[Finding]:
