@@ -140,10 +140,8 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
         return "nothing to launch: no script here trains"
     script = next((path for path in started if path in trained), started[0])
     command = f"torchrun --nproc_per_node=N {at(script)}"
-    places = [
-        result.at(finding.line) for result in results for finding in result.reported
-        if isinstance(finding, Remark) and finding.differs and b"bmtrain" in result.after
-    ]  # fmt: skip
+    told = [(result, finding) for result in results for finding in result.reported]
+    places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
         more = f" and {len(places) - 1} more of the places above" if len(places) > 1 else ""
         return f"{FIRST}see to {places[0]}{more}, where several ranks differ from one; then {command}"

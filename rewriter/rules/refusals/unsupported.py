@@ -59,7 +59,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
     across = facts.scripts.across(file)
     compared = {node.lineno for node in across.compared()}
-    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))}
+    ratios = {node.lineno for node in across.ratios()}
+    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))} - ratios
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -75,6 +76,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         message = (
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
             "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
+        )
+        yield Remark(RULE.code, line, message, differs=True)
+    for line in sorted(ratios):
+        message = (
+            "a quotient of sums over the batch is another one on a rank's share: give it the whole batch, "
+            "bmt.gather_batch(x) for both sides"
         )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(compared):
