@@ -20,6 +20,10 @@ from rewriter.analyze.training.batches import shares_data
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
+_NORMALISES = re.compile(
+    r"torch\.nn\.BatchNorm|torchvision\.models\.(?:__dict__$|(?:\w+\.)?(?:resne|wide_resnet|densenet|mobilenet|mnasnet|"
+    r"efficientnet|inception|googlenet|shufflenet|regnet|vgg\d+_bn))"
+)
 _RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
 
 _FILLING = {
@@ -46,10 +50,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
     """The first batch norm of a file: its statistics are those of a rank's share of the batch."""
-    if b"BatchNorm" not in file.source.data:
+    if b"BatchNorm" not in file.source.data and b"torchvision" not in file.source.data:
         return
     for call in file.calls:
-        if facts.project.external(file, call.func).startswith("torch.nn.BatchNorm"):
+        chosen = call.func.value if isinstance(call.func, ast.Subscript) else call.func
+        if _NORMALISES.match(facts.project.external(file, chosen)):
             message = "batch norm sees a rank's share of the batch, not the whole batch"
             yield Remark(RULE.code, call.lineno, message)
             return
