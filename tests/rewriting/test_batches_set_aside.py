@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rewriter.convert import convert_text
+
 from .helpers import converted
 
 HEAD = """import torch
@@ -102,3 +104,10 @@ for i, batch in enumerate(loader):
         print(loss.item())
 """)
     assert "\ntest_loader = DataLoader(held_out, " in after
+
+
+def test_a_generator_of_batches_does_not_evaluate() -> None:
+    text = HEAD.format(first="cycle").replace("train = cycle(DataLoader", "train_loader = (DataLoader")
+    text = text.replace("valid = ", "train = cycle(train_loader)\nvalid = ")
+    result = convert_text(text)
+    assert not any("gets the training data" in finding.message for finding in result.reported)

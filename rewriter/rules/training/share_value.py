@@ -193,7 +193,8 @@ def _evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
     found = facts.project.resolve(file, call.func)
     if not isinstance(found, FunctionInfo):
         return False
-    return not facts.scripts.steps(found.file, found.node)
+    hands_on = any(isinstance(item, (ast.Yield, ast.YieldFrom)) for s in found.node.body for item in walk_own(s))
+    return not hands_on and not facts.scripts.steps(found.file, found.node)
 
 
 RULE = Rule(
