@@ -67,3 +67,20 @@ def test_what_is_not_read_after_it_is_written_is_not(before: str) -> None:
 def test_what_a_loop_that_trains_writes_is_for_another_run() -> None:
     inside = 'json.dump([1], open("state.json", "w"))\n'
     assert not told(before='def load():\n    return json.load(open("state.json"))\n', inside=inside)
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ('env = lmdb.open("out", map_size=1)', 1),
+        ('env = lmdb.open("in", readonly=True)', 0),
+        ('out = h5py.File("a.h5", "w")', 1),
+        ('out = h5py.File("a.h5")', 0),
+        ('db = sqlite3.connect("a.db")', 1),
+    ],
+)
+def test_a_database_that_all_ranks_write_is_reported(line: str, count: int) -> None:
+    result = convert_text(
+        "import h5py\nimport lmdb\nimport sqlite3\n" + HEAD.format(before=line, inside="pass", behind="")
+    )
+    assert sum("opens this database" in finding.message for finding in result.reported) == count

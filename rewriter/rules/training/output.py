@@ -62,6 +62,18 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+        elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            message = "every rank opens this database to write, and may wait for another: one rank is to"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:
+    given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+    name = facts.project.external(file, call.func)
+    if name == "h5py.File":
+        mode = given.get("mode", getattr(call.args[1], "value", "r") if len(call.args) > 1 else "r")
+        return mode != "r"
+    return name in {"lmdb.open", "lmdb.Environment", "sqlite3.connect"} and not given.get("readonly")
 
 
 def _pickled(file: File, facts: Facts, block: ast.With) -> ast.Call | None:
