@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.convert import convert_paths
+from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
 
 MAIN = """import torch
@@ -67,3 +67,29 @@ def test_a_call_in_another_file_has_its_process_group(tmp_path: Path, seed: str)
 def test_calls_that_become_bmtrains_need_none(tmp_path: Path) -> None:
     main, comm, _ = converted(tmp_path, MAIN.format(seed=""), REDUCES)
     assert "register_process_group" not in main and "init_process_group" not in main and "dist.all_reduce" not in comm
+
+
+def test_a_launch_without_ranks_is_reported() -> None:
+    result = convert_text("""import torch
+import torch.multiprocessing as mp
+
+
+def train(rank, gpus):
+    model = torch.nn.Linear(4, 1)
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    for x in torch.utils.data.DataLoader(data, batch_size=4):
+        model(x).mean().backward()
+        opt.step()
+
+
+def main(gpus):
+    if gpus > 1:
+        mp.spawn(train, nprocs=gpus, args=(gpus,))
+    else:
+        train(0, gpus)
+
+
+main(2)
+""")
+    (line,) = (finding.line for finding in result.reported if "take themselves for rank 0" in finding.message)
+    assert line == 17
