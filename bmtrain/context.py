@@ -353,16 +353,16 @@ def deterministic() -> None:
 
 
 def own_random() -> AbstractContextManager[None]:
-    """Inside the ``with``, what torch draws is this rank's own; outside of forwards all ranks draw alike.
+    """Inside the ``with``, what torch, numpy and ``random`` draw is this rank's own; else all ranks draw alike.
 
     For noise, masks or time steps that belong to this rank's share of a batch: ``with bmt.own_random(): noise =
     torch.randn_like(x)``.  What is drawn follows from where the shared stream stands (``torch.manual_seed``) and from
-    the rank.  ``random`` and numpy stay shared.
+    the rank.  Layers in training draw from torch so without this; ``random`` and numpy stay shared there.
     """
     here = _State.context
     if here is None or here.world_size == 1 or here.random == "shared":
         return nullcontext()
-    return here.device.all_draw_own()
+    return here.device.everything_draws_own()
 
 
 def shutdown() -> None:

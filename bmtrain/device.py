@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import OwnRandom
+from .own_random import OwnRandom, host_draws_own
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
@@ -134,6 +134,7 @@ class Device:
         self.is_cuda = device.type == "cuda"
         self.schedule = schedule
         self._index = device.index  # looked up fastest
+        self._draws_as = rank
         self._own_random = [OwnRandom(generator, rank) for generator in self._generators()]
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
@@ -281,6 +282,12 @@ class Device:
         with ExitStack() as stack:
             for own in self._own_random:
                 stack.enter_context(own)
+            yield
+
+    @contextmanager
+    def everything_draws_own(self) -> Iterator[None]:
+        """Inside the ``with`` what ``random`` and numpy draw is this rank's own, too."""
+        with self.all_draw_own(), host_draws_own(self._draws_as):
             yield
 
     def rng_state(self) -> RngState:

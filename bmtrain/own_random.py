@@ -13,6 +13,10 @@ single process.
 from __future__ import annotations
 
 import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -59,3 +63,31 @@ class OwnRandom:
 
 def _head(state: torch.Tensor) -> bytes:
     return bytes(state[:_HEAD].tolist())
+
+
+@contextmanager
+def host_draws_own(rank: int) -> Iterator[None]:
+    """Inside the ``with``, what ``random`` and numpy (if it is in use) draw is this rank's own, as above."""
+    numpy, salt = sys.modules.get("numpy"), rank.to_bytes(8, "little")
+    shared, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
+    random.seed(_seed((*shared[1][:8], shared[1][-1]), salt))
+    start, start_arrays = random.getstate(), None
+    if numpy is not None and arrays is not None:
+        numpy.random.seed(_seed((*arrays[1][:8].tolist(), *arrays[2:]), salt) % 2**32)
+        start_arrays = numpy.random.get_state()
+    try:
+        yield
+    finally:
+        drawn = random.getstate() != start
+        random.setstate(shared)
+        if drawn:
+            random.random()
+        if numpy is not None and arrays is not None and start_arrays is not None:
+            drawn = numpy.random.get_state()[2:] != start_arrays[2:]
+            numpy.random.set_state(arrays)
+            if drawn:
+                numpy.random.random_sample()
+
+
+def _seed(head: tuple[object, ...], salt: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(head).encode(), digest_size=8, salt=salt).digest(), "little")

@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rewriter.types import Finding, Refusal, Result, place
+from rewriter.types import Finding, Refusal, Remark, Result, place
 
 READY = "ready to launch: "
+FIRST = "before the launch, "
 _TRAINS = re.compile(rb"\.backward\(")
 
 
@@ -117,7 +118,8 @@ def closing(results: Sequence[Result], written: str, again: str, at: Callable[[P
     yield written
     launched = launch(results, at)
     if again and any(result.changed for result in results) and not launched.startswith("not ready"):
-        yield f"next: {again}" + (f"; then {launched.removeprefix(READY)}" if launched.startswith(READY) else "")
+        then = f"; then {launched.removeprefix(READY)}" if launched.startswith(READY) else ""
+        yield f"next: {again}" + (f"; {launched}" if launched.startswith(FIRST) else then)
     else:
         yield launched
 
@@ -137,7 +139,13 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
         return "nothing to launch: no script here trains"
     script = next((path for path in started if path in trained), started[0])
-    return f"{READY}torchrun --nproc_per_node=N {at(script)}"
+    command = f"torchrun --nproc_per_node=N {at(script)}"
+    told = [(result, finding) for result in results for finding in result.reported]
+    places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
+    if places:
+        more = f" and {len(places) - 1} more of the places above" if len(places) > 1 else ""
+        return f"{FIRST}see to {places[0]}{more}, where several ranks differ from one; then {command}"
+    return f"{READY}{command}"
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:

@@ -44,11 +44,15 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """Something that the user should know, about code that stays as it is."""
+    """Something that the user should know, about code that stays as it is.
+
+    ``differs`` says that on several ranks something comes out otherwise than on one until the user sees to it.
+    """
 
     code: str
     line: int
     message: str
+    differs: bool = False
 
 
 @dataclass(frozen=True, slots=True)

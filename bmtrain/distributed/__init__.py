@@ -4,5 +4,14 @@ Tensors may be on the compute device or on the CPU.  ``op`` is "sum", "avg", "ma
 """
 
 from .ops import all_gather, all_reduce, broadcast, recv_activations, reduce_scatter, send_activations
+from .process_group import register_process_group
 
-__all__ = ["all_gather", "all_reduce", "broadcast", "recv_activations", "reduce_scatter", "send_activations"]
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "broadcast",
+    "recv_activations",
+    "reduce_scatter",
+    "register_process_group",
+    "send_activations",
+]

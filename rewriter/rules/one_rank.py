@@ -146,7 +146,15 @@ def _runs_everywhere(file: File, facts: Facts, call: ast.Call) -> bool:
     name = dotted(call.func) or ""
     if facts.project.external(file, call.func) in {"torch.save", "gc.collect", "torch.cuda.empty_cache"}:
         return True
+    if isinstance(call.func, ast.Attribute) and _is_another_on_one_rank(file, facts, call.func.value):
+        return False
     return name.split(".")[-1] in _EVERYWHERE or name.startswith("bmt.")
+
+
+def _is_another_on_one_rank(file: File, facts: Facts, node: ast.expr) -> bool:
+    """Whether a name is given another value under a rank guard that stays: ``if main: loader = tqdm(loader)``."""
+    found = file.names.lookup(node.id, file.names.scope_of(node)) if isinstance(node, ast.Name) else None
+    return found is not None and any(facts.scripts.in_kept_guard(file, binding.node) for binding in found[1])
 
 
 def written_once(file: File, path: ast.expr) -> tuple[Change, ...]:

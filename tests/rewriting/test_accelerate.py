@@ -79,7 +79,7 @@ REFUSED = {
     "handed to others": script(behind="library.train(accelerator)"),
     "whose share": script(behind="a = accelerator.gather(b)"),
     "whose share of a function": script(behind="def total(a):\n    return accelerator.reduce(a)"),
-    "an iterator": script(behind="x = next(iter(train_loader))"),
+    "two loaders at once": script(behind="for a, b in zip(train_loader, eval_loader):\n    pass"),
     "a list": script().replace("accelerator.prepare(model, optimizer, train_loader, eval_loader)", "accelerator.prepare(*parts)"),
     "another loop that adds up": script("gradient_accumulation_steps=2", behind="while True:\n    with accelerator.accumulate(model):\n        accelerator.backward(model(x))\n        optimizer.step()"),
     "a step that starts late": script("gradient_accumulation_steps=2").replace("enumerate(train_loader)", "enumerate(train_loader, 1)").replace("    loss = ", "    with accelerator.accumulate(model):\n        pass\n    loss = "),
@@ -389,3 +389,48 @@ def test_models_of_a_library_with_a_trainer_are_converted(tmp_path: Path) -> Non
     after = {result.path.name: result for result in convert_paths(sorted(library.iterdir()), Options())}
     assert b"class Net(bmt.DistributedModule)" in after["modeling.py"].after
     assert not after["training.py"].changed and not after["tool.py"].reported
+
+
+ENDLESS = """import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+
+def cycle(loader):
+    while True:
+        for data in loader:
+            yield data
+
+
+accelerator = Accelerator()
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.Adam(model.parameters())
+loader = DataLoader(data, batch_size=8, shuffle=True)
+val_loader = DataLoader(val, batch_size=8)
+{prepared}
+for step in range(10):
+    x, y = next(batches)
+    loss = torch.nn.functional.mse_loss(model(x), y)
+    accelerator.backward(loss)
+    opt.step()
+    opt.zero_grad()
+    with torch.no_grad():
+        held_out = model(next(val_batches)[0]).mean()
+        accelerator.print(held_out.item())
+"""
+PREPARED = {
+    "loaders": """model, opt, loader, val_loader = accelerator.prepare(model, opt, loader, val_loader)
+batches = cycle(loader)
+val_batches = iter(val_loader)""",
+    "what goes through them": """batches = cycle(loader)
+val_batches = iter(val_loader)
+model, opt, batches, val_batches = accelerator.prepare(model, opt, batches, val_batches)""",
+}
+
+
+@pytest.mark.parametrize("prepared", PREPARED.values(), ids=PREPARED.keys())
+def test_batches_taken_one_by_one(prepared: str) -> None:
+    after = converted(ENDLESS.format(prepared=prepared))
+    assert "accelerate" not in after
+    assert "x, y = bmt.to_device(next(batches))" in after and "bmt.to_device(next(val_batches))[0]" in after
+    assert "\nloader = bmt.shard_loader(" in after and "\nval_loader = DataLoader(" in after

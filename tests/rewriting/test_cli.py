@@ -137,6 +137,18 @@ def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureF
     assert listed(project, capsys, "-q")[-1].startswith("ready to launch: torchrun")  # converted already
 
 
+def test_the_last_line_names_what_to_see_to_first(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "train.py").write_text(
+        TRAIN + 'with open("net.pt", "wb") as file:\n    file.write(b"1")\n    torch.save(net, file)\n'
+    )
+    line = TRAIN.count("\n") + 3
+    said = (
+        f"before the launch, see to {project / 'train.py'}:{line}, where several ranks differ from one; then torchrun"
+    )
+    assert f"--write; {said}" in listed(project, capsys)[-1]
+    assert listed_by(["--write"], project, capsys)[-1].startswith(said)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

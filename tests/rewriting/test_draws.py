@@ -131,3 +131,77 @@ def test_what_does_more_is_reported(body: str) -> None:
     result = convert_text(SCRIPT.format(body=textwrap.indent(body, "    ")))
     found = [finding for finding in result.reported if "draw the same numbers" in finding.message]
     assert [finding.line for finding in found] == [8] and b"own_random" not in result.after
+
+
+NUMPY = {
+    "noise": "z = torch.FloatTensor(np.random.normal(0, 1, (x.shape[0], 4)))",
+    "a type of its own": "z = Variable(Tensor(np.random.normal(0, 1, (x.shape[0], 4))))",
+    "labels": "z = torch.from_numpy(np.random.randint(0, 10, len(x)))",
+    "a size of a name": "n = x.size(0)\nz = torch.as_tensor(np.random.rand(n, 4))",
+    "a keyword": "z = torch.tensor(np.random.uniform(size=(x.shape[0], 4)))",
+    "an order": "z = x[np.random.permutation(x.size(0))]",
+}
+
+
+@pytest.mark.parametrize("body", NUMPY.values(), ids=NUMPY)
+def test_numpy_draws_for_a_share(body: str) -> None:
+    head = "import numpy as np\nfrom torch.autograd import Variable\n"
+    types = "Tensor = torch.cuda.FloatTensor if torch.cuda.is_available() else torch.FloatTensor\n"
+    script = SCRIPT.format(body=textwrap.indent(body, "    ")).replace("model =", f"{types}model =", 1)
+    assert f"    with bmt.own_random():\n        {body.splitlines()[-1]}\n" in converted(head + script)
+
+
+@pytest.mark.parametrize(
+    "body", ["lam = np.random.beta(1.0, 1.0)", "i = np.random.randint(10)", "r = generator.rand(len(x))"]
+)
+def test_numpy_draws_for_all(body: str) -> None:
+    script = "import numpy as np\n" + SCRIPT.format(body=textwrap.indent(body, "    "))
+    assert "own_random" not in converted(script)
+
+
+DIFFUSION = """import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+class Diffusion:
+    def noise(self, x, t):
+        noise = torch.randn_like(x)
+        return x + t * noise, noise
+
+    def steps(self, n):
+        return torch.randint(low=1, high=10, size=(n,))
+
+    def sample(self, model, n):
+        with torch.no_grad():
+            return model(torch.randn((n, 4)))
+
+
+def train():
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    diffusion = Diffusion()
+    for x, y in DataLoader(data, batch_size=8):
+        t = diffusion.steps(x.shape[0])
+        noised, noise = diffusion.noise(x, t)
+        loss = (model(noised) - noise).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(diffusion.sample(model, n=x.shape[0]))
+
+
+train()
+"""
+
+
+def test_methods_that_only_training_calls() -> None:
+    after = converted(DIFFUSION)
+    assert "        with bmt.own_random():\n            noise = torch.randn_like(x)\n" in after
+    assert "        with bmt.own_random():\n            return torch.randint(low=1, high=10, size=(n,))\n" in after
+    assert after.count("own_random") == 2
+
+
+def test_methods_that_others_call_with_no_batch() -> None:
+    after = converted(DIFFUSION.replace("print(diffusion.sample", "diffusion.steps(1)\n    print(diffusion.sample"))
+    assert after.count("own_random") == 1

@@ -17,7 +17,9 @@ def reported(text: str) -> list[int]:
 
 
 def test_embeddings_that_are_resized_are_reported() -> None:
-    assert reported("net.resize_token_embeddings(len(tokenizer))\n") == [1]
+    """Nobody else knows the model's parameters before it is wrapped."""
+    assert reported("net.resize_token_embeddings(len(tokenizer))\n") == [1], "behind the optimizer"
+    assert reported("while x:\n    net(x).backward()\n    net.resize_token_embeddings(9)\n") == [3]
 
 
 RIGHT = {

@@ -154,3 +154,47 @@ ALIKE = {
 @pytest.mark.parametrize("function", ALIKE.values(), ids=ALIKE.keys())
 def test_a_mean_in_which_ranks_count_alike(function: str) -> None:
     assert counted(function) == []
+
+
+def quotients(function: str) -> list[int]:
+    body = textwrap.indent(function, "    ")
+    text = f"{HEAD}def dice(a, b, first=True):\n{body}\n{LOOP.format(loss='dice(model(a), b)')}"
+    result = convert_text(text)
+    found = [finding.line for finding in result.reported if "quotient of sums" in finding.message]
+    return [line - HEAD.count("\n") - 1 for line in found]
+
+
+@pytest.mark.parametrize(
+    ("function", "line"),
+    [
+        ("both = (a * b).sum()\nreturn 1 - 2 * both / (a.sum() + b.sum())", 2),
+        ("return 1 - (2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1)", 1),
+        ("both = torch.sum(a * b)\neach = torch.sum(a) + torch.sum(b)\nreturn 1 - (both + 1e-6) / (each + 1e-6)", 3),
+        (
+            "both = (a * b).sum(dim=(0, 2, 3))\nreturn 1 - (both / (a.sum(dim=(0, 2, 3)) + b.sum((0, 2, 3)))).mean()",
+            2,
+        ),
+        (
+            "d = (-1, -2) if a.dim() == 2 or not first else (-1, -2, -3)\nboth = 2 * (a * b).sum(dim=d)\n"
+            "each = a.sum(dim=d) + b.sum(dim=d)\neach = torch.where(each == 0, both, each)\n"
+            "dice = (both + 1e-6) / (each + 1e-6)\nreturn 1 - dice.mean()",
+            5,
+        ),
+        ("tp = (a * b).sum()\nfp = ((1 - b) * a).sum()\nfn = (b * (1 - a)).sum()\nreturn 1 - tp / (tp + fp + fn)", 4),
+    ],
+)
+def test_a_quotient_of_sums_over_the_batch_is_reported(function: str, line: int) -> None:
+    assert quotients(function) == [line]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        "both = (a * b).sum(dim=(1, 2, 3))\nreturn 1 - (2 * both / (a.sum((1, 2, 3)) + b.sum((1, 2, 3)))).mean()",
+        "both = (a * b).sum(dim=(-1, -2))\nreturn 1 - (both / (a.sum((-1, -2)) + b.sum((-1, -2)))).mean()",
+        "both = (a * b).flatten(1).sum(1)\nreturn 1 - (both / (a.flatten(1).sum(1) + b.flatten(1).sum(1))).mean()",
+        "return (a * b).sum(1).mean() / 2",
+    ],
+)
+def test_a_quotient_for_each_item_is_not(function: str) -> None:
+    assert quotients(function) == []

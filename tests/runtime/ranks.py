@@ -313,9 +313,7 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
 
                 bmt.init_distributed(**init)
             started = True
-            from drawn_on_cpu import dumps_on_cpu
-
-            answer = (True, dumps_on_cpu(_perform(task)))
+            answer = (True, _drawn_on_cpu().dumps_on_cpu(_perform(task)))
         except BaseException:  # whatever it is, the parent must hear of it
             answer = (False, traceback.format_exc())
         try:
@@ -345,13 +343,18 @@ def _perform(task: _Task) -> Any:
     function: Any = _module(task)
     for name in task.function.split("."):
         function = getattr(function, name)
-    from drawn_on_cpu import DrawnOnCPU, on_default_device
-
-    args, kwargs = on_default_device(pickle.loads(task.arguments))
+    args, kwargs = _drawn_on_cpu().on_default_device(pickle.loads(task.arguments))
     if not os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"):
         return function(*args, **kwargs)
-    with DrawnOnCPU():
+    with _drawn_on_cpu().DrawnOnCPU():
         return function(*args, **kwargs)
+
+
+def _drawn_on_cpu() -> Any:
+    """The module beside this one, which needs torch; from wherever this one was imported."""
+    if __package__:
+        return importlib.import_module(".drawn_on_cpu", __package__)
+    return importlib.import_module("drawn_on_cpu")
 
 
 def _module(task: _Task) -> Any:

@@ -29,7 +29,7 @@ _ASKED_FOR_BY = {
 }  # fmt: skip
 """Which attributes need to know what the Accelerator was told for a keyword."""
 _LOADER = re.compile(r"loader|^(?:\w+_)?dl$|^(?:\w+_)?(?:data|batches)$", re.I)
-_AROUND = {"enumerate", "tqdm", "trange", "islice", "skip_first_batches", "iter"}
+_AROUND = {"enumerate", "tqdm", "trange", "islice", "skip_first_batches", "iter", "cycle"}
 
 
 def scripts_with_accelerators(scripts: Scripts) -> dict[File, frozenset[File]]:

@@ -39,6 +39,11 @@ class Across:
         for flow in self.flows:
             yield from flow.reaching(flow.weighs)
 
+    def ratios(self) -> Iterator[ast.expr]:
+        """Quotients of sums over the batch (Dice, IoU, Tversky) that reach a loss."""
+        for flow in self.flows:
+            yield from flow.reaching(flow.divides_sums)
+
     @cached_property
     def flows(self) -> list[Flow]:
         """What comes of what, for each function that may be part of training."""
@@ -156,6 +161,41 @@ class Flow:
                 return self.is_batch(value) and self._is_mask(mask)
             case ast.Call(func=ast.Attribute(value=ast.Call() as chosen, attr="mean"), args=[]):
                 return _name(chosen) == "masked_select" and self.is_batch(chosen)
+        return False
+
+    def divides_sums(self, node: ast.expr) -> bool:
+        """``2 * (a * b).sum(dims) / (a.sum(dims) + b.sum(dims))``, with dimensions that may be the batch's."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Div(), right=right):
+                return bool(self._batch_sums(left)) and len(self._batch_sums(right)) > 1
+        return False
+
+    def _batch_sums(self, node: ast.expr, deep: int = 0) -> set[ast.expr]:
+        """The sums over the items of a batch that a value is made of."""
+        found: set[ast.expr] = set()
+        for item in walk(node):
+            if isinstance(item, ast.Call) and _name(item) == "sum" and self.is_batch(item) and self._over_batch(item):
+                found.add(item)
+            elif isinstance(item, ast.Name) and deep < 3:
+                for name, value in self.assigned:
+                    if name == item.id and node is not value:
+                        found |= self._batch_sums(value, deep + 1)
+        return found
+
+    def _over_batch(self, call: ast.Call) -> bool:
+        """Whether a sum goes over the first dimension: over all, over 0, or over three and more from the end."""
+        position = int(dotted(call.func) == "torch.sum")
+        given = [*call.args[position : position + 1], *(k.value for k in call.keywords if k.arg in {"dim", "axis"})]
+        if not given:
+            return True
+        written = [given[0]]
+        if isinstance(given[0], ast.Name):
+            written = [value for name, value in self.assigned if name == given[0].id]
+        tuples = [item for value in written for item in walk(value) if isinstance(item, (ast.Tuple, ast.List))]
+        for listed in tuples or written:
+            dims = [_integer(item) for item in (listed.elts if isinstance(listed, (ast.Tuple, ast.List)) else [listed])]
+            if 0 in dims or (len(dims) > 2 and all(dim is not None and dim < 0 for dim in dims)):
+                return True
         return False
 
     def _sums(self, node: ast.expr) -> bool:
@@ -311,3 +351,12 @@ def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
 def _is_lookup(node: ast.expr) -> bool:
     """Whether a value only says where something is, or how many there are."""
     return isinstance(node, ast.Call) and _name(node) in {"argmax", "argmin", "topk", "size", "len", "item", "argsort"}
+
+
+def _integer(node: ast.expr) -> int | None:
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number))):
+            return -number
+    return None

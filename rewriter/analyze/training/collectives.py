@@ -13,7 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.readings import readings
-from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.values import Values
 
@@ -187,19 +187,19 @@ class Collectives:
             return False
         if len(call.args) > 2 or any(isinstance(item, ast.Starred) for item in call.args):
             return False
-        own_state = of_own_state(call)
+        own_state, model = of_own_state(call), unwrapped(func.value) or func.value
         if any(keyword.arg == "state_dict" and keyword is not own_state for keyword in call.keywords):
             return False
-        if roles.is_model(func.value):
-            cls = roles.model_class(func.value)
+        if roles.is_model(model):
+            cls = roles.model_class(model)
             return cls is None or self.classes.method(cls, func.attr) is None
-        path = dotted(func.value)
+        path = dotted(model)
         if path is None or any(self.instances.methods(file, func)) or path.split(".")[0] == "bmt":
             return False
         owner = file.names.class_of(call)
         if path == "self" and owner is not None and self.classes.method(file.class_info(owner), func.attr) is not None:
             return False
-        variable = roles.var(func.value)
+        variable = roles.var(model)
         made = [value for other, value, _, _ in roles.assignments if other == variable and isinstance(value, ast.Call)]
         names = [path.split(".")[-1], *(self.project.external(file, value.func) for value in made)]
         return not any(map(_BESIDE_MODEL.search, names))

@@ -15,15 +15,20 @@ _LEAVES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)
 
 
 def completing(file: File, project: Project, roles: Roles, variable: Var, made: ast.stmt) -> ast.stmt | None:
-    """The last statement behind ``made``, in its block or one around it, that changes which parameters a model has; the
-    one that wraps it, if there is one.
+    """The last statement behind ``made``, in its block or one around it, that changes which parameters a model has,
+    before anybody uses it; the one that wraps it, if there is one.
     """
     found = None
     for statement in _behind(file, made):
         if is_wrapped_in(project, file, roles, variable, statement):
             return statement
-        if any(_changes(project, file, roles, variable, item) for item in (statement, *walk_own(statement))):
+        changed = any(_changes(project, file, roles, variable, item) for item in (statement, *walk_own(statement)))
+        if isinstance(statement, (ast.For, ast.While)) and changed:
+            return found
+        if changed:
             found = statement
+        elif any(_uses(project, file, roles, variable, item) for item in walk_own(statement)):
+            return found
     return found
 
 
@@ -35,6 +40,18 @@ def _behind(file: File, statement: ast.stmt) -> Iterator[ast.stmt]:
         if isinstance(parent, _LEAVES) or not isinstance(parent, (ast.If, ast.With, ast.Try)):
             return
         statement = parent
+
+
+def _uses(project: Project, file: File, roles: Roles, variable: Var, node: ast.AST) -> bool:
+    """Whether a call needs the model complete: it runs it, or gives it or its parameters to others, as an optimizer."""
+    if not isinstance(node, ast.Call):
+        return False
+    if roles.var(node.func) == variable:
+        return True
+    if project.external(file, node.func).split(".")[0] in {"peft", "print", "isinstance", "hasattr", "getattr", "len"}:
+        return False
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    return any(roles.var(item) == variable for value in given for item in walk(value))
 
 
 def _changes(project: Project, file: File, roles: Roles, variable: Var, node: ast.AST) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.training.across import Flow
 from rewriter.analyze.training.scripts import Scripts
@@ -14,6 +14,10 @@ _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "dro
 _SIZED = {"rand", "randn", "randint", "randperm", "normal"}
 _IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
 _TORCH = ("torch.", "torch.nn.functional.")
+_NUMPY_SIZED = {
+    "rand", "randn", "randint", "random", "random_sample", "random_integers", "normal", "uniform", "permutation",
+    "choice", "standard_normal", "binomial", "exponential", "beta", "gamma", "poisson", "laplace", "lognormal",
+}  # fmt: skip
 _HARMLESS = {
     "to", "cuda", "cpu", "view", "view_as", "reshape", "expand", "unsqueeze", "squeeze", "type", "type_as", "float",
     "long", "int", "half", "bool", "clone", "size", "dim", "numel", "requires_grad_", "mul", "mul_", "add", "clamp",
@@ -26,6 +30,7 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
     """Calls in training loops, and in functions that only these call, that draw as many numbers as a batch asks for."""
     for flow in scripts.across(file).flows:
         function = flow.function if isinstance(flow.function, Function) else None
+        sizes = flow.sizes | (_given_sizes(file, scripts, function) if function is not None else set())
         owner = file.names.class_of(function) if function is not None else None
         if owner is not None and scripts.classes.is_module(file.class_info(owner)):
             continue
@@ -33,11 +38,11 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
             node
             for node in flow.nodes
             if isinstance(node, ast.Call)
-            and _draws(file, scripts, flow, node)
+            and _draws(file, scripts, flow, sizes, node)
             and not flow.without_gradients(node)
             and not _is_own(file, scripts, node)
         ]
-        helps = bool(drawn) and function is not None and _only_trains(file, scripts, function)
+        helps = function is not None and bool(drawn) and _only_trains(file, scripts, function)
         yield from (node for node in drawn if helps or in_training_loop(file, node))
 
 
@@ -58,23 +63,25 @@ def in_training_loop(file: File, node: ast.AST) -> bool:
     )
 
 
-def _draws(file: File, scripts: Scripts, flow: Flow, call: ast.Call) -> bool:
+def _draws(file: File, scripts: Scripts, flow: Flow, sizes: set[str], call: ast.Call) -> bool:
     if any(keyword.arg == "generator" for keyword in call.keywords):
         return False
     name, where = _torch_name(file, scripts, call), call.func
     given = [*call.args, *(k.value for k in call.keywords if k.arg in {"size", "input"})]
+    if _numpy_name(file, scripts, call) in _NUMPY_SIZED:
+        return any(_counts(flow, sizes, item) for item in given)
     if name in _LIKE:
         return bool(given) and _is_of_batch(flow, given[0])
     if name in _SIZED:
-        return any(_counts(flow, item) for item in given)
+        return any(_counts(flow, sizes, item) for item in given)
     if isinstance(where, ast.Attribute) and where.attr in _IN_PLACE and isinstance(where.value, ast.Call):
         inner = where.value
         asked = [*inner.args, *([inner.func.value] if isinstance(inner.func, ast.Attribute) else [])]
-        return any(_counts(flow, item) or _is_of_batch(flow, item) for item in asked)
+        return any(_counts(flow, sizes, item) or _is_of_batch(flow, item) for item in asked)
     return False
 
 
-def _counts(flow: Flow, size: ast.expr) -> bool:
+def _counts(flow: Flow, sizes: set[str], size: ast.expr) -> bool:
     """``len(x)``, ``x.shape[0]``, ``x.shape``, ``(x.size(0), 1)`` of a batch ``x``, or a name for one of these."""
     for item in walk(size):
         match item:
@@ -82,7 +89,7 @@ def _counts(flow: Flow, size: ast.expr) -> bool:
                 return True
             case ast.Call(func=ast.Name(id="len"), args=[value]) if _is_of_batch(flow, value):
                 return True
-            case ast.Name(id=name) if name in flow.sizes:
+            case ast.Name(id=name) if name in sizes:
                 return True
     return False
 
@@ -95,14 +102,26 @@ def _is_of_batch(flow: Flow, node: ast.expr) -> bool:
 
 
 def _only_trains(file: File, scripts: Scripts, function: Function) -> bool:
-    """Whether every call of a function stands in a loop that trains."""
-    calls = []
-    for other in scripts.project:
-        for call in other.calls:
-            found = scripts.project.resolve(other, call.func)
-            if isinstance(found, FunctionInfo) and found.node is function:
-                calls.append((other, call))
+    """Whether every call of a function in code that trains stands in a loop that trains."""
+    calls = [c for c in scripts.collectives.instances.calls(file, function) if c[0] in scripts.training]
     return bool(calls) and all(in_training_loop(other, call) for other, call in calls)
+
+
+def _given_sizes(file: File, scripts: Scripts, function: Function) -> set[str]:
+    """The parameters for which every call gives the number of items of a batch."""
+    found = set()
+    for argument in (*function.args.args, *function.args.kwonlyargs):
+        given = [
+            g for g in scripts.collectives.instances.given(file, function, argument.arg) if g[0] in scripts.training
+        ]
+        if given and all(_counts_there(other, scripts, value) for other, value in given):
+            found.add(argument.arg)
+    return found
+
+
+def _counts_there(file: File, scripts: Scripts, value: ast.expr) -> bool:
+    around = file.names.function_of(value) or file.tree
+    return any(flow.function is around and _counts(flow, flow.sizes, value) for flow in scripts.across(file).flows)
 
 
 def _is_own(file: File, scripts: Scripts, node: ast.AST) -> bool:
@@ -120,6 +139,8 @@ def _is_own(file: File, scripts: Scripts, node: ast.AST) -> bool:
 def _is_harmless(file: File, scripts: Scripts, call: ast.Call) -> bool:
     if _torch_name(file, scripts, call) or (isinstance(call.func, ast.Name) and call.func.id in _BUILT_IN):
         return True
+    if _numpy_name(file, scripts, call) or _is_tensor_type(file, scripts, call.func):
+        return True
     return isinstance(call.func, ast.Attribute) and call.func.attr in (_HARMLESS | _IN_PLACE)
 
 
@@ -128,3 +149,25 @@ def _torch_name(file: File, scripts: Scripts, call: ast.Call) -> str:
     known = scripts.project.external(file, call.func) if dotted(call.func) else None
     head, _, name = (known or "").rpartition(".")
     return name if head + "." in _TORCH else ""
+
+
+def _numpy_name(file: File, scripts: Scripts, call: ast.Call) -> str:
+    """``normal`` for ``numpy.random.normal``; empty for what numpy's global generator does not draw."""
+    known = scripts.project.external(file, call.func) if dotted(call.func) else ""
+    return known.removeprefix("numpy.random.") if known.startswith("numpy.random.") else ""
+
+
+def _is_tensor_type(file: File, scripts: Scripts, node: ast.expr) -> bool:
+    """``torch.FloatTensor``, ``Variable``, or ``Tensor = torch.cuda.FloatTensor if cuda else torch.FloatTensor``."""
+    known = scripts.project.external(file, node)
+    if known:
+        return known.startswith("torch.") and known.endswith(("Tensor", "Variable"))
+    if not isinstance(node, ast.Name):
+        return False
+    found = file.names.lookup(node.id, file.names.scope_of(node))
+    made = [file.names.parents.get(binding.node) for binding in found[1]] if found else []
+    values = [statement.value for statement in made if isinstance(statement, ast.Assign)]
+    chosen = [choice for v in values for choice in ((v.body, v.orelse) if isinstance(v, ast.IfExp) else (v,))]
+    return bool(chosen) and all(
+        isinstance(choice, ast.Attribute) and _is_tensor_type(file, scripts, choice) for choice in chosen
+    )

@@ -15,6 +15,7 @@ _PASSED_ON = {
 }  # fmt: skip
 _ENDLESS = ("cycle", "infinite", "inf_", "endless", "shard_loader")
 _DEEP = 8
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
 @dataclass
@@ -120,6 +121,8 @@ class Feeds:
         if last == "next":
             if self._around(file, call):
                 feed.trained = True
+            elif self._set_aside(file, call):
+                feed.read = True
             else:
                 feed.lost = True
             return
@@ -259,7 +262,24 @@ class Feeds:
             elif isinstance(parent, Function):
                 inside = inside or parent
                 break
-        return inside is not None and any(self._kind(file, item) == "trains" for item in walk(inside))
+        if inside is None or self._set_aside(file, node):
+            return False
+        return any(self._kind(file, item) == "trains" for item in walk(inside))
+
+    def _set_aside(self, file: File, node: ast.AST) -> bool:
+        """Whether a batch is taken in a block of a loop that does not train, and what is made of it stays there."""
+        child = node
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, (ast.For, ast.While, *_DEFINITIONS)):
+                return False
+            if isinstance(parent, (ast.If, ast.With)) and child in (block := _block_of(parent, child)):
+                if any(self._kind(file, item) == "trains" for statement in block for item in walk(statement)):
+                    return False
+                if isinstance(parent, ast.If) or _is_without_gradients(parent):
+                    made = {n.id for s in block for n in walk(s) if isinstance(n, ast.Name) and _is_stored(n)}
+                    return not made & _read_first(_what_follows(file, parent))
+            child = parent
+        return False
 
     def steps(self, function: FunctionInfo) -> str:
         """``trains`` if a function, or one that it calls, calls backward; ``maybe`` if it does so under a test."""
@@ -289,3 +309,63 @@ class Feeds:
 def _counts(test: ast.expr) -> bool:
     """``(i + 1) % n == 0``: a test of when, not of whether."""
     return any(isinstance(item, ast.BinOp) and isinstance(item.op, ast.Mod) for item in walk(test))
+
+
+def _block_of(statement: ast.If | ast.With, child: ast.AST) -> list[ast.stmt]:
+    if isinstance(statement, ast.If) and child in statement.orelse:
+        return statement.orelse
+    return statement.body
+
+
+def _is_without_gradients(block: ast.With) -> bool:
+    names = {(dotted(getattr(i.context_expr, "func", i.context_expr)) or "").split(".")[-1] for i in block.items}
+    return bool(names & {"no_grad", "inference_mode"})
+
+
+def _is_stored(name: ast.Name) -> bool:
+    return isinstance(name.ctx, ast.Store)
+
+
+def _what_follows(file: File, statement: ast.stmt) -> list[ast.AST]:
+    """What runs after a statement, as far as the end of its loop and from the loop's start to the statement."""
+    found: list[ast.AST] = []
+    child: ast.AST = statement
+    for parent in file.names.ancestors(statement):
+        if isinstance(child, ast.stmt):
+            block = file.names.siblings(child)
+            found += block[block.index(child) + 1 :]
+        if isinstance(parent, (ast.For, ast.While)):
+            start: list[ast.AST] = [parent.target] if isinstance(parent, ast.For) else [parent.test]
+            return [*found, *start, *parent.body]
+        if isinstance(parent, Function):
+            break
+        child = parent
+    return found
+
+
+def _read_first(nodes: list[ast.AST]) -> set[str]:
+    """The names that are read before they are given a value, where loops run at least once."""
+    read: set[str] = set()
+    _read(nodes, read, set())
+    return read
+
+
+def _read(nodes: list[ast.AST], read: set[str], given: set[str]) -> None:
+    for node in nodes:
+        below = [b for name in ("body", "orelse", "finalbody") for b in getattr(node, name, ())]
+        if not isinstance(node, ast.stmt) or not below or isinstance(node, (*_DEFINITIONS, ast.Try)):
+            names = [item for item in walk(node) if isinstance(item, ast.Name)]
+            stored = {name.id for name in names if _is_stored(name)}
+            read |= {name.id for name in names if not _is_stored(name)} - given
+            read |= stored - given if isinstance(node, ast.AugAssign) else set()
+            given |= stored
+        elif isinstance(node, ast.If):
+            _read([node.test], read, given)
+            branches = [set(given), set(given)]
+            for branch, held in zip((node.body, node.orelse), branches, strict=True):
+                _read([*branch], read, held)
+            given |= set.intersection(*branches)
+        else:
+            head = [child for child in ast.iter_child_nodes(node) if child not in below]
+            head.sort(key=lambda child: child is getattr(node, "target", None))  # what is gone through is read first
+            _read([*head, *below], read, given)

@@ -21,6 +21,7 @@ _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
     "bmtrain.BMTrainModelWrapper",
 }  # fmt: skip
+_UNWRAPS = re.compile(r"unwrap|de_parallel|deparallel|unparallel|without_ddp|bare_model", re.I)
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_"}
 
 
@@ -228,6 +229,8 @@ class Roles:
             return variable in known, known.get(variable) if variable else None
         if not isinstance(value, ast.Call):
             return False, None
+        if (inner := unwrapped(value)) is not None:
+            return self._model_value(inner, known)
         found = self.project.resolve(self.file, value.func)
         if isinstance(found, ClassInfo):
             return self.classes.is_module(found) and not _LOSS_CALL.search(found.name), found
@@ -319,3 +322,13 @@ def is_optimizer_name(name: str) -> bool:
         last = name.split(".")[-1]
         return last[:1].isupper() and name.count(".") == 2
     return name.startswith("bmtrain.optim.") and name.endswith("Optimizer")
+
+
+def unwrapped(value: ast.expr) -> ast.expr | None:
+    """What a call takes a wrapper from: ``getattr(model, "module", model)``, ``unwrap_model(model)``."""
+    match value:
+        case ast.Call(func=ast.Name(id="getattr"), args=[model, ast.Constant(value="module"), _], keywords=[]):
+            return model
+        case ast.Call(func=function, args=[model]) if _UNWRAPS.search((dotted(function) or "").split(".")[-1]):
+            return model
+    return None

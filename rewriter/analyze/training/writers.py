@@ -16,6 +16,8 @@ WRITERS = {
     "mlflow.log_params", "mlflow.log_artifact", "mlflow.log_artifacts", "mlflow.log_dict", "mlflow.log_text",
     "mlflow.log_figure", "mlflow.set_tag", "mlflow.set_tags", "mlflow.set_experiment", "mlflow.end_run",
     "safetensors.torch.save_file",
+    "pprint.pprint", "pprint.pp", "rich.print", "click.echo", "click.secho", "termcolor.cprint",
+    *(f"{module}.tqdm.write" for module in ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.autonotebook")),
 }  # fmt: skip
 MADE_ONCE = {
     "torch.utils.tensorboard.SummaryWriter", "torch.utils.tensorboard.writer.SummaryWriter",
@@ -56,7 +58,18 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
         return True
     func = node.value.func
-    return isinstance(func, ast.Attribute) and func.attr in WRITING_METHODS
+    return isinstance(func, ast.Attribute) and (func.attr in WRITING_METHODS or _writes_above_bar(file, project, func))
+
+
+def _writes_above_bar(file: File, project: Project, method: ast.Attribute) -> bool:
+    """``bar.write`` of ``bar = tqdm(...)``, which a bar that is not drawn does, too."""
+    if method.attr != "write" or not isinstance(method.value, ast.Name):
+        return False
+    found = file.names.lookup(method.value.id, file.names.scope_of(method))
+    made = [file.names.parents.get(binding.node) for binding in found[1]] if found else []
+    calls = [node.value for node in made if isinstance(node, ast.Assign)]
+    calls += [node.context_expr for node in made if isinstance(node, ast.withitem)]
+    return any(isinstance(call, ast.Call) and project.external(file, call.func).startswith("tqdm.") for call in calls)
 
 
 def _opens(node: ast.expr) -> bool:
@@ -97,28 +110,42 @@ def log_file(file: File, project: Project, call: ast.Call) -> ast.expr | None:
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:
-    """Whether a block opens a file for one ``torch.save`` and does nothing else."""
-    match node:
-        case ast.With(body=[ast.Expr(value=ast.Call() as call)]):
-            return project.external(file, call.func) == "torch.save" and opened_for(file, call) is not None
-    return False
+    """Whether a block opens a file for one ``torch.save``, and beside it only says something."""
+    if not isinstance(node, ast.With):
+        return False
+    calls = (statement.value for statement in node.body if isinstance(statement, ast.Expr))
+    return any(
+        isinstance(call, ast.Call)
+        and project.external(file, call.func) == "torch.save"
+        and opened_for(file, call) is not None
+        for call in calls
+    )
 
 
 def opened_for(file: File, call: ast.Call) -> tuple[ast.With, ast.expr] | None:
-    """The block and the path of ``with open(path, "wb") as f: torch.save(x, f)``, where it does nothing else."""
+    """The block and the path of ``with open(path, "wb") as f: torch.save(x, f)``, where it writes nothing else."""
     statement = file.names.parents[call]
     block = file.names.parents[statement]
     match block:
         case ast.With(
-            items=[ast.withitem(ast.Call(func=ast.Name(id="open"), args=[path, *_]), ast.Name(id=name))], body=[only]
+            items=[ast.withitem(ast.Call(func=ast.Name(id="open"), args=[path, *_]), ast.Name(id=name))], body=body
         ):
             lost = any(line in file.source.comments for line in range(block.lineno, call.lineno))
             if (
-                only is statement
-                and not lost
+                statement in body
+                and all(_says(other, name) for other in body if other is not statement)
+                and not (lost and len(body) == 1)
                 and len(call.args) == 2
                 and not call.keywords
                 and file.source.owns_lines(block)
             ):
                 return (block, path) if getattr(call.args[1], "id", "") == name else None
     return None
+
+
+def _says(statement: ast.stmt, handle: str) -> bool:
+    """Whether a statement prints or logs, and leaves an open file alone."""
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Name(id="print") | ast.Attribute(attr="info" | "debug" | "warning"))):
+            return not any(isinstance(item, ast.Name) and item.id == handle for item in walk(statement))
+    return False

@@ -39,6 +39,7 @@ from rewriter.changes import (
     insert_behind,
     replace,
     template,
+    wrap,
 )
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
@@ -879,6 +880,7 @@ class _Uses:
 
     def _loops(self) -> Iterator[Change]:
         """Batches go to the model's device, and loops count where they must."""
+        inside = {item for loop in self.held.loops for item in walk(loop.iter)}
         for loop, file in self.held.loops.items():
             if file is not self.file:
                 continue
@@ -892,16 +894,14 @@ class _Uses:
             if loop in self._counted and not counted:
                 yield replace(loop.target, "index, ({target})" if several else "index, {target}", target=loop.target)
                 yield replace(loop.iter, "enumerate({loader})", loader=loop.iter)
-        known = set(self.held.loops)
         for node in self.file.calls:
-            if last_name(node.func) in {"next", "cycle", "zip", "iter", "list"} and any(
-                self.held.is_prepared_loader(self.file, item) for item in node.args
-            ):
-                if not any(node in walk(loop.iter) for loop in known):
-                    self.refuse(
-                        node,
-                        f"{self.file.source.code(node)} takes batches of a prepared loader: go through it in a loop",
-                    )
+            if node in inside or not any(self.held.is_prepared_loader(self.file, item) for item in node.args):
+                continue
+            if last_name(node.func) == "next":
+                yield wrap(node, "{bmt}.to_device({it})")
+            elif last_name(node.func) in {"zip", "list"}:
+                code = self.file.source.code(node)
+                self.refuse(node, f"{code} takes batches of a prepared loader: go through it in a loop")
 
     def _imports(self) -> Iterator[Change]:
         """Names of accelerate that nothing uses any more go from their imports."""

@@ -4,9 +4,10 @@ What: a script that uses Lightning, Fabric, the transformers Trainer, DeepSpeed,
 apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst, or accelerate in ways that are not
 understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead; nothing in it,
 nor in files that only it uses, is changed. Where a library file holds such a trainer beside models that it does not
-make itself, the models are converted.
+make itself, the models are converted. A script that uses apex.amp under a test (``if args.fp16:``) is converted; where
+apex.amp is asked for, it says so and ends.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
-Refuses when: always; go back to an ordinary torch loop first.
+Refuses when: always, but for apex.amp under a test; go back to an ordinary torch loop first.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.changes import ReplaceStatement, template
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Finding, Refusal
+from rewriter.types import Conversion, Finding, Refusal
 
 _CALLS = {
     "accelerate.Accelerator": "accelerate",
@@ -61,6 +63,8 @@ _ORDINARY = {
         "engine.backward(loss) is loss.backward(), engine.step() is optimizer.step(); optimizer.zero_grad()"
     ),
 }
+_NO_APEX = 'raise RuntimeError("apex.amp cannot train a bmtrain model: run without it; torch.autocast does the same")'
+_APEX = {"apex.amp.initialize", "apex.amp.scale_loss"}
 _HINTS = (
     b"accelerate",
     b"deepspeed",
@@ -87,6 +91,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     parts: dict[ast.stmt, str] = {}
     for node, engine in _uses(file, facts):
+        if engine == "apex.amp" and (choice := _choice(file, facts, node)) is not None:
+            message = "the script trains without apex.amp; where it is asked for, this line raises an error"
+            yield Conversion(RULE.code, choice.lineno, message, (ReplaceStatement(choice, template(_NO_APEX)),))
+            continue
         message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
         part = _definition(file, node)
         if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
@@ -111,6 +119,24 @@ def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:
             engine = next((e for b in bases if isinstance(b, External) and (e := _engine(b.name))), "")
         if engine:
             yield node, engine
+
+
+def _choice(file: File, facts: Facts, call: ast.AST) -> ast.stmt | None:
+    """The statement that sets up apex.amp, if all that uses it is under tests: the script trains without it, too."""
+    statement = file.names.statement_of(call)
+    used = [c for c in file.calls if facts.project.external(file, c.func) in _APEX]
+    chosen = file.source.owns_lines(statement) and all(_under_test(file, item) for item in used)
+    return statement if chosen else None
+
+
+def _under_test(file: File, node: ast.AST) -> bool:
+    """Whether a test decides if a node runs, and not one of what the machine has."""
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, ast.If) and "cuda" not in file.source.code(parent.test):
+            return True
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return False
+    return False
 
 
 def _definition(file: File, node: ast.AST) -> ast.stmt | None:

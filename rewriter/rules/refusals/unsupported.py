@@ -21,6 +21,10 @@ from rewriter.analyze.training.completed import completing
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
+_NORMALISES = re.compile(
+    r"torch\.nn\.BatchNorm|torchvision\.models\.(?:__dict__$|(?:\w+\.)?(?:resne|wide_resnet|densenet|mobilenet|mnasnet|"
+    r"efficientnet|inception|googlenet|shufflenet|regnet|vgg\d+_bn))"
+)
 _RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
 
 _FILLING = {
@@ -64,10 +68,11 @@ def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr)
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:
     """The first batch norm of a file: its statistics are those of a rank's share of the batch."""
-    if b"BatchNorm" not in file.source.data:
+    if b"BatchNorm" not in file.source.data and b"torchvision" not in file.source.data:
         return
     for call in file.calls:
-        if facts.project.external(file, call.func).startswith("torch.nn.BatchNorm"):
+        chosen = call.func.value if isinstance(call.func, ast.Subscript) else call.func
+        if _NORMALISES.match(facts.project.external(file, chosen)):
             message = "batch norm sees a rank's share of the batch, not the whole batch"
             yield Remark(RULE.code, call.lineno, message)
             return
@@ -77,7 +82,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     """Losses that are another value on a share of the batch: sums over it, and items compared with each other."""
     across = facts.scripts.across(file)
     compared = {node.lineno for node in across.compared()}
-    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))}
+    ratios = {node.lineno for node in across.ratios()}
+    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))} - ratios
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -86,7 +92,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
-            yield Remark(RULE.code, call.lineno, message)
+            yield Remark(RULE.code, call.lineno, message, differs=True)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             compared.add(call.lineno)
     for line in sorted(counted):
@@ -94,10 +100,16 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
             "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
         )
-        yield Remark(RULE.code, line, message)
+        yield Remark(RULE.code, line, message, differs=True)
+    for line in sorted(ratios):
+        message = (
+            "a quotient of sums over the batch is another one on a rank's share: give it the whole batch, "
+            "bmt.gather_batch(x) for both sides"
+        )
+        yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
-        yield Remark(RULE.code, line, message)
+        yield Remark(RULE.code, line, message, differs=True)
 
 
 def _left_out(file: File) -> Iterator[ast.expr]:

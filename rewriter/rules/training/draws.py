@@ -1,7 +1,8 @@
 """Noise, masks and time steps for a share of a batch are drawn by each rank alone.
 
 What: ``noise = torch.randn_like(x)`` in a loop that trains goes under ``with bmt.own_random():``, and so does
-everything else that draws as many numbers as the batch has: ``torch.rand(len(x))``, ``torch.randperm(x.size(0))``.
+everything else that draws as many numbers as the batch has: ``torch.rand(len(x))``, ``torch.randperm(x.size(0))``,
+``np.random.normal(0, 1, (x.shape[0], 8))``.
 Why: outside of models all ranks draw the same numbers, so that they agree on data and weights. N ranks that draw alike
 for their shares have 1/N as many different numbers for the batch of the unconverted script.
 Refuses when: the statement does more than compute with tensors (reported); the size is not taken from a batch; it is
@@ -34,7 +35,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         statement = file.names.statement_of(call)
         if not is_plain(file, facts.scripts, statement) or not file.source.owns_lines(statement):
             message = "all ranks draw the same numbers here, for other shares of the batch: bmt.own_random() would do"
-            yield Remark(RULE.code, call.lineno, message)
+            yield Remark(RULE.code, call.lineno, message, differs=True)
         elif runs and statement is runs[-1][-1]:
             continue
         elif runs and _follows(file, runs[-1][-1], statement):

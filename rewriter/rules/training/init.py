@@ -1,7 +1,9 @@
 """A script starts with bmt.init_distributed.
 
 What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when nothing before it needs the ranks;
-otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does.
+otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does. A seed that the script
+draws at random is rank 0's on all ranks. Where calls of torch.distributed stay as they are, torch's process group is
+registered behind it.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
 Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
@@ -11,17 +13,21 @@ script of the project starts is reported.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import walk, walk_own
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
-from rewriter.changes import insert_before, replace
+from rewriter.analyze.training.torch_distributed import calls_that_stay
+from rewriter.changes import Change, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _SEEDED = "{bmt}.init_distributed(seed={seed})"
+_GROUP = "{bmt}.distributed.register_process_group()"
+_DRAWN = re.compile(r"random\.|numpy\.random\.|time\.|secrets\.|os\.(?:urandom|getpid)|torch\.(?:\w*seed|randint)")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -33,18 +39,29 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield from _without_script(file, facts)
         return
     block = scripts.entries[file]
+    group = [_GROUP] if any(calls_that_stay(f, facts.project) for f in scripts.reach(file) & scripts.training) else []
     seed = _seed(file, facts, block)
+    drawn = _drawn(file, facts, seed[1].args[0], block) if seed is not None else None
+    if seed is not None and drawn is not None:
+        lines = ["{bmt}.init_distributed()", *group]
+        if drawn.lineno < first.lineno:
+            lines.append("{seed} = {bmt}.store.broadcast_object({seed})")
+        start = insert_before(first, *lines, seed=seed[1].args[0])
+        yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
+        return
     if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
         call = seed[1]
-        change = replace(call, _SEEDED, seed=call.args[0])
-        yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", (change,), key="init")
+        changes: list[Change] = [replace(call, _SEEDED, seed=call.args[0])]
+        if group:
+            changes.append(insert_behind(first, *group))
+        yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", tuple(changes), key="init")
         return
     value = _common_part(file, facts, block)
     if seed is not None and _available(file, seed[1].args[0], block, first):
         value = seed[1].args[0]
-    start = insert_before(first, "{bmt}.init_distributed()")
+    start = insert_before(first, "{bmt}.init_distributed()", *group)
     if value is not None:
-        start = insert_before(first, _SEEDED, seed=value)
+        start = insert_before(first, _SEEDED, *group, seed=value)
     yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
 
 
@@ -107,10 +124,29 @@ def _seed(file: File, facts: Facts, block: list[ast.stmt]) -> tuple[ast.stmt, as
     return None
 
 
+def _drawn(file: File, facts: Facts, seed: ast.expr, block: list[ast.stmt]) -> ast.stmt | None:
+    """The first statement that draws a seed at random, or from the clock, so that ranks have different ones."""
+    path = dotted(seed)
+    for statement in (item for item in _stored(block) if isinstance(item, ast.Assign)):
+        if path is not None and any(dotted(target) == path for target in statement.targets):
+            calls = (item for item in walk(statement.value) if isinstance(item, ast.Call))
+            if any(_DRAWN.match(facts.project.external(file, call.func)) for call in calls):
+                return statement
+    return None
+
+
 def _available(file: File, argument: ast.expr, block: list[ast.stmt], first: ast.stmt) -> bool:
     """Whether the seed can be computed in front of the first statement that needs it."""
     for node in walk(argument):
         if isinstance(node, ast.Call):
+            return False
+        if isinstance(node, ast.Attribute) and any(
+            isinstance(item, ast.Attribute)
+            and isinstance(item.ctx, ast.Store)
+            and dotted(item) == dotted(node)
+            and item.lineno >= first.lineno
+            for item in _stored(block)
+        ):
             return False
         if isinstance(node, ast.Name):
             found = file.names.lookup(node.id, file.names.scope_of(argument))

@@ -51,7 +51,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif (cls := _own_writer(file, facts, call)) is not None:
             if any(facts.scripts.collectives.function(cls.file, method) for method in cls.methods.values()):
                 message = f"every rank makes a {cls.name}, whose methods are for all ranks: one rank is to write"
-                yield Remark(RULE.code, call.lineno, message)
+                yield Remark(RULE.code, call.lineno, message, differs=True)
             else:
                 yield _made_once(call)
     yield from _values(file, facts)
@@ -74,7 +74,8 @@ def _log_file(file: File, facts: Facts, call: ast.Call, path: ast.expr) -> Itera
     if any(facts.project.external(file, item) == "os.devnull" for item in ast.walk(path) if isinstance(item, ast.expr)):
         return
     if isinstance(path, ast.Starred) or not file.source.is_exact(path):
-        yield Remark(RULE.code, call.lineno, "every rank writes this log file: one rank is to open it")
+        message = "every rank writes this log file: one rank is to open it"
+        yield Remark(RULE.code, call.lineno, message, differs=True)
         return
     yield Conversion(RULE.code, call.lineno, "one rank writes this log file", written_once(file, path))
 

@@ -18,6 +18,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import of_own_state
+from rewriter.analyze.training.read_back import reads_of
 from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
 from rewriter.changes import Arguments, Change, Under, replace, template
 from rewriter.rules.one_rank import guarded, written_once
@@ -44,18 +45,70 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if saves_only(file, facts.project, node):
             joined.update(walk(node))
             continue  # BMT026 sees to it
+        if isinstance(node, ast.With) and (pickled := _pickled(file, facts, node)) is not None:
+            joined.update(walk(node))
+            message = "an open file gets a model whose values are spread: bmt.save_checkpoint(model, path) writes it"
+            yield Remark(RULE.code, pickled.lineno, message, differs=True)
+            continue
         guard = guarded(file, facts, node)
         if guard is not None:
             followers = tuple(_followers(file, facts, node))
             joined.update(item for statement in (node, *followers) for item in walk(statement))
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
+            yield from _read_back(file, facts, node)
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
-            yield Remark(RULE.code, node.lineno, message)
+            yield Remark(RULE.code, node.lineno, message, differs=True)
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+        elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            message = "every rank opens this database to write, and may wait for another: one rank is to"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:
+    given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
+    name = facts.project.external(file, call.func)
+    if name == "h5py.File":
+        mode = given.get("mode", getattr(call.args[1], "value", "r") if len(call.args) > 1 else "r")
+        return mode != "r"
+    return name in {"lmdb.open", "lmdb.Environment", "sqlite3.connect"} and not given.get("readonly")
+
+
+def _pickled(file: File, facts: Facts, block: ast.With) -> ast.Call | None:
+    """A call in a block that opens a file and writes a whole model to it."""
+    roles = facts.scripts.roles[file]
+    for call in (item for item in walk(block) if isinstance(item, ast.Call) and item.args):
+        writes_object = facts.project.external(file, call.func) in {"torch.save", "pickle.dump"}
+        if writes_object and any(
+            roles.is_model(item) and not isinstance(file.names.parents[item], (ast.Call, ast.Attribute))
+            for item in walk(call.args[0])
+        ):
+            return call
+        if writes_object and roles.is_model(call.args[0]):
+            return call
+    return None
+
+
+def _read_back(file: File, facts: Facts, node: ast.stmt) -> Iterator[Finding]:
+    """A word where the other ranks may read a file that rank 0 has not finished."""
+    function = file.names.function_of(node)
+    loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, (ast.For, ast.While))]
+    if any(facts.scripts.feeds.trains(file, loop) for loop in loops if isinstance(loop, ast.For)):
+        return
+    if function is not None and facts.scripts.steps(file, function):
+        return
+    files = sorted(facts.scripts.training, key=lambda item: (item is not file, item.place))
+    for other, call, test in reads_of(file, facts.project, node, files):
+        where = f"line {call.lineno}" if other is file else f"{other.path.name}:{call.lineno}"
+        wait = "put bmt.synchronize() between the two"
+        if test is not None:
+            wait = f"let rank 0 decide for all, if bmt.agree({file.source.code(test.test)})"
+        message = f"one rank writes this file, and others may read it too early ({where}): {wait}"
+        yield Remark(RULE.code, node.lineno, message, differs=True)
+        return
 
 
 def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
@@ -75,7 +128,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
     else:
-        yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it")
+        yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it", differs=True)
 
 
 def _only_writes(call: ast.Call) -> bool:

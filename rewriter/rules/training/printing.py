@@ -1,6 +1,6 @@
 """Output comes from one rank.
 
-What: ``print(...)`` becomes ``bmt.print_rank(...)``.
+What: ``print(...)`` becomes ``bmt.print_rank(...)``, and so does ``sys.stdout.write(...)``, without the line's end.
 Why: every rank runs the script; without this every line appears once per rank.
 Refuses when: only one rank reaches the call already, or what it prints holds the rank's number; ``print`` is not the
 built-in one; the file is not part of a training script.
@@ -15,25 +15,39 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import is_rank
-from rewriter.changes import replace
+from rewriter.changes import Change, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or b"print" not in file.source.data:
+    if file not in facts.scripts.training or not (b"print" in file.source.data or b"std" in file.source.data):
         return
     for node in file.calls:
-        if not isinstance(node.func, ast.Name) or node.func.id != "print":
-            continue
-        names = file.names
-        if names.lookup("print", names.scope_of(node)) is not None or facts.scripts.in_kept_guard(file, node):
+        change = _printed(file, facts, node)
+        if change is None or facts.scripts.in_kept_guard(file, node):
             continue
         if file not in facts.scripts.programs and _under_main(file, node):
             continue
         if any(is_rank(file, item) for argument in node.args for item in walk(argument) if isinstance(item, ast.expr)):
             continue  # each rank says who it is
-        yield Conversion(RULE.code, node.lineno, "one rank prints", (replace(node.func, "{bmt}.print_rank"),))
+        yield Conversion(RULE.code, node.lineno, "one rank prints", (change,))
+
+
+def _printed(file: File, facts: Facts, call: ast.Call) -> Change | None:
+    """What becomes of a call that prints."""
+    match call:
+        case ast.Call(func=ast.Name(id="print")):
+            bound = file.names.lookup("print", file.names.scope_of(call))
+            return replace(call.func, "{bmt}.print_rank") if bound is None else None
+        case ast.Call(args=[ast.expr() as shown], keywords=[]) if isinstance(file.names.parents[call], ast.Expr):
+            stream = facts.project.external(file, call.func)
+            if stream == "sys.stdout.write" and not isinstance(shown, ast.Starred):
+                return replace(call, '{bmt}.print_rank({shown}, end="")', shown=shown)
+            if stream == "sys.stderr.write" and isinstance(call.func, ast.Attribute):
+                code = '{bmt}.print_rank({shown}, end="", file={stream})'
+                return replace(call, code, shown=shown, stream=call.func.value)
+    return None
 
 
 def _under_main(file: File, node: ast.AST) -> bool:

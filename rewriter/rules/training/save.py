@@ -17,7 +17,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.writers import opened_for
-from rewriter.changes import Change, Keep, replace
+from rewriter.changes import Change, Keep, Unblock, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
@@ -52,7 +52,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             changes = (replace(node.func, "{bmt}.save_checkpoint"),)
         if opened is not None:
             block, path = opened
-            changes = (*changes, replace(node.args[1], "{path}", path=path), Keep(block, block.body[0]))
+            alone = Keep(block, block.body[0]) if len(block.body) == 1 else Unblock(block)
+            changes = (*changes, replace(node.args[1], "{path}", path=path), alone)
         yield Conversion(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", changes)
 
 

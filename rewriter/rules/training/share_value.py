@@ -66,7 +66,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if value.lineno not in told:
             told.add(value.lineno)
             message = f"{file.source.code(value)} may be of this rank's share of the data: see bmt.total, bmt.sum_loss"
-            yield Remark(RULE.code, value.lineno, message)
+            yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
             for item in _own(node):
@@ -80,11 +80,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 line = getattr(item, "lineno", 0)
                 if message and line not in told:
                     told.add(line)
-                    yield Remark(RULE.code, line, message)
+                    yield Remark(RULE.code, line, message, differs=True)
         elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
-            yield Remark(RULE.code, node.lineno, message)
+            yield Remark(RULE.code, node.lineno, message, differs=True)
     if counted:
         yield from _decisions(file, facts, counted)
 
@@ -101,7 +101,7 @@ def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]
             if call is not None:
                 what = file.source.code(call.func)
                 message = f"if ranks decide otherwise here, {what}(...) waits forever: decide from values of all ranks"
-                yield Remark(RULE.code, node.lineno, message)
+                yield Remark(RULE.code, node.lineno, message, differs=True)
 
 
 def _is_one(roles: Roles, node: ast.AST, known: set[Var]) -> bool:
@@ -193,7 +193,8 @@ def _evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
     found = facts.project.resolve(file, call.func)
     if not isinstance(found, FunctionInfo):
         return False
-    return not facts.scripts.steps(found.file, found.node)
+    hands_on = any(isinstance(item, (ast.Yield, ast.YieldFrom)) for s in found.node.body for item in walk_own(s))
+    return not hands_on and not facts.scripts.steps(found.file, found.node)
 
 
 RULE = Rule(

@@ -29,7 +29,7 @@ from rewriter.changes import (
 )
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Conversion, Finding, Refusal
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _RANK = 'int(os.environ.get("LOCAL_RANK", 0))'
 _COUNT = 'int(os.environ.get("LOCAL_WORLD_SIZE", 1))'
@@ -77,6 +77,12 @@ def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
     made = _call(worker, [Template(_RANK)], arguments.elts, count)
     changes = (Replace(call, made), *_counted(file, facts, count, statement), *imports(file, "os"))
     yield Conversion(RULE.code, call.lineno, "torchrun starts the processes", changes)
+    test = file.names.parents.get(statement)
+    for other in (item for s in (test.orelse if isinstance(test, ast.If) else []) for item in walk(s)):
+        match other:
+            case ast.Call(func=called, args=[ast.Constant(value=0), *_]) if ast.dump(called) == ast.dump(worker):
+                message = "all ranks that come here take themselves for rank 0: tell the script how many GPUs it has"
+                yield Remark(RULE.code, other.lineno, message, differs=True)
 
 
 def _process(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:

@@ -170,6 +170,28 @@ def test_own_random_is_for_what_belongs_to_a_share() -> None:
 
 
 @on_ranks(2)
+def test_own_random_is_for_random_and_numpy_too() -> None:
+    numpy = pytest.importorskip("numpy")
+    rows = []
+    for _ in range(2):
+        with bmt.own_random():
+            rows.append([*numpy.random.normal(0, 1, 3).tolist(), random.random()])
+            with bmt.own_random():
+                rows.append([*numpy.random.rand(3).tolist(), random.random()])
+        rows.append([*numpy.random.rand(3).tolist(), random.random()])
+    every = objects.allgather_objects(rows)
+    shared = [ranks[2::3] for ranks in every]
+    assert shared[0] == shared[1] and shared[0][0] != shared[0][1]
+    assert differ_everywhere([row for ranks in every for index, row in enumerate(ranks) if index % 3 < 2])
+    with bmt.own_random():
+        pass  # nothing drawn, nothing moved
+    at = numpy.random.get_state()[2]
+    with bmt.own_random():
+        torch.rand(1)
+    assert numpy.random.get_state()[2] == at
+
+
+@on_ranks(2)
 def test_an_error_inside_leads_back_to_the_shared_stream() -> None:
     with pytest.raises(KeyError), bmt.own_random():
         torch.rand(3 + bmt.rank())
