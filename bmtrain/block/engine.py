@@ -147,11 +147,9 @@ class Engine:
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
             self._runs.append(Run(module, args, kwargs, self.ctx.device.autocast()))
 
-    def take_runs(self) -> list[Run]:
-        """The latest forwards since the last optimizer step, which are forgotten here."""
-        taken = list(self._runs)
-        self._runs.clear()
-        return taken
+    def latest_runs(self) -> list[Run]:
+        """The forwards since the last optimizer step, a few, without their graphs."""
+        return list(self._runs)
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

@@ -20,6 +20,7 @@ from ..shard.in_parts import in_parts
 from ..shard.place import Place
 from .adam import AdamOptimizer, check_fits, clear_grads
 from .adapt import adapt, check_adapted
+from .compare import compare
 from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .nonfinite import OnNonFinite, Pending, StepFacts
@@ -59,6 +60,9 @@ class OptimManager:
             running the step's forwards once more. "dump": the same, and the batch is written to a file in the folder
             BMTRAIN_DIARY_DIR, else that for temporary files. "skip": the step is left out, with a warning. "ignore": no
             look at it; torch would train on. A loss scale that follows overflows skips such steps in any case.
+        compare_every: after every so many steps, compare the digests of what several ranks keep alike: parameters and
+            optimizer states of replicas, parameters of no distributed module, and buffers (but for batch norms'
+            statistics). RankDivergenceError names what differs, and where. None compares nothing.
 
     No step waits for the device to be judged: on a GPU what has happened is known at the next one, or when the state is
     saved.  Until then AdamOptimizers leave parameters as they were; optimizers of torch's have made the step, or, to
@@ -83,14 +87,17 @@ class OptimManager:
         grad_scale: float | None = None,
         *,
         nonfinite: OnNonFinite = "stop",
+        compare_every: int | None = None,
     ) -> None:
         if nonfinite not in get_args(OnNonFinite):
             raise ConfigurationError(f"nonfinite must be one of {', '.join(get_args(OnNonFinite))}, not {nonfinite!r}.")
+        if compare_every is not None and compare_every < 1:
+            raise ConfigurationError(f"compare_every must be a number of steps or None, not {compare_every}.")
         if loss_scale is not None and loss_scale <= 0:
             raise ConfigurationError(f"loss_scale must be positive or None, not {loss_scale}.")
         self._scale: LossScale | None = None
         self._last: _Provisional | None = None
-        self.nonfinite = nonfinite
+        self.nonfinite, self.compare_every = nonfinite, compare_every
         self._facts = StepFacts(context())
         self._pending: Pending | None = None
         self._tries = 0  # steps, made or not
@@ -207,24 +214,28 @@ class OptimManager:
             )
         engine().finish_backward()
         self._tries += 1
+        runs = engine().latest_runs() if self.compare_every and self._tries % self.compare_every == 0 else None
         self._learn()
         if self._scale is None:
             self._settle()
             self._step_unscaled()
-            return
+        else:
+            self._step_scaled(self._scale)
+        if runs is not None:
+            compare(self._tries, self.optimizers, runs)
+
+    def _step_scaled(self, scale: LossScale) -> None:
         finish_gradients(self._params())
         overflow = find_overflow(self._params())
         if self._may_skip():
-            self._update(self._scale.value, overflow)
+            self._update(scale.value, overflow)
             self._last = _Provisional(overflow, self._undoable_schedule_steps())
         elif overflow.happened:
             self.zero_grad()
         else:
-            self._update(self._scale.value)
+            self._update(scale.value)
             self._step_schedules()
-        self._scale.follow(
-            overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale
-        )
+        scale.follow(overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale)
         if overflow.is_known:
             self._learn()
 
@@ -240,7 +251,7 @@ class OptimManager:
         if outcome is not None and not outcome.is_known:
             if self.nonfinite != "skip":
                 made = not all(skips_on_device(o) for o in self.optimizers)
-                self._pending = Pending(self._tries, outcome, losses, engine().take_runs(), made)
+                self._pending = Pending(self._tries, outcome, losses, engine().latest_runs(), made)
             elif self._may_skip():
                 self._update(self._fixed_scale, outcome)
                 says = partial(self._say_skipped, self._tries, losses)
@@ -249,7 +260,7 @@ class OptimManager:
                 return
         if outcome is not None and self._pending is None and outcome.happened:
             if self.nonfinite != "skip":
-                stop(Pending(self._tries, outcome, losses, engine().take_runs()), self._params(), self.nonfinite)
+                stop(Pending(self._tries, outcome, losses, engine().latest_runs()), self._params(), self.nonfinite)
             self._say_skipped(self._tries, losses)
             self.zero_grad()
             return

@@ -60,7 +60,7 @@ class StepFacts:
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """A backward from ``loss`` begins."""
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach().sum() if loss.dim() else loss.detach())
 
     @torch.no_grad()
     def spoils(self) -> torch.Tensor | None:
@@ -90,13 +90,16 @@ class StepFacts:
         for home in homes_of(params()):
             if home.gradient.present:
                 grad = home.gradient.values()[0]
+                grad = torch.view_as_real(grad) if grad.is_complex() else grad
                 total += grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).to(total.device)
         for known in (*norms, self.spoils()):  # a pending factor of clipping is in no sum
             if known is not None:
                 total += known.to(total.device)
         total.mul_(0)
-        ctx.world.all_reduce(total, "sum")
-        return NonFinite(ctx, total)
+        # With fewer elements than ranks gloo lets some wait for others alone, which would learn late of what is wrong.
+        shared = total.repeat(ctx.world_size)
+        ctx.world.all_reduce(shared, "sum")
+        return NonFinite(ctx, shared[0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ def stop(step: Pending, params: list[Any], how: OnNonFinite) -> NoReturn:
     except BMTrainError:
         raise
     except Exception as error:  # of the model's own code
-        began = f"Where it began is not known, as the forward cannot be run again: {type(error).__name__}: {error}"
+        began = f"Where it began is not known, as the forward cannot be run again: {type(error).__name__}: {error}."
     raise NonFiniteError(f"{text} {began} {_ADVICE}")
 
 
@@ -92,6 +92,11 @@ def _first(own: str | None) -> tuple[int, str] | None:
     return None
 
 
+def names_of(runs: Sequence[Run]) -> dict[int, str]:
+    """Of the parameters of the modules that ran, by their ids."""
+    return {id(p): f"{_class(run.module)}.{name}" for run in runs for name, p in run.module.named_parameters()}
+
+
 def _gradient(home: Home) -> torch.Tensor | None:
     return home.gradient.values()[0] if home.gradient.present else None
 
@@ -100,8 +105,7 @@ def _not_finite(
     runs: Sequence[Run], params: list[Any], values: Callable[[Home], torch.Tensor | None], what: str = ""
 ) -> str | None:
     """Of which parameters this rank's part is not finite."""
-    names = {id(p): f"{_class(run.module)}.{n}" for run in runs for n, p in run.module.named_parameters()}
-    bad = []
+    names, bad = names_of(runs), []
     for home in homes_of(params):
         of_home = values(home)
         for index, p in enumerate(home.params if of_home is not None else []):

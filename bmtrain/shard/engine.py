@@ -63,8 +63,8 @@ class Engine(Protocol):
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
 
-    def take_runs(self) -> list[Run]:
-        """The latest forwards since the last optimizer step, a few, which are forgotten here; without their graphs."""
+    def latest_runs(self) -> list[Run]:
+        """The forwards since the last optimizer step, a few, without their graphs."""
 
     def updated(self, unit: ShardUnit) -> None:
         """An optimizer has just changed all of ``unit``.  Collective."""

@@ -241,6 +241,27 @@ def test_a_loss_alone_that_is_not_finite(clip: bool) -> None:
 
 
 @on_ranks(1, 2)
+def test_losses_of_one_element_and_complex_parameters() -> None:
+    class Spectral(bmt.DistributedModule):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.filter = nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=6)  # type: ignore[no-any-return]
+
+    for factor in (1.0, float("nan")):
+        model = Spectral()
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        manager.backward(model(models.share(oracle.inputs(0))).square().mean().reshape(1) * factor)
+        if factor == 1.0:
+            manager.step()
+        else:
+            assert "the loss is nan on rank 0" in message(manager.step)
+
+
+@on_ranks(1, 2)
 def test_the_batch_is_named_when_it_is_not_finite() -> None:
     training = Training()
     x = models.share(oracle.inputs(0))
