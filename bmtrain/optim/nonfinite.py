@@ -62,7 +62,6 @@ class StepFacts:
         """A backward from ``loss`` begins."""
         self.losses.append(loss.detach().sum() if loss.dim() else loss.detach())
 
-    @torch.no_grad()
     def spoils(self) -> torch.Tensor | None:
         """0-d float64 on the device: 0, or NaN if a loss is not finite; None without a loss."""
         if not self.losses:
@@ -78,7 +77,6 @@ class StepFacts:
             self._norms[id(params[0]), len(params)] = norm
             self._told = len(self.losses)
 
-    @torch.no_grad()
     def outcome(self, params: Callable[[], list[Any]], count: int) -> NonFinite:
         """Whether the step of ``params``, ``count`` of them, is to be made.  Collective unless a norm has told."""
         ctx = self._ctx
@@ -89,7 +87,7 @@ class StepFacts:
         total = torch.zeros((), dtype=torch.float64, device=ctx.device.torch_device)
         for home in homes_of(params()):
             if home.gradient.present:
-                grad = home.gradient.values()[0]
+                grad = home.gradient.values()[0].detach()
                 grad = torch.view_as_real(grad) if grad.is_complex() else grad
                 total += grad.sum(dtype=torch.promote_types(grad.dtype, torch.float32)).to(total.device)
         for known in (*norms, self.spoils()):  # a pending factor of clipping is in no sum
