@@ -12,6 +12,7 @@ import torch
 from .context import Context, context
 from .errors import CheckpointError, ConfigurationError
 from .objects import allgather_objects
+from .topology import Dimension
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _AT_ONCE = 1 << 17  # words whose products stay in a CPU's cache
@@ -68,6 +69,28 @@ def differing(
             of_slices = (every != every[firsts]).any(0).tolist()
             differs = [s if name in slices else d for name, d, s in zip(values, differs, of_slices, strict=True)]
         return [name for name, differ in zip(values, differs, strict=True) if differ]
+
+
+def differing_ranks(
+    ctx: Context, values: Mapping[str, tuple[torch.Tensor, tuple[Dimension, ...]]]
+) -> dict[str, list[int]] | None:
+    """Which ranks differ from the first of their group, by the names of ``values``; None if not even names are alike.
+
+    Each value comes with the dimensions of the mesh along which ranks keep the same.  Those on the meta device are not
+    compared.  Collective: one exchange of a number for each value.
+    """
+    mesh = ctx.topology.mesh
+    names = torch.tensor([zlib.crc32("\n".join(values).encode()), len(values)], device="cpu")
+    heads = _from_all(ctx, names)
+    if not bool((heads == heads[0]).all()):
+        return None
+    every = _from_all(ctx, _digests([value for value, _ in values.values()]))
+    found: dict[str, list[int]] = {}
+    for column, (name, (_, dimensions)) in enumerate(values.items()):
+        for rank in range(ctx.world_size):
+            if every[rank, column] != every[replace(mesh, rank=rank).group(*dimensions)[0], column]:
+                found.setdefault(name, []).append(rank)
+    return found
 
 
 def require_same(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -127,6 +128,8 @@ class Context:
     engine: Engine = field(init=False)
     writer: BackgroundWriter | None = None
     """What still writes a checkpoint to a file; on rank 0 only."""
+    reports: str = field(default_factory=tempfile.gettempdir)
+    """The folder for what a process leaves behind when it fails."""
     groups: int = 0
     """How many ``host_group`` were made."""
     building: int = 0
@@ -252,7 +255,8 @@ def init_distributed(
     """Join the other ranks.  Call once, before models and optimizers are made.
 
     Reads what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without
-    them this process is the whole world.  Seeds ``random``, numpy and torch with ``seed`` on every rank alike, so
+    them this process is the whole world.  With BMTRAIN_TOKEN in the environment, the same secret on every rank, only
+    processes that have it take part.  Seeds ``random``, numpy and torch with ``seed`` on every rank alike, so
     that every rank builds the same initial weights.  On a GPU torch's allocator gets ``expandable_segments:True``,
     unless PYTORCH_CUDA_ALLOC_CONF is set.
 
@@ -316,11 +320,13 @@ def init_distributed(
         env.setdefault("MASTER_ADDR", "localhost")
         env.setdefault("MASTER_PORT", "10010")
     timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout)
-    meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start)
+    token = env.get("BMTRAIN_TOKEN", "")
+    meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start, token)
     watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
     made = _connect(topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory)
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
+    made.reports = env.get("BMTRAIN_DIARY_DIR") or made.reports
     made.gradient_divisor = topology.data_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
     _State.context = made
@@ -385,7 +391,7 @@ def _connect(
         hooks = Hooks(partial(_abort, on_device), partial(_check, on_device), device.is_busy)
         watchdog = start_watchdog(
             store, topology.rank, topology.world_size, meeting.host, diary, timeouts,
-            os.environ.get("BMTRAIN_DIARY_DIR", ""), hooks,
+            os.environ.get("BMTRAIN_DIARY_DIR", ""), hooks, meeting.secret,
         )  # fmt: skip
 
     def gloo(name: str, place: str, rank: int, size: int) -> Communicator:

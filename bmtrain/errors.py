@@ -8,6 +8,7 @@ BMTrainError
 ├── ShardedAccessError    values of a sharded parameter were read or written in place (RuntimeError)
 ├── RankDivergenceError   ranks ran different blocks                                  (RuntimeError)
 ├── CommunicationError    a collective failed or was called with unfit tensors        (RuntimeError)
+├── NonFiniteError        a loss or a gradient is infinite or NaN                     (FloatingPointError)
 └── UnsupportedError      a feature that this version does not have                   (NotImplementedError)
 
 Each also derives from the built-in exception in parentheses, so ``except ValueError`` keeps working.
@@ -44,6 +45,10 @@ class RankDivergenceError(BMTrainError, RuntimeError):
 
 class CommunicationError(BMTrainError, RuntimeError):
     """A collective failed, or was called with tensors that do not fit it."""
+
+
+class NonFiniteError(BMTrainError, FloatingPointError):
+    """A loss or a gradient is infinite or NaN, so that the step would spoil every parameter."""
 
 
 class UnsupportedError(BMTrainError, NotImplementedError):

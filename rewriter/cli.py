@@ -99,6 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return FAILED
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename is not None else ""
+        print(f"bmt-convert: {named}{error.strerror or error}; {options.written}", file=sys.stderr)
+        return FAILED
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -116,7 +120,7 @@ def _run(options: argparse.Namespace) -> int:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
     if options.report is not None and options.prove is None:
-        write_file(options.report, write_report(options.report, results).encode())
+        write_file(options.report.resolve(), write_report(options.report, results).encode())
     _show(options, results)
     verdicts = _tried(options, results)
     held = all(good for good, _ in verdicts)
@@ -273,7 +277,7 @@ def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
     result = convert_bytes(stream.read() if stream is not None else sys.stdin.read().encode(), conversion)
     _check_blocks(conversion.blocks, [result])
     if options.report is not None:
-        write_file(options.report, write_report(options.report, [result]).encode())
+        write_file(options.report.resolve(), write_report(options.report, [result]).encode())
     if result.error:
         print(f"bmt-convert: {result.error}", file=sys.stderr)
     elif options.diff:

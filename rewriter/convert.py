@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -218,16 +220,54 @@ def _told(found: tuple[Conversion, ...]) -> tuple[Conversion, ...]:
     return tuple(replace(conversion, changes=()) for conversion in found)
 
 
-def write_file(path: Path, data: bytes, mode_of: Path | None = None) -> None:
-    """Write a file whole or not at all."""
+def write_file(path: Path, data: bytes, like: Path | None = None, owner: bool = False) -> None:
+    """Write a file whole or not at all, with the mode and attributes of ``like``, else of what it replaces.
+
+    ``owner``: also with its owner and group.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".bmt-", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
-        like = mode_of or path
-        os.chmod(name, like.stat().st_mode & 0o777 if like.exists() else 0o644)
+            stream.flush()
+            os.fsync(stream.fileno())  # a machine that stops now must not leave the new name with nothing in it
+        like = like or path
+        if like.exists():
+            _take_over(name, like, owner)
+        else:
+            os.chmod(name, 0o644)
         os.replace(name, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _take_over(name: str, like: Path, owner: bool) -> None:
+    """Give a new file what belongs to another, but for its times: caches go by these."""
+    facts = like.stat()
+    if owner and (facts.st_uid, facts.st_gid) != (os.geteuid(), os.getegid()):
+        os.chown(name, facts.st_uid, facts.st_gid)
+    os.chmod(name, stat.S_IMODE(facts.st_mode))  # after the owner, which may take bits away
+    if hasattr(os, "listxattr"):
+        for attribute in _attributes(like):
+            with contextlib.suppress(OSError):  # of a kind that this file system or user may not set
+                os.setxattr(name, attribute, os.getxattr(like, attribute))
+
+
+def _attributes(path: Path) -> list[str]:
+    try:
+        return os.listxattr(path)
+    except OSError:
+        return []
+
+
+def sync_folder(folder: Path) -> None:
+    """Let the names in a folder outlast a machine that stops."""
+    with contextlib.suppress(OSError):  # not everywhere a folder can be opened
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

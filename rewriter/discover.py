@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from rewriter.types import InputError
@@ -37,10 +38,10 @@ class Ignored:
     def _patterns(self, folder: Path) -> list[tuple[str, bool, bool, bool]]:
         if folder not in self._rules:
             rules = []
-            try:
-                lines = (folder / ".gitignore").read_text(encoding="utf-8", errors="replace").splitlines()
-            except OSError:
-                lines = []
+            named, lines = folder / ".gitignore", list[str]()
+            with suppress(OSError):
+                if named.is_file():
+                    lines = named.read_text(encoding="utf-8", errors="replace").splitlines()
             for line in (line.strip() for line in lines):
                 if line and not line.startswith("#"):
                     negated, line = line.startswith("!"), line.removeprefix("!")
@@ -59,7 +60,7 @@ def _matches(name: str, pattern: str, anchored: bool) -> bool:
 def walk(
     root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, everything: bool = False
 ) -> Iterator[Path]:
-    """Every file of a folder that is its project's own, in a stable order. Links to folders are not followed.
+    """Every file of a folder that is its project's own, in a stable order; no device or FIFO, and links to files only.
 
     ``everything`` includes what ``.gitignore`` names: data and settings that a copy needs.
     """
@@ -69,12 +70,23 @@ def walk(
         folders[:] = sorted(name for name in folders if _enters(here / name, ignored, exclude, root, skip))
         for name in sorted(files):
             path = here / name
-            if not ignored(path, False) and not _excluded(path, exclude, root):
+            if (
+                not ignored(path, False)
+                and not _excluded(path, exclude, root)
+                and (path.is_symlink() or path.is_file())
+            ):
                 yield path
 
 
 def _nothing(path: Path, folder: bool) -> bool:
     return False
+
+
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a path of a folder is a link to no file, or to one outside of the folder."""
+    if not path.is_symlink():
+        return False
+    return not path.is_file() or Path(os.path.realpath(root)) not in Path(os.path.realpath(path)).parents
 
 
 def _enters(
@@ -95,18 +107,20 @@ def _excluded(path: Path, exclude: tuple[str, ...], root: Path) -> bool:
 def sources(
     path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, tell: Tell | None = None
 ) -> list[Path]:
-    """The Python files and notebooks of a path.
+    """The Python files and notebooks of a path, without links that lead out of it.
 
     Raises:
-        InputError: the path is missing, or holds no Python.
+        InputError: the path is missing, is neither file nor folder, or holds no Python.
     """
     if path.is_file():
         return [path]
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
+    if not path.is_dir():
+        raise InputError(f"{path}: neither a file nor a folder; give code from a pipe on standard input, by -")
     found = []
     for item in walk(path, exclude, skip):
-        if item.suffix in SUFFIXES:
+        if item.suffix in SUFFIXES and not leads_out(item, path):
             found.append(item)
             if tell is not None:
                 tell("looking for files", len(found), 0)

@@ -18,9 +18,11 @@ _STATES = ("applied", "needs --unsafe", "left")
 
 
 def check_report(path: Path) -> None:
-    """Raises InputError where a report has an ending of no format."""
+    """Raises InputError where a report has an ending of no format, or where it cannot be a file."""
     if path.suffix not in (".json", ".md", ".sarif"):
         raise InputError(f"{path}: a report ends in .json, .md or .sarif")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: --report is a file; this is none")
 
 
 def write_report(path: Path, results: Sequence[Result]) -> str:

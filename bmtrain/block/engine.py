@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..autograd import backward_id, in_function_transform, outside_function_transforms
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
+from ..shard.engine import Run
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -32,6 +34,8 @@ from .untrained import FirstGraphs
 T = TypeVar("T")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
+_RUNS = 8
+"""How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
 
 @engine_factory
@@ -50,6 +54,7 @@ class Engine:
         self.plan = MemoryPlan(ctx)
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
+        self._runs: deque[Run] = deque(maxlen=_RUNS)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
@@ -126,12 +131,25 @@ class Engine:
         self.outside.forward_starts()
         if grad:
             self.plan.run_starts(self.schedule.units)
-            if self.first_batches.wanted and call is not None and _trains(call):
-                self.first_batches.note((args, kwargs))
+            if call is not None:
+                self._note_run(call, args, kwargs)
+                if self.first_batches.wanted and _trains(call):
+                    self.first_batches.note((args, kwargs))
         if unit is not None:
             self.schedule.run_starts(unit, grad)
             if unit.moves and grad:
                 self.plan.note_inputs(args, kwargs)
+
+    def _note_run(self, call: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
+        module = getattr(call, "__self__", None)
+        if isinstance(module, nn.Module):
+            if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
+                args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            self._runs.append(Run(module, args, kwargs, self.ctx.device.autocast()))
+
+    def latest_runs(self) -> list[Run]:
+        """The forwards since the last optimizer step, a few, without their graphs."""
+        return list(self._runs)
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs
@@ -209,6 +227,7 @@ class Engine:
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""
         self.ctx.diary.step += 1
+        self._runs.clear()
         if self.replicas is not None:
             self.replicas.level()
         if self.ctx.diary.step == 1:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, get_args
 
 import torch
 
@@ -16,9 +20,12 @@ from ..shard.in_parts import in_parts
 from ..shard.place import Place
 from .adam import AdamOptimizer, check_fits, clear_grads
 from .adapt import adapt, check_adapted
+from .compare import compare
 from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
+from .nonfinite import OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
+from .origin import stop
 from .pieces import all_params, finish_gradients, homes_of, params_of
 from .step_on import StepOn
 
@@ -31,6 +38,8 @@ class _Provisional:
     schedule_steps: list[ScheduleStep]
     holds_gradients: bool = True
     """Whether gradients of that step may still be there."""
+    says: Callable[[], None] | None = None
+    """Says that it was skipped."""
 
 
 class OptimManager:
@@ -46,6 +55,18 @@ class OptimManager:
         min_loss_scale, max_loss_scale: its bounds.
         grad_scale: the sum of all ranks' gradients is divided by this; None means the world size, so that gradients are
             means over ranks, as they are after a plain ``loss.backward()``.
+        nonfinite: what to do where a rank's loss, or a gradient, is infinite or NaN, which would spoil parameters for
+            good. "stop": NonFiniteError on all ranks with the rank, the step and the module where it began, found by
+            running the step's forwards once more. "dump": the same, and the batch is written to a file in the folder
+            BMTRAIN_DIARY_DIR, else that for temporary files. "skip": the step is left out, with a warning. "ignore": no
+            look at it; torch would train on. A loss scale that follows overflows skips such steps in any case.
+        compare_every: after every so many steps, compare the digests of what several ranks keep alike: parameters and
+            optimizer states of replicas, parameters of no distributed module, and buffers (but for batch norms'
+            statistics). RankDivergenceError names what differs, and where. None compares nothing.
+
+    No step waits for the device to be judged: on a GPU what has happened is known at the next one, or when the state is
+    saved.  Until then AdamOptimizers leave parameters as they were; optimizers of torch's have made the step, or, to
+    "skip" it, wait for the device.
 
         optim_manager = bmt.optim.OptimManager()
         optim_manager.add_optimizer(optimizer, lr_scheduler)
@@ -64,11 +85,22 @@ class OptimManager:
         min_loss_scale: float = 1,
         max_loss_scale: float = float("inf"),
         grad_scale: float | None = None,
+        *,
+        nonfinite: OnNonFinite = "stop",
+        compare_every: int | None = None,
     ) -> None:
+        if nonfinite not in get_args(OnNonFinite):
+            raise ConfigurationError(f"nonfinite must be one of {', '.join(get_args(OnNonFinite))}, not {nonfinite!r}.")
+        if compare_every is not None and compare_every < 1:
+            raise ConfigurationError(f"compare_every must be a number of steps or None, not {compare_every}.")
         if loss_scale is not None and loss_scale <= 0:
             raise ConfigurationError(f"loss_scale must be positive or None, not {loss_scale}.")
         self._scale: LossScale | None = None
         self._last: _Provisional | None = None
+        self.nonfinite, self.compare_every = nonfinite, compare_every
+        self._facts = StepFacts(context())
+        self._pending: Pending | None = None
+        self._tries = 0  # steps, made or not
         self._fixed_scale, self._steps = 1.0, 0  # without a loss scale that follows overflows
         if loss_scale is not None:
             self._scale = LossScale(context(), loss_scale)
@@ -121,17 +153,21 @@ class OptimManager:
 
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on: times the loss scale, so that gradients become what ``grad_scale`` says."""
-        # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
-        divided = context().gradient_divisor / self.grad_scale
-        if self._scale is None:
-            factor = self._fixed_scale * divided
-            return loss if factor == 1.0 else loss * factor
         if self._last is not None and self._last.holds_gradients:
             # What comes now is added to what the last step left, which is dropped if that step was skipped.
-            if any(flat.gradient.present for flat in homes_of(self._params())):
+            if self._holds_gradients():
                 self._learn()
             else:
                 self._last.holds_gradients = False
+        # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
+        divided = context().gradient_divisor / self.grad_scale
+        if self._scale is None:
+            if self._looks:
+                if self._facts.losses and not self._holds_gradients():
+                    self._facts.forget()  # of a step that the script has left out
+                self._facts.note_loss(loss)
+            factor = self._fixed_scale * divided
+            return loss if factor == 1.0 else loss * factor
         scale = self._scale.value * divided
         return (loss * scale.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
 
@@ -142,6 +178,7 @@ class OptimManager:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
+        self._facts.forget()
         for optimizer in self.optimizers:
             clear_grads(optimizer)
 
@@ -158,12 +195,17 @@ class OptimManager:
         Returns the norm before clipping, of the unscaled gradients: a 0-d tensor, equal on all ranks.
         """
         scale = self._fixed_scale if self._scale is None else self._scale.value.float()
-        return clip_(params_of(param_groups), max_norm, float(norm_type), scale, eps)
+        params = params_of(param_groups)
+        if not self._looks:
+            return clip_(params, max_norm, float(norm_type), scale, eps)
+        norm = clip_(params, max_norm, float(norm_type), scale, eps, self._facts.spoils())
+        self._facts.note_norm(params, norm)
+        return norm
 
     def step(self) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients.
 
-        Raises ConfigurationError if no optimizer was added.
+        Raises ConfigurationError if no optimizer was added, and NonFiniteError as ``nonfinite`` says.
         """
         if not self.optimizers:
             raise ConfigurationError(
@@ -171,28 +213,82 @@ class OptimManager:
                 "optim_manager.add_optimizer(optimizer, lr_scheduler) once, before the first step."
             )
         engine().finish_backward()
-        if self._scale is None:
-            self._update(self._fixed_scale)
-            self._step_schedules()
-            self._steps += 1
-            return
+        self._tries += 1
+        runs = engine().latest_runs() if self.compare_every and self._tries % self.compare_every == 0 else None
         self._learn()
+        if self._scale is None:
+            self._settle()
+            self._step_unscaled()
+        else:
+            self._step_scaled(self._scale)
+        if runs is not None:
+            compare(self._tries, self.optimizers, runs)
+
+    def _step_scaled(self, scale: LossScale) -> None:
         finish_gradients(self._params())
         overflow = find_overflow(self._params())
         if self._may_skip():
-            self._update(self._scale.value, overflow)
-            managed = zip(self.optimizers, self.lr_schedulers, strict=True)
-            self._last = _Provisional(overflow, [ScheduleStep(o, s) for o, s in managed if s is not None])
+            self._update(scale.value, overflow)
+            self._last = _Provisional(overflow, self._undoable_schedule_steps())
         elif overflow.happened:
             self.zero_grad()
         else:
-            self._update(self._scale.value)
+            self._update(scale.value)
             self._step_schedules()
-        self._scale.follow(
-            overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale
-        )
+        scale.follow(overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale)
         if overflow.is_known:
             self._learn()
+
+    @property
+    def _looks(self) -> bool:
+        """Whether losses and gradients are looked at."""
+        return self._scale is None and self.nonfinite != "ignore"
+
+    def _step_unscaled(self) -> None:
+        outcome = self._facts.outcome(self._params, self._count()) if self._looks else None
+        losses = self._facts.losses
+        self._facts.forget()
+        if outcome is not None and not outcome.is_known:
+            if self.nonfinite != "skip":
+                made = not all(skips_on_device(o) for o in self.optimizers)
+                self._pending = Pending(self._tries, outcome, losses, engine().latest_runs(), made)
+            elif self._may_skip():
+                self._update(self._fixed_scale, outcome)
+                says = partial(self._say_skipped, self._tries, losses)
+                self._last = _Provisional(outcome, self._undoable_schedule_steps(), says=says)
+                self._steps += 1
+                return
+        if outcome is not None and self._pending is None and outcome.happened:
+            if self.nonfinite != "skip":
+                stop(Pending(self._tries, outcome, losses, engine().latest_runs()), self._params(), self.nonfinite)
+            self._say_skipped(self._tries, losses)
+            self.zero_grad()
+            return
+        self._update(self._fixed_scale, None if self._pending is None else outcome)
+        self._step_schedules()
+        self._steps += 1
+
+    def _settle(self) -> None:
+        """Raise NonFiniteError if that is what the last step turns out to need.  Collective."""
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.outcome.happened:
+            stop(pending, self._params(), self.nonfinite)
+
+    def _say_skipped(self, number: int, losses: list[torch.Tensor]) -> None:
+        here, bad = context().rank, [value for value in map(float, losses) if not math.isfinite(value)]
+        if bad or here == 0:
+            what = f"the loss on rank {here} is {bad[0]}" if bad else "a loss or a gradient is infinite or NaN"
+            warnings.warn(f"Step {number} is left out: {what}.", stacklevel=3)
+
+    def _count(self) -> int:
+        return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
+
+    def _holds_gradients(self) -> bool:
+        return any(home.gradient.present for home in homes_of(self._params()))
+
+    def _undoable_schedule_steps(self) -> list[ScheduleStep]:
+        managed = zip(self.optimizers, self.lr_schedulers, strict=True)
+        return [ScheduleStep(o, s) for o, s in managed if s is not None]
 
     def _may_skip(self) -> bool:
         """Whether optimizers leave out a step on the device's word, and schedules take one back."""
@@ -208,6 +304,9 @@ class OptimManager:
                 schedule_step.undo()
             if last.holds_gradients:
                 self.zero_grad()
+            if last.says is not None:
+                last.says()
+                self._steps -= 1
 
     def _update(self, scale: float | torch.Tensor, overflow: Overflow | None = None) -> None:
         for optimizer in self.optimizers:
@@ -236,6 +335,7 @@ class OptimManager:
                 optimizer has that form, which every rank has to write to a file of its own.
         """
         self._learn()
+        self._settle()
         return self._state(
             [o.state_dict(gather=gather_opt) if knows_shards(o) else o.state_dict() for o in self.optimizers]
         )
@@ -252,6 +352,7 @@ class OptimManager:
     def parts(self) -> dict[str, Any]:
         """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
         self._learn()
+        self._settle()
         found = [(o, in_parts(o)) for o in self.optimizers]
         return self._state([o.state_dict() if own is None else own.parts() for o, own in found])
 

@@ -52,15 +52,22 @@ def _sum_of_powers(found: Sequence[Piece], norm_type: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
-    """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective."""
+def global_norm(params: Sequence[Any], norm_type: float = 2.0, spoils: torch.Tensor | None = None) -> torch.Tensor:
+    """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective.
+
+    ``spoils``, 0-d, is 0, or NaN on a rank that wants no rank's norm to be finite.
+    """
     ctx = context()
     found = _pieces(params)
     sharded = _sum_of_powers(
         [piece for piece in found if isinstance(piece.flat, FlatShard) and piece.flat.is_counted], norm_type
     )
     replicated = _sum_of_powers([piece for piece in found if not isinstance(piece.flat, FlatShard)], norm_type)
+    if spoils is not None:
+        sharded += spoils
     if norm_type == float("inf"):
+        if ctx.model_group.world_size > 1:
+            sharded.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # a maximum over ranks may lose a NaN
         ctx.model_group.all_reduce(sharded, "max")
         return torch.maximum(sharded, replicated).float()
     ctx.model_group.all_reduce(sharded, "sum")
@@ -70,14 +77,19 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_(
-    params: Sequence[Any], max_norm: float, norm_type: float, loss_scale: float | torch.Tensor, eps: float
+    params: Sequence[Any],
+    max_norm: float,
+    norm_type: float,
+    loss_scale: float | torch.Tensor,
+    eps: float,
+    spoils: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiply gradients by ``max_norm / (norm + eps)``, at most 1; returns ``norm``.  Collective.
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
     finish_gradients(params)
-    norm = global_norm(params, norm_type) / loss_scale
+    norm = global_norm(params, norm_type, spoils) / loss_scale
     scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
     return norm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,15 @@ from .parameter import ShardedParameter
 from .unit import ShardUnit
 
 T = TypeVar("T")
+
+
+class Run(NamedTuple):
+    """An outermost forward under autograd."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: torch.dtype | None
 
 
 class Engine(Protocol):
@@ -53,6 +62,9 @@ class Engine(Protocol):
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
+
+    def latest_runs(self) -> list[Run]:
+        """The forwards since the last optimizer step, a few, without their graphs."""
 
     def updated(self, unit: ShardUnit) -> None:
         """An optimizer has just changed all of ``unit``.  Collective."""

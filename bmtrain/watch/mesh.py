@@ -68,7 +68,7 @@ class _Link:
 class Mesh:
     """This rank's connections.  ``send`` is for any thread, ``receive`` for one."""
 
-    def __init__(self, store: Store, rank: int, world_size: int, host: str | None) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, host: str | None, secret: str = "") -> None:
         self.rank, self.world_size = rank, world_size
         self._lock = threading.Lock()
         self._links: dict[int, _Link] = {}
@@ -81,7 +81,8 @@ class Mesh:
         if rank == 0:
             store.set("watch/word", uuid.uuid4().hex)
         store.set(f"watch/{rank}", f"{_own_address(host)} {self._door.getsockname()[1]}")
-        self._word = store.get("watch/word").decode()
+        word = store.get("watch/word")
+        self._word = hmac.new(secret.encode(), word, "sha256").hexdigest()  # whoever has read the store knows the other
         for other in range(rank):
             self._reach(other, store.get(f"watch/{other}").decode())
         _open.add(self)

@@ -484,11 +484,12 @@ def start(
     timeouts: Timeouts,
     folder: str,
     hooks: Hooks,
+    secret: str = "",
 ) -> Watchdog:
     """Connect the watchdogs of all ranks, which meet in ``store``.  Collective.
 
-    ``host`` is where the ranks meet; diaries are written to ``folder``.
+    ``host`` is where the ranks meet; diaries are written to ``folder``; only who knows ``secret`` may take part.
     """
-    watchdog = Watchdog(Mesh(store, rank, world_size, host), diary, timeouts, folder, hooks)
+    watchdog = Watchdog(Mesh(store, rank, world_size, host, secret), diary, timeouts, folder, hooks)
     watchdog.start()
     return watchdog

@@ -1,5 +1,6 @@
 """Carries out every attack and writes docs/faults.md; arguments choose attacks, which are only shown.
 
+--update also puts those chosen into the table that is there, in place of what came of them before.
 --jobs N carries out N at a time, which loads the machine and so lengthens what is measured.  With
 BMTRAIN_TEST_DEVICE=cuda ranks are on GPUs, and the table is written to docs/faults-gpu.md.
 """
@@ -21,7 +22,8 @@ Made by `bash tests/faults.sh`; do not edit. One rank of a small training script
 does what the first column says. The job must end within 10 s, or go on where that is said; every rank that still runs
 must name the rank at fault within 10 s, with the places of both in the script; exit codes must tell, no process may
 stay behind and no file be half-written. Seconds are counted from the fault. After a death, torchrun ends the other
-ranks itself and names the one that died; what they had said by then counts.
+ranks itself and names the one that died; what they had said by then counts. With `shard_size` or `tp_size`, four ranks
+form groups, and what happens in one must reach the others. Some rows may be of a later run than the others.
 
 """
 
@@ -31,6 +33,8 @@ def main(words: list[str]) -> int:
     if "--jobs" in words:
         at = words.index("--jobs")
         jobs, words = int(words[at + 1]), words[:at] + words[at + 2 :]
+    updates = "--update" in words
+    words = [word for word in words if word != "--update"]
     every = [a for a in attacks() if not words or any(fnmatch.fnmatch(a.name, pattern) for pattern in words)]
     rows: list[tuple[Attack, Finding]] = []
     with ThreadPoolExecutor(jobs) as pool:
@@ -39,27 +43,41 @@ def main(words: list[str]) -> int:
             print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
             if words or found.problems:
                 print("    " + found.output.replace("\n", "\n    "), flush=True)
-    if not words:
+    if updates or not words:
         on_gpus = os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda"
         file = Path(__file__).parents[2].joinpath("docs", "faults-gpu.md" if on_gpus else "faults.md")
-        file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(rows))
+        known = _known(file.read_text()) if updates and file.exists() else {}
+        for attack, found in rows:
+            known[_head(attack)] = _row(attack, found)
+        lines = [known[_head(attack)] for attack in attacks() if _head(attack) in known]
+        file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(lines))
     return int(any(found.problems for _, found in rows))
 
 
-def _table(rows: list[tuple[Attack, Finding]]) -> str:
-    right = sum(not found.problems for _, found in rows)
-    lines = [f"{right} of {len(rows)} as they must be.", ""]
-    lines += [
+def _table(lines: list[str]) -> str:
+    right = sum(line.endswith("| right |") for line in lines)
+    head = [
+        f"{right} of {len(lines)} as they must be.", "",
         "| one rank | rank | started by | must | reported after | ended after | |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for attack, found in rows:
-        launcher = "torchrun" if attack.torchrun else "hand"
-        must = {"ends": "end", "reported": "be reported and go on", "unharmed": "go on"}[attack.outcome]
-        seconds = f"{_second(found.reported_after)} | {_second(found.ended_after)}"
-        who = f"{attack.rank} of {attack.ranks}"
-        lines.append(f"| {attack.text} | {who} | {launcher} | {must} | {seconds} | {found.verdict} |")
-    return "\n".join(lines) + "\n"
+    ]  # fmt: skip
+    return "\n".join([*head, *lines]) + "\n"
+
+
+def _head(attack: Attack) -> str:
+    """How an attack's row begins, which no other's does."""
+    launcher = "torchrun" if attack.torchrun else "hand"
+    must = {"ends": "end", "reported": "be reported and go on", "unharmed": "go on"}[attack.outcome]
+    return f"| {attack.text} | {attack.rank} of {attack.ranks} | {launcher} | {must} |"
+
+
+def _row(attack: Attack, found: Finding) -> str:
+    return f"{_head(attack)} {_second(found.reported_after)} | {_second(found.ended_after)} | {found.verdict} |"
+
+
+def _known(text: str) -> dict[str, str]:
+    """The rows of a table, by their heads."""
+    return {"|".join(line.split("|")[:5]) + "|": line for line in text.splitlines() if line.startswith("| ")}
 
 
 def _second(value: float | None) -> str:

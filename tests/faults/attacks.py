@@ -27,6 +27,7 @@ SKIPS = {
     "batch": "skips a batch before the forward", "generate": "leaves a loop that generates early",
     "rest": "leaves the training loop early",
 }  # fmt: skip
+MESHES = ("SHARD_SIZE", "TP_SIZE")
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,18 @@ class Attack:
     @property
     def text(self) -> str:
         """What the rank does."""
+        where = f"{self.phase}, workers" if "WORKERS" in self.env else self.phase
         if self.fault == "skip":
-            return SKIPS[self.phase]
-        if self.fault in ALONE:
-            return f"{ALONE[self.fault]} ({self.phase})"
-        if self.fault == "stop":
-            return f"SIGSTOP, SIGCONT {self.resumes_after:g} s later ({self.phase})"
-        if self.fault == "sleep":
-            return f"sleeps {self.env['SECONDS_ASLEEP']} s{_limit(self)} ({self.phase})"
-        return f"{DEATHS[self.fault]} ({self.phase})"
+            said = SKIPS[self.phase]
+        elif self.fault in ALONE:
+            said = f"{ALONE[self.fault]} ({where})"
+        elif self.fault == "stop":
+            said = f"SIGSTOP, SIGCONT {self.resumes_after:g} s later ({where})"
+        elif self.fault == "sleep":
+            said = f"sleeps {self.env['SECONDS_ASLEEP']} s{_limit(self)} ({where})"
+        else:
+            said = f"{DEATHS[self.fault]} ({where})"
+        return said + "".join(f", {key.lower()}={value}" for key, value in self.env.items() if key in MESHES)
 
 
 def _limit(attack: Attack) -> str:
@@ -102,6 +106,20 @@ def attacks() -> Iterator[Attack]:
     yield Attack("stop", "forward", resumes_after=9, outcome="reported")
     yield Attack("stop", "sum_loss", rank=0, ranks=3, resumes_after=9, outcome="reported")
     yield Attack("stop", "save", resumes_after=2, outcome="unharmed")
+    for mesh in ({"SHARD_SIZE": "2"}, {"TP_SIZE": "2"}, {"SHARD_SIZE": "1"}):
+        yield from _in_a_mesh(mesh)
+
+
+def _in_a_mesh(env: dict[str, str]) -> Iterator[Attack]:
+    """Of four ranks, in pairs or each alone: what happens in one group reaches the others."""
+    for fault, phase, rank in (
+        ("kill", "forward", 3), ("exit", "backward", 0), ("raise", "step", 2), ("kill", "writing", 0),
+        ("skip", "block", 1), ("skip", "block", 2), ("skip", "step", 3), ("skip", "backward", 0), ("skip", "batch", 2),
+        ("skip", "generate", 1), ("evaluate", "step", 3), ("gather", "sum_loss", 1), ("sum", "step", 2),
+    ):  # fmt: skip
+        yield Attack(fault, phase, rank, ranks=4, env=env)
+    yield Attack("sleep", "forward", 1, ranks=4, env={"SECONDS_ASLEEP": "9", **env}, outcome="reported")
+    yield Attack("stop", "step", 2, ranks=4, env=env, resumes_after=9, outcome="reported")
 
 
 FAST = (

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Protocol
 
-from .attacks import Attack
+from .attacks import DEATHS, Attack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))  # the harness that runs several ranks
 from ranks import gpu_variables
@@ -264,6 +264,8 @@ class _Run:
             else:
                 problems.append(f"rank {rank} did not name rank {attack.rank}")
         text = "\n".join(line for lines in said.values() for _, line in lines)
+        if not text and attack.fault in DEATHS and attack.torchrun and self._agent_names():
+            return  # nobody lived long enough to say where
         places = set(re.findall(r"script\.py:\d+", text))
         self.found.reported_after = max(moments) - self.fault if moments else None
         if moments and max(moments) - self.fault > SECONDS:

@@ -25,13 +25,14 @@ FAULT, PHASE, RANK, OUT = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4
 STEPS, FAULTY = 8, 3
 LIMIT = timedelta(seconds=float(os.environ.get("LIMIT", "600")))
 WORKERS = int(os.environ.get("WORKERS", "0"))
+SHARD_SIZE, TP_SIZE = int(os.environ.get("SHARD_SIZE", "0")) or None, int(os.environ.get("TP_SIZE", "1"))
 step = 0
 
 
 def wrong(phase: str) -> bool:
     """Whether this rank is to go wrong now; writes down when and where."""
-    early = phase in ("start", "sharding")
-    if phase != PHASE or bmt.rank() != RANK or not (early or step == FAULTY) or os.path.exists(f"{OUT}/fault"):
+    outside = phase in ("start", "sharding", "end")  # of the loop
+    if phase != PHASE or bmt.rank() != RANK or not (outside or step == FAULTY) or os.path.exists(f"{OUT}/fault"):
         return False
     with open(f"{OUT}/fault.part", "w") as file:
         json.dump({"time": time.time(), "pid": os.getpid()}, file)
@@ -87,7 +88,14 @@ def skips(phase: str) -> bool:
 class Cell(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()
-        self.number, self.linear = number, nn.Linear(8, 8)
+        self.number = number
+        if TP_SIZE == 1:
+            self.linear: nn.Module = nn.Linear(8, 8)
+        else:
+            self.linear = nn.Sequential(
+                bmt.nn.ColumnParallelLinear(8, 8, gather_input=False),
+                bmt.nn.RowParallelLinear(8, 8, all_reduce_output=True),
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.number == 1:
@@ -140,12 +148,16 @@ bmt.init_distributed(
     device=os.environ.get("BMTRAIN_TEST_DEVICE", "cpu"),
     seed=1,
     timeout=bmt.Timeouts(start=LIMIT, step=LIMIT, save=LIMIT),
+    shard_size=SHARD_SIZE,
+    tp_size=TP_SIZE,
 )
 point("start")
 torch.set_num_threads(1)
 whole = Net()
 point("sharding")
 net = bmt.BMTrainModelWrapper(whole)
+if TP_SIZE > 1:
+    bmt.init_parameters(net)
 manager = bmt.optim.OptimManager()
 manager.add_optimizer(bmt.optim.AdamOptimizer(net.parameters(), lr=1e-2))
 data = TensorDataset(torch.randn(64, 8))
