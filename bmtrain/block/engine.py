@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,6 +35,7 @@ from .untrained import FirstGraphs
 T = TypeVar("T")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
+_Noted = tuple[weakref.ref[nn.Module], Args, Kwargs, torch.dtype | None]  # a Run of a module that may go
 _RUNS = 8
 """How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
@@ -54,7 +56,7 @@ class Engine:
         self.plan = MemoryPlan(ctx)
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
-        self._runs: deque[Run] = deque(maxlen=_RUNS)
+        self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
@@ -145,11 +147,12 @@ class Engine:
         if isinstance(module, nn.Module):
             if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
-            self._runs.append(Run(module, args, kwargs, self.ctx.device.autocast()))
+            self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
     def latest_runs(self) -> list[Run]:
         """The forwards since the last optimizer step, a few, without their graphs."""
-        return list(self._runs)
+        runs = [(made(), args, kwargs, autocast) for made, args, kwargs, autocast in self._runs]
+        return [Run(module, args, kwargs, autocast) for module, args, kwargs, autocast in runs if module is not None]
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -429,3 +431,13 @@ def test_what_a_forward_was_given_is_held_for_the_step_only() -> None:
     assert held and not held[0].requires_grad
     training.manager.step()
     assert not context().engine._runs  # type: ignore[attr-defined]
+
+
+@on_ranks(1)
+def test_what_is_remembered_keeps_no_model() -> None:
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
