@@ -136,7 +136,7 @@ def test_who_has_read_the_store_does_not_reach_a_watchdog(store: TCPStore) -> No
         mesh.close()
 
 
-READS_FILES = {"checkpoint/files.py", "checkpoint/command.py", "checkpoint/pickled.py", "checkpoint/storage.py"}
+READS_FILES = {f"checkpoint/{name}.py" for name in ("files", "command", "pickled", "storage", "torch_file")}
 
 
 def test_nothing_but_files_is_unpickled() -> None:
