@@ -104,7 +104,7 @@ def wrong_in(cell: Row) -> list[str]:
                 wrong.append(f"step {number}: gradient of {name} off by {off:.2g}")
         if cell["clip"] and not abs(norms[number] - right_norms[number]) <= later * right_norms[number]:
             wrong.append(f"step {number}: norm {norms[number]}, not {right_norms[number]}")
-    state = model.state_dict()
+    state = {name: value.to(first[name].device) for name, value in model.state_dict().items()}
     for name, value in reference.state_dict().items():
         moved = (value - first[name]).norm()
         rounding = 2**-8 * first[name].norm() if cell["precision"] == "bf16 model" else 0.0
