@@ -72,13 +72,8 @@ class Readback:
 
     @property
     def comes_later(self) -> bool:
-        """Whether the device computes it while the host goes on: unlike ``is_ready`` the same on all ranks."""
+        """Whether the device computes it while the host goes on: the same on all ranks, unlike whether it is there."""
         return self._event is not None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether ``get`` need not wait; ranks may differ, so that nothing collective may follow from it."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def get(self) -> float:
         """The number; waits until the device has computed it."""

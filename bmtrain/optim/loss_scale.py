@@ -28,8 +28,8 @@ class Overflow:
 
     @property
     def is_known(self) -> bool:
-        """Whether ``happened`` need not wait."""
-        return self._value.is_ready
+        """Whether ``happened`` is to be asked at once; decided alike on all ranks, some of which may have it earlier."""
+        return not self._value.comes_later
 
     @property
     def happened(self) -> bool:

@@ -36,11 +36,6 @@ class NonFinite(Overflow):
         return self._flag
 
     @property
-    def is_known(self) -> bool:
-        """Whether it is asked at once, which is decided alike on all ranks: what follows is collective."""
-        return not self._value.comes_later
-
-    @property
     def happened(self) -> bool:
         return not math.isfinite(self._value.get())
 

@@ -29,7 +29,7 @@ OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def told(late: bool) -> Iterator[None]:
-    with mock.patch.object(Readback, "is_ready", not late):
+    with mock.patch.object(Readback, "comes_later", late):
         yield
 
 
