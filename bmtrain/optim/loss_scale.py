@@ -28,7 +28,7 @@ class Overflow:
 
     @property
     def is_known(self) -> bool:
-        """Whether ``happened`` is to be asked at once; decided alike on all ranks, some of which may have it earlier."""
+        """Whether ``happened`` is to be asked at once; decided alike on all ranks, though some may have it earlier."""
         return not self._value.comes_later
 
     @property
