@@ -34,9 +34,9 @@ def test_equal_runs_pass(tmp_path: Path) -> None:
     [
         ([*LOSSES[:25], LOSSES[25] * 1.0001, *LOSSES[26:]], RESUMED, "difference between converted and unconverted"),
         (LOSSES, [(25, LOSSES[25] * 1.0001), *RESUMED], "steps run again"),
-        (LOSSES, list(enumerate(LOSSES)), "0 steps run again"),
-        ([5.0] * 40, [(step, 5.0) for step, _ in RESUMED], "unigram entropy"),
-        (LOSSES[:-1], RESUMED, "39 steps"),
+        pytest.param(LOSSES, list(enumerate(LOSSES)), "0 steps run again", marks=pytest.mark.long),
+        pytest.param([5.0] * 40, [(step, 5.0) for step, _ in RESUMED], "unigram entropy", marks=pytest.mark.long),
+        pytest.param(LOSSES[:-1], RESUMED, "39 steps", marks=pytest.mark.long),
         (LOSSES, RESUMED[:5] + RESUMED[40:], "steps are missing"),
     ],
 )

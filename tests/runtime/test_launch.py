@@ -86,6 +86,7 @@ def test_the_older_launcher_passes_local_rank(tmp_path: Path, alone: list[float]
     assert [f["environment"] for f in found] == ["0", "1"]
 
 
+@pytest.mark.long
 def test_two_nodes(tmp_path: Path, alone: list[float]) -> None:
     run = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
     run += ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]

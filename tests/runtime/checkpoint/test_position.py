@@ -108,14 +108,13 @@ def joined(results: list[dict[str, list[list[int]]]], name: str) -> list[list[in
     return [list(itertools.chain.from_iterable(parts)) for parts in together]
 
 
-def test_the_next_batch_is_the_next_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("before", "after", "stop"), [(2, 3, 2), pytest.param(1, 1, 8, marks=pytest.mark.long)])
+def test_the_next_batch_is_the_next_one(tmp_path: Path, before: int, after: int, stop: int) -> None:
     straight = run_ranks(1, all_of, str(tmp_path / "straight"), None, False)
-    for before, after, stop in ((1, 1, 8), (2, 3, 2)):
-        first = run_ranks(before, all_of, str(tmp_path / str(stop)), stop, False)
-        rest = run_ranks(after, all_of, str(tmp_path / str(stop)), stop, True)
-        for name in LOADERS:
-            found = joined(first, name) + joined(rest, name)
-            assert found == joined(straight, name), (name, stop)
+    first = run_ranks(before, all_of, str(tmp_path / str(stop)), stop, False)
+    rest = run_ranks(after, all_of, str(tmp_path / str(stop)), stop, True)
+    for name in LOADERS:
+        assert joined(first, name) + joined(rest, name) == joined(straight, name), name
 
 
 @on_ranks(1, 2)
