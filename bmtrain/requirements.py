@@ -14,9 +14,12 @@ PRIVATE = (
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.utils._pytree.keystr",
     "torch.utils._pytree.tree_flatten",
+    "torch.utils._pytree.tree_flatten_with_path",
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",
+    "torch.utils._pytree.tree_map_only",
     "torch.utils._pytree.tree_unflatten",
 )
 """Names that torch does not promise to keep, and that are imported here."""
