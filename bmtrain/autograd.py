@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -24,6 +25,12 @@ class ScriptsAsWritten:
 
     def __exit__(self, *_: object) -> None:
         torch._C._set_graph_executor_optimize(self._optimizes)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def outside_of_compiled_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """``call(*args, **kwargs)``, which is no part of a graph: in one it would happen when that is made, or never."""
+    return call(*args, **kwargs)
 
 
 def backward_id() -> int | None:

@@ -368,7 +368,7 @@ def own_random() -> AbstractContextManager[None]:
     here = _State.context
     if here is None or here.world_size == 1 or here.random == "shared":
         return nullcontext()
-    return here.device.everything_draws_own()
+    return here.device.all_draw_own()
 
 
 def shutdown() -> None:

@@ -278,16 +278,11 @@ class Device:
 
     @contextmanager
     def all_draw_own(self) -> Iterator[None]:
-        """Inside the ``with`` whatever torch draws on this rank is its own."""
+        """Inside the ``with`` whatever torch, ``random`` and numpy draw on this rank is its own."""
         with ExitStack() as stack:
             for own in self._own_random:
                 stack.enter_context(own)
-            yield
-
-    @contextmanager
-    def everything_draws_own(self) -> Iterator[None]:
-        """Inside the ``with`` what ``random`` and numpy draw is this rank's own, too."""
-        with self.all_draw_own(), host_draws_own(self._draws_as):
+            stack.enter_context(host_draws_own(self._draws_as))
             yield
 
     def rng_state(self) -> RngState:

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..alike import misfit
 from ..alike import require_same as require_same_values
+from ..autograd import outside_of_compiled_code
 from ..context import Context, context
 from ..errors import BMTrainError, CheckpointError, DeviceError, UnsupportedError
 from ..shard.engine import engine
@@ -48,7 +49,7 @@ class ShardedModule(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return _outside_of_compiled_code(self, args, kwargs)
+            return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         record = record_of(self)
         if record is None or record.unit is None:  # still being built
             return super().__call__(*args, **kwargs)
@@ -163,12 +164,6 @@ class ShardedModule(nn.Module):
         return self
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_of_compiled_code(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a block inside a compiled one: the engine's work is no part of a graph."""
-    return module(*args, **kwargs)
-
-
 def _random_numbers(module: nn.Module, record: Record, ctx: Context, outermost: bool) -> AbstractContextManager[None]:
     """Lets layers that train draw this rank's own numbers, while ranks go on to decide alike which layers run.
 
@@ -236,6 +231,13 @@ def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[
     return whole
 
 
+def level_statistics(model: nn.Module) -> None:
+    """Let batch norms of a sharded model be the same on all ranks, before its values are written.  Collective."""
+    record = record_of(model) if isinstance(model, ShardedModule) else None
+    if record is not None:
+        level(model, record)
+
+
 def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
     """``model.save_pretrained(save_directory, ...)`` with its own arguments, written by rank 0 alone.  Collective.
 
@@ -263,9 +265,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     state = None
     with ctx.diary.saving():
         if isinstance(model, nn.Module):
-            record = record_of(model) if isinstance(model, ShardedModule) else None
-            if record is not None:
-                level(model, record)
+            level_statistics(model)
             state = None if comes_in_turn(model) else model.state_dict()
         write_by_rank_0(model, own, state, save_directory, args, kwargs)
 

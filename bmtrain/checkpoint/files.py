@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block.batch_norm_statistics import level
 from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_in_pieces
-from ..block.record import record_of, unit_of
-from ..block.sharded import ShardedModule, own_slices, require_same, whole_state
+from ..block.record import unit_of
+from ..block.sharded import ShardedModule, level_statistics, own_slices, require_same, whole_state
 from ..context import Context, context
 from ..errors import CheckpointError
 from ..objects import allgather_objects, broadcast_object
@@ -60,9 +59,7 @@ def _save_in_turn(model: nn.Module, path: Path) -> None:
         _finish_background()
         if context().world_size > 1:
             engine().meet(f"the saving of {type(model).__name__}")
-        record = record_of(model) if isinstance(model, ShardedModule) else None
-        if record is not None:
-            level(model, record)
+        level_statistics(model)
         values = named_state(model)
         firsts: dict[int, str] = {}
         ties = {name: firsts.setdefault(id(value), name) for name, value in values.items()}

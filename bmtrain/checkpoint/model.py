@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from ..alike import misfit
-from ..block.batch_norm_statistics import level
 from ..block.in_turn import named_state
-from ..block.record import record_of
-from ..block.sharded import ShardedModule, owned_units
+from ..block.sharded import level_statistics, owned_units
 from ..errors import CheckpointError
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.in_parts import part_at
@@ -30,9 +28,7 @@ class ModelParts:
 
     def parts(self) -> dict[str, Any]:
         """The present values, without a copy."""
-        record = record_of(self._model) if isinstance(self._model, ShardedModule) else None
-        if record is not None:
-            level(self._model, record)
+        level_statistics(self._model)
         found: dict[str, Any] = {}
         known: dict[int, Any] = {}  # what is tied stays one tensor
         for name, value in named_state(self._model).items():

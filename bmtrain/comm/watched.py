@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..autograd import outside_of_compiled_code
 from ..errors import CommunicationError
 from ..watch import Diary, Watchdog
 from .base import Communicator, ReduceOp
@@ -74,7 +75,7 @@ class WatchedCommunicator(Communicator):
     def _counted(self, operation: str, moved: torch.Tensor | int, call: Callable[..., Any], *args: Any) -> Any:
         """``call(*args)``, with a tensor that it moves, or how many bytes."""
         if torch.compiler.is_compiling():
-            return _outside_of_compiled_code(self._counted, operation, moved, call, *args)
+            return outside_of_compiled_code(self._counted, operation, moved, call, *args)
         self._diary.enter(self.name, operation, moved if isinstance(moved, int) else moved.nbytes)
         try:
             return call(*args)
@@ -85,7 +86,7 @@ class WatchedCommunicator(Communicator):
 
     def _between_two(self, pair: str, peer: int, call: Callable[..., Any], tensor: torch.Tensor) -> None:
         if torch.compiler.is_compiling():
-            _outside_of_compiled_code(self._between_two, pair, peer, call, tensor)
+            outside_of_compiled_code(self._between_two, pair, peer, call, tensor)
             return
         self._diary.enter_pair(pair, peer)
         try:
@@ -100,9 +101,3 @@ class WatchedCommunicator(Communicator):
             self._diary.refused()
             raise error
         raise self._watchdog.explained(error) from error
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _outside_of_compiled_code(call: Callable[..., Any], *args: Any) -> Any:
-    """What ranks tell one another is no part of a graph, in which it would happen when it is made, or never."""
-    return call(*args)

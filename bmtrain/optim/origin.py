@@ -18,6 +18,7 @@ from ..context import context
 from ..errors import BMTrainError, NonFiniteError
 from ..objects import allgather_objects
 from ..shard.engine import Run, engine
+from ..written import replacing
 from .nonfinite import OnNonFinite, Pending
 from .pieces import Home, homes_of
 
@@ -58,10 +59,14 @@ def _dumped(step: Pending, bad: dict[int, list[float]]) -> str:
     path = ""
     if not bad or ctx.rank in bad:
         folder = Path(ctx.reports)
-        folder.mkdir(parents=True, exist_ok=True)
         path = str(folder / f"bmtrain-nonfinite-step{step.number}-rank{ctx.rank}-{int(time.time())}.pt")
         given = [(run.args, run.kwargs) for run in step.runs]
-        torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), given), path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with replacing(Path(path)) as temporary:
+                torch.save(tree_map_only(torch.Tensor, lambda t: t.detach().cpu(), given), temporary)
+        except Exception as error:  # a full disk, what cannot be pickled: the others wait for the verdict
+            path = f"nothing by rank {ctx.rank} ({type(error).__name__}: {error})"
     return f" Written: {', '.join(filter(None, allgather_objects(path)))}."
 
 

@@ -103,8 +103,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(ratios):
         message = (
-            "a quotient of sums over the batch is another one on a rank's share: give it the whole batch, "
-            "bmt.gather_batch(x) for both sides"
+            "a quotient of sums over the batch is another one on a rank's share, and the mean of the ranks' is not the "
+            "batch's: a quotient for each item, and their mean, is the same on any number of ranks"
         )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(compared):

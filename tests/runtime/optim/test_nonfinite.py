@@ -444,3 +444,13 @@ def test_what_is_remembered_keeps_no_model() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+@on_ranks(1, 2)
+def test_a_batch_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    """The rank at fault alone writes, and the others wait for it."""
+    (tmp_path / "file").touch()
+    training = Training(nonfinite="dump")
+    with mock.patch.object(context(), "reports", str(tmp_path / "file" / "folder")):
+        text = message(lambda: training.step(0, "NaN"))
+    assert f"Written: nothing by rank {bmt.world_size() - 1} (" in text and "Net.parts.1" in text, text
