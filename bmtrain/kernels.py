@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 
@@ -32,12 +32,28 @@ def compiled() -> bool:
     return _extension is not None and bool(_extension.with_cuda)
 
 
+class AdamWRun(NamedTuple):
+    """Elements from ``start`` to before ``end`` of flat, contiguous tensors, which AdamW updates together.
+
+    Attributes:
+        master, exp_avg, exp_avg_sq: parameters and moments, float32; master is bfloat16 if there is a ``remainder``.
+        grad: gradient in float32, float16 or bfloat16, which is not changed.
+        out: receives the new parameters in its own dtype (float32, float16, bfloat16); None for nowhere.
+        remainder: int16; with it master holds fp32 parameters as ``split_float`` does, and ``out`` is None.
+    """
+
+    master: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    grad: torch.Tensor
+    out: torch.Tensor | None
+    remainder: torch.Tensor | None
+    start: int
+    end: int
+
+
 def adamw_(
-    master: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    grad: torch.Tensor,
-    out: torch.Tensor | None,
+    runs: Sequence[AdamWRun],
     *,
     lr: float,
     beta1: float,
@@ -48,60 +64,85 @@ def adamw_(
     grad_scale: float = 1.0,
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
-    remainder: torch.Tensor | None = None,
 ) -> None:
-    """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place.
-
-    All tensors are contiguous and have equally many elements.
+    """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place; few launches for all.
 
     Args:
-        master, exp_avg, exp_avg_sq: parameters and moments, float32; master is bfloat16 if there is a ``remainder``.
-        grad: gradient in float32, float16 or bfloat16; it is multiplied by ``grad_scale`` and ``clip`` and not changed.
-        out: receives the new parameters in its own dtype (float32, float16, bfloat16); None for nowhere.
+        runs: what to update, each of tensors of one length on one device.
         step: number of this step, from 1.
-        clip: one float32 element on the same device, or None for 1.
+        grad_scale, clip: gradients are multiplied by them; clip is one float32 element on the same device, or None for
+            1.
         skip: one float32 element on the same device; unless it is 0, nothing is changed.
-        remainder: int16; with it master holds fp32 parameters as ``split_float`` does, and ``out`` is None.
     """
-    _check_flat(master, exp_avg, exp_avg_sq, grad, *(t for t in (out, remainder) if t is not None))
-    rests = torch.float32 if remainder is None else torch.bfloat16
-    for name, tensor, dtype in (
-        ("master", master, rests), ("exp_avg", exp_avg, torch.float32), ("exp_avg_sq", exp_avg_sq, torch.float32)
-    ):  # fmt: skip
-        if tensor.dtype != dtype:
-            raise ConfigurationError(f"adamw_: {name} must be {str(dtype)[6:]}, not {tensor.dtype}.")
     decay = 1 - lr * weight_decay
     step_size = lr / (1 - beta1**step)
     correction2_sqrt = (1 - beta2**step) ** 0.5
-    if _fits(master, grad.dtype, master.dtype if out is None else out.dtype):
+    alike: dict[_AdamWKind, list[tuple[int, ...]]] = {}
+    for run in runs:
+        _check_run(run)
+        master, exp_avg, exp_avg_sq, grad, out, remainder, start, end = run
+        kind = _AdamWKind(
+            master.get_device(), grad.dtype, torch.float32 if out is None else out.dtype, remainder is not None
+        )
+        if _fits(master, kind.grad, kind.out):
+            alike.setdefault(kind, []).append((
+                _element(master, start), _element(remainder, start), _element(exp_avg, start),
+                _element(exp_avg_sq, start), _element(grad, start), _element(out, start), end - start,
+            ))  # fmt: skip
+            continue
+        master, exp_avg, exp_avg_sq, grad = (t[start:end] for t in run[:4])
+        out, remainder = (None if t is None else t[start:end] for t in (out, remainder))
+        values = master if remainder is None else join(master, remainder)
+        changes = [t for t in (values, exp_avg, exp_avg_sq, out) if t is not None]
+        before = [] if skip is None else [t.clone() for t in changes]
+        grad = _scaled(grad, grad_scale, clip)
+        values.mul_(decay)
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
+        values.addcdiv_(exp_avg, denominator, value=-step_size)
+        if out is not None:
+            out.copy_(values)
+        if skip is not None:
+            for tensor, old in zip(changes, before, strict=True):
+                tensor.copy_(torch.where(skip != 0, old, tensor))
+        if remainder is not None:
+            for tensor, part in zip((master, remainder), split(values), strict=True):
+                tensor.copy_(part)
+    for kind, addresses in alike.items():
         numbers = _C.reference.AdamW(
             decay=decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2,
             step_size=step_size, correction2_sqrt=correction2_sqrt, eps=eps,
         )  # fmt: skip
         _C.kernels.adamw(
-            **_queue(master), master=master.data_ptr(), remainder=_address(remainder), exp_avg=exp_avg.data_ptr(),
-            exp_avg_sq=exp_avg_sq.data_ptr(), count=master.numel(), gradient=grad.data_ptr(),
-            gradient_type=_SCALARS[grad.dtype], out=_address(out), out_type=0 if out is None else _SCALARS[out.dtype],
-            adamw=numbers, scale=grad_scale, clip=_address(clip), skip=_address(skip),
+            **_queue(kind.device), runs=addresses, gradient_type=_SCALARS[kind.grad], out_type=_SCALARS[kind.out],
+            is_split=kind.is_split, adamw=numbers, scale=grad_scale, clip=_address(clip), skip=_address(skip),
         )  # fmt: skip
-        return
-    values = master if remainder is None else join(master, remainder)
-    changes = [t for t in (values, exp_avg, exp_avg_sq, out) if t is not None]
-    before = [] if skip is None else [t.clone() for t in changes]
-    grad = _scaled(grad, grad_scale, clip)
-    values.mul_(decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
-    values.addcdiv_(exp_avg, denominator, value=-step_size)
-    if out is not None:
-        out.copy_(values)
-    if skip is not None:
-        for tensor, old in zip(changes, before, strict=True):
-            tensor.copy_(torch.where(skip != 0, old, tensor))
-    if remainder is not None:
-        for tensor, part in zip((master, remainder), split(values), strict=True):
-            tensor.copy_(part)
+
+
+class _AdamWKind(NamedTuple):
+    """What runs of one launch have in common."""
+
+    device: int
+    grad: torch.dtype
+    out: torch.dtype
+    is_split: bool
+
+
+def _check_run(run: AdamWRun) -> None:
+    _check_flat(*(tensor for tensor in run[:6] if tensor is not None))
+    rests = torch.float32 if run.remainder is None else torch.bfloat16
+    for name, tensor, dtype in (
+        ("master", run.master, rests), ("exp_avg", run.exp_avg, torch.float32),
+        ("exp_avg_sq", run.exp_avg_sq, torch.float32),
+    ):  # fmt: skip
+        if tensor.dtype != dtype:
+            raise ConfigurationError(f"adamw_: {name} must be {str(dtype)[6:]}, not {tensor.dtype}.")
+
+
+def _element(tensor: torch.Tensor | None, index: int) -> int:
+    """The address of an element of a flat, contiguous tensor."""
+    return 0 if tensor is None else tensor.data_ptr() + index * tensor.element_size()
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -119,7 +160,7 @@ def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             for chunk in tensor.detach().view(-1).split(_CHUNK):  # type: ignore[no-untyped-call]
                 total += chunk.double().square().sum()
         return total
-    queue = _queue(tensors[0])
+    queue = _queue(tensors[0].get_device())
     counts = [_C.kernels.sum_of_squares_partials(t.numel()) for t in tensors]
     partials = torch.empty(sum(counts) + 1, dtype=torch.float64, device=tensors[0].device)
     address = partials.data_ptr()
@@ -145,7 +186,7 @@ def accumulate_(total: torch.Tensor, source: torch.Tensor, first: bool) -> None:
     _check_flat(total, source)
     if total.dtype == torch.float32 and _fits(total, source.dtype):
         _C.kernels.accumulate(
-            **_queue(total), total=total.data_ptr(), source=source.data_ptr(), type=_SCALARS[source.dtype],
+            **_queue(total.get_device()), total=total.data_ptr(), source=source.data_ptr(), type=_SCALARS[source.dtype],
             count=total.numel(), first=first,
         )  # fmt: skip
     elif first:
@@ -178,9 +219,9 @@ def cross_entropy_forward(
         statistics = torch.empty(len(target), 2, dtype=torch.float32, device=logits.device)
         entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
         _C.kernels.cross_entropy_forward(
-            **_queue(logits), logits=logits.data_ptr(), type=_SCALARS[logits.dtype], stride=logits.stride(0),
-            targets=target.data_ptr(), rows=len(target), entropy=entropy, losses=losses.data_ptr(),
-            statistics=statistics.data_ptr(),
+            **_queue(logits.get_device()), logits=logits.data_ptr(), type=_SCALARS[logits.dtype],
+            stride=logits.stride(0), targets=target.data_ptr(), rows=len(target), entropy=entropy,
+            losses=losses.data_ptr(), statistics=statistics.data_ptr(),
         )  # fmt: skip
         return losses, statistics
     wide = _wide(logits)
@@ -211,9 +252,9 @@ def cross_entropy_backward_(
     if _fits(logits, logits.dtype):
         entropy, _total = _entropy(logits, weight, ignore_index, label_smoothing)
         _C.kernels.cross_entropy_backward(
-            **_queue(logits), logits=logits.data_ptr(), type=_SCALARS[logits.dtype], stride=logits.stride(0),
-            targets=target.data_ptr(), rows=len(target), entropy=entropy, statistics=statistics.data_ptr(),
-            row_gradients=row_grad.data_ptr(),
+            **_queue(logits.get_device()), logits=logits.data_ptr(), type=_SCALARS[logits.dtype],
+            stride=logits.stride(0), targets=target.data_ptr(), rows=len(target), entropy=entropy,
+            statistics=statistics.data_ptr(), row_gradients=row_grad.data_ptr(),
         )  # fmt: skip
         return
     counted = target != ignore_index
@@ -252,8 +293,7 @@ class _Queue(TypedDict):
     stream: int
 
 
-def _queue(tensor: torch.Tensor) -> _Queue:
-    device = tensor.get_device()
+def _queue(device: int) -> _Queue:
     stream = torch._C._cuda_getCurrentRawStream(device)  # a stream object would cost a launch's time
     return {"device": device, "stream": stream}
 
@@ -284,16 +324,18 @@ def _entropy(
 
 
 def _check_contiguous(*tensors: torch.Tensor) -> None:
-    if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ConfigurationError("Fused operations need contiguous tensors; call .contiguous() first.")
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ConfigurationError("Fused operations need contiguous tensors; call .contiguous() first.")
 
 
 def _check_flat(first: torch.Tensor, *others: torch.Tensor) -> None:
     _check_contiguous(first, *others)
+    count, device = first.numel(), first.get_device()
     for other in others:
-        if other.numel() != first.numel() or other.device != first.device:
+        if other.numel() != count or other.get_device() != device:
             raise ConfigurationError(
-                f"Fused operations need equally many elements on one device, not {first.numel()} on {first.device} "
+                f"Fused operations need equally many elements on one device, not {count} on {first.device} "
                 f"and {other.numel()} on {other.device}."
             )
 

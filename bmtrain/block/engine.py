@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeVar
 
@@ -223,9 +223,9 @@ class Engine:
         if self.replicas is not None:
             self.replicas.ask()
 
-    def updated(self, unit: ShardUnit) -> None:
-        """An optimizer has just changed all of ``unit``.  Collective."""
-        self.schedule.updated(unit)
+    def updated(self, units: Sequence[ShardUnit]) -> None:
+        """An optimizer has just changed all of ``units``.  Collective."""
+        self.schedule.updated(units)
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""

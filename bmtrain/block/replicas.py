@@ -54,4 +54,4 @@ class Replicas:
                     if values is not None:
                         unit.ctx.replicate_group.broadcast(values, 0)
                 flat.changed()
-            self._schedule.updated(unit)
+            self._schedule.updated([unit])

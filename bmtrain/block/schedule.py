@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -86,10 +87,13 @@ class Schedule:
         """Sum the gradients of ``unit`` over ranks.  Collective."""
         unit.reduce_grads()
 
-    def updated(self, unit: ShardUnit) -> None:
-        """``unit`` has new values: if it stays whole, or the next step begins with it, gather it meanwhile."""
-        unit.release_prefetched()
-        if unit.stays and self.whole.idle:
-            self.whole.prefetch(unit, unit.trains_in)
-        elif self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
-            self.whole.prefetch(unit, unit.compute)
+    def updated(self, units: Sequence[ShardUnit]) -> None:
+        """``units`` have new values: gather meanwhile those that stay whole, or with which the next step begins."""
+        opening = self.trace.opening() if self.ctx.device.overlaps else ()
+        wanted: list[tuple[ShardUnit, torch.dtype | None]] = []
+        for unit in units:
+            if self.whole.idle and (unit.stays or unit.index in opening):
+                wanted.append((unit, unit.trains_in if unit.stays else unit.compute))
+            else:
+                unit.release_prefetched()
+        self.whole.gather_anew(wanted)

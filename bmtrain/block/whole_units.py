@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..shard.flat import FlatShard
-from ..shard.unit import ShardUnit, State
+from ..shard.unit import ShardUnit, State, prefetch_all
 
 
 class Reason(enum.Enum):
@@ -79,12 +79,17 @@ class WholeUnits:
 
     def prefetch(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
-        if unit.state is not State.SHARDED:
-            return
-        if not unit.stays:
-            self._make_room()
-        self._units[unit.index] = unit
-        unit.prefetch(compute)
+        if unit.state is State.SHARDED:
+            self.gather_anew([(unit, compute)])
+
+    def gather_anew(self, wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None:
+        """The same for several units, each for its dtype; those on their way are gathered once more."""
+        for unit, _ in wanted:
+            if unit.state is State.SHARDED and not unit.stays:
+                self._make_room()
+            if not unit.is_whole:
+                self._units[unit.index] = unit
+        prefetch_all(wanted)
 
     def release(self, unit: ShardUnit) -> None:
         """Give up ``unit``'s whole values."""

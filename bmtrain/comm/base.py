@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -57,6 +58,10 @@ class Communicator(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Return only after every rank has called this."""
+
+    def group(self) -> AbstractContextManager[None]:
+        """Collectives inside the ``with`` may be queued as one, when it ends.  No memory is allocated in it."""
+        return nullcontext()
 
     def alloc(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A flat buffer this transport moves fastest.  Collective."""

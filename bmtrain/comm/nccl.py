@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -151,6 +151,9 @@ class NcclCommunicator(Communicator):
     def barrier(self) -> None:
         self.all_reduce(self._token)
         torch.cuda.current_stream(self.device).synchronize()
+
+    def group(self) -> AbstractContextManager[None]:
+        return group()
 
     def alloc(self, numel: int, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
         """A flat, uninitialised buffer in a symmetric window, which NCCL reads and writes in place on all ranks.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,6 +58,20 @@ class WatchedCommunicator(Communicator):
 
     def recv(self, tensor: torch.Tensor, peer: int) -> None:
         self._between_two("a receive from", peer, self.inner.recv, tensor)
+
+    @contextmanager
+    def group(self) -> Iterator[None]:
+        is_over = False
+        try:
+            with self.inner.group():
+                yield
+                is_over = self._diary.is_inside = True
+        except CommunicationError as error:
+            if not is_over:  # one of its collectives has said whose fault it is
+                raise
+            self._raise(error)
+        finally:
+            self._diary.leave()
 
     def alloc(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         made: torch.Tensor = self._counted("alloc", numel * dtype.itemsize, self.inner.alloc, numel, dtype, device)

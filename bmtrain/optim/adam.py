@@ -32,6 +32,7 @@ from .pieces import (
     gather_state,
     home_of,
     homes_of,
+    in_batches,
     pieces_of,
     replicated_of,
 )  # fmt: skip
@@ -81,6 +82,20 @@ class _Runs(NamedTuple):
 
     chosen: list[int]
     pieces: list[tuple[Piece, int]]
+
+
+_Due = dict[int, list[tuple[Piece, tuple[int, int]]]]
+"""By key of home: what is to be updated, with the number of its group and of this step."""
+
+
+class _Numbers(NamedTuple):
+    """What runs of one update have in common: the numbers of group and step, and what gradients are multiplied by."""
+
+    group: int
+    step: int
+    weight: float
+    factor: int
+    device: torch.device
 
 
 class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
@@ -166,22 +181,16 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         # the rest of them its gather.
         first, others = units[:2], units[2:]
         half = len(others) // 2
-        for unit in [*others[:half], *first, *others[half:]]:
-            for flat in unit.flats:
-                self._update_all(due[flat.key], unscale)
-            engine().updated(unit)
-        for home in replicated:
-            self._update_all(due[home.key], unscale)
+        for together in in_batches([*others[:half], *first, *others[half:]]):
+            self._update([flat for unit in together for flat in unit.flats], due, unscale)
+            engine().updated(together)
+        self._update(replicated, due, unscale)
         engine().optimizer_stepped()
         return loss
 
-    def _update_all(self, due: list[tuple[Piece, tuple[int, int]]], unscale: Unscale) -> None:
-        for piece, (group, step) in due:
-            self._update(piece, step, self.param_groups[group], unscale)
-
-    def _count_steps(self, homes: Sequence[Home]) -> dict[int, list[tuple[Piece, tuple[int, int]]]]:
+    def _count_steps(self, homes: Sequence[Home]) -> _Due:
         """By key of home: what is to be updated, with the number of its group and of this step."""
-        due: dict[int, list[tuple[Piece, tuple[int, int]]]] = {}
+        due: _Due = {}
         self._counted = []
         for home, touched in zip(homes, agree_on_touched(homes), strict=True):
             groups = self._holdings.groups.get(home.key, {})
@@ -215,25 +224,43 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                     steps[index] -= 1
         self._overflow = None
 
-    def _update(self, piece: Piece, step: int, group: dict[str, Any], unscale: Unscale) -> None:
-        flat: Home = piece.flat
-        state, where = self._state_of(flat), slice(piece.start, piece.end)
-        values, out, remainder = state.operands(flat, where)
-        beta1, beta2 = group["betas"]
-        factor = unscale.with_factor(flat.gradient.factor)
+    def _update(self, homes: Sequence[Home], due: _Due, unscale: Unscale) -> None:
+        """Update what is due of each of ``homes``; what takes the same numbers goes together."""
+        alike: dict[_Numbers, list[kernels.AdamWRun]] = {}
+        factors: dict[int, torch.Tensor] = {}
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for home in homes:
+            if not due[home.key]:
+                continue
+            state = self._state_of(home)
+            values, out, remainder = state.operands(home)
+            grad, factor = home.gradient.values()[0].to(values.device), unscale.with_factor(home.gradient.factor)
+            if factor is not None:
+                factors[id(factor)] = factor
+            direct = out is not None and out.device == values.device
+            for piece, (group, step) in due[home.key]:
+                numbers = _Numbers(group, step, home.gradient.weight, id(factor), values.device)
+                alike.setdefault(numbers, []).append(kernels.AdamWRun(
+                    values, state.exp_avg, state.exp_avg_sq, grad, out if direct else None, remainder, piece.start,
+                    piece.end,
+                ))  # fmt: skip
+                if out is not None and not direct:
+                    copies.append((out[piece.start : piece.end], values[piece.start : piece.end]))
+                if remainder is None and home.remainder is not None:  # of an optimizer on another device, to which
+                    home.remainder[piece.start : piece.end].zero_()  # this step is a write like others
+            state.stepped(home)
         skip = None if self._overflow is None else self._overflow.flag
-        device = values.device
-        direct = out is not None and out.device == device
-        kernels.adamw_(
-            values, state.exp_avg[where], state.exp_avg_sq[where], piece.grad.to(device),
-            out if direct else None, lr=0.0 if step <= self._hold_steps else float(group["lr"]),
-            beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"], step=step,
-            grad_scale=unscale.on_host * flat.gradient.weight, clip=None if factor is None else factor.to(device),
-            skip=None if skip is None else skip.to(device), remainder=remainder,
-        )  # fmt: skip
-        if out is not None and not direct:
+        for numbers, runs in alike.items():
+            options, clip = self.param_groups[numbers.group], factors.get(numbers.factor)
+            beta1, beta2 = options["betas"]
+            kernels.adamw_(
+                runs, lr=0.0 if numbers.step <= self._hold_steps else float(options["lr"]), beta1=beta1, beta2=beta2,
+                eps=options["eps"], weight_decay=options["weight_decay"], step=numbers.step,
+                grad_scale=unscale.on_host * numbers.weight, clip=None if clip is None else clip.to(numbers.device),
+                skip=None if skip is None else skip.to(numbers.device),
+            )  # fmt: skip
+        for out, values in copies:
             out.copy_(values)
-        state.stepped(flat)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -397,14 +424,18 @@ class AdamOffloadOptimizer(AdamOptimizer):
         self._delta.of_all_ranks()
         return loss
 
-    def _update(self, piece: Any, step: int, group: dict[str, Any], unscale: Unscale) -> None:
+    def _update(self, homes: Sequence[Home], due: _Due, unscale: Unscale) -> None:
         if self._delta is None:
-            super()._update(piece, step, group, unscale)
+            super()._update(homes, due, unscale)
             return
-        state, where = self._state_of(piece.flat), slice(piece.start, piece.end)
-        before = state.master_of(piece.flat)[where].clone()
-        super()._update(piece, step, group, unscale)
-        self._delta.add(piece, state.master_of(piece.flat)[where] - before)
+        pieces = [piece for home in homes for piece, _ in due[home.key]]
+        before = [self._values_of(piece).clone() for piece in pieces]
+        super()._update(homes, due, unscale)
+        for piece, values in zip(pieces, before, strict=True):
+            self._delta.add(piece, self._values_of(piece) - values)
+
+    def _values_of(self, piece: Piece) -> torch.Tensor:
+        return self._state_of(piece.flat).master_of(piece.flat)[piece.start : piece.end]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdamOptimizer:
         made: Any = super().__deepcopy__(memo)

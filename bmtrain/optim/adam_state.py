@@ -51,16 +51,13 @@ class FlatState:
             return part_of_joined(flat, index)
         return part_at(flat.place_of(index), flat.local(self.master_of(flat), index))
 
-    def operands(self, flat: Home, where: slice) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def operands(self, flat: Home) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """What a step updates in place; in which dtype or on which device else it is wanted; its remainder."""
-        shard = flat.shard[where]
         if self.splits(flat):
             flat.keep_writes()
-            return shard, None, remainder_of(flat)[where]
+            return flat.shard, None, remainder_of(flat)
         master = self.master_of(flat)
-        if flat.remainder is not None:  # of an optimizer on another device, to which this step is a write like others
-            flat.remainder[where].zero_()
-        return (shard, None, None) if master is flat.shard else (master[where], shard, None)
+        return (master, None, None) if master is flat.shard else (master, flat.shard, None)
 
     def stepped(self, flat: Home) -> None:
         """A step has changed ``operands``: the masters of other optimizers are to follow."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,12 +12,16 @@ from ..context import Context, context
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.pools import views_of
+from ..shard.unit import ShardUnit
 from .replicated import Replicated, average
 
 K = TypeVar("K")
 ParamGroup = dict[str, Any]
 Home = FlatShard | Replicated
 """Where a parameter lies."""
+_TOGETHER = 2**25
+"""Elements of shards to update at a time: a GPU takes some 0.3 milliseconds for them, more than the host for a launch,
+and gathers of what is updated can begin."""
 
 
 @dataclass(frozen=True)
@@ -179,3 +183,16 @@ def gather_state(home: Home, shard_like: torch.Tensor) -> list[torch.Tensor]:
     if not isinstance(home, FlatShard):
         return [home.whole(shard_like).to("cpu", copy=True)]
     return [home.joined(index, own).to("cpu", copy=True) for index, own in enumerate(gather_whole(home, shard_like))]
+
+
+def in_batches(units: Sequence[ShardUnit]) -> Iterator[list[ShardUnit]]:
+    """``units`` in their order, in parts of about so many elements; the same on all ranks."""
+    batch, size = list[ShardUnit](), 0
+    for unit in units:
+        batch.append(unit)
+        size += sum(flat.layout.shard_numel for flat in unit.flats)
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

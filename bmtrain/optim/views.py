@@ -33,6 +33,7 @@ from .pieces import (
     follow,
     gather_state,
     gather_whole,
+    in_batches,
     replicated_of,
 )
 from .replicated import adopt
@@ -131,8 +132,8 @@ class View:
                     self._masters[id(flat)] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
         self.show_sharded(optimizer)
-        for unit in units.values():
-            engine().updated(unit)
+        for together in in_batches(list(units.values())):
+            engine().updated(together)
 
     def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""

@@ -66,8 +66,8 @@ class Engine(Protocol):
     def latest_runs(self) -> list[Run]:
         """The forwards since the last optimizer step, a few, without their graphs."""
 
-    def updated(self, unit: ShardUnit) -> None:
-        """An optimizer has just changed all of ``unit``.  Collective."""
+    def updated(self, units: Sequence[ShardUnit]) -> None:
+        """An optimizer has just changed all of ``units``.  Collective."""
 
     def optimizer_stepped(self) -> None:
         """An optimizer has updated all its parameters."""

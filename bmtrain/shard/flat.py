@@ -197,16 +197,14 @@ class FlatShard:
         """The dtype to gather in; ``compute`` is as in ``ShardUnit.prefetch``."""
         return compute if compute is not None and self.casts else self.dtype
 
-    def to_gather(self, compute: torch.dtype | None) -> torch.Tensor:
-        """This rank's shard in the dtype to gather."""
+    def to_gather(self, compute: torch.dtype | None) -> tuple[torch.Tensor, Buffer | None]:
+        """This rank's shard in the dtype to gather, and what to give back to the pool of casts behind the gather."""
         self.wire = self.wire_for(compute)
         if self.wire == self.dtype:
-            return self.shard
-        pools = self.unit.pools
-        cast = pools.acquire_cast(self, self.layout, self.wire)
+            return self.shard, None
+        cast = self.unit.pools.acquire_cast(self, self.layout, self.wire)
         cast.tensor.copy_(self.shard)
-        pools.casts.give_back(cast, self.unit.ctx.device.gather_stream)
-        return cast.tensor
+        return cast.tensor, cast
 
     # -- this rank's part -----------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -149,23 +149,8 @@ class ShardUnit:
         Args:
             compute: gather in this dtype what the policy or autocast would cast to it; None gathers all as it rests.
         """
-        if self.is_whole or self._prefetched:
-            return
-        self.compute, self.is_stale = compute, False
-        device = self.ctx.device
-        stream = device.gather_stream
-        self._ready.record(device.current_stream())  # the shard may just have been updated
-        self._ready.wait(stream)
-        diary = self.ctx.diary
-        diary.unit = self.name or "the root"
-        for flat in self.flats:
-            with device.on(stream):
-                shard = flat.to_gather(compute)
-                buffer = self.pools.acquire_params(flat, flat.layout, flat.wire)
-                self.ctx.gather.all_gather(shard, buffer.tensor)
-            self._prefetched.append(buffer)
-        diary.unit = ""
-        self._ready.record(stream)
+        if self.state is State.SHARDED:
+            prefetch_all([(self, compute)])
 
     def gather(self, compute: torch.dtype | None = None) -> None:
         """To WHOLE: show whole parameters to code that runs from now on."""
@@ -190,6 +175,27 @@ class ShardUnit:
             if buffer is not None:
                 self.pools.params.give_back(buffer, stream)
         self.is_whole = False
+
+    def _receive(self, compute: torch.dtype | None) -> list[_Gather]:
+        """Take buffers for a gather; those of the last one, if it is GATHERING and they fit."""
+        self.compute, self.is_stale = compute, False
+        if [buffer.tensor.dtype for buffer in self._prefetched] != [flat.wire_for(compute) for flat in self.flats]:
+            self.release_prefetched()
+        pools, known, gathers = self.pools, self._prefetched, list[_Gather]()
+        for index, flat in enumerate(self.flats):
+            shard, cast = flat.to_gather(compute)
+            buffer = known[index] if known else pools.acquire_params(flat, flat.layout, flat.wire)
+            gathers.append(_Gather(shard, cast, buffer))
+        self._prefetched = [gather.buffer for gather in gathers]
+        return gathers
+
+    def _queued(self, gathers: list[_Gather]) -> None:
+        """The gathers that were to be made are queued."""
+        stream = self.ctx.device.gather_stream
+        for gather in gathers:
+            if gather.cast is not None:
+                self.pools.casts.give_back(gather.cast, stream)
+        self._ready.record(stream)
 
     def release_prefetched(self) -> None:
         """GATHERING to SHARDED: these values are out of date, or nobody needs them."""
@@ -247,6 +253,35 @@ class ShardUnit:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:
         return self.copy_into(memo)
+
+
+class _Gather(NamedTuple):
+    """One gather: from where, a buffer to give back after it, and to where."""
+
+    shard: torch.Tensor
+    cast: Buffer | None
+    buffer: Buffer
+
+
+def prefetch_all(wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None:
+    """``ShardUnit.prefetch(dtype)`` for each, as one operation of the device; what is GATHERING is gathered anew."""
+    wanted = [(unit, compute) for unit, compute in wanted if not unit.is_whole]
+    if not wanted:
+        return
+    ctx, ready = wanted[0][0].ctx, wanted[0][0]._ready
+    device, diary = ctx.device, ctx.diary
+    ready.record(device.current_stream())  # shards may just have been updated, and buffers read
+    ready.wait(device.gather_stream)
+    with device.on(device.gather_stream):
+        gathers = [unit._receive(compute) for unit, compute in wanted]
+        with ctx.gather.group():
+            for (unit, _), of_unit in zip(wanted, gathers, strict=True):
+                diary.unit = unit.name or "the root"
+                for gather in of_unit:
+                    ctx.gather.all_gather(gather.shard, gather.buffer.tensor)
+    diary.unit = ""
+    for (unit, _), of_unit in zip(wanted, gathers, strict=True):
+        unit._queued(of_unit)
 
 
 def unit_of_flat(flat: FlatShard) -> ShardUnit:

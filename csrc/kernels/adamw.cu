@@ -4,6 +4,15 @@ namespace bmt::kernels {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int64_t kPerBlock = 16 * kThreads;  // elements
+constexpr int kMostRuns = 48;                 // of one launch, whose arguments may take 4 KiB
+
+// The runs of one launch; blocks from first[i] to before first[i + 1] work on runs[i], each on its own elements.
+struct Batch {
+    AdamWRun runs[kMostRuns];
+    uint32_t first[kMostRuns + 1];
+    int count;
+};
 
 // fp32 parameters, and a copy of them in another type unless that is null.
 template <typename Out>
@@ -26,8 +35,9 @@ struct Plain {
         *reinterpret_cast<Pack<Out, N>*>(out + i) = copy;
     }
 
-    Plain from(int64_t i) const { return {master + i, out != nullptr ? out + i : nullptr}; }
-    bool aligned() const { return is_aligned<4>(master) && is_aligned<4>(out); }
+    __device__ explicit Plain(const AdamWRun& run)
+        : master(static_cast<float*>(run.master)), out(static_cast<Out*>(run.out)) {}
+    __device__ bool aligned() const { return is_aligned<4>(master) && is_aligned<4>(out); }
 };
 
 // fp32 parameters as their bf16 rounding and the 16 bits that it leaves out (bmtrain/split_float.py).
@@ -61,63 +71,76 @@ struct Split {
         *reinterpret_cast<Pack<int16_t, N>*>(remainder + i) = low;
     }
 
-    Split from(int64_t i) const { return {rounded + i, remainder + i}; }
-    bool aligned() const { return is_aligned<4>(rounded) && is_aligned<4>(remainder); }
+    __device__ explicit Split(const AdamWRun& run)
+        : rounded(static_cast<__nv_bfloat16*>(run.master)), remainder(run.remainder) {}
+    __device__ bool aligned() const { return is_aligned<4>(rounded) && is_aligned<4>(remainder); }
 };
 
-// N elements a thread and turn: 4 (128-bit accesses of fp32) when everything is aligned, else 1.
+// Elements from `begin` to before `end` of one run, N a thread and turn.
 template <int N, typename Gradient, typename Parameters>
-__global__ void __launch_bounds__(kThreads)
-    adamw_kernel(Parameters parameters, float* __restrict__ exp_avg, float* __restrict__ exp_avg_sq,
-                 const Gradient* __restrict__ gradient, int64_t count, AdamW adamw, float scale,
-                 const float* __restrict__ clip, const float* __restrict__ skip) {
-    if (skip != nullptr && *skip != 0.0f) return;
-    const float factor = clip != nullptr ? scale * *clip : scale;
-    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads * N;
-    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * N; i + N <= count; i += step) {
+__device__ void update(const Parameters& parameters, const AdamWRun& run, const AdamW& adamw, float factor,
+                       int64_t begin, int64_t end) {
+    auto* gradient = static_cast<const Gradient*>(run.gradient);
+    for (int64_t i = begin + threadIdx.x * N; i + N <= end; i += kThreads * N) {
         auto g = *reinterpret_cast<const Pack<Gradient, N>*>(gradient + i);
         auto p = parameters.template load<N>(i);
-        auto m = *reinterpret_cast<Pack<float, N>*>(exp_avg + i);
-        auto v = *reinterpret_cast<Pack<float, N>*>(exp_avg_sq + i);
+        auto m = *reinterpret_cast<Pack<float, N>*>(run.exp_avg + i);
+        auto v = *reinterpret_cast<Pack<float, N>*>(run.exp_avg_sq + i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             adamw.update(multiply(to_float(g.values[k]), factor), p.values[k], m.values[k], v.values[k]);
         }
         parameters.template save<N>(i, p);
-        *reinterpret_cast<Pack<float, N>*>(exp_avg + i) = m;
-        *reinterpret_cast<Pack<float, N>*>(exp_avg_sq + i) = v;
+        *reinterpret_cast<Pack<float, N>*>(run.exp_avg + i) = m;
+        *reinterpret_cast<Pack<float, N>*>(run.exp_avg_sq + i) = v;
     }
 }
 
-// Elements from `first` on, `count` of them.
-template <int N, typename Gradient, typename Parameters>
-void launch(const Queue& queue, const AdamW& adamw, const AdamWStates& states, Parameters parameters,
-            const Gradient* values, const ScaledGradient& gradient, const float* skip, int64_t first, int64_t count) {
-    if (count == 0) return;
-    adamw_kernel<N><<<blocks_for(count / N, kThreads), kThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(
-        parameters.from(first), states.exp_avg + first, states.exp_avg_sq + first, values + first, count, adamw,
-        gradient.scale, gradient.clip, skip);
-    BMT_CUDA(cudaGetLastError());
+// 4 elements at a time (128-bit accesses of fp32) where everything is aligned, the rest one by one.
+template <typename Gradient, typename Parameters>
+__global__ void __launch_bounds__(kThreads)
+    adamw_kernel(const __grid_constant__ Batch batch, AdamW adamw, float scale, const float* __restrict__ clip,
+                 const float* __restrict__ skip) {
+    if (skip != nullptr && *skip != 0.0f) return;
+    const float factor = clip != nullptr ? scale * *clip : scale;
+    int index = 0;
+    while (blockIdx.x >= batch.first[index + 1]) ++index;
+    const AdamWRun& run = batch.runs[index];
+    const Parameters parameters(run);
+    const int64_t begin = (blockIdx.x - batch.first[index]) * kPerBlock;
+    const int64_t end = begin + kPerBlock < run.count ? begin + kPerBlock : run.count;
+    const bool aligned = parameters.aligned() && is_aligned<4>(run.exp_avg) && is_aligned<4>(run.exp_avg_sq) &&
+                         is_aligned<4>(static_cast<const Gradient*>(run.gradient));
+    const int64_t packed = aligned ? end / 4 * 4 : begin;
+    update<4, Gradient>(parameters, run, adamw, factor, begin, packed);
+    update<1, Gradient>(parameters, run, adamw, factor, packed, end);
 }
 
 }  // namespace
 
-void adamw(const Queue& queue, const AdamW& adamw, const AdamWStates& states, const ScaledGradient& gradient,
-           const Array& out, const float* skip) {
+void adamw(const Queue& queue, const AdamW& adamw, const std::vector<AdamWRun>& runs, const AdamWKind& kind,
+           const float* skip) {
     DeviceGuard guard(queue.device);
-    dispatch(gradient.values, [&](auto* values) {
-        auto run = [&](auto parameters) {
-            bool aligned = parameters.aligned() && is_aligned<4>(states.exp_avg) && is_aligned<4>(states.exp_avg_sq) &&
-                           is_aligned<4>(values);
-            int64_t packed = aligned ? states.count / 4 * 4 : 0;
-            launch<4>(queue, adamw, states, parameters, values, gradient, skip, 0, packed);
-            launch<1>(queue, adamw, states, parameters, values, gradient, skip, packed, states.count - packed);
-        };
-        if (states.remainder != nullptr) {
-            return run(Split{static_cast<__nv_bfloat16*>(states.master), states.remainder});
+    auto launch = [&](auto* kernel) {
+        for (size_t at = 0; at < runs.size();) {
+            Batch batch{};
+            uint32_t blocks = 0;
+            for (; at < runs.size() && batch.count < kMostRuns; ++at) {
+                batch.runs[batch.count] = runs[at];
+                blocks += static_cast<uint32_t>((runs[at].count + kPerBlock - 1) / kPerBlock);
+                batch.first[++batch.count] = blocks;
+            }
+            if (blocks == 0) continue;
+            kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(queue.stream)>>>(batch, adamw, kind.scale,
+                                                                                    kind.clip, skip);
+            BMT_CUDA(cudaGetLastError());
         }
-        dispatch(out, [&](auto* copy) {
-            run(Plain<std::remove_pointer_t<decltype(copy)>>{static_cast<float*>(states.master), copy});
+    };
+    dispatch({.data = nullptr, .type = kind.gradient}, [&](auto* gradient) {
+        using Gradient = std::remove_pointer_t<decltype(gradient)>;
+        if (kind.is_split) return launch(adamw_kernel<Gradient, Split>);
+        dispatch({.data = nullptr, .type = kind.out}, [&](auto* out) {
+            launch(adamw_kernel<Gradient, Plain<std::remove_pointer_t<decltype(out)>>>);
         });
     });
 }

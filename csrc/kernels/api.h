@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../arithmetic.h"
 
@@ -21,18 +22,23 @@ struct Array {
     Scalar type;
 };
 
-// What AdamW updates, `count` elements of each.
-struct AdamWStates {
+// What AdamW updates of one run of parameters, `count` elements of each.
+struct AdamWRun {
     void* master;        // fp32; bf16, the rounding of fp32 parameters, where there is a remainder
     int16_t* remainder;  // null, or what the rounding leaves out of the parameters' bits
     float* exp_avg;
     float* exp_avg_sq;
+    const void* gradient;
+    void* out;  // receives the new parameters in its own type; may be null, and is null where there is a remainder
     int64_t count;
 };
 
-// values * scale * *clip, where clip may be null.
-struct ScaledGradient {
-    Array values;
+// What is the same for all runs of one call: the types, and that a gradient counts times scale * *clip, where clip may
+// be null.
+struct AdamWKind {
+    Scalar gradient;
+    Scalar out;
+    bool is_split;  // whether there are remainders
     float scale;
     const float* clip;
 };
@@ -45,10 +51,9 @@ struct Rows {
     const int64_t* targets;
 };
 
-// `out` receives the new parameters in its own type; its data may be null, and is null where there is a remainder.
-// Where *skip (unless null) is not zero, nothing is changed.
-void adamw(const Queue& queue, const AdamW& adamw, const AdamWStates& states, const ScaledGradient& gradient,
-           const Array& out, const float* skip);
+// One launch for dozens of runs.  Where *skip (unless null) is not zero, nothing is changed.
+void adamw(const Queue& queue, const AdamW& adamw, const std::vector<AdamWRun>& runs, const AdamWKind& kind,
+           const float* skip);
 
 // How many partial sums sum_of_squares writes for `count` elements.  It depends on nothing else, and neither does the
 // order of summation.

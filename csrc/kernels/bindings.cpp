@@ -1,4 +1,9 @@
 // Python face of the kernels.
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
 #include "../python.h"
 #include "api.h"
 
@@ -16,17 +21,25 @@ Array array(Address data, int type) { return {.data = pointer(data), .type = sta
 }  // namespace
 
 void bind_kernels(py::module_& module) {
-    module.def("adamw", [](int device, Address stream, Address master, Address remainder, Address exp_avg,
-                           Address exp_avg_sq, int64_t count, Address gradient, int gradient_type, Address out,
-                           int out_type, const AdamW& adamw, float scale, Address clip, Address skip) {
-        kernels::adamw(queue(device, stream), adamw,
-                       {.master = pointer(master), .remainder = pointer<int16_t>(remainder),
-                        .exp_avg = pointer<float>(exp_avg), .exp_avg_sq = pointer<float>(exp_avg_sq), .count = count},
-                       {.values = array(gradient, gradient_type), .scale = scale, .clip = pointer<const float>(clip)},
-                       array(out, out_type), pointer<const float>(skip));
-    }, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("master"), py::arg("remainder"), py::arg("exp_avg"),
-       py::arg("exp_avg_sq"), py::arg("count"), py::arg("gradient"), py::arg("gradient_type"), py::arg("out"),
-       py::arg("out_type"), py::arg("adamw"), py::arg("scale"), py::arg("clip"), py::arg("skip"), Unlocked());
+    // `runs`: for each run master, remainder, exp_avg, exp_avg_sq, gradient, out, count.
+    module.def("adamw", [](int device, Address stream, const std::vector<std::array<uint64_t, 7>>& runs,
+                           int gradient_type, int out_type, bool is_split, const AdamW& adamw, float scale,
+                           Address clip, Address skip) {
+        std::vector<kernels::AdamWRun> all;
+        all.reserve(runs.size());
+        for (const auto& [master, remainder, exp_avg, exp_avg_sq, gradient, out, count] : runs) {
+            all.push_back({.master = pointer(master), .remainder = pointer<int16_t>(remainder),
+                           .exp_avg = pointer<float>(exp_avg), .exp_avg_sq = pointer<float>(exp_avg_sq),
+                           .gradient = pointer(gradient), .out = pointer(out),
+                           .count = static_cast<int64_t>(count)});
+        }
+        kernels::adamw(queue(device, stream), adamw, all,
+                       {.gradient = static_cast<Scalar>(gradient_type), .out = static_cast<Scalar>(out_type),
+                        .is_split = is_split, .scale = scale, .clip = pointer<const float>(clip)},
+                       pointer<const float>(skip));
+    }, py::kw_only(), py::arg("device"), py::arg("stream"), py::arg("runs"), py::arg("gradient_type"),
+       py::arg("out_type"), py::arg("is_split"), py::arg("adamw"), py::arg("scale"), py::arg("clip"), py::arg("skip"),
+       Unlocked());
     module.def("sum_of_squares_partials", &kernels::sum_of_squares_partials, py::arg("count"));
     module.def("sum_of_squares", [](int device, Address stream, Address data, int type, int64_t count,
                                     Address partials) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,6 +22,20 @@ def new_states(count: int, device: torch.device, offset: int = 0) -> list[torch.
     states = [torch.randn(count + offset), torch.zeros(count + offset), torch.zeros(count + offset)]
     states.append(torch.randn(count + offset) * 0.1)
     return [state.to(device)[offset:] for state in states]
+
+
+def step_(
+    master: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    grad: torch.Tensor,
+    out: torch.Tensor | None,
+    remainder: torch.Tensor | None = None,
+    **numbers: Any,
+) -> None:
+    """adamw_ of whole tensors."""
+    run = kernels.AdamWRun(master, exp_avg, exp_avg_sq, grad, out, remainder, 0, master.numel())
+    kernels.adamw_([run], **numbers)
 
 
 def torch_adamw(master: torch.Tensor) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
@@ -52,7 +68,7 @@ def test_equals_torch_adamw(device: torch.device, count: int, offset: int) -> No
     for step in range(1, 6):
         parameter.grad = grad.cpu().clone()
         optimizer.step()
-        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, out, step=step, **HYPER)
+        step_(master, exp_avg, exp_avg_sq, grad, out, step=step, **HYPER)
         grad.mul_(-0.7)
     state = optimizer.state[parameter]
     limit = 0 if device.type == "cpu" else ROUNDINGS
@@ -74,7 +90,7 @@ def test_equals_formula_in_float64(
     out = None if out_dtype is None else torch.empty(10_007, dtype=out_dtype, device=device)
     clip = torch.tensor(0.25, device=device)
     for step in (1, 2, 3):
-        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, out, step=step, grad_scale=0.5, clip=clip, **HYPER)
+        step_(master, exp_avg, exp_avg_sq, grad, out, step=step, grad_scale=0.5, clip=clip, **HYPER)
         g = grad.double() * 0.125
         p *= 1 - HYPER["lr"] * HYPER["weight_decay"]
         m = HYPER["beta1"] * m + (1 - HYPER["beta1"]) * g
@@ -95,7 +111,7 @@ def test_compiled_kernel_equals_its_cpu_reference_bit_for_bit() -> None:
     on_gpu = [state.cuda() for state in states]
     for step in (1, 2, 3):
         reference_step(states, step)
-        kernels.adamw_(*on_gpu, None, step=step, grad_scale=0.5, **HYPER)
+        step_(*on_gpu, None, step=step, grad_scale=0.5, **HYPER)
     for expected, actual in zip(states, on_gpu, strict=True):
         assert torch.equal(expected, actual.cpu())
 
@@ -107,7 +123,7 @@ def test_cpu_reference_equals_torch_operations() -> None:
     expected = [state.clone() for state in states]
     for step in (1, 2, 3):
         reference_step(states, step)
-        kernels.adamw_(*expected, None, step=step, grad_scale=0.5, **HYPER)
+        step_(*expected, None, step=step, grad_scale=0.5, **HYPER)
     for name, actual, wanted in zip(("master", "exp_avg", "exp_avg_sq"), states, expected, strict=False):
         assert in_units_of_last_place(actual, wanted) <= ROUNDINGS, name
 
@@ -134,16 +150,16 @@ def reference_step(states: list[torch.Tensor], step: int) -> None:
 def test_tensors_that_do_not_fit_are_refused(device: torch.device) -> None:
     master, exp_avg, exp_avg_sq, grad = new_states(8, device)
     with pytest.raises(ConfigurationError, match="equally many"):
-        kernels.adamw_(master, exp_avg, exp_avg_sq, grad[:4], None, step=1, **HYPER)
+        step_(master, exp_avg, exp_avg_sq, grad[:4], None, step=1, **HYPER)
     with pytest.raises(ConfigurationError, match="contiguous"):
-        kernels.adamw_(master[::2], exp_avg[::2], exp_avg_sq[::2], grad[::2], None, step=1, **HYPER)
+        step_(master[::2], exp_avg[::2], exp_avg_sq[::2], grad[::2], None, step=1, **HYPER)
     with pytest.raises(ConfigurationError, match="master must be float32"):
-        kernels.adamw_(master.half(), exp_avg, exp_avg_sq, grad, None, step=1, **HYPER)
+        step_(master.half(), exp_avg, exp_avg_sq, grad, None, step=1, **HYPER)
     rounded, remainder = split(master)
     with pytest.raises(ConfigurationError, match="master must be bfloat16"):
-        kernels.adamw_(master, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder, **HYPER)
+        step_(master, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder, **HYPER)
     with pytest.raises(ConfigurationError, match="equally many"):
-        kernels.adamw_(rounded, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder[:4], **HYPER)
+        step_(rounded, exp_avg, exp_avg_sq, grad, None, step=1, remainder=remainder[:4], **HYPER)
 
 
 @pytest.mark.parametrize("count", [1, 4099])
@@ -152,7 +168,7 @@ def test_a_skipped_step_changes_nothing(device: torch.device, count: int) -> Non
     states[3][0] = float("nan")
     before = [state.clone() for state in states]
     out = torch.full((count,), 3.0, dtype=torch.bfloat16, device=device)
-    kernels.adamw_(*states, out, step=1, skip=torch.ones((), device=device), **HYPER)
+    step_(*states, out, step=1, skip=torch.ones((), device=device), **HYPER)
     for state, expected in zip(states, before, strict=True):
         assert torch.equal(state.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert (out == 3.0).all()
@@ -161,8 +177,8 @@ def test_a_skipped_step_changes_nothing(device: torch.device, count: int) -> Non
 def test_a_step_that_is_not_skipped_is_the_same(device: torch.device) -> None:
     asked = new_states(4099, device)
     plain = [state.clone() for state in asked]
-    kernels.adamw_(*asked, None, step=1, skip=torch.zeros((), device=device), **HYPER)
-    kernels.adamw_(*plain, None, step=1, **HYPER)
+    step_(*asked, None, step=1, skip=torch.zeros((), device=device), **HYPER)
+    step_(*plain, None, step=1, **HYPER)
     for one, other in zip(asked, plain, strict=True):
         assert torch.equal(one, other)
 
@@ -180,8 +196,8 @@ def test_split_parameters_go_the_same_way(
     out, clip = torch.empty(count, dtype=torch.bfloat16, device=device), torch.tensor(0.25, device=device)
     for step in range(1, 6):
         both = {"step": step, "clip": clip, "grad_scale": 0.5, **HYPER}
-        kernels.adamw_(master, exp_avg, exp_avg_sq, grad.to(grad_dtype), out, **both)
-        kernels.adamw_(rounded, *moments, grad.to(grad_dtype), None, remainder=remainder, **both)
+        step_(master, exp_avg, exp_avg_sq, grad.to(grad_dtype), out, **both)
+        step_(rounded, *moments, grad.to(grad_dtype), None, remainder=remainder, **both)
         grad.mul_(-0.7)
         assert in_units_of_last_place(join(rounded, remainder), master) <= 1
         apart = rounded != out  # where the one last place that ties lose has moved another rounding
@@ -193,5 +209,34 @@ def test_a_skipped_step_changes_no_split_parameters(device: torch.device) -> Non
     master, *others = new_states(4099, device)
     rounded, remainder = split(master)
     skip = torch.ones((), device=device)
-    kernels.adamw_(rounded, *others, None, step=1, skip=skip, remainder=remainder, **HYPER)
+    step_(rounded, *others, None, step=1, skip=skip, remainder=remainder, **HYPER)
     assert torch.equal(rounded, master.bfloat16()) and torch.equal(remainder, split(master)[1])
+
+
+@pytest.mark.parametrize("split_too", [False, True])
+def test_many_runs_go_as_each_alone(device: torch.device, split_too: bool) -> None:
+    torch.manual_seed(1)
+    counts = [0, 1, 5, 4096, 4097, 12_289, *range(1, 60)]  # more than one launch takes
+    tensors = [new_states(count + 7, device) for count in counts]
+    runs, alone = [], []
+    for number, (states, count) in enumerate(zip(tensors, counts, strict=True)):
+        states[3] = states[3].to([torch.float32, torch.bfloat16, torch.float16][number % 3])
+        out = torch.zeros(count + 7, dtype=torch.bfloat16, device=device) if number % 2 else None
+        remainder = None
+        if split_too and number % 4 == 0:
+            states[0], remainder = split(states[0])
+        start = number % 5
+        copies = [None if t is None else t.clone() for t in (*states, out, remainder)]
+        runs.append(kernels.AdamWRun(*states, out, remainder, start, start + count))
+        alone.append(kernels.AdamWRun(*copies, start, start + count))
+    clip = torch.tensor(0.25, device=device)
+    for step in (1, 2):
+        kernels.adamw_(runs, step=step, clip=clip, grad_scale=0.5, **HYPER)
+        for run in alone:
+            kernels.adamw_([run], step=step, clip=clip, grad_scale=0.5, **HYPER)
+    for run, other in zip(runs, alone, strict=True):
+        for one, two in zip(run[:6], other[:6], strict=True):
+            assert (one is None and two is None) or torch.equal(one, two)
+    assert not torch.equal(runs[5].exp_avg, torch.zeros_like(runs[5].exp_avg))
+    outside = [*range(runs[5].start), *range(runs[5].end, len(runs[5].exp_avg))]
+    assert not runs[5].exp_avg[outside].any() and not runs[5].exp_avg_sq[outside].any()
