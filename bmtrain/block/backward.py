@@ -11,7 +11,7 @@ from ..autograd import ScriptsAsWritten, backward_id, saves_with, when_backward_
 from ..device import Device
 from ..shard.unit import unit_of_flat
 from .frame import Frame
-from .saved import PlaceInFlat
+from .saved import KeptValues, PlaceInFlat
 from .schedule import Schedule
 from .untrained import FirstGraphs
 
@@ -21,6 +21,7 @@ class Backward:
 
     Attributes:
         frames: those that are running now, the innermost last.
+        kept: what stays for the forward that is running; None unless everything does.
         recomputes: how many blocks are being run again, one inside the other.
     """
 
@@ -28,6 +29,7 @@ class Backward:
         self._schedule, self._whole = schedule, schedule.whole
         self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
         self.frames: list[Frame] = []
+        self.kept: KeptValues | None = None
         self.recomputes = 0
         self.first_graphs = FirstGraphs()
         self._begun: list[Frame] = []

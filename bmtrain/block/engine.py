@@ -26,6 +26,7 @@ from .frame import Frame
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .replicas import Replicas
+from .saved import KeptValues
 from .schedule import Schedule
 from .state import attribute
 from .summary import summary
@@ -133,6 +134,7 @@ class Engine:
         self.outside.forward_starts()
         if grad:
             self.plan.run_starts(self.schedule.units)
+            self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.units.values())
             if call is not None:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):

@@ -55,6 +55,7 @@ class Frame:
     ) -> None:
         self.owner, self.parent, self.recompute = owner, parent, recompute
         self._whole = owner.whole_storages
+        self._kept = None if recompute else owner.kept
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
         self.autocast = owner.device.autocast()
@@ -104,6 +105,9 @@ class Frame:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: torch.Tensor) -> Any:
+        kept = self._kept
+        if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:
+            return tensor  # without a look at what it is; a parameter would show something else by the backward
         flat = self._whole.get(tensor.untyped_storage().data_ptr())  # asked of every tensor that is saved
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)
@@ -120,6 +124,14 @@ class Frame:
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
             self.owner.reached(self)
+        kept = self._kept
+        if kept is not None and type(packed) is torch.Tensor:
+            flat = None
+            if torch.is_grad_enabled() or kept.pools.changes != kept.changes:
+                flat = kept.flats.get(packed.untyped_storage().data_ptr())
+            if flat is None:
+                return packed
+            packed = PlaceInFlat.of(packed, flat)
         if isinstance(packed, PlaceInFlat):
             if torch.is_grad_enabled():  # create_graph=True: what this node saves of the buffer is no more to be kept
                 if self._second is None:
@@ -130,8 +142,8 @@ class Frame:
         if isinstance(packed, torch.Tensor):
             return packed
         if self._held is not None:
-            kept: torch.Tensor = self._held[packed]
-            return kept
+            held: torch.Tensor = self._held[packed]
+            return held
         tensor = self._made.pop(packed, None)
         if tensor is None:
             self._recompute()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ..device import Device
 from ..shard.flat import FlatShard
+from ..shard.pools import Pools
+from ..shard.unit import ShardUnit
 
 
 class PlaceInFlat(NamedTuple):
@@ -32,6 +34,28 @@ class PlaceInFlat(NamedTuple):
         return base.as_strided(self.size, self.stride, self.offset)
 
 
+class KeptValues:
+    """Buffers that hold the same whole values in the backward, as long as ``pools.changes`` stays ``changes``.
+
+    Attributes:
+        flats: by the address of a buffer's memory, what it holds.
+    """
+
+    def __init__(self, pools: Pools, flats: dict[int, FlatShard]) -> None:
+        self.flats, self.pools, self.changes = flats, pools, pools.changes
+
+    @classmethod
+    def of(cls, pools: Pools, units: Iterable[ShardUnit]) -> KeptValues | None:
+        """Those of ``units``; None unless every one that moves stays."""
+        flats: dict[int, FlatShard] = {}
+        for unit in units:
+            kept = unit.kept_flats if unit.moves else {}
+            if kept is None:
+                return None
+            flats |= kept
+        return cls(pools, flats) if flats else None
+
+
 class Buffers(Protocol):
     """Finds whole values, and gathers them again."""
 
@@ -42,6 +66,10 @@ class Buffers(Protocol):
     @property
     def whole_storages(self) -> Mapping[int, FlatShard]:
         """By the address of a gather buffer's memory, the whole FlatShard that it holds; always up to date."""
+
+    @property
+    def kept(self) -> KeptValues | None:
+        """What stays for the forward that is running; None unless everything does."""
 
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""

@@ -139,6 +139,7 @@ class Pools:
     Attributes:
         moves: whether any unit is made whole by gathers.
         copies: units copied from others, which the schedule does not know yet.
+        changes: how often a buffer of whole parameters was taken, written anew or given back.
         regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
 
@@ -147,6 +148,7 @@ class Pools:
         self.moves = ctx.world_size > 1
         self.copies: list[weakref.ref[Any]] = []
         self.regrouped = False
+        self.changes = 0
         self.arenas = arenas = Arenas(ctx)
         self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
         self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)

@@ -174,6 +174,7 @@ class ShardUnit:
             buffer = flat.enter_sharded()
             if buffer is not None:
                 self.pools.params.give_back(buffer, stream)
+        self.pools.changes += 1
         self.is_whole = False
 
     def _receive(self, compute: torch.dtype | None) -> list[_Gather]:
@@ -182,6 +183,7 @@ class ShardUnit:
         if [buffer.tensor.dtype for buffer in self._prefetched] != [flat.wire_for(compute) for flat in self.flats]:
             self.release_prefetched()
         pools, known, gathers = self.pools, self._prefetched, list[_Gather]()
+        pools.changes += 1
         for index, flat in enumerate(self.flats):
             shard, cast = flat.to_gather(compute)
             buffer = known[index] if known else pools.acquire_params(flat, flat.layout, flat.wire)
@@ -201,6 +203,7 @@ class ShardUnit:
         """GATHERING to SHARDED: these values are out of date, or nobody needs them."""
         buffers, self._prefetched = self._prefetched, []
         if buffers:
+            self.pools.changes += 1
             self._ready.wait(self.ctx.device.current_stream())
         for buffer in buffers:  # both the gather and whoever used it before it was set back are through by then
             self.pools.params.give_back(buffer, self.ctx.device.current_stream())
@@ -213,6 +216,17 @@ class ShardUnit:
                 assert buffer is not None
                 self._prefetched.append(buffer)
             self.is_whole = False
+
+    @property
+    def kept_flats(self) -> dict[int, FlatShard] | None:
+        """By the address of its memory, what each buffer holds; None unless the unit stays and is not SHARDED."""
+        if not self.is_kept:
+            return None
+        buffers = self._prefetched or [flat.buffer for flat in self.flats if flat.buffer is not None]
+        if not buffers:
+            return None
+        addresses = [buffer.tensor.untyped_storage().data_ptr() for buffer in buffers]
+        return dict(zip(addresses, self.flats, strict=True))
 
     def uses(self) -> int:
         """How many tensors are views of what is whole."""

@@ -116,8 +116,59 @@ def freezes(model: Any, manager: Any, step: int) -> None:
             parameter.requires_grad_(False)
 
 
+Amid = Callable[[Any, Any, Any], Any]
+"""What user code does between a forward and its backward; returns the loss to go on with."""
+
+
+def goes_on(model: Any, manager: Any, loss: Any) -> Any:
+    return loss
+
+
+def evaluates_otherwise(model: Any, manager: Any, loss: Any) -> Any:
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        loss_of(model, 200)
+    return loss
+
+
+def writes_amid(model: Any, manager: Any, loss: Any) -> Any:
+    for parameter in list(model.parameters())[::2]:
+        parameter.data.mul_(1.5)
+    return loss
+
+
+def writes_whole_amid(model: Any, manager: Any, loss: Any) -> Any:
+    with bmt.gathered(model, write=True):
+        for parameter in model.parameters():
+            parameter.data.mul_(0.75)
+    return loss
+
+
+def computes_twice(model: Any, manager: Any, loss: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return loss + loss_of(model, 300)
+
+
+def goes_back_twice(model: Any, manager: Any, loss: Any) -> Any:
+    loss.backward(retain_graph=True)
+    manager.step()
+    return loss
+
+
+def penalizes(model: Any, manager: Any, loss: Any) -> Any:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = loss_of(model, 300)
+    slopes = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
+    return loss + 0.1 * sum(slope.square().sum() for slope in slopes)
+
+
 def trained(
-    memory: Memory | None, between: Between, steps: int, precision: str, recompute: bool | None = None, own: bool = True
+    memory: Memory | None,
+    between: Between,
+    steps: int,
+    precision: str,
+    recompute: bool | None = None,
+    own: bool = True,
+    amid: Amid = goes_on,
 ) -> list[Any]:
     """Losses and final weights of a small GPT, and, last, whether units were whole between steps."""
     fresh_plan(memory)
@@ -134,6 +185,7 @@ def trained(
         for micro in range(1 + (step % 4 == 1)):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "autocast"):
                 loss = loss_of(model, 2 * step + micro) / 2
+            loss = amid(model, manager, loss)
             manager.backward(loss)
             losses.append(float(loss.detach()))
         manager.clip_grad_norm(model.parameters(), 0.5)
@@ -192,6 +244,38 @@ def test_what_else_is_done_to_a_model_counts(between: Between) -> None:
 def test_what_else_is_done_to_a_model_counts_however_it_trains(between: Between) -> None:
     for how in [(None, False), (True, True), (False, False)]:
         check_same(between, 8, "bf16", *how)
+
+
+AMID = [evaluates_otherwise, writes_amid, writes_whole_amid, computes_twice, goes_back_twice, penalizes]
+
+
+@contextmanager
+def reusing_memory() -> Iterator[None]:
+    """What was given back is overwritten, as on a GPU."""
+    context().device.schedule = "stress"
+    try:
+        yield
+    finally:
+        context().device.schedule = "overlap"
+
+
+@pytest.mark.parametrize("amid", AMID)
+@on_ranks(2)
+def test_what_is_done_before_the_backward_counts(amid: Amid) -> None:
+    for precision in ("fp32", "autocast"):
+        check_same(nothing, 5, precision, False, True, amid)
+        with reusing_memory():
+            check_same(nothing, 5, precision, False, True, amid)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("amid", AMID)
+@on_ranks(1, 3)
+def test_what_is_done_before_the_backward_counts_however_it_trains(amid: Amid) -> None:
+    for precision in ("fp32", "bf16"):
+        for how in [(None, True), (True, True), (False, False)]:
+            with reusing_memory():
+                check_same(nothing, 5, precision, *how, amid)
 
 
 @on_ranks(1)
