@@ -9,7 +9,7 @@ import torch
 
 from ..autograd import ScriptsAsWritten, backward_id, saves_with, when_backward_ends
 from ..device import Device
-from ..shard.unit import unit_of_flat
+from ..shard.unit import unit_of_flat, wait_to_be_reduced
 from .frame import Frame
 from .saved import KeptValues, PlaceInFlat
 from .schedule import Schedule
@@ -130,13 +130,13 @@ class Backward:
             self._scripts = None
         self._schedule.register_copies()
         units = self._schedule.units
-        for index in sorted(units.keys()):
-            unit = units.get(index)
-            if unit is None:
-                continue
-            if index in used or unit.has_raw_grads():
-                self._schedule.reduce(unit)
+        present = [unit for unit in map(units.get, sorted(units.keys())) if unit is not None]
+        for unit in present:
             unit.open_uses = 0
+        if used or wait_to_be_reduced(present):
+            for unit in present:
+                if unit.index in used or unit.has_raw_grads():
+                    self._schedule.reduce(unit)
         if self._whole.idle:
             self._whole.let_go_of_all()
         self._schedule.pools.tidy()

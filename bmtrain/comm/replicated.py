@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 
 from .base import Communicator, ReduceOp
@@ -41,9 +39,6 @@ class ReplicatedCommunicator(Communicator):
 
     def barrier(self) -> None:
         self._inner.barrier()
-
-    def group(self) -> AbstractContextManager[None]:
-        return self._inner.group()
 
     def alloc(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self._inner.alloc(numel, dtype, device)

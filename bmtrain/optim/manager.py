@@ -26,7 +26,7 @@ from .loss_scale import LossScale, Overflow, ScheduleStep
 from .nonfinite import OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
 from .origin import stop
-from .pieces import all_params, finish_gradients, homes_of, params_of
+from .pieces import Chosen, all_params, homes_of, params_of
 from .step_on import StepOn
 
 
@@ -100,6 +100,7 @@ class OptimManager:
         self.nonfinite, self.compare_every = nonfinite, compare_every
         self._facts = StepFacts(context())
         self._pending: Pending | None = None
+        self._known: list[Chosen] = []
         self._tries = 0  # steps, made or not
         self._fixed_scale, self._steps = 1.0, 0  # without a loss scale that follows overflows
         if loss_scale is not None:
@@ -196,9 +197,10 @@ class OptimManager:
         """
         scale = self._fixed_scale if self._scale is None else self._scale.value.float()
         params = params_of(param_groups)
+        chosen = self._chosen(params)
         if not self._looks:
-            return clip_(params, max_norm, float(norm_type), scale, eps)
-        norm = clip_(params, max_norm, float(norm_type), scale, eps, self._facts.spoils())
+            return clip_(chosen, max_norm, float(norm_type), scale, eps)
+        norm = clip_(chosen, max_norm, float(norm_type), scale, eps, self._facts.spoils())
         self._facts.note_norm(params, norm)
         return norm
 
@@ -225,8 +227,9 @@ class OptimManager:
             compare(self._tries, self.optimizers, runs)
 
     def _step_scaled(self, scale: LossScale) -> None:
-        finish_gradients(self._params())
-        overflow = find_overflow(self._params())
+        chosen = self._chosen(self._params())
+        chosen.finish_gradients()
+        overflow = find_overflow(chosen)
         if self._may_skip():
             self._update(scale.value, overflow)
             self._last = _Provisional(overflow, self._undoable_schedule_steps())
@@ -316,13 +319,21 @@ class OptimManager:
                 optimizer.step(scale=float(scale))
             else:
                 if isinstance(scale, torch.Tensor) or scale != 1.0:
-                    scale_grads_(all_params(optimizer.param_groups), 1.0 / scale)
+                    scale_grads_(self._chosen(all_params(optimizer.param_groups)), 1.0 / scale)
                 optimizer.step()
 
     def _step_schedules(self) -> None:
         for schedule in self.lr_schedulers:
             if schedule is not None:
                 schedule.step()
+
+    def _chosen(self, params: list[Any]) -> Chosen:
+        """``params`` and where they lie, mostly known from the last step."""
+        for known in self._known:
+            if known.fits(params):
+                return known
+        self._known = [Chosen(params), *self._known[:1]]
+        return self._known[0]
 
     def _params(self) -> list[Any]:
         return [p for optimizer in self.optimizers for p in all_params(optimizer.param_groups)]

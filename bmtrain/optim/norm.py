@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,20 +10,7 @@ from .. import kernels
 from ..context import context
 from ..shard.flat import FlatShard
 from .loss_scale import Overflow
-from .pieces import Piece, finish_gradients, homes_of, pieces
-
-
-def _pieces(params: Sequence[Any]) -> list[Piece]:
-    """This rank's parts of all gradients of ``params``, neighbours joined, without pending factors."""
-    for flat in homes_of(params):
-        if flat.gradient.present and flat.gradient.factor is not None:
-            flat.gradient.settled()
-    return _raw_pieces(params)
-
-
-def _raw_pieces(params: Sequence[Any]) -> list[Piece]:
-    """The same where pending factors do not matter."""
-    return [piece for piece in pieces(params) if piece.flat.gradient.present]
+from .pieces import Chosen, Piece
 
 
 def _by_weight(found: Sequence[Piece]) -> dict[float, list[torch.Tensor]]:
@@ -52,13 +38,16 @@ def _sum_of_powers(found: Sequence[Piece], norm_type: float) -> torch.Tensor:
 
 
 @torch.no_grad()
-def global_norm(params: Sequence[Any], norm_type: float = 2.0, spoils: torch.Tensor | None = None) -> torch.Tensor:
-    """Norm of all gradients of ``params`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective.
+def global_norm(chosen: Chosen, norm_type: float = 2.0, spoils: torch.Tensor | None = None) -> torch.Tensor:
+    """Norm of all gradients of ``chosen`` over all ranks: a 0-d fp32 tensor, equal on all ranks.  Collective.
 
     ``spoils``, 0-d, is 0, or NaN on a rank that wants no rank's norm to be finite.
     """
     ctx = context()
-    found = _pieces(params)
+    for flat in chosen.flats:
+        if flat.gradient.present and flat.gradient.factor is not None:
+            flat.gradient.settled()
+    found = chosen.present
     sharded = _sum_of_powers(
         [piece for piece in found if isinstance(piece.flat, FlatShard) and piece.flat.is_counted], norm_type
     )
@@ -77,7 +66,7 @@ def global_norm(params: Sequence[Any], norm_type: float = 2.0, spoils: torch.Ten
 
 @torch.no_grad()
 def clip_(
-    params: Sequence[Any],
+    chosen: Chosen,
     max_norm: float,
     norm_type: float,
     loss_scale: float | torch.Tensor,
@@ -88,34 +77,35 @@ def clip_(
 
     Gradients carry the loss scale and ``norm`` does not; the factor is the same for both.
     """
-    finish_gradients(params)
-    norm = global_norm(params, norm_type, spoils) / loss_scale
-    scale_grads_(params, (max_norm / (norm + eps)).clamp(max=1.0))
+    chosen.finish_gradients()
+    norm = global_norm(chosen, norm_type, spoils) / loss_scale
+    scale_grads_(chosen, (max_norm / (norm + eps)).clamp(max=1.0))
     return norm
 
 
 @torch.no_grad()
-def scale_grads_(params: Sequence[Any], factor: float | torch.Tensor) -> None:
-    """Multiply every gradient of ``params`` by ``factor``; a whole flat one when it is next read."""
-    chosen = {id(p) for p in params}
-    for flat in homes_of(params):
+def scale_grads_(chosen: Chosen, factor: float | torch.Tensor) -> None:
+    """Multiply every gradient of ``chosen`` by ``factor``; a whole flat one when it is next read."""
+    factor = torch.as_tensor(factor, dtype=torch.float32, device=context().device.torch_device)
+    for flat in chosen.flats:
+        indices = chosen.indices_in(flat)
         if not flat.gradient.present:
             continue
-        if chosen.issuperset(map(id, flat.params)):
+        if indices is None:
             flat.gradient.scale_(factor)
             continue
-        assert isinstance(flat, FlatShard)
         part = flat.gradient.settled()
-        for index, parameter in enumerate(flat.params):
-            if id(parameter) in chosen:
-                flat.local(part, index).mul_(factor)
+        for index in indices:
+            flat.local(part, index).mul_(factor)
+    for home in chosen.replicated:
+        home.gradient.scale_(factor)
 
 
 @torch.no_grad()
-def find_overflow(params: Sequence[Any]) -> Overflow:
+def find_overflow(chosen: Chosen) -> Overflow:
     """Whether any rank has an infinite or NaN gradient.  Collective."""
     ctx = context()
-    grads = [piece.grad for piece in _raw_pieces(params)]
+    grads = [piece.grad for piece in chosen.present]
     flag = torch.zeros((), device=ctx.device.torch_device)
     if grads:
         flag.copy_(kernels.has_inf_or_nan(grads))

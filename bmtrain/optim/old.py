@@ -9,7 +9,7 @@ import torch
 
 from ..context import context
 from .norm import clip_
-from .pieces import params_of
+from .pieces import Chosen, params_of
 
 
 class HoldsLossScale:
@@ -29,7 +29,7 @@ def clip_grad_norm(
 ) -> torch.Tensor:
     """Clip gradients that carry the loss scale ``scale``; returns their unscaled norm.  Collective."""
     _say("bmt.optim.clip_grad_norm")
-    return clip_(params_of(param_groups), max_norm, float(norm_type), scale, eps)
+    return clip_(Chosen(params_of(param_groups)), max_norm, float(norm_type), scale, eps)
 
 
 def _say(what: str) -> None:

@@ -115,16 +115,57 @@ def agree_on_touched(flats: Sequence[Home]) -> list[list[bool]]:
     return out
 
 
-def pieces(params: Iterable[Any]) -> list[Piece]:
-    """This rank's parts of ``params``, neighbours joined.  Empty pieces are left out."""
-    wanted: dict[int, tuple[Home, dict[int, None]]] = {}
-    for parameter in params:
-        flat, index = home_of(parameter)
-        found = wanted.get(flat.key)
-        if found is None:
-            found = wanted[flat.key] = (flat, {})
-        found[1][index] = None
-    return [piece for flat, chosen in wanted.values() for piece, _ in pieces_of(flat, chosen)]
+class Chosen:
+    """Parameters and where they lie, to be remembered from step to step.
+
+    Attributes:
+        flats: the flat shards that hold some.
+    """
+
+    def __init__(self, params: Sequence[Any]) -> None:
+        self._params, self._places = params, _places(params)
+        self.flats = flats_of(params)
+        indices: dict[int, dict[int, None]] = {flat.key: {} for flat in self.flats}
+        for parameter in params:
+            home, index = home_of(parameter)
+            indices.setdefault(home.key, {})[index] = None
+        self._pieces = [piece for flat in self.flats for piece, _ in pieces_of(flat, indices[flat.key])]
+        self._in_part = {
+            flat.key: [*indices[flat.key]] for flat in self.flats if len(indices[flat.key]) < len(flat.params)
+        }
+        self._has_others = len(indices) > len(self.flats)
+
+    def fits(self, params: Sequence[Any]) -> bool:
+        """Whether it is about ``params``, and they lie where they did."""
+        return len(params) == len(self._params) and self._places == _places(params)
+
+    @property
+    def replicated(self) -> list[Replicated]:
+        """What holds the others."""
+        return replicated_of(self._params) if self._has_others else []
+
+    def indices_in(self, flat: FlatShard) -> list[int] | None:
+        """Which of ``flat``'s parameters are among these; None for all."""
+        return self._in_part.get(flat.key)
+
+    @property
+    def present(self) -> list[Piece]:
+        """This rank's parts of all that have a gradient, neighbours joined.  Empty pieces are left out."""
+        found = [piece for piece in self._pieces if piece.flat.gradient.present]
+        for home in self.replicated:
+            if home.gradient.present:
+                found += [piece for piece, _ in pieces_of(home, {0: None})]
+        return found
+
+    def finish_gradients(self) -> None:
+        """Reduce what is not reduced yet.  Collective."""
+        engine().finish_backward()
+        average(self.replicated)
+
+
+def _places(params: Iterable[Any]) -> list[tuple[int, int]]:
+    """Which parameters, and in which flat shards: the same as long as those live, whose ids these are."""
+    return [(id(parameter), id(getattr(parameter, "_flat", None))) for parameter in params]
 
 
 def pieces_of(home: Home, chosen: Mapping[int, K]) -> list[tuple[Piece, K]]:

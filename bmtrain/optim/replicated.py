@@ -102,7 +102,7 @@ class ReplicatedGradient:
         """(n,) the gradient in the dtype of sums."""
         return self.values()[0].to(self.dtype)
 
-    def scale_(self, factor: torch.Tensor | float) -> None:
+    def scale_(self, factor: torch.Tensor) -> None:
         """Multiply by ``factor``."""
         if self._home.parameter.grad is not None:
             self._home.parameter.grad.mul_(factor)

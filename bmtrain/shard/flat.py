@@ -390,24 +390,17 @@ class FlatShard:
         found = self.landing.is_used or any(map(is_not, self.raw_grads(), repeat(None)))
         return found and self.trainable
 
-    def reduce(self) -> None:
-        """Sum whole gradients over ranks; add this rank's part to the gradient.  Collective.
+    def collect(self) -> Buffer:
+        """Whole gradients, brought into the buffer that is to be reduced, in which those not landed yet are missing.
 
         A parameter without a gradient on this rank counts as zeros: another rank may have one.
         """
-        device = self.unit.ctx.device
         buffer, landed = self.landing.take()
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # which asks of every parameter take time
-            self._collect(buffer.views(self.layout), landed)
-            if self._compares:
-                self._require_alike(buffer.views(self.layout))
-            if self.unit.ctx.world_size == 1:
-                self.gradient.take(buffer)
-                return
-            device.event_after(device.current_stream()).wait(device.reduce_stream)
-            with device.on(device.reduce_stream):
-                self.gradient.add(buffer.tensor)
-        self.unit.pools.grads.give_back(buffer, device.reduce_stream)
+        views = buffer.views(self.layout)
+        self._collect(views, landed)
+        if self._compares:
+            self._require_alike(views)
+        return buffer
 
     def _require_alike(self, whole: list[torch.Tensor]) -> None:
         """Raises ConfigurationError when tensor-parallel ranks have computed different gradients of what is no slice.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class ShardGradient:
         dropped: parameters whose gradient user code has dropped since the last reduction.
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
+        reduce: what sums it over ranks.
         weight: another, on the host.  Ranks are summed, and the weight makes that a mean, at no cost.
     """
 
@@ -38,7 +39,7 @@ class ShardGradient:
     ) -> None:
         """``reduce`` sums over ranks, and ``divisor`` makes a mean of that, or whatever else it is to be."""
         self._pools, self._layout, self._dtype, self._reduced = pools, layout, dtype, reduced
-        self._reduce, self._divisor = reduce, divisor
+        self.reduce, self._divisor = reduce, divisor
         self.present = False
         self.touched = [False] * len(layout.slots)
         self.dropped: set[int] = set()
@@ -64,26 +65,31 @@ class ShardGradient:
         assert self._came is not None
         return self._came.device
 
-    def add(self, whole: torch.Tensor) -> None:
-        """Reduce ``whole`` over ranks and add this rank's part; on the current stream.  Collective."""
+    def receive(self, whole: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None] | None]:
+        """Where this rank's part of the ranks' sum of ``whole`` goes, and what to do once it is there."""
         weight = 1.0 / self._divisor
         self.dropped.clear()
         if not self.present:
-            self._reduce.reduce_scatter(whole, self._fitting(whole.dtype))
             self.present, self._wide, self.factor, self.weight = True, False, None, weight
-            return
+            return self._fitting(whole.dtype), None
         total, share = self._total(), weight / self.weight  # 1, unless somebody has settled what is there
         if self._came is not None and self._came is not total and self._came.dtype == whole.dtype:
-            self._reduce.reduce_scatter(whole, self._came)
-            if share == 1.0:
-                kernels.accumulate_(total, self._came, first=False)
-            else:
-                total.add_(self._came, alpha=share)
-            return
+            came = self._came
+
+            def add() -> None:
+                if share == 1.0:
+                    kernels.accumulate_(total, came, first=False)
+                else:
+                    total.add_(came, alpha=share)
+
+            return came, add
         part = self._pools.acquire_part(self, self._layout, whole.dtype)
-        self._reduce.reduce_scatter(whole, part.tensor)
-        total.add_(part.tensor, alpha=share)
-        self._pools.parts.give_back(part, self._pools.ctx.device.reduce_stream)
+
+        def add_part() -> None:
+            total.add_(part.tensor, alpha=share)
+            self._pools.parts.give_back(part, self._pools.ctx.device.reduce_stream)
+
+        return part.tensor, add_part
 
     def room(self, dtype: torch.dtype) -> Buffer:
         """On one rank: where whole gradients may be written, for ``take``; uninitialised but for zeros in gaps.
@@ -142,9 +148,8 @@ class ShardGradient:
             self.weight = 1.0
         return total
 
-    def scale_(self, factor: torch.Tensor | float) -> None:
-        """Multiply by ``factor``, when it is next read."""
-        factor = torch.as_tensor(factor, dtype=torch.float32, device=self._pools.ctx.device.torch_device)
+    def scale_(self, factor: torch.Tensor) -> None:
+        """Multiply by ``factor``, 0-d float32 on the device, when it is next read."""
         self.factor = factor if self.factor is None else self.factor * factor
 
     def set(self, index: int, part: torch.Tensor | None) -> None:
@@ -252,6 +257,21 @@ class ShardGradient:
             self._pools.ctx.device.keep_for_current_stream(self.factor)  # made on another one
             self.factor = None
         return total
+
+
+def add_all(gradients: Sequence[ShardGradient], wholes: Sequence[torch.Tensor]) -> None:
+    """Reduce each whole one over ranks, and add this rank's part to its gradient.  Collective; on the current stream.
+
+    Where one communicator reduces all of them, that is one operation of the device.
+    """
+    parts = [gradient.receive(whole) for gradient, whole in zip(gradients, wholes, strict=True)]
+    groups = {id(gradient.reduce): gradient.reduce for gradient in gradients}
+    with next(iter(groups.values())).group() if len(groups) == 1 else nullcontext():
+        for gradient, whole, (part, _) in zip(gradients, wholes, parts, strict=True):
+            gradient.reduce.reduce_scatter(whole, part)
+    for _, then in parts:
+        if then is not None:
+            then()
 
 
 class _OfGradient:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from ..context import Context
 from ..device import Event
 from ..precision import Precision
 from .flat import FlatShard
-from .parameter import DistributedParameter
+from .gradient import add_all
+from .parameter import DistributedParameter, raw_grads
 from .pools import Buffer, Pools
 
 
@@ -241,14 +244,24 @@ class ShardUnit:
 
     def reduce_grads(self) -> None:
         """Sum whole gradients over ranks and add this rank's part to its gradient shards."""
-        diary = self.ctx.diary
+        flats, device, diary = [flat for flat in self.flats if flat.trainable], self.ctx.device, self.ctx.diary
+        if not flats:
+            return
         diary.unit = self.name or "the root"
-        for flat in self.flats:
-            if flat.trainable:
-                flat.reduce()
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():  # which asks of every parameter take time
+            buffers = [flat.collect() for flat in flats]
+            if self.ctx.world_size == 1:
+                for flat, buffer in zip(flats, buffers, strict=True):
+                    flat.gradient.take(buffer)
+            else:
+                self.reduced.record(device.current_stream())
+                self.reduced.wait(device.reduce_stream)
+                with device.on(device.reduce_stream):
+                    add_all([flat.gradient for flat in flats], [buffer.tensor for buffer in buffers])
+                for buffer in buffers:
+                    self.pools.grads.give_back(buffer, device.reduce_stream)
+                self.reduced.record(device.reduce_stream)
         diary.unit = ""
-        if self.ctx.world_size > 1:
-            self.reduced.record(self.ctx.device.reduce_stream)
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
@@ -296,6 +309,13 @@ def prefetch_all(wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None
     diary.unit = ""
     for (unit, _), of_unit in zip(wanted, gathers, strict=True):
         unit._queued(of_unit)
+
+
+def wait_to_be_reduced(units: Iterable[ShardUnit]) -> bool:
+    """Whether gradients in some of ``units`` may wait to be reduced; asked a few times a step."""
+    flats = [flat for unit in units for flat in unit.flats]
+    raw = raw_grads(chain.from_iterable(flat.params for flat in flats))
+    return any(map(is_not, raw, repeat(None))) or any(flat.landing.is_used for flat in flats)
 
 
 def unit_of_flat(flat: FlatShard) -> ShardUnit:

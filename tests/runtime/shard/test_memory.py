@@ -134,9 +134,14 @@ def test_blocks_frozen_after_wrapping_reduce_nothing() -> None:
     for layer in model.layers:
         unit: Any = layer._bmt.unit
         for flat in unit.flats:
-            kept = "take" if bmt.world_size() == 1 else "add"  # on one rank a gradient stays where it was written
-            add = getattr(flat.gradient, kept)
-            setattr(flat.gradient, kept, lambda whole, name=unit.name, add=add: (calls.append(name), add(whole)))
+            kept = "take" if bmt.world_size() == 1 else "receive"  # on one rank it stays where it was written
+            inner = getattr(flat.gradient, kept)
+
+            def noted(whole: Any, name: str = unit.name, inner: Any = inner) -> Any:
+                calls.append(name)
+                return inner(whole)
+
+            setattr(flat.gradient, kept, noted)
     manager = bmt.optim.OptimManager()
     manager.backward(model(torch.ones(2, WIDTH)).sum())
     assert set(calls) == {f"layers.{LAYERS - 1}"}, calls
