@@ -4,11 +4,13 @@ import sys
 
 from . import __version__, doctor
 from .checkpoint import command as checkpoint
+from .estimate import command as estimate
 
 USAGE = """usage: python -m bmtrain COMMAND ...
 
 commands:
   doctor       what this machine has for training, and what stands in the way
+  estimate     how much memory a model takes to train, before there is a GPU for it
   checkpoint   look at, verify, convert and compare checkpoints (bmt-checkpoint)
   --version    the version"""
 
@@ -18,6 +20,8 @@ def main(arguments: list[str]) -> int:
     command, *rest = arguments or [""]
     if command == "doctor":
         return doctor.main(rest)
+    if command == "estimate":
+        return estimate.main(rest)
     if command == "checkpoint":
         return checkpoint.main(rest)
     if command == "--version":
