@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
+from rewriter.types import Tried
 
 PLAIN = "import torch\n\n\nclass A(torch.nn.Module):\n    pass\n"
 DONE = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule):\n    pass\n"
@@ -207,7 +208,8 @@ def test_a_verdict_comes_last(
     from rewriter.verify import __main__ as tool
 
     for held, verdict in ((False, "NOT shown"), (True, "the same")):
-        monkeypatch.setattr(tool, "compared", lambda arguments, held=held, verdict=verdict: (held, verdict))
+        tried = Tried("--verify", held, verdict)
+        monkeypatch.setattr(tool, "compared", lambda arguments, tried=tried: tried)
         assert main([str(project), "--write", "--verify", "model:A"]) == (0 if held else 1)
         *_, written, launch, last = ["", *capsys.readouterr().out.splitlines()]
         assert last == verdict
