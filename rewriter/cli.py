@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     made.add_argument("--verbose", "-v", action="store_true", help="print every finding, not one a rule and file")
+    made.add_argument(
+        "--print-completion", choices=["bash", "zsh", "tcsh"], help="print what completes bmt-convert; needs shtab"
+    )
     made.add_argument("--version", action="version", version=f"bmt-convert {__version__}")
     return made
 
@@ -109,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.explain:
         return _explain(options.explain)
+    if options.print_completion:
+        return _print_completion(options.print_completion)
     _check(options)
     alone = [str(path) for path in options.paths] == ["-"]
     settings = read_settings(Path.cwd() if alone else options.paths[0])
@@ -274,6 +279,15 @@ def _explain(code: str) -> int:
     if rule is None:
         raise InputError(f"no rule {code}{nearest(code, BY_CODE)} --explain lists them: {', '.join(BY_CODE)}")
     print(explain(rule), end="")
+    return 0
+
+
+def _print_completion(shell: str) -> int:
+    try:
+        import shtab  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise InputError("--print-completion needs shtab: pip install shtab") from None
+    print(shtab.complete(parser(), shell=shell))
     return 0
 
 

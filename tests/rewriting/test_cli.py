@@ -278,3 +278,13 @@ def test_what_keeps_a_script_for_accelerate_stands_at_its_lines(
     assert (
         f"{script}:{line + 1}: BMT090 left: the script is written for accelerate and stays: accelerator is h" in shown
     )
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr().err == "bmt-convert: --print-completion needs shtab: pip install shtab\n"
+    monkeypatch.delitem(sys.modules, "shtab")
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "zsh"]) == 0
+    assert "--unsafe" in capsys.readouterr().out
