@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: the README is the first page, and links to files that are no pages become their words."""
+"""Hooks of mkdocs: the README is the first page, and of links to files that are no pages the names stay."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links that leave docs/ lead to no page, but for the README."""
+    """What leaves docs/ is no page, but for the README."""
 
     def here(link: re.Match[str]) -> str:
         words, target = link.groups()
         if not target.startswith("../"):
             return link[0]
-        return f"[{words}](index.md{target[12:]})" if target.startswith("../README.md") else words
+        if target.startswith("../README.md"):
+            return f"[{words}](index.md{target[12:]})"
+        path = target.removeprefix("../")
+        return words if path in words else f"{words} (`{path}`)"
 
     parts, blocks = _CODE.split(markdown), _CODE.findall(markdown)
     changed = [_LINK.sub(here, part) for part in parts]

@@ -143,6 +143,8 @@ def _table(given: argparse.Namespace, job: Job, found: Estimate, overhead: int) 
     yield f"{job.batch} x {job.length} on each; precision {words(job.precision)}; AdamW"
     if found.loss:
         yield f"loss: {found.loss}"
+    if found.tests:
+        yield f"tests of values that were taken for true, as of a mask that hides nothing: {found.tests}"
     columns = [found.recomputed, found.kept]
     titles = ["recomputed", "kept"]
     if found.recomputed == found.kept:

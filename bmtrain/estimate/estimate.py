@@ -67,6 +67,7 @@ class Estimate:
             cannot run without values.
         problem: why it cannot.
         loss: what was taken for the loss.
+        tests: how often the forward asked whether something holds of values, which was taken for true.
     """
 
     parameters: int
@@ -79,6 +80,7 @@ class Estimate:
     kept: int | None = None
     problem: str = ""
     loss: str = ""
+    tests: int = 0
 
     def total(self, keep: bool = False) -> int:
         """All of it."""
@@ -109,20 +111,20 @@ class Model:
         )  # fmt: skip
         try:
             inputs = _inputs(self.module, job)
-            recomputed, loss = self._live(job, units, inputs, keep=False)
-            kept, _ = self._live(job, units, inputs, keep=True)
+            recomputed, _, _ = self._live(job, units, inputs, keep=False)
+            kept, loss, tests = self._live(job, units, inputs, keep=True)
         except ConfigurationError:
             raise
         except Exception as error:  # the model's own code, which may ask for anything
             return replace(found, problem=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-        return replace(found, recomputed=recomputed, kept=kept, loss=loss)
+        return replace(found, recomputed=recomputed, kept=kept, loss=loss, tests=tests)
 
     def held(self, job: Job) -> Held:
         """What ``job`` has on each rank all the time."""
         units = flats_of(self.module, job.precision, job.gpus)
         return held([flat for unit in units for flat in unit], job.gpus, job.accumulates)
 
-    def _live(self, job: Job, units: list[list[Flat]], inputs: dict[str, Any], keep: bool) -> tuple[int, str]:
+    def _live(self, job: Job, units: list[list[Flat]], inputs: dict[str, Any], keep: bool) -> tuple[int, str, int]:
         groups = [list(flat.parameters) for unit in units for flat in unit if flat.trains]
         flats = [flat for unit in units for flat in unit]
         apart = job.gpus > 1
@@ -145,7 +147,7 @@ class Model:
             peak = counted.peak
         for parameter in self.module.parameters():
             parameter.grad = None
-        return peak + sum(tensor.nbytes for tensor in _tensors(inputs)), what
+        return peak + sum(tensor.nbytes for tensor in _tensors(inputs)), what, counted.tests
 
 
 def estimate(factory: Callable[[], Any], job: Job) -> Estimate:

@@ -59,7 +59,16 @@ class Asks(Net):
         self.tied.weight = self.embed.weight
 
     def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return super().forward(tokens, targets) * (1 if tokens.sum() > 0 else 2)
+        return super().forward(tokens, targets) * tokens.sum().item()
+
+
+class Doubts(Net):
+    """Its forward asks about values."""
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if tokens.ge(0).all() and not (tokens > 0).any():
+            tokens = torch.cat([tokens, tokens])
+        return super().forward(tokens, targets)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +108,13 @@ def test_a_forward_that_reads_values(capsys: pytest.CaptureFixture[str]) -> None
     assert tool.main(["test_estimate:Asks", "--card", "80"]) == 2
     out, err = capsys.readouterr()
     assert "activations, at their most" not in err and "the forward needs values" in err and "?" in out
+
+
+def test_a_forward_that_tests_values(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, tests = (estimate(made, Job(2, 2, 16)) for made in (Net, Doubts))
+    assert (plain.tests, tests.tests) == (0, 2) and plain.kept == tests.kept
+    assert tool.main(["test_estimate:Doubts"]) == 0
+    assert "taken for true, as of a mask that hides nothing: 2" in capsys.readouterr().out
 
 
 def held_in_training(dtype: str, accumulates: bool) -> list[int]:
