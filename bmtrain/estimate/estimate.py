@@ -40,6 +40,7 @@ class Job:
         length: tokens of a sequence.
         dtype: what the model is cast to when it is built ("bf16", as ``model.bfloat16()``); None leaves it.
         precision: as in ``init_distributed``.
+        autocast: the dtype of ``torch.autocast`` around the forward; None for none.
         accumulates: whether an optimizer step takes several backwards.
         inputs: shapes by argument of forward, ``"BxTx80:float"``; B is the batch, T the length.  The others that
             forward needs are integers, (B, T).
@@ -50,6 +51,7 @@ class Job:
     length: int = 1024
     dtype: torch.dtype | None = None
     precision: Precision = field(default_factory=Precision)
+    autocast: torch.dtype | None = None
     accumulates: bool = False
     inputs: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,7 +103,7 @@ class Model:
 
     def estimate(self, job: Job) -> Estimate:
         """What ``job`` takes on each rank; its dtype is that of this model already."""
-        units = flats_of(self.module, job.precision, job.gpus)
+        units = flats_of(self.module, job.precision, job.gpus, job.autocast)
         flats = [flat for unit in units for flat in unit]
         sizes = [(p.numel(), p.requires_grad) for flat in flats for p in flat.parameters]
         buffers = sum({id(b): b.nbytes for b in self.module.buffers()}.values())
@@ -121,7 +123,7 @@ class Model:
 
     def held(self, job: Job) -> Held:
         """What ``job`` has on each rank all the time."""
-        units = flats_of(self.module, job.precision, job.gpus)
+        units = flats_of(self.module, job.precision, job.gpus, job.autocast)
         return held([flat for unit in units for flat in unit], job.gpus, job.accumulates)
 
     def _live(self, job: Job, units: list[list[Flat]], inputs: dict[str, Any], keep: bool) -> tuple[int, str, int]:
@@ -138,7 +140,7 @@ class Model:
                 stack.enter_context(_run_as_block(block, job.precision, keep))
             if apart:
                 stack.enter_context(gradients_go(groups))
-            stack.enter_context(as_on_gpu(landing))
+            stack.enter_context(as_on_gpu(landing, job.autocast))
             known = [p for flat in flats for p in flat.parameters]
             counted = stack.enter_context(LiveBytes([*known, *self.module.buffers(), *_tensors(inputs)]))
             loss, what = _loss(self.module(**job.precision.cast_arguments(inputs)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 _ROUND = 512
 """CUDA's caching allocator hands out multiples of so many bytes."""
+_IN_FP32 = ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss")
+"""What autocast runs in fp32 on a GPU, of what models call most."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,24 +62,30 @@ class LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def as_on_gpu(landing: Iterable[nn.Parameter]) -> Iterator[None]:
+def as_on_gpu(landing: Iterable[nn.Parameter], autocast: torch.dtype | None = None) -> Iterator[None]:
     """Inside the ``with`` functions keep what their GPU versions keep, where torch has others for "meta".
 
     ``F.scaled_dot_product_attention`` keeps inputs, output and one number a row, as flash and memory-efficient kernels
     do; on "meta" torch would keep every score.  A weight in ``landing`` has its gradient computed where it is reduced
     from (``bmtrain.block.linear``), which is counted with the buffers.  RMSNorm and dropout are one kernel each.
+    Under ``autocast`` linear layers and attention cast to it, norms and losses to fp32, as torch has it for GPUs.
     """
     weights, plain, plain_dropout = {id(weight) for weight in landing}, F.linear, F.dropout
 
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        x, bias = _cast(x, autocast), _cast(bias, autocast)
         if id(weight) in weights:
             return _LandingLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return plain(x, weight, bias)
+        return plain(x, _cast(weight, autocast), bias)
 
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, *_: Any, **__: Any
     ) -> Any:
+        query, key, value = (_cast(tensor, autocast) for tensor in (query, key, value))
         return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+    def in_fp32(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, *args, **kwargs: function(_cast(x, torch.float32), *args, **kwargs)
 
     def rms_norm(
         x: torch.Tensor, shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
@@ -93,9 +101,15 @@ def as_on_gpu(landing: Iterable[nn.Parameter]) -> Iterator[None]:
         for name, stand_in in (
             ("linear", linear), ("scaled_dot_product_attention", attention), ("rms_norm", rms_norm),
             ("dropout", dropout),
+            *((name, in_fp32(getattr(F, name))) for name in (_IN_FP32 if autocast is not None else ())),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(F, name, stand_in))
         yield
+
+
+def _cast(tensor: Any, dtype: torch.dtype | None) -> Any:
+    wanted = dtype is not None and tensor is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    return tensor.to(dtype) if wanted else tensor
 
 
 def _like(tensor: torch.Tensor, width: int) -> torch.Tensor:

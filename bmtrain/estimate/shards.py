@@ -45,18 +45,21 @@ class Held:
         return self.parameters + self.gradients + self.states + self.whole + self.whole_gradients
 
 
-def flats_of(model: nn.Module, precision: Precision, shards: int) -> list[list[Flat]]:
+def flats_of(model: nn.Module, precision: Precision, shards: int, autocast: torch.dtype | None) -> list[list[Flat]]:
     """By unit, the flat buffers that sharding ``model`` over ``shards`` ranks makes."""
-    return [list(_flats(group, precision, shards)) for group in plan_units(model)]
+    cast_to = autocast if shards > 1 else None  # one rank gathers nothing
+    return [list(_flats(group, precision, shards, cast_to)) for group in plan_units(model)]
 
 
-def _flats(group: Group, precision: Precision, shards: int) -> Iterator[Flat]:
+def _flats(group: Group, precision: Precision, shards: int, autocast: torch.dtype | None) -> Iterator[Flat]:
     record = record_of(group.owner)
     policy = (record.precision if record is not None else None) or precision
-    for members, _ in flat_groups(group.parameters, group.autocasts):
+    for members, casts in flat_groups(group.parameters, group.autocasts):
         parameters = tuple(group.parameters[i] for i in members)
         first = parameters[0]
         wire = policy.param if policy.param is not None and first.dtype.is_floating_point else first.dtype
+        if casts and policy.param is None and autocast is not None:
+            wire = autocast
         layout = make_layout(tuple(tuple(p.shape) for p in parameters), shards)
         yield Flat(layout, first.dtype, wire, policy.reduce or wire, first.requires_grad, parameters)
 

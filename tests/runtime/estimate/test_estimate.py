@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -117,9 +118,15 @@ def test_a_forward_that_tests_values(capsys: pytest.CaptureFixture[str]) -> None
     assert "taken for true, as of a mask that hides nothing: 2" in capsys.readouterr().out
 
 
+def forget_others() -> None:
+    """Let buffers of models before this one go."""
+    gc.collect()
+    bmt.synchronize()
+
+
 def held_in_training(dtype: str, accumulates: bool) -> list[int]:
     """Bytes of shards, gradients, states and buffers on this rank, after two steps."""
-    torch.manual_seed(0)
+    forget_others()
     model: Any = Net().to(getattr(torch, dtype))
     model = bmt.BMTrainModelWrapper(model)
     optimizer = bmt.optim.AdamOptimizer(model.parameters())
@@ -145,14 +152,12 @@ def held_in_training(dtype: str, accumulates: bool) -> list[int]:
         if kept is not None
     ) + sum(flat.remainder.nbytes for flat in every if flat.remainder is not None)
     pools = every[0].unit.pools
+    whole, whole_gradients = pool_bytes(pools.params) + pool_bytes(pools.casts), pool_bytes(pools.grads)
+    return [sum(flat.shard.nbytes for flat in every), sum(gradients), states, whole, whole_gradients]
 
-    def made(pool: Any) -> int:
-        return sum(key[0] * key[1].itemsize * count for key, count in pool._made.items())
 
-    return [
-        sum(flat.shard.nbytes for flat in every), sum(gradients), states, made(pools.params) + made(pools.casts),
-        made(pools.grads),
-    ]  # fmt: skip
+def pool_bytes(pool: Any) -> int:
+    return sum(key[0] * key[1].itemsize * count for key, count in pool._made.items())
 
 
 def all_held(cases: list[tuple[str, bool]]) -> list[list[int]]:
@@ -167,7 +172,7 @@ def test_what_is_held_is_exact(precision: str | None, cases: list[tuple[str, boo
     init = {"schedule": "stress", "precision": precision}  # under which a CPU keeps buffers as a GPU does
     for ranks in run_ranks(2, all_held, cases, init=init):
         for (dtype, accumulates), real in zip(cases, ranks, strict=True):
-            job = Job(2, 2, 16, getattr(torch, dtype), as_precision(precision), accumulates)
+            job = Job(2, 2, 16, getattr(torch, dtype), as_precision(precision), accumulates=accumulates)
             found = estimate(Net, job).held
             assert real == [found.parameters, found.gradients, found.states, found.whole, found.whole_gradients]
 
@@ -272,6 +277,38 @@ def test_beside_what_two_gpus_had_in_use(
         if measured is not None:
             assert abs((found.total(keep) / 2**30 + tool._OVERHEAD) / measured - 1) < 0.01
             assert f"| {measured} |" in table
+
+
+@pytest.mark.parametrize(
+    ("size", "batch", "gib"), [("350m", 8, 15.3), pytest.param("1.5b", 4, 32.9, marks=pytest.mark.long)]
+)
+def test_autocast_beside_the_peak_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, size: str, batch: int, gib: float
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples" / "benchmark" / "gpt")
+    import gpt
+
+    found = estimate(lambda: gpt.GPT(*gpt.SIZES[size], 1024), Job(1, batch, 1024, autocast=torch.bfloat16))
+    assert abs(found.total(keep=True) / 2**30 / gib - 1) < 0.05
+    assert f"| {gib} |" in (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def autocast_gathers() -> int:
+    """Bytes of what is made for whole parameters, after a step under autocast."""
+    forget_others()
+    model = bmt.BMTrainModelWrapper(Net())
+    tokens = torch.randint(256, (2, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens)
+    loss.backward()
+    pools = model.embed.weight._flat.unit.pools
+    return pool_bytes(pools.params) + pool_bytes(pools.casts)
+
+
+def test_autocast_gathers_what_it_would_cast() -> None:
+    found = estimate(Net, Job(2, 2, 16, autocast=torch.bfloat16)).held
+    assert run_ranks(2, autocast_gathers, init={"schedule": "stress"}) == [found.whole] * 2
+    assert found.whole < estimate(Net, Job(2, 2, 16)).held.whole
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
