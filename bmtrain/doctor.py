@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -50,14 +50,20 @@ class Finding:
     advice: str = ""
 
 
+def parser(**options: Any) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        description="What this machine has for training with bmtrain, and what stands in the way.",
+        **{"prog": "bmt-doctor", **options},
+    )
+    made.add_argument("--json", action="store_true", help="print json")
+    made.add_argument("--no-bandwidth", action="store_true", help="start no processes to time an all-gather")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: training works here; 1: something is in the way."""
-    parser = argparse.ArgumentParser(
-        prog="bmt-doctor", description="What this machine has for training with bmtrain, and what stands in the way."
-    )
-    parser.add_argument("--json", action="store_true", help="print json")
-    parser.add_argument("--no-bandwidth", action="store_true", help="start no processes to time an all-gather")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     found = []
     try:
         for finding in examine(bandwidth=not given.no_bandwidth):

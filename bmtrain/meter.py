@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,29 @@ class Meter:
         every: optimizer steps between two reports.  The first report holds what only first steps do.
         flops_per_token: of forward and backward; by default 6 for every element of a parameter with two dimensions or
             more, which leaves attention's own out (12 * layers * width * length for each token).
-        path: a file to which rank 0 appends a line of json for each report.
+        path: a file to which rank 0 appends a line of json for each report; ``bmt plot`` draws it.
+        writers: what rank 0 tells each report, too: a bar of tqdm (``set_postfix``), a ``SummaryWriter`` of TensorBoard
+            (``add_scalar``), a run of wandb (``log``), or a function of the report. None among them is passed over, as
+            where only rank 0 makes a writer.
 
-    Raises ConfigurationError for ``every`` below 1.
+    Raises ConfigurationError for ``every`` below 1, and for a writer of none of these kinds.
     """
 
     def __init__(
-        self, model: nn.Module, *, every: int = 10, flops_per_token: float | None = None, path: str | Path | None = None
+        self,
+        model: nn.Module,
+        *,
+        every: int = 10,
+        flops_per_token: float | None = None,
+        path: str | Path | None = None,
+        writers: Sequence[Any] = (),
     ) -> None:
         if every < 1:
             raise ConfigurationError(f"every must be at least 1, not {every}.")
         matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
         self.flops_per_token = 6 * matrices if flops_per_token is None else flops_per_token
         self.every, self.path = every, None if path is None else Path(path)
+        self._writers = [_writing(writer) for writer in writers if writer is not None]
         self.steps = 0
         self._ctx = context()
         self._peak = self._ctx.device.peak_flops()
@@ -78,8 +89,36 @@ class Meter:
             "step": self.steps, "seconds": seconds / self.every, "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / self._peak if self._peak else None, "peak_gib": memory, **numbers,
         }  # fmt: skip
-        if self.path is not None and self._ctx.rank == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+        if self._ctx.rank == 0:
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+            for write in self._writers:
+                write(found)
         self._begin()
         return found
+
+
+def _writing(writer: Any) -> Callable[[dict[str, Any]], object]:
+    """What tells a report to ``writer``."""
+
+    def measured(report: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in report.items() if value is not None and name != "step"}
+
+    if hasattr(writer, "add_scalar"):
+
+        def add(report: dict[str, Any]) -> None:
+            for name, value in measured(report).items():
+                writer.add_scalar(name, value, report["step"])
+
+        return add
+    if hasattr(writer, "set_postfix"):
+        return lambda report: writer.set_postfix(measured(report))
+    if hasattr(writer, "log"):
+        return lambda report: writer.log(measured(report), step=report["step"])
+    if callable(writer):
+        return writer  # type: ignore[no-any-return]
+    raise ConfigurationError(
+        f"A writer of bmt.Meter is a {type(writer).__name__}; give a tqdm bar, a SummaryWriter, a wandb run or a "
+        "function."
+    )

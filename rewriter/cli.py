@@ -21,13 +21,14 @@ from rewriter.discover import sources
 from rewriter.docs import explain
 from rewriter.formats import check_report, write_report
 from rewriter.output import check_target, copy_project, write_back, write_tree, written_place
+from rewriter.page import page
 from rewriter.plan import Options, known_codes
 from rewriter.portions import convert_project
 from rewriter.progress import Progress
 from rewriter.report import closing, diff, left_training, listing
 from rewriter.rules import BY_CODE, RULES
 from rewriter.spelling import nearest
-from rewriter.types import InputError, Result
+from rewriter.types import InputError, Result, Tried
 
 CHANGED, FAILED, LEFT, INTERRUPTED = 1, 2, 3, 130
 
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--select", action="append", default=[], metavar="CODES", help="apply these rules only")
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
     made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
-    made.add_argument("--report", type=Path, metavar="FILE", help="write a report; FILE ends in .json, .md or .sarif")
+    made.add_argument("--report", type=Path, metavar="FILE", help="write a report: a .html, .json, .md or .sarif file")
     made.add_argument(
         "--explain", nargs="?", const="all", metavar="CODE", help="print what a rule does, with examples; or all titles"
     )
@@ -79,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     made.add_argument("--verbose", "-v", action="store_true", help="print every finding, not one a rule and file")
+    made.add_argument(
+        "--print-completion", choices=["bash", "zsh", "tcsh"], help="print what completes bmt-convert; needs shtab"
+    )
     made.add_argument("--version", action="version", version=f"bmt-convert {__version__}")
     return made
 
@@ -108,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.explain:
         return _explain(options.explain)
+    if options.print_completion:
+        return _print_completion(options.print_completion)
     _check(options)
     alone = [str(path) for path in options.paths] == ["-"]
     settings = read_settings(Path.cwd() if alone else options.paths[0])
@@ -119,18 +125,23 @@ def _run(options: argparse.Namespace) -> int:
     for result in results:
         if result.error:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
-    if options.report is not None and options.prove is None:
+    told_at_last = options.report is not None and options.report.suffix == ".html"
+    if options.report is not None and options.prove is None and not told_at_last:
         write_file(options.report.resolve(), write_report(options.report, results).encode())
     _show(options, results)
-    verdicts = _tried(options, results)
-    held = all(good for good, _ in verdicts)
+    tried = _tried(options, results)
+    held = all(one.held for one in tried)
     if options.output is not None:
         options.written = write_tree(options.paths, options.output, results)
     elif options.write and held:
         options.written = write_back(results)
-    _close(options, results, held)
-    for _, verdict in verdicts:
-        print(verdict)
+    last = _last_lines(options, results, held)
+    if told_at_last:
+        write_file(options.report.resolve(), page(results, last[1:], tried).encode())
+    for line in last:
+        print(line, file=_stream(options))
+    for one in tried:
+        print(one.verdict)
     return _exit_code(results, options.check, held)
 
 
@@ -166,8 +177,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--{tried[0]} takes one file or folder")
 
 
-def _tried(options: argparse.Namespace, results: Sequence[Result]) -> list[tuple[bool, str]]:
-    """Whether the project is still the same, and how that is said; prints what was compared."""
+def _tried(options: argparse.Namespace, results: Sequence[Result]) -> list[Tried]:
+    """Whether the project is still the same; prints what was compared."""
     found = []
     if options.verify is not None:
         found.append(_verify(options, results))
@@ -176,7 +187,7 @@ def _tried(options: argparse.Namespace, results: Sequence[Result]) -> list[tuple
     return found
 
 
-def _verify(options: argparse.Namespace, results: Sequence[Result]) -> tuple[bool, str]:
+def _verify(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
     from rewriter.verify import __main__ as tool  # needs torch, which converting does not
 
     path = options.paths[0].resolve()
@@ -188,9 +199,10 @@ def _verify(options: argparse.Namespace, results: Sequence[Result]) -> tuple[boo
         return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes])
 
 
-def _prove(options: argparse.Namespace, results: Sequence[Result]) -> tuple[bool, str]:
-    if options.report is not None and options.report.suffix not in (".json", ".md"):
-        raise InputError(f"{options.report}: --prove writes a report that ends in .json or .md")
+def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
+    report: Path | None = options.report
+    if report is not None and report.suffix == ".sarif":
+        raise InputError(f"{report}: --prove writes a report that ends in .html, .json or .md")
     from rewriter.verify.script import command_line as tool  # needs torch, which converting does not
 
     path = options.paths[0].resolve()
@@ -203,7 +215,7 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> tuple[bool
             original, converted, options.prove, options.ranks, options.steps, options.timeout, options.still,
             tool.refusal(results),
         )  # fmt: skip
-        return tool.run(settings, options.report)
+        return tool.run(settings, None if report is not None and report.suffix == ".html" else report)
 
 
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
@@ -226,15 +238,14 @@ def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
             print(line, file=_stream(options))
 
 
-def _close(options: argparse.Namespace, results: Sequence[Result], held: bool) -> None:
+def _last_lines(options: argparse.Namespace, results: Sequence[Result], held: bool) -> list[str]:
     """Counts, what was written, and what to run next, unless a comparison says something else."""
     output: Path | None = options.output
     place: Callable[[Path], Path] = lambda path: path  # noqa: E731
     if output is not None:
         place = lambda path: written_place(options.paths, output, path)  # noqa: E731
     again = "" if options.write or options.output else _command_that_writes(options)
-    for line in list(closing(results, options.written, again, place))[: 3 if held else 2]:
-        print(line, file=_stream(options))
+    return list(closing(results, options.written, again, place))[: 3 if held else 2]
 
 
 def _command_that_writes(options: argparse.Namespace) -> str:
@@ -268,6 +279,15 @@ def _explain(code: str) -> int:
     if rule is None:
         raise InputError(f"no rule {code}{nearest(code, BY_CODE)} --explain lists them: {', '.join(BY_CODE)}")
     print(explain(rule), end="")
+    return 0
+
+
+def _print_completion(shell: str) -> int:
+    try:
+        import shtab  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise InputError("--print-completion needs shtab: pip install shtab") from None
+    print(shtab.complete(parser(), shell=shell))
     return 0
 
 

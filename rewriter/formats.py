@@ -1,4 +1,4 @@
-"""Machine-readable reports: json, markdown, sarif."""
+"""Reports in files: html, json, markdown, sarif."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from rewriter import __version__
 from rewriter.docs import explain
+from rewriter.page import page
 from rewriter.report import summary
 from rewriter.rules import RULES
 from rewriter.types import Conversion, Finding, InputError, Result, place
@@ -19,15 +20,17 @@ _STATES = ("applied", "needs --unsafe", "left")
 
 def check_report(path: Path) -> None:
     """Raises InputError where a report has an ending of no format, or where it cannot be a file."""
-    if path.suffix not in (".json", ".md", ".sarif"):
-        raise InputError(f"{path}: a report ends in .json, .md or .sarif")
+    if path.suffix not in (".html", ".json", ".md", ".sarif"):
+        raise InputError(f"{path}: a report ends in .html, .json, .md or .sarif")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: --report is a file; this is none")
 
 
 def write_report(path: Path, results: Sequence[Result]) -> str:
     """The report's text, in the format that the file's ending asks for."""
-    makers: dict[str, Callable[[Sequence[Result]], str]] = {".json": _json, ".md": _markdown, ".sarif": _sarif}
+    makers: dict[str, Callable[[Sequence[Result]], str]] = {
+        ".html": page, ".json": _json, ".md": _markdown, ".sarif": _sarif,
+    }  # fmt: skip
     return makers[path.suffix](results)
 
 

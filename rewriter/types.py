@@ -73,6 +73,20 @@ Finding = Conversion | Remark | Refusal
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """What running original and converted code side by side has shown.
+
+    ``rows`` are those of a table, its head first; ``notes`` are lines beside it.
+    """
+
+    title: str
+    held: bool
+    verdict: str
+    rows: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What became of one file. ``error`` is one line; then ``after`` equals ``before``.
 

@@ -25,7 +25,9 @@ from .sharded import ShardedModule, become
 
 
 @dataclass
-class _Group:
+class Group:
+    """Parameters that become one unit of ``owner``."""
+
     owner: nn.Module
     name: str
     names: list[str] = field(default_factory=list)
@@ -42,11 +44,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     """
     _refuse_placed(root)
     tie(root, pools.ctx.rank)
-    groups = _plan(root)
-    casts = _cast_by_autocast(root)
-    for group in groups:
-        _check(group)
-        group.autocasts = [id(p) in casts for p in group.parameters]
+    groups = plan_units(root)
     device, kind = pools.ctx.device.torch_device, type(root).__name__
     # Of those that are initialised later no one expects that they are equal now.
     later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
@@ -79,7 +77,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     return units
 
 
-def _initial_values(root: nn.Module, groups: list[_Group]) -> dict[str, torch.Tensor]:
+def _initial_values(root: nn.Module, groups: list[Group]) -> dict[str, torch.Tensor]:
     """Parameters that ``groups`` shard, and buffers of the modules they belong to, under their names."""
     values: dict[str, torch.Tensor] = {n: p for g in groups for n, p in zip(g.names, g.parameters, strict=True)}
     new = {id(group.owner) for group in groups}  # the buffers of others may have parted on purpose, as statistics do
@@ -120,12 +118,15 @@ def _note_blocks(root: nn.Module) -> None:
             record.has_blocks = any(unit_of(inner) is not None for inner in module.modules() if inner is not module)
 
 
-def _plan(root: nn.Module) -> list[_Group]:
-    """Groups in the order of their owners in the tree, the root's last (its parameters frame the blocks')."""
-    owners: dict[int, _Group] = {}
+def plan_units(root: nn.Module) -> list[Group]:
+    """Groups in the order of their owners in the tree, the root's last (its parameters frame the blocks').
+
+    Raises ConfigurationError for parameters that cannot be sharded.
+    """
+    owners: dict[int, Group] = {}
     places: dict[int, tuple[nn.Parameter, str, list[int]]] = {}
     for owner, prefix, module in _walk(root, root, "", ""):
-        group = owners.setdefault(id(owner), _Group(owner, prefix[0]))
+        group = owners.setdefault(id(owner), Group(owner, prefix[0]))
         for name, parameter in module._parameters.items():
             if parameter is None or flat_of(parameter) is not None:
                 continue
@@ -139,12 +140,17 @@ def _plan(root: nn.Module) -> list[_Group]:
         group.parameters.append(parameter)
     spare = _spare_owners(root, owners)
     ordered = [g for g in owners.values() if g.owner is not root] + [owners[id(root)]]
-    return [g for g in ordered if unit_of(g.owner) is None] + spare
+    groups = [g for g in ordered if unit_of(g.owner) is None] + spare
+    casts = _cast_by_autocast(root)
+    for group in groups:
+        _check(group)
+        group.autocasts = [id(p) in casts for p in group.parameters]
+    return groups
 
 
-def _spare_owners(root: nn.Module, owners: dict[int, _Group]) -> list[_Group]:
+def _spare_owners(root: nn.Module, owners: dict[int, Group]) -> list[Group]:
     """Modules added to an owner that was sharded before: each becomes an owner of its own."""
-    spare: dict[int, _Group] = {}
+    spare: dict[int, Group] = {}
     for group in owners.values():
         if unit_of(group.owner) is None or not group.parameters:
             continue
@@ -158,7 +164,7 @@ def _spare_owners(root: nn.Module, owners: dict[int, _Group]) -> list[_Group]:
                             f"Parameter {key!r} was added to {name or 'a module'} after it had been sharded. Put it "
                             "into a new submodule and call bmt.BMTrainModelWrapper(model) again."
                         )
-                    extra = spare.setdefault(id(module), _Group(module, name))
+                    extra = spare.setdefault(id(module), Group(module, name))
                     extra.names.append(f"{name}.{key}")
                     extra.parameters.append(parameter)
         group.parameters = []
@@ -206,7 +212,7 @@ def _refuse_placed(root: nn.Module) -> None:
             )
 
 
-def _check(group: _Group) -> None:
+def _check(group: Group) -> None:
     for name, parameter in zip(group.names, group.parameters, strict=True):
         if nn.parameter.is_lazy(parameter):
             raise ConfigurationError(

@@ -150,12 +150,17 @@ class LandingLinear(nn.Linear):
         return "Linear"
 
 
+def lands(weight: torch.Tensor) -> bool:
+    """Whether the weight of a plain ``nn.Linear`` is so large that its gradient is computed in place."""
+    return weight.numel() >= _LARGE
+
+
 def land_gradients(module: nn.Module) -> None:
     """Let every plain ``nn.Linear`` of ``module`` with a large weight compute its weight gradient in place."""
     for inner in module.modules():
         if type(inner) is not nn.Linear or inner._backward_hooks or inner._backward_pre_hooks:
             continue
-        if inner.weight.numel() >= _LARGE:
+        if lands(inner.weight):
             inner.__class__ = LandingLinear
 
 

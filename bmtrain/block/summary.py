@@ -20,7 +20,7 @@ def summary(ctx: Context, units: Iterable[ShardUnit]) -> Iterator[str]:
     trained = sum(parameter.numel() for flat in flats for parameter in flat.params if parameter.requires_grad)
     device = ctx.device.torch_device
     ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size != 1)}, {ctx.topology.local_size} on this host"
-    yield f"{total:,} parameters, {trained:,} train, in {len(every)} units; {ranks}, on {device.type}"
+    yield f"{counts(total, trained, len(every))}; {ranks}, on {device.type}"
     shards = sum(flat.shard.nbytes for flat in flats)
     largest = max((unit.whole_bytes() for unit in every), default=0)
     yield (
@@ -30,10 +30,16 @@ def summary(ctx: Context, units: Iterable[ShardUnit]) -> Iterator[str]:
     memory = ctx.memory if isinstance(ctx.memory, str) else f"at most {ctx.memory:g} GiB"
     plan = "to be decided after two steps" if ctx.device.measures_memory and ctx.memory != "lean" else "nothing is kept"
     ops = ("compiled" if kernels.compiled() else "not compiled") if ctx.device.is_cuda else "torch's on a CPU"
-    yield f"precision {_words(ctx.precision)}; memory {memory}: {plan}; kernels: {ops}"
+    yield f"precision {words(ctx.precision)}; memory {memory}: {plan}; kernels: {ops}"
 
 
-def _words(precision: Precision) -> str:
+def counts(total: int, trained: int, units: int) -> str:
+    """How large a model is."""
+    return f"{total:,} parameters, {trained:,} train, in {units} unit{'s' * (units != 1)}"
+
+
+def words(precision: Precision) -> str:
+    """What a policy asks for."""
     named = [(name, getattr(precision, name)) for name in ("param", "reduce", "output")]
     said = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in named if dtype is not None]
     return ", ".join(said) or "as the model and autocast have it"

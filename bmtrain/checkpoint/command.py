@@ -27,10 +27,12 @@ from .torch_file import with_room
 from .tree import decode, encode
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command.  0: done, and nothing is wrong or different; 1: something is; 2: it could not be done."""
-    parser = argparse.ArgumentParser(prog="bmt-checkpoint", description="Checkpoints of bmtrain's Checkpointer.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser(**options: Any) -> argparse.ArgumentParser:
+    """The command's arguments."""
+    top = argparse.ArgumentParser(
+        description="Checkpoints of bmtrain's Checkpointer.", **{"prog": "bmt-checkpoint", **options}
+    )
+    commands = top.add_subparsers(dest="command", required=True)
     known = {
         "inspect": "what is in a checkpoint", "verify": "whether all its files are what was written",
         "diff": "how two checkpoints or files differ", "convert": "to a plain file, or from one",
@@ -46,7 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made["convert"].add_argument(
         "--part", default="model", help='what of it: "model" (the default), "optimizer"..., or "all"'
     )
-    given = parser.parse_args(arguments)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command.  0: done, and nothing is wrong or different; 1: something is; 2: it could not be done."""
+    given = parser().parse_args(arguments)
     try:
         return {"inspect": _inspect, "verify": _verify, "diff": _diff, "convert": _convert}[given.command](given)
     except (CheckpointError, OSError) as error:

@@ -75,3 +75,12 @@ class FlatState:
         else:
             flat.shard.copy_(values)
         self._version = flat.version
+
+
+def bytes_beside(dtype: torch.dtype, is_shared: bool) -> int:
+    """Bytes that a FlatState and a remainder take for each element of values in ``dtype``.
+
+    ``is_shared``: over several ranks, where bf16 values may be split.
+    """
+    master = 0 if dtype == torch.float32 else 2 if dtype == torch.bfloat16 and is_shared else 4
+    return 4 + 4 + master

@@ -10,13 +10,14 @@ from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..context import Context
 from ..device import Event
 from ..precision import Precision
 from .flat import FlatShard
 from .gradient import add_all
-from .parameter import DistributedParameter, raw_grads
+from .parameter import DistributedParameter, raw_grads, split_dim_of
 from .pools import Buffer, Pools
 
 
@@ -76,17 +77,9 @@ class ShardUnit:
         self.compute: torch.dtype | None = None
         self.trains_in: torch.dtype | None = None
         self._begin()
-        # One flat buffer for each dtype, frozen parameters apart so that they are never reduced, and those apart that
-        # autocast would cast, and slices of tensor-parallel layers; matrices first, so that the usual weight-decay
-        # groups are contiguous.
-        groups: dict[tuple[torch.dtype, bool, bool, bool], list[int]] = {}
-        for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
-            casts = autocasts[index] and params[index].dtype == torch.float32
-            key = params[index].dtype, params[index].requires_grad, casts, params[index]._split_dim is not None
-            groups.setdefault(key, []).append(index)
         self.flats = [
-            FlatShard(self, [params[i] for i in g], [names[i] for i in g], casts)
-            for (_, _, casts, _), g in groups.items()
+            FlatShard(self, [params[i] for i in group], [names[i] for i in group], casts)
+            for group, casts in flat_groups(params, autocasts)
         ]
 
     def _begin(self) -> None:
@@ -316,6 +309,20 @@ def wait_to_be_reduced(units: Iterable[ShardUnit]) -> bool:
     flats = [flat for unit in units for flat in unit.flats]
     raw = raw_grads(chain.from_iterable(flat.params for flat in flats))
     return any(map(is_not, raw, repeat(None))) or any(flat.landing.is_used for flat in flats)
+
+
+def flat_groups(params: Sequence[nn.Parameter], autocasts: Sequence[bool]) -> list[tuple[list[int], bool]]:
+    """Which of a unit's parameters share a flat buffer, and whether autocast would cast those.
+
+    One for each dtype, frozen parameters apart so that they are never reduced, and those apart that autocast would
+    cast, and slices of tensor-parallel layers; matrices first, so that the usual weight-decay groups are contiguous.
+    """
+    groups: dict[tuple[torch.dtype, bool, bool, bool], list[int]] = {}
+    for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
+        casts = autocasts[index] and params[index].dtype == torch.float32
+        key = params[index].dtype, params[index].requires_grad, casts, split_dim_of(params[index]) is not None
+        groups.setdefault(key, []).append(index)
+    return [(group, casts) for (_, _, casts, _), group in groups.items()]
 
 
 def unit_of_flat(flat: FlatShard) -> ShardUnit:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewriter.types import InputError
-from rewriter.verify.report import as_json, table, verdict
+from rewriter.types import InputError, Tried
+from rewriter.verify.report import as_json, explanations, rows, table, verdict
 from rewriter.verify.run import Settings, verify
 
 
@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.held else 1
 
 
-def compared(arguments: Sequence[str]) -> tuple[bool, str]:
-    """Compare and print; whether all held, and the verdict in words, which is not printed yet."""
+def compared(arguments: Sequence[str]) -> Tried:
+    """Compare and print; the verdict is not printed yet."""
     options = parser().parse_args(arguments)
     if ":" not in options.factory:
         raise InputError(f"--verify: {options.factory}: write MODULE:FACTORY, such as model:build")
     report = verify(_settings(options))
     print("\n".join(table(report)))
-    return report.held, verdict(report)
+    return Tried("--verify", report.held, verdict(report), tuple(rows(report)), tuple(explanations(report)))
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -12,14 +12,18 @@ from rewriter.verify.findings import TITLES, Report, Row
 
 def table(report: Report) -> Iterator[str]:
     """Lines for a terminal, without the verdict."""
-    cells: list[tuple[str, ...]] = [("ranks", "when", "what", "compared", "ulp", "relative", "")]
-    cells += [_cells(row) for row in report.rows]
+    cells = rows(report)
     widths = [max(len(row[column]) for row in cells) for column in range(6)]
     for row in cells:
         padded = zip(row, widths, strict=False)  # the verdict needs no padding
         left = [f"{cell:{'<' if column in (1, 2) else '>'}{width}}" for column, (cell, width) in enumerate(padded)]
         yield "  ".join([*left, row[6]]).rstrip()
-    yield from _explanations(report)
+    yield from explanations(report)
+
+
+def rows(report: Report) -> list[tuple[str, ...]]:
+    """The cells of the table, its head first."""
+    return [("ranks", "when", "what", "compared", "ulp", "relative", ""), *map(_cells, report.rows)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -30,7 +34,8 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (str(row.ranks), TITLES.get(row.phase, row.phase), row.what, *numbers, row.verdict)
 
 
-def _explanations(report: Report) -> Iterator[str]:
+def explanations(report: Report) -> Iterator[str]:
+    """Lines below the table: what was skipped, failed or differs."""
     for row in report.rows:
         where = f"{row.ranks} rank{'s' if row.ranks > 1 else ''}, {TITLES.get(row.phase, row.phase)}"
         if row.skipped:

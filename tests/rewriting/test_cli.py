@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
+from rewriter.types import Tried
 
 PLAIN = "import torch\n\n\nclass A(torch.nn.Module):\n    pass\n"
 DONE = "import torch\nimport bmtrain as bmt\n\n\nclass A(bmt.DistributedModule):\n    pass\n"
@@ -207,7 +208,8 @@ def test_a_verdict_comes_last(
     from rewriter.verify import __main__ as tool
 
     for held, verdict in ((False, "NOT shown"), (True, "the same")):
-        monkeypatch.setattr(tool, "compared", lambda arguments, held=held, verdict=verdict: (held, verdict))
+        tried = Tried("--verify", held, verdict)
+        monkeypatch.setattr(tool, "compared", lambda arguments, tried=tried: tried)
         assert main([str(project), "--write", "--verify", "model:A"]) == (0 if held else 1)
         *_, written, launch, last = ["", *capsys.readouterr().out.splitlines()]
         assert last == verdict
@@ -276,3 +278,13 @@ def test_what_keeps_a_script_for_accelerate_stands_at_its_lines(
     assert (
         f"{script}:{line + 1}: BMT090 left: the script is written for accelerate and stays: accelerator is h" in shown
     )
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr().err == "bmt-convert: --print-completion needs shtab: pip install shtab\n"
+    monkeypatch.delitem(sys.modules, "shtab")
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", "zsh"]) == 0
+    assert "--unsafe" in capsys.readouterr().out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +58,8 @@ def test_the_docs_show_what_the_converter_does(diff: str) -> None:
     assert converted(before) == after
 
 
-def test_the_readme_shows_a_script_and_the_docs_a_model_too() -> None:
-    assert len(DIFFS) == 3 and len(PAGES[0].read_text().splitlines()) <= 200
+def test_the_readme_shows_a_script_and_the_docs_more() -> None:
+    assert len(DIFFS) == 4 and len(PAGES[0].read_text().splitlines()) <= 200
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -77,3 +79,30 @@ def test_the_docs_show_the_rules() -> None:
         [sys.executable, str(EXAMPLES.parent / ".ci" / "rules"), "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def started(folder: Path, *scripts: Path, **variables: str) -> subprocess.Popen[str]:
+    """One process that runs scripts one after the other."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
+    code = f"import runpy\nfor path in {[str(script) for script in scripts]}: runpy.run_path(path, run_name='__main__')"
+    return subprocess.Popen(
+        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_the_tutorial_says_what_happens(tmp_path: Path) -> None:
+    page, script = (ROOT / "docs" / "tutorial.md").read_text(), EXAMPLES / "tutorial" / "train.py"
+    diff = next(diff for diff in DIFFS if "counting in steps" in diff)
+    shown = "".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith("+"))
+    assert shown == script.read_text()
+    assert main([str(script), "--output", str(tmp_path), "--quiet"]) == 0
+    converted_script = tmp_path / "train.py"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    ranks = [started(tmp_path, converted_script, RANK=rank, LOCAL_RANK=rank, **job) for rank in ("0", "1")]
+    on_two, silent = (process.communicate(timeout=120)[0] for process in ranks)
+    alone = started(tmp_path, script, converted_script).communicate(timeout=120)[0].splitlines()
+    said = re.findall(r"^epoch .*$", page, re.MULTILINE)
+    assert len(said) == 9 and said == [*alone, *on_two.splitlines()] and silent == ""

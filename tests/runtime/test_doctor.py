@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,25 @@ def test_as_json_with_an_all_gather(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main([]) == program.main(["docter"]) == 2
-    assert "usage: python -m bmtrain COMMAND" in capsys.readouterr().err
-    assert program.main(["--version"]) == program.main(["--help"]) == 0
-    assert capsys.readouterr().out.startswith(f"bmtrain {bmtrain.__version__}\nusage")
+    assert program.main([]) == 2
+    assert "usage: bmt [-h]" in capsys.readouterr().err
+    for arguments, code in ((["docter"], 2), (["--version"], 0), (["--help"], 0), (["plot", "--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            program.main(arguments)
+        assert ended.value.code == code
+    shown = capsys.readouterr()
+    assert "invalid choice: 'docter'" in shown.err and shown.out.startswith(f"bmtrain {bmtrain.__version__}\nusage")
+    for command in ("doctor", "estimate", "plot", "checkpoint"):
+        assert f"\n    {command} " in shown.out
     assert program.main(["checkpoint", "inspect", "/nowhere"]) == 2
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert program.main(["--print-completion", "bash"]) == 2
+    assert capsys.readouterr().err == "bmt: --print-completion needs shtab: pip install shtab\n"
+    monkeypatch.delitem(sys.modules, "shtab")
+    pytest.importorskip("shtab")
+    assert program.main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "-F _shtab_bmt bmt" in script and "--no-bandwidth" in script and "--gpus" in script

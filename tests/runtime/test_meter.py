@@ -47,6 +47,47 @@ def test_a_run_is_measured(tmp_path: Path) -> None:
     run_ranks(2, measures, str(tmp_path))
 
 
+class Bar:
+    def __init__(self) -> None:
+        self.shown: list[object] = []
+
+    def set_postfix(self, values: object) -> None:
+        self.shown.append(values)
+
+
+class Run:
+    def __init__(self) -> None:
+        self.shown: list[object] = []
+
+    def log(self, values: object, step: int) -> None:
+        self.shown.append((step, values))
+
+
+class Writer(Run):
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.shown.append((name, value, step))
+
+
+def tells_others() -> list[list[object]]:
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
+    for wrong in (3, "run", [print]):
+        with pytest.raises(ConfigurationError, match=r"A writer of bmt\.Meter is a"):
+            bmt.Meter(model, writers=[wrong])
+    bar, run, writer, reports = Bar(), Run(), Writer(), list[object]()
+    meter = bmt.Meter(model, every=1, writers=[bar, None, run, writer, reports.append])
+    meter.step(tokens=4, loss=2.5)
+    return [bar.shown, run.shown, writer.shown, reports]
+
+
+def test_writers_are_told_by_rank_0() -> None:
+    (bar, run, writer, reports), others = run_ranks(2, tells_others)
+    assert others == [[], [], [], []]
+    ((step, values),), (report,) = run, reports
+    assert (step, report["step"], values["loss"]) == (1, 1, 2.5) and bar == [values]
+    assert set(values) == {"seconds", "tokens_per_second", "loss"}  # what is not known on a CPU is left out
+    assert writer == [(name, value, 1) for name, value in values.items()]
+
+
 PEAKS = {
     "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA H20": 148e12,
     "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A10": 125e12, "Tesla T4": 65e12, "NVIDIA L40": 181e12,

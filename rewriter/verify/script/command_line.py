@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rewriter.types import InputError, Refusal, Result
+from rewriter.types import InputError, Refusal, Result, Tried
 from rewriter.verify.script.prove import Settings, prove
 from rewriter.verify.script.report import as_json, as_markdown, text, verdict
 from rewriter.verify.script.runs import Command
@@ -61,10 +61,11 @@ def refusal(results: Sequence[Result]) -> str:
     return f"the conversion makes no job of several ranks of it: {told}"
 
 
-def run(made: Settings, report: Path | None) -> tuple[bool, str]:
-    """Prove, print, write the report; whether it held, and the verdict in words, which is not printed yet."""
+def run(made: Settings, report: Path | None) -> Tried:
+    """Prove, print, write the report; the verdict is not printed yet."""
     found = prove(made)
-    print("\n".join(text(found)))
+    lines = tuple(text(found))
+    print("\n".join(lines))
     if report is not None:
         report.write_text(json.dumps(as_json(found), indent=1) if report.suffix == ".json" else as_markdown(found))
-    return found.held, verdict(found)
+    return Tried("--prove", found.held, verdict(found), notes=lines)
