@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import OwnRandom, host_draws_own
+from .own_random import OwnRandom, host_draws_own, move_on
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
@@ -289,6 +289,24 @@ class Device:
         """State of torch's CPU generator, of this device's, of ``random``, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
         return torch.get_rng_state(), here, random.getstate(), [own.depth for own in self._own_random]
+
+    def has_drawn_since(self, state: RngState) -> bool:
+        """Whether torch's generators have moved from where they were."""
+        present = self.rng_state()
+        pairs = (state[0], present[0]), (state[1], present[1])
+        return any(old is not None and new is not None and not torch.equal(old, new) for old, new in pairs)
+
+    def go_back_to(self, start: RngState, moves_on: bool) -> None:
+        """Put the shared streams of torch where they were, or, if ``moves_on``, somewhere that follows from it alone.
+
+        What draws from own streams now is left alone.
+        """
+        states = [state for state in (start[1], start[0]) if state is not None]
+        for generator, own, state in zip(self._generators(), self._own_random, states, strict=True):
+            if not own.depth:
+                generator.set_state(state)
+                if moves_on:
+                    move_on(generator)
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 
 from ..context import Context
+from ..errors import ConfigurationError
 from ..shard.freeze import keep_frozen_apart
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit
@@ -57,7 +59,11 @@ class Schedule:
     def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None, operation: str = "") -> None:
         """Make ``unit`` whole now, and prefetch what usually follows.  Collective."""
         self.register(unit)
-        predicted = self.trace.note(unit.index, phase, operation or unit.name) if unit.moves else None
+        predicted = None
+        if self.ctx.diary.is_apart:
+            _require_in_stage(unit)
+        elif unit.moves:
+            predicted = self.trace.note(unit.index, phase, operation or unit.name)
         if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
             self.whole.release(unit)
             keep_frozen_apart(unit)
@@ -71,6 +77,20 @@ class Schedule:
         following = self.units.get(predicted) if predicted is not None else None
         if following is not None:
             self.whole.prefetch(following, following.compute_dtype(autocast))
+
+    def prepare_stages(self, units: Sequence[ShardUnit]) -> None:
+        """Blocks of a pipeline, of all its stages, are to run.  Collective."""
+        for unit in units:
+            self.register(unit)
+            if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
+                self.whole.release(unit)
+                keep_frozen_apart(unit)
+
+    def prefetch_stage(self, units: Sequence[ShardUnit], autocast: torch.dtype | None) -> None:
+        """Gather what is this rank's stage's, first units first.  Collective in the stage."""
+        for unit in units:
+            if unit.pools.is_here:
+                self.whole.prefetch(unit, unit.compute_dtype(autocast))
 
     def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
@@ -93,3 +113,11 @@ class Schedule:
             self.whole.prefetch(unit, unit.trains_in)
         elif self.ctx.device.overlaps and self.whole.idle and unit.index in self.trace.opening():
             self.whole.prefetch(unit, unit.compute)
+
+
+def _require_in_stage(unit: ShardUnit) -> None:
+    if unit.stage is None:
+        raise ConfigurationError(
+            f"A block of a pipeline needs parameters of {unit.name or 'the model'}, which is outside of it, while the "
+            "other stages do something else. Use them outside of the pipeline, and give blocks what comes out."
+        )

@@ -67,7 +67,7 @@ class WholeUnits:
         if not unit.pins and not unit.fits(compute):
             self.release(unit)
         if not unit.is_whole:
-            if unit.state is State.SHARDED and not unit.stays:
+            if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
                 self._make_room()
             unit.gather(compute)
             for flat in unit.flats:
@@ -75,13 +75,14 @@ class WholeUnits:
                 self.storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
         self._units[unit.index] = unit
         self._units.move_to_end(unit.index)
-        self._used = unit
+        if unit.stage is None:  # else other ranks would not know
+            self._used = unit
 
     def prefetch(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
         if unit.state is not State.SHARDED:
             return
-        if not unit.stays:
+        if not unit.stays and unit.stage is None:
             self._make_room()
         self._units[unit.index] = unit
         unit.prefetch(compute)

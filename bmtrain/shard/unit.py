@@ -48,6 +48,7 @@ class ShardUnit:
         stays: the plan for memory lets it stay whole from one step to the next.
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
+        lender: whose buffers hold what is whole.
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
         is_settled: which parameter lies in which flat shard does not change any more.
@@ -94,6 +95,7 @@ class ShardUnit:
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
         self._prefetched: list[Buffer] = []
+        self.lender = self.pools
 
     @property
     def state(self) -> State:
@@ -134,6 +136,11 @@ class ShardUnit:
         """Whether the plan for memory may let it stay."""
         return self.moves and self.keep is None
 
+    @property
+    def stage(self) -> int | None:
+        """The stage of a pipeline whose ranks alone keep it; None: all ranks of the shard group do."""
+        return self.pools.stage
+
     def whole_bytes(self, at_rest: bool = False) -> int:
         """Bytes of the whole values, in the dtypes of training or at rest."""
         return sum(
@@ -154,15 +161,24 @@ class ShardUnit:
         self.compute, self.is_stale = compute, False
         device = self.ctx.device
         stream = device.gather_stream
+        # A stage of a pipeline gathers by itself while it runs.  Everywhere else all ranks take part.
+        apart = self.ctx.diary.is_apart
+        self.lender = self.pools if apart else self.pools.outer
+        assert not apart or self.pools.is_here
         self._ready.record(device.current_stream())  # the shard may just have been updated
         self._ready.wait(stream)
         diary = self.ctx.diary
         diary.unit = self.name or "the root"
         for flat in self.flats:
             with device.on(stream):
-                shard = flat.to_gather(compute)
-                buffer = self.pools.acquire_params(flat, flat.layout, flat.wire)
-                self.ctx.gather.all_gather(shard, buffer.tensor)
+                if self.pools is self.lender:
+                    shard = flat.to_gather(compute)
+                    buffer = self.lender.acquire_params(flat, flat.layout, flat.wire)
+                    self.lender.collectives.gather.all_gather(shard, buffer.tensor)
+                else:
+                    flat.wire = flat.wire_for(compute)
+                    buffer = self.lender.acquire_params(flat, flat.layout, flat.wire)
+                    buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))
             self._prefetched.append(buffer)
         diary.unit = ""
         self._ready.record(stream)
@@ -188,7 +204,7 @@ class ShardUnit:
         for flat in self.flats:
             buffer = flat.enter_sharded()
             if buffer is not None:
-                self.pools.params.give_back(buffer, stream)
+                self.lender.params.give_back(buffer, stream)
         self.is_whole = False
 
     def release_prefetched(self) -> None:
@@ -197,7 +213,7 @@ class ShardUnit:
         if buffers:
             self._ready.wait(self.ctx.device.current_stream())
         for buffer in buffers:  # both the gather and whoever used it before it was set back are through by then
-            self.pools.params.give_back(buffer, self.ctx.device.current_stream())
+            self.lender.params.give_back(buffer, self.ctx.device.current_stream())
 
     def set_back(self) -> None:
         """WHOLE to GATHERING: show sharded parameters but keep the whole values, as if they had just come."""
@@ -229,6 +245,12 @@ class ShardUnit:
         diary.unit = ""
         if self.ctx.world_size > 1:
             self.reduced.record(self.ctx.device.reduce_stream)
+
+    def reduced_elsewhere(self) -> None:
+        """The ranks that keep it have summed its gradients; here it has one, too, of no elements."""
+        for flat in self.flats:
+            if flat.trainable:
+                flat.gradient.add_elsewhere()
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
