@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -290,23 +290,26 @@ class Device:
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
         return torch.get_rng_state(), here, random.getstate(), [own.depth for own in self._own_random]
 
-    def has_drawn_since(self, state: RngState) -> bool:
-        """Whether torch's generators have moved from where they were."""
+    def drawn_since(self, state: RngState) -> list[bool]:
+        """Of torch's generators, that of this device first, and of ``random``: whether they have moved."""
         present = self.rng_state()
-        pairs = (state[0], present[0]), (state[1], present[1])
-        return any(old is not None and new is not None and not torch.equal(old, new) for old, new in pairs)
+        pairs = [(old, new) for old, new in ((state[1], present[1]), (state[0], present[0])) if old is not None]
+        return [*(new is None or not torch.equal(old, new) for old, new in pairs), state[2] != present[2]]
 
-    def go_back_to(self, start: RngState, moves_on: bool) -> None:
-        """Put the shared streams of torch where they were, or, if ``moves_on``, somewhere that follows from it alone.
+    def go_back_to(self, start: RngState, drawn: Sequence[bool]) -> None:
+        """Put the shared streams where they were, and those that have ``drawn`` somewhere that follows from it alone.
 
-        What draws from own streams now is left alone.
+        Generators that draw from own streams now are left alone.
         """
         states = [state for state in (start[1], start[0]) if state is not None]
-        for generator, own, state in zip(self._generators(), self._own_random, states, strict=True):
+        for generator, own, state, moves in zip(self._generators(), self._own_random, states, drawn, strict=False):
             if not own.depth:
                 generator.set_state(state)
-                if moves_on:
+                if moves:
                     move_on(generator)
+        random.setstate(start[2])
+        if drawn[-1]:
+            random.seed(random.getrandbits(64))
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""

@@ -68,6 +68,7 @@ class PipelineTransformerBlockList(TransformerBlockList):
     Raises ConfigurationError where elements are no Blocks for pipelines, or fewer than stages.
     """
 
+    _has_run = False
     _is_cut = False  # whether it is known which element belongs to which stage
 
     def __init__(self, modules: Iterable[nn.Module] = (), num_hidden: int = 1) -> None:
@@ -180,6 +181,27 @@ def _check_element(element: nn.Module) -> None:
             )
 
 
+def _buffers_of(elements: Sequence[nn.Module]) -> list[tuple[str, torch.Tensor, int]]:
+    """What state dicts take of ``elements`` beside parameters, as it is now."""
+    return [
+        (f"{type(module).__name__}.{name}", buffer, buffer._version)
+        for element in elements
+        for module in element.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _refuse_changes(buffers: Sequence[tuple[str, torch.Tensor, int]]) -> None:
+    changed = [name for name, buffer, version in buffers if buffer._version != version]
+    if changed:
+        raise ConfigurationError(
+            f"A forward in a pipeline has changed the buffer {changed[0]}, which state dicts hold: only one stage "
+            "would have its values, once for every micro-batch. Register it with persistent=False if it is no state, "
+            "or keep the module outside of the pipeline."
+        )
+
+
 class _Run:
     """One call of a list: what all stages know of it, and this rank's part of the work."""
 
@@ -250,8 +272,11 @@ class _Run:
         tensors = [*self.hidden, *(self.others[key] for key in self.related)]
         token = torch.zeros((), device=self.ctx.device.torch_device, requires_grad=grad)
         token, *pieces = _Enter.apply(self, token, *tensors)  # type: ignore[no-untyped-call]
+        before = [] if self.blocks._has_run else _buffers_of(own)
         with self._as_stage():
             results, inputs, token = self._run_stage(own, pieces, token)
+        _refuse_changes(before)
+        self.blocks._has_run = True
         flat = [*(value for values in results for value in values), *(value for values in inputs for value in values)]
         found = _Leave.apply(self, token, len(own), *flat)  # type: ignore[no-untyped-call]
         if self.states:
@@ -351,21 +376,22 @@ class _Run:
         """Inside, this rank does what only its stage does; afterwards all ranks are to draw alike again."""
         diary, device = self.ctx.diary, self.ctx.device
         trains = self.blocks.training
-        start, drawn = device.rng_state() if trains else None, False
+        start = device.rng_state() if trains else None
+        drawn: list[bool] = []
         diary.is_apart = True
         try:
             if start is not None and self.ctx.random == "own":
                 with device.layers_draw_own():
                     inside = device.rng_state()
                     yield
-                    drawn = device.has_drawn_since(inside)
+                    drawn = device.drawn_since(inside)
             else:
                 yield
-                drawn = start is not None and device.has_drawn_since(start)
+                drawn = [] if start is None else device.drawn_since(start)
             if start is not None:
-                anywhere = torch.tensor([drawn], dtype=torch.uint8, device="cpu")
+                anywhere = torch.tensor(drawn, dtype=torch.uint8, device="cpu")
                 self.control.all_reduce(anywhere, "max")
-                device.go_back_to(start, moves_on=bool(anywhere))
+                device.go_back_to(start, anywhere.bool().tolist())
         finally:
             diary.is_apart = False
 

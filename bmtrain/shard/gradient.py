@@ -87,6 +87,7 @@ class ShardGradient:
 
     def add_elsewhere(self) -> None:
         """The ranks of another stage of a pipeline, which keep all of it, have added to it."""
+        self.dropped.clear()
         if not self.present:
             self._fitting(self._dtype)
             self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor

@@ -48,6 +48,7 @@ class ShardUnit:
         stays: the plan for memory lets it stay whole from one step to the next.
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
+        stage: that of a pipeline whose ranks alone keep it; None: all ranks of the shard group do.
         lender: whose buffers hold what is whole.
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
@@ -64,7 +65,7 @@ class ShardUnit:
         precision: Precision | None = None,
     ) -> None:
         self.ctx: Context = pools.ctx
-        self.pools, self.name = pools, name
+        self.pools, self.name, self.stage = pools, name, pools.stage
         self.inherits_precision = precision is None
         self.precision = self.ctx.precision if precision is None else precision
         self.pools.moves |= self.moves
@@ -135,11 +136,6 @@ class ShardUnit:
     def may_stay(self) -> bool:
         """Whether the plan for memory may let it stay."""
         return self.moves and self.keep is None
-
-    @property
-    def stage(self) -> int | None:
-        """The stage of a pipeline whose ranks alone keep it; None: all ranks of the shard group do."""
-        return self.pools.stage
 
     def whole_bytes(self, at_rest: bool = False) -> int:
         """Bytes of the whole values, in the dtypes of training or at rest."""
