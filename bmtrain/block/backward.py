@@ -77,7 +77,7 @@ class Backward:
         if frame.units and not self.recomputes:
             self._schedule.use(frame.units[0], "backward", frame.autocast)
 
-    def enters_stage(self, frame: Frame) -> None:
+    def enters_stage(self, frame: Frame, units: Sequence[ShardUnit]) -> None:
         """The backward comes to the results of a pipeline, which ran in ``frame``.
 
         From here to ``leaves_stage`` this rank does what its stage needs and other stages do not, so that whatever all
@@ -85,6 +85,8 @@ class Backward:
         """
         if not frame.begun:
             self.reached(frame)
+        for unit in units:
+            self._schedule.leave_to_stage(unit)
         self._schedule.ctx.diary.is_apart = True
 
     def leaves_stage(self, frame: Frame, units: Sequence[ShardUnit]) -> None:

@@ -613,7 +613,7 @@ class _Leave(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         run: _Run = ctx.run
         assert run.frame is not None
-        run.engine.backward.enters_stage(run.frame)
+        run.engine.backward.enters_stage(run.frame, run.units)
         carried, last = run.carried, run.stages - 1
         found: list[torch.Tensor | None] = [None] * ctx.given
         split = carried * run.count if run.is_last else 0

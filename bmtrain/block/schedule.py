@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 
 from ..context import Context
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedError
 from ..shard.freeze import keep_frozen_apart
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit
@@ -82,9 +82,15 @@ class Schedule:
         """Blocks of a pipeline, of all its stages, are to run.  Collective."""
         for unit in units:
             self.register(unit)
+            self.leave_to_stage(unit)
             if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
                 self.whole.release(unit)
                 keep_frozen_apart(unit)
+
+    def leave_to_stage(self, unit: ShardUnit) -> None:
+        """Give up what all ranks have gathered of a stage's unit: from here on its ranks do as they need."""
+        if not unit.pins and not unit.is_whole_apart:
+            self.whole.release(unit)
 
     def prefetch_stage(self, units: Sequence[ShardUnit], autocast: torch.dtype | None) -> None:
         """Gather what is this rank's stage's, first units first.  Collective in the stage."""
@@ -104,7 +110,14 @@ class Schedule:
 
     def reduce(self, unit: ShardUnit) -> None:
         """Sum the gradients of ``unit`` over ranks.  Collective."""
-        unit.reduce_grads()
+        if unit.pools.is_here:
+            unit.reduce_grads()
+        elif unit.has_raw_grads():
+            raise UnsupportedError(
+                f"Parameters of {unit.name}, a block of a pipeline, got a gradient from outside of it, as from a "
+                "penalty on all parameters in the loss: only the ranks of its stage could sum it. Leave them out of the "
+                "loss, or write to their .data under torch.no_grad(), as weight decay does."
+            )
 
     def updated(self, unit: ShardUnit) -> None:
         """``unit`` has new values: if it stays whole, or the next step begins with it, gather it meanwhile."""

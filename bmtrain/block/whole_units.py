@@ -64,7 +64,7 @@ class WholeUnits:
 
     def gather(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Make ``unit`` whole now, gathered for ``compute`` (unless it is pinned otherwise); None: as it rests."""
-        if not unit.pins and not unit.fits(compute):
+        if not unit.pins and (not unit.fits(compute) or unit.is_whole_apart):
             self.release(unit)
         if not unit.is_whole:
             if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
@@ -80,6 +80,8 @@ class WholeUnits:
 
     def prefetch(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
+        if unit.is_whole_apart:
+            self.release(unit)
         if unit.state is not State.SHARDED:
             return
         if not unit.stays and unit.stage is None:

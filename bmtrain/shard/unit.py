@@ -137,6 +137,11 @@ class ShardUnit:
         """Whether the plan for memory may let it stay."""
         return self.moves and self.keep is None
 
+    @property
+    def is_whole_apart(self) -> bool:
+        """Whether it is whole, or on its way, on the ranks of its stage alone, while all ranks do the same again."""
+        return self.lender is not self.pools.outer and not self.ctx.diary.is_apart and self.state is not State.SHARDED
+
     def whole_bytes(self, at_rest: bool = False) -> int:
         """Bytes of the whole values, in the dtypes of training or at rest."""
         return sum(

@@ -531,6 +531,10 @@ def calls_refused() -> None:
         counts.layers(x)
     with pytest.raises(UnsupportedError, match=r"autograd\.grad of 'layers\.0\.a\.bias'"):
         torch.autograd.grad(made.layers(x).sum(), [made.layers[0].a.bias])
+    biases = [layer.a.bias for layer in made.layers]
+    (biases[0].sum() + biases[1].sum()).backward()
+    with pytest.raises(UnsupportedError, match=rf"layers\.{1 - rank}, .* got a gradient from outside of it"):
+        bmt.gather_grad(biases[0])
 
 
 def test_refusals() -> None:
@@ -595,6 +599,31 @@ def values_outside(folder: str) -> None:
             one(*x).backward()
     oracle.assert_same_grads(model, reference, limit=0.05)
     assert {line.get("name") for line in bmt.inspect.inspect_model(model, "*")} == set(reference.state_dict())
+
+
+def several_at_once() -> None:
+    """Two forwards before a backward, a graph that is kept, values read in between."""
+    reference, model = pair()
+    one, other = ([bmt.shard_batch(x) for x in batch(step)] for step in (0, 1))
+    loss = model(*one)
+    assert torch.isfinite(model.layers[0].up.weight.square().sum()) and float(model.layers[2].up.bias.sum())
+    (loss + model(*other)).backward()
+    (reference(*batch(0)) + reference(*batch(1))).backward()
+    oracle.assert_same_grads(model, reference)
+    for net in (model, reference):
+        net.zero_grad()
+    loss = model(*one)
+    loss.backward(retain_graph=True)
+    assert torch.isfinite(model.layers[2].up.weight.square().sum())
+    loss.backward()
+    (2 * reference(*batch(0))).backward()
+    oracle.assert_same_grads(model, reference)
+    with torch.inference_mode():
+        oracle.assert_close(bmt.sum_loss(model(*one)), reference(*batch(0)).detach(), "in inference mode")
+
+
+def test_several_forwards_at_once() -> None:
+    run_ranks(2, several_at_once, init={"pipe_size": 2})
 
 
 def test_values_outside_of_forwards(tmp_path: Path) -> None:
