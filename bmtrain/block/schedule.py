@@ -115,8 +115,8 @@ class Schedule:
         elif unit.has_raw_grads():
             raise UnsupportedError(
                 f"Parameters of {unit.name}, a block of a pipeline, got a gradient from outside of it, as from a "
-                "penalty on all parameters in the loss: only the ranks of its stage could sum it. Leave them out of the "
-                "loss, or write to their .data under torch.no_grad(), as weight decay does."
+                "penalty on all parameters in the loss: only the ranks of its stage could sum it. Leave them out of "
+                "the loss, or write to their .data under torch.no_grad(), as weight decay does."
             )
 
     def updated(self, unit: ShardUnit) -> None:
