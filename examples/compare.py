@@ -79,8 +79,8 @@ def main():
         f"{max(differences):.1e}, tolerance {TOLERANCE:.0e}": max(differences) <= TOLERANCE,
         f"{repeated} steps run again after resuming, largest relative difference {largest_repeated:.1e}, "
         f"tolerance {TOLERANCE:.0e}": repeated > 0 and largest_repeated <= TOLERANCE,
-        f"mean of the last 20 losses {last:.3f}, unigram entropy {entropy:.3f}, wanted below {LEARNED} of it": last
-        < LEARNED * entropy,
+        f"mean of the last 20 losses {last:.3f}, unigram entropy {entropy:.3f}, "
+        f"wanted below {LEARNED} of it": last < LEARNED * entropy,
     }
     for text, held in checks.items():
         print("ok    " if held else "FAILED", text)

@@ -108,8 +108,7 @@ def draw(everything: dict[str, list[Result]], path: Path) -> None:
         done = [result for result in results if not result.failure]
         colours = {"floor": "lightgray", "bmtrain": "tab:blue"}
         bars = axis.bar(
-            [result.engine for result in done],
-            [result.tokens for result in done],
+            [result.engine for result in done], [result.tokens for result in done],
             color=[colours.get(result.engine, "tab:orange") for result in done],
         )
         axis.bar_label(bars, fmt="{:,.0f}", fontsize=8)

@@ -1,6 +1,6 @@
 """Continue a prompt with the model of a checkpoint.
 
-python sample.py run/checkpoint.pt --prompt "The with statement"
+    python sample.py run/checkpoint.pt --prompt "The with statement"
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train a small GPT on the help texts that every Python ships, byte by byte.
 
-python train.py --out run
-python train.py --out run --resume
+    python train.py --out run
+    python train.py --out run --resume
 """
 
 import argparse
