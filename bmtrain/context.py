@@ -37,7 +37,7 @@ from .device import (
     is_in_use,
     let_segments_grow,
 )
-from .errors import CommunicationError, ConfigurationError, NotInitializedError, UnsupportedError
+from .errors import CommunicationError, ConfigurationError, NotInitializedError
 from .precision import Precision, as_precision
 from .topology import Dimension, Mesh, Topology
 from .watch import Diary, Hooks, Interrupts, Timeouts, Watchdog
@@ -73,6 +73,18 @@ class BackgroundWriter(Protocol):
         """Wait for its end."""
 
 
+@dataclass(frozen=True)
+class Collectives:
+    """How parameters become whole, and gradients parts."""
+
+    gather: Communicator
+    """Gathers of parameters; apart from ``reduce``, so that neither waits for the other."""
+    reduce: Communicator
+    """Reductions of gradients: their sum over all ranks that have some, of which this one keeps its part."""
+    reduce_unsliced: Communicator
+    """The same for parameters that are no slices, which tensor-parallel ranks keep alike: their sum over these, too."""
+
+
 Gradients = Literal["mean", "sum"]
 MemoryUse = Literal["lean", "auto"]
 EngineT = TypeVar("EngineT", bound=Callable[["Context"], Engine])
@@ -90,7 +102,10 @@ class Context:
     control: Communicator
     """All ranks: small facts and objects, always on CPU tensors."""
     shard_group: Communicator
-    """The ranks that keep the parts of one copy of the parameters: what is made of the parts; ``world`` if all do."""
+    """The ranks that keep the parts of one copy of the parameters: what is made of the parts; ``world`` if all do.
+
+    Stages of a pipeline are among them; of a stage's parameters the others keep empty parts.
+    """
     replicate_group: Communicator
     """The ranks that keep the same parts as this one, in other replicas."""
     tensor_group: Communicator
@@ -99,12 +114,18 @@ class Context:
     """The ranks that hold one replica of the model: ``shard_group``, in all its slices."""
     data_group: Communicator
     """The ranks that hold the same slices and see different data; ``world`` without tensor parallelism."""
-    gather: Communicator
-    """Gathers of parameters in the shard group; apart from ``reduce``, so that neither waits for the other."""
-    reduce: Communicator
-    """Reductions of gradients: their sum over all ranks that see different data, of which this one keeps its part."""
-    reduce_unsliced: Communicator
-    """The same for parameters that are no slices, which tensor-parallel ranks keep alike: their sum over these, too."""
+    pipe_group: Communicator
+    """The stages of one pipeline: activations."""
+    pipe_control: Communicator
+    """The same, for small facts, on CPU tensors."""
+    stage_group: Communicator
+    """The ranks that hold the same stage of a pipeline; ``world`` without pipelines."""
+    stage_data_group: Communicator
+    """Those of them that hold the same slices."""
+    stage_collectives: Collectives
+    """Gathers and reductions of what a stage alone has, among the ranks that have it."""
+    collectives: Collectives
+    """Gathers and reductions of all other parameters, in the shard group."""
     timeout: timedelta
     """The longest that ranks wait for each other."""
     diary: Diary
@@ -130,6 +151,8 @@ class Context:
     """What still writes a checkpoint to a file; on rank 0 only."""
     reports: str = field(default_factory=tempfile.gettempdir)
     """The folder for what a process leaves behind when it fails."""
+    num_micro_batches: int | None = None
+    """Into how many pieces a pipeline cuts the batches of its ranks; None: it chooses."""
     groups: int = 0
     """How many ``host_group`` were made."""
     building: int = 0
@@ -161,7 +184,10 @@ class Context:
     @property
     def _communicators(self) -> tuple[Communicator, ...]:
         groups = self.shard_group, self.replicate_group, self.tensor_group, self.model_group, self.data_group
-        return self.gather, self.reduce, self.reduce_unsliced, *groups, self.world, self.control
+        pipes = self.pipe_group, self.pipe_control, self.stage_group, self.stage_data_group
+        kinds = self.stage_collectives, self.collectives
+        of_parameters = (one for kind in kinds for one in (kind.gather, kind.reduce, kind.reduce_unsliced))
+        return *of_parameters, *groups, *pipes, self.world, self.control
 
     def abort(self) -> None:
         """Leave the other ranks at once, so that they fail instead of waiting.  The context is not used afterwards.
@@ -263,7 +289,10 @@ def init_distributed(
     Args:
         init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
         seed: for all generators, the same on all ranks.
-        pipe_size, num_micro_batches: pipeline parallelism; only 1 or -1 yet.
+        pipe_size: a ``bmt.PipelineTransformerBlockList`` is cut into this many stages, each on other ranks; 1 or -1:
+            none is.  Each rank of a pipeline still reads a batch of its own.
+        num_micro_batches: into how many pieces a pipeline cuts the batches of its ranks together; None: as many as
+            are sensible (``block.pipeline.count_of``).  All ranks say the same.
         tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
             the same data.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
@@ -290,7 +319,7 @@ def init_distributed(
             inside and then over the groups. None: one group of all ranks, which takes least memory. Results are the
             same up to rounding, and checkpoints fit any. All ranks say the same.
 
-    Raises ConfigurationError, DeviceError, CommunicationError, UnsupportedError.
+    Raises ConfigurationError, DeviceError, CommunicationError.
     """
     if _State.context is not None:
         raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
@@ -311,8 +340,8 @@ def init_distributed(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,
     )  # fmt: skip
-    if pipe_size > 1:
-        raise UnsupportedError("Pipeline parallelism is not in this version; leave pipe_size out.")
+    if num_micro_batches is not None and (type(num_micro_batches) is not int or num_micro_batches < 1):
+        raise ConfigurationError(f"num_micro_batches must be a whole number above 0, not {num_micro_batches!r}.")
     chosen = choose_device(device, topology.local_rank)
     if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         let_segments_grow()
@@ -323,7 +352,9 @@ def init_distributed(
     token = env.get("BMTRAIN_TOKEN", "")
     meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start, token)
     watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
-    made = _connect(topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory)
+    made = _connect(
+        topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory, num_micro_batches
+    )
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
     made.reports = env.get("BMTRAIN_DIARY_DIR") or made.reports
@@ -379,7 +410,13 @@ def shutdown() -> None:
 
 
 def _connect(
-    topology: Topology, device: Device, meeting: Meeting, timeouts: Timeouts, watches: bool, memory: MemoryUse | float
+    topology: Topology,
+    device: Device,
+    meeting: Meeting,
+    timeouts: Timeouts,
+    watches: bool,
+    memory: MemoryUse | float,
+    micro_batches: int | None,
 ) -> Context:
     store, diary, mesh = meeting.store, Diary(), topology.mesh
     # Who waits too long is named by the watchdog; the transport's own limit says nothing, so it comes later.
@@ -402,8 +439,8 @@ def _connect(
         from .comm.staged import StagedCommunicator
 
         # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
-        policy: Policy = "zero" if name == "gather" else "default"
-        rare = name in ("world", "shard", "replicate", "model", "data")
+        policy: Policy = "zero" if name in ("gather", "stage/gather") else "default"
+        rare = name in ("world", "shard", "replicate", "model", "data", "stage", "stage/data")
         kind = StagedCommunicator if rare else NcclCommunicator
         where: Any = store, place, rank, size, device.torch_device
         on_device.append(kind(*where, policy=policy))
@@ -415,12 +452,12 @@ def _connect(
             return LocalCommunicator()
         place = name if ranks == everyone else f"{name}/{ranks[0]}"
         made = connect(name, place, ranks.index(topology.rank), len(ranks))
-        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog)
+        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog, ranks)
 
-    everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard"), mesh.group("replicate")
+    everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard", "pipe"), mesh.group("replicate")
     control = connected(gloo, "control", everyone)
     try:
-        _check_alike(control, topology, memory)
+        _check_alike(control, topology, memory, micro_batches)
     except ConfigurationError:
         if watchdog is not None:
             watchdog.leave()
@@ -439,18 +476,30 @@ def _connect(
         known.append((ranks, connected(connect, name, ranks)))
         return known[-1][1]
 
-    shard_group, replicate_group = group("shard", "shard"), group("replicate", "replicate")
-    model_group, data_group = group("model", "shard", "tensor"), group("data", "replicate", "shard")
+    def collectives_of(prefix: str, ranks: list[int]) -> Collectives:
+        gather, reduce = connected(connect, f"{prefix}gather", ranks), connected(connect, f"{prefix}reduce", ranks)
+        if len(replicas) > 1:
+            reduce = ReplicatedCommunicator(reduce, connected(connect, f"{prefix}reduce/replicas", replicas))
+        reduce_unsliced = reduce
+        if mesh.size("tensor") > 1:
+            tensors = connected(connect, f"{prefix}reduce/tensor", mesh.group("tensor"))
+            reduce_unsliced = ReplicatedCommunicator(reduce, tensors)
+        return Collectives(gather, reduce, reduce_unsliced)
+
+    shard_group, replicate_group = group("shard", "shard", "pipe"), group("replicate", "replicate")
+    model_group = group("model", "shard", "pipe", "tensor")
+    data_group = group("data", "replicate", "shard", "pipe")
     tensor_group = connected(connect, "tensor", mesh.group("tensor"))  # for activations, which are large
-    gather, reduce = connected(connect, "gather", shards), connected(connect, "reduce", shards)
-    if len(replicas) > 1:
-        reduce = ReplicatedCommunicator(reduce, connected(connect, "reduce/replicas", replicas))
-    reduce_unsliced = reduce
-    if mesh.size("tensor") > 1:
-        reduce_unsliced = ReplicatedCommunicator(reduce, connected(connect, "reduce/tensor", mesh.group("tensor")))
+    pipes = mesh.group("pipe")
+    pipe_group, pipe_control = connected(connect, "pipe", pipes), connected(gloo, "pipe/control", pipes)
+    stage_group = group("stage", "replicate", "shard", "tensor")
+    stage_data_group = group("stage/data", "replicate", "shard")
+    collectives = collectives_of("", shards)
+    stage_collectives = collectives_of("stage/", mesh.group("shard")) if len(pipes) > 1 else collectives
     return Context(
         topology, device, store, world, control, shard_group, replicate_group, tensor_group, model_group, data_group,
-        gather, reduce, reduce_unsliced, timeouts.longest, diary, watchdog, Interrupts(topology.rank),
+        pipe_group, pipe_control, stage_group, stage_data_group, stage_collectives, collectives,
+        timeouts.longest, diary, watchdog, Interrupts(topology.rank), num_micro_batches=micro_batches,
     )  # fmt: skip
 
 
@@ -465,17 +514,24 @@ def _check(communicators: list[Communicator]) -> None:
         communicator.check_async_error()
 
 
-def _check_alike(control: Communicator, topology: Topology, memory: MemoryUse | float) -> None:
+def _check_alike(
+    control: Communicator, topology: Topology, memory: MemoryUse | float, micro_batches: int | None
+) -> None:
     """Raises ConfigurationError on every rank unless all were given the same.  Collective."""
     asked = {"lean": 0.0, "auto": -1.0}[memory] if isinstance(memory, str) else float(memory)
-    own = torch.tensor([*map(float, topology.mesh.shape), asked], dtype=torch.float64, device="cpu")
+    facts = [*map(float, topology.mesh.shape), float(micro_batches or 0), asked]
+    own = torch.tensor(facts, dtype=torch.float64, device="cpu")
     bounds = torch.stack((own, -own))
     control.all_reduce(bounds, "max")
-    *of_mesh, of_memory = (bounds[0] != -bounds[1]).tolist()
+    *of_mesh, of_pieces, of_memory = (bounds[0] != -bounds[1]).tolist()
     if any(of_mesh):
         raise ConfigurationError(
             "tp_size, pipe_size and shard_size must be the same on all ranks, as must their number; on rank "
             f"{topology.rank} they make a mesh of {dict(zip(Mesh.mesh_dim_names, topology.mesh.shape, strict=True))}."
+        )
+    if of_pieces:
+        raise ConfigurationError(
+            f"num_micro_batches must be the same on all ranks; it is {micro_batches!r} on rank {topology.rank}."
         )
     if of_memory:
         raise ConfigurationError(f"memory must be the same on all ranks; it is {memory!r} on rank {topology.rank}.")

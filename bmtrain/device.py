@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import OwnRandom, host_draws_own
+from .own_random import OwnRandom, host_draws_own, move_on
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
@@ -289,6 +289,27 @@ class Device:
         """State of torch's CPU generator, of this device's, of ``random``, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
         return torch.get_rng_state(), here, random.getstate(), [own.depth for own in self._own_random]
+
+    def drawn_since(self, state: RngState) -> list[bool]:
+        """Of torch's generators, that of this device first, and of ``random``: whether they have moved."""
+        present = self.rng_state()
+        pairs = [(old, new) for old, new in ((state[1], present[1]), (state[0], present[0])) if old is not None]
+        return [*(new is None or not torch.equal(old, new) for old, new in pairs), state[2] != present[2]]
+
+    def go_back_to(self, start: RngState, drawn: Sequence[bool]) -> None:
+        """Put the shared streams where they were, and those that have ``drawn`` somewhere that follows from it alone.
+
+        Generators that draw from own streams now are left alone.
+        """
+        states = [state for state in (start[1], start[0]) if state is not None]
+        for generator, own, state, moves in zip(self._generators(), self._own_random, states, drawn, strict=False):
+            if not own.depth:
+                generator.set_state(state)
+                if moves:
+                    move_on(generator)
+        random.setstate(start[2])
+        if drawn[-1]:
+            random.seed(random.getrandbits(64))
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""

@@ -61,6 +61,12 @@ class OwnRandom:
             torch.rand((), generator=self._generator, device=self._generator.device)
 
 
+def move_on(generator: torch.Generator) -> None:
+    """Let ``generator`` stand elsewhere, which follows from where it stands."""
+    seed = hashlib.blake2b(_head(generator.get_state()), digest_size=8, salt=b"moves on").digest()
+    generator.manual_seed(int.from_bytes(seed, "little"))
+
+
 def _head(state: torch.Tensor) -> bytes:
     return bytes(state[:_HEAD].tolist())
 

@@ -24,7 +24,8 @@ class Mesh:
     pipe        stages of one pipeline
     tensor      ranks that hold the slices of one tensor-parallel layer
 
-    Ranks that differ in ``replicate`` or ``shard`` train on different data.
+    Ranks that differ in ``replicate``, ``shard`` or ``pipe`` train on different data: the stages of a pipeline read a
+    batch each, and run through the pipeline together.  What is no stage's is spread over ``shard`` and ``pipe``.
     """
 
     shape: tuple[int, int, int, int]
@@ -77,7 +78,7 @@ class Mesh:
 class Topology:
     """Where one rank stands among all: on its host and, by ``mesh``, in the job.
 
-    ``shard_size`` None: all ranks that see different data.
+    ``shard_size`` None: all ranks that keep one stage, or whose data differ.
     """
 
     rank: int = 0
@@ -99,11 +100,12 @@ class Topology:
                 f"{self.pipe_size} * {self.tp_size}. Start a multiple of {self.pipe_size * self.tp_size} processes."
             )
         size = self.shard_size
-        if size is not None and (type(size) is not int or size < 1 or self.data_size % size):
-            ranks = "ranks" if self.data_size == self.world_size else "ranks that see different data"
-            good = [n for n in range(1, self.data_size + 1) if not self.data_size % n]
+        if size is not None and (type(size) is not int or size < 1 or self._stage_size % size):
+            ranks = "ranks that see different data" if self.tp_size > 1 else "ranks"
+            ranks += " of a stage" if self.pipe_size > 1 else ""
+            good = [n for n in range(1, self._stage_size + 1) if not self._stage_size % n]
             raise ConfigurationError(
-                f"shard_size is {size!r}, which does not divide the {self.data_size} {ranks}. Parameters are sharded "
+                f"shard_size is {size!r}, which does not divide the {self._stage_size} {ranks}. Parameters are sharded "
                 f"over groups of shard_size ranks, all equally large: use one of {good}, such as the number of GPUs "
                 "of one host."
             )
@@ -111,13 +113,23 @@ class Topology:
     @cached_property
     def mesh(self) -> Mesh:
         """The ranks as a grid."""
-        shard = self.shard_size or self.data_size
-        return Mesh((self.data_size // shard, shard, self.pipe_size, self.tp_size), self.rank)
+        shard = self.shard_size or self._stage_size
+        return Mesh((self._stage_size // shard, shard, self.pipe_size, self.tp_size), self.rank)
 
     @cached_property
     def shard_rank(self) -> int:
         """Which parts of parameters this rank keeps."""
-        return self.mesh.get_local_rank("shard")
+        return self.mesh.group("shard", "pipe").index(self.rank)
+
+    @property
+    def _stage_size(self) -> int:
+        """How many pipelines there are, each with data of its own."""
+        return self.world_size // (self.tp_size * self.pipe_size)
+
+    @cached_property
+    def pipeline(self) -> int:
+        """Which of them this rank belongs to."""
+        return self.mesh.group("replicate", "shard").index(self.rank)
 
     @property
     def tp_rank(self) -> int:
@@ -132,17 +144,17 @@ class Topology:
     @cached_property
     def data_rank(self) -> int:
         """Position among the ranks that see different data."""
-        return self.mesh.group("replicate", "shard").index(self.rank)
+        return self.mesh.group("replicate", "shard", "pipe").index(self.rank)
 
     @property
     def data_ranks(self) -> list[int]:
         """Of the ranks that see the same data, the first of each."""
-        return replace(self.mesh, rank=0).group("replicate", "shard")
+        return replace(self.mesh, rank=0).group("replicate", "shard", "pipe")
 
     @property
     def data_size(self) -> int:
         """How many ranks see different data."""
-        return self.world_size // (self.tp_size * self.pipe_size)
+        return self.world_size // self.tp_size
 
     def tp_group(self) -> list[int]:
         """Ranks that hold the slices of one tensor-parallel layer with this rank."""

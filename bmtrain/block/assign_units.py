@@ -45,6 +45,8 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     _refuse_placed(root)
     tie(root, pools.ctx.rank)
     groups = plan_units(root)
+    for group in groups:
+        _check_stage(group.owner)
     device, kind = pools.ctx.device.torch_device, type(root).__name__
     # Of those that are initialised later no one expects that they are equal now.
     later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
@@ -60,7 +62,9 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
         group.parameters = []  # the whole values are freed as soon as the unit has its shard
         parameters = [as_distributed(p) for p in whole]
         record = become(group.owner, ShardedModule)
-        unit = ShardUnit(pools, group.name, parameters, group.names, group.autocasts, record.precision)
+        unit = ShardUnit(
+            pools.of_stage(record.stage), group.name, parameters, group.names, group.autocasts, record.precision
+        )
         record.unit = unit
         unit.keep, unit.is_block = record.keep, record.is_block
         units.append(unit)
@@ -106,7 +110,11 @@ def _note_borrowed(root: nn.Module) -> None:
             continue
         for parameter in module._parameters.values():
             flat = flat_of(parameter)
-            if flat is not None and flat.unit is not unit and flat.unit not in unit.borrows:
+            if flat is None or flat.unit is unit:
+                continue
+            if unit.stage is not None or flat.unit.pools.stage is not None:
+                _refuse_shared(flat.names[0])
+            if flat.unit not in unit.borrows:
                 unit.borrows.append(unit_of_flat(flat))
 
 
@@ -135,6 +143,8 @@ def plan_units(root: nn.Module) -> list[Group]:
                 used_by.append(id(group.owner))
     for parameter, name, used_by in places.values():
         # Shared between units: the root's is whole whenever any of them runs.
+        if len(used_by) > 1 and any(_stage_of(owners[owner].owner) is not None for owner in used_by):
+            _refuse_shared(name)
         group = owners[used_by[0] if len(used_by) == 1 else id(root)]
         group.names.append(name)
         group.parameters.append(parameter)
@@ -146,6 +156,28 @@ def plan_units(root: nn.Module) -> list[Group]:
         _check(group)
         group.autocasts = [id(p) in casts for p in group.parameters]
     return groups
+
+
+def _stage_of(owner: nn.Module) -> int | None:
+    record = record_of(owner)
+    return None if record is None else record.stage
+
+
+def _refuse_shared(name: str) -> None:
+    raise ConfigurationError(
+        f"Parameter {name!r}, or one beside it, is shared between a block of a pipeline and another module. Only one "
+        "stage has the block, so it has parameters of its own: share those of modules outside of the pipeline."
+    )
+
+
+def _check_stage(owner: nn.Module) -> None:
+    record = record_of(owner)
+    if record is not None and record.pipes and record.stage is None:
+        raise ConfigurationError(
+            f'A {type(owner).__name__} was made a Block with mode="PIPE", but is in no '
+            "bmt.PipelineTransformerBlockList, which says what stage it is in. Put it into one, or leave "
+            'mode="PIPE" out.'
+        )
 
 
 def _spare_owners(root: nn.Module, owners: dict[int, Group]) -> list[Group]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from ..autograd import ScriptsAsWritten, backward_id, saves_with, when_backward_ends
 from ..device import Device
-from ..shard.unit import unit_of_flat, wait_to_be_reduced
+from ..shard.unit import ShardUnit, unit_of_flat, wait_to_be_reduced
 from .frame import Frame
 from .saved import KeptValues, PlaceInFlat
 from .schedule import Schedule
@@ -79,6 +79,28 @@ class Backward:
         if frame.units and not self.recomputes:
             self._schedule.use(frame.units[0], "backward", frame.autocast)
 
+    def enters_stage(self, frame: Frame, units: Sequence[ShardUnit]) -> None:
+        """The backward comes to the results of a pipeline, which ran in ``frame``.
+
+        From here to ``leaves_stage`` this rank does what its stage needs and other stages do not, so that whatever all
+        ranks do together must be done before.
+        """
+        if not frame.begun:
+            self.reached(frame)
+        for unit in units:
+            self._schedule.leave_to_stage(unit)
+        self._schedule.ctx.diary.is_apart = True
+
+    def leaves_stage(self, frame: Frame, units: Sequence[ShardUnit]) -> None:
+        """All its blocks are through.  ``units`` are those of all stages."""
+        for done in self._begun:
+            if not done.finished and _is_within(done, frame):
+                self._finish(done)
+        self._schedule.ctx.diary.is_apart = False
+        for unit in units:
+            if not unit.pools.is_here:
+                unit.reduced_elsewhere()
+
     def _finish(self, frame: Frame) -> None:
         frame.finished = True
         for unit in frame.units:
@@ -121,6 +143,7 @@ class Backward:
     def finish(self) -> None:
         """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""
         self._id = None
+        self._schedule.ctx.diary.is_apart = False
         used = {unit.index for frame in self._begun if not frame.finished for unit in frame.units}
         for frame in self._begun:
             frame.begun = frame.finished = False
@@ -140,3 +163,10 @@ class Backward:
         if self._whole.idle:
             self._whole.let_go_of_all()
         self._schedule.pools.tidy()
+
+
+def _is_within(frame: Frame, outer: Frame) -> bool:
+    parent = frame.parent
+    while parent is not None and parent is not outer:
+        parent = parent.parent
+    return parent is outer

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ..context import context
-from ..errors import ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError
 from ..precision import Precision, as_precision
 from ..shard.engine import engine
 from .published_block import PublishedBlock
-from .record import record_of
+from .record import record_of, unit_of
 from .sharded import ShardedModule, become
 
 
@@ -29,7 +29,8 @@ class Block(ShardedModule):
         zero_level: 3 releases whole parameters after the forward, 2 keeps them until the backward is over, None does
             either, or lets them stay from step to step, as memory allows.
         initialized: accepted for older scripts; parameters keep their values either way.
-        mode: "BLOCK", or "PIPE" for a stage of a pipeline, which is the same on the one stage that there is.
+        mode: "BLOCK", or "PIPE" for an element of a ``bmt.PipelineTransformerBlockList``; the same without
+            ``pipe_size``.
         precision: the block's own bmt.Precision, or the dtype to compute in ("bf16", torch.bfloat16); None leaves the
             one it has, at first that of ``init_distributed``.
     """
@@ -58,19 +59,19 @@ class Block(ShardedModule):
             raise ConfigurationError(f'mode must be "BLOCK" or "PIPE", not {mode!r}.')
         ctx = context()
         if mode == "PIPE" and ctx.topology.pipe_size > 1:
-            raise UnsupportedError("Pipelines of several stages are not in this version; leave pipe_size out.")
+            _refuse_sharded(inner_module)
         policy = None if precision is None else as_precision(precision)
         record = become(inner_module, Block)
         record.is_block = True
         record.recompute = None if use_checkpoint is None else bool(use_checkpoint)
-        record.zero_level = zero_level
+        record.zero_level, record.pipes = zero_level, mode == "PIPE" and ctx.topology.pipe_size > 1
         if policy is not None:
             record.precision = policy
         if record.unit is not None:
             record.unit.keep, record.unit.is_block = record.keep, True
             if policy is not None:
                 record.unit.change_precision(policy)
-        elif not ctx.building:
+        elif not ctx.building and not record.pipes:  # those the list of the pipeline shards
             engine().shard(inner_module)
         return inner_module
 
@@ -78,6 +79,17 @@ class Block(ShardedModule):
         # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
         if record_of(self) is None:
             super().__init__(*args, **kwargs)
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Raise ConfigurationError if any of ``module`` is sharded over all ranks already."""
+    for name, inner in module.named_modules():
+        if unit_of(inner) is not None:
+            raise ConfigurationError(
+                f'bmt.Block({type(module).__name__}, mode="PIPE"): {name or "it"} is sharded over all ranks already, '
+                "as a Block or DistributedModule of its own, while a stage keeps its blocks for itself. Make it inside "
+                "the constructor of a bmt.DistributedModule that holds the whole model."
+            )
 
 
 CheckpointBlock = Block

@@ -111,6 +111,8 @@ class Engine:
             else:
                 with outside_function_transforms():
                     self._run_starts(unit, grad, None, args, kwargs)
+        elif unit is not None and unit.stage is not None:
+            self._require_stage_runs(unit)
         self.whole.forward_begins()
         try:
             if unit is not None:
@@ -131,6 +133,9 @@ class Engine:
         self, unit: ShardUnit | None, grad: bool, call: Callable[..., object] | None, args: Args, kwargs: Kwargs
     ) -> None:
         """An outermost forward begins; ``call`` is None inside a transform of torch.func."""
+        self.ctx.diary.is_apart = False
+        if unit is not None and unit.stage is not None:
+            self._require_stage_runs(unit)
         self.outside.forward_starts()
         if grad:
             self.plan.run_starts(self.schedule.units)
@@ -143,6 +148,14 @@ class Engine:
             self.schedule.run_starts(unit, grad)
             if unit.moves and grad:
                 self.plan.note_inputs(args, kwargs)
+
+    def _require_stage_runs(self, unit: ShardUnit) -> None:
+        if not self.ctx.diary.is_apart:
+            raise ConfigurationError(
+                f"{unit.name or 'A block of a pipeline'} was called by itself, but only the ranks of stage "
+                f"{unit.stage} have it. Call the whole bmt.PipelineTransformerBlockList. For what goes through blocks "
+                "one by one, such as generation with a cache, load the checkpoint into a job without pipe_size."
+            )
 
     def _note_run(self, call: Callable[..., object], args: Args, kwargs: Kwargs) -> None:
         module = getattr(call, "__self__", None)
@@ -168,10 +181,12 @@ class Engine:
             return call(*args, **kwargs)
         choice = recompute
         if recompute is None:
-            recompute = unit is not None and self.plan.recomputes(unit, args, kwargs)
+            # Of a stage's blocks the forward of every micro-batch is kept until its backward.
+            recompute = unit is not None and (unit.stage is not None or self.plan.recomputes(unit, args, kwargs))
         if not self.schedule.pools.moves and not recompute:
             return call(*args, **kwargs)
-        measured = self.plan if unit is not None and choice is None and self.plan.measuring else None
+        measures = unit is not None and unit.stage is None and choice is None and self.plan.measuring
+        measured = self.plan if measures else None
         module = getattr(call, "__self__", None)
         if not recompute or not isinstance(module, nn.Module) or not _has_hooks(module):
             return self._run_frame(Frame(self.backward, unit, parent, recompute, measured), call, args, kwargs)

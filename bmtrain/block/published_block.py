@@ -163,16 +163,17 @@ def _shown(flat: FlatShard) -> nn.Parameter:
 
 
 def _flat_facts(flat: FlatShard) -> dict[str, Any]:
-    begin, end = flat.layout.shard_range(context().rank)
+    rank = context().shard_rank
+    begin, end = flat.layout.shard_range(rank)
     return {
-        "total": flat.layout.numel, "partition_size": flat.layout.shard_numel, "begin": begin, "end": end,
+        "total": flat.layout.numel, "partition_size": flat.layout.numel_on(rank), "begin": begin, "end": end,
         "dtype": flat.dtype, "requires_grad": flat.trainable, "zero_comm": context().world,
     }  # fmt: skip
 
 
 def _param_facts(buffer: str, flat: FlatShard, names: dict[int, str]) -> Iterator[dict[str, Any]]:
     for index, (parameter, slot) in enumerate(zip(flat.params, flat.layout.slots, strict=True)):
-        kept = flat.layout.local(index, context().rank).whole
+        kept = flat.layout.local(index, context().shard_rank).whole
         yield {
             "parameter": parameter, "name": names[id(parameter)], "kw_name": buffer, "shape": torch.Size(slot.shape),
             "size": slot.numel, "offset": slot.start, "begin": kept.start, "end": kept.stop,

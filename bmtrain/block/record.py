@@ -18,6 +18,8 @@ class Record:
     Attributes:
         unit: the parameters that the module makes whole; None until it is sharded.
         is_block: whether the module is a Block.
+        pipes: whether it is a Block of a pipeline of several stages.
+        stage: in which of them it runs; None until that is known, and outside of pipelines.
         recompute, zero_level, precision: what ``Block`` was told.
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
@@ -27,6 +29,8 @@ class Record:
 
     unit: ShardUnit | None = None
     is_block: bool = False
+    pipes: bool = False
+    stage: int | None = None
     recompute: bool | None = False
     zero_level: int | None = None
     precision: Precision | None = None
@@ -37,7 +41,9 @@ class Record:
 
     @property
     def keep(self) -> bool | None:
-        """As the unit's."""
+        """As the unit's.  A stage runs its blocks once for every micro-batch, and gathers them once."""
+        if self.stage is not None:
+            return True
         return None if self.zero_level is None else self.zero_level == 2
 
     def settings(self) -> Record:

@@ -51,7 +51,7 @@ class Replicas:
                 continue
             for flat in unit.flats:
                 for values in (flat.shard, flat.remainder):
-                    if values is not None:
+                    if values is not None and values.numel():
                         unit.ctx.replicate_group.broadcast(values, 0)
                 flat.changed()
             self._schedule.updated([unit])

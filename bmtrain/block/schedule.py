@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from ..context import Context
+from ..errors import ConfigurationError, UnsupportedError
 from ..shard.freeze import keep_frozen_apart
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit
@@ -58,7 +59,11 @@ class Schedule:
     def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None, operation: str = "") -> None:
         """Make ``unit`` whole now, and prefetch what usually follows.  Collective."""
         self.register(unit)
-        predicted = self.trace.note(unit.index, phase, operation or unit.name) if unit.moves else None
+        predicted = None
+        if self.ctx.diary.is_apart:
+            _require_in_stage(unit)
+        elif unit.moves:
+            predicted = self.trace.note(unit.index, phase, operation or unit.name)
         if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
             self.whole.release(unit)
             keep_frozen_apart(unit)
@@ -73,6 +78,26 @@ class Schedule:
         if following is not None:
             self.whole.prefetch(following, following.compute_dtype(autocast))
 
+    def prepare_stages(self, units: Sequence[ShardUnit]) -> None:
+        """Blocks of a pipeline, of all its stages, are to run.  Collective."""
+        for unit in units:
+            self.register(unit)
+            self.leave_to_stage(unit)
+            if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
+                self.whole.release(unit)
+                keep_frozen_apart(unit)
+
+    def leave_to_stage(self, unit: ShardUnit) -> None:
+        """Give up what all ranks have gathered of a stage's unit: from here on its ranks do as they need."""
+        if not unit.pins and not unit.is_whole_apart:
+            self.whole.release(unit)
+
+    def prefetch_stage(self, units: Sequence[ShardUnit], autocast: torch.dtype | None) -> None:
+        """Gather what is this rank's stage's, first units first.  Collective in the stage."""
+        for unit in units:
+            if unit.pools.is_here:
+                self.whole.prefetch(unit, unit.compute_dtype(autocast))
+
     def use_all(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> None:
         """Make ``unit`` whole, and what it shares with others, until the innermost forward is over."""
         for other in unit.borrows:
@@ -85,7 +110,14 @@ class Schedule:
 
     def reduce(self, unit: ShardUnit) -> None:
         """Sum the gradients of ``unit`` over ranks.  Collective."""
-        unit.reduce_grads()
+        if unit.pools.is_here:
+            unit.reduce_grads()
+        elif unit.has_raw_grads():
+            raise UnsupportedError(
+                f"Parameters of {unit.name}, a block of a pipeline, got a gradient from outside of it, as from a "
+                "penalty on all parameters in the loss: only the ranks of its stage could sum it. Leave them out of "
+                "the loss, or write to their .data under torch.no_grad(), as weight decay does."
+            )
 
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """``units`` have new values: gather meanwhile those that stay whole, or with which the next step begins."""
@@ -97,3 +129,11 @@ class Schedule:
             else:
                 unit.release_prefetched()
         self.whole.gather_anew(wanted)
+
+
+def _require_in_stage(unit: ShardUnit) -> None:
+    if unit.stage is None:
+        raise ConfigurationError(
+            f"A block of a pipeline needs parameters of {unit.name or 'the model'}, which is outside of it, while the "
+            "other stages do something else. Use them outside of the pipeline, and give blocks what comes out."
+        )

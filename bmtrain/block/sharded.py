@@ -24,7 +24,7 @@ from ..alike import misfit
 from ..alike import require_same as require_same_values
 from ..autograd import outside_of_compiled_code
 from ..context import Context, context
-from ..errors import BMTrainError, CheckpointError, DeviceError, UnsupportedError
+from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.gathered import gathered, units_of
@@ -52,6 +52,11 @@ class ShardedModule(nn.Module):
             return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         record = record_of(self)
         if record is None or record.unit is None:  # still being built
+            if record is not None and record.pipes:
+                raise ConfigurationError(
+                    f'A {type(self).__name__} was made a Block with mode="PIPE". Put it into a '
+                    'bmt.PipelineTransformerBlockList and call that, or leave mode="PIPE" out.'
+                )
             return super().__call__(*args, **kwargs)
         unit, runs = record.unit, engine()
         precision, outermost = unit.precision, runs.idle

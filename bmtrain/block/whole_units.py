@@ -64,10 +64,10 @@ class WholeUnits:
 
     def gather(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Make ``unit`` whole now, gathered for ``compute`` (unless it is pinned otherwise); None: as it rests."""
-        if not unit.pins and not unit.fits(compute):
+        if not unit.pins and (not unit.fits(compute) or unit.is_whole_apart):
             self.release(unit)
         if not unit.is_whole:
-            if unit.state is State.SHARDED and not unit.stays:
+            if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
                 self._make_room()
             unit.gather(compute)
             for flat in unit.flats:
@@ -75,17 +75,20 @@ class WholeUnits:
                 self.storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
         self._units[unit.index] = unit
         self._units.move_to_end(unit.index)
-        self._used = unit
+        if unit.stage is None:  # else other ranks would not know
+            self._used = unit
 
     def prefetch(self, unit: ShardUnit, compute: torch.dtype | None = None) -> None:
         """Start gathering ``unit``, which will be needed next."""
+        if unit.is_whole_apart:
+            self.release(unit)
         if unit.state is State.SHARDED:
             self.gather_anew([(unit, compute)])
 
     def gather_anew(self, wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None:
         """The same for several units, each for its dtype; those on their way are gathered once more."""
         for unit, _ in wanted:
-            if unit.state is State.SHARDED and not unit.stays:
+            if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
                 self._make_room()
             if not unit.is_whole:
                 self._units[unit.index] = unit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,14 @@ class WatchedCommunicator(Communicator):
     Raises RankDivergenceError or CommunicationError that says which rank is the cause, and where it is.
     """
 
-    def __init__(self, inner: Communicator, name: str, diary: Diary, watchdog: Watchdog) -> None:
+    def __init__(
+        self, inner: Communicator, name: str, diary: Diary, watchdog: Watchdog, ranks: Sequence[int] = ()
+    ) -> None:
+        """``ranks``: those of the group, by their numbers in the job; all, if none are given."""
         super().__init__(inner.rank, inner.world_size)
         self.inner, self.name, self._diary, self._watchdog = inner, name, diary, watchdog
+        self._ranks = ranks or range(inner.world_size)
+        self._next = self._ranks[(self.rank + 1) % self.world_size]
 
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self._counted("all_gather", shard, self.inner.all_gather, shard, whole)
@@ -91,7 +96,10 @@ class WatchedCommunicator(Communicator):
         """``call(*args)``, with a tensor that it moves, or how many bytes."""
         if torch.compiler.is_compiling():
             return outside_of_compiled_code(self._counted, operation, moved, call, *args)
-        self._diary.enter(self.name, operation, moved if isinstance(moved, int) else moved.nbytes)
+        if self._diary.is_apart:
+            self._diary.enter_pair(f"{operation} ({self.name}) with", self._next)
+        else:
+            self._diary.enter(self.name, operation, moved if isinstance(moved, int) else moved.nbytes)
         try:
             return call(*args)
         except CommunicationError as error:
@@ -103,7 +111,7 @@ class WatchedCommunicator(Communicator):
         if torch.compiler.is_compiling():
             outside_of_compiled_code(self._between_two, pair, peer, call, tensor)
             return
-        self._diary.enter_pair(pair, peer)
+        self._diary.enter_pair(pair, self._ranks[peer] if peer in range(self.world_size) else peer)
         try:
             call(tensor, peer)
         except CommunicationError as error:
@@ -113,6 +121,7 @@ class WatchedCommunicator(Communicator):
 
     def _raise(self, error: CommunicationError) -> None:
         if error.__cause__ is None and self._watchdog.verdict is None:  # refused here, so that nobody waits for it
-            self._diary.refused()
+            if not self._diary.is_apart:
+                self._diary.refused()
             raise error
         raise self._watchdog.explained(error) from error

@@ -214,9 +214,7 @@ def gather_whole(flat: FlatShard, shard_like: torch.Tensor) -> list[torch.Tensor
     device = ctx.device.torch_device
     if ctx.world_size == 1:
         return views_of(shard_like, flat.layout)
-    whole = torch.empty(flat.layout.numel, dtype=shard_like.dtype, device=device)
-    ctx.shard_group.all_gather(shard_like.to(device).contiguous(), whole)
-    return views_of(whole, flat.layout)
+    return views_of(flat.whole_of(shard_like.to(device)), flat.layout)
 
 
 def gather_state(home: Home, shard_like: torch.Tensor) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from ..checkpoint import background_writer
-from ..comm import LocalCommunicator
 from ..context import Context, context, is_initialized, rank, world_size
 from ..errors import ConfigurationError
 from .init import topology
@@ -31,7 +30,7 @@ _KNOWN: dict[str, Callable[[Context], Any]] = {
     "local_size": lambda here: here.topology.local_size,
     "pipe_size": lambda here: here.topology.pipe_size,
     "pipe_enabled": lambda here: here.topology.pipe_size > 1,
-    "micros": lambda here: 1,  # a batch is one piece on one stage
+    "micros": lambda here: here.num_micro_batches or here.topology.pipe_size,
     "tp_size": lambda here: here.topology.tp_size,
     "tp_rank": lambda here: here.topology.tp_rank,
     "topology": lambda here: topology(),
@@ -41,10 +40,10 @@ _KNOWN: dict[str, Callable[[Context], Any]] = {
     "tp_zero_size": lambda here: here.topology.data_size,
     "comm": lambda here: here.world,
     "zero_comm": lambda here: here.world,
-    "pp_zero_comm": lambda here: here.world,
+    "pp_zero_comm": lambda here: here.stage_group,
     "tp_zero_comm": lambda here: here.data_group,
-    "pp_tp_zero_comm": lambda here: here.data_group,
-    "pipe_comm": lambda here: LocalCommunicator(),
+    "pp_tp_zero_comm": lambda here: here.stage_data_group,
+    "pipe_comm": lambda here: here.pipe_group,
     "tp_comm": lambda here: here.tensor_group,
     "calc_stream": _stream,
     "load_stream": lambda here: here.device.gather_stream or _stream(here),

@@ -30,11 +30,11 @@ class topology:
         self.stage_id = here.pipe_rank
         self.tp_id = here.tp_rank
         self.tp_idx = here.rank // here.tp_size
-        self.pipe_idx = self.pp_zero_id = here.data_rank * here.tp_size + here.tp_rank
+        self.pipe_idx = self.pp_zero_id = here.pipeline * here.tp_size + here.tp_rank
         self.pp_zero_idx = here.pipe_rank
-        self.tp_zero_id = here.data_rank * here.pipe_size + here.pipe_rank
+        self.tp_zero_id = here.data_rank
         self.tp_zero_idx = here.tp_rank
-        self.pp_tp_zero_id = here.data_rank
+        self.pp_tp_zero_id = here.pipeline
         self.pp_tp_zero_idx = here.pipe_rank * here.tp_size + here.tp_rank
         self.zero_id, self.zero_idx = here.rank, 0
 

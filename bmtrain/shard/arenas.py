@@ -28,17 +28,22 @@ class Arena:
 
 
 class Arenas:
-    """All of one process's arenas and their users, numbered in the order of coming, which is the same on all ranks."""
+    """All of one process's arenas and their users, numbered in the order of coming, which is the same on all ranks.
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
-        self._shared = ctx.device.reuses_memory and ctx.world_size > 1
+    Those of a stage of a pipeline come on its own ranks only, so that there is no such order: they are ordinary memory.
+    """
+
+    def __init__(self, ctx: Context, of_stage: bool = False) -> None:
+        self._ctx, self._ordinary = ctx, of_stage
+        self._shared = ctx.device.reuses_memory and ctx.world_size > 1 and not of_stage
         self._count = 0
         self._unused: dict[int, Callable[[], object]] = {}
         self._lost = False
 
     def alloc(self, comm: Communicator, numel: int, dtype: torch.dtype) -> Arena:
         """An uninitialised flat buffer for ``comm``.  Collective."""
+        if self._ordinary:
+            return Arena(torch.empty(numel, dtype=dtype, device=self._ctx.device.torch_device))
         arena = Arena(comm.alloc(numel, dtype, self._ctx.device.torch_device))
         if self._shared:  # what is to be done holds the tensor, so that memory and window outlive the arena
             self.when_gone(arena, partial(comm.release, arena.tensor))

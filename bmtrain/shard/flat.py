@@ -18,7 +18,7 @@ from ..precision import Precision
 from .arenas import Arena
 from .gradient import ShardGradient
 from .landing import Landing
-from .layout import Layout, make_layout
+from .layout import Layout
 from .parameter import (
     DistributedParameter,
     all_enter_sharded,
@@ -88,7 +88,7 @@ class FlatShard:
         self.unit = unit
         self.params, self.names = list(params), list(names)
         self.dtype = self.wire = params[0].dtype
-        self.layout: Layout = make_layout(tuple(tuple(p.shape) for p in params), unit.ctx.shard_group.world_size)
+        self.layout: Layout = unit.pools.layout_of(tuple(tuple(p.shape) for p in params))
         self.split_dims = [p._split_dim for p in params]
         self.is_counted = self.is_slice or unit.ctx.tensor_group.rank == 0
         self.autocasts = autocasts
@@ -118,15 +118,16 @@ class FlatShard:
         self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
     def _new_gradient(self) -> ShardGradient:
-        ctx = self.unit.ctx
+        ctx, collectives = self.unit.ctx, self.unit.pools.collectives
         if self.is_slice:
-            reduce, divisor = ctx.reduce, ctx.gradient_divisor
+            reduce, divisor = collectives.reduce, ctx.gradient_divisor
         else:
-            reduce, divisor = ctx.reduce_unsliced, ctx.gradient_divisor * ctx.tensor_group.world_size
+            reduce, divisor = collectives.reduce_unsliced, ctx.gradient_divisor * ctx.tensor_group.world_size
         return ShardGradient(self.unit.pools, self.layout, self.dtype, self.unit.reduced, reduce, divisor)
 
     def _new_shard(self) -> Arena:
-        arena = self.unit.pools.arenas.alloc(self.unit.ctx.gather, self.layout.shard_numel, self.dtype)
+        pools = self.unit.pools
+        arena = pools.alloc_part(pools.collectives.gather, self.layout, self.dtype)
         arena.tensor.zero_()
         return arena
 
@@ -205,6 +206,28 @@ class FlatShard:
         cast = self.unit.pools.acquire_cast(self, self.layout, self.wire)
         cast.tensor.copy_(self.shard)
         return cast.tensor, cast
+
+    def whole_of(self, part: torch.Tensor) -> torch.Tensor:
+        """(numel,) the whole flat buffer, of which each rank gives its ``part``.  Collective in the shard group."""
+        ctx, layout = self.unit.ctx, self.layout
+        size, padded = layout.shard_numel, part.contiguous()
+        if part.numel() < size:  # of another stage of a pipeline
+            padded = part.new_zeros(size)
+        whole = torch.empty(layout.ranks * size, dtype=part.dtype, device=part.device)
+        ctx.shard_group.all_gather(padded, whole)
+        if len(layout.keepers) == layout.ranks:
+            return whole
+        return whole.view(layout.ranks, size)[layout.keepers.start :: layout.keepers.step].reshape(-1)
+
+    def own_sum(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Into ``part``: this rank's part of the sum of all ranks' ``whole``.  Collective in the shard group."""
+        group = self.unit.ctx.shard_group
+        if len(self.layout.keepers) == self.layout.ranks:
+            group.reduce_scatter(whole, part)
+            return
+        group.all_reduce(whole)
+        start, end = self.layout.shard_range(self.unit.ctx.shard_rank)
+        part.copy_(whole[start:end])
 
     # -- this rank's part -----------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ def keep_frozen_apart(unit: ShardUnit) -> None:
         buffer = flat.buffer
         flats += _split(flat)
         if buffer is not None:
-            unit.pools.params.give_back(buffer, unit.ctx.device.current_stream())
+            unit.lender.params.give_back(buffer, unit.ctx.device.current_stream())
     unit.flats, unit.pools.regrouped = flats, True
     unit.release()
 

@@ -114,9 +114,7 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
     ctx.control.all_reduce(touched, "max")
     if not int(touched) or not flat.gradient.present:
         return None
-    part = flat.gradient.settled()
-    whole = torch.empty(flat.layout.numel, dtype=part.dtype, device=part.device)
-    ctx.shard_group.all_gather(part, whole)
+    whole = flat.whole_of(flat.gradient.settled())
     slot = flat.layout.slots[index]
     return whole[slot.start : slot.end].view(slot.shape).clone()
 

@@ -91,6 +91,13 @@ class ShardGradient:
 
         return part.tensor, add_part
 
+    def add_elsewhere(self) -> None:
+        """The ranks of another stage of a pipeline, which keep all of it, have added to it."""
+        self.dropped.clear()
+        if not self.present:
+            self._fitting(self._dtype)
+            self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor
+
     def room(self, dtype: torch.dtype) -> Buffer:
         """On one rank: where whole gradients may be written, for ``take``; uninitialised but for zeros in gaps.
 
@@ -239,7 +246,7 @@ class ShardGradient:
             self._arena = room.arena
             return room.tensor
         if self._arena is None or self._arena.tensor.dtype != dtype:
-            self._arena = self._pools.arenas.alloc(self._pools.ctx.reduce, self._layout.shard_numel, dtype)
+            self._arena = self._pools.alloc_part(self._pools.collectives.reduce, self._layout, dtype)
         return self._arena.tensor
 
     def _total(self) -> torch.Tensor:

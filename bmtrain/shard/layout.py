@@ -38,10 +38,14 @@ class Local(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """A flat buffer of ``numel`` elements, cut into ``shards`` equal parts, one for each rank of the shard group."""
+    """A flat buffer of ``numel`` elements, cut into equal parts, one for each of the ``keepers``.
+
+    These are among the ``ranks`` of the shard group: all of them, or those of one stage of a pipeline.
+    """
 
     slots: tuple[Slot, ...]
-    shards: int
+    keepers: range
+    ranks: int
     numel: int
 
     @cached_property
@@ -52,12 +56,19 @@ class Layout:
 
     @property
     def shard_numel(self) -> int:
-        """Elements that one rank keeps."""
-        return self.numel // self.shards
+        """Elements that one keeper has."""
+        return self.numel // len(self.keepers)
+
+    def numel_on(self, rank: int) -> int:
+        """Elements that ``rank``, of the shard group, has."""
+        return self.shard_numel if rank in self.keepers else 0
 
     def shard_range(self, rank: int) -> tuple[int, int]:
         """Where the shard of ``rank``, of the shard group, starts and ends in the flat buffer."""
-        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+        if rank not in self.keepers:
+            return 0, 0
+        part = self.keepers.index(rank)
+        return part * self.shard_numel, (part + 1) * self.shard_numel
 
     def local(self, index: int, rank: int) -> Local:
         """The part of parameter ``index`` on ``rank``; empty when no element of it lies there."""
@@ -69,8 +80,10 @@ class Layout:
 
 
 @cache
-def make_layout(shapes: tuple[tuple[int, ...], ...], shards: int, align: int = ALIGN) -> Layout:
-    """Lay parameters of these shapes one after the other and pad so that all ranks keep equally much.
+def make_layout(
+    shapes: tuple[tuple[int, ...], ...], ranks: int, keepers: range | None = None, align: int = ALIGN
+) -> Layout:
+    """Lay parameters of these shapes one after the other and pad so that all keepers, or all ranks, have equally much.
 
     Equal arguments give the same object, so that blocks of one shape share views of one buffer.
     """
@@ -78,5 +91,6 @@ def make_layout(shapes: tuple[tuple[int, ...], ...], shards: int, align: int = A
     for shape in shapes:
         slots.append(Slot(offset, shape))
         offset += -(-prod(shape) // align) * align
-    unit = shards * align
-    return Layout(tuple(slots), shards, -(-offset // unit) * unit)
+    keepers = range(ranks) if keepers is None else keepers
+    unit = len(keepers) * align
+    return Layout(tuple(slots), keepers, ranks, -(-offset // unit) * unit)

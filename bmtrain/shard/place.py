@@ -50,7 +50,7 @@ class Place:
     @cached_property
     def ranges(self) -> list[slice]:
         """Rank by rank of the shard group, which elements of the flattened whole it keeps."""
-        return [self.layout.local(self.index, rank).whole for rank in range(self.layout.shards)]
+        return [self.layout.local(self.index, rank).whole for rank in range(self.layout.ranks)]
 
     @property
     def kept(self) -> slice:
@@ -85,7 +85,7 @@ class Place:
 
     def rows(self, facts: torch.Tensor, what: str) -> torch.Tensor:
         """(ranks, n) the ``facts``, (n,), of every rank of the shard group.  Collective."""
-        ctx, kind, ranks = self.ctx, facts.dtype, self.layout.shards
+        ctx, kind, ranks = self.ctx, facts.dtype, self.layout.ranks
         if not facts.numel():
             return facts.new_empty(ranks, 0)
         sent = facts.to(ctx.device.torch_device).contiguous()

@@ -19,7 +19,7 @@ from ..comm import Communicator
 from ..context import Context
 from ..device import Device, Event
 from .arenas import Arena, Arenas
-from .layout import Layout
+from .layout import Layout, make_layout
 
 
 def views_of(flat: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
@@ -136,25 +136,57 @@ class Pools:
 
     The ``user`` of a buffer is an object that lives as long as buffers like it are wanted.
 
+    Units of a stage of a pipeline have ``of_stage``'s, which move among the ranks of that stage only.
+
     Attributes:
+        stage: of which stage of a pipeline they are; None: of none.
+        collectives: what moves the buffers.
         moves: whether any unit is made whole by gathers.
         copies: units copied from others, which the schedule does not know yet.
         changes: how often a buffer of whole parameters was taken, written anew or given back.
         regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
 
-    def __init__(self, ctx: Context) -> None:
-        self.ctx = ctx
+    def __init__(self, ctx: Context, outer: Pools | None = None, stage: int | None = None) -> None:
+        self.ctx, self.stage = ctx, stage
+        self.outer: Pools = self if outer is None else outer
+        self.collectives = ctx.collectives if stage is None else ctx.stage_collectives
+        self._stages: dict[int, Pools] = {}
         self.moves = ctx.world_size > 1
         self.copies: list[weakref.ref[Any]] = []
         self.regrouped = False
         self.changes = 0
-        self.arenas = arenas = Arenas(ctx)
-        self.params = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
-        self.grads = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=True)
-        self.parts = BufferPool(ctx.device, ctx.reduce, arenas, zeroed=False)
-        self.casts = BufferPool(ctx.device, ctx.gather, arenas, zeroed=False)
+        self.arenas = arenas = Arenas(ctx, of_stage=stage is not None)
+        gather, reduce = self.collectives.gather, self.collectives.reduce
+        self.params = BufferPool(ctx.device, gather, arenas, zeroed=False)
+        self.grads = BufferPool(ctx.device, reduce, arenas, zeroed=True)
+        self.parts = BufferPool(ctx.device, reduce, arenas, zeroed=False)
+        self.casts = BufferPool(ctx.device, gather, arenas, zeroed=False)
         self._users: weakref.WeakKeyDictionary[object, set[Hashable]] = weakref.WeakKeyDictionary()
+
+    def of_stage(self, stage: int | None) -> Pools:
+        """Those of a stage of a pipeline; these for None."""
+        if stage is None:
+            return self
+        if stage not in self._stages:
+            self._stages[stage] = Pools(self.ctx, self, stage)
+        return self._stages[stage]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this rank keeps any of what they serve."""
+        return self.stage is None or self.stage == self.ctx.topology.pipe_rank
+
+    def layout_of(self, shapes: tuple[tuple[int, ...], ...]) -> Layout:
+        """Where parameters of these shapes lie, and which ranks of the shard group keep them."""
+        ranks = self.ctx.shard_group.world_size
+        if self.stage is None:
+            return make_layout(shapes, ranks)
+        return make_layout(shapes, ranks, range(self.stage, ranks, self.ctx.topology.pipe_size))
+
+    def alloc_part(self, comm: Communicator, layout: Layout, dtype: torch.dtype) -> Arena:
+        """Memory for this rank's part, to be moved by ``comm``.  Collective."""
+        return self.arenas.alloc(comm, layout.numel_on(self.ctx.shard_rank), dtype)
 
     def tidy(self) -> None:
         """Give back what regrouped parameters have left behind.  Collective if there is any."""
@@ -187,7 +219,7 @@ class Pools:
     def make_grads(self, layout: Layout, dtype: torch.dtype) -> Buffer:
         """For all gradients on one rank, which keeps them there: of no pool, and uninitialised."""
         with torch.inference_mode(False):
-            arena = self.arenas.alloc(self.ctx.reduce, layout.numel, dtype)
+            arena = self.arenas.alloc(self.collectives.reduce, layout.numel, dtype)
         return Buffer(arena, None, self.ctx.device.event())
 
     def acquire_part(self, user: object, layout: Layout, dtype: torch.dtype) -> Buffer:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..comm import ops
 from ..comm.base import ReduceOp
-from ..errors import ShardedAccessError
+from ..errors import ShardedAccessError, UnsupportedError
 from .engine import engine
 from .flat import place_of
 from .gathered import gathered, keep_rank_0s
@@ -123,9 +123,16 @@ def _gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]
     """
     inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
     inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
+    places = [index for index, value in enumerate(inputs) if isinstance(value, ShardedParameter)]
+    for index in places:
+        flat, number = place_of(inputs[index])
+        if flat.unit.pools.stage is not None:
+            raise UnsupportedError(
+                f"torch.autograd.grad of {flat.names[number]!r}: only the ranks of one stage of a pipeline use it. "
+                "Call backward() on the loss and read the parameters' gradients."
+            )
     with torch._C.DisableTorchFunctionSubclass():
         found = list(torch.autograd.grad(*args, **kwargs))
-    places = [index for index, value in enumerate(inputs) if isinstance(value, ShardedParameter)]
     flat, _ = place_of(inputs[places[0]])
     ctx, what = flat.unit.ctx, _what("autograd.grad", [inputs[index] for index in places])
     ctx.engine.comes_to(what)

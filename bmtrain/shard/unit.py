@@ -52,6 +52,8 @@ class ShardUnit:
         stays: the plan for memory lets it stay whole from one step to the next.
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
+        stage: that of a pipeline whose ranks alone keep it; None: all ranks of the shard group do.
+        lender: whose buffers hold what is whole.
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
         is_settled: which parameter lies in which flat shard does not change any more.
@@ -67,7 +69,7 @@ class ShardUnit:
         precision: Precision | None = None,
     ) -> None:
         self.ctx: Context = pools.ctx
-        self.pools, self.name = pools, name
+        self.pools, self.name, self.stage = pools, name, pools.stage
         self.inherits_precision = precision is None
         self.precision = self.ctx.precision if precision is None else precision
         self.pools.moves |= self.moves
@@ -90,6 +92,7 @@ class ShardUnit:
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
         self._prefetched: list[Buffer] = []
+        self.lender = self.pools
 
     @property
     def state(self) -> State:
@@ -130,6 +133,11 @@ class ShardUnit:
         """Whether the plan for memory may let it stay."""
         return self.moves and self.keep is None
 
+    @property
+    def is_whole_apart(self) -> bool:
+        """Whether it is whole, or on its way, on the ranks of its stage alone, while all ranks do the same again."""
+        return self.lender is not self.pools.outer and not self.ctx.diary.is_apart and self.state is not State.SHARDED
+
     def whole_bytes(self, at_rest: bool = False) -> int:
         """Bytes of the whole values, in the dtypes of training or at rest."""
         return sum(
@@ -169,20 +177,26 @@ class ShardUnit:
         for flat in self.flats:
             buffer = flat.enter_sharded()
             if buffer is not None:
-                self.pools.params.give_back(buffer, stream)
-        self.pools.changes += 1
+                self.lender.params.give_back(buffer, stream)
+        self.pools.outer.changes += 1
         self.is_whole = False
 
     def _receive(self, compute: torch.dtype | None) -> list[_Gather]:
         """Take buffers for a gather; those of the last one, if it is GATHERING and they fit."""
         self.compute, self.is_stale = compute, False
-        if [buffer.tensor.dtype for buffer in self._prefetched] != [flat.wire_for(compute) for flat in self.flats]:
+        # A stage of a pipeline gathers by itself while it runs.  Everywhere else all ranks take part.
+        lender = self.pools if self.ctx.diary.is_apart else self.pools.outer
+        wires = [flat.wire_for(compute) for flat in self.flats]
+        if lender is not self.lender or [buffer.tensor.dtype for buffer in self._prefetched] != wires:
             self.release_prefetched()
-        pools, known, gathers = self.pools, self._prefetched, list[_Gather]()
-        pools.changes += 1
+        known, gathers, self.lender = self._prefetched, list[_Gather](), lender
+        self.pools.outer.changes += 1
         for index, flat in enumerate(self.flats):
-            shard, cast = flat.to_gather(compute)
-            buffer = known[index] if known else pools.acquire_params(flat, flat.layout, flat.wire)
+            shard, cast = flat.to_gather(compute) if self.pools is lender else (None, None)
+            flat.wire = wires[index]
+            buffer = known[index] if known else lender.acquire_params(flat, flat.layout, flat.wire)
+            if shard is None:
+                buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))
             gathers.append(_Gather(shard, cast, buffer))
         self._prefetched = [gather.buffer for gather in gathers]
         return gathers
@@ -199,10 +213,10 @@ class ShardUnit:
         """GATHERING to SHARDED: these values are out of date, or nobody needs them."""
         buffers, self._prefetched = self._prefetched, []
         if buffers:
-            self.pools.changes += 1
+            self.pools.outer.changes += 1
             self._ready.wait(self.ctx.device.current_stream())
         for buffer in buffers:  # both the gather and whoever used it before it was set back are through by then
-            self.pools.params.give_back(buffer, self.ctx.device.current_stream())
+            self.lender.params.give_back(buffer, self.ctx.device.current_stream())
 
     def set_back(self) -> None:
         """WHOLE to GATHERING: show sharded parameters but keep the whole values, as if they had just come."""
@@ -256,6 +270,12 @@ class ShardUnit:
                 self.reduced.record(device.reduce_stream)
         diary.unit = ""
 
+    def reduced_elsewhere(self) -> None:
+        """The ranks that keep it have summed its gradients; here it has one, too, of no elements."""
+        for flat in self.flats:
+            if flat.trainable:
+                flat.gradient.add_elsewhere()
+
     # -- copies ---------------------------------------------------------------------------------------------------
 
     def copy_into(self, memo: dict[int, Any]) -> ShardUnit:
@@ -276,9 +296,9 @@ class ShardUnit:
 
 
 class _Gather(NamedTuple):
-    """One gather: from where, a buffer to give back after it, and to where."""
+    """One gather: from where, a buffer to give back after it, and to where; None: what is to come is there already."""
 
-    shard: torch.Tensor
+    shard: torch.Tensor | None
     cast: Buffer | None
     buffer: Buffer
 
@@ -293,12 +313,17 @@ def prefetch_all(wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None
     ready.record(device.current_stream())  # shards may just have been updated, and buffers read
     ready.wait(device.gather_stream)
     with device.on(device.gather_stream):
-        gathers = [unit._receive(compute) for unit, compute in wanted]
-        with ctx.gather.group():
+        gathers = []
+        for unit, compute in wanted:
+            diary.unit = unit.name or "the root"
+            gathers.append(unit._receive(compute))
+        comm = wanted[0][0].lender.collectives.gather
+        with comm.group():
             for (unit, _), of_unit in zip(wanted, gathers, strict=True):
                 diary.unit = unit.name or "the root"
                 for gather in of_unit:
-                    ctx.gather.all_gather(gather.shard, gather.buffer.tensor)
+                    if gather.shard is not None:
+                        comm.all_gather(gather.shard, gather.buffer.tensor)
     diary.unit = ""
     for (unit, _), of_unit in zip(wanted, gathers, strict=True):
         unit._queued(of_unit)

@@ -43,12 +43,14 @@ class Diary:
         pair: what is sent or received there, "" for a collective; ``peer`` is the other rank, ``since`` the beginning.
         unit, phase, kind: of the entries that follow.
         step, batch: as in ``Entry``.
+        is_apart: whether a stage of a pipeline runs, which does what other stages do not: nothing of that is numbered.
         saves: how many calls that write a file are running.
     """
 
     __slots__ = (
         "_batches", "_groups", "_kinds", "_mask", "_operations", "_phases", "_sizes", "_steps", "_times", "_units",
-        "batch", "count", "is_inside", "kind", "pair", "peer", "phase", "saves", "since", "step", "thread", "unit",
+        "batch", "count", "is_apart", "is_inside", "kind", "pair", "peer", "phase", "saves", "since", "step", "thread",
+        "unit",
     )  # fmt: skip
 
     def __init__(self, size: int = 1 << 14) -> None:
@@ -61,7 +63,7 @@ class Diary:
         self.thread = threading.get_ident()
         self.count = self.step = self.batch = self.saves = self.peer = 0
         self.since = 0.0
-        self.is_inside = False
+        self.is_inside = self.is_apart = False
         self.unit = self.phase = self.pair = ""
         self.kind = "start"
 

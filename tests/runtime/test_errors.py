@@ -49,7 +49,8 @@ def test_use_before_init() -> None:
 def bad_init() -> None:
     for arguments, error, said in (
         ({"tp_size": 3}, errors.ConfigurationError, "not divisible"),
-        ({"pipe_size": 2}, errors.UnsupportedError, "pipe_size"),
+        ({"pipe_size": 3}, errors.ConfigurationError, "not divisible"),
+        ({"num_micro_batches": 0}, errors.ConfigurationError, "num_micro_batches must be"),
         ({"device": "cuda"}, errors.DeviceError, "no GPU"),
         ({"device": "tpu"}, errors.DeviceError, "device must be"),
         ({"unknown": 1}, TypeError, "unknown"),
@@ -89,7 +90,7 @@ def test_ranks_that_cannot_meet() -> None:
 
 def test_topology() -> None:
     here = Topology(rank=5, world_size=8, tp_size=2, pipe_size=2)
-    assert (here.tp_rank, here.pipe_rank, here.data_rank, here.data_size) == (1, 0, 1, 2)
+    assert (here.tp_rank, here.pipe_rank, here.data_rank, here.data_size, here.pipeline) == (1, 0, 2, 4, 1)
     assert here.tp_group() == [4, 5] and here.pipe_group() == [5, 7]
     with pytest.raises(errors.ConfigurationError, match="multiple of 4"):
         Topology(rank=0, world_size=6, tp_size=2, pipe_size=2)

@@ -54,8 +54,10 @@ def test_groups_part_the_ranks(shape: tuple[int, int, int, int]) -> None:
 def test_of_a_topology() -> None:
     here = Topology(rank=13, world_size=24, tp_size=2, pipe_size=3, shard_size=2)
     assert here.mesh == Mesh((2, 2, 3, 2), 13)
-    assert (here.data_rank, here.data_size, here.shard_rank, here.pipe_rank, here.tp_rank) == (2, 4, 0, 0, 1)
-    assert here.data_ranks == [0, 6, 12, 18]
+    assert (here.data_rank, here.data_size, here.shard_rank, here.pipe_rank, here.tp_rank) == (6, 12, 0, 0, 1)
+    assert here.data_ranks == list(range(0, 24, 2)) and here.pipeline == 2
+    with pytest.raises(ConfigurationError, match=r"the 4 ranks that see different data of a stage.*\[1, 2, 4\]"):
+        Topology(rank=13, world_size=24, tp_size=2, pipe_size=3, shard_size=3)
     assert Topology(rank=1, world_size=6).mesh == Mesh((1, 6, 1, 1), 1)
 
 
@@ -68,7 +70,8 @@ def test_before_there_is_one() -> None:
 def facts() -> Any:
     ctx = context()
     mesh = bmt.mesh()
-    groups = [ctx.world, ctx.control, ctx.shard_group, ctx.replicate_group, ctx.gather, ctx.reduce]
+    groups = [ctx.world, ctx.control, ctx.shard_group, ctx.replicate_group]
+    groups += [ctx.collectives.gather, ctx.collectives.reduce]
     return mesh.shape, mesh.get_coordinate(), [(group.rank, group.world_size) for group in groups]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,9 +39,12 @@ with warnings.catch_warnings():
 def names(published: bool, dtype: torch.dtype, lora: int = 0) -> SimpleNamespace:
     """What the models are written with, of the library or of torch; ``lora`` is the rank of adapters."""
     if published:
+        pipes = bmt.config["pipe_enabled"]
         return SimpleNamespace(
-            Module=bmt.DistributedModule, Parameter=bmt.DistributedParameter, Block=bmt.CheckpointBlock,
-            List=bmt.TransformerBlockList, whole_state=bmt.store._save_to_rank0, dtype=dtype, lora=lora,
+            Module=bmt.DistributedModule, Parameter=bmt.DistributedParameter,
+            Block=partial(bmt.Block, mode="PIPE") if pipes else bmt.CheckpointBlock,
+            List=bmt.PipelineTransformerBlockList if pipes else bmt.TransformerBlockList,
+            whole_state=bmt.store._save_to_rank0, dtype=dtype, lora=lora,
         )  # fmt: skip
 
     def parameter(data: Tensor, init_method: Any = None) -> nn.Parameter:

@@ -231,8 +231,8 @@ def test_a_pipeline_of_one_stage() -> None:
     x, mask = torch.randn(2, WIDTH), torch.ones(2, WIDTH)
     assert torch.equal(model(x, mask, batch_related=[0]), model(x, mask))
     assert list(model.state_dict()) == [f"layers.{i}.{n}" for i in range(2) for n in ("weight", "bias")]
-    with pytest.raises(ConfigurationError, match="TransformerBlockList"):
-        bmt.PipelineTransformerBlockList([Layer()], num_hidden=2)
+    with pytest.raises(ConfigurationError, match="num_hidden"):
+        bmt.PipelineTransformerBlockList([Layer()], num_hidden=0)
     with pytest.raises(ConfigurationError, match="PIPES"):
         bmt.Block(Layer(), mode="PIPES")
 

@@ -139,6 +139,19 @@ def test_in_fp32(kind: str, tmp_path: Path) -> None:
     live(kind, torch.float32, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("bert", torch.float32),
+        *(pytest.param(kind, torch.float32, marks=pytest.mark.long) for kind in MODELS if kind != "bert"),
+        pytest.param("llama", torch.bfloat16, marks=pytest.mark.long),
+    ],
+)
+@on_ranks(2, init={"pipe_size": 2})
+def test_in_stages(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    live(kind, dtype, tmp_path)
+
+
 @on_ranks(1, 2)
 def test_in_half_precision(tmp_path: Path) -> None:
     live("t5", torch.half, tmp_path)

@@ -275,6 +275,21 @@ def test_topology() -> None:
             here.get_group_id("stage")
 
 
+@on_ranks(4, init={"pipe_size": 2, "num_micro_batches": 8})
+def test_topology_of_stages() -> None:
+    here, config = bmt.config["topology"], bmt.config
+    pipeline, stage = divmod(bmt.rank(), 2)
+    assert (here.stages, here.stage_id, here.pipe_idx, here.tp_id) == (2, stage, pipeline, 0)
+    for kind in ("pp_zero", "pp_tp_zero"):
+        assert (getattr(here, f"{kind}_id"), getattr(here, f"{kind}_idx")) == (pipeline, stage), kind
+    assert (here.tp_zero_id, here.tp_zero_idx, here.zero_id) == (bmt.rank(), 0, bmt.rank())
+    assert (here.get_group_id("pipe"), here.get_group_rank("pipe")) == (pipeline, stage)
+    for name, rank in (("pipe_comm", stage), ("pp_zero_comm", pipeline), ("pp_tp_zero_comm", pipeline)):
+        assert (config[name].rank, config[name].world_size) == (rank, 2), name
+    assert config["pipe_enabled"] and config["pipe_size"] == 2 and config["micros"] == 8
+    assert config["zero_comm"].world_size == config["tp_zero_comm"].world_size == config["zero_size"] == 4
+
+
 # ---- communicators of a script's own ---------------------------------------------------------------------------------
 
 
