@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from rewriter.types import Finding, Refusal, Remark, Result, place
 READY = "ready to launch: "
 FIRST = "before the launch, "
 _TRAINS = re.compile(rb"\.backward\(")
+_IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
+_LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
 
 def diff(result: Result, color: bool = False) -> str:
@@ -138,14 +141,29 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
         if trained:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
         return "nothing to launch: no script here trains"
-    script = next((path for path in started if path in trained), started[0])
-    command = f"torchrun --nproc_per_node=N {at(script)}"
+    command = f"torchrun --nproc_per_node=N {at(_script(started, trained, results))}"
     told = [(result, finding) for result in results for finding in result.reported]
     places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
         more = f" and {len(places) - 1} more of the places above" if len(places) > 1 else ""
         return f"{FIRST}see to {places[0]}{more}, where several ranks differ from one; then {command}"
     return f"{READY}{command}"
+
+
+def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
+    """What to launch: no other file imports it, it trains or imports what does, and its name says so."""
+    imports = {result.path: set(_IMPORTED.findall(result.after)) for result in results}
+    importers = Counter(name for names in imports.values() for name in names)
+    trains = {path.stem.encode() for path in trained}
+
+    def order(path: Path) -> tuple[bool, bool, bool]:
+        own = imports[path]
+        name = path.stem.encode()
+        return importers[name] > (name in own), path not in trained and not own & trains, not _LAUNCHED.match(path.stem)
+
+    stems = {path.stem.encode() for path in started}
+    run = [result.path for result in results if b"__main__" in result.after and imports[result.path] & stems]
+    return min([*started, *run], key=order)
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:

@@ -138,6 +138,17 @@ def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureF
     assert listed(project, capsys, "-q")[-1].startswith("ready to launch: torchrun")  # converted already
 
 
+def test_the_script_to_launch_is_the_one_that_imports_the_loop(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The module with the loop seeds on import, so that it starts the ranks, too; a second script stands first."""
+    body = "    " + TRAIN.partition("\n\n")[2].replace("\n", "\n    ").rstrip() + "\n"
+    (project / "engine.py").write_text("import torch\n\ntorch.manual_seed(0)\n\n\ndef fit(data):\n" + body)
+    (project / "run.py").write_text("from engine import fit\n\nif __name__ == '__main__':\n    fit(data)\n")
+    (project / "finder.py").write_text(TRAIN)
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'run.py'}")
+
+
 def test_the_last_line_names_what_to_see_to_first(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "train.py").write_text(
         TRAIN + 'with open("net.pt", "wb") as file:\n    file.write(b"1")\n    torch.save(net, file)\n'

@@ -149,6 +149,11 @@ class Project:
             return self._member(self.resolve(file, node.value, depth + 1), node.attr, depth)
         return None
 
+    def meanings(self, file: File, node: ast.Name) -> list[Resolved]:
+        """All that a name refers to where it is bound more than once."""
+        found = file.names.lookup(node.id, file.names.scope_of(node))
+        return [self._value(file, binding, 1) for binding in found[1]] if found is not None else []
+
     def external(self, file: File, node: ast.AST) -> str:
         """The canonical dotted name of something outside the project, else an empty string."""
         found = self.resolve(file, node)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import children, dotted, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles, unwrapped
@@ -18,6 +18,7 @@ from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.values import Values
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_DEEP = 5
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
 _BESIDE_MODEL = re.compile(r"token|process|config|extractor|sched|vocab|collat", re.I)
 _RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
@@ -147,7 +148,31 @@ class Collectives:
             return False
         if isinstance(call.func, ast.Attribute):
             return self._method(file, call, call.func)
-        return found is None and self._runs(self.instances.called(file, call.func))
+        if found is not None:
+            return False
+        return self._runs(self.instances.called(file, call.func)) or self._may_run(file, call.func)
+
+    def _may_run(self, file: File, func: ast.expr, deep: int = 0) -> bool:
+        """Whether one of the functions that a value may be, or is made of, makes a call that every rank must make.
+
+        A name may be bound more than once, be a parameter, or stand for a lambda, a ``partial``, a wrapped function,
+        an item of a table.
+        """
+        if deep > _DEEP:
+            return False
+        if isinstance(func, ast.Lambda):
+            return any(isinstance(item, ast.Call) and self.is_collective(file, item) for item in walk(func.body))
+        if isinstance(func, ast.Name):
+            functions = [found for found in self.project.meanings(file, func) if isinstance(found, FunctionInfo)]
+            if self._runs(functions):
+                return True
+        if isinstance(func, (ast.Name, ast.Attribute)):
+            return any(self._may_run(other, value, deep + 1) for other, value in self.instances.given_to(file, func))
+        if isinstance(func, ast.Call):
+            parts = [*func.args, *(keyword.value for keyword in func.keywords)]
+        else:
+            parts = [item for item in children(func) if isinstance(item, ast.expr)]
+        return any(self._may_run(file, part, deep + 1) for part in parts)
 
     def _runs(self, functions: Iterable[FunctionInfo]) -> bool:
         return any(self.function(function.file, function.node) for function in functions)
@@ -177,8 +202,10 @@ class Collectives:
                 method = self.classes.method(file.class_info(owner), name)
                 if method is not None:
                     return self.function(method[0].file, method[1])
-                return False
-        return self._runs([*self.instances.methods(file, func), *self.instances.called(file, func)])
+                return self._may_run(file, func)
+        if self._runs([*self.instances.methods(file, func), *self.instances.called(file, func)]):
+            return True
+        return self._may_run(file, func)
 
     def saves_pretrained(self, file: File, call: ast.Call) -> bool:
         """Whether a call is the ``save_pretrained`` of a package, and of what may be a model: no tokenizer, say."""

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function
+from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.training.roles import Roles, Var
 
 _DEEP = 4
@@ -82,6 +82,44 @@ class Instances:
         owner = self.class_of(file, func)
         method = self.classes.method(owner, "__call__") if owner is not None else None
         return [method[0].file.function_info(method[1])] if method is not None else []
+
+    def given_to(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.expr]]:
+        """What a variable is assigned, goes through in a loop, holds as a list, or gets as a parameter."""
+        if isinstance(node, ast.Attribute):
+            owner = self.class_of(file, node.value)
+            if owner is not None:
+                for item in (inner for method in owner.methods.values() for inner in walk(method)):
+                    if isinstance(item, ast.Assign) and any(dotted(t) == f"self.{node.attr}" for t in item.targets):
+                        yield owner.file, item.value
+        variable = self.roles[file].var(node)
+        if variable is None:
+            return
+        yield from ((file, value) for value in self._values(file).get(variable, ()))
+        yield from ((file, value) for value in self._items(file).get(variable, ()))
+        scope, name = variable
+        if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from self.given(file, scope, name)
+
+    def _items(self, file: File) -> dict[Var, list[ast.expr]]:
+        """By loop variable, what is gone through; by list, what is appended."""
+        if file not in self._held:
+            table = self._held[file] = {}
+            for node in file.nodes:
+                match node:
+                    case ast.For(target=target, iter=value) | ast.comprehension(target=target, iter=value):
+                        held = target
+                    case ast.Call(func=ast.Attribute(value=held, attr="append"), args=[value]):
+                        pass
+                    case _:
+                        continue
+                variable = self.roles[file].var(held)
+                if variable is not None:
+                    table.setdefault(variable, []).append(value)
+        return self._held[file]
+
+    @cached_property
+    def _held(self) -> dict[File, dict[Var, list[ast.expr]]]:
+        return {}
 
     def named(self, name: str) -> list[FunctionInfo]:
         """All methods of the project's training files that have a name."""
