@@ -4,10 +4,11 @@
 #   bash tests/run.sh -k checkpoint
 set -euo pipefail
 cd "$(dirname "$0")/.."
-echo "tests: about 25 minutes on two cores; an argument such as tests/rewriting/test_cli.py runs a part of them"
+echo "tests: about 20 minutes on two cores; an argument such as tests/rewriting/test_cli.py runs a part of them"
 . .ci/environment test
 status=0
-python -m pytest -n 2 --files "$@" </dev/null || status=$?
+# Three at a time on two cores: ranks of a test often wait for each other, or for a limit to pass.
+python -m pytest -n 3 --files "$@" </dev/null || status=$?
 case $status in
     0) echo "tests: all that ran have passed  ($SECONDS s)" ;;
     *) echo "tests: NOT passed, see above (pytest's exit code $status)  ($SECONDS s)" ;;
