@@ -31,7 +31,7 @@ def test_the_ranks_shares_make_the_batch() -> None:
     assert bmt.total(float(mine.sum())) == float(whole.sum())
     assert bmt.total(mine.double().sum()).equal(whole.double().sum())
     assert bmt.total((mine == 2).any()) == 1
-    assert bmt.total(mine.numpy().sum()) == whole.sum()
+    assert bmt.total(mine.cpu().numpy().sum()) == whole.sum()
     assert bmt.total(numpy.ones(2)).tolist() == [float(bmt.world_size())] * 2
 
     assert bmt.gather_samples(mine).equal(whole)
@@ -40,7 +40,7 @@ def test_the_ranks_shares_make_the_batch() -> None:
     assert rows.requires_grad == (bmt.world_size() == 1)
     assert bmt.gather_samples(mine.tolist()) == whole.tolist()
     assert bmt.gather_samples(tuple(map(str, mine.tolist()))) == tuple(map(str, whole.tolist()))
-    assert bmt.gather_samples(mine.numpy()).tolist() == whole.tolist()
+    assert bmt.gather_samples(mine.cpu().numpy()).tolist() == whole.tolist()
     assert bmt.gather_samples(numpy.array(["a"] * len(mine))).tolist() == ["a"] * 7
     mean = (bmt.world_size() - 1) / 2
     assert bmt.gather_samples(float(bmt.rank())) == mean

@@ -7,7 +7,7 @@ import math
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -94,6 +94,12 @@ def told(late: bool) -> Iterator[None]:
         yield
 
 
+def at_once() -> AbstractContextManager[None]:
+    """A GPU tells late, unless a test has said when; what that changes has tests of its own."""
+    unasked = context().device.is_cuda and isinstance(Readback.__dict__["comes_later"], property)
+    return told(late=False) if unasked else nullcontext()
+
+
 class Training:
     """Steps of a small model; in one of them, on the last rank, something is not finite."""
 
@@ -110,9 +116,7 @@ class Training:
     def step(
         self, step: int, fault: str = "", spoil: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss
     ) -> None:
-        # A GPU tells late; what that changes has tests of its own.
-        unasked = context().device.is_cuda and isinstance(Readback.__dict__["comes_later"], property)
-        with told(late=False) if unasked else nullcontext():
+        with at_once():
             self._step(step, fault, spoil)
 
     def _step(self, step: int, fault: str, spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -131,7 +135,7 @@ class Training:
 
 
 def message(call: Callable[[], object]) -> str:
-    with pytest.raises(NonFiniteError) as found:
+    with pytest.raises(NonFiniteError) as found, at_once():
         call()
     assert isinstance(found.value, FloatingPointError)
     return str(found.value)
