@@ -248,6 +248,7 @@ class Engine:
         """An optimizer has updated all its parameters."""
         self.ctx.diary.step += 1
         self._runs.clear()
+        self.backward.kept = None
         if self.replicas is not None:
             self.replicas.level()
         if self.ctx.diary.step == 1:

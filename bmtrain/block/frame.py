@@ -55,7 +55,8 @@ class Frame:
     ) -> None:
         self.owner, self.parent, self.recompute = owner, parent, recompute
         self._whole = owner.whole_storages
-        self._kept = None if recompute else owner.kept
+        kept = None if recompute else owner.kept
+        self._kept = None if kept is None or kept.pools.changes != kept.changes else kept
         self.units: list[ShardUnit] = []
         self.begun = self.finished = False
         self.autocast = owner.device.autocast()
@@ -112,7 +113,7 @@ class Frame:
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
-            return tensor
+            return tensor if kept is None else (tensor,)  # it may lie where a buffer lay when the forward began
         if self._plan is not None:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
@@ -141,6 +142,9 @@ class Frame:
             return self.owner.rebuild(packed, self.autocast)
         if isinstance(packed, torch.Tensor):
             return packed
+        if type(packed) is tuple:
+            alone: torch.Tensor = packed[0]
+            return alone
         if self._held is not None:
             held: torch.Tensor = self._held[packed]
             return held

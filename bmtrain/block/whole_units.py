@@ -90,8 +90,7 @@ class WholeUnits:
         for unit, _ in wanted:
             if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
                 self._make_room()
-            if not unit.is_whole:
-                self._units[unit.index] = unit
+        self._units |= {unit.index: unit for unit, _ in wanted if not unit.is_whole}
         prefetch_all(wanted)
 
     def release(self, unit: ShardUnit) -> None:

@@ -373,7 +373,7 @@ class FlatShard:
         self.shard.copy_(shard)
         self.gradient = self._new_gradient()
         self._poison = []
-        self.version += 1
+        self.changed()
         self.enter_sharded()
 
     # -- gradients ------------------------------------------------------------------------------------------------

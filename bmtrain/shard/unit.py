@@ -190,6 +190,7 @@ class ShardUnit:
         if lender is not self.lender or [buffer.tensor.dtype for buffer in self._prefetched] != wires:
             self.release_prefetched()
         known, gathers, self.lender = self._prefetched, list[_Gather](), lender
+        self._prefetched = []  # until the gathers are queued: who finds no memory for a buffer has nothing on its way
         self.pools.outer.changes += 1
         for index, flat in enumerate(self.flats):
             shard, cast = flat.to_gather(compute) if self.pools is lender else (None, None)
@@ -198,12 +199,12 @@ class ShardUnit:
             if shard is None:
                 buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))
             gathers.append(_Gather(shard, cast, buffer))
-        self._prefetched = [gather.buffer for gather in gathers]
         return gathers
 
     def _queued(self, gathers: list[_Gather]) -> None:
         """The gathers that were to be made are queued."""
         stream = self.ctx.device.gather_stream
+        self._prefetched = [gather.buffer for gather in gathers]
         for gather in gathers:
             if gather.cast is not None:
                 self.pools.casts.give_back(gather.cast, stream)

@@ -234,7 +234,16 @@ def test_what_stays_changes_no_number_on_other_ranks(precision: str) -> None:
         check_same(nothing, 20, precision, *how)
 
 
-BETWEEN = [writes, loads, averages, evaluates, freezes]
+def converts(model: Any, manager: Any, step: int) -> None:
+    if step == 4:
+        model.bfloat16()
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        assert dtypes == {torch.bfloat16}
+        with torch.no_grad(), bmt.gathered(model):
+            assert {parameter.data.dtype for parameter in model.parameters()} == dtypes
+
+
+BETWEEN = [writes, loads, averages, evaluates, freezes, converts]
 
 
 @pytest.mark.parametrize("between", BETWEEN)
