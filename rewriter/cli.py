@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = sys.argv[1:] if arguments is None else list(arguments)
     options.written = "nothing was written"
     try:
-        return _run(options)
+        code = _run(options)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"bmt-convert: {error}", file=sys.stderr)
         return FAILED
@@ -106,7 +108,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         named = f"{error.filename}: " if error.filename is not None else ""
         print(f"bmt-convert: {named}{error.strerror or error}; {options.written}", file=sys.stderr)
+        _give_up_output()
         return FAILED
+
+
+def _give_up_output() -> None:
+    """What cannot be written is not tried again as Python ends, which would make another exit code of it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -43,7 +43,7 @@ WRONG = {
     "an attribute that is no list": (["--blocks", "Net.forward"], "no list of modules Net.forward here"),
     "no processes": (["--jobs", "0"], "--jobs: 0 is not a number above 0"),
     "steps of no run": (["--steps", "3"], "--steps says how --prove is done"),
-    "a report of no kind": (["--report", "out.html"], "a report ends in .json, .md or .sarif"),
+    "a report of no kind": (["--report", "out.txt"], "a report ends in .html, .json, .md or .sarif"),
 }
 
 

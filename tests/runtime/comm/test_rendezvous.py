@@ -138,6 +138,8 @@ def test_who_has_read_the_store_does_not_reach_a_watchdog(store: TCPStore) -> No
 
 READS_FILES = {f"checkpoint/{name}.py" for name in ("files", "command", "pickled", "storage", "torch_file")}
 
+READS_THE_COMMAND_LINE = {"estimate/command.py"}  # what makes the model, typed by whoever starts it
+
 
 def test_nothing_but_files_is_unpickled() -> None:
     """No call that unpickles stands where something from the network could come to it."""
@@ -155,4 +157,4 @@ def test_nothing_but_files_is_unpickled() -> None:
             unpickles |= called in ("eval", "exec")
             if unpickles:
                 found.add(path.relative_to(root).as_posix())
-    assert found <= READS_FILES, found
+    assert found <= READS_FILES | READS_THE_COMMAND_LINE, found
