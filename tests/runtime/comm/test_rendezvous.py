@@ -119,8 +119,8 @@ def test_a_strangers_answer_is_refused(store: TCPStore, answer: str) -> None:
 def test_who_has_read_the_store_does_not_reach_a_watchdog(store: TCPStore) -> None:
     meshes: dict[int, Mesh] = {}
 
-    def one(rank: int) -> None:
-        meshes[rank] = Mesh(store, rank, 2, "127.0.0.1", "the secret")
+    def one(rank: int) -> None:  # each with a client of its own: one that waits lets nobody else speak
+        meshes[rank] = Mesh(TCPStore("127.0.0.1", store.port), rank, 2, "127.0.0.1", "the secret")
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
     for thread in threads:
