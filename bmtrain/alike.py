@@ -56,12 +56,12 @@ def differing(
         facts = [_fact(name, value) for name, value in values.items()] + list(others)
         digests = _digests(list(values.values()))
         names = torch.tensor(zlib.crc32("\n".join(facts).encode()), device="cpu")
-        rows = _from_all(ctx, torch.stack((names, digest(digests))))
+        rows = from_all(ctx, torch.stack((names, digest(digests))))
         if bool((rows == rows[0]).all()):
             return []
         if not bool((rows[:, 0] == rows[0, 0]).all()):
             raise ConfigurationError(_first_difference(what, allgather_objects(facts)))
-        every = _from_all(ctx, digests)
+        every = from_all(ctx, digests)
         differs = (every != every[0]).any(0).tolist()
         if slices:
             mesh = ctx.topology.mesh
@@ -81,10 +81,10 @@ def differing_ranks(
     """
     mesh = ctx.topology.mesh
     names = torch.tensor([zlib.crc32("\n".join(values).encode()), len(values)], device="cpu")
-    heads = _from_all(ctx, names)
+    heads = from_all(ctx, names)
     if not bool((heads == heads[0]).all()):
         return None
-    every = _from_all(ctx, _digests([value for value, _ in values.values()]))
+    every = from_all(ctx, _digests([value for value, _ in values.values()]))
     found: dict[str, list[int]] = {}
     for column, (name, (_, dimensions)) in enumerate(values.items()):
         for rank in range(ctx.world_size):
@@ -167,7 +167,7 @@ def _fact(name: str, value: torch.Tensor) -> str:
     return f"{name} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{trains}{made}"
 
 
-def _from_all(ctx: Context, numbers: torch.Tensor) -> torch.Tensor:
+def from_all(ctx: Context, numbers: torch.Tensor) -> torch.Tensor:
     """(ranks, n) every rank's ``numbers``, (n,) on the CPU."""
     rows = torch.empty(ctx.world_size * numbers.numel(), dtype=numbers.dtype, device="cpu")
     ctx.control.all_gather(numbers, rows)

@@ -23,6 +23,7 @@ class Backward:
         frames: those that are running now, the innermost last.
         kept: what stays for the forward that is running; None unless everything does.
         recomputes: how many blocks are being run again, one inside the other.
+        peeks: whether somebody looks at what was saved, before a backward needs it.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -31,6 +32,7 @@ class Backward:
         self.frames: list[Frame] = []
         self.kept: KeptValues | None = None
         self.recomputes = 0
+        self.peeks = False
         self.first_graphs = FirstGraphs()
         self._begun: list[Frame] = []
         self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again

@@ -22,6 +22,7 @@ from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
 from .first_batches import FirstBatches
+from .first_losses import FirstLosses
 from .frame import Frame
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
@@ -57,6 +58,7 @@ class Engine:
         self.plan = MemoryPlan(ctx)
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
+        self.first_losses = FirstLosses(ctx, self.backward)
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
@@ -216,6 +218,7 @@ class Engine:
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
+                self.first_losses.look(tensor)
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
@@ -227,6 +230,10 @@ class Engine:
         return self.whole.flat_at(view)
 
     # -- backward and step ------------------------------------------------------------------------------------------
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Gradients of ``loss`` are to be computed."""
+        self.first_losses.look(loss)
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
@@ -257,6 +264,7 @@ class Engine:
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
+        self.first_losses.optimizer_stepped()
 
     def _tell(self) -> None:
         if self.ctx.rank == 0 and self.schedule.units:

@@ -31,7 +31,7 @@ class FirstBatches:
         if first is not None and first.layout == torch.strided and not first.is_meta:
             with torch.no_grad():
                 self._digests.append(digest(first))
-            self._place = _users_line()
+            self._place = users_line()
 
     def optimizer_stepped(self) -> None:
         """Warn if all ranks have had the same batches.  Collective once."""
@@ -51,7 +51,8 @@ class FirstBatches:
             )
 
 
-def _users_line() -> str:
+def users_line() -> str:
+    """The line of user code that has called what runs now, as in "train.py:88"."""
     frame = sys._getframe()
     while frame.f_globals.get("__name__", "").partition(".")[0] in ("bmtrain", "torch") and frame.f_back is not None:
         frame = frame.f_back

@@ -31,11 +31,19 @@ class Owner(Buffers, Protocol):
     def will_repeat(self) -> None:
         """A block that begins now is to run again in the backward."""
 
+    @property
+    def peeks(self) -> bool:
+        """Whether somebody looks at what was saved, before a backward needs it."""
+
     def reached(self, frame: Frame) -> None:
         """The backward needs something that ``frame`` saved."""
 
     def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> AbstractContextManager[None]:
         """Around the second run of a block's forward; ``note`` is told of every tensor it would save."""
+
+
+class NotKeptError(Exception):
+    """What is looked at is to be gathered or recomputed in the backward."""
 
 
 class _Enough(BaseException):
@@ -124,6 +132,8 @@ class Frame:
 
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
+            if self.owner.peeks:
+                return self._peek(packed)
             self.owner.reached(self)
         kept = self._kept
         if kept is not None and type(packed) is torch.Tensor:
@@ -152,6 +162,14 @@ class Frame:
         if tensor is None:
             self._recompute()
             tensor = self._made.pop(packed)
+        return tensor
+
+    def _peek(self, packed: Any) -> torch.Tensor:
+        tensor = packed[0] if type(packed) is tuple else packed
+        if self._held is not None and isinstance(packed, int):
+            tensor = self._held[packed]
+        if not isinstance(tensor, torch.Tensor):
+            raise NotKeptError
         return tensor
 
     def _recompute(self) -> None:

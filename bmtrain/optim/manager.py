@@ -160,6 +160,7 @@ class OptimManager:
                 self._learn()
             else:
                 self._last.holds_gradients = False
+        engine().note_loss(loss)
         # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
         divided = context().gradient_divisor / self.grad_scale
         if self._scale is None:

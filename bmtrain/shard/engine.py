@@ -60,6 +60,9 @@ class Engine(Protocol):
     def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
 
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Gradients of ``loss`` are to be computed."""
+
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
 

@@ -31,20 +31,20 @@ def class_weights_summed(k: User):
     return _loss(k, lambda out, y: F.cross_entropy(out, y, weight=weight, reduction="none").mean())
 
 
-@idiom(verdicts="right silent silent", why="a mean of the ranks' means, though their counts differ")
+@idiom(verdicts="right said said", says="different counts")
 def class_weights(k: User):
     """`cross_entropy(weight=...)`: its mean is over the weights of the batch"""
     weight = torch.linspace(0.5, 2, 5, device=k.device)
     return _loss(k, lambda out, y: F.cross_entropy(out, y, weight=weight))
 
 
-@idiom(verdicts="right silent silent", why="a mean of the ranks' means, though their counts differ")
+@idiom(verdicts="right said said", says="different counts")
 def ignored_labels(k: User):
     """`cross_entropy` with labels of -100, different counts on the ranks"""
     return _loss(k, lambda out, y: F.cross_entropy(out, y.masked_fill(y < 2, -100)))
 
 
-@idiom(verdicts="right silent silent", why="a mean of the ranks' means, though their counts differ")
+@idiom(verdicts="right said said", says="different counts")
 def masked_mean(k: User):
     """`(loss * mask).sum() / mask.sum()`"""
 
@@ -55,7 +55,7 @@ def masked_mean(k: User):
     return _loss(k, loss)
 
 
-@idiom(verdicts="right silent silent", why="a mean of the ranks' means, though their counts differ")
+@idiom(verdicts="right said said", says="different counts")
 def masked_selection(k: User):
     """`cross_entropy(out[mask], y[mask])`"""
     return _loss(k, lambda out, y: F.cross_entropy(out[y > 1], y[y > 1]))

@@ -1,0 +1,113 @@
+"""Whether the first losses are means over different counts on different ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from ..alike import from_all
+from ..autograd import Node
+from ..context import Context
+from .backward import Backward
+from .first_batches import users_line
+from .frame import NotKeptError
+
+_STEPS = 3
+"""How many optimizer steps are looked at."""
+
+_MOST = 16
+"""A loss that divides more often than this is put together from samples, each with a count of its own."""
+
+_DIFFERING = 2
+"""As is one of which more counts than this differ between ranks."""
+
+
+class FirstLosses:
+    """What the last loss was divided by on this rank, compared at the first optimizer steps.
+
+    The mean over ranks of gradients is the whole batch's only if every rank divides by the same.  Looked at is what
+    autograd keeps of the loss, from its end to where it stops being one number: quotients, means, and losses of torch
+    that average.
+    """
+
+    def __init__(self, ctx: Context, backward: Backward) -> None:
+        self._ctx, self._backward = ctx, backward
+        self._counts: list[torch.Tensor] = []
+        self._steps, self._place = 0, ""
+        self.wanted = ctx.topology.data_size > 1
+
+    def look(self, loss: torch.Tensor) -> None:
+        """Gradients of ``loss`` are to be computed.  Nothing is recomputed, gathered, or waited for."""
+        if not self.wanted or loss.dim() or loss.grad_fn is None:
+            return
+        self._backward.peeks = True
+        try:
+            counts = [torch.as_tensor(count).detach().clone() for count in _counts(loss.grad_fn)]
+        finally:
+            self._backward.peeks = False
+        if counts:
+            self._counts, self._place = counts, users_line()
+
+    def optimizer_stepped(self) -> None:
+        """Warn if the ranks have divided by different numbers.  Collective a few times."""
+        if not self.wanted:
+            return
+        self._steps += 1
+        self.wanted = self._steps < _STEPS
+        here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
+        here[0] = len(self._counts)
+        for i, count in enumerate(self._counts[:_MOST], 1):
+            here[i] = count
+        self._counts = []
+        rows = from_all(self._ctx, here)
+        if not bool((rows[:, 0] == rows[0, 0]).all()) or rows[0, 0] > _MOST:
+            return
+        counts = rows[:, 1:]
+        most, least = counts.amax(0), counts.amin(0)
+        differ = (most - least > 1e-6 * most.abs()).nonzero().view(-1).tolist()
+        if not 0 < len(differ) <= _DIFFERING:
+            return
+        self.wanted = False
+        if self._ctx.rank == 0:
+            column = counts[:, differ[0]]
+            other = int((column != column[0]).nonzero()[0])
+            warnings.warn(
+                f"The loss is a mean over different counts ({self._place}): it was divided by {float(column[0]):.6g} "
+                f"on rank 0, and by {float(column[other]):.6g} on rank {other}. The mean over ranks of such a loss is "
+                "not the whole batch's. Average over what all ranks count: bmt.loss.mean_over_ranks(F.cross_entropy)("
+                "logits, targets), or of the single losses bmt.mean(losses, mask).",
+                stacklevel=2,
+            )
+
+
+def _counts(last: Node) -> Iterator[torch.Tensor | float]:
+    seen, waiting = {last}, [last]
+    while waiting:
+        node = waiting.pop()
+        if any(len(output.shape) for output in getattr(node, "_input_metadata", ())):
+            continue  # more than one number: of a quotient of these each has a count of its own
+        count = _count(node)
+        if count is not None:
+            yield count
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _count(node: Node) -> torch.Tensor | float | None:
+    """What ``node``, whose forward gave one number, has divided by; None if by nothing."""
+    try:
+        name = node.name()
+        if name.startswith("DivBackward"):
+            return getattr(node, "_saved_other", None)
+        if name.startswith("MeanBackward"):
+            return float(getattr(node, "_saved_self_sym_numel", 0)) or None
+        if getattr(node, "_saved_reduction", None) == 1:  # "mean"
+            count = getattr(node, "_saved_total_weight", None)
+            return count if count is not None else float(node._saved_self.numel())  # type: ignore[attr-defined]
+    except (NotKeptError, AttributeError, RuntimeError):  # to be recomputed; another torch; a backward has freed it
+        pass
+    return None

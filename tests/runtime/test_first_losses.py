@@ -1,0 +1,136 @@
+"""Losses that divide by another number on each rank are told, once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import bmtrain as bmt
+from bmtrain.block.first_losses import FirstLosses
+from bmtrain.context import context
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _per_sample(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    losses = [
+        F.cross_entropy(one[: 1 + int(k)], one.argmax(1)[: 1 + int(k)])
+        for one, k in zip(out[:, None].expand(-1, 5, -1), y, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _dice(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    p, t = out.softmax(1), F.one_hot(y, 5)
+    return 1 - 2 * (p * t).sum() / (p.square().sum() + t.sum())
+
+
+SAID: dict[str, Loss] = {
+    "ignored": lambda out, y: F.cross_entropy(out, y.masked_fill(y < 2, -100)),
+    "smoothed": lambda out, y: F.cross_entropy(out, y.masked_fill(y < 2, -100), label_smoothing=0.1),
+    "module": lambda out, y: nn.CrossEntropyLoss(ignore_index=0)(out, y),
+    "weighted": lambda out, y: F.cross_entropy(out, y, weight=torch.linspace(0.5, 2, 5)),
+    "nll": lambda out, y: F.nll_loss(out.log_softmax(1), y, ignore_index=0),
+    "two dimensions": lambda out, y: F.cross_entropy(out.T[None, :, :, None], y[None, :, None], ignore_index=0),
+    "masked": lambda out, y: (out.square().mean(1) * (y > 1)).sum() / (y > 1).sum(),
+    "clamped": lambda out, y: (out.square().mean(1) * (y > 1)).sum() / (y > 1).sum().clamp(min=1),
+    "number": lambda out, y: out[y > 1].square().sum() / int((y > 1).sum()),
+    "selected": lambda out, y: F.cross_entropy(out[y > 1], y[y > 1]),
+    "mse": lambda out, y: F.mse_loss(out[y > 1], torch.zeros_like(out[y > 1])),
+    "mean": lambda out, y: out[y > 1].square().mean(),
+    "sum of two": lambda out, y: 0.1 * out.square().mean() + F.cross_entropy(out, y, ignore_index=0) / 2,
+    "scaled": lambda out, y: (F.cross_entropy(out, y, ignore_index=0) * 3.0 + 1e-3).float(),
+    "quotient": _dice,
+    "checkpointed": lambda out, y: checkpoint(
+        lambda o: F.cross_entropy(o, y, ignore_index=0), out, use_reentrant=False
+    ),
+}
+QUIET: dict[str, Loss] = {
+    "plain": lambda out, y: F.cross_entropy(out, y),
+    "accumulated": lambda out, y: F.cross_entropy(out, y) / 4,
+    "sum": lambda out, y: F.cross_entropy(out, y, reduction="sum") / len(y),
+    "elements": lambda out, y: (out / out.detach().norm(dim=1, keepdim=True)).square().mean(),
+    "over ranks": lambda out, y: bmt.loss.mean_over_ranks(F.cross_entropy)(out, y, ignore_index=0),
+    "mean over ranks": lambda out, y: bmt.mean(out.square().mean(1), y > 1),
+    "fused": lambda out, y: bmt.loss.FusedCrossEntropy(ignore_index=0)(out, y),
+    "per sample": _per_sample,
+    "vector": lambda out, y: (F.cross_entropy(out, y, reduction="none") * torch.ones(1).expand(len(y))).mean(),
+}
+
+
+class Inside(nn.Module):
+    """Gives its loss, as models of a library do."""
+
+    def __init__(self, net: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        out = self.net(x)
+        return {"loss": self.loss(out, y), "logits": out}
+
+
+def _model(kind: str, loss: Loss) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 5))
+    if kind == "outside":
+        return bmt.BMTrainModelWrapper(net)
+    model = Inside(net, loss)
+    if kind == "recomputed":
+        return bmt.Block(bmt.BMTrainModelWrapper(model), use_checkpoint=True)
+    return bmt.BMTrainModelWrapper(model)
+
+
+def said(where: str, names: list[str]) -> dict[str, list[str]]:
+    """What is said of each loss, computed outside of the model or in it, by a backward of the manager or torch's."""
+    found, ctx = {}, context()
+    engine: Any = ctx.engine
+    for name in names:
+        engine.first_losses = FirstLosses(ctx, engine.backward)  # as in a new job
+        loss = (SAID | QUIET)[name]
+        model = _model(where, loss)
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(4):
+                x = torch.randn(12, 4, generator=torch.Generator("cpu").manual_seed(step))
+                y = torch.randint(5, (12,), generator=torch.Generator("cpu").manual_seed(step))
+                x, y = bmt.shard_batch(x), bmt.shard_batch(y)
+                manager.zero_grad()
+                if where == "outside":
+                    manager.backward(loss(model(x), y))
+                elif where == "torch's":
+                    model(x, y)["loss"].backward()
+                else:
+                    manager.backward(model(x, y)["loss"])
+                manager.step()
+        found[name] = [str(w.message) for w in caught if "different counts" in str(w.message)]
+    return found
+
+
+@pytest.mark.parametrize("where", ["outside", "inside", "torch's", "recomputed"])
+def test_what_is_a_mean_over_different_counts_is_said_once(where: str) -> None:
+    names = [name for name in SAID if where != "recomputed" or name in ("number", "mean")]
+    found = run_ranks(2, said, where, names)
+    assert {name: len(words) for name, words in found[0].items()} == dict.fromkeys(names, 1)
+    assert not any(found[1].values())
+    assert all(
+        "test_first_losses.py:" in words[0] and "bmt.mean(losses, mask)" in words[0] for words in found[0].values()
+    )
+
+
+@pytest.mark.parametrize("where", ["outside", "inside", "recomputed"])
+def test_nothing_is_said_of_other_losses(where: str) -> None:
+    names = list(QUIET)
+    assert run_ranks(2, said, where, names) == [{name: [] for name in names}] * 2
+    if where == "inside":
+        assert run_ranks(1, said, where, list(SAID)) == [{name: [] for name in SAID}]
