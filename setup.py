@@ -6,6 +6,8 @@ BMTRAIN_EXTENSION says what is built; the package uses torch operations instead 
 - ``0``: nothing; the wheel is pure Python, and installing it takes seconds
 - ``cpp``: the NCCL bindings and the CPU's references, without nvcc
 - ``1``: all that can be: CUDA kernels, too, if nvcc is on PATH
+
+BMTRAIN_ARCHITECTURES says for which GPUs the kernels are compiled, 8.0 and later: "9.0", "8.0;9.0+PTX".
 """
 
 from __future__ import annotations
@@ -23,11 +25,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=sm_90",
-    "-gencode=arch=compute_90,code=compute_90",  # PTX, for what comes after
-]
+ARCHITECTURES = "8.0;9.0+PTX"  # the PTX is for what comes after
 CHOICES = ("auto", "0", "cpp", "1")
 HOST_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
 
@@ -38,6 +36,18 @@ def chosen() -> str:
     if choice not in CHOICES:
         sys.exit(f"BMTRAIN_EXTENSION is {choice!r}; it must be one of {', '.join(CHOICES)}")
     return choice
+
+
+def architectures() -> list[str]:
+    """What tells nvcc for which GPUs to compile."""
+    flags = []
+    for named in re.split("[; ]+", (os.environ.get("BMTRAIN_ARCHITECTURES") or ARCHITECTURES).strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", named)
+        if match is None:
+            sys.exit(f"BMTRAIN_ARCHITECTURES names {named!r}; it must be numbers, as in {ARCHITECTURES!r}")
+        number, kinds = match[1] + match[2], ["sm", "compute"] if match[3] else ["sm"]
+        flags += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    return flags
 
 
 def is_wanted() -> bool:
@@ -87,7 +97,7 @@ class BuildExtension(build_ext):
         target = Path(self.build_temp) / Path(source).with_suffix(".cu.o")
         target.parent.mkdir(parents=True, exist_ok=True)
         flags = ["-O3", "-std=c++17", "--extended-lambda", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
-        command = ["nvcc", *flags, *ARCHITECTURES, "-c", source, "-o", str(target)]
+        command = ["nvcc", *flags, *architectures(), "-c", source, "-o", str(target)]
         print(" ".join(command))
         return str(target) if subprocess.run(command, check=False).returncode == 0 else None
 

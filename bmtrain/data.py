@@ -25,28 +25,67 @@ from .errors import ConfigurationError
 from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
 
-BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any])
+BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any] | Mapping[Any, Any])
 LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 
 
 def shard_batch(batch: BatchT) -> BatchT:
     """This rank's part of a global batch that every rank holds alike.
 
-    ``batch`` is a tensor (cut along dimension 0, the result is a view) or a sequence.  Every rank calls this equally
-    often: a rank that takes a batch more is found out at the next collective.  Raises ConfigurationError when
-    its length is not a multiple of the number of ranks: parts of different length would weigh their samples
-    differently.
+    ``batch`` is a tensor (cut along dimension 0, the result is a view), a sequence of samples, or several of these that
+    belong together, each cut: in a tuple, in a mapping (the result is a dict), or in a list whose tensors differ in
+    dtype or number of dimensions.  Every rank calls this equally often: a rank that takes a batch more is found out at
+    the next collective.  Raises ConfigurationError when the length is not a multiple of the number of ranks, as parts
+    of different length would weigh their samples differently, and when a list of tensors could be either.
     """
-    topology = context().topology
     context().diary.takes_batch()
-    length = len(batch)
+    lengths: set[int] = set()
+    if isinstance(batch, tuple) and any(isinstance(entry, Tensor) for entry in batch):
+        cut = _with_entries(batch, [_cut(entry, lengths) for entry in batch])
+    else:
+        cut = _cut(batch, lengths)
+    if len(lengths) > 1:
+        raise ConfigurationError(
+            f"A batch holds parts of {' and '.join(map(str, sorted(lengths)))} rows, so that it is not clear which are "
+            "its samples. Call bmt.shard_batch with what belongs to the samples alone."
+        )
+    return cut  # type: ignore[no-any-return]
+
+
+def _cut(value: Any, lengths: set[int]) -> Any:
+    """The same for what is in a batch, noting its length; what has no length is for all ranks."""
+    if isinstance(value, Mapping):
+        return {key: _cut(entry, lengths) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        tensors = [entry for entry in value if isinstance(entry, Tensor)]
+        if (
+            tensors
+            and len({(type(entry), getattr(entry, "dtype", 0), getattr(entry, "ndim", 0)) for entry in value}) == 1
+        ):
+            raise ConfigurationError(
+                f"A {type(value).__name__} of {len(value)} tensors may be {len(value)} samples, or several tensors "
+                "whose rows are the samples. bmt.shard_batch(tuple(batch)) cuts the rows of each; for samples, cut their "
+                "numbers: [batch[i] for i in bmt.shard_batch(range(len(batch)))]."
+            )
+        of_columns = isinstance(value, tuple) and any(isinstance(entry, list | tuple) for entry in value)
+        if tensors or of_columns:
+            return _with_entries(value, [_cut(entry, lengths) for entry in value])
+    if not hasattr(value, "__len__") or isinstance(value, str) or (isinstance(value, Tensor) and not value.dim()):
+        return value
+    topology = context().topology
+    length = len(value)
+    lengths.add(length)
     if length % topology.data_size:
         raise ConfigurationError(
             f"A batch of {length} cannot be split evenly over {topology.data_size} ranks. "
             f"Use a batch size that is a multiple of {topology.data_size}."
         )
     part = share(length, topology.data_size, topology.data_rank)
-    return batch[part.start : part.stop]  # type: ignore[return-value]
+    return value[part.start : part.stop]
+
+
+def _with_entries(value: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
+    return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
 
 
 def shard_loader(loader: LoaderT) -> LoaderT:
@@ -288,11 +327,9 @@ class _ShareOfElement:
             return value if value.dim() == 0 else _part(value, self._rank, self._ranks)
         if isinstance(value, Mapping):
             return {key: self._rows(entry) for key, entry in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*(self._rows(entry) for entry in value))
         if isinstance(value, list | tuple):
-            if any(isinstance(entry, Tensor | Mapping | list | tuple) for entry in value):
-                return type(value)(self._rows(entry) for entry in value)
+            if hasattr(value, "_fields") or any(isinstance(entry, Tensor | Mapping | list | tuple) for entry in value):
+                return _with_entries(value, [self._rows(entry) for entry in value])
             return _part(value, self._rank, self._ranks)  # a column of plain values, such as strings
         return value
 

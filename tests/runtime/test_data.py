@@ -323,6 +323,52 @@ def test_shard_batch() -> None:
     assert "batch of 5" in first[3][0] and "2 ranks" in first[3][0] and "multiple of 2" in first[3][0]
 
 
+X, Y = torch.arange(8.0).view(4, 2), torch.arange(4)
+
+
+def shares_of_several() -> list[Any]:
+    whole = {
+        "pair": (X, Y),
+        "alike": (X, X + 1),
+        "list": [X, Y],
+        "mapping": {"x": X, "y": Y, "names": ["a", "b", "c", "d"], "scale": 2.0, "none": None, "word": "all"},
+        "nested": ({"x": X}, Y),
+        "columns": (["a", "b"], [1, 2]),
+        "samples": [(X[0], 0), (X[1], 1)],
+        "targets": [{"box": X}, {"box": X}],
+        "0-d": {"x": X, "t": torch.tensor(3)},
+    }
+    return [{name: bmt.shard_batch(batch) for name, batch in whole.items()}]
+
+
+def refused() -> None:
+    for batch in ([X, X], [X[0], X[1]], ((X[0], X[1]), Y[:2]), {"images": [X, X]}):
+        with pytest.raises(ConfigurationError, match=r"samples, or several tensors.*shard_batch\(tuple\(batch\)\)"):
+            bmt.shard_batch(batch)
+    for batch in ((X, Y[:2]), {"x": X, "classes": ["cat", "dog"]}):
+        with pytest.raises(ConfigurationError, match="parts of 2 and 4 rows"):
+            bmt.shard_batch(batch)
+    for batch in ((X[:3], Y[:3]), {"x": X[:3]}):
+        with pytest.raises(ConfigurationError, match="batch of 3 cannot be split evenly"):
+            bmt.shard_batch(batch)
+
+
+def test_what_belongs_together_is_cut_together() -> None:
+    run_ranks(2, refused)
+    (first,), (second,) = run_ranks(2, shares_of_several)
+    for name in ("pair", "alike", "list"):
+        assert type(first[name]) is (list if name == "list" else tuple)
+        assert torch.equal(first[name][0], X[:2]) and torch.equal(second[name][0], X[2:])
+    assert torch.equal(second["pair"][1], Y[2:]) and torch.equal(second["alike"][1], X[2:] + 1)
+    assert torch.equal(second["mapping"]["x"], X[2:]) and second["mapping"]["names"] == ["c", "d"]
+    assert (second["mapping"]["scale"], second["mapping"]["none"], second["mapping"]["word"]) == (2.0, None, "all")
+    assert torch.equal(second["nested"][0]["x"], X[2:]) and torch.equal(second["nested"][1], Y[2:])
+    assert (first["columns"], second["columns"]) == ((["a"], [1]), (["b"], [2]))
+    assert [sample[1] for sample in first["samples"] + second["samples"]] == [0, 1]
+    assert len(first["targets"]) == 1 and torch.equal(first["targets"][0]["box"], X)
+    assert torch.equal(first["0-d"]["t"], torch.tensor(3)) and torch.equal(second["0-d"]["x"], X[2:])
+
+
 class Tokens:
     """A batch that moves itself."""
 
