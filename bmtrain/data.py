@@ -44,10 +44,11 @@ def shard_batch(batch: BatchT) -> BatchT:
         cut = _with_entries(batch, [_cut(entry, lengths) for entry in batch])
     else:
         cut = _cut(batch, lengths)
-    if len(lengths) > 1:
+    if len(lengths) != 1:
+        parts = f"parts of {' and '.join(map(str, sorted(lengths)))} rows" if lengths else "nothing that has rows"
         raise ConfigurationError(
-            f"A batch holds parts of {' and '.join(map(str, sorted(lengths)))} rows, so that it is not clear which are "
-            "its samples. Call bmt.shard_batch with what belongs to the samples alone."
+            f"A batch holds {parts}, so that it is not clear which are its samples. Call bmt.shard_batch with what "
+            "belongs to the samples alone."
         )
     return cut  # type: ignore[no-any-return]
 
@@ -58,14 +59,12 @@ def _cut(value: Any, lengths: set[int]) -> Any:
         return {key: _cut(entry, lengths) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         tensors = [entry for entry in value if isinstance(entry, Tensor)]
-        if (
-            tensors
-            and len({(type(entry), getattr(entry, "dtype", 0), getattr(entry, "ndim", 0)) for entry in value}) == 1
-        ):
+        kinds = {(entry.dtype, entry.dim()) if isinstance(entry, Tensor) else type(entry) for entry in value}
+        if tensors and len(kinds) == 1:
             raise ConfigurationError(
                 f"A {type(value).__name__} of {len(value)} tensors may be {len(value)} samples, or several tensors "
-                "whose rows are the samples. bmt.shard_batch(tuple(batch)) cuts the rows of each; for samples, cut their "
-                "numbers: [batch[i] for i in bmt.shard_batch(range(len(batch)))]."
+                "whose rows are the samples. bmt.shard_batch(tuple(batch)) cuts the rows of each; for samples, cut "
+                "their numbers: [batch[i] for i in bmt.shard_batch(range(len(batch)))]."
             )
         of_columns = isinstance(value, tuple) and any(isinstance(entry, list | tuple) for entry in value)
         if tensors or of_columns:

@@ -348,6 +348,9 @@ def refused() -> None:
     for batch in ((X, Y[:2]), {"x": X, "classes": ["cat", "dog"]}):
         with pytest.raises(ConfigurationError, match="parts of 2 and 4 rows"):
             bmt.shard_batch(batch)
+    for batch in (torch.tensor(1.0), {}, {"scale": 2.0}, "text"):
+        with pytest.raises(ConfigurationError, match="nothing that has rows"):
+            bmt.shard_batch(batch)
     for batch in ((X[:3], Y[:3]), {"x": X[:3]}):
         with pytest.raises(ConfigurationError, match="batch of 3 cannot be split evenly"):
             bmt.shard_batch(batch)
