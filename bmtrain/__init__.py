@@ -8,6 +8,7 @@ from .context import deterministic, init_distributed, is_initialized, mesh, own_
 from .data import shard_batch, shard_loader, to_device
 from .loss import mean
 from .meter import Meter
+from .parallel import parallelize_module
 from .precision import Precision
 from .published import (
     block_layer,
@@ -88,6 +89,7 @@ __all__ = [
     "optim",
     "optim_step",
     "own_random",
+    "parallelize_module",
     "param_init",
     "parameter",
     "pipe_layer",

@@ -3,6 +3,7 @@
 from .embedding import VPEmbedding
 from .functional import OpParallelLinear, parallel_linear
 from .linear import Linear, OpLinear
+from .plan import parallelize_module
 from .projection import Projection, VPProjection
 from .tensor import ColumnParallelLinear, RowParallelLinear
 
@@ -16,4 +17,5 @@ __all__ = [
     "VPEmbedding",
     "VPProjection",
     "parallel_linear",
+    "parallelize_module",
 ]

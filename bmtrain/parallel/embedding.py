@@ -21,6 +21,7 @@ class VPEmbedding(DistributedModule):
         embedding_size: columns.
         dtype: of the weight.
         init_mean, init_std: of the initial weight.
+        padding_idx: the token whose row gets no gradient, as for nn.Embedding.
     """
 
     def __init__(
@@ -30,9 +31,11 @@ class VPEmbedding(DistributedModule):
         dtype: torch.dtype = torch.half,
         init_mean: float = 0.0,
         init_std: float = 1.0,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
         self.vocab_size = vocab_size
+        self.padding_idx = padding_idx
         self.embedding_size = embedding_size
         self.vocab_size_per_partition = slice_of(vocab_size, "vocab_size")
         self.weight = DistributedParameter(
@@ -50,17 +53,25 @@ class VPEmbedding(DistributedModule):
         """
         if projection:
             return parallel_linear(x, self.weight, None, tensor_group())
-        return vocab_parallel_embedding(x, self.weight, tensor_group())
+        return vocab_parallel_embedding(x, self.weight, tensor_group(), self.padding_idx)
 
     def extra_repr(self) -> str:
         return f"{self.vocab_size_per_partition} of {self.vocab_size}, {self.embedding_size}"
 
 
-def vocab_parallel_embedding(tokens: torch.Tensor, weight: torch.Tensor, comm: Communicator) -> torch.Tensor:
+def vocab_parallel_embedding(
+    tokens: torch.Tensor, weight: torch.Tensor, comm: Communicator, padding_idx: int | None = None
+) -> torch.Tensor:
     """``F.embedding`` with this rank's slice (V / n, D) of the table; the same result on all ranks."""
     if comm.world_size == 1:
-        return F.embedding(tokens, weight)
+        return F.embedding(tokens, weight, padding_idx)
     index = tokens - comm.rank * weight.shape[0]
-    elsewhere = (index < 0) | (index >= weight.shape[0])
+    elsewhere = torch.zeros_like(index, dtype=torch.bool)  # a token that is nowhere is an error on one rank
+    if comm.rank > 0:
+        elsewhere |= index < 0
+    if comm.rank < comm.world_size - 1:
+        elsewhere |= index >= weight.shape[0]
     rows = F.embedding(index.masked_fill(elsewhere, 0), weight)
+    if padding_idx is not None:
+        rows = torch.where((tokens == padding_idx).unsqueeze(-1), rows.detach(), rows)
     return apply_over(ReduceOutput, rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), comm)

@@ -43,11 +43,11 @@ def parallel_linear(
     if reduce_type not in (None, "all_reduce", "reduce_scatter"):
         raise ConfigurationError(f"reduce_type must be None, 'all_reduce' or 'reduce_scatter', not {reduce_type!r}.")
     if split_input:
-        input = apply_over(_Copy, input, comm).chunk(comm.world_size, dim=-1)[comm.rank]
+        input = apply_over(Copy, input, comm).chunk(comm.world_size, dim=-1)[comm.rank]
     elif gather_input:
         input = apply_over(_Gather, input, comm)
     elif reduce_type is None:
-        input = apply_over(_Copy, input, comm)
+        input = apply_over(Copy, input, comm)
     output = F.linear(input, weight, bias if reduce_type is None else None)
     if reduce_type == "all_reduce":
         output = apply_over(ReduceOutput, output, comm)
@@ -55,7 +55,7 @@ def parallel_linear(
         output = apply_over(_Scatter, output, comm)
     if reduce_type is not None and bias is not None:
         # Every rank's copy sees the whole gradient after all_reduce, but only its own rows' after reduce_scatter.
-        output = output + (apply_over(_Copy, bias, comm) if reduce_type == "reduce_scatter" else bias)
+        output = output + (apply_over(Copy, bias, comm) if reduce_type == "reduce_scatter" else bias)
     if gather_output:
         output = apply_over(_GatherFeatures, output, comm)
     return output
@@ -117,7 +117,9 @@ def _scattered(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     return part
 
 
-class _Copy(torch.autograd.Function):
+class Copy(torch.autograd.Function):
+    """Nothing forward, all-reduce backward."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         ctx.comm = comm
