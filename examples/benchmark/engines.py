@@ -53,7 +53,12 @@ def fsdp2(options: Namespace, device: torch.device, reduce_dtype: torch.dtype = 
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
-    model.apply(model._init_weights)
+    with torch.no_grad():
+        for module in model.modules():
+            whole = model.first_weight(module, device)
+            if whole is not None:
+                parts, own = whole.chunk(dist.get_world_size()), module.weight.to_local()
+                own.copy_(parts[dist.get_rank()] if dist.get_rank() < len(parts) else own)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:

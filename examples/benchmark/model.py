@@ -77,12 +77,20 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([Block(c) for _ in range(c.layers)])
         self.norm = nn.RMSNorm(c.dim)
         self.head = nn.Linear(c.dim, c.vocab, bias=False)
+        self.numbers = {module: number for number, module in enumerate(self.modules())}
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def first_weight(self, module: nn.Module, device: torch.device) -> Tensor | None:
+        """What `module.weight` begins with, the same whoever asks, and in whatever order; fp32."""
+        weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.RMSNorm):
-            nn.init.ones_(module.weight)
+            generator = torch.Generator(device).manual_seed(self.numbers[module])
+            return torch.empty(weight.shape, device=device).normal_(std=0.02, generator=generator)
+        return torch.ones(weight.shape, device=device) if isinstance(module, nn.RMSNorm) else None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding | nn.RMSNorm):
+            module.weight.copy_(self.first_weight(module, module.weight.device))
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.embed(tokens)

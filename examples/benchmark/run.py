@@ -22,9 +22,10 @@ import torch
 from engines import ENGINES, why_not
 from model import SIZES
 from startup import Startup, print_startup
-from table import Result, Workload, draw, print_table
+from table import Result, Workload, compare, draw, print_table
 
 HERE = Path(__file__).parent
+BEGIN = time.monotonic()
 DEFAULT_WORKLOADS = ["1.3b:4:full", "1.3b:4:none", "7b:2:full", "7b:2:full:compile", "7b:2:best"]
 
 
@@ -41,7 +42,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--peak", type=float, help="TFLOP/s of one GPU that MFU is measured against")
     parser.add_argument("--profile", action="store_true", help="also say what the GPU's streams did")
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one engine and workload")
-    parser.add_argument("--json", type=Path, help="write all results here")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds for all; what is left out is said")
+    parser.add_argument(
+        "--tolerance", type=float, default=5e-3 if torch.cuda.is_available() else 1e-4,
+        help="by which losses may differ, of their size: 5e-3 in bf16 on GPUs, else 1e-4",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, help="write all results here, after each workload")
     parser.add_argument("--picture", type=Path, default=Path("benchmark.png"))
     return parser.parse_args()
 
@@ -59,13 +65,16 @@ def launch(engine: str, arguments: list[str], options: argparse.Namespace) -> di
     """Start one engine on all ranks and read what its rank 0 printed: the fields of a result."""
     if reason := why_not(engine, "cuda" if torch.cuda.is_available() else "cpu"):
         return {"failure": reason}
+    left = options.limit - (time.monotonic() - BEGIN)
+    if left <= 0:
+        return {"failure": "left out: no time left"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
     command = [*launcher, str(HERE / "worker.py"), engine, *arguments]
     print(f"  {engine} ...", file=sys.stderr, flush=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=min(options.timeout, left), check=False)
     except subprocess.TimeoutExpired:
-        return {"failure": f"not done after {options.timeout:.0f} s"}
+        return {"failure": f"not done after {min(options.timeout, left):.0f} s"}
     for line in done.stdout.splitlines():
         if line.startswith("RESULT "):
             return dict(json.loads(line.removeprefix("RESULT ")))
@@ -101,10 +110,11 @@ def main() -> None:
         results = everything[text] = []
         for engine in options.engines:
             results.append(Result(engine, **launch(engine, worker_arguments(engine, workload, options), options)))
+        compare(results, options.tolerance)
         print_table(workload, results, options)
-    if options.json:
-        plain = {text: [vars(result) for result in results] for text, results in everything.items()}
-        options.json.write_text(json.dumps(plain, indent=1))
+        if options.json:
+            plain = {text: [vars(result) for result in results] for text, results in everything.items()}
+            options.json.write_text(json.dumps(plain, indent=1))
     draw(everything, options.picture)
     print(f"\ndrawn in {options.picture}")
     if any(result.engine == "bmtrain" and result.failure for rows in everything.values() for result in rows):

@@ -55,8 +55,7 @@ class Result:
     active: float = 0.0
     reserved: float = 0.0
     used: float = 0.0
-    first_loss: float = 0.0
-    last_loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
     profile: list[str] = field(default_factory=list)
 
 
@@ -81,7 +80,7 @@ def print_table(workload: Workload, results: list[Result], options: Namespace) -
         )
         print(
             f"{result.engine:20}{result.milliseconds:9.1f}{result.fastest:9.1f}{result.slowest:9.1f}"
-            f"{result.tokens:11,.0f}{ratios}{mfu:>7}{memory}{result.first_loss:8.3f}{result.last_loss:7.3f}"
+            f"{result.tokens:11,.0f}{ratios}{mfu:>7}{memory}{result.losses[0]:8.3f}{result.losses[-1]:7.3f}"
         )
     if peak:
         print(f"MFU = tokens/s/GPU x FLOPs per token / {peak:.0f} TFLOP/s")
@@ -90,6 +89,16 @@ def print_table(workload: Workload, results: list[Result], options: Namespace) -
     for result in results:
         for line in result.profile:
             print(f"{result.engine}: {line}")
+
+
+def compare(results: list[Result], tolerance: float) -> None:
+    """Let those fail whose losses are not FSDP2's, or where it did not run, the next one's: all begin with the same."""
+    trained = [result for result in results if result.losses and result.engine != "floor"]
+    trained.sort(key=lambda result: not result.engine.startswith("fsdp2"))
+    for result, right in ((result, trained[0]) for result in trained):
+        error = max(abs(a - b) / abs(b) for a, b in zip(result.losses, right.losses, strict=True))
+        if not error <= tolerance:
+            result.failure = f"failed: its losses differ from those of {right.engine} by {error:.1e}"
 
 
 def ratio(result: Result, other: Result | None) -> str:

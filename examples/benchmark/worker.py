@@ -101,8 +101,7 @@ def measure(step: Step, options: argparse.Namespace, rank: int, device: torch.de
         "fastest": 1e3 * min(seconds),
         "slowest": 1e3 * max(seconds),
         "tokens": options.batch * options.sequence / statistics.median(seconds),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "losses": losses,
         **memory.report(),
     }
 
