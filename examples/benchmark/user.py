@@ -130,8 +130,15 @@ def engines(options: argparse.Namespace, ranks: int) -> list[tuple[str, str, Pat
 
 
 def measure(
-    row: Row, workload: Workload, engine: str, tree: Path, converted: Path, options: argparse.Namespace
+    row: Row,
+    workload: Workload,
+    engine: str,
+    tree: Path,
+    converted: Path,
+    options: argparse.Namespace,
+    seconds: float,
 ) -> None:
+    """Fill in ``row``, in so many seconds at most."""
     script = [str((converted if engine == "converted" else HERE / "gpt") / "train.py")]
     if engine in ("ddp", "fsdp2"):
         script = [str(HERE / "gpt" / "by_hand.py"), engine]
@@ -146,12 +153,14 @@ def measure(
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=options.timeout)
+        out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.communicate()
-        row.failure = f"not done after {options.timeout:.0f} s"
+        row.failure = f"not done after {seconds:.0f} s"
         return
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+            process.communicate()
     results = [line for line in out.splitlines() if line.startswith("RESULT ")]
     row.said = "\n".join(line for line in err.splitlines() if line.startswith("bmtrain:"))
     if not results:
@@ -198,10 +207,11 @@ def main() -> int:
                 for name, engine, tree in engines(options, ranks):
                     row = Row(workload.text, name, ranks)
                     rows.append(row)
-                    if time.monotonic() - begin > options.limit:
+                    seconds = min(options.timeout, options.limit - (time.monotonic() - begin))
+                    if seconds <= 0:
                         row.failure = "left out: no time left"
                     else:
-                        measure(row, workload, engine, tree, converted, options)
+                        measure(row, workload, engine, tree, converted, options, seconds)
                         if row.losses:
                             compare(row, rows, options.tolerance)
                     print_row(row, rows)
