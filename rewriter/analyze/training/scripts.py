@@ -308,7 +308,8 @@ class Scripts:
         child = node
         for parent in file.names.ancestors(node):
             if isinstance(parent, ast.If) and any(child is item for item in parent.body) and parent not in opened:
-                if as_guard(file, parent) is not None:
+                guard = as_guard(file, parent)
+                if guard is not None and not guard.either:
                     return True
             child = parent
         return False
