@@ -300,3 +300,21 @@ def test_a_parameter_that_is_shown(read: str) -> None:
     else:
         name = read.split(".")[1]
         assert f"value = net.{name}.gather()\nif bmt.rank() == 0:\n    np.save('w.npy', value." in after
+
+
+LINES = {
+    "in brackets": "n += (0.3 * (out.argmax(1) == y).sum()\n          + 0.7 * (out.argmax(1) == y[p]).sum())",
+    "after the sign": "n += ((out.argmax(1) == y)\n          .sum().item())",
+    "in a call": "seen.append(step * 8 +\n                len(x))",
+}
+
+
+@pytest.mark.parametrize("text", LINES.values(), ids=LINES.keys())
+def test_what_goes_over_lines(text: str) -> None:
+    assert "bmt.total(" in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+@pytest.mark.parametrize("value", ["loss.data.item()", "loss.data.cpu().numpy()", "loss.detach().data.item()"])
+def test_a_losss_data_is_the_loss(value: str) -> None:
+    result = convert_text(f"{HEAD}{LOOP}    total += {value}\n")
+    assert "bmt.sum_loss(" in result.after.decode() and not [f for f in result.reported if f.code == "BMT037"]

@@ -21,6 +21,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.moments import contains
 from rewriter.analyze.training.torch_distributed import calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
@@ -77,7 +78,9 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
     block = scripts.entries[file] if file in scripts.programs or file in scripts.starters else []
     statements = [statement for statement in block if not _is_definition(statement)]
     entry = scripts.entry
-    first = next((s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s)), None)
+    named = [s for moment in facts.moments.folders(file) for s in moment.statements(file)]
+    needing = (s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s) or contains(s, named))
+    first = next(needing, None)
     return statements[0] if first is None and statements and scripts.drives(file) else first
 
 

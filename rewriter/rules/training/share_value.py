@@ -182,6 +182,8 @@ def _sums(node: ast.expr) -> bool:
 def _bare(node: ast.expr) -> ast.expr:
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         node = node.func.value
+    if isinstance(node, ast.Attribute) and node.attr == "data":
+        return _bare(node.value)
     return node
 
 
