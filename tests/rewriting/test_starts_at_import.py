@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from rewriter.convert import convert_paths
 from rewriter.plan import Options
+from rewriter.report import launch
 
 RUN = """import torch
 from {module} import {name}
@@ -114,3 +116,22 @@ def test_a_loader_made_at_import_starts_the_ranks(tmp_path: Path) -> None:
     found = project(tmp_path, {"data.py": data, "train.py": train})
     assert "bmt.init_distributed()\ntrain_loader = bmt.shard_loader(" in found["data.py"]
     assert "init_distributed" not in found["train.py"]
+    results = convert_paths([tmp_path / "data.py", tmp_path / "train.py"], Options(), [tmp_path])
+    assert launch(results, lambda path: Path(path.name)) == "ready to launch: torchrun --nproc_per_node=N train.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("my train.py", "torchrun --nproc_per_node=N 'my train.py'"),
+        ("1 - Nets.ipynb", "jupyter nbconvert --to script '1 - Nets.ipynb'; torchrun --nproc_per_node=N '1 - Nets.py'"),
+    ],
+)
+def test_the_command_is_one_that_runs(tmp_path: Path, name: str, command: str) -> None:
+    text = "import torch\n\nnet = torch.nn.Linear(1, 1)\nopt = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+    text += "net(torch.ones(1, 1)).mean().backward()\nopt.step()\n"
+    cell = {"cell_type": "code", "metadata": {}, "execution_count": None, "outputs": [], "source": text}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / name).write_text(json.dumps(notebook) if name.endswith("b") else text)
+    results = convert_paths([tmp_path / name], Options(), [tmp_path])
+    assert launch(results, lambda path: Path(path.name)).endswith(command)
