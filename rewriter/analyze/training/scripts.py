@@ -56,7 +56,7 @@ class Scripts:
                     loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
             elif not self.was_parallel(file) and self.feeds.trains(file, loop):
                 loops[loop] = False
-        return shares(file, self.roles[file], loops, self.sums(file).is_sum)
+        return shares(file, self.roles[file], loops, self.sums(file).of)
 
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""

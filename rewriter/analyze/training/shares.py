@@ -25,6 +25,7 @@ _NAMED_MEANS = re.compile(
 )
 _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
+_REDUCED = {"sum": "total", "mean": "mean"}
 _SOME = -1  # a part of a value, it is not known which
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
@@ -41,18 +42,19 @@ class Share:
 
 
 def shares(
-    file: File, roles: Roles, loops: dict[ast.For, bool], is_sum: Callable[[ast.expr], bool]
+    file: File, roles: Roles, loops: dict[ast.For, bool], reduced: Callable[[ast.expr], str]
 ) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
     ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    ``reduced`` says of what a loss function makes whether it is a ``sum`` or a ``mean``.
     """
     found: dict[ast.expr, Share] = {}
     for loop, known in loops.items():
         loader = None if known else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, is_sum)
+        kinds = Kinds(file, roles, loop, reduced)
         for expression, kind in kinds.leaving():
             kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
@@ -78,8 +80,8 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
-    def __init__(self, file: File, roles: Roles, loop: ast.For, is_sum: Callable[[ast.expr], bool]) -> None:
-        self.file, self.roles, self.loop, self.is_sum = file, roles, loop, is_sum
+    def __init__(self, file: File, roles: Roles, loop: ast.For, reduced: Callable[[ast.expr], str]) -> None:
+        self.file, self.roles, self.loop, self.reduced = file, roles, loop, reduced
         self.nodes = list(_own(loop))
         self.batch = self._targets()
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
@@ -181,6 +183,17 @@ class Kinds:
                             yield value, kind
                         elif kind == "mixed":
                             yield from self._split(value)
+                        elif kind == "unknown" and self._is_entry(value):
+                            yield value, kind
+
+    def _is_entry(self, node: ast.expr) -> bool:
+        """``logs["a"]`` of what was made of the batch."""
+        match node:
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str())):
+                return name in self.made
+            case ast.Call(func=ast.Attribute(value=inner, attr="item")):
+                return self._is_entry(inner)
+        return False
 
     def _split(self, node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """The totals in ``step * size + len(x)``; the rest of it is what one process has, too."""
@@ -274,13 +287,13 @@ class Kinds:
             return ""
         variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         if variable is not None and variable in self.roles.losses:
-            return "total" if self.is_sum(node) else "loss"
+            return "total" if self.reduced(node) == "sum" else "loss"
         match node:
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
-                return kinds.pop() if len(kinds) == 1 else "unknown"
+                return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
@@ -311,8 +324,8 @@ class Kinds:
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
-                kind = self.kind(value, deep + 1)
-                return kind if kind == "mean" else "unknown"
+                kind = _REDUCED.get(self.reduced(node)) or self.kind(value, deep + 1)
+                return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
         return "unknown"
