@@ -60,3 +60,16 @@ def test_what_prints_there_is_one_ranks() -> None:
 def test_the_other_way_in_must_be_equal_on_all_ranks(test: str) -> None:
     result = convert_text(f"{HEAD}if {test}:{SAVE}")
     assert "BMT039" in {finding.code for finding in result.reported}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "with open(os.path.join(model_folder, 'a.yml'), 'w') as file:\n            file.write('a')",
+        "shutil.copy('a.yml', model_folder)",
+        "os.makedirs(model_folder, exist_ok=True)",
+    ],
+)
+def test_the_folder_of_a_model_is_no_model(line: str) -> None:
+    function = f"\n\ndef keep(model_folder):\n    if rank == 0:\n        {line}\n\n\nkeep('out')\n"
+    assert function in converted("import os\nimport shutil\n" + HEAD + function)

@@ -318,3 +318,23 @@ def test_what_goes_over_lines(text: str) -> None:
 def test_a_losss_data_is_the_loss(value: str) -> None:
     result = convert_text(f"{HEAD}{LOOP}    total += {value}\n")
     assert "bmt.sum_loss(" in result.after.decode() and not [f for f in result.reported if f.code == "BMT037"]
+
+
+SIZES = {
+    "a reshape": ("x = x.reshape(size, -1)", True),
+    "labels": ("real = torch.ones(size, 1)", True),
+    "labels in a tuple": ("real = torch.zeros((size, 1))", True),
+    "a state": ("state = net.init_hidden(size)", True),
+    "rows": ("rows = torch.arange(size)", True),
+    "an option": ("y = y.view(args.size, 4)", False),
+    "the batch's own": ("real = torch.ones(x.size(0), 1)", False),
+    "noise, which is shared out": ("noise = torch.randn(size, 4)", False),
+}
+
+
+@pytest.mark.parametrize(("text", "differs"), SIZES.values(), ids=SIZES.keys())
+def test_the_loaders_size_is_not_a_shares(text: str, differs: bool) -> None:
+    head = HEAD.replace("batch_size=8", "batch_size=size")
+    result = convert_text(f"{head}{LOOP}    {text}\n")
+    told = [finding for finding in result.reported if "fewer than size items" in finding.message]
+    assert bool(told) is differs

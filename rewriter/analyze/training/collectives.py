@@ -143,7 +143,7 @@ class Collectives:
                 return found.name not in _LOCAL_BMT
             if found.name.startswith("torch.distributed.") and found.name.split(".")[-1] in _DIST_COLLECTIVES:
                 return True
-            if not found.name.startswith("torch."):
+            if not found.name.startswith(_WITHOUT_MODELS):
                 return any(roles.is_model(argument) for argument in call.args)
             return False
         if isinstance(call.func, ast.Attribute):
@@ -281,6 +281,8 @@ class Collectives:
         return self._functions[node]
 
 
+_WITHOUT_MODELS = ("torch.", "os.", "pathlib.", "shutil.", "glob.", "logging.", "json.", "yaml.")
+"""Where functions run no model that they are given; what is called a model may also be its folder."""
 _DIST_COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "reduce",
     "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
