@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -141,13 +142,20 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
         if trained:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
         return "nothing to launch: no script here trains"
-    command = f"torchrun --nproc_per_node=N {at(_script(started, trained, results))}"
+    command = _command(at(_script(started, trained, results)))
     told = [(result, finding) for result in results for finding in result.reported]
     places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
         more = f" and {len(places) - 1} more of the places above" if len(places) > 1 else ""
         return f"{FIRST}see to {places[0]}{more}, where several ranks differ from one; then {command}"
     return f"{READY}{command}"
+
+
+def _command(script: Path) -> str:
+    """How a script is launched; a notebook is made one first."""
+    run = f"torchrun --nproc_per_node=N {shlex.quote(str(script.with_suffix('.py')))}"
+    notebook = script.suffix == ".ipynb"
+    return f"jupyter nbconvert --to script {shlex.quote(str(script))}; {run}" if notebook else run
 
 
 def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
@@ -162,7 +170,8 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
         return importers[name] > (name in own), path not in trained and not own & trains, not _LAUNCHED.match(path.stem)
 
     stems = {path.stem.encode() for path in started}
-    run = [result.path for result in results if b"__main__" in result.after and imports[result.path] & stems]
+    runs = {result.path for result in results if b"__main__" in result.after or result.path in trained}
+    run = [path for path in imports if path in runs and imports[path] & stems]
     return min([*started, *run], key=order)
 
 

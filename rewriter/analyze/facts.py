@@ -18,6 +18,7 @@ from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.managers import Managers
+from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.values import Values
 from rewriter.types import Refusal
@@ -61,6 +62,10 @@ class Facts:
     @cached_property
     def decisions(self) -> Decisions:
         return Decisions(self.scripts)
+
+    @cached_property
+    def moments(self) -> Moments:
+        return Moments(self.scripts)
 
     @cached_property
     def left_as_it_is(self) -> str:

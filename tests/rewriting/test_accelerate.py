@@ -57,6 +57,12 @@ REFUSED = {
     "fsdp": script("fsdp_plugin=FullyShardedDataParallelPlugin()"),
     "a compiler": script("dynamo_backend='inductor'"),
     "options": script("**options"),
+    "options that a function changes": script("**options", "options = {}\nfill(options)\n"),
+    "options that are updated": script("**options", "options = {}\noptions.update(more)\n"),
+    "options with a name that is not seen": script("**options", "options = {name: 1}\n"),
+    "options under a test": script("**options", "options = {}\nif half:\n    options['mixed_precision'] = 'bf16'\n"),
+    "a plugin in options": script("**options", "options = {'fsdp_plugin': plugin}\n"),
+    "a tracker in options": script("**options", "options = {'log_with': args.report_to}\n"),
     "a loss scale": script("mixed_precision='fp16'"),
     "all trackers": script("log_with='all'"),
     "a tracker in a variable": script("log_with=args.report_to"),
@@ -100,6 +106,25 @@ def test_left_whole_with_a_reason(text: str, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "train.py").write_text(text)
     assert main([str(tmp_path / "train.py")]) == 3
     assert "written for accelerate" in capsys.readouterr().err.splitlines()[0]
+
+
+OPTIONS = {
+    "a dict": "options = {'gradient_accumulation_steps': 2}\n",
+    "a call": "options = dict(gradient_accumulation_steps=2)\n",
+    "items": "options = {}\noptions['gradient_accumulation_steps'] = 2\n",
+    "logs under a test": "options = {'gradient_accumulation_steps': 2}\nif log:\n    options['log_with'] = 'wandb'\n"
+    "    options['project_dir'] = out\n",
+}
+
+
+@pytest.mark.parametrize("made", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_that_are_all_seen_are_keywords(made: str) -> None:
+    wanted = converted(script("gradient_accumulation_steps=2"))
+    assert converted(script("**options", made)).replace(made, "") == wanted
+
+
+def test_no_options_are_none() -> None:
+    assert converted(script("**options", "options = {}\n")).replace("options = {}\n", "") == converted(script())
 
 
 ONE = "(bmt.rank() == 0)"

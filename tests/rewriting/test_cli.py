@@ -131,7 +131,7 @@ def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureF
     ]  # fmt: skip
     copy = project.with_name("a copy")
     assert listed_by(["--output", str(copy)], project, capsys)[-2:] == [
-        f"the project, converted, is in {copy}", f"ready to launch: torchrun --nproc_per_node=N {copy / 'train.py'}",
+        f"the project, converted, is in {copy}", f"ready to launch: torchrun --nproc_per_node=N '{copy / 'train.py'}'",
     ]  # fmt: skip
     main([str(project), "--write", "-q"])
     assert capsys.readouterr().out.splitlines()[-1].startswith("ready to launch: torchrun")

@@ -82,14 +82,14 @@ def train(rank, gpus):
         opt.step()
 
 
-def main(gpus):
-    if gpus > 1:
+def main(gpus, many):
+    if many:
         mp.spawn(train, nprocs=gpus, args=(gpus,))
     else:
         train(0, gpus)
 
 
-main(2)
+main(2, True)
 """)
     (line,) = (finding.line for finding in result.reported if "take themselves for rank 0" in finding.message)
     assert line == 17

@@ -48,6 +48,21 @@ MADE = {
     "predictions": ("p.extend(out.argmax(1).tolist())", "p.extend(bmt.gather_samples(out.argmax(1).tolist()))"),
     "arrays": ("p.append(out.detach().cpu().numpy())", "p.append(bmt.gather_samples(out.detach().cpu().numpy()))"),
     "labels": ("p.extend(y.tolist())", "p.extend(bmt.gather_samples(y.tolist()))"),
+    "with what was before": ("print(step * 8 + len(x))", "bmt.print_rank(step * 8 + bmt.total(len(x)))"),
+    "in a format": ("print('{n}'.format(n=step * 8 + len(x)))", "format(n=step * 8 + bmt.total(len(x)))"),
+    "in an f-string": ("print(f'{step * 8 + len(x)}/{len(data)}')", "{step * 8 + bmt.total(len(x))}/{len(data)}"),
+    "by percent": ("print('%d' % (step * 8 + len(x)))", "'%d' % (step * 8 + bmt.total(len(x)))"),
+    "what is left": ("print(len(data) - x.size(0))", "len(data) - bmt.total(x.size(0))"),
+    "in thousands": ("print((step * 8 + len(x)) / 1000)", "(step * 8 + bmt.total(len(x))) / 1000"),
+    "as a number": ("print(int(step * 8 + len(x)))", "int(step * 8 + bmt.total(len(x)))"),
+    "in a bar": ("bar.set_postfix(seen=step * 8 + len(x))", "set_postfix(seen=step * 8 + bmt.total(len(x)))"),
+    "logged": ("wandb.log({'seen': 8 * step + len(x)})", "{'seen': 8 * step + bmt.total(len(x))}"),
+    "one more": ("n += 1 + (out.argmax(1) == y).sum().item()", "n += 1 + bmt.total((out.argmax(1) == y).sum().item())"),
+    "weighed hits": (
+        "n += 0.3 * (out.argmax(1) == y).sum() + 0.7 * (out.argmax(1) == y[p]).sum()",
+        "n += bmt.total(0.3 * (out.argmax(1) == y).sum() + 0.7 * (out.argmax(1) == y[p]).sum())",
+    ),
+    "collected": ("seen.append(step * 8 + len(x))", "seen.append(step * 8 + bmt.total(len(x)))"),
     "a list added": ("p += y.tolist()", "p += bmt.gather_samples(y.tolist())"),
 }
 
@@ -55,6 +70,42 @@ MADE = {
 @pytest.mark.parametrize(("text", "wanted"), MADE.values(), ids=MADE.keys())
 def test_what_leaves_the_loop_is_the_batchs(text: str, wanted: str) -> None:
     assert wanted in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+MIX = """def mix(x, y, alpha=1.0):
+    lam = np.random.beta(alpha, alpha) if alpha > 0 else 1
+    order = torch.randperm(x.size(0))
+    other = y[order]
+    return lam * x + (1 - lam) * x[order], {second}, lam
+
+
+"""
+HITS = "n += lam * (out.argmax(1) == y).sum().float() + (1 - lam) * (out.argmax(1) == z).sum().float()"
+
+
+@pytest.mark.parametrize("second", ["y[order]", "other"])
+def test_a_weight_that_a_function_draws_is_no_share(second: str) -> None:
+    text = HEAD + MIX.format(second=second) + LOOP.replace("    out =", "    x, z, lam = mix(x, y, 0.5)\n    out =")
+    after = converted(f"{text}    {HITS}\n")
+    assert f"    n += bmt.total({HITS.partition('n += ')[2]})\n" in after
+
+
+@pytest.mark.parametrize("second", ["weight(x)", "x.size(0) / 8"])
+def test_a_weight_that_is_made_of_the_batch_is_not_known(second: str) -> None:
+    text = HEAD + MIX.format(second="y").replace(", lam\n", f", {second}\n")
+    loop = LOOP.replace("    out =", "    x, z, lam = mix(x, y, 0.5)\n    out =")
+    result = convert_text(f"{text}{loop}    {HITS}\n")
+    assert "BMT037" in {finding.code for finding in result.reported}
+
+
+def test_a_count_that_is_named_before_it_is_shown_is_reported() -> None:
+    result = convert_text(f"{HEAD}{LOOP}    seen = step * 8 + len(x)\n    print(seen)\n")
+    assert "BMT037" in {finding.code for finding in result.reported}
+
+
+def test_errors_of_a_function_are_means() -> None:
+    after = converted(f"{HEAD}{LOOP}    err1, err5 = accuracy(out, y)\n    top.update(err1.item(), x.size(0))\n")
+    assert "top.update(bmt.sum_loss(err1).item(), x.size(0))" in after or "bmt.sum_loss(err1.item())" in after
 
 
 KEPT = {
@@ -249,3 +300,41 @@ def test_a_parameter_that_is_shown(read: str) -> None:
     else:
         name = read.split(".")[1]
         assert f"value = net.{name}.gather()\nif bmt.rank() == 0:\n    np.save('w.npy', value." in after
+
+
+LINES = {
+    "in brackets": "n += (0.3 * (out.argmax(1) == y).sum()\n          + 0.7 * (out.argmax(1) == y[p]).sum())",
+    "after the sign": "n += ((out.argmax(1) == y)\n          .sum().item())",
+    "in a call": "seen.append(step * 8 +\n                len(x))",
+}
+
+
+@pytest.mark.parametrize("text", LINES.values(), ids=LINES.keys())
+def test_what_goes_over_lines(text: str) -> None:
+    assert "bmt.total(" in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+@pytest.mark.parametrize("value", ["loss.data.item()", "loss.data.cpu().numpy()", "loss.detach().data.item()"])
+def test_a_losss_data_is_the_loss(value: str) -> None:
+    result = convert_text(f"{HEAD}{LOOP}    total += {value}\n")
+    assert "bmt.sum_loss(" in result.after.decode() and not [f for f in result.reported if f.code == "BMT037"]
+
+
+SIZES = {
+    "a reshape": ("x = x.reshape(size, -1)", True),
+    "labels": ("real = torch.ones(size, 1)", True),
+    "labels in a tuple": ("real = torch.zeros((size, 1))", True),
+    "a state": ("state = net.init_hidden(size)", True),
+    "rows": ("rows = torch.arange(size)", True),
+    "an option": ("y = y.view(args.size, 4)", False),
+    "the batch's own": ("real = torch.ones(x.size(0), 1)", False),
+    "noise, which is shared out": ("noise = torch.randn(size, 4)", False),
+}
+
+
+@pytest.mark.parametrize(("text", "differs"), SIZES.values(), ids=SIZES.keys())
+def test_the_loaders_size_is_not_a_shares(text: str, differs: bool) -> None:
+    head = HEAD.replace("batch_size=8", "batch_size=size")
+    result = convert_text(f"{head}{LOOP}    {text}\n")
+    told = [finding for finding in result.reported if "fewer than size items" in finding.message]
+    assert bool(told) is differs

@@ -53,6 +53,38 @@ STARTS = {
         "if n > 1:\n    mp.spawn(worker, nprocs=n, args=(n,))\nelse:\n    worker(0, 1)",
         f"    worker({RANK}, {COUNT})\nelse:\n    worker(0, 1)",
     ),
+    "by attribute": (
+        "if args.gpus > 1:\n    mp.spawn(worker, nprocs=args.gpus, args=(args.gpus,))\nelse:\n    worker(0, 1)",
+        f"args.gpus = {COUNT}\nif args.gpus > 1:\n    worker({RANK}, {COUNT})\nelse:",
+    ),
+    "as found": (
+        "if torch.cuda.device_count() > 1:\n    mp.spawn(worker, nprocs=torch.cuda.device_count())\nelse:\n    worker(0, 1)",
+        f"if {COUNT} > 1:\n    worker({RANK})\nelse:",
+    ),
+    "under a test": (
+        "h.n = 0\nif torch.cuda.is_available():\n    h.n = torch.cuda.device_count()\nif h.n > 1:\n    mp.spawn(worker, nprocs=h.n)\nelse:\n    worker(0, 1)",
+        f"h.n = {COUNT}\nif h.n > 1:\n    worker({RANK})\nelse:",
+    ),
+    "the other way round": (
+        "if args.gpus == 1:\n    worker(0, 1)\nelse:\n    mp.spawn(worker, nprocs=args.gpus)",
+        f"args.gpus = {COUNT}\nif args.gpus == 1:\n    worker(0, 1)\nelse:\n    worker({RANK})",
+    ),
+    "by a list": (
+        "if len(args.ids) > 1:\n    mp.spawn(worker, nprocs=len(args.ids))\nelse:\n    worker(0, 1)",
+        f"if {COUNT} > 1:\n    worker({RANK})\nelse:",
+    ),
+    "and a flag": (
+        "if n > 1 and args.ddp:\n    mp.spawn(worker, nprocs=n)\nelse:\n    worker(0, 1)",
+        f"n = {COUNT}\nif n > 1 and args.ddp:",
+    ),
+    "at most": (
+        "n = min(torch.cuda.device_count(), args.n)\nif n > 1:\n    mp.spawn(worker, nprocs=n)\nelse:\n    worker(rank=0, n=1)",
+        f"n = {COUNT}\nif n > 1:",
+    ),
+    "leaves before": (
+        "def main(args):\n    if args.gpus <= 1:\n        worker(0, 1)\n        return\n    mp.spawn(worker, nprocs=args.gpus)\n\n\nmain(args)",
+        f"    args.gpus = {COUNT}\n    if args.gpus <= 1:\n        worker(0, 1)\n        return\n    worker({RANK})",
+    ),
     "processes": (
         "ps = []\nfor i in range(n):\n    p = mp.Process(target=worker, args=(i, n))\n    p.start()\n    ps.append(p)\n"
         "for p in ps:\n    p.join()\nprint(1)",
@@ -66,6 +98,19 @@ def test_torchrun_starts_the_processes(start: str, wanted: str) -> None:
     after = converted(HEAD + WORKER + start + "\n")
     assert wanted in after and "spawn(" not in after and "Process(" not in after
     assert 'os.environ.setdefault("MASTER_PORT", "1")' in after and "init_process_group" not in after
+
+
+FLAGS = {
+    "a flag": "if args.ddp:\n    mp.spawn(worker, nprocs=n, args=(n,))\nelse:\n    worker(0, 1)",
+    "a flag and no number": "if args.ddp:\n    mp.spawn(worker, nprocs=n, args=(n,))\nelse:\n    worker(args.gpu, 1)",
+    "not a flag": "if not args.ddp:\n    worker(None, 1)\nelse:\n    mp.spawn(worker, nprocs=n, args=(n,))",
+}
+
+
+@pytest.mark.parametrize("start", FLAGS.values(), ids=FLAGS.keys())
+def test_a_flag_that_sends_all_ranks_elsewhere_is_reported(start: str) -> None:
+    result = convert_text(HEAD + WORKER + start + "\n")
+    assert any("take themselves for rank 0" in finding.message for finding in result.reported)
 
 
 LEFT = {

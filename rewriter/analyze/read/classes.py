@@ -96,7 +96,10 @@ def external_kind(name: str) -> Kind:
     if name == "torch.nn.Module":
         return "module"
     if name.startswith("bmtrain."):
-        return "distributed" if name.split(".")[-1] in {"DistributedModule", "Block", "CheckpointBlock"} else "leaf"
+        last = name.split(".")[-1]
+        if last in {"DistributedModule", "Block", "CheckpointBlock"}:
+            return "distributed"
+        return "leaf" if last[:1].isupper() else "none"
     if name.startswith("torch.nn.") and name.count(".") == 2 and name[9:10].isupper():
         return "none" if name in {"torch.nn.Parameter"} else "leaf"
     if name.startswith("torch.jit.ScriptModule"):

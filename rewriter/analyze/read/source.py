@@ -78,7 +78,8 @@ class Source:
     def is_exact(self, node: ast.expr) -> bool:
         """Whether an expression's position can be trusted: inside f-strings old Pythons report wrong ones."""
         try:
-            return ast.dump(ast.parse(self.code(node), mode="eval").body) == ast.dump(node)
+            code = f"({self.code(node)}\n)"  # it may go over several lines in brackets of its own
+            return ast.dump(ast.parse(code, mode="eval").body) == ast.dump(node)
         except (SyntaxError, ValueError):
             return False
 

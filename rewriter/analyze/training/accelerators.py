@@ -29,6 +29,7 @@ _ASKED_FOR_BY = {
 }  # fmt: skip
 """Which attributes need to know what the Accelerator was told for a keyword."""
 _LOADER = re.compile(r"loader|^(?:\w+_)?dl$|^(?:\w+_)?(?:data|batches)$", re.I)
+_OF_LOGS = {"log_with", "project_dir", "logging_dir"}
 _AROUND = {"enumerate", "tqdm", "trange", "islice", "skip_first_batches", "iter", "cycle"}
 
 
@@ -129,10 +130,40 @@ class Accelerators:
         found: dict[str, list[tuple[File, ast.expr]]] = {}
         for file, call in self.made:
             for keyword in call.keywords:
-                found.setdefault(keyword.arg or "*", []).append((file, keyword.value))
+                named = self._options_in(file, keyword.value) if keyword.arg is None else None
+                for name, value in named if named is not None else [(keyword.arg or "*", keyword.value)]:
+                    found.setdefault(name, []).append((file, value))
             for argument in call.args:
                 found.setdefault("*", []).append((file, argument))
         return found
+
+    def _options_in(self, file: File, node: ast.expr) -> list[tuple[str, ast.expr]] | None:
+        """The keywords in ``**options``, where all that is put there is seen; None if it is not.
+
+        Under a test only what tells where logs go may be put there: the tracker starts where the script starts it.
+        """
+        written = _items_of(node)
+        if written is not None or not isinstance(node, ast.Name):
+            return written
+        found: list[tuple[str, ast.expr]] = []
+        given = False
+        variable, block = self.scripts.roles[file].var(node), file.names.siblings(file.names.statement_of(node))
+        for item in file.nodes:
+            if item is node or not isinstance(item, ast.Name) or self.scripts.roles[file].var(item) != variable:
+                continue
+            statement = file.names.statement_of(item)
+            key = file.names.parents[item]
+            match statement:
+                case ast.Assign(targets=[target], value=value) if target is item:
+                    items = _items_of(value)
+                case ast.Assign(targets=[ast.Subscript(slice=ast.Constant(value=str(name))) as target], value=value):
+                    items = [(name, value)] if target is key else None
+                case _:
+                    items = None
+            if items is None or (statement not in block and not {name for name, _ in items} <= _OF_LOGS):
+                return None
+            given, found = True, found + items
+        return found if given else None
 
     def option(self, name: str) -> tuple[File, ast.expr] | None:
         """What it was told for a keyword, where that is one thing and not the same as nothing."""
@@ -349,6 +380,19 @@ def targets(statement: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
         return list(statement.targets)
     target = statement.targets[0]
     return list(target.elts) if isinstance(target, (ast.Tuple, ast.List)) else [target]
+
+
+def _items_of(node: ast.expr) -> list[tuple[str, ast.expr]] | None:
+    """The items of ``{"a": 1}`` or ``dict(a=1)``."""
+    match node:
+        case ast.Dict(keys=keys, values=values):
+            names = [key.value if isinstance(key, ast.Constant) else None for key in keys]
+            items = [(n, value) for n, value in zip(names, values, strict=True) if isinstance(n, str)]
+            return items if len(items) == len(names) else None
+        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
+            items = [(keyword.arg, keyword.value) for keyword in keywords if keyword.arg is not None]
+            return items if len(items) == len(keywords) else None
+    return None
 
 
 def _is_nothing(node: ast.expr) -> bool:

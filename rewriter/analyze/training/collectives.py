@@ -143,7 +143,7 @@ class Collectives:
                 return found.name not in _LOCAL_BMT
             if found.name.startswith("torch.distributed.") and found.name.split(".")[-1] in _DIST_COLLECTIVES:
                 return True
-            if not found.name.startswith("torch."):
+            if not found.name.startswith(_WITHOUT_MODELS):
                 return any(roles.is_model(argument) for argument in call.args)
             return False
         if isinstance(call.func, ast.Attribute):
@@ -281,6 +281,8 @@ class Collectives:
         return self._functions[node]
 
 
+_WITHOUT_MODELS = ("torch.", "os.", "pathlib.", "shutil.", "glob.", "logging.", "json.", "yaml.")
+"""Where functions run no model that they are given; what is called a model may also be its folder."""
 _DIST_COLLECTIVES = {
     "all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier", "reduce",
     "gather", "scatter", "reduce_scatter", "all_to_all", "gather_object",
@@ -305,10 +307,14 @@ def of_own_state(call: ast.Call) -> ast.keyword | None:
 
 @dataclass(frozen=True, eq=False)
 class Guard:
-    """An ``if`` that lets one rank in. ``rest`` holds the operands of its ``and`` that are not about ranks."""
+    """An ``if`` that lets one rank in. ``rest`` holds the operands of its ``and`` that are not about ranks.
+
+    ``either``: those ``and`` beside which there is another way in: ``if not parallel or (parallel and rank == 0)``.
+    """
 
     node: ast.If
     rest: tuple[ast.expr, ...]
+    either: tuple[ast.BoolOp, ...] = ()
 
 
 def guards(file: File) -> Iterator[Guard]:
@@ -328,7 +334,21 @@ def as_guard(file: File, node: ast.If) -> Guard | None:
         rest = tuple(value for value in node.test.values if not is_rank_test(file, value))
         if len(rest) < len(node.test.values):
             return Guard(node, rest)
+    if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.Or):
+        found = [(value, rest_of(file, value)) for value in node.test.values]
+        either = tuple(value for value, rest in found if rest and isinstance(value, ast.BoolOp))
+        if either:
+            others = [value for value, _ in found if value not in either]
+            return Guard(node, (*others, *(item for _, rest in found for item in rest)), either)
     return None
+
+
+def rest_of(file: File, test: ast.expr) -> list[ast.expr]:
+    """What ``parallel and rank == 0`` asks beside the rank; empty for what asks for no rank."""
+    if not isinstance(test, ast.BoolOp) or not isinstance(test.op, ast.And):
+        return []
+    rest = [value for value in test.values if not is_rank_test(file, value)]
+    return rest if len(rest) < len(test.values) else []
 
 
 def is_rank_test(file: File, test: ast.expr) -> bool:
@@ -373,7 +393,9 @@ def is_other_rank_test(file: File, test: ast.expr) -> bool:
 
 
 def is_rank(file: File, node: ast.expr) -> bool:
-    """Whether an expression is a rank's number."""
+    """Whether an expression is a rank's number, in all or in its node (``rank % gpus``)."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
+        return not isinstance(node.right, ast.Constant) and is_rank(file, node.left)
     if isinstance(node, ast.Call):
         name = (dotted(node.func) or "").split(".")[-1]
         if name == "int" and len(node.args) == 1:

@@ -35,7 +35,8 @@ class Entries:
         body = [s for s in file.tree.body if not isinstance(s, _DEFINITIONS) and s not in guarded]
         library = file.path.exists() and (file.path.parent / "__init__.py").exists() and not _trains(body)
         if not library and any(self.needs_init(file, s) for s in body):
-            if not guarded or not self._is_imported(file):
+            imported = self._is_imported(file)
+            if not imported or (not guarded and any(self._needs_ranks(file, s) for s in body)):
                 return self._descend(file, file.tree.body)
         if guarded:
             return self._descend(file, guarded[0].body)
@@ -45,6 +46,31 @@ class Entries:
             functions = []
         mains += [s for s in functions if _reads_arguments(s) and self._function_constructs(file, s)]
         return mains[0].body if mains else []
+
+    def runs_at_import(self, file: File) -> bool:
+        """Whether a file's own statements are what starts in it, and another file imports it."""
+        guarded = any(isinstance(s, ast.If) and _is_main_test(s.test) for s in file.tree.body)
+        return not guarded and any(self._needs_ranks(file, s) for s in file.tree.body) and self._is_imported(file)
+
+    def seed_at_import(self, file: File) -> int | None:
+        """The number in a file's own ``torch.manual_seed(7)``."""
+        for statement in file.tree.body:
+            match statement:
+                case ast.Expr(value=ast.Call(func=func, args=[ast.Constant(value=int() as seed)])):
+                    if self.project.external(file, func) == "torch.manual_seed":
+                        return seed
+        return None
+
+    def _needs_ranks(self, file: File, statement: ast.stmt) -> bool:
+        """Whether a statement must come after the start: it does more than seed or print, which any rank can."""
+        if isinstance(statement, _DEFINITIONS) or not self.needs_init(file, statement):
+            return False
+        calls = [item for item in walk_own(statement) if isinstance(item, ast.Call) and self._call_needs(file, item)]
+        return not calls or any(
+            self.project.external(file, call.func) not in SEEDS
+            and not (isinstance(call.func, ast.Name) and call.func.id == "print")
+            for call in calls
+        )
 
     def _is_imported(self, file: File) -> bool:
         """Whether another file of the project imports this one, by name: what runs then is not what runs alone."""

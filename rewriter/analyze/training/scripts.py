@@ -56,7 +56,7 @@ class Scripts:
                     loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
             elif not self.was_parallel(file) and self.feeds.trains(file, loop):
                 loops[loop] = False
-        return shares(file, self.roles[file], loops, self.sums(file).is_sum)
+        return shares(file, self.roles[file], loops, self.sums(file).of)
 
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
@@ -121,12 +121,52 @@ class Scripts:
 
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
-        loops = {target for target in self.reach(file) if target not in self.entries and self.trains(target)}
-        return bool(loops) and not any(
-            any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
-            for other, block in self.entries.items()
-            if other is not file
+        loops = {target for target in self.reach(file) if self.trains(target) and target not in self._run_alone}
+        return (
+            file not in loops
+            and bool(loops)
+            and not any(
+                any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
+                for other, block in self.entries.items()
+                if other is not file and other not in loops
+            )
         )
+
+    @cached_property
+    def _run_alone(self) -> set[File]:
+        """Files that are run, and whose statements do not run because another file imports them."""
+        return {file for file in self.entries if not self.entry.runs_at_import(file)}
+
+    @cached_property
+    def started_at_import(self) -> set[File]:
+        """Files that are run, and import one whose statements have started the ranks by then."""
+        found: set[File] = set()
+        for program in self.programs:
+            starting = [file for file in self._import_order(program) if file is program or file in self.starters]
+            found.update(starting[1:])
+        return found
+
+    @cached_property
+    def starters(self) -> set[File]:
+        """Files whose own statements need the ranks when a program imports them: they make models, or loaders."""
+        imported = {file for program in self.programs for file in self._import_order(program)}
+        return {file for file in imported if file in self.entries and self.entry.runs_at_import(file)}
+
+    def _import_order(self, start: File) -> list[File]:
+        """The project files that a file runs when it is run, in order; it is the last."""
+        order: list[File] = []
+        seen: set[File] = set()
+
+        def visit(file: File) -> None:
+            seen.add(file)
+            for node in file.tree.body:
+                for target in self._imported(file, node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+                    if target not in seen and target.convert:
+                        visit(target)
+            order.append(file)
+
+        visit(start)
+        return order
 
     def feeds_training(self, file: File) -> bool:
         """Whether no program uses a file, or one that trains."""
@@ -268,7 +308,8 @@ class Scripts:
         child = node
         for parent in file.names.ancestors(node):
             if isinstance(parent, ast.If) and any(child is item for item in parent.body) and parent not in opened:
-                if as_guard(file, parent) is not None:
+                guard = as_guard(file, parent)
+                if guard is not None and not guard.either:
                     return True
             child = parent
         return False

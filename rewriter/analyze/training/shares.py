@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -20,11 +20,13 @@ _VIEWS = {
 _NUMBERS = {"float", "int", "round", "abs", "sqrt", "str"}
 _CUTS = {"item", "tolist", "numpy", "detach", "argmax", "data"}
 _NAMED_MEANS = re.compile(
-    r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl)(?:_\w+)?$",
+    r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl|err\d+|error_rate)(?:_\w+)?$",
     re.I,
 )
 _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
+_REDUCED = {"sum": "total", "mean": "mean"}
+_SOME = -1  # a part of a value, it is not known which
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -40,18 +42,19 @@ class Share:
 
 
 def shares(
-    file: File, roles: Roles, loops: dict[ast.For, bool], is_sum: Callable[[ast.expr], bool]
+    file: File, roles: Roles, loops: dict[ast.For, bool], reduced: Callable[[ast.expr], str]
 ) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
     ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    ``reduced`` says of what a loss function makes whether it is a ``sum`` or a ``mean``.
     """
     found: dict[ast.expr, Share] = {}
     for loop, known in loops.items():
         loader = None if known else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, is_sum)
+        kinds = Kinds(file, roles, loop, reduced)
         for expression, kind in kinds.leaving():
             kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
@@ -77,28 +80,54 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
-    def __init__(self, file: File, roles: Roles, loop: ast.For, is_sum: Callable[[ast.expr], bool]) -> None:
-        self.file, self.roles, self.loop, self.is_sum = file, roles, loop, is_sum
+    def __init__(self, file: File, roles: Roles, loop: ast.For, reduced: Callable[[ast.expr], str]) -> None:
+        self.file, self.roles, self.loop, self.reduced = file, roles, loop, reduced
         self.nodes = list(_own(loop))
         self.batch = self._targets()
-        self.made: dict[str, list[tuple[ast.expr, bool]]] = {}
+        self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    for part in target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]:
+                    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+                    for index, part in enumerate(parts):
                         if isinstance(part, ast.Name):
-                            self.made.setdefault(part.id, []).append((node.value, part is not target))
+                            place = None if part is target else index
+                            self.made.setdefault(part.id, []).append((node.value, place))
         for node in self.nodes:
             for item in walk(node.target) if isinstance(node, ast.For) else ():
                 if isinstance(item, ast.Name) and isinstance(node, ast.For):
-                    self.made.setdefault(item.id, []).append((node.iter, True))
+                    self.made.setdefault(item.id, []).append((node.iter, _SOME))
         self.added = {
             n.target.id for n in self.nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
         }
         for _ in range(3):
             for name, values in self.made.items():
-                if any(self.of_batch(value) for value, _ in values):
+                if any(self.of_batch(value) and not self._is_drawn(value, part) for value, part in values):
                     self.batch.add(name)
+
+    def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
+        """Whether a part of what a function of the project gives comes of nothing that it is given of the batch."""
+        found = self.roles.project.resolve(self.file, value.func) if isinstance(value, ast.Call) else None
+        if not isinstance(found, FunctionInfo) or not isinstance(value, ast.Call) or part is None or part == _SOME:
+            return False
+        listed = [a.arg for a in (*found.node.args.posonlyargs, *found.node.args.args)]
+        held = {name for name, given in zip(listed, value.args, strict=False) if self.of_batch(given)}
+        held |= {keyword.arg for keyword in value.keywords if keyword.arg and self.of_batch(keyword.value)}
+        if any(isinstance(given, ast.Starred) for given in value.args) or len(value.args) > len(listed):
+            return False
+        own = [item for statement in found.node.body for item in walk_own(statement)]
+        for _ in range(3):
+            for item in own:
+                if isinstance(item, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.For, ast.NamedExpr)):
+                    source = item.iter if isinstance(item, ast.For) else item.value
+                    if source is not None and _named(source) & held:
+                        targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+                        held |= {name for target in targets for name in _named(target)}
+        returned = [item.value for item in own if isinstance(item, ast.Return)]
+        return bool(returned) and all(
+            isinstance(item, ast.Tuple) and part < len(item.elts) and not _named(item.elts[part]) & held
+            for item in returned
+        )
 
     def _targets(self) -> set[str]:
         target: ast.expr = self.loop.target
@@ -124,6 +153,7 @@ class Kinds:
                 case ast.AugAssign(target=target, op=ast.Add(), value=value):
                     if not self._bound_inside(target):
                         kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
+                        yield from self._split(value) if kind == "mixed" else ()
                         if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
                             yield value, kind
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
@@ -131,6 +161,8 @@ class Kinds:
                         kind = self.kind(value)
                         if kind in {"total", "mean"} and attr == "append":
                             yield value, kind
+                        elif kind == "mixed":
+                            yield from self._split(value)
                         elif kind in {"samples", "unknown"} and self._is_cut(value):
                             yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
@@ -142,11 +174,43 @@ class Kinds:
                             yield value, kind
                         elif kind in {"samples", "unknown"} and attr == "update":
                             yield value, "unknown"
+                        elif kind == "mixed":
+                            yield from self._split(value)
                 case _:
                     for value in self._shown(node):
                         kind = self.kind(value)
                         if kind in {"total", "mean"}:
                             yield value, kind
+                        elif kind == "mixed":
+                            yield from self._split(value)
+                        elif kind == "unknown" and self._is_entry(value):
+                            yield value, kind
+
+    def _is_entry(self, node: ast.expr) -> bool:
+        """``logs["a"]`` of what was made of the batch."""
+        match node:
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str())):
+                return name in self.made
+            case ast.Call(func=ast.Attribute(value=inner, attr="item")):
+                return self._is_entry(inner)
+        return False
+
+    def _split(self, node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        """The totals in ``step * size + len(x)``; the rest of it is what one process has, too."""
+        kind = self.kind(node)
+        if kind != "mixed":
+            yield from [(node, kind)] if kind else []
+            return
+        match node:
+            case ast.BinOp(left=left, right=right):
+                yield from self._split(left)
+                yield from self._split(right)
+            case ast.UnaryOp(operand=inner) | ast.Call(func=ast.Name(), args=[inner, *_]):
+                yield from self._split(inner)
+            case ast.Call(func=ast.Attribute(value=inner)):
+                yield from self._split(inner)
+            case _:
+                yield node, "unknown"
 
     def comes_once(self, node: ast.expr) -> bool:
         """Whether every rank comes to a value once for each batch, whatever its share holds."""
@@ -223,13 +287,13 @@ class Kinds:
             return ""
         variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         if variable is not None and variable in self.roles.losses:
-            return "total" if self.is_sum(node) else "loss"
+            return "total" if self.reduced(node) == "sum" else "loss"
         match node:
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
-                return kinds.pop() if len(kinds) == 1 else "unknown"
+                return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
@@ -260,15 +324,15 @@ class Kinds:
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
-                kind = self.kind(value, deep + 1)
-                return kind if kind == "mean" else "unknown"
+                kind = _REDUCED.get(self.reduced(node)) or self.kind(value, deep + 1)
+                return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
         return "unknown"
 
-    def _part(self, value: ast.expr, part: bool, name: str, deep: int) -> str:
+    def _part(self, value: ast.expr, part: int | None, name: str, deep: int) -> str:
         """What a name is that gets a value, or a part of it."""
-        if part:
+        if part is not None:
             return "mean" if _NAMED_MEANS.match(name) else "unknown"
         kind = self.kind(value, deep + 1)
         return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) else kind
@@ -295,6 +359,9 @@ class Kinds:
     @staticmethod
     def _joined(left: str, right: str, op: ast.operator) -> str:
         pair = {left or "same", right or "same"}
+        if "mixed" in pair:
+            scaled = isinstance(op, (ast.Mult, ast.Add, ast.Sub)) or not right
+            return "mixed" if pair <= {"same", "mixed"} and scaled else "unknown"
         if isinstance(op, ast.Mult):
             if "total" in pair:
                 return "total" if pair & {"same", "mean", "loss"} else "unknown"
@@ -310,9 +377,15 @@ class Kinds:
                 return left
             if pair == {"same", "mean"}:
                 return "mean"
+            if pair == {"same", "total"}:
+                return "mixed"
         if pair <= {"same", "loss"} or (left == "loss" and right == "total" and isinstance(op, ast.Div)):
             return "loss"
         return "samples" if "samples" in pair and "unknown" not in pair else "unknown"
+
+
+def _named(node: ast.AST) -> set[str]:
+    return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
 def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:

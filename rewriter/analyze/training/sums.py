@@ -28,6 +28,11 @@ class Sums:
         self.sources |= sources if found else set()
         return found
 
+    def of(self, node: ast.expr) -> str:
+        """``sum`` or ``mean`` for what a loss function makes of a batch, also as one of several values; else empty."""
+        found = self._kind(self.file, node, None, 0, set())
+        return found if found in {"sum", "mean"} else ""
+
     def _kind(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         """``sum``, ``mean``, ``same`` for what does not depend on the batch, else empty."""
         if deep > _DEEP:
@@ -40,7 +45,9 @@ class Sums:
             case ast.Constant():
                 return "same"
             case ast.Name() | ast.Attribute():
-                return self._variable(file, node, deep, sources)
+                return self._variable(file, node, part, deep, sources)
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int(index))) if index >= 0:
+                return self._variable(file, value, index, deep, sources)
             case ast.UnaryOp(operand=value):
                 return kind(value)
             case ast.Tuple(elts=elts):
@@ -51,7 +58,7 @@ class Sums:
                 return self._call(file, node, part, deep, sources)
         return ""
 
-    def _variable(self, file: File, node: ast.expr, deep: int, sources: set[ast.Call]) -> str:
+    def _variable(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         roles = self.all_roles[file]
         variable = roles.var(node)
         if variable is None:
@@ -59,7 +66,9 @@ class Sums:
         kinds: set[str] = set()
         for other, value, statement, is_part in roles.assignments:
             if other == variable:
-                place = _place(roles, statement, variable) if is_part else None
+                place = _place(roles, statement, variable) if is_part else part
+                if is_part and part is not None:
+                    return ""
                 kinds.add("" if is_part and place is None else self._kind(file, value, place, deep + 1, sources))
         for item in file.nodes:
             if isinstance(item, ast.AugAssign) and roles.var(item.target) == variable:

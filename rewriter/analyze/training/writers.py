@@ -15,7 +15,9 @@ WRITERS = {
     "wandb.finish", "wandb.watch", "mlflow.log_metric", "mlflow.log_metrics", "wandb.config.update", "mlflow.log_param",
     "mlflow.log_params", "mlflow.log_artifact", "mlflow.log_artifacts", "mlflow.log_dict", "mlflow.log_text",
     "mlflow.log_figure", "mlflow.set_tag", "mlflow.set_tags", "mlflow.set_experiment", "mlflow.end_run",
-    "safetensors.torch.save_file",
+    "safetensors.torch.save_file", "huggingface_hub.create_repo", "huggingface_hub.upload_folder",
+    "huggingface_hub.upload_file", "huggingface_hub.upload_large_folder", "huggingface_hub.create_commit",
+    "huggingface_hub.create_tag", "huggingface_hub.create_branch", "huggingface_hub.delete_file",
     "pprint.pprint", "pprint.pp", "rich.print", "click.echo", "click.secho", "termcolor.cprint",
     *(f"{module}.tqdm.write" for module in ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.autonotebook")),
 }  # fmt: skip
@@ -35,7 +37,8 @@ LOG_FILES = {
 WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
-    "print_trainable_parameters",
+    "print_trainable_parameters", "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo",
+    "create_commit", "create_tag", "git_push",
 }  # fmt: skip
 
 _OF_MODELS = {"safetensors.torch.save_model"}

@@ -2,7 +2,8 @@
 
 What: ``os.makedirs(path)`` and ``path.mkdir()`` under ``if not os.path.exists(path):`` get ``exist_ok=True``, and
 ``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait;
-where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``.
+where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``. A name made of
+the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
 Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. Names chosen by what is there
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for, refusals_to_go_on
-from rewriter.changes import Arguments, Change, Import, Under, insert_behind, replace, template
+from rewriter.changes import Arguments, Change, Import, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import ONE_RANK
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -26,6 +27,7 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or not (b"mkdir" in file.source.data or b"makedirs" in file.source.data):
         return
+    yield from _of_moments(file, facts)
     made: list[ast.Call] = []
     for call in file.calls:
         if not fails_if_there(file, facts.project, call) or facts.scripts.in_kept_guard(file, call):
@@ -50,6 +52,31 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if not facts.scripts.in_kept_guard(file, test):
             message = "what is there decides here, and another rank may just have made it: let one rank decide"
             yield Remark(RULE.code, test.lineno, message)
+
+
+def _of_moments(file: File, facts: Facts) -> Iterator[Finding]:
+    """Folders with the time in their names: rank 0's name is everyone's."""
+    told: set[ast.AST] = set()
+    for moment in facts.moments.folders(file):
+        line, changes = moment.call.lineno, list[Change]()
+        if facts.scripts.in_kept_guard(file, moment.call):
+            continue
+        for item in moment.wrapped:
+            if item not in told:
+                told.add(item)
+                changes.append(wrap(item, "{bmt}.store.broadcast_object({it})"))
+        if moment.named is not None and moment.where is not None and moment.where not in told:
+            told.add(moment.where)
+            changes.append(
+                insert_before(moment.where, "{path} = {bmt}.store.broadcast_object({path})", path=moment.named)
+            )
+        if changes:
+            yield Conversion(
+                RULE.code, line, "the folder is named by the time: rank 0's name is everyone's", tuple(changes)
+            )
+        elif not moment.wrapped and moment.named is None:
+            message = "every rank makes a folder, named by the time that it sees: name it by what all ranks have, as "
+            yield Remark(RULE.code, line, message + "bmt.store.broadcast_object(name) gives it")
 
 
 def _allowed(file: File, facts: Facts, call: ast.Call, when: str = "True") -> Iterator[Change]:

@@ -6,6 +6,7 @@ draws at random is rank 0's on all ranks. Where calls of torch.distributed stay 
 registered behind it.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
+Of files that run when they are imported, the first that needs the ranks starts them; a seed or output needs none.
 Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
 script of the project starts is reported.
 """
@@ -20,6 +21,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.moments import contains
 from rewriter.analyze.training.torch_distributed import calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
@@ -37,6 +39,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     first = _first(file, facts)
     if first is None:
         yield from _without_script(file, facts)
+        return
+    if file in scripts.started_at_import:
         return
     block = scripts.entries[file]
     group = [_GROUP] if any(calls_that_stay(f, facts.project) for f in scripts.reach(file) & scripts.training) else []
@@ -60,18 +64,23 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if seed is not None and _available(file, seed[1].args[0], block, first):
         value = seed[1].args[0]
     start = insert_before(first, "{bmt}.init_distributed()", *group)
+    imported = _seed_at_import(file, facts)
     if value is not None:
         start = insert_before(first, _SEEDED, *group, seed=value)
+    elif seed is None and imported is not None:
+        start = insert_before(first, "{bmt}.init_distributed(seed=" + str(imported) + ")", *group)
     yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
 
 
 def _first(file: File, facts: Facts) -> ast.stmt | None:
     """The first statement of a script that needs the ranks."""
     scripts = facts.scripts
-    block = scripts.entries[file] if file in scripts.programs else []
+    block = scripts.entries[file] if file in scripts.programs or file in scripts.starters else []
     statements = [statement for statement in block if not _is_definition(statement)]
     entry = scripts.entry
-    first = next((s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s)), None)
+    named = [s for moment in facts.moments.folders(file) for s in moment.statements(file)]
+    needing = (s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s) or contains(s, named))
+    first = next(needing, None)
     return statements[0] if first is None and statements and scripts.drives(file) else first
 
 
@@ -97,6 +106,12 @@ def _common_part(file: File, facts: Facts, block: list[ast.stmt]) -> ast.expr | 
                         if isinstance(side, ast.Constant):
                             return side
     return None
+
+
+def _seed_at_import(file: File, facts: Facts) -> int | None:
+    """The seed that a file which the script imports gives torch: starting the ranks must not undo it."""
+    seeds = (facts.scripts.entry.seed_at_import(target) for target in facts.scripts.reach(file) if target is not file)
+    return next((seed for seed in seeds if seed is not None), None)
 
 
 def first_calls(statement: ast.stmt) -> list[ast.Call]:

@@ -1,8 +1,9 @@
 """Files and loggers are written by one rank.
 
-What: statements that write files or log (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
-``plt.savefig``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first if it needs all of them.
-A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the other ranks.
+What: statements that write files, log or upload (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
+``plt.savefig``, ``tokenizer.push_to_hub``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first
+if it needs all of them. A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the
+other ranks.
 ``model.save_pretrained(...)`` of transformers, peft and the like becomes ``bmt.save_pretrained(model, ...)``, which
 every rank calls and one writes.
 Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
@@ -41,6 +42,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
         if facts.scripts.in_opened_guard(file, node):
+            if _uploads_model(file, facts, node):
+                yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
             continue
         if saves_only(file, facts.project, node):
             joined.update(walk(node))
@@ -58,14 +61,26 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
             yield from _read_back(file, facts, node)
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
-            message = f"every rank must call {file.source.code(node.value).split('(')[0]}, and every rank writes"
-            yield Remark(RULE.code, node.lineno, message, differs=True)
+            yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _for_all(file: File, node: ast.stmt) -> str:
+    called = file.source.code(node).split("(")[0]
+    hint = ": save it by bmt.save_pretrained, and let rank 0 upload the folder" if "push_to_hub" in called else ""
+    return f"every rank must call {called}, and every rank writes{hint}"
+
+
+def _uploads_model(file: File, facts: Facts, node: ast.stmt) -> bool:
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub"))):
+            return facts.scripts.roles[file].is_model(model)
+    return False
 
 
 def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:

@@ -1,7 +1,8 @@
 """Every rank enters a rank guard that holds a collective.
 
 What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate`` or a forward goes; ``if step % n == 0 and
-rank == 0:`` keeps its first half. What only one rank may do inside (writing files, logging) gets a guard of its own.
+rank == 0:`` keeps its first half, as does each side of ``if not parallel or (parallel and rank == 0):``. What only one
+rank may do inside (writing files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
 collective: then the file stays as it is.
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags
+from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags, rest_of
 from rewriter.changes import Change, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
@@ -56,7 +57,12 @@ def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
 
 def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Change]:
     node = guard.node
-    if guard.rest:
+    if guard.either:
+        for test in guard.either:
+            rest = rest_of(file, test)
+            holes = {f"operand_{number}": operand for number, operand in enumerate(rest)}
+            yield replace(test, " and ".join(f"{{{name}}}" for name in holes), **holes)
+    elif guard.rest:
         holes = {f"operand_{number}": operand for number, operand in enumerate(guard.rest)}
         yield replace(node.test, " and ".join(f"{{{name}}}" for name in holes), **holes)
     else:

@@ -39,6 +39,7 @@ _MESSAGES = {
     "mean": "a mean over a share of the batch is averaged over the ranks",
     "samples": "what ranks have of their samples is collected from all",
 }
+_SHAPED = {"reshape", "view", "expand", "ones", "zeros", "full", "empty", "repeat", "eye", "arange", "init_hidden"}
 _VALUES = {"item", "tolist", "numpy"}
 
 
@@ -87,6 +88,28 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, node.lineno, message, differs=True)
     if counted:
         yield from _decisions(file, facts, counted)
+    yield from _sizes(file, facts)
+
+
+def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
+    """``torch.ones(batch_size, 1)`` in a loop over shares, where ``batch_size`` is that of the loader."""
+    roles, told = facts.scripts.roles[file], set[int]()
+    sizes = {
+        roles.var(keyword.value)
+        for call in file.calls
+        if facts.project.external(file, call.func) == "torch.utils.data.DataLoader"
+        for keyword in call.keywords
+        if keyword.arg == "batch_size" and isinstance(keyword.value, (ast.Name, ast.Attribute))
+    }
+    for call in file.calls if sizes else ():
+        made = isinstance(call.func, ast.Attribute) and call.func.attr in _SHAPED
+        given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
+        size = next((item for item in given if _is_one(roles, item, sizes)), None)
+        if made and size is not None and call.lineno not in told and facts.scripts.over_shares(file, call):
+            told.add(call.lineno)
+            name = file.source.code(size)
+            message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
 
 
 def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:
@@ -104,7 +127,7 @@ def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]
                 yield Remark(RULE.code, node.lineno, message, differs=True)
 
 
-def _is_one(roles: Roles, node: ast.AST, known: set[Var]) -> bool:
+def _is_one(roles: Roles, node: ast.AST, known: set[Var] | set[Var | None]) -> bool:
     return isinstance(node, (ast.Name, ast.Attribute)) and roles.var(node) in known
 
 
@@ -182,6 +205,8 @@ def _sums(node: ast.expr) -> bool:
 def _bare(node: ast.expr) -> ast.expr:
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         node = node.func.value
+    if isinstance(node, ast.Attribute) and node.attr == "data":
+        return _bare(node.value)
     return node
 
 

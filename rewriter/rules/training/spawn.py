@@ -2,8 +2,9 @@
 
 What: ``mp.spawn(worker, nprocs=n, args=(n, options))`` becomes ``worker(int(os.environ.get("LOCAL_RANK", 0)), ...)``,
 and so does a loop that starts ``mp.Process(target=worker, args=(rank, n))``; the loop that joins them goes. ``n`` is
-the number of processes that torchrun started on this machine. ``os.environ["MASTER_PORT"] = ...`` and the like give way
-to what torchrun has set.
+the number of processes that torchrun started on this machine, also where a test of it decides whether the script starts
+processes at all (``if n > 1: mp.spawn(worker, ...)``, ``else: worker(0, ...)``); another test is reported.
+``os.environ["MASTER_PORT"] = ...`` and the like give way to what torchrun has set.
 Why: bmtrain's ranks are torchrun's processes, one a GPU, on any number of machines. One process runs without torchrun.
 Refuses when: the result of ``mp.spawn`` is used, or its arguments are not seen; ``mp.Process`` is started in another
 way: then the file stays as it is.
@@ -75,14 +76,43 @@ def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         yield Refusal(RULE.code, call.lineno, message)
         return
     made = _call(worker, [Template(_RANK)], arguments.elts, count)
-    changes = (Replace(call, made), *_counted(file, facts, count, statement), *imports(file, "os"))
-    yield Conversion(RULE.code, call.lineno, "torchrun starts the processes", changes)
-    test = file.names.parents.get(statement)
-    for other in (item for s in (test.orelse if isinstance(test, ast.If) else []) for item in walk(s)):
-        match other:
-            case ast.Call(func=called, args=[ast.Constant(value=0), *_]) if ast.dump(called) == ast.dump(worker):
-                message = "all ranks that come here take themselves for rank 0: tell the script how many GPUs it has"
-                yield Remark(RULE.code, other.lineno, message, differs=True)
+    choice = _choice(file, statement, worker)
+    decides = choice is not None and count is not None and any(same(item, count) for item in walk(choice.test))
+    start: ast.stmt = choice if choice is not None and decides else statement
+    changes = [Replace(call, made), *_counted(file, facts, count, start, decides), *imports(file, "os")]
+    if choice is not None and count is not None and decides and dotted(count) is None:
+        counted = [item for item in walk(choice.test) if isinstance(item, ast.expr) and same(item, count)]
+        changes += [replace(item, _COUNT) for item in counted]
+    yield Conversion(RULE.code, call.lineno, "torchrun starts the processes", tuple(changes))
+    if choice is not None and not decides:
+        other = next(item for item in _calls(file, choice, worker) if item is not call)
+        test = file.source.code(choice.test)
+        message = (
+            f"all ranks that come here take themselves for rank 0: see that {test} sends them to line {call.lineno}"
+        )
+        yield Remark(RULE.code, other.lineno, message, differs=True)
+
+
+def _choice(file: File, start: ast.stmt, worker: ast.expr) -> ast.If | None:
+    """The test that decides between many processes and one: ``if n > 1: spawn(worker, ...) else: worker(0, ...)``."""
+    for parent in file.names.ancestors(start):
+        if isinstance(parent, ast.If) and any(_calls(file, parent, worker)):
+            return parent
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            break
+    for before in file.names.siblings(start):
+        if before is start:
+            break
+        if isinstance(before, ast.If) and isinstance(before.body[-1], ast.Return) and any(_calls(file, before, worker)):
+            return before
+    return None
+
+
+def _calls(file: File, node: ast.AST, worker: ast.expr) -> Iterator[ast.Call]:
+    """The direct calls of the function that processes would run."""
+    for item in walk(node):
+        if isinstance(item, ast.Call) and same(item.func, worker):
+            yield item
 
 
 def _process(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
@@ -160,17 +190,24 @@ def _call(
     return template(f"{{worker}}({', '.join(parts)})", **holes)
 
 
-def _counted(file: File, facts: Facts, count: ast.expr | None, start: ast.stmt) -> Iterator[Change]:
-    """``n = torch.cuda.device_count()`` where n is the number of processes; an attribute is set in any case."""
+def _counted(
+    file: File, facts: Facts, count: ast.expr | None, start: ast.stmt, decides: bool = False
+) -> Iterator[Change]:
+    """``n = torch.cuda.device_count()`` where n is the number of processes; what a test asks is set in any case."""
     found = False
     for node in file.nodes if count is not None and dotted(count) else ():
         if isinstance(node, ast.Assign) and any(_is_same_name(target, count) for target in node.targets):
             if isinstance(node.value, ast.Call):
                 if facts.project.external(file, node.value.func) == "torch.cuda.device_count":
-                    found = True
+                    found = not _under_test(file, node)
                     yield replace(node.value, _COUNT)
-    if isinstance(count, ast.Attribute) and dotted(count) and not found:
+    if count is not None and dotted(count) and (decides or isinstance(count, ast.Attribute)) and not found:
         yield insert_before(start, f"{dotted(count)} = {_COUNT}")
+
+
+def _under_test(file: File, node: ast.AST) -> bool:
+    """Whether a statement runs in some cases only: ``if torch.cuda.is_available(): n = torch.cuda.device_count()``."""
+    return any(isinstance(parent, (ast.If, ast.Try, ast.For, ast.While)) for parent in file.names.ancestors(node))
 
 
 def _is_same_name(target: ast.expr, count: ast.expr | None) -> bool:

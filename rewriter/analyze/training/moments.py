@@ -1,0 +1,181 @@
+"""Folders whose names are made of the clock or of chance: every rank would make one under the name that it sees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.folders import asks
+from rewriter.analyze.training.roles import Var
+from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.varying import State, Varying
+
+_CLOCK = {
+    "time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime", "time.asctime", "time.strftime",
+    "datetime.datetime.now", "datetime.datetime.today", "datetime.datetime.utcnow", "datetime.date.today",
+    "uuid.uuid1", "uuid.uuid4", "os.getpid", "secrets.token_hex", "secrets.token_urlsafe", "tempfile.mktemp",
+}  # fmt: skip
+_IN_TEXT = (ast.Attribute, ast.FormattedValue, ast.JoinedStr, ast.BinOp, ast.Subscript)
+_ELSEWHERE = (
+    ast.For, ast.While, ast.Try, ast.With, ast.ListComp, ast.GeneratorExp, ast.Lambda, ast.FunctionDef,
+    ast.AsyncFunctionDef, ast.ClassDef,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A folder named by the time, and how its name becomes rank 0's on all ranks.
+
+    ``wrapped``: what the clock gives, where the script itself asks it; else ``named``, the path, is made equal in front
+    of the statement ``where``. Neither where not all ranks are known to come there.
+    """
+
+    call: ast.Call
+    wrapped: tuple[ast.expr, ...] = ()
+    named: ast.expr | None = None
+    where: ast.stmt | None = None
+
+    def statements(self, file: File) -> list[ast.stmt]:
+        """The statements that need the ranks."""
+        found = [file.names.statement_of(item) for item in self.wrapped]
+        return [*found, *([self.where] if self.where is not None else [])]
+
+
+class Moments(Varying):
+    """What in a project is made of the clock or of chance."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        super().__init__(scripts.collectives)
+        self.scripts = scripts
+        self._found: dict[File, list[Moment]] = {}
+
+    def folders(self, file: File) -> list[Moment]:
+        """The folders with such names that a file makes."""
+        if file not in self._found:
+            block = self.scripts.entries.get(file, []) if file in self.scripts.programs else []
+            made = b"mkdir" in file.source.data or b"makedirs" in file.source.data
+            self._found[file] = list(self._folders(file, block)) if made else []
+        return self._found[file]
+
+    def _folders(self, file: File, block: list[ast.stmt]) -> Iterator[Moment]:
+        for call in file.calls:
+            path = _made(self.project.external(file, call.func), call)
+            sources = self.sources(file, path) if path is not None else []
+            if path is None or not sources:
+                continue
+            if all(other is file and self._is_for_all(file, source, block) for other, source in sources):
+                yield Moment(call, tuple(dict.fromkeys(_text(file, source) for _, source in sources)))
+            elif self._is_for_all(file, call, block) and dotted(path) is not None:
+                yield Moment(call, (), path, _where(file, call))
+            elif self._is_for_all(file, call, block):
+                yield Moment(call, (path,))
+            else:
+                yield Moment(call)
+
+    def _is_for_all(self, file: File, node: ast.AST, block: list[ast.stmt]) -> bool:
+        """Whether all ranks come to a place: it stands where the script starts, in no loop, under tests of options."""
+        for parent in file.names.ancestors(node):
+            if isinstance(parent, _ELSEWHERE):
+                return False
+            if isinstance(parent, (ast.If, ast.IfExp)) and "rank" in ast.unparse(parent.test).lower():
+                return False
+            if isinstance(parent, ast.stmt) and any(parent is statement for statement in block):
+                return True
+        return False
+
+    def sources(self, file: File, node: ast.expr) -> list[tuple[File, ast.Call]]:
+        """The calls of the clock that a value is made of."""
+        start: State = (file, node, False, None)
+        seen, stack, found = {start}, [start], []
+        while stack:
+            current = stack.pop()
+            if isinstance(current[1], ast.Call) and self._is_source(*current[:3]):
+                found.append((current[0], current[1]))
+                continue
+            for following in self._made_of(*current):
+                if following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+        return sorted(found, key=lambda item: item[1].lineno)
+
+    def _is_source(self, file: File, node: ast.AST | Var, only_none: bool) -> bool:
+        if not isinstance(node, ast.Call) or only_none:
+            return False
+        name = self.project.external(file, node.func)
+        return name in _CLOCK and not (name in {"time.strftime", "time.asctime"} and len(node.args) > 1)
+
+    def _tests_above(self, file: File, statement: ast.AST) -> Iterator[State]:
+        return iter(())  # which of two names is taken is the options' choice
+
+    def _of_path(self, file: File, node: ast.Name | ast.Attribute, only_none: bool, key: object) -> Iterator[State]:
+        if self.roles[file].var(node) in self._shared(file):
+            return
+        yield from super()._of_path(file, node, only_none, key)
+        other, name = self._elsewhere(file, node)
+        if other is not None:
+            yield other, (other.names.module.node, name), only_none, key
+
+    def _shared(self, file: File) -> set[Var]:
+        """Variables that are rank 0's already: ``run = bmt.store.broadcast_object(run)``."""
+        return {
+            variable
+            for variable, value, _, _ in self.roles[file].assignments
+            if isinstance(value, ast.Call)
+            and self.project.external(file, value.func) == "bmtrain.store.broadcast_object"
+        }
+
+    def _elsewhere(self, file: File, node: ast.Name | ast.Attribute) -> tuple[File | None, str]:
+        """Where ``settings.NOW``, or a name that is imported, is given its value."""
+        if isinstance(node, ast.Attribute):
+            owner = self.project.resolve(file, node.value)
+            return (owner.file, node.attr) if isinstance(owner, ModuleRef) else (None, "")
+        for found in file.nodes:
+            if isinstance(found, ast.ImportFrom) and not isinstance(
+                self.project.resolve(file, node), (ClassInfo, FunctionInfo, External, ModuleRef)
+            ):
+                for alias in found.names:
+                    if (alias.asname or alias.name) == node.id:
+                        return self.project.find_module(found.module or "", file, found.level), alias.name
+        return None, ""
+
+
+def _made(name: str, call: ast.Call) -> ast.expr | None:
+    """The path of a folder that a call makes."""
+    if name in {"os.makedirs", "os.mkdir"}:
+        return call.args[0] if call.args else None
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "mkdir" and not name and not call.args:
+        return call.func.value
+    return None
+
+
+def _text(file: File, source: ast.expr) -> ast.expr:
+    """The text that is made of a time: ``datetime.now().strftime("%H")``, ``f"{now()}"``, ``"run-" + str(now())``."""
+    node, parents = source, file.names.parents
+    while True:
+        parent = parents[node]
+        called = isinstance(parent, ast.Call) and (parent.func is node or node in parent.args)
+        if not isinstance(parent, ast.expr) or not (called or isinstance(parent, _IN_TEXT)):
+            return node
+        makes = isinstance(parent, ast.Call) and (dotted(parent.func) or "").split(".")[-1] in {"mkdir", "makedirs"}
+        if makes or (isinstance(parent, ast.Attribute) and parent.attr == "mkdir"):
+            return node
+        node = parent
+
+
+def _where(file: File, call: ast.Call) -> ast.stmt:
+    """The statement that makes a folder, or the test above it of whether it is there."""
+    statement = file.names.statement_of(call)
+    for parent in file.names.ancestors(call):
+        if isinstance(parent, ast.If) and asks(parent.test):
+            return parent
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            break
+    return statement
+
+
+def contains(statement: ast.stmt, inner: list[ast.stmt]) -> bool:
+    """Whether one of the statements is, or stands in, another."""
+    return any(item is found for found in inner for item in walk(statement))
