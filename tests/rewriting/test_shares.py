@@ -199,6 +199,9 @@ COUNTED = {
     "a module": ("torch.nn.CrossEntropyLoss(ignore_index=0)", True),
     "by default": ("torch.nn.CrossEntropyLoss()", False),
     "a sum": ("torch.nn.CrossEntropyLoss(ignore_index=0, reduction='sum')", False),
+    "weights": ("torch.nn.CrossEntropyLoss(weight=w)", True),
+    "weights by place": ("torch.nn.NLLLoss(w)", True),
+    "no weights": ("torch.nn.CrossEntropyLoss(weight=None, label_smoothing=0.1)", False),
 }
 
 
@@ -209,6 +212,31 @@ def test_what_counts_on_all_ranks(made: str, changes: bool) -> None:
     called = "F.cross_entropy(out, y, ignore_index=0)"
     wanted = "bmt.loss.mean_over_ranks(F.cross_entropy)(out, y, ignore_index=0)"
     assert wanted in converted(HEAD + LOOP.replace("F.cross_entropy(out, y)", called))
+
+
+CALLED = {
+    "weights": ("(out, y, weight=w)", True),
+    "weights by place": ("(out, y, w)", True),
+    "a mask": ("(out[mask], y[mask])", True),
+    "an attribute": ("(out[x.train_mask], y)", True),
+    "a comparison": ("(out[y > 0], y[y > 0])", True),
+    "a slice": ("(out[:, 0], y)", False),
+    "one sample": ("(out[i], y[i])", False),
+    "losses": ("(out[mask], y[mask], reduction='none').mean()", False),
+}
+
+
+@pytest.mark.parametrize(("call", "changes"), CALLED.values(), ids=CALLED.keys())
+def test_what_a_mask_or_weights_leave(call: str, changes: bool) -> None:
+    after = converted(HEAD + LOOP.replace("(out, y)", call))
+    assert (f"loss = bmt.loss.mean_over_ranks(F.cross_entropy){call}" in after) is changes, after
+
+
+def test_packed_sequences() -> None:
+    packed = "y = torch.nn.utils.rnn.pack_padded_sequence(y, n, batch_first=True)[0]\n    out = net(x)"
+    after = converted(HEAD + "criterion = torch.nn.CrossEntropyLoss()\n" + LOOP.replace("out = net(x)", packed).replace(
+        "F.cross_entropy(", "criterion("))  # fmt: skip
+    assert "criterion = bmt.loss.mean_over_ranks(torch.nn.CrossEntropyLoss())\n" in after
 
 
 # Which loaders train ----------------------------------------------------------------------------------------------
