@@ -18,6 +18,7 @@ _VIEWS = {
     "reshape", "half", "bool", "cuda", "type", "contiguous", "astype", "unsqueeze",
 }  # fmt: skip
 _NUMBERS = {"float", "int", "round", "abs", "sqrt", "str"}
+_SHOWN_AS = {"round", "str", "repr"}
 _CUTS = {"item", "tolist", "numpy", "detach", "argmax", "data"}
 _NAMED_MEANS = re.compile(
     r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl)(?:_\w+)?$",
@@ -53,6 +54,7 @@ def shares(
             continue
         kinds = Kinds(file, roles, loop, is_sum)
         for expression, kind in kinds.leaving():
+            expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
                 found[expression] = Share(kind, loader)
@@ -129,10 +131,12 @@ class Kinds:
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
                         kind = self.kind(value)
-                        if kind in {"total", "mean"} and attr == "append":
+                        if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+                            yield from self._of_row(value)
+                        elif kind in {"total", "mean"} and attr == "append":
                             yield value, kind
-                        elif kind in {"samples", "unknown"} and self._is_cut(value):
-                            yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
+                        elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
+                            yield value, "samples"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
                     kinds = [(value, self.kind(value)) for value in given]
@@ -147,6 +151,18 @@ class Kinds:
                         kind = self.kind(value)
                         if kind in {"total", "mean"}:
                             yield value, kind
+
+    def _of_row(self, row: ast.Tuple | ast.List | ast.Dict) -> Iterator[tuple[ast.expr, str]]:
+        """What a row of a table is made of; losses in it are read by themselves, and so is what a text shows."""
+        for value in row.values if isinstance(row, ast.Dict) else row.elts:
+            if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+                yield from self._of_row(value)
+            elif not _is_text(value):
+                kind = self.kind(value)
+                if kind in {"total", "mean"}:
+                    yield value, kind
+                elif kind in {"samples", "unknown"}:
+                    yield value, "unknown"
 
     def comes_once(self, node: ast.expr) -> bool:
         """Whether every rank comes to a value once for each batch, whatever its share holds."""
@@ -319,6 +335,23 @@ def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:
     """Values, and those in dicts among them."""
     for value in values:
         yield from value.values if isinstance(value, ast.Dict) else [value]
+
+
+def _is_text(node: ast.expr) -> bool:
+    """Whether a value is text, whose parts are looked at where it shows them."""
+    match node:
+        case ast.JoinedStr() | ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod()):
+            return True
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()))):
+            return True
+    return False
+
+
+def _exact(node: ast.expr) -> ast.expr:
+    """The number under ``round(...)`` and ``str(...)``, which come after what is made of all ranks'."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SHOWN_AS and node.args:
+        node = node.args[0]
+    return node
 
 
 def _own(loop: ast.For) -> Iterator[ast.AST]:
