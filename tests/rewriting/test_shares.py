@@ -45,6 +45,14 @@ MADE = {
     ),
     "a row of wandb": ("wandb.log({'a': (out == y).float().mean()})", "bmt.sum_loss((out == y).float().mean())"),
     "a ratio": ("accs.append((out == y).sum().item() / len(y))", "accs.append(bmt.sum_loss((out == y).sum().item() /"),
+    "a row of means and counts": (
+        "p.append([step, str((out == y).float().mean().item()), {'n': len(x)}])",
+        "p.append([step, str(bmt.sum_loss((out == y).float().mean().item())), {'n': bmt.total(len(x))}])",
+    ),
+    "a mean, rounded": (
+        "p.append(round((out == y).float().mean().item(), 2))",
+        "p.append(round(bmt.sum_loss((out == y).float().mean().item()), 2))",
+    ),
     "predictions": ("p.extend(out.argmax(1).tolist())", "p.extend(bmt.gather_samples(out.argmax(1).tolist()))"),
     "arrays": ("p.append(out.detach().cpu().numpy())", "p.append(bmt.gather_samples(out.detach().cpu().numpy()))"),
     "labels": ("p.extend(y.tolist())", "p.extend(bmt.gather_samples(y.tolist()))"),

@@ -374,7 +374,7 @@ def _step(
         yield replace(node, f"{manager.name}.step()")
         return
     together = list(_steps_together(file, managers, manager, node))
-    if {stepped for _, stepped in together} != set(manager.optimizers):
+    if len(together) < 2 or {stepped for _, stepped in together} != set(manager.optimizers):
         yield replace(node, f"{manager.name}.step({{optimizer}})", optimizer=optimizer)
     elif together[0][0] is node:
         yield replace(node, f"{manager.name}.step()")
