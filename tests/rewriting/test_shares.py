@@ -257,3 +257,48 @@ def test_a_parameter_that_is_shown(read: str) -> None:
     else:
         name = read.split(".")[1]
         assert f"value = net.{name}.gather()\nif bmt.rank() == 0:\n    np.save('w.npy', value." in after
+
+
+def differing(text: str) -> list[int]:
+    """The lines of which it is said that several ranks differ from one."""
+    return [finding.line for finding in convert_text(text).reported if getattr(finding, "differs", False)]
+
+
+OF_ALL = {
+    "weights in a sum": "print(sum(p.detach().pow(2).sum().item() for p in net.parameters()) ** 0.5)",
+    "weights in a loop": "for n, p in net.named_parameters():\n        print(n, round(p.detach().std().item(), 3))",
+    "a weight": "print(net.weight.detach().norm().item())",
+    "a divided sum": "F.cross_entropy(net(x), y, reduction='sum') / y.size(0)",
+}
+
+
+@pytest.mark.parametrize("statement", OF_ALL.values(), ids=OF_ALL.keys())
+def test_what_is_of_all_ranks_is_not_reported(statement: str) -> None:
+    assert not differing(f"{HEAD}{LOOP}    {statement}\n")
+
+
+def test_a_summed_loss_of_an_evaluation_is_not_reported() -> None:
+    text = f"{HEAD}valid = DataLoader(other, batch_size=8)\n{LOOP}with torch.no_grad():\n    for x, y in valid:\n"
+    text += "        total += F.cross_entropy(net(x), y, reduction='sum').item()\n"
+    assert not differing(text)
+    assert differing(text.replace("torch.no_grad()", "torch.enable_grad()"))
+
+
+HOOKS = {
+    "a function": (
+        "def hook(m, i, out):\n    seen.append(out.abs().mean().item())\n\n\nnet.register_forward_hook(hook)\n"
+    ),
+    "a lambda": "net.register_forward_hook(lambda m, i, o: seen.append(o.abs().mean().item()))\n",
+    "made by a function": (
+        "def make(name):\n    def hook(m, i, o):\n        seen[name] = o.std().item()\n    return hook\n\n\n"
+        "net.register_forward_hook(make('a'))\n"
+    ),
+    "of the backward": "net.register_full_backward_hook(lambda m, i, o: seen.append(o[0].norm().item()))\n",
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+def test_numbers_that_hooks_make_are_reported(hook: str) -> None:
+    text = f"{HEAD}{hook}{LOOP}"
+    assert differing(text) == [next(n for n, line in enumerate(text.splitlines(), 1) if ".item()" in line)]
+    assert not differing(text.replace(".item()", ".detach()"))
