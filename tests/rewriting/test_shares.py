@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """What a loop makes of a rank's share of a batch: counts, means, samples, losses that are sums; which loaders train."""
 
 from __future__ import annotations
@@ -302,3 +303,25 @@ def test_numbers_that_hooks_make_are_reported(hook: str) -> None:
     text = f"{HEAD}{hook}{LOOP}"
     assert differing(text) == [next(n for n, line in enumerate(text.splitlines(), 1) if ".item()" in line)]
     assert not differing(text.replace(".item()", ".detach()"))
+
+
+STEPS = {
+    "a function": "def step(x, y):\n    loss = F.cross_entropy(net(x), y)\n    opt.zero_grad()\n    loss.backward()\n    opt.step()\n"
+    "    return loss.item()\n\n\n",
+    "one that leaves steps out": "def step(x, y):\n    loss = F.cross_entropy(net(x), y)\n    if loss.isnan():\n        return None\n"
+    "    opt.zero_grad()\n    loss.backward()\n    opt.step()\n    return loss.item()\n\n\n",
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_a_loss_that_a_function_reads_is_of_all_ranks(step: str) -> None:
+    loop = "for x, y in loader:\n    value = step(x, y)\n    if value is None:\n        continue\n    t += value * len(x)\n    u += value\n"
+    text = f"{HEAD}{step}{loop}"
+    after = converted(text)
+    assert "return bmt.sum_loss(loss).item()" in after
+    assert "    t += bmt.total(value * len(x))\n    u += value\n" in after and not differing(text)
+
+
+def test_a_count_of_losses_is_alike_on_all_ranks() -> None:
+    text = f"{HEAD}{LOOP}    if torch.isnan(loss):\n        bad += 1\n"
+    assert not differing(text) and differing(text.replace("torch.isnan(loss)", "x.sum() > 0"))

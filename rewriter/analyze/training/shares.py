@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -173,7 +173,7 @@ class Kinds:
                 return False
             if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
                 return False
-            if isinstance(parent, (ast.If, ast.IfExp)) and self.of_batch(parent.test):
+            if isinstance(parent, (ast.If, ast.IfExp)) and self._asks_of_items(parent.test):
                 return False
         return False
 
@@ -199,7 +199,7 @@ class Kinds:
             if parent is self.loop:
                 return ""
             asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
-            if asked is not None and self.of_batch(asked):
+            if asked is not None and self._asks_of_items(asked):
                 return "unknown"
         return ""
 
@@ -241,6 +241,8 @@ class Kinds:
         if variable is not None and variable in self.roles.losses:
             return "total" if self.is_sum(node) else "loss"
         match node:
+            case ast.Call() if self._reads_loss(node):
+                return ""
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
@@ -281,6 +283,35 @@ class Kinds:
             case ast.Compare():
                 return "samples"
         return "unknown"
+
+    def _reads_loss(self, call: ast.Call) -> bool:
+        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
+        found = self.roles.project.resolve(self.file, call.func)
+        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
+        owner = self.file.names.class_of(call)
+        match call.func:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
+                function = self.file.class_info(owner).methods.get(name)
+        returned = [
+            node.value
+            for statement in (function.body if function is not None else ())
+            for node in walk_own(statement)
+            if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) or node.value is None)
+        ]
+        return bool(returned) and all(
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Attribute)
+            and value.func.attr == "item"
+            and self.roles.var(value.func.value) in self.roles.losses
+            for value in returned
+        )
+
+    def _asks_of_items(self, test: ast.expr) -> bool:
+        """Whether a test may have another answer on another rank; one of a loss is made equal."""
+        return self.of_batch(test) and any(
+            isinstance(node, ast.Name) and node.id in self.batch and self.roles.var(node) not in self.roles.losses
+            for node in walk(test)
+        )
 
     def _part(self, value: ast.expr, part: bool, name: str, deep: int) -> str:
         """What a name is that gets a value, or a part of it."""

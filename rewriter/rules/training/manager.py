@@ -243,8 +243,8 @@ def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt 
         node
         for node in file.calls
         if isinstance(node.func, ast.Attribute)
-        and managers.roles.var(node.func.value) == optimizer
-        and node.func.attr in {"step", "zero_grad"}
+        and node.func.attr in {"step", "zero_grad", "unscale_"}
+        and optimizer in {managers.roles.var(held) for held in (node.func.value, *node.args[:1])}
         and made[0].lineno < node.lineno <= (place.end_lineno or place.lineno)
         and file.names.function_of(node) is file.names.function_of(made[0])
     ]
