@@ -50,6 +50,10 @@ _LATER = timedelta(seconds=30)
 class Engine(Protocol):
     """What the block layer adds to the context; ``shard.engine`` knows it whole."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether no distributed module is running."""
+
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
 

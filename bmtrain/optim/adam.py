@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..shard.in_parts import part_at
 from ..shard.place import Place
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
+from .adam_view import AdamView, StepShown, take_steps
 from .delta import Delta
 from .fit import number_problem, require_fit, shape_in_state, tensor_problem
 from .loss_scale import Overflow, Unscale
@@ -136,6 +137,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **_TORCH_EXTRAS})
         self._hold_steps, self.scale = hold_steps, scale
         self._states: dict[int, FlatState] = {}
+        self._steps_shown: list[StepShown] = []
         self._counted: list[tuple[list[int], list[int]]] = []
         self._holdings = _Holdings([])
         self._runs: dict[int, _Runs] = {}
@@ -165,6 +167,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         After an ``overflow`` nothing changes.  A scale on the device and an overflow are not waited for.
         """
         self._uncount()
+        if self._steps_shown:
+            take_steps(self._steps_shown)
         self._overflow = overflow
         unscale = Unscale(self.scale if scale is None else scale)
         loss = None
@@ -276,6 +280,22 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         return made
 
     # -- state ----------------------------------------------------------------------------------------------------
+
+    @property  # type: ignore[override]
+    def state(self) -> MutableMapping[Any, Any]:
+        """By parameter: ``step``, ``exp_avg`` and ``exp_avg_sq``, of whole shapes; what is written there is used.
+
+        Reductions of moments, as of other ShardedTensors, are of the whole and need all ranks.
+        """
+        self._uncount()
+        return AdamView(all_params(self.param_groups), self._states, self._state_of, self._steps_shown)
+
+    @state.setter
+    def state(self, given: Mapping[Any, Any]) -> None:
+        if hasattr(self, "_states"):  # else torch's constructor comes with an empty one
+            held = self.state
+            held.clear()
+            held.update(given)
 
     def _numbered_groups(self) -> list[dict[str, Any]]:
         numbers = {id(p): i for i, p in enumerate(all_params(self.param_groups))}

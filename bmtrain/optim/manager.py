@@ -36,6 +36,7 @@ class _Provisional:
 
     overflow: Overflow
     schedule_steps: list[ScheduleStep]
+    optimizers: list[torch.optim.Optimizer]
     holds_gradients: bool = True
     """Whether gradients of that step may still be there."""
     says: Callable[[], None] | None = None
@@ -110,6 +111,8 @@ class OptimManager:
         self.grad_scale = context().topology.data_size if grad_scale is None else grad_scale
         self.optimizers: list[torch.optim.Optimizer] = []
         self.lr_schedulers: list[Any] = []
+        self._scaled_by: torch.Tensor | None = None  # the scale of the gradients that are there
+        self._unscaled: dict[int, Overflow | None] = {}  # by the optimizer's place: what its gradients held
 
     def add_optimizer(
         self, optimizer: torch.optim.Optimizer, lr_scheduler: Any = None, *, step_on: StepOn | None = None
@@ -156,16 +159,19 @@ class OptimManager:
         """The loss to call ``backward`` on: times the loss scale, so that gradients become what ``grad_scale`` says."""
         if self._last is not None and self._last.holds_gradients:
             # What comes now is added to what the last step left, which is dropped if that step was skipped.
-            if self._holds_gradients():
+            if self._holds_gradients(self._last.optimizers):
                 self._learn()
             else:
                 self._last.holds_gradients = False
         engine().note_loss(loss)
         # Gradients are divided where they are reduced, so that a backward without the manager gives their mean, too.
         divided = context().gradient_divisor / self.grad_scale
+        self._scaled_by = None
+        if self._unscaled:  # a step may have been left out
+            self._unscaled = {i: o for i, o in self._unscaled.items() if self._holds_gradients([self.optimizers[i]])}
         if self._scale is None:
             if self._looks:
-                if self._facts.losses and not self._holds_gradients():
+                if self._facts.losses and not self._holds_gradients(self.optimizers):
                     self._facts.forget()  # of a step that the script has left out
                 self._facts.note_loss(loss)
             factor = self._fixed_scale * divided
@@ -180,9 +186,29 @@ class OptimManager:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self._facts.forget()
-        for optimizer in self.optimizers:
-            clear_grads(optimizer)
+        self._clear(self.optimizers)
+
+    @torch.no_grad()
+    def unscale(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Divide gradients by the loss scale now instead of in the step.  Collective; after the last backward.
+
+        For code that reads or changes them in between, as after ``GradScaler.unscale_``.  Once for each step: a second
+        call does nothing.  Without a loss scale there is nothing to divide by.
+
+        Args:
+            optimizer: whose gradients; None is all.
+        """
+        those = self._those(optimizer)
+        if self._scale is None and self._fixed_scale == 1.0:
+            return
+        self._learn()
+        for one in those:
+            place = self._place(one)
+            if place not in self._unscaled:
+                chosen = self._chosen(all_params(one.param_groups))
+                chosen.finish_gradients()
+                self._unscaled[place] = None if self._scale is None else find_overflow(chosen)
+                scale_grads_(chosen, 1.0 / self._gradients_scale())
 
     @torch.no_grad()
     def clip_grad_norm(
@@ -196,8 +222,11 @@ class OptimManager:
 
         Returns the norm before clipping, of the unscaled gradients: a 0-d tensor, equal on all ranks.
         """
-        scale = self._fixed_scale if self._scale is None else self._scale.value.float()
         params = params_of(param_groups)
+        scale = self._gradients_scale()
+        scale = scale.float() if isinstance(scale, torch.Tensor) else scale
+        if self._unscaled and self._unscale_owners_of(params):
+            scale = 1.0
         chosen = self._chosen(params)
         if not self._looks:
             return clip_(chosen, max_norm, float(norm_type), scale, eps)
@@ -205,10 +234,14 @@ class OptimManager:
         self._facts.note_norm(params, norm)
         return norm
 
-    def step(self) -> None:
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients.
 
-        Raises ConfigurationError if no optimizer was added, and NonFiniteError as ``nonfinite`` says.
+        Args:
+            optimizer: update this one alone, and its schedule: for losses that take turns under one loss scale.
+
+        Raises ConfigurationError if no optimizer was added, or another than ``optimizer``, and NonFiniteError as
+        ``nonfinite`` says.
         """
         if not self.optimizers:
             raise ConfigurationError(
@@ -219,26 +252,32 @@ class OptimManager:
         self._tries += 1
         runs = engine().latest_runs() if self.compare_every and self._tries % self.compare_every == 0 else None
         self._learn()
+        those = self._those(optimizer)
         if self._scale is None:
             self._settle()
-            self._step_unscaled()
+            self._step_unscaled(those)
         else:
-            self._step_scaled(self._scale)
+            self._step_scaled(self._scale, those)
         if runs is not None:
             compare(self._tries, self.optimizers, runs)
 
-    def _step_scaled(self, scale: LossScale) -> None:
-        chosen = self._chosen(self._params())
-        chosen.finish_gradients()
-        overflow = find_overflow(chosen)
-        if self._may_skip():
-            self._update(scale.value, overflow)
-            self._last = _Provisional(overflow, self._undoable_schedule_steps())
+    def _step_scaled(self, scale: LossScale, those: list[torch.optim.Optimizer]) -> None:
+        overflow = self._take_unscaled(those)
+        by = self._gradients_scale() if overflow is None else 1.0
+        if overflow is None:
+            chosen = self._chosen(self._params(those))
+            chosen.finish_gradients()
+            overflow = find_overflow(chosen)
+        if self._may_skip(those):
+            self._update(those, by, overflow)
+            self._last = _Provisional(overflow, self._undoable_schedule_steps(those), those)
         elif overflow.happened:
-            self.zero_grad()
+            self._clear(those)
         else:
-            self._update(scale.value)
-            self._step_schedules()
+            self._update(those, by)
+            self._step_schedules(those)
+        if len(those) < len(self.optimizers) and self._scaled_by is None:
+            self._scaled_by = scale.value.clone()  # others may have gradients of the same backward
         scale.follow(overflow, self.loss_scale_factor, self.loss_scale_steps, self.min_loss_scale, self.max_loss_scale)
         if overflow.is_known:
             self._learn()
@@ -248,28 +287,32 @@ class OptimManager:
         """Whether losses and gradients are looked at."""
         return self._scale is None and self.nonfinite != "ignore"
 
-    def _step_unscaled(self) -> None:
-        outcome = self._facts.outcome(self._params, self._count()) if self._looks else None
+    def _step_unscaled(self, those: list[torch.optim.Optimizer]) -> None:
+        outcome = self._facts.outcome(partial(self._params, those), self._count()) if self._looks else None
+        by = self._fixed_scale
+        if self._unscaled:
+            self._take_unscaled(those)
+            by = 1.0
         losses = self._facts.losses
         self._facts.forget()
         if outcome is not None and not outcome.is_known:
             if self.nonfinite != "skip":
-                made = not all(skips_on_device(o) for o in self.optimizers)
+                made = not all(skips_on_device(o) for o in those)
                 self._pending = Pending(self._tries, outcome, losses, engine().latest_runs(), made)
-            elif self._may_skip():
-                self._update(self._fixed_scale, outcome)
+            elif self._may_skip(those):
+                self._update(those, by, outcome)
                 says = partial(self._say_skipped, self._tries, losses)
-                self._last = _Provisional(outcome, self._undoable_schedule_steps(), says=says)
+                self._last = _Provisional(outcome, self._undoable_schedule_steps(those), those, says=says)
                 self._steps += 1
                 return
         if outcome is not None and self._pending is None and outcome.happened:
             if self.nonfinite != "skip":
                 stop(Pending(self._tries, outcome, losses, engine().latest_runs()), self._params(), self.nonfinite)
             self._say_skipped(self._tries, losses)
-            self.zero_grad()
+            self._clear(those)
             return
-        self._update(self._fixed_scale, None if self._pending is None else outcome)
-        self._step_schedules()
+        self._update(those, by, None if self._pending is None else outcome)
+        self._step_schedules(those)
         self._steps += 1
 
     def _settle(self) -> None:
@@ -287,18 +330,71 @@ class OptimManager:
     def _count(self) -> int:
         return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)
 
-    def _holds_gradients(self) -> bool:
-        return any(home.gradient.present for home in homes_of(self._params()))
+    def _holds_gradients(self, those: list[torch.optim.Optimizer]) -> bool:
+        return any(home.gradient.present for home in homes_of(self._params(those)))
 
-    def _undoable_schedule_steps(self) -> list[ScheduleStep]:
-        managed = zip(self.optimizers, self.lr_schedulers, strict=True)
-        return [ScheduleStep(o, s) for o, s in managed if s is not None]
+    def _undoable_schedule_steps(self, those: list[torch.optim.Optimizer]) -> list[ScheduleStep]:
+        return [ScheduleStep(o, s) for o, s in self._managed(those) if s is not None]
 
-    def _may_skip(self) -> bool:
+    def _may_skip(self, those: list[torch.optim.Optimizer]) -> bool:
         """Whether optimizers leave out a step on the device's word, and schedules take one back."""
-        return all(skips_on_device(o) for o in self.optimizers) and all(
-            s is None or ScheduleStep.can_be_undone(s) for s in self.lr_schedulers
+        return all(skips_on_device(o) for o in those) and all(
+            s is None or ScheduleStep.can_be_undone(s) for _, s in self._managed(those)
         )
+
+    # One optimizer of several, gradients without their scale
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _those(self, optimizer: torch.optim.Optimizer | None) -> list[torch.optim.Optimizer]:
+        if optimizer is None:
+            return self.optimizers
+        if all(one is not optimizer for one in self.optimizers):
+            raise ConfigurationError(
+                f"This OptimManager does not drive that {type(optimizer).__name__}. Call "
+                "optim_manager.add_optimizer(optimizer) once, before the first step."
+            )
+        return [optimizer]
+
+    def _place(self, optimizer: torch.optim.Optimizer) -> int:
+        return next(i for i, one in enumerate(self.optimizers) if one is optimizer)
+
+    def _gradients_scale(self) -> float | torch.Tensor:
+        """By what the gradients that are there are too large: a number, or a 0-d tensor."""
+        if self._scale is None:
+            return self._fixed_scale
+        return self._scale.value if self._scaled_by is None else self._scaled_by
+
+    def _take_unscaled(self, those: list[torch.optim.Optimizer]) -> Overflow | None:
+        """What the gradients of ``those`` held before ``unscale()``; None if they carry the scale.  Collective."""
+        if not any(self._place(one) in self._unscaled for one in those):
+            return None
+        for one in those:
+            self.unscale(one)
+        found = [o for one in those if (o := self._unscaled.pop(self._place(one))) is not None]
+        if len(found) < 2:
+            return found[0] if found else None
+        return Overflow(context(), torch.stack([o.flag for o in found]).max())
+
+    def _unscale_owners_of(self, params: list[Any]) -> bool:
+        """Whether gradients of ``params`` are to be taken as they are: all, if some carry no scale.  Collective."""
+        wanted = {id(p) for p in params}
+        owners = [o for o in self.optimizers if any(id(p) in wanted for p in all_params(o.param_groups))]
+        if not any(self._place(owner) in self._unscaled for owner in owners):
+            return False
+        for owner in owners:
+            self.unscale(owner)
+        return True
+
+    def _clear(self, those: list[torch.optim.Optimizer]) -> None:
+        self._facts.forget()
+        for optimizer in those:
+            self._unscaled.pop(self._place(optimizer), None)
+            clear_grads(optimizer)
+
+    def _managed(self, those: list[torch.optim.Optimizer]) -> list[tuple[torch.optim.Optimizer, Any]]:
+        """Each with its schedule."""
+        pairs = zip(self.optimizers, self.lr_schedulers, strict=True)
+        return [(o, s) for o, s in pairs if any(o is one for one in those)]
 
     def _learn(self) -> None:
         """If the last step turns out to have been skipped, put back what went on as if it had not."""
@@ -307,13 +403,15 @@ class OptimManager:
             for schedule_step in last.schedule_steps:
                 schedule_step.undo()
             if last.holds_gradients:
-                self.zero_grad()
+                self._clear(last.optimizers)
             if last.says is not None:
                 last.says()
                 self._steps -= 1
 
-    def _update(self, scale: float | torch.Tensor, overflow: Overflow | None = None) -> None:
-        for optimizer in self.optimizers:
+    def _update(
+        self, those: list[torch.optim.Optimizer], scale: float | torch.Tensor, overflow: Overflow | None = None
+    ) -> None:
+        for optimizer in those:
             if skips_on_device(optimizer):
                 optimizer.step(scale=scale, overflow=overflow)
             elif knows_shards(optimizer):
@@ -323,8 +421,8 @@ class OptimManager:
                     scale_grads_(self._chosen(all_params(optimizer.param_groups)), 1.0 / scale)
                 optimizer.step()
 
-    def _step_schedules(self) -> None:
-        for schedule in self.lr_schedulers:
+    def _step_schedules(self, those: list[torch.optim.Optimizer]) -> None:
+        for _, schedule in self._managed(those):
             if schedule is not None:
                 schedule.step()
 
@@ -333,11 +431,11 @@ class OptimManager:
         for known in self._known:
             if known.fits(params):
                 return known
-        self._known = [Chosen(params), *self._known[:1]]
+        self._known = [Chosen(params), *self._known[:3]]
         return self._known[0]
 
-    def _params(self) -> list[Any]:
-        return [p for optimizer in self.optimizers for p in all_params(optimizer.param_groups)]
+    def _params(self, those: list[torch.optim.Optimizer] | None = None) -> list[Any]:
+        return [p for optimizer in those or self.optimizers for p in all_params(optimizer.param_groups)]
 
     def state_dict(self, gather_opt: bool = True) -> dict[str, Any]:
         """Everything needed to go on: optimizers, schedules, loss scale.  Collective.

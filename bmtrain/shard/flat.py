@@ -10,6 +10,7 @@ from operator import is_not
 from typing import Any, Protocol
 
 import torch
+from torch._guards import TracingContext
 
 from ..context import Context
 from ..device import Event
@@ -493,6 +494,8 @@ class FlatShard:
         # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
         if not gradient.touched[index] and (index in gradient.dropped or not self._trains(index)):
             return None
+        if TracingContext.try_get() is not None and not self.unit.ctx.engine.idle:
+            return None  # the code of a module is being compiled, which asks its inputs for all that they have
         return ShardedTensor(gradient.part(index, self.place_of(index)))
 
     def _trains(self, index: int) -> bool:

@@ -169,6 +169,8 @@ class ShardGradient:
         elif self.present:
             self.settled()[place].zero_()
             self.dropped.add(index)
+            if len(self.dropped) == len(self.touched):
+                self.clear()  # also what a factor that is not finite has made of the gaps
         self.touched[index] = part is not None
 
     def part(self, index: int, place: Place) -> Part:

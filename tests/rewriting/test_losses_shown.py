@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from rewriter.convert import convert_text
+
 from .helpers import converted
 
 HEAD = """import csv
@@ -102,3 +104,43 @@ def test_what_is_no_value_of_a_loss_stays(statement: str) -> None:
 def test_a_loss_that_has_become_a_number_is_averaged_once() -> None:
     after = converted(f"{HEAD}    loss = loss.detach().cpu().numpy()\n    print(loss, f'{{loss:.3f}}')\n")
     assert after.count("sum_loss") == 1
+
+
+ROWS = {
+    "a row": ('rows.append([1, f"{loss.item():.3f}"])', 'rows.append([1, f"{bmt.sum_loss(loss).item():.3f}"])'),
+    "text": ('rows.append(f"{loss.item():.3f}")', 'rows.append(f"{bmt.sum_loss(loss).item():.3f}")'),
+    "text by %": ('rows.append("%.3f" % loss.item())', 'rows.append("%.3f" % bmt.sum_loss(loss).item())'),
+    "text by format": ('rows.append("{}".format(loss.item()))', 'rows.append("{}".format(bmt.sum_loss(loss).item()))'),
+    "a dict": (
+        'rows.append({"n": 1, "loss": loss.item()})',
+        'rows.append({"n": 1, "loss": bmt.sum_loss(loss).item()})',
+    ),
+    "a row in a row": (
+        "rows.append([1, [round(loss.item(), 3)]])",
+        "rows.append([1, [round(bmt.sum_loss(loss).item(), 3)]])",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), ROWS.values(), ids=ROWS.keys())
+def test_rows_hold_one_value_for_all_ranks(before: str, after: str) -> None:
+    result = convert_text(f"{HEAD}    {before}\n")
+    assert f"    {after}\n" in result.after.decode()
+    assert not [finding for finding in result.reported if getattr(finding, "differs", False)]
+
+
+OF_OTHER_NAMES = ["(loss / 2).backward()", "(0.5 * loss).backward()", "scaler.scale(loss / 2).backward()"]
+
+
+@pytest.mark.parametrize("backward", OF_OTHER_NAMES)
+def test_a_loss_of_terms(backward: str) -> None:
+    head = HEAD.replace(
+        "    loss = torch.nn.functional.mse_loss(net(x), y)\n",
+        "    ce = torch.nn.functional.mse_loss(net(x), y)\n    loss = ce + 0.1 * ce.square()\n",
+    )
+    text = head.replace("loss.backward()", backward)
+    if "scaler" in backward:
+        text = text.replace("for x", "scaler = torch.amp.GradScaler()\nfor x")
+        text = text.replace("opt.step()", "scaler.step(opt)\n    scaler.update()")
+    after = converted(f"{text}    print(loss.item(), ce.item())\n")
+    assert "    bmt.print_rank(bmt.sum_loss(loss).item(), bmt.sum_loss(ce).item())\n" in after

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """An optimizer that is made anew gets a manager each time; one that is chosen among several gets one."""
 
 from __future__ import annotations
@@ -52,10 +53,18 @@ def test_one_is_enough(text: str) -> None:
     assert converted(HEAD + text).count("OptimManager(") == 1
 
 
-def test_a_scaler_that_stays_is_refused() -> None:
-    step = "scaler.scale(net(x).mean()).backward()\nscaler.step(opt)\nscaler.update()\nopt.zero_grad()\n"
+@pytest.mark.parametrize("clears", ["opt.zero_grad()", "net.zero_grad()"])
+def test_a_scaler_that_stays_is_refused(clears: str) -> None:
+    step = f"scaler.scale(net(x).mean()).backward()\nscaler.step(opt)\nscaler.update()\n{clears}\n"
     text = (
         f"{HEAD}{MAKE}\nscaler = torch.amp.GradScaler()\nfor n in range(2):\n    if n:\n        {MAKE}\n{indent(step)}"
     )
+    result = convert_text(text)
+    assert not result.changed and any("made again" in finding.message for finding in result.reported)
+
+
+def test_a_scaler_that_stays_is_refused_wherever_the_optimizer_is_made() -> None:
+    step = "scaler.scale(net(x).mean()).backward()\nscaler.step(opt)\nscaler.update()\nnet.zero_grad()\n"
+    text = f"{HEAD}{MAKE}\nscaler = torch.amp.GradScaler()\nfor n in range(2):\n{indent(step)}    if not n:\n{indent(MAKE, 2)}"
     result = convert_text(text)
     assert not result.changed and any("made again" in finding.message for finding in result.reported)

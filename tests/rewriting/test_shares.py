@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """What a loop makes of a rank's share of a batch: counts, means, samples, losses that are sums; which loaders train."""
 
 from __future__ import annotations
@@ -45,6 +46,14 @@ MADE = {
     ),
     "a row of wandb": ("wandb.log({'a': (out == y).float().mean()})", "bmt.sum_loss((out == y).float().mean())"),
     "a ratio": ("accs.append((out == y).sum().item() / len(y))", "accs.append(bmt.sum_loss((out == y).sum().item() /"),
+    "a row of means and counts": (
+        "p.append([step, str((out == y).float().mean().item()), {'n': len(x)}])",
+        "p.append([step, str(bmt.sum_loss((out == y).float().mean().item())), {'n': bmt.total(len(x))}])",
+    ),
+    "a mean, rounded": (
+        "p.append(round((out == y).float().mean().item(), 2))",
+        "p.append(round(bmt.sum_loss((out == y).float().mean().item()), 2))",
+    ),
     "predictions": ("p.extend(out.argmax(1).tolist())", "p.extend(bmt.gather_samples(out.argmax(1).tolist()))"),
     "arrays": ("p.append(out.detach().cpu().numpy())", "p.append(bmt.gather_samples(out.detach().cpu().numpy()))"),
     "labels": ("p.extend(y.tolist())", "p.extend(bmt.gather_samples(y.tolist()))"),
@@ -366,3 +375,70 @@ def test_the_loaders_size_is_not_a_shares(text: str, differs: bool) -> None:
     result = convert_text(f"{head}{LOOP}    {text}\n")
     told = [finding for finding in result.reported if "fewer than size items" in finding.message]
     assert bool(told) is differs
+
+
+def differing(text: str) -> list[int]:
+    """The lines of which it is said that several ranks differ from one."""
+    return [finding.line for finding in convert_text(text).reported if getattr(finding, "differs", False)]
+
+
+OF_ALL = {
+    "weights in a sum": "print(sum(p.detach().pow(2).sum().item() for p in net.parameters()) ** 0.5)",
+    "weights in a loop": "for n, p in net.named_parameters():\n        print(n, round(p.detach().std().item(), 3))",
+    "a weight": "print(net.weight.detach().norm().item())",
+    "a divided sum": "F.cross_entropy(net(x), y, reduction='sum') / y.size(0)",
+}
+
+
+@pytest.mark.parametrize("statement", OF_ALL.values(), ids=OF_ALL.keys())
+def test_what_is_of_all_ranks_is_not_reported(statement: str) -> None:
+    assert not differing(f"{HEAD}{LOOP}    {statement}\n")
+
+
+def test_a_summed_loss_of_an_evaluation_is_not_reported() -> None:
+    text = f"{HEAD}valid = DataLoader(other, batch_size=8)\n{LOOP}with torch.no_grad():\n    for x, y in valid:\n"
+    text += "        total += F.cross_entropy(net(x), y, reduction='sum').item()\n"
+    assert not differing(text)
+    assert differing(text.replace("torch.no_grad()", "torch.enable_grad()"))
+
+
+HOOKS = {
+    "a function": (
+        "def hook(m, i, out):\n    seen.append(out.abs().mean().item())\n\n\nnet.register_forward_hook(hook)\n"
+    ),
+    "a lambda": "net.register_forward_hook(lambda m, i, o: seen.append(o.abs().mean().item()))\n",
+    "made by a function": (
+        "def make(name):\n    def hook(m, i, o):\n        seen[name] = o.std().item()\n    return hook\n\n\n"
+        "net.register_forward_hook(make('a'))\n"
+    ),
+    "of the backward": "net.register_full_backward_hook(lambda m, i, o: seen.append(o[0].norm().item()))\n",
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+def test_numbers_that_hooks_make_are_reported(hook: str) -> None:
+    text = f"{HEAD}{hook}{LOOP}"
+    assert differing(text) == [next(n for n, line in enumerate(text.splitlines(), 1) if ".item()" in line)]
+    assert not differing(text.replace(".item()", ".detach()"))
+
+
+STEPS = {
+    "a function": "def step(x, y):\n    loss = F.cross_entropy(net(x), y)\n    opt.zero_grad()\n    loss.backward()\n    opt.step()\n"
+    "    return loss.item()\n\n\n",
+    "one that leaves steps out": "def step(x, y):\n    loss = F.cross_entropy(net(x), y)\n    if loss.isnan():\n        return None\n"
+    "    opt.zero_grad()\n    loss.backward()\n    opt.step()\n    return loss.item()\n\n\n",
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_a_loss_that_a_function_reads_is_of_all_ranks(step: str) -> None:
+    loop = "for x, y in loader:\n    value = step(x, y)\n    if value is None:\n        continue\n    t += value * len(x)\n    u += value\n"
+    text = f"{HEAD}{step}{loop}"
+    after = converted(text)
+    assert "return bmt.sum_loss(loss).item()" in after
+    assert "    t += bmt.total(value * len(x))\n    u += value\n" in after and not differing(text)
+
+
+def test_a_count_of_losses_is_alike_on_all_ranks() -> None:
+    text = f"{HEAD}{LOOP}    if torch.isnan(loss):\n        bad += 1\n"
+    assert not differing(text) and differing(text.replace("torch.isnan(loss)", "x.sum() > 0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
@@ -259,7 +260,16 @@ class Roles:
         """Names that hold a loss tensor: they come out of a model or a loss function."""
         made = {variable for variable, *_ in self.assignments if "." not in variable[1]}
         found = {v for v in made if "backward" in self.methods_called.get(v, set())}
+        for call in self.file.calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+                found |= {v for name in self._terms(call.func.value) if (v := self.var(name)) in made}
         for _ in range(3):
+            for variable, value, _, part in self.assignments:
+                if variable in found and not part and isinstance(value, ast.BinOp):
+                    terms = {v for name in self._terms(value) if (v := self.var(name)) in made}
+                    found |= {
+                        v for v, made_of, _, cut in self.assignments if v in terms and self._loss_call(made_of, cut)
+                    }
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
@@ -284,6 +294,32 @@ class Roles:
             and isinstance(call.func.value, (ast.Subscript, ast.Attribute))
             and self.var(call.func.value) not in self.managers
         }
+
+    def _terms(self, node: ast.expr) -> Iterator[ast.Name]:
+        """The losses that a sum, a part or a multiple of losses is made of, as far as names tell."""
+        match node:
+            case ast.Name():
+                yield node
+            case ast.BinOp(left=left, op=ast.Div()):
+                yield from self._terms(left)
+            case ast.BinOp(left=left, op=ast.Add() | ast.Sub(), right=right):
+                yield from (*self._terms(left), *self._terms(right))
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                both = [*self._terms(left), *self._terms(right)]
+                alone = isinstance(left, ast.Constant) or isinstance(right, ast.Constant)
+                yield from (name for name in both if alone or "loss" in name.id.lower())
+            case ast.Call(func=ast.Attribute(value=scaler, attr="scale"), args=[loss]) if (
+                self.var(scaler) in self.scalers
+            ):
+                yield from self._terms(loss)
+
+    def _loss_call(self, value: ast.expr, part: bool) -> bool:
+        """``F.cross_entropy(...)``, unless it may give more than one number."""
+        return (
+            isinstance(value, ast.Call)
+            and all(keyword.arg != "reduction" for keyword in value.keywords)
+            and self._loss_value(value, set(), part)
+        )
 
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):

@@ -18,6 +18,7 @@ _VIEWS = {
     "reshape", "half", "bool", "cuda", "type", "contiguous", "astype", "unsqueeze",
 }  # fmt: skip
 _NUMBERS = {"float", "int", "round", "abs", "sqrt", "str"}
+_SHOWN_AS = {"round", "str", "repr"}
 _CUTS = {"item", "tolist", "numpy", "detach", "argmax", "data"}
 _NAMED_MEANS = re.compile(
     r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl|err\d+|error_rate)(?:_\w+)?$",
@@ -56,6 +57,7 @@ def shares(
             continue
         kinds = Kinds(file, roles, loop, reduced)
         for expression, kind in kinds.leaving():
+            expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
                 found[expression] = Share(kind, loader)
@@ -159,12 +161,14 @@ class Kinds:
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
                         kind = self.kind(value)
-                        if kind in {"total", "mean"} and attr == "append":
+                        if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+                            yield from self._of_row(value)
+                        elif kind in {"total", "mean"} and attr == "append":
                             yield value, kind
                         elif kind == "mixed":
                             yield from self._split(value)
-                        elif kind in {"samples", "unknown"} and self._is_cut(value):
-                            yield value, "unknown" if isinstance(value, (ast.Tuple, ast.Dict)) else "samples"
+                        elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
+                            yield value, "samples"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
                     kinds = [(value, self.kind(value)) for value in given]
@@ -212,6 +216,18 @@ class Kinds:
             case _:
                 yield node, "unknown"
 
+    def _of_row(self, row: ast.Tuple | ast.List | ast.Dict) -> Iterator[tuple[ast.expr, str]]:
+        """What a row of a table is made of; losses in it are read by themselves, and so is what a text shows."""
+        for value in row.values if isinstance(row, ast.Dict) else row.elts:
+            if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+                yield from self._of_row(value)
+            elif not _is_text(value):
+                kind = self.kind(value)
+                if kind in {"total", "mean"}:
+                    yield value, kind
+                elif kind in {"samples", "unknown"}:
+                    yield value, "unknown"
+
     def comes_once(self, node: ast.expr) -> bool:
         """Whether every rank comes to a value once for each batch, whatever its share holds."""
         for parent in self.file.names.ancestors(node):
@@ -221,7 +237,7 @@ class Kinds:
                 return False
             if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
                 return False
-            if isinstance(parent, (ast.If, ast.IfExp)) and self.of_batch(parent.test):
+            if isinstance(parent, (ast.If, ast.IfExp)) and self._asks_of_items(parent.test):
                 return False
         return False
 
@@ -247,7 +263,7 @@ class Kinds:
             if parent is self.loop:
                 return ""
             asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
-            if asked is not None and self.of_batch(asked):
+            if asked is not None and self._asks_of_items(asked):
                 return "unknown"
         return ""
 
@@ -289,10 +305,14 @@ class Kinds:
         if variable is not None and variable in self.roles.losses:
             return "total" if self.reduced(node) == "sum" else "loss"
         match node:
+            case ast.Call() if self._reads_loss(node):
+                return ""
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
+                if kinds == {""}:  # a function's loss, which is read there
+                    return ""
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
@@ -329,6 +349,35 @@ class Kinds:
             case ast.Compare():
                 return "samples"
         return "unknown"
+
+    def _reads_loss(self, call: ast.Call) -> bool:
+        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
+        found = self.roles.project.resolve(self.file, call.func)
+        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
+        owner = self.file.names.class_of(call)
+        match call.func:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
+                function = self.file.class_info(owner).methods.get(name)
+        returned = [
+            node.value
+            for statement in (function.body if function is not None else ())
+            for node in walk_own(statement)
+            if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) or node.value is None)
+        ]
+        return bool(returned) and all(
+            isinstance(value, ast.Call)
+            and isinstance(value.func, ast.Attribute)
+            and value.func.attr == "item"
+            and self.roles.var(value.func.value) in self.roles.losses
+            for value in returned
+        )
+
+    def _asks_of_items(self, test: ast.expr) -> bool:
+        """Whether a test may have another answer on another rank; one of a loss is made equal."""
+        return self.of_batch(test) and any(
+            isinstance(node, ast.Name) and node.id in self.batch and self.roles.var(node) not in self.roles.losses
+            for node in walk(test)
+        )
 
     def _part(self, value: ast.expr, part: int | None, name: str, deep: int) -> str:
         """What a name is that gets a value, or a part of it."""
@@ -392,6 +441,23 @@ def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:
     """Values, and those in dicts among them."""
     for value in values:
         yield from value.values if isinstance(value, ast.Dict) else [value]
+
+
+def _is_text(node: ast.expr) -> bool:
+    """Whether a value is text, whose parts are looked at where it shows them."""
+    match node:
+        case ast.JoinedStr() | ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod()):
+            return True
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()))):
+            return True
+    return False
+
+
+def _exact(node: ast.expr) -> ast.expr:
+    """The number under ``round(...)`` and ``str(...)``, which come after what is made of all ranks'."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SHOWN_AS and node.args:
+        node = node.args[0]
+    return node
 
 
 def _own(loop: ast.For) -> Iterator[ast.AST]:

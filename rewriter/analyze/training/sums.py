@@ -53,7 +53,7 @@ class Sums:
             case ast.Tuple(elts=elts):
                 return kind(elts[part]) if part is not None and part < len(elts) else ""
             case ast.BinOp(left=left, op=op, right=right):
-                return _joined(kind(left), kind(right), op, _is_size(right))
+                return _joined(kind(left), kind(right), op, is_size(right))
             case ast.Call():
                 return self._call(file, node, part, deep, sources)
         return ""
@@ -160,7 +160,8 @@ def _reduction(call: ast.Call) -> str:
     return found if found in {"sum", "mean"} else ""
 
 
-def _is_size(node: ast.expr) -> bool:
+def is_size(node: ast.expr) -> bool:
+    """``len(x)``, ``x.size(0)``, ``x.shape[0]``."""
     match node:
         case ast.Call(func=ast.Name(id="len")) | ast.Call(func=ast.Attribute(attr="size" | "numel" | "nelement")):
             return True

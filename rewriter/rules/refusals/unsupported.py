@@ -18,6 +18,7 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.batches import shares_data
 from rewriter.analyze.training.completed import completing
+from rewriter.analyze.training.sums import is_size
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
 
@@ -30,6 +31,7 @@ _RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
 _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
 }  # fmt: skip
+_WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
 
@@ -88,7 +90,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
-        if call in facts.scripts.summed:
+        if call in facts.scripts.summed or _is_divided(file, call) or _only_evaluates(file, facts, call):
             continue
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"
@@ -110,6 +112,29 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)
+
+
+def _is_divided(file: File, call: ast.Call) -> bool:
+    """Whether a sum is divided by how many there are, on whatever share: it is a mean."""
+    match file.names.parents[call]:
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return left is call and is_size(right)
+    return False
+
+
+def _only_evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether no gradient comes of a call, and all ranks have the whole batch there."""
+    if facts.scripts.over_shares(file, call):
+        return False
+    for parent in file.names.ancestors(call):
+        names = [item.context_expr for item in parent.items] if isinstance(parent, ast.With) else []
+        names += parent.decorator_list if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) else []
+        if any(
+            facts.project.external(file, name.func if isinstance(name, ast.Call) else name) in _WITHOUT_GRADIENTS
+            for name in names
+        ):
+            return True
+    return False
 
 
 def _left_out(file: File) -> Iterator[ast.expr]:

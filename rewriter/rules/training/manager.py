@@ -1,7 +1,8 @@
 """An OptimManager runs backward, clips, steps and clears.
 
 What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the optimizer; a GradScaler becomes the manager
-itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it.
+itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
+does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure. A learning-rate scheduler that the script steps stays the script's.
@@ -24,6 +25,11 @@ from rewriter.types import Conversion, Finding, Refusal, Remark
 _UNSCALED = "{bmt}.optim.OptimManager(loss_scale=None)"
 _GROWTH = {"growth_factor": "loss_scale_factor", "growth_interval": "loss_scale_steps"}
 """What torch's GradScaler and the manager call the same."""
+_HARMLESS = {
+    "clip_grad_norm_", "step", "update", "unscale_", "parameters", "item", "print", "float", "int", "round", "isfinite",
+    "isnan", "isinf", "append", "zero_grad", "get_scale", "get_last_lr", "format", "list",
+}  # fmt: skip
+"""Calls that look at no gradient, or that the manager makes instead."""
 _CLOSURE = "step with a closure cannot be converted: every rank would have to call it alike"
 
 
@@ -238,8 +244,8 @@ def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt 
         node
         for node in file.calls
         if isinstance(node.func, ast.Attribute)
-        and managers.roles.var(node.func.value) == optimizer
-        and node.func.attr in {"step", "zero_grad"}
+        and node.func.attr in {"step", "zero_grad", "unscale_"}
+        and optimizer in {managers.roles.var(held) for held in (node.func.value, *node.args[:1])}
         and made[0].lineno < node.lineno <= (place.end_lineno or place.lineno)
         and file.names.function_of(node) is file.names.function_of(made[0])
     ]
@@ -274,9 +280,9 @@ def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Re
             if node.func.attr == "backward":
                 yield from _backward(file, facts, managers, node, node.func)
             elif manager is not None and variable == manager.scaler:
-                yield from _scaler(file, manager, node, node.func)
+                yield from _scaler(file, facts, managers, manager, node, node.func)
             elif manager is not None and variable in manager.optimizers:
-                yield from _optimizer(manager, node, node.func)
+                yield from _optimizer(file, managers, manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
                 if seen is not None and not seen.existing:
@@ -320,15 +326,25 @@ def _called(node: ast.expr) -> ast.expr:
     return node.func if isinstance(node, ast.Call) else node
 
 
-def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Change | Remark | Refusal]:
+def _scaler(
+    file: File, facts: Facts, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
+) -> Iterator[Change | Remark | Refusal]:
     statement = file.names.statement_of(node)
     alone = isinstance(statement, ast.Expr) and statement.value is node
-    if func.attr in {"unscale_", "update"} and alone:
+    if func.attr == "update" and alone:
         yield Remove(statement)
+    elif func.attr == "unscale_" and alone:
+        if not _looks_at_gradients(file, managers, manager, statement):
+            yield Remove(statement)
+        elif node.args and _drives_several(facts, managers, manager):
+            yield replace(node, f"{manager.name}.unscale({{optimizer}})", optimizer=node.args[0])
+        else:
+            yield replace(node, f"{manager.name}.unscale()")
     elif func.attr == "step":
         if len(node.args) > 1 or node.keywords:
             yield Refusal(RULE.code, node.lineno, _CLOSURE)
-        yield replace(node, f"{manager.name}.step()")
+        several = bool(node.args) and _drives_several(facts, managers, manager)
+        yield from _step(file, managers, manager, node, node.args[0] if several else None)
     elif func.attr == "get_scale":
         yield replace(node, f"{manager.name}.loss_scale")
     elif func.attr == "is_enabled":
@@ -339,13 +355,95 @@ def _scaler(file: File, manager: Manager, node: ast.Call, func: ast.Attribute) -
         yield Remark(RULE.code, node.lineno, message)
 
 
-def _optimizer(manager: Manager, node: ast.Call, func: ast.Attribute) -> Iterator[Change | Remark | Refusal]:
+def _optimizer(
+    file: File, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
+) -> Iterator[Change | Remark | Refusal]:
+    several = len(manager.optimizers) > 1
     if func.attr == "step":
         if node.args or node.keywords:
             yield Refusal(RULE.code, node.lineno, _CLOSURE)
-        yield replace(node, f"{manager.name}.step()")
-    elif func.attr == "zero_grad":
+        yield from _step(file, managers, manager, node, func.value if several else None)
+    elif func.attr == "zero_grad" and not several:  # an optimizer of several clears its own
         yield replace(node, f"{manager.name}.zero_grad()")
+
+
+def _step(
+    file: File, managers: Managers, manager: Manager, node: ast.Call, optimizer: ast.expr | None
+) -> Iterator[Change]:
+    """A step of the manager, or of one optimizer of several; steps of all that follow each other are one."""
+    if optimizer is None:
+        yield replace(node, f"{manager.name}.step()")
+        return
+    together = list(_steps_together(file, managers, manager, node))
+    if len(together) < 2 or {stepped for _, stepped in together} != set(manager.optimizers):
+        yield replace(node, f"{manager.name}.step({{optimizer}})", optimizer=optimizer)
+    elif together[0][0] is node:
+        yield replace(node, f"{manager.name}.step()")
+    else:
+        yield Remove(file.names.statement_of(node))
+
+
+def _steps_together(
+    file: File, managers: Managers, manager: Manager, node: ast.Call
+) -> Iterator[tuple[ast.Call, Var | None]]:
+    """The steps of a manager's optimizers around ``node`` with nothing between them, in order."""
+    block, here = file.names.siblings(file.names.statement_of(node)), file.names.statement_of(node)
+    steps = [_stepped(managers, manager, statement) for statement in block]
+    first = last = next(i for i, statement in enumerate(block) if statement is here)
+    while first > 0 and steps[first - 1] is not None:
+        first -= 1
+    while last + 1 < len(block) and steps[last + 1] is not None:
+        last += 1
+    yield from (step for step in steps[first : last + 1] if step is not None)
+
+
+def _stepped(managers: Managers, manager: Manager, statement: ast.stmt) -> tuple[ast.Call, Var | None] | None:
+    """The call and the optimizer of ``scaler.step(optimizer)`` and ``optimizer.step()``, for those of ``manager``."""
+    match statement:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr="step"), args=args) as call):
+            holder = args[0] if args and managers.roles.var(holder) == manager.scaler else holder
+            stepped = managers.roles.var(holder)
+            return (call, stepped) if stepped in manager.optimizers else None
+    return None
+
+
+def _drives_several(facts: Facts, managers: Managers, manager: Manager) -> bool:
+    """Whether a scaler has several optimizers, here or where it is handed on from."""
+    if len(manager.optimizers) > 1:
+        return True
+    if manager.scaler is None or not managers.is_argument(manager.scaler):
+        return False
+    every = (other for file in facts.scripts.training for other in facts.managers(file).all)
+    return any(other.scaler is not None and len(other.optimizers) > 1 for other in every)
+
+
+def _looks_at_gradients(file: File, managers: Managers, manager: Manager, statement: ast.stmt) -> bool:
+    """Whether code between ``unscale_`` and the step may read gradients otherwise than by ``clip_grad_norm_``."""
+    while True:
+        block = file.names.siblings(statement)
+        for following in block[next(i for i, other in enumerate(block) if other is statement) + 1 :]:
+            nodes = list(walk(following))
+            steps = [
+                node
+                for node in nodes
+                if isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "step"
+                and managers.roles.var(node.func.value) == manager.scaler
+            ]
+            if steps and isinstance(following, ast.Expr):
+                return False
+            if any(isinstance(node, ast.Attribute) and node.attr == "grad" for node in nodes):
+                return True
+            calls = [node for node in nodes if isinstance(node, ast.Call)]
+            if not all((dotted(call.func) or "").split(".")[-1] in _HARMLESS for call in calls):
+                return True
+            if steps:
+                return False
+        parent = file.names.parents[statement]
+        if not isinstance(parent, (ast.If, ast.With, ast.Try)):
+            return True
+        statement = parent
 
 
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Change | Remark | Refusal]:
@@ -367,8 +465,16 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
     norm_type = ""
     if "norm_type" in values:
         norm_type, holes["norm_type"] = ", norm_type={norm_type}", values["norm_type"]
+    if manager is not None and manager.scaler is not None and not _unscales(file):
+        message = "gradients are clipped with the loss scale on them here; the manager clips them without it"
+        yield Remark(RULE.code, node.lineno, message)
     name = manager.name if manager is not None else _UNSCALED
     yield replace(node, f"{name}.clip_grad_norm({groups}, {{limit}}{norm_type})", **holes)
+
+
+def _unscales(file: File) -> bool:
+    """Whether ``scaler.unscale_`` is called anywhere in the file, under whatever name the scaler has there."""
+    return any(isinstance(call.func, ast.Attribute) and call.func.attr == "unscale_" for call in file.calls)
 
 
 def _whole(managers: Managers, node: ast.expr) -> bool:

@@ -40,6 +40,8 @@ _MESSAGES = {
     "samples": "what ranks have of their samples is collected from all",
 }
 _SHAPED = {"reshape", "view", "expand", "ones", "zeros", "full", "empty", "repeat", "eye", "arange", "init_hidden"}
+_HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
+_OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
 
 
@@ -86,6 +88,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
             yield Remark(RULE.code, node.lineno, message, differs=True)
+    yield from _in_hooks(file, facts, told)
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
@@ -110,6 +113,31 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(size)
             message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+    """Numbers that hooks of modules make of what a forward or backward has in hand."""
+    hooks = [
+        call.args[0]
+        for call in file.calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in _HOOKS and call.args
+    ]
+    for hook in hooks:
+        while isinstance(hook, ast.Call):  # functools.partial(hook, name), make_hook(name)
+            hook = hook.args[0] if (dotted(hook.func) or "").split(".")[-1] == "partial" and hook.args else hook.func
+        found = facts.project.resolve(file, hook)
+        body: ast.AST | None = hook if isinstance(hook, ast.Lambda) else None
+        if isinstance(found, FunctionInfo) and found.file is file:
+            body = found.node
+        for item in ast.walk(body) if body is not None else ():
+            match item:
+                case ast.Call(func=ast.Attribute(attr=attr), args=[]) if attr in _VALUES and item.lineno not in told:
+                    if not _is_of_all_ranks(file, facts, item):
+                        told.add(item.lineno)
+                        message = (
+                            f"{file.source.code(item)} in a hook is of this rank's share of the data: see bmt.sum_loss"
+                        )
+                        yield Remark(RULE.code, item.lineno, message, differs=True)
 
 
 def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:
@@ -189,7 +217,29 @@ def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
             names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
             given = given or any(_is_of_all_ranks(file, facts, m) for m in (value, *made))
+            given = given or _is_of_weights(file, roles, value)
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
+    return False
+
+
+def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:
+    """Whether a value is made of a model's parameters alone: of ``p`` in a loop over them, of ``model.head.weight``."""
+    node = _bare(node)
+    root = node
+    while isinstance(root, (ast.Attribute, ast.Subscript)):
+        root = root.value
+    if not isinstance(root, ast.Name):
+        return False
+    if root is not node and roles.is_model(root):
+        return True
+    for parent in file.names.ancestors(node):
+        loops: list[ast.For | ast.comprehension] = [parent] if isinstance(parent, ast.For) else []
+        if isinstance(parent, (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)):
+            loops += parent.generators
+        for loop in loops:
+            if any(isinstance(item, ast.Name) and item.id == root.id for item in ast.walk(loop.target)):
+                over = loop.iter.func if isinstance(loop.iter, ast.Call) else loop.iter
+                return isinstance(over, ast.Attribute) and over.attr in _OF_WEIGHTS
     return False
 
 

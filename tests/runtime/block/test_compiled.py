@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -126,3 +127,32 @@ def test_every_gradient_of_a_model_compiled_whole_is_torchs(in_place: bool, bloc
             grad = grads[name]
             assert grad is not None, name
             assert float((grad.cpu() - right).norm() / right.norm()) < 0.02, name
+
+
+def compiled_again() -> list[float]:
+    """Losses of training with evaluations, and of other batch sizes, between a backward and the next zero_grad."""
+    torch._dynamo.reset()
+    model: nn.Module = build()
+    if bmt.is_initialized():
+        model = nn.Sequential(*[bmt.Block(layer) for layer in model])  # type: ignore[arg-type]
+        bmt.BMTrainModelWrapper(model)
+        bmt.compile(model, backend="eager")
+    adam: Any = bmt.optim.AdamOptimizer if bmt.is_initialized() else torch.optim.Adam
+    optimizer = adam(model.parameters(), lr=1e-2, eps=1e-4)
+    losses = []
+    for step in range(2):
+        loss_of(model, data().chunk(bmt.world_size())[bmt.rank()] if bmt.is_initialized() else data(), False).backward()
+        loss_of(model, data(2 * ROWS), False).backward()
+        optimizer.step()
+        with torch.no_grad():
+            losses.append(float(loss_of(model, data(), False)))
+        if step:
+            optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_compiled_again_while_gradients_are_there(ranks: int) -> None:
+    right = run_ranks(1, compiled_again, initialize=False)[0]
+    for losses in run_ranks(ranks, compiled_again):
+        assert losses == pytest.approx(right, rel=1e-4)
