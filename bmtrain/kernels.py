@@ -74,50 +74,69 @@ def adamw_(
             1.
         skip: one float32 element on the same device; unless it is 0, nothing is changed.
     """
-    decay = 1 - lr * weight_decay
-    step_size = lr / (1 - beta1**step)
-    correction2_sqrt = (1 - beta2**step) ** 0.5
+    numbers = _AdamWNumbers(
+        1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, beta1, beta2, eps, grad_scale
+    )
     alike: dict[_AdamWKind, list[tuple[int, ...]]] = {}
     for run in runs:
         _check_run(run)
-        master, exp_avg, exp_avg_sq, grad, out, remainder, start, end = run
         kind = _AdamWKind(
-            master.get_device(), grad.dtype, torch.float32 if out is None else out.dtype, remainder is not None
-        )
-        if _fits(master, kind.grad, kind.out):
-            alike.setdefault(kind, []).append((
-                _element(master, start), _element(remainder, start), _element(exp_avg, start),
-                _element(exp_avg_sq, start), _element(grad, start), _element(out, start), end - start,
-            ))  # fmt: skip
-            continue
-        master, exp_avg, exp_avg_sq, grad = (t[start:end] for t in run[:4])
-        out, remainder = (None if t is None else t[start:end] for t in (out, remainder))
-        values = master if remainder is None else join(master, remainder)
-        changes = [t for t in (values, exp_avg, exp_avg_sq, out) if t is not None]
-        before = [] if skip is None else [t.clone() for t in changes]
-        grad = _scaled(grad, grad_scale, clip)
-        values.mul_(decay)
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (exp_avg_sq.sqrt() / correction2_sqrt).add_(eps)
-        values.addcdiv_(exp_avg, denominator, value=-step_size)
-        if out is not None:
-            out.copy_(values)
-        if skip is not None:
-            for tensor, old in zip(changes, before, strict=True):
-                tensor.copy_(torch.where(skip != 0, old, tensor))
-        if remainder is not None:
-            for tensor, part in zip((master, remainder), split(values), strict=True):
-                tensor.copy_(part)
-    for kind, addresses in alike.items():
-        numbers = _C.reference.AdamW(
-            decay=decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2,
-            step_size=step_size, correction2_sqrt=correction2_sqrt, eps=eps,
+            run.master.get_device(), run.grad.dtype, torch.float32 if run.out is None else run.out.dtype,
+            run.remainder is not None,
         )  # fmt: skip
+        if not _fits(run.master, kind.grad, kind.out):
+            _adamw_by_torch(run, numbers, clip, skip)
+            continue
+        master, exp_avg, exp_avg_sq, grad, out, remainder, start, end = run
+        alike.setdefault(kind, []).append((
+            _element(master, start), _element(remainder, start), _element(exp_avg, start),
+            _element(exp_avg_sq, start), _element(grad, start), _element(out, start), end - start,
+        ))  # fmt: skip
+    for kind, addresses in alike.items():
         _C.kernels.adamw(
             **_queue(kind.device), runs=addresses, gradient_type=_SCALARS[kind.grad], out_type=_SCALARS[kind.out],
-            is_split=kind.is_split, adamw=numbers, scale=grad_scale, clip=_address(clip), skip=_address(skip),
+            is_split=kind.is_split, adamw=_C.reference.AdamW(
+                decay=numbers.decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2, step_size=numbers.step_size,
+                correction2_sqrt=numbers.correction2_sqrt, eps=eps,
+            ), scale=grad_scale, clip=_address(clip), skip=_address(skip),
         )  # fmt: skip
+
+
+class _AdamWNumbers(NamedTuple):
+    """Those of one step."""
+
+    decay: float
+    step_size: float
+    correction2_sqrt: float
+    beta1: float
+    beta2: float
+    eps: float
+    grad_scale: float
+
+
+def _adamw_by_torch(
+    run: AdamWRun, numbers: _AdamWNumbers, clip: torch.Tensor | None, skip: torch.Tensor | None
+) -> None:
+    """The same by torch operations."""
+    master, exp_avg, exp_avg_sq, grad = (t[run.start : run.end] for t in run[:4])
+    out, remainder = (None if t is None else t[run.start : run.end] for t in (run.out, run.remainder))
+    values = master if remainder is None else join(master, remainder)
+    changes = [t for t in (values, exp_avg, exp_avg_sq, out) if t is not None]
+    before = [] if skip is None else [t.clone() for t in changes]
+    grad = _scaled(grad, numbers.grad_scale, clip)
+    values.mul_(numbers.decay)
+    exp_avg.lerp_(grad, 1 - numbers.beta1)
+    exp_avg_sq.mul_(numbers.beta2).addcmul_(grad, grad, value=1 - numbers.beta2)
+    denominator = (exp_avg_sq.sqrt() / numbers.correction2_sqrt).add_(numbers.eps)
+    values.addcdiv_(exp_avg, denominator, value=-numbers.step_size)
+    if out is not None:
+        out.copy_(values)
+    if skip is not None:
+        for tensor, old in zip(changes, before, strict=True):
+            tensor.copy_(torch.where(skip != 0, old, tensor))
+    if remainder is not None:
+        for tensor, part in zip((master, remainder), split(values), strict=True):
+            tensor.copy_(part)
 
 
 class _AdamWKind(NamedTuple):

@@ -163,6 +163,7 @@ class Backward:
                 if unit.index in used or unit.has_raw_grads():
                     self._schedule.reduce(unit)
         if self._whole.idle:
+            self.kept = None
             self._whole.let_go_of_all()
         self._schedule.pools.tidy()
 

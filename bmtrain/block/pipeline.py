@@ -7,7 +7,9 @@ and losses before and behind it are sharded and trained over all ranks, as witho
 
 Autograd takes the same way back.  It runs nodes in the reverse order of their making, so that the last micro-batch
 comes first; ``token``, a number that every send and receive passes on, ties together what no tensor of this rank
-connects.
+connects.  A backward that is to reach some leaves alone, ``backward(inputs=...)``, comes through all stages or none:
+what blocks get beside the hidden values comes out of the first node, too, and whoever asks for parameters of a stage
+asks for ``token`` as well.
 
 The order is that of GPipe: all forwards, then all backwards, with the activations of all micro-batches in between.
 A schedule that begins backwards earlier (1F1B) cannot come out of a call inside a model: the first backward needs the
@@ -25,12 +27,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ..autograd import backward_id, in_function_transform, outside_of_compiled_code
+from ..autograd import Node, backward_id, in_function_transform, outside_of_compiled_code, will_run
 from ..comm import Communicator
 from ..context import Context, context
 from ..errors import ConfigurationError, RankDivergenceError
 from ..shard.engine import engine
+from ..shard.parameter import ShardedParameter
 from ..shard.unit import ShardUnit
 from ..topology import share
 from .block import Block
@@ -270,21 +274,37 @@ class _Run:
         self.engine.schedule.prepare_stages(self.units)
         own = [elements[index] for index in share(len(elements), self.stages, self.stage)]
         tensors = [*self.hidden, *(self.others[key] for key in self.related)]
-        token = torch.zeros((), device=self.ctx.device.torch_device, requires_grad=grad)
-        token, *pieces = _Enter.apply(self, token, *tensors)  # type: ignore[no-untyped-call]
+        token: Any = torch.zeros((), device=self.ctx.device.torch_device, requires_grad=grad)
+        token.goes_with = self.units
+        shared = self._shared()
+        token, *made = _Enter.apply(self, token, len(tensors), *tensors, *shared)  # type: ignore[no-untyped-call]
+        enter, pieces = token.grad_fn, made[: len(made) - len(shared)]
+        others = self._others_with(shared, made[len(pieces) :])
         before = [] if self.blocks._has_run else _buffers_of(own)
         with self._as_stage():
-            results, inputs, token = self._run_stage(own, pieces, token)
+            results, inputs, token = self._run_stage(own, pieces, others, token)
         _refuse_changes(before)
         self.blocks._has_run = True
         flat = [*(value for values in results for value in values), *(value for values in inputs for value in values)]
-        found = _Leave.apply(self, token, len(own), *flat)  # type: ignore[no-untyped-call]
+        found = _Leave.apply(self, enter, token, len(own), *flat)  # type: ignore[no-untyped-call]
         if self.states:
             return tuple(found)
         return found[0] if self.carried == 1 else tuple(found)
 
+    def _shared(self) -> list[torch.Tensor]:
+        """What blocks get beside the hidden values that is not cut, and has a gradient."""
+        given = [self.others[key] for key in self.others if key not in self.related]
+        return list({id(x): x for x in tree_leaves(given) if _is_shared(x)}.values())
+
+    def _others_with(self, shared: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> dict[int | str, Any]:
+        """``others`` with what the first node has made of ``shared``; not kept here, where it would hold the graph."""
+        if not shared:
+            return self.others
+        found = dict(zip(map(id, shared), made, strict=True))
+        return tree_map(lambda value: found.get(id(value), value), self.others)  # type: ignore[no-any-return]
+
     def _run_stage(
-        self, own: list[nn.Module], pieces: list[torch.Tensor], token: torch.Tensor
+        self, own: list[nn.Module], pieces: list[torch.Tensor], given: Mapping[int | str, Any], token: torch.Tensor
     ) -> tuple[list[list[torch.Tensor]], list[list[torch.Tensor]], torch.Tensor]:
         """Run this stage's blocks on all micro-batches.
 
@@ -299,7 +319,7 @@ class _Run:
                 hidden = pieces[number : at : self.count]
             else:
                 token, *hidden = _Receive.apply(self, token)  # type: ignore[no-untyped-call]
-            others = dict(self.others)
+            others = dict(given)
             for index, key in enumerate(self.related):
                 others[key] = pieces[at + index * self.count + number]
             extra = [value for key, value in others.items() if isinstance(key, int)]
@@ -489,11 +509,19 @@ def _for_autograd(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return outputs
 
 
+def _is_shared(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, ShardedParameter)
+
+
 class _Enter(torch.autograd.Function):
-    """Hidden values to the first stage and what goes with the batch to all, cut into micro-batches."""
+    """Hidden values to the first stage and what goes with the batch to all, cut into micro-batches.
+
+    Other values pass as they are, so that no gradient of a block ends on this side of the first stage.
+    """
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, token: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, run: _Run, token: torch.Tensor, cut: int, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        tensors, shared = given[:cut], given[cut:]
         ctx.run, ctx.facts = run, [(value.shape, value.dtype, value.device) for value in tensors]
         ctx.needed = [value.requires_grad for value in tensors]
         pieces: list[torch.Tensor] = []
@@ -506,7 +534,7 @@ class _Enter(torch.autograd.Function):
             sent = value.detach().contiguous()
             run.comm.all_gather(*((x.view(torch.uint8) if x.dtype == torch.bool else x) for x in (sent, every)))
             pieces += _cut(every, run.rows)
-        return _for_autograd(ctx, _passed(token), *pieces)
+        return _for_autograd(ctx, _passed(token), *pieces, *shared)
 
     @staticmethod
     @once_differentiable
@@ -531,7 +559,7 @@ class _Enter(torch.autograd.Function):
                 found.append(own)
         assert run.frame is not None
         run.engine.backward.leaves_stage(run.frame, run.units)
-        return None, _passed(token), *found
+        return None, _passed(token), None, *found, *grads[at:]
 
 
 class _Receive(torch.autograd.Function):
@@ -581,8 +609,11 @@ class _Leave(torch.autograd.Function):
     """Results from the last stage, and inputs of blocks from all stages, to the ranks whose batches they are of."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, token: torch.Tensor, blocks: int, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        ctx.run, ctx.device, ctx.blocks, ctx.given = run, token.device, blocks, len(tensors)
+    def forward(
+        ctx: Any, run: _Run, enter: Node | None, token: torch.Tensor, blocks: int, *tensors: torch.Tensor
+    ) -> tuple[Any, ...]:
+        ctx.run, ctx.enter, ctx.blocks, ctx.given = run, enter, blocks, len(tensors)
+        ctx.save_for_backward(token)  # so that all stages refuse to come here again, once the graph is freed
         carried = run.carried
         split = carried * run.count if run.is_last else 0
         results, inputs = tensors[:split], tensors[split:]
@@ -612,6 +643,12 @@ class _Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         run: _Run = ctx.run
+        (token,) = ctx.saved_tensors
+        if not will_run(ctx.enter):
+            raise ConfigurationError(
+                "A backward for some leaves alone came to a pipeline without reaching its first stage, for which the "
+                "other ranks would wait. Call backward() without inputs, or with parameters of the model as inputs."
+            )
         assert run.frame is not None
         run.engine.backward.enters_stage(run.frame, run.units)
         carried, last = run.carried, run.stages - 1
@@ -629,4 +666,4 @@ class _Leave(torch.autograd.Function):
                     pieces = [part for piece in torch.split(whole, run.rows) for part in piece.unbind(1)]
                     assert len(pieces) == count * run.count
                     found[split + index :: carried] = pieces
-        return None, torch.zeros((), device=ctx.device), None, *found
+        return None, None, _passed(token), None, *found

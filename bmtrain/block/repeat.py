@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..device import autocast_regions, in_autocast_regions, on_default_device
 from ..errors import ConfigurationError
 from ..shard.unit import unit_of_flat
 from .record import record_of
 from .saved import Buffers, PlaceInFlat
 from .state import Entry
+from .surroundings import Surroundings
 from .whole_units import unpin
 
 
@@ -29,7 +29,7 @@ class _Borrowed:
 
 
 class Repeat:
-    """A forward that can be run once more under the same generator and autocast state, and default device."""
+    """A forward that can be run once more with the same generators and surroundings."""
 
     def __init__(
         self, buffers: Buffers, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -38,8 +38,7 @@ class Repeat:
         self._call, self._inputs = call, self._kept((args, kwargs))
         self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
         self._rng = self._device.rng_state()
-        self._autocast = autocast_regions()
-        self._default_device = torch.get_default_device()
+        self._surroundings = Surroundings()
         module: Any = getattr(call, "__self__", None)
         self._module: nn.Module = module
         self._record = record_of(module) if isinstance(module, nn.Module) else None
@@ -72,8 +71,7 @@ class Repeat:
             with ExitStack() as stack:
                 args, kwargs = self._detached(stack)
                 stack.enter_context(torch.enable_grad())
-                stack.enter_context(in_autocast_regions(self._autocast))
-                stack.enter_context(on_default_device(self._default_device))
+                stack.enter_context(self._surroundings.again())
                 for entry in self._before:
                     if entry.is_copied or entry.moved:
                         stack.enter_context(self._rewound(entry))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..autograd import Node, is_accumulated, running_node
+import torch
+
+from ..autograd import Node, is_accumulated, leaves_behind, running_node
 from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter
 
@@ -25,23 +27,13 @@ class FirstGraphs:
         if not self._left:
             return
         self._left -= 1
-        seen: set[Node] = set()
-        waiting: list[Node | None] = [running_node()]
-        while waiting:
-            node = waiting.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            following = node.next_functions
-            waiting.extend(edge[0] for edge in following)
-            if not following:
-                _note(node)
+        for leaf, edge in leaves_behind([running_node()]):
+            _note(leaf, edge.node)
 
 
-def _note(leaf: Node) -> None:
-    parameter = getattr(leaf, "variable", None)
+def _note(parameter: torch.Tensor, node: Node) -> None:
     flat = flat_of(parameter)
     if flat is None or flat.gradient.reached is None or not isinstance(parameter, DistributedParameter):
         return
-    if is_accumulated(leaf):
+    if is_accumulated(node):
         flat.gradient.reached.add(parameter._index)

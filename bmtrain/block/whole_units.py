@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,16 @@ class WholeUnits:
     def __init__(self, limit: int = 2) -> None:
         self.limit = limit
         self._units: OrderedDict[int, ShardUnit] = OrderedDict()  # least recently used first
+        # Others, STAYING and set back.  Their model may go, in each rank's own time; those above count for what is
+        # released next, on all ranks alike.
+        self._staying: dict[int, weakref.ref[ShardUnit]] = {}
         self.storages: dict[int, FlatShard] = {}
         self._used: ShardUnit | None = None
         self._forwards: list[list[ShardUnit]] = [[]]  # what each running forward has pinned; at the bottom none runs
 
     def why(self, unit: ShardUnit) -> Reason | None:
         """Why ``unit`` is whole or on its way; None if it is neither."""
-        if unit.index not in self._units:
+        if unit.index not in self._units and unit.index not in self._staying:
             return None
         if unit.is_kept:
             return Reason.STAYING
@@ -73,6 +77,7 @@ class WholeUnits:
             for flat in unit.flats:
                 assert flat.buffer is not None
                 self.storages[flat.buffer.tensor.untyped_storage().data_ptr()] = flat
+        self._staying.pop(unit.index, None)
         self._units[unit.index] = unit
         self._units.move_to_end(unit.index)
         if unit.stage is None:  # else other ranks would not know
@@ -90,14 +95,19 @@ class WholeUnits:
         for unit, _ in wanted:
             if unit.state is State.SHARDED and not unit.stays and unit.stage is None:
                 self._make_room()
-        self._units |= {unit.index: unit for unit, _ in wanted if not unit.is_whole}
         prefetch_all(wanted)
+        for unit, _ in wanted:
+            if unit.is_kept and not unit.is_whole:
+                self._stay(unit)
+            elif not unit.is_whole:
+                self._units[unit.index] = unit
 
     def release(self, unit: ShardUnit) -> None:
         """Give up ``unit``'s whole values."""
         self._forget(unit)
         unit.release()
         self._units.pop(unit.index, None)
+        self._staying.pop(unit.index, None)
         if self._used is unit:
             self._used = None
 
@@ -107,14 +117,25 @@ class WholeUnits:
             self.release(unit)
             return
         self.set_back(unit)
-        if self._used is unit:
-            self._used = None
+        self._stay(unit)
 
     def let_go_of_all(self) -> None:
         """The same for every unit that no running forward has pinned."""
         for unit in list(self._units.values()):
             if not unit.pins:
                 self.let_go(unit)
+        for index, reference in list(self._staying.items()):
+            staying = reference()
+            if staying is None:
+                del self._staying[index]
+            elif not staying.is_kept:
+                self.release(staying)
+
+    def _stay(self, unit: ShardUnit) -> None:
+        self._units.pop(unit.index, None)
+        self._staying[unit.index] = weakref.ref(unit)
+        if self._used is unit:
+            self._used = None
 
     def set_back(self, unit: ShardUnit) -> None:
         """Show ``unit``'s parameters sharded, unless it is pinned, but keep what is whole for a use to come."""

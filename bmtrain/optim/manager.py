@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from .adapt import adapt, check_adapted
 from .compare import compare
 from .driven import knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
-from .nonfinite import OnNonFinite, Pending, StepFacts
+from .nonfinite import NonFinite, OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
 from .origin import stop
 from .pieces import Chosen, all_params, homes_of, params_of
@@ -61,6 +62,8 @@ class OptimManager:
             running the step's forwards once more. "dump": the same, and the batch is written to a file in the folder
             BMTRAIN_DIARY_DIR, else that for temporary files. "skip": the step is left out, with a warning. "ignore": no
             look at it; torch would train on. A loss scale that follows overflows skips such steps in any case.
+        spike: treat a step likewise whose norm of gradients, as ``clip_grad_norm`` says it, is more than so many times
+            the median of the last 64; from the 16th step on, also after a resume. None looks at no such thing.
         compare_every: after every so many steps, compare the digests of what several ranks keep alike: parameters and
             optimizer states of replicas, parameters of no distributed module, and buffers (but for batch norms'
             statistics). RankDivergenceError names what differs, and where. None compares nothing.
@@ -88,10 +91,16 @@ class OptimManager:
         grad_scale: float | None = None,
         *,
         nonfinite: OnNonFinite = "stop",
+        spike: float | None = None,
         compare_every: int | None = None,
     ) -> None:
         if nonfinite not in get_args(OnNonFinite):
             raise ConfigurationError(f"nonfinite must be one of {', '.join(get_args(OnNonFinite))}, not {nonfinite!r}.")
+        if spike is not None and (not spike > 1 or nonfinite == "ignore" or loss_scale is not None):
+            raise ConfigurationError(
+                f"spike must be a number above 1, as 10.0, or None, not {spike}, and works neither with "
+                'nonfinite="ignore" nor with a loss scale.'
+            )
         if compare_every is not None and compare_every < 1:
             raise ConfigurationError(f"compare_every must be a number of steps or None, not {compare_every}.")
         if loss_scale is not None and loss_scale <= 0:
@@ -99,9 +108,9 @@ class OptimManager:
         self._scale: LossScale | None = None
         self._last: _Provisional | None = None
         self.nonfinite, self.compare_every = nonfinite, compare_every
-        self._facts = StepFacts(context())
+        self._facts = StepFacts(context(), spike)
         self._pending: Pending | None = None
-        self._known: list[Chosen] = []
+        self._known: weakref.WeakKeyDictionary[torch.optim.Optimizer, list[Chosen]] = weakref.WeakKeyDictionary()
         self._tries = 0  # steps, made or not
         self._fixed_scale, self._steps = 1.0, 0  # without a loss scale that follows overflows
         if loss_scale is not None:
@@ -298,17 +307,17 @@ class OptimManager:
         if outcome is not None and not outcome.is_known:
             if self.nonfinite != "skip":
                 made = not all(skips_on_device(o) for o in those)
-                self._pending = Pending(self._tries, outcome, losses, engine().latest_runs(), made)
+                self._pending = self._judged(outcome, losses, made)
             elif self._may_skip(those):
                 self._update(those, by, outcome)
-                says = partial(self._say_skipped, self._tries, losses)
+                says = partial(self._say_skipped, self._tries, outcome, losses)
                 self._last = _Provisional(outcome, self._undoable_schedule_steps(those), those, says=says)
                 self._steps += 1
                 return
         if outcome is not None and self._pending is None and outcome.happened:
             if self.nonfinite != "skip":
-                stop(Pending(self._tries, outcome, losses, engine().latest_runs()), self._params(), self.nonfinite)
-            self._say_skipped(self._tries, losses)
+                stop(self._judged(outcome, losses), self._params(), self.nonfinite)
+            self._say_skipped(self._tries, outcome, losses)
             self._clear(those)
             return
         self._update(those, by, None if self._pending is None else outcome)
@@ -321,10 +330,15 @@ class OptimManager:
         if pending is not None and pending.outcome.happened:
             stop(pending, self._params(), self.nonfinite)
 
-    def _say_skipped(self, number: int, losses: list[torch.Tensor]) -> None:
+    def _judged(self, outcome: NonFinite, losses: list[torch.Tensor], is_made: bool = False) -> Pending:
+        return Pending(self._tries, outcome, losses, engine().latest_runs(), is_made, self._facts.spikes)
+
+    def _say_skipped(self, number: int, outcome: NonFinite, losses: list[torch.Tensor]) -> None:
         here, bad = context().rank, [value for value in map(float, losses) if not math.isfinite(value)]
         if bad or here == 0:
             what = f"the loss on rank {here} is {bad[0]}" if bad else "a loss or a gradient is infinite or NaN"
+            if outcome.spike is not None and self._facts.spikes is not None:
+                what = self._facts.spikes.words(outcome.spike)
             warnings.warn(f"Step {number} is left out: {what}.", stacklevel=3)
 
     def _count(self) -> int:
@@ -427,12 +441,17 @@ class OptimManager:
                 schedule.step()
 
     def _chosen(self, params: list[Any]) -> Chosen:
-        """``params`` and where they lie, mostly known from the last step."""
-        for known in self._known:
+        """``params`` and where they lie, mostly known from the last step, as long as there are optimizers of them."""
+        if not self.optimizers:
+            return Chosen(params)
+        latest = self._known.setdefault(self.optimizers[0], [])
+        for known in latest:
             if known.fits(params):
                 return known
-        self._known = [Chosen(params), *self._known[:3]]
-        return self._known[0]
+        made = Chosen(params)
+        if not {id(p) for p in self._params()}.isdisjoint(map(id, params)):
+            latest[:] = [made, *latest[:3]]
+        return made
 
     def _params(self, those: list[torch.optim.Optimizer] | None = None) -> list[Any]:
         return [p for optimizer in those or self.optimizers for p in all_params(optimizer.param_groups)]

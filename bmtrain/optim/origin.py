@@ -31,6 +31,10 @@ _ADVICE = (
 def stop(step: Pending, params: list[Any], how: OnNonFinite) -> NoReturn:
     """Raises NonFiniteError on every rank, with the rank, the step and the module where it began.  Collective."""
     ctx = context()
+    spike = step.outcome.spike
+    if spike is not None and step.spikes is not None:
+        text = f"Step {step.number} is {'made' if step.is_made else 'not made'}: {step.spikes.words(spike)}."
+        raise NonFiniteError(f"{text}{_dumped(step, {}) if how == 'dump' else ''} {_ADVICE}")
     own = [float(loss) for loss in step.losses]
     every = allgather_objects(own)
     bad = {rank: [x for x in theirs if not _finite(x)] for rank, theirs in enumerate(every)}

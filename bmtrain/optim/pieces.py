@@ -73,10 +73,14 @@ def finish_gradients(params: Iterable[Any]) -> list[Replicated]:
 
     Returns what holds those that lie in no flat shard.
     """
-    engine().finish_backward()
     others = replicated_of(params)
-    average(others)
+    _finish(others)
     return others
+
+
+def _finish(others: Sequence[Replicated]) -> None:
+    engine().finish_backward()
+    average(others)
 
 
 def all_params(groups: Sequence[ParamGroup]) -> list[Any]:
@@ -159,8 +163,7 @@ class Chosen:
 
     def finish_gradients(self) -> None:
         """Reduce what is not reduced yet.  Collective."""
-        engine().finish_backward()
-        average(self.replicated)
+        _finish(self.replicated)
 
 
 def _places(params: Iterable[Any]) -> list[tuple[int, int]]:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from ..comm import ops
-from ..comm.base import ReduceOp
-from ..errors import ShardedAccessError, UnsupportedError
+from ..errors import ShardedAccessError
+from .chosen_gradients import backward, gradients
 from .engine import engine
 from .flat import place_of
 from .gathered import gathered, keep_rank_0s
@@ -66,7 +65,9 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if func is DistributedParameter.gather:
         return _gather(args[0])
     if func is torch.autograd.grad:
-        return _gradients(args, kwargs)
+        return gradients(args, kwargs, _what("autograd.grad", _parameters((args, kwargs))))
+    if func is torch.autograd.backward:
+        return backward(args, kwargs)
     args, kwargs, result = on_parts(func, args, kwargs)
     if result is not NotImplemented:
         return result
@@ -114,36 +115,6 @@ def _gather(parameter: DistributedParameter) -> torch.Tensor:
             return parameter.clone()
     with engine().outside.on_demand([parameter], None, _what("gather", [parameter])):
         return parameter.clone()
-
-
-def _gradients(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """``torch.autograd.grad`` with sharded parameters among its inputs: their gradients are reduced over the ranks.
-
-    As in a backward, a parameter that some ranks have no gradient for counts as zeros there.  Collective.
-    """
-    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-    inputs = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    places = [index for index, value in enumerate(inputs) if isinstance(value, ShardedParameter)]
-    for index in places:
-        flat, number = place_of(inputs[index])
-        if flat.unit.pools.stage is not None:
-            raise UnsupportedError(
-                f"torch.autograd.grad of {flat.names[number]!r}: only the ranks of one stage of a pipeline use it. "
-                "Call backward() on the loss and read the parameters' gradients."
-            )
-    with torch._C.DisableTorchFunctionSubclass():
-        found = list(torch.autograd.grad(*args, **kwargs))
-    flat, _ = place_of(inputs[places[0]])
-    ctx, what = flat.unit.ctx, _what("autograd.grad", [inputs[index] for index in places])
-    ctx.engine.comes_to(what)
-    missing = torch.tensor([found[index] is None for index in places], dtype=torch.uint8, device="cpu")
-    ctx.control.all_reduce(missing, "min")
-    op: ReduceOp = "sum" if ctx.gradient_divisor == 1 else "avg"
-    for index, is_missing in zip(places, missing.tolist(), strict=True):
-        if not is_missing:
-            own = torch.zeros_like(raw_data(inputs[index])) if found[index] is None else found[index]
-            found[index] = ops.reduce_gradient(own, op, ctx.data_group)
-    return tuple(found)
 
 
 def _needs_no_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import WIDTH
-from ranks import on_ranks
+from ranks import on_ranks, run_ranks
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, vmap
 
@@ -156,6 +156,61 @@ def test_as_in_plain_torch(recompute: bool | None) -> None:
         sgd.zero_grad()
         manager.zero_grad()
     oracle.assert_same_weights(model, plain, limit=1e-4)
+
+
+class Twice(nn.Module):
+    """Its layers run twice, so that each is gathered, and cast, anew."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.layers(x))  # type: ignore[no-any-return]
+
+
+def cast_and_asked_for(recompute: bool, autocast: bool) -> None:
+    """Parameters that are gathered in another dtype than they rest in."""
+    plain, model = (Twice(made) for made in make(recompute))
+
+    def asked(m: Any) -> tuple[Tensor, list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return m(inputs()).float().square().mean(), list(m.parameters())
+
+    for chosen in (slice(None), slice(2, 4)):
+        slopes = []
+        for m in (model, plain):
+            value, params = asked(m)
+            slopes.append(torch.autograd.grad(value, params[chosen]))
+        for ours, theirs in zip(*slopes, strict=True):
+            assert ours.dtype == theirs.dtype
+            oracle.assert_close(ours, theirs, "autograd.grad", limit=0.1)
+        for m in (model, plain):
+            value, params = asked(m)
+            value.backward(inputs=params[chosen])  # type: ignore[no-untyped-call]
+        oracle.assert_same_grads(model, plain, limit=0.1)
+        for m in (model, plain):
+            m.zero_grad()
+            value, params = asked(m)
+            slope = torch.autograd.grad(value, params[chosen], create_graph=True)
+            (value + sum(one.float().square().sum() for one in slope)).backward()
+        oracle.assert_same_grads(model, plain, limit=0.1)
+        for m in (model, plain):
+            m.zero_grad()
+    for m in (model, plain):
+        first, other = (next(part.parameters()) for part in m.layers[:2])
+        rows = m.layers[0](inputs()).float().sum()
+        with pytest.raises(RuntimeError, match="not have been used in the graph"):
+            torch.autograd.grad(rows, [first, other], retain_graph=True)
+        assert torch.autograd.grad(rows, [other], retain_graph=True, allow_unused=True) == (None,)
+        (zeros,) = torch.autograd.grad(rows, [other], materialize_grads=True)
+        assert zeros.shape == other.shape and zeros.dtype == other.dtype and not zeros.any()
+
+
+@pytest.mark.parametrize(("recompute", "precision"), [(True, "bf16"), (False, "bf16"), (False, None)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_parameters_that_are_cast(ranks: int, recompute: bool, precision: str | None) -> None:
+    run_ranks(ranks, cast_and_asked_for, recompute, precision is None, init={"precision": precision})
 
 
 @on_ranks(1, 2)

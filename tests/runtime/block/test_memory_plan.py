@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -473,3 +475,67 @@ def test_a_transform_of_torch_func_between_steps() -> None:
         torch.func.grad(loss)(values)  # begins a forward that tells the others whether memory is short
         run.steps(2)
         assert run.stay
+
+
+# ---- models that go
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def what_it_holds(model: Any, manager: Any) -> dict[str, weakref.ref[Any]]:
+    """What is to go with ``model``: its memory, and that of its optimizers."""
+    found = {"model": model, "optimizer": manager.optimizers[0]}
+    for unit in units_of(model):
+        assert unit.state is State.GATHERING or not unit.moves, "the plan lets it stay"
+        found[f"unit {unit.name}"] = unit
+        for number, buffer in enumerate(unit._prefetched):
+            found[f"buffer {number} of {unit.name}"] = buffer.arena
+        for number, flat in enumerate(unit.flats):
+            found[f"shard {number} of {unit.name}"] = flat._arena
+    return {name: weakref.ref(value) for name, value in found.items()}
+
+
+def trains_and_stays() -> tuple[Any, Any, dict[str, weakref.ref[Any]]]:
+    model = models.gpt(names(None), layers=2, width=8)
+    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=1e-3)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(optimizer)
+    for step in range(4):
+        manager.backward(loss_of(model, step))
+        manager.clip_grad_norm(model.parameters(), 0.5)
+        manager.step()
+        manager.zero_grad()
+    return model, manager, what_it_holds(model, manager)
+
+
+def goes(how: str) -> None:
+    context().memory = "auto"
+    fresh_plan(PLENTY)
+    other = trains_and_stays() if how in ("beside another", "clipped by another") else None
+    fresh_plan(PLENTY)
+    model, manager, held = trains_and_stays()
+    if how == "clipped by another":
+        assert other is not None
+        manager.backward(loss_of(model, 9))
+        other[1].clip_grad_norm(model.parameters(), 0.5)
+        manager.zero_grad()
+    if how == "taken out":
+        manager.optimizers.clear()
+        manager.lr_schedulers.clear()
+    else:
+        manager = None
+    model = None
+    for _ in range(2):  # parameters of a graph that is garbage, too, are no garbage until that is gone
+        gc.collect()
+    left = [name for name, one in held.items() if one() is not None]
+    assert not left, left
+    if other is not None:  # who stays trains on
+        other[1].backward(loss_of(other[0], 5))
+        other[1].step()
+    fresh_plan(None)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("how", ["alone", "beside another", "clipped by another", "taken out"])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_a_model_that_is_gone_leaves_no_memory_behind(ranks: int, how: str, precision: str | None) -> None:
+    run_ranks(ranks, goes, how, init={"precision": precision})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import re
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -464,3 +465,67 @@ def test_a_batch_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with mock.patch.object(context(), "reports", str(tmp_path / "file" / "folder")):
         text = message(lambda: training.step(0, "NaN"))
     assert f"Written: nothing by rank {bmt.world_size() - 1} (" in text and "Net.parts.1" in text, text
+
+
+# ---- spikes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@on_ranks(1, 2)
+def test_spikes_refused() -> None:
+    for options in ({"spike": 1.0}, {"spike": 10.0, "nonfinite": "ignore"}, {"spike": 10.0, "loss_scale": 64.0}):
+        with pytest.raises(ConfigurationError, match="spike must be a number above 1"):
+            bmt.optim.OptimManager(**options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="Call it before step"):
+        Training(clip=False, spike=10.0).step(0)
+
+
+def large(loss: torch.Tensor) -> torch.Tensor:
+    return loss * 1e3
+
+
+@pytest.mark.parametrize("late", [False, True])
+@on_ranks(1, 2, init={"schedule": "stress"})
+def test_spikes_are_treated_as_what_is_not_finite(late: bool) -> None:
+    with mock.patch("bmtrain.optim.nonfinite._FEWEST", 3), told(late):
+        skipping, never = (Training(nonfinite="skip", spike=10.0) for _ in range(2))
+        told_of = pytest.warns(UserWarning, match=r"Step 6 is left out: the norm .* more than 10 times the median")
+        with told_of if bmt.rank() == 0 else nullcontext():
+            for step in range(7):
+                # What comes before there are enough steps to compare with is made, and so is what is not so large.
+                spoil = {1: large, 4: lambda loss: loss * 2, 5: large}.get(step, lambda loss: loss)
+                skipping.step(step, spoil=spoil)
+                if step != 5:
+                    never.step(step, spoil=spoil)
+            skipping.manager.state_dict()
+        oracle_weights = never.weights()
+        assert all(torch.equal(value, oracle_weights[key]) for key, value in skipping.weights().items())
+        for how in ("stop", "dump"):
+            training = Training(nonfinite=how, spike=10.0)
+            for step in range(4):
+                training.step(step)
+            before = training.weights()
+            with pytest.raises(NonFiniteError, match=r"Step 5 is not made: the norm .* is \d.*median") as found:
+                training.step(4, spoil=large)
+                training.manager.state_dict()
+            assert ("Written: " in str(found.value)) == (how == "dump")
+            assert all(torch.equal(value, before[key]) for key, value in training.weights().items())
+        training = Training(spike=10.0)  # NaN is what it was, and no norm to compare with
+        for step in range(4):
+            training.step(step)
+        with pytest.raises(NonFiniteError, match="the loss is nan on rank"):
+            training.step(4, "NaN")
+            training.step(5)
+
+
+@on_ranks(1, 2)
+def test_a_level_that_stays_is_no_spike() -> None:
+    with mock.patch("bmtrain.optim.nonfinite._FEWEST", 3), mock.patch("bmtrain.optim.nonfinite._NORMS", 5):
+        training, made = Training(nonfinite="skip", spike=10.0), []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in range(10):
+                before = training.weights()
+                training.step(step, spoil=large if step > 3 else lambda loss: loss)
+                made.append(any(not torch.equal(value, before[key]) for key, value in training.weights().items()))
+    assert made[1:] == [True] * 3 + [False] * 3 + [True] * 3, made  # the first learning rate is 0

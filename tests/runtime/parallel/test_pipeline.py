@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -620,6 +622,137 @@ def several_at_once() -> None:
     oracle.assert_same_grads(model, reference)
     with torch.inference_mode():
         oracle.assert_close(bmt.sum_loss(model(*one)), reference(*batch(0)).detach(), "in inference mode")
+
+
+# ---- backwards that do not reach everything
+# ------------------------------------------------------------------------------------------------------------------
+
+EMBEDDING, EVERYTHING = ("embedding", "bias"), ("",)
+REACHED: list[tuple[tuple[str, ...], tuple[str, ...] | None]] = [  # frozen, and inputs of the backward; None: all
+    ((), EVERYTHING),
+    ((), ("embedding",)),
+    ((), ("bias",)),
+    ((), ("norm",)),
+    ((), ("layers.0", "layers.1.up.bias")),
+    ((), ("layers.2",)),
+    (EMBEDDING, None),
+    (EMBEDDING, EVERYTHING),
+    (EMBEDDING, ("layers.0",)),
+    (EMBEDDING, ("layers.2",)),
+    ((*EMBEDDING, "layers.0", "layers.1"), None),
+    ((*EMBEDDING, "layers.0", "layers.1"), EVERYTHING),
+    ((*EMBEDDING, "layers.2"), EVERYTHING),
+    ((*EMBEDDING, "layers"), EVERYTHING),
+    (("layers", "norm"), EVERYTHING),
+]
+
+
+def reaches(recompute: bool, limit: float) -> None:
+    for frozen, inputs in REACHED:
+        reference, model = pair(recompute=recompute)
+        for _ in range(2):
+            for net in (reference, model):
+                net.zero_grad()
+                chosen = []
+                for name, p in net.named_parameters():
+                    p.requires_grad_(not name.startswith(frozen))
+                    if p.requires_grad and inputs is not None and name.startswith(inputs):
+                        chosen.append(p)
+                loss = net(*(bmt.shard_batch(x) if net is model else x for x in batch(0)))
+                loss.backward(inputs=chosen or None)
+            try:
+                oracle.assert_same_grads(model, reference, limit)
+            except AssertionError as error:
+                raise AssertionError(f"{frozen} {inputs}: {error}") from None
+
+
+@pytest.mark.parametrize(
+    ("ranks", "recompute", "precision"),
+    [(2, True, "bf16"), (2, False, None), pytest.param(4, True, None, marks=pytest.mark.long)],
+)
+def test_backwards_that_reach_some_parameters(ranks: int, recompute: bool, precision: str | None) -> None:
+    limit = 0.1 if precision else oracle.LIMIT
+    run_ranks(ranks, reaches, recompute, limit, init={"pipe_size": 2, "precision": precision})
+
+
+class Scaled(Encoder):
+    def forward(self, x: torch.Tensor, scale: torch.Tensor, shift: Any = None) -> torch.Tensor:
+        return super().forward(x) * scale + shift[0] * shift[1]["more"]
+
+
+def leaves_reached() -> None:
+    """Tensors that all stages get, asked for in every way; what is freed stays freed."""
+    made: Any = Whole(lambda: [Scaled() for _ in range(2)])
+    plain = [Scaled() for _ in range(2)]
+    for mine, theirs in zip(made.layers, plain, strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    x = torch.ones(4, WIDTH)
+
+    def ask(how: str, run: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [torch.full((WIDTH,), value, requires_grad=True) for value in (0.5, 2.0, 3.0)]
+        loss = run(leaves[0] * 1, leaves[1], {"more": leaves[2]}).square().sum()
+        if how == "grad":
+            return list(torch.autograd.grad(loss, leaves))
+        loss.backward(inputs=leaves if how == "inputs" else None)  # type: ignore[no-untyped-call]
+        found = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        assert len(found) == 3
+        return found
+
+    def whole(scale: torch.Tensor, shift: Any, more: Any) -> torch.Tensor:
+        hidden = x
+        for layer in plain:
+            hidden = layer(hidden, scale, (shift, more))
+        return hidden
+
+    for how in ("grad", "inputs", "all"):
+        found = ask(how, lambda scale, *shift: made.layers(x, scale, shift=tuple(shift)))
+        for one, other in zip(found, ask(how, whole), strict=True):
+            oracle.assert_close(bmt.sum_loss(one), other, how)
+    kept = torch.ones(4, WIDTH, requires_grad=True) * 1
+    known, scale = weakref.ref(kept), torch.ones(WIDTH, requires_grad=True)
+    gc.disable()
+    try:
+        out = made.layers(kept, scale, shift=(scale, {"more": scale}))
+        del kept
+        out.sum().backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            out.sum().backward()
+        del out
+        assert known() is None, "a circle of references holds the graph"
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        out = made.layers(x.requires_grad_(), scale, shift=(scale, {"more": scale}))
+        torch.autograd.grad(out.sum(), [x], create_graph=True)[0].sum().backward()
+    with torch.no_grad():
+        assert not made.layers(x, scale, shift=(scale, {"more": scale})).requires_grad
+
+
+def test_backwards_that_reach_some_tensors() -> None:
+    run_ranks(2, leaves_reached, init={"pipe_size": 2})
+
+
+def only_one_result() -> None:
+    torch.manual_seed(0)
+    layers: Any = bmt.PipelineTransformerBlockList([bmt.Block(Two(), mode="PIPE") for _ in range(3)], num_hidden=2)
+    plain = [Two() for _ in range(3)]
+    for mine, theirs in zip(layers, plain, strict=True):
+        theirs.load_state_dict(mine.state_dict())
+    x = torch.ones(4, WIDTH, requires_grad=True)
+    for index in range(2):
+        for layer in (layers, *plain):
+            layer.zero_grad()
+        layers(x, x[:, :3], x)[index].sum().backward()
+        both = (x, x[:, :3])
+        for one in plain:
+            both = one(*both, x)
+        both[index].sum().backward()
+        for mine, theirs in zip(layers, plain, strict=True):
+            oracle.assert_same_grads(mine, theirs)
+
+
+def test_a_loss_of_some_results() -> None:
+    run_ranks(2, only_one_result, init={"pipe_size": 2})
 
 
 def test_several_forwards_at_once() -> None:

@@ -1,0 +1,72 @@
+"""What a forward finds around it beside its inputs, and finds again when it runs once more in the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..device import autocast_regions, in_autocast_regions, on_default_device
+
+_C: Any = torch._C
+
+_FLAGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
+    (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
+    (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
+    (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
+    (_C._get_overrideable_sdp_enabled, _C._set_sdp_use_overrideable),
+    (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
+    (_C._get_cudnn_enabled, _C._set_cudnn_enabled),
+    (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
+    (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
+    (torch.get_default_dtype, torch.set_default_dtype),
+]
+"""What ``sdpa_kernel``, ``torch.backends.*.flags`` and ``set_default_dtype`` set: how to read it, in some nanoseconds,
+and how to set it."""
+
+
+class Surroundings:
+    """Those of the code that makes it: autocast, default device and dtype, kernels allowed, torch function modes."""
+
+    def __init__(self) -> None:
+        self._autocast = autocast_regions()
+        self._default_device = torch.get_default_device()
+        self._flags = [read() for read, _ in _FLAGS]
+        self._modes = _function_modes()
+        self._all_disabled, self._enabled = _C._is_torch_function_all_disabled(), _C._is_torch_function_enabled()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Run the body in them."""
+        with ExitStack() as stack:
+            stack.enter_context(in_autocast_regions(self._autocast))
+            stack.enter_context(on_default_device(self._default_device))
+            present = [read() for read, _ in _FLAGS]
+            if present != self._flags:
+                stack.callback(_set_flags, present)
+                _set_flags(self._flags)
+            there = _function_modes()
+            for mode in self._modes:
+                if not any(mode is other for other in there):
+                    stack.callback(_C._pop_torch_function_stack)
+                    _C._push_on_torch_function_stack(mode)
+            if self._all_disabled:
+                stack.enter_context(_C.DisableTorchFunction())
+            elif not self._enabled:
+                stack.enter_context(_C.DisableTorchFunctionSubclass())
+            yield
+
+
+def _set_flags(values: list[Any]) -> None:
+    for (_, write), value in zip(_FLAGS, values, strict=True):
+        write(value)
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    """Those that are on, but for the default device's; pushed again as they are, without what entering them does."""
+    modes = [_C._get_function_stack_at(index) for index in range(_C._len_torch_function_stack())]
+    return [mode for mode in modes if not isinstance(mode, torch.utils._device.DeviceContext)]

@@ -1,0 +1,121 @@
+"""Recomputed blocks whose forward ran inside contexts that the backward does not run in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import oracle
+import torch
+import torch.nn.functional as F
+from oracle import WIDTH
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+import bmtrain as bmt
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.into(x).view(1, 1, len(x), 3 * WIDTH).split(WIDTH, -1)
+        return x + self.out(F.gelu(F.scaled_dot_product_attention(*parts).view(x.shape)))  # type: ignore[no-any-return]
+
+
+class Memory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells, self.filter = nn.LSTM(WIDTH, WIDTH), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.filter(self.cells(x[:, None])[0].transpose(1, 2))[..., 0]  # type: ignore[no-any-return]
+
+
+class Makes(nn.Module):
+    """Makes a tensor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = torch.arange(WIDTH) / WIDTH * torch.full((WIDTH,), 0.3)
+        return (torch.tanh(self.linear(x)) * own.exp()).to(x.dtype)  # type: ignore[no-any-return]
+
+
+class Instead(TorchFunctionMode):
+    """Another function for one of torch's."""
+
+    def __init__(self, of: Callable[..., Any], other: Callable[..., Any]) -> None:
+        super().__init__()
+        self.of, self.other = of, other
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (self.other if func is self.of else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Any:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+Contexts = Callable[[], list[AbstractContextManager[Any]]]
+CASES: dict[str, tuple[type[nn.Module], Contexts]] = {
+    "sdpa_kernel": (Attention, lambda: [sdpa_kernel(SDPBackend.MATH)]),
+    "sdpa_kernel nested": (Attention, lambda: [sdpa_kernel(SDPBackend.FLASH_ATTENTION), sdpa_kernel(SDPBackend.MATH)]),
+    "mkldnn": (Memory, lambda: [torch.backends.mkldnn.flags(enabled=False)]),
+    "default dtype": (Makes, lambda: [default_dtype(torch.float64)]),
+    "function mode": (Makes, lambda: [Instead(torch.tanh, torch.sigmoid)]),
+    "function modes": (Makes, lambda: [Instead(torch.tanh, torch.sigmoid), Instead(torch.sigmoid, torch.sin)]),
+}
+
+
+def present() -> list[Any]:
+    C: Any = torch._C
+    return [
+        C._get_math_sdp_enabled(), C._get_flash_sdp_enabled(), C._get_sdp_priority_order(), C._get_mkldnn_enabled(),
+        C._get_cudnn_enabled(), torch.get_default_dtype(), C._len_torch_function_stack(),
+    ]  # fmt: skip
+
+
+def runs(name: str, inside: bool) -> None:
+    """``inside``: the backward runs in the same contexts."""
+    make, contexts = CASES[name]
+    torch.manual_seed(0)
+    plain = nn.Sequential(make(), make())
+    torch.manual_seed(0)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(make(), use_checkpoint=True) for _ in range(2))))
+    before = present()
+    for net in (plain, model):
+        x = oracle.inputs(0)
+        with ExitStack() as stack:
+            for context in contexts():
+                stack.enter_context(context)
+            loss = net(x).square().mean()
+            if inside:
+                loss.backward()
+        assert present() == before
+        if not inside:
+            loss.backward()
+        assert present() == before
+    oracle.assert_same_grads(model, plain)
+
+
+@on_ranks(1, 2)
+def test_contexts_around_a_forward() -> None:
+    for name in CASES:
+        for inside in (False, True):
+            try:
+                runs(name, inside)
+            except Exception as error:
+                raise AssertionError(f"{name}, {inside=}: {error}") from error
