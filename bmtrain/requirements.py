@@ -11,6 +11,7 @@ PRIVATE = (
     "torch._C._distributed_c10d.PrefixStore",
     "torch._C._distributed_c10d.Store",
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
+    "torch._guards.TracingContext",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.nn.modules.batchnorm._BatchNorm",

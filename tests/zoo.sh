@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The model zoo, whole: downloads real packages, converts them, verifies their models, writes docs/zoo.md.
-# Arguments choose families, or twelve of them in an environment of their own, without writing the table:
+# Arguments choose families, or nine of them in an environment of their own, without writing the table:
 #
 #   bash tests/zoo.sh 'timm*' transformers__gpt2
 #   bash tests/zoo.sh --subset

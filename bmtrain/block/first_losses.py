@@ -44,7 +44,7 @@ class FirstLosses:
             return
         self._backward.peeks = True
         try:
-            counts = [torch.as_tensor(count).detach().clone() for count in _counts(loss.grad_fn)]
+            counts = [_kept(count) for count in _counts(loss.grad_fn)]
         finally:
             self._backward.peeks = False
         if counts:
@@ -80,6 +80,11 @@ class FirstLosses:
                 "logits, targets), or of the single losses bmt.mean(losses, mask).",
                 stacklevel=2,
             )
+
+
+def _kept(count: torch.Tensor | float) -> torch.Tensor:
+    """A copy, which later code does not write to."""
+    return count.detach().clone() if isinstance(count, torch.Tensor) else torch.tensor(float(count), device="cpu")
 
 
 def _counts(last: Node) -> Iterator[torch.Tensor | float]:

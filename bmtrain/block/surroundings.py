@@ -34,9 +34,11 @@ class Surroundings:
 
     def __init__(self) -> None:
         self._autocast = autocast_regions()
-        self._default_device = torch.get_default_device()
         self._flags = [read() for read, _ in _FLAGS]
-        self._modes = _function_modes()
+        self._modes: list[TorchFunctionMode] = []
+        self._default_device: torch.device | None = None  # torch's own
+        if _C._len_torch_function_stack():  # a default device is a mode, and reading it makes a tensor
+            self._modes, self._default_device = _function_modes(), torch.get_default_device()
         self._all_disabled, self._enabled = _C._is_torch_function_all_disabled(), _C._is_torch_function_enabled()
 
     @contextmanager
@@ -44,12 +46,13 @@ class Surroundings:
         """Run the body in them."""
         with ExitStack() as stack:
             stack.enter_context(in_autocast_regions(self._autocast))
-            stack.enter_context(on_default_device(self._default_device))
+            there = _function_modes()
+            if self._default_device is not None or _C._len_torch_function_stack():
+                stack.enter_context(on_default_device(self._default_device or torch.device("cpu")))
             present = [read() for read, _ in _FLAGS]
             if present != self._flags:
                 stack.callback(_set_flags, present)
                 _set_flags(self._flags)
-            there = _function_modes()
             for mode in self._modes:
                 if not any(mode is other for other in there):
                     stack.callback(_C._pop_torch_function_stack)

@@ -35,7 +35,7 @@ for step in range(10 ** 9):
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_job_is_interrupted(tmp_path: Path, ranks: int) -> None:
     """As a terminal does it: the signal goes to the whole group. torchrun sends it once more, and traces itself."""
     (tmp_path / "train.py").write_text(SCRIPT)

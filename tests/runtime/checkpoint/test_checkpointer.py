@@ -195,7 +195,9 @@ def loaded(folder: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize(
+    "before", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)]
+)
 def test_any_number_of_ranks_reads_what_another_wrote(before: int, tmp_path: Path) -> None:
     expected = run_ranks(before, saved, str(tmp_path))[0]
     for after in {1, 2, 3} - {before}:

@@ -130,7 +130,7 @@ def test_pairs_are_there() -> None:
 
 
 @pytest.mark.parametrize("mesh", [MESHES[0], *(pytest.param(m, marks=pytest.mark.long) for m in MESHES[1:])], ids=str)
-@pytest.mark.parametrize("policy", [None, "bf16"])
+@pytest.mark.parametrize("policy", [None, pytest.param("bf16", marks=pytest.mark.long)])
 def test_features_together(mesh: tuple[int, int | None], policy: str | None) -> None:
     chosen = [c for c in CELLS if c["mesh"] == mesh and (c["precision"] == "precision bf16") == (policy is not None)]
     assert chosen

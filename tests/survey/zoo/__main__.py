@@ -3,7 +3,7 @@
     python -m tests.survey.zoo prepare [PACKAGE...]     download, unpack, convert
     python -m tests.survey.zoo run [FAMILY...]          verify; FAMILY may end in * (all of one package: transformers*)
     python -m tests.survey.zoo table                    write docs/zoo.md
-    python -m tests.survey.zoo subset                   prepare and verify twelve families, anew
+    python -m tests.survey.zoo subset                   prepare and verify nine families, anew
 
 Everything is kept under $BMTRAIN_ZOO (default ~/.cache/bmtrain-zoo), with an environment of its own.
 """

@@ -19,7 +19,7 @@ and `rewriter.verify` compared the original on one process with the converted mo
 keys, initial weights, outputs, loss, gradients of parameters and inputs, with and without dropout, the batch split over
 the ranks, three AdamW steps with clipping, checkpoints both ways.
 
-Made by `bash tests/zoo.sh`; do not edit. `bash tests/zoo.sh --subset` verifies twelve families, with every change.
+Made by `bash tests/zoo.sh`; do not edit. `bash tests/zoo.sh --subset` verifies nine families, with every change.
 The columns:
 
 - **loops**: in the files of the model's classes, loops over containers of blocks that became one call / were kept over
