@@ -134,7 +134,7 @@ def joined(results: list[dict[str, Any]]) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("make", LOADERS, ids=lambda make: make.__name__)
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_the_shares_make_the_original_batches(make: Callable[[], DataLoader[Any]], world: int) -> None:
     original = two_epochs(make, share=False)
     results = run_ranks(world, two_epochs, make, True, disturb=True)

@@ -204,7 +204,7 @@ def test_an_error_inside_leads_back_to_the_shared_stream() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 @on_ranks(2)
 def test_a_seed_decides_what_is_drawn(compiled: bool) -> None:
     model = bmt.BMTrainModelWrapper(Stack())
