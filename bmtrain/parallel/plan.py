@@ -239,18 +239,16 @@ def _split(layer: _Layer, kept: dict[tuple[int, int], DistributedParameter]) -> 
     if isinstance(module, nn.Embedding):
         rows, width, dtype = module.num_embeddings, module.embedding_dim, module.weight.dtype
         made = VPEmbedding(rows, width, dtype, padding_idx=module.padding_idx)
-        dims: tuple[int, int | None] = 0, None
     else:
         assert isinstance(module, nn.Linear)
         sizes = module.in_features, module.out_features, module.bias is not None, module.weight.dtype
         if style.startswith("column"):
             made = ColumnParallelLinear(*sizes, gather_output="gathered" in style, gather_input=False)
-            dims = 0, 0
         else:
             made = RowParallelLinear(*sizes, split_input="whole" in style, all_reduce_output=True)
-            dims = 1, None
-    for (name, parameter), dim in zip(module.named_parameters(recurse=False), dims, strict=False):
-        setattr(made, name, _slice(parameter, dim, kept))
+    dims = {"weight": _split_dim(layer), "bias": 0 if style.startswith("column") else None}
+    for name, parameter in module.named_parameters(recurse=False):
+        setattr(made, name, _slice(parameter, dims[name], kept))
     return made.train(module.training)
 
 

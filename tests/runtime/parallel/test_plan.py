@@ -15,6 +15,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import bmtrain as bmt
 from bmtrain.errors import ConfigurationError
+from bmtrain.parallel.embedding import vocab_parallel_embedding
+from bmtrain.parallel.group import tensor_group
 
 WIDTH, HEADS, VOCABULARY, ROWS, LENGTH = 8, 4, 14, 8, 5
 
@@ -241,10 +243,4 @@ def test_a_token_that_is_nowhere_is_an_error() -> None:
     bmt.init_parameters(table)
     for token in (6, 100) if bmt.rank() else (-1, -7):
         with pytest.raises(IndexError, match="out of range"):
-            bmt.parallel.embedding.vocab_parallel_embedding(torch.tensor([token]), table.weight.gather(), table_group())
-
-
-def table_group() -> Any:
-    from bmtrain.parallel.group import tensor_group
-
-    return tensor_group()
+            vocab_parallel_embedding(torch.tensor([token]), table.weight.gather(), tensor_group())
