@@ -299,7 +299,7 @@ class OptimManager:
     def _step_unscaled(self, those: list[torch.optim.Optimizer]) -> None:
         outcome = self._facts.outcome(partial(self._params, those), self._count()) if self._looks else None
         by = self._fixed_scale
-        if self._unscaled:
+        if self._some_unscaled(those):
             self._take_unscaled(those)
             by = 1.0
         losses = self._facts.losses
@@ -378,9 +378,13 @@ class OptimManager:
             return self._fixed_scale
         return self._scale.value if self._scaled_by is None else self._scaled_by
 
+    def _some_unscaled(self, those: list[torch.optim.Optimizer]) -> bool:
+        """Whether ``unscale()`` was called for one of ``those``; then it is to be for all of them."""
+        return bool(self._unscaled) and any(self._place(one) in self._unscaled for one in those)
+
     def _take_unscaled(self, those: list[torch.optim.Optimizer]) -> Overflow | None:
         """What the gradients of ``those`` held before ``unscale()``; None if they carry the scale.  Collective."""
-        if not any(self._place(one) in self._unscaled for one in those):
+        if not self._some_unscaled(those):
             return None
         for one in those:
             self.unscale(one)
@@ -393,7 +397,7 @@ class OptimManager:
         """Whether gradients of ``params`` are to be taken as they are: all, if some carry no scale.  Collective."""
         wanted = {id(p) for p in params}
         owners = [o for o in self.optimizers if any(id(p) in wanted for p in all_params(o.param_groups))]
-        if not any(self._place(owner) in self._unscaled for owner in owners):
+        if not self._some_unscaled(owners):
             return False
         for owner in owners:
             self.unscale(owner)

@@ -172,6 +172,22 @@ def test_as_with_a_grad_scaler() -> None:
 
 
 @on_ranks(1, 2)
+def test_a_scale_that_stays() -> None:
+    for loop in LOOPS:
+        plain = build().to(context().device.torch_device)
+        train(Torchs(plain), plain, loop, lambda x: x, False)
+        model = bmt.BMTrainModelWrapper(build())
+        ours = Ours(model)
+        ours.manager = manager = bmt.optim.OptimManager()
+        manager.loss_scale = SCALE
+        manager.add_optimizer(ours.first)
+        manager.add_optimizer(ours.second)
+        ours.backward, ours.unscale, ours.step = manager.backward, manager.unscale, manager.step
+        train(ours, model, loop, lambda x: x.chunk(bmt.world_size())[bmt.rank()], False)
+        oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
 def test_without_a_scale_there_is_nothing_to_undo() -> None:
     model = bmt.BMTrainModelWrapper(build())
     manager = bmt.optim.OptimManager()
