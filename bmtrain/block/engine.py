@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -74,7 +75,15 @@ class Engine:
         for unit in shard_module(self.schedule.pools, module):
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
+            arenas.when_gone(module, partial(self._give_up, weakref.ref(unit)))
         self.backward.first_graphs = FirstGraphs()
+
+    def _give_up(self, reference: weakref.ref[ShardUnit]) -> None:
+        """No rank has the model any more: what was whole last, or is on its way, is not waited for."""
+        unit = reference()
+        if unit is not None and not unit.pins and self.whole.why(unit) is not None:
+            self.whole.release(unit)
+            self.schedule.pools.arenas.look_for_garbage()
 
     def meet(self, what: str) -> None:
         """Return once every rank has come to ``what``; raises RankDivergenceError if one came elsewhere."""

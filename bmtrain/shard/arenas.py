@@ -70,10 +70,10 @@ class Arenas:
         """Give back what no rank uses any more.  Collective."""
         if not self._shared or not self._count:
             return
-        if self._lost:  # not always, as it takes a tenth of a second
-            self._lost = False
-            gc.collect()
         while True:  # the end of one may be the end of others
+            if self._lost:  # not always, as it takes a tenth of a second
+                self._lost = False
+                gc.collect()
             unused = torch.zeros(self._count, dtype=torch.uint8, device="cpu")
             unused[list(self._unused)] = 1
             self._ctx.control.all_reduce(unused, "min")
