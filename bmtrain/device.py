@@ -339,16 +339,6 @@ def in_autocast_regions(regions: AutocastRegions) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def on_default_device(device: torch.device) -> Iterator[None]:
-    """Let tensors that name no device be made on ``device``; a thread does not know what another has chosen."""
-    if torch.get_default_device() == device:
-        yield
-        return
-    with device:
-        yield
-
-
 @dataclass(frozen=True)
 class Gpu:
     """One GPU of this machine; memory in bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..device import autocast_regions, in_autocast_regions, on_default_device
+from ..device import autocast_regions, in_autocast_regions
 
 _C: Any = torch._C
 
@@ -35,10 +36,7 @@ class Surroundings:
     def __init__(self) -> None:
         self._autocast = autocast_regions()
         self._flags = [read() for read, _ in _FLAGS]
-        self._modes: list[TorchFunctionMode] = []
-        self._default_device: torch.device | None = None  # torch's own
-        if _C._len_torch_function_stack():  # a default device is a mode, and reading it makes a tensor
-            self._modes, self._default_device = _function_modes(), torch.get_default_device()
+        self._modes = _function_modes()
         self._all_disabled, self._enabled = _C._is_torch_function_all_disabled(), _C._is_torch_function_enabled()
 
     @contextmanager
@@ -47,16 +45,13 @@ class Surroundings:
         with ExitStack() as stack:
             stack.enter_context(in_autocast_regions(self._autocast))
             there = _function_modes()
-            if self._default_device is not None or _C._len_torch_function_stack():
-                stack.enter_context(on_default_device(self._default_device or torch.device("cpu")))
+            if len(there) != len(self._modes) or any(map(operator.is_not, there, self._modes)):
+                stack.callback(_set_function_modes, there)
+                _set_function_modes(self._modes)
             present = [read() for read, _ in _FLAGS]
             if present != self._flags:
                 stack.callback(_set_flags, present)
                 _set_flags(self._flags)
-            for mode in self._modes:
-                if not any(mode is other for other in there):
-                    stack.callback(_C._pop_torch_function_stack)
-                    _C._push_on_torch_function_stack(mode)
             if self._all_disabled:
                 stack.enter_context(_C.DisableTorchFunction())
             elif not self._enabled:
@@ -70,6 +65,13 @@ def _set_flags(values: list[Any]) -> None:
 
 
 def _function_modes() -> list[TorchFunctionMode]:
-    """Those that are on, but for the default device's; pushed again as they are, without what entering them does."""
-    modes = [_C._get_function_stack_at(index) for index in range(_C._len_torch_function_stack())]
-    return [mode for mode in modes if not isinstance(mode, torch.utils._device.DeviceContext)]
+    """Those that are on, the innermost last; a default device is one."""
+    return [_C._get_function_stack_at(index) for index in range(_C._len_torch_function_stack())]
+
+
+def _set_function_modes(modes: list[TorchFunctionMode]) -> None:
+    """Let these be on and no others, just as they are: without what entering and leaving them does."""
+    while _C._len_torch_function_stack():
+        _C._pop_torch_function_stack()
+    for mode in modes:
+        _C._push_on_torch_function_stack(mode)

@@ -2,55 +2,75 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from bmtrain.shard.parameter import DistributedParameter
 
-_MADE = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal}
-_FILLED = {
-    torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.bernoulli_, torch.Tensor.random_,
-    torch.Tensor.exponential_, torch.Tensor.log_normal_, torch.Tensor.cauchy_, torch.Tensor.geometric_,
-}  # fmt: skip
-
-
-_COMPARED = {torch.equal, torch.allclose, torch.isclose}
+_MADE = ["rand", "randn", "randint", "randperm", "normal"]
+_FILLED = ["normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"]
+_COMPARED = ["equal", "allclose", "isclose"]
 _WHOLE = (torch.Tensor, torch.nn.Parameter, DistributedParameter)
 
 
-class DrawnOnCPU(TorchFunctionMode):
+@contextmanager
+def drawn_on_cpu() -> Iterator[None]:
     """What is drawn comes from the CPU's generator, so that a model begins as its reference on a CPU does.
 
     Numbers that are drawn like a tensor (dropout, ``randn_like``) stay its device's. A state dict, which is on the CPU,
-    compares with a reference.
+    compares with a reference.  No function mode: compiled code would be other code under one.
     """
+    with ExitStack() as stack:
+        for name in _MADE:
+            stack.enter_context(mock.patch.object(torch, name, _made(getattr(torch, name))))
+        for name in _FILLED:
+            stack.enter_context(mock.patch.object(torch.Tensor, name, _filled(getattr(torch.Tensor, name))))
+        for name in _COMPARED:
+            stack.enter_context(mock.patch.object(torch, name, _compared(getattr(torch, name))))
+        close = functools.partial(torch.testing.assert_close, check_device=False)
+        stack.enter_context(mock.patch.object(torch.testing, "assert_close", close))
+        yield
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        device = torch.get_default_device()
-        generator = kwargs.get("generator")
-        if (
-            func in _MADE
-            and not {"device", "out"} & kwargs.keys()
-            and (generator is None or generator.device.type == "cpu")
-        ):
-            grad = kwargs.pop("requires_grad", False)
-            return func(*args, **kwargs, device="cpu").to(device).requires_grad_(grad)
-        if func in _FILLED and type(args[0]) in _WHOLE and args[0].device.type != "cpu" and generator is None:
-            drawn = func(torch.empty_like(args[0], device="cpu"), *args[1:], **kwargs)
-            with torch.no_grad():
-                return args[0].copy_(drawn)
-        if func in _COMPARED and args[0].device != args[1].device:
-            args = (args[0].to(args[1].device), *args[1:])
-        return func(*args, **kwargs)
+
+def _made(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(make)
+    def on_cpu(*args: Any, generator: Any = None, requires_grad: bool = False, **kwargs: Any) -> torch.Tensor:
+        if {"device", "out"} & kwargs.keys() or (generator is not None and generator.device.type != "cpu"):
+            return make(*args, generator=generator, requires_grad=requires_grad, **kwargs)
+        if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):  # torch.normal of tensors
+            return make(*args, generator=generator, **kwargs)
+        made = make(*args, generator=generator, **kwargs, device="cpu")
+        return made.to(torch.get_default_device()).requires_grad_(requires_grad)
+
+    return on_cpu
+
+
+def _filled(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(fill)
+    def from_cpu(self: torch.Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
+        if type(self) not in _WHOLE or self.device.type == "cpu" or generator is not None:
+            return fill(self, *args, generator=generator, **kwargs)
+        drawn = fill(torch.empty(self.shape, dtype=self.dtype, device="cpu"), *args, **kwargs)
+        with torch.no_grad():
+            return self.copy_(drawn)
+
+    return from_cpu
+
+
+def _compared(compare: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(compare)
+    def on_one_device(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return compare(a.to(b.device) if a.device != b.device else a, b, *args, **kwargs)
+
+    return on_one_device
 
 
 class _ToCPU(pickle.Pickler):

@@ -346,7 +346,7 @@ def _perform(task: _Task) -> Any:
     args, kwargs = _drawn_on_cpu().on_default_device(pickle.loads(task.arguments))
     if not os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"):
         return function(*args, **kwargs)
-    with _drawn_on_cpu().DrawnOnCPU():
+    with _drawn_on_cpu().drawn_on_cpu():
         return function(*args, **kwargs)
 
 

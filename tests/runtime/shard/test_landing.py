@@ -170,7 +170,9 @@ def hooked(compile_first: bool) -> tuple[float, float]:
     if not compile_first:
         bmt.compile(model, backend="aot_eager")
     loss = model(data(bmt.world_size())[bmt.rank()]).square().mean()
-    if compile_first:
+    if (
+        compile_first and not torch._C._len_torch_function_stack()
+    ):  # under a default device these layers are not compiled
         with pytest.raises(UnsupportedError, match="register it before compiling"):
             bmt.optim.OptimManager().backward(loss)
         return 0.0, 1.0

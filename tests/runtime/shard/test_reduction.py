@@ -53,7 +53,7 @@ def errors(policy: bool) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def error(found: torch.Tensor, exact: Any) -> dict[str, float]:
-    difference = found.double().cpu() - exact
+    difference = found.double().cpu() - exact.cpu()
     return {"largest": float(difference.abs().max()), "mean square": float(difference.square().mean())}
 
 
