@@ -332,6 +332,8 @@ def _entropy(
     logits: torch.Tensor, weight: torch.Tensor | None, ignore_index: int, smoothing: float
 ) -> tuple[_C._CrossEntropy, torch.Tensor | None]:
     """The kernels' description of the loss, and a tensor to keep until they are queued."""
+    if weight is not None and weight.device != logits.device:
+        raise ConfigurationError(f"Cross entropy has class weights on {weight.device}, logits on {logits.device}.")
     if weight is not None and (weight.dtype != torch.float32 or not weight.is_contiguous()):
         raise ConfigurationError(f"Cross entropy needs contiguous float32 class weights, not {weight.dtype}.")
     total = weight.sum() if weight is not None else None
@@ -367,4 +369,9 @@ def _check_rows(logits: torch.Tensor, target: torch.Tensor) -> None:
         )
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         raise ConfigurationError("Cross entropy needs logits whose last dimension is contiguous.")
+    if target.device != logits.device:  # a kernel would read what is not there
+        raise ConfigurationError(
+            f"The targets of a cross entropy are on {target.device}, its logits on {logits.device}: move them there, as "
+            "with target.to(logits.device)."
+        )
     _check_contiguous(target)

@@ -51,6 +51,7 @@ class Repeat:
 
     def first_run_is_over(self) -> bool:
         """Learn what has moved.  Returns whether it can be put back for a second run."""
+        self._surroundings.settle()
         record = self._record
         if record is None:
             return True

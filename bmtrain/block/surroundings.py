@@ -15,12 +15,12 @@ from ..device import autocast_regions, in_autocast_regions
 _C: Any = torch._C
 
 _FLAGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (_C._get_sdp_priority_order, _C._set_sdp_priority_order),  # the first, see ``settle``
     (_C._get_flash_sdp_enabled, _C._set_sdp_use_flash),
     (_C._get_mem_efficient_sdp_enabled, _C._set_sdp_use_mem_efficient),
     (_C._get_math_sdp_enabled, _C._set_sdp_use_math),
     (_C._get_cudnn_sdp_enabled, _C._set_sdp_use_cudnn),
     (_C._get_overrideable_sdp_enabled, _C._set_sdp_use_overrideable),
-    (_C._get_sdp_priority_order, _C._set_sdp_priority_order),
     (_C._get_cudnn_enabled, _C._set_cudnn_enabled),
     (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
     (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
@@ -38,6 +38,10 @@ class Surroundings:
         self._flags = [read() for read, _ in _FLAGS]
         self._modes = _function_modes()
         self._all_disabled, self._enabled = _C._is_torch_function_all_disabled(), _C._is_torch_function_enabled()
+
+    def settle(self) -> None:
+        """The first run is over.  A GPU's own order of attention kernels is there only once attention has been used."""
+        self._flags[0] = _FLAGS[0][0]()
 
     @contextmanager
     def again(self) -> Iterator[None]:

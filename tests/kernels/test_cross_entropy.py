@@ -152,3 +152,5 @@ def test_logits_that_do_not_fit_are_refused(device: torch.device) -> None:
         kernels.cross_entropy_forward(logits, target.int())
     with pytest.raises(ConfigurationError, match="targets"):
         kernels.cross_entropy_forward(logits, target[:3])
+    with pytest.raises(ConfigurationError, match=r"target\.to\(logits\.device\)"):
+        kernels.cross_entropy_forward(logits, torch.zeros(4, dtype=torch.int64, device="meta"))

@@ -206,7 +206,7 @@ def build(model: str, names: Names, seed: int = 3) -> Any:
 
 def batch(model: str, step: int, size: int = 12, length: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """(size, length) tokens and targets of one global batch, the same on every rank."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(1000 + step)
+    generator = torch.Generator().manual_seed(1000 + step)
     data = torch.randint(VOCABULARY[model], (size, length + 1), generator=generator)
     return data[:, :-1], data[:, 1:]
 

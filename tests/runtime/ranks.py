@@ -299,6 +299,8 @@ def _worker(pipe: Connection, variables: dict[str, str], init: dict[str, Any], i
     import torch
 
     os.environ.update(variables)
+    if not os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE", "").startswith(init.get("device", "cpu")):
+        os.environ.pop("BMTRAIN_TEST_DEFAULT_DEVICE", None)  # a test of CPUs
     torch.set_num_threads(1)
     started = False
     while True:

@@ -23,7 +23,7 @@ def said(kind: str) -> list[str]:
             x = torch.randn(
                 3 + (kind == "lengths") * bmt.rank(),
                 4,
-                generator=torch.Generator(torch.get_default_device()).manual_seed(seed),
+                generator=torch.Generator().manual_seed(seed),
             )
             if kind == "once" and step == 1:
                 x = x + bmt.rank()

@@ -37,7 +37,7 @@ def build() -> nn.Sequential:
 
 
 def data(rows: int = ROWS) -> torch.Tensor:
-    return torch.randn(rows, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
 def loss_of(model: nn.Module, x: torch.Tensor, cast: bool) -> torch.Tensor:

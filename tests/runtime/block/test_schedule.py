@@ -50,7 +50,7 @@ def train(dtype: torch.dtype, recompute: bool, steps: int = 20) -> tuple[list[fl
     device = next(model.parameters()).device
     losses = []
     for step in range(steps):
-        generator = torch.Generator(torch.get_default_device()).manual_seed(1000 * step + bmt.rank())
+        generator = torch.Generator().manual_seed(1000 * step + bmt.rank())
         manager.zero_grad()
         for _ in range(2):
             x = torch.randn(8, 16, generator=generator).to(device, dtype)

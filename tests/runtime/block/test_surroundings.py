@@ -124,6 +124,10 @@ def test_contexts_around_a_forward() -> None:
                 raise AssertionError(f"{name}, {inside=}: {error}") from error
 
 
+def tanh_layer() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+
 def times_compiled(default_device: bool) -> int:
     """How often code was made for two blocks that train twice."""
     torch._dynamo.reset()
@@ -134,7 +138,9 @@ def times_compiled(default_device: bool) -> int:
         return graph.forward
 
     with torch.device(context().device.torch_device) if default_device else nullcontext():
-        model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(Makes(), use_checkpoint=True) for _ in range(2))))
+        model = bmt.BMTrainModelWrapper(
+            nn.Sequential(*(bmt.Block(tanh_layer(), use_checkpoint=True) for _ in range(2)))
+        )
         bmt.compile(model, backend=backend)
         for step in range(2):
             model(oracle.inputs(step).requires_grad_()).square().mean().backward()
@@ -144,3 +150,35 @@ def times_compiled(default_device: bool) -> int:
 @on_ranks(1, 2)
 def test_a_default_device_has_no_block_compiled_for_its_second_run() -> None:
     assert times_compiled(True) == times_compiled(False) > 0
+
+
+orders: list[list[int]] = []  # of kernels, as blocks find them; not the block's own, which would be put back
+
+
+class OrdersWhenUsed(nn.Module):
+    """Its first use puts kernels into another order, as attention does on some GPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        C: Any = torch._C
+        if not orders:
+            C._set_sdp_priority_order(C._get_sdp_priority_order()[::-1])
+        orders.append(C._get_sdp_priority_order())
+        return torch.tanh(self.linear(x))
+
+
+@on_ranks(1, 2)
+def test_what_attention_settles_when_it_is_first_used() -> None:
+    C: Any = torch._C
+    before = C._get_sdp_priority_order()
+    orders.clear()
+    model = bmt.BMTrainModelWrapper(bmt.Block(OrdersWhenUsed(), use_checkpoint=True))
+    try:
+        model(oracle.inputs(0)).square().mean().backward()
+        assert orders == [before[::-1]] * 2
+        assert C._get_sdp_priority_order() == before[::-1]
+    finally:
+        C._set_sdp_priority_order(before)

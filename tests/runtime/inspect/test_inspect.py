@@ -62,7 +62,7 @@ class Sharded(bmt.DistributedModule):
 
 
 def batch(world: int) -> torch.Tensor:
-    return torch.randn(world, 4, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    return torch.randn(world, 4, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
 def statistics(x: torch.Tensor) -> dict[str, float]:

@@ -29,7 +29,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def make_logits(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
+    generator = torch.Generator().manual_seed(5)
     logits = (4 * torch.randn(TOKENS, CLASSES, generator=generator)).to(dtype).requires_grad_()
     return logits, torch.randint(CLASSES, (TOKENS,), generator=generator).index_fill(0, torch.tensor([1, 8]), 3)
 
@@ -116,7 +116,7 @@ def test_a_loss_without_model_keeps_checkpoints_clean() -> None:
 
 
 def make_linear(dtype: torch.dtype, bias: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(6)
+    generator = torch.Generator().manual_seed(6)
     hidden = torch.randn(3, TOKENS, WIDTH, generator=generator).to(dtype)
     weight = torch.randn(CLASSES, WIDTH, generator=generator).to(dtype)
     inputs = [hidden, weight] + ([torch.randn(CLASSES, generator=generator).to(dtype)] if bias else [])

@@ -19,7 +19,7 @@ ROWS, CLASSES = 7, 5
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
     x = torch.randn(ROWS, oracle.WIDTH, generator=generator)
     y = torch.randint(CLASSES, (ROWS,), generator=generator)
     y[1] = y[5] = -100

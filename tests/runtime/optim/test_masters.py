@@ -35,7 +35,7 @@ def managed(optimizer: Any) -> bmt.optim.OptimManager:
 
 def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
     """fp32 numbers that the model's dtype holds exactly, the same on every rank."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(step)
+    generator = torch.Generator().manual_seed(step)
     return [torch.randn(p.shape, generator=generator).to(p.dtype).float() for p in model.parameters()]
 
 

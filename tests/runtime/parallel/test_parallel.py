@@ -21,7 +21,7 @@ LAYERS = ["Linear", "ColumnParallelLinear", "RowParallelLinear"]
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    generator = torch.Generator(torch.get_default_device()).manual_seed(4)
+    generator = torch.Generator().manual_seed(4)
     shapes = {"x": (ROWS, 3, INPUTS), "weight": (OUTPUTS, INPUTS), "bias": (OUTPUTS,), "grad": (ROWS, 3, OUTPUTS)}
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 

@@ -42,7 +42,7 @@ def build() -> Net:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumulate: int) -> list[float]:
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(optimizer)
-    tokens = torch.randint(11, (4, 6), generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    tokens = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(3))
     losses = []
     for _ in range(steps):
         manager.zero_grad()
@@ -72,7 +72,7 @@ def sharded(recompute: bool, accumulate: int) -> tuple[list[float], dict[str, to
 def plain(accumulate: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    tokens = torch.randint(11, (4, 6), generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    tokens = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(3))
     losses = []
     for _ in range(12):
         optimizer.zero_grad()

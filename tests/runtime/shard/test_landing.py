@@ -34,7 +34,7 @@ def build() -> nn.Sequential:
 
 
 def data(world_size: int) -> torch.Tensor:
-    return torch.randn(world_size, 5, 8, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
+    return torch.randn(world_size, 5, 8, generator=torch.Generator().manual_seed(3))
 
 
 def gradient(parameter: nn.Parameter) -> torch.Tensor:

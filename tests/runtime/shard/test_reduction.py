@@ -30,7 +30,7 @@ class Weighted(nn.Module):
 
 def gradient_of(rank: int) -> torch.Tensor:
     """(SIZE,) bf16, of all sizes and signs, so that ranks cancel each other in part."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(rank)
+    generator = torch.Generator().manual_seed(rank)
     values = torch.randn(SIZE, generator=generator) * 10 ** torch.empty(SIZE).uniform_(-3, 3, generator=generator)
     return values.bfloat16()
 

@@ -74,7 +74,7 @@ def assert_alike(found: Any, expected: Any, what: str) -> None:
 def same(name: str) -> torch.Tensor:
     """A whole tensor like the parameter of that name, the same on all ranks."""
     shape = dict(Net().named_parameters())[name].shape
-    return torch.randn(shape, generator=torch.Generator(torch.get_default_device()).manual_seed(len(name)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
 
 
 # Of w and v, two tensors of one shape, and n, an ordinary one of the same shape.
