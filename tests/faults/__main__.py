@@ -36,22 +36,27 @@ def main(words: list[str]) -> int:
     updates = "--update" in words
     words = [word for word in words if word != "--update"]
     every = [a for a in attacks() if not words or any(fnmatch.fnmatch(a.name, pattern) for pattern in words)]
-    rows: list[tuple[Attack, Finding]] = []
+    on_gpus = os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda"
+    file = Path(__file__).parents[2].joinpath("docs", "faults-gpu.md" if on_gpus else "faults.md")
+    known = _known(file.read_text()) if updates and file.exists() else {}
+    wrong = False
     with ThreadPoolExecutor(jobs) as pool:
         for attack, found in zip(every, pool.map(judge, every), strict=True):
-            rows.append((attack, found))
             print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
             if words or found.problems:
                 print("    " + found.output.replace("\n", "\n    "), flush=True)
-    if updates or not words:
-        on_gpus = os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda"
-        file = Path(__file__).parents[2].joinpath("docs", "faults-gpu.md" if on_gpus else "faults.md")
-        known = _known(file.read_text()) if updates and file.exists() else {}
-        for attack, found in rows:
+            wrong = wrong or bool(found.problems)
             known[_head(attack)] = _row(attack, found)
-        lines = [known[_head(attack)] for attack in attacks() if _head(attack) in known]
-        file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(lines))
-    return int(any(found.problems for _, found in rows))
+            if updates:  # after each, so that what was done is there when time runs out
+                _write(file, known, on_gpus)
+    if not words and not updates:
+        _write(file, known, on_gpus)
+    return int(wrong)
+
+
+def _write(file: Path, known: dict[str, str], on_gpus: bool) -> None:
+    lines = [known[_head(attack)] for attack in attacks() if _head(attack) in known]
+    file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(lines))
 
 
 def _table(lines: list[str]) -> str:

@@ -161,7 +161,7 @@ POLICIES: dict[str, tuple[bmt.Precision, list[bmt.Precision]]] = {
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_training_is_that_of_cast_weights(world_size: int, name: str, recompute: bool) -> None:
     root, policies = POLICIES[name]
-    run_ranks(world_size, train, policies, root, recompute, "cpu", init={"precision": root})
+    run_ranks(world_size, train, policies, root, recompute, "cpu", init={"precision": root, "device": "cpu"})
 
 
 @pytest.mark.gpu
