@@ -371,7 +371,7 @@ def _check_rows(logits: torch.Tensor, target: torch.Tensor) -> None:
         raise ConfigurationError("Cross entropy needs logits whose last dimension is contiguous.")
     if target.device != logits.device:  # a kernel would read what is not there
         raise ConfigurationError(
-            f"The targets of a cross entropy are on {target.device}, its logits on {logits.device}: move them there, as "
-            "with target.to(logits.device)."
+            f"The targets of a cross entropy are on {target.device}, its logits on {logits.device}: move them there, "
+            "as with target.to(logits.device)."
         )
     _check_contiguous(target)

@@ -13,13 +13,16 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def compile(model: ModuleT, **options: Any) -> ModuleT:
-    """Compile every Block of ``model`` in place (the whole model if it has none) and return it.
+    """Compile every Block of ``model`` in place, and what is outside of them, and return it.
 
     ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code; a block inside
-    another is compiled by itself.
+    another is compiled by itself.  ``fullgraph`` holds for blocks: code around them ends where one is called.
     """
-    chosen: list[nn.Module] = [m for m in model.modules() if isinstance(m, Block)] or [model]
-    for module in chosen:
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in blocks:
         land_compiled(module)
         module.compile(**options)
+    if model not in blocks:
+        land_compiled(model)
+        model.compile(**(options | {"fullgraph": False} if blocks else options))
     return model

@@ -156,3 +156,57 @@ def test_compiled_again_while_gradients_are_there(ranks: int) -> None:
     right = run_ranks(1, compiled_again, initialize=False)[0]
     for losses in run_ranks(ranks, compiled_again):
         assert losses == pytest.approx(right, rel=1e-4)
+
+
+class Language(nn.Module):
+    """Blocks between a table and a loss, which share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, WIDTH), nn.Linear(WIDTH, 11, bias=False)
+        self.layers, self.norm = build(), nn.LayerNorm(WIDTH)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.layers(self.table(tokens)))
+        return F.cross_entropy(self.head(x), (tokens + 1) % 11)
+
+
+def language_losses(compiled: bool) -> tuple[list[float], list[int]]:
+    """Losses of three steps, and for each piece of compiled code how many matrix products it has."""
+    torch._dynamo.reset()
+    products: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        products.append(sum(node.target in (F.linear, torch._C._nn.linear) for node in graph.graph.nodes))
+        return graph.forward
+
+    torch.manual_seed(3)
+    model: Any = Language()
+    if bmt.is_initialized():
+        for i, layer in enumerate(model.layers):
+            model.layers[i] = bmt.Block(layer)
+        model = bmt.BMTrainModelWrapper(model)
+    if compiled:
+        assert bmt.compile(model, backend=backend, fullgraph=True) is model
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses, steps = [], optimizer
+    if bmt.is_initialized():
+        steps = bmt.optim.OptimManager()
+        steps.add_optimizer(optimizer)
+    for step in range(3):
+        tokens = torch.randint(11, (4 * 6,), generator=torch.Generator().manual_seed(step)).chunk(bmt.world_size())
+        loss = model(tokens[bmt.rank()])
+        loss.backward()
+        steps.step()
+        steps.zero_grad()
+        losses.append(float(bmt.sum_loss(loss) if bmt.is_initialized() else loss))
+    return losses, products
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_outside_of_blocks_is_compiled_too(world_size: int) -> None:
+    expected, _ = language_losses(compiled=False)
+    for losses, products in run_ranks(world_size, language_losses, True):
+        assert losses == pytest.approx(expected, rel=1e-5)
+        assert sorted(set(products)) == [0, 1, 4], "the table, the head with the loss, and a block"
