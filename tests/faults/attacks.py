@@ -125,7 +125,6 @@ def _in_a_mesh(env: dict[str, str]) -> Iterator[Attack]:
 FAST = (
     "kill-forward-1of2-bare", "kill-step-0of2-bare", "raise-forward-2of3-bare", "exit-sum_loss-0of3-bare",
     "leave-step-0of2-bare", "skip-block-1of2-bare", "skip-step-1of2-bare", "skip-batch-1of2-bare",
-    "sum-step-1of2-bare", "save-sum_loss-0of3-bare", "evaluate-sum_loss-1of2-torchrun",
-    "sleep-forward-1of2-seconds_asleep9-bare",
+    "sum-step-1of2-bare", "save-sum_loss-0of3-bare", "sleep-forward-1of2-seconds_asleep9-bare",
 )  # fmt: skip
 """The subset for every run of the tests."""

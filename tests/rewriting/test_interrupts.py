@@ -111,7 +111,9 @@ def test_all_is_written(
     assert all("bmt.DistributedModule" in path.read_text() for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("tool", ["verify", "prove", pytest.param("module", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "tool", ["verify", *(pytest.param(tool, marks=pytest.mark.long) for tool in ("prove", "module"))]
+)
 def test_a_comparison_is_interrupted(tmp_path: Path, tool: str) -> None:
     """As a terminal does it: the signal goes to the whole group."""
     mark = tmp_path / "started"

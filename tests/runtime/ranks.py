@@ -102,8 +102,12 @@ def run_ranks(
         return results
 
 
-def on_ranks(*world_sizes: int, **options: Any) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
+def on_ranks(
+    *world_sizes: int, long: tuple[int, ...] = (), **options: Any
+) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
     """Makes a test of what every rank does: one for each of ``world_sizes``, with ``options`` of ``run_ranks``.
+
+    Those for the numbers in ``long`` run with --long.
 
     Fixtures and parameters that the function asks for are pickled and passed to each rank.
     """
@@ -120,7 +124,8 @@ def on_ranks(*world_sizes: int, **options: Any) -> Callable[[Callable[P, None]],
         test.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[world_size, *signature.parameters.values()]
         )
-        return pytest.mark.parametrize("world_size", world_sizes)(test)
+        rows = [*world_sizes, *(pytest.param(size, marks=pytest.mark.long) for size in long)]
+        return pytest.mark.parametrize("world_size", rows)(test)
 
     return decorate
 

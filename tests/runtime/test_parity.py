@@ -186,12 +186,11 @@ def check(
         compare(run, expected)
 
 
-# All settings on two ranks; on one two of them, which differ in every part, and on three one.
+# All settings on two ranks; on one two of them, which differ in every part, and one on three with --long.
 ROWS = [
     *((2, setting) for setting in SETTINGS),
     *((1, setting) for setting in SETTINGS[1:3]),
-    (3, SETTINGS[1]),
-    pytest.param(3, SETTINGS[2], marks=pytest.mark.long),
+    *(pytest.param(3, setting, marks=pytest.mark.long) for setting in SETTINGS[1:3]),
     *(pytest.param(1, setting, marks=pytest.mark.long) for setting in (SETTINGS[0], *SETTINGS[3:])),
     *(pytest.param(4, setting, marks=pytest.mark.long) for setting in SETTINGS[1:3]),
 ]

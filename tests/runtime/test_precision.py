@@ -158,7 +158,7 @@ POLICIES: dict[str, tuple[bmt.Precision, list[bmt.Precision]]] = {
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.long)])
 def test_training_is_that_of_cast_weights(world_size: int, name: str, recompute: bool) -> None:
     root, policies = POLICIES[name]
     run_ranks(world_size, train, policies, root, recompute, "cpu", init={"precision": root, "device": "cpu"})

@@ -317,7 +317,7 @@ def test_hooks_work() -> None:
 # -------------------------------------------------------------------------------------------------------------------
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, long=(3,))
 def test_blocks_may_be_nested() -> None:
     def build(names: models.Names) -> Any:
         class Outer(nn.Module):

@@ -88,9 +88,9 @@ def check(cast: bool, backend: str | None, recompute: bool, backwards: int) -> N
         assert landed == BLOCKS * 4 * backwards
 
 
-@pytest.mark.parametrize("backwards", [1, 3])
+@pytest.mark.parametrize("backwards", [3, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param(None, marks=pytest.mark.long)])
 @pytest.mark.parametrize("cast", [False, True])
 def test_every_gradient_is_torchs(cast: bool, backend: str | None, recompute: bool, backwards: int) -> None:
     check(cast, backend, recompute, backwards)

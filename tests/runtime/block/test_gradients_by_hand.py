@@ -129,7 +129,7 @@ RESULTS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("recompute", [None, True, False])
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, long=(3,))
 def test_as_in_plain_torch(recompute: bool | None) -> None:
     plain, model = make(recompute)
     manager = bmt.optim.OptimManager()

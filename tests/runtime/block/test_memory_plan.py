@@ -536,6 +536,6 @@ def goes(how: str) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("how", ["alone", "beside another", "clipped by another", "taken out"])
-@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param(None, marks=pytest.mark.long)])
 def test_a_model_that_is_gone_leaves_no_memory_behind(ranks: int, how: str, precision: str | None) -> None:
     run_ranks(ranks, goes, how, init={"precision": precision})

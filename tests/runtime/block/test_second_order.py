@@ -63,7 +63,7 @@ def penalty_of_loss(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
 
 @on_ranks(1, 2, init={"schedule": "stress"})  # buffers are used again, and spoiled, as soon as they go back
 @pytest.mark.parametrize("objective", [maml, penalty, penalty_of_loss])
-@pytest.mark.parametrize("blocks", [2, 7])
+@pytest.mark.parametrize("blocks", [2, pytest.param(7, marks=pytest.mark.long)])
 @pytest.mark.parametrize("recompute", [True, False])
 def test_gradients_of_gradients(objective: Any, blocks: int, recompute: bool) -> None:
     """Every rank has the whole batch, so that means over ranks are those of one process, of any objective."""

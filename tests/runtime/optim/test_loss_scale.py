@@ -112,7 +112,7 @@ def managed_run(
 
 @pytest.mark.parametrize("kind", ["AdamOptimizer", "AdamOffloadOptimizer"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, long=(3,))
 def test_overflows_are_as_if_they_had_not_been(schedule: str, kind: str) -> None:
     weights, scales, rates, norms = plain_run(schedule)
     runs = [

@@ -152,7 +152,7 @@ def small_steps_add_up(dtype: torch.dtype, policy: bool) -> list[float]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("policy", [True, False])
 def test_accumulation_is_exact_in_low_precision(policy: bool, dtype: torch.dtype, world_size: int) -> None:
     for found, exact in run_ranks(world_size, small_steps_add_up, dtype, policy):
@@ -306,7 +306,7 @@ def optimizer_of(kind: str, model: Net) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["ours", "offload", "sgd", "adam", "rmsprop"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.long)])
 def test_a_run_resumes_at_another_world_size(kind: str, dtype: torch.dtype) -> None:
     saved = run_ranks(2, first_half, kind, dtype)
     assert saved[0] == saved[1], "every rank has the whole state"

@@ -113,7 +113,7 @@ def run_policy(kind: str, sharded: bool, steps: range, states: Any = None) -> tu
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("before, after", [(2, 3), (1, 2)])
+@pytest.mark.parametrize("before, after", [(1, 2), pytest.param(2, 3, marks=pytest.mark.long)])
 def test_a_temperature_beside_a_sharded_policy(kind: str, before: int, after: int) -> None:
     found = run_ranks(before, run_policy, kind, True, range(3))
     (expected,) = run_ranks(1, run_policy, kind, False, range(3))

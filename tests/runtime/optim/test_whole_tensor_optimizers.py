@@ -234,7 +234,7 @@ def train_plain(model: Any, optimizer: torch.optim.Optimizer, first: int, last: 
         optimizer.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, long=(3,))
 def test_steps_are_those_of_one_process() -> None:
     wrong = []
     for name, (way, make) in MAKERS.items():
@@ -357,7 +357,7 @@ class SAM(torch.optim.Optimizer):
         self.base_optimizer.step()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, long=(3,))
 def test_closures() -> None:
     for make in (
         lambda ps: torch.optim.LBFGS(ps, lr=0.5, max_iter=4, line_search_fn="strong_wolfe"),

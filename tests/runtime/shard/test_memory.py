@@ -77,7 +77,7 @@ def bytes_held(recompute: bool) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_rank_holds_its_share(world_size: int, recompute: bool) -> None:
     whole = (LAYERS + 1) * (WIDTH * WIDTH + WIDTH) * 4
