@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from ..shard.engine import engine
 from .block import Block
 from .linear import land_compiled
 
@@ -16,7 +21,8 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     """Compile every Block of ``model`` in place, and what is outside of them, and return it.
 
     ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code; a block inside
-    another is compiled by itself.  ``fullgraph`` holds for blocks: code around them ends where one is called.
+    another is compiled by itself.  ``fullgraph`` holds for blocks: code around them ends where one is called.  On
+    several ranks, what is outside of blocks runs as it is written while the first losses are compared.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks:
@@ -25,4 +31,12 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     if model not in blocks:
         land_compiled(model)
         model.compile(**(options | {"fullgraph": False} if blocks else options))
+        whole: Any = model
+        whole._compiled_call_impl = partial(_run, weakref.ref(whole), whole._compiled_call_impl)
     return model
+
+
+def _run(reference: weakref.ref[Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    module: Any = reference()
+    as_written = torch.is_grad_enabled() and engine().looks_at_losses
+    return (module._call_impl if as_written else compiled)(*args, **kwargs)

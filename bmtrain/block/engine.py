@@ -240,6 +240,11 @@ class Engine:
 
     # -- backward and step ------------------------------------------------------------------------------------------
 
+    @property
+    def looks_at_losses(self) -> bool:
+        """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
+        return self.first_losses.wanted
+
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""
         self.first_losses.look(loss)

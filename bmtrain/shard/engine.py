@@ -50,6 +50,10 @@ class Engine(Protocol):
         """Run one module's forward with its unit whole."""
 
     @property
+    def looks_at_losses(self) -> bool:
+        """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
+
+    @property
     def outside(self) -> OutsideForward:
         """Whole units where no forward of their own module runs."""
 

@@ -173,7 +173,7 @@ class Language(nn.Module):
 
 
 def language_losses(compiled: bool) -> tuple[list[float], list[int]]:
-    """Losses of three steps, and for each piece of compiled code how many matrix products it has."""
+    """Losses of five steps, and for each piece of compiled code how many matrix products it has."""
     torch._dynamo.reset()
     products: list[int] = []
 
@@ -194,7 +194,7 @@ def language_losses(compiled: bool) -> tuple[list[float], list[int]]:
     if bmt.is_initialized():
         steps = bmt.optim.OptimManager()
         steps.add_optimizer(optimizer)
-    for step in range(3):
+    for step in range(5):
         tokens = torch.randint(11, (4 * 6,), generator=torch.Generator().manual_seed(step)).chunk(bmt.world_size())
         loss = model(tokens[bmt.rank()])
         loss.backward()
