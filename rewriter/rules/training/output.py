@@ -23,7 +23,15 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import of_own_state
-from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
+from rewriter.analyze.training.writers import (
+    UPLOADING_METHODS,
+    WRITERS,
+    is_left_to_one,
+    opens_for_writing,
+    saves_only,
+    takes_path,
+    writes,
+)
 from rewriter.changes import Arguments, Change, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
@@ -35,6 +43,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     joined: set[ast.AST] = set()
     for node in file.nodes:
+        if isinstance(node, ast.stmt) and _uploads_model(file, facts, node):
+            joined.update(walk(node))
+            yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
+            continue
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
         if not writes(file, facts.project, node):
@@ -45,8 +57,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
         if facts.scripts.in_opened_guard(file, node):
-            if _uploads_model(file, facts, node):
-                yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
             continue
         if saves_only(file, facts.project, node):
             joined.update(walk(node))
@@ -71,22 +81,52 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+        elif call not in joined and _uploads(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            if not isinstance(file.names.parents[call], ast.Expr):
+                change = wrap(call.func, "{bmt}.on_rank_0({it})")
+                yield Conversion(RULE.code, call.lineno, "one rank uploads", (change,))
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
             yield Remark(RULE.code, call.lineno, message, differs=True)
 
 
 def _for_all(file: File, node: ast.stmt) -> str:
-    called = file.source.code(node).split("(")[0]
-    hint = ": save it by bmt.save_pretrained, and let rank 0 upload the folder" if "push_to_hub" in called else ""
-    return f"every rank must call {called}, and every rank writes{hint}"
+    value = node.value if isinstance(node, (ast.Expr, ast.Assign, ast.Return)) else None
+    called = file.source.code(value.func if isinstance(value, ast.Call) else node)
+    hint = ": bmt.save_pretrained(model, folder, push_to_hub=True, repo_id=...) uploads it once"
+    return f"every rank must call {called}, and every rank writes{hint if 'push_to_hub' in called else ''}"
 
 
 def _uploads_model(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether a statement pushes a model to a hub, or a part of one."""
     match node:
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub"))):
-            return facts.scripts.roles[file].is_model(model)
+        case (
+            ast.Expr(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+            | ast.Assign(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+            | ast.Return(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+        ):
+            return _is_of_model(file, facts, model)
     return False
+
+
+def _is_of_model(file: File, facts: Facts, node: ast.expr, deep: int = 0) -> bool:
+    """Whether a value is a model, a part of one, or a parameter that is given one."""
+    last = node.attr if isinstance(node, ast.Attribute) else ""
+    if any(isinstance(item, ast.expr) and facts.scripts.roles[file].is_model(item) for item in walk(node)):
+        return "config" not in last and "token" not in last
+    function = file.names.function_of(node)
+    if not isinstance(node, ast.Name) or function is None or deep > 1:
+        return False
+    given = facts.scripts.collectives.instances.given(file, function, node.id)
+    return any(_is_of_model(other, facts, value, deep + 1) for other, value in given)
+
+
+def _uploads(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call uploads to a hub, or makes a place there."""
+    name = facts.project.external(file, call.func)
+    if name.startswith("huggingface_hub."):
+        return name in WRITERS
+    return isinstance(call.func, ast.Attribute) and call.func.attr in UPLOADING_METHODS
 
 
 def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:
