@@ -117,4 +117,87 @@ REPORTED = {
 def test_a_folder_that_ranks_may_not_make_together_is_reported(text: str) -> None:
     result = convert_text(HEAD + text + TRAIN)
     assert SHARED not in result.after.decode()
-    assert any("named by the time" in finding.message for finding in result.reported)
+    assert any("names this by the time" in finding.message for finding in result.reported)
+
+
+NOW = 'datetime.now().strftime("%H")'
+PARSER = "parser = argparse.ArgumentParser()\n"
+PARSED = "args = parser.parse_args()\nos.makedirs(args.out, exist_ok=True)\n"
+CLASS = "@dataclass\nclass Config:\n    lr: float = 0.1\n    out: str = {value}\n\n\ncfg = Config()\nos.makedirs(cfg.out, exist_ok=True)\n"
+SETTINGS = {
+    "an option": (f'{PARSER}parser.add_argument("--out", default={NOW})\n{PARSED}', "args.out"),
+    "text": (f'{PARSER}parser.add_argument("--out", default=f"runs/{{time.time()}}")\n{PARSED}', "args.out"),
+    "another name": (f'{PARSER}parser.add_argument("--run", dest="out", default={NOW})\n{PARSED}', "args.out"),
+    "a value made before": (f'now = {NOW}\n{PARSER}parser.add_argument("-o", "--out", default="a" + now)\n{PARSED}', "args.out"),
+    "defaults": (f'{PARSER}parser.add_argument("--out")\nparser.set_defaults(out={NOW})\n{PARSED}', "args.out"),
+    "joined": (
+        f'{PARSER}parser.add_argument("--run-name", default={NOW})\nargs = parser.parse_args()\nout = Path("a") / args.run_name\nout.mkdir()\n',
+        "args.run_name",
+    ),
+    "a function's": (
+        f'def options():\n    parser = argparse.ArgumentParser()\n    parser.add_argument("--out", default={NOW})\n    return parser.parse_args()\n\n\n{PARSED.replace("parser.parse_args", "options")}',
+        "args.out",
+    ),
+    "a table": (
+        f'{PARSER}parser.add_argument("--out", default={NOW})\nargs = vars(parser.parse_args())\nos.makedirs(args["out"], exist_ok=True)\n',
+        'args["out"]',
+    ),
+    "handed on": (
+        f'{PARSER}parser.add_argument("--out", default={NOW})\n\n\ndef prepare(opt):\n    os.makedirs(opt.out, exist_ok=True)\n\n\nargs = parser.parse_args()\nprepare(args)\n',
+        "args.out",
+    ),
+    "held": (
+        f'{PARSER}parser.add_argument("--out", default={NOW})\n\n\nclass Log:\n    def __init__(self, args):\n        self.args = args\n        os.makedirs(self.args.out, exist_ok=True)\n\n\nargs = parser.parse_args()\nLog(args)\n',
+        "args.out",
+    ),
+    "a file that is read": (
+        f'{PARSER}parser.add_argument("--out", default={NOW})\nargs = parser.parse_args()\ntorch.load(args.out)\n',
+        "args.out",
+    ),
+    "a field": (CLASS.format(value=NOW), "cfg.out"),
+    "a field's factory": (CLASS.format(value=f"field(default_factory=lambda: {NOW})"), "cfg.out"),
+    "a field's function": (f"def name():\n    return {NOW}\n\n\n" + CLASS.format(value="field(default_factory=name)"), "cfg.out"),
+    "a class's": (f"class Config:\n    out = {NOW}\n\n\nos.makedirs(Config.out, exist_ok=True)\n", "Config.out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "access"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_an_option_that_is_the_time_is_rank_0s(text: str, access: str) -> None:
+    after = converted(HEAD.replace("args = argparse.ArgumentParser().parse_args()\n", "") + text + TRAIN)
+    assert f"bmt.init_distributed()\n{access} = {SHARED}({access})\n" in after and after.count(SHARED) == 1
+
+
+def test_the_seed_is_still_what_starts_the_ranks() -> None:
+    text = (
+        f'def main():\n    parser = argparse.ArgumentParser()\n    parser.add_argument("--seed", type=int)\n    parser.add_argument("--out", default={NOW})\n'
+        "    args = parser.parse_args()\n    torch.manual_seed(args.seed)\n    os.makedirs(args.out, exist_ok=True)\n    "
+        + TRAIN.replace("\n", "\n    ")
+        + "\n\nmain()\n"
+    )
+    after = converted(HEAD.replace("args = argparse.ArgumentParser().parse_args()\n", "") + text)
+    assert f"    bmt.init_distributed(seed=args.seed)\n    args.out = {SHARED}(args.out)\n" in after
+
+
+def test_an_option_in_another_file(tmp_path: Path) -> None:
+    (tmp_path / "conf.py").write_text(
+        f'import argparse\nfrom datetime import datetime\n\n\ndef options():\n    {PARSER}    parser.add_argument("--out", default={NOW})\n    return parser.parse_args()\n'
+    )
+    text = "from conf import options\n{head}args = options()\nos.makedirs(args.out, exist_ok=True)\n{train}"
+    head = HEAD.replace("args = argparse.ArgumentParser().parse_args()\n", "")
+    (tmp_path / "train.py").write_text(text.format(head=head, train=TRAIN))
+    results = convert_paths([tmp_path / "conf.py", tmp_path / "train.py"], Options(), [tmp_path])
+    assert f"args.out = {SHARED}(args.out)\n" in results[1].after.decode()
+
+
+SETTINGS_KEPT = {
+    "no time": f'{PARSER}parser.add_argument("--out", default="runs")\n{PARSED}',
+    "another option": f'{PARSER}parser.add_argument("--note", default={NOW})\nparser.add_argument("--out", default="runs")\n{PARSED}',
+    "what cannot be set": CLASS.replace("@dataclass", "@dataclass(frozen=True)").format(value=NOW),
+}
+
+
+@pytest.mark.parametrize("text", SETTINGS_KEPT.values(), ids=SETTINGS_KEPT.keys())
+def test_other_options_stay(text: str) -> None:
+    result = convert_text(HEAD + text + TRAIN)
+    assert SHARED not in result.after.decode()
+    assert any("named" in f.message or "names" in f.message for f in result.reported) is ("frozen" in text)

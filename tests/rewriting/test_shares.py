@@ -72,6 +72,27 @@ MADE = {
         "n += bmt.total(0.3 * (out.argmax(1) == y).sum() + 0.7 * (out.argmax(1) == y[p]).sum())",
     ),
     "collected": ("seen.append(step * 8 + len(x))", "seen.append(step * 8 + bmt.total(len(x)))"),
+    "of a chain": ("p += out.argmax(1).tolist()", "p += bmt.gather_samples(out.argmax(1).tolist())"),
+    "added by name": (
+        "n = n + (out.argmax(1) == y).sum().item()",
+        "n = n + bmt.total((out.argmax(1) == y).sum().item())",
+    ),
+    "added in front": ("n = len(x) + n", "n = bmt.total(len(x)) + n"),
+    "put behind": ("p = torch.cat([p, out.argmax(1)])", "p = torch.cat([p, bmt.gather_samples(out.argmax(1))])"),
+    "put behind, along the first": (
+        "self.p = torch.cat((self.p, out.argmax(1)), dim=0)",
+        "self.p = torch.cat((self.p, bmt.gather_samples(out.argmax(1))), dim=0)",
+    ),
+    "an array put behind": ("p = np.append(p, y.numpy())", "p = np.append(p, bmt.gather_samples(y.numpy()))"),
+    "arrays put behind": ("p = np.concatenate([p, y.numpy()])", "np.concatenate([p, bmt.gather_samples(y.numpy())])"),
+    "the first or put behind": (
+        "p = y if p is None else torch.cat([p, y])",
+        "p = bmt.gather_samples(y) if p is None else torch.cat([p, bmt.gather_samples(y)])",
+    ),
+    "the first, else put behind": (
+        "if p is None:\n        p = y.numpy()\n    else:\n        p = np.append(p, y.numpy())",
+        "        p = bmt.gather_samples(y.numpy())\n    else:\n        p = np.append(p, bmt.gather_samples(y.numpy()))",
+    ),
     "a list added": ("p += y.tolist()", "p += bmt.gather_samples(y.tolist())"),
 }
 
@@ -79,6 +100,20 @@ MADE = {
 @pytest.mark.parametrize(("text", "wanted"), MADE.values(), ids=MADE.keys())
 def test_what_leaves_the_loop_is_the_batchs(text: str, wanted: str) -> None:
     assert wanted in converted(f"{HEAD}{LOOP}    {text}\n")
+
+
+def test_without_gradients_outputs_are_collected_too() -> None:
+    loop = "with torch.no_grad():\n    for x, y in loader:\n        p.append(net(x))\n        n.append(y)\n"
+    after = converted(f"{HEAD}{LOOP}{loop}")
+    assert "p.append(bmt.gather_samples(net(x)" in after and "n.append(bmt.gather_samples(y" in after
+
+
+def test_what_is_made_of_the_collected_is_not_reported() -> None:
+    loop = "for epoch in range(2):\n    p = []\n    " + LOOP.replace("\n", "\n    ") + "    p.append(y)\n"
+    behind = "    all = torch.cat(p)\n    print(all.float().mean().item())\n    print(out.sum().item())\n"
+    result = convert_text(HEAD + loop + behind)
+    (line,) = [f.line for f in result.reported if f.code == "BMT037"]
+    assert result.before.decode().splitlines()[line - 1] == "    print(out.sum().item())"
 
 
 MIX = """def mix(x, y, alpha=1.0):
@@ -133,6 +168,9 @@ def test_what_is_no_share_stays(text: str) -> None:
 
 
 UNKNOWN = {
+    "outputs with their gradients": "p.append(out)",
+    "a place for each": "n += 8\n    p[n : n + len(y)] = out.argmax(1)",
+    "places of the batch": "p[y] = out.detach()",
     "each item": "for a, b in zip(out.argmax(1), y):\n        if a == b:\n            n += 1",
     "as the items are": "if y.sum() > 3:\n        n += len(y)",
     "a metric": "metric.update(out.argmax(1), y)",

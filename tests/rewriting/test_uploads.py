@@ -57,3 +57,38 @@ def test_a_model_is_pointed_out(call: str, guard: str) -> None:
     result = convert_text(SCRIPT + guard + call + "\n")
     told = [finding for finding in result.reported if finding.code == "BMT033"]
     assert len(told) == 1 and "every rank writes" in told[0].message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'model.encoder.push_to_hub("a/b")\n',
+        'model.merge_and_unload().push_to_hub("a/b")\n',
+        'url = model.push_to_hub("a/b")\n',
+        'def finish(net):\n    net.push_to_hub("a/b")\n\n\nfinish(model)\n',
+        'def finish(net):\n    return net.push_to_hub("a/b")\n\n\nif rank == 0:\n    finish(model)\n',
+    ],
+)
+def test_what_holds_a_models_values_is_pointed_out(text: str) -> None:
+    result = convert_text(SCRIPT + text)
+    told = [finding for finding in result.reported if finding.code == "BMT033"]
+    assert len(told) == 1 and "bmt.save_pretrained(model, folder, push_to_hub=True" in told[0].message
+    assert "if bmt.rank() == 0:\n" not in result.after.decode()
+
+
+GIVEN = {
+    "a commit": ('info = tokenizer.push_to_hub("a/b")', 'info = bmt.on_rank_0(tokenizer.push_to_hub)("a/b")'),
+    "a folder": ('info = api.upload_folder(folder_path="a")', "info = bmt.on_rank_0(api.upload_folder)(folder_path="),
+    "a place": ('url = create_repo("a/b")', 'url = bmt.on_rank_0(create_repo)("a/b")'),
+    "shown": ('print(api.create_repo("a/b"))', 'bmt.print_rank(bmt.on_rank_0(api.create_repo)("a/b"))'),
+}
+
+
+@pytest.mark.parametrize(("text", "wanted"), GIVEN.values(), ids=GIVEN.keys())
+def test_an_upload_whose_result_is_used_is_one_ranks(text: str, wanted: str) -> None:
+    assert wanted in converted(f"{SCRIPT}{text}\n")
+
+
+def test_a_save_that_uploads_is_of_all_ranks() -> None:
+    after = converted(SCRIPT + 'model.save_pretrained("out", push_to_hub=True, repo_id="a/b")\n')
+    assert after.endswith('bmt.save_pretrained(model, "out", push_to_hub=True, repo_id="a/b")\n')

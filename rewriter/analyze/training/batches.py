@@ -11,6 +11,7 @@ from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.scripts import Scripts
 
 _DRAWS = {"torch.randint", "torch.randn", "torch.rand"}
+_DEEP = 2
 _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 
 
@@ -33,7 +34,9 @@ def random_batches(file: File, scripts: Scripts) -> Iterator[ast.Call]:
         parent = file.names.parents[node]
         if isinstance(parent, ast.Call) and project.external(file, parent.func) == "bmtrain.shard_batch":
             continue
-        if _batch_sized(node) and isinstance(parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)):
+        if (_batch_sized(node) or _picks_a_batch(file, scripts, node)) and isinstance(
+            parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)
+        ):
             if not _has_the_size_of_another(file, node):
                 yield node
 
@@ -63,6 +66,55 @@ def _batch_sized(call: ast.Call) -> bool:
     """Whether the first dimension asked for is a batch size by name."""
     size = _first_size(call)
     return size is not None and bool(_BATCH.match((dotted(size) or "").split(".")[-1]))
+
+
+def _picks_a_batch(file: File, scripts: Scripts, call: ast.Call) -> bool:
+    """Whether ``index = torch.randint(len(data), (12,))`` picks items for a loop that trains, of whatever number.
+
+    Not in a class, which may be a worker's, or under a test, where it may be for something else.
+    """
+    statement, size = file.names.parents[call], _first_size(call)
+    listed = [
+        item for item in (*call.args, *(k.value for k in call.keywords)) if isinstance(item, (ast.Tuple, ast.List))
+    ]
+    if (dotted(call.func) or "").split(".")[-1] != "randint" or len(listed) != 1 or len(listed[0].elts) != 1:
+        return False
+    several = isinstance(size, ast.Constant) and isinstance(size.value, int) and size.value > 1
+    if not (several or isinstance(size, (ast.Name, ast.Attribute))) or file.names.class_of(call) is not None:
+        return False
+    match statement:
+        case ast.Assign(targets=[ast.Name(id=name)]):
+            function = file.names.function_of(call)
+            return _is_index(file, function or file.tree, name) and _is_for_training(file, scripts, call)
+    return False
+
+
+def _is_index(file: File, around: ast.AST, name: str) -> bool:
+    """Whether ``data[name]`` is taken, or ``data[i]`` for every ``i`` of it."""
+    picked = {name}
+    for item in walk(around):
+        if isinstance(item, (ast.For, ast.comprehension)) and isinstance(item.target, ast.Name):
+            if isinstance(item.iter, ast.Name) and item.iter.id == name:
+                picked.add(item.target.id)
+    return any(
+        isinstance(item, ast.Subscript) and any(isinstance(n, ast.Name) and n.id in picked for n in walk(item.slice))
+        for item in walk(around)
+    )
+
+
+def _is_for_training(file: File, scripts: Scripts, node: ast.AST, deep: int = 0) -> bool:
+    """Whether a loop that calls backward comes to a node, or to a call of its function, on every pass."""
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, (ast.If, ast.Lambda)):
+            return False
+        if isinstance(parent, (ast.For, ast.While)) and any(
+            isinstance(item, ast.Attribute) and item.attr == "backward" for item in walk(parent)
+        ):
+            return True
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            calls = scripts.collectives.instances.calls(file, parent) if deep < _DEEP else ()
+            return any(_is_for_training(other, scripts, call, deep + 1) for other, call in calls)
+    return False
 
 
 def _first_size(call: ast.Call) -> ast.expr | None:

@@ -297,6 +297,11 @@ class Scripts:
             }
         return self._unguarded[file]
 
+    def kept_guards(self, file: File) -> list[ast.If]:
+        """Rank guards that one rank alone enters after conversion."""
+        opened = self.opened_guards(file)
+        return [guard.node for guard in guards(file) if guard.node not in opened and not guard.either]
+
     def in_opened_guard(self, file: File, node: ast.AST) -> bool:
         """Whether a node stands in a rank guard that every rank is to enter."""
         opened = self.opened_guards(file)

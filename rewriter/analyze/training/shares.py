@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
@@ -28,6 +29,8 @@ _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
 _SOME = -1  # a part of a value, it is not known which
+Grown = tuple[ast.expr, bool, ast.expr]
+"""A variable, whether it gets something behind what it holds, and what."""
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -102,10 +105,31 @@ class Kinds:
         self.added = {
             n.target.id for n in self.nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
         }
+        self.grown = self._growing()
+        for name in {
+            target.id for parts in self.grown.values() for target, _, _ in parts if isinstance(target, ast.Name)
+        }:
+            self.made.pop(name, None)
+            self.added.add(name)
         for _ in range(3):
             for name, values in self.made.items():
                 if any(self.of_batch(value) and not self._is_drawn(value, part) for value, part in values):
                     self.batch.add(name)
+
+    def _growing(self) -> dict[ast.Assign, list[Grown]]:
+        """The assignments that add to what a variable holds, and those under a test that give it the first."""
+        found = {n: parts for n in self.nodes if isinstance(n, ast.Assign) and (parts := list(_grown(n)))}
+        for name in {dotted(target) for parts in found.values() for target, _, _ in parts}:
+            own = [n for n in self.nodes if isinstance(n, ast.Assign) and [dotted(t) for t in n.targets] == [name]]
+            first = [node for node in own if node not in found]
+            listed = all(part[1] for node in own for part in found.get(node, ()))
+            tested = all(isinstance(self.file.names.parents[node], ast.If) for node in first)
+            if name in self.batch or (first and not (listed and tested)):
+                for node in own:
+                    found.pop(node, None)
+            else:
+                found |= {node: [(node.targets[0], True, node.value)] for node in first}
+        return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
         """Whether a part of what a function of the project gives comes of nothing that it is given of the batch."""
@@ -158,6 +182,20 @@ class Kinds:
                         yield from self._split(value) if kind == "mixed" else ()
                         if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
                             yield value, kind
+                case ast.Assign() if node in self.grown:
+                    for variable, listed, value in self.grown[node]:
+                        kind = "" if self._bound_inside(variable) else self.kind(value)
+                        if kind == "mixed" and not listed:
+                            yield from self._split(value)
+                        elif listed and kind in {"samples", "unknown", "mean", "total"}:
+                            cut = kind in {"samples", "unknown"} and self._is_cut(value)
+                            yield value, "samples" if cut else "unknown"
+                        elif kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
+                            yield value, kind
+                case ast.Assign(targets=[ast.Subscript(value=kept, slice=place)], value=value):
+                    if not self._bound_inside(kept) and not isinstance(place, ast.Constant):
+                        if self.kind(value) in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
+                            yield value, "unknown"
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
                         kind = self.kind(value)
@@ -169,6 +207,8 @@ class Kinds:
                             yield from self._split(value)
                         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
                             yield value, "samples"
+                        elif kind == "samples" and not _is_text(value):
+                            yield value, "unknown"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
                     kinds = [(value, self.kind(value)) for value in given]
@@ -282,18 +322,41 @@ class Kinds:
         return False
 
     def _is_list(self, node: ast.expr) -> bool:
-        return isinstance(node, (ast.ListComp, ast.List)) or (
-            isinstance(node, ast.Call) and (dotted(node.func) or "").split(".")[-1] in {"tolist", "list"}
-        )
+        called = node.func if isinstance(node, ast.Call) else None
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+        return isinstance(node, (ast.ListComp, ast.List)) or name in {"tolist", "list"}
+
+    def _counts(self, place: ast.expr) -> bool:
+        """Whether a place is counted up from batch to batch: ``values[seen : seen + len(x)]``."""
+        return any(isinstance(item, ast.Name) and item.id in self.added for item in walk(place))
 
     def _is_cut(self, node: ast.expr) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
+        if self._without_gradients:
+            return True
         if isinstance(node, ast.Name):
             made = self.made.get(node.id)
             return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
+
+    @cached_property
+    def _without_gradients(self) -> bool:
+        """Whether the loop stands under ``torch.no_grad()``, or in a function that does."""
+        for parent in self.file.names.ancestors(self.loop):
+            around: list[ast.expr] = []
+            if isinstance(parent, ast.With):
+                around = [item.context_expr for item in parent.items]
+            elif isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                around = parent.decorator_list
+            for item in around:
+                called = item.func if isinstance(item, ast.Call) else item
+                if self.roles.project.external(self.file, called) in {"torch.no_grad", "torch.inference_mode"}:
+                    return True
+            if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                return False
+        return False
 
     # Kinds -----------------------------------------------------------------------------------------------------
 
@@ -431,6 +494,43 @@ class Kinds:
         if pair <= {"same", "loss"} or (left == "loss" and right == "total" and isinstance(op, ast.Div)):
             return "loss"
         return "samples" if "samples" in pair and "unknown" not in pair else "unknown"
+
+
+def _grown(node: ast.Assign) -> Iterator[Grown]:
+    """What is added to a variable by ``n = n + len(x)``, ``all = torch.cat([all, x])``, ``all = np.append(all, x)``.
+
+    ``all = x if all is None else torch.cat([all, x])`` gives it the first, too.
+    """
+    target, value = node.targets[0], node.value
+    if len(node.targets) > 1 or dotted(target) is None:
+        return
+    if isinstance(value, ast.IfExp):
+        for one, other in ((value.body, value.orelse), (value.orelse, value.body)):
+            added = _added(target, one)
+            if added is not None and added[0]:
+                yield target, True, added[1]
+                yield target, True, other
+    elif (added := _added(target, value)) is not None:
+        yield target, *added
+
+
+def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
+    """Whether something is put behind what a variable holds, or added to it, and what."""
+    match value:
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            listed, parts = False, [left, right]
+        case ast.Call(func=func, args=[ast.List(elts=parts) | ast.Tuple(elts=parts), *_]):
+            listed = (dotted(func) or "").split(".")[-1] in {"cat", "concat", "concatenate", "hstack", "vstack"}
+            parts = parts if listed else []
+        case ast.Call(func=func, args=[_, _] as parts):
+            listed = (dotted(func) or "").split(".")[-1] == "append"
+            parts = parts if listed else []
+        case _:
+            return None
+    paths = [dotted(part) for part in parts]
+    if len(parts) != 2 or paths.count(dotted(target)) != 1:
+        return None
+    return listed, parts[1 - paths.index(dotted(target))]
 
 
 def _named(node: ast.AST) -> set[str]:

@@ -34,11 +34,15 @@ LOG_FILES = {
     "logging.FileHandler", "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
     "logging.handlers.WatchedFileHandler", "logging.basicConfig",
 }  # fmt: skip
+UPLOADING_METHODS = {
+    "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo", "create_commit", "create_tag",
+    "git_push",
+}  # fmt: skip
 WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
-    "print_trainable_parameters", "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo",
-    "create_commit", "create_tag", "git_push",
+    "print_trainable_parameters", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_to_disk",
+    *UPLOADING_METHODS,
 }  # fmt: skip
 
 _OF_MODELS = {"safetensors.torch.save_model"}

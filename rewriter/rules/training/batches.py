@@ -1,11 +1,12 @@
 """A random batch is drawn whole by every rank, which keeps its share.
 
 What: ``torch.randint(n, (batch_size,))`` that picks a batch becomes
-``bmt.shard_batch(torch.randint(n, (batch_size,)))``.
+``bmt.shard_batch(torch.randint(n, (batch_size,)))``, and so does ``index = torch.randint(n, (12,))`` of any size by
+which a loop that trains takes its items, ``data[index]``.
 Why: all ranks draw the same numbers (same seed), so together they see the batch of the unconverted script.
 A script that nothing shares out data in is reported.
-Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name;
-the call is in a model.
+Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name,
+nor the batch of a loop that trains taken by it; the call is in a model.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 What: ``os.makedirs(path)`` and ``path.mkdir()`` under ``if not os.path.exists(path):`` get ``exist_ok=True``, and
 ``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait;
 where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``. A name made of
-the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``.
+the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``. So is an option, or a field of settings, that is
+the time where it is not given: ``args.out = bmt.store.broadcast_object(args.out)``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
 Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. Names chosen by what is there
@@ -25,9 +26,11 @@ from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or not (b"mkdir" in file.source.data or b"makedirs" in file.source.data):
+    if file not in facts.scripts.training:
         return
     yield from _of_moments(file, facts)
+    if not (b"mkdir" in file.source.data or b"makedirs" in file.source.data):
+        return
     made: list[ast.Call] = []
     for call in file.calls:
         if not fails_if_there(file, facts.project, call) or facts.scripts.in_kept_guard(file, call):
@@ -57,6 +60,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 def _of_moments(file: File, facts: Facts) -> Iterator[Finding]:
     """Folders with the time in their names: rank 0's name is everyone's."""
     told: set[ast.AST] = set()
+    for held in facts.moments.shared(file):
+        equal = f"{held.access} = {{bmt}}.store.broadcast_object({held.access})"
+        message = "an option is the time where it is not given: rank 0's is everyone's"
+        yield Conversion(RULE.code, held.where.lineno, message, (insert_before(held.where, equal),))
     for moment in facts.moments.folders(file):
         line, changes = moment.call.lineno, list[Change]()
         if facts.scripts.in_kept_guard(file, moment.call):
@@ -71,11 +78,9 @@ def _of_moments(file: File, facts: Facts) -> Iterator[Finding]:
                 insert_before(moment.where, "{path} = {bmt}.store.broadcast_object({path})", path=moment.named)
             )
         if changes:
-            yield Conversion(
-                RULE.code, line, "the folder is named by the time: rank 0's name is everyone's", tuple(changes)
-            )
-        elif not moment.wrapped and moment.named is None:
-            message = "every rank makes a folder, named by the time that it sees: name it by what all ranks have, as "
+            yield Conversion(RULE.code, line, "named by the time: rank 0's name is everyone's", tuple(changes))
+        elif not moment.wrapped and moment.named is None and not moment.settings:
+            message = "every rank names this by the time that it sees: name it by what all ranks have, as "
             yield Remark(RULE.code, line, message + "bmt.store.broadcast_object(name) gives it")
 
 

@@ -79,6 +79,7 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
     statements = [statement for statement in block if not _is_definition(statement)]
     entry = scripts.entry
     named = [s for moment in facts.moments.folders(file) for s in moment.statements(file)]
+    named += [held.where for held in facts.moments.shared(file)]
     needing = (s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s) or contains(s, named))
     first = next(needing, None)
     return statements[0] if first is None and statements and scripts.drives(file) else first

@@ -6,22 +6,33 @@ if it needs all of them. A file that is open while all ranks work (``log = open(
 other ranks.
 ``model.save_pretrained(...)`` of transformers, peft and the like becomes ``bmt.save_pretrained(model, ...)``, which
 every rank calls and one writes.
-Why: several ranks that write one file destroy it; a collective that one rank alone enters waits forever.
+Where all ranks then read such a file, they wait for it: ``bmt.synchronize()`` behind it; where a test decides whether
+it is read or made, rank 0 answers for all: ``if bmt.agree(os.path.exists(path)):``. Where not all ranks are known to
+come there, it is reported.
+Why: several ranks that write one file destroy it; one that reads it meanwhile finds a part of it, or nothing; a
+collective that one rank alone enters waits forever.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import of_own_state
-from rewriter.analyze.training.read_back import reads_of
-from rewriter.analyze.training.writers import is_left_to_one, opens_for_writing, saves_only, takes_path, writes
-from rewriter.changes import Arguments, Change, Under, replace, template
+from rewriter.analyze.training.writers import (
+    UPLOADING_METHODS,
+    WRITERS,
+    is_left_to_one,
+    opens_for_writing,
+    saves_only,
+    takes_path,
+    writes,
+)
+from rewriter.changes import Arguments, Change, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -32,6 +43,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     joined: set[ast.AST] = set()
     for node in file.nodes:
+        if isinstance(node, ast.stmt) and _uploads_model(file, facts, node):
+            joined.update(walk(node))
+            yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
+            continue
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
         if not writes(file, facts.project, node):
@@ -42,8 +57,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "one rank writes what all ranks give", changes)
             continue
         if facts.scripts.in_opened_guard(file, node):
-            if _uploads_model(file, facts, node):
-                yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
             continue
         if saves_only(file, facts.project, node):
             joined.update(walk(node))
@@ -59,28 +72,61 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             joined.update(item for statement in (node, *followers) for item in walk(statement))
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
-            yield from _read_back(file, facts, node)
+            yield from _read_back(file, facts, together.statements)
         elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
             yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
+    for test in facts.scripts.kept_guards(file):
+        if not facts.read_back.waits_beside(file, test):
+            yield from _read_back(file, facts, test.body)
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
+        elif call not in joined and _uploads(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            if not isinstance(file.names.parents[call], ast.Expr):
+                change = wrap(call.func, "{bmt}.on_rank_0({it})")
+                yield Conversion(RULE.code, call.lineno, "one rank uploads", (change,))
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
             yield Remark(RULE.code, call.lineno, message, differs=True)
 
 
 def _for_all(file: File, node: ast.stmt) -> str:
-    called = file.source.code(node).split("(")[0]
-    hint = ": save it by bmt.save_pretrained, and let rank 0 upload the folder" if "push_to_hub" in called else ""
-    return f"every rank must call {called}, and every rank writes{hint}"
+    value = node.value if isinstance(node, (ast.Expr, ast.Assign, ast.Return)) else None
+    called = file.source.code(value.func if isinstance(value, ast.Call) else node)
+    hint = ": bmt.save_pretrained(model, folder, push_to_hub=True, repo_id=...) uploads it once"
+    return f"every rank must call {called}, and every rank writes{hint if 'push_to_hub' in called else ''}"
 
 
 def _uploads_model(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """Whether a statement pushes a model to a hub, or a part of one."""
     match node:
-        case ast.Expr(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub"))):
-            return facts.scripts.roles[file].is_model(model)
+        case (
+            ast.Expr(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+            | ast.Assign(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+            | ast.Return(value=ast.Call(func=ast.Attribute(value=model, attr="push_to_hub")))
+        ):
+            return _is_of_model(file, facts, model)
     return False
+
+
+def _is_of_model(file: File, facts: Facts, node: ast.expr, deep: int = 0) -> bool:
+    """Whether a value is a model, a part of one, or a parameter that is given one."""
+    last = node.attr if isinstance(node, ast.Attribute) else ""
+    if any(isinstance(item, ast.expr) and facts.scripts.roles[file].is_model(item) for item in walk(node)):
+        return "config" not in last and "token" not in last
+    function = file.names.function_of(node)
+    if not isinstance(node, ast.Name) or function is None or deep > 1:
+        return False
+    given = facts.scripts.collectives.instances.given(file, function, node.id)
+    return any(_is_of_model(other, facts, value, deep + 1) for other, value in given)
+
+
+def _uploads(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call uploads to a hub, or makes a place there."""
+    name = facts.project.external(file, call.func)
+    if name.startswith("huggingface_hub."):
+        return name in WRITERS
+    return isinstance(call.func, ast.Attribute) and call.func.attr in UPLOADING_METHODS
 
 
 def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:
@@ -107,23 +153,37 @@ def _pickled(file: File, facts: Facts, block: ast.With) -> ast.Call | None:
     return None
 
 
-def _read_back(file: File, facts: Facts, node: ast.stmt) -> Iterator[Finding]:
-    """A word where the other ranks may read a file that rank 0 has not finished."""
-    function = file.names.function_of(node)
-    loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, (ast.For, ast.While))]
-    if any(facts.scripts.feeds.trains(file, loop) for loop in loops if isinstance(loop, ast.For)):
-        return
-    if function is not None and facts.scripts.steps(file, function):
-        return
-    files = sorted(facts.scripts.training, key=lambda item: (item is not file, item.place))
-    for other, call, test in reads_of(file, facts.project, node, files):
-        where = f"line {call.lineno}" if other is file else f"{other.path.name}:{call.lineno}"
-        wait = "put bmt.synchronize() between the two"
-        if test is not None:
-            wait = f"let rank 0 decide for all, if bmt.agree({file.source.code(test.test)})"
-        message = f"one rank writes this file, and others may read it too early ({where}): {wait}"
-        yield Remark(RULE.code, node.lineno, message, differs=True)
-        return
+def _read_back(file: File, facts: Facts, nodes: Sequence[ast.stmt | ast.Call]) -> Iterator[Finding]:
+    """The other ranks wait where they may read a file that rank 0 has not finished; else a word.
+
+    ``nodes`` are statements that one rank runs together, or a call that opens a file.
+    """
+    told: set[ast.AST] = set()
+    for race in (race for node in nodes for race in facts.read_back.races(file, node)):
+        where = f"line {race.call.lineno}" if race.file is race.where else f"{race.file.path.name}:{race.call.lineno}"
+        place = race.behind or race.front or race.test
+        if place in told:
+            continue
+        if place is not None:
+            told.add(place)
+        line = nodes[0].lineno
+        waits = f"all ranks wait for what one writes, and read it then ({where})"
+        if race.reached and race.where is file and race.behind is not None:
+            first = nodes[0]  # what stands behind the others goes with them to one rank
+            behind = first if race.behind in nodes and isinstance(first, ast.stmt) else race.behind
+            yield Conversion(RULE.code, line, waits, (insert_behind(behind, "{bmt}.synchronize()"),))
+        elif race.reached and race.where is file and race.front is not None:
+            yield Conversion(RULE.code, line, waits, (insert_before(race.front, "{bmt}.synchronize()"),))
+        elif race.reached and race.where is file and race.test is not None:
+            message = f"rank 0 decides for all whether a file is written or read ({where})"
+            yield Conversion(RULE.code, line, message, (wrap(race.test.test, "{bmt}.agree({it})"),))
+        else:
+            wait = "put bmt.synchronize() between the two"
+            if race.test is not None:
+                wait = f"let rank 0 decide for all, if bmt.agree({file.source.code(race.test.test)})"
+            message = f"one rank writes this file, and others may read it too early ({where}): {wait}"
+            yield Remark(RULE.code, line, message, differs=True)
+            return
 
 
 def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
@@ -142,6 +202,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
     ):
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
+        yield from _read_back(file, facts, (call,))
     else:
         yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it", differs=True)
 

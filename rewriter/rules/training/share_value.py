@@ -3,8 +3,9 @@
 What: in a loop over training data, sums that are added up (``correct += (out == y).sum().item()``, ``seen += len(x)``,
 ``total += loss.item() * x.size(0)``) and shown (``print(step * len(x))``) are ``bmt.total(...)``; means that are shown,
 collected or handed to a meter are ``bmt.sum_loss(...)``, the mean over the ranks; samples' values that are collected
-(``predictions.extend(out.argmax(1).tolist())``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the
-loop may also go through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
+(``predictions.extend(out.argmax(1).tolist())``, ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the
+order of the batch. Where the loop may also go through data that no rank shares, it names the loader:
+``bmt.total(len(x), of=loaders[part])``.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through: then the line is
 reported, as are functions of the project that are handed the training loader, and tests of such counts above calls that
@@ -52,6 +53,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     told: set[int] = set()
     made = facts.scripts.collectives.shares(file)
+    whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
     for value, share in made.items():
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
             told.add(value.lineno)
@@ -68,7 +70,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             counted |= {variable} if variable is not None else set()
         if value.lineno not in told:
             told.add(value.lineno)
-            message = f"{file.source.code(value)} may be of this rank's share of the data: see bmt.total, bmt.sum_loss"
+            seen = f"{file.source.code(value)} may be of this rank's share of the data"
+            message = f"{seen}: see bmt.total, bmt.sum_loss, bmt.gather_samples"
             yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
@@ -78,7 +81,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
                     if item.lineno not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
                         counted.add(v)
-                elif isinstance(item, ast.Call) and _shown(file, facts, item):
+                elif isinstance(item, ast.Call) and _shown(file, facts, item) and not _uses(file, facts, item, whole):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
                 if message and line not in told:
@@ -92,6 +95,31 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
+
+
+def _collected(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
+    """The variables that hold what is collected from all ranks, and those that are made of them alone."""
+    roles, known = facts.scripts.roles[file], set[Var]()
+    for value in values:
+        match file.names.statement_of(value):
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder))) | ast.AugAssign(target=holder):
+                held = roles.var(holder)
+            case ast.Assign(targets=[holder]):
+                held = roles.var(holder)
+            case _:
+                held = None
+        known |= {held} if held is not None else set()
+    for node in file.nodes if known else ():
+        if isinstance(node, ast.Assign) and _uses(file, facts, node.value, known):
+            known |= {variable for target in node.targets if (variable := roles.var(target)) is not None}
+    return known
+
+
+def _uses(file: File, facts: Facts, node: ast.expr, known: set[Var]) -> bool:
+    """Whether a value is made of known variables, and of no others but modules and functions."""
+    names = [item for item in ast.walk(node) if isinstance(item, ast.Name)]
+    own = [name for name in names if facts.project.resolve(file, name) is None]
+    return bool(own) and all(facts.scripts.roles[file].var(name) in known for name in own)
 
 
 def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
