@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..comm import Communicator
 from ..shard import DistributedModule, DistributedParameter, ParameterInitializer
-from .functional import ReduceOutput, apply_over, parallel_linear
+from .functional import ReduceOutput, apply_over, drawn_for, parallel_linear
 from .group import slice_of, tensor_group
 
 
@@ -74,4 +74,5 @@ def vocab_parallel_embedding(
     rows = F.embedding(index.masked_fill(elsewhere, 0), weight)
     if padding_idx is not None:
         rows = torch.where((tokens == padding_idx).unsqueeze(-1), rows.detach(), rows)
-    return apply_over(ReduceOutput, rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), comm)
+    whole = apply_over(ReduceOutput, rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), comm)
+    return drawn_for(whole, comm, split=False)

@@ -144,3 +144,19 @@ def times_compiled(default_device: bool) -> int:
 @on_ranks(1, 2)
 def test_a_default_device_has_no_block_compiled_for_its_second_run() -> None:
     assert times_compiled(True) == times_compiled(False) > 0
+
+
+@on_ranks(1, 2)
+def test_a_forward_that_is_not_compiled_runs_again_so() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(Attention(), Attention())
+    torch.manual_seed(0)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(Attention(), use_checkpoint=True) for _ in range(2))))
+    bmt.compile(model, backend="aot_eager")
+    for eager in (True, False):
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            loss = model(oracle.inputs(0)).square().mean()
+        loss.backward()
+        plain(oracle.inputs(0)).square().mean().backward()
+    oracle.assert_same_grads(model, plain)
