@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import types
+from functools import cache
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..comm import Communicator
 from ..shard import DistributedModule, DistributedParameter, ParameterInitializer
@@ -57,6 +63,66 @@ class VPEmbedding(DistributedModule):
 
     def extra_repr(self) -> str:
         return f"{self.vocab_size_per_partition} of {self.vocab_size}, {self.embedding_size}"
+
+
+class _SplitEmbedding(nn.Embedding):
+    """Comes behind a class of its own forward, which asks this one for the rows."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return vocab_parallel_embedding(input, self.weight, tensor_group(), self.padding_idx)
+
+
+def split_in_place(module: nn.Embedding) -> nn.Embedding:
+    """Let ``module``, of a class derived from nn.Embedding, hold this rank's rows, as its weight does already."""
+    module.__class__ = _between(type(module), _SplitEmbedding)  # type: ignore[arg-type]
+    return module
+
+
+@cache
+def _between(own: type[nn.Embedding], other: type[nn.Embedding]) -> type[Any]:
+    def body(namespace: dict[str, Any]) -> None:
+        namespace.update(__module__=own.__module__, __qualname__=own.__qualname__, __doc__=own.__doc__)
+
+    return types.new_class(own.__name__, (own, other), {}, body)
+
+
+class _Tried(nn.Embedding):
+    """Comes there to see what the other does with the rows."""
+
+    tried_table: torch.Tensor
+    tried_calls: int
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        self.tried_calls += 1
+        return F.embedding(input, self.tried_table, self.padding_idx)
+
+
+def why_not_split(module: nn.Embedding, ranks: int) -> str | None:
+    """Why a forward of its own needs more than the rows that ``nn.Embedding.forward`` gives; None if it does not.
+
+    It is tried: once as it is, and once where the weight is not to be had but by ``nn.Embedding.forward``.
+    """
+    own = type(module)
+    if own.forward is nn.Embedding.forward and "forward" not in vars(module):
+        return None
+    tokens = torch.arange(min(module.num_embeddings, 4), device=module.weight.device)[None]
+    plain, tried = copy.copy(module), cast(_Tried, copy.copy(module))
+    tried.__class__ = _between(own, _Tried)  # type: ignore[arg-type]
+    tried.tried_table, tried.tried_calls = module.weight.detach(), 0
+    slice_ = torch.full_like(module.weight[: module.num_embeddings // ranks], float("nan"))
+    tried._parameters = {**module._parameters, "weight": nn.Parameter(slice_)}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            plain.training = tried.training = False
+            same = torch.equal(tried(tokens), plain(tokens))
+    except Exception as error:
+        return f"{own.__name__}, an embedding with a forward of its own that cannot be tried with tokens alone: {error}"
+    if same and tried.tried_calls == 1:
+        return None
+    return (
+        f"{own.__name__}, an embedding with a forward of its own, which can be split only if that takes its rows from "
+        "one call of super().forward and goes by nothing else of the weight"
+    )
 
 
 def vocab_parallel_embedding(
