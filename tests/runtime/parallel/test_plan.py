@@ -19,7 +19,7 @@ from bmtrain.errors import ConfigurationError
 from bmtrain.parallel.embedding import vocab_parallel_embedding
 from bmtrain.parallel.group import tensor_group
 
-WIDTH, HEADS = 8, 4
+WIDTH, HEADS = 16, 4
 
 
 class Attention(nn.Module):
@@ -165,7 +165,7 @@ def test_without_tensor_parallel_ranks_nothing_changes() -> None:
 def refusals() -> dict[str, tuple[Any, dict[str, Any] | None, list[str] | None]]:
     odd, cut, hooked = Model(), Model(), Model()
     odd.layers[1].mlp["up"], odd.layers[1].mlp["down"] = nn.Linear(WIDTH, 13), nn.Linear(13, WIDTH)
-    cut.layers[0].attention.head_dim = 4
+    cut.layers[0].attention.head_dim = 8
     hooked.head.register_forward_hook(lambda *_: None)
     limited = nn.ModuleDict({"e": nn.Embedding(4, 2, max_norm=1.0)})
     return {
@@ -179,7 +179,7 @@ def refusals() -> dict[str, tuple[Any, dict[str, Any] | None, list[str] | None]]
         'embedding is an embedding, which can be split "rowwise" only': (Model(), {"embedding": "colwise"}, None),
         "e is an embedding with max_norm": (limited, {"e": "rowwise"}, None),
         r"layers.1.mlp.up.out_features is 13, which cannot be split evenly over 2": (odd, PLAN, None),
-        "layers.0.attention.k has 1 heads of 4 features": (cut, PLAN, None),
+        "layers.0.attention.k has 1 heads of 8 features": (cut, PLAN, None),
         r"Attention.n_head is 4, .* divide=\[\"n_head\"\]": (Model(counted=True), PLAN, None),
         "n_odd is 3, which cannot be divided": (_with_odd_count(), PLAN, ["n_odd"]),
         "embedding.weight is also the weight": (Model(), {"head": "rowwise_split_input"}, None),
