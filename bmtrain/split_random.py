@@ -93,12 +93,15 @@ class SplitRandom:
             if was_own:
                 self._part()
 
-    def follow(self, activation: torch.Tensor, split: bool) -> None:
-        """``activation`` has been computed, and this is whether it, and what is made of it, is split."""
+    def follow(self, activation: torch.Tensor, split: bool, joins: bool) -> None:
+        """``activation`` has been computed, and this is whether it, and what is made of it, is split.
+
+        ``joins``: it was made of what was split.
+        """
         if self.check is not None:
             self.check.note(activation, split)
         if not self._trains and backward_id() is None:
-            self._follow_alone(split)
+            self._follow_alone(split, joins)
         elif split and not self.is_own and (not self._trains or self._trains[-1]):
             self._part()
         elif not split and self.is_own:
@@ -119,9 +122,9 @@ class SplitRandom:
         if drawn:
             torch.rand((), generator=self._generator, device=self._generator.device)
 
-    def _follow_alone(self, split: bool) -> None:
+    def _follow_alone(self, split: bool, joins: bool) -> None:
         """Nobody would put an end to another stream here, should the activations not be joined again."""
-        if not split and self._alone not in (None, self.position()):
+        if joins and self._alone not in (None, self.position()):
             self._alone = None
             raise ConfigurationError(
                 "Between tensor-parallel layers that were called outside of the forward of a distributed module, "

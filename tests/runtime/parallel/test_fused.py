@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -260,6 +261,27 @@ def test_init_parameters_and_random_writes_are_of_the_whole() -> None:
         with torch.no_grad():
             for _, p in sorted(net.named_parameters()):
                 p.data.normal_()
+    oracle.assert_same_weights(model, reference, exact=True)
+
+
+@on_ranks(2, 4, init={"tp_size": 2})
+def test_values_outside_of_forwards(tmp_path: Path) -> None:
+    model, reference = split("fewer keys"), Model(others=2)
+    weight: Any = model.layers[0].attn.c_attn.weight
+    whole_one = reference.layers[0].attn.c_attn.weight.detach()
+    assert torch.equal(weight.gather_all().cpu(), whole_one) and weight._tp_original_shape == whole_one.shape
+    oracle.assert_same_weights(copy.deepcopy(model), reference, exact=True)
+    state = model.state_dict()
+    for written in (state, reference.state_dict()):
+        written["layers.0.attn.c_attn.weight"][5:30, 3] = 7.0
+    oracle.assert_same_weights(model, reference, exact=True)
+    bmt.save_checkpoint({name: p.data.clone() for name, p in model.named_parameters()}, str(tmp_path / "average.pt"))
+    for name, value in torch.load(tmp_path / "average.pt").items():
+        assert torch.equal(value, reference.state_dict()[name]), name
+    with bmt.gathered(weight, write=True), torch.no_grad():
+        weight.zero_()
+    with torch.no_grad():
+        reference.layers[0].attn.c_attn.weight.zero_()
     oracle.assert_same_weights(model, reference, exact=True)
 
 

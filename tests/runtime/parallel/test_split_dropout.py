@@ -293,6 +293,24 @@ def test_a_part_called_by_itself_is_refused() -> None:
     model(torch.ones(ROWS, WIDTH))
 
 
+class Sampled(bmt.DistributedModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = bmt.nn.VPEmbedding(INNER, WIDTH, dtype=torch.float32)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.embedding(self.embedding(x, projection=True).argmax(-1))
+
+
+@on_ranks(2, init={"tp_size": 2})
+def test_numbers_between_parts_called_by_themselves_are_the_scripts() -> None:
+    model: Any = Sampled()
+    bmt.init_parameters(model)
+    for _ in range(2):
+        x = model.embedding(torch.randint(INNER, (ROWS,)))
+        model.embedding(x, projection=True)
+
+
 class Logits(bmt.DistributedModule):
     """What it gives stays split."""
 
