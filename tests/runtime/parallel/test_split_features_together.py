@@ -30,7 +30,7 @@ FACTORS: dict[str, list[Any]] = {
     "optimizer": ["ours", "torch's", "both"],
 }
 CELLS = covering_rows(FACTORS, 2)
-LIMITS = {"fp32": 1e-4, "autocast bf16": 0.05, "autocast fp16": 0.01, "bf16 model": 0.1, "precision bf16": 0.1}
+LIMITS = {"fp32": 1e-4, "autocast bf16": 0.05, "autocast fp16": 0.015, "bf16 model": 0.1, "precision bf16": 0.1}
 """Of the norm of a gradient."""
 
 
