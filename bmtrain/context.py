@@ -39,6 +39,7 @@ from .device import (
 )
 from .errors import CommunicationError, ConfigurationError, NotInitializedError
 from .precision import Precision, as_precision
+from .split_random import SplitRandom
 from .topology import Dimension, Mesh, Topology
 from .watch import Diary, Hooks, Interrupts, Timeouts, Watchdog
 from .watch import start as start_watchdog
@@ -142,6 +143,8 @@ class Context:
     """Of every module that was given none of its own."""
     random: Random = "own"
     """Whether layers in training draw other numbers on every rank."""
+    split_random: SplitRandom | None = None
+    """From which stream they draw inside tensor-parallel layers; None where no rank has slices, or all draw alike."""
     gradient_divisor: int = 1
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     memory: MemoryUse | float = "auto"
@@ -310,8 +313,9 @@ def init_distributed(
         precision: a bmt.Precision, or the dtype to gather fp32 parameters and compute in ("bf16", torch.bfloat16);
             None follows the model's dtypes and autocast. Blocks may have their own.
         random: "own" lets a training model's layers draw other dropout masks and noise on every rank, each for its
-            share of the batch; outside of forwards all ranks draw alike (see ``bmt.own_random``). "shared" draws the
-            same everywhere, as the published library did.
+            share of the batch; outside of forwards all ranks draw alike (see ``bmt.own_random``). Tensor-parallel
+            ranks draw other numbers for what is split over them, and alike else. "shared" draws the same everywhere, as
+            the published library did.
         gradients: "mean": ``loss.backward()`` gives the mean over ranks, as does an OptimManager. "sum": it gives the
             sum, as it did in the published releases, for scripts that divide by the number of ranks themselves.
         memory: "auto" spends what the first steps leave free on a GPU to save time: blocks that were not told keep
@@ -361,6 +365,8 @@ def init_distributed(
     )
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
+    if tp_size > 1 and random == "own":
+        made.split_random = SplitRandom(made.device.generator, topology.tp_rank)
     made.reports = env.get("BMTRAIN_DIARY_DIR") or made.reports
     made.gradient_divisor = topology.data_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)

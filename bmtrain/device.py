@@ -272,6 +272,11 @@ class Device:
         """Whether layers draw from another generator than Python code that decides which of them run."""
         return self.is_cuda
 
+    @property
+    def generator(self) -> torch.Generator:
+        """What layers draw from."""
+        return self._generators()[0]
+
     def layers_draw_own(self) -> AbstractContextManager[None]:
         """Inside the ``with`` this rank's layers draw numbers of their own."""
         return self._own_random[0]

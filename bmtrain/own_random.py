@@ -45,9 +45,9 @@ class OwnRandom:
         if self.depth > 1:
             return
         self._shared = self._generator.get_state()
-        seed = hashlib.blake2b(_head(self._shared), digest_size=8, salt=self._salt).digest()
+        seed = hashlib.blake2b(head(self._shared), digest_size=8, salt=self._salt).digest()
         self._generator.manual_seed(int.from_bytes(seed, "little"))
-        self._start = _head(self._generator.get_state())
+        self._start = head(self._generator.get_state())
 
     def __exit__(self, *_: object) -> None:
         self.depth -= 1
@@ -55,7 +55,7 @@ class OwnRandom:
             return
         shared, self._shared = self._shared, None
         assert shared is not None
-        drawn = _head(self._generator.get_state()) != self._start
+        drawn = head(self._generator.get_state()) != self._start
         self._generator.set_state(shared)
         if drawn:
             torch.rand((), generator=self._generator, device=self._generator.device)
@@ -63,11 +63,12 @@ class OwnRandom:
 
 def move_on(generator: torch.Generator) -> None:
     """Let ``generator`` stand elsewhere, which follows from where it stands."""
-    seed = hashlib.blake2b(_head(generator.get_state()), digest_size=8, salt=b"moves on").digest()
+    seed = hashlib.blake2b(head(generator.get_state()), digest_size=8, salt=b"moves on").digest()
     generator.manual_seed(int.from_bytes(seed, "little"))
 
 
-def _head(state: torch.Tensor) -> bytes:
+def head(state: torch.Tensor) -> bytes:
+    """What tells one state of a generator from another."""
     return bytes(state[:_HEAD].tolist())
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..alike import follow_rank_0
 from ..errors import ConfigurationError
 from ..shard.flat import flat_of
-from ..shard.parameter import DistributedParameter, as_distributed, init_method_of, split_dim_of
+from ..shard.parameter import DistributedParameter, as_distributed, init_method_of, split_of
 from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .autocast_switches import switches_autocast
@@ -50,7 +50,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     device, kind = pools.ctx.device.torch_device, type(root).__name__
     # Of those that are initialised later no one expects that they are equal now.
     later = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if init_method_of(p) is not None}
-    slices = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if split_dim_of(p) is not None}
+    slices = {n for g in groups for n, p in zip(g.names, g.parameters, strict=True) if split_of(p) is not None}
     differing = follow_rank_0(pools.ctx, kind, _initial_values(root, groups), slices)
     make_buffers(root)
     units = []

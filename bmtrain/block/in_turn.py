@@ -72,7 +72,7 @@ def whole_in_pieces(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         yield 0, value.detach().reshape(-1)
         return
     place = value.part.place
-    if place.split_dim is not None or value.shape != place.shape:
+    if place.split is not None or value.shape != place.shape:
         yield 0, unsliced(value).reshape(-1)
         return
     ctx, part = place.ctx, value.part.read()

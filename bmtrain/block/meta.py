@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from ..shard.gathered import initialise
-from ..shard.parameter import as_distributed, group_of, init_method_of, split_dim_of
+from ..shard.parameter import as_distributed, group_of, init_method_of, split_of
 from .sharded import ShardedModule
 
 
@@ -90,7 +90,7 @@ def _some(names: Sequence[str]) -> str:
 def _allocate(old: nn.Parameter, device: torch.device) -> nn.Parameter:
     fill = float("nan") if old.is_floating_point() or old.is_complex() else 0
     new = as_distributed(nn.Parameter(torch.full(old.shape, fill, dtype=old.dtype, device=device), old.requires_grad))
-    new._init_method, new._group, new._split_dim = init_method_of(old), group_of(old), split_dim_of(old)
+    new._init_method, new._group, new._split = init_method_of(old), group_of(old), split_of(old)
     return new
 
 

@@ -31,6 +31,7 @@ from ..shard.gathered import gathered, units_of
 from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
 from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
+from ..split_random import SplitRandom
 from .batch_norm_statistics import level, note_run
 from .in_turn import comes_in_turn, methods_of, named_state
 from .pretrained import write_by_rank_0
@@ -62,7 +63,7 @@ class ShardedModule(nn.Module):
         precision, outermost = unit.precision, runs.idle
         if outermost and unit.ctx.world_size > 1:
             note_run(self, record)
-        with _random_numbers(self, record, unit.ctx, outermost):
+        with _random_numbers(self, record, unit.ctx, outermost), _split_random(self, record, unit.ctx):
             if not precision.casts:
                 return runs.forward(unit, record.recompute, super().__call__, args, kwargs)
             args, kwargs = precision.cast_arguments((args, kwargs))
@@ -178,6 +179,19 @@ def _random_numbers(module: nn.Module, record: Record, ctx: Context, outermost: 
         return nullcontext()
     alone = outermost if ctx.device.decides_apart else not record.has_blocks
     return ctx.device.layers_draw_own() if alone else nullcontext()
+
+
+def _split_random(module: nn.Module, record: Record, ctx: Context) -> AbstractContextManager[None]:
+    """Lets draws for split activations be this rank's own; in the first forward that trains each is looked at."""
+    return nullcontext() if ctx.split_random is None else _checked(module, record, ctx.split_random)
+
+
+@contextmanager
+def _checked(module: nn.Module, record: Record, random: SplitRandom) -> Iterator[None]:
+    wanted = module.training and not record.draws_checked
+    with random.forward(module.training, wanted) as check:
+        yield
+    record.draws_checked = record.draws_checked or (wanted and not (check is not None and check.doubts))
 
 
 def become(module: nn.Module, mixin: type[ShardedModule]) -> Record:

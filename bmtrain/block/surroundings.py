@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -13,6 +14,20 @@ from torch.overrides import TorchFunctionMode
 from ..device import autocast_regions, in_autocast_regions
 
 _C: Any = torch._C
+
+_DYNAMO = "torch._dynamo.eval_frame"
+
+
+def _compiler_stance() -> Any:
+    """What ``torch.compiler.set_stance`` sets; None as long as nothing is compiled."""
+    dynamo = sys.modules.get(_DYNAMO)
+    return None if dynamo is None else dynamo._stance
+
+
+def _set_compiler_stance(stance: Any) -> None:
+    if stance is not None:
+        sys.modules[_DYNAMO]._set_stance(stance)
+
 
 _FLAGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (_C._get_sdp_priority_order, _C._set_sdp_priority_order),  # the first, see ``settle``
@@ -25,13 +40,16 @@ _FLAGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (_C._get_cudnn_deterministic, _C._set_cudnn_deterministic),
     (_C._get_mkldnn_enabled, _C._set_mkldnn_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
+    (_compiler_stance, _set_compiler_stance),
 ]
-"""What ``sdpa_kernel``, ``torch.backends.*.flags`` and ``set_default_dtype`` set: how to read it, in some nanoseconds,
-and how to set it."""
+"""What ``sdpa_kernel``, ``torch.backends.*.flags``, ``set_default_dtype`` and ``set_stance`` set: how to read it, in
+some nanoseconds, and how to set it."""
 
 
 class Surroundings:
-    """Those of the code that makes it: autocast, default device and dtype, kernels allowed, torch function modes."""
+    """Those of the code that makes it: autocast, default device and dtype, kernels allowed, torch function modes, and
+    whether code is compiled.
+    """
 
     def __init__(self) -> None:
         self._autocast = autocast_regions()

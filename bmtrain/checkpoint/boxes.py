@@ -24,21 +24,39 @@ class Box(NamedTuple):
 
 
 class Region(NamedTuple):
-    """Part of a whole tensor: that of this shape from ``offsets`` on.  Its elements are counted by themselves."""
+    """Part of a whole tensor.  Its elements are counted by themselves.
+
+    Attributes:
+        shape: of the part.
+        whole: of the whole.
+        dim: along which it is a part.
+        runs: along ``dim``, in order: how many indices are neighbours in the whole, and the first of them there.  More
+            than one along the first dimension only.
+    """
 
     shape: tuple[int, ...]
-    offsets: tuple[int, ...]
     whole: tuple[int, ...]
+    dim: int = 0
+    runs: Sequence[tuple[int, int]] = ()
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> Region:
         """All of a tensor."""
-        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
+        return cls(tuple(shape), tuple(shape))
 
     def boxes(self, start: int, end: int, most: int) -> Iterator[Box]:
         """As ``boxes`` below, of this part, with the offsets that they have in the whole tensor."""
-        for box in boxes(self.shape, start, end, most):
-            yield box._replace(offsets=tuple(a + b for a, b in zip(self.offsets, box.offsets, strict=True)))
+        if not self.runs:
+            yield from boxes(self.shape, start, end, most)
+            return
+        before = 0  # elements of this part
+        for count, first in self.runs:
+            shape = (*self.shape[: self.dim], count, *self.shape[self.dim + 1 :])
+            numel = prod(shape)
+            for box in boxes(shape, max(start - before, 0), min(end - before, numel), most):
+                offsets = tuple(at + first if dim == self.dim else at for dim, at in enumerate(box.offsets))
+                yield Box(offsets, box.sizes, box.start + before)
+            before += numel
 
 
 def boxes(shape: Sequence[int], start: int, end: int, most: int) -> Iterator[Box]:

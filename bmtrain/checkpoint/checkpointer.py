@@ -467,12 +467,14 @@ class Checkpointer:
 
 
 def _region_at(place: Place) -> Region:
-    return Region(place.shape, place.offsets, place.whole_shape)
+    if place.runs is None:
+        return Region.of(place.shape)
+    return Region(place.shape, place.whole_shape, *place.runs)
 
 
 def _region_of(value: Any) -> Region:
     """What this rank and those that have its slices hold of a tensor."""
-    if not isinstance(value, ShardedTensor) or value.part.place.split_dim is None:
+    if not isinstance(value, ShardedTensor) or value.part.place.split is None:
         return Region.of(value.shape)
     place = value.part.place
     if value.shape != place.shape:

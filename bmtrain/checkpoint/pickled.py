@@ -24,7 +24,7 @@ from ..context import context, is_initialized
 from ..errors import UnsupportedError
 from ..shard.engine import engine
 from ..shard.gathered import gathered
-from ..shard.parameter import DistributedParameter, split_dim_of
+from ..shard.parameter import DistributedParameter, split_of
 from ..shard.sharded_tensor import ShardedTensor, unsliced
 
 
@@ -74,7 +74,7 @@ def restore(module: nn.Module, state: dict[str, Any]) -> None:
 def whole(obj: Any) -> Iterator[bool]:
     """Gather the models in ``obj``, its dicts, lists and tuples; gives whether there are any.  Collective if so."""
     models = list(_models(obj))
-    if any(split_dim_of(parameter) is not None for model in models for parameter in model.parameters()):
+    if any(split_of(parameter) is not None for model in models for parameter in model.parameters()):
         raise UnsupportedError(
             "A model of which tensor-parallel ranks have slices cannot be pickled. Save its state dict: "
             "bmt.save(model, path), or bmt.save_checkpoint(model.state_dict(), path)."

@@ -12,7 +12,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ..autograd import outside_of_compiled_code
 from ..comm import Communicator
+from ..context import context
 from ..errors import ConfigurationError
 from .group import tensor_group
 
@@ -58,7 +60,8 @@ def parallel_linear(
         output = output + (apply_over(Copy, bias, comm) if reduce_type == "reduce_scatter" else bias)
     if gather_output:
         output = apply_over(_GatherFeatures, output, comm)
-    return output
+    split = not gather_output and reduce_type != "all_reduce"
+    return drawn_for(output, comm, split, joins=reduce_type is not None and not split_input)
 
 
 class OpParallelLinear:
@@ -93,6 +96,20 @@ def apply_over(function: type[torch.autograd.Function], x: torch.Tensor, comm: C
         return x
     result: torch.Tensor = function.apply(x, comm)  # type: ignore[no-untyped-call]
     return result
+
+
+def drawn_for(x: torch.Tensor, comm: Communicator, split: bool, joins: bool = False) -> torch.Tensor:
+    """``x``; random numbers that are drawn next are for what is split over the ranks, as it is, or for what is not.
+
+    ``joins``: it was made of what was split.
+    """
+    random = context().split_random
+    if comm.world_size > 1 and random is not None:
+        if torch.compiler.is_compiling():
+            outside_of_compiled_code(random.follow, x, split, joins)
+        else:
+            random.follow(x, split, joins)
+    return x
 
 
 def _summed(x: torch.Tensor, comm: Communicator) -> torch.Tensor:

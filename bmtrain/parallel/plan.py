@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
+from math import gcd
 from types import MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -15,23 +16,42 @@ from ..context import context
 from ..errors import ConfigurationError
 from ..shard import DistributedParameter
 from ..shard.flat import flat_of
-from ..shard.slices import own_slice
-from .embedding import VPEmbedding
+from ..shard.slices import Split, own_slice
+from .embedding import VPEmbedding, split_in_place, why_not_split
 from .functional import Copy, apply_over
 from .group import slice_of, tensor_group
 from .tensor import ColumnParallelLinear, RowParallelLinear
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+
+class _Style(NamedTuple):
+    """How a layer is split.
+
+    Attributes:
+        along: its output features ("columns"), or its input features or an embedding's rows ("rows"); None: it is not,
+            but the gradients of what it makes of this rank's features are summed.
+        whole: whether its output is joined, or its input comes whole.
+        packed: whether parts follow each other in its output.
+        parts: their relative lengths; None where the plan does not say.
+    """
+
+    along: Literal["columns", "rows"] | None
+    whole: bool = False
+    packed: bool = False
+    parts: tuple[int, ...] | None = None
+
+
 _STYLES = {
-    "colwise": "column",
-    "colwise_rep": "column, gathered",
-    "colwise_gather_output": "column, gathered",
-    "rowwise": "row",
-    "rowwise_rep": "row of whole input",
-    "rowwise_split_input": "row of whole input",
-    "embedding_rowwise": "row",
-    "replicated_with_grad_allreduce": "summed",
+    "colwise": _Style("columns"),
+    "colwise_rep": _Style("columns", whole=True),
+    "colwise_gather_output": _Style("columns", whole=True),
+    "packed_colwise": _Style("columns", packed=True),
+    "rowwise": _Style("rows"),
+    "rowwise_rep": _Style("rows", whole=True),
+    "rowwise_split_input": _Style("rows", whole=True),
+    "embedding_rowwise": _Style("rows"),
+    "replicated_with_grad_allreduce": _Style(None),
 }
 """Words of plans, those of Hugging Face's models among them, and what they mean."""
 
@@ -44,7 +64,13 @@ class _Layer(NamedTuple):
     parent: nn.Module
     own_name: str
     module: nn.Module
-    style: str
+    style: _Style
+
+    @property
+    def split(self) -> Split:
+        """Of its weight."""
+        dim = 1 if self.style.along == "rows" and isinstance(self.module, nn.Linear) else 0
+        return Split(dim, self.style.parts or (1,))
 
 
 def parallelize_module(
@@ -67,9 +93,13 @@ def parallelize_module(
         plan: by name, where ``*`` stands for any one part of it, how a layer is split: "colwise" (each rank has its
             share of the output features), "rowwise" (of the input features, which come as shares; the output is summed;
             of an embedding, its share of the rows), "colwise_gather_output", "rowwise_split_input"; or objects of
-            ``torch.distributed.tensor.parallel``, ColwiseParallel and RowwiseParallel.  A module that is not split, but
-            sees this rank's share of the features (a norm of each head), is "replicated_with_grad_allreduce".  None
-            takes the plan that a model of Hugging Face transformers brings along.
+            ``torch.distributed.tensor.parallel``, ColwiseParallel and RowwiseParallel.  ("packed_colwise", 3) splits a
+            layer whose output is three equal parts, one behind the other (queries, keys and values), so that each rank
+            has its share of every part; ("packed_colwise", [4, 1, 1]) gives the parts' lengths, all or relative to each
+            other, and "packed_colwise" finds out their number where the "rowwise" layer behind it leaves no doubt.  A
+            module that is not split, but sees this rank's share of the features (a norm of each head), is
+            "replicated_with_grad_allreduce".  None takes the plan that a model of Hugging Face transformers brings
+            along.
         divide: the attributes that count heads, of the modules that hold split layers: each is divided by the size of
             the group.  Empty if their forward goes by the size of what it is given.
 
@@ -88,12 +118,13 @@ def parallelize_module(
     size = context().topology.tp_size
     if size == 1:
         return module
+    layers = [layer._replace(style=layer.style._replace(parts=_parts(layer, layers, ready))) for layer in layers]
     _with_tied(module, layers)
     parents = {id(layer.parent): layer.parent for layer in layers}
     counts = [] if ready else [found for parent in parents.values() for found in _counts(parent, divide, size)]
     for layer in layers:
         _require_whole_heads(layer)
-    kept: dict[tuple[int, int], DistributedParameter] = {}
+    kept: dict[tuple[int, Split | None], DistributedParameter] = {}
     context().building += 1  # what is made here is sharded with the model
     try:
         for layer in layers:
@@ -108,13 +139,13 @@ def parallelize_module(
 def _layers(module: nn.Module, plan: Mapping[str, Any]) -> Iterator[_Layer]:
     modules = dict(module.named_modules(remove_duplicate=False))
     for pattern, given in plan.items():
-        style, parts = _style(pattern, given), pattern.split(".")
-        found = [name for name in modules if name and _matches(name.split("."), parts)]
+        style, words = _style(pattern, given), pattern.split(".")
+        found = [name for name in modules if name and _matches(name.split("."), words)]
         if not found:
             raise ConfigurationError(f"{pattern!r} in the plan is the name of no module of {type(module).__name__}.")
         for name in found:
             layer, (prefix, _, own_name) = modules[name], name.rpartition(".")
-            if type(layer) not in (nn.Linear, nn.Embedding) and style != "summed":
+            if type(layer) is not nn.Linear and not isinstance(layer, nn.Embedding) and style.along is not None:
                 raise ConfigurationError(
                     f"{name} is {type(layer).__name__}, and only nn.Linear and nn.Embedding can be split. Leave it out "
                     "of the plan."
@@ -123,13 +154,13 @@ def _layers(module: nn.Module, plan: Mapping[str, Any]) -> Iterator[_Layer]:
             yield _Layer(name, modules[prefix], own_name, layer, style)
 
 
-def _require_splittable(name: str, layer: nn.Module, style: str) -> None:
+def _require_splittable(name: str, layer: nn.Module, style: _Style) -> None:
     why = None
-    if isinstance(layer, nn.Embedding) and style not in ("row", "row of whole input"):
+    if isinstance(layer, nn.Embedding) and style.along == "columns":
         why = 'an embedding, which can be split "rowwise" only'
     elif isinstance(layer, nn.Embedding) and (layer.max_norm is not None or layer.sparse or layer.scale_grad_by_freq):
         why = "an embedding with max_norm, sparse or scale_grad_by_freq, which cannot be split"
-    elif style == "summed" and any(True for _ in layer.children()):
+    elif style.along is None and any(True for _ in layer.children()):
         why = "more than one module; name those that hold parameters"
     elif layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         why = "a layer with hooks, which would be lost; register them afterwards"
@@ -138,6 +169,8 @@ def _require_splittable(name: str, layer: nn.Module, style: str) -> None:
             "sharded already. Call bmt.parallelize_module before bmt.BMTrainModelWrapper, or, in a DistributedModule, "
             "at the end of __init__ with self"
         )
+    elif isinstance(layer, nn.Embedding) and style.along == "rows":
+        why = why_not_split(layer, max(2, tensor_group().world_size))
     if why is not None:
         raise ConfigurationError(f"{name} is {why}.")
 
@@ -146,18 +179,30 @@ def _matches(name: list[str], pattern: list[str]) -> bool:
     return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
-def _style(name: str, given: Any) -> str:
-    found = _STYLES.get(given) if isinstance(given, str) else None
+def _style(name: str, given: Any) -> _Style:
+    parts: Any = None
+    word = given
+    if isinstance(given, (tuple, list)) and len(given) == 2 and given[0] == "packed_colwise":
+        word, parts = given
+    found = _STYLES.get(word) if isinstance(word, str) else None
+    if parts is not None:
+        lengths = (1,) * parts if type(parts) is int else tuple(parts) if isinstance(parts, (tuple, list)) else ()
+        if not lengths or any(type(length) is not int or length < 1 for length in lengths):
+            raise ConfigurationError(
+                f"{name!r} is to be split as {given!r}; the parts of its output are a number, or a list of lengths: "
+                '("packed_colwise", 3), ("packed_colwise", [4, 1, 1]).'
+            )
+        return _Style("columns", packed=True, parts=tuple(length // gcd(*lengths) for length in lengths))
     kind = type(given)
     if kind.__module__.startswith("torch.distributed.tensor") and kind.__name__ in (
         "ColwiseParallel",
         "RowwiseParallel",
     ):
         (takes,), (gives,) = given.input_layouts, given.output_layouts
-        if kind.__name__ == "ColwiseParallel" and takes.is_replicate():
-            found = "column" if gives.is_shard(-1) else "column, gathered" if gives.is_replicate() else None
+        if kind.__name__ == "ColwiseParallel" and takes.is_replicate() and (gives.is_shard(-1) or gives.is_replicate()):
+            found = _Style("columns", whole=gives.is_replicate())
         elif kind.__name__ == "RowwiseParallel" and gives.is_replicate():
-            found = "row" if takes.is_shard(-1) else "row of whole input" if takes.is_replicate() else None
+            found = _Style("rows", takes.is_replicate()) if takes.is_shard(-1) or takes.is_replicate() else None
     if found is None:
         raise ConfigurationError(
             f"{name!r} is to be split as {given!r}, which is not supported. There are {', '.join(_STYLES)}, and "
@@ -166,28 +211,64 @@ def _style(name: str, given: Any) -> str:
     return found
 
 
-def _split_dim(layer: _Layer) -> int:
-    """Of its weight."""
-    return 1 if layer.style.startswith("row") and isinstance(layer.module, nn.Linear) else 0
+def _parts(layer: _Layer, layers: list[_Layer], ready: bool) -> tuple[int, ...]:
+    """Of the output of ``layer``, by the layers behind it if the plan does not say.  ``ready``: it came along."""
+    style, module = layer.style, layer.module
+    if style.parts is not None or style.along != "columns" or style.whole or not isinstance(module, nn.Linear):
+        return style.parts or (1,)
+    if ready:  # whoever wrote it knows the model; packed means a gate and what it is for
+        return (1, 1) if style.packed else (1,)
+    features, behind = module.out_features, list(_taken_behind(layer, layers))
+    if not style.packed:
+        if behind and features > max(behind):
+            raise ConfigurationError(
+                f"{layer.name} gives {features} features, and what is behind it takes {max(behind)}: it is several "
+                'layers in one. If their parts follow each other, say how many there are, ("packed_colwise", 3), or '
+                'how long they are, ("packed_colwise", [4, 1, 1]); if those of each head stand together, '
+                '("packed_colwise", 1).'
+            )
+        return (1,)
+    number, rest = divmod(features, behind[0]) if len(set(behind)) == 1 else (0, 0)
+    heads = any(_HEADS.fullmatch(name) or name in _OF_ONE_HEAD for name in vars(layer.parent))
+    # Two may be queries, and half as many keys and values.
+    if rest or (number != 3 and (number != 2 or heads)):
+        raise ConfigurationError(
+            f"Into which parts the {features} features that {layer.name} gives are to be cut cannot be told. Say how "
+            'many equal ones, ("packed_colwise", 3), or how long they are, ("packed_colwise", [4, 1, 1]).'
+        )
+    return (1,) * number
+
+
+def _taken_behind(layer: _Layer, layers: list[_Layer]) -> Iterator[int]:
+    """How many features the layers take that may be behind ``layer``."""
+    for other in layers:
+        if other.parent is layer.parent and other.style == _STYLES["rowwise"] and isinstance(other.module, nn.Linear):
+            yield other.module.in_features
 
 
 def _with_tied(module: nn.Module, layers: list[_Layer]) -> None:
     """Add the embeddings that share a weight with a layer that is split along the same dimension."""
-    split = {(id(layer.module.weight), _split_dim(layer)) for layer in layers if layer.style != "summed"}
+    split: dict[int, Split] = {}
+    for layer in layers:
+        if layer.style.along is not None and split.setdefault(id(layer.module.weight), layer.split) != layer.split:
+            raise ConfigurationError(
+                f"{layer.name}.weight is also the weight of another layer, which the plan splits otherwise. Name both "
+                "in the plan, along the same dimension, or neither."
+            )
     chosen = {id(layer.module) for layer in layers}
-    weights = {number for number, _ in split}
     modules = dict(module.named_modules(remove_duplicate=False))
     for name, other in modules.items():
         for own_name, parameter in other._parameters.items():
-            if id(parameter) not in weights or id(other) in chosen:
+            if id(parameter) not in split or id(other) in chosen:
                 continue
-            if type(other) is not nn.Embedding or (id(parameter), 0) not in split:
+            if not isinstance(other, nn.Embedding) or split[id(parameter)] != Split(0):
                 raise ConfigurationError(
                     f"{name}.{own_name} is also the weight of a layer that the plan splits, so that it must be split, "
                     "too. Name both in the plan, along the same dimension, or neither."
                 )
+            _require_splittable(name, other, _STYLES["rowwise"])
             prefix, _, own = name.rpartition(".")
-            layers.append(_Layer(name, modules[prefix], own, other, "row"))
+            layers.append(_Layer(name, modules[prefix], own, other, _STYLES["rowwise"]))
             chosen.add(id(other))
 
 
@@ -211,44 +292,51 @@ def _counts(parent: nn.Module, divide: Collection[str] | None, size: int) -> Ite
 
 
 def _require_whole_heads(layer: _Layer) -> None:
-    module = layer.module
-    if layer.style == "summed":
+    module, style = layer.module, layer.style
+    if style.along is None:
         return
     if isinstance(module, nn.Embedding):
         slice_of(module.num_embeddings, f"The number of rows of {layer.name}")
         return
     assert isinstance(module, nn.Linear)
-    column = layer.style.startswith("column")
-    features = module.out_features if column else module.in_features
-    own = slice_of(features, f"{layer.name}.{'out' if column else 'in'}_features")
-    for name in _OF_ONE_HEAD:
-        width = getattr(layer.parent, name, None)
-        if type(width) is int and width > 1 and "gathered" not in layer.style and own % width:
-            raise ConfigurationError(
-                f"{layer.name} has {features // width} heads of {width} features, which cannot be divided over "
-                f"{tensor_group().world_size} tensor-parallel ranks."
-            )
+    columns, parts = style.along == "columns", layer.split.parts
+    what = "out_features" if columns else "in_features"
+    features = module.out_features if columns else module.in_features
+    if features % sum(parts):
+        raise ConfigurationError(f"{layer.name}.{what} is {features}, which has no parts like {list(parts)}.")
+    for length in layer.split.lengths(features):
+        own = slice_of(length, f"{'A part of ' if len(parts) > 1 else ''}{layer.name}.{what}")
+        for name in _OF_ONE_HEAD:
+            width = getattr(layer.parent, name, None)
+            if type(width) is int and width > 1 and not (columns and style.whole) and own % width:
+                raise ConfigurationError(
+                    f"{layer.name} has {length // width} heads of {width} features, which cannot be divided over "
+                    f"{tensor_group().world_size} tensor-parallel ranks."
+                )
 
 
-def _split(layer: _Layer, kept: dict[tuple[int, int], DistributedParameter]) -> nn.Module:
+def _split(layer: _Layer, kept: dict[tuple[int, Split | None], DistributedParameter]) -> nn.Module:
     module, style = layer.module, layer.style
     made: nn.Module
-    if style == "summed":
+    if style.along is None:
         module.forward = MethodType(_with_summed_gradients, module)
         return module
     if isinstance(module, nn.Embedding):
+        if type(module) is not nn.Embedding:
+            module.weight = _slice(cast(nn.Parameter, module.weight), layer.split, kept)
+            return split_in_place(module)
         rows, width, dtype = module.num_embeddings, module.embedding_dim, module.weight.dtype
         made = VPEmbedding(rows, width, dtype, padding_idx=module.padding_idx)
     else:
         assert isinstance(module, nn.Linear)
         sizes = module.in_features, module.out_features, module.bias is not None, module.weight.dtype
-        if style.startswith("column"):
-            made = ColumnParallelLinear(*sizes, gather_output="gathered" in style, gather_input=False)
+        if style.along == "columns":
+            made = ColumnParallelLinear(*sizes, gather_output=style.whole, gather_input=False)
         else:
-            made = RowParallelLinear(*sizes, split_input="whole" in style, all_reduce_output=True)
-    dims = {"weight": _split_dim(layer), "bias": 0 if style.startswith("column") else None}
+            made = RowParallelLinear(*sizes, split_input=style.whole, all_reduce_output=True)
+    splits = {"weight": layer.split, "bias": layer.split if style.along == "columns" else None}
     for name, parameter in module.named_parameters(recurse=False):
-        setattr(made, name, _slice(parameter, dims[name], kept))
+        setattr(made, name, _slice(parameter, splits[name], kept))
     return made.train(module.training)
 
 
@@ -264,17 +352,18 @@ def _with_summed_gradients(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _slice(
-    whole: nn.Parameter, dim: int | None, kept: dict[tuple[int, int], DistributedParameter]
+    whole: nn.Parameter, split: Split | None, kept: dict[tuple[int, Split | None], DistributedParameter]
 ) -> DistributedParameter:
     """This rank's of the group's first rank's values; of one parameter always the same one."""
-    key = id(whole), -1 if dim is None else dim
+    key = id(whole), split
     if key not in kept:
         ctx = context()
         values = whole.detach().to(ctx.device.torch_device).contiguous()
         ctx.tensor_group.broadcast(values.view(-1).view(torch.uint8), 0)
-        values = own_slice(ctx, values.to(whole.device), dim).clone()
+        values = own_slice(ctx, values.to(whole.device), split).clone()
         init_method, group = getattr(whole, "_init_method", None), getattr(whole, "_group", None)
+        dim, parts = split or (-1, (1,))
         kept[key] = DistributedParameter(
-            values, whole.requires_grad, init_method, group, tp_mode=dim is not None, tp_split_dim=key[1]
+            values, whole.requires_grad, init_method, group, split is not None, tp_split_dim=dim, tp_parts=parts
         )
     return kept[key]

@@ -74,7 +74,7 @@ class FlatShard:
         params, names: the parameters in the order of ``layout.slots``.
         gradient: this rank's reduced gradient.
         landing: where whole gradients wait to be reduced.
-        split_dims: of slices, along which dimension each is one; None for all where they are none.
+        splits: of slices, how their wholes are cut; None for all where they are none.
         is_counted: whether this rank's part counts, where tensor-parallel ranks keep the same.
         autocasts: whether the parameters belong to layers that autocast casts, so that they may be gathered cast.
         wire: dtype of the last gather, and so of computation.
@@ -90,7 +90,7 @@ class FlatShard:
         self.params, self.names = list(params), list(names)
         self.dtype = self.wire = params[0].dtype
         self.layout: Layout = unit.pools.layout_of(tuple(tuple(p.shape) for p in params))
-        self.split_dims = [p._split_dim for p in params]
+        self.splits = [p._split for p in params]
         self.is_counted = self.is_slice or unit.ctx.tensor_group.rank == 0
         self.autocasts = autocasts
         self.version = 0
@@ -239,7 +239,7 @@ class FlatShard:
     @property
     def is_slice(self) -> bool:
         """Whether these are slices, of which tensor-parallel ranks hold others."""
-        return self.split_dims[0] is not None
+        return self.splits[0] is not None
 
     @property
     def slices(self) -> list[str]:
@@ -248,17 +248,17 @@ class FlatShard:
 
     def whole_shape(self, index: int) -> tuple[int, ...]:
         """The shape of parameter ``index`` without tensor parallelism."""
-        return whole_shape(self.unit.ctx, self.shape_of(index), self.split_dims[index])
+        return whole_shape(self.unit.ctx, self.shape_of(index), self.splits[index])
 
     def joined(self, index: int, own: torch.Tensor) -> torch.Tensor:
         """The same of a tensor like parameter ``index``.  Collective in the tensor-parallel group, of slices."""
-        return joined(self.unit.ctx, own, self.split_dims[index])
+        return joined(self.unit.ctx, own, self.splits[index])
 
     def own_slice(self, index: int, whole: torch.Tensor) -> torch.Tensor:
         """This rank's slice of a tensor without tensor parallelism; any other tensor as it is."""
         if not self.is_slice or tuple(whole.shape) != self.whole_shape(index):
             return whole
-        return own_slice(self.unit.ctx, whole, self.split_dims[index])
+        return own_slice(self.unit.ctx, whole, self.splits[index])
 
     def index_at(self, offset: int) -> int:
         """The parameter that begins at ``offset`` of a whole flat buffer."""
@@ -276,7 +276,7 @@ class FlatShard:
         place = self._places.get(index)
         if place is None:
             place = self._places[index] = Place(
-                self.unit.ctx, self.layout, index, self.names[index], self.split_dims[index]
+                self.unit.ctx, self.layout, index, self.names[index], self.splits[index]
             )
         return place
 

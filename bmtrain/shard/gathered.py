@@ -14,7 +14,7 @@ from ..context import Context, context
 from ..errors import ConfigurationError
 from .engine import engine
 from .flat import FlatShard, flat_of
-from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_dim_of
+from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_of
 from .slices import own_slice, whole_shape
 from .unit import ShardUnit, unit_of_flat
 
@@ -145,11 +145,11 @@ def init_parameters(model: nn.Module) -> None:
 
 def initialise(parameter: nn.Parameter, method: Callable[[torch.Tensor], object]) -> None:
     """Let ``method`` fill ``parameter``, which is whole; of a slice, let it fill the whole and take the slice."""
-    dim = split_dim_of(parameter)
-    if dim is None:
+    split = split_of(parameter)
+    if split is None:
         method(parameter)
         return
-    shape = whole_shape(context(), tuple(parameter.shape), dim)
+    shape = whole_shape(context(), tuple(parameter.shape), split)
     whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
     method(whole)
-    parameter.copy_(own_slice(context(), whole, dim))
+    parameter.copy_(own_slice(context(), whole, split))

@@ -22,10 +22,11 @@ import torch
 from torch import nn
 
 from ..context import context
-from ..errors import ShardedAccessError
+from ..errors import ConfigurationError, ShardedAccessError
 from .place import Part, Place
 from .published_facts import PublishedFacts
 from .sharded_tensor import ShardedTensor
+from .slices import Split
 
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
@@ -104,13 +105,15 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         tp_mode: ``data`` is this rank's slice of a tensor-parallel layer's parameter.  ``init_method`` still gets the
             whole, and whole state dicts hold the whole.
         tp_split_dim: the dimension along which the whole is cut.
+        tp_parts: the relative lengths of what follows each other along dimension 0, such as a layer's queries, keys and
+            values: each rank has its share of every part.
     """
 
     _flat: Home | None
     _index: int
     _init_method: Callable[[torch.Tensor], Any] | None
     _group: str | None
-    _split_dim: int | None = None  # along which a whole is cut, of which this is a slice
+    _split: Split | None = None  # how a whole is cut, of which this is a slice
     _taken: list[weakref.ref[Any]]  # what ``data`` has given: Parts while sharded, tensors while whole
 
     def __new__(
@@ -121,11 +124,17 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         group: str | None = None,
         tp_mode: bool = False,
         tp_split_dim: int = -1,
+        tp_parts: tuple[int, ...] = (1,),
     ) -> DistributedParameter:
         here = context()  # a clear error when init_distributed was forgotten
         made = _adopt(nn.Parameter.__new__(cls, data, requires_grad), init_method, group, tp_mode, tp_split_dim)
         if tp_mode and here.tensor_group.world_size > 1:
-            made._split_dim = tp_split_dim % made.dim()
+            made._split = Split(tp_split_dim % made.dim(), tp_parts)
+            if len(tp_parts) > 1 and (made._split.dim or made.shape[0] % sum(tp_parts)):
+                raise ConfigurationError(
+                    "Parts of a tensor-parallel parameter follow each other along dimension 0, and each rank has an "
+                    f"equal share of every one: {list(tp_parts)} are no parts of a slice of shape {tuple(made.shape)}."
+                )
         return made
 
     @property
@@ -304,7 +313,7 @@ def like(old: DistributedParameter, data: torch.Tensor) -> DistributedParameter:
     """A parameter with ``data``, made as ``old`` was."""
     made: Any = nn.Parameter.__new__(DistributedParameter, data, old.requires_grad)
     _adopt(made, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
-    made._split_dim = old._split_dim
+    made._split = old._split
     return made  # type: ignore[no-any-return]
 
 
@@ -327,9 +336,9 @@ def group_of(parameter: nn.Parameter) -> str | None:
     return parameter._group if isinstance(parameter, DistributedParameter) else None
 
 
-def split_dim_of(parameter: nn.Parameter) -> int | None:
-    """The dimension along which a whole is cut, of which ``parameter`` is this rank's slice; None if it is none."""
-    return parameter._split_dim if isinstance(parameter, DistributedParameter) else None
+def split_of(parameter: nn.Parameter) -> Split | None:
+    """How a whole is cut, of which ``parameter`` is this rank's slice; None if it is none."""
+    return parameter._split if isinstance(parameter, DistributedParameter) else None
 
 
 def raw_grad(parameter: nn.Parameter) -> torch.Tensor | None:

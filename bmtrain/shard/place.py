@@ -11,7 +11,7 @@ import torch
 
 from ..context import Context
 from .layout import Layout
-from .slices import whole_shape
+from .slices import Split, rows_in_whole, whole_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +22,8 @@ class Place:
     layout: Layout
     index: int
     name: str
-    split_dim: int | None = None
-    """The dimension along which it is a slice of a tensor-parallel layer's."""
+    split: Split | None = None
+    """How a tensor-parallel layer's is cut, of which it is a slice."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,19 +33,19 @@ class Place:
     @cached_property
     def whole_shape(self) -> tuple[int, ...]:
         """The shape without tensor parallelism."""
-        return whole_shape(self.ctx, self.shape, self.split_dim)
+        return whole_shape(self.ctx, self.shape, self.split)
 
     @cached_property
-    def offsets(self) -> tuple[int, ...]:
-        """Where this rank's slice begins in that."""
-        at = self.ctx.tensor_group.rank
-        return tuple(at * size if dim == self.split_dim else 0 for dim, size in enumerate(self.shape))
+    def runs(self) -> tuple[int, list[tuple[int, int]]] | None:
+        """Where this rank's slice lies in that: a dimension, and along it how many are neighbours there, from where."""
+        split = self.split
+        return None if split is None else (split.dim, rows_in_whole(self.ctx, self.shape[split.dim], split))
 
     @cached_property
     def copies(self) -> list[int]:
         """The ranks that keep the same part, this one included."""
         mesh = self.ctx.topology.mesh
-        return mesh.group("replicate") if self.split_dim is not None else mesh.group("replicate", "tensor")
+        return mesh.group("replicate") if self.split is not None else mesh.group("replicate", "tensor")
 
     @cached_property
     def ranges(self) -> list[slice]:

@@ -13,7 +13,7 @@ import torch
 from ..comm import Communicator
 from ..context import context
 from .place import Place
-from .slices import joined, whole_shape
+from .slices import Split, joined, whole_shape
 
 
 class Home(Protocol):
@@ -35,7 +35,7 @@ class PublishedFacts:
     _index: int
     _tp_mode: bool
     _tp_split_dim: int
-    _split_dim: int | None
+    _split: Split | None
 
     @property
     def _original_shape(self) -> torch.Size:
@@ -45,7 +45,7 @@ class PublishedFacts:
     @property
     def _tp_original_shape(self) -> torch.Size:
         """The shape over all tensor-parallel ranks."""
-        return torch.Size(whole_shape(context(), tuple(self._original_shape), self._split_dim))
+        return torch.Size(whole_shape(context(), tuple(self._original_shape), self._split))
 
     @property
     def _start_partition(self) -> int:
@@ -75,7 +75,7 @@ class PublishedFacts:
 
     def gather_all(self) -> torch.Tensor:
         """The whole value over tensor-parallel ranks as well.  Collective; a slice's is not differentiable."""
-        return joined(context(), self.gather(), self._split_dim)  # type: ignore[attr-defined]
+        return joined(context(), self.gather(), self._split)  # type: ignore[attr-defined]
 
     def tp_gather(self) -> torch.Tensor:
         """The same."""

@@ -206,18 +206,18 @@ def unsliced(tensor: ShardedTensor) -> torch.Tensor:
     Raises ShardedAccessError for a view of a slice that has another shape.
     """
     place = tensor.part.place
-    if place.split_dim is not None and tensor.shape != place.shape:
+    if place.split is not None and tensor.shape != place.shape:
         raise ShardedAccessError(
             f"A tensor of shape {tuple(tensor.shape)} was made of {place.name!r}, of which tensor-parallel ranks have "
             f"slices of shape {tuple(place.shape)}: give it this shape, so that the slices can be put together."
         )
-    return joined(place.ctx, tensor.full_tensor(), place.split_dim)
+    return joined(place.ctx, tensor.full_tensor(), place.split)
 
 
 def slice_for(tensor: ShardedTensor, whole: torch.Tensor) -> torch.Tensor:
     """What ``tensor`` has of ``whole``, which is as ``unsliced`` gives it; any other tensor as it is."""
     place = tensor.part.place
-    return own_slice(place.ctx, whole, place.split_dim if tuple(whole.shape) == place.whole_shape else None)
+    return own_slice(place.ctx, whole, place.split if tuple(whole.shape) == place.whole_shape else None)
 
 
 def whole_operands(args: Any, kwargs: Any) -> Any:
@@ -308,11 +308,11 @@ def _random(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
     if not isinstance(target, ShardedTensor) or len(_sharded((args, kwargs))) > 1:
         return _unknown(func, name, args, kwargs)
     place = target.part.place
-    is_slice = place.split_dim is not None and target.shape == place.shape
+    is_slice = place.split is not None and target.shape == place.shape
     shape = place.whole_shape if is_slice else target.shape
     whole = func(torch.empty(shape, dtype=target.dtype, device=target.device), *args[1:], **kwargs)
     if is_slice:
-        whole = own_slice(place.ctx, whole, place.split_dim)
+        whole = own_slice(place.ctx, whole, place.split)
     whole = place.same_on_replicas(whole, f"{name} of {place.name!r}")
     if not name.endswith("_"):
         return _own(target, place.cut(whole).clone())

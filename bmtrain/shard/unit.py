@@ -17,7 +17,7 @@ from ..device import Event
 from ..precision import Precision
 from .flat import FlatShard
 from .gradient import add_all
-from .parameter import DistributedParameter, raw_grads, split_dim_of
+from .parameter import DistributedParameter, raw_grads, split_of
 from .pools import Buffer, Pools
 
 
@@ -346,7 +346,7 @@ def flat_groups(params: Sequence[nn.Parameter], autocasts: Sequence[bool]) -> li
     groups: dict[tuple[torch.dtype, bool, bool, bool], list[int]] = {}
     for index in sorted(range(len(params)), key=lambda i: params[i].dim() < 2):
         casts = autocasts[index] and params[index].dtype == torch.float32
-        key = params[index].dtype, params[index].requires_grad, casts, split_dim_of(params[index]) is not None
+        key = params[index].dtype, params[index].requires_grad, casts, split_of(params[index]) is not None
         groups.setdefault(key, []).append(index)
     return [(group, casts) for (_, _, casts, _), group in groups.items()]
 

@@ -182,3 +182,19 @@ def test_what_attention_settles_when_it_is_first_used() -> None:
         assert C._get_sdp_priority_order() == before[::-1]
     finally:
         C._set_sdp_priority_order(before)
+
+
+@on_ranks(1, 2)
+def test_a_forward_that_is_not_compiled_runs_again_so() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = nn.Sequential(Attention(), Attention())
+    torch.manual_seed(0)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(Attention(), use_checkpoint=True) for _ in range(2))))
+    bmt.compile(model, backend="aot_eager")
+    for eager in (True, False):
+        with torch.compiler.set_stance("force_eager" if eager else "default"):
+            loss = model(oracle.inputs(0)).square().mean()
+        loss.backward()
+        plain(oracle.inputs(0)).square().mean().backward()
+    oracle.assert_same_grads(model, plain)

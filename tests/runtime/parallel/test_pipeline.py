@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from torch import nn
+from trains_alike import LENGTH, VOCABULARY, assert_trains_alike, batch
 
 import bmtrain as bmt
 from bmtrain.checkpoint import Checkpointer
 from bmtrain.context import context
 from bmtrain.errors import ConfigurationError, RankDivergenceError, UnsupportedError
 
-WIDTH, VOCABULARY, ROWS, LENGTH = 6, 14, 8, 5
+WIDTH = 6
 
 
 class Layer(nn.Module):
@@ -91,41 +92,9 @@ def pair(depth: int = 3, recompute: bool | None = True, seed: int = 5) -> tuple[
     return reference, model
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(50 + step))
-    tokens[:, 0] = 5
-    return tokens[:, :-1], tokens[:, 1:]
-
-
 def trains(depth: int, recompute: bool | None, kind: str) -> None:
     reference, model = pair(depth, recompute)
-    make = bmt.optim.AdamOptimizer if kind == "ours" else torch.optim.AdamW
-    optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1)
-    manager = bmt.optim.OptimManager(loss_scale=256.0)
-    manager.add_optimizer(optimizer)
-    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
-    for step in range(3):
-        for micro in range(2):
-            whole = reference(*batch(2 * step + micro))
-            (whole / 2).backward()
-            loss = model(*(bmt.shard_batch(x) for x in batch(2 * step + micro)))
-            manager.backward(loss / 2)
-            oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), f"the loss of step {step}")
-        for (name, p), (same, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
-            found = bmt.gather_grad(p)
-            assert name == same and found is not None and q.grad is not None, name
-            oracle.assert_close(found / 256.0, q.grad, f"the gradient of {name}")
-        norm = manager.clip_grad_norm(model.parameters(), 0.05)
-        oracle.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.05), f"the norm of step {step}")
-        manager.step()
-        theirs.step()
-        manager.zero_grad()
-        theirs.zero_grad()
-    oracle.assert_same_weights(model, reference, limit=1e-3)
-    ours = optimizer.state_dict()["state"]
-    for number, state in theirs.state_dict()["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            oracle.assert_close(ours[number][name], state[name], f"{name} of {number}", 1e-3)
+    assert_trains_alike(model, reference, kind)
 
 
 # ranks, init_distributed's arguments, blocks, recompute, optimizer

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from torch import nn
+from trains_alike import LENGTH, VOCABULARY, assert_trains_alike, batch, own_slice
 
 import bmtrain as bmt
 from bmtrain.alike import digest
@@ -20,7 +21,7 @@ from bmtrain.checkpoint import Checkpointer
 from bmtrain.errors import CheckpointError, ConfigurationError, UnsupportedError
 from bmtrain.objects import allgather_objects
 
-WIDTH, INNER, VOCABULARY, ROWS, LENGTH = 6, 10, 14, 8, 5
+WIDTH, INNER = 6, 10
 
 
 class PlainLayer(nn.Module):
@@ -94,52 +95,12 @@ def pair(recompute: bool = True, seed: int = 5) -> tuple[PlainModel, Any]:
     return reference, model
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(50 + step))
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def own_slice(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This rank's slice, by what the shapes say."""
-    for dim, (all_of_it, own) in enumerate(zip(whole.shape, like.shape, strict=True)):
-        if all_of_it != own:
-            return whole.chunk(all_of_it // own, dim)[bmt.mesh().get_local_rank("tensor")]
-    return whole
-
-
 def trains(recompute: bool, kind: str) -> None:
     reference, model = pair(recompute)
-    oracle.assert_same_weights(model, reference, exact=True)
     tensors = bmt.mesh().size("tensor")
     assert model.layers[0].up.weight.shape == (INNER // tensors, WIDTH)
     assert model.layers[0].down.weight.shape == (WIDTH, INNER // tensors)
-    make = bmt.optim.AdamOptimizer if kind == "ours" else torch.optim.AdamW
-    optimizer = make(model.parameters(), lr=0.01, weight_decay=0.1)
-    manager = bmt.optim.OptimManager(loss_scale=256.0)
-    manager.add_optimizer(optimizer)
-    theirs = torch.optim.AdamW(reference.parameters(), lr=0.01, weight_decay=0.1)
-    for step in range(4):
-        for micro in range(2):
-            whole = reference(*batch(2 * step + micro))
-            (whole / 2).backward()
-            loss = model(*(bmt.shard_batch(x) for x in batch(2 * step + micro)))
-            manager.backward(loss / 2)
-            oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), f"the loss of step {step}")
-        for (name, p), (same, q) in zip(model.named_parameters(), reference.named_parameters(), strict=True):
-            found = bmt.gather_grad(p)
-            assert name == same and found is not None and q.grad is not None
-            oracle.assert_close(found / 256.0, own_slice(q.grad, found), f"the gradient of {name}")
-        norm = manager.clip_grad_norm(model.parameters(), 0.05)
-        oracle.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.05), f"the norm of step {step}")
-        manager.step()
-        theirs.step()
-        manager.zero_grad()
-        theirs.zero_grad()
-    oracle.assert_same_weights(model, reference, limit=1e-3)
-    ours = optimizer.state_dict()["state"]
-    for number, state in theirs.state_dict()["state"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            oracle.assert_close(ours[number][name], state[name], f"{name} of {number}", 1e-3)
+    assert_trains_alike(model, reference, kind)
     assert_alike(model)
 
 
