@@ -80,7 +80,7 @@ def fails_on_the_last() -> None:
 
 
 def test_a_rank_that_fails_fails_the_test() -> None:
-    assert [mark.args for mark in fails_on_the_last.pytestmark] == [("world_size", (2,))]  # type: ignore[attr-defined]
+    assert [mark.args for mark in fails_on_the_last.pytestmark] == [("world_size", [2])]  # type: ignore[attr-defined]
     with pytest.raises(RanksFailed, match=r"rank 1:(.|\n)*AssertionError: the reason"):
         fails_on_the_last(2)
 
