@@ -25,7 +25,7 @@ def _compiler_stance() -> Any:
 
 
 def _set_compiler_stance(stance: Any) -> None:
-    if stance is not None:
+    if stance is not None and stance != _compiler_stance():  # torch refuses it inside of compiled code
         sys.modules[_DYNAMO]._set_stance(stance)
 
 

@@ -198,3 +198,25 @@ def test_a_forward_that_is_not_compiled_runs_again_so() -> None:
         loss.backward()
         plain(oracle.inputs(0)).square().mean().backward()
     oracle.assert_same_grads(model, plain)
+
+
+@on_ranks(1, 2)
+def test_a_compiled_training_step() -> None:
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = bmt.BMTrainModelWrapper(bmt.Block(tanh_layer(), use_checkpoint=True))
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+
+        def step(x: Tensor, model: Any = model, manager: Any = manager) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                loss: Tensor = model(x).square().mean()
+            manager.backward(loss)  # in which other kernels are allowed
+            manager.step()
+            manager.zero_grad()
+            return loss.detach()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        losses.append([float(run(oracle.inputs(i))) for i in range(3)])
+    assert losses[0] == losses[1]
