@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import GradientEdge
 
 Node = torch.autograd.graph.Node
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class ScriptsAsWritten:
@@ -32,6 +35,18 @@ class ScriptsAsWritten:
 def outside_of_compiled_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``call(*args, **kwargs)``, which is no part of a graph: in one it would happen when that is made, or never."""
     return call(*args, **kwargs)
+
+
+def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: ``call`` runs outside of compiled code, wherever it is called."""
+
+    @functools.wraps(call)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return outside_of_compiled_code(call, *args, **kwargs)  # type: ignore[no-any-return]
+        return call(*args, **kwargs)
+
+    return run
 
 
 def backward_id() -> int | None:

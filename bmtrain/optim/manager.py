@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from ..autograd import never_compiled
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError
 from ..objects import allgather_objects
@@ -164,6 +165,7 @@ class OptimManager:
         """Good steps since the loss scale last changed.  Reading it waits for the device."""
         return self._steps if self._scale is None else self._scale.good_steps
 
+    @never_compiled
     def scale_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss to call ``backward`` on: times the loss scale, so that gradients become what ``grad_scale`` says."""
         if self._last is not None and self._last.holds_gradients:
@@ -188,15 +190,18 @@ class OptimManager:
         scale = self._scale.value * divided
         return (loss * scale.to(torch.promote_types(loss.dtype, torch.float32))).to(loss.dtype)
 
+    @never_compiled
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
         self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
         engine().finish_backward()
 
+    @never_compiled
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self._clear(self.optimizers)
 
+    @never_compiled
     @torch.no_grad()
     def unscale(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Divide gradients by the loss scale now instead of in the step.  Collective; after the last backward.
@@ -219,6 +224,7 @@ class OptimManager:
                 self._unscaled[place] = None if self._scale is None else find_overflow(chosen)
                 scale_grads_(chosen, 1.0 / self._gradients_scale())
 
+    @never_compiled
     @torch.no_grad()
     def clip_grad_norm(
         self, param_groups: Any, max_norm: float, norm_type: float | str = 2, eps: float = 1e-6
@@ -243,6 +249,7 @@ class OptimManager:
         self._facts.note_norm(params, norm)
         return norm
 
+    @never_compiled
     def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Update every optimizer and schedule.  After an overflow, only lower the loss scale and drop the gradients.
 
