@@ -71,19 +71,19 @@ class Engine:
         self.meet(f"the sharding of {type(module).__name__}")
         arenas = self.schedule.pools.arenas
         arenas.collect()
-        arenas.watch(module)
-        for unit in shard_module(self.schedule.pools, module):
+        units = shard_module(self.schedule.pools, module)
+        for unit in units:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
-            arenas.when_gone(module, partial(self._give_up, weakref.ref(unit)))
+        arenas.watch(module, partial(self._give_up, [weakref.ref(unit) for unit in units]))
         self.backward.first_graphs = FirstGraphs()
 
-    def _give_up(self, reference: weakref.ref[ShardUnit]) -> None:
+    def _give_up(self, references: Sequence[weakref.ref[ShardUnit]]) -> None:
         """No rank has the model any more: what was whole last, or is on its way, is not waited for."""
-        unit = reference()
-        if unit is not None and not unit.pins and self.whole.why(unit) is not None:
-            self.whole.release(unit)
-            self.schedule.pools.arenas.look_for_garbage()
+        for unit in (reference() for reference in references):
+            if unit is not None and not unit.pins and self.whole.why(unit) is not None:
+                self.whole.release(unit)
+                self.schedule.pools.arenas.look_for_garbage()
 
     def meet(self, what: str) -> None:
         """Return once every rank has come to ``what``; raises RankDivergenceError if one came elsewhere."""

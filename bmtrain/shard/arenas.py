@@ -57,10 +57,14 @@ class Arenas:
         else:
             weakref.finalize(user, action)
 
-    def watch(self, module: torch.nn.Module) -> None:
-        """Look for garbage once ``module``, which uses arenas, is gone."""
+    def watch(self, module: torch.nn.Module, give_up: Callable[[], object]) -> None:
+        """Look for garbage once ``module``, which uses arenas, is gone; once no rank has it, ``give_up`` its units.
+
+        Only where ranks give back together: what one rank gives up in its own time, others would still count with.
+        """
         if self._shared:
             weakref.finalize(module, self.look_for_garbage)
+            self.when_gone(module, give_up)
 
     def look_for_garbage(self) -> None:
         """When ``collect`` is called next: shards were left behind, and they hold each other."""

@@ -42,6 +42,20 @@ def test_a_model_that_one_rank_has_not_collected_yet() -> None:
         assert all(one == every[0] for one in every), every
 
 
+@on_ranks(2)
+def test_what_is_whole_stays_alike_where_ranks_collect_in_their_own_time() -> None:
+    whole = context().engine.whole  # type: ignore[attr-defined]
+    with mock.patch.object(type(context().device), "overlaps", True):
+        model = trained()
+    model.itself = [model]
+    del model
+    if bmt.rank() == 0:
+        gc.collect()
+    # It decides what is released next, and so what all ranks gather.
+    every = allgather_objects(sorted(whole._units))
+    assert every[0] and every[0] == every[1]
+
+
 @on_ranks(2, init={"schedule": "stress"})
 def test_what_nobody_uses_is_given_back_at_once() -> None:
     pools = context().engine.schedule.pools  # type: ignore[attr-defined]
