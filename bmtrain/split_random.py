@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .autograd import Node, backward_id
+from .autograd import Node, backward_id, never_compiled
 from .errors import ConfigurationError
 from .own_random import head
 
@@ -93,6 +93,7 @@ class SplitRandom:
             if was_own:
                 self._part()
 
+    @never_compiled
     def follow(self, activation: torch.Tensor, split: bool, joins: bool) -> None:
         """``activation`` has been computed, and this is whether it, and what is made of it, is split.
 

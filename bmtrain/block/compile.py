@@ -1,4 +1,4 @@
-"""torch.compile, a block at a time, so that gathers and releases stay outside the compiled code."""
+"""torch.compile for blocks and for what is around them, so that gathers and releases stay outside of compiled code."""
 
 from __future__ import annotations
 

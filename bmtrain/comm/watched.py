@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autograd import outside_of_compiled_code
+from ..autograd import never_compiled, outside_of_compiled_code
 from ..errors import CommunicationError
 from ..watch import Diary, Watchdog
 from .base import Communicator, ReduceOp
@@ -107,10 +107,8 @@ class WatchedCommunicator(Communicator):
         finally:
             self._diary.leave()
 
+    @never_compiled
     def _between_two(self, pair: str, peer: int, call: Callable[..., Any], tensor: torch.Tensor) -> None:
-        if torch.compiler.is_compiling():
-            outside_of_compiled_code(self._between_two, pair, peer, call, tensor)
-            return
         self._diary.enter_pair(pair, self._ranks[peer] if peer in range(self.world_size) else peer)
         try:
             call(tensor, peer)

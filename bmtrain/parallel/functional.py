@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from ..autograd import outside_of_compiled_code
 from ..comm import Communicator
 from ..context import context
 from ..errors import ConfigurationError
@@ -105,10 +104,7 @@ def drawn_for(x: torch.Tensor, comm: Communicator, split: bool, joins: bool = Fa
     """
     random = context().split_random
     if comm.world_size > 1 and random is not None:
-        if torch.compiler.is_compiling():
-            outside_of_compiled_code(random.follow, x, split, joins)
-        else:
-            random.follow(x, split, joins)
+        random.follow(x, split, joins)
     return x
 
 
