@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import OwnRandom, host_draws_own, move_on
+from .own_random import OwnRandom, SharedDraws, host_draws_own, move_on
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
@@ -276,6 +276,12 @@ class Device:
     def generator(self) -> torch.Generator:
         """What layers draw from."""
         return self._generators()[0]
+
+    def watch_shared_draws(self, watched: bool) -> SharedDraws | None:
+        """Look at what is drawn from the shared stream of what layers draw from, or no more."""
+        own = self._own_random[0]
+        own.watched = SharedDraws(self.generator) if watched else None
+        return own.watched
 
     def layers_draw_own(self) -> AbstractContextManager[None]:
         """Inside the ``with`` this rank's layers draw numbers of their own."""

@@ -32,6 +32,7 @@ class OwnRandom:
 
     Attributes:
         depth: how many such ``with``s are open, one inside the other.
+        watched: what looks at draws from the shared stream, while anything does.
     """
 
     def __init__(self, generator: torch.Generator, rank: int) -> None:
@@ -39,11 +40,15 @@ class OwnRandom:
         self._shared: torch.Tensor | None = None  # where the shared stream stands, while the other is drawn from
         self._start = b""
         self.depth = 0
+        self.watched: SharedDraws | None = None
 
     def __enter__(self) -> None:
         self.depth += 1
         if self.depth > 1:
             return
+        if self.watched is not None:
+            self.watched.look()
+            self.watched.is_paused = True
         self._shared = self._generator.get_state()
         seed = hashlib.blake2b(head(self._shared), digest_size=8, salt=self._salt).digest()
         self._generator.manual_seed(int.from_bytes(seed, "little"))
@@ -59,6 +64,34 @@ class OwnRandom:
         self._generator.set_state(shared)
         if drawn:
             torch.rand((), generator=self._generator, device=self._generator.device)
+        if self.watched is not None:
+            self.watched.is_paused = False
+            self.watched.begin_here()
+
+
+class SharedDraws:
+    """Whether user code draws from a generator's shared stream; that own streams move it on is no draw.
+
+    Attributes:
+        found: whether it has, since this was last set.
+        is_paused: whether the generator is at another stream.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator, self.found, self.is_paused = generator, False, False
+        self._seed, self._position = 0, b""
+
+    def begin_here(self) -> None:
+        """What was drawn before does not count."""
+        if not self.is_paused:
+            self._seed, self._position = self._generator.initial_seed(), head(self._generator.get_state())
+
+    def look(self) -> None:
+        """Look whether anything was drawn since the last call; a new seed is no draw."""
+        seed, position = self._seed, self._position
+        self.begin_here()
+        if self._seed == seed and self._position != position:
+            self.found = True
 
 
 def move_on(generator: torch.Generator) -> None:

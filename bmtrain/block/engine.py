@@ -23,6 +23,7 @@ from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
 from .first_batches import FirstBatches
+from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
 from .memory import MemoryPlan
@@ -59,6 +60,7 @@ class Engine:
         self.plan = MemoryPlan(ctx)
         self.backward = Backward(self.schedule)
         self.first_batches = FirstBatches(ctx)
+        self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -155,6 +157,7 @@ class Engine:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):
                     self.first_batches.note((args, kwargs))
+                self.first_draws.forward_starts()
         if unit is not None:
             self.schedule.run_starts(unit, grad)
             if unit.moves and grad:
@@ -223,6 +226,7 @@ class Engine:
         if not grad:
             self.whole.let_go_of_all()
             return
+        self.first_draws.forward_ends()
         self.whole.set_back_all()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
@@ -278,6 +282,7 @@ class Engine:
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
+        self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
 
     def _tell(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import deque
 
@@ -11,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..alike import digest
 from ..context import Context
+from ..users_code import users_line
 
 _BATCHES, _STEPS = 2, 3
 """How many batches are compared, at which optimizer step: two optimizers have made two by then."""
@@ -49,11 +49,3 @@ class FirstBatches:
                 "rank its share: bmt.shard_loader(loader), or bmt.shard_batch(batch).",
                 stacklevel=2,
             )
-
-
-def users_line() -> str:
-    """The line of user code that has called what runs now, as in "train.py:88"."""
-    frame = sys._getframe()
-    while frame.f_globals.get("__name__", "").partition(".")[0] in ("bmtrain", "torch") and frame.f_back is not None:
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -10,8 +10,8 @@ import torch
 from ..alike import from_all
 from ..autograd import Node
 from ..context import Context
+from ..users_code import users_line
 from .backward import Backward
-from .first_batches import users_line
 from .frame import NotKeptError
 
 _STEPS = 3

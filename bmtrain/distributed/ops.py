@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
+
 import torch
 
 from ..comm import Communicator, ReduceOp, ops
 from ..context import context
+from ..users_code import users_line
 from .nccl import recv as ncclRecv
 from .nccl import send as ncclSend
 
@@ -18,9 +22,24 @@ __all__ = [
 def all_gather(x: torch.Tensor, comm: Communicator | None = None) -> torch.Tensor:
     """Every rank's ``x``, stacked: shape (world_size, *x.shape).
 
-    Backward: the slice of the gradient that belongs to this rank's ``x``; no communication.
+    Backward: the slice of the gradient that belongs to this rank's ``x``; no communication.  Of a loss over all ranks'
+    rows, the mean over ranks of what comes back is then 1/N of the gradient, which is said once; ``bmt.gather_batch``
+    passes back all of it.
     """
-    return ops.all_gather(x, comm or _world_for(x))
+    comm = comm or _world_for(x)
+    gathered = ops.all_gather(x, comm)
+    if comm.world_size > 1 and gathered.requires_grad and context().rank == 0:
+        gathered.register_hook(partial(_say_what_comes_back, users_line()))  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def _say_what_comes_back(place: str, _: torch.Tensor) -> None:
+    warnings.warn(
+        f"bmt.distributed.all_gather ({place}) passes back the gradient of this rank's part alone. For a loss over "
+        "the rows of all ranks use bmt.gather_batch, whose gradient is whole, or multiply the loss by "
+        "bmt.world_size() (if that is done, all is right).",
+        stacklevel=2,
+    )
 
 
 def all_reduce(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None = None) -> torch.Tensor:

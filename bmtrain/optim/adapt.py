@@ -30,8 +30,9 @@ from .driven import knows_shards
 from .fit import require_fit
 from .pieces import all_params, flats_of, replicated_of
 from .replicated import adopt
+from .shown_state import own_place
 from .step_on import StepOn, choose, is_unchanged
-from .views import ShardView, TensorView, View, WholeView, own_place
+from .views import ShardView, TensorView, View, WholeView
 
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
@@ -62,7 +63,8 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     view.tried = len(optimizer.param_groups)
     view.admits = step_on is not None or way == "whole" or is_unchanged(type(optimizer))
     optimizer.step = MethodType(_stepping(view, optimizer.step), optimizer)  # type: ignore[method-assign]
-    optimizer.register_state_dict_post_hook(view.gather)
+    optimizer.register_state_dict_pre_hook(view.keep_state)
+    optimizer.register_state_dict_post_hook(view.gather_kept)
     optimizer.register_load_state_dict_pre_hook(view.cut)
     optimizer.register_load_state_dict_post_hook(view.restore)
     view.cut_present(optimizer)

@@ -37,6 +37,7 @@ from .pieces import (
     replicated_of,
 )
 from .replicated import adopt
+from .shown_state import OwnersState, ShownState, as_part, is_local, own_place
 from .step_on import is_unchanged
 
 
@@ -89,6 +90,7 @@ class View:
     @torch.no_grad()
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
+        self.keep_state(optimizer)
         params = all_params(optimizer.param_groups)
         finish_gradients(params)
         flats = flats_of(params)
@@ -149,8 +151,26 @@ class View:
             flat.enter_sharded()
             flat.forget_writes()
         self._shown, self._groups = [], []
+        self.show_state(optimizer)
 
     # -- state ------------------------------------------------------------------------------------------------------
+
+    _shows: type[ShownState] | None = None  # what the state is outside of steps; None where every rank has all of it
+
+    def keep_state(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """The state is what the optimizer keeps, until ``show_state``."""
+        if isinstance(optimizer.state, ShownState):
+            optimizer.state = optimizer.state.kept  # type: ignore[assignment]
+
+    def show_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """The state is what user code is to see."""
+        if self._shows is not None and not isinstance(optimizer.state, ShownState):
+            optimizer.state = self._shows(optimizer.state, self.part)  # type: ignore[assignment]
+
+    def gather_kept(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """``gather``, after torch has made a state dict of what the optimizer keeps."""
+        self.show_state(optimizer)
+        return self.gather(optimizer, state_dict)
 
     @contextmanager
     def in_parts(self) -> Iterator[None]:
@@ -255,6 +275,7 @@ class View:
             kept = {name: _moved(value, device) for name, value in part.items() if name != "step"}
             optimizer.state[parameter].update(kept)
         self._loading = {}
+        self.show_state(optimizer)
 
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         """Cut what the constructor (Adagrad's) has made whole."""
@@ -266,10 +287,13 @@ class View:
                 del optimizer.state[parameter]
             else:
                 optimizer.state[parameter].update(part)
+        self.show_state(optimizer)
 
 
 class ShardView(View):
     """This rank's part of every parameter."""
+
+    _shows = ShownState
 
     def _show_flat(self, flat: FlatShard, values: torch.Tensor, chosen: list[int], used: list[bool]) -> list[int]:
         for index in chosen:
@@ -283,7 +307,7 @@ class ShardView(View):
         params = all_params(optimizer.param_groups)
         if self._apart:
             states = {
-                number: {k: _labelled(params[number], v) for k, v in state.items()}
+                number: {k: as_part(params[number], v) for k, v in state.items()}
                 for number, state in state_dict["state"].items()
             }
             return {**state_dict, "state": states}
@@ -294,7 +318,7 @@ class ShardView(View):
         }
         for flat in flats_of(params):
             owned = [(index, numbers[id(p)]) for index, p in enumerate(flat.params) if id(p) in numbers]
-            names = {n for _, number in owned for n, v in states.get(number, {}).items() if _is_local(v)}
+            names = {n for _, number in owned for n, v in states.get(number, {}).items() if is_local(v)}
             for name in sorted(names):
                 dtype = next(states[k][name].dtype for _, k in owned if k in states and name in states[k])
                 packed = torch.zeros(flat.shard.numel(), dtype=dtype, device=flat.shard.device)
@@ -332,13 +356,6 @@ class ShardView(View):
         return own_place(parameter)
 
 
-def _labelled(parameter: Any, value: Any) -> Any:
-    """A parameter's local state as part of a whole one."""
-    if flat_of(parameter) is None or not _is_local(value):
-        return value
-    return value if isinstance(value, ShardedTensor) else part_at(own_place(parameter), value)
-
-
 class WholeView(View):
     """Whole parameters, on every rank."""
 
@@ -369,6 +386,8 @@ class WholeView(View):
 
 class TensorView(View):
     """Whole parameters, each on its owner.  The others do not have it in their groups while they step."""
+
+    _shows = OwnersState
 
     def __init__(self) -> None:
         super().__init__()
@@ -486,10 +505,6 @@ _SCALARS = ("step", "eta", "mu", "mu_product")
 """States of torch's optimizers that are one number for a parameter, whatever its shape."""
 
 
-def _is_local(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() == 1
-
-
 def _moved(value: Any, device: torch.device) -> Any:
     """A copy of a state on ``device``."""
     if isinstance(value, torch.Tensor):
@@ -499,9 +514,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_moved(entry, device) for entry in value)
     return value
-
-
-def own_place(parameter: Any) -> Place:
-    """Where this rank's part of a sharded parameter is."""
-    flat, index = place_of(parameter)
-    return flat.place_of(index)

@@ -115,6 +115,7 @@ class FlatShard:
         self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
+        self._alone = [0] * len(self.params)  # how many changes of ``version`` were those of one parameter
         self._writes = Writes(self.params)
         self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
@@ -305,7 +306,7 @@ class FlatShard:
         self.local(self.shard, index).copy_(part)
         if self.remainder is not None:
             self.local(self.remainder, index).zero_()
-        self.changed()
+        self._changed_alone(index)
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) this rank's part of parameter ``index``, not to be written."""
@@ -326,7 +327,15 @@ class FlatShard:
         yield part
         if self.remainder is not None and before is not None:
             self.local(self.remainder, index).masked_fill_(part != before, 0)
+        self._changed_alone(index)
+
+    def _changed_alone(self, index: int) -> None:
+        self._alone[index] += 1
         self.changed()
+
+    def version_of(self, index: int) -> int:
+        """Grows when values of parameter ``index`` may have changed."""
+        return self.version - sum(self._alone) + self._alone[index]
 
     def changed(self, prefetched_too: bool = True) -> None:
         """Values changed; unless told otherwise, a gather of the old ones that is under way is given up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -21,8 +22,19 @@ _NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_"}
 _REPLACE_ALL = {"copy_", "zero_", "fill_", "normal_", "uniform_", "zeros_", "ones_", "constant_"}
 
 
+_ABOUT = {
+    "__get__", "size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size", "is_contiguous",
+    "is_floating_point", "is_complex", "untyped_storage", "data_ptr", "get_device", "type", "__len__", "__hash__",
+}  # fmt: skip
+"""What tells of a tensor, but no values."""
+
+
 class Original(Protocol):
     """What a copy was taken of."""
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it may have other values now than when a copy was last made the same."""
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
@@ -34,8 +46,8 @@ class Original(Protocol):
 class StateTensor(torch.Tensor):
     """A whole tensor on the CPU.  In-place writes to it or a view of it are written to the model as well.
 
-    It shows the values of when it was taken; before it is written in part, it follows the model.  What is computed
-    from it, copies and files are ordinary tensors.
+    It shows the values of when it was taken, and says so if it is read when the model has moved on; before it is
+    written in part, it follows the model.  What is computed from it, copies and files are ordinary tensors.
     """
 
     _copy: torch.Tensor
@@ -48,14 +60,17 @@ class StateTensor(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
+            _say_if_moved([self])
             memo[id(self)] = _plain(self).clone()
         return memo[id(self)]  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        _say_if_moved([self])
         return _plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def numpy(self, *, force: bool = False) -> Any:
         """A read-only array: writes to it would reach nobody."""
+        _say_if_moved([self])
         array = _plain(self).numpy(force=force)
         array.flags.writeable = False
         return array
@@ -71,27 +86,39 @@ class StateTensor(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         written = _written(name, args, kwargs)
-        copies = {id(target._copy): target for target in written}.values()
+        copies = {id(target._copy): target for target in written}
         if not (name in _REPLACE_ALL and all(t.numel() == t._copy.numel() for t in written)):
-            for target in copies:
+            for target in copies.values():
                 target._original.read(target._copy)
+        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
+        if name not in _ABOUT:
+            _say_if_moved(source for source in sources if id(source._copy) not in copies)
         if all(issubclass(cls, other) for other in types):
             with torch._C.DisableTorchFunctionSubclass():
                 out = func(*args, **kwargs)
         else:  # beside a sharded tensor, which knows better
             plain, named = tree_map(lambda x: _plain(x) if isinstance(x, cls) else x, (args, kwargs))
             out = func(*plain, **named)
-        for target in copies:
+        for target in copies.values():
             target._original.write(target._copy)
         if written:
             return out
-        sources = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)]
         return tree_map(lambda x: _followed(x, sources) if type(x) is _T else x, out)
 
 
 def _plain(tensor: StateTensor) -> torch.Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(torch.Tensor)
+
+
+def _say_if_moved(read: Iterable[StateTensor]) -> None:
+    if any(tensor._original.has_moved for tensor in read):
+        warnings.warn(
+            "A state dict that was taken before the model's values changed is read: it holds the values of then, where "
+            "torch's would show those of now. For these, take it anew (model.state_dict()); to keep those of then and "
+            "say so, copy.deepcopy(model.state_dict()).",
+            stacklevel=4,
+        )
 
 
 def _linked(view: torch.Tensor, copy: torch.Tensor, original: Original) -> StateTensor:
@@ -120,6 +147,16 @@ class OfParameter:
 
     def __init__(self, parameter: DistributedParameter) -> None:
         self._parameter = parameter
+        self._seen = self._version()
+
+    def _version(self) -> int:
+        flat, index = place_of(self._parameter)
+        return flat.version_of(index)
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it may have other values now than when a copy was last made the same."""
+        return self._version() != self._seen
 
     @property
     def index(self) -> int:
@@ -130,6 +167,7 @@ class OfParameter:
         """Give ``copy`` the present values.  Collective."""
         flat, index = place_of(self._parameter)
         copy.copy_(flat.joined(index, self._parameter.gather().detach()))
+        self._seen = self._version()
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``.  Collective."""
@@ -138,6 +176,7 @@ class OfParameter:
         engine().meet(what)
         keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: copy})
         flat.write(index, flat.own_slice(index, copy))
+        self._seen = self._version()
 
 
 class OfBuffer:
@@ -145,10 +184,17 @@ class OfBuffer:
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer
+        self._seen = buffer._version
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether it may have other values now than when a copy was last made the same."""
+        return self._buffer._version != self._seen
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
         copy.copy_(unsliced(self._buffer) if isinstance(self._buffer, ShardedTensor) else self._buffer)
+        self._seen = self._buffer._version
 
     def write(self, copy: torch.Tensor) -> None:
         """Take the values of ``copy``."""
@@ -156,10 +202,13 @@ class OfBuffer:
             copy = slice_for(self._buffer, copy)
         with torch.no_grad():
             self._buffer.copy_(copy)
+        self._seen = self._buffer._version
 
 
 class OfNothing:
     """What a hook of the model's has made of parameters."""
+
+    has_moved = False
 
     def read(self, copy: torch.Tensor) -> None:
         """Raises ShardedAccessError."""

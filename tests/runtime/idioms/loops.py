@@ -368,10 +368,7 @@ def contrast_over_all_ranks(k: User):
     return _contrast(k, k.ranks)
 
 
-@idiom(
-    verdicts="right silent silent",
-    why="the published `all_gather` passes back this rank's slice alone, so that the gradient is 1/N",
-)
+@idiom(verdicts="right said said", says="bmt.gather_batch")
 def contrast_over_all_ranks_without_a_factor(k: User):
     """The same, the loss as it is"""
     return _contrast(k, 1.0)

@@ -376,13 +376,24 @@ def rate_set_by_hand(k: User):
     return model
 
 
-@idiom(verdicts="right silent silent", why="`optimizer.state` holds this rank's part")
+@idiom
 def state_is_read(k: User):
     """Norms of `optimizer.state[p]["exp_avg"]`"""
     model = k.net()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=1e-4)
     k.train(model, k.manage(optimizer))
     return {"seen": [optimizer.state[p]["exp_avg"].norm().item() for p in model.parameters()]}
+
+
+@idiom
+def state_is_halved(k: User):
+    """`state["momentum_buffer"].mul_(0.5)` over `optimizer.state.items()`, the norms printed"""
+    model = k.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    manager = k.manage(optimizer)
+    k.train(model, manager, steps=2)
+    seen = [[p.norm().item(), state["momentum_buffer"].mul_(0.5).norm().item()] for p, state in optimizer.state.items()]
+    return {"seen": seen, "weights": k.weights(k.train(model, manager, steps=2))}
 
 
 @idiom

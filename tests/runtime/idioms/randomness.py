@@ -87,10 +87,7 @@ def noise_in_forward_differs(k: User):
         return {"differ": _differ(k, model(torch.ones(4, 6, device=k.device)))}
 
 
-@idiom(
-    verdicts="right silent silent",
-    why="outside of layers all ranks draw the same numbers; the rewriter puts `bmt.own_random` there",
-)
+@idiom(verdicts="right said said", says="bmt.own_random")
 def noise_in_unconverted_forward_differs(k: User):
     """The same without `bmt.own_random`"""
     model = k.shard(Noisy())

@@ -98,7 +98,7 @@ def state_dict_scaled_in_place(k: User):
     return model
 
 
-@idiom(verdicts="silent", why="a state dict is a copy, which does not follow the weights")
+@idiom(verdicts="said", says="values of then")
 def state_dict_follows(k: User):
     """A state dict taken before training shows the weights after it"""
     model = k.net()

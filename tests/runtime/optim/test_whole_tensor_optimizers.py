@@ -298,7 +298,7 @@ def test_states_lie_on_one_rank() -> None:
     _, model = oracle.pair(net)
     optimizer = LARS(model.parameters())
     train(model, managed(optimizer), 0, 1)
-    kept = torch.tensor([sum(state["momentum"].numel() for state in optimizer.state.values())])
+    kept = torch.tensor([sum(state["momentum"].numel() for state in optimizer.state.kept.values())])
     every = bmt.distributed.all_gather(kept)
     total = sum(p.numel() for n, p in model.named_parameters() if "unused" not in n and p.requires_grad)
     assert int(every.sum()) == total and int(every.max()) < 0.6 * total

@@ -1,0 +1,73 @@
+"""Whether ranks draw the same random numbers for samples that differ, asked at the start."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..context import Context
+from ..users_code import users_line
+
+_STEPS = 4
+"""How many optimizer steps are looked at."""
+
+_OFTEN = 2
+"""What is drawn in so many steps before the forward is drawn for a batch."""
+
+
+class FirstDraws:
+    """Draws from the stream that all ranks share, where those of layers are each rank's own.
+
+    Before a forward only a GPU's generator is looked at: the CPU's also gives the order of the data, which is to be
+    shared.  In a forward that draws alike, as on a CPU, both draw from the same.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        split = ctx.tensor_group.world_size > 1 or ctx.topology.mesh.size("pipe") > 1  # whose streams are others
+        wanted = ctx.topology.data_size > 1 and ctx.random != "shared" and not split
+        self._ctx, self._steps, self._before, self._place = ctx, 0, 0, ""
+        self._draws = ctx.device.watch_shared_draws(wanted)
+        self._between = False  # whether no forward has begun since a step
+
+    def forward_starts(self) -> None:
+        """An outermost forward begins that is to train."""
+        if self._draws is None:
+            return
+        self._draws.look()
+        if self._draws.found and self._between and self._ctx.device.decides_apart:
+            self._before += 1
+            if self._before == _OFTEN:
+                self._warn("before the model is called", users_line())
+                return
+        self._between = self._draws.found = False
+        self._place = users_line()
+
+    def forward_ends(self) -> None:
+        """It is over."""
+        if self._draws is None:
+            return
+        self._draws.look()
+        if self._draws.found:
+            self._warn("by a model's own forward, or what that calls beside its layers", self._place)
+
+    def optimizer_stepped(self) -> None:
+        """What is drawn from here on is for another batch."""
+        if self._draws is None:
+            return
+        self._steps += 1
+        self._draws.begin_here()
+        self._draws.found, self._between = False, True
+        if self._steps == _STEPS:
+            self._end()
+
+    def _warn(self, where: str, place: str) -> None:
+        self._end()
+        if self._ctx.rank == 0:
+            warnings.warn(
+                f"Random numbers are drawn {where} ({place}): the same on all ranks, which is right for what decides "
+                "for all of them alike. Noise, masks or time steps of a rank's own samples should differ: draw them "
+                "inside `with bmt.own_random():`.",
+                stacklevel=2,
+            )
+
+    def _end(self) -> None:
+        self._draws = self._ctx.device.watch_shared_draws(False)

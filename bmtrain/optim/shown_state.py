@@ -1,0 +1,134 @@
+"""What ``optimizer.state`` shows of an optimizer of torch's that steps on shards.
+
+Between steps its states of a sharded parameter, of which it keeps this rank's part, are ShardedTensors over the same
+memory: what user code reads of them is of the whole, and what it writes is what the next step uses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from ..errors import UnsupportedError
+from ..shard.flat import flat_of, place_of
+from ..shard.in_parts import part_at
+from ..shard.place import Place
+from ..shard.sharded_tensor import ShardedTensor
+
+States = MutableMapping[Any, Any]
+
+
+class ShownState(States):
+    """By parameter.
+
+    Args:
+        kept: what the optimizer keeps, by parameter; a parameter has an empty one before its first step.
+        cut: this rank's part of a whole state.
+    """
+
+    def __init__(self, kept: States, cut: Callable[[Any, dict[str, Any]], dict[str, Any] | None]) -> None:
+        self.kept, self._cut = kept, cut
+
+    def __getitem__(self, parameter: Any) -> Any:
+        entry = self.kept[parameter]
+        if flat_of(parameter) is None or not isinstance(entry, MutableMapping):
+            return entry
+        return _ShownEntry(parameter, entry, self._cut)
+
+    def __setitem__(self, parameter: Any, given: Any) -> None:
+        if isinstance(given, Mapping) and flat_of(parameter) is not None:
+            given = self._cut(parameter, dict(given))
+        self.kept[parameter] = given
+
+    def __delitem__(self, parameter: Any) -> None:
+        del self.kept[parameter]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self.kept
+
+    def get(self, parameter: Any, default: Any = None) -> Any:
+        """As of a dict: it makes no new one."""
+        return self[parameter] if parameter in self.kept else default
+
+    def clear(self) -> None:
+        self.kept.clear()
+
+    def __reduce__(self) -> Any:
+        """A copy, as of the optimizer, is of what is kept."""
+        return _restored, (dict(self.kept),)
+
+
+def _restored(kept: dict[Any, Any]) -> defaultdict[Any, Any]:
+    return defaultdict(dict, kept)
+
+
+class _ShownEntry(MutableMapping[str, Any]):
+    """What is kept of one sharded parameter."""
+
+    def __init__(
+        self,
+        parameter: Any,
+        kept: MutableMapping[str, Any],
+        cut: Callable[[Any, dict[str, Any]], dict[str, Any] | None],
+    ) -> None:
+        self._parameter, self._kept, self._cut = parameter, kept, cut
+
+    def __getitem__(self, name: str) -> Any:
+        return as_part(self._parameter, self._kept[name])
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        part = self._cut(self._parameter, {name: value})
+        assert part is not None
+        self._kept[name] = part[name]
+
+    def __delitem__(self, name: str) -> None:
+        del self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class OwnersState(ShownState):
+    """The same where each state is whole, on the rank that owns the parameter: the others have nothing to show."""
+
+    def __getitem__(self, parameter: Any) -> Any:
+        if flat_of(parameter) is not None:
+            raise UnsupportedError(
+                "What this optimizer keeps of a parameter is on one rank, its owner. Read optimizer.state_dict(), "
+                "which holds the states of all of them (collective), or forget them: optimizer.state.clear()."
+            )
+        return super().__getitem__(parameter)
+
+
+def own_place(parameter: Any) -> Place:
+    """Where this rank's part of a sharded parameter is."""
+    flat, index = place_of(parameter)
+    return flat.place_of(index)
+
+
+def is_local(value: Any) -> bool:
+    """Whether a state may be this rank's part of one like its parameter."""
+    return isinstance(value, torch.Tensor) and value.dim() == 1
+
+
+def as_part(parameter: Any, value: Any) -> Any:
+    """The whole state of which ``value`` is this rank's part; any other value as it is."""
+    if flat_of(parameter) is None or not is_local(value) or isinstance(value, ShardedTensor):
+        return value
+    place = own_place(parameter)
+    return part_at(place, value) if value.numel() == place.kept.stop - place.kept.start else value

@@ -1,0 +1,13 @@
+"""Where in user code something is called."""
+
+from __future__ import annotations
+
+import sys
+
+
+def users_line() -> str:
+    """The line of user code that has called what runs now, as in "train.py:88"."""
+    frame = sys._getframe()
+    while frame.f_globals.get("__name__", "").partition(".")[0] in ("bmtrain", "torch") and frame.f_back is not None:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
