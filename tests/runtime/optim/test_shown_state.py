@@ -105,3 +105,57 @@ def test_readings_are_of_whole_states(kind: str) -> None:
                     oracle.assert_close(value.sum().cpu(), expected[name].sum(), name)
                 else:
                     assert value == expected[name]
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Has a second place for parameters, to which ``eval`` moves them and ``train`` back."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "steps": 0})
+
+    @torch.no_grad()
+    def move(self, weight: float) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if "z" in self.state[p]:
+                    p.lerp_(end=self.state[p]["z"], weight=weight)
+
+    def eval(self) -> None:
+        self.move(1 - 1 / 0.9)
+
+    def train(self) -> None:
+        self.move(1 - 0.9)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    z, share = self.state[p].setdefault("z", p.clone()), 1 / (group["steps"] + 1)
+                    p.lerp_(end=z, weight=share).add_(p.grad, alpha=group["lr"] * (0.9 * (1 - share) - 1))
+                    z.sub_(p.grad, alpha=group["lr"])
+            group["steps"] += 1
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("step_on", [None, "shards", "whole", "tensors"])
+def test_methods_beside_step_see_whole_states(step_on: Any) -> None:
+    plain = build().to(context().device.torch_device)
+    model = bmt.BMTrainModelWrapper(build())
+    theirs, ours = ScheduleFree(plain.parameters()), ScheduleFree(model.parameters())
+    manager = bmt.optim.OptimManager(loss_scale=None)
+    manager.add_optimizer(ours, step_on=step_on)
+    if step_on == "tensors" and bmt.world_size() > 1:
+        with pytest.raises(UnsupportedError, match="its owner"):
+            ours.train()
+        return
+    for step in range(4):
+        theirs.train()
+        ours.train()
+        theirs.zero_grad()
+        oracle.mean(plain(oracle.inputs(step).to(context().device.torch_device))).backward()
+        theirs.step()
+        train(model, manager, step)
+        theirs.eval()
+        ours.eval()
+        oracle.assert_same_weights(model, plain)
