@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import GradientEdge
 
 Node = torch.autograd.graph.Node
 P = ParamSpec("P")
 T = TypeVar("T")
+CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 
 class ScriptsAsWritten:
@@ -47,6 +49,13 @@ def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
         return call(*args, **kwargs)
 
     return run
+
+
+def runs_as_written(call: CallT) -> CallT:
+    """Decorator for what autograd calls while compiled code runs: torch.compile leaves its frames alone."""
+    function: Any = call
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return call
 
 
 def backward_id() -> int | None:

@@ -7,6 +7,9 @@ import re
 
 OLDEST = (2, 9)
 PRIVATE = (
+    "torch._C._dynamo.eval_frame._FrameAction",
+    "torch._C._dynamo.eval_frame._FrameExecStrategy",
+    "torch._C._dynamo.eval_frame.set_code_exec_strategy",
     "torch._C._distributed_c10d.HashStore",
     "torch._C._distributed_c10d.PrefixStore",
     "torch._C._distributed_c10d.Store",

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..autograd import ScriptsAsWritten, running_node_saves_with
+from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
 from .memory import MemoryPlan
@@ -113,6 +113,7 @@ class Frame:
         """Record what autograd saves inside the ``with``."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
+    @runs_as_written
     def _pack(self, tensor: torch.Tensor) -> Any:
         kept = self._kept
         if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:

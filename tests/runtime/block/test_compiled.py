@@ -210,3 +210,24 @@ def test_what_is_outside_of_blocks_is_compiled_too(world_size: int) -> None:
     for losses, products in run_ranks(world_size, language_losses, True):
         assert losses == pytest.approx(expected, rel=1e-5)
         assert sorted(set(products)) == [0, 1, 4], "the table, the head with the loss, and a block"
+
+
+def hooks_are_not_compiled() -> None:
+    torch._dynamo.reset()
+    seen: list[str] = []
+    with mock.patch("torch._dynamo.convert_frame.log_dynamo_start", lambda code, *_: seen.append(code.co_name)):
+        for backend in ("eager", "aot_eager", "eager"):
+            model: Any = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(WIDTH, WIDTH), build()))
+            bmt.compile(model, backend=backend)
+            optimizer, manager = bmt.optim.AdamOptimizer(model.parameters()), bmt.optim.OptimManager(loss_scale=None)
+            manager.add_optimizer(optimizer)
+            for _ in range(6):  # first as it is written, while losses are looked at
+                x = data().chunk(bmt.world_size())[bmt.rank()].to(next(model.parameters()).device)
+                manager.backward(model(x).square().mean())
+                manager.step()
+    assert "forward" in seen and not {"_pack", "of"} & set(seen), seen
+
+
+def test_what_autograd_saves_is_not_compiled() -> None:
+    for ranks in (1, 2):
+        run_ranks(ranks, hooks_are_not_compiled, fresh=True)
