@@ -27,13 +27,30 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks:
         land_compiled(module)
-        module.compile(**options)
+        _compile(module, options)
     if model not in blocks:
         land_compiled(model)
-        model.compile(**(options | {"fullgraph": False} if blocks else options))
+        _compile(model, options | {"fullgraph": False} if blocks else options)
         whole: Any = model
         whole._compiled_call_impl = partial(_run, weakref.ref(whole), whole._compiled_call_impl)
     return model
+
+
+def _compile(module: nn.Module, options: dict[str, Any]) -> None:
+    if type(module).forward.__module__.startswith("torch."):
+        # torch.compile leaves frames of torch's own as they are, unless they are called by others (nn.Sequential,
+        # nn.TransformerEncoderLayer).
+        called: Any = module
+        called._compiled_call_impl = torch.compile(_calls(module._call_impl), **options)
+    else:
+        module.compile(**options)
+
+
+def _calls(call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+    return run
 
 
 def _run(reference: weakref.ref[Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

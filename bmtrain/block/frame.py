@@ -176,6 +176,7 @@ class Frame:
     def _recompute(self) -> None:
         made: dict[int, torch.Tensor] = {}
 
+        @runs_as_written
         def pack(tensor: torch.Tensor) -> Any:
             if self.owner.flat_at(tensor) is None:
                 made[len(made)] = tensor
