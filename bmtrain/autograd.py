@@ -44,7 +44,7 @@ def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return outside_of_compiled_code(call, *args, **kwargs)  # type: ignore[no-any-return]
         return call(*args, **kwargs)
 
@@ -55,6 +55,15 @@ def runs_as_written(call: CallT) -> CallT:
     """Decorator for what autograd calls while compiled code runs: torch.compile leaves its frames alone."""
     function: Any = call
     set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return call
+
+
+def constant_in_compiled_code(call: CallT) -> CallT:
+    """Decorator for what compiled code asks once, when it is made; other guards of it must tell when that changes.
+
+    As torch.compiler.assume_constant_result, which imports what compiles code, for seconds.
+    """
+    call._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return call
 
 

@@ -142,7 +142,7 @@ class PipelineTransformerBlockList(TransformerBlockList):
         """
         if context().topology.pipe_size == 1:
             return super().forward(*args, return_hidden_states=return_hidden_states, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return outside_of_compiled_code(
                 self.forward, *args, batch_related=batch_related, return_hidden_states=return_hidden_states, **kwargs
             )

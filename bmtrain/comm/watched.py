@@ -94,7 +94,7 @@ class WatchedCommunicator(Communicator):
 
     def _counted(self, operation: str, moved: torch.Tensor | int, call: Callable[..., Any], *args: Any) -> Any:
         """``call(*args)``, with a tensor that it moves, or how many bytes."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return outside_of_compiled_code(self._counted, operation, moved, call, *args)
         if self._diary.is_apart:
             self._diary.enter_pair(f"{operation} ({self.name}) with", self._next)

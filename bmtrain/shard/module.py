@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..autograd import backward_id
+from ..autograd import backward_id, constant_in_compiled_code
 from ..context import context
 from .engine import engine
 
@@ -55,6 +55,11 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # A part of a model called by itself: what it needs is gathered on demand.  Not so where a checkpoint of torch's
         # runs it again in the backward, and is to see what it saves.
-        if engine().idle and backward_id() is None:
+        if _no_forward_runs():
             return engine().forward(None, False, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)
+
+
+@constant_in_compiled_code  # parameters are of another class where none runs
+def _no_forward_runs() -> bool:
+    return engine().idle and backward_id() is None

@@ -269,3 +269,47 @@ def layers_of_torchs_own(number: int, recompute: bool) -> None:
 def test_blocks_of_torchs_own_classes_are_compiled(number: int, recompute: bool) -> None:
     for ranks in (1, 2):
         run_ranks(ranks, layers_of_torchs_own, number, recompute, fresh=True)
+
+
+class Activation(bmt.DistributedModule):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.tanh() * 2
+
+
+class Child(bmt.DistributedModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(WIDTH, WIDTH), Activation()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.linear(x))
+
+
+class Parent(bmt.DistributedModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.head = Child(), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.child(x))
+
+
+def parts_alone_and_inside(alone_first: bool) -> None:
+    torch._dynamo.reset()
+    model: Any = Parent()
+    x = data().to(next(model.parameters()).device)
+    calls = [model, model.child, model.child.activation]
+    expected = [call(x).detach().clone() for call in calls]
+    model.child.compile(backend="eager")
+    model.child.activation.compile(backend="eager")
+    for number in [2, 1, 0, 0, 1, 2] if alone_first else [0, 1, 2, 2, 1, 0]:
+        out = calls[number](x)
+        oracle.assert_close(out.detach(), expected[number], str(number))
+        if out.requires_grad:
+            out.square().mean().backward()
+
+
+@pytest.mark.parametrize("alone_first", [False, True])
+def test_a_part_that_is_compiled_is_called_alone_and_inside(alone_first: bool) -> None:
+    for ranks in (1, 2):
+        run_ranks(ranks, parts_alone_and_inside, alone_first, fresh=True)
