@@ -171,7 +171,7 @@ def _stepped(
     grads: Sequence[Sequence[torch.Tensor]],
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """``values`` after a few steps of an optimizer like this one, of which ``group`` is the only group; its options."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed is for GPUs as well, whose streams are not put back
     params = [torch.nn.Parameter(value.clone()) for value in values]
     made = object.__new__(type(optimizer))
     for name, present in vars(optimizer).items():

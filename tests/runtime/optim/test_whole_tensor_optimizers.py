@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import models
 import oracle
@@ -380,6 +381,13 @@ def test_closures() -> None:
                 closure()
                 optimizer.step(closure)
         oracle.assert_same_weights(model, reference, limit=1e-3)
+
+
+def test_a_trial_leaves_every_generator_as_it_is() -> None:
+    before = torch.get_rng_state()
+    with mock.patch.object(torch.cuda, "manual_seed_all") as seeded:
+        assert choose(torch.optim.AdamW([torch.zeros(3, 4)]), None) == "shards"
+    assert torch.equal(torch.get_rng_state(), before) and not seeded.called
 
 
 @on_ranks(2)
