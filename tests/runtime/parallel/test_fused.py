@@ -327,7 +327,7 @@ def test_a_plan_that_came_along() -> None:
     assert_trains_alike(bmt.BMTrainModelWrapper(bmt.parallelize_module(Brings())), Model(), packed=("gate_up",))
 
 
-@on_ranks(2, init={"tp_size": 2})
+@on_ranks(2, init={"tp_size": 2}, drawn_on_cpu=False)
 def test_init_parameters_and_random_writes_are_of_the_whole() -> None:
     model, reference = split("fewer keys"), Model(others=2)
     for net in (model, reference):
