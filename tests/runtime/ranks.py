@@ -167,7 +167,7 @@ class _Group:
         self.processes: list[BaseProcess] = []
         method = multiprocessing.get_context("forkserver")
         _start_fork_server()
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
             variables = _launch_variables(rank, world_size, port) | gpu_variables(rank, world_size) | env
@@ -272,10 +272,18 @@ def _failure_text(failures: dict[int, str], unfinished: list[int], finished: lis
     return "\n".join(parts)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, to be listened on later.
+
+    The system gives none of these away for connections, and many tests at once hardly choose the same.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", _ports.randrange(10_000, 32_000)))
+            return int(probe.getsockname()[1])
+
+
+_ports = random.SystemRandom()  # tests seed the other
 
 
 def _launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
