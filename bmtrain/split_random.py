@@ -53,9 +53,8 @@ class SplitRandom:
         self._generator, self._salt = generator, b"split" + rank.to_bytes(8, "little")
         self._left: dict[int, _Left] = {}  # by the seed of the stream that is drawn from instead
         self._trains: list[bool] = []  # of the forwards that are running, one inside the other
-        self._alone: tuple[bytes, bytes] | None = (
-            None  # where the stream stood when activations were split outside of them
-        )
+        # Where the streams stood when activations were split outside of them.
+        self._alone: tuple[bytes, bytes] | None = None
         self.check: DrawCheck | None = None
 
     @property
