@@ -202,7 +202,7 @@ class Context:
         What works on a device is left to the watchdog, where there is one: it may take longer than the caller can wait.
         """
         apart = self.watchdog is not None and self.device.is_cuda
-        for communicator in (self.control,) if apart else self._communicators:
+        for communicator in (self.control, self.pipe_control) if apart else self._communicators:
             communicator.abort()
 
     def close(self) -> None:

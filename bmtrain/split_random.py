@@ -53,7 +53,8 @@ class SplitRandom:
         self._generator, self._salt = generator, b"split" + rank.to_bytes(8, "little")
         self._left: dict[int, _Left] = {}  # by the seed of the stream that is drawn from instead
         self._trains: list[bool] = []  # of the forwards that are running, one inside the other
-        self._alone: bytes | None = None  # where the stream stood when activations were split outside of them
+        # Where the streams stood when activations were split outside of them.
+        self._alone: tuple[bytes, bytes] | None = None
         self.check: DrawCheck | None = None
 
     @property
@@ -64,6 +65,11 @@ class SplitRandom:
     def position(self) -> bytes:
         """Of the stream that is drawn from."""
         return head(self._generator.get_state())
+
+    def positions(self) -> tuple[bytes, bytes]:
+        """Of that stream, and of the CPU's where another device computes: from that one all ranks draw alike."""
+        apart = self._generator is not torch.default_generator
+        return self.position(), head(torch.default_generator.get_state()) if apart else b""
 
     @contextmanager
     def forward(self, trains: bool, checks: bool) -> Iterator[DrawCheck | None]:
@@ -125,14 +131,14 @@ class SplitRandom:
 
     def _follow_alone(self, split: bool, joins: bool) -> None:
         """Nobody would put an end to another stream here, should the activations not be joined again."""
-        if joins and self._alone not in (None, self.position()):
+        if joins and self._alone not in (None, self.positions()):
             self._alone = None
             raise ConfigurationError(
                 "Between tensor-parallel layers that were called outside of the forward of a distributed module, "
                 "random numbers were drawn (dropout), the same on all tensor-parallel ranks, of which each has other "
                 "features. Call the whole model, or set dropout to 0."
             )
-        self._alone = self.position() if split else None
+        self._alone = self.positions() if split else None
 
 
 class DrawCheck(TorchFunctionMode):
@@ -173,8 +179,9 @@ class DrawCheck(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.is_over:
             return func(*args, **kwargs)
-        before = self._random.position()
+        before = self._random.positions()
         out = func(*args, **kwargs)
+        after = self._random.positions()
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         name = getattr(func, "__name__", str(func))
         split = any(operand in self._tensors for operand in operands)
@@ -182,11 +189,16 @@ class DrawCheck(TorchFunctionMode):
             for leaf in tree_leaves((out, args[:1] if name == "__setitem__" else ())):
                 if isinstance(leaf, torch.Tensor):
                     self._tensors[leaf] = True
-        draws = kwargs.get("generator") is None and self._random.position() != before
-        if (draws or name in _DROPOUTS) and (split or self._were_split(operands)) != self._random.is_own:
-            if draws:
-                raise ConfigurationError(_wrong_stream(name, not self._random.is_own))
-            self.doubts = True
+        default = kwargs.get("generator") is None
+        draws, on_cpu = default and after[0] != before[0], default and after[1] != before[1]
+        if draws or on_cpu or name in _DROPOUTS:
+            split = split or self._were_split(operands)
+            if on_cpu and (split or self._random.is_own):
+                raise ConfigurationError(_drawn_on_cpu(name))
+            if split != self._random.is_own and not on_cpu:
+                if draws:
+                    raise ConfigurationError(_wrong_stream(name, not self._random.is_own))
+                self.doubts = True
         return out
 
     def _were_split(self, operands: Iterable[torch.Tensor]) -> bool:
@@ -222,4 +234,12 @@ def _wrong_stream(name: str, split: bool) -> str:
         f"{name} draws random numbers for {what} over tensor-parallel ranks, {where} a layer that splits features "
         f'("colwise") and one that joins them ("rowwise"); but ranks {needed}. Set this dropout to 0, move it '
         f"{'between' if split else 'outside'}, or leave these layers out of the plan."
+    )
+
+
+def _drawn_on_cpu(name: str) -> str:
+    return (
+        f"{name} draws random numbers on the CPU, the same on all tensor-parallel ranks, between a layer that splits "
+        'features ("colwise") and one that joins them ("rowwise"), where each rank has other features. Draw them like '
+        "the activation, on its device (torch.rand_like(x)), or before the first of these layers."
     )

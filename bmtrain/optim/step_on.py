@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from torch.utils._pytree import tree_map
 
 from ..errors import ConfigurationError
 
@@ -171,15 +172,15 @@ def _stepped(
     grads: Sequence[Sequence[torch.Tensor]],
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """``values`` after a few steps of an optimizer like this one, of which ``group`` is the only group; its options."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed is for GPUs as well, whose streams are not put back
     params = [torch.nn.Parameter(value.clone()) for value in values]
     made = object.__new__(type(optimizer))
     for name, present in vars(optimizer).items():
         if name.endswith("_hooks"):
             made.__dict__[name] = OrderedDict()
         elif name not in ("state", "param_groups", "step"):
-            made.__dict__[name] = copy.deepcopy(present) if _is_simple(present) else present
-    options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            made.__dict__[name] = _on_cpu(present) if _is_simple(present) else present
+    options = {k: _on_cpu(v) for k, v in group.items() if k != "params"}
     if isinstance(options.get("lr"), (int, float, torch.Tensor)) and float(options["lr"]) < 1e-2:
         options["lr"] = 1e-2  # a warm-up may start from 0
     for name, neutral in (("capturable", False), ("fused", None)):
@@ -190,7 +191,7 @@ def _stepped(
         for name, given in optimizer.state.get(like, {}).items():  # what the constructor made (Adagrad's)
             filled = isinstance(given, torch.Tensor) and given.shape == like.shape
             made.state[parameter][name] = (
-                torch.full_like(parameter, float(given.reshape(-1)[0])) if filled else copy.deepcopy(given)
+                torch.full_like(parameter, float(given.reshape(-1)[0])) if filled else _on_cpu(given)
             )
     step = inspect.unwrap(type(optimizer).step)
     for own in grads:
@@ -199,6 +200,15 @@ def _stepped(
         step(made)
     after = {k: v for k, v in made.param_groups[0].items() if k != "params"}
     return [parameter.detach() for parameter in params], after
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy, for a trial."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf.detach().to("cpu", copy=True) if isinstance(leaf, torch.Tensor) else copy.deepcopy(leaf)
+
+    return tree_map(copied, value)
 
 
 def _close(found: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> bool:

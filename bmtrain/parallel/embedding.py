@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..comm import Communicator
 from ..shard import DistributedModule, DistributedParameter, ParameterInitializer
@@ -100,24 +101,19 @@ class _Tried(nn.Embedding):
 def why_not_split(module: nn.Embedding, ranks: int) -> str | None:
     """Why a forward of its own needs more than the rows that ``nn.Embedding.forward`` gives; None if it does not.
 
-    It is tried: once as it is, and once where the weight is not to be had but by ``nn.Embedding.forward``.
+    It is tried: once as it is, and once where the weight is not to be had but by ``nn.Embedding.forward``.  On the CPU:
+    a token that is no row is an error there, on a GPU it is the end of the process.
     """
     own = type(module)
     if own.forward is nn.Embedding.forward and "forward" not in vars(module):
         return None
-    rows = module.num_embeddings
-    tokens = torch.tensor([[0, rows // 2, rows - 1]], device=module.weight.device)
-    plain, tried = copy.copy(module), cast(_Tried, copy.copy(module))
-    tried.__class__ = _between(own, _Tried)  # type: ignore[arg-type]
-    tried.tried_table, same = module.weight.detach(), True
-    slice_ = torch.full_like(module.weight[: rows // ranks], float("nan"))
-    tried._parameters = {**module._parameters, "weight": nn.Parameter(slice_)}
     try:
-        for trains in (False, True):
-            plain.training, tried.training, tried.tried_calls = trains, trains, 0
-            same = same and torch.equal(_tried_out(tried, tokens), _tried_out(plain, tokens)) and tried.tried_calls == 1
+        same = _is_same_without_its_weight(module, ranks)
     except Exception as error:
-        return f"{own.__name__}, an embedding with a forward of its own that cannot be tried with tokens alone: {error}"
+        return (
+            f"{own.__name__}, an embedding with a forward of its own that cannot be tried on the CPU with tokens "
+            f"alone: {error}"
+        )
     if same:
         return None
     return (
@@ -126,8 +122,46 @@ def why_not_split(module: nn.Embedding, ranks: int) -> str | None:
     )
 
 
+def _is_same_without_its_weight(module: nn.Embedding, ranks: int) -> bool:
+    rows, (length, width), dtype = module.num_embeddings, module.weight.shape, module.weight.dtype
+    tokens = torch.tensor([[0, rows // 2, rows - 1]], device="cpu")
+    # No two rows of the table are alike, and it takes the memory of one row and one column.
+    numbers = torch.randn(length + width - 1, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    table = numbers.to(dtype).unfold(0, width, 1)
+    slice_ = torch.full((), float("nan"), dtype=dtype, device="cpu").expand(length // ranks, width)
+    same = True
+    for trains in (False, True):
+        plain, tried = _on_cpu(module, table), cast(_Tried, _on_cpu(module, slice_))
+        tried.__class__ = _between(type(module), _Tried)  # type: ignore[arg-type]
+        plain.training, tried.training, tried.tried_table, tried.tried_calls = trains, trains, table, 0
+        same = same and torch.equal(_tried_out(tried, tokens), _tried_out(plain, tokens)) and tried.tried_calls == 1
+    return same
+
+
+def _on_cpu(module: nn.Embedding, weight: torch.Tensor) -> nn.Embedding:
+    """A copy whose tensors are on the CPU, and its own, with ``weight`` for the weight."""
+    replaced = module.weight
+    made: dict[int, Any] = {id(replaced): nn.Parameter(weight, requires_grad=False)}
+
+    def copy_tensor(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in made:
+            copied = tensor.detach().to("cpu", copy=True)
+            made[id(tensor)] = nn.Parameter(copied, False) if isinstance(tensor, nn.Parameter) else copied
+        return made[id(tensor)]
+
+    def copy_module(module: nn.Module) -> Any:
+        if id(module) not in made:
+            copied = made[id(module)] = copy.copy(module)
+            vars(copied).update(tree_map_only(torch.Tensor, copy_tensor, vars(module)))
+            for name, child in module._modules.items():
+                copied._modules[name] = None if child is None else copy_module(child)
+        return made[id(module)]
+
+    return cast(nn.Embedding, copy_module(module))
+
+
 def _tried_out(module: nn.Module, tokens: torch.Tensor) -> Any:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return module(tokens)
 

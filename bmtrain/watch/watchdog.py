@@ -34,6 +34,7 @@ _SILENT = 3.0  # seconds without a message
 _AGAIN = 60.0  # seconds until the same is said again, at first
 _SURE = 0.4  # seconds that a difference must last: a message may be older than what it is compared with
 _FAILED = 0.03  # seconds in one collective after another process is gone: the last one of a job may just be returning
+_CAUSE = 1.0  # seconds from a communicator's failure in which the rank that caused it may turn out to be gone
 _QUIET = 1.0  # seconds that a job may go on in which somebody is missing whom nobody waits for
 _GRACE = 2.0  # seconds in which the thread that waits may raise an error itself
 _PATIENCE = 3.0  # seconds for a failed collective's cause to become known
@@ -93,6 +94,7 @@ class Watchdog:
         self._ticked = self._resumed = monotonic()
         self._said: dict[str, tuple[float, float]] = {}
         self._missed: set[int] = set()
+        self._failure: tuple[float, str] | None = None  # of a communicator: since when, and what it says
         self._process = os.getpid()
         self._aborting = threading.Thread(target=hooks.abort, name="bmtrain abort", daemon=True)
         self._thread = threading.Thread(target=self._run, name="bmtrain watchdog", daemon=True)
@@ -167,7 +169,8 @@ class Watchdog:
     def _run(self) -> None:
         due = monotonic()
         while not self._stops:
-            patience = 0.01 if self._someone_is_missed() else max(0.0, due - monotonic())
+            near = self._failure is not None or self._someone_is_missed()
+            patience = 0.01 if near else max(0.0, due - monotonic())
             for rank, message in self._mesh.receive(patience):
                 self._hear(rank, message)
                 due = due if message is None or message else 0.0  # who has just come knows nothing of this rank
@@ -223,11 +226,14 @@ class Watchdog:
         try:
             self._hooks.check()
         except CommunicationError as error:
-            self._conclude(f"Rank {self.rank}'s communicator has failed: {error}. {self._everyone(own)}.")
-            return
+            self._failure = self._failure or (now, str(error))
         sure = {rank: found for rank, found in self._suspects.items() if now - found[0] >= _SURE}
         if sure:
             self._conclude(self._differ(own, sure), diverged=True)
+        elif self._failure is not None:
+            since, said = self._failure
+            if now - since >= _CAUSE:  # nobody is gone
+                self._conclude(f"Rank {self.rank}'s communicator has failed: {said}. {self._everyone(own)}.")
         elif now - self._resumed > _SLOW:
             self._look_for_slow(own, now)
 
@@ -261,7 +267,8 @@ class Watchdog:
                 continue
             own = self._position()
             since = max(self._peers[rank].gone for rank in found)
-            waits = self._asked or (bool(own.waits) and min(own.waits, monotonic() - since) > _FAILED)
+            waits = self._asked or self._failure is not None
+            waits = waits or (bool(own.waits) and min(own.waits, monotonic() - since) > _FAILED)
             if kind == self._has_left:
                 # Whoever has left after the same collectives is not missed.
                 if waits and (self._asked or any(self._is_behind(rank, own) for rank in found)):

@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Protocol
 from .attacks import DEATHS, Attack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))  # the harness that runs several ranks
-from ranks import gpu_variables
+from ranks import free_port, gpu_variables
 
 SCRIPT = Path(__file__).with_name("script.py")
 ROOT = Path(__file__).parents[2]
@@ -307,10 +306,3 @@ def _marked(mark: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

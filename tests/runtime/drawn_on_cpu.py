@@ -25,14 +25,21 @@ _WHOLE = (torch.Tensor, torch.nn.Parameter, DistributedParameter)
 def drawn_on_cpu() -> Iterator[None]:
     """What is drawn comes from the CPU's generator, so that a model begins as its reference on a CPU does.
 
-    Numbers that are drawn like a tensor (dropout, ``randn_like``) stay its device's. A state dict, which is on the CPU,
-    compares with a reference.  No function mode: compiled code would be other code under one.
+    Numbers that are drawn like a tensor (dropout, ``randn_like``), or into what is sharded, stay its device's.  No
+    function mode: compiled code would be other code under one.
     """
     with ExitStack() as stack:
         for name in _MADE:
             stack.enter_context(mock.patch.object(torch, name, _made(getattr(torch, name))))
         for name in _FILLED:
             stack.enter_context(mock.patch.object(torch.Tensor, name, _filled(getattr(torch.Tensor, name))))
+        yield
+
+
+@contextmanager
+def compared_across_devices() -> Iterator[None]:
+    """A state dict, which is on the CPU, compares with a reference."""
+    with ExitStack() as stack:
         for name in _COMPARED:
             stack.enter_context(mock.patch.object(torch, name, _compared(getattr(torch, name))))
         close = functools.partial(torch.testing.assert_close, check_device=False)

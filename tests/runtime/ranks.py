@@ -65,6 +65,8 @@ class _Task:
     arguments: bytes  # pickled (args, kwargs); unpickled only after the module is there
     path: list[str]
     directory: str
+    default_device: bool
+    drawn_on_cpu: bool
 
 
 def run_ranks(
@@ -76,6 +78,8 @@ def run_ranks(
     initialize: bool = True,
     env: dict[str, str] | None = None,
     fresh: bool = False,
+    default_device: bool = True,
+    drawn_on_cpu: bool = True,
     **kwargs: Any,
 ) -> list[T]:
     """Calls ``function(*args, **kwargs)`` on ``world_size`` ranks and returns their results, rank 0's first.
@@ -85,13 +89,14 @@ def run_ranks(
     variable BMTRAIN_TEST_DEVICE says otherwise. Before each call the random generators are seeded with 0 and the
     gradient mode and default dtype are torch's own; BMTRAIN_TEST_DEFAULT_DEVICE=cuda beside BMTRAIN_TEST_DEVICE=cuda
     lets tests that name no device run there: tensors are made and arguments put there, random numbers are a CPU's, and
-    results come back to the CPU. BMTRAIN_TEST_SHARD_SIZE=1 replicates what else is sharded
-    over all ranks. ``env`` adds environment variables. ``fresh`` asks for
-    processes that no other test uses, before or after: needed by whatever changes the process for good. With fewer GPUs
-    than ranks, ranks share them: right for results, not for time, memory, or how NCCL moves bytes.
+    results come back to the CPU. ``default_device`` False is for tests that name the device of all they make,
+    ``drawn_on_cpu`` False for those that look at what a device draws. BMTRAIN_TEST_SHARD_SIZE=1 replicates what else is
+    sharded over all ranks. ``env`` adds environment variables. ``fresh`` asks for processes that no other test uses,
+    before or after: needed by whatever changes the process for good. With fewer GPUs than ranks, ranks share them:
+    right for results, not for time, memory, or how NCCL moves bytes.
     Raises RanksFailed with the traceback of every rank that failed.
     """
-    task = _describe(function, args, kwargs)
+    task = _describe(function, args, kwargs, default_device, drawn_on_cpu)
     options = {"device": os.environ.get("BMTRAIN_TEST_DEVICE", "cpu")}
     options |= {"schedule": schedule} if (schedule := os.environ.get("BMTRAIN_TEST_SCHEDULE")) else {}
     size = int(os.environ.get("BMTRAIN_TEST_SHARD_SIZE", "0"))
@@ -130,14 +135,23 @@ def on_ranks(
     return decorate
 
 
-def _describe(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Task:
+def _describe(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    default_device: bool = True,
+    drawn_on_cpu: bool = True,
+) -> _Task:
     if "<locals>" in function.__qualname__ or function.__name__ == "<lambda>":
         raise ValueError(
             f"{function.__qualname__} must be defined at the top level of its module to run on other processes"
         )
     file = getattr(sys.modules[function.__module__], "__file__", None) or ""
     arguments = pickle.dumps((args, kwargs))
-    return _Task(function.__module__, file, function.__qualname__, arguments, list(sys.path), os.getcwd())
+    path = list(sys.path)
+    return _Task(
+        function.__module__, file, function.__qualname__, arguments, path, os.getcwd(), default_device, drawn_on_cpu
+    )
 
 
 # ---- the parent's side
@@ -153,7 +167,7 @@ class _Group:
         self.processes: list[BaseProcess] = []
         method = multiprocessing.get_context("forkserver")
         _start_fork_server()
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
             variables = _launch_variables(rank, world_size, port) | gpu_variables(rank, world_size) | env
@@ -258,10 +272,18 @@ def _failure_text(failures: dict[int, str], unfinished: list[int], finished: lis
     return "\n".join(parts)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, to be listened on later.
+
+    The system gives none of these away for connections, and many tests at once hardly choose the same.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", _ports.randrange(10_000, 32_000)))
+            return int(probe.getsockname()[1])
+
+
+_ports = random.SystemRandom()  # tests seed the other
 
 
 def _launch_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -346,14 +368,17 @@ def _say_goodbye() -> None:
 def _perform(task: _Task) -> Any:
     sys.path[:] = task.path
     os.chdir(task.directory)
-    _reset()
+    device = os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE") if task.default_device else None
+    _reset(device)
     function: Any = _module(task)
     for name in task.function.split("."):
         function = getattr(function, name)
     args, kwargs = _drawn_on_cpu().on_default_device(pickle.loads(task.arguments))
-    if not os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE"):
-        return function(*args, **kwargs)
-    with _drawn_on_cpu().drawn_on_cpu():
+    with contextlib.ExitStack() as stack:
+        if device:
+            stack.enter_context(_drawn_on_cpu().compared_across_devices())
+        if device and task.drawn_on_cpu:
+            stack.enter_context(_drawn_on_cpu().drawn_on_cpu())
         return function(*args, **kwargs)
 
 
@@ -378,7 +403,7 @@ def _module(task: _Task) -> Any:
     return module
 
 
-def _reset() -> None:
+def _reset(default_device: str | None) -> None:
     import torch
 
     gc.collect()
@@ -386,7 +411,7 @@ def _reset() -> None:
     random.seed(0)
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(os.environ.get("BMTRAIN_TEST_DEFAULT_DEVICE") or None)
+    torch.set_default_device(default_device or None)
     with contextlib.suppress(ImportError):
         import numpy
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import free_port
 
 SCRIPT = str(Path(__file__).parent / "launched.py")
 ROOT = Path(__file__).parents[2]
@@ -22,12 +22,6 @@ def environment() -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if k not in launch}
     paths = [str(ROOT), *filter(None, [clean.get("PYTHONPATH")])]
     return {**clean, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(*command: str) -> subprocess.Popen[str]:

@@ -5,12 +5,14 @@ again.
 from __future__ import annotations
 
 import os
+import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from ranks import RanksFailed, on_ranks, run_ranks
+from ranks import RanksFailed, free_port, on_ranks, run_ranks
 
 
 def describe(scale: float) -> tuple[int, str, torch.Tensor, int]:
@@ -20,6 +22,12 @@ def describe(scale: float) -> tuple[int, str, torch.Tensor, int]:
 
 def draw() -> float:
     return float(torch.rand(()))
+
+
+def where_and_how() -> tuple[str, bool, bool]:
+    """The default device, and whether draws and comparisons are other functions than torch's."""
+    patched = [hasattr(function, "__wrapped__") for function in (torch.rand, torch.equal)]
+    return str(torch.get_default_device()), patched[0], patched[1]
 
 
 def fail_on(rank: int) -> None:
@@ -48,6 +56,23 @@ def test_results_come_in_rank_order_and_processes_are_used_again() -> None:
 
 def test_each_call_starts_from_the_same_seed() -> None:
     assert run_ranks(2, draw, initialize=False) == run_ranks(2, draw, initialize=False)
+
+
+def test_a_test_may_go_without_a_default_device_or_draws_on_the_cpu() -> None:
+    settings: dict[str, Any] = {"initialize": False, "init": {"device": "cpu"}}
+    settings |= {"env": {"BMTRAIN_TEST_DEFAULT_DEVICE": "cpu:0"}}
+    assert run_ranks(1, where_and_how, **settings) == [("cpu:0", True, True)]
+    assert run_ranks(1, where_and_how, **settings, drawn_on_cpu=False) == [("cpu:0", False, True)]
+    assert run_ranks(1, where_and_how, **settings, default_device=False) == [("cpu", False, False)]
+    assert run_ranks(1, where_and_how, **settings) == [("cpu:0", True, True)]
+
+
+def test_ports_differ_and_are_none_that_the_system_gives_away() -> None:
+    ports = []
+    for _ in range(20):
+        random.seed(0)  # as tests do
+        ports.append(free_port())
+    assert len(set(ports)) > 15 and all(10_000 <= port < 32_000 for port in ports)
 
 
 def test_a_failure_names_rank_and_reason_and_ends_the_group() -> None:

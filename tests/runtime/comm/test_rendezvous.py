@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from ranks import free_port
 from torch.distributed import PrefixStore, TCPStore
 
 import bmtrain as bmt
@@ -19,11 +20,6 @@ from bmtrain.errors import CommunicationError
 from bmtrain.watch.mesh import Mesh
 
 PATIENCE = timedelta(seconds=20)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.fixture

@@ -15,8 +15,13 @@ from .table import render
 from .verdicts import verdicts
 
 CHOSEN = os.environ.get("BMTRAIN_TEST_IDIOMS_RANKS")
+SECONDS = 300 if os.environ.get("BMTRAIN_TEST_DEVICE", "cpu") == "cpu" else 1200
+"""For a theme; an idiom has a limit of its own. On GPUs all ranks together take memory for each model and give it back,
+which takes long where many tests share them.
+"""
 
 
+@pytest.mark.timeout(SECONDS)
 @pytest.mark.parametrize(
     "ranks", list(map(int, CHOSEN.split(","))) if CHOSEN else [pytest.param(1, marks=pytest.mark.long), 2]
 )

@@ -176,7 +176,8 @@ def _run(theme: str, ranks: int, names: list[str], limit: float, fresh: bool = F
             trouble = ""
             try:
                 most = limit * (len(names) + 1)
-                run_ranks(ranks, on_a_rank, theme, names, folder, limit, timeout=most, fresh=fresh)
+                options: dict[str, Any] = {"timeout": most, "fresh": fresh, "default_device": False}
+                run_ranks(ranks, on_a_rank, theme, names, folder, limit, **options)
             except RanksFailed as error:
                 trouble = str(error)
             outcomes = [_read(Path(folder, str(number)), ranks) for number in range(len(names))]

@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import models
 import oracle
@@ -380,6 +381,41 @@ def test_closures() -> None:
                 closure()
                 optimizer.step(closure)
         oracle.assert_same_weights(model, reference, limit=1e-3)
+
+
+class Measured(torch.optim.SGD):
+    """Has tensors of its own where the parameters are."""
+
+    def __init__(self, params: list[torch.Tensor], each: bool) -> None:
+        super().__init__(params, lr=0.1)
+        self.factors = {"one": [torch.ones((), device=params[0].device)]}
+        self.param_groups[0]["each"] = torch.tensor(each, device=params[0].device)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                steps = self.state[p].setdefault("steps", torch.zeros((), device=p.device)).add_(1)
+                size = torch.where(group["each"], torch.ones_like(p), p.grad.norm())
+                p -= group["lr"] * p.grad / size * self.factors["one"][0] / steps
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_tensors_of_an_optimizers_own_are_tried_as_well(device: str) -> None:
+    params = [torch.zeros(3, 4, device=device), torch.zeros(5, device=device)]
+    assert choose(Measured(params, True), "shards") == "shards"
+    optimizer = Measured(params, False)
+    with pytest.raises(bmt.errors.ConfigurationError, match="step_on"):
+        choose(optimizer, "shards")
+    assert choose(optimizer, "tensors") == "tensors"
+    assert optimizer.factors["one"][0].device.type == device and not optimizer.state
+
+
+def test_a_trial_leaves_every_generator_as_it_is() -> None:
+    before = torch.get_rng_state()
+    with mock.patch.object(torch.cuda, "manual_seed_all") as seeded:
+        assert choose(torch.optim.AdamW([torch.zeros(3, 4)]), None) == "shards"
+    assert torch.equal(torch.get_rng_state(), before) and not seeded.called
 
 
 @on_ranks(2)

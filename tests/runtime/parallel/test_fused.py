@@ -17,6 +17,7 @@ from trains_alike import VOCABULARY, assert_trains_alike, batch
 import bmtrain as bmt
 from bmtrain.checkpoint import Checkpointer
 from bmtrain.errors import ConfigurationError
+from bmtrain.parallel.embedding import why_not_split
 
 WIDTH, HEADS = 16, 4
 
@@ -144,6 +145,34 @@ class Typed(nn.Embedding):
         return super().forward(tokens) + kinds
 
 
+class Behind(nn.Embedding):
+    """Tokens that are no rows."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens + 2)
+
+
+class Negative(nn.Embedding):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens - self.num_embeddings)
+
+
+class Clamped(nn.Embedding):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens.clamp(max=len(self.weight) - 1))
+
+
+class Elsewhere(nn.Embedding):
+    """With a tensor that is on no device that computes."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.scale = torch.ones((), device="meta")
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return super().forward(tokens) * self.scale
+
+
 def refusals() -> dict[str, tuple[nn.Module, Plan]]:
     grouped = Model(others=2)
     odd = nn.Sequential(nn.ModuleDict({"in": nn.Linear(WIDTH, 26), "out": nn.Linear(13, WIDTH)}))
@@ -155,7 +184,7 @@ def refusals() -> dict[str, tuple[nn.Module, Plan]]:
             nn.ModuleDict({"e": made(VOCABULARY, WIDTH)}),
             {"e": "rowwise"},
         )
-        for made in (Direct, Twice, Centred, Wrapped, Dropped, Typed)
+        for made in (Direct, Twice, Centred, Wrapped, Dropped, Typed, Behind, Negative, Clamped, Elsewhere)
     }
     return embeddings | {
         'c_attn gives 48 features, and what is behind it takes 16.*"packed_colwise", 3.*"packed_colwise", 1': (
@@ -196,6 +225,51 @@ def test_what_cannot_be_told_is_refused_and_nothing_changes() -> None:
             bmt.parallelize_module(model, plan, NAMES)
         after = dict(model.named_modules())
         assert after == before and [type(module) for module in after.values()] == kinds, message
+
+
+class Tried(nn.Embedding):
+    """Has tensors everywhere, makes one, draws, and keeps what it has seen."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        self.register_buffer("calls", torch.zeros(()))
+        self.gain = nn.Parameter(torch.ones(width))
+        self.inner = nn.Sequential(nn.Linear(width, width))
+        self.inner[0].bias = self.gain
+        self.plain, self.named = torch.ones(()), {"one": [torch.ones(())]}
+        self.also, self.drop, self.seen = self.weight, nn.Dropout(0.5), []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        made = torch.zeros(width := self.embedding_dim) + torch.rand(width)
+        self.calls += 1
+        self.plain += 1
+        self.named["one"][0] += 1
+        self.seen.append(torch.ones(()))
+        assert self.inner[0].bias is self.gain and self.also is self.weight
+        tensors = [tokens, made, self.weight, self.gain, self.calls, self.plain, *self.named["one"]]
+        assert {tensor.device.type for tensor in tensors} == {"cpu"}
+        assert self.weight.untyped_storage().nbytes() <= 4 * (len(self.weight) + width)
+        return self.inner(self.drop(super().forward(tokens))) * self.plain + self.named["one"][0] + made
+
+
+def test_a_forward_is_tried_on_the_cpu_and_leaves_nothing() -> None:
+    module = Tried(1000, WIDTH)
+    before, drawn = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    elsewhere = torch.device("cuda" if torch.cuda.is_available() else "meta")
+    if elsewhere.type == "cuda":
+        module = module.to(elsewhere)
+    with elsewhere:
+        assert why_not_split(module, 2) is None
+    assert all(torch.equal(value.cpu(), before[name]) for name, value in module.state_dict().items())
+    assert module.plain == 1 and module.named["one"][0] == 1 and not module.seen and module.training
+    assert type(module) is Tried and module.also is module.weight and torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.float64])
+def test_a_table_of_any_type_is_tried(dtype: torch.dtype) -> None:
+    assert why_not_split(Scaled(VOCABULARY, WIDTH, 3).to(dtype), 2) is None
+    for kind in (Wrapped, Clamped):
+        assert "goes by nothing else" in str(why_not_split(kind(50000, WIDTH).to(dtype), 2)), kind
 
 
 def test_parts_of_a_parameter_that_are_none() -> None:
@@ -253,7 +327,7 @@ def test_a_plan_that_came_along() -> None:
     assert_trains_alike(bmt.BMTrainModelWrapper(bmt.parallelize_module(Brings())), Model(), packed=("gate_up",))
 
 
-@on_ranks(2, init={"tp_size": 2})
+@on_ranks(2, init={"tp_size": 2}, drawn_on_cpu=False)
 def test_init_parameters_and_random_writes_are_of_the_whole() -> None:
     model, reference = split("fewer keys"), Model(others=2)
     for net in (model, reference):

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import oracle
 import pytest
@@ -523,8 +524,22 @@ def differ() -> None:
         made.layers(x)
 
 
+def differ_beside_a_gpu() -> None:
+    """What works on a device is left to the watchdog."""
+    ctx = context()
+    abort = ctx.abort
+
+    def abort_as_there() -> None:
+        with mock.patch.object(ctx.device, "is_cuda", True):
+            abort()
+
+    with mock.patch.object(ctx, "abort", abort_as_there):
+        differ()
+
+
 def test_a_rank_that_does_something_else() -> None:
     run_ranks(2, differ, init={"pipe_size": 2}, fresh=True)
+    run_ranks(2, differ_beside_a_gpu, init={"pipe_size": 2, "device": "cpu"}, fresh=True)
 
 
 # ---- what user code sees

@@ -7,15 +7,17 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import bmtrain as bmt
 from bmtrain.errors import ConfigurationError
 from bmtrain.objects import allgather_objects
+
+on_ranks = functools.partial(ranks.on_ranks, drawn_on_cpu=False)  # what a device's generator gives is what is tested
 
 WIDTH, INNER, ROWS = 16, 64, 8
 PLAN = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
@@ -30,7 +32,7 @@ class Seen(nn.Identity):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def keep(self, x: torch.Tensor) -> None:
-        self.values.append(x.detach().clone())
+        self.values.append(x.detach().to("cpu", copy=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.keep(x)
@@ -242,7 +244,20 @@ class Noise(Layer):
         return x + self.down(h * torch.rand(ROWS, 1))
 
 
-WRONG = {Adapted: "dropout draws .* between", Late: "dropout draws .* outside", Noise: "rand draws .* between"}
+class Moved(Layer):
+    """Numbers of the CPU's generator, wherever the model is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return x + self.down(h * torch.rand(ROWS, INNER // 2, device="cpu").to(h.device))
+
+
+WRONG = {
+    Adapted: "dropout draws .* between",
+    Late: "dropout draws .* outside",
+    Noise: "rand draws .* between",
+    Moved: "rand draws .* between",
+}
 
 
 @on_ranks(2, init={"tp_size": 2})
@@ -253,7 +268,7 @@ def test_what_draws_from_the_wrong_stream_is_refused(compiled: bool) -> None:
         if compiled:
             torch._dynamo.reset()
             bmt.compile(model, backend="aot_eager")
-        model.eval()(torch.ones(ROWS, WIDTH)) if make is not Noise else None
+        model.eval()(torch.ones(ROWS, WIDTH)) if make not in (Noise, Moved) else None
         with pytest.raises(ConfigurationError, match=message):
             model.train()(torch.ones(ROWS, WIDTH))
         after = torch.rand(3)

@@ -225,7 +225,7 @@ def values_outside(folder: str) -> None:
 
 @pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.long)])
 def test_values_outside_of_forwards(ranks: int, tmp_path: Path) -> None:
-    run_ranks(ranks, values_outside, str(tmp_path), init={"tp_size": 2})
+    run_ranks(ranks, values_outside, str(tmp_path), init={"tp_size": 2}, drawn_on_cpu=False)
 
 
 def with_an_average() -> None:

@@ -150,7 +150,7 @@ def test_data_is_what_it_is_for_torch() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
-@on_ranks(2, 3)
+@on_ranks(2, 3, drawn_on_cpu=False)
 def test_data_changes_as_for_torch() -> None:
     for what, run in IN_PLACE.items():
         (plain, model), (others, other) = pair(), pair(seed=6)
