@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -112,10 +113,24 @@ def shared() -> None:
     assert train(Model(torch.randn_like)) == []
 
 
+CPU = {"device": "cpu"}
+
+
+def as_it_is(what: Callable[[], None]) -> None:
+    what()
+
+
+def in_every_way(what: Callable[[], None]) -> None:
+    """On CPUs as on GPUs, and on GPUs where there are some."""
+    run_ranks(2, as_on_a_gpu, what, fresh=True, init=CPU)
+    if os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda":
+        run_ranks(2, as_it_is, what, fresh=True, drawn_on_cpu=False)
+
+
 def test_nothing_to_say() -> None:
     run_ranks(1, in_silence, fresh=True)
-    run_ranks(2, nothing_to_say, fresh=True)
-    run_ranks(2, as_on_a_gpu, nothing_to_say, fresh=True)
+    run_ranks(2, nothing_to_say, fresh=True, init=CPU)
+    in_every_way(nothing_to_say)
     run_ranks(2, shared, init={"random": "shared"}, fresh=True)
 
 
@@ -125,13 +140,13 @@ def in_silence() -> None:
 
 @pytest.mark.parametrize("number", range(3))
 def test_in_a_models_own_forward(number: int) -> None:
-    run_ranks(2, in_its_own_forward, number, fresh=True)
+    run_ranks(2, in_its_own_forward, number, fresh=True, init=CPU)
 
 
 def test_before_the_forward() -> None:
-    run_ranks(2, as_on_a_gpu, before_it, fresh=True)
+    in_every_way(before_it)
 
 
-@on_ranks(2)
+@on_ranks(2, init=CPU)
 def test_what_gives_the_order_of_the_data_is_not_noise() -> None:
     assert train(Model(), torch.randn_like) == []
