@@ -16,7 +16,9 @@ SCALE, MAX_NORM = 256.0, 0.05
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and the next ones, (ROWS, LENGTH), the same on all ranks."""
-    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=torch.Generator("cpu").manual_seed(50 + step))
+    generator = torch.Generator("cpu").manual_seed(50 + step)
+    tokens = torch.randint(VOCABULARY, (ROWS, LENGTH + 1), generator=generator, device="cpu")
+    tokens = tokens.to(torch.get_default_device())
     tokens[:, 0] = 5  # so that masks of what is above 2 leave something
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

@@ -74,7 +74,8 @@ def assert_alike(found: Any, expected: Any, what: str) -> None:
 def same(name: str) -> torch.Tensor:
     """A whole tensor like the parameter of that name, the same on all ranks."""
     shape = dict(Net().named_parameters())[name].shape
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+    made = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(len(name)), device="cpu")
+    return made.to(torch.get_default_device())
 
 
 # Of w and v, two tensors of one shape, and n, an ordinary one of the same shape.
