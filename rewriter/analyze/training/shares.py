@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,6 +29,7 @@ _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
 _SOME = -1  # a part of a value, it is not known which
+Loop = ast.For | ast.While
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
@@ -46,19 +47,24 @@ class Share:
 
 
 def shares(
-    file: File, roles: Roles, loops: dict[ast.For, bool], reduced: Callable[[ast.expr], str]
+    file: File,
+    roles: Roles,
+    loops: dict[Loop, bool],
+    reduced: Callable[[ast.expr], str],
+    drawn: Mapping[Loop, set[str]],
 ) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
     ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    ``drawn`` are loops that take shares without a loader, each with the names that these have.
     ``reduced`` says of what a loss function makes whether it is a ``sum`` or a ``mean``.
     """
     found: dict[ast.expr, Share] = {}
     for loop, known in loops.items():
-        loader = None if known else loop_over(loop)
+        loader = None if known or not isinstance(loop, ast.For) else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, reduced)
+        kinds = Kinds(file, roles, loop, reduced, drawn.get(loop, set()))
         for expression, kind in kinds.leaving():
             expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
@@ -85,10 +91,12 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
-    def __init__(self, file: File, roles: Roles, loop: ast.For, reduced: Callable[[ast.expr], str]) -> None:
+    def __init__(
+        self, file: File, roles: Roles, loop: Loop, reduced: Callable[[ast.expr], str], drawn: set[str]
+    ) -> None:
         self.file, self.roles, self.loop, self.reduced = file, roles, loop, reduced
         self.nodes = list(_own(loop))
-        self.batch = self._targets()
+        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter) else set())
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -156,6 +164,8 @@ class Kinds:
         )
 
     def _targets(self) -> set[str]:
+        if not isinstance(self.loop, ast.For):
+            return set()
         target: ast.expr = self.loop.target
         called = dotted(self.loop.iter.func) if isinstance(self.loop.iter, ast.Call) else ""
         if called and called.split(".")[-1] == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
@@ -560,7 +570,12 @@ def _exact(node: ast.expr) -> ast.expr:
     return node
 
 
-def _own(loop: ast.For) -> Iterator[ast.AST]:
+def _counts(iterated: ast.expr) -> bool:
+    """Whether a loop goes through numbers."""
+    return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange", "tqdm.trange"}
+
+
+def _own(loop: Loop) -> Iterator[ast.AST]:
     """The nodes of a loop's body, without those of functions in it."""
     stack: list[ast.AST] = list(loop.body)
     while stack:

@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk_own
-from rewriter.analyze.training.batches import shares_data
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
@@ -49,7 +48,7 @@ _VALUES = {"item", "tolist", "numpy"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
         return
-    if b"backward" in file.source.data and not shares_data(file, facts.scripts):
+    if b"backward" in file.source.data and not facts.scripts.shares_data(file):
         return
     told: set[int] = set()
     made = facts.scripts.collectives.shares(file)
