@@ -32,6 +32,12 @@ _SOME = -1  # a part of a value, it is not known which
 Loop = ast.For | ast.While
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
+_KEEPS = {"add", "put", "insert", "appendleft"}
+"""Methods by which a set or queue takes a value; a tensor's ``add`` gives another one."""
+_IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
+_AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
+_NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
+_OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -119,6 +125,10 @@ class Kinds:
         }:
             self.made.pop(name, None)
             self.added.add(name)
+        self.blended = self._blended()
+        for name in {target.id for n in self.blended for target in n.targets if isinstance(target, ast.Name)}:
+            self.made.pop(name, None)
+            self.added.add(name)
         for _ in range(3):
             for name, values in self.made.items():
                 if any(self.of_batch(value) and not self._is_drawn(value, part) for value, part in values):
@@ -137,6 +147,16 @@ class Kinds:
                     found.pop(node, None)
             else:
                 found |= {node: [(node.targets[0], True, node.value)] for node in first}
+        return found
+
+    def _blended(self) -> dict[ast.Assign, list[ast.expr]]:
+        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``."""
+        found: dict[ast.Assign, list[ast.expr]] = {}
+        for name, values in self.made.items():
+            statement = self.file.names.statement_of(values[0][0])
+            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.value, ast.BinOp):
+                if name in _named(statement.value) and isinstance(statement.targets[0], ast.Name):
+                    found[statement] = list(_without(statement.value, name))
         return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
@@ -186,12 +206,33 @@ class Kinds:
         """The expressions that are added up, collected, handed to meters or shown."""
         for node in self.nodes:
             match node:
-                case ast.AugAssign(target=target, op=ast.Add(), value=value):
+                case ast.AugAssign(target=ast.Subscript(value=kept, slice=place) as target) if self.of_batch(place):
+                    if not self._holds_inside(kept):
+                        yield target, "unknown"
+                case ast.AugAssign(target=target, op=ast.Add() | ast.Sub(), value=value):
                     if not self._bound_inside(target):
                         kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
                         yield from self._split(value) if kind == "mixed" else ()
                         if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
                             yield value, kind
+                        elif kind == "samples" and not self._holds_inside(target):
+                            yield value, "unknown"
+                case ast.AugAssign(target=target, value=value):
+                    if not self._holds_inside(target) and self.kind(value) in {"total", "mean", "samples", "unknown"}:
+                        yield value, "unknown"
+                case ast.Assign(targets=[target]) if node in self.blended:
+                    for value in self.blended[node]:
+                        if (kind := self.kind(value)) in {"total", "mean"}:
+                            yield value, kind
+                case ast.Expr(value=ast.Call(func=func, args=[kept, place, *_])) if _AT.match(dotted(func) or ""):
+                    if not self._holds_inside(kept) and (self.of_batch(place) or self.of_batch(node)):
+                        yield place, "unknown"
+                case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr=attr), args=args)) if (
+                    attr in _IN_PLACE and not self._holds_inside(holder)
+                ):
+                    kinds = [(value, self.kind(value)) for value in args]
+                    for value, kind in [(v, k) for v, k in kinds if k in {"total", "mean", "samples", "unknown"}][:1]:
+                        yield value, "total" if kind == "total" and attr in {"add_", "sub_"} else "unknown"
                 case ast.Assign() if node in self.grown:
                     for variable, listed, value in self.grown[node]:
                         kind = "" if self._bound_inside(variable) else self.kind(value)
@@ -204,8 +245,13 @@ class Kinds:
                             yield value, kind
                 case ast.Assign(targets=[ast.Subscript(value=kept, slice=place)], value=value):
                     if not self._bound_inside(kept) and not isinstance(place, ast.Constant):
-                        if self.kind(value) in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
+                        kind = self.kind(value)
+                        if kind in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
                             yield value, "unknown"
+                        elif self.of_batch(place) and not self._holds_inside(kept):
+                            yield node.targets[0], "unknown"
+                        elif kind in {"mean", "total"} and not self._holds_inside(kept):
+                            yield value, kind
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
                         kind = self.kind(value)
@@ -216,8 +262,8 @@ class Kinds:
                         elif kind == "mixed":
                             yield from self._split(value)
                         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-                            yield value, "samples"
-                        elif kind == "samples" and not _is_text(value):
+                            yield value, "unknown" if _is_no_mean(value) else "samples"
+                        elif kind in {"samples", "unknown"} and not _is_text(value):
                             yield value, "unknown"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
@@ -226,7 +272,7 @@ class Kinds:
                     for value, kind in kinds:
                         if kind == "mean" or (kind == "total" and not sizes_only):
                             yield value, kind
-                        elif kind in {"samples", "unknown"} and attr == "update":
+                        elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(node)):
                             yield value, "unknown"
                         elif kind == "mixed":
                             yield from self._split(value)
@@ -239,6 +285,34 @@ class Kinds:
                             yield from self._split(value)
                         elif kind == "unknown" and self._is_entry(value):
                             yield value, kind
+                        elif (
+                            kind in {"samples", "unknown"}
+                            and self._is_cut(value)
+                            and not (_tells_shape(value) or _is_text(value))
+                        ):
+                            yield value, "unknown"
+        yield from self._shown_after()
+
+    def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
+        """What the last batch has left in names, where it is shown behind the loop."""
+        block = self.file.names.siblings(self.loop)
+        following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
+        anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+        for value in (value for item in following for value in self._shown(item)):
+            if not _named(value) & anew and self.kind(value) in {"total", "mean"}:
+                yield value, "unknown"
+
+    def _is_kept(self, call: ast.Call) -> bool:
+        """Whether a set, or a queue, takes what a call gives it."""
+        holder = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        kept = isinstance(call.func, ast.Attribute) and call.func.attr in _KEEPS
+        return kept and isinstance(self.file.names.parents[call], ast.Expr) and not self._holds_inside(holder)
+
+    def _holds_inside(self, target: ast.expr) -> bool:
+        """Whether something is, or is a part of, what is made anew for each batch."""
+        while isinstance(target, (ast.Subscript, ast.Attribute)):
+            target = target.value
+        return self._bound_inside(target)
 
     def _is_entry(self, node: ast.expr) -> bool:
         """``logs["a"]`` of what was made of the batch."""
@@ -292,6 +366,11 @@ class Kinds:
         return False
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
+        """What a node shows, without the texts that it is joined with."""
+        for value in self._shown_by(node):
+            yield from _joined_texts(value)
+
+    def _shown_by(self, node: ast.AST) -> Iterator[ast.expr]:
         match node:
             case ast.FormattedValue(value=value):
                 yield value
@@ -304,7 +383,7 @@ class Kinds:
             case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
                 yield from right.elts if isinstance(right, ast.Tuple) else [right]
             case ast.Call(func=ast.Attribute(attr=attr)):
-                if attr in SHOWING_METHODS:
+                if attr in SHOWING_METHODS or attr in {"write", "writelines"}:
                     yield from _parts([*node.args, *(keyword.value for keyword in node.keywords)])
 
     def _per_item(self, node: ast.AST) -> str:
@@ -397,6 +476,8 @@ class Kinds:
                 whole = not args and not keywords
                 if dotted(value) in {"torch", "np", "numpy"} and args:
                     whole, value = len(args) == 1 and not keywords, args[0]
+                    args = args[1:]
+                whole = whole or _is_first_dimension([*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})])
                 if attr in {"sum", "mean"}:
                     if self.kind(value, deep + 1) == "loss":
                         return "loss"
@@ -529,6 +610,8 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     match value:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             listed, parts = False, [left, right]
+        case ast.List(elts=[ast.Starred(value=left), ast.Starred(value=right)]):
+            listed, parts = True, [left, right]
         case ast.Call(func=func, args=[ast.List(elts=parts) | ast.Tuple(elts=parts), *_]):
             listed = (dotted(func) or "").split(".")[-1] in {"cat", "concat", "concatenate", "hstack", "vstack"}
             parts = parts if listed else []
@@ -541,6 +624,36 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     if len(parts) != 2 or paths.count(dotted(target)) != 1:
         return None
     return listed, parts[1 - paths.index(dotted(target))]
+
+
+def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
+    """The largest parts of a sum that have nothing of a variable."""
+    if name not in _named(node):
+        yield node
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        yield from _without(node.left, name)
+        yield from _without(node.right, name)
+
+
+def _is_no_mean(node: ast.expr) -> bool:
+    """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
+        node = node.func.value
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _NO_MEANS
+        and not node.args
+    )
+
+
+def _is_first_dimension(given: list[ast.expr]) -> bool:
+    """Whether ``x.sum(0)`` is over the batch."""
+    return len(given) == 1 and isinstance(given[0], ast.Constant) and given[0].value == 0
+
+
+def _tells_shape(node: ast.expr) -> bool:
+    return any(isinstance(item, ast.Attribute) and item.attr in _OF_SHAPE for item in walk(node))
 
 
 def _named(node: ast.AST) -> set[str]:
@@ -561,6 +674,23 @@ def _is_text(node: ast.expr) -> bool:
         case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()))):
             return True
     return False
+
+
+def _joined_texts(node: ast.expr) -> Iterator[ast.expr]:
+    """The parts of ``"accuracy " + str(x)``; anything else as it is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [part for side in (node.left, node.right) for part in _joined_texts(side)]
+        if any(map(_spells, parts)):
+            yield from parts
+            return
+    yield node
+
+
+def _spells(node: ast.expr) -> bool:
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return (
+        constant or _is_text(node) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"str", "repr"})
+    )
 
 
 def _exact(node: ast.expr) -> ast.expr:

@@ -1,14 +1,15 @@
 """What a loop makes of a rank's share of a batch becomes the whole batch's.
 
 What: in a loop over training data, sums that are added up (``correct += (out == y).sum().item()``, ``seen += len(x)``,
-``total += loss.item() * x.size(0)``) and shown (``print(step * len(x))``) are ``bmt.total(...)``; means that are shown,
+``total += loss.item() * x.size(0)``, ``counts += F.one_hot(y, 9).sum(0)``) and shown (``print(step * len(x))``) are ``bmt.total(...)``; means that are shown,
 collected or handed to a meter are ``bmt.sum_loss(...)``, the mean over the ranks; samples' values that are collected
 (``predictions.extend(out.argmax(1).tolist())``, ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the
 order of the batch. Where the loop may also go through data that no rank shares, it names the loader:
 ``bmt.total(len(x), of=loaders[part])``.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
-Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through: then the line is
-reported, as are functions of the project that are handed the training loader, and tests of such counts above calls that
+Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
+of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in a
+name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training loader, and tests of such counts above calls that
 all ranks must make.
 """
 
