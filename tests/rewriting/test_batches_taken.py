@@ -251,6 +251,59 @@ def test_a_sum_over_the_batch_is_the_whole_batchs() -> None:
     assert "optim_manager.backward(loss * bmt.world_size())" in converted(text)
 
 
+BATCH = "ix = np.random.choice(n, b)" + TAKE
+
+
+@pytest.mark.parametrize("line", ["xb = xb + torch.randn(b, 6)", "yb = yb + torch.zeros(b, 1)", "xb = xb.view(b, 6)"])
+def test_a_size_of_the_whole_batch_is_reported(line: str) -> None:
+    result, said = last(script(f"{BATCH}\n{line}"))
+    assert [f.line for f in result.reported if "fewer than b items" in f.message] == [18] and said.startswith(FIRST)
+
+
+def test_noise_for_a_share_is_each_ranks_own() -> None:
+    after = converted(script(f"{BATCH}\nxb = xb + torch.randn_like(xb)"))
+    assert "    with bmt.own_random():\n        xb = xb + torch.randn_like(xb)\n" in after
+
+
+def test_items_that_are_compared_are_reported() -> None:
+    text = script(BATCH).replace(
+        "nn.functional.mse_loss(model(xb), yb)", "(model(xb) @ model(xb).T).logsumexp(1).mean()"
+    )
+    result, said = last(text)
+    assert "BMT091" in {found.code for found in result.reported} and said.startswith(FIRST)
+
+
+EARLY = {
+    "an order": "order = np.random.permutation(n)",
+    "data": "data = torch.randn(n, 6)",
+    "data of a function": "def made():\n    return torch.rand(n, 6)\n\n\ndata = made()",
+    "a division": "part, rest = torch.utils.data.random_split(rows, [20, 4])",
+}
+
+
+@pytest.mark.parametrize("line", EARLY.values(), ids=EARLY)
+@pytest.mark.parametrize("main", [False, True])
+def test_what_is_drawn_before_the_model_is_drawn_by_ranks_that_are_seeded_alike(line: str, main: bool) -> None:
+    head, _, body = script(BATCH).replace("torch.manual_seed(1)\n", "").partition("x = torch.randn(n, 6)\n")
+    body = body.replace("torch.randn", "torch.zeros")
+    if main:
+        body = (
+            "def main():\n    "
+            + body.rstrip().replace("\n", "\n    ")
+            + "\n\n\nif __name__ == '__main__':\n    main()\n"
+        )
+    after = converted(f"{head}x = torch.zeros(n, 6)\n{line}\n{body}")
+    assert f"bmt.init_distributed()\n{line.splitlines()[-1]}\n" in after
+
+
+@pytest.mark.parametrize(
+    "line", ["part = torch.utils.data.random_split(rows, [20, 4], generator=made)", "seed = random.randint(1, 9)"]
+)
+def test_what_has_a_seed_of_its_own_is_drawn_where_it_was(line: str) -> None:
+    text = script(BATCH).replace("torch.manual_seed(1)\n", "").replace("x = torch.randn(n, 6)\n", f"x = {{}}\n{line}\n")
+    assert f"x = {{}}\n{line}\n" in converted(text)
+
+
 RUN = {
     "positions": script("ix = np.random.choice(n, b)" + TAKE),
     "an order": epochs("order = torch.randperm(n)", SLICES["torch's"][1] + "\n        xb, yb = x[ix], y[ix]"),

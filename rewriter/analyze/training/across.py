@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TypeGuard
 
@@ -26,8 +26,10 @@ _OUTSIDE = {"no_grad", "inference_mode"}
 class Across:
     """Answers for one file, function by function; the module's own statements are one of them."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, taken: Mapping[ast.For | ast.While, set[str]]) -> None:
+        """``taken`` are loops that take batches without a loader, each with the names that hold these."""
         self.file = file
+        self.taken = taken
 
     def compared(self) -> Iterator[ast.expr]:
         """Products, distances and spreads over the items of a batch that reach a loss."""
@@ -79,6 +81,9 @@ class Flow:
             for target in walk(whole)
             if isinstance(target, ast.Name)
         ]
+        loops = [node for node in self.nodes if isinstance(node, (ast.For, ast.While))]
+        self.taken: set[str] = set().union(*(across.taken.get(loop, ()) for loop in loops))
+        self.batch |= self.taken
         for node in self.nodes:
             if isinstance(node, ast.For):
                 names = {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
@@ -113,6 +118,8 @@ class Flow:
                 return inner or any(self.is_batch(a) for a in args)
             case ast.BinOp(left=left, right=right) | ast.Compare(left=left, comparators=[right]):
                 return self.is_batch(left) or self.is_batch(right)
+            case ast.Subscript(slice=ast.Name(id=name)) if name in self.taken:
+                return True
             case ast.Subscript(value=value) | ast.UnaryOp(operand=value) | ast.Starred(value=value):
                 return self.is_batch(value)
             case ast.Tuple(elts=elts) | ast.List(elts=elts):

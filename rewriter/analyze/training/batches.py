@@ -50,6 +50,8 @@ class Taken:
     whole: list[ast.expr] = field(default_factory=list)
     parts: list[ast.expr] = field(default_factory=list)
     left: list[tuple[ast.expr, str]] = field(default_factory=list)
+    sizes: set[Var | None] = field(default_factory=set)
+    """Variables that say how many items the whole batch has."""
 
 
 class Batches:
@@ -68,6 +70,7 @@ class Batches:
         if file not in self._taken:
             taken = self._taken[file] = Taken()
             taken.whole += self._random(file)
+            taken.sizes |= {self._var(file, _first_size(call)) for call in taken.whole if isinstance(call, ast.Call)}
             self._positions(file, taken)
             self._orders(file, taken)
             if not taken.whole and not taken.parts and not taken.left:
@@ -202,12 +205,16 @@ class Batches:
                     (p for p in file.names.ancestors(node) if isinstance(p, (ast.For, ast.While, Function))), None
                 )
                 found.setdefault(loop, []).append((node, ast.unparse(size)))
+                taken.sizes.add(self._var(file, size))
         for picked in found.values():
             if len({size for _, size in picked}) == 1:
                 taken.whole += [node for node, _ in picked]
             else:
                 reason = "several numbers of items are drawn here, so that it is not clear which is the batch's"
                 taken.left += [(node, reason) for node, _ in picked[:1]]
+
+    def _var(self, file: File, node: ast.expr | None) -> Var | None:
+        return self.roles[file].var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
 
     def _many(self, file: File, call: ast.Call, name: str, drawn: bool) -> tuple[ast.expr, ast.expr | None]:
         """What is a batch of positions, and how many these are."""
@@ -335,6 +342,9 @@ class Batches:
                 if use != "no":
                     reason = use or self._unseeded(file, generators.get(variable))
                     taken.left.append((node, reason)) if reason else taken.whole.append(node)
+                    part = node.slice
+                    if not reason and isinstance(part, ast.Slice) and isinstance(part.upper, ast.BinOp):
+                        taken.sizes.add(self._var(file, part.upper.right))
 
     def _ordered(self, file: File) -> tuple[set[Var | None], dict[Var | None, ast.expr | None]]:
         """The variables whose items are in an order that is drawn, and the generators of these draws."""
@@ -426,7 +436,8 @@ class Batches:
         uses = [self._use(other, call, deep + 1, fed) for other, call in self.instances.calls(file, function)]
         if not uses or all(use == "no" for use in uses):
             return "no"
-        if isinstance(owner, ast.ClassDef):
+        called = [other.names.class_of(call) for other, call in self.instances.calls(file, function)]
+        if isinstance(owner, ast.ClassDef) and any(around is not owner for around in called):
             return f"{owner.name} may serve others than this training"
         if any(uses):
             return next((u for u in uses if u not in {"", "no"}), f"{function.name}(...) is called elsewhere, too")

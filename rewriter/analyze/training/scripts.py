@@ -44,7 +44,9 @@ class Scripts:
 
     def across(self, file: File) -> Across:
         """What looks across the items of a batch in a file."""
-        return self._across.setdefault(file, Across(file))
+        if file not in self._across:
+            self._across[file] = Across(file, self._drawn(file))
+        return self._across[file]
 
     def _shares(self, file: File) -> dict[ast.expr, Share]:
         """What a file's loops make of a rank's share of a batch, and is to be the batch's."""
