@@ -79,6 +79,7 @@ DRAWN = {
     "a generator as it was": "ix = old.randint(0, n, b)",
     "a generator of Python": "ix = own.sample(range(n), b)",
     "the first of an order": "ix = torch.randperm(n)[:b]",
+    "sorted": "ix = sorted(random.sample(range(n), b))",
     "the first of numpy's": "ix = np.random.permutation(n)[:b]",
 }
 GENERATORS = "rng = np.random.default_rng(3)\nold = np.random.RandomState(3)\nown = random.Random(3)"
@@ -87,7 +88,9 @@ GENERATORS = "rng = np.random.default_rng(3)\nold = np.random.RandomState(3)\now
 @pytest.mark.parametrize("draw", DRAWN.values(), ids=DRAWN)
 def test_positions_are_shared_out(draw: str) -> None:
     text = script(draw + "\nxb, yb = x[ix], y[ix]", GENERATORS)
-    assert f"    ix = bmt.shard_batch({draw.removeprefix('ix = ')})\n" in converted(text)
+    inner = draw.removeprefix("ix = ").removeprefix("sorted(")
+    after = converted(text)
+    assert f"bmt.shard_batch({inner})\n" in after or f"sorted(bmt.shard_batch({inner[:-1]}))\n" in after
     assert last(text)[1].startswith(READY)
 
 
@@ -168,6 +171,29 @@ GENERATOR = """def batches():
 def test_generators_of_batches() -> None:
     text = epochs("pass", "for xb, yb in batches():", GENERATOR)
     assert "        ix = bmt.shard_batch(order[i : i + b])\n" in converted(text)
+
+
+OF_ARGUMENTS = """def batches(a, c, size{more}):
+    order = {order}
+    for i in range(0, len(a), size):
+        ix = order[i : i + size]
+        yield a[ix], c[ix]
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "order"),
+    [
+        ("", "torch.randperm(len(a))"),
+        ("", "np.random.permutation(a.shape[0])"),
+        (", shuffle=True", "np.random.permutation(len(a)) if shuffle else np.arange(len(a))"),
+    ],
+)
+def test_an_order_of_what_a_function_is_given_is_the_same_on_all_ranks(more: str, order: str) -> None:
+    function = OF_ARGUMENTS.format(more=more, order=order)
+    after = converted(epochs("pass", "for xb, yb in batches(x, y, b):", function))
+    assert f"    order = {order}\n" in after and "own_random" not in after
+    assert "        ix = bmt.shard_batch(order[i : i + size])\n" in after
 
 
 LEFT = {

@@ -109,6 +109,10 @@ MADE = {
         "n = 0.9 * n + 0.1 * (out.argmax(1) == y).float().mean().item()",
         "n = 0.9 * n + bmt.sum_loss(0.1 * (out.argmax(1) == y).float().mean().item())",
     ),
+    "several at once": (
+        "n, t = n + len(y), t + loss.item()",
+        "n, t = n + bmt.total(len(y)), t + bmt.sum_loss(loss).item()",
+    ),
     "a list behind a list": ("p = [*p, *y.tolist()]", "p = [*p, *bmt.gather_samples(y.tolist())]"),
     "joined texts": (
         "a = (out.argmax(1) == y).float().mean()\n    print('a ' + str(round(a.item(), 3)) + '%')",
@@ -184,6 +188,11 @@ def test_what_the_last_batch_has_left_is_reported_where_it_is_shown(text: str) -
     assert result.before.decode().splitlines()[line - 1] == "    print(a)"
 
 
+def test_the_number_of_a_loss_that_is_left_in_a_name_is_of_all_ranks() -> None:
+    text = "if loss.item() < best:\n        best = loss.item()\nprint(best)\n"
+    assert not [f for f in convert_text(f"{HEAD}{LOOP}    {text}").reported if f.code == "BMT037"]
+
+
 KEPT = {
     "a shape shown": "logger.info(out.argmax(1).shape, x.dtype)",
     "a flag of the batch's own": "seen = torch.zeros(2)\n    seen[y] = 1",
@@ -219,6 +228,8 @@ UNKNOWN = {
     "a set, item by item": "for a in y.tolist():\n        seen.add(a)",
     "a table, by item": "for k, a in zip(y.tolist(), out.argmax(1).tolist()):\n        found[k] = a",
     "rows added up": "n += out.detach().sum(1)",
+    "the largest": "n = max(n, out.max().tolist())",
+    "the largest in a tensor": "n = torch.maximum(n, out.detach().amax(0))",
     "a norm": "p.append(out.norm().item())",
     "a function's number": "p.append(measured(out, y))",
     "written": "file.write(str(out.argmax(1).tolist()))",

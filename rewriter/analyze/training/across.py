@@ -19,6 +19,7 @@ _LOSSES = re.compile(
 _MADE = re.compile(r"^(?:arange|zeros|ones|eye|full|linspace|rand\w*|tensor|as_tensor|empty|Parameter|len|range|int)$")
 _NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
 _SPREADS = {"std", "var", "cov", "corrcoef"}
+_ORDERED = {"topk", "sort", "kthvalue", "quantile", "median", "argsort"}
 _SIZES = re.compile(r"^len\(|\.shape\[0\]$|\.size\(0\)$|^(?:self\.)?(?:batch_size|bsz?)$|^(?:2 \* )?[bBnN]$")
 _OUTSIDE = {"no_grad", "inference_mode"}
 
@@ -154,6 +155,8 @@ class Flow:
                     return bool(args) and self._counts_items(args[0])
                 if attr in _SPREADS:
                     return self._spreads(node)
+                if attr in _ORDERED:
+                    return self._is_per_item(args[0] if dotted(node.func) == f"torch.{attr}" and args else node.func)
         return False
 
     def weighs(self, node: ast.expr) -> bool:
@@ -225,6 +228,18 @@ class Flow:
             for item in walk(value)
         )
 
+    def _is_per_item(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether this is the loss of each item, ``F.cross_entropy(out, y, reduction="none")``, or a view of it."""
+        match node:
+            case ast.Call(func=func, keywords=keywords):
+                words = [k.value for k in keywords if k.arg == "reduction" and isinstance(k.value, ast.Constant)]
+                return any(word.value == "none" for word in words) or self._is_per_item(func, deep)
+            case ast.Attribute(value=value) | ast.Subscript(value=value):
+                return self._is_per_item(value, deep)
+            case ast.Name(id=name) if deep < 2:
+                return any(self._is_per_item(value, deep + 1) for held, value in self.assigned if held == name)
+        return False
+
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
         """``a @ b.T``: all rows of one with all rows of the other."""
         turned = _turned(right)
@@ -275,7 +290,7 @@ class Flow:
             return any(item is source or (isinstance(item, ast.Name) and item.id in held) for item in walk(node))
 
         for _ in range(3):
-            held |= {name for name, value in self.assigned if of(value) and not _is_lookup(value)}
+            held |= {name for name, value in self.assigned if of(value) and (value is source or not _is_lookup(value))}
         for node in self.nodes:
             match node:
                 case ast.Call(func=func, args=args):

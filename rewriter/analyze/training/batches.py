@@ -30,7 +30,7 @@ _GENERATORS = {"numpy.random.default_rng", "numpy.random.RandomState", "random.R
 _AS_FUNCTION = {"permutation": "numpy.random.permutation", "shuffle": "random.shuffle"}
 _METHODS = {"integers", "choice", "randint", "sample", "choices"}
 _PARTS = {"split", "chunk", "array_split", "reshape", "view", "tensor_split"}
-_AS = {"list", "tensor", "as_tensor", "from_numpy", "LongTensor", "array", "asarray"}
+_AS = {"list", "tensor", "as_tensor", "from_numpy", "LongTensor", "array", "asarray", "sorted", "sort"}
 _AS_METHODS = {"tolist", "to", "cuda", "cpu", "long", "numpy", "astype"}
 _LOADED = {"__getitem__", "__iter__", "__next__", "__len__"}
 _DEEP = 2
@@ -52,6 +52,8 @@ class Taken:
     left: list[tuple[ast.expr, str]] = field(default_factory=list)
     sizes: set[Var | None] = field(default_factory=set)
     """Variables that say how many items the whole batch has."""
+    orders: set[ast.Call] = field(default_factory=set)
+    """Draws of orders that are gone through slice by slice: they are to be the same on all ranks."""
 
 
 class Batches:
@@ -162,21 +164,7 @@ class Batches:
         match statement:
             case ast.Assign(targets=[ast.Name(id=name)]):
                 function = file.names.function_of(call)
-                return _is_index(file, function or file.tree, name) and self._is_for_training(file, call)
-        return False
-
-    def _is_for_training(self, file: File, node: ast.AST, deep: int = 0) -> bool:
-        """Whether a loop that calls backward comes to a node, or to a call of its function, on every pass."""
-        for parent in file.names.ancestors(node):
-            if isinstance(parent, (ast.If, ast.Lambda)):
-                return False
-            if isinstance(parent, (ast.For, ast.While)) and any(
-                isinstance(item, ast.Attribute) and item.attr == "backward" for item in walk(parent)
-            ):
-                return True
-            if isinstance(parent, Function):
-                calls = self.instances.calls(file, parent) if deep < _DEEP else ()
-                return any(self._is_for_training(other, call, deep + 1) for other, call in calls)
+                return _is_index(file, function or file.tree, name) and not self._use(file, call, fed=True)
         return False
 
     # Positions -------------------------------------------------------------------------------------------------
@@ -320,14 +308,17 @@ class Batches:
 
     def _orders(self, file: File, taken: Taken) -> None:
         """``order[i : i + 12]`` of ``order = torch.randperm(n)``, or of what ``random.shuffle`` has shuffled."""
-        ordered, generators = self._ordered(file)
+        ordered, generators, drawn_by = self._ordered(file)
         for node in file.nodes:
             over = _parts_of(node)
             if over is not None:
                 source, loop, whole = over
                 drawn = isinstance(source, ast.Call) and self._name(file, source)[0] in _ORDERS
                 variable = self.roles[file].var(source)
-                if (not drawn and variable not in ordered) or self._is_shared(file, whole):
+                if not drawn and variable not in ordered:
+                    continue
+                taken.orders |= {source} if isinstance(source, ast.Call) else drawn_by.get(variable, set())
+                if self._is_shared(file, whole):
                     continue
                 use = self._loop_use(file, loop)
                 generator = self._name(file, source)[1] if isinstance(source, ast.Call) else generators.get(variable)
@@ -336,7 +327,10 @@ class Batches:
                     taken.left.append((whole, reason)) if reason else taken.parts.append(whole)
             elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and _is_batch_slice(node):
                 variable = self.roles[file].var(node.value)
-                if variable not in ordered or self._in_model(file, node) or self._is_shared(file, node):
+                if variable not in ordered or self._in_model(file, node):
+                    continue
+                taken.orders |= drawn_by.get(variable, set())
+                if self._is_shared(file, node):
                     continue
                 use = self._use(file, node)
                 if use != "no":
@@ -346,8 +340,11 @@ class Batches:
                     if not reason and isinstance(part, ast.Slice) and isinstance(part.upper, ast.BinOp):
                         taken.sizes.add(self._var(file, part.upper.right))
 
-    def _ordered(self, file: File) -> tuple[set[Var | None], dict[Var | None, ast.expr | None]]:
-        """The variables whose items are in an order that is drawn, and the generators of these draws."""
+    def _ordered(
+        self, file: File
+    ) -> tuple[set[Var | None], dict[Var | None, ast.expr | None], dict[Var | None, set[ast.Call]]]:
+        """The variables whose items are in an order that is drawn, the generators of these draws, and the draws."""
+        drawn_by: dict[Var | None, set[ast.Call]] = {}
         roles = self.roles[file]
         found: set[Var | None] = set()
         generators: dict[Var | None, ast.expr | None] = {}
@@ -358,13 +355,17 @@ class Batches:
                 if variable is not None:
                     found.add(variable)
                     generators[variable] = generator
+                    drawn_by.setdefault(variable, set()).add(call)
             elif name in _ORDERS:
                 outer = _outermost(file, call)
                 statement = file.names.parents[outer]
+                if isinstance(statement, ast.IfExp):  # torch.randperm(n) if shuffle else torch.arange(n)
+                    outer, statement = statement, file.names.parents[statement]
                 if isinstance(statement, ast.Assign) and statement.value is outer:
                     for target in statement.targets:
                         found.add(roles.var(target))
                         generators[roles.var(target)] = generator
+                        drawn_by.setdefault(roles.var(target), set()).add(call)
         found.discard(None)
         for _ in range(2):
             for statement in file.nodes if found else ():
@@ -375,7 +376,8 @@ class Batches:
                         if source is not None and variable is not None:
                             found.add(variable)
                             generators.setdefault(variable, generators.get(source))
-        return found, generators
+                            drawn_by.setdefault(variable, set()).update(drawn_by.get(source, ()))
+        return found, generators, drawn_by
 
     def _source(self, file: File, value: ast.expr, ordered: set[Var | None]) -> Var | None:
         """The order that ``x[order]``, ``order[:800]`` and ``order[800:]`` follow."""

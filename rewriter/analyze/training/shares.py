@@ -108,6 +108,11 @@ class Kinds:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+                    if (pairs := list(_pairs(target, node.value)))[1:]:
+                        for part, value in pairs:
+                            if isinstance(part, ast.Name):
+                                self.made.setdefault(part.id, []).append((value, None))
+                        continue
                     for index, part in enumerate(parts):
                         if isinstance(part, ast.Name):
                             place = None if part is target else index
@@ -154,9 +159,10 @@ class Kinds:
         found: dict[ast.Assign, list[ast.expr]] = {}
         for name, values in self.made.items():
             statement = self.file.names.statement_of(values[0][0])
-            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.value, ast.BinOp):
-                if name in _named(statement.value) and isinstance(statement.targets[0], ast.Name):
-                    found[statement] = list(_without(statement.value, name))
+            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                value = statement.value
+                if name in _named(value) and (isinstance(value, ast.BinOp) or _is_extreme(value)):
+                    found[statement] = list(_without(value, name))
         return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
@@ -222,7 +228,10 @@ class Kinds:
                         yield value, "unknown"
                 case ast.Assign(targets=[target]) if node in self.blended:
                     for value in self.blended[node]:
-                        if (kind := self.kind(value)) in {"total", "mean"}:
+                        kind = self.kind(value)
+                        if _is_extreme(node.value) and kind in {"total", "mean", "samples", "unknown"}:
+                            yield value, "unknown"
+                        elif kind in {"total", "mean"}:
                             yield value, kind
                 case ast.Expr(value=ast.Call(func=func, args=[kept, place, *_])) if _AT.match(dotted(func) or ""):
                     if not self._holds_inside(kept) and (self.of_batch(place) or self.of_batch(node)):
@@ -299,8 +308,13 @@ class Kinds:
         following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
         anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
         for value in (value for item in following for value in self._shown(item)):
-            if not _named(value) & anew and self.kind(value) in {"total", "mean"}:
+            if not _named(value) & anew and self.kind(value) in {"total", "mean"} and not self._holds_loss(value):
                 yield value, "unknown"
+
+    def _holds_loss(self, node: ast.expr) -> bool:
+        """Whether a name in a value holds a loss's number, which is read as that of all ranks."""
+        held = [self.made[name] for name in _named(node) if name in self.made]
+        return any(all(self.kind(value) in {"", "loss"} for value, _ in values) for values in held)
 
     def _is_kept(self, call: ast.Call) -> bool:
         """Whether a set, or a queue, takes what a call gives it."""
@@ -592,9 +606,22 @@ def _grown(node: ast.Assign) -> Iterator[Grown]:
 
     ``all = x if all is None else torch.cat([all, x])`` gives it the first, too.
     """
-    target, value = node.targets[0], node.value
-    if len(node.targets) > 1 or dotted(target) is None:
+    if len(node.targets) > 1:
         return
+    for target, value in _pairs(node.targets[0], node.value):
+        if dotted(target) is not None:
+            yield from _grown_by(target, value)
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What each of several targets gets, where that is written out."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+        yield from zip(target.elts, value.elts, strict=True)
+    else:
+        yield target, value
+
+
+def _grown_by(target: ast.expr, value: ast.expr) -> Iterator[Grown]:
     if isinstance(value, ast.IfExp):
         for one, other in ((value.body, value.orelse), (value.orelse, value.body)):
             added = _added(target, one)
@@ -633,6 +660,15 @@ def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
         yield from _without(node.left, name)
         yield from _without(node.right, name)
+    elif _is_extreme(node):
+        for part in node.args if isinstance(node, ast.Call) else ():
+            yield from _without(part, name)
+
+
+def _is_extreme(node: ast.expr) -> bool:
+    """``max(best, x)``."""
+    called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
+    return called in {"max", "min", "maximum", "minimum", "fmax", "fmin"}
 
 
 def _is_no_mean(node: ast.expr) -> bool:

@@ -7,8 +7,8 @@ generator that has a seed (``np.random.choice(n, 12)``, ``random.sample(range(n)
 ``rng.integers(0, n, 12)``). Slices of an order that is drawn are shared out, too: ``order[i : i + 12]`` of
 ``order = np.random.permutation(n)``, of a list that ``random.shuffle`` has shuffled, or of ``x[order]``;
 ``for index in order.split(12)`` goes through ``map(bmt.shard_batch, order.split(12))``.
-Why: all ranks draw the same numbers (same seed), so together they see the batch of the unconverted script. A batch, such
-as the last of an order, that cannot be shared evenly raises ConfigurationError.
+Why: all ranks draw the same numbers (same seed), so together they see the batch of the unconverted script. A batch that
+cannot be shared evenly, such as the last of an order may be, raises ConfigurationError.
 Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name,
 nor the batch of a loop that trains taken by it; the call is in a model; the loop has a loader. What is taken under a
 test, in a class or function that serves others as well, in two numbers of items, by a generator without a seed, or by
@@ -40,6 +40,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "every rank keeps its share of the batch", (change,))
     for node, reason in taken.left:
         message = f"{file.source.code(node)} is not shared out over the ranks: {reason}"
+        if "write" not in reason and "seed" not in reason:
+            message += "; where it is trained on, write x, y = bmt.shard_batch((x, y))"
         yield Remark(RULE.code, node.lineno, message, differs=True)
     if facts.scripts.trains(file) and not taken.left and not facts.scripts.shares_data(file):
         line = next(c.lineno for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
