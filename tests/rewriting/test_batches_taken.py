@@ -291,12 +291,14 @@ def test_noise_for_a_share_is_each_ranks_own() -> None:
     assert "    with bmt.own_random():\n        xb = xb + torch.randn_like(xb)\n" in after
 
 
-def test_items_that_are_compared_are_reported() -> None:
+def test_a_batch_whose_items_are_compared_stays_whole() -> None:
     text = script(BATCH).replace(
         "nn.functional.mse_loss(model(xb), yb)", "(model(xb) @ model(xb).T).logsumexp(1).mean()"
     )
     result, said = last(text)
-    assert "BMT091" in {found.code for found in result.reported} and said.startswith(FIRST)
+    (found,) = result.reported
+    assert b"shard_batch" not in result.after and said.startswith(FIRST)
+    assert found.code == "BMT023" and "compared with each other in line 18" in found.message
 
 
 EARLY = {

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds
 from rewriter.analyze.training.roles import Var
@@ -37,6 +38,7 @@ _DEEP = 2
 _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 
 _WRITE = "write bmt.shard_batch({code}) where it is a batch of samples"
+_COMPARED = "its items are compared with each other in line {line}: if it is, write bmt.gather_batch(...) there"
 _SEED = "its generator has other numbers on every rank: give it a seed, such as {code}(0)"
 
 
@@ -71,13 +73,33 @@ class Batches:
         """Batches that the file takes outside of models, and that no ``bmt.shard_batch`` is around yet."""
         if file not in self._taken:
             taken = self._taken[file] = Taken()
-            taken.whole += self._random(file)
-            taken.sizes |= {self._var(file, _first_size(call)) for call in taken.whole if isinstance(call, ast.Call)}
+            drawn = list(self._random(file))
+            taken.whole += drawn
+            taken.sizes |= {self._var(file, _first_size(call)) for call in drawn}
             self._positions(file, taken)
             self._orders(file, taken)
+            self._leave_compared(file, taken, {*taken.whole, *taken.parts}.difference(drawn))
             if not taken.whole and not taken.parts and not taken.left:
                 self._slices(file, taken)
         return self._taken[file]
+
+    def _leave_compared(self, file: File, taken: Taken, fresh: set[ast.expr]) -> None:
+        """A batch whose items are compared with each other stays whole: the loss is another one on a share of it."""
+        held: dict[ast.expr, dict[Loop, set[str]]] = {}
+        for node in sorted(fresh, key=lambda node: (node.lineno, node.col_offset)):
+            self._held(file, file, node, held.setdefault(node, {}), 0)
+        loops: dict[Loop, set[str]] = {}
+        for found in held.values():
+            for loop, names in found.items():
+                loops.setdefault(loop, set()).update(names)
+        compared = list(Across(file, loops).compared()) if loops else []
+        for node, found in held.items():
+            for other in compared:
+                if any(parent in found for parent in file.names.ancestors(other)):
+                    taken.whole = [item for item in taken.whole if item is not node]
+                    taken.parts = [item for item in taken.parts if item is not node]
+                    taken.left.append((node, _COMPARED.format(line=other.lineno)))
+                    break
 
     def loops(self, file: File) -> dict[Loop, set[str]]:
         """The loops of a file that get shared batches, and the names that hold what is taken of them."""
