@@ -11,9 +11,10 @@ Why: all ranks draw the same numbers (same seed), so together they see the batch
 cannot be shared evenly, such as the last of an order may be, raises ConfigurationError.
 Refuses when: the script is already data parallel (DDP, a rank-dependent seed); the size is not a batch size by name,
 nor the batch of a loop that trains taken by it; the call is in a model; the loop has a loader. What is taken under a
-test, whose items a loss compares with each other, in a class or function that serves others as well, in two numbers of items, by a generator without a seed, or by
-slices of data in their order (which may be pieces of a text) is reported, with what to write, and so is a script in
-which nothing is known to share out the data: the last line then names the place.
+test, in a class or function that serves others as well, in two numbers of items, by a generator without a seed, or by
+slices of data in their order (which may be pieces of a text), and a batch whose items a loss compares with each other,
+is reported, with what to write, and so is a script in which nothing is known to share out the data: the last line then
+names the place.
 """
 
 from __future__ import annotations
