@@ -111,6 +111,7 @@ for x in data:
     print(1)
     print(2)
 """
+LOADED = TRAIN.replace("in data", "in torch.utils.data.DataLoader(data)")
 
 
 def listed(project: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
@@ -124,7 +125,7 @@ def listed_by(options: list[str], project: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_last_line_says_how_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (project / "train.py").write_text(TRAIN)
+    (project / "train.py").write_text(LOADED)
     launch = f"torchrun --nproc_per_node=N {project / 'train.py'}"
     assert listed(project, capsys)[-2:] == [
         "nothing was written", f"next: bmt-convert {project} --write; then {launch}",
@@ -151,7 +152,7 @@ def test_the_script_to_launch_is_the_one_that_imports_the_loop(
 
 def test_the_last_line_names_what_to_see_to_first(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "train.py").write_text(
-        TRAIN + 'with open("net.pt", "wb") as file:\n    file.write(b"1")\n    torch.save(net, file)\n'
+        LOADED + 'with open("net.pt", "wb") as file:\n    file.write(b"1")\n    torch.save(net, file)\n'
     )
     line = TRAIN.count("\n") + 3
     said = (

@@ -65,6 +65,10 @@ COMPARED = {
     "var": "spread = torch.sqrt(a.var(dim=0) + 1e-4)\nreturn F.relu(1 - spread).mean()",
     "cov": "c = torch.cov(a.T)\nreturn c.pow(2).sum()",
     "centred": "c = a - a.mean(0)\nreturn (c.T @ c).pow(2).mean()",
+    "the hardest": 'hard = F.mse_loss(a, b, reduction="none").mean(1).topk(2)[0]\nreturn hard.mean()',
+    "the hardest, named": (
+        'each = F.mse_loss(a, b, reduction="none"); hard = torch.topk(each[:, 0], 2)\nreturn hard[0].mean()'
+    ),
     "a mask of pairs": "mask = torch.eye(len(a))\nreturn (mask * a.sum()).mean()",
 }
 

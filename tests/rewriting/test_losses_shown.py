@@ -126,7 +126,9 @@ ROWS = {
 def test_rows_hold_one_value_for_all_ranks(before: str, after: str) -> None:
     result = convert_text(f"{HEAD}    {before}\n")
     assert f"    {after}\n" in result.after.decode()
-    assert not [finding for finding in result.reported if getattr(finding, "differs", False)]
+    assert not [
+        finding for finding in result.reported if getattr(finding, "differs", False) and finding.code != "BMT023"
+    ]
 
 
 OF_OTHER_NAMES = ["(loss / 2).backward()", "(0.5 * loss).backward()", "scaler.scale(loss / 2).backward()"]

@@ -93,6 +93,31 @@ MADE = {
         "if p is None:\n        p = y.numpy()\n    else:\n        p = np.append(p, y.numpy())",
         "        p = bmt.gather_samples(y.numpy())\n    else:\n        p = np.append(p, bmt.gather_samples(y.numpy()))",
     ),
+    "what is left, counted down": ("n -= len(x)", "n -= bmt.total(len(x))"),
+    "added in place": ("n.add_((out.argmax(1) == y).sum())", "n.add_(bmt.total((out.argmax(1) == y).sum()))"),
+    "counts of each class": ("n += F.one_hot(y, 2).sum(0)", "n += bmt.total(F.one_hot(y, 2).sum(0))"),
+    "counts along the first": ("n += torch.sum(out > 0, dim=0)", "n += bmt.total(torch.sum(out > 0, dim=0))"),
+    "a mean for each step": (
+        "n[step] = (out.argmax(1) == y).float().mean()",
+        "n[step] = bmt.sum_loss((out.argmax(1) ==",
+    ),
+    "a count for each step": (
+        "n[step] = (out.argmax(1) == y).sum()",
+        "n[step] = bmt.total((out.argmax(1) == y).sum())",
+    ),
+    "a running mean": (
+        "n = 0.9 * n + 0.1 * (out.argmax(1) == y).float().mean().item()",
+        "n = 0.9 * n + bmt.sum_loss(0.1 * (out.argmax(1) == y).float().mean().item())",
+    ),
+    "several at once": (
+        "n, t = n + len(y), t + loss.item()",
+        "n, t = n + bmt.total(len(y)), t + bmt.sum_loss(loss).item()",
+    ),
+    "a list behind a list": ("p = [*p, *y.tolist()]", "p = [*p, *bmt.gather_samples(y.tolist())]"),
+    "joined texts": (
+        "a = (out.argmax(1) == y).float().mean()\n    print('a ' + str(round(a.item(), 3)) + '%')",
+        "bmt.print_rank('a ' + str(round(bmt.sum_loss(a.item()), 3)) + '%')",
+    ),
     "a list added": ("p += y.tolist()", "p += bmt.gather_samples(y.tolist())"),
 }
 
@@ -152,7 +177,26 @@ def test_errors_of_a_function_are_means() -> None:
     assert "top.update(bmt.sum_loss(err1).item(), x.size(0))" in after or "bmt.sum_loss(err1.item())" in after
 
 
+LEFT_IN_NAMES = ["a = (out.argmax(1) == y).float().mean().item()", "a = (out.argmax(1) == y).sum()"]
+
+
+@pytest.mark.parametrize("text", LEFT_IN_NAMES)
+def test_what_the_last_batch_has_left_is_reported_where_it_is_shown(text: str) -> None:
+    loop = "for epoch in range(2):\n    " + f"{LOOP}    {text}\n".replace("\n", "\n    ") + "print(a)\n"
+    result = convert_text(HEAD + loop)
+    (line,) = [f.line for f in result.reported if f.code == "BMT037"]
+    assert result.before.decode().splitlines()[line - 1] == "    print(a)"
+
+
+def test_the_number_of_a_loss_that_is_left_in_a_name_is_of_all_ranks() -> None:
+    text = "if loss.item() < best:\n        best = loss.item()\nprint(best)\n"
+    assert not [f for f in convert_text(f"{HEAD}{LOOP}    {text}").reported if f.code == "BMT037"]
+
+
 KEPT = {
+    "a shape shown": "logger.info(out.argmax(1).shape, x.dtype)",
+    "a flag of the batch's own": "seen = torch.zeros(2)\n    seen[y] = 1",
+    "a sum of losses": "t = 0.9 * t + 0.1",
     "a step": "n += 1",
     "a list of the batch's own": "rows = []\n    rows.append(out.detach())",
     "with gradients": "terms.append(out)",
@@ -173,6 +217,23 @@ UNKNOWN = {
     "places of the batch": "p[y] = out.detach()",
     "each item": "for a, b in zip(out.argmax(1), y):\n        if a == b:\n            n += 1",
     "as the items are": "if y.sum() > 3:\n        n += len(y)",
+    "counts at places": "n[y] += 1",
+    "counts at two places": "n[y.numpy(), out.argmax(1).numpy()] += 1",
+    "counts at places, by a function": "np.add.at(n, y.numpy(), 1)",
+    "counts at places, in place": "n.index_add_(0, y, torch.ones(len(y)))",
+    "a matrix of counts": "n += torch.bincount(2 * y + out.argmax(1), minlength=4)",
+    "a matrix, item by item": "for a, b in zip(y, out.argmax(1)):\n        n[a, b] += 1",
+    "a flag for each": "seen[y] = True",
+    "a set": "seen |= set(y.tolist())",
+    "a set, item by item": "for a in y.tolist():\n        seen.add(a)",
+    "a table, by item": "for k, a in zip(y.tolist(), out.argmax(1).tolist()):\n        found[k] = a",
+    "rows added up": "n += out.detach().sum(1)",
+    "the largest": "n = max(n, out.max().tolist())",
+    "the largest in a tensor": "n = torch.maximum(n, out.detach().amax(0))",
+    "a norm": "p.append(out.norm().item())",
+    "a function's number": "p.append(measured(out, y))",
+    "written": "file.write(str(out.argmax(1).tolist()))",
+    "each item shown": "for a in out.argmax(1).tolist():\n        logger.info(a)",
     "a metric": "metric.update(out.argmax(1), y)",
     "a score": "n += score(out, y)",
     "rows": "rows.append((out.detach(), y))",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TypeGuard
 
@@ -19,6 +19,7 @@ _LOSSES = re.compile(
 _MADE = re.compile(r"^(?:arange|zeros|ones|eye|full|linspace|rand\w*|tensor|as_tensor|empty|Parameter|len|range|int)$")
 _NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
 _SPREADS = {"std", "var", "cov", "corrcoef"}
+_ORDERED = {"topk", "sort", "kthvalue", "quantile", "median", "argsort"}
 _SIZES = re.compile(r"^len\(|\.shape\[0\]$|\.size\(0\)$|^(?:self\.)?(?:batch_size|bsz?)$|^(?:2 \* )?[bBnN]$")
 _OUTSIDE = {"no_grad", "inference_mode"}
 
@@ -26,8 +27,10 @@ _OUTSIDE = {"no_grad", "inference_mode"}
 class Across:
     """Answers for one file, function by function; the module's own statements are one of them."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File, taken: Mapping[ast.For | ast.While, set[str]]) -> None:
+        """``taken`` are loops that take batches without a loader, each with the names that hold these."""
         self.file = file
+        self.taken = taken
 
     def compared(self) -> Iterator[ast.expr]:
         """Products, distances and spreads over the items of a batch that reach a loss."""
@@ -79,6 +82,9 @@ class Flow:
             for target in walk(whole)
             if isinstance(target, ast.Name)
         ]
+        loops = [node for node in self.nodes if isinstance(node, (ast.For, ast.While))]
+        self.taken: set[str] = set().union(*(across.taken.get(loop, ()) for loop in loops))
+        self.batch |= self.taken
         for node in self.nodes:
             if isinstance(node, ast.For):
                 names = {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
@@ -113,6 +119,8 @@ class Flow:
                 return inner or any(self.is_batch(a) for a in args)
             case ast.BinOp(left=left, right=right) | ast.Compare(left=left, comparators=[right]):
                 return self.is_batch(left) or self.is_batch(right)
+            case ast.Subscript(slice=ast.Name(id=name)) if name in self.taken:
+                return True
             case ast.Subscript(value=value) | ast.UnaryOp(operand=value) | ast.Starred(value=value):
                 return self.is_batch(value)
             case ast.Tuple(elts=elts) | ast.List(elts=elts):
@@ -147,6 +155,8 @@ class Flow:
                     return bool(args) and self._counts_items(args[0])
                 if attr in _SPREADS:
                     return self._spreads(node)
+                if attr in _ORDERED:
+                    return self._is_per_item(args[0] if dotted(node.func) == f"torch.{attr}" and args else node.func)
         return False
 
     def weighs(self, node: ast.expr) -> bool:
@@ -218,6 +228,18 @@ class Flow:
             for item in walk(value)
         )
 
+    def _is_per_item(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether this is the loss of each item, ``F.cross_entropy(out, y, reduction="none")``, or a view of it."""
+        match node:
+            case ast.Call(func=func, keywords=keywords):
+                words = [k.value for k in keywords if k.arg == "reduction" and isinstance(k.value, ast.Constant)]
+                return any(word.value == "none" for word in words) or self._is_per_item(func, deep)
+            case ast.Attribute(value=value) | ast.Subscript(value=value):
+                return self._is_per_item(value, deep)
+            case ast.Name(id=name) if deep < 2:
+                return any(self._is_per_item(value, deep + 1) for held, value in self.assigned if held == name)
+        return False
+
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
         """``a @ b.T``: all rows of one with all rows of the other."""
         turned = _turned(right)
@@ -268,7 +290,7 @@ class Flow:
             return any(item is source or (isinstance(item, ast.Name) and item.id in held) for item in walk(node))
 
         for _ in range(3):
-            held |= {name for name, value in self.assigned if of(value) and not _is_lookup(value)}
+            held |= {name for name, value in self.assigned if of(value) and (value is source or not _is_lookup(value))}
         for node in self.nodes:
             match node:
                 case ast.Call(func=func, args=args):

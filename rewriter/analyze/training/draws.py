@@ -28,6 +28,7 @@ _BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list"}
 
 def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
     """Calls in training loops, and in functions that only these call, that draw as many numbers as a batch asks for."""
+    orders = scripts.batches.of(file).orders
     for flow in scripts.across(file).flows:
         function = flow.function if isinstance(flow.function, Function) else None
         sizes = flow.sizes | (_given_sizes(file, scripts, function) if function is not None else set())
@@ -41,6 +42,7 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
             and _draws(file, scripts, flow, sizes, node)
             and not flow.without_gradients(node)
             and not _is_own(file, scripts, node)
+            and node not in orders
         ]
         helps = function is not None and bool(drawn) and _only_trains(file, scripts, function)
         yield from (node for node in drawn if helps or in_training_loop(file, node))

@@ -15,6 +15,15 @@ SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
     "numpy.random.seed", "transformers.set_seed", "lightning.seed_everything",
 }  # fmt: skip
+_DRAWS = {
+    "torch.rand", "torch.randn", "torch.randint", "torch.randperm", "torch.normal", "torch.bernoulli",
+    "torch.multinomial", "torch.utils.data.random_split", "sklearn.model_selection.train_test_split", "random.shuffle",
+    "random.sample", "random.choices", "numpy.random.rand", "numpy.random.randn", "numpy.random.normal",
+    "numpy.random.uniform", "numpy.random.permutation", "numpy.random.shuffle", "numpy.random.choice",
+    "numpy.random.random", "numpy.random.standard_normal", "numpy.random.random_sample",
+}  # fmt: skip
+"""What makes data at random, or orders or divides them so: all ranks are to have the same."""
+_GIVEN_SEED = {"generator", "random_state"}
 _NEEDS = {"torch.save", "torch.utils.data.DataLoader", "torch.multiprocessing.spawn", "torch.amp.GradScaler"}
 
 
@@ -174,6 +183,7 @@ class Entries:
                 or external_kind(name) == "leaf"
                 or name.split(".")[0] in {"tqdm", "wandb"}
                 or name in WRITERS
+                or (name in _DRAWS and not any(keyword.arg in _GIVEN_SEED for keyword in call.keywords))
             )
         if isinstance(call.func, ast.Attribute) and call.func.attr in WRITING_METHODS:
             return True

@@ -38,6 +38,11 @@ class Feed:
     direct: bool = True
     """No function returns it, so that everything here is said of one loader."""
 
+    @property
+    def only_read(self) -> bool:
+        """Whether nothing trains on the loader's batches, as far as can be seen."""
+        return self.read and not (self.trained or self.maybe or self.lost)
+
 
 class Feeds:
     """Answers for the loaders of a project."""
@@ -96,7 +101,7 @@ class Feeds:
                 self._loop(file, body, feed)
             case ast.comprehension(iter=iterated) if node is iterated:
                 made = file.names.parents[parent]
-                kinds = [self._kind(file, item) for item in walk(made)]
+                kinds = [self.kind(file, item) for item in walk(made)]
                 feed.trained |= "trains" in kinds
                 feed.read |= "trains" not in kinds
             case ast.Attribute(value=value) if node is value:
@@ -214,7 +219,7 @@ class Feeds:
         kinds: set[str] = set()
         for statement in body:
             for item in walk_own(statement):
-                kind = self._kind(file, item)
+                kind = self.kind(file, item)
                 if kind == "trains" and self._under_test(file, item, body):
                     kind = "maybe"
                 kinds.add(kind)
@@ -230,7 +235,8 @@ class Feeds:
         else:
             feed.read = True
 
-    def _kind(self, file: File, node: ast.AST) -> str:
+    def kind(self, file: File, node: ast.AST) -> str:
+        """``trains`` for a call that runs a backward, ``maybe`` for one that may."""
         if not isinstance(node, ast.Call):
             return ""
         if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
@@ -264,7 +270,7 @@ class Feeds:
                 break
         if inside is None or self._set_aside(file, node):
             return False
-        return any(self._kind(file, item) == "trains" for item in walk(inside))
+        return any(self.kind(file, item) == "trains" for item in walk(inside))
 
     def _set_aside(self, file: File, node: ast.AST) -> bool:
         """Whether a batch is taken in a block of a loop that does not train, and what is made of it stays there."""
@@ -273,7 +279,7 @@ class Feeds:
             if isinstance(parent, (ast.For, ast.While, *_DEFINITIONS)):
                 return False
             if isinstance(parent, (ast.If, ast.With)) and child in (block := _block_of(parent, child)):
-                if any(self._kind(file, item) == "trains" for statement in block for item in walk(statement)):
+                if any(self.kind(file, item) == "trains" for statement in block for item in walk(statement)):
                     return False
                 if isinstance(parent, ast.If) or _is_without_gradients(parent):
                     made = {n.id for s in block for n in walk(s) if isinstance(n, ast.Name) and _is_stored(n)}
@@ -287,7 +293,7 @@ class Feeds:
             self._steps[function.node] = ""
             kinds = set()
             for item in (item for statement in function.node.body for item in walk_own(statement)):
-                kind = self._kind(function.file, item)
+                kind = self.kind(function.file, item)
                 under = kind and self._under_test(function.file, item, function.node.body)
                 kinds.add("maybe" if under else kind)
             self._steps[function.node] = "trains" if "trains" in kinds else "maybe" if "maybe" in kinds else ""

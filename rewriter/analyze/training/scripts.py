@@ -10,15 +10,16 @@ from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.across import Across
+from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.training.entries import Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.roles import Roles
-from rewriter.analyze.training.shares import Share, shares
+from rewriter.analyze.training.shares import Loop, Share, shares
 from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
-_SHARING = (b"DataLoader", b"shard_batch", b"shard_loader", *_PARALLEL)
+_SHARING = (b"shard_batch", b"shard_loader", *_PARALLEL)
 _TRAINS = re.compile(rb"\.backward\(")
 
 
@@ -31,6 +32,7 @@ class Scripts:
         self.roles: dict[File, Roles] = _Roles(classes)
         self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares)
         self.feeds = Feeds(self.collectives)
+        self.batches = Batches(self.collectives, self.feeds, self._is_fed)
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
         self._reached: dict[File, set[File]] = {}
@@ -42,21 +44,24 @@ class Scripts:
 
     def across(self, file: File) -> Across:
         """What looks across the items of a batch in a file."""
-        return self._across.setdefault(file, Across(file))
+        if file not in self._across:
+            self._across[file] = Across(file, self._drawn(file))
+        return self._across[file]
 
     def _shares(self, file: File) -> dict[ast.expr, Share]:
         """What a file's loops make of a rank's share of a batch, and is to be the batch's."""
         if file not in self.training or self.started or self.is_parallel(file) or not self.shares_data(file):
             return {}
-        loops: dict[ast.For, bool] = {}
+        drawn = self._drawn(file)
+        loops: dict[Loop, bool] = dict.fromkeys(drawn, True)
         for loop in (node for node in file.nodes if isinstance(node, ast.For)):
             feeds = self._feeds_of.get(loop, [])
             if feeds:
                 if any(feed.trained or feed.maybe for feed in feeds):
                     loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
-            elif not self.was_parallel(file) and self.feeds.trains(file, loop):
+            elif loop not in drawn and not self.was_parallel(file) and self.feeds.trains(file, loop):
                 loops[loop] = False
-        return shares(file, self.roles[file], loops, self.sums(file).of)
+        return shares(file, self.roles[file], loops, self.sums(file).of, drawn)
 
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
@@ -74,21 +79,37 @@ class Scripts:
         return found
 
     def over_shares(self, file: File, node: ast.AST) -> bool:
-        """Whether a node stands in a loop that trains on a rank's share of a loader's batches."""
-        loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, ast.For)]
-        return any(any(feed.trained or feed.maybe for feed in self._feeds_of.get(loop, [])) for loop in loops)
+        """Whether a node stands in a loop that trains on a rank's share of each batch."""
+        drawn = self._drawn(file)
+        return any(parent in drawn or self._is_fed(parent) for parent in file.names.ancestors(node))
+
+    def _drawn(self, file: File) -> dict[Loop, set[str]]:
+        """The loops that get shares of batches without a loader, and the names that hold them."""
+        return {} if self.started or self.is_parallel(file) else self.batches.loops(file)
+
+    def _is_fed(self, node: ast.AST) -> bool:
+        """Whether a node is a loop over a loader's batches that trains on them."""
+        feeds = self._feeds_of.get(node, []) if isinstance(node, ast.For) else []
+        return any(feed.trained or feed.maybe for feed in feeds)
 
     @cached_property
     def _feeds_of(self) -> dict[ast.For, list[Feed]]:
         """The loaders that each loop goes through, as far as they are seen."""
         found: dict[ast.For, list[Feed]] = {}
+        for feed in (feed for feeds in self._loaders.values() for feed in feeds):
+            for loop in feed.loops:
+                found.setdefault(loop, []).append(feed)
+        return found
+
+    @cached_property
+    def _loaders(self) -> dict[File, list[Feed]]:
+        """Where the loaders that each file makes go, but those that share out their data already."""
+        found: dict[File, list[Feed]] = {}
         for file in self.training:
             for call in file.calls if b"DataLoader" in file.source.data else ():
                 own = self.is_parallel(file) and any(k.arg in {"sampler", "batch_sampler"} for k in call.keywords)
                 if self.project.external(file, call.func) == "torch.utils.data.DataLoader" and not own:
-                    feed = self.feeds.of(file, call)
-                    for loop in feed.loops:
-                        found.setdefault(loop, []).append(feed)
+                    found.setdefault(file, []).append(self.feeds.of(file, call))
         return found
 
     @cached_property
@@ -241,15 +262,19 @@ class Scripts:
 
     def shares_data(self, file: File) -> bool:
         """Whether anything in a file's programs is known to give ranks other data, or can be made to."""
-        return not self._sharing.isdisjoint(self._beside(file))
+        return any(self._shares_itself(other) for other in self._beside(file))
 
     def was_parallel(self, file: File) -> bool:
         """Whether a program that a file is part of was data parallel before."""
         return not self._parallel.isdisjoint(self._beside(file))
 
-    @cached_property
-    def _sharing(self) -> set[File]:
-        return {file for file in self.project if any(mark in file.source.data for mark in _SHARING)}
+    def _shares_itself(self, file: File) -> bool:
+        if any(mark in file.source.data for mark in _SHARING):
+            return True
+        if any(not feed.only_read for feed in self._loaders.get(file, ())):
+            return True
+        taken = self.batches.of(file) if file in self.training else None
+        return taken is not None and bool(taken.whole or taken.parts)
 
     @cached_property
     def _parallel(self) -> set[File]:

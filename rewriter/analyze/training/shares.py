@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,8 +29,15 @@ _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
 _SOME = -1  # a part of a value, it is not known which
+Loop = ast.For | ast.While
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
+_KEEPS = {"add", "put", "insert", "appendleft"}
+"""Methods by which a set or queue takes a value; a tensor's ``add`` gives another one."""
+_IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
+_AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
+_NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
+_OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -46,19 +53,24 @@ class Share:
 
 
 def shares(
-    file: File, roles: Roles, loops: dict[ast.For, bool], reduced: Callable[[ast.expr], str]
+    file: File,
+    roles: Roles,
+    loops: dict[Loop, bool],
+    reduced: Callable[[ast.expr], str],
+    drawn: Mapping[Loop, set[str]],
 ) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
     ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    ``drawn`` are loops that take shares without a loader, each with the names that these have.
     ``reduced`` says of what a loss function makes whether it is a ``sum`` or a ``mean``.
     """
     found: dict[ast.expr, Share] = {}
     for loop, known in loops.items():
-        loader = None if known else loop_over(loop)
+        loader = None if known or not isinstance(loop, ast.For) else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, reduced)
+        kinds = Kinds(file, roles, loop, reduced, drawn.get(loop, set()))
         for expression, kind in kinds.leaving():
             expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
@@ -85,15 +97,22 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
-    def __init__(self, file: File, roles: Roles, loop: ast.For, reduced: Callable[[ast.expr], str]) -> None:
+    def __init__(
+        self, file: File, roles: Roles, loop: Loop, reduced: Callable[[ast.expr], str], drawn: set[str]
+    ) -> None:
         self.file, self.roles, self.loop, self.reduced = file, roles, loop, reduced
         self.nodes = list(_own(loop))
-        self.batch = self._targets()
+        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter) else set())
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+                    if (pairs := list(_pairs(target, node.value)))[1:]:
+                        for part, value in pairs:
+                            if isinstance(part, ast.Name):
+                                self.made.setdefault(part.id, []).append((value, None))
+                        continue
                     for index, part in enumerate(parts):
                         if isinstance(part, ast.Name):
                             place = None if part is target else index
@@ -109,6 +128,10 @@ class Kinds:
         for name in {
             target.id for parts in self.grown.values() for target, _, _ in parts if isinstance(target, ast.Name)
         }:
+            self.made.pop(name, None)
+            self.added.add(name)
+        self.blended = self._blended()
+        for name in {target.id for n in self.blended for target in n.targets if isinstance(target, ast.Name)}:
             self.made.pop(name, None)
             self.added.add(name)
         for _ in range(3):
@@ -129,6 +152,17 @@ class Kinds:
                     found.pop(node, None)
             else:
                 found |= {node: [(node.targets[0], True, node.value)] for node in first}
+        return found
+
+    def _blended(self) -> dict[ast.Assign, list[ast.expr]]:
+        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``."""
+        found: dict[ast.Assign, list[ast.expr]] = {}
+        for name, values in self.made.items():
+            statement = self.file.names.statement_of(values[0][0])
+            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                value = statement.value
+                if name in _named(value) and (isinstance(value, ast.BinOp) or _is_extreme(value)):
+                    found[statement] = list(_without(value, name))
         return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
@@ -156,6 +190,8 @@ class Kinds:
         )
 
     def _targets(self) -> set[str]:
+        if not isinstance(self.loop, ast.For):
+            return set()
         target: ast.expr = self.loop.target
         called = dotted(self.loop.iter.func) if isinstance(self.loop.iter, ast.Call) else ""
         if called and called.split(".")[-1] == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
@@ -176,12 +212,36 @@ class Kinds:
         """The expressions that are added up, collected, handed to meters or shown."""
         for node in self.nodes:
             match node:
-                case ast.AugAssign(target=target, op=ast.Add(), value=value):
+                case ast.AugAssign(target=ast.Subscript(value=kept, slice=place) as target) if self.of_batch(place):
+                    if not self._holds_inside(kept):
+                        yield target, "unknown"
+                case ast.AugAssign(target=target, op=ast.Add() | ast.Sub(), value=value):
                     if not self._bound_inside(target):
                         kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
                         yield from self._split(value) if kind == "mixed" else ()
                         if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
                             yield value, kind
+                        elif kind == "samples" and not self._holds_inside(target):
+                            yield value, "unknown"
+                case ast.AugAssign(target=target, value=value):
+                    if not self._holds_inside(target) and self.kind(value) in {"total", "mean", "samples", "unknown"}:
+                        yield value, "unknown"
+                case ast.Assign(targets=[target]) if node in self.blended:
+                    for value in self.blended[node]:
+                        kind = self.kind(value)
+                        if _is_extreme(node.value) and kind in {"total", "mean", "samples", "unknown"}:
+                            yield value, "unknown"
+                        elif kind in {"total", "mean"}:
+                            yield value, kind
+                case ast.Expr(value=ast.Call(func=func, args=[kept, place, *_])) if _AT.match(dotted(func) or ""):
+                    if not self._holds_inside(kept) and (self.of_batch(place) or self.of_batch(node)):
+                        yield place, "unknown"
+                case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr=attr), args=args)) if (
+                    attr in _IN_PLACE and not self._holds_inside(holder)
+                ):
+                    kinds = [(value, self.kind(value)) for value in args]
+                    for value, kind in [(v, k) for v, k in kinds if k in {"total", "mean", "samples", "unknown"}][:1]:
+                        yield value, "total" if kind == "total" and attr in {"add_", "sub_"} else "unknown"
                 case ast.Assign() if node in self.grown:
                     for variable, listed, value in self.grown[node]:
                         kind = "" if self._bound_inside(variable) else self.kind(value)
@@ -194,8 +254,13 @@ class Kinds:
                             yield value, kind
                 case ast.Assign(targets=[ast.Subscript(value=kept, slice=place)], value=value):
                     if not self._bound_inside(kept) and not isinstance(place, ast.Constant):
-                        if self.kind(value) in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
+                        kind = self.kind(value)
+                        if kind in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
                             yield value, "unknown"
+                        elif self.of_batch(place) and not self._holds_inside(kept):
+                            yield node.targets[0], "unknown"
+                        elif kind in {"mean", "total"} and not self._holds_inside(kept):
+                            yield value, kind
                 case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                     if not self._bound_inside(holder):
                         kind = self.kind(value)
@@ -206,8 +271,8 @@ class Kinds:
                         elif kind == "mixed":
                             yield from self._split(value)
                         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-                            yield value, "samples"
-                        elif kind == "samples" and not _is_text(value):
+                            yield value, "unknown" if _is_no_mean(value) else "samples"
+                        elif kind in {"samples", "unknown"} and not _is_text(value):
                             yield value, "unknown"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
                     given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
@@ -216,7 +281,7 @@ class Kinds:
                     for value, kind in kinds:
                         if kind == "mean" or (kind == "total" and not sizes_only):
                             yield value, kind
-                        elif kind in {"samples", "unknown"} and attr == "update":
+                        elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(node)):
                             yield value, "unknown"
                         elif kind == "mixed":
                             yield from self._split(value)
@@ -229,6 +294,39 @@ class Kinds:
                             yield from self._split(value)
                         elif kind == "unknown" and self._is_entry(value):
                             yield value, kind
+                        elif (
+                            kind in {"samples", "unknown"}
+                            and self._is_cut(value)
+                            and not (_tells_shape(value) or _is_text(value))
+                        ):
+                            yield value, "unknown"
+        yield from self._shown_after()
+
+    def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
+        """What the last batch has left in names, where it is shown behind the loop."""
+        block = self.file.names.siblings(self.loop)
+        following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
+        anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+        for value in (value for item in following for value in self._shown(item)):
+            if not _named(value) & anew and self.kind(value) in {"total", "mean"} and not self._holds_loss(value):
+                yield value, "unknown"
+
+    def _holds_loss(self, node: ast.expr) -> bool:
+        """Whether a name in a value holds a loss's number, which is read as that of all ranks."""
+        held = [self.made[name] for name in _named(node) if name in self.made]
+        return any(all(self.kind(value) in {"", "loss"} for value, _ in values) for values in held)
+
+    def _is_kept(self, call: ast.Call) -> bool:
+        """Whether a set, or a queue, takes what a call gives it."""
+        holder = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        kept = isinstance(call.func, ast.Attribute) and call.func.attr in _KEEPS
+        return kept and isinstance(self.file.names.parents[call], ast.Expr) and not self._holds_inside(holder)
+
+    def _holds_inside(self, target: ast.expr) -> bool:
+        """Whether something is, or is a part of, what is made anew for each batch."""
+        while isinstance(target, (ast.Subscript, ast.Attribute)):
+            target = target.value
+        return self._bound_inside(target)
 
     def _is_entry(self, node: ast.expr) -> bool:
         """``logs["a"]`` of what was made of the batch."""
@@ -282,6 +380,11 @@ class Kinds:
         return False
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
+        """What a node shows, without the texts that it is joined with."""
+        for value in self._shown_by(node):
+            yield from _joined_texts(value)
+
+    def _shown_by(self, node: ast.AST) -> Iterator[ast.expr]:
         match node:
             case ast.FormattedValue(value=value):
                 yield value
@@ -294,7 +397,7 @@ class Kinds:
             case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
                 yield from right.elts if isinstance(right, ast.Tuple) else [right]
             case ast.Call(func=ast.Attribute(attr=attr)):
-                if attr in SHOWING_METHODS:
+                if attr in SHOWING_METHODS or attr in {"write", "writelines"}:
                     yield from _parts([*node.args, *(keyword.value for keyword in node.keywords)])
 
     def _per_item(self, node: ast.AST) -> str:
@@ -387,6 +490,8 @@ class Kinds:
                 whole = not args and not keywords
                 if dotted(value) in {"torch", "np", "numpy"} and args:
                     whole, value = len(args) == 1 and not keywords, args[0]
+                    args = args[1:]
+                whole = whole or _is_first_dimension([*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})])
                 if attr in {"sum", "mean"}:
                     if self.kind(value, deep + 1) == "loss":
                         return "loss"
@@ -501,9 +606,22 @@ def _grown(node: ast.Assign) -> Iterator[Grown]:
 
     ``all = x if all is None else torch.cat([all, x])`` gives it the first, too.
     """
-    target, value = node.targets[0], node.value
-    if len(node.targets) > 1 or dotted(target) is None:
+    if len(node.targets) > 1:
         return
+    for target, value in _pairs(node.targets[0], node.value):
+        if dotted(target) is not None:
+            yield from _grown_by(target, value)
+
+
+def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What each of several targets gets, where that is written out."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
+        yield from zip(target.elts, value.elts, strict=True)
+    else:
+        yield target, value
+
+
+def _grown_by(target: ast.expr, value: ast.expr) -> Iterator[Grown]:
     if isinstance(value, ast.IfExp):
         for one, other in ((value.body, value.orelse), (value.orelse, value.body)):
             added = _added(target, one)
@@ -519,6 +637,8 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     match value:
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             listed, parts = False, [left, right]
+        case ast.List(elts=[ast.Starred(value=left), ast.Starred(value=right)]):
+            listed, parts = True, [left, right]
         case ast.Call(func=func, args=[ast.List(elts=parts) | ast.Tuple(elts=parts), *_]):
             listed = (dotted(func) or "").split(".")[-1] in {"cat", "concat", "concatenate", "hstack", "vstack"}
             parts = parts if listed else []
@@ -531,6 +651,45 @@ def _added(target: ast.expr, value: ast.expr) -> tuple[bool, ast.expr] | None:
     if len(parts) != 2 or paths.count(dotted(target)) != 1:
         return None
     return listed, parts[1 - paths.index(dotted(target))]
+
+
+def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
+    """The largest parts of a sum that have nothing of a variable."""
+    if name not in _named(node):
+        yield node
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
+        yield from _without(node.left, name)
+        yield from _without(node.right, name)
+    elif _is_extreme(node):
+        for part in node.args if isinstance(node, ast.Call) else ():
+            yield from _without(part, name)
+
+
+def _is_extreme(node: ast.expr) -> bool:
+    """``max(best, x)``."""
+    called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
+    return called in {"max", "min", "maximum", "minimum", "fmax", "fmin"}
+
+
+def _is_no_mean(node: ast.expr) -> bool:
+    """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
+        node = node.func.value
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in _NO_MEANS
+        and not node.args
+    )
+
+
+def _is_first_dimension(given: list[ast.expr]) -> bool:
+    """Whether ``x.sum(0)`` is over the batch."""
+    return len(given) == 1 and isinstance(given[0], ast.Constant) and given[0].value == 0
+
+
+def _tells_shape(node: ast.expr) -> bool:
+    return any(isinstance(item, ast.Attribute) and item.attr in _OF_SHAPE for item in walk(node))
 
 
 def _named(node: ast.AST) -> set[str]:
@@ -553,6 +712,23 @@ def _is_text(node: ast.expr) -> bool:
     return False
 
 
+def _joined_texts(node: ast.expr) -> Iterator[ast.expr]:
+    """The parts of ``"accuracy " + str(x)``; anything else as it is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [part for side in (node.left, node.right) for part in _joined_texts(side)]
+        if any(map(_spells, parts)):
+            yield from parts
+            return
+    yield node
+
+
+def _spells(node: ast.expr) -> bool:
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return (
+        constant or _is_text(node) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"str", "repr"})
+    )
+
+
 def _exact(node: ast.expr) -> ast.expr:
     """The number under ``round(...)`` and ``str(...)``, which come after what is made of all ranks'."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _SHOWN_AS and node.args:
@@ -560,7 +736,12 @@ def _exact(node: ast.expr) -> ast.expr:
     return node
 
 
-def _own(loop: ast.For) -> Iterator[ast.AST]:
+def _counts(iterated: ast.expr) -> bool:
+    """Whether a loop goes through numbers."""
+    return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange", "tqdm.trange"}
+
+
+def _own(loop: Loop) -> Iterator[ast.AST]:
     """The nodes of a loop's body, without those of functions in it."""
     stack: list[ast.AST] = list(loop.body)
     while stack:

@@ -2,7 +2,8 @@
 
 What: a script that uses Lightning, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod, Colossal-AI,
 apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst, or accelerate in ways that are not
-understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead; nothing in it,
+understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead (for DeepSpeed,
+line by line, with the numbers of a configuration that is a dict in the script or a json file beside it); nothing in it,
 nor in files that only it uses, is changed. Where a library file holds such a trainer beside models that it does not
 make itself, the models are converted. A script that uses apex.amp under a test (``if args.fp16:``) is converted; where
 apex.amp is asked for, it says so and ends.
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.analyze.training.engine_lines import deepspeed_lines
 from rewriter.changes import ReplaceStatement, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal
@@ -98,8 +100,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
         part = _definition(file, node)
         if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
-            lines = _ORDINARY.get(engine)
+            exact = list(deepspeed_lines(file, facts.project)) if engine == "DeepSpeed" else []
+            lines = exact[0][1] if exact else _ORDINARY.get(engine)
             yield Refusal(RULE.code, getattr(node, "lineno", 1), f"{message}; {lines}" if lines else message)
+            yield from (Refusal(RULE.code, line, f"for an ordinary torch loop, {text}") for line, text in exact[1:])
             return
         parts.setdefault(part, engine)
     for part, engine in parts.items():

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
-from rewriter.analyze.training.batches import shares_data
 from rewriter.analyze.training.completed import completing
 from rewriter.analyze.training.sums import is_size
 from rewriter.rules.rule import Example, Rule
@@ -51,7 +50,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if _RUNS_MODEL.match(name) and (call.args or call.keywords):
             message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
             yield Refusal(RULE.code, call.lineno, message)
-    if shares_data(file, facts.scripts) and not facts.scripts.was_parallel(file):
+    if facts.scripts.shares_data(file) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.batches import shares_data
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -26,7 +25,7 @@ _MODULES = {"torch.nn.CrossEntropyLoss", "torch.nn.NLLLoss"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started:
         return
-    if facts.scripts.was_parallel(file) or not shares_data(file, facts.scripts):
+    if facts.scripts.was_parallel(file) or not facts.scripts.shares_data(file):
         return
     packs = b"pack_padded_sequence" in file.source.data or b"pack_sequence" in file.source.data
     for call in file.calls:

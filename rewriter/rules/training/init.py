@@ -1,7 +1,8 @@
 """A script starts with bmt.init_distributed.
 
 What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when nothing before it needs the ranks;
-otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does. A seed that the script
+otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does, or that draws data, an
+order or a division of the data (``random_split``) without a seed of its own. A seed that the script
 draws at random is rank 0's on all ranks. Where calls of torch.distributed stay as they are, torch's process group is
 registered behind it.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the

@@ -164,7 +164,7 @@ def _is_evaluated(file: File, facts: Facts, node: ast.Call, feed: Feed) -> bool:
     """Whether a loader's batches are only evaluated: by what the loops over them do, else by its names."""
     if feed.trained:
         return not feed.direct and _for_evaluation(file, facts, node)
-    if feed.read and not (feed.maybe or feed.lost):
+    if feed.only_read:
         return True
     if _for_evaluation(file, facts, node):
         return True

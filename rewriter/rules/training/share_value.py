@@ -1,15 +1,16 @@
 """What a loop makes of a rank's share of a batch becomes the whole batch's.
 
 What: in a loop over training data, sums that are added up (``correct += (out == y).sum().item()``, ``seen += len(x)``,
-``total += loss.item() * x.size(0)``) and shown (``print(step * len(x))``) are ``bmt.total(...)``; means that are shown,
-collected or handed to a meter are ``bmt.sum_loss(...)``, the mean over the ranks; samples' values that are collected
-(``predictions.extend(out.argmax(1).tolist())``, ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the
-order of the batch. Where the loop may also go through data that no rank shares, it names the loader:
-``bmt.total(len(x), of=loaders[part])``.
+``total += loss.item() * x.size(0)``, ``counts += F.one_hot(y, 9).sum(0)``) and shown (``print(step * len(x))``) are
+``bmt.total(...)``; means that are shown, collected or handed to a meter are ``bmt.sum_loss(...)``, the mean over the
+ranks; samples' values that are collected (``predictions.extend(out.argmax(1).tolist())``,
+``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the loop may also go
+through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
-Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through: then the line is
-reported, as are functions of the project that are handed the training loader, and tests of such counts above calls that
-all ranks must make.
+Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
+of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
+a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
+loader, and tests of such counts above calls that all ranks must make.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk_own
-from rewriter.analyze.training.batches import shares_data
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
@@ -41,6 +41,7 @@ _MESSAGES = {
     "samples": "what ranks have of their samples is collected from all",
 }
 _SHAPED = {"reshape", "view", "expand", "ones", "zeros", "full", "empty", "repeat", "eye", "arange", "init_hidden"}
+_DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
@@ -49,7 +50,7 @@ _VALUES = {"item", "tolist", "numpy"}
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
         return
-    if b"backward" in file.source.data and not shares_data(file, facts.scripts):
+    if b"backward" in file.source.data and not facts.scripts.shares_data(file):
         return
     told: set[int] = set()
     made = facts.scripts.collectives.shares(file)
@@ -132,10 +133,14 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
         for keyword in call.keywords
         if keyword.arg == "batch_size" and isinstance(keyword.value, (ast.Name, ast.Attribute))
     }
-    for call in file.calls if sizes else ():
-        made = isinstance(call.func, ast.Attribute) and call.func.attr in _SHAPED
+    taken = facts.scripts.batches.of(file)
+    shared = {item for node in taken.whole for item in ast.walk(node)}
+    for call in file.calls if sizes or taken.sizes else ():
+        attr = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+        known = (sizes if attr in _SHAPED else set()) | (taken.sizes if attr in _SHAPED | _DRAWN else set())
+        made = bool(known) and call not in shared
         given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
-        size = next((item for item in given if _is_one(roles, item, sizes)), None)
+        size = next((item for item in given if _is_one(roles, item, known - {None})), None)
         if made and size is not None and call.lineno not in told and facts.scripts.over_shares(file, call):
             told.add(call.lineno)
             name = file.source.code(size)
