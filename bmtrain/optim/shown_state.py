@@ -57,7 +57,9 @@ class ShownState(States):
 
     def get(self, parameter: Any, default: Any = None) -> Any:
         """As of a dict: it makes no new one."""
-        return self[parameter] if parameter in self.kept else default
+        if parameter not in self:
+            return default
+        return self[parameter]
 
     def clear(self) -> None:
         self.kept.clear()
@@ -104,15 +106,44 @@ class _ShownEntry(MutableMapping[str, Any]):
 
 
 class OwnersState(ShownState):
-    """The same where each state is whole, on the rank that owns the parameter: the others have nothing to show."""
+    """The same where each state is whole, on the rank that owns the parameter: the others have nothing to show.
+
+    Whatever is asked of such a parameter, all ranks raise alike, those that have something as those that have not.
+    """
 
     def __getitem__(self, parameter: Any) -> Any:
-        if flat_of(parameter) is not None:
-            raise UnsupportedError(
-                "What this optimizer keeps of a parameter is on one rank, its owner. Read optimizer.state_dict(), "
-                "which holds the states of all of them (collective), or forget them: optimizer.state.clear()."
-            )
+        _require_on_all(parameter)
         return super().__getitem__(parameter)
+
+    def __setitem__(self, parameter: Any, given: Any) -> None:
+        _require_on_all(parameter)
+        super().__setitem__(parameter, given)
+
+    def __delitem__(self, parameter: Any) -> None:
+        _require_on_all(parameter)
+        super().__delitem__(parameter)
+
+    def __contains__(self, parameter: object) -> bool:
+        _require_on_all(parameter)
+        return super().__contains__(parameter)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise UnsupportedError(_ON_ONE_RANK)
+
+    def __len__(self) -> int:
+        raise UnsupportedError(_ON_ONE_RANK)
+
+
+_ON_ONE_RANK = (
+    "What this optimizer keeps of a parameter is on one rank, its owner. Read optimizer.state_dict(), which holds the "
+    "states of all of them (collective), change them by optimizer.load_state_dict, or forget them: "
+    "optimizer.state.clear()."
+)
+
+
+def _require_on_all(parameter: Any) -> None:
+    if flat_of(parameter) is not None:
+        raise UnsupportedError(_ON_ONE_RANK)
 
 
 def own_place(parameter: Any) -> Place:
