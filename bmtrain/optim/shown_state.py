@@ -65,8 +65,12 @@ class ShownState(States):
         self.kept.clear()
 
     def __reduce__(self) -> Any:
-        """A copy, as of the optimizer, is of what is kept."""
-        return _restored, (dict(self.kept),)
+        """A copy, as of the optimizer, is of what is shown."""
+        return _restored, ({parameter: _as_dict(self[parameter]) for parameter in self.kept},)
+
+
+def _as_dict(entry: Any) -> Any:
+    return dict(entry) if isinstance(entry, _ShownEntry) else entry
 
 
 def _restored(kept: dict[Any, Any]) -> defaultdict[Any, Any]:
@@ -126,6 +130,10 @@ class OwnersState(ShownState):
     def __contains__(self, parameter: object) -> bool:
         _require_on_all(parameter)
         return super().__contains__(parameter)
+
+    def __reduce__(self) -> Any:
+        """A copy, with which an optimizer's copy goes on, has what this rank has."""
+        return _restored, (dict(self.kept),)
 
     def __iter__(self) -> Iterator[Any]:
         raise UnsupportedError(_ON_ONE_RANK)

@@ -120,6 +120,23 @@ def step_of_torch(optimizer: Any, model: Any, step: int) -> None:
     optimizer.step()
 
 
+@on_ranks(1, 2)
+def test_copies_show_whole_states() -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, managed(optimizer))
+    expected = whole(optimizer)
+    other, copied = copy.deepcopy((model, optimizer))
+    alone = copy.deepcopy(optimizer)
+    for found in (list(copied.state.values()), list(alone.state.values()), whole(alone)):
+        for state, one in zip(found, expected, strict=True):
+            oracle.assert_close(state["exp_avg"].sum(), one["exp_avg"].sum(), "exp_avg")
+            assert state["exp_avg"].shape == one["exp_avg"].shape
+    optimizer.state.clear()
+    train(other, managed(copied))
+    assert [float(state["step"]) for state in whole(copied)] == [2.0] * 4
+
+
 @on_ranks(2)
 def test_the_state_of_an_optimizer_that_steps_in_another_way_is_refused() -> None:
     model = bmt.BMTrainModelWrapper(build())
