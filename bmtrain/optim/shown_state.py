@@ -21,7 +21,24 @@ from ..shard.sharded_tensor import ShardedTensor
 States = MutableMapping[Any, Any]
 
 
-class ShownState(States):
+class LikeDict(States):
+    """What a dict has and a MutableMapping has not; the results are dicts."""
+
+    def copy(self) -> dict[Any, Any]:
+        """As of a dict: the same entries."""
+        return dict(self)
+
+    def __copy__(self) -> dict[Any, Any]:
+        return dict(self)
+
+    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(other) | dict(self)
+
+
+class ShownState(LikeDict):
     """By parameter.
 
     Args:
@@ -77,7 +94,7 @@ def _restored(kept: dict[Any, Any]) -> defaultdict[Any, Any]:
     return defaultdict(dict, kept)
 
 
-class _ShownEntry(MutableMapping[str, Any]):
+class _ShownEntry(LikeDict):
     """What is kept of one sharded parameter."""
 
     def __init__(

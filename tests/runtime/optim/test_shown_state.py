@@ -121,6 +121,20 @@ def step_of_torch(optimizer: Any, model: Any, step: int) -> None:
 
 
 @on_ranks(1, 2)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, bmt.optim.AdamOptimizer])
+def test_what_dicts_do_works(kind: Any) -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    optimizer = kind(model.parameters(), lr=1e-2)
+    train(model, managed(optimizer))
+    state, names = optimizer.state[model[0].weight], ["step", "exp_avg", "exp_avg_sq"]
+    for made in (state.copy(), copy.copy(state), dict(state), {**state}, state | {}, {} | state):
+        assert type(made) is dict and list(made) == names
+        oracle.assert_close(made["exp_avg"].norm(), state["exp_avg"].norm(), "exp_avg")
+    assert list(state | {"step": 7, "more": 8}) == [*names, "more"] and list({"step": 7} | state) == names
+    assert len(optimizer.state.copy()) == len(optimizer.state | {}) == 4
+
+
+@on_ranks(1, 2)
 def test_copies_show_whole_states() -> None:
     model = bmt.BMTrainModelWrapper(build())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
