@@ -98,8 +98,9 @@ class ShardedModule(nn.Module):
         """
         if unit_of(self) is not None:
             require_same(self, state_dict)
+        given, renames = state_dict, _renames(self)
         state_dict = own_slices(self, state_dict)
-        if _renames(self):  # torch's own checks know better, but come when half is loaded
+        if renames:  # torch's own checks know better, but come when half is loaded
             with _undone_by_errors(self):
                 result = super().load_state_dict(state_dict, strict)
         else:
@@ -108,6 +109,10 @@ class ShardedModule(nn.Module):
         for unit in owned_units(self):
             for flat in unit.flats:
                 flat.changed()
+        if not renames:
+            for name, value in named_state(self).items():
+                if isinstance(given.get(name), StateTensor):
+                    given[name].was_loaded_into(value)
         return result
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Any:

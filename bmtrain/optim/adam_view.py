@@ -5,7 +5,7 @@ Moments are ShardedTensors over the optimizer's own memory, so that what is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from ..shard.flat import FlatShard
 from ..shard.in_parts import part_at
 from .adam_state import FlatState
 from .pieces import Home, home_of
+from .shown_state import LikeDict
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Find = Callable[[Home], FlatState]
 
 
-class AdamView(MutableMapping[Any, Any]):
+class AdamView(LikeDict):
     """By parameter.
 
     Args:
@@ -82,7 +83,7 @@ StepShown = tuple[FlatState, int, torch.Tensor, float]
 """Whose number of steps was shown, as a tensor that code may have written to, and what it was."""
 
 
-class OfParameter(MutableMapping[str, Any]):
+class OfParameter(LikeDict):
     """``step``, ``exp_avg`` and ``exp_avg_sq`` of one parameter; empty before its first step."""
 
     def __init__(self, home: Home, index: int, kept: FlatState | None, find: Find, shown: list[StepShown]) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -33,6 +34,9 @@ from .replicated import adopt
 from .shown_state import own_place
 from .step_on import StepOn, choose, is_unchanged
 from .views import ShardView, TensorView, View, WholeView
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
@@ -113,22 +117,51 @@ def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
 
 
 def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` between ``view``'s two ends.  Not by hooks: a step that raises must let go, too."""
+    """``step`` between ``view``'s two ends.  Not by hooks: a step that raises must let go, too.
+
+    Hooks that user code has registered see the model and the state as they are outside of steps.
+    """
 
     @functools.wraps(step)
-    def around(optimizer: torch.optim.Optimizer, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def around(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        args, kwargs = _through(before, optimizer, args, kwargs)
+        closure, rest, others = _closure_of(args, kwargs)
         view.admit(optimizer)
         try:
+            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
             view.show(optimizer)
             given = () if closure is None else (view.outside(optimizer, closure),)
-            out = step(*given, *args, **kwargs)
+            out = step(*given, *rest, **others)
             view.keep(optimizer)
         finally:
+            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
             view.show_sharded(optimizer)
+        for hook in list(after.values()):
+            hook(optimizer, (optimizer, *args), kwargs)
         engine().optimizer_stepped()
         return out
 
     return around
+
+
+def _through(
+    hooks: Mapping[int, Callable[..., Any]], optimizer: torch.optim.Optimizer, args: Args, kwargs: Kwargs
+) -> tuple[Args, Kwargs]:
+    """What is left of a step's arguments when ``hooks`` have seen them."""
+    for hook in list(hooks.values()):
+        given = hook(optimizer, (optimizer, *args), kwargs)
+        if given is not None:
+            (_, *rest), kwargs = given
+            args = tuple(rest)
+    return args, kwargs
+
+
+def _closure_of(args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs]:
+    """The closure among a step's arguments, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs.get("closure"), (), {name: value for name, value in kwargs.items() if name != "closure"}
 
 
 def _warn_of_whole(optimizer: torch.optim.Optimizer, params: list[Any]) -> None:

@@ -21,7 +21,24 @@ from ..shard.sharded_tensor import ShardedTensor
 States = MutableMapping[Any, Any]
 
 
-class ShownState(States):
+class LikeDict(States):
+    """What a dict has and a MutableMapping has not; the results are dicts."""
+
+    def copy(self) -> dict[Any, Any]:
+        """As of a dict: the same entries."""
+        return dict(self)
+
+    def __copy__(self) -> dict[Any, Any]:
+        return dict(self)
+
+    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(other) | dict(self)
+
+
+class ShownState(LikeDict):
     """By parameter.
 
     Args:
@@ -57,21 +74,27 @@ class ShownState(States):
 
     def get(self, parameter: Any, default: Any = None) -> Any:
         """As of a dict: it makes no new one."""
-        return self[parameter] if parameter in self.kept else default
+        if parameter not in self:
+            return default
+        return self[parameter]
 
     def clear(self) -> None:
         self.kept.clear()
 
     def __reduce__(self) -> Any:
-        """A copy, as of the optimizer, is of what is kept."""
-        return _restored, (dict(self.kept),)
+        """A copy, as of the optimizer, is of what is shown."""
+        return _restored, ({parameter: _as_dict(self[parameter]) for parameter in self.kept},)
+
+
+def _as_dict(entry: Any) -> Any:
+    return dict(entry) if isinstance(entry, _ShownEntry) else entry
 
 
 def _restored(kept: dict[Any, Any]) -> defaultdict[Any, Any]:
     return defaultdict(dict, kept)
 
 
-class _ShownEntry(MutableMapping[str, Any]):
+class _ShownEntry(LikeDict):
     """What is kept of one sharded parameter."""
 
     def __init__(
@@ -104,15 +127,48 @@ class _ShownEntry(MutableMapping[str, Any]):
 
 
 class OwnersState(ShownState):
-    """The same where each state is whole, on the rank that owns the parameter: the others have nothing to show."""
+    """The same where each state is whole, on the rank that owns the parameter: the others have nothing to show.
+
+    Whatever is asked of such a parameter, all ranks raise alike, those that have something as those that have not.
+    """
 
     def __getitem__(self, parameter: Any) -> Any:
-        if flat_of(parameter) is not None:
-            raise UnsupportedError(
-                "What this optimizer keeps of a parameter is on one rank, its owner. Read optimizer.state_dict(), "
-                "which holds the states of all of them (collective), or forget them: optimizer.state.clear()."
-            )
+        _require_on_all(parameter)
         return super().__getitem__(parameter)
+
+    def __setitem__(self, parameter: Any, given: Any) -> None:
+        _require_on_all(parameter)
+        super().__setitem__(parameter, given)
+
+    def __delitem__(self, parameter: Any) -> None:
+        _require_on_all(parameter)
+        super().__delitem__(parameter)
+
+    def __contains__(self, parameter: object) -> bool:
+        _require_on_all(parameter)
+        return super().__contains__(parameter)
+
+    def __reduce__(self) -> Any:
+        """A copy, with which an optimizer's copy goes on, has what this rank has."""
+        return _restored, (dict(self.kept),)
+
+    def __iter__(self) -> Iterator[Any]:
+        raise UnsupportedError(_ON_ONE_RANK)
+
+    def __len__(self) -> int:
+        raise UnsupportedError(_ON_ONE_RANK)
+
+
+_ON_ONE_RANK = (
+    "What this optimizer keeps of a parameter is on one rank, its owner. Read optimizer.state_dict(), which holds the "
+    "states of all of them (collective), change them by optimizer.load_state_dict, or forget them: "
+    "optimizer.state.clear()."
+)
+
+
+def _require_on_all(parameter: Any) -> None:
+    if flat_of(parameter) is not None:
+        raise UnsupportedError(_ON_ONE_RANK)
 
 
 def own_place(parameter: Any) -> Place:

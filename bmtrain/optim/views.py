@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..context import context
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, UnsupportedError
 from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
@@ -54,6 +54,7 @@ class View:
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
+        self._shown_state: ShownState | None = None
         self._apart = False  # whether states come and go in parts
         self.tried = 0
         self.admits = True
@@ -159,13 +160,23 @@ class View:
 
     def keep_state(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """The state is what the optimizer keeps, until ``show_state``."""
-        if isinstance(optimizer.state, ShownState):
-            optimizer.state = optimizer.state.kept  # type: ignore[assignment]
+        state: Any = optimizer.state
+        if not isinstance(state, ShownState):
+            if self._shows is not None:  # user code has put another in its place
+                self._cut_given(optimizer)
+            return
+        if state is not self._shown_state and (type(state) is OwnersState or self._shows is not ShownState):
+            raise UnsupportedError(
+                f"{type(optimizer).__name__} got the state of another optimizer, of which each rank has something "
+                "else. Give it the values: optimizer.load_state_dict(other.state_dict())."
+            )
+        optimizer.state = state.kept  # type: ignore[assignment]
 
     def show_state(self, optimizer: torch.optim.Optimizer) -> None:
         """The state is what user code is to see."""
         if self._shows is not None and not isinstance(optimizer.state, ShownState):
-            optimizer.state = self._shows(optimizer.state, self.part)  # type: ignore[assignment]
+            self._shown_state = self._shows(optimizer.state, self.part)
+            optimizer.state = self._shown_state  # type: ignore[assignment]
 
     def gather_kept(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``gather``, after torch has made a state dict of what the optimizer keeps."""
@@ -278,16 +289,20 @@ class View:
         self.show_state(optimizer)
 
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
-        """Cut what the constructor (Adagrad's) has made whole."""
-        for parameter in list(optimizer.state):
-            if not isinstance(parameter, torch.Tensor):
+        """Cut what the constructor (Adagrad's) has made whole, or user code has put there."""
+        self.keep_state(optimizer)
+        self.show_state(optimizer)
+
+    def _cut_given(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut a state that is no shown one."""
+        for parameter, entry in list(optimizer.state.items()):
+            if not isinstance(parameter, torch.Tensor) or not isinstance(entry, Mapping):
                 continue
-            part = self.part(parameter, optimizer.state[parameter])
+            part = self.part(parameter, dict(entry))
             if part is None:
                 del optimizer.state[parameter]
             else:
                 optimizer.state[parameter].update(part)
-        self.show_state(optimizer)
 
 
 class ShardView(View):
@@ -484,7 +499,8 @@ class TensorView(View):
         return self._owns(parameter)
 
     def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
-        return state if self._owns(parameter) else None
+        whole = {name: unsliced(value) if isinstance(value, ShardedTensor) else value for name, value in state.items()}
+        return whole if self._owns(parameter) else None
 
     def cut(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         self._owner(optimizer)

@@ -351,6 +351,18 @@ class FlatShard:
         """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
         self._writes.expose()
 
+    @property
+    def may_be_written(self) -> bool:
+        """Whether user code may have written into whole parameters what is not kept yet."""
+        return self.is_whole and self._writes.happened
+
+    def was_written(self, index: int, known: torch.Tensor) -> bool:
+        """Whether parameter ``index``, which is whole, has other values than ``known``."""
+        present = raw_data(self.params[index])
+        with torch._C.DisableTorchFunctionSubclass():
+            same = present.dtype == known.dtype and present.shape == known.shape
+            return same and not torch.equal(present.to(known.device), known)
+
     def keep_writes(self) -> None:
         """Keep what user code wrote into whole parameters in place, as in an unsharded model."""
         if self._writes.happened:

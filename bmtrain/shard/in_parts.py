@@ -53,4 +53,4 @@ def in_parts(obj: Any) -> InParts | None:
 
 def part_at(place: Place, values: torch.Tensor) -> ShardedTensor:
     """(n,) this rank's part as a tensor of the whole shape; it stays the memory of ``values``."""
-    return ShardedTensor(Part(place, own=values))
+    return ShardedTensor(Part(place, own=values, is_kept=True))

@@ -124,10 +124,13 @@ class Home(Protocol):
 class Part:
     """This rank's part of a whole tensor: memory of its own, or that of a home."""
 
-    __slots__ = ("__weakref__", "_home", "_own", "_place")
+    __slots__ = ("__weakref__", "_home", "_own", "_place", "is_kept")
 
-    def __init__(self, place: Place, own: torch.Tensor | None = None, home: Home | None = None) -> None:
+    def __init__(
+        self, place: Place, own: torch.Tensor | None = None, home: Home | None = None, is_kept: bool = False
+    ) -> None:
         self._place, self._own, self._home = place, own, home
+        self.is_kept = is_kept  # whether something else keeps that memory, which is to see what is assigned
 
     @property
     def is_own(self) -> bool:

@@ -77,7 +77,7 @@ class ShardedTensor(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        """The same elements.  What is assigned is copied: into ``p.grad``, else to new memory, as for torch."""
+        """The same elements.  What is assigned is copied: into ``p.grad`` and what others keep, else to new memory."""
         return self.detach()
 
     @data.setter
@@ -87,7 +87,7 @@ class ShardedTensor(torch.Tensor):
             raise ShardedAccessError(
                 f"The {what} needs {tuple(self.shape)} {self.dtype}, not {tuple(value.shape)} {value.dtype}."
             )
-        if self._part.is_gradient:
+        if self._part.is_gradient or self._part.is_kept:
             self.copy_(value)
         else:
             self._part = Part(place, part_of(value, place, what).clone())

@@ -32,9 +32,8 @@ _ABOUT = {
 class Original(Protocol):
     """What a copy was taken of."""
 
-    @property
-    def has_moved(self) -> bool:
-        """Whether it may have other values now than when a copy was last made the same."""
+    def has_moved(self, copy: torch.Tensor) -> bool:
+        """Whether it may have other values now than when ``copy`` was last made the same."""
 
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
@@ -57,6 +56,12 @@ class StateTensor(torch.Tensor):
     def of(cls, copy: torch.Tensor, original: Original) -> StateTensor:
         """``copy``, a tensor of its own memory, linked to ``original``."""
         return _linked(copy, copy, original)
+
+    def was_loaded_into(self, parameter: object) -> None:
+        """``parameter`` has these values now: if it is what this was taken of, they are the present ones again."""
+        is_all = self.shape == self._copy.shape and self.stride() == self._copy.stride()
+        if isinstance(self._original, OfParameter) and is_all:
+            self._original.is_same(parameter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -112,7 +117,7 @@ def _plain(tensor: StateTensor) -> torch.Tensor:
 
 
 def _say_if_moved(read: Iterable[StateTensor]) -> None:
-    if any(tensor._original.has_moved for tensor in read):
+    if any(tensor._original.has_moved(tensor._copy) for tensor in read):
         warnings.warn(
             "A state dict that was taken before the model's values changed is read: it holds the values of then, where "
             "torch's would show those of now. For these, take it anew (model.state_dict()); to keep those of then and "
@@ -153,10 +158,17 @@ class OfParameter:
         flat, index = place_of(self._parameter)
         return flat.version_of(index)
 
-    @property
-    def has_moved(self) -> bool:
-        """Whether it may have other values now than when a copy was last made the same."""
-        return self._version() != self._seen
+    def has_moved(self, copy: torch.Tensor) -> bool:
+        """Whether it may have other values now than when ``copy`` was last made the same."""
+        if self._version() != self._seen:
+            return True
+        flat, index = place_of(self._parameter)
+        return flat.may_be_written and flat.was_written(index, copy)
+
+    def is_same(self, parameter: object) -> None:
+        """``parameter`` and the copy have the same values."""
+        if parameter is self._parameter:
+            self._seen = self._version()
 
     @property
     def index(self) -> int:
@@ -186,9 +198,8 @@ class OfBuffer:
         self._buffer = buffer
         self._seen = buffer._version
 
-    @property
-    def has_moved(self) -> bool:
-        """Whether it may have other values now than when a copy was last made the same."""
+    def has_moved(self, copy: torch.Tensor) -> bool:
+        """Whether it may have other values now than when ``copy`` was last made the same."""
         return self._buffer._version != self._seen
 
     def read(self, copy: torch.Tensor) -> None:
@@ -208,7 +219,9 @@ class OfBuffer:
 class OfNothing:
     """What a hook of the model's has made of parameters."""
 
-    has_moved = False
+    def has_moved(self, copy: torch.Tensor) -> bool:
+        """Nobody knows."""
+        return False
 
     def read(self, copy: torch.Tensor) -> None:
         """Raises ShardedAccessError."""

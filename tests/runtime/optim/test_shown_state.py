@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import oracle
@@ -47,9 +48,14 @@ def test_what_one_rank_keeps_is_not_shown() -> None:
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(optimizer, step_on="tensors")
     train(model, manager)
-    for read in (lambda: optimizer.state[model[0].weight], lambda: list(optimizer.state.values())):
+    state, weight = optimizer.state, model[0].weight
+    for use in (
+        lambda: state[weight], lambda: state.get(weight, {}), lambda: state.pop(weight, None), lambda: len(state),
+        lambda: weight in state, lambda: state.setdefault(weight, {}), lambda: state.__delitem__(weight),
+        lambda: state.__setitem__(weight, {}), lambda: list(state.values()), lambda: bool(state),
+    ):  # fmt: skip
         with pytest.raises(UnsupportedError, match="its owner"):
-            read()
+            use()
     assert all(state["norm"].shape == p.shape for state, p in zip(whole(optimizer), model.parameters(), strict=True))
     optimizer.state.clear()
     train(model, manager)
@@ -78,6 +84,130 @@ def test_changes_are_torchs() -> None:
                 same(theirs, plain)
                 same(ours, model)
         oracle.assert_same_weights(model, plain)
+
+
+def assigns_data(optimizer: Any, model: Any) -> None:
+    for p in model.parameters():
+        optimizer.state[p]["exp_avg"].data = torch.full(tuple(p.shape), 0.01, device=p.device)
+        optimizer.state[p]["exp_avg_sq"].data = optimizer.state[p]["exp_avg_sq"].data * 0.5
+
+
+def puts_another_in_its_place(optimizer: Any, model: Any) -> None:
+    kept = {p: {name: value.clone() for name, value in optimizer.state[p].items()} for p in model.parameters()}
+    optimizer.state[model[0].weight]["exp_avg"].zero_()
+    optimizer.state = defaultdict(dict, kept)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("change", [assigns_data, puts_another_in_its_place])
+def test_changes_of_all_of_a_state_are_torchs(change: Any) -> None:
+    plain, model = build().to(context().device.torch_device), bmt.BMTrainModelWrapper(build())
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
+    ours = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.0)
+    manager = managed(ours)
+    for step in range(4):
+        step_of_torch(theirs, plain, step)
+        train(model, manager, step)
+        if step == 1:
+            change(theirs, plain)
+            change(ours, model)
+    oracle.assert_same_weights(model, plain)
+
+
+def step_of_torch(optimizer: Any, model: Any, step: int) -> None:
+    optimizer.zero_grad()
+    oracle.mean(model(oracle.inputs(step).to(context().device.torch_device))).backward()
+    optimizer.step()
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, bmt.optim.AdamOptimizer])
+def test_what_dicts_do_works(kind: Any) -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    optimizer = kind(model.parameters(), lr=1e-2)
+    train(model, managed(optimizer))
+    state, names = optimizer.state[model[0].weight], ["step", "exp_avg", "exp_avg_sq"]
+    for made in (state.copy(), copy.copy(state), dict(state), {**state}, state | {}, {} | state):
+        assert type(made) is dict and list(made) == names
+        oracle.assert_close(made["exp_avg"].norm(), state["exp_avg"].norm(), "exp_avg")
+    assert list(state | {"step": 7, "more": 8}) == [*names, "more"] and list({"step": 7} | state) == names
+    assert len(optimizer.state.copy()) == len(optimizer.state | {}) == 4
+
+
+@on_ranks(1, 2)
+def test_copies_show_whole_states() -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, managed(optimizer))
+    expected = whole(optimizer)
+    other, copied = copy.deepcopy((model, optimizer))
+    alone = copy.deepcopy(optimizer)
+    for found in (list(copied.state.values()), list(alone.state.values()), whole(alone)):
+        for state, one in zip(found, expected, strict=True):
+            oracle.assert_close(state["exp_avg"].sum(), one["exp_avg"].sum(), "exp_avg")
+            assert state["exp_avg"].shape == one["exp_avg"].shape
+    optimizer.state.clear()
+    train(other, managed(copied))
+    assert [float(state["step"]) for state in whole(copied)] == [2.0] * 4
+
+
+@on_ranks(2)
+def test_the_state_of_an_optimizer_that_steps_in_another_way_is_refused() -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    muon = torch.optim.Muon(matrices, lr=1e-2)
+    train(model, managed(muon))
+    for other in (torch.optim.Muon(matrices, lr=1e-2), torch.optim.SGD(matrices, lr=1e-2)):
+        other.state = muon.state
+        with pytest.raises(UnsupportedError, match="load_state_dict"):
+            managed(other)
+
+
+@on_ranks(1, 2)
+def test_another_optimizer_goes_on_with_the_same_state() -> None:
+    plain, model = build().to(context().device.torch_device), bmt.BMTrainModelWrapper(build())
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-4)
+    ours = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    manager = managed(ours)
+    for step in range(4):
+        step_of_torch(theirs, plain, step)
+        train(model, manager, step)
+        if step == 1:
+            first = theirs, ours
+            theirs = torch.optim.AdamW(plain.parameters(), lr=2e-2, eps=1e-4)
+            ours = torch.optim.AdamW(model.parameters(), lr=2e-2, eps=1e-4)
+            theirs.state, ours.state = first[0].state, first[1].state
+            manager = managed(ours)
+    oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_hooks_of_a_step_see_whole_values(kind: str) -> None:
+    plain, model = build().to(context().device.torch_device), bmt.BMTrainModelWrapper(build())
+    seen: list[list[Any]] = []
+    for trained in (plain, model):
+        matrices = [p for p in trained.parameters() if p.dim() == 2]
+        optimizer = getattr(torch.optim, kind)(matrices, lr=1e-2)
+        found: list[Any] = []
+
+        def before(_: Any, args: Any, kwargs: Any, found: Any = found, matrices: Any = matrices) -> None:
+            found.extend((len(args), len(kwargs), float(torch.nn.utils.clip_grad_norm_(matrices, 1e-3))))
+
+        def after(optimizer: Any, *_: Any, found: Any = found, matrices: Any = matrices) -> None:
+            found.extend(float(value) for p in matrices for value in (p.detach().norm(), p.grad.norm(), p.shape[1]))
+            if kind == "AdamW":
+                found.extend(float(state["exp_avg"].abs().sum()) for state in optimizer.state.values())
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        if trained is plain:
+            step_of_torch(optimizer, plain, 0)
+        else:
+            train(model, managed(optimizer))
+        seen.append(found)
+    assert seen[1] == pytest.approx(seen[0], rel=1e-4)
+    oracle.assert_same_weights(model, plain)
 
 
 @on_ranks(1, 2)

@@ -172,3 +172,26 @@ def write_on_rank_0() -> str:
 def test_a_write_on_one_rank_is_found_out() -> None:
     with pytest.raises(RanksFailed, match="RankDivergenceError"):
         run_ranks(2, write_on_rank_0, timeout=40, fresh=True, init={"timeout": timedelta(seconds=4)})
+
+
+@on_ranks(1, 2)
+def test_what_was_just_loaded_is_read_without_a_warning() -> None:
+    _, model = pair()
+    own = model.state_dict()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    own.update({"mid.bias": torch.ones(6)})
+    with pytest.warns(UserWarning, match="values changed"):
+        model.load_state_dict(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all(torch.equal(value.clone(), model.state_dict()[name]) for name, value in own.items())
+    model.load_state_dict(kept)
+    with pytest.warns(UserWarning, match="values changed"):
+        own["mid.weight"].clone()
+    crossed = model.state_dict()
+    model.load_state_dict({**crossed, "mid.weight": crossed["mid.weight"].t()})
+    with pytest.warns(UserWarning, match="values changed"):
+        crossed["mid.weight"].clone()
