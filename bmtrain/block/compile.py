@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -10,20 +11,32 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..context import context
 from ..shard.engine import engine
 from .block import Block
 from .linear import land_compiled
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
 
 def compile(model: ModuleT, **options: Any) -> ModuleT:
     """Compile every Block of ``model`` in place, and what is outside of them, and return it.
 
-    ``options`` are torch.compile's.  Blocks of one class and equal shapes share their compiled code; a block inside
-    another is compiled by itself.  ``fullgraph`` holds for blocks: code around them ends where one is called.  On
-    several ranks, what is outside of blocks runs as it is written while the first losses are compared.
+    ``options`` are torch.compile's; of modes that record CUDA graphs the rest is done.  Blocks of one class and equal
+    shapes share their compiled code; a block inside another is compiled by itself.  ``fullgraph`` holds for blocks: code
+    around them ends where one is called.  On several ranks, what is outside of blocks runs as it is written while the
+    first losses are compared.
     """
+    mode = options.get("mode")
+    if mode in _WITHOUT_GRAPHS and context().device.is_cuda:
+        warnings.warn(
+            f"bmt.compile leaves out the CUDA graphs of mode={mode!r}: a later run, such as that of the next equal block, "
+            f"would write over their results. mode={_WITHOUT_GRAPHS[mode]!r} says so.",
+            stacklevel=2,
+        )
+        options["mode"] = _WITHOUT_GRAPHS[mode]
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks:
         land_compiled(module)

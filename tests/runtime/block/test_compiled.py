@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import warnings
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -10,13 +13,14 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
 from bmtrain.block import linear
 
 WIDTH, ROWS, BLOCKS = 32, 12, 3
+block_compile = importlib.import_module("bmtrain.block.compile")  # its name is also that of the function
 
 
 class Layer(nn.Module):
@@ -270,6 +274,24 @@ def test_blocks_of_torchs_own_classes_are_compiled(number: int, recompute: bool)
     for ranks in (1, 2):
         # Under a default device torch runs its own layers as they are written.
         run_ranks(ranks, layers_of_torchs_own, number, recompute, fresh=True, default_device=False)
+
+
+@on_ranks(1)
+def test_cuda_graphs_are_left_out() -> None:
+    model: Any = bmt.BMTrainModelWrapper(nn.Sequential(bmt.Block(Layer())))
+    gpu = SimpleNamespace(device=SimpleNamespace(is_cuda=True))
+    for mode, left in (("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
+        with (
+            mock.patch.object(torch, "compile") as compiled,
+            mock.patch.object(block_compile, "context", lambda: gpu),
+            pytest.warns(UserWarning, match=f"leaves out the CUDA graphs of mode='{mode}'"),
+        ):
+            bmt.compile(model, mode=mode)
+        assert {call.kwargs["mode"] for call in compiled.mock_calls} == {left}
+    with mock.patch.object(torch, "compile") as compiled, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bmt.compile(model, mode="max-autotune-no-cudagraphs", fullgraph=True)
+    assert {call.kwargs["mode"] for call in compiled.mock_calls} == {"max-autotune-no-cudagraphs"}
 
 
 class Activation(bmt.DistributedModule):
