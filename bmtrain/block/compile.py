@@ -25,15 +25,15 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     """Compile every Block of ``model`` in place, and what is outside of them, and return it.
 
     ``options`` are torch.compile's; of modes that record CUDA graphs the rest is done.  Blocks of one class and equal
-    shapes share their compiled code; a block inside another is compiled by itself.  ``fullgraph`` holds for blocks: code
-    around them ends where one is called.  On several ranks, what is outside of blocks runs as it is written while the
-    first losses are compared.
+    shapes share their compiled code; a block inside another is compiled by itself.  ``fullgraph`` holds for blocks:
+    code around them ends where one is called.  On several ranks, what is outside of blocks runs as it is written while
+    the first losses are compared.
     """
     mode = options.get("mode")
     if mode in _WITHOUT_GRAPHS and context().device.is_cuda:
         warnings.warn(
-            f"bmt.compile leaves out the CUDA graphs of mode={mode!r}: a later run, such as that of the next equal block, "
-            f"would write over their results. mode={_WITHOUT_GRAPHS[mode]!r} says so.",
+            f"bmt.compile leaves out the CUDA graphs of mode={mode!r}: a later run, such as that of the next equal "
+            f"block, would write over their results. mode={_WITHOUT_GRAPHS[mode]!r} says so.",
             stacklevel=2,
         )
         options["mode"] = _WITHOUT_GRAPHS[mode]
