@@ -11,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -51,7 +51,9 @@ def main(words: list[str]) -> int:
         every = [a for a in every if _head(a) not in known]
     wrong = False
     with ThreadPoolExecutor(jobs) as pool:
-        for attack, found in zip(every, pool.map(judge, every), strict=True):
+        judged = {pool.submit(judge, attack): attack for attack in every}
+        for future in as_completed(judged):
+            attack, found = judged[future], future.result()
             print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
             if words or found.problems:
                 print("    " + found.output.replace("\n", "\n    "), flush=True)
