@@ -52,6 +52,7 @@ class View:
     def __init__(self) -> None:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
+        self._is_shown = False
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
         self._shown_state: ShownState | None = None
@@ -73,16 +74,23 @@ class View:
         adopt(replicated_of(all_params(optimizer.param_groups)))
         self.tried = len(optimizer.param_groups)
 
-    def outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, run on the model as it is outside of steps."""
+    def outside(self, optimizer: torch.optim.Optimizer, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, run on the model as it is outside of steps."""
 
-        def again() -> Any:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_shown:  # inside another such call
+                return call(*args, **kwargs)
             self.keep(optimizer)
-            loss = closure()
+            out = call(*args, **kwargs)
             self.show(optimizer)
-            return self._loss(loss)
+            return out
 
         return again
+
+    def closure_outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, run likewise."""
+        again = self.outside(optimizer, closure)
+        return lambda: self._loss(again())
 
     def _loss(self, loss: Any) -> Any:
         """What the optimizer sees of a closure's loss."""
@@ -91,6 +99,7 @@ class View:
     @torch.no_grad()
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
+        self._is_shown = True
         self.keep_state(optimizer)
         params = all_params(optimizer.param_groups)
         finish_gradients(params)
@@ -151,7 +160,7 @@ class View:
             flat.is_stepped_on = False
             flat.enter_sharded()
             flat.forget_writes()
-        self._shown, self._groups = [], []
+        self._shown, self._groups, self._is_shown = [], [], False
         self.show_state(optimizer)
 
     # -- state ------------------------------------------------------------------------------------------------------
