@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -15,9 +14,10 @@ from torch.optim import optimizer as of_torch
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 Hook = Callable[..., Any]
+Hooks = Any  # an OrderedDict of them, by number; torch has many types of these
 Outside = Callable[[Hook], Hook]
 
-_AWAY = -1
+_COUNTS = -1
 """The key of what counts the steps; those of torch's handles begin at 0."""
 
 
@@ -56,19 +56,20 @@ class StepHooks:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Inside the ``with``, torch calls them for steps within this one only."""
-        before, after = self._optimizer._optimizer_step_pre_hooks, self._optimizer._optimizer_step_post_hooks
-        places = before, after, of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
-        put_away = [(place, self._put_away(place)) for place in places]
-        before[_AWAY], after[_AWAY] = self._enter, self._leave  # type: ignore[assignment]
-        after.move_to_end(_AWAY, last=False)
+        before: Hooks = self._optimizer._optimizer_step_pre_hooks
+        after: Hooks = self._optimizer._optimizer_step_post_hooks
+        everyones: Any = of_torch._global_optimizer_pre_hooks, of_torch._global_optimizer_post_hooks
+        set_aside = [(place, self._set_aside(place)) for place in (before, after, *everyones)]
+        before[_COUNTS], after[_COUNTS] = self._enter, self._leave
+        after.move_to_end(_COUNTS, last=False)
         try:
             yield
         finally:
-            del before[_AWAY], after[_AWAY]
-            for place, hooks in put_away:
+            del before[_COUNTS], after[_COUNTS]
+            for place, hooks in set_aside:
                 place.update((key, hook) for key, hook in hooks.items() if key in place)
 
-    def _put_away(self, place: OrderedDict[int, Any]) -> dict[int, Hook]:
+    def _set_aside(self, place: Hooks) -> dict[int, Hook]:
         """What ``place`` holds; in its place is what calls it for steps within this one."""
         hooks = {key: hook for key, hook in place.items() if _is_users(hook)}
         for key, hook in hooks.items():

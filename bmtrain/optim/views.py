@@ -23,6 +23,7 @@ from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
+from ..shard.state import StateTensor, without_links
 from ..shard.unit import unit_of_flat
 from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (
@@ -38,6 +39,7 @@ from .pieces import (
 )
 from .replicated import adopt
 from .shown_state import OwnersState, ShownState, as_part, is_local, own_place
+from .state_copies import OfState, linked
 from .step_on import is_unchanged
 
 
@@ -53,6 +55,7 @@ class View:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
         self._is_shown = False
+        self._changes = 0  # how often states may have changed
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
         self._shown_state: ShownState | None = None
@@ -100,6 +103,7 @@ class View:
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
         self._is_shown = True
+        self._changes += 1
         self.keep_state(optimizer)
         params = all_params(optimizer.param_groups)
         finish_gradients(params)
@@ -135,11 +139,11 @@ class View:
         """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
         for flat, values, shown in self._shown:
             self._take(flat, values, shown)
-        for flat, values, _ in self._shown:
+        for flat, values, shown in self._shown:
             if values is flat.shard:
-                flat.changed()
+                flat.changed(shown)
             else:
-                write_master(flat, values)
+                write_master(flat, values, changed=shown)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
@@ -256,6 +260,8 @@ class View:
         Raises CheckpointError on every rank when they do not fit.
         """
         require_fit(optimizer, state_dict, self.check(optimizer), own=self._apart)
+        state_dict = without_links(state_dict)
+        self._changes += 1
         params = all_params(optimizer.param_groups)
         self._loading, states = {}, {}
         for number, state in state_dict["state"].items():
@@ -352,7 +358,8 @@ class ShardView(View):
                 whole = gather_state(flat, packed)
                 for index, number in owned:
                     if name in states.get(number, {}):
-                        states[number][name] = whole[index]
+                        original = _original(flat.params[index], state_dict["state"][number], name)
+                        states[number][name] = StateTensor.of(whole[index], original)
         return {**state_dict, "state": states}
 
     def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -472,7 +479,7 @@ class TensorView(View):
         }
         states = dict(state_dict["state"])
         for others in allgather_objects(own):
-            states.update(others)
+            states.update(linked(others, lambda: OfState(lambda: self._changes)))
         return {**state_dict, "state": _in_order(states)}
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -518,6 +525,13 @@ class TensorView(View):
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
         super().cut_present(optimizer)
+
+
+def _original(parameter: Any, kept: Mapping[str, Any], name: str) -> OfState:
+    """What a copy of ``parameter``'s state ``name`` is taken of."""
+    return OfState(
+        lambda: (id(kept.get(name)), getattr(kept.get(name), "_version", 0)), lambda: as_part(parameter, kept[name])
+    )
 
 
 def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:

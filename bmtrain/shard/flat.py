@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from operator import is_not
@@ -115,7 +115,8 @@ class FlatShard:
         self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
-        self._alone = [0] * len(self.params)  # how many changes of ``version`` were those of one parameter
+        self._versions = [0] * len(self.params)  # how often each was changed when not all of them were
+        self._of_all = 0  # how often all were
         self._writes = Writes(self.params)
         self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
@@ -306,7 +307,7 @@ class FlatShard:
         self.local(self.shard, index).copy_(part)
         if self.remainder is not None:
             self.local(self.remainder, index).zero_()
-        self._changed_alone(index)
+        self.changed([index])
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) this rank's part of parameter ``index``, not to be written."""
@@ -327,19 +328,24 @@ class FlatShard:
         yield part
         if self.remainder is not None and before is not None:
             self.local(self.remainder, index).masked_fill_(part != before, 0)
-        self._changed_alone(index)
-
-    def _changed_alone(self, index: int) -> None:
-        self._alone[index] += 1
-        self.changed()
+        self.changed([index])
 
     def version_of(self, index: int) -> int:
         """Grows when values of parameter ``index`` may have changed."""
-        return self.version - sum(self._alone) + self._alone[index]
+        return self._of_all + self._versions[index]
 
-    def changed(self, prefetched_too: bool = True) -> None:
-        """Values changed; unless told otherwise, a gather of the old ones that is under way is given up."""
+    def count_change(self, indices: Iterable[int] | None = None) -> None:
+        """Values of parameters ``indices`` changed, or of all; what was gathered of the old ones is no concern here."""
         self.version += 1
+        if indices is None:
+            self._of_all += 1
+        else:
+            for index in indices:
+                self._versions[index] += 1
+
+    def changed(self, indices: Iterable[int] | None = None, *, prefetched_too: bool = True) -> None:
+        """Values of ``indices``, or all, changed; unless told otherwise, a gather of old ones under way is given up."""
+        self.count_change(indices)
         if prefetched_too:
             self.unit.release_prefetched()
         else:
