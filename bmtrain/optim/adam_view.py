@@ -32,6 +32,7 @@ class AdamView(LikeDict):
     """
 
     def __init__(self, params: list[Any], kept: Mapping[int, FlatState], find: Find, shown: list[StepShown]) -> None:
+        self._begin()
         self._params, self._kept, self._find, self._shown = params, kept, find, shown
 
     def _has(self, parameter: Any) -> bool:
@@ -88,6 +89,7 @@ class OfParameter(LikeDict):
     """``step``, ``exp_avg`` and ``exp_avg_sq`` of one parameter; empty before its first step."""
 
     def __init__(self, home: Home, index: int, kept: FlatState | None, find: Find, shown: list[StepShown]) -> None:
+        self._begin()
         self._home, self._index, self._state, self._find, self._shown = home, index, kept, find, shown
 
     def __iter__(self) -> Iterator[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -188,8 +189,12 @@ class View:
     def show_state(self, optimizer: torch.optim.Optimizer) -> None:
         """The state is what user code is to see."""
         if self._shows is not None and not isinstance(optimizer.state, ShownState):
-            self._shown_state = self._shows(optimizer.state, self.part)
+            self._shown_state = self._shows(optimizer.state, self.part, partial(self._states_of_all, optimizer))
             optimizer.state = self._shown_state  # type: ignore[assignment]
+
+    def _states_of_all(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+        """By parameter, the states that each are on one rank.  Collective."""
+        raise NotImplementedError
 
     def gather_kept(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``gather``, after torch has made a state dict of what the optimizer keeps."""
@@ -481,6 +486,16 @@ class TensorView(View):
         for others in allgather_objects(own):
             states.update(linked(others, lambda: OfState(lambda: self._changes)))
         return {**state_dict, "state": _in_order(states)}
+
+    def _states_of_all(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+        engine().meet(f"the copy of {type(optimizer).__name__}'s state")
+        params, kept = all_params(optimizer.param_groups), optimizer.state
+        kept = kept.kept if isinstance(kept, ShownState) else kept
+        states = {p: kept[p] for p in params if p in kept and flat_of(p) is None}
+        own = {n: _moved(kept[p], torch.device("cpu")) for n, p in enumerate(params) if p in kept and p not in states}
+        for theirs in allgather_objects(own):
+            states.update({params[n]: _moved(state, params[n].device) for n, state in theirs.items()})
+        return states
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The states of all owners, of which each rank has its own tensors only."""
