@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..alike import differ, sums_of
 from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
@@ -69,6 +70,7 @@ class Frame:
         self.begun = self.finished = False
         self.autocast = owner.device.autocast()
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
+        self._sums: list[torch.Tensor] | None = None  # of the same, in a block's first runs
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
         self._again: Repeat | None = None
@@ -102,6 +104,7 @@ class Frame:
         self, again: Repeat, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> T:
         self._again, self._held = again, [] if again.watches else None
+        self._sums = [] if again.is_observed else None
         self.owner.will_repeat()
         with self.hooks():
             out = call(*args, **kwargs)
@@ -129,6 +132,8 @@ class Frame:
         if self._held is not None:
             self._held.append(tensor.detach())
         self._facts.append((tensor.shape, tensor.dtype))
+        if self._sums is not None:
+            self._sums.append(_sums(tensor))
         return len(self._facts) - 1
 
     def _unpack(self, packed: Any) -> torch.Tensor:
@@ -175,11 +180,14 @@ class Frame:
 
     def _recompute(self) -> None:
         made: dict[int, torch.Tensor] = {}
+        sums: list[torch.Tensor] = []
 
         @runs_as_written
         def pack(tensor: torch.Tensor) -> Any:
             if self.owner.flat_at(tensor) is None:
                 made[len(made)] = tensor
+                if self._sums is not None:
+                    sums.append(_sums(tensor))
                 if len(made) == len(self._facts):
                     raise _Enough
             return None
@@ -199,12 +207,31 @@ class Frame:
                 raise
         if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
-                f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "
+                f"Recomputing {(self.units and self.units[0].name) or 'a block'} did not save the tensors that its "
                 f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the "
                 "same twice, as one that fills a cache it is given. Train without the cache (use_cache=False), or use "
                 "bmt.Block(..., use_checkpoint=False) for it."
             )
+        if self._sums and bool(differ(torch.stack([_on_host(self._sums), _on_host(sums)])).any()):
+            raise ConfigurationError(
+                f"Recomputing {(self.units and self.units[0].name) or 'a block'} gave other values than its forward: "
+                "the block does not do the same twice, as one that draws from a generator that is not its own "
+                "attribute, or changes what lies outside of it. Use bmt.Block(..., use_checkpoint=False) for it; a "
+                "generator (torch.Generator, numpy.random.Generator) may be an attribute of the module that draws."
+            )
         self._made = made
+
+
+@torch.no_grad()
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    """(4,) by which to see whether a second run makes the same; zeros of what cannot be summed up."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_complex() or tensor.is_meta:
+        return torch.zeros(4, device=tensor.device)
+    return sums_of(tensor.detach().reshape(-1).float())
+
+
+def _on_host(sums: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([one.cpu() for one in sums])
 
 
 def _never(packed: Any) -> torch.Tensor:

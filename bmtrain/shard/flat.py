@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext
 
+from ..alike import differ, sums_of
 from ..context import Context
 from ..device import Event
 from ..errors import ConfigurationError, ShardedAccessError
@@ -38,9 +39,8 @@ from .sharded_tensor import ShardedTensor, part_of
 from .slices import joined, own_slice, whole_shape
 from .writes import Writes
 
-_ALIKE, _COMPARED = 0.05, 3
-"""How much of its norm sums of a gradient may differ by that ranks compute alike, in low precision and any order; and
-how many of the first reductions are compared."""
+_COMPARED = 3
+"""How many of the first reductions are compared."""
 
 
 class Unit(Protocol):
@@ -461,11 +461,10 @@ class FlatShard:
         self._compares -= 1
         group = self.unit.ctx.tensor_group
         real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in whole]
-        facts = torch.stack([_facts(gradient.view(-1)) for gradient in real])
+        facts = torch.stack([sums_of(gradient.view(-1)) for gradient in real])
         every = facts.new_empty((group.world_size, *facts.shape))
         group.all_gather(facts, every)
-        apart, norms = (every.amax(0) - every.amin(0)).amax(1), every[:, :, 0].amax(0)
-        differing = (apart > _ALIKE * norms).tolist()
+        differing = differ(every).tolist()
         names = [name for name, differs in zip(self.names, differing, strict=True) if differs]
         if names:
             raise ConfigurationError(
@@ -541,15 +540,6 @@ class FlatShard:
                 "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",
                 stacklevel=2,
             )
-
-
-def _facts(gradient: torch.Tensor) -> torch.Tensor:
-    """(4,) the norm and some sums of (n,) a gradient: two that have all of these in common are the same."""
-    middle, kind = gradient.numel() // 2, torch.float32
-    halves = gradient[:middle].sum(dtype=kind), gradient[middle:].sum(dtype=kind)
-    rows = gradient[::2].sum(dtype=kind), gradient[1::2].sum(dtype=kind)
-    norm = torch.linalg.vector_norm(gradient, dtype=kind)
-    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
 
 
 def flat_of(parameter: object) -> FlatShard | None:
