@@ -136,6 +136,7 @@ class Frame:
             self._sums.append(_sums(tensor))
         return len(self._facts) - 1
 
+    @runs_as_written
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
             if self.owner.peeks:
