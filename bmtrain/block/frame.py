@@ -225,8 +225,10 @@ class Frame:
 
 @torch.no_grad()
 def _sums(tensor: torch.Tensor) -> torch.Tensor:
-    """(4,) by which to see whether a second run makes the same; zeros of what cannot be summed up."""
-    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_complex() or tensor.is_meta:
+    """(4,) by which to see whether a second run makes the same; zeros of what is no result (the bytes of an LSTM)."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta:
+        return torch.zeros(4, device=tensor.device)
+    if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
         return torch.zeros(4, device=tensor.device)
     return sums_of(tensor.detach().reshape(-1).float())
 
