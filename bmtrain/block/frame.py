@@ -216,9 +216,9 @@ class Frame:
         if self._sums and bool(differ(torch.stack([_on_host(self._sums), _on_host(sums)])).any()):
             raise ConfigurationError(
                 f"Recomputing {(self.units and self.units[0].name) or 'a block'} gave other values than its forward: "
-                "the block does not do the same twice, as one that draws from a generator that is not its own "
-                "attribute, or changes what lies outside of it. Use bmt.Block(..., use_checkpoint=False) for it; a "
-                "generator (torch.Generator, numpy.random.Generator) may be an attribute of the module that draws."
+                "the block does not do the same twice. It draws from a generator that is no attribute of its modules, "
+                "where one (torch.Generator, numpy.random.Generator) is put back; or what it reads outside of itself "
+                "has changed since. Make that an attribute or an argument, or use bmt.Block(..., use_checkpoint=False)."
             )
         self._made = made
 
