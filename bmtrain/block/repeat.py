@@ -29,7 +29,11 @@ class _Borrowed:
 
 
 class Repeat:
-    """A forward that can be run once more with the same generators and surroundings."""
+    """A forward that can be run once more with the same generators and surroundings.
+
+    Attributes:
+        is_observed: whether this is one of a block's first runs, of which it is seen whether it does the same twice.
+    """
 
     def __init__(
         self, buffers: Buffers, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -43,6 +47,7 @@ class Repeat:
         self._module: nn.Module = module
         self._record = record_of(module) if isinstance(module, nn.Module) else None
         self._before = [] if self._record is None else self._record.state.before_run(module)
+        self.is_observed = self._record is not None and self._record.state.observes
 
     @property
     def watches(self) -> bool:
