@@ -39,6 +39,7 @@ _QUIET = 1.0  # seconds that a job may go on in which somebody is missing whom n
 _ENDING = 0.3  # seconds in which others say, as this rank ends, how far they have come
 _GRACE = 2.0  # seconds in which the thread that waits may raise an error itself
 _PATIENCE = 3.0  # seconds for a failed collective's cause to become known
+_END = "the end of the script"
 _TOLD = 200  # entries of the diary that are written
 
 
@@ -248,8 +249,9 @@ class Watchdog:
             waits = max(now - max(begun, self._resumed), 0.001)
         elif now - self._moved[1] > _SLOW and self._hooks.is_busy():
             waits = now - max(self._moved[1], self._resumed)
+        line = place.line or (_END if self._stops else "")
         return Position(
-            self.rank, diary.count, entry, waits, diary.pair, diary.peer, diary.saves > 0, place.line, place.call
+            self.rank, diary.count, entry, waits, diary.pair, diary.peer, diary.saves > 0, line, place.call
         )  # fmt: skip
 
     def _everyone(self, own: Position) -> str:
