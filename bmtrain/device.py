@@ -302,10 +302,10 @@ class Device:
             stack.enter_context(host_draws_own(self._draws_as))
             yield
 
-    def rng_state(self) -> RngState:
+    def rng_state(self, numpy_too: bool = True) -> RngState:
         """State of torch's CPU generator, this device's, ``random`` and numpy, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
-        return torch.get_rng_state(), here, HostState.now(), [own.depth for own in self._own_random]
+        return torch.get_rng_state(), here, HostState.now(numpy_too), [own.depth for own in self._own_random]
 
     def drawn_since(self, state: RngState) -> list[bool]:
         """Of torch's generators, that of this device first, of ``random`` and numpy: whether they have moved."""

@@ -108,15 +108,15 @@ def head(state: torch.Tensor) -> bytes:
 
 
 class HostState(NamedTuple):
-    """Where ``random`` stands, and numpy's generator if it is in use."""
+    """Where ``random`` stands, and numpy's generator if it is in use and was asked for."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...] | None
 
     @classmethod
-    def now(cls) -> HostState:
-        """The present one."""
-        numpy = sys.modules.get("numpy")
+    def now(cls, numpy_too: bool = True) -> HostState:
+        """The present one; numpy's takes longest."""
+        numpy = sys.modules.get("numpy") if numpy_too else None
         return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
 
     def put_back(self) -> None:

@@ -85,9 +85,14 @@ class Entry:
 
 
 class State:
-    """Learns from a block's first runs what its forward moves."""
+    """Learns from a block's first runs what its forward moves.
+
+    Attributes:
+        draws_from_numpy: whether one of them has.
+    """
 
     def __init__(self) -> None:
+        self.draws_from_numpy = False
         self._runs = 0
         self._tensors: list[tuple[dict[str, Any], str]] = []
         self._parameters: list[tuple[dict[str, Any], str]] = []
