@@ -311,7 +311,7 @@ def _backward(
         if receiver.func.attr == "scale" and scaling in managers.of and len(receiver.args) == 1:
             loss, manager = receiver.args[0], managers.of[scaling]
     name = manager.name if manager is not None else _UNSCALED
-    if manager is None and not roles.optimizers and not roles.scalers and function is None:
+    if manager is None and not roles.steps and not roles.scalers and function is None:
         return  # a demonstration that steps nothing
     if manager is None and roles.scalers:
         message = "backward here does not know the loss scale of the scaler elsewhere in the file"

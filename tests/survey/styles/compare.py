@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def _load(path: Path) -> Any:
             return dict(loaded) if path.suffix == ".npz" else loaded
         if path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
-    except AttributeError:
+        if zipfile.is_zipfile(path):
+            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint without a suffix
+    except (AttributeError, ModuleNotFoundError):
         return None  # an object of a class of the script's own
     finally:
         sys.path.pop(0)
