@@ -42,7 +42,9 @@ FROM_OUTSIDE = HOLDER.replace("torch.optim.SGD(params, lr=0.1)", "params")
 MADE = "Noam(model.parameters())"
 PLACES = {
     "beside": {"train.py": f"{HOLDER}\n\n{HEAD}opt = {MADE}\n{LOOP.format(zero='opt.zero_grad()', name='opt')}"},
-    "the model clears": {"train.py": f"{HOLDER}\n\n{HEAD}opt = {MADE}\n{LOOP.format(zero='model.zero_grad()', name='opt')}"},
+    "the model clears": {
+        "train.py": f"{HOLDER}\n\n{HEAD}opt = {MADE}\n" + LOOP.format(zero="model.zero_grad()", name="opt")
+    },
     "given one": {
         "train.py": f"{FROM_OUTSIDE}\n\n{HEAD}opt = Noam(torch.optim.Adam(model.parameters()))\n"
         + LOOP.format(zero="opt.optimizer.zero_grad()", name="opt")

@@ -155,14 +155,16 @@ class Kinds:
         return found
 
     def _blended(self) -> dict[ast.Assign, list[ast.expr]]:
-        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``."""
+        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``, and what it is under a test before."""
         found: dict[ast.Assign, list[ast.expr]] = {}
         for name, values in self.made.items():
-            statement = self.file.names.statement_of(values[0][0])
-            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                value = statement.value
-                if name in _named(value) and (isinstance(value, ast.BinOp) or _is_extreme(value)):
-                    found[statement] = list(_without(value, name))
+            statements = [self.file.names.statement_of(value) for value, _ in values]
+            simple = [s for s in statements if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)]
+            mixes = [s for s in simple if name in _named(s.value) and _blends(s.value)]
+            first = [s for s in simple if s not in mixes]
+            tested = all(isinstance(self.file.names.parents[s], ast.If) and name not in _named(s.value) for s in first)
+            if len(mixes) == 1 and len(simple) == len(statements) and tested:
+                found |= {statement: list(_without(statement.value, name)) for statement in simple}
         return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
@@ -516,7 +518,17 @@ class Kinds:
                 return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
+            case ast.Dict(values=held) | ast.Tuple(elts=held) | ast.List(elts=held):
+                return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
+
+    def _is_read_loss(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is the number of a loss, which is read as that of all ranks, or nothing of the batch."""
+        kind = self.kind(node, deep + 1)
+        if isinstance(node, ast.Name) and node.id in self.made:
+            return kind in {"", "loss"} and all(self._is_read_loss(value, deep + 1) for value, _ in self.made[node.id])
+        read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
+        return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
 
     def _reads_loss(self, call: ast.Call) -> bool:
         """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
@@ -660,9 +672,19 @@ def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
         yield from _without(node.left, name)
         yield from _without(node.right, name)
+    elif isinstance(node, ast.IfExp):
+        yield from _without(node.body, name)
+        yield from _without(node.orelse, name)
     elif _is_extreme(node):
         for part in node.args if isinstance(node, ast.Call) else ():
             yield from _without(part, name)
+
+
+def _blends(node: ast.expr) -> bool:
+    """Whether a value is a sum, an extreme, or one of two of these."""
+    if isinstance(node, ast.IfExp):
+        return any(isinstance(side, ast.BinOp) for side in (node.body, node.orelse))
+    return isinstance(node, ast.BinOp) or _is_extreme(node)
 
 
 def _is_extreme(node: ast.expr) -> bool:
