@@ -273,7 +273,8 @@ class Kinds:
                         elif kind == "mixed":
                             yield from self._split(value)
                         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-                            yield value, "unknown" if _is_no_mean(value) else "samples"
+                            no_samples = _is_no_mean(value) or self._is_crossed(value)
+                            yield value, "unknown" if no_samples else "samples"
                         elif kind in {"samples", "unknown"} and not _is_text(value):
                             yield value, "unknown"
                 case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
@@ -481,6 +482,8 @@ class Kinds:
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
+                if any(self._is_crossed(value) for value, part in self.made[name] if part is None):
+                    return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
@@ -497,6 +500,8 @@ class Kinds:
                 if attr in {"sum", "mean"}:
                     if self.kind(value, deep + 1) == "loss":
                         return "loss"
+                    if self._is_crossed(value):
+                        return "unknown"
                     return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
                 if attr in _VIEWS:
                     return self.kind(value, deep + 1)
@@ -521,6 +526,19 @@ class Kinds:
             case ast.Dict(values=held) | ast.Tuple(elts=held) | ast.List(elts=held):
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
+
+    def _is_crossed(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether samples are compared with what is made of all in the batch: ``x - x.mean(0)``, ``x / x.max()``."""
+        for item in walk(node):
+            if isinstance(item, ast.BinOp):
+                for one, other in ((item.left, item.right), (item.right, item.left)):
+                    of_all = self.kind(other) in {"mean", "total"} or (_is_no_mean(other) and self.of_batch(other))
+                    if of_all and not _is_no_mean(one) and self.kind(one) == "samples":
+                        return True
+            elif isinstance(item, ast.Name) and deep < 3:
+                if any(self._is_crossed(value, deep + 1) for value, part in self.made.get(item.id, ()) if part is None):
+                    return True
+        return False
 
     def _is_read_loss(self, node: ast.expr, deep: int) -> bool:
         """Whether a value is the number of a loss, which is read as that of all ranks, or nothing of the batch."""
