@@ -221,15 +221,18 @@ for epoch in range(3):
     {draw}
 """
 WHOLE = {
-    "a step for each": "z = torch.randn(eval_batch_size, 2)\nfor t in steps:\n    t = torch.full((eval_batch_size,), t)\n"
-    "    with torch.no_grad():\n        z = net(z + t)\nframes.append(z.numpy())",
-    "inside": "with torch.no_grad():\n    z = torch.randn(batch_size, 2)\n    y = torch.zeros(batch_size, 1)\n    net(z + y)",
+    "a step for each": "z = torch.randn(eval_batch_size, 2)\nfor t in steps:\n"
+    "    t = torch.full((eval_batch_size,), t)\n    with torch.no_grad():\n        z = net(z + t)\n"
+    "frames.append(z.numpy())",
+    "inside": "with torch.no_grad():\n    z = torch.randn(batch_size, 2)\n"
+    "    y = torch.zeros(batch_size, 1)\n    net(z + y)",
     "a repeat": "z = torch.randn(args.batch_size, 2)\nwith torch.inference_mode():\n"
     "    z = net(z + torch.arange(2).repeat(args.batch_size, 1))\nframes.append(z)",
 }
 SHARED = {
     "its size once": "z = torch.randn(batch_size, 2)\nwith torch.no_grad():\n    frames.append(net(z).numpy())",
-    "it trains": "z = torch.randn(batch_size, 2)\nreal = torch.ones(batch_size, 1)\nwith torch.no_grad():\n    y = net(z)\n"
+    "it trains": "z = torch.randn(batch_size, 2)\nreal = torch.ones(batch_size, 1)\n"
+    "with torch.no_grad():\n    y = net(z)\n"
     "net(z + real).mean().backward()\nopt.step()",
 }  # fmt: skip
 
