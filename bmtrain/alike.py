@@ -116,13 +116,13 @@ def require_same(
         )
 
 
-def misfit(given: object, shape: Sequence[int], dtype: torch.dtype) -> str | None:
-    """Why ``given`` cannot be loaded where a tensor of this shape and dtype is; None if it can."""
+def misfit(given: object, shape: Sequence[int], dtype: torch.dtype, layout: torch.layout = torch.strided) -> str | None:
+    """Why ``given`` cannot be loaded where a tensor of this shape, dtype and layout is; None if it can."""
     if not isinstance(given, torch.Tensor):
         return f"a {type(given).__name__} given, a tensor needed"
     if given.is_meta:
         return "given on the meta device, without values"
-    if given.layout != torch.strided or given.is_quantized:
+    if given.layout != layout or given.is_quantized:
         return f"a {'quantized' if given.is_quantized else str(given.layout).removeprefix('torch.')} tensor given"
     if given.shape != torch.Size(shape) and not (len(shape) == 0 and given.shape == (1,)):
         return f"shape {tuple(given.shape)} given, {tuple(shape)} needed"

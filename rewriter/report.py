@@ -171,7 +171,8 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
 
     stems = {path.stem.encode() for path in started}
     runs = {result.path for result in results if b"__main__" in result.after or result.path in trained}
-    run = [path for path in imports if path in runs and imports[path] & stems]
+    imported = all(importers[stem] > (stem in imports[path]) for path in started if (stem := path.stem.encode()))
+    run = [path for path in imports if (path in runs or imported) and imports[path] & stems]
     return min([*started, *run], key=order)
 
 

@@ -94,8 +94,8 @@ class Frame:
                 out = call(*args, **kwargs)
         if self._plan is not None:
             for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, torch.Tensor):  # held for the recomputation anyway
-                    self._storages.pop(tensor.untyped_storage().data_ptr(), None)
+                if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:
+                    self._storages.pop(tensor.untyped_storage().data_ptr(), None)  # held for the recomputation anyway
             self._plan.measured(self.units[0], sum(self._storages.values()))
             self._storages.clear()
         return out
@@ -121,12 +121,13 @@ class Frame:
         kept = self._kept
         if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:
             return tensor  # without a look at what it is; a parameter would show something else by the backward
-        flat = self._whole.get(tensor.untyped_storage().data_ptr())  # asked of every tensor that is saved
+        strided = tensor.layout is torch.strided  # a sparse one is no part of a buffer
+        flat = self._whole.get(tensor.untyped_storage().data_ptr()) if strided else None  # asked of all that is saved
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
             return tensor if kept is None else (tensor,)  # it may lie where a buffer lay when the forward began
-        if self._plan is not None:
+        if self._plan is not None and strided:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
         if self._held is not None:
@@ -146,7 +147,7 @@ class Frame:
         if kept is not None and type(packed) is torch.Tensor:
             flat = None
             if torch.is_grad_enabled() or kept.pools.changes != kept.changes:
-                flat = kept.flats.get(packed.untyped_storage().data_ptr())
+                flat = kept.flats.get(packed.untyped_storage().data_ptr()) if packed.layout is torch.strided else None
             if flat is None:
                 return packed
             packed = PlaceInFlat.of(packed, flat)

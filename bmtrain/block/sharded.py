@@ -347,7 +347,9 @@ def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], others: s
         if isinstance(value, ShardedTensor):  # a buffer that was made of a parameter
             state[key] = copied(unsliced(value), OfBuffer(value))
             continue
-        lies_in = own.get(value.untyped_storage().data_ptr()) if value.numel() else None
+        lies_in = (
+            own.get(value.untyped_storage().data_ptr()) if value.layout is torch.strided and value.numel() else None
+        )
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:
@@ -412,7 +414,7 @@ def _validate(module: nn.Module, state_dict: Mapping[str, Any], strict: bool) ->
         problems += [f"unexpected: {key}" for key in state_dict if key not in expected]
     for key, value in expected.items():
         if isinstance(value, torch.Tensor) and key in state_dict:
-            reason = misfit(state_dict[key], value.shape, value.dtype)
+            reason = misfit(state_dict[key], value.shape, value.dtype, value.layout)
             if reason is not None:
                 problems.append(f"{key}: {reason}")
     if problems:

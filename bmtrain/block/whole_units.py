@@ -150,7 +150,7 @@ class WholeUnits:
 
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
-        return self.storages.get(tensor.untyped_storage().data_ptr())
+        return self.storages.get(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided else None
 
     def _forget(self, unit: ShardUnit) -> None:
         for flat in unit.flats:

@@ -63,7 +63,7 @@ class ModelParts:
         problems += [f"unexpected: {name}" for name in state if name not in expected]
         for name, value in expected.items():
             if name in state and value is not None:
-                reason = misfit(state[name], value.shape, value.dtype)
+                reason = misfit(state[name], value.shape, value.dtype, value.layout)
                 problems += [] if reason is None else [f"{name}: {reason}"]
         if any(unit.pins for unit in owned_units(self._model)):
             problems.append("the model is in use: load outside of forwards and of `with bmt.gathered(...)`")

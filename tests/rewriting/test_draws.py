@@ -205,3 +205,47 @@ def test_methods_that_only_training_calls() -> None:
 def test_methods_that_others_call_with_no_batch() -> None:
     after = converted(DIFFUSION.replace("print(diffusion.sample", "diffusion.steps(1)\n    print(diffusion.sample"))
     assert after.count("own_random") == 1
+
+
+SAMPLING = """import torch
+from torch.utils.data import DataLoader
+
+net = torch.nn.Linear(2, 2)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for epoch in range(3):
+    for x in DataLoader(data, batch_size=8):
+        loss = net(x).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    {draw}
+"""
+WHOLE = {
+    "a step for each": "z = torch.randn(eval_batch_size, 2)\nfor t in steps:\n"
+    "    t = torch.full((eval_batch_size,), t)\n    with torch.no_grad():\n        z = net(z + t)\n"
+    "frames.append(z.numpy())",
+    "inside": "with torch.no_grad():\n    z = torch.randn(batch_size, 2)\n"
+    "    y = torch.zeros(batch_size, 1)\n    net(z + y)",
+    "a repeat": "z = torch.randn(args.batch_size, 2)\nwith torch.inference_mode():\n"
+    "    z = net(z + torch.arange(2).repeat(args.batch_size, 1))\nframes.append(z)",
+}
+SHARED = {
+    "its size once": "z = torch.randn(batch_size, 2)\nwith torch.no_grad():\n    frames.append(net(z).numpy())",
+    "it trains": "z = torch.randn(batch_size, 2)\nreal = torch.ones(batch_size, 1)\n"
+    "with torch.no_grad():\n    y = net(z)\n"
+    "net(z + real).mean().backward()\nopt.step()",
+}  # fmt: skip
+
+
+def sampled(draw: str) -> str:
+    return converted(SAMPLING.format(draw=draw.replace("\n", "\n    ")))
+
+
+@pytest.mark.parametrize("draw", WHOLE.values(), ids=WHOLE.keys())
+def test_samples_of_which_more_takes_the_size_are_made_whole(draw: str) -> None:
+    assert "shard_batch" not in sampled(draw)
+
+
+@pytest.mark.parametrize("draw", SHARED.values(), ids=SHARED.keys())
+def test_other_draws_are_shared_out(draw: str) -> None:
+    assert "bmt.shard_batch(torch.randn(batch_size, 2))" in sampled(draw)

@@ -110,3 +110,34 @@ def test_a_file_opened_in_a_guard_that_goes() -> None:
 def test_the_ranks_are_there_before_a_file_is_opened() -> None:
     after = converted(HEAD.replace("def main():\n", 'def main():\n    log = open("a", "w")\n') + TAIL)
     assert after.index("init_distributed") < after.index("open(")
+
+
+RENAMED = {
+    "a named one": 'with tempfile.NamedTemporaryFile(dir=".", delete=False) as f:\n    t = f.name\n'
+    '{}os.replace(t, "m.pt")',
+    "a number": 't = tempfile.mkstemp()[1]\n{}os.rename(t, "m.pt")',
+    "a folder": 't = tempfile.mkdtemp() + "/a"\n{}shutil.move(t, "m.pt")',
+    "a path": 't = Path(tempfile.mkstemp()[1])\n{}t.replace("m.pt")',
+}  # fmt: skip
+SCRATCH = {
+    "deleted": 'with tempfile.NamedTemporaryFile() as f:\n    t = f.name\n{}os.replace("a", "b")',
+    "kept": "t = tempfile.mkstemp()[1]\n{}",
+    "a folder for a while": 'with tempfile.TemporaryDirectory() as d:\n    t = d + "/a"\n{}os.replace("a", "b")',
+    "by its path": 't = "m.pt" + ".tmp"\n{}os.replace(t, "m.pt")',
+}
+
+
+def left_of(body: str) -> str:
+    lines = "".join(f"        {line}\n" for line in body.format("torch.save(net.state_dict(), t)\n").splitlines())
+    head = HEAD.replace("import os\n", "import os\nimport shutil\nimport tempfile\nfrom pathlib import Path\n")
+    return "\n".join(finding.message for finding in convert_text(head + lines + TAIL).reported)
+
+
+@pytest.mark.parametrize("body", RENAMED.values(), ids=RENAMED.keys())
+def test_temporary_files_that_other_ranks_leave_are_reported(body: str) -> None:
+    assert "the others' stay" in left_of(body)
+
+
+@pytest.mark.parametrize("body", SCRATCH.values(), ids=SCRATCH.keys())
+def test_other_temporary_files_are_not(body: str) -> None:
+    assert "the others' stay" not in left_of(body)

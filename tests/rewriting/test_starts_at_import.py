@@ -108,6 +108,82 @@ def test_a_seed_of_a_file_that_is_run_alone_starts_the_ranks(tmp_path: Path) -> 
     assert "bmt.init_distributed(seed=7)\n" in found["fit.py"]
 
 
+IMPORTED = "import torch\n\n\nclass Net(torch.nn.Module):\n    pass\n\n\nnet = Net()\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "starts"),
+    [
+        ("torch.manual_seed(7)\n", "run.py"),
+        ("import fit\nfit.seed(7)\n", "run.py"),
+        ("print('hello')\n", "run.py"),
+        ("path = 'a'\n", "data.py"),
+        ("", "data.py"),
+    ],
+)
+def test_a_seed_before_the_import_is_not_undone_by_it(tmp_path: Path, first: str, starts: str) -> None:
+    files = {
+        "run.py": f"import torch\n{first}from data import net\nfrom fit import fit\n\nfit(net)\n",
+        "data.py": IMPORTED,
+        "fit.py": FIT.format(top="def seed(n):\n    torch.manual_seed(n)"),
+    }
+    found = project(tmp_path, files)
+    assert [name for name, text in found.items() if "init_distributed" in text] == [starts]
+    results = convert_paths([tmp_path / name for name in files], Options(), [tmp_path])
+    assert launch(results, lambda path: Path(path.name)).endswith("torchrun --nproc_per_node=N run.py")
+
+
+@pytest.mark.parametrize("shown", ["say('hello')", "say('hello', 2)"])
+def test_a_function_that_prints_starts_nothing(tmp_path: Path, shown: str) -> None:
+    files = {
+        "run.py": RUN.format(module="fit", name="fit", guard=MAIN),
+        "fit.py": FIT.format(top=f"def say(text, times=1):\n    print(text * times)\n\n\n{shown}"),
+    }
+    found = project(tmp_path, files)
+    assert "init_distributed" not in found["fit.py"] and "bmt.init_distributed()" in found["run.py"]
+
+
+PACKAGED = """import torch
+
+net = torch.nn.Linear(1, 1)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def train(x):
+    opt.zero_grad()
+    net(x).mean().backward()
+    opt.step()
+
+
+class Trainer:
+    def fit(self, x):
+        train(x)
+
+
+def main():
+    Trainer().fit(torch.ones(1, 1))
+
+
+{call}
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "runs"),
+    [
+        ("for x in torch.ones(3, 1, 1):\n    train(x)", True),
+        ("main()", True),
+        ("Trainer().fit(torch.ones(1, 1))", True),
+        ("if __name__ == '__main__':\n    main()", True),
+        ("print('ready')", False),
+        ("run = Trainer", False),
+    ],
+)
+def test_a_script_in_a_package(tmp_path: Path, call: str, runs: bool) -> None:
+    found = project(tmp_path, {"pack/__init__.py": "", "pack/train.py": PACKAGED.format(call=call)})
+    assert ("bmt.init_distributed()" in found["pack/train.py"]) == runs
+
+
 def test_a_loader_made_at_import_starts_the_ranks(tmp_path: Path) -> None:
     data = "from torch.utils.data import DataLoader\n\ntrain_loader = DataLoader([1.0, 2.0], batch_size=2)\n"
     train = "import torch\nfrom data import train_loader\n\nnet = torch.nn.Linear(1, 1)\n"

@@ -11,7 +11,7 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
-from rewriter.analyze.training.feeds import Feeds
+from rewriter.analyze.training.feeds import Feeds, is_without_gradients
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.shares import Loop
 
@@ -150,8 +150,22 @@ class Batches:
             if (_batch_sized(node) or self._picks_a_batch(file, node)) and isinstance(
                 parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)
             ):
-                if not _has_the_size_of_another(file, node, _first_size(node)):
+                if not _has_the_size_of_another(file, node, _first_size(node)) and not self._is_whole(file, node):
                     yield node
+
+    @staticmethod
+    def _is_whole(file: File, call: ast.Call) -> bool:
+        """Whether a draw is for samples that are only looked at, and more is made of its size: each rank makes all."""
+        statement, size = file.names.statement_of(call), _first_size(call)
+        block = file.names.siblings(statement)
+        following = [node for later in block[block.index(statement) + 1 :] for node in walk(later)]
+        trains = any(isinstance(node, ast.Attribute) and node.attr == "backward" for node in following)
+        if size is None or trains or any(isinstance(node, (ast.Return, ast.Yield)) for node in following):
+            return False
+        blocks = (node for node in (*following, *file.names.ancestors(call)) if isinstance(node, ast.With))
+        if not any(map(is_without_gradients, blocks)):
+            return False
+        return any(isinstance(node, type(size)) and dotted(node) == dotted(size) for node in following if dotted(size))
 
     def _in_model(self, file: File, node: ast.AST) -> bool:
         owner = file.names.class_of(node)

@@ -37,12 +37,15 @@ class Entries:
         self._needs: dict[ast.AST, bool] = {}
         self._makes: dict[ast.AST, bool] = {}
         self._files: dict[ast.AST, bool] = {}
+        self._backward: dict[ast.AST, bool] = {}
+        self._light: dict[ast.AST, bool] = {}
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
         guarded = [s for s in file.tree.body if isinstance(s, ast.If) and _is_main_test(s.test)]
-        body = [s for s in file.tree.body if not isinstance(s, _DEFINITIONS) and s not in guarded]
-        library = file.path.exists() and (file.path.parent / "__init__.py").exists() and not _trains(body)
+        body = [s for s in file.tree.body if not isinstance(s, DEFINITIONS) and s not in guarded]
+        packaged = file.path.exists() and (file.path.parent / "__init__.py").exists()
+        library = packaged and not self._trains(file, [*body, *guarded])
         if not library and any(self.needs_init(file, s) for s in body):
             imported = self._is_imported(file)
             if not imported or (not guarded and any(self._needs_ranks(file, s) for s in body)):
@@ -72,14 +75,24 @@ class Entries:
 
     def _needs_ranks(self, file: File, statement: ast.stmt) -> bool:
         """Whether a statement must come after the start: it does more than seed or print, which any rank can."""
-        if isinstance(statement, _DEFINITIONS) or not self.needs_init(file, statement):
+        if isinstance(statement, DEFINITIONS) or not self.needs_init(file, statement):
             return False
         calls = [item for item in walk_own(statement) if isinstance(item, ast.Call) and self._call_needs(file, item)]
-        return not calls or any(
-            self.project.external(file, call.func) not in SEEDS
-            and not (isinstance(call.func, ast.Name) and call.func.id == "print")
-            for call in calls
-        )
+        return not calls or not all(self._is_light(file, call) for call in calls)
+
+    def _is_light(self, file: File, call: ast.Call) -> bool:
+        """Whether a call only seeds or prints, itself or in a function of the project."""
+        if self.project.external(file, call.func) in SEEDS:
+            return True
+        if isinstance(call.func, ast.Name) and call.func.id == "print":
+            return True
+        found = self.project.resolve(file, call.func)
+        if not isinstance(found, FunctionInfo):
+            return False
+        if found.node not in self._light:
+            self._light[found.node] = False
+            self._light[found.node] = not any(self._needs_ranks(found.file, item) for item in found.node.body)
+        return self._light[found.node]
 
     def _is_imported(self, file: File) -> bool:
         """Whether another file of the project imports this one, by name: what runs then is not what runs alone."""
@@ -96,7 +109,7 @@ class Entries:
 
     def _descend(self, file: File, block: list[ast.stmt]) -> list[ast.stmt]:
         """Follow a block that only calls one local function into that function."""
-        needing = [s for s in block if not isinstance(s, _DEFINITIONS) and self.needs_init(file, s)]
+        needing = [s for s in block if not isinstance(s, DEFINITIONS) and self.needs_init(file, s)]
         if len(needing) == 1 and isinstance(needing[0], (ast.Expr, ast.Assign)):
             value = needing[0].value
             if isinstance(value, ast.Call):
@@ -215,8 +228,33 @@ class Entries:
             self._needs[node] = any(self.needs_init(file, statement) for statement in node.body)
         return self._needs[node]
 
+    def _trains(self, file: File, statements: list[ast.stmt]) -> bool:
+        """Whether a module's own statements train, or call what does: then it is a script, wherever it lies."""
+        return any(
+            isinstance(node, ast.Call) and self._call_trains(file, node)
+            for statement in statements
+            for node in walk_own(statement)
+        )
 
-_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+    def _call_trains(self, file: File, call: ast.Call) -> bool:
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+            return True
+        found = self.project.resolve(file, call.func)
+        functions = [found.node] if isinstance(found, FunctionInfo) else []
+        if isinstance(found, ClassInfo):
+            functions = list(found.methods.values())
+        if not isinstance(found, (FunctionInfo, ClassInfo)):
+            return False
+        return any(self._function_trains(found.file, function) for function in functions)
+
+    def _function_trains(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+        if node not in self._backward:
+            self._backward[node] = False
+            self._backward[node] = self._trains(file, node.body)
+        return self._backward[node]
+
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
 
 
 def _is_main_test(test: ast.expr) -> bool:
@@ -224,15 +262,6 @@ def _is_main_test(test: ast.expr) -> bool:
         isinstance(test, ast.Compare)
         and any(isinstance(side, ast.Name) and side.id == "__name__" for side in (test.left, *test.comparators))
         and any(isinstance(side, ast.Constant) and side.value == "__main__" for side in (test.left, *test.comparators))
-    )
-
-
-def _trains(statements: list[ast.stmt]) -> bool:
-    """Whether statements of a module's own call backward: then it is a script, wherever it lies."""
-    return any(
-        isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
-        for statement in statements
-        for node in walk_own(statement)
     )
 
 

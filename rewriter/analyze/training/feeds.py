@@ -281,7 +281,7 @@ class Feeds:
             if isinstance(parent, (ast.If, ast.With)) and child in (block := _block_of(parent, child)):
                 if any(self.kind(file, item) == "trains" for statement in block for item in walk(statement)):
                     return False
-                if isinstance(parent, ast.If) or _is_without_gradients(parent):
+                if isinstance(parent, ast.If) or is_without_gradients(parent):
                     made = {n.id for s in block for n in walk(s) if isinstance(n, ast.Name) and _is_stored(n)}
                     return not made & _read_first(_what_follows(file, parent))
             child = parent
@@ -323,7 +323,7 @@ def _block_of(statement: ast.If | ast.With, child: ast.AST) -> list[ast.stmt]:
     return statement.body
 
 
-def _is_without_gradients(block: ast.With) -> bool:
+def is_without_gradients(block: ast.With) -> bool:
     names = {(dotted(getattr(i.context_expr, "func", i.context_expr)) or "").split(".")[-1] for i in block.items}
     return bool(names & {"no_grad", "inference_mode"})
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 
 _DEEP = 4
@@ -31,9 +31,16 @@ class Instances:
             return file.class_info(owner) if owner is not None else None
         if isinstance(node, ast.Call):
             found = self.project.resolve(file, node.func)
+            if isinstance(found, FunctionInfo) and deep <= _DEEP:
+                made = (self.class_of(found.file, value, deep + 1) for value in _returned(found.node))
+                return next((item for item in made if item is not None), None)
             return found if isinstance(found, ClassInfo) else None
         variable = self.roles[file].var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
-        if variable is None or deep > _DEEP:
+        return None if variable is None else self.class_held(file, variable, deep)
+
+    def class_held(self, file: File, variable: Var, deep: int = 0) -> ClassInfo | None:
+        """The class of the project that a variable's value is an object of, where it is seen."""
+        if deep > _DEEP:
             return None
         key = file, variable
         if key not in self._classes:
@@ -210,3 +217,10 @@ class Instances:
             for call in file.calls
             if isinstance(call.func, (ast.Name, ast.Attribute)) and self.project.resolve(file, call.func) is None
         ]
+
+
+def _returned(function: Function) -> Iterator[ast.expr]:
+    """What a function returns itself."""
+    for node in (node for statement in function.body for node in walk_own(statement)):
+        if isinstance(node, ast.Return) and node.value is not None:
+            yield node.value

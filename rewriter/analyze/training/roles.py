@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
@@ -17,6 +17,7 @@ _MODEL_NAMES = re.compile(
 )
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 _LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
+_OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
@@ -29,10 +30,13 @@ _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "
 class Roles:
     """Roles of the variables of one file. A variable is a name in its scope, or ``self.name`` in its class."""
 
-    def __init__(self, file: File, classes: Classes) -> None:
+    def __init__(
+        self, file: File, classes: Classes, class_held: Callable[[File, Var], ClassInfo | None] | None = None
+    ) -> None:
         self.file = file
         self.classes = classes
         self.project = classes.project
+        self._class_held = class_held if class_held is not None else lambda file, variable: None
 
     def var(self, node: ast.AST) -> Var | None:
         """The variable that a name, or an attribute of a name, stands for."""
@@ -90,6 +94,37 @@ class Roles:
 
     @cached_property
     def optimizers(self) -> set[Var]:
+        return self._named_optimizers - self.optimizer_holders
+
+    @cached_property
+    def optimizer_holders(self) -> set[Var]:
+        """Variables with objects of the project's that step an optimizer inside: ``NoamOpt(Adam(...))``."""
+        return {variable for variable in self._named_optimizers if self._holds_optimizer(variable)}
+
+    @cached_property
+    def steps(self) -> bool:
+        """Whether an optimizer is used here, or an object that has one is made here."""
+        made = (v for v, value, _, part in self.assignments if isinstance(value, ast.Call) and not part)
+        return bool(self._named_optimizers) or any(map(self._steps_inside, made))
+
+    def _steps_inside(self, variable: Var) -> bool:
+        """Whether a variable's object has a method with ``self.optimizer.step()``."""
+        held = self._class_held(self.file, variable)
+        methods = held.methods.values() if held is not None and not self.classes.is_module(held) else ()
+        return any(
+            isinstance(node, ast.Call) and _OWN_STEP.match(dotted(node.func) or "")
+            for method in methods
+            for node in walk(method)
+        )
+
+    def _holds_optimizer(self, variable: Var) -> bool:
+        held = self._class_held(self.file, variable)
+        if held is None or not self.classes.external_bases(held) <= {"object", "abc.ABC"}:
+            return False
+        return self.classes.method(held, "step") is not None
+
+    @cached_property
+    def _named_optimizers(self) -> set[Var]:
         found = {v for v, value, _, part in self.assignments if not part and self._is_optimizer(value)}
         found |= {v for v, value in self._paired if self._is_optimizer(value)}
         found |= self._stepped_bare & {v for v, methods in self.methods_called.items() if "zero_grad" in methods}

@@ -12,8 +12,9 @@ from rewriter.analyze.read.nodes import dotted, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
-from rewriter.analyze.training.entries import Entries
+from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
+from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.shares import Loop, Share, shares
 from rewriter.analyze.training.sums import Sums
@@ -149,9 +150,13 @@ class Scripts:
             and not any(
                 any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
                 for other, block in self.entries.items()
-                if other is not file and other not in loops
+                if other is not file and other not in loops and not self._runs_on_import(file, other)
             )
         )
+
+    def _runs_on_import(self, file: File, other: File) -> bool:
+        """Whether what another file does is done because a file imports it."""
+        return other in self.reach(file) and file not in self.reach(other) and other not in self._run_alone
 
     @cached_property
     def _run_alone(self) -> set[File]:
@@ -174,17 +179,21 @@ class Scripts:
         return {file for file in imported if file in self.entries and self.entry.runs_at_import(file)}
 
     def _import_order(self, start: File) -> list[File]:
-        """The project files that a file runs when it is run, in order; it is the last."""
+        """The project files that a file runs when it is run, by when they need the ranks; mostly it is the last."""
         order: list[File] = []
         seen: set[File] = set()
 
         def visit(file: File) -> None:
             seen.add(file)
             for node in file.tree.body:
+                if file is start and file not in order and not isinstance(node, DEFINITIONS):
+                    if file in self.entries and self.entry.needs_init(file, node):
+                        order.append(file)  # a seed in front of an import
                 for target in self._imported(file, node) if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
                     if target not in seen and target.convert:
                         visit(target)
-            order.append(file)
+            if file not in order:
+                order.append(file)
 
         visit(start)
         return order
@@ -232,7 +241,7 @@ class Scripts:
                 receiver = node.func.value
                 if not inner and not (isinstance(receiver, ast.Call) and dotted(receiver.func) == "super"):
                     roles = self.roles[file]
-                    return bool(roles.optimizers or roles.scalers or roles.managers)
+                    return bool(roles.steps or roles.scalers or roles.managers)
         return False
 
     def _builds_model(self, file: File) -> bool:
@@ -351,7 +360,8 @@ class _Roles(dict[File, Roles]):
     def __init__(self, classes: Classes) -> None:
         super().__init__()
         self._classes = classes
+        self._instances = Instances(classes, self, lambda: classes.project)
 
     def __missing__(self, file: File) -> Roles:
-        self[file] = Roles(file, self._classes)
+        self[file] = Roles(file, self._classes, self._instances.class_held)
         return self[file]

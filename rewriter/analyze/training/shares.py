@@ -28,6 +28,7 @@ _NAMED_MEANS = re.compile(
 _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
+_COMES_OF_IT = {"total", "mean", "samples", "unknown"}
 _SOME = -1  # a part of a value, it is not known which
 Loop = ast.For | ast.While
 Grown = tuple[ast.expr, bool, ast.expr]
@@ -155,14 +156,16 @@ class Kinds:
         return found
 
     def _blended(self) -> dict[ast.Assign, list[ast.expr]]:
-        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``."""
+        """What of a batch goes into ``average = 0.9 * average + 0.1 * x.mean()``, and into what it is at first."""
         found: dict[ast.Assign, list[ast.expr]] = {}
         for name, values in self.made.items():
-            statement = self.file.names.statement_of(values[0][0])
-            if len(values) == 1 and isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-                value = statement.value
-                if name in _named(value) and (isinstance(value, ast.BinOp) or _is_extreme(value)):
-                    found[statement] = list(_without(value, name))
+            statements = [self.file.names.statement_of(value) for value, _ in values]
+            simple = [s for s in statements if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)]
+            mixes = [s for s in simple if name in _named(s.value) and _blends(s.value)]
+            first = [s for s in simple if s not in mixes]
+            tested = all(isinstance(self.file.names.parents[s], ast.If) and name not in _named(s.value) for s in first)
+            if len(mixes) == 1 and len(simple) == len(statements) and tested:
+                found |= {statement: list(_without(statement.value, name)) for statement in simple}
         return found
 
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
@@ -211,96 +214,131 @@ class Kinds:
     def leaving(self) -> Iterator[tuple[ast.expr, str]]:
         """The expressions that are added up, collected, handed to meters or shown."""
         for node in self.nodes:
-            match node:
-                case ast.AugAssign(target=ast.Subscript(value=kept, slice=place) as target) if self.of_batch(place):
-                    if not self._holds_inside(kept):
-                        yield target, "unknown"
-                case ast.AugAssign(target=target, op=ast.Add() | ast.Sub(), value=value):
-                    if not self._bound_inside(target):
-                        kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
-                        yield from self._split(value) if kind == "mixed" else ()
-                        if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
-                            yield value, kind
-                        elif kind == "samples" and not self._holds_inside(target):
-                            yield value, "unknown"
-                case ast.AugAssign(target=target, value=value):
-                    if not self._holds_inside(target) and self.kind(value) in {"total", "mean", "samples", "unknown"}:
-                        yield value, "unknown"
-                case ast.Assign(targets=[target]) if node in self.blended:
-                    for value in self.blended[node]:
-                        kind = self.kind(value)
-                        if _is_extreme(node.value) and kind in {"total", "mean", "samples", "unknown"}:
-                            yield value, "unknown"
-                        elif kind in {"total", "mean"}:
-                            yield value, kind
-                case ast.Expr(value=ast.Call(func=func, args=[kept, place, *_])) if _AT.match(dotted(func) or ""):
-                    if not self._holds_inside(kept) and (self.of_batch(place) or self.of_batch(node)):
-                        yield place, "unknown"
-                case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr=attr), args=args)) if (
-                    attr in _IN_PLACE and not self._holds_inside(holder)
-                ):
-                    kinds = [(value, self.kind(value)) for value in args]
-                    for value, kind in [(v, k) for v, k in kinds if k in {"total", "mean", "samples", "unknown"}][:1]:
-                        yield value, "total" if kind == "total" and attr in {"add_", "sub_"} else "unknown"
-                case ast.Assign() if node in self.grown:
-                    for variable, listed, value in self.grown[node]:
-                        kind = "" if self._bound_inside(variable) else self.kind(value)
-                        if kind == "mixed" and not listed:
-                            yield from self._split(value)
-                        elif listed and kind in {"samples", "unknown", "mean", "total"}:
-                            cut = kind in {"samples", "unknown"} and self._is_cut(value)
-                            yield value, "samples" if cut else "unknown"
-                        elif kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
-                            yield value, kind
-                case ast.Assign(targets=[ast.Subscript(value=kept, slice=place)], value=value):
-                    if not self._bound_inside(kept) and not isinstance(place, ast.Constant):
-                        kind = self.kind(value)
-                        if kind in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
-                            yield value, "unknown"
-                        elif self.of_batch(place) and not self._holds_inside(kept):
-                            yield node.targets[0], "unknown"
-                        elif kind in {"mean", "total"} and not self._holds_inside(kept):
-                            yield value, kind
-                case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
-                    if not self._bound_inside(holder):
-                        kind = self.kind(value)
-                        if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
-                            yield from self._of_row(value)
-                        elif kind in {"total", "mean"} and attr == "append":
-                            yield value, kind
-                        elif kind == "mixed":
-                            yield from self._split(value)
-                        elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-                            yield value, "unknown" if _is_no_mean(value) else "samples"
-                        elif kind in {"samples", "unknown"} and not _is_text(value):
-                            yield value, "unknown"
-                case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _METERS:
-                    given = list(_parts([*args, *(keyword.value for keyword in keywords)]))
-                    kinds = [(value, self.kind(value)) for value in given]
-                    sizes_only = all(kind != "total" or self._is_size(value) for value, kind in kinds)
-                    for value, kind in kinds:
-                        if kind == "mean" or (kind == "total" and not sizes_only):
-                            yield value, kind
-                        elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(node)):
-                            yield value, "unknown"
-                        elif kind == "mixed":
-                            yield from self._split(value)
-                case _:
-                    for value in self._shown(node):
-                        kind = self.kind(value)
-                        if kind in {"total", "mean"}:
-                            yield value, kind
-                        elif kind == "mixed":
-                            yield from self._split(value)
-                        elif kind == "unknown" and self._is_entry(value):
-                            yield value, kind
-                        elif (
-                            kind in {"samples", "unknown"}
-                            and self._is_cut(value)
-                            and not (_tells_shape(value) or _is_text(value))
-                        ):
-                            yield value, "unknown"
+            yield from self._leaving_by(node)
         yield from self._shown_after()
+
+    def _leaving_by(self, node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+        match node:
+            case ast.AugAssign():
+                yield from self._added_up(node)
+            case ast.Assign(targets=[_]) if node in self.blended:
+                yield from self._blended_in(node)
+            case ast.Expr(value=ast.Call(func=func, args=[kept, place, *_])) if _AT.match(dotted(func) or ""):
+                if not self._holds_inside(kept) and (self.of_batch(place) or self.of_batch(node)):
+                    yield place, "unknown"
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=holder, attr=attr), args=args)) if (
+                attr in _IN_PLACE and not self._holds_inside(holder)
+            ):
+                yield from self._put_in_place(attr, args)
+            case ast.Assign() if node in self.grown:
+                yield from self._put_behind(node)
+            case ast.Assign(targets=[ast.Subscript() as target], value=value):
+                yield from self._put_at(target, value)
+            case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
+                if not self._bound_inside(holder):
+                    yield from self._collected(attr, value)
+            case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
+                yield from self._handed_to_meter(node, attr)
+            case _:
+                yield from self._shown_there(node)
+
+    def _added_up(self, node: ast.AugAssign) -> Iterator[tuple[ast.expr, str]]:
+        """``n += len(x)``."""
+        target, value = node.target, node.value
+        if isinstance(target, ast.Subscript) and self.of_batch(target.slice):
+            if not self._holds_inside(target.value):
+                yield target, "unknown"
+        elif not isinstance(node.op, (ast.Add, ast.Sub)):
+            if not self._holds_inside(target) and self.kind(value) in _COMES_OF_IT:
+                yield value, "unknown"
+        elif not self._bound_inside(target):
+            kind = self.kind(value) or ("" if self.comes_once(value) else self._per_item(node))
+            yield from self._split(value) if kind == "mixed" else ()
+            if kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
+                yield value, kind
+            elif kind == "samples" and not self._holds_inside(target):
+                yield value, "unknown"
+
+    def _blended_in(self, node: ast.Assign) -> Iterator[tuple[ast.expr, str]]:
+        """``average = 0.9 * average + 0.1 * x.mean()``."""
+        for value in self.blended[node]:
+            kind = self.kind(value)
+            if _is_extreme(node.value) and kind in _COMES_OF_IT:
+                yield value, "unknown"
+            elif kind in {"total", "mean"}:
+                yield value, kind
+
+    def _put_in_place(self, attr: str, args: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+        """``n.add_(len(x))``."""
+        kinds = [(value, self.kind(value)) for value in args]
+        for value, kind in [(v, k) for v, k in kinds if k in _COMES_OF_IT][:1]:
+            yield value, "total" if kind == "total" and attr in {"add_", "sub_"} else "unknown"
+
+    def _put_behind(self, node: ast.Assign) -> Iterator[tuple[ast.expr, str]]:
+        """``all = torch.cat([all, x])``, ``n = n + len(x)``."""
+        for variable, listed, value in self.grown[node]:
+            kind = "" if self._bound_inside(variable) else self.kind(value)
+            if kind == "mixed" and not listed:
+                yield from self._split(value)
+            elif listed and kind in {"samples", "unknown", "mean", "total"}:
+                cut = kind in {"samples", "unknown"} and self._is_cut(value)
+                yield value, "samples" if cut else "unknown"
+            elif kind in {"total", "mean", "unknown"} or (kind == "samples" and self._is_list(value)):
+                yield value, kind
+
+    def _put_at(self, target: ast.Subscript, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        """``values[step] = x.mean()``."""
+        kept, place = target.value, target.slice
+        if self._bound_inside(kept) or isinstance(place, ast.Constant):
+            return
+        kind = self.kind(value)
+        if kind in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
+            yield value, "unknown"
+        elif self.of_batch(place) and not self._holds_inside(kept):
+            yield target, "unknown"
+        elif kind in {"mean", "total"} and not self._holds_inside(kept):
+            yield value, kind
+
+    def _collected(self, attr: str, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
+        """``values.append(x.mean())``, ``labels.extend(y.tolist())``."""
+        kind = self.kind(value)
+        if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+            yield from self._of_row(value)
+        elif kind in {"total", "mean"} and attr == "append":
+            yield value, kind
+        elif kind == "mixed":
+            yield from self._split(value)
+        elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
+            yield value, "unknown" if _is_no_mean(value) or self._is_crossed(value) else "samples"
+        elif kind in {"samples", "unknown"} and not _is_text(value):
+            yield value, "unknown"
+
+    def _handed_to_meter(self, call: ast.Call, attr: str) -> Iterator[tuple[ast.expr, str]]:
+        """``meter.update(acc, len(x))``."""
+        given = list(_parts([*call.args, *(keyword.value for keyword in call.keywords)]))
+        kinds = [(value, self.kind(value)) for value in given]
+        sizes_only = all(kind != "total" or self._is_size(value) for value, kind in kinds)
+        for value, kind in kinds:
+            if kind == "mean" or (kind == "total" and not sizes_only):
+                yield value, kind
+            elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(call)):
+                yield value, "unknown"
+            elif kind == "mixed":
+                yield from self._split(value)
+
+    def _shown_there(self, node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
+        """``print(len(x))``."""
+        for value in self._shown(node):
+            kind = self.kind(value)
+            if kind in {"total", "mean"}:
+                yield value, kind
+            elif kind == "mixed":
+                yield from self._split(value)
+            elif kind == "unknown" and self._is_entry(value):
+                yield value, kind
+            elif kind in {"samples", "unknown"} and self._is_cut(value):
+                if not (_tells_shape(value) or _is_text(value)):
+                    yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
         """What the last batch has left in names, where it is shown behind the loop."""
@@ -479,6 +517,8 @@ class Kinds:
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
+                if any(self._is_crossed(value) for value, part in self.made[name] if part is None):
+                    return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
@@ -495,6 +535,8 @@ class Kinds:
                 if attr in {"sum", "mean"}:
                     if self.kind(value, deep + 1) == "loss":
                         return "loss"
+                    if self._is_crossed(value):
+                        return "unknown"
                     return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
                 if attr in _VIEWS:
                     return self.kind(value, deep + 1)
@@ -516,7 +558,30 @@ class Kinds:
                 return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
+            case ast.Dict(values=held) | ast.Tuple(elts=held) | ast.List(elts=held):
+                return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
+
+    def _is_crossed(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether samples are compared with what is made of all in the batch: ``x - x.mean(0)``, ``x / x.max()``."""
+        for item in walk(node):
+            if isinstance(item, ast.BinOp):
+                for one, other in ((item.left, item.right), (item.right, item.left)):
+                    of_all = self.kind(other) in {"mean", "total"} or (_is_no_mean(other) and self.of_batch(other))
+                    if of_all and not _is_no_mean(one) and self.kind(one) == "samples":
+                        return True
+            elif isinstance(item, ast.Name) and deep < 3:
+                if any(self._is_crossed(value, deep + 1) for value, part in self.made.get(item.id, ()) if part is None):
+                    return True
+        return False
+
+    def _is_read_loss(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is the number of a loss, which is read as that of all ranks, or nothing of the batch."""
+        kind = self.kind(node, deep + 1)
+        if isinstance(node, ast.Name) and node.id in self.made:
+            return kind in {"", "loss"} and all(self._is_read_loss(value, deep + 1) for value, _ in self.made[node.id])
+        read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
+        return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
 
     def _reads_loss(self, call: ast.Call) -> bool:
         """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
@@ -660,9 +725,19 @@ def _without(node: ast.expr, name: str) -> Iterator[ast.expr]:
     elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)):
         yield from _without(node.left, name)
         yield from _without(node.right, name)
+    elif isinstance(node, ast.IfExp):
+        yield from _without(node.body, name)
+        yield from _without(node.orelse, name)
     elif _is_extreme(node):
         for part in node.args if isinstance(node, ast.Call) else ():
             yield from _without(part, name)
+
+
+def _blends(node: ast.expr) -> bool:
+    """Whether a value is a sum, an extreme, or one of two of these."""
+    if isinstance(node, ast.IfExp):
+        return any(isinstance(side, ast.BinOp) for side in (node.body, node.orelse))
+    return isinstance(node, ast.BinOp) or _is_extreme(node)
 
 
 def _is_extreme(node: ast.expr) -> bool:

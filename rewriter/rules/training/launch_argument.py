@@ -2,7 +2,8 @@
 
 What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``.
 Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
-know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads.
+know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads. What is
+made of all options, such as ``vars(args)`` in a file, then has a ``local_rank`` of None as well.
 Refuses when: some parser of the file knows the argument, or the parser is not a plain argparse.ArgumentParser.
 """
 

@@ -4,7 +4,8 @@ What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loade
 Why: together the ranks see the batches of the unconverted script, in the same order.
 A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``.
 Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
-every rank then evaluates all of them, and sums and counts made from them are the unconverted script's.
+every rank then evaluates all of them, and sums and counts made from them are the unconverted script's. A loop that
+trains on parts of each batch, of which a share has fewer, is reported.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ _EVALUATION_WORD = re.compile(
     re.I,
 )
 _EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
+_AS_MANY = {"chunk", "tensor_split", "array_split", "keys", "values", "items"}
+"""What makes as many parts of a share as of a batch."""
 _TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or facts.scripts.started or b"DataLoader" not in file.source.data:
+    if file not in facts.scripts.training or facts.scripts.started:
+        return
+    yield from _in_parts(file, facts)
+    if b"DataLoader" not in file.source.data:
         return
     if not facts.scripts.feeds_training(file):
         return
@@ -62,6 +68,37 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, node.lineno, message)
         change = replace(node, code, loader=node, **dict(case.holes if case is not None else ()))
         yield Conversion(RULE.code, node.lineno, "every rank takes its share of each batch", (change,))
+
+
+def _in_parts(file: File, facts: Facts) -> Iterator[Finding]:
+    """Loops that train on parts of a batch one after the other: a share has fewer, so that there are fewer steps."""
+    for loop in file.nodes:
+        if not isinstance(loop, ast.For) or not facts.scripts.over_shares(file, loop):
+            continue
+        if _goes_through_parts(file, loop) and facts.scripts.feeds.trains(file, loop):
+            parts = f"this trains on parts of a batch, {file.source.code(loop.iter)}, of which a rank's share has fewer"
+            message = f"{parts}: make each smaller, by bmt.world_size(), instead"
+            yield Remark(RULE.code, loop.lineno, message, differs=True)
+
+
+def _goes_through_parts(file: File, loop: ast.For) -> bool:
+    """Whether a loop goes through parts of what a loop around it has in hand, of which there may be fewer."""
+    if any(isinstance(n, ast.Attribute) and n.attr in _AS_MANY for n in walk(loop.iter)):
+        return False
+    for around in file.names.ancestors(loop):
+        if isinstance(around, Function):
+            return False
+        if isinstance(around, ast.For):
+            held = _names_in(around.target)
+            for node in (node for statement in around.body for node in walk(statement)):
+                if isinstance(node, ast.Assign) and node.lineno < loop.lineno and _names_in(node.value) & held:
+                    held |= {name for target in node.targets for name in _names_in(target)}
+            return bool(_names_in(loop.iter) & held)
+    return False
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
 def _case(file: File, node: ast.Call) -> Template | None:

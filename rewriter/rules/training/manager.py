@@ -2,7 +2,8 @@
 
 What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the optimizer; a GradScaler becomes the manager
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
-does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients.
+does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
+optimizer inside (``NoamOpt(Adam(...))``) stays as it is: the optimizer that it holds gets the manager.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure. A learning-rate scheduler that the script steps stays the script's.
@@ -311,7 +312,7 @@ def _backward(
         if receiver.func.attr == "scale" and scaling in managers.of and len(receiver.args) == 1:
             loss, manager = receiver.args[0], managers.of[scaling]
     name = manager.name if manager is not None else _UNSCALED
-    if manager is None and not roles.optimizers and not roles.scalers and function is None:
+    if manager is None and not roles.steps and not roles.scalers and function is None:
         return  # a demonstration that steps nothing
     if manager is None and roles.scalers:
         message = "backward here does not know the loss scale of the scaler elsewhere in the file"

@@ -37,6 +37,9 @@ from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
+_MAKES_TEMPORARY = {"tempfile.mkstemp", "tempfile.mkdtemp"}
+_RENAMES = {"os.replace", "os.rename", "os.renames", "shutil.move"}
+
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
@@ -88,6 +91,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+        elif _is_renamed(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            message = "every rank makes this file, and one rank's gets its name: the others' stay; name it by its path"
+            yield Remark(RULE.code, call.lineno, f'{message} instead, path + ".tmp"')
 
 
 def _for_all(file: File, node: ast.stmt) -> str:
@@ -119,6 +125,22 @@ def _is_of_model(file: File, facts: Facts, node: ast.expr, deep: int = 0) -> boo
         return False
     given = facts.scripts.collectives.instances.given(file, function, node.id)
     return any(_is_of_model(other, facts, value, deep + 1) for other, value in given)
+
+
+def _is_renamed(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call makes a temporary file or folder, with a name of its own on every rank, that gets another name."""
+    name = facts.project.external(file, call.func)
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    stays = isinstance(kept := given.get("delete"), ast.Constant) and kept.value is False
+    function = file.names.function_of(call)
+    if function is None or not (name in _MAKES_TEMPORARY or (name == "tempfile.NamedTemporaryFile" and stays)):
+        return False
+    return any(
+        facts.project.external(file, other.func) in _RENAMES
+        or (isinstance(other.func, ast.Attribute) and other.func.attr in {"replace", "rename"} and len(other.args) == 1)
+        for other in walk(function)
+        if isinstance(other, ast.Call)
+    )
 
 
 def _uploads(file: File, facts: Facts, call: ast.Call) -> bool:

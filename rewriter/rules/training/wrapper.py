@@ -57,7 +57,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     wrapped = set[ast.stmt]()
     for variable, value, statement, part in roles.assignments:
         trained = roles.methods_called.get(variable, set()) & _TRAINED
-        if part or not trained or variable not in roles.models or not roles.optimizers:
+        if part or not trained or variable not in roles.models or not roles.steps:
             continue
         owner = file.names.class_of(statement)
         if owner is not None and facts.classes.is_module(file.class_info(owner)):

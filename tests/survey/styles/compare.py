@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def _load(path: Path) -> Any:
             return dict(loaded) if path.suffix == ".npz" else loaded
         if path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
-    except AttributeError:
+        if zipfile.is_zipfile(path):
+            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint without a suffix
+    except (AttributeError, ModuleNotFoundError):
         return None  # an object of a class of the script's own
     finally:
         sys.path.pop(0)
@@ -76,7 +79,8 @@ def _values(one: Any, two: Any, place: str) -> list[str]:
     if isinstance(one, str) and isinstance(two, str):
         return _texts(one, two)
     if isinstance(one, Mapping) and isinstance(two, Mapping):
-        found = [f"{place} has other keys"] if one.keys() != two.keys() else []
+        launched = {"local_rank"} if two.get("local_rank", 0) is None else set()  # options: the launcher's argument
+        found = [f"{place} has other keys"] if one.keys() != two.keys() - launched else []
         return found + [line for key in one if key in two for line in _values(one[key], two[key], f"{place}.{key}")]
     if isinstance(one, Sequence) and isinstance(two, Sequence):
         found = [f"{place} has another length"] if len(one) != len(two) else []
