@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -35,6 +36,8 @@ from .step_hooks import Args, Kwargs, StepHooks
 from .step_on import StepOn, choose, is_unchanged
 from .views import ShardView, TensorView, View, WholeView
 
+_STATE = ("state_dict", "load_state_dict")
+
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
     """Make ``optimizer`` work on sharded parameters.
@@ -45,6 +48,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         if step_on not in (None, "shards"):
             raise ConfigurationError(f"{type(optimizer).__name__} steps on shards; leave step_on out.")
         return
+    _complete(optimizer)
     if _view_of(optimizer) is not None:
         return
     params = all_params(optimizer.param_groups)
@@ -70,6 +74,12 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
     optimizer.register_load_state_dict_post_hook(view.restore)
     view.cut_present(optimizer)
     optimizer.__dict__["_bmt_in_parts"] = _InParts(optimizer, view)
+
+
+def _complete(optimizer: torch.optim.Optimizer) -> None:
+    """Give an optimizer whose class does not call ``super().__init__()`` the hooks that torch gives the others."""
+    for when in ("step_pre", "step_post", *(f"{what}_{when}" for what in _STATE for when in ("pre", "post"))):
+        optimizer.__dict__.setdefault(f"_optimizer_{when}_hooks", OrderedDict())
 
 
 class _InParts:

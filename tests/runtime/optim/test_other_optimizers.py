@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import models
@@ -10,6 +11,21 @@ import torch
 from ranks import on_ranks
 
 import bmtrain as bmt
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Holds another one, and does not call ``super().__init__()``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state = defaultdict(dict)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step(closure)
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p].setdefault("slow", torch.zeros_like(p.data))
+            slow += (p.data - slow) * 0.5
+            p.data.copy_(slow)
 
 
 class Momentum(torch.optim.Optimizer):
@@ -28,18 +44,31 @@ class Momentum(torch.optim.Optimizer):
                     p.data[p.data > 100] = 0
 
 
-@on_ranks(1, 2)
-def test_optimizers_that_write_data() -> None:
-    model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
-    reference = Momentum(plain.parameters(), 0.1)
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, plain: torch.nn.Module, same: Any) -> None:
+    """Three steps of each on the same batches."""
     manager = bmt.optim.OptimManager(loss_scale=None)
-    manager.add_optimizer(Momentum(model.parameters(), 0.1))
+    manager.add_optimizer(optimizer)
     for step in range(3):
         batch = models.batch("gpt", step)
-        manager.zero_grad()
-        reference.zero_grad()
+        model.zero_grad()
+        plain.zero_grad()
         manager.backward(model(*batch))
         plain(*batch).backward()
         manager.step()
-        reference.step()
+        same.step()
     oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
+def test_optimizers_that_write_data() -> None:
+    model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
+    train(model, Momentum(model.parameters(), 0.1), plain, Momentum(plain.parameters(), 0.1))
+
+
+@on_ranks(1, 2)
+def test_one_that_torch_has_not_set_up() -> None:
+    model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
+    own, reference = (Lookahead(torch.optim.Adam(m.parameters(), 1e-2)) for m in (model, plain))
+    train(model, own, plain, reference)
+    shapes = {number: tuple(state["slow"].shape) for number, state in own.state_dict()["state"].items()}
+    assert shapes == {number: tuple(p.shape) for number, p in enumerate(plain.parameters())}
