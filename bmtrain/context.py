@@ -462,7 +462,7 @@ def _connect(
             return LocalCommunicator()
         place = name if ranks == everyone else f"{name}/{ranks[0]}"
         made = connect(name, place, ranks.index(topology.rank), len(ranks))
-        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog, ranks)
+        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog, device.waits, ranks)
 
     everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard", "pipe"), mesh.group("replicate")
     control = connected(gloo, "control", everyone)

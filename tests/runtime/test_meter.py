@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -84,8 +85,74 @@ def test_writers_are_told_by_rank_0() -> None:
     assert others == [[], [], [], []]
     ((step, values),), (report,) = run, reports
     assert (step, report["step"], values["loss"]) == (1, 1, 2.5) and bar == [values]
-    assert set(values) == {"seconds", "tokens_per_second", "loss"}  # what is not known on a CPU is left out
+    # What is not known on a CPU is left out.
+    assert set(values) == {"seconds", "tokens_per_second", "exposed_communication", "loss"}
     assert writer == [(name, value, 1) for name, value in values.items()]
+
+
+def waits_for_others(share: float) -> list[float]:
+    """What each of three reports says of a second of steps, in which rank 1 comes late by ``share``."""
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
+    context().control.barrier()
+    meter, other, found = bmt.Meter(model, every=2), bmt.Meter(model, every=1), []
+    for _ in range(6):
+        busy = 0.1
+        time.sleep(busy if bmt.rank() == 0 else busy / (1 - share))
+        bmt.total(1.0)
+        other.step(tokens=1)  # which has its own beginning
+        report = meter.step(tokens=1)
+        if report is not None:
+            found.append(report["exposed_communication"])
+    return found
+
+
+def test_time_in_collectives_is_said() -> None:
+    early, late = run_ranks(2, waits_for_others, 0.5)
+    assert len(early) == len(late) == 3
+    assert all(0.4 < share < 0.65 for share in early) and all(0 <= share < 0.2 for share in late)
+
+
+def knows_no_waits() -> list[object]:
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
+    meter = bmt.Meter(model, every=1)
+    model(torch.ones(2, 10)).sum().backward()  # one rank waits for nobody
+    report = meter.step(tokens=1)
+    assert report is not None
+    return [report["exposed_communication"]]
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    assert run_ranks(1, knows_no_waits) == [[0.0]]
+
+
+def is_not_watched() -> list[object]:
+    with mock.patch.object(context(), "watchdog", None):  # as BMTRAIN_WATCH=0 leaves it
+        return knows_no_waits()
+
+
+def test_what_is_not_watched_is_not_known() -> None:
+    assert run_ranks(2, is_not_watched) == [[None], [None]]
+
+
+def test_waits_inside_of_waits_count_once_and_only_when_asked() -> None:
+    waits = Device(torch.device("cpu")).waits
+    with waits.at():
+        time.sleep(0.02)
+    assert waits.seconds() == 0
+    waits.is_on = True
+    with waits.at():
+        with waits.at():
+            time.sleep(0.02)
+        with pytest.raises(ConfigurationError), waits.at():
+            raise ConfigurationError("x")
+        time.sleep(0.02)
+    assert 0.04 <= waits.seconds() < 1  # a busy machine may take longer
+    known = waits.seconds()
+    waits.__enter__()  # a collective that another thread left in its middle
+    assert waits.seconds() == known
+    with waits.at():
+        time.sleep(0.01)
+    assert waits.seconds() > known
 
 
 PEAKS = {
