@@ -12,24 +12,9 @@ from rewriter.cli import main
 from rewriter.discover import walk
 
 FILES = [
-    "#h.py",
-    "a.py",
-    "b/a.py",
-    "b/c/a.py",
-    "data/x.py",
-    "foo/a.py",
-    "foo/bar/a.py",
-    "foo/bar/baz/a.py",
-    "keep/gen/a.py",
-    "keep/gen/b.py",
-    "logs/a.py",
-    "out/deep/er/a.py",
-    "sp.py",
-    "sub/data/x.py",
-    "sub/logs/a.py",
-    "x1.py",
-    "xa.py",
-]
+    "#h.py", "a.py", "b/a.py", "b/c/a.py", "data/x.py", "foo/a.py", "foo/bar/a.py", "foo/bar/baz/a.py", "keep/gen/a.py",
+    "keep/gen/b.py", "logs/a.py", "out/deep/er/a.py", "sp.py", "sub/data/x.py", "sub/logs/a.py", "x1.py", "xa.py",
+]  # fmt: skip
 IGNORED = [
     "", "*.py\n!b/a.py", "foo/*\n", "foo/*\n!foo/bar/", "/data", "data/", "/*\n!/foo", "foo/**/a.py", "**/bar",
     "foo/**", "\\#h.py", "sp.py ", "x[0-9].py", "x[!0-9].py", "foo/*/a.py", "b/*.py", "keep/gen/*\n!keep/gen/a.py",
