@@ -14,7 +14,7 @@ from rewriter.discover import Tell
 from rewriter.progress import EVERY, Progress
 from rewriter.report import Line
 
-_NARROW = 60  # columns in which a place, a rule and words have no room beside each other
+_BESIDE = 50  # columns for a rule and for words, beside the longest place
 _ROWS = 500  # of a table at a time: rich looks at all before it writes the first
 _STYLES = {"error:": "bold red", "left: ": "yellow", "needs --unsafe: ": "magenta", "": "cyan"}
 
@@ -57,19 +57,19 @@ def progress(stream: TextIO) -> Iterator[Tell]:
 
 def show(lines: Iterable[Line], stream: TextIO, color: bool) -> None:
     """Findings: a table on a terminal, elsewhere a line each that other programs understand."""
-    console = _console(stream, color)
-    if console is None or console.width < _NARROW:
-        for line in lines:
+    every, console = list(lines), _console(stream, color)
+    widest = max((len(line.place) for line in every), default=0)
+    if console is None or console.width < widest + _BESIDE:  # a place that is broken in two is none
+        for line in every:
             print(line, file=stream)
         return
     from rich.table import Table
     from rich.text import Text
 
-    every = list(lines)
     for start in range(0, len(every), _ROWS):
         table = Table.grid("", "", "", padding=(0, 2, 0, 0))
-        table.columns[0].overflow = "fold"  # no place loses its end
-        table.columns[1].no_wrap = True
+        table.columns[0].no_wrap = table.columns[1].no_wrap = True
+        table.columns[2].overflow = "fold"  # a word that is too long loses no part
         for line in every[start : start + _ROWS]:
             style = _STYLES.get(line.code) or _STYLES[line.mark]
             table.add_row(Text(line.place), Text(line.code, style), Text.assemble((line.mark, style), line.message))

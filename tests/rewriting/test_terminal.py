@@ -121,7 +121,7 @@ def test_ctrl_c_leaves_no_bar(project: Path, monkeypatch: pytest.MonkeyPatch, sh
     assert code == 130 and ESCAPES.sub("", err).endswith("\nbmt-convert: interrupted; nothing was written\n")
 
 
-@pytest.mark.parametrize("columns", [30, 60, 200])
+@pytest.mark.parametrize("columns", [15, 59, 60, 200])
 def test_findings_fit_the_width_and_lose_nothing(
     project: Path, monkeypatch: pytest.MonkeyPatch, columns: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,12 +130,13 @@ def test_findings_fit_the_width_and_lose_nothing(
     main([str(project), "--check"])
     plain = capsys.readouterr().out
     _, out, _ = run(monkeypatch, str(project), "--check")
-    if columns == 30:  # too narrow for a table
+    if columns < 60:  # beside the longest place, net.py:11, a table has no room
         assert out == plain
         return
     table = ESCAPES.sub("", out)
     assert "\033[33mleft: \033[0m" in out
     assert max(map(len, table.splitlines()[:-3])) <= columns
+    assert all(re.search(rf"^{place} ", table, re.M) for place in re.findall(r"^net.py:\d+", plain, re.M))
     assert sorted("".join(table.split()).replace(":", "")) == sorted("".join(plain.split()).replace(":", ""))
 
 
