@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -153,6 +154,51 @@ def test_waits_inside_of_waits_count_once_and_only_when_asked() -> None:
     with waits.at():
         time.sleep(0.01)
     assert waits.seconds() > known
+
+
+class Clock:
+    """In the place of torch.cuda.Event; what is recorded on a stream is passed at that stream's time."""
+
+    time = 0.0
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Clock.made += 1
+
+    def record(self, stream: object) -> None:
+        assert stream == "compute"
+        self.at = Clock.time
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Clock) -> float:
+        return (later.at - self.at) * 1000
+
+
+def test_a_gpu_waits_where_its_own_stream_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    device: Any = Device(torch.device("cpu"))
+    device.is_cuda, device.gather_stream, device.reduce_stream = True, "gather", "reduce"
+    stream = ["compute"]
+    device.current_stream = lambda: stream[0]
+    device.waits.is_on = True
+    for moved, given, now in (
+        (1, None, "compute"), (2, "compute", "gather"), (4, None, "gather"), (8, "reduce", "compute"),
+    ):  # fmt: skip
+        stream[0] = now
+        with device.waits.at(given):
+            with device.waits.at("gather"):
+                pass
+            Clock.time += moved
+    assert device.waits.seconds() == 3
+    made, stream[0] = Clock.made, "compute"
+    for _ in range(5000):
+        with device.waits.at():
+            Clock.time += 1
+    assert Clock.made < made + 3000  # they are used again
+    assert device.waits.seconds() == 5003
 
 
 PEAKS = {
