@@ -185,3 +185,22 @@ def _first_difference(what: str, facts: list[list[str]]) -> str:
         f"on rank 0 is {theirs} on rank {other} ({len(facts[0])} and {len(facts[other])} parameters and buffers). "
         "Give every rank the same."
     )
+
+
+_NEAR = 0.05
+"""By how much of its norm sums of a tensor may differ that was computed alike, in low precision and in any order."""
+
+
+def sums_of(values: torch.Tensor) -> torch.Tensor:
+    """(4,) the norm and some sums of (n,) values: two that have all of these in common are the same."""
+    middle, kind = values.numel() // 2, torch.float32
+    halves = values[:middle].sum(dtype=kind), values[middle:].sum(dtype=kind)
+    rows = values[::2].sum(dtype=kind), values[1::2].sum(dtype=kind)
+    norm = torch.linalg.vector_norm(values, dtype=kind)
+    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
+
+
+def differ(sums: torch.Tensor) -> torch.Tensor:
+    """(m,) whether those of (k, m, 4) ``sums`` are of different tensors that should be k times the same."""
+    apart, norms = (sums.amax(0) - sums.amin(0)).amax(1), sums[:, :, 0].amax(0)
+    return apart > _NEAR * norms

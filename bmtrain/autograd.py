@@ -34,7 +34,7 @@ class ScriptsAsWritten:
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
-def outside_of_compiled_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def outside_of_compiled_code(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``call(*args, **kwargs)``, which is no part of a graph: in one it would happen when that is made, or never."""
     return call(*args, **kwargs)
 
@@ -45,7 +45,7 @@ def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_dynamo_compiling():
-            return outside_of_compiled_code(call, *args, **kwargs)  # type: ignore[no-any-return]
+            return outside_of_compiled_code(call, *args, **kwargs)
         return call(*args, **kwargs)
 
     return run

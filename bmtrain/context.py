@@ -10,25 +10,16 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from .comm import (
-    Communicator,
-    GlooCommunicator,
-    LocalCommunicator,
-    Meeting,
-    ReplicatedCommunicator,
-    WatchedCommunicator,
-    let_others_speak_first,
-    meet,
-)
+from .comm import Communicator, GlooCommunicator, LocalCommunicator, Meeting, let_others_speak_first, meet
+from .connect import Collectives, Connector
 from .device import (
     Device,
     Schedule,
@@ -37,10 +28,10 @@ from .device import (
     is_in_use,
     let_segments_grow,
 )
-from .errors import CommunicationError, ConfigurationError, NotInitializedError
+from .errors import ConfigurationError, NotInitializedError
 from .precision import Precision, as_precision
 from .split_random import SplitRandom
-from .topology import Dimension, Mesh, Topology
+from .topology import Mesh, Topology
 from .watch import Diary, Hooks, Interrupts, Timeouts, Watchdog
 from .watch import start as start_watchdog
 
@@ -76,18 +67,6 @@ class BackgroundWriter(Protocol):
 
     def join(self) -> None:
         """Wait for its end."""
-
-
-@dataclass(frozen=True)
-class Collectives:
-    """How parameters become whole, and gradients parts."""
-
-    gather: Communicator
-    """Gathers of parameters; apart from ``reduce``, so that neither waits for the other."""
-    reduce: Communicator
-    """Reductions of gradients: their sum over all ranks that have some, of which this one keeps its part."""
-    reduce_unsliced: Communicator
-    """The same for parameters that are no slices, which tensor-parallel ranks keep alike: their sum over these, too."""
 
 
 Gradients = Literal["mean", "sum"]
@@ -333,23 +312,12 @@ def init_distributed(
         raise ConfigurationError("bmt.init_distributed() was already called in this process; call it once.")
     _warn_of_old(old)
     policy = as_precision(precision)
-    for name, value, known in (
-        ("schedule", schedule, Schedule),
-        ("random", random, Random),
-        ("gradients", gradients, Gradients),
-        *([("memory", memory, MemoryUse)] if isinstance(memory, str) else []),
-    ):
-        if value not in get_args(known):
-            raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
-    if not isinstance(memory, str) and not (type(memory) in (int, float) and 0 < memory < float("inf")):
-        raise ConfigurationError(f'memory must be "auto", "lean" or a number of GiB, not {memory!r}.')
+    _check_chosen(schedule, random, gradients, memory, num_micro_batches)
     env = os.environ
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,
     )  # fmt: skip
-    if num_micro_batches is not None and (type(num_micro_batches) is not int or num_micro_batches < 1):
-        raise ConfigurationError(f"num_micro_batches must be a whole number above 0, not {num_micro_batches!r}.")
     chosen = choose_device(device, topology.local_rank)
     if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         let_segments_grow()
@@ -419,6 +387,23 @@ def shutdown() -> None:
         _State.context = None
 
 
+def _check_chosen(
+    schedule: str, random: str, gradients: str, memory: MemoryUse | float, micro_batches: int | None
+) -> None:
+    for name, value, known in (
+        ("schedule", schedule, Schedule),
+        ("random", random, Random),
+        ("gradients", gradients, Gradients),
+        *([("memory", memory, MemoryUse)] if isinstance(memory, str) else []),
+    ):
+        if value not in get_args(known):
+            raise ConfigurationError(f"{name} must be one of {', '.join(get_args(known))}, not {value!r}.")
+    if not isinstance(memory, str) and not (type(memory) in (int, float) and 0 < memory < float("inf")):
+        raise ConfigurationError(f'memory must be "auto", "lean" or a number of GiB, not {memory!r}.')
+    if micro_batches is not None and (type(micro_batches) is not int or micro_batches < 1):
+        raise ConfigurationError(f"num_micro_batches must be a whole number above 0, not {micro_batches!r}.")
+
+
 def _connect(
     topology: Topology,
     device: Device,
@@ -428,100 +413,42 @@ def _connect(
     memory: MemoryUse | float,
     micro_batches: int | None,
 ) -> Context:
-    store, diary, mesh = meeting.store, Diary(), topology.mesh
     # Who waits too long is named by the watchdog; the transport's own limit says nothing, so it comes later.
     timeout = timeouts.longest + (_LATER if watches else timedelta(0))
-    on_device: list[Communicator] = []  # what another thread may end; gloo waits until its connections end
-    watchdog = None
+    connect = Connector(topology, device, meeting.store, timeout, Diary())
     if topology.world_size > 1 and watches:
         let_others_speak_first()
-        hooks = Hooks(partial(_abort, on_device), partial(_check, on_device), device.is_busy)
-        watchdog = start_watchdog(
-            store, topology.rank, topology.world_size, meeting.host, diary, timeouts,
-            os.environ.get("BMTRAIN_DIARY_DIR", ""), hooks, meeting.secret,
+        connect.watchdog = start_watchdog(
+            meeting.store, topology.rank, topology.world_size, meeting.host, connect.diary, timeouts,
+            os.environ.get("BMTRAIN_DIARY_DIR", ""), Hooks(connect.abort, connect.check, device.is_busy),
+            meeting.secret,
         )  # fmt: skip
-
-    def gloo(name: str, place: str, rank: int, size: int) -> Communicator:
-        return GlooCommunicator(PrefixStore(place, store), rank, size, timeout)
-
-    def nccl(name: str, place: str, rank: int, size: int) -> Communicator:
-        from .comm.nccl import NcclCommunicator, Policy
-        from .comm.staged import StagedCommunicator
-
-        # The zero-CTA policy moves gathers with copy engines and leaves the multiprocessors to the GEMMs beside them.
-        policy: Policy = "zero" if name in ("gather", "stage/gather") else "default"
-        rare = name in ("world", "shard", "replicate", "model", "data", "stage", "stage/data")
-        kind = StagedCommunicator if rare else NcclCommunicator
-        where: Any = store, place, rank, size, device.torch_device
-        on_device.append(kind(*where, policy=policy))
-        return on_device[-1]
-
-    def connected(connect: Callable[[str, str, int, int], Communicator], name: str, ranks: list[int]) -> Communicator:
-        """``ranks``, this one among them; other groups of the same ``name`` meet elsewhere."""
-        if len(ranks) == 1:
-            return LocalCommunicator()
-        place = name if ranks == everyone else f"{name}/{ranks[0]}"
-        made = connect(name, place, ranks.index(topology.rank), len(ranks))
-        return made if watchdog is None else WatchedCommunicator(made, name, diary, watchdog, device.waits, ranks)
-
-    everyone, shards, replicas = list(range(mesh.size())), mesh.group("shard", "pipe"), mesh.group("replicate")
-    control = connected(gloo, "control", everyone)
+    mesh = topology.mesh
+    pipes = mesh.group("pipe")
+    control = connect.on_host("control", list(range(mesh.size())))
     try:
         _check_alike(control, topology, memory, micro_batches)
     except ConfigurationError:
-        if watchdog is not None:
-            watchdog.leave()
+        if connect.watchdog is not None:
+            connect.watchdog.leave()
         control.close()
         raise
-    connect = nccl if device.is_cuda else gloo
-    world = connected(connect, "world", everyone)
-    known = [(everyone, world)]
-
-    def group(name: str, *dimensions: Dimension) -> Communicator:
-        """One more group, or one that there is already."""
-        ranks = mesh.group(*dimensions)
-        for others, made in known:
-            if others == ranks:
-                return made
-        known.append((ranks, connected(connect, name, ranks)))
-        return known[-1][1]
-
-    def collectives_of(prefix: str, ranks: list[int]) -> Collectives:
-        gather, reduce = connected(connect, f"{prefix}gather", ranks), connected(connect, f"{prefix}reduce", ranks)
-        if len(replicas) > 1:
-            reduce = ReplicatedCommunicator(reduce, connected(connect, f"{prefix}reduce/replicas", replicas))
-        reduce_unsliced = reduce
-        if mesh.size("tensor") > 1:
-            tensors = connected(connect, f"{prefix}reduce/tensor", mesh.group("tensor"))
-            reduce_unsliced = ReplicatedCommunicator(reduce, tensors)
-        return Collectives(gather, reduce, reduce_unsliced)
-
-    shard_group, replicate_group = group("shard", "shard", "pipe"), group("replicate", "replicate")
-    model_group = group("model", "shard", "pipe", "tensor")
-    data_group = group("data", "replicate", "shard", "pipe")
-    tensor_group = connected(connect, "tensor", mesh.group("tensor"))  # for activations, which are large
-    pipes = mesh.group("pipe")
-    pipe_group, pipe_control = connected(connect, "pipe", pipes), connected(gloo, "pipe/control", pipes)
-    stage_group = group("stage", "replicate", "shard", "tensor")
-    stage_data_group = group("stage/data", "replicate", "shard")
-    collectives = collectives_of("", shards)
-    stage_collectives = collectives_of("stage/", mesh.group("shard")) if len(pipes) > 1 else collectives
+    # In this order on every rank.
+    world = connect.group("world", *Mesh.mesh_dim_names)
+    shard_group, replicate_group = connect.group("shard", "shard", "pipe"), connect.group("replicate", "replicate")
+    model_group = connect.group("model", "shard", "pipe", "tensor")
+    data_group = connect.group("data", "replicate", "shard", "pipe")
+    tensor_group = connect.on_device("tensor", mesh.group("tensor"))  # for activations, which are large
+    pipe_group, pipe_control = connect.on_device("pipe", pipes), connect.on_host("pipe/control", pipes)
+    stage_group = connect.group("stage", "replicate", "shard", "tensor")
+    stage_data_group = connect.group("stage/data", "replicate", "shard")
+    collectives = connect.collectives("", "shard", "pipe")
+    stage_collectives = connect.collectives("stage/", "shard") if len(pipes) > 1 else collectives
     return Context(
-        topology, device, store, world, control, shard_group, replicate_group, tensor_group, model_group, data_group,
-        pipe_group, pipe_control, stage_group, stage_data_group, stage_collectives, collectives,
-        timeouts.longest, diary, watchdog, Interrupts(topology.rank), num_micro_batches=micro_batches,
+        topology, device, meeting.store, world, control, shard_group, replicate_group, tensor_group, model_group,
+        data_group, pipe_group, pipe_control, stage_group, stage_data_group, stage_collectives, collectives,
+        timeouts.longest, connect.diary, connect.watchdog, Interrupts(topology.rank), num_micro_batches=micro_batches,
     )  # fmt: skip
-
-
-def _abort(communicators: list[Communicator]) -> None:
-    for communicator in communicators:
-        with suppress(CommunicationError):  # the others must be freed, too
-            communicator.abort()
-
-
-def _check(communicators: list[Communicator]) -> None:
-    for communicator in communicators:
-        communicator.check_async_error()
 
 
 def _check_alike(

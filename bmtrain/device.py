@@ -5,7 +5,6 @@ On a CPU every operation is finished when its call returns, so streams and event
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from collections import deque
@@ -17,14 +16,14 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import OwnRandom, SharedDraws, host_draws_own, move_on
+from .own_random import HostDraws, HostState, OwnRandom, SharedDraws, host_draws_own, move_on
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
 from their order; or at the same time with delays around every event and freed buffers overwritten with NaN, so
 that a missing wait shows in the numbers."""
 
-RngState = tuple[torch.Tensor, "torch.Tensor | None", tuple[Any, ...], list[int]]
+RngState = tuple[torch.Tensor, "torch.Tensor | None", HostState, list[int]]
 
 # The first name whose words are among a GPU's counts.
 _PEAKS = {
@@ -207,6 +206,7 @@ class Device:
         self._index = device.index  # looked up fastest
         self._draws_as = rank
         self._own_random = [OwnRandom(generator, rank) for generator in self._generators()]
+        self._host_draws: HostDraws | None = None
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
@@ -355,6 +355,11 @@ class Device:
         own.watched = SharedDraws(self.generator) if watched else None
         return own.watched
 
+    def watch_host_draws(self, watched: bool) -> HostDraws | None:
+        """The same for what ``random`` and numpy draw."""
+        self._host_draws = HostDraws() if watched else None
+        return self._host_draws
+
     def layers_draw_own(self) -> AbstractContextManager[None]:
         """Inside the ``with`` this rank's layers draw numbers of their own."""
         return self._own_random[0]
@@ -365,19 +370,20 @@ class Device:
         with ExitStack() as stack:
             for own in self._own_random:
                 stack.enter_context(own)
+            stack.enter_context(_paused(self._host_draws))
             stack.enter_context(host_draws_own(self._draws_as))
             yield
 
-    def rng_state(self) -> RngState:
-        """State of torch's CPU generator, of this device's, of ``random``, and who draws from an own stream."""
+    def rng_state(self, numpy_too: bool = True) -> RngState:
+        """State of torch's CPU generator, this device's, ``random`` and numpy, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
-        return torch.get_rng_state(), here, random.getstate(), [own.depth for own in self._own_random]
+        return torch.get_rng_state(), here, HostState.now(numpy_too), [own.depth for own in self._own_random]
 
     def drawn_since(self, state: RngState) -> list[bool]:
-        """Of torch's generators, that of this device first, and of ``random``: whether they have moved."""
+        """Of torch's generators, that of this device first, of ``random`` and numpy: whether they have moved."""
         present = self.rng_state()
         pairs = [(old, new) for old, new in ((state[1], present[1]), (state[0], present[0])) if old is not None]
-        return [*(new is None or not torch.equal(old, new) for old, new in pairs), state[2] != present[2]]
+        return [*(new is None or not torch.equal(old, new) for old, new in pairs), *state[2].left_by(present[2])]
 
     def go_back_to(self, start: RngState, drawn: Sequence[bool]) -> None:
         """Put the shared streams where they were, and those that have ``drawn`` somewhere that follows from it alone.
@@ -390,18 +396,26 @@ class Device:
                 generator.set_state(state)
                 if moves:
                     move_on(generator)
-        random.setstate(start[2])
-        if drawn[-1]:
-            random.seed(random.getrandbits(64))
+        start[2].move_on(drawn[-2:])
 
     def set_rng_state(self, state: RngState) -> None:
         """Put back what ``rng_state`` returned."""
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
-        random.setstate(state[2])
+        state[2].put_back()
         for own, depth in zip(self._own_random, state[3], strict=True):
             own.depth = depth
+
+
+@contextmanager
+def _paused(draws: HostDraws | None) -> Iterator[None]:
+    """What is drawn inside the ``with`` is not counted."""
+    if draws is not None:
+        draws.look()
+    yield
+    if draws is not None:
+        draws.begin_here()
 
 
 AutocastRegions = list[tuple[str, bool, torch.dtype]]

@@ -13,10 +13,12 @@ single process.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,29 +107,115 @@ def head(state: torch.Tensor) -> bytes:
     return bytes(state[:_HEAD].tolist())
 
 
+class HostState(NamedTuple):
+    """Where ``random`` stands, and numpy's generator if it is in use and was asked for."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+
+    @classmethod
+    def now(cls, numpy_too: bool = True) -> HostState:
+        """The present one; numpy's takes longest."""
+        numpy = sys.modules.get("numpy") if numpy_too else None
+        return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
+
+    def put_back(self) -> None:
+        """Let both stand there again."""
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+    def left_by(self, later: HostState) -> tuple[bool, bool]:
+        """Whether either has moved from here to ``later``."""
+        arrays = self.numpy is not None and later.numpy is not None
+        return self.python != later.python, arrays and _key(self.numpy) != _key(later.numpy)
+
+    def move_on(self, drawn: Sequence[bool]) -> None:
+        """Let those that have ``drawn`` stand elsewhere, which follows from here alone, and the others here."""
+        self.put_back()
+        if drawn[0]:
+            random.seed(random.getrandbits(64))
+        if drawn[1] and self.numpy is not None:
+            numpy = sys.modules["numpy"]
+            numpy.random.seed(numpy.random.randint(2**32, dtype=numpy.uint64))
+
+
+class HostDraws:
+    """Whether user code draws from what all ranks share of ``random`` and numpy.
+
+    Attributes:
+        found: whether it has, since this was last set.
+    """
+
+    def __init__(self) -> None:
+        self.found = False
+        self.begin_here()
+
+    def begin_here(self) -> None:
+        """What was drawn before does not count."""
+        self._state = HostState.now()
+
+    def look(self) -> None:
+        """Look whether anything was drawn since the last call."""
+        before = self._state
+        self.begin_here()
+        self.found = self.found or any(before.left_by(self._state))
+
+
+def _key(state: Any) -> tuple[Any, ...]:
+    return (state[1][:8].tobytes(), *state[2:])
+
+
 @contextmanager
 def host_draws_own(rank: int) -> Iterator[None]:
     """Inside the ``with``, what ``random`` and numpy (if it is in use) draw is this rank's own, as above."""
-    numpy, salt = sys.modules.get("numpy"), rank.to_bytes(8, "little")
-    shared, arrays = random.getstate(), None if numpy is None else numpy.random.get_state()
-    random.seed(_seed((*shared[1][:8], shared[1][-1]), salt))
-    start, start_arrays = random.getstate(), None
-    if numpy is not None and arrays is not None:
-        numpy.random.seed(_seed((*arrays[1][:8].tolist(), *arrays[2:]), salt) % 2**32)
-        start_arrays = numpy.random.get_state()
+    shared, salt = HostState.now(), rank.to_bytes(8, "little")
+    random.seed(_seed((*shared.python[1][:8], shared.python[1][-1]), salt))
+    if shared.numpy is not None:
+        arrays = shared.numpy
+        sys.modules["numpy"].random.seed(_seed((*arrays[1][:8].tolist(), *arrays[2:]), salt) % 2**32)
+    start = HostState.now()
     try:
         yield
     finally:
-        drawn = random.getstate() != start
-        random.setstate(shared)
-        if drawn:
+        drawn = start.left_by(HostState.now())
+        shared.put_back()
+        if drawn[0]:
             random.random()
-        if numpy is not None and arrays is not None and start_arrays is not None:
-            drawn = numpy.random.get_state()[2:] != start_arrays[2:]
-            numpy.random.set_state(arrays)
-            if drawn:
-                numpy.random.random_sample()
+        if drawn[1]:
+            sys.modules["numpy"].random.random_sample()
 
 
 def _seed(head: tuple[object, ...], salt: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(repr(head).encode(), digest_size=8, salt=salt).digest(), "little")
+
+
+def is_generator(value: object) -> bool:
+    """Whether ``value`` is a generator of torch's, of ``random``'s or of numpy's that somebody has made."""
+    kinds = (torch.Generator, random.Random, *_of_numpy())
+    return isinstance(value, kinds) and not isinstance(value, random.SystemRandom)
+
+
+def _of_numpy() -> tuple[type, ...]:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
+
+
+def generator_state(generator: Any) -> bytes:
+    """Where it stands."""
+    if isinstance(generator, random.Random):
+        return pickle.dumps(generator.getstate())
+    if hasattr(generator, "bit_generator"):
+        return pickle.dumps(generator.bit_generator.state)
+    return pickle.dumps(generator.get_state())
+
+
+def set_generator_state(generator: Any, state: bytes) -> None:
+    """Let it stand there."""
+    found = pickle.loads(state)
+    if isinstance(generator, random.Random):
+        generator.setstate(found)
+    elif hasattr(generator, "bit_generator"):
+        generator.bit_generator.state = found
+    else:
+        generator.set_state(found)

@@ -22,7 +22,7 @@ from .errors import CommunicationError, UnsupportedError
 _reading = threading.Lock()  # what torch allows is one list for all threads
 
 
-def to_bytes(obj: Any) -> bytes:
+def to_bytes(obj: object) -> bytes:
     """``obj`` as bytes.  Raises UnsupportedError for one that ``from_bytes`` would refuse."""
     buffer = io.BytesIO()
     torch.save(obj, buffer)

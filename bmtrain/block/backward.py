@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..autograd import ScriptsAsWritten, backward_id, saves_with, when_backward_ends
+from ..autograd import ScriptsAsWritten, backward_id, runs_as_written, saves_with, when_backward_ends
 from ..device import Device
 from ..shard.unit import ShardUnit, unit_of_flat, wait_to_be_reduced
 from .frame import Frame
@@ -50,6 +50,7 @@ class Backward:
             self._scripts = ScriptsAsWritten()
             self._scripts.__enter__()
 
+    @runs_as_written
     def output_is_reached(self, _: torch.Tensor) -> None:
         """Hook of what an outermost forward returned."""
         self._starts()
@@ -142,6 +143,7 @@ class Backward:
         """
         return self._note if self._note is not None and saves_with(self._note) else None
 
+    @runs_as_written
     def finish(self) -> None:
         """Reduce every gradient not reduced yet, in the units' order, and release what is whole.  Collective."""
         self._id = None

@@ -18,14 +18,15 @@ class FirstDraws:
     """Draws from the stream that all ranks share, where those of layers are each rank's own.
 
     Before a forward only a GPU's generator is looked at: the CPU's also gives the order of the data, which is to be
-    shared.  In a forward that draws alike, as on a CPU, both draw from the same.
+    shared.  In a forward that draws alike, as on a CPU, both draw from the same.  There ``random`` and numpy are looked
+    at, too, in layers as well, for which they have no streams of their own.
     """
 
     def __init__(self, ctx: Context) -> None:
         split = ctx.tensor_group.world_size > 1 or ctx.topology.mesh.size("pipe") > 1  # whose streams are others
         wanted = ctx.topology.data_size > 1 and ctx.random != "shared" and not split
         self._ctx, self._steps, self._before, self._place = ctx, 0, 0, ""
-        self._draws = ctx.device.watch_shared_draws(wanted)
+        self._draws, self._hosts = ctx.device.watch_shared_draws(wanted), ctx.device.watch_host_draws(wanted)
         self._between = False  # whether no forward has begun since a step
 
     def forward_starts(self) -> None:
@@ -40,6 +41,9 @@ class FirstDraws:
                 return
         self._between = self._draws.found = False
         self._place = users_line()
+        if self._hosts is not None:
+            self._hosts.begin_here()
+            self._hosts.found = False
 
     def forward_ends(self) -> None:
         """It is over."""
@@ -48,6 +52,10 @@ class FirstDraws:
         self._draws.look()
         if self._draws.found:
             self._warn("by a model's own forward, or what that calls beside its layers", self._place)
+        elif self._hosts is not None:
+            self._hosts.look()
+            if self._hosts.found:
+                self._warn("by numpy or Python's random in a model's forward", self._place)
 
     def optimizer_stepped(self) -> None:
         """What is drawn from here on is for another batch."""
@@ -70,4 +78,5 @@ class FirstDraws:
             )
 
     def _end(self) -> None:
-        self._draws = self._ctx.device.watch_shared_draws(False)
+        self._draws, self._hosts = self._ctx.device.watch_shared_draws(False), None
+        self._ctx.device.watch_host_draws(False)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..alike import differ, sums_of
 from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
 from ..errors import ConfigurationError
 from ..shard.unit import ShardUnit
@@ -69,6 +70,7 @@ class Frame:
         self.begun = self.finished = False
         self.autocast = owner.device.autocast()
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
+        self._sums: list[torch.Tensor] | None = None  # of the same, in a block's first runs
         self._plan, self._storages = plan, dict[int, int]()
         self._made: dict[int, torch.Tensor] = {}
         self._again: Repeat | None = None
@@ -102,6 +104,7 @@ class Frame:
         self, again: Repeat, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]
     ) -> T:
         self._again, self._held = again, [] if again.watches else None
+        self._sums = [] if again.is_observed else None
         self.owner.will_repeat()
         with self.hooks():
             out = call(*args, **kwargs)
@@ -129,8 +132,11 @@ class Frame:
         if self._held is not None:
             self._held.append(tensor.detach())
         self._facts.append((tensor.shape, tensor.dtype))
+        if self._sums is not None:
+            self._sums.append(_sums(tensor))
         return len(self._facts) - 1
 
+    @runs_as_written
     def _unpack(self, packed: Any) -> torch.Tensor:
         if not self.begun:
             if self.owner.peeks:
@@ -175,11 +181,14 @@ class Frame:
 
     def _recompute(self) -> None:
         made: dict[int, torch.Tensor] = {}
+        sums: list[torch.Tensor] = []
 
         @runs_as_written
         def pack(tensor: torch.Tensor) -> Any:
             if self.owner.flat_at(tensor) is None:
                 made[len(made)] = tensor
+                if self._sums is not None:
+                    sums.append(_sums(tensor))
                 if len(made) == len(self._facts):
                     raise _Enough
             return None
@@ -199,12 +208,33 @@ class Frame:
                 raise
         if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
             raise ConfigurationError(
-                f"Recomputing {self.units[0].name if self.units else 'a block'} did not save the tensors that its "
+                f"Recomputing {(self.units and self.units[0].name) or 'a block'} did not save the tensors that its "
                 f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the "
                 "same twice, as one that fills a cache it is given. Train without the cache (use_cache=False), or use "
                 "bmt.Block(..., use_checkpoint=False) for it."
             )
+        if self._sums and bool(differ(torch.stack([_on_host(self._sums), _on_host(sums)])).any()):
+            raise ConfigurationError(
+                f"Recomputing {(self.units and self.units[0].name) or 'a block'} gave other values than its forward: "
+                "the block does not do the same twice. It draws from a generator that is no attribute of its modules, "
+                "where one (torch.Generator, numpy.random.Generator) is put back; or what it reads outside of itself "
+                "has changed since. Make that an attribute or an argument, or use bmt.Block(..., use_checkpoint=False)."
+            )
         self._made = made
+
+
+@torch.no_grad()
+def _sums(tensor: torch.Tensor) -> torch.Tensor:
+    """(4,) by which to see whether a second run makes the same; zeros of what is no result (the bytes of an LSTM)."""
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta:
+        return torch.zeros(4, device=tensor.device)
+    if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+        return torch.zeros(4, device=tensor.device)
+    return sums_of(tensor.detach().reshape(-1).float())
+
+
+def _on_host(sums: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([one.cpu() for one in sums])
 
 
 def _never(packed: Any) -> torch.Tensor:

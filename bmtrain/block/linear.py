@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..autograd import accumulator_among_inputs, is_accumulated
+from ..autograd import accumulator_among_inputs, is_accumulated, runs_as_written
 from ..context import context
 from ..errors import UnsupportedError
 from ..shard.engine import engine
@@ -37,6 +37,7 @@ class _LinearInto(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @runs_as_written
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = grad @ weight if ctx.needs_input_grad[0] else None
@@ -60,6 +61,7 @@ class _CompiledLinearInto(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
+    @runs_as_written
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         grad_x = torch.ops.bmtrain.linear_backward(grad, x, weight)

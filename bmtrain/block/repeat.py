@@ -29,7 +29,11 @@ class _Borrowed:
 
 
 class Repeat:
-    """A forward that can be run once more with the same generators and surroundings."""
+    """A forward that can be run once more with the same generators and surroundings.
+
+    Attributes:
+        is_observed: whether this is one of a block's first runs, of which it is seen whether it does the same twice.
+    """
 
     def __init__(
         self, buffers: Buffers, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -37,12 +41,14 @@ class Repeat:
         self._buffers, self._device = buffers, buffers.device
         self._call, self._inputs = call, self._kept((args, kwargs))
         self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
-        self._rng = self._device.rng_state()
         self._surroundings = Surroundings()
         module: Any = getattr(call, "__self__", None)
         self._module: nn.Module = module
         self._record = record_of(module) if isinstance(module, nn.Module) else None
         self._before = [] if self._record is None else self._record.state.before_run(module)
+        self.is_observed = self._record is not None and self._record.state.observes
+        self._numpy_too = self._record is None or self.is_observed or self._record.state.draws_from_numpy
+        self._rng = self._device.rng_state(self._numpy_too)
 
     @property
     def watches(self) -> bool:
@@ -55,6 +61,8 @@ class Repeat:
         record = self._record
         if record is None:
             return True
+        if self.is_observed:
+            record.state.draws_from_numpy |= self._device.drawn_since(self._rng)[-1]
         moved = record.state.after_run(self._module, self._before)
         self._before += [entry for entry in moved if entry not in self._before]
         return all(entry.can_return for entry in moved)
@@ -66,7 +74,7 @@ class Repeat:
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
                 "x = x + y for x += y."
             )
-        present = self._device.rng_state()
+        present = self._device.rng_state(self._numpy_too)
         self._device.set_rng_state(self._rng)
         try:
             with ExitStack() as stack:

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ from .in_turn import comes_in_turn, methods_of, named_state
 from .pretrained import write_by_rank_0
 from .record import Record, record_of, unit_of
 from .state import state_for_pickle
+
+ModuleT = TypeVar("ModuleT", bound="ShardedModule")
 
 
 class ShardedModule(nn.Module):
@@ -115,7 +117,7 @@ class ShardedModule(nn.Module):
                     given[name].was_loaded_into(value)
         return result
 
-    def apply(self, fn: Callable[[nn.Module], None]) -> Any:
+    def apply(self: ModuleT, fn: Callable[[nn.Module], None]) -> ModuleT:
         """As in torch: ``fn`` sees whole parameters, one block at a time, and what it writes stays.  Collective."""
         unit = unit_of(self)
         if unit is None:
@@ -170,7 +172,7 @@ class ShardedModule(nn.Module):
             "bmt.save_checkpoint(model, path), which torch.load reads, or save model.state_dict() by bmt.save."
         )
 
-    def to_empty(self, *, device: Any, recurse: bool = True) -> Any:
+    def to_empty(self: ModuleT, *, device: torch.types.Device, recurse: bool = True) -> ModuleT:
         """Does nothing: a sharded model has its memory."""
         return self
 

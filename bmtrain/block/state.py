@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..own_random import generator_state, is_generator, set_generator_state
 from ..shard.parameter import DistributedParameter
 
 _RUNS = 3
@@ -40,6 +41,8 @@ class Entry:
             content = value.detach().clone()
         elif copied and isinstance(value, _CONTAINERS):
             content = copy.copy(value)
+        elif copied and is_generator(value):
+            content = generator_state(value)
         return cls(holder, name, value, value._version if _is_plain(value) else 0, content)
 
     @property
@@ -52,6 +55,8 @@ class Entry:
         """Whether it is different now."""
         if self.holder.get(self.name, _MISSING) is not self.value:
             return True
+        if is_generator(self.value):
+            return self.content is not None and generator_state(self.value) != self.content
         if not _is_plain(self.value):
             return self.content is not None and not _same(self.value, self.content)
         # Written through .data, it keeps its version.
@@ -69,7 +74,7 @@ class Entry:
         """As it was before the run inside the ``with``; as it is now after it."""
         present = None
         if self.is_copied:
-            present = self.value.detach().clone() if _is_plain(self.value) else copy.copy(self.value)
+            present = Entry.of(self.holder | {self.name: self.value}, self.name, True).content
             _fill(self.value, self.content)
         try:
             with _held(self.holder, self.name, self.value):
@@ -80,9 +85,14 @@ class Entry:
 
 
 class State:
-    """Learns from a block's first runs what its forward moves."""
+    """Learns from a block's first runs what its forward moves.
+
+    Attributes:
+        draws_from_numpy: whether one of them has.
+    """
 
     def __init__(self) -> None:
+        self.draws_from_numpy = False
         self._runs = 0
         self._tensors: list[tuple[dict[str, Any], str]] = []
         self._parameters: list[tuple[dict[str, Any], str]] = []
@@ -91,10 +101,15 @@ class State:
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
         return State()  # a copy of the module has attributes of its own
 
+    @property
+    def observes(self) -> bool:
+        """Whether the run that has begun is one of the first."""
+        return self._runs <= _RUNS
+
     def before_run(self, module: nn.Module) -> list[Entry]:
         """Everything that may have to return for a second run."""
         self._runs += 1
-        if self._runs <= _RUNS:
+        if self.observes:
             self._parameters = [(h, name) for h in (m._parameters for m in module.modules()) for name in h]
             places = [(holder, name) for holder in _holders(module) for name in holder if name not in _INTERNAL]
             self._tensors = [(h, n) for h, n in places if _is_plain(h[n])]
@@ -112,9 +127,8 @@ class State:
 
     def after_run(self, module: nn.Module, before: list[Entry]) -> list[Entry]:
         """Those of ``before`` that the run has moved, beside those known to move, and what is new."""
-        observes = self._runs <= _RUNS
-        moved = [entry for entry in before if (observes or not entry.is_copied) and entry.moved]
-        if observes:
+        moved = [entry for entry in before if (self.observes or not entry.is_copied) and entry.moved]
+        if self.observes:
             known = {(id(entry.holder), entry.name) for entry in before}
             moved += [
                 Entry(holder, name, _MISSING, 0, None)
@@ -170,6 +184,9 @@ def _is_plain(value: Any) -> bool:
 def _fill(value: Any, content: Any) -> None:
     if _is_plain(value):
         value.data.copy_(content)  # past autograd's version count: the same values return
+        return
+    if is_generator(value):
+        set_generator_state(value, content)
         return
     value.clear()
     (value.update if isinstance(value, (dict, set)) else value.extend)(content)

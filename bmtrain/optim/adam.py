@@ -16,9 +16,10 @@ from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
 from ..shard.in_parts import part_at
 from ..shard.place import Place
+from ..shard.state import StateTensor
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
-from .adam_view import AdamView, StepShown, take_steps
+from .adam_view import AdamView, OfParameter, StepShown, take_steps
 from .delta import Delta
 from .fit import number_problem, require_fit, shape_in_state, tensor_problem
 from .loss_scale import Overflow, Unscale
@@ -138,7 +139,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._hold_steps, self.scale = hold_steps, scale
         self._states: dict[int, FlatState] = {}
         self._steps_shown: list[StepShown] = []
-        self._counted: list[tuple[list[int], list[int]]] = []
+        self._counted: dict[int, tuple[list[int], list[int]]] = {}  # by key of home: steps, and of which parameters
         self._holdings = _Holdings([])
         self._runs: dict[int, _Runs] = {}
         self._overflow: Overflow | None = None
@@ -195,7 +196,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def _count_steps(self, homes: Sequence[Home]) -> _Due:
         """By key of home: what is to be updated, with the number of its group and of this step."""
         due: _Due = {}
-        self._counted = []
+        self._counted = {}
         for home, touched in zip(homes, agree_on_touched(homes), strict=True):
             groups = self._holdings.groups.get(home.key, {})
             chosen = [index for index in groups if touched[index]]
@@ -205,7 +206,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             steps = self._state_of(home).steps
             for index in chosen:
                 steps[index] += 1
-            self._counted.append((steps, chosen))
+            self._counted[home.key] = steps, chosen
             due[home.key] = self._due(home, chosen, groups, steps)
         return due
 
@@ -223,7 +224,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
     def _uncount(self) -> None:
         """Take back the count of the last step if it turns out to have been skipped."""
         if self._overflow is not None and self._overflow.happened:
-            for steps, chosen in self._counted:
+            for steps, chosen in self._counted.values():
                 for index in chosen:
                     steps[index] -= 1
         self._overflow = None
@@ -234,7 +235,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         factors: dict[int, torch.Tensor] = {}
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         for home in homes:
-            if not due[home.key]:
+            if home.key not in self._counted:
                 continue
             state = self._state_of(home)
             values, out, remainder = state.operands(home)
@@ -252,7 +253,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                     copies.append((out[piece.start : piece.end], values[piece.start : piece.end]))
                 if remainder is None and home.remainder is not None:  # of an optimizer on another device, to which
                     home.remainder[piece.start : piece.end].zero_()  # this step is a write like others
-            state.stepped(home)
+            state.stepped(home, self._counted[home.key][1])
         skip = None if self._overflow is None else self._overflow.flag
         for numbers, runs in alike.items():
             options, clip = self.param_groups[numbers.group], factors.get(numbers.factor)
@@ -328,7 +329,11 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             for index, parameter in enumerate(flat.params):
                 if id(parameter) in numbers and kept.steps[index]:
                     entry = {"step": torch.tensor(float(kept.steps[index]), device="cpu")}
-                    states[numbers[id(parameter)]] = entry | {name: parts[index] for name, parts in whole.items()}
+                    entry |= {name: parts[index] for name, parts in whole.items()}
+                    if gather:
+                        shown = OfParameter(flat, index, kept, self._state_of, self._steps_shown)
+                        entry = {name: StateTensor.of(value, shown.original(name)) for name, value in entry.items()}
+                    states[numbers[id(parameter)]] = entry
         out: dict[str, Any] = {"state": dict(sorted(states.items())), "param_groups": groups}
         if not gather:
             out["shard_of"] = _shard_of()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TypeGuard
 
 import torch
@@ -59,9 +60,9 @@ class FlatState:
         master = self.master_of(flat)
         return (master, None, None) if master is flat.shard else (master, flat.shard, None)
 
-    def stepped(self, flat: Home) -> None:
-        """A step has changed ``operands``: the masters of other optimizers are to follow."""
-        flat.version += 1
+    def stepped(self, flat: Home, indices: Iterable[int]) -> None:
+        """A step has changed ``indices`` of ``operands``: the masters of other optimizers are to follow."""
+        flat.count_change(indices)
         self._version = flat.version
 
     def load_master(self, flat: Home, index: int, values: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from ..shard.in_parts import part_at
 from .adam_state import FlatState
 from .pieces import Home, home_of
 from .shown_state import LikeDict
+from .state_copies import OfState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 Find = Callable[[Home], FlatState]
@@ -31,6 +32,7 @@ class AdamView(LikeDict):
     """
 
     def __init__(self, params: list[Any], kept: Mapping[int, FlatState], find: Find, shown: list[StepShown]) -> None:
+        self._begin()
         self._params, self._kept, self._find, self._shown = params, kept, find, shown
 
     def _has(self, parameter: Any) -> bool:
@@ -87,6 +89,7 @@ class OfParameter(LikeDict):
     """``step``, ``exp_avg`` and ``exp_avg_sq`` of one parameter; empty before its first step."""
 
     def __init__(self, home: Home, index: int, kept: FlatState | None, find: Find, shown: list[StepShown]) -> None:
+        self._begin()
         self._home, self._index, self._state, self._find, self._shown = home, index, kept, find, shown
 
     def __iter__(self) -> Iterator[str]:
@@ -104,6 +107,21 @@ class OfParameter(LikeDict):
         tensor = torch.tensor(steps, device="cpu")
         self._shown.append((self._state, self._index, tensor, steps))
         return tensor
+
+    def original(self, name: str) -> OfState:
+        """What a copy of one of them is taken of."""
+        state = self._state
+        assert state is not None
+
+        def version() -> tuple[int, int, int]:
+            return state.steps[self._index], state.exp_avg._version, state.exp_avg_sq._version
+
+        if name == "step":
+            return OfState(version, lambda: torch.tensor(float(state.steps[self._index]), device="cpu"), self._count)
+        return OfState(version, (lambda: self._moment(state, name)) if name in _MOMENTS else None)
+
+    def _count(self, step: torch.Tensor) -> None:
+        self["step"] = step
 
     def _moment(self, state: FlatState, name: str) -> torch.Tensor:
         values: torch.Tensor = getattr(state, name)

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -32,11 +31,9 @@ from .fit import require_fit
 from .pieces import all_params, flats_of, replicated_of
 from .replicated import adopt
 from .shown_state import own_place
+from .step_hooks import Args, Kwargs, StepHooks
 from .step_on import StepOn, choose, is_unchanged
 from .views import ShardView, TensorView, View, WholeView
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> None:
@@ -117,44 +114,27 @@ def check_adapted(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
 
 
 def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
-    """``step`` between ``view``'s two ends.  Not by hooks: a step that raises must let go, too.
-
-    Hooks that user code has registered see the model and the state as they are outside of steps.
-    """
+    """``step`` between ``view``'s two ends.  Not by hooks: a step that raises must let go, too."""
 
     @functools.wraps(step)
     def around(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        args, kwargs = _through(before, optimizer, args, kwargs)
+        hooks = StepHooks(optimizer, functools.partial(view.outside, optimizer))
+        args, kwargs = hooks.before(args, kwargs)
         closure, rest, others = _closure_of(args, kwargs)
         view.admit(optimizer)
         try:
-            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-            view.show(optimizer)
-            given = () if closure is None else (view.outside(optimizer, closure),)
-            out = step(*given, *rest, **others)
-            view.keep(optimizer)
+            with hooks.inside():
+                view.show(optimizer)
+                given = () if closure is None else (view.closure_outside(optimizer, closure),)
+                out = step(*given, *rest, **others)
+                view.keep(optimizer)
         finally:
-            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = before, after
             view.show_sharded(optimizer)
-        for hook in list(after.values()):
-            hook(optimizer, (optimizer, *args), kwargs)
+        hooks.after(args, kwargs)
         engine().optimizer_stepped()
         return out
 
     return around
-
-
-def _through(
-    hooks: Mapping[int, Callable[..., Any]], optimizer: torch.optim.Optimizer, args: Args, kwargs: Kwargs
-) -> tuple[Args, Kwargs]:
-    """What is left of a step's arguments when ``hooks`` have seen them."""
-    for hook in list(hooks.values()):
-        given = hook(optimizer, (optimizer, *args), kwargs)
-        if given is not None:
-            (_, *rest), kwargs = given
-            args = tuple(rest)
-    return args, kwargs
 
 
 def _closure_of(args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs]:
@@ -186,6 +166,12 @@ def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
             f"{type(optimizer).__name__} holds sharded parameters but no bmt.optim.OptimManager drives it. Call "
             "optim_manager.add_optimizer(optimizer) after making it, then optim_manager.backward(loss) and "
             "optim_manager.step()."
+        )
+    own = [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+    if flats and own and _view_of(optimizer) is None and context().world_size > 1:
+        raise UnsupportedError(
+            f"{type(optimizer).__name__}, which steps inside another optimizer's step, has hooks that would see what "
+            "this rank steps on. Register them on the outer optimizer, which was given to add_optimizer."
         )
 
 

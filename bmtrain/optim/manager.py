@@ -28,7 +28,7 @@ from .loss_scale import LossScale, Overflow, ScheduleStep
 from .nonfinite import NonFinite, OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
 from .origin import stop
-from .pieces import Chosen, all_params, homes_of, params_of
+from .pieces import Chosen, all_params, finish_gradients, homes_of, params_of
 from .step_on import StepOn
 
 
@@ -194,7 +194,7 @@ class OptimManager:
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
         self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
-        engine().finish_backward()
+        finish_gradients(self._params())  # those of no module as well, which user code may clip or read
 
     @never_compiled
     def zero_grad(self) -> None:

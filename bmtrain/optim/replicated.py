@@ -61,6 +61,9 @@ class Replicated:
             return torch.view_as_complex(shard_like.view(*self.parameter.shape, 2))
         return shard_like.view(self.parameter.shape)
 
+    def count_change(self, indices: Iterable[int] | None = None) -> None:
+        """No version equals another."""
+
     def keep_writes(self) -> None:
         """Writes are where they belong already."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,10 +19,27 @@ from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor
 
 States = MutableMapping[Any, Any]
+Cut = Callable[[Any, dict[str, Any]], dict[str, Any] | None]
 
 
-class LikeDict(States):
-    """What a dict has and a MutableMapping has not; the results are dicts."""
+if TYPE_CHECKING:
+    _Dict = States  # what both give, once: their annotations do not agree
+else:
+
+    class _Dict(MutableMapping, dict):
+        pass
+
+
+class LikeDict(_Dict):
+    """A dict whose entries are made when they are asked for: what is inherited of a dict's memory is not used.
+
+    There lies one entry, so that C code that looks at the memory itself finds it not empty (json, which then asks for
+    ``items()``).  What is made of it, copies among them, are ordinary dicts.
+    """
+
+    def _begin(self) -> None:
+        memory: Any = self
+        dict.__setitem__(memory, "made when asked for", None)
 
     def copy(self) -> dict[Any, Any]:
         """As of a dict: the same entries."""
@@ -31,11 +48,27 @@ class LikeDict(States):
     def __copy__(self) -> dict[Any, Any]:
         return dict(self)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__reduce__()
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
     def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
         return dict(self) | dict(other)
 
     def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
         return dict(other) | dict(self)
+
+    def __ior__(self, other: Any) -> LikeDict:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def __reversed__(self) -> Iterator[Any]:
+        return iter(list(self)[::-1])
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class ShownState(LikeDict):
@@ -44,10 +77,12 @@ class ShownState(LikeDict):
     Args:
         kept: what the optimizer keeps, by parameter; a parameter has an empty one before its first step.
         cut: this rank's part of a whole state.
+        whole: the states of all ranks, by parameter (collective), where one rank keeps each.
     """
 
-    def __init__(self, kept: States, cut: Callable[[Any, dict[str, Any]], dict[str, Any] | None]) -> None:
-        self.kept, self._cut = kept, cut
+    def __init__(self, kept: States, cut: Cut, whole: Callable[[], dict[Any, Any]]) -> None:
+        self._begin()
+        self.kept, self._cut, self._whole = kept, cut, whole
 
     def __getitem__(self, parameter: Any) -> Any:
         entry = self.kept[parameter]
@@ -101,8 +136,9 @@ class _ShownEntry(LikeDict):
         self,
         parameter: Any,
         kept: MutableMapping[str, Any],
-        cut: Callable[[Any, dict[str, Any]], dict[str, Any] | None],
+        cut: Cut,
     ) -> None:
+        self._begin()
         self._parameter, self._kept, self._cut = parameter, kept, cut
 
     def __getitem__(self, name: str) -> Any:
@@ -121,9 +157,6 @@ class _ShownEntry(LikeDict):
 
     def __len__(self) -> int:
         return len(self._kept)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class OwnersState(ShownState):
@@ -149,8 +182,11 @@ class OwnersState(ShownState):
         return super().__contains__(parameter)
 
     def __reduce__(self) -> Any:
-        """A copy, with which an optimizer's copy goes on, has what this rank has."""
-        return _restored, (dict(self.kept),)
+        """A copy, with which an optimizer's copy goes on, has the states of all ranks.  Collective."""
+        return _restored, (self._whole(),)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(each state is on one rank)"
 
     def __iter__(self) -> Iterator[Any]:
         raise UnsupportedError(_ON_ONE_RANK)

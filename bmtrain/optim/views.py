@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
+from ..shard.state import StateTensor, without_links
 from ..shard.unit import unit_of_flat
 from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (
@@ -38,6 +40,7 @@ from .pieces import (
 )
 from .replicated import adopt
 from .shown_state import OwnersState, ShownState, as_part, is_local, own_place
+from .state_copies import OfState, linked
 from .step_on import is_unchanged
 
 
@@ -52,6 +55,8 @@ class View:
     def __init__(self) -> None:
         self._masters: dict[int, tuple[int, torch.Tensor]] = {}
         self._shown: list[tuple[FlatShard, torch.Tensor, list[int]]] = []  # its fp32 values; parameters that are shown
+        self._is_shown = False
+        self._changes = 0  # how often states may have changed
         self._groups: list[list[Any]] = []  # what the optimizer's groups hold outside of steps
         self._loading: dict[Any, dict[str, Any]] = {}
         self._shown_state: ShownState | None = None
@@ -73,16 +78,23 @@ class View:
         adopt(replicated_of(all_params(optimizer.param_groups)))
         self.tried = len(optimizer.param_groups)
 
-    def outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """``closure``, run on the model as it is outside of steps."""
+    def outside(self, optimizer: torch.optim.Optimizer, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, run on the model as it is outside of steps."""
 
-        def again() -> Any:
+        def again(*args: Any, **kwargs: Any) -> Any:
+            if not self._is_shown:  # inside another such call
+                return call(*args, **kwargs)
             self.keep(optimizer)
-            loss = closure()
+            out = call(*args, **kwargs)
             self.show(optimizer)
-            return self._loss(loss)
+            return out
 
         return again
+
+    def closure_outside(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """``closure``, run likewise."""
+        again = self.outside(optimizer, closure)
+        return lambda: self._loss(again())
 
     def _loss(self, loss: Any) -> Any:
         """What the optimizer sees of a closure's loss."""
@@ -91,6 +103,8 @@ class View:
     @torch.no_grad()
     def show(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
+        self._is_shown = True
+        self._changes += 1
         self.keep_state(optimizer)
         params = all_params(optimizer.param_groups)
         finish_gradients(params)
@@ -126,11 +140,11 @@ class View:
         """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
         for flat, values, shown in self._shown:
             self._take(flat, values, shown)
-        for flat, values, _ in self._shown:
+        for flat, values, shown in self._shown:
             if values is flat.shard:
-                flat.changed()
+                flat.changed(shown)
             else:
-                write_master(flat, values)
+                write_master(flat, values, changed=shown)
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
@@ -151,7 +165,7 @@ class View:
             flat.is_stepped_on = False
             flat.enter_sharded()
             flat.forget_writes()
-        self._shown, self._groups = [], []
+        self._shown, self._groups, self._is_shown = [], [], False
         self.show_state(optimizer)
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -175,8 +189,12 @@ class View:
     def show_state(self, optimizer: torch.optim.Optimizer) -> None:
         """The state is what user code is to see."""
         if self._shows is not None and not isinstance(optimizer.state, ShownState):
-            self._shown_state = self._shows(optimizer.state, self.part)
+            self._shown_state = self._shows(optimizer.state, self.part, partial(self._states_of_all, optimizer))
             optimizer.state = self._shown_state  # type: ignore[assignment]
+
+    def _states_of_all(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+        """By parameter, the states that each are on one rank.  Collective."""
+        raise NotImplementedError
 
     def gather_kept(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """``gather``, after torch has made a state dict of what the optimizer keeps."""
@@ -247,6 +265,8 @@ class View:
         Raises CheckpointError on every rank when they do not fit.
         """
         require_fit(optimizer, state_dict, self.check(optimizer), own=self._apart)
+        state_dict = without_links(state_dict)
+        self._changes += 1
         params = all_params(optimizer.param_groups)
         self._loading, states = {}, {}
         for number, state in state_dict["state"].items():
@@ -343,7 +363,8 @@ class ShardView(View):
                 whole = gather_state(flat, packed)
                 for index, number in owned:
                     if name in states.get(number, {}):
-                        states[number][name] = whole[index]
+                        original = _original(flat.params[index], state_dict["state"][number], name)
+                        states[number][name] = StateTensor.of(whole[index], original)
         return {**state_dict, "state": states}
 
     def part(self, parameter: Any, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -463,8 +484,18 @@ class TensorView(View):
         }
         states = dict(state_dict["state"])
         for others in allgather_objects(own):
-            states.update(others)
+            states.update(linked(others, lambda: OfState(lambda: self._changes)))
         return {**state_dict, "state": _in_order(states)}
+
+    def _states_of_all(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+        engine().meet(f"the copy of {type(optimizer).__name__}'s state")
+        params, kept = all_params(optimizer.param_groups), optimizer.state
+        kept = kept.kept if isinstance(kept, ShownState) else kept
+        states = {p: kept[p] for p in params if p in kept and flat_of(p) is None}
+        own = {n: _moved(kept[p], torch.device("cpu")) for n, p in enumerate(params) if p in kept and p not in states}
+        for theirs in allgather_objects(own):
+            states.update({params[n]: _moved(state, params[n].device) for n, state in theirs.items()})
+        return states
 
     def _owned(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The states of all owners, of which each rank has its own tensors only."""
@@ -509,6 +540,13 @@ class TensorView(View):
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
         super().cut_present(optimizer)
+
+
+def _original(parameter: Any, kept: Mapping[str, Any], name: str) -> OfState:
+    """What a copy of ``parameter``'s state ``name`` is taken of."""
+    return OfState(
+        lambda: (id(kept.get(name)), getattr(kept.get(name), "_version", 0)), lambda: as_part(parameter, kept[name])
+    )
 
 
 def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
 from operator import is_not
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext
 
+from ..alike import differ, sums_of
 from ..context import Context
 from ..device import Event
 from ..errors import ConfigurationError, ShardedAccessError
@@ -38,9 +39,8 @@ from .sharded_tensor import ShardedTensor, part_of
 from .slices import joined, own_slice, whole_shape
 from .writes import Writes
 
-_ALIKE, _COMPARED = 0.05, 3
-"""How much of its norm sums of a gradient may differ by that ranks compute alike, in low precision and any order; and
-how many of the first reductions are compared."""
+_COMPARED = 3
+"""How many of the first reductions are compared."""
 
 
 class Unit(Protocol):
@@ -115,7 +115,8 @@ class FlatShard:
         self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}
-        self._alone = [0] * len(self.params)  # how many changes of ``version`` were those of one parameter
+        self._versions = [0] * len(self.params)  # how often each was changed when not all of them were
+        self._of_all = 0  # how often all were
         self._writes = Writes(self.params)
         self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
@@ -306,7 +307,7 @@ class FlatShard:
         self.local(self.shard, index).copy_(part)
         if self.remainder is not None:
             self.local(self.remainder, index).zero_()
-        self._changed_alone(index)
+        self.changed([index])
 
     def read_part(self, index: int) -> torch.Tensor:
         """(n,) this rank's part of parameter ``index``, not to be written."""
@@ -327,19 +328,24 @@ class FlatShard:
         yield part
         if self.remainder is not None and before is not None:
             self.local(self.remainder, index).masked_fill_(part != before, 0)
-        self._changed_alone(index)
-
-    def _changed_alone(self, index: int) -> None:
-        self._alone[index] += 1
-        self.changed()
+        self.changed([index])
 
     def version_of(self, index: int) -> int:
         """Grows when values of parameter ``index`` may have changed."""
-        return self.version - sum(self._alone) + self._alone[index]
+        return self._of_all + self._versions[index]
 
-    def changed(self, prefetched_too: bool = True) -> None:
-        """Values changed; unless told otherwise, a gather of the old ones that is under way is given up."""
+    def count_change(self, indices: Iterable[int] | None = None) -> None:
+        """Values of parameters ``indices`` changed, or of all; what was gathered of the old ones is no concern here."""
         self.version += 1
+        if indices is None:
+            self._of_all += 1
+        else:
+            for index in indices:
+                self._versions[index] += 1
+
+    def changed(self, indices: Iterable[int] | None = None, *, prefetched_too: bool = True) -> None:
+        """Values of ``indices``, or all, changed; unless told otherwise, a gather of old ones under way is given up."""
+        self.count_change(indices)
         if prefetched_too:
             self.unit.release_prefetched()
         else:
@@ -455,11 +461,10 @@ class FlatShard:
         self._compares -= 1
         group = self.unit.ctx.tensor_group
         real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in whole]
-        facts = torch.stack([_facts(gradient.view(-1)) for gradient in real])
+        facts = torch.stack([sums_of(gradient.view(-1)) for gradient in real])
         every = facts.new_empty((group.world_size, *facts.shape))
         group.all_gather(facts, every)
-        apart, norms = (every.amax(0) - every.amin(0)).amax(1), every[:, :, 0].amax(0)
-        differing = (apart > _ALIKE * norms).tolist()
+        differing = differ(every).tolist()
         names = [name for name, differs in zip(self.names, differing, strict=True) if differs]
         if names:
             raise ConfigurationError(
@@ -535,15 +540,6 @@ class FlatShard:
                 "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",
                 stacklevel=2,
             )
-
-
-def _facts(gradient: torch.Tensor) -> torch.Tensor:
-    """(4,) the norm and some sums of (n,) a gradient: two that have all of these in common are the same."""
-    middle, kind = gradient.numel() // 2, torch.float32
-    halves = gradient[:middle].sum(dtype=kind), gradient[middle:].sum(dtype=kind)
-    rows = gradient[::2].sum(dtype=kind), gradient[1::2].sum(dtype=kind)
-    norm = torch.linalg.vector_norm(gradient, dtype=kind)
-    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
 
 
 def flat_of(parameter: object) -> FlatShard | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import ClassVar
 
@@ -57,8 +58,12 @@ def part_of_joined(flat: FlatShard, index: int) -> ShardedTensor:
     return ShardedTensor(Part(flat.place_of(index), home=JoinedValues(flat, index)))
 
 
-def write_master(flat: FlatShard, values: torch.Tensor, index: int | None = None) -> None:
+def write_master(
+    flat: FlatShard, values: torch.Tensor, index: int | None = None, changed: Iterable[int] | None = None
+) -> None:
     """Replace this rank's part, of parameter ``index`` or of all, by fp32 ``values``.
+
+    Of all, those that have changed are ``changed``, if that is known.
 
     What rounding them leaves out is kept where there is a remainder.
     """
@@ -67,7 +72,7 @@ def write_master(flat: FlatShard, values: torch.Tensor, index: int | None = None
     if flat.remainder is not None:
         rest = flat.remainder if index is None else flat.local(flat.remainder, index)
         rest.copy_(split_float.split(values)[1])
-    flat.changed()
+    flat.changed(changed if index is None else [index])
 
 
 def drop_remainder(flat: FlatShard, index: int) -> None:

@@ -44,7 +44,7 @@ class InParts(Protocol):
         """Go on from ``state``, in which tensors are what ``part_at`` said.  Collective."""
 
 
-def in_parts(obj: Any) -> InParts | None:
+def in_parts(obj: object) -> InParts | None:
     """What gives and takes the state of ``obj`` in parts; None if nothing does."""
     adapted = getattr(obj, "_bmt_in_parts", None)  # what optim.adapt put beside an optimizer of torch's
     found = obj if adapted is None else adapted

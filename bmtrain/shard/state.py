@@ -30,7 +30,13 @@ _ABOUT = {
 
 
 class Original(Protocol):
-    """What a copy was taken of."""
+    """What a copy was taken of.
+
+    Attributes:
+        owner: whose state dict it is in.
+    """
+
+    owner: str
 
     def has_moved(self, copy: torch.Tensor) -> bool:
         """Whether it may have other values now than when ``copy`` was last made the same."""
@@ -111,17 +117,24 @@ class StateTensor(torch.Tensor):
         return tree_map(lambda x: _followed(x, sources) if type(x) is _T else x, out)
 
 
+def without_links(value: Any) -> Any:
+    """The tree ``value``, whose StateTensors are ordinary tensors, copied."""
+    return tree_map(lambda leaf: leaf.__deepcopy__({}) if isinstance(leaf, StateTensor) else leaf, value)
+
+
 def _plain(tensor: StateTensor) -> torch.Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(torch.Tensor)
 
 
 def _say_if_moved(read: Iterable[StateTensor]) -> None:
-    if any(tensor._original.has_moved(tensor._copy) for tensor in read):
+    moved = next((tensor for tensor in read if tensor._original.has_moved(tensor._copy)), None)
+    if moved is not None:
+        owner = moved._original.owner
         warnings.warn(
-            "A state dict that was taken before the model's values changed is read: it holds the values of then, where "
-            "torch's would show those of now. For these, take it anew (model.state_dict()); to keep those of then and "
-            "say so, copy.deepcopy(model.state_dict()).",
+            f"A state dict that was taken before the {owner}'s values changed is read: it holds the values of then, "
+            f"where torch's would show those of now. For these, take it anew ({owner}.state_dict()); to keep those of "
+            f"then and say so, copy.deepcopy({owner}.state_dict()).",
             stacklevel=4,
         )
 
@@ -149,6 +162,8 @@ def _followed(out: torch.Tensor, sources: list[StateTensor]) -> torch.Tensor:
 
 class OfParameter:
     """All ranks write the same to a parameter's copy; where they do not, rank 0's values are kept, with a warning."""
+
+    owner = "model"
 
     def __init__(self, parameter: DistributedParameter) -> None:
         self._parameter = parameter
@@ -194,6 +209,8 @@ class OfParameter:
 class OfBuffer:
     """A buffer that lies on a device, or in parts."""
 
+    owner = "model"
+
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer
         self._seen = buffer._version
@@ -218,6 +235,8 @@ class OfBuffer:
 
 class OfNothing:
     """What a hook of the model's has made of parameters."""
+
+    owner = "model"
 
     def has_moved(self, copy: torch.Tensor) -> bool:
         """Nobody knows."""

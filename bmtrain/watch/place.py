@@ -29,7 +29,10 @@ class Place(NamedTuple):
 def place_of_thread(thread: int) -> Place:
     """Where the thread with this identifier is now."""
     frame = sys._current_frames().get(thread)
-    return Place("", "") if frame is None else _place(_code_of(frame))
+    try:
+        return Place("", "") if frame is None else _place(_code_of(frame))
+    except AttributeError:  # code that torch compiled came to its end, and what its frame led to is no frame
+        return Place("", "")
 
 
 def place_of_error(error: BaseException) -> Place:

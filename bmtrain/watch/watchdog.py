@@ -36,8 +36,10 @@ _SURE = 0.4  # seconds that a difference must last: a message may be older than 
 _FAILED = 0.03  # seconds in one collective after another process is gone: the last one of a job may just be returning
 _CAUSE = 1.0  # seconds from a communicator's failure in which the rank that caused it may turn out to be gone
 _QUIET = 1.0  # seconds that a job may go on in which somebody is missing whom nobody waits for
+_ENDING = 0.3  # seconds in which others say, as this rank ends, how far they have come
 _GRACE = 2.0  # seconds in which the thread that waits may raise an error itself
 _PATIENCE = 3.0  # seconds for a failed collective's cause to become known
+_END = "the end of the script"
 _TOLD = 200  # entries of the diary that are written
 
 
@@ -138,10 +140,9 @@ class Watchdog:
         self._stops = True
         self._mesh.wake()
         self._thread.join(_PATIENCE)
-        for rank, message in self._mesh.receive(0):
-            self._hear(rank, message)
         error = _uncaught()
         if self.verdict is None and error is None:
+            self._ask_for_ends()
             self._compare_ends()
         said = {} if error is None else {"error": _in_words(error)}
         self._mesh.send({"left": self._position().message(), **said}, must=True)
@@ -173,7 +174,8 @@ class Watchdog:
             patience = 0.01 if near else max(0.0, due - monotonic())
             for rank, message in self._mesh.receive(patience):
                 self._hear(rank, message)
-                due = due if message is None or message else 0.0  # who has just come knows nothing of this rank
+                if message is not None and (not message or "ends" in message):
+                    due = 0.0  # who has just come knows nothing of this rank; who ends must know all of it
             if self._stops:
                 return
             if self.verdict is None:
@@ -199,7 +201,7 @@ class Watchdog:
             peer.position, peer.has_left = Position.of(message["left"]), True
             peer.error = message.get("error", "")
         else:
-            peer.position = Position.of(message)
+            peer.position = Position.of(message.get("ends", message))
             self._compare(rank, peer.position)
 
     def _compare(self, rank: int, position: Position) -> None:
@@ -247,8 +249,9 @@ class Watchdog:
             waits = max(now - max(begun, self._resumed), 0.001)
         elif now - self._moved[1] > _SLOW and self._hooks.is_busy():
             waits = now - max(self._moved[1], self._resumed)
+        line = place.line or (_END if self._stops else "")
         return Position(
-            self.rank, diary.count, entry, waits, diary.pair, diary.peer, diary.saves > 0, place.line, place.call
+            self.rank, diary.count, entry, waits, diary.pair, diary.peer, diary.saves > 0, line, place.call
         )  # fmt: skip
 
     def _everyone(self, own: Position) -> str:
@@ -325,6 +328,18 @@ class Watchdog:
             f"Rank {rank} differs from rank {self.rank}: at collective {theirs.number} of the job {said} "
             f"({what}). Now {self._everyone(own)}. {_ADVICE}"
         )
+
+    def _ask_for_ends(self) -> None:
+        """Others' last collectives, which they may have done since they last said where they are."""
+        own = self._position()
+        self._mesh.send({"ends": own.message()})
+        deadline, patience = monotonic() + _ENDING, 0.0
+        while patience >= 0:
+            for rank, message in self._mesh.receive(patience):
+                self._hear(rank, message)
+            peers = self._peers.items()
+            waits = any(not peer.gone and not peer.has_left and self._is_behind(rank, own) for rank, peer in peers)
+            patience = deadline - monotonic() if waits else -1.0
 
     def _compare_ends(self) -> None:
         """As this rank ends: what it can still find out."""

@@ -1,6 +1,7 @@
 """Carries out every attack and writes docs/faults.md; arguments choose attacks, which are only shown.
 
---update also puts those chosen into the table that is there, in place of what came of them before.
+--update also puts those chosen into the table that is there, in place of what came of them before; --rest takes
+those that have no row there yet, and adds theirs.
 --jobs N carries out N at a time, which loads the machine and so lengthens what is measured.  With
 BMTRAIN_TEST_DEVICE=cuda ranks are on GPUs, and the table is written to docs/faults-gpu.md.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -35,8 +36,9 @@ def main(words: list[str]) -> int:
     if "--jobs" in words:
         at = words.index("--jobs")
         jobs, words = int(words[at + 1]), words[:at] + words[at + 2 :]
-    updates = "--update" in words
-    words = [word for word in words if word != "--update"]
+    rest = "--rest" in words
+    updates = "--update" in words or rest
+    words = [word for word in words if word not in ("--update", "--rest")]
     every = [a for a in attacks() if not words or any(fnmatch.fnmatch(a.name, pattern) for pattern in words)]
     on_gpus = os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda"
     if on_gpus:  # torchrun's local ranks are GPUs; by hand several ranks share one
@@ -45,9 +47,13 @@ def main(words: list[str]) -> int:
         print(f"{len(left_out)} attacks under torchrun are left out: there are fewer GPUs than ranks" * bool(left_out))
     file = Path(__file__).parents[2].joinpath("docs", "faults-gpu.md" if on_gpus else "faults.md")
     known = _known(file.read_text()) if updates and file.exists() else {}
+    if rest:
+        every = [a for a in every if _head(a) not in known]
     wrong = False
     with ThreadPoolExecutor(jobs) as pool:
-        for attack, found in zip(every, pool.map(judge, every), strict=True):
+        judged = {pool.submit(judge, attack): attack for attack in every}
+        for future in as_completed(judged):
+            attack, found = judged[future], future.result()
             print(f"{attack.name}: {found.verdict} {_seconds(found)}", flush=True)
             if words or found.problems:
                 print("    " + found.output.replace("\n", "\n    "), flush=True)

@@ -270,7 +270,9 @@ class _Run:
         if moments and max(moments) - self.fault > SECONDS:
             problems.append(f"reported after {max(moments) - self.fault:.1f} s")
         if not re.search(
-            rf"[Rr]ank {attack.rank} [^;]*script\.py:\d+|Rank {attack.rank} has ended with .*script\.py", text
+            rf"[Rr]ank {attack.rank} [^;]*(script\.py:\d+|the end of the script)|"
+            rf"Rank {attack.rank} has ended with .*script\.py",
+            text,
         ):
             problems.append("no place of the rank at fault")
         if not any(re.search(rf"[Rr]ank(s [-0-9, ]*| ){rank}\b[^;]*script\.py:\d+", text) for rank in speakers):

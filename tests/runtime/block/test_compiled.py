@@ -336,3 +336,61 @@ def parts_alone_and_inside(alone_first: bool) -> None:
 def test_a_part_that_is_compiled_is_called_alone_and_inside(alone_first: bool) -> None:
     for ranks in (1, 2):
         run_ranks(ranks, parts_alone_and_inside, alone_first, fresh=True)
+
+
+def with_the_model(model: Any, loss: torch.Tensor, manager: Any) -> None:
+    loss.backward()
+
+
+def with_autograd(model: Any, loss: torch.Tensor, manager: Any) -> None:
+    torch.autograd.backward(loss)
+
+
+def with_a_step(model: Any, loss: torch.Tensor, manager: Any) -> None:
+    loss.backward()
+    if manager is not None:
+        manager.step()
+        manager.zero_grad()
+
+
+STEPS = {call.__name__: call for call in (with_the_model, with_autograd, with_a_step)}
+
+
+def step_compiled_whole(how: str, recompute: bool, blocks: bool) -> None:
+    torch._dynamo.reset()
+    reference = build()
+    with mock.patch.object(linear, "_LARGE", 0):
+        layers = [bmt.Block(layer, use_checkpoint=recompute) for layer in build()]
+        model = bmt.BMTrainModelWrapper(nn.Sequential(*layers, nn.LayerNorm(WIDTH)))
+    reference.append(nn.LayerNorm(WIDTH))
+    if blocks:
+        bmt.compile(model, backend="aot_eager")
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    theirs = torch.optim.SGD(reference.parameters(), lr=0.1)
+
+    @torch.compile(backend="aot_eager")
+    def step(x: torch.Tensor) -> torch.Tensor:
+        loss = model(x).square().mean()
+        STEPS[how](model, loss, manager)
+        return loss
+
+    for _ in range(4):
+        x = data().to(next(model.parameters()).device)
+        whole = reference(x.cpu()).square().mean()
+        whole.backward()
+        loss = step(x.chunk(bmt.world_size())[bmt.rank()])
+        oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), "loss")
+        if how == "with_a_step":
+            theirs.step()
+            theirs.zero_grad()
+        else:
+            oracle.assert_same_grads(model, reference)
+    oracle.assert_same_weights(model, reference)
+
+
+@pytest.mark.parametrize("how", list(STEPS))
+@pytest.mark.parametrize(("recompute", "blocks"), [(False, False), (True, False), (True, True)])
+def test_a_step_that_is_compiled_whole_trains_as_torchs(how: str, recompute: bool, blocks: bool) -> None:
+    for ranks in (1, 2):
+        run_ranks(ranks, step_compiled_whole, how, recompute, blocks)

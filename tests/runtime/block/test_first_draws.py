@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block.first_draws import FirstDraws
+from bmtrain.context import context
 from bmtrain.device import Device
 
 
@@ -76,6 +80,7 @@ def reseeds(x: torch.Tensor) -> Any:
 
 def nothing_to_say() -> None:
     assert train(Model()) == train(Model(own)) == train(Model(), own) == train(Model(), reseeds) == []
+    assert train(Model(), numpys) == train(Model(), pythons) == train(Model(own_of_numpy)) == []
     once = iter([torch.ones(())])
     assert train(Model(), lambda x: torch.rand(()) if next(once, None) is not None else 0.0) == []
 
@@ -83,6 +88,34 @@ def nothing_to_say() -> None:
 DRAWS: list[Callable[[torch.Tensor], Any]] = [
     torch.randn_like, lambda x: torch.rand(4, 1) < 0.5, lambda x: nn.functional.dropout(x, 0.5),
 ]  # fmt: skip
+
+
+def numpys(x: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(numpy.random.randn(*x.shape)).float()
+
+
+def pythons(x: torch.Tensor) -> float:
+    return random.gauss(0.0, 1.0)
+
+
+def own_of_numpy(x: torch.Tensor) -> torch.Tensor:
+    with bmt.own_random():
+        return numpys(x) * pythons(x)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + numpys(x)
+
+
+def by_numpy_or_random() -> None:
+    in_a_block = Model()
+    in_a_block.blocks = bmt.TransformerBlockList([bmt.Block(Noisy())])
+    for model in (Model(numpys), Model(pythons), in_a_block):
+        engine: Any = context().engine
+        engine.first_draws = FirstDraws(context())
+        found = train(model)
+        assert len(found) == (bmt.rank() == 0) and all("by numpy or Python's random" in one for one in found)
 
 
 def in_its_own_forward(number: int) -> None:
@@ -141,6 +174,10 @@ def in_silence() -> None:
 @pytest.mark.parametrize("number", range(3))
 def test_in_a_models_own_forward(number: int) -> None:
     run_ranks(2, in_its_own_forward, number, fresh=True, init=CPU)
+
+
+def test_of_numpy_and_random() -> None:
+    run_ranks(2, by_numpy_or_random, fresh=True, init=CPU)
 
 
 def test_before_the_forward() -> None:

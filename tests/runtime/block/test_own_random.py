@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -222,7 +223,8 @@ def test_a_seed_decides_what_is_drawn(compiled: bool) -> None:
 def test_the_shared_state_restores_both() -> None:
     model = bmt.BMTrainModelWrapper(Stack())
     model(rows())
-    saved = objects.broadcast_object(context().device.rng_state())  # a checkpoint is rank 0's
+    cpu, here, *others = context().device.rng_state()
+    saved: Any = (*objects.broadcast_object((cpu, here)), *others)  # a checkpoint is rank 0's
     first = [model(rows()) for _ in range(3)]
     context().device.set_rng_state(saved)
     assert all(torch.equal(a, model(rows())) for a in first)

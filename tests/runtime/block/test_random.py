@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
+import numpy
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
 from bmtrain.context import context
+from bmtrain.errors import ConfigurationError
 
 
 class Noisy(nn.Module):
@@ -71,3 +75,61 @@ def places() -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_recomputation_makes_tensors_on_the_same_default_device(world_size: int) -> None:
     assert run_ranks(world_size, places) == [["meta", "meta"]] * world_size
+
+
+class Drawing(nn.Module):
+    """Multiplies by what ``draw`` gives, from a generator that is an attribute, or lies outside."""
+
+    def __init__(self, draw: str) -> None:
+        super().__init__()
+        self.up, self.draw = nn.Linear(6, 6), draw
+        self.torch, self.numpy = torch.Generator().manual_seed(1), numpy.random.default_rng(1)
+        self.old, self.python = numpy.random.RandomState(1), random.Random(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(x).tanh() * DRAWS[self.draw](self, (len(x), 6)).to(x.device, x.dtype)
+
+
+OUTSIDE = torch.Generator(), numpy.random.RandomState()
+
+
+def _start() -> None:
+    numpy.random.seed(3)
+    random.seed(3)
+    OUTSIDE[0].manual_seed(3)
+    OUTSIDE[1].seed(3)
+
+
+DRAWS: dict[str, Any] = {
+    "numpy": lambda module, shape: torch.from_numpy(numpy.random.randn(*shape)),
+    "random": lambda module, shape: torch.tensor([random.gauss(0, 1) for _ in range(6)]),
+    "own of torch": lambda module, shape: torch.randn(shape, generator=module.torch, device="cpu"),
+    "own of numpy": lambda module, shape: torch.from_numpy(module.numpy.standard_normal(shape)),
+    "own of numpy, old": lambda module, shape: torch.from_numpy(module.old.standard_normal(shape)),
+    "own of random": lambda module, shape: torch.tensor([module.python.gauss(0, 1) for _ in range(6)]),
+    "torch": lambda module, shape: torch.randn(shape, generator=OUTSIDE[0], device="cpu"),
+    "numpy, old": lambda module, shape: torch.from_numpy(OUTSIDE[1].standard_normal(shape)),
+}
+"""Of the last two nobody can know."""
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("draw", list(DRAWS))
+def test_a_second_run_draws_what_the_first_drew(draw: str) -> None:
+    device = context().device.torch_device
+    plain, other = nn.Sequential(Drawing(draw), nn.Linear(6, 6)), nn.Sequential(Drawing(draw), nn.Linear(6, 6))
+    other.load_state_dict(plain.state_dict())
+    other[0] = bmt.Block(other[0], use_checkpoint=True)
+    model: Any = bmt.BMTrainModelWrapper(other)
+    _start()
+    x = oracle.inputs(0).to(device)
+    losses = [plain.to(device)(x + step).square().mean() for step in range(5)]
+    sum(losses).backward()
+    _start()
+    losses = [model(x + step).square().mean() for step in range(5)]
+    if draw in list(DRAWS)[-2:]:
+        with pytest.raises(ConfigurationError, match="gave other values"):
+            sum(losses).backward()
+        return
+    sum(losses).backward()
+    oracle.assert_same_grads(model, plain)

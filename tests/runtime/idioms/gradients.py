@@ -405,3 +405,32 @@ def gradients_are_scaled_by_group(k: User):
                 if "head" in name and p.grad is not None:
                     p.grad = p.grad.mul(3.0)
     return model
+
+
+def _with_a_plain_layer(k: User):
+    """A sharded model, a layer that no distributed module holds, and a manager of both."""
+    model = k.net()
+    torch.manual_seed(3)
+    last = nn.Linear(5, 5).to(k.device)
+    params = [*model.parameters(), *last.parameters()]
+    return lambda x: last(model(x)), params, last, k.sgd(params)
+
+
+@idiom
+def clip_with_a_plain_layer(k: User):
+    """torch's `clip_grad_norm_` over a model and a layer that no distributed module holds, its norm printed"""
+    call, params, last, manager = _with_a_plain_layer(k)
+    norms = [float(nn.utils.clip_grad_norm_(params, 0.1)) for _ in k.after_backward(call, manager, steps=3)]
+    return {"norms": norms, "weights": k.weights(last)}
+
+
+@idiom
+def gradients_of_a_plain_layer(k: User):
+    """The gradients of a layer that no distributed module holds, normalised by hand and printed"""
+    call, _, last, manager = _with_a_plain_layer(k)
+    norms = []
+    for _ in k.after_backward(call, manager, steps=3):
+        for p in last.parameters():
+            norms.append(float(p.grad.norm()))
+            p.grad /= p.grad.norm() + 1e-6
+    return {"norms": norms, "weights": k.weights(last)}

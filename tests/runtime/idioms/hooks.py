@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .registry import idiom
 from .user import User
@@ -264,3 +265,21 @@ def module_is_replaced_by_a_wrapper(k: User):
     model = k.net()
     model.head = nn.Sequential(model.head, nn.Tanh())
     return k.train(model, k.sgd(model))
+
+
+@idiom
+def hooks_of_every_optimizers_step(k: User):
+    """`register_optimizer_step_pre_hook` and `_post_hook` print norms of weights and gradients of two optimizers"""
+    model, seen = k.net(), []
+    head, others = list(model.head.parameters()), [*model.enter.parameters(), *model.layers.parameters()]
+    manager = k.manage(torch.optim.AdamW(head, lr=1e-2, eps=1e-4), torch.optim.SGD(others, lr=0.1))
+
+    def look(optimizer, args, kwargs):
+        for p in optimizer.param_groups[0]["params"]:
+            seen.append([float(p.detach().norm()), float(p.grad.norm()), p.shape[0], len(args)])
+
+    handles = register_optimizer_step_pre_hook(look), register_optimizer_step_post_hook(look)
+    k.train(model, manager)
+    for handle in handles:
+        handle.remove()
+    return {"weights": k.weights(model), "seen": seen}

@@ -293,3 +293,23 @@ def unscaled_step_is_skipped(k: User):
     same = all(torch.equal(start[n], now[n]) for n in start)
     k.train(model, manager)
     return {"same": same, "weights": k.weights(model)}
+
+
+@idiom
+def a_step_is_compiled(k: User):
+    """`torch.compile` of a whole step, with a plain `loss.backward()` in it"""
+    torch._dynamo.reset()
+    model = k.net()
+    manager = k.sgd(model)
+
+    @torch.compile(backend="eager")
+    def step(x, y):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    for x, y in k.batches(3):
+        manager.zero_grad()
+        k.losses.append(k.mean(step(x, y)))
+        manager.step()
+    return model

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
+import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -222,3 +224,69 @@ def stochastic_depth(k: User):
 
     model = k.shard(Dropped())
     return k.train(model, k.sgd(model), steps=4)
+
+
+class NoisyByNumpy(Net):
+    """Adds noise of numpy's to its inputs."""
+
+    def forward(self, x):
+        noise = numpy.random.standard_normal(x.shape)
+        return super().forward(x + torch.from_numpy(noise).to(x.device, x.dtype))
+
+
+@idiom(verdicts="right said said", says="bmt.own_random")
+def noise_of_numpy_in_forward_differs(k: User):
+    """`numpy.random.standard_normal` in a model's forward: the ranks' noise differs"""
+    model = k.shard(NoisyByNumpy())
+    return {"differ": _differ(k, model(torch.ones(4, 6, device=k.device)))}
+
+
+class Jittered(Layer):
+    """Scales by numbers of a generator that it was given."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return super().forward(x) * self.draw().to(x.device, x.dtype)
+
+
+def _train_jittered(k: User, draw, layers=None):
+    model = Net()
+    model.layers = layers or nn.ModuleList([Jittered(draw) for _ in range(2)])
+    model = k.shard(model)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def numpy_in_a_block(k: User):
+    """`numpy.random.rand` in a block's forward, the same on all, drawn again for its gradient"""
+    numpy.random.seed(5)
+    return _train_jittered(k, lambda: torch.from_numpy(1 + numpy.random.rand(8)))
+
+
+class OfItsOwn(Layer):
+    """Scales by numbers of generators of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng, self.generator = numpy.random.default_rng(3), torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        noise = torch.from_numpy(self.rng.random(8)) + torch.rand(8, generator=self.generator)
+        return super().forward(x) * (1 + noise).to(x.device, x.dtype)
+
+
+@idiom
+def generators_of_a_block(k: User):
+    """`self.rng = numpy.random.default_rng(3)` and a `torch.Generator` of a block's own draw in its forward"""
+    return _train_jittered(k, None, nn.ModuleList([OfItsOwn() for _ in range(2)]))
+
+
+@idiom(verdicts="refused", says="gave other values")
+def generator_outside_of_a_block(k: User):
+    """A generator that is no attribute draws in a recomputed block: nobody can draw the same again"""
+    generator = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.rand, 8, generator=generator)
+    return _train_jittered(k, draw)

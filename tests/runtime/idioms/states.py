@@ -377,3 +377,57 @@ def buffers_are_saved(k: User):
     model.load_state_dict(state)
     x, y = k.batch()
     return {"out": k.gather(model(x)), "loss": k.mean(F.cross_entropy(model(x), y)), "state": k.weights(model)}
+
+
+@idiom(verdicts="right said said", says="optimizer.state_dict()")
+def optimizers_state_dict_is_kept_over_a_step(k: User):
+    """`state = optimizer.state_dict()`, a step, and `state` is read: torch shows the moments of now"""
+    model = k.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    manager = k.manage(optimizer)
+    k.train(model, manager, steps=1)
+    state = optimizer.state_dict()
+    k.train(model, manager, steps=2)
+    return {"moments": {str(number): one["momentum_buffer"] for number, one in state["state"].items()}}
+
+
+@idiom
+def optimizers_state_dict_is_written_to(k: User):
+    """`optimizer.state_dict()["state"][n]["exp_avg"].mul_(0.5)`: the optimizer's own moments"""
+    model = k.net()
+    optimizer = k.adam(model.parameters())
+    manager = k.manage(optimizer)
+    k.train(model, manager)
+    for one in optimizer.state_dict()["state"].values():
+        one["exp_avg"].mul_(0.5)
+    return k.train(model, manager)
+
+
+@idiom
+def model_and_muon_are_copied(k: User):
+    """`copy.deepcopy((model, optimizer))` of Muon, whose states are on one rank each; both go on"""
+    model = k.net()
+    optimizer = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=1e-2)
+    manager = k.manage(optimizer)
+    k.train(model, manager)
+    other, again = copy.deepcopy((model, optimizer))
+    k.train(other, k.manage(again), steps=1)
+    return {
+        "kept": [one["momentum_buffer"].shape for one in optimizer.state_dict()["state"].values()],
+        "moments": [float(one["momentum_buffer"].norm()) for one in again.state_dict()["state"].values()],
+    }
+
+
+@idiom
+def state_of_a_parameter_is_a_dict(k: User):
+    """`isinstance(optimizer.state[p], dict)`, `{**optimizer.state[p]}`, and a walk over all of it"""
+    model = k.net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+    k.train(model, k.manage(optimizer))
+
+    def walk(value):
+        if isinstance(value, dict):
+            return {str(key): walk(one) for key, one in {**value}.items() if isinstance(key, str)}
+        return float(value.abs().sum())
+
+    return {"state": [walk(optimizer.state[p]) for p in model.parameters()]}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import pickle
 from collections import defaultdict
 from typing import Any
 
@@ -132,6 +134,56 @@ def test_what_dicts_do_works(kind: Any) -> None:
         oracle.assert_close(made["exp_avg"].norm(), state["exp_avg"].norm(), "exp_avg")
     assert list(state | {"step": 7, "more": 8}) == [*names, "more"] and list({"step": 7} | state) == names
     assert len(optimizer.state.copy()) == len(optimizer.state | {}) == 4
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, bmt.optim.AdamOptimizer])
+def test_states_are_dicts(kind: Any) -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    optimizer = kind(model.parameters(), lr=1e-2)
+    assert not optimizer.state and optimizer.state == {} and json.dumps(optimizer.state) == "{}"
+    train(model, managed(optimizer))
+    state, sums = optimizer.state[model[0].weight], {}
+    assert isinstance(optimizer.state, dict) and isinstance(state, dict)
+    for name, value in state.items():
+        sums[name] = float(value.sum())
+    assert json.loads(json.dumps(state, default=lambda value: float(value.sum()))) == sums
+    assert {name: float(value.sum()) for name, value in dict(**state).items()} == sums
+    assert list(reversed(state)) == [*sums][::-1] and state != {} and optimizer.state != {} and bool(state)
+    assert {name: float(value.sum()) for name, value in ({} | state).items()} == sums
+    other: dict[str, Any] = {}
+    other.update(state)
+    assert list(other) == [*sums] and sorted(other) == sorted(state) and str(state).startswith("{'step'")
+    assert pickle.loads(pickle.dumps({"step": state["step"]}))["step"] == 1 and len(optimizer.state.items()) == 4
+    state |= {"step": torch.tensor(5.0, device="cpu")}
+    assert float(optimizer.state[model[0].weight]["step"]) == 5.0
+    held = optimizer.state
+    held |= {model[0].weight: {**state, "step": torch.tensor(7.0, device="cpu")}}
+    assert float(optimizer.state[model[0].weight]["step"]) == 7.0
+    assert state.pop("more", None) is None and state.get("more") is None and "more" not in state
+
+
+@on_ranks(1, 2)
+def test_copies_of_an_optimizer_whose_states_are_on_one_rank_each() -> None:
+    model = bmt.BMTrainModelWrapper(build())
+    first, second = (p for p in model.parameters() if p.dim() == 2)
+    optimizer = torch.optim.Muon([first], lr=1e-2)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(optimizer, step_on="tensors")
+    train(model, manager)
+    optimizer.add_param_group({"params": [second]})
+    optimizer.param_groups.reverse()  # so that a copy gives each of them to another rank
+    train(model, manager, 1)
+    other, copied = copy.deepcopy((model, optimizer))
+    again = managed(copied)
+    alone = copy.deepcopy(optimizer)
+    managed(alone)
+    for one in (copied, alone):
+        for state, same in zip(whole(one), whole(optimizer), strict=True):
+            assert torch.equal(state["momentum_buffer"], same["momentum_buffer"])
+    train(model, manager, 2)
+    train(other, again, 2)
+    oracle.assert_same_weights(other, model)
 
 
 @on_ranks(1, 2)
