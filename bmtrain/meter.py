@@ -87,7 +87,9 @@ class Meter:
         self._tokens += tokens
         if self.steps % self.every:
             return None
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {
+            name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in values.items()
+        }
         self._ctx.device.synchronize()
         seconds = time.perf_counter() - self._since
         speed = self._tokens / seconds

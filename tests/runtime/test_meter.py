@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,7 +30,10 @@ def measures(folder: str) -> None:
     found = []
     for step in range(5):
         time.sleep(0.05)
-        found.append(meter.step(tokens=100, loss=torch.tensor(float(step)), loss_scale=4))
+        loss = torch.tensor(float(step), requires_grad=True)  # as it is after its backward
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(meter.step(tokens=100, loss=loss, loss_scale=4))
     assert [report is None for report in found] == [True, False, True, False, True]
     for report, step in ((found[1], 2), (found[3], 4)):
         assert report is not None and report["step"] == step
