@@ -96,13 +96,12 @@ def test_writers_are_told_by_rank_0() -> None:
 
 
 def waits_for_others(share: float) -> list[float]:
-    """What each of three reports says of a second of steps, in which rank 1 comes late by ``share``."""
+    """What three reports say of steps to whose end rank 1 comes late, by ``share`` of the time."""
     model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
     context().control.barrier()
     meter, other, found = bmt.Meter(model, every=2), bmt.Meter(model, every=1), []
     for _ in range(6):
-        busy = 0.1
-        time.sleep(busy if bmt.rank() == 0 else busy / (1 - share))
+        time.sleep(0.1 if bmt.rank() == 0 else 0.1 / (1 - share))
         bmt.total(1.0)
         other.step(tokens=1)  # which has its own beginning
         report = meter.step(tokens=1)
@@ -114,7 +113,8 @@ def waits_for_others(share: float) -> list[float]:
 def test_time_in_collectives_is_said() -> None:
     early, late = run_ranks(2, waits_for_others, 0.5)
     assert len(early) == len(late) == 3
-    assert all(0.4 < share < 0.65 for share in early) and all(0 <= share < 0.2 for share in late)
+    assert all(0.25 < share < 1 for share in early) and all(0 <= share < 1 for share in late)
+    assert sum(early) > sum(late) + 0.3  # 1.5 and 0 on a machine that does nothing else
 
 
 def knows_no_waits() -> list[object]:
