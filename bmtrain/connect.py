@@ -100,7 +100,9 @@ class Connector:
             return LocalCommunicator()
         place = name if len(ranks) == self.topology.world_size else f"{name}/{ranks[0]}"
         made = connect(name, place, ranks.index(self.topology.rank), len(ranks))
-        return made if self.watchdog is None else WatchedCommunicator(made, name, self.diary, self.watchdog, ranks)
+        if self.watchdog is None:
+            return made
+        return WatchedCommunicator(made, name, self.diary, self.watchdog, self.device.waits, ranks)
 
     def _gloo(self, name: str, place: str, rank: int, size: int) -> Communicator:
         return GlooCommunicator(PrefixStore(place, self.store), rank, size, self.timeout)

@@ -6,6 +6,8 @@ On a CPU every operation is finished when its call returns, so streams and event
 from __future__ import annotations
 
 import re
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,14 +30,15 @@ _PEAKS = {
     "B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "H20": 148e12, "A100": 312e12,
     "A800": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
+_MARKS_KEPT = 1024  # pairs of events on their way; the oldest of so many has long been passed
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
 
 class Event:
     """A point on a stream that another stream can wait for."""
 
-    def __init__(self, cuda: bool, stress: bool = False) -> None:
-        self._stress = stress
+    def __init__(self, cuda: bool, waits: Waits, stress: bool = False) -> None:
+        self._waits, self._stress = waits, stress
         self._event: torch.cuda.Event | None = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
 
     def record(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -48,7 +51,8 @@ class Event:
     def wait(self, stream: torch.cuda.Stream | None = None) -> None:
         """Let later work of ``stream`` (default: the current one) run only after the recorded point."""
         if self._event is not None:
-            self._event.wait(stream)
+            with self._waits.at(stream):
+                self._event.wait(stream)
             if self._stress:
                 _delay(stream)
 
@@ -99,6 +103,72 @@ class _OnStream:
 _NOWHERE = nullcontext()
 
 
+class Waits:
+    """How long computation has waited for other ranks; measured from the time that somebody wants to know.
+
+    On a CPU that is the time inside collectives.  On a GPU it is how long the stream that computes stood still: for the
+    event of a collective on another stream, in a collective of its own, or since the host waited and queued nothing.
+
+    Attributes:
+        is_on: whether it is measured.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.is_on = False
+        self._device = device
+        self._inside, self._seconds = 0, 0.0
+        self._began: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        self._marks: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._unused: list[torch.cuda.Event] = []
+
+    def at(self, stream: torch.cuda.Stream | None = None) -> AbstractContextManager[object]:
+        """Inside the ``with`` the host, or ``stream`` (default: the current one), may wait for other ranks."""
+        if not self.is_on:
+            return _NOWHERE
+        device = self._device
+        if device.is_cuda and not self._inside:
+            self._stream = stream or device.current_stream()
+            if self._stream in (device.gather_stream, device.reduce_stream):
+                return _NOWHERE
+        return self
+
+    def __enter__(self) -> None:
+        self._inside += 1
+        if self._inside == 1:
+            self._began = self._mark() if self._device.is_cuda else time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        self._inside -= 1
+        if self._inside or self._began is None:
+            return
+        if self._device.is_cuda:
+            self._marks.append((self._began, self._mark()))
+            if len(self._marks) > _MARKS_KEPT:
+                self._add_oldest()
+        else:
+            self._seconds += time.perf_counter() - self._began
+        self._began = None
+
+    def _mark(self) -> torch.cuda.Event:
+        event: torch.cuda.Event = self._unused.pop() if self._unused else torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._stream)
+        return event
+
+    def _add_oldest(self) -> None:
+        began, ended = self._marks.popleft()
+        ended.synchronize()
+        self._seconds += began.elapsed_time(ended) / 1000
+        self._unused += (began, ended)
+
+    def seconds(self) -> float:
+        """All of it so far.  Call it outside of collectives; waits for the device."""
+        self._inside, self._began = 0, None
+        while self._marks:
+            self._add_oldest()
+        return self._seconds
+
+
 def current_stream_handle(index: int) -> int:
     """The cudaStream_t on which work for GPU ``index`` is queued now, as C++ takes it."""
     return int(torch._C._cuda_getCurrentRawStream(index))
@@ -125,6 +195,7 @@ class Device:
 
     Attributes:
         stand_in: what to say of memory in the place of the device; None for the truth, which a CPU does not know.
+        waits: how long computation has waited for other ranks.
     """
 
     def __init__(self, device: torch.device, schedule: Schedule = "overlap", rank: int = 0) -> None:
@@ -139,6 +210,7 @@ class Device:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
+        self.waits = Waits(self)
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         # High priority: a collective that waits behind a GEMM's thread blocks starts too late to overlap the next.
@@ -148,7 +220,7 @@ class Device:
 
     def event(self) -> Event:
         """A new event, not yet recorded."""
-        return Event(self.is_cuda, self.schedule == "stress")
+        return Event(self.is_cuda, self.waits, self.schedule == "stress")
 
     def on(self, stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:
         """Run the body's device work on ``stream``."""

@@ -29,6 +29,10 @@ class Meter:
     Model FLOPs utilisation is ``tokens/s * flops_per_token / peak``: what the model needs, without what is recomputed,
     of what the GPU could do in bf16 or fp16 without sparsity.
 
+    Exposed communication is the share of the time in which computation waited for other ranks: inside collectives on a
+    CPU, where all of them are waited for; on a GPU while its stream stood still.  That holds the time that slower ranks
+    take, and not what is moved beside computation.
+
     Args:
         model: of which parameters are counted.
         every: optimizer steps between two reports.  The first report holds what only first steps do.
@@ -60,10 +64,12 @@ class Meter:
         self.steps = 0
         self._ctx = context()
         self._peak = self._ctx.device.peak_flops()
+        self._ctx.device.waits.is_on = True
+        self._knows_waits = self._ctx.watchdog is not None or self._ctx.world_size == 1
         self._begin()
 
     def _begin(self) -> None:
-        self._tokens, self._since = 0, time.perf_counter()
+        self._tokens, self._waited, self._since = 0, self._ctx.device.waits.seconds(), time.perf_counter()
 
     def step(self, tokens: int, **values: float | torch.Tensor) -> dict[str, Any] | None:
         """Count an optimizer step; every ``every`` steps returns what was measured since the last report.
@@ -74,20 +80,25 @@ class Meter:
 
         Returns:
             ``step``, ``seconds`` a step, ``tokens_per_second`` of this GPU, ``mfu`` (None where the peak is not known),
-            ``peak_gib`` of memory (None on a CPU), and ``values``.
+            ``exposed_communication`` (between 0 and 1; None with ``BMTRAIN_WATCH=0``), ``peak_gib`` of memory (None on
+            a CPU), and ``values``.
         """
         self.steps += 1
         self._tokens += tokens
         if self.steps % self.every:
             return None
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {
+            name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in values.items()
+        }
         self._ctx.device.synchronize()
         seconds = time.perf_counter() - self._since
         speed = self._tokens / seconds
+        waited = (self._ctx.device.waits.seconds() - self._waited) / seconds if self._knows_waits else None
         memory = self._ctx.device.peak_memory() / 2**30 if self._ctx.device.measures_memory else None
         found = {
             "step": self.steps, "seconds": seconds / self.every, "tokens_per_second": speed,
-            "mfu": speed * self.flops_per_token / self._peak if self._peak else None, "peak_gib": memory, **numbers,
+            "mfu": speed * self.flops_per_token / self._peak if self._peak else None,
+            "exposed_communication": waited, "peak_gib": memory, **numbers,
         }  # fmt: skip
         if self._ctx.rank == 0:
             if self.path is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
+from pathlib import Path
 
 OLDEST = (2, 9)
 PRIVATE = (
@@ -61,4 +63,17 @@ def _is_there(name: str) -> bool:
         return False
 
 
-check()
+def _of_command() -> str:
+    """The command of bmtrain's that this process is, to whose user a traceback says nothing; "" for any other."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name == "-m" and sys.orig_argv[-len(sys.argv)].removeprefix("-m").split(".")[0] == "bmtrain":
+        return "bmt"
+    return name if name in ("bmt", "bmt-checkpoint", "bmt-doctor") else ""
+
+
+try:
+    check()
+except ImportError as problem:
+    if _of_command():
+        sys.exit(f"{_of_command()}: {problem}")
+    raise

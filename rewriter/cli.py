@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rewriter import __version__
 from rewriter.config import read_settings
@@ -24,10 +24,10 @@ from rewriter.output import check_target, copy_project, write_back, write_tree, 
 from rewriter.page import page
 from rewriter.plan import Options, known_codes
 from rewriter.portions import convert_project
-from rewriter.progress import Progress
 from rewriter.report import closing, diff, left_training, listing
 from rewriter.rules import BY_CODE, RULES
 from rewriter.spelling import nearest
+from rewriter.terminal import progress, show
 from rewriter.types import InputError, Result, Tried
 
 CHANGED, FAILED, LEFT, INTERRUPTED = 1, 2, 3, 130
@@ -77,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks that --verify and --prove try")
     made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long]", help="an input for --verify")
-    made.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="colour the diff")
+    made.add_argument(
+        "--color", choices=["auto", "always", "never"], default="auto", help="colour what a terminal shows"
+    )
     made.add_argument("--quiet", "-q", action="store_true", help="print the summary only")
     made.add_argument("--verbose", "-v", action="store_true", help="print every finding, not one a rule and file")
     made.add_argument(
@@ -232,21 +234,21 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
     skip = options.output.resolve() if options.output is not None else None
     exclude = _exclude(options, settings)
-    with Progress(sys.stderr) as progress:
-        paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, progress)))
+    with progress(sys.stderr) as tell:
+        paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, tell)))
         roots = [path for path in options.paths if path.is_dir()]
         gc.disable()  # syntax trees hold no garbage worth looking for
         jobs = options.jobs or settings.get("jobs") or os.cpu_count() or 1
-        return convert_project(paths, conversion, roots, jobs, progress)
+        return convert_project(paths, conversion, roots, jobs, tell)
 
 
 def _show(options: argparse.Namespace, results: Sequence[Result]) -> None:
     if options.diff or not _writes(options):
         for result in results:
-            sys.stdout.write(diff(result, _colored(options.color)))
+            sys.stdout.write(diff(result, _colored(options.color, sys.stdout)))
     if not options.quiet:
-        for line in listing(results, options.verbose):
-            print(line, file=_stream(options))
+        stream = _stream(options)
+        show(listing(results, options.verbose), stream, _colored(options.color, stream))
 
 
 def _last_lines(options: argparse.Namespace, results: Sequence[Result], held: bool) -> list[str]:
@@ -269,17 +271,17 @@ def _writes(options: argparse.Namespace) -> bool:
     return bool(options.write or options.output or options.check or options.prove)
 
 
-def _stream(options: argparse.Namespace) -> Any:
+def _stream(options: argparse.Namespace) -> TextIO:
     return sys.stdout if _writes(options) else sys.stderr
 
 
-def _colored(choice: str) -> bool:
+def _colored(choice: str, stream: TextIO) -> bool:
     """As https://no-color.org and https://force-color.org have it; an option goes before the environment."""
     if choice != "auto":
         return choice == "always"
     if os.environ.get("NO_COLOR"):
         return False
-    return bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty()
+    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
 def _explain(code: str) -> int:
@@ -312,13 +314,13 @@ def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
     if result.error:
         print(f"bmt-convert: {result.error}", file=sys.stderr)
     elif options.diff:
-        sys.stdout.write(diff(result, _colored(options.color)))
+        sys.stdout.write(diff(result, _colored(options.color, sys.stdout)))
     elif not options.check:
         sys.stdout.flush()
         sys.stdout.buffer.write(result.after)
         sys.stdout.flush()
-    for line in () if options.quiet else listing([result], options.verbose):
-        print(line, file=sys.stderr)
+    if not options.quiet:
+        show(listing([result], options.verbose), sys.stderr, _colored(options.color, sys.stderr))
     return _exit_code([result], options.check)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from pathlib import Path
 from typing import Any
 
 from rewriter.spelling import nearest
 from rewriter.types import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 KEYS = {"select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int}
 
@@ -50,30 +54,12 @@ def _table(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot read: {error}") from None
     if "bmt-convert" not in text:
         return {}
-    if sys.version_info >= (3, 11):
-        import tomllib
-
-        try:
-            content = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"{path}: {error}") from None
-        table: dict[str, Any] = content.get("tool", {}).get("bmt-convert", {})
-        return table
-    return _simple_table(path, text)
-
-
-def _simple_table(path: Path, text: str) -> dict[str, Any]:
-    """The table where Python has no TOML reader: keys with values on one line."""
-    found: dict[str, Any] = {}
-    inside = False
-    for line in (line.strip() for line in text.splitlines()):
-        if line.startswith("["):
-            inside = line == "[tool.bmt-convert]"
-        elif inside and "=" in line and not line.startswith("#"):
-            key, _, value = line.partition("=")
-            plain = {"true": "True", "false": "False"}.get(value.strip(), value.strip())
-            try:
-                found[key.strip()] = ast.literal_eval(plain)
-            except (ValueError, SyntaxError):
-                raise InputError(f"{path}: cannot read {line!r}; write it on one line") from None
-    return found
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: {error}") from None
+    tools = content.get("tool", {})
+    table = tools.get("bmt-convert", {}) if isinstance(tools, dict) else {}
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: [tool.bmt-convert] must be a table")
+    return table

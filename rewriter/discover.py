@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from pathspec import GitIgnoreSpec
 
 from rewriter.types import InputError
 
@@ -20,41 +22,59 @@ Tell = Callable[[str, int, int], None]
 
 
 class Ignored:
-    """The ``.gitignore`` patterns between a folder and a file, read once."""
+    """What ``.gitignore`` names, in the folder, below it, and above it as far as its repository goes; each read once.
+
+    Who asks for a folder that is itself ignored means it: then what is above does not count.
+    """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._rules: dict[Path, list[tuple[str, bool, bool, bool]]] = {}
+        self.root = Path(os.path.abspath(root))
+        self._given = root
+        self._specs: dict[Path, GitIgnoreSpec] = {}
+        above = _repository_above(self.root)
+        chain = [*above[1:], self.root] if above else []
+        is_meant = any(self._is_ignored(each, True, [base for base in above if base in each.parents]) for each in chain)
+        self._above = [] if is_meant else above
 
     def __call__(self, path: Path, folder: bool) -> bool:
-        ignored = False
-        for base in (self.root, *reversed([p for p in path.parents if self.root in p.parents])):
-            name = path.relative_to(base).as_posix()
-            for pattern, negated, only_folders, anchored in self._patterns(base):
-                if (not only_folders or folder) and _matches(name, pattern, anchored):
-                    ignored = not negated
-        return ignored
+        inside = self.root / path.relative_to(self._given)
+        below = [place for place in reversed(inside.parents) if place == self.root or self.root in place.parents]
+        return self._is_ignored(inside, folder, [*self._above, *below])
 
-    def _patterns(self, folder: Path) -> list[tuple[str, bool, bool, bool]]:
-        if folder not in self._rules:
-            rules = []
+    def _is_ignored(self, path: Path, folder: bool, bases: Sequence[Path]) -> bool:
+        """The last word is that of the nearest folder that has one."""
+        for base in reversed(bases):
+            said = self._spec(base).check_file(path.relative_to(base).as_posix() + "/" * folder).include
+            if said is not None:
+                return said
+        return False
+
+    def _spec(self, folder: Path) -> GitIgnoreSpec:
+        if folder not in self._specs:
             named, lines = folder / ".gitignore", list[str]()
             with suppress(OSError):
                 if named.is_file():
                     lines = named.read_text(encoding="utf-8", errors="replace").splitlines()
-            for line in (line.strip() for line in lines):
-                if line and not line.startswith("#"):
-                    negated, line = line.startswith("!"), line.removeprefix("!")
-                    only_folders, line = line.endswith("/"), line.rstrip("/")
-                    rules.append((line.lstrip("/"), negated, only_folders, "/" in line))
-            self._rules[folder] = rules
-        return self._rules[folder]
+            self._specs[folder] = GitIgnoreSpec.from_lines(filter(_is_pattern, lines))
+        return self._specs[folder]
 
 
-def _matches(name: str, pattern: str, anchored: bool) -> bool:
-    if anchored:
-        return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, pattern.removeprefix("**/"))
-    return fnmatch.fnmatchcase(name.rsplit("/", 1)[-1], pattern)
+def _repository_above(root: Path) -> list[Path]:
+    """The folders above, from the top of the repository on; none where this is the top, or no repository."""
+    if (root / ".git").exists():
+        return []
+    parents = [*root.parents]
+    top = next((number for number, place in enumerate(parents) if (place / ".git").exists()), -1)
+    return parents[: top + 1][::-1]
+
+
+def _is_pattern(line: str) -> bool:
+    """Whether git makes something of a line; what it does not, it passes over."""
+    try:
+        GitIgnoreSpec.from_lines([line])
+    except ValueError:
+        return False
+    return True
 
 
 def walk(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
-_EVERY = 0.1  # seconds
+EVERY = 0.1  # seconds between two states that are shown
 
 
 class Progress:
@@ -28,7 +28,7 @@ class Progress:
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._began = phase, now
-        elif now - self._last < _EVERY and done != total:
+        elif now - self._last < EVERY and done != total:
             return
         self._last = now
         count = f"{done}/{total}" if total else f"{done}" if done else ""

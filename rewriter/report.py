@@ -8,6 +8,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rewriter.types import Finding, Refusal, Remark, Result, place
 
@@ -16,6 +17,18 @@ FIRST = "before the launch, "
 _TRAINS = re.compile(rb"\.backward\(")
 _IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
+
+
+class Line(NamedTuple):
+    """One thing to say of one place, or of several for the same reason; ``mark`` is what it means for the user."""
+
+    place: str
+    code: str
+    mark: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.code} {self.mark}{self.message}"
 
 
 def diff(result: Result, color: bool = False) -> str:
@@ -40,7 +53,7 @@ def _name(path: Path) -> str:
     return path.as_posix().lstrip("/")
 
 
-def listing(results: Sequence[Result], verbose: bool = False) -> Iterator[str]:
+def listing(results: Sequence[Result], verbose: bool = False) -> Iterator[Line]:
     """What was found, what needs the user's hand first.
 
     Files that train and stay as they are come first of all. Then one line stands for all places that are left for the
@@ -50,7 +63,7 @@ def listing(results: Sequence[Result], verbose: bool = False) -> Iterator[str]:
     for result in results:
         reason = left_training(result)
         if reason:
-            yield f"{result.path}: error: trains, and was left as it is: {reason}"
+            yield Line(str(result.path), "error:", "", f"trains, and was left as it is: {reason}")
     yield from _places(understood, lambda result: result.reported, "left: ", verbose)
     yield from _places(understood, lambda result: result.hidden, "needs --unsafe: ", verbose)
     for result in understood:  # what is done needs no more than its rule
@@ -59,7 +72,7 @@ def listing(results: Sequence[Result], verbose: bool = False) -> Iterator[str]:
 
 def _places(
     results: Sequence[Result], found: Callable[[Result], Sequence[Finding]], mark: str, verbose: bool
-) -> Iterator[str]:
+) -> Iterator[Line]:
     every = [(result, finding) for result in results for finding in _in_order(found(result))]
     return _lines_of(every, mark, lambda finding: (finding.code, finding.message), verbose)
 
@@ -70,12 +83,12 @@ def _in_order(found: Sequence[Finding]) -> list[Finding]:
 
 def _lines_of(
     found: Sequence[tuple[Result, Finding]], mark: str, kind: Callable[[Finding], object], verbose: bool
-) -> Iterator[str]:
+) -> Iterator[Line]:
     groups: dict[object, list[tuple[Result, Finding]]] = {}
     for number, (result, finding) in enumerate(found):
         groups.setdefault(number if verbose else kind(finding), []).append((result, finding))
     for (result, first), *others in groups.values():
-        yield f"{result.at(first.line)}: {first.code} {mark}{first.message}{_more(result, others)}"
+        yield Line(result.at(first.line), first.code, mark, first.message + _more(result, others))
 
 
 def _more(first: Result, others: Sequence[tuple[Result, Finding]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..autograd import never_compiled, outside_of_compiled_code
+from ..device import Waits
 from ..errors import CommunicationError
 from ..watch import Diary, Watchdog
 from .base import Communicator, ReduceOp
@@ -21,11 +22,17 @@ class WatchedCommunicator(Communicator):
     """
 
     def __init__(
-        self, inner: Communicator, name: str, diary: Diary, watchdog: Watchdog, ranks: Sequence[int] = ()
+        self,
+        inner: Communicator,
+        name: str,
+        diary: Diary,
+        watchdog: Watchdog,
+        waits: Waits,
+        ranks: Sequence[int] = (),
     ) -> None:
         """``ranks``: those of the group, by their numbers in the job; all, if none are given."""
         super().__init__(inner.rank, inner.world_size)
-        self.inner, self.name, self._diary, self._watchdog = inner, name, diary, watchdog
+        self.inner, self.name, self._diary, self._watchdog, self._waits = inner, name, diary, watchdog, waits
         self._ranks = ranks or range(inner.world_size)
         self._next = self._ranks[(self.rank + 1) % self.world_size]
 
@@ -44,7 +51,8 @@ class WatchedCommunicator(Communicator):
         def wait_watched() -> None:
             self._diary.is_inside = True
             try:
-                wait()
+                with self._waits.at():
+                    wait()
             except CommunicationError as error:
                 self._raise(error)
             finally:
@@ -68,7 +76,7 @@ class WatchedCommunicator(Communicator):
     def group(self) -> Iterator[None]:
         is_over = False
         try:
-            with self.inner.group():
+            with self._waits.at(), self.inner.group():
                 yield
                 is_over = self._diary.is_inside = True
         except CommunicationError as error:
@@ -101,7 +109,8 @@ class WatchedCommunicator(Communicator):
         else:
             self._diary.enter(self.name, operation, moved if isinstance(moved, int) else moved.nbytes)
         try:
-            return call(*args)
+            with self._waits.at():
+                return call(*args)
         except CommunicationError as error:
             self._raise(error)
         finally:
@@ -111,7 +120,8 @@ class WatchedCommunicator(Communicator):
     def _between_two(self, pair: str, peer: int, call: Callable[..., Any], tensor: torch.Tensor) -> None:
         self._diary.enter_pair(pair, self._ranks[peer] if peer in range(self.world_size) else peer)
         try:
-            call(tensor, peer)
+            with self._waits.at():
+                call(tensor, peer)
         except CommunicationError as error:
             raise self._watchdog.explained(error) from error
         finally:

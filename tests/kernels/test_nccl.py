@@ -19,6 +19,7 @@ from bmtrain.comm import nccl
 from bmtrain.comm.nccl import NcclCommunicator
 from bmtrain.comm.staged import StagedCommunicator
 from bmtrain.comm.watched import WatchedCommunicator
+from bmtrain.device import Device
 from bmtrain.errors import CommunicationError, ConfigurationError, DeviceError
 from bmtrain.watch import Diary
 
@@ -467,7 +468,7 @@ def test_what_nccl_finds_while_queueing_is_explained(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(nccl, "current_stream_handle", lambda index: 1)
     monkeypatch.setattr(nccl, "library", SimpleNamespace(type_code=lambda _: 0, op_code=lambda *_: 0))
     watchdog: Any = SimpleNamespace(verdict=None, explained=lambda error: CommunicationError(f"Rank 1: {error}"))
-    watched = WatchedCommunicator(comm, "world", Diary(), watchdog)
+    watched = WatchedCommunicator(comm, "world", Diary(), watchdog, Device(torch.device("cpu")).waits)
     with pytest.raises(CommunicationError, match=r"^Rank 1: NCCL: remote process exited$"):
         watched.all_reduce(torch.ones(2))
     with pytest.raises(CommunicationError, match=r"^This communicator moves"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -88,6 +89,13 @@ def started(folder: Path, *scripts: Path, **variables: str) -> subprocess.Popen[
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
+
+
+def test_the_tutorial_proves_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Keys' biases have gradients of rounding error alone, which AdamW makes steps of: on one rank, too."""
+    shutil.copy(EXAMPLES / "tutorial" / "train.py", tmp_path)
+    assert main([str(tmp_path), "--prove", "train.py", "--ranks", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "the converted script does what the original does on 1 rank"
 
 
 def test_the_tutorial_says_what_happens(tmp_path: Path) -> None:

@@ -213,22 +213,6 @@ def test_color_as_the_environment_has_it(
     assert "\033[32m" in capsys.readouterr().out
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_sees_at_once_what_is_done(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    assert main([str(model.parent), "--check", "-q"]) == 1
-    steps = [step.strip() for step in terminal.getvalue().split("\r")]
-    assert steps[:4] == ["", "looking for files", "reading 0/1", "deciding 0/1"] and steps[-1] == ""
-    assert capsys.readouterr().out.startswith("1 of 1 file changed")
-
-
 def test_versions_agree(capsys: pytest.CaptureFixture[str]) -> None:
     import bmtrain
 

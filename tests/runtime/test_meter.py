@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +30,10 @@ def measures(folder: str) -> None:
     found = []
     for step in range(5):
         time.sleep(0.05)
-        found.append(meter.step(tokens=100, loss=torch.tensor(float(step)), loss_scale=4))
+        loss = torch.tensor(float(step), requires_grad=True)  # as it is after its backward
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found.append(meter.step(tokens=100, loss=loss, loss_scale=4))
     assert [report is None for report in found] == [True, False, True, False, True]
     for report, step in ((found[1], 2), (found[3], 4)):
         assert report is not None and report["step"] == step
@@ -84,8 +90,119 @@ def test_writers_are_told_by_rank_0() -> None:
     assert others == [[], [], [], []]
     ((step, values),), (report,) = run, reports
     assert (step, report["step"], values["loss"]) == (1, 1, 2.5) and bar == [values]
-    assert set(values) == {"seconds", "tokens_per_second", "loss"}  # what is not known on a CPU is left out
+    # What is not known on a CPU is left out.
+    assert set(values) == {"seconds", "tokens_per_second", "exposed_communication", "loss"}
     assert writer == [(name, value, 1) for name, value in values.items()]
+
+
+def waits_for_others(share: float) -> list[float]:
+    """What three reports say of steps to whose end rank 1 comes late, by ``share`` of the time."""
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
+    context().control.barrier()
+    meter, other, found = bmt.Meter(model, every=2), bmt.Meter(model, every=1), []
+    for _ in range(6):
+        time.sleep(0.1 if bmt.rank() == 0 else 0.1 / (1 - share))
+        bmt.total(1.0)
+        other.step(tokens=1)  # which has its own beginning
+        report = meter.step(tokens=1)
+        if report is not None:
+            found.append(report["exposed_communication"])
+    return found
+
+
+def test_time_in_collectives_is_said() -> None:
+    early, late = run_ranks(2, waits_for_others, 0.5)
+    assert len(early) == len(late) == 3
+    assert all(0.25 < share < 1 for share in early) and all(0 <= share < 1 for share in late)
+    assert sum(early) > sum(late) + 0.3  # 1.5 and 0 on a machine that does nothing else
+
+
+def knows_no_waits() -> list[object]:
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(10, 20))
+    meter = bmt.Meter(model, every=1)
+    model(torch.ones(2, 10)).sum().backward()  # one rank waits for nobody
+    report = meter.step(tokens=1)
+    assert report is not None
+    return [report["exposed_communication"]]
+
+
+def test_one_rank_waits_for_nobody() -> None:
+    assert run_ranks(1, knows_no_waits) == [[0.0]]
+
+
+def is_not_watched() -> list[object]:
+    with mock.patch.object(context(), "watchdog", None):  # as BMTRAIN_WATCH=0 leaves it
+        return knows_no_waits()
+
+
+def test_what_is_not_watched_is_not_known() -> None:
+    assert run_ranks(2, is_not_watched) == [[None], [None]]
+
+
+def test_waits_inside_of_waits_count_once_and_only_when_asked() -> None:
+    waits = Device(torch.device("cpu")).waits
+    with waits.at():
+        time.sleep(0.02)
+    assert waits.seconds() == 0
+    waits.is_on = True
+    with waits.at():
+        with waits.at():
+            time.sleep(0.02)
+        with pytest.raises(ConfigurationError), waits.at():
+            raise ConfigurationError("x")
+        time.sleep(0.02)
+    assert 0.04 <= waits.seconds() < 1  # a busy machine may take longer
+    known = waits.seconds()
+    waits.__enter__()  # a collective that another thread left in its middle
+    assert waits.seconds() == known
+    with waits.at():
+        time.sleep(0.01)
+    assert waits.seconds() > known
+
+
+class Clock:
+    """In the place of torch.cuda.Event; what is recorded on a stream is passed at that stream's time."""
+
+    time = 0.0
+    made = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Clock.made += 1
+
+    def record(self, stream: object) -> None:
+        assert stream == "compute"
+        self.at = Clock.time
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Clock) -> float:
+        return (later.at - self.at) * 1000
+
+
+def test_a_gpu_waits_where_its_own_stream_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    device: Any = Device(torch.device("cpu"))
+    device.is_cuda, device.gather_stream, device.reduce_stream = True, "gather", "reduce"
+    stream = ["compute"]
+    device.current_stream = lambda: stream[0]
+    device.waits.is_on = True
+    for moved, given, now in (
+        (1, None, "compute"), (2, "compute", "gather"), (4, None, "gather"), (8, "reduce", "compute"),
+    ):  # fmt: skip
+        stream[0] = now
+        with device.waits.at(given):
+            with device.waits.at("gather"):
+                pass
+            Clock.time += moved
+    assert device.waits.seconds() == 3
+    made, stream[0] = Clock.made, "compute"
+    for _ in range(5000):
+        with device.waits.at():
+            Clock.time += 1
+    assert Clock.made < made + 3000  # they are used again
+    assert device.waits.seconds() == 5003
 
 
 PEAKS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,33 @@ def test_one_line_says_what_to_do(tmp_path: Path, content: str | None, message: 
     *_, last = done.stderr.splitlines()
     assert done.returncode == 1 and last.startswith("ImportError: ") and message in last
     assert "During handling" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["bmt", "bmt-doctor", "bmt-checkpoint", "-m bmtrain", "-mbmtrain", "-m bmtrain.checkpoint"]
+)
+def test_commands_say_it_without_a_traceback(tmp_path: Path, command: str) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.8.1'")
+    entry = tmp_path / command
+    entry.write_text("import bmtrain")
+    given = command.split() if command.startswith("-m") else [str(entry)]
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, *given, "plot", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    name = "bmt" if command.startswith("-m") else command
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == (
+        f"{name}: bmtrain trains with torch 2.9 or later, and this is torch 2.8.1: pip install --upgrade torch\n"
+    )
+
+
+def test_scripts_get_an_error_that_they_can_catch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.8.1'")
+    for name in ("bmtrain.py.txt", "train"):
+        (tmp_path / name).write_text("try:\n    import bmtrain\nexcept ImportError:\n    print('caught')\n")
+        environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        line = [sys.executable, str(tmp_path / name), "bmtrain"]
+        assert subprocess.check_output(line, text=True, env=environment) == "caught\n"
 
 
 def test_a_later_torch_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

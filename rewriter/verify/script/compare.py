@@ -261,7 +261,7 @@ class Comparison:
                     message = f"the optimizer's step {number + 1} is made by the original only"
                     self.note(WEIGHTS, message, ours["at"], moment - 0.1)
                 return
-            allowed = spread.get(ours["optimizer"], []) if self.run.ranks > 1 else []
+            allowed = spread.get(ours["optimizer"], [])
             for rank, (event,) in enumerate(theirs):
                 if self._differing_weights(ours, event, allowed, rank, number, moment):
                     return

@@ -133,7 +133,7 @@ class _Proof:
     def _files(self, original: Run, run: Run, comparison: Comparison) -> None:
         ours = original.root, left_by(original.root, snapshot(self.settings.original))
         theirs = run.root, left_by(run.root, snapshot(self.settings.converted))
-        slack = _slack(original) if run.ranks > 1 else {}
+        slack = _slack(original)
         found = compare_left(ours, theirs, comparison.tolerance, slack)
         if found.different:
             found = compare_left(ours, theirs, comparison.tolerance, slack, comparison.again().root)

@@ -1,0 +1,100 @@
+"""Which files of a folder are its project's own, beside what git says of the same folder."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rewriter.cli import main
+from rewriter.discover import walk
+
+FILES = [
+    "#h.py", "a.py", "b/a.py", "b/c/a.py", "data/x.py", "foo/a.py", "foo/bar/a.py", "foo/bar/baz/a.py", "keep/gen/a.py",
+    "keep/gen/b.py", "logs/a.py", "out/deep/er/a.py", "sp.py", "sub/data/x.py", "sub/logs/a.py", "x1.py", "xa.py",
+]  # fmt: skip
+IGNORED = [
+    "", "*.py\n!b/a.py", "foo/*\n", "foo/*\n!foo/bar/", "/data", "data/", "/*\n!/foo", "foo/**/a.py", "**/bar",
+    "foo/**", "\\#h.py", "sp.py ", "x[0-9].py", "x[!0-9].py", "foo/*/a.py", "b/*.py", "keep/gen/*\n!keep/gen/a.py",
+    "keep/gen\n!keep/gen/a.py", "a.py/", "out/**/er", "*/a.py", "# c\n\n  \n", "foo\\bar", "\ta.py", "!", "/", "[",
+    "a\\", "***", "[a", "\\", "!!a.py", "**/", "/**", "a.py\r\nb/c/\r\n",
+]  # fmt: skip
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    return tmp_path
+
+
+def git_files(folder: Path) -> set[str]:
+    command = ["git", "-C", str(folder), "ls-files", "-z", "-o", "--exclude-standard"]
+    named = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return {name for name in named if name.endswith(".py")}
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in walk(folder) if path.suffix == ".py"}
+
+
+@pytest.mark.parametrize("patterns", IGNORED)
+def test_what_git_ignores(repository: Path, patterns: str) -> None:
+    (repository / ".gitignore").write_text(patterns)
+    assert files(repository) == git_files(repository)
+
+
+@pytest.mark.parametrize(
+    ("above", "inside", "below"),
+    [
+        ("gen/", "", ""), ("sub/data", "", ""), ("/data", "", ""), ("logs", "!logs", ""), ("", "/data", ""),
+        ("*.py", "!x.py", ""), ("", "*.py", "!x.py"), ("", "!x.py", "*.py"), ("data/*\n", "", "!x.py"),
+    ],
+)  # fmt: skip
+def test_folders_above_and_below_have_their_say(repository: Path, above: str, inside: str, below: str) -> None:
+    for folder, patterns in ((".", above), ("sub", inside), ("sub/data", below)):
+        (repository / folder / ".gitignore").write_text(patterns)
+    assert files(repository / "sub") == git_files(repository / "sub")
+
+
+@pytest.mark.parametrize("patterns", ["out/", "/out/deep", "*", "out/*"])
+def test_a_folder_that_is_asked_for_is_looked_at(repository: Path, patterns: str) -> None:
+    (repository / ".gitignore").write_text(patterns)
+    assert files(repository / "out" / "deep") == {"er/a.py"}
+
+
+def test_relative_paths(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / ".gitignore").write_text("sub/data\n")
+    monkeypatch.chdir(repository / "sub")
+    assert {path.as_posix() for path in walk(Path(".")) if path.suffix == ".py"} == {"logs/a.py"}
+    assert {path.as_posix() for path in walk(Path("../sub")) if path.suffix == ".py"} == {"../sub/logs/a.py"}
+
+
+def test_without_a_repository_what_is_above_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("*.py\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.py").write_text("")
+    assert files(tmp_path / "sub") == {"a.py"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[tool.bmt-convert]\nselect = [\n  "BMT001",  # on lines of its own\n]\n', ""),
+        ('tool = "bmt-convert"\n', ""),
+        ('[tool]\nbmt-convert = "x"\n', "must be a table"),
+        ("[tool.bmt-convert]\nselect = [\n", "pyproject.toml: "),
+        ("[[tool.bmt-convert]]\nunsafe = true\n", "must be a table"),
+    ],
+)
+def test_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str) -> None:
+    (tmp_path / "pyproject.toml").write_text(text)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert main([str(tmp_path / "a.py"), "--check"]) == (2 if said else 0)
+    assert said in capsys.readouterr().err
