@@ -201,21 +201,25 @@ def _of_numpy() -> tuple[type, ...]:
     return () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
 
 
-def generator_state(generator: Any) -> bytes:
-    """Where it stands."""
+def generator_state(generator: Any) -> Any:
+    """Where it stands, in the words of its kind."""
     if isinstance(generator, random.Random):
-        return pickle.dumps(generator.getstate())
+        return generator.getstate()
     if hasattr(generator, "bit_generator"):
-        return pickle.dumps(generator.bit_generator.state)
-    return pickle.dumps(generator.get_state())
+        return generator.bit_generator.state
+    return generator.get_state()
 
 
-def set_generator_state(generator: Any, state: bytes) -> None:
+def is_same_state(one: Any, other: Any) -> bool:
+    """Of two states of one generator."""
+    return pickle.dumps(one) == pickle.dumps(other)
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
     """Let it stand there."""
-    found = pickle.loads(state)
     if isinstance(generator, random.Random):
-        generator.setstate(found)
+        generator.setstate(state)
     elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = found
+        generator.bit_generator.state = state
     else:
-        generator.set_state(found)
+        generator.set_state(state)

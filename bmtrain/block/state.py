@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..own_random import generator_state, is_generator, set_generator_state
+from ..own_random import generator_state, is_generator, is_same_state, set_generator_state
 from ..shard.parameter import DistributedParameter
 
 _RUNS = 3
@@ -56,7 +56,7 @@ class Entry:
         if self.holder.get(self.name, _MISSING) is not self.value:
             return True
         if is_generator(self.value):
-            return self.content is not None and generator_state(self.value) != self.content
+            return self.content is not None and not is_same_state(generator_state(self.value), self.content)
         if not _is_plain(self.value):
             return self.content is not None and not _same(self.value, self.content)
         # Written through .data, it keeps its version.
