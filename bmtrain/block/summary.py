@@ -8,19 +8,20 @@ from .. import kernels
 from ..context import Context
 from ..precision import Precision
 from ..shard.unit import ShardUnit
+from ..topology import Mesh
 
 _MIB = 2**20
 
 
 def summary(ctx: Context, units: Iterable[ShardUnit]) -> Iterator[str]:
-    """Parameters, bytes per rank, ranks, precision, and what is decided about memory."""
+    """Parameters, bytes per rank, ranks, their mesh, precision, and what is decided about memory."""
     every = list(units)
     flats = [flat for unit in every for flat in unit.flats]
     total = sum(parameter.numel() for flat in flats for parameter in flat.params)
     trained = sum(parameter.numel() for flat in flats for parameter in flat.params if parameter.requires_grad)
     device = ctx.device.torch_device
     ranks = f"{ctx.world_size} rank{'s' * (ctx.world_size != 1)}, {ctx.topology.local_size} on this host"
-    yield f"{counts(total, trained, len(every))}; {ranks}, on {device.type}"
+    yield f"{counts(total, trained, len(every))}; {ranks}{_mesh(ctx.topology.mesh)}, on {device.type}"
     shards = sum(flat.shard.nbytes for flat in flats)
     largest = max((unit.whole_bytes() for unit in every), default=0)
     yield (
@@ -36,6 +37,12 @@ def summary(ctx: Context, units: Iterable[ShardUnit]) -> Iterator[str]:
 def counts(total: int, trained: int, units: int) -> str:
     """How large a model is."""
     return f"{total:,} parameters, {trained:,} train, in {units} unit{'s' * (units != 1)}"
+
+
+def _mesh(mesh: Mesh) -> str:
+    """Its dimensions, where there are others than that of the shards."""
+    sizes = {name: size for name, size in zip(mesh.mesh_dim_names, mesh.shape, strict=True) if size > 1}
+    return f", {' x '.join(f'{name} {size}' for name, size in sizes.items())}" if sizes.keys() - {"shard"} else ""
 
 
 def words(precision: Precision) -> str:

@@ -6,9 +6,12 @@ import contextlib
 import io
 
 import torch
+import pytest
 from ranks import run_ranks
 
 import bmtrain as bmt
+from bmtrain.block.summary import _mesh
+from bmtrain.topology import Mesh
 
 
 def says_what_it_is() -> None:
@@ -37,3 +40,17 @@ def says_what_it_is() -> None:
 
 def test_one_block_from_rank_0() -> None:
     run_ranks(2, says_what_it_is, fresh=True)
+
+
+@pytest.mark.parametrize(
+    "shape, said",
+    [
+        ((1, 1, 1, 1), ""),
+        ((1, 8, 1, 1), ""),
+        ((2, 4, 1, 1), ", replicate 2 x shard 4"),
+        ((1, 1, 1, 2), ", tensor 2"),
+        ((1, 2, 2, 2), ", shard 2 x pipe 2 x tensor 2"),
+    ],
+)
+def test_a_mesh_is_named_where_it_is_more_than_shards(shape: tuple[int, int, int, int], said: str) -> None:
+    assert _mesh(Mesh(shape, 0)) == said
