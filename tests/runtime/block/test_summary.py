@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 
-import torch
 import pytest
+import torch
 from ranks import run_ranks
 
 import bmtrain as bmt
