@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..autograd import backward_id, in_function_transform, outside_function_transforms
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
+from ..log import say
 from ..shard.engine import Run
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
@@ -287,8 +287,8 @@ class Engine:
 
     def _tell(self) -> None:
         if self.ctx.rank == 0 and self.schedule.units:
-            print("".join(f"bmtrain: {line}\n" for line in summary(self.ctx, self.schedule.units.values())),
-                  end="", file=sys.stderr)  # fmt: skip
+            for line in summary(self.ctx, self.schedule.units.values()):
+                say(line)
 
 
 def _trains(call: Callable[..., object]) -> bool:

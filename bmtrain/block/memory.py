@@ -13,7 +13,6 @@ which all give up together; until then it recomputes all blocks.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..comm.nccl_library import arena_bytes
 from ..context import Context
+from ..log import say
 from ..shard.unit import ShardUnit
 
 _MEASURED_STEPS = 2  # by then the optimizer's state and every buffer are allocated
@@ -130,7 +130,7 @@ class MemoryPlan:
         self._steps, self._is_over = 0, self._plans >= _MOST_PLANS
         self._retries = self._ctx.device.allocation_retries()
         if self._ctx.rank == 0:
-            print("bmtrain: memory became scarce; parameters are whole only while they are used.", file=sys.stderr)
+            say("memory became scarce; parameters are whole only while they are used.")
 
     def _look(self) -> None:
         """Note the peak so far.  It is not reset, which is the user's to do, at any time."""
@@ -186,7 +186,7 @@ class MemoryPlan:
         if candidates:
             staying = len(self._staying)
             said.append(f"parameters of {staying} of {candidates} units stay whole ({whole / _GIB:.2f} GiB)")
-        print(f"bmtrain: {'; '.join(said)}.", file=sys.stderr)
+        say(f"{'; '.join(said)}.")
 
     def _budget(self) -> tuple[int, int]:
         """Bytes that a step, as run so far, leaves free, and that it takes beside what is allocated between steps."""

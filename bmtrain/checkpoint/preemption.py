@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 
 from ..comm import Communicator
 from ..errors import ConfigurationError
+from ..log import say
 
 PREEMPTED = 75
 """The exit code of a job that has saved and made room; sysexits.h calls it EX_TEMPFAIL: try again later."""
@@ -90,7 +90,7 @@ class Preemption:
     def leave(self, rank: int, step: int) -> None:
         """End this process."""
         if rank == 0:
-            print(f"Saved at step {step} to make room; exit code {PREEMPTED}.", file=sys.stderr, flush=True)
+            say(f"saved at step {step} to make room; exit code {PREEMPTED}.")
         raise SystemExit(PREEMPTED)
 
 

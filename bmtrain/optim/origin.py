@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..context import context
 from ..errors import BMTrainError, NonFiniteError
+from ..log import say
 from ..objects import allgather_objects
 from ..shard.engine import Run, engine
 from ..written import replacing
@@ -45,7 +45,7 @@ def stop(step: Pending, params: list[Any], how: OnNonFinite) -> NoReturn:
         what = "a gradient is not finite, though every loss is"
     text = f"Step {step.number} {'has spoiled parameters' if step.is_made else 'is not made'}: {what}."
     if ctx.rank == 0:  # should the search fail, this is known
-        print(f"bmtrain: {text} Looking for where it began.", file=sys.stderr, flush=True)
+        say(f"{text} Looking for where it began.")
     if how == "dump":
         text += _dumped(step, bad)
     try:

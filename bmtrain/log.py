@@ -1,0 +1,31 @@
+"""What the runtime says of itself: by ``logging``'s logger "bmtrain", mostly on rank 0; ``record.rank`` is the rank.
+
+It goes to stderr as "bmtrain: ...", not into the log of a script, unless that has given this logger a handler.  What is
+said while a job ends (by the watchdog, after Ctrl-C) goes to stderr past ``logging``, whose locks may be held.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+_LOGGER = logging.getLogger("bmtrain")
+
+
+class _OnStderr(logging.Handler):
+    """On what ``sys.stderr`` is at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def say(text: str, rank: int = 0) -> None:
+    """One record of level INFO; a script changes what is shown by ``logging.getLogger("bmtrain").setLevel``."""
+    if not _LOGGER.handlers:
+        handler = _OnStderr()
+        handler.setFormatter(logging.Formatter("bmtrain: %(message)s"))
+        _LOGGER.addHandler(handler)
+        _LOGGER.propagate = False
+    if _LOGGER.level == logging.NOTSET:
+        _LOGGER.setLevel(logging.INFO)
+    _LOGGER.info("%s", text, extra={"rank": rank})

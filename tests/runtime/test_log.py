@@ -1,0 +1,31 @@
+"""What the runtime says goes to stderr, or where a script puts it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SAY = "from bmtrain.log import say; say('two units'); say('three', rank=1)"
+SAID = "bmtrain: two units\nbmtrain: three\n"
+OWN = """
+import logging, sys
+handler = logging.StreamHandler(sys.stdout)
+handler.setFormatter(logging.Formatter("%(name)s %(rank)s %(message)s"))
+logging.getLogger("bmtrain").addHandler(handler)
+"""
+
+
+@pytest.mark.parametrize(
+    "before, out, err",
+    [
+        ("", "", SAID),
+        ("import logging, sys; logging.basicConfig(stream=sys.stdout, level=0); ", "", SAID),
+        ("import logging; logging.getLogger('bmtrain').setLevel('WARNING'); ", "", ""),
+        (OWN, "bmtrain 0 two units\nbmtrain 1 three\n", ""),
+    ],
+)
+def test_where_it_goes(before: str, out: str, err: str) -> None:
+    done = subprocess.run([sys.executable, "-c", before + SAY], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == (out, err)
