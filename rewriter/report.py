@@ -16,7 +16,7 @@ READY = "ready to launch: "
 FIRST = "before the launch, "
 _TRAINS = re.compile(rb"\.backward\(")
 _IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
-_IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|__all__|\bexec\(")
+_IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
 
@@ -182,7 +182,7 @@ def _module(path: Path) -> str:
 
 
 def _names_imported(path: Path, text: bytes) -> set[str]:
-    """Every part of what a file's imports name; of a notebook, every word."""
+    """Every part of what a file's imports name, and its ``__all__``; of a notebook, every word."""
     if path.suffix == ".ipynb":
         return set(re.findall(r"\w+", text.decode("utf-8", "replace")))
     names = set[str]()
@@ -192,6 +192,8 @@ def _names_imported(path: Path, text: bytes) -> set[str]:
             names |= set((node.module or "").split("."))
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names |= {part for alias in node.names for part in alias.name.split(".")}
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            names |= {str(item.value) for item in ast.walk(node.value) if isinstance(item, ast.Constant)}
     return names
 
 

@@ -36,6 +36,7 @@ APART = {
     "nothing imports it": {"train.py": ""},
     "a word of another meaning": {"train.py": "old = 3"},
     "another script imports it": {"train.py": "", "plot.py": "import old\n"},
+    "in a list of others": {"train.py": "import net", "net.py": '__all__ = ["older"]\n'},
     "a file of another name": {"train.py": "import older", "older.py": ""},
 }
 
