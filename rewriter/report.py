@@ -14,7 +14,6 @@ from rewriter.types import Finding, Refusal, Remark, Result, place
 
 READY = "ready to launch: "
 FIRST = "before the launch, "
-_TRAINS = re.compile(rb"\.backward\(")
 _IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
 _IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
@@ -95,14 +94,25 @@ def left_training(result: Result) -> str:
     engine = next((f for f in result.reported if f.code == "BMT090" and _is_script(f)), None)
     if engine is not None and not result.changed:
         return f"{engine.message} ({_line(result, engine)})"
-    if result.changed or not _TRAINS.search(result.before) or b"bmtrain" in result.before:
+    if result.changed or not _calls("backward", result.before) or b"bmtrain" in result.before:
         return ""
     if result.error:
         return result.error.removeprefix(f"{result.path}: ")
     refused = [finding for finding in result.reported if isinstance(finding, Refusal)]
     if refused:
         return f"{refused[0].message} ({_line(result, refused[0])})"
-    return "no optimizer was found that it steps" if re.search(rb"\.step\(", result.before) else ""
+    return "no optimizer was found that it steps" if _calls("step", result.before) else ""
+
+
+def _calls(method: str, text: bytes) -> bool:
+    """Whether code calls a method of this name, and not only an example in a comment or docstring does."""
+    if re.search(rb"\.%b\(" % method.encode(), text) is None:
+        return False
+    try:
+        nodes = ast.walk(ast.parse(text))
+    except (SyntaxError, ValueError):  # a notebook, or no Python
+        return True
+    return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == method for n in nodes)
 
 
 def _is_script(finding: Finding) -> bool:
@@ -139,7 +149,7 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     if left is not None:
         return f"not ready to launch: {left.path} trains, and was left as it is: {left_training(left)}"
     started = _started(results)
-    trained = [result.path for result in results if _TRAINS.search(result.after) and b"bmtrain" in result.after]
+    trained = [result.path for result in results if _calls("backward", result.after) and b"bmtrain" in result.after]
     if not started:
         if trained:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
@@ -160,7 +170,7 @@ def _started(results: Sequence[Result]) -> list[Path]:
 def _matters(failed: Result, results: Sequence[Result]) -> bool:
     """Whether a file that is not understood trains, or a script that starts the ranks may import it."""
     scripts = _started(results)
-    if not scripts or _TRAINS.search(failed.before):
+    if not scripts or _calls("backward", failed.before):
         return True
     importers = {result.path: result.after for result in results if not result.error}
     if any(_IMPORTS_BY_NAME.search(text) for text in importers.values()):
