@@ -62,7 +62,8 @@ COUNTED = {
         TRAIN.format(x="batch").replace("\n    ", "\n") + "\nfor x in batch:\n    if x > 0:\n        step += 1", True,
     ),
     "what is beside the steps": (
-        "for x in batch:\n    " + TRAIN.format(x="x") + "\n    for y in x:\n        if y > 0:\n            step += 1", True,
+        "for x in batch:\n    " + TRAIN.format(x="x") + "\n    for y in x:\n        if y > 0:\n            step += 1",
+        True,
     ),
 }  # fmt: skip
 
