@@ -43,11 +43,11 @@ WRITTEN = {
     "a sound by soundfile": 'soundfile.write("a.wav", a, 8000)',
     "a sound by torchaudio": 'torchaudio.save("a.wav", a, 8000)',
     "arrays": 'np.savez_compressed("a.npz", a=a)',
-    "bytes": 'a.tofile("a.bin")',
 }
 KEPT = {
     "a method of one's own": 'store = Store()\nstore.save("a.png")',
     "a picture that is read": 'img = Image.open("a.png")\nimg.load()',
+    "bytes for an open file": "a.tofile(file)",
     "a name of another": "save = Image.new\nsave(1)",
 }
 RECORDED = {

@@ -48,7 +48,6 @@ WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
     "print_trainable_parameters", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_to_disk",
-    "tofile",
     *UPLOADING_METHODS,
 }  # fmt: skip
 

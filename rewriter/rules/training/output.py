@@ -2,8 +2,8 @@
 
 What: statements that write files, log or upload (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
 ``plt.savefig``, ``cv2.imwrite``, ``tokenizer.push_to_hub``) get ``if bmt.rank() == 0:``. What they show is computed by
-every rank first if it needs all of them. A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the
-other ranks.
+every rank first if it needs all of them. A file that is open while all ranks work (``log = open(path, "w")``) is
+``os.devnull`` on the other ranks.
 ``model.save_pretrained(...)`` of transformers, peft and the like becomes ``bmt.save_pretrained(model, ...)``, which
 every rank calls and one writes.
 Where all ranks then read such a file, they wait for it: ``bmt.synchronize()`` behind it; where a test decides whether
