@@ -136,6 +136,7 @@ def _line(original: Original | None, line: int) -> int:
 
 
 def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
+    raw = b""
     try:
         raw = path.read_bytes() if content is None else content
         notebook = Notebook(str(path), raw) if path.suffix == ".ipynb" else None
@@ -146,7 +147,7 @@ def _load(project: Project, path: Path, content: bytes | None) -> File | Result:
         file.notebook = notebook
         return file
     except InputError as error:
-        return Result(path, b"", b"", error=str(error))
+        return Result(path, raw, raw, error=str(error))
     except OSError as error:
         return Result(path, b"", b"", error=f"{path}: cannot read: {error.strerror or error}")
 

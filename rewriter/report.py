@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import re
 import shlex
@@ -14,8 +15,8 @@ from rewriter.types import Finding, Refusal, Remark, Result, place
 
 READY = "ready to launch: "
 FIRST = "before the launch, "
-_TRAINS = re.compile(rb"\.backward\(")
 _IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
+_IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
 
@@ -106,14 +107,25 @@ def left_training(result: Result) -> str:
     engine = next((f for f in result.reported if f.code == "BMT090" and _is_script(f)), None)
     if engine is not None and not result.changed:
         return f"{engine.message} ({_line(result, engine)})"
-    if result.changed or not _TRAINS.search(result.before) or b"bmtrain" in result.before:
+    if result.changed or not _calls("backward", result.before) or b"bmtrain" in result.before:
         return ""
     if result.error:
         return result.error.removeprefix(f"{result.path}: ")
     refused = [finding for finding in result.reported if isinstance(finding, Refusal)]
     if refused:
         return f"{refused[0].message} ({_line(result, refused[0])})"
-    return "no optimizer was found that it steps" if re.search(rb"\.step\(", result.before) else ""
+    return "no optimizer was found that it steps" if _calls("step", result.before) else ""
+
+
+def _calls(method: str, text: bytes) -> bool:
+    """Whether code calls a method of this name, and not only an example in a comment or docstring does."""
+    if re.search(rb"\.%b\(" % method.encode(), text) is None:
+        return False
+    try:
+        nodes = ast.walk(ast.parse(text))
+    except (SyntaxError, ValueError):  # a notebook, or no Python
+        return True
+    return any(isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == method for n in nodes)
 
 
 def _is_script(finding: Finding) -> bool:
@@ -143,14 +155,14 @@ def closing(results: Sequence[Result], written: str, again: str, at: Callable[[P
 
 def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     """Whether the project is ready to launch, with the command, or why it is not."""
-    failed = next((result for result in results if result.error), None)
+    failed = next((result for result in results if result.error and _matters(result, results)), None)
     if failed is not None:
         return f"not ready to launch: {failed.error}"
     left = next((result for result in results if left_training(result)), None)
     if left is not None:
         return f"not ready to launch: {left.path} trains, and was left as it is: {left_training(left)}"
-    started = [result.path for result in results if b"init_distributed(" in result.after]
-    trained = [result.path for result in results if _TRAINS.search(result.after) and b"bmtrain" in result.after]
+    started = _started(results)
+    trained = [result.path for result in results if _calls("backward", result.after) and b"bmtrain" in result.after]
     if not started:
         if trained:
             return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
@@ -162,6 +174,50 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
         more = f" and {len(places) - 1} more of the places above" if len(places) > 1 else ""
         return f"{FIRST}see to {places[0]}{more}, where several ranks differ from one; then {command}"
     return f"{READY}{command}"
+
+
+def _started(results: Sequence[Result]) -> list[Path]:
+    return [result.path for result in results if b"init_distributed(" in result.after]
+
+
+def _matters(failed: Result, results: Sequence[Result]) -> bool:
+    """Whether a file that is not understood trains, or a script that starts the ranks may import it."""
+    scripts = _started(results)
+    if not scripts or _calls("backward", failed.before):
+        return True
+    importers = {result.path: result.after for result in results if not result.error}
+    if any(_IMPORTS_BY_NAME.search(text) for text in importers.values()):
+        return True
+    imports = {path: _names_imported(path, text) for path, text in importers.items()}
+    queue, reached = list(scripts), set(scripts)
+    while queue:
+        names = imports[queue.pop()]
+        if _module(failed.path) in names:
+            return True
+        fresh = [path for path in imports if path not in reached and _module(path) in names]
+        reached.update(fresh)
+        queue.extend(fresh)
+    return False
+
+
+def _module(path: Path) -> str:
+    return path.parent.resolve().name if path.stem == "__init__" else path.stem
+
+
+def _names_imported(path: Path, text: bytes) -> set[str]:
+    """Every part of what a file's imports name, and its ``__all__``; of a notebook, every word."""
+    if path.suffix == ".ipynb":
+        return set(re.findall(r"\w+", text.decode("utf-8", "replace")))
+    names = set[str]()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            names |= {_module(path.parent / "__init__.py")} if node.level and not node.module else set()
+            names |= set((node.module or "").split("."))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
+            names |= {str(item.value) for item in ast.walk(node.value) if isinstance(item, ast.Constant)}
+    return names
 
 
 def _command(script: Path) -> str:
@@ -203,13 +259,16 @@ def summary(results: Sequence[Result]) -> str:
     parts = [f"{changed} of {_count(len(results), 'file')} changed, {_count(applied, 'edit')}"]
     hidden = sum(len(result.hidden) for result in results)
     left = sum(len(result.reported) for result in results)
-    failed = sum(bool(result.error) for result in results)
+    failed = [result for result in results if result.error]
     if hidden:
         parts.append(f"{hidden} more with --unsafe")
     if left:
         parts.append(f"{_count(left, 'place')} left as written")
     if failed:
-        parts.append(f"{_count(failed, 'file')} not understood")
+        apart = (
+            "" if any(_matters(result, results) for result in failed) else ", which nothing that is launched imports"
+        )
+        parts.append(f"{_count(len(failed), 'file')} not understood{apart}")
     return "; ".join(parts)
 
 

@@ -276,6 +276,21 @@ def test_a_script_that_trains_and_is_left_is_an_error(
     )
 
 
+EXAMPLES = {
+    "in a docstring": '    """\n    >>> loss.backward()\n    >>> optimizer.step()\n    """\n',
+    "in a comment": "    # loss.backward(); optimizer.step()\n",
+    "in a text": "    usage = 'loss.backward(), then optimizer.step()'\n",
+}
+
+
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES.keys())
+def test_an_example_trains_nothing(example: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "lars.py"
+    script.write_text(f"class LARS(Optimizer):\n{example}\n    def zero(self):\n        return 0\n")
+    assert main([str(script), "--write"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing to launch: no script here trains"
+
+
 def test_what_keeps_a_script_for_accelerate_stands_at_its_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,3 +49,27 @@ def test_parts_of_which_a_share_has_fewer(body: str) -> None:
 @pytest.mark.parametrize("body", WHOLE.values(), ids=WHOLE.keys())
 def test_what_is_as_often_on_a_share(body: str) -> None:
     assert not reported(body)
+
+
+COUNTED = {
+    "steps": ("for x in batch:\n    " + TRAIN.format(x="x") + "\n    step += 1", False),
+    "steps, numbered": ("for i, x in enumerate(batch):\n    " + TRAIN.format(x="x") + "\n    step += 1", False),
+    "steps of slices": (
+        "for i in range(0, len(batch), 4):\n    " + TRAIN.format(x="batch[i : i + 4]") + "\n    step += 1", False,
+    ),
+    "items": (TRAIN.format(x="batch").replace("\n    ", "\n") + "\nfor x in batch:\n    step += 1", True),
+    "items that are as asked": (
+        TRAIN.format(x="batch").replace("\n    ", "\n") + "\nfor x in batch:\n    if x > 0:\n        step += 1", True,
+    ),
+    "what is beside the steps": (
+        "for x in batch:\n    " + TRAIN.format(x="x") + "\n    for y in x:\n        if y > 0:\n            step += 1",
+        True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "of_share"), COUNTED.values(), ids=COUNTED.keys())
+def test_steps_are_no_items(body: str, of_share: bool) -> None:
+    text = SCRIPT.format(body="".join(f"    {line}\n" for line in body.splitlines()))
+    found = convert_text("step = 0\n" + text + "    if step % 10 == 0:\n        print(step)\n", Options()).reported
+    assert any(said.message.startswith("1 may be of this rank's share") for said in found) is of_share

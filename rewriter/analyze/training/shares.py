@@ -439,9 +439,12 @@ class Kinds:
                     yield from _parts([*node.args, *(keyword.value for keyword in node.keywords)])
 
     def _per_item(self, node: ast.AST) -> str:
-        """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked."""
+        """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked.
+
+        In a loop that trains on parts of a batch it counts steps; that there are fewer is said of the loop.
+        """
         for parent in self.file.names.ancestors(node):
-            if parent is self.loop:
+            if parent is self.loop or (isinstance(parent, ast.For) and _runs_backward(parent)):
                 return ""
             asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
             if asked is not None and self._asks_of_items(asked):
@@ -814,6 +817,11 @@ def _exact(node: ast.expr) -> ast.expr:
 def _counts(iterated: ast.expr) -> bool:
     """Whether a loop goes through numbers."""
     return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange", "tqdm.trange"}
+
+
+def _runs_backward(loop: ast.For) -> bool:
+    calls = (item.func for item in walk(loop) if isinstance(item, ast.Call))
+    return any(isinstance(func, ast.Attribute) and func.attr == "backward" for func in calls)
 
 
 def _own(loop: Loop) -> Iterator[ast.AST]:

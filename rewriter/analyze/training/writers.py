@@ -18,6 +18,12 @@ WRITERS = {
     "safetensors.torch.save_file", "huggingface_hub.create_repo", "huggingface_hub.upload_folder",
     "huggingface_hub.upload_file", "huggingface_hub.upload_large_folder", "huggingface_hub.create_commit",
     "huggingface_hub.create_tag", "huggingface_hub.create_branch", "huggingface_hub.delete_file",
+    "cv2.imwrite", "imageio.imwrite", "imageio.imsave", "imageio.mimsave", "imageio.mimwrite", "imageio.v2.imwrite",
+    "imageio.v2.imsave", "imageio.v2.mimsave", "imageio.v2.mimwrite", "imageio.v3.imwrite", "matplotlib.pyplot.imsave",
+    "matplotlib.image.imsave", "skimage.io.imsave", "scipy.io.wavfile.write", "scipy.io.savemat",
+    "scipy.sparse.save_npz", "soundfile.write", "librosa.output.write_wav", "torchaudio.save",
+    "torchvision.io.write_png", "torchvision.io.write_jpeg", "torchvision.io.write_video", "numpy.savez_compressed",
+    "joblib.dump", "dill.dump", "cloudpickle.dump", "toml.dump",
     "pprint.pprint", "pprint.pp", "rich.print", "click.echo", "click.secho", "termcolor.cprint",
     *(f"{module}.tqdm.write" for module in ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.autonotebook")),
 }  # fmt: skip
@@ -47,6 +53,8 @@ WRITING_METHODS = {
 
 _OF_MODELS = {"safetensors.torch.save_model"}
 """Calls that write values of a model themselves."""
+_PICTURES = ("PIL.Image.", "matplotlib.animation.")
+"""What the names of functions begin with whose pictures ``.save(path)`` writes."""
 _OPENING = {"io", "gzip", "bz2", "lzma", "codecs", "builtins"}
 SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
 """Methods that show the values they are given."""
@@ -65,18 +73,37 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
         return True
     func = node.value.func
-    return isinstance(func, ast.Attribute) and (func.attr in WRITING_METHODS or _writes_above_bar(file, project, func))
+    return isinstance(func, ast.Attribute) and (
+        func.attr in WRITING_METHODS or _writes_above_bar(file, project, func) or _saves_picture(file, project, func)
+    )
 
 
 def _writes_above_bar(file: File, project: Project, method: ast.Attribute) -> bool:
     """``bar.write`` of ``bar = tqdm(...)``, which a bar that is not drawn does, too."""
     if method.attr != "write" or not isinstance(method.value, ast.Name):
         return False
-    found = file.names.lookup(method.value.id, file.names.scope_of(method))
-    made = [file.names.parents.get(binding.node) for binding in found[1]] if found else []
-    calls = [node.value for node in made if isinstance(node, ast.Assign)]
-    calls += [node.context_expr for node in made if isinstance(node, ast.withitem)]
+    calls = _made(file, method.value)
     return any(isinstance(call, ast.Call) and project.external(file, call.func).startswith("tqdm.") for call in calls)
+
+
+def _saves_picture(file: File, project: Project, method: ast.Attribute) -> bool:
+    """``Image.fromarray(x).convert("L").save(path)``, ``film.save(path)`` of ``film = FuncAnimation(...)``."""
+    if method.attr != "save":
+        return False
+    for value in _made(file, method.value) if isinstance(method.value, ast.Name) else [method.value]:
+        while isinstance(value, ast.Call):
+            if project.external(file, value.func).startswith(_PICTURES):
+                return True
+            value = value.func.value if isinstance(value.func, ast.Attribute) else value.func
+    return False
+
+
+def _made(file: File, name: ast.Name) -> list[ast.expr]:
+    """What a name is bound to."""
+    found = file.names.lookup(name.id, file.names.scope_of(name))
+    made = [file.names.parents.get(binding.node) for binding in found[1]] if found else []
+    values = [node.value for node in made if isinstance(node, ast.Assign)]
+    return values + [node.context_expr for node in made if isinstance(node, ast.withitem)]
 
 
 def _opens(node: ast.expr) -> bool:

@@ -5,15 +5,16 @@ apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalys
 understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead (for DeepSpeed,
 line by line, with the numbers of a configuration that is a dict in the script or a json file beside it); nothing in it,
 nor in files that only it uses, is changed. Where a library file holds such a trainer beside models that it does not
-make itself, the models are converted. A script that uses apex.amp under a test (``if args.fp16:``) is converted; where
-apex.amp is asked for, it says so and ends.
+make itself, the models are converted. A script that uses apex.amp or Horovod under a test (``if args.fp16:``) is
+converted; where it is asked for, the script says so and ends.
 Why: these engines own the training loop, the optimizer and the parameters. Half a conversion would train wrongly.
-Refuses when: always, but for apex.amp under a test; go back to an ordinary torch loop first.
+Refuses when: always, but for apex.amp and Horovod under a test; go back to an ordinary torch loop first.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
@@ -65,8 +66,13 @@ _ORDINARY = {
         "engine.backward(loss) is loss.backward(), engine.step() is optimizer.step(); optimizer.zero_grad()"
     ),
 }
-_NO_APEX = 'raise RuntimeError("apex.amp cannot train a bmtrain model: run without it; torch.autocast does the same")'
-_APEX = {"apex.amp.initialize", "apex.amp.scale_loss"}
+_OPTIONAL = {
+    "apex.amp": ("apex.amp cannot train a bmtrain model: run without it; torch.autocast does the same", "apex.amp."),
+    "Horovod": ("Horovod cannot train a bmtrain model: run without it, with torchrun", "horovod.torch."),
+}
+"""What a script may do without: what it says where it is asked for, and what its functions' names begin with."""
+_EVERYWHERE = {"apex.amp.master_params", "apex.amp.state_dict", "apex.amp.load_state_dict"}
+_ALWAYS = re.compile(r"cuda|__name__|is_initialized")
 _HINTS = (
     b"accelerate",
     b"deepspeed",
@@ -93,9 +99,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     parts: dict[ast.stmt, str] = {}
     for node, engine in _uses(file, facts):
-        if engine == "apex.amp" and (choice := _choice(file, facts, node)) is not None:
-            message = "the script trains without apex.amp; where it is asked for, this line raises an error"
-            yield Conversion(RULE.code, choice.lineno, message, (ReplaceStatement(choice, template(_NO_APEX)),))
+        if engine in _OPTIONAL and (choice := _choice(file, facts, node, engine)) is not None:
+            message = f"the script trains without {engine}; where it is asked for, this line raises an error"
+            code = f'raise RuntimeError("{_OPTIONAL[engine][0]}")'
+            yield Conversion(RULE.code, choice.lineno, message, (ReplaceStatement(choice, template(code)),))
             continue
         message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
         part = _definition(file, node)
@@ -125,18 +132,19 @@ def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:
             yield node, engine
 
 
-def _choice(file: File, facts: Facts, call: ast.AST) -> ast.stmt | None:
-    """The statement that sets up apex.amp, if all that uses it is under tests: the script trains without it, too."""
+def _choice(file: File, facts: Facts, call: ast.AST, engine: str) -> ast.stmt | None:
+    """The statement that sets up an engine, if all that uses it is under tests: the script trains without it, too."""
     statement = file.names.statement_of(call)
-    used = [c for c in file.calls if facts.project.external(file, c.func) in _APEX]
+    names = [(c, facts.project.external(file, c.func)) for c in file.calls]
+    used = [c for c, name in names if name.startswith(_OPTIONAL[engine][1]) and name not in _EVERYWHERE]
     chosen = file.source.owns_lines(statement) and all(_under_test(file, item) for item in used)
     return statement if chosen else None
 
 
 def _under_test(file: File, node: ast.AST) -> bool:
-    """Whether a test decides if a node runs, and not one of what the machine has."""
+    """Whether a test decides if a node runs, and not one of what the machine has, or of how the file is run."""
     for parent in file.names.ancestors(node):
-        if isinstance(parent, ast.If) and "cuda" not in file.source.code(parent.test):
+        if isinstance(parent, ast.If) and not _ALWAYS.search(file.source.code(parent.test)):
             return True
         if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return False

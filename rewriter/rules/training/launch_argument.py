@@ -4,7 +4,8 @@ What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_ar
 Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
 know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads. What is
 made of all options, such as ``vars(args)`` in a file, then has a ``local_rank`` of None as well.
-Refuses when: some parser of the file knows the argument, or the parser is not a plain argparse.ArgumentParser.
+Refuses when: some parser of the file or of a file that it imports knows the argument, or the parser is not a plain
+argparse.ArgumentParser.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or b"parse_args" not in file.source.data or _knows(file):
+    if file not in facts.scripts.training or b"parse_args" not in file.source.data:
+        return
+    if any(_knows(other) for other in facts.scripts.reach(file)):  # add_launch_arguments(parser), parents=[...]
         return
     for statement in file.nodes:
         if not isinstance(statement, _SIMPLE) or statement.value is None:

@@ -1,9 +1,9 @@
 """Files and loggers are written by one rank.
 
 What: statements that write files, log or upload (``writer.add_scalar``, ``wandb.log``, ``with open(path, "w")``,
-``plt.savefig``, ``tokenizer.push_to_hub``) get ``if bmt.rank() == 0:``. What they show is computed by every rank first
-if it needs all of them. A file that is open while all ranks work (``log = open(path, "w")``) is ``os.devnull`` on the
-other ranks.
+``plt.savefig``, ``cv2.imwrite``, ``tokenizer.push_to_hub``) get ``if bmt.rank() == 0:``. What they show is computed by
+every rank first if it needs all of them. A file that is open while all ranks work (``log = open(path, "w")``) is
+``os.devnull`` on the other ranks.
 ``model.save_pretrained(...)`` of transformers, peft and the like becomes ``bmt.save_pretrained(model, ...)``, which
 every rank calls and one writes.
 Where all ranks then read such a file, they wait for it: ``bmt.synchronize()`` behind it; where a test decides whether
@@ -38,6 +38,12 @@ from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _MAKES_TEMPORARY = {"tempfile.mkstemp", "tempfile.mkdtemp"}
+_RECORDERS = {
+    "gym.wrappers.Monitor", "gym.wrappers.RecordVideo", "gymnasium.wrappers.RecordVideo",
+    "stable_baselines3.common.monitor.Monitor", "stable_baselines3.common.vec_env.VecMonitor",
+    "stable_baselines3.common.vec_env.VecVideoRecorder",
+}  # fmt: skip
+_RECORDED_TO = {"directory", "video_folder", "filename"}
 _RENAMES = {"os.replace", "os.rename", "os.renames", "shutil.move"}
 
 
@@ -88,12 +94,26 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if not isinstance(file.names.parents[call], ast.Expr):
                 change = wrap(call.func, "{bmt}.on_rank_0({it})")
                 yield Conversion(RULE.code, call.lineno, "one rank uploads", (change,))
+        elif _records(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
+            message = "every rank records to this place: give it one of its own, by bmt.rank()"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif _is_renamed(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank makes this file, and one rank's gets its name: the others' stay; name it by its path"
             yield Remark(RULE.code, call.lineno, f'{message} instead, path + ".tmp"')
+
+
+def _records(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call wraps an environment in one that writes what happens in it, to a path that it is given."""
+    name = facts.project.external(file, call.func)
+    if name not in _RECORDERS:
+        return False
+    named = [keyword.value for keyword in call.keywords if keyword.arg in _RECORDED_TO]
+    path = next(iter([*call.args[1:2], *named]), None)
+    given = path is not None and not (isinstance(path, ast.Constant) and path.value is None)
+    return given and not any(isinstance(item, ast.Attribute) and item.attr == "rank" for item in walk(call))
 
 
 def _for_all(file: File, node: ast.stmt) -> str:

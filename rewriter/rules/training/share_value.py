@@ -45,6 +45,7 @@ _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
+_NAMED = (ast.Name, ast.Tuple, ast.List)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -82,7 +83,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
                     if item.lineno not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
                         counted.add(v)
-                elif isinstance(item, ast.Call) and _shown(file, facts, item) and not _uses(file, facts, item, whole):
+                elif (
+                    isinstance(item, ast.Call)
+                    and _shown(file, facts, node, item)
+                    and not _uses(file, facts, item, whole)
+                ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
                 if message and line not in told:
@@ -241,11 +246,20 @@ def _compares(call: ast.Call, given: list[ast.expr]) -> bool:
     return any(isinstance(item, ast.Compare) for item in (call.func.value, *given))
 
 
-def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
-    """Whether ``x.item()`` is of a tensor that is no loss, no norm of gradients and no sum over the ranks."""
+def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
+    """Whether ``x.item()``, or ``float(x)`` of what comes of a loop's batch, is of no loss, no norm and no sum."""
     match call:
-        case ast.Call(func=ast.Attribute(value=value, attr="item"), args=[]):
-            roles, variable = facts.scripts.roles[file], facts.scripts.roles[file].var(_bare(value))
+        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]) if not _comes_of_batch(loop, value):
+            return False
+        case (
+            ast.Call(func=ast.Attribute(value=value, attr="item"), args=[])
+            | ast.Call(func=ast.Name(id="float" | "int"), args=[value])
+        ):
+            roles, bare = facts.scripts.roles[file], _bare(value)
+            if isinstance(call.func, ast.Name):
+                while isinstance(bare, ast.Subscript):
+                    bare = _bare(bare.value)
+            variable = roles.var(bare)
             made = [made for v, made, _, _ in roles.assignments if v == variable]
             names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
@@ -253,6 +267,27 @@ def _shown(file: File, facts: Facts, call: ast.Call) -> bool:
             given = given or _is_of_weights(file, roles, value)
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
+
+
+def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
+    """Whether a value is a tensor, or an entry of some, that was made of a loop's batch."""
+    read = {item.attr for item in ast.walk(value) if isinstance(item, ast.Attribute)}
+    if not isinstance(_bare(value), (ast.Name, ast.Subscript)) or read & (_COUNTS | _VALUES | {"shape"}):
+        return False
+    target = loop.target
+    numbered = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
+    if numbered and isinstance(target, ast.Tuple) and len(target.elts) > 1:
+        target = target.elts[1]
+    held = _names_in(target)
+    for statement in loop.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Assign) and _names_in(node.value) & held:
+                held |= {name for made in node.targets for name in _names_in(made) if isinstance(made, _NAMED)}
+    return bool(_names_in(value) & held)
+
+
+def _names_in(node: ast.AST) -> set[str]:
+    return {item.id for item in ast.walk(node) if isinstance(item, ast.Name)}
 
 
 def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:

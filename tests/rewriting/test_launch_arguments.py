@@ -1,0 +1,66 @@
+"""The launcher's argument is added to parsers that do not know it, wherever they learn it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.convert import convert_paths
+from rewriter.plan import Options
+
+SCRIPT = """import argparse
+import torch
+{imported}
+
+parser = argparse.ArgumentParser({given})
+{added}
+args = parser.parse_args()
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+for x in batches:
+    model(x).mean().backward()
+    opt.step()
+"""
+ADDS = 'parser.add_argument("--local_rank", default=0, type=int)'
+KNOWN = {
+    "a function of another file": (
+        f"def add_arguments(parser):\n    {ADDS}\n", "from options import add_arguments", "", "add_arguments(parser)",
+    ),
+    "a class's method": (
+        f"class Launch:\n    @staticmethod\n    def add(parser):\n        {ADDS}\n", "import options", "",
+        "options.Launch.add(parser)",
+    ),
+    "a parent": (
+        f"import argparse\n\nparser = argparse.ArgumentParser(add_help=False)\n{ADDS}\n", "import options",
+        "parents=[options.parser]", "",
+    ),
+    "a table": (
+        'NAMES = ["--lr", "--local-rank"]\n', "import options", "",
+        "for name in options.NAMES:\n    parser.add_argument(name)",
+    ),
+}  # fmt: skip
+UNKNOWN = {
+    "other arguments": (
+        'def add(parser):\n    parser.add_argument("--rank")\n', "from options import add", "", "add(parser)",
+    ),
+    "a file that is not imported": (f"def add(parser):\n    {ADDS}\n", "", "", ""),
+}  # fmt: skip
+
+
+def added(folder: Path, options: str, imported: str, given: str, more: str) -> bool:
+    (folder / "options.py").write_text(options)
+    (folder / "train.py").write_text(SCRIPT.format(imported=imported, given=given, added=more))
+    results = convert_paths([folder / "options.py", folder / "train.py"], Options(), [folder])
+    assert results[1].changed
+    return b"argparse.SUPPRESS" in results[1].after
+
+
+@pytest.mark.parametrize("case", KNOWN.values(), ids=KNOWN.keys())
+def test_a_parser_that_learns_it_elsewhere(case: tuple[str, str, str, str], tmp_path: Path) -> None:
+    assert not added(tmp_path, *case)
+
+
+@pytest.mark.parametrize("case", UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_a_parser_that_does_not_know_it(case: tuple[str, str, str, str], tmp_path: Path) -> None:
+    assert added(tmp_path, *case)
