@@ -157,6 +157,8 @@ class Engine:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):
                     self.first_batches.note((args, kwargs))
+                if self.first_losses.wanted and _trains(call):
+                    self.first_losses.note((args, kwargs))
                 self.first_draws.forward_starts()
         if unit is not None:
             self.schedule.run_starts(unit, grad)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ..alike import from_all
 from ..autograd import Node
@@ -21,7 +23,7 @@ _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
 
 _DIFFERING = 2
-"""As is one of which more counts than this differ between ranks."""
+"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples."""
 
 
 class FirstLosses:
@@ -35,20 +37,43 @@ class FirstLosses:
     def __init__(self, ctx: Context, backward: Backward) -> None:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
-        self._steps, self._place = 0, ""
+        self._steps, self._place, self._samples = 0, "", 0
         self.wanted = ctx.topology.data_size > 1
+
+    def note(self, inputs: object) -> None:
+        """An outermost forward is about to train on ``inputs``, of which the first tensor tells how many samples."""
+        first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
+        self._samples = len(first) if first is not None and first.dim() else 0
 
     def look(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed.  Nothing is recomputed, gathered, or waited for."""
-        if not self.wanted or loss.dim() or loss.grad_fn is None:
+        if not self.wanted or not self._is_one(loss.shape) or loss.grad_fn is None:
             return
         self._backward.peeks = True
         try:
-            counts = [_kept(count) for count in _counts(loss.grad_fn)]
+            counts = [_kept(count) for count in self._counts_of(loss.grad_fn)]
         finally:
             self._backward.peeks = False
         if counts:
             self._counts, self._place = counts, users_line()
+
+    def _is_one(self, shape: Sequence[int]) -> bool:
+        """Whether that is the shape of one number, and not of one of each sample."""
+        return not shape or (self._samples > 1 and prod(shape) == 1)
+
+    def _counts_of(self, last: Node) -> Iterator[torch.Tensor | float]:
+        seen, waiting = {last}, [last]
+        while waiting:
+            node = waiting.pop()
+            if not all(self._is_one(output.shape) for output in getattr(node, "_input_metadata", ())):
+                continue  # more than one number: of a quotient of these each has a count of its own
+            count = _count(node)
+            if count is not None:
+                yield count
+            for following, _ in node.next_functions:
+                if following is not None and following not in seen:
+                    seen.add(following)
+                    waiting.append(following)
 
     def optimizer_stepped(self) -> None:
         """Warn if the ranks have divided by different numbers.  Collective a few times."""
@@ -67,7 +92,7 @@ class FirstLosses:
         counts = rows[:, 1:]
         most, least = counts.amax(0), counts.amin(0)
         differ = (most - least > 1e-6 * most.abs()).nonzero().view(-1).tolist()
-        if not 0 < len(differ) <= _DIFFERING:
+        if not differ or (len(differ) > _DIFFERING and rows[0, 0] >= self._samples):
             return
         self.wanted = False
         if self._ctx.rank == 0:
@@ -85,21 +110,6 @@ class FirstLosses:
 def _kept(count: torch.Tensor | float) -> torch.Tensor:
     """A copy, which later code does not write to."""
     return count.detach().clone() if isinstance(count, torch.Tensor) else torch.tensor(float(count), device="cpu")
-
-
-def _counts(last: Node) -> Iterator[torch.Tensor | float]:
-    seen, waiting = {last}, [last]
-    while waiting:
-        node = waiting.pop()
-        if any(len(output.shape) for output in getattr(node, "_input_metadata", ())):
-            continue  # more than one number: of a quotient of these each has a count of its own
-        count = _count(node)
-        if count is not None:
-            yield count
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
 
 
 def _count(node: Node) -> torch.Tensor | float | None:

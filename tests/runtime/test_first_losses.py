@@ -28,6 +28,22 @@ def _per_sample(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.stack(losses).mean()
 
 
+def _summed(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(1, device=out.device)
+    for one, k in zip(out, y, strict=True):
+        total = total + one[: 2 + int(k)].square().mean()
+    return total / len(y)
+
+
+def _of_classes(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Mean losses of parts, as detectors have of boxes: one number in one dimension, added to in place."""
+    total = torch.zeros(1, device=out.device)
+    for kind in range(4):
+        total += out[y != kind].square().mean()
+    total *= 0.5
+    return total
+
+
 def _dice(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     p, t = out.softmax(1), F.one_hot(y, 5)
     return 1 - 2 * (p * t).sum() / (p.square().sum() + t.sum())
@@ -49,6 +65,8 @@ SAID: dict[str, Loss] = {
     "sum of two": lambda out, y: 0.1 * out.square().mean() + F.cross_entropy(out, y, ignore_index=0) / 2,
     "scaled": lambda out, y: (F.cross_entropy(out, y, ignore_index=0) * 3.0 + 1e-3).float(),
     "quotient": _dice,
+    "one in one dimension": lambda out, y: out[y > 1].square().mean().view(1),
+    "of classes": _of_classes,
     "checkpointed": lambda out, y: checkpoint(
         lambda o: F.cross_entropy(o, y, ignore_index=0), out, use_reentrant=False
     ),
@@ -62,6 +80,7 @@ QUIET: dict[str, Loss] = {
     "mean over ranks": lambda out, y: bmt.mean(out.square().mean(1), y > 1),
     "fused": lambda out, y: bmt.loss.FusedCrossEntropy(ignore_index=0)(out, y),
     "per sample": _per_sample,
+    "summed by sample": _summed,
     "vector": lambda out, y: (F.cross_entropy(out, y, reduction="none") * torch.ones(1).expand(len(y))).mean(),
 }
 
