@@ -231,7 +231,13 @@ def _sums(tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros(4, device=tensor.device)
     if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
         return torch.zeros(4, device=tensor.device)
-    return sums_of(tensor.detach().reshape(-1).float())
+    values = tensor.detach().reshape(-1)
+    if tensor.dtype not in _SUMMED:  # a copy, so not for what is large
+        values = values.half() if tensor.dtype == torch.bool else values.float()
+    return sums_of(values)
+
+
+_SUMMED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _on_host(sums: list[torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 import bmtrain as bmt
+from bmtrain.block.frame import _sums
 from bmtrain.errors import ConfigurationError
 
 
@@ -104,3 +105,9 @@ def test_a_backward_inside_a_recomputed_forward_is_named() -> None:
     block = bmt.Block(Slope(), use_checkpoint=False)
     block(x).square().sum().backward()
     assert bmt.gather_grad(block.energy.weight).abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_what_is_saved_may_be_of_any_dtype(dtype: torch.dtype) -> None:
+    sums = _sums(torch.arange(6, device="cpu").to(dtype))
+    assert sums.shape == (4,) and bool(sums.isfinite().all())
