@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import models
@@ -16,6 +18,16 @@ LIMIT = 1e-5
 
 Build = Callable[[models.Names], Any]
 Run = Callable[[Any, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def heard(words: str) -> Iterator[list[str]]:
+    """The warnings with ``words`` in them, once the ``with`` is left."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += [str(one.message) for one in caught if words in str(one.message)]
 
 
 def mean(out: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,11 @@ def walk(node: ast.AST) -> Iterator[ast.AST]:
             stack += reversed(children(current))
 
 
+def names_in(node: ast.AST) -> set[str]:
+    """The names that are read or bound in ``node``."""
+    return {item.id for item in walk(node) if isinstance(item, ast.Name)}
+
+
 def walk_own(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a statement without those of functions and classes defined in it."""
     stack = [node]

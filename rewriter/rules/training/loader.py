@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, names_in, walk
 from rewriter.analyze.training.feeds import Feed
 from rewriter.changes import Template, replace, template
 from rewriter.rules.rule import Example, Rule
@@ -89,16 +89,12 @@ def _goes_through_parts(file: File, loop: ast.For) -> bool:
         if isinstance(around, Function):
             return False
         if isinstance(around, ast.For):
-            held = _names_in(around.target)
+            held = names_in(around.target)
             for node in (node for statement in around.body for node in walk(statement)):
-                if isinstance(node, ast.Assign) and node.lineno < loop.lineno and _names_in(node.value) & held:
-                    held |= {name for target in node.targets for name in _names_in(target)}
-            return bool(_names_in(loop.iter) & held)
+                if isinstance(node, ast.Assign) and node.lineno < loop.lineno and names_in(node.value) & held:
+                    held |= {name for target in node.targets for name in names_in(target)}
+            return bool(names_in(loop.iter) & held)
     return False
-
-
-def _names_in(node: ast.AST) -> set[str]:
-    return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
 def _case(file: File, node: ast.Call) -> Template | None:

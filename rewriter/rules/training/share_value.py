@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.read.nodes import dotted, names_in, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
@@ -278,16 +278,12 @@ def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
     numbered = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
     if numbered and isinstance(target, ast.Tuple) and len(target.elts) > 1:
         target = target.elts[1]
-    held = _names_in(target)
+    held = names_in(target)
     for statement in loop.body:
         for node in ast.walk(statement):
-            if isinstance(node, ast.Assign) and _names_in(node.value) & held:
-                held |= {name for made in node.targets for name in _names_in(made) if isinstance(made, _NAMED)}
-    return bool(_names_in(value) & held)
-
-
-def _names_in(node: ast.AST) -> set[str]:
-    return {item.id for item in ast.walk(node) if isinstance(item, ast.Name)}
+            if isinstance(node, ast.Assign) and names_in(node.value) & held:
+                held |= {name for made in node.targets for name in names_in(made) if isinstance(made, _NAMED)}
+    return bool(names_in(value) & held)
 
 
 def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:

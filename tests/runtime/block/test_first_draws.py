@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import numpy
+import oracle
 import pytest
 import torch
 from ranks import on_ranks, run_ranks
@@ -49,13 +50,7 @@ def own(x: torch.Tensor) -> Any:
         return torch.randn_like(x)
 
 
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield found
-    found += [str(one.message) for one in caught if "own_random" in str(one.message)]
+heard = partial(oracle.heard, "own_random")
 
 
 def train(model: nn.Module, before: Callable[[torch.Tensor], Any] = lambda x: 0.0, steps: int = 6) -> list[str]:
