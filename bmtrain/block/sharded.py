@@ -365,7 +365,8 @@ def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], others: s
                 copies[place] = copied(values, original)
             state[key] = copies[place]
         elif apart and to_cpu and not isinstance(value, StateTensor):
-            state[key] = copied(value, OfBuffer(value))
+            is_linked = not keep or value.layout is torch.strided  # a sparse one has no memory to be linked by
+            state[key] = copied(value, OfBuffer(value)) if is_linked else value.detach().to("cpu")
 
 
 def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Original:

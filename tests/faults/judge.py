@@ -265,19 +265,19 @@ class _Run:
         text = "\n".join(line for lines in said.values() for _, line in lines)
         if not text and attack.fault in DEATHS and attack.torchrun and self._agent_names():
             return  # nobody lived long enough to say where
-        places = set(re.findall(r"script\.py:\d+", text))
+        place = r"(script\.py:\d+|the end of the script)"
         self.found.reported_after = max(moments) - self.fault if moments else None
         if moments and max(moments) - self.fault > SECONDS:
             problems.append(f"reported after {max(moments) - self.fault:.1f} s")
         if not re.search(
-            rf"[Rr]ank {attack.rank} [^;]*(script\.py:\d+|the end of the script)|"
+            rf"[Rr]ank {attack.rank} [^;]*{place}|"
             rf"Rank {attack.rank} has ended with .*script\.py",
             text,
         ):
             problems.append("no place of the rank at fault")
-        if not any(re.search(rf"[Rr]ank(s [-0-9, ]*| ){rank}\b[^;]*script\.py:\d+", text) for rank in speakers):
+        if not any(re.search(rf"[Rr]ank(s [-0-9, ]*| ){rank}\b[^;]*{place}", text) for rank in speakers):
             problems.append("no place of the others")
-        if not places:
+        if not re.search(place, text):
             problems.append("no place")
 
     def _agent_names(self) -> bool:

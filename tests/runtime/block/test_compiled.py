@@ -18,6 +18,7 @@ from torch import nn
 
 import bmtrain as bmt
 from bmtrain.block import linear
+from bmtrain.context import context
 
 WIDTH, ROWS, BLOCKS = 32, 12, 3
 block_compile = importlib.import_module("bmtrain.block.compile")  # its name is also that of the function
@@ -358,11 +359,12 @@ STEPS = {call.__name__: call for call in (with_the_model, with_autograd, with_a_
 
 def step_compiled_whole(how: str, recompute: bool, blocks: bool) -> None:
     torch._dynamo.reset()
-    reference = build()
+    device = context().device.torch_device
+    reference = build().to(device)
     with mock.patch.object(linear, "_LARGE", 0):
         layers = [bmt.Block(layer, use_checkpoint=recompute) for layer in build()]
         model = bmt.BMTrainModelWrapper(nn.Sequential(*layers, nn.LayerNorm(WIDTH)))
-    reference.append(nn.LayerNorm(WIDTH))
+    reference.append(nn.LayerNorm(WIDTH, device=device))
     if blocks:
         bmt.compile(model, backend="aot_eager")
     manager = bmt.optim.OptimManager()
@@ -376,8 +378,8 @@ def step_compiled_whole(how: str, recompute: bool, blocks: bool) -> None:
         return loss
 
     for _ in range(4):
-        x = data().to(next(model.parameters()).device)
-        whole = reference(x.cpu()).square().mean()
+        x = data().to(device)
+        whole = reference(x).square().mean()
         whole.backward()
         loss = step(x.chunk(bmt.world_size())[bmt.rank()])
         oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), "loss")

@@ -86,7 +86,7 @@ DRAWS: list[Callable[[torch.Tensor], Any]] = [
 
 
 def numpys(x: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(numpy.random.randn(*x.shape)).float()
+    return torch.from_numpy(numpy.random.randn(*x.shape)).float().to(x.device)
 
 
 def pythons(x: torch.Tensor) -> float:

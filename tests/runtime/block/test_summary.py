@@ -11,6 +11,7 @@ from ranks import run_ranks
 
 import bmtrain as bmt
 from bmtrain.block.summary import _mesh
+from bmtrain.context import context
 from bmtrain.topology import Mesh
 
 
@@ -30,7 +31,8 @@ def says_what_it_is() -> None:
     if bmt.rank():
         assert not lines
         return
-    first, second, third = lines
+    first, second, third, *plan = lines
+    assert len(plan) == context().device.is_apart and all("to spare" in line for line in plan)
     assert first.startswith("bmtrain: 481,601 parameters, 480,800 train, in ")
     assert f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {bmt.world_size()} on this host" in first
     held = 481_601 * 4 / 2**20 / bmt.world_size()

@@ -68,7 +68,7 @@ def test_optimizers_that_write_data() -> None:
 @on_ranks(1, 2)
 def test_one_that_torch_has_not_set_up() -> None:
     model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
-    own, reference = (Lookahead(torch.optim.Adam(m.parameters(), 1e-2)) for m in (model, plain))
+    own, reference = (Lookahead(torch.optim.SGD(m.parameters(), 1e-1)) for m in (model, plain))
     train(model, own, plain, reference)
     shapes = {number: tuple(state["slow"].shape) for number, state in own.state_dict()["state"].items()}
     assert shapes == {number: tuple(p.shape) for number, p in enumerate(plain.parameters())}
