@@ -63,6 +63,7 @@ class Engine:
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
+        self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
@@ -178,6 +179,7 @@ class Engine:
         if isinstance(module, nn.Module):
             if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
+            self._forwards += 1
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
     def latest_runs(self) -> list[Run]:
@@ -271,15 +273,16 @@ class Engine:
         """An optimizer has just changed all of ``units``.  Collective."""
         self.schedule.updated(units)
 
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated all its parameters."""
+    def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
+        """An optimizer has updated all its parameters; ``state_bytes`` is what its states take on this rank."""
         self.ctx.diary.step += 1
+        if self.ctx.diary.step == 1:
+            self._tell(state_bytes())
         self._runs.clear()
+        self._forwards = 0
         self.backward.kept = None
         if self.replicas is not None:
             self.replicas.level()
-        if self.ctx.diary.step == 1:
-            self._tell()
         if self.plan.optimizer_stepped():
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
@@ -287,9 +290,10 @@ class Engine:
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
 
-    def _tell(self) -> None:
+    def _tell(self, state_bytes: int) -> None:
         if self.ctx.rank == 0 and self.schedule.units:
-            for line in summary(self.ctx, self.schedule.units.values()):
+            inputs = [(args, kwargs) for _, args, kwargs, _ in self._runs]
+            for line in summary(self.ctx, self.schedule.units.values(), state_bytes, self._forwards, inputs):
                 say(line)
 
 

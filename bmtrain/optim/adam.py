@@ -190,8 +190,13 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             self._update([flat for unit in together for flat in unit.flats], due, unscale)
             engine().updated(together)
         self._update(replicated, due, unscale)
-        engine().optimizer_stepped()
+        engine().optimizer_stepped(self._state_bytes)
         return loss
+
+    def _state_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states.values()) + sum(
+            flat.remainder.nbytes for flat in self._holdings.flats if flat.remainder is not None
+        )
 
     def _count_steps(self, homes: Sequence[Home]) -> _Due:
         """By key of home: what is to be updated, with the number of its group and of this step."""

@@ -28,6 +28,11 @@ class FlatState:
         self._version: float = -1
         self._device = device
 
+    @property
+    def nbytes(self) -> int:
+        """Of moments and masters."""
+        return sum(kept.nbytes for kept in (self.exp_avg, self.exp_avg_sq, self.master) if kept is not None)
+
     def splits(self, flat: Home) -> TypeGuard[FlatShard]:
         """Whether the masters are ``flat``'s values with their remainder."""
         return isinstance(flat, FlatShard) and can_split(flat) and flat.shard.device == self._device

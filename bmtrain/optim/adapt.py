@@ -141,7 +141,7 @@ def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             view.show_sharded(optimizer)
         hooks.after(args, kwargs)
-        engine().optimizer_stepped()
+        engine().optimizer_stepped(functools.partial(view.state_bytes, optimizer))
         return out
 
     return around

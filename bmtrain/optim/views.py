@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..context import context
 from ..errors import ConfigurationError, UnsupportedError
@@ -191,6 +191,12 @@ class View:
         if self._shows is not None and not isinstance(optimizer.state, ShownState):
             self._shown_state = self._shows(optimizer.state, self.part, partial(self._states_of_all, optimizer))
             optimizer.state = self._shown_state  # type: ignore[assignment]
+
+    def state_bytes(self, optimizer: torch.optim.Optimizer) -> int:
+        """What the state takes on this rank."""
+        state: Any = optimizer.state
+        leaves = tree_leaves(list((state.kept if isinstance(state, ShownState) else state).values()))
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
 
     def _states_of_all(self, optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
         """By parameter, the states that each are on one rank.  Collective."""

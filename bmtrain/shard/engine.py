@@ -76,8 +76,8 @@ class Engine(Protocol):
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""
 
-    def optimizer_stepped(self) -> None:
-        """An optimizer has updated all its parameters."""
+    def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
+        """An optimizer has updated all its parameters; ``state_bytes`` is what its states take on this rank."""
 
 
 class OutsideForward(Protocol):

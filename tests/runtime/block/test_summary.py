@@ -25,18 +25,22 @@ def says_what_it_is() -> None:
     with contextlib.redirect_stderr(said):
         for _ in range(3):
             manager.zero_grad()
-            manager.backward(model(torch.ones(2, 600)).mean())
+            for _ in range(3):
+                manager.backward(model(torch.ones(2, 600)).mean())
             manager.step()
     lines = [line for line in said.getvalue().splitlines() if line.startswith("bmtrain: ")]
     if bmt.rank():
         assert not lines
         return
-    first, second, third, *plan = lines
+    first, second, batch, third, *plan = lines
     assert len(plan) == context().device.is_apart and all("to spare" in line for line in plan)
     assert first.startswith("bmtrain: 481,601 parameters, 480,800 train, in ")
     assert f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {bmt.world_size()} on this host" in first
     held = 481_601 * 4 / 2**20 / bmt.world_size()
-    assert abs(float(second.split()[4]) - held) < 0.11 and "MiB each" in second
+    trained = held * 480_800 / 481_601
+    found = [float(word) for word in second.split() if word.replace(".", "").isdigit()]
+    assert found[:3] == pytest.approx([held, trained, 2 * trained], abs=0.11) and "MiB each" in second
+    assert batch == "bmtrain: the first step took 3 times 2 x 600 here, 12 rows on all ranks if theirs are as large"
     assert third.startswith("bmtrain: precision as the model and autocast have it; memory auto: ")
 
 
