@@ -162,7 +162,7 @@ class Entries:
         return False
 
     def _takes_by_name(self, file: File, node: ast.AST) -> bool:
-        """Whether a model's class is taken by a name that the code does not have, and called or kept: ``MODELS[name](8)``."""
+        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``."""
         taken: ast.expr | None = None
         if isinstance(node, ast.Call):
             taken = node.func

@@ -26,8 +26,8 @@ DATA_PARALLEL = {
 }  # fmt: skip
 _OF_MODELS = {
     "state_dict", "load_state_dict", "parameters", "named_parameters", "modules", "named_modules", "children",
-    "buffers", "named_children", "named_buffers", "train", "eval", "forward", "zero_grad", "requires_grad_", "apply", "to", "half",
-    "cpu", "cuda", "float",
+    "named_children", "buffers", "named_buffers", "train", "eval", "forward", "zero_grad", "requires_grad_", "apply",
+    "to", "half", "cpu", "cuda", "float",
 }  # fmt: skip
 _TRAINS = re.compile(rb"\.backward\(")
 
