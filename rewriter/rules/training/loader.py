@@ -179,8 +179,10 @@ def _looped_over(file: File, call: ast.Call, value: ast.expr | None) -> list[obj
     for parent in file.names.ancestors(call) if isinstance(value, ast.Name) else ():
         rounds = [parent] if isinstance(parent, ast.For) else getattr(parent, "generators", [])
         for item in rounds:
-            if isinstance(item.iter, (ast.List, ast.Tuple, ast.Set)) and ast.unparse(item.target) == value.id:
-                return [item.value for item in item.iter.elts if isinstance(item, ast.Constant)]
+            match item.iter:
+                case ast.List(elts=listed) | ast.Tuple(elts=listed) | ast.Set(elts=listed):
+                    if isinstance(value, ast.Name) and dotted(item.target) == value.id:
+                        return [part.value for part in listed if isinstance(part, ast.Constant)]
     return []
 
 
