@@ -87,6 +87,17 @@ class Scripts:
                         found |= self.sums(file).sources | {call}
         return found
 
+    @cached_property
+    def divided(self) -> set[ast.Call]:
+        """The calls that make sums which the losses of backward calls are the means of."""
+        backwards = ((f, c) for f in self.training for c in f.calls if isinstance(c.func, ast.Attribute))
+        return {
+            source
+            for file, call in backwards
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward"
+            for source in self.sums(file).divided(call.func.value)
+        }
+
     def over_shares(self, file: File, node: ast.AST) -> bool:
         """Whether a node stands in a loop that trains on a rank's share of each batch."""
         drawn = self._drawn(file)
