@@ -70,7 +70,7 @@ class Backward:
         """
         self._starts()
         frame.begun = True
-        enclosing = set()
+        enclosing: set[Frame] = set()
         outer = frame.parent
         while outer is not None:
             enclosing.add(outer)
@@ -80,7 +80,8 @@ class Backward:
                 self._finish(done)
         self._begun.append(frame)
         if frame.units and not self.recomputes:
-            self._schedule.use(frame.units[0], "backward", frame.autocast)
+            around = [unit for outer in enclosing if outer.parent is not None for unit in outer.units]
+            self._schedule.use(frame.units[0], "backward", frame.autocast, around=around)
 
     def enters_stage(self, frame: Frame, units: Sequence[ShardUnit]) -> None:
         """The backward comes to the results of a pipeline, which ran in ``frame``.

@@ -64,6 +64,8 @@ class Block(ShardedModule):
         record = become(inner_module, Block)
         record.is_block = True
         record.recompute = None if use_checkpoint is None else bool(use_checkpoint)
+        if use_checkpoint is None and getattr(inner_module, "inplace", False):
+            record.recompute = False  # ReLU(inplace=True) in a list of layers: its input is gone when it has run
         record.zero_level, record.pipes = zero_level, mode == "PIPE" and ctx.topology.pipe_size > 1
         if policy is not None:
             record.precision = policy

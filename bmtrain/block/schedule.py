@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 import torch
@@ -12,7 +12,7 @@ from ..context import Context
 from ..errors import ConfigurationError, UnsupportedError
 from ..shard.freeze import keep_frozen_apart
 from ..shard.pools import Pools
-from ..shard.unit import ShardUnit
+from ..shard.unit import ShardUnit, State
 from .trace import Phase, Trace
 from .whole_units import WholeUnits
 
@@ -56,14 +56,29 @@ class Schedule:
             phase: Phase = "operation" if operation else "forward"
             self.trace.begin((phase, unit.index, grad), operation or f"the start of the forward of {unit.name}")
 
-    def use(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None, operation: str = "") -> None:
-        """Make ``unit`` whole now, and prefetch what usually follows.  Collective."""
+    def use(
+        self,
+        unit: ShardUnit,
+        phase: Phase,
+        autocast: torch.dtype | None,
+        operation: str = "",
+        around: Collection[ShardUnit] = (),
+    ) -> None:
+        """Make ``unit`` whole now, and prefetch what usually follows.  Collective.
+
+        The backward comes back to the units ``around`` it, once for each time that the forward came here: not equally
+        often on all ranks.  They stay.
+        """
         self.register(unit)
         predicted = None
         if self.ctx.diary.is_apart:
             _require_in_stage(unit)
         elif unit.moves:
-            predicted = self.trace.note(unit.index, phase, operation or unit.name)
+            again = self._is_at_hand(unit, phase, autocast)
+            trace = self.trace
+            predicted = (
+                trace.note_again(unit.index, phase) if again else trace.note(unit.index, phase, operation or unit.name)
+            )
         if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
             self.whole.release(unit)
             keep_frozen_apart(unit)
@@ -75,8 +90,17 @@ class Schedule:
         self.ctx.diary.phase = phase
         self.whole.gather(unit, compute)
         following = self.units.get(predicted) if predicted is not None else None
-        if following is not None:
+        if following is not None and not self.whole.is_in_place_of(following, around):
             self.whole.prefetch(following, following.compute_dtype(autocast))
+
+    def _is_at_hand(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> bool:
+        """Whether ``unit`` was used so in this run and is whole since: nothing is exchanged, however often it is used.
+
+        A decoder that makes a sequence token by token runs as often as the longest sequence of a rank's batch asks for.
+        """
+        if unit.state is not State.WHOLE or unit.is_whole_apart or not self.trace.has(unit.index, phase):
+            return False
+        return unit.fits(unit.compute_dtype(autocast))
 
     def prepare_stages(self, units: Sequence[ShardUnit]) -> None:
         """Blocks of a pipeline, of all its stages, are to run.  Collective."""

@@ -33,11 +33,14 @@ class Trace:
 
     def __init__(self, ctx: Context, patience: timedelta) -> None:
         self._ctx, self._patience = ctx, patience
-        self._past: dict[Kind | None, list[Step]] = {}
+        self._past: dict[Kind | None, tuple[list[Step], set[int]]] = {}
         self._kind: Kind | None = None
         self._run: list[Step] = []
+        self._used: set[Step] = set()  # those of the run
+        self._loose: set[int] = set()  # where in the run a unit was used again for which nothing was exchanged
         self._after: dict[Step, int] = {}  # which unit followed each step when it last occurred
         self._expected: list[Step] = []
+        self._expected_loose: set[int] = set()
         self._position = 0
         self._count = 0
         self._asked: list[str] = []
@@ -47,11 +50,11 @@ class Trace:
     def begin(self, kind: Kind, what: str) -> None:
         """An outermost forward starts, or operations outside of any; ``kind`` says which earlier runs it resembles."""
         self._ctx.diary.kind = "training" if kind[2] else "evaluation"
-        early = self._position < len(self._expected) and bool(self._run)
+        early = self._past_loose() < len(self._expected) and bool(self._run)
         if self._run:
-            self._past[self._kind] = self._run
-        self._kind, self._run, self._position = kind, [], 0
-        self._expected = self._past.get(kind, [])
+            self._past[self._kind] = self._run, self._loose
+        self._kind, self._run, self._used, self._loose, self._position = kind, [], set(), set(), 0
+        self._expected, self._expected_loose = self._past.get(kind, ([], set()))
         self._count += 1
         if self._departs(kind) or early:
             self._agree(what)
@@ -85,9 +88,13 @@ class Trace:
         self._then[before] = event
         return expected != event and (_is_outside(event) or _is_outside(expected))
 
+    def has(self, index: int, phase: Phase) -> bool:
+        """Whether unit ``index`` was used so in the present run, a forward or the backward of it."""
+        return phase != "operation" and (index, phase) in self._used
+
     def opening(self, count: int = 2) -> list[int]:
         """The units that the next training run needs first, as far as known."""
-        last = self._run or self._past.get(self._kind, [])
+        last = self._run or self._past.get(self._kind, ([], set()))[0]
         return list(dict.fromkeys(index for index, _ in last[:count]))
 
     def note(self, index: int, phase: Phase, name: str) -> int | None:
@@ -100,8 +107,9 @@ class Trace:
         if self._run:
             self._after[self._run[-1]] = index
         self._run.append(step)
+        self._used.add(step)
         self._count += 1
-        at = self._position
+        at = self._past_loose(step)
         departs = self._departs(step)
         if departs or at >= len(self._expected) or self._expected[at] != step:
             self._agree(name if _is_outside(step) else f"the {phase} of {name or 'the root'}")
@@ -110,6 +118,30 @@ class Trace:
             except ValueError:
                 # Not in the last run: go by runs before, and follow the prediction again as soon as it fits.
                 return self._after.get(step)
+        return self._follow(at)
+
+    def note_again(self, index: int, phase: Phase) -> int | None:
+        """Unit ``index`` is used once more and is whole since the last time, so that nothing is exchanged for it.
+
+        Another rank may do so another number of times: whose sequences are longer runs a decoder more often.
+        """
+        step = (index, phase)
+        if self._run:
+            self._after[self._run[-1]] = index
+        self._loose.add(len(self._run))
+        self._run.append(step)
+        at = self._position
+        fits = at < len(self._expected) and self._expected[at] == step and at in self._expected_loose
+        return self._follow(at) if fits else None
+
+    def _past_loose(self, step: Step | None = None) -> int:
+        """The position in the last run, past uses that need not be there, as far as one of ``step``."""
+        at = self._position
+        while at in self._expected_loose and (step is None or self._expected[at] != step):
+            at += 1
+        return at
+
+    def _follow(self, at: int) -> int | None:
         self._position = at + 1
         if self._position < len(self._expected):
             return self._expected[self._position][0]

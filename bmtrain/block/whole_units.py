@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,12 @@ class WholeUnits:
         if unit.state is State.SHARDED:
             self.gather_anew([(unit, compute)])
 
+    def is_in_place_of(self, unit: ShardUnit, others: Collection[ShardUnit]) -> bool:
+        """Whether one of ``others``, which are used, would have to be released for ``unit``."""
+        if unit.state is not State.SHARDED or unit.stays or unit.stage is not None:
+            return False
+        return any(other in others for other in self._to_release())
+
     def gather_anew(self, wanted: Sequence[tuple[ShardUnit, torch.dtype | None]]) -> None:
         """The same for several units, each for its dtype; those on their way are gathered once more."""
         for unit, _ in wanted:
@@ -158,11 +164,15 @@ class WholeUnits:
                 self.storages.pop(flat.buffer.tensor.untyped_storage().data_ptr(), None)
 
     def _make_room(self) -> None:
+        for unit in self._to_release():
+            self.release(unit)
+
+    def _to_release(self) -> list[ShardUnit]:
+        """The units in whose place another may come."""
         reasons = [(unit, self.why(unit)) for unit in self._units.values()]
         near = [unit for unit, reason in reasons if reason is Reason.NEAR]
         others = sum(reason is Reason.USED for _, reason in reasons)
-        for unit in near[: max(0, len(near) + others + 1 - self.limit)]:
-            self.release(unit)
+        return near[: max(0, len(near) + others + 1 - self.limit)]
 
     # -- pins -----------------------------------------------------------------------------------------------------
 

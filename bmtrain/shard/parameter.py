@@ -171,6 +171,19 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         self._taken = []
         self._flat.write(self._index, value)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Take other values, as ``p.data = values`` does, with which torch's parametrizations are removed."""
+        if self._flat is None:
+            return super().set_(*args, **kwargs)
+        match [*args, *kwargs.values()]:
+            case [torch.Tensor() as values]:
+                require_same(self, values)
+                with torch.no_grad():
+                    return self.copy_(values)
+        raise ShardedAccessError(
+            f"set_ of {self._flat.names[self._index]!r}, which the ranks have parts of, takes one tensor of its shape."
+        )
+
     def _own_part(self) -> Part:
         for taken in self._taken:
             part = taken()

@@ -43,7 +43,7 @@ def parse_options():
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="for autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=1337)
-    parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local-rank", "--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -249,3 +249,30 @@ def test_samples_of_which_more_takes_the_size_are_made_whole(draw: str) -> None:
 @pytest.mark.parametrize("draw", SHARED.values(), ids=SHARED.keys())
 def test_other_draws_are_shared_out(draw: str) -> None:
     assert "bmt.shard_batch(torch.randn(batch_size, 2))" in sampled(draw)
+
+
+PICKING = """import numpy as np
+import torch
+
+data = torch.ones(40, 2)
+net = torch.nn.Linear(2, 2)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for step in range(3):
+    {pick}
+    net(batch).mean().backward()
+    opt.step()
+"""
+PICKED = {
+    "the first of an order": "picked = np.random.permutation(len(data))[:8]\n    batch = data[picked]",
+    "one by one": "picked = np.random.permutation(len(data))[:8]\n    batch = torch.stack([data[i] for i in picked])",
+    "inside": "batch = torch.stack([data[i] for i in np.random.permutation(len(data))[:8]])",
+    "torch's": "picked = torch.randperm(len(data))[:8]\n    batch = torch.stack([data[i] for i in picked])",
+    "at random places": "picked = np.random.randint(0, len(data), 8)\n    batch = data[picked]",
+}
+
+
+@pytest.mark.parametrize("pick", PICKED.values(), ids=PICKED.keys())
+def test_positions_that_are_shared_out_are_drawn_alike(pick: str) -> None:
+    """Each rank would take its share of another batch."""
+    after = converted(PICKING.format(pick=pick))
+    assert "shard_batch(" in after and "own_random" not in after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,15 @@ def test_a_parser_that_learns_it_elsewhere(case: tuple[str, str, str, str], tmp_
 @pytest.mark.parametrize("case", UNKNOWN.values(), ids=UNKNOWN.keys())
 def test_a_parser_that_does_not_know_it(case: tuple[str, str, str, str], tmp_path: Path) -> None:
     assert added(tmp_path, *case)
+
+
+@pytest.mark.parametrize(
+    ("given", "local"), [([], None), (["--local-rank=1"], 1), (["--local_rank", "1"], 1)], ids=["torchrun", "-", "_"]
+)
+def test_options_that_are_read_are_the_scripts(tmp_path: Path, given: list[str], local: int | None) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT.format(imported="", given="", added=""))
+    after = convert_paths([tmp_path / "train.py"], Options(), [tmp_path])[0].after.decode()
+    added = next(line.strip() for line in after.splitlines() if "local_rank" in line)
+    parser = argparse.ArgumentParser()
+    exec(added, {"parser": parser, "argparse": argparse})
+    assert vars(parser.parse_args(given)) == ({} if local is None else {"local_rank": local})

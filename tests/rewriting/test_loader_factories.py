@@ -93,3 +93,53 @@ SHARED = {
 def test_an_argument_that_does_not_tell_them_apart(factory: str, given: tuple[str, str]) -> None:
     after = converted(HEAD + factory + LOOP.format(train=given[0], val=given[1]))
     assert "return bmt.shard_loader(DataLoader(" in after and " else DataLoader(" not in after
+
+
+HANDED_ON = """import torch
+from torch.utils.data import DataLoader
+
+
+def provide(args, flag):
+    if flag == "test":
+        mix = False
+    elif flag == "pred":
+        mix = False
+    else:
+        mix = True
+    data = args[flag]
+    return DataLoader(data, 8, shuffle=mix)
+
+
+{between}
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for x in {train}:
+    net(x).mean().backward()
+    opt.step()
+with torch.no_grad():
+    print(sum(net(x).mean() for x in {val}), sum(net(x).mean() for x in {test}))
+"""
+THROUGH = "def get(flag):\n    return provide(args, flag)\n\n\n"
+WAYS = {
+    "a function": (THROUGH, "get({word})"),
+    "two functions": (f"{THROUGH}def more(part):\n    return get(flag=part)\n\n\n", "more({word})"),
+    "a method": (
+        "class Data:\n    def get(self, flag):\n        return provide(args, flag=flag)\n\n\ndata = Data()\n",
+        "data.get({word})",
+    ),
+    "a loop": ('parts = {}\nfor k in ("train", "val", "test"):\n    parts[k] = provide(args, k)\n', "parts[{word}]"),
+    "a comprehension": ('parts = {k: provide(args, k) for k in ["train", "val", "test"]}\n', "parts[{word}]"),
+}
+
+
+@pytest.mark.parametrize(("between", "call"), WAYS.values(), ids=WAYS.keys())
+def test_words_that_are_handed_on(between: str, call: str) -> None:
+    """Only two words of evaluation stand in the function itself; the third is validation's."""
+    calls = {part: call.format(word=f'"{part}"') for part in ("train", "val", "test")}
+    assert "if flag == 'train' else" in converted(HANDED_ON.format(between=between, **calls))
+
+
+def test_a_word_that_is_given_by_default() -> None:
+    between = THROUGH.replace("get(flag)", 'get(flag="train")')
+    text = HANDED_ON.format(between=between, train="get()", val='get("val")', test='get("test")')
+    assert "if flag == 'train' else" in converted(text)

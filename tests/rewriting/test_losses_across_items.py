@@ -69,6 +69,9 @@ COMPARED = {
     "the hardest, named": (
         'each = F.mse_loss(a, b, reduction="none"); hard = torch.topk(each[:, 0], 2)\nreturn hard[0].mean()'
     ),
+    "pairs that are found": "p = chosen(a, b); far = a[p[:, 0]] - a[p[:, 1]]\nreturn far.pow(2).sum(1).mean()",
+    "triplets' angles": "t = mined(a, b); near = F.cosine_similarity(a[t[:, 0]], a[t[:, 2]])\nreturn near.mean()",
+    "pairs' products": "p = chosen(a, b); near = a[p[:, 0]] * a[p[:, 1]]\nreturn near.sum(1).mean()",
     "a mask of pairs": "mask = torch.eye(len(a))\nreturn (mask * a.sum()).mean()",
 }
 
@@ -101,6 +104,9 @@ NOT_COMPARED = {
     "products in each item": "return (a * b).sum(1).mean()",
     "no loss": "near = a @ b.T\nprint(near.argmax(1))\nreturn F.mse_loss(a, b)",
     "without gradients": "with torch.no_grad():\n    hit = F.cross_entropy(a @ b.T, labels)\nreturn F.mse_loss(a, b)",
+    "columns": "far = a[:, 0] - a[:, 1]\nreturn far.pow(2).mean()",
+    "edges": "far = a[edges[0]] - a[edges[1]]\nreturn far.pow(2).mean()",
+    "rows of two": "far = a[p[:, 0]] - b[p[:, 1]]\nreturn far.pow(2).mean()",
     "identity of features": "return F.mse_loss(a @ torch.eye(a.shape[-1]), b)",
 }
 

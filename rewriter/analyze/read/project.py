@@ -159,6 +159,10 @@ class Project:
         found = self.resolve(file, node)
         return found.name if isinstance(found, External) else ""
 
+    def member(self, file: File, name: str) -> Resolved:
+        """What a module's own name refers to."""
+        return self._member(ModuleRef(file), name, 0)
+
     def _name(self, file: File, name: str, scope: Scope, depth: int) -> Resolved:
         found = file.names.lookup(name, scope)
         if found is None:

@@ -139,7 +139,9 @@ class Flow:
             case ast.BinOp(left=left, op=ast.MatMult(), right=right):
                 return self._are_rows(left, right)
             case ast.BinOp(left=left, op=ast.Sub(), right=right):
-                return self._are_crossed(left, right) or self._is_centred(node)
+                return self._are_crossed(left, right) or self._is_centred(node) or self._are_picked(left, right)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return self._are_picked(left, right)
             case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr), args=args):
                 if isinstance(node.func, ast.Attribute) and attr in {"mm", "matmul"} and len(args) == 1:
                     return self._are_rows(node.func.value, args[0])
@@ -149,8 +151,8 @@ class Flow:
                     return len(args) == 3 and _crosses(args[0]) and all(map(self.is_batch, args[1:]))
                 if attr == "cdist":
                     return len(args) > 1 and all(map(self.is_batch, args[:2]))
-                if attr == "cosine_similarity":
-                    return len(args) > 1 and self._are_crossed(*args[:2])
+                if attr in {"cosine_similarity", "pairwise_distance"}:
+                    return len(args) > 1 and (self._are_crossed(*args[:2]) or self._are_picked(*args[:2]))
                 if attr == "eye":
                     return bool(args) and self._counts_items(args[0])
                 if attr in _SPREADS:
@@ -249,6 +251,17 @@ class Flow:
         """``a[:, None]`` with ``b[None]``."""
         sides = {_placed(left), _placed(right)}
         return sides == {"column", "row"} and self.is_batch(left) and self.is_batch(right)
+
+    def _are_picked(self, left: ast.expr, right: ast.expr) -> bool:
+        """``x[pairs[:, 0]]`` with ``x[pairs[:, 1]]``: pairs, or triplets, that were found among the items."""
+        match left, right:
+            case (
+                ast.Subscript(value=one, slice=ast.Subscript(value=pairs, slice=ast.Tuple(elts=[ast.Slice(), _]))),
+                ast.Subscript(value=other, slice=ast.Subscript(value=same, slice=ast.Tuple(elts=[ast.Slice(), _]))),
+            ):
+                alike = ast.dump(one) == ast.dump(other) and ast.dump(pairs) == ast.dump(same)
+                return alike and self.is_batch(one)
+        return False
 
     def _is_centred(self, node: ast.BinOp) -> bool:
         """``x - x.mean(0)``."""

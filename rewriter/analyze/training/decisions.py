@@ -288,7 +288,7 @@ class Decisions:
         for parent in self._around(file, test):
             if isinstance(parent, ast.For) and _trains_itself(parent):
                 targets = {item.id for item in walk(_batch_of(parent)) if isinstance(item, ast.Name)}
-                return bool(names & targets) and not _is_given_by_range(parent)
+                return bool(names & targets) and not _is_given_by_range(file, parent)
         return False
 
 
@@ -325,9 +325,20 @@ def _batch_of(loop: ast.For) -> ast.expr:
     return loop.target
 
 
-def _is_given_by_range(loop: ast.For) -> bool:
-    inner = [item for item in walk(loop.iter) if isinstance(item, ast.Call)]
-    return any(dotted(call.func) in {"range", "trange", "itertools.count", "count"} for call in inner) or isinstance(
+def _is_given_by_range(file: File, loop: ast.For) -> bool:
+    """Whether a loop counts, also through a bar: ``with trange(9) as bar: for step in bar``."""
+    through = [loop.iter]
+    if isinstance(loop.iter, ast.Name):
+        found = file.names.lookup(loop.iter.id, file.names.scope_of(loop.iter))
+        for binding in found[1] if found is not None else ():
+            made = file.names.parents.get(binding.node)
+            if isinstance(made, ast.withitem):
+                through.append(made.context_expr)
+            elif isinstance(made, (ast.Assign, ast.AnnAssign)) and made.value is not None:
+                through.append(made.value)
+    inner = [item for value in through for item in walk(value) if isinstance(item, ast.Call)]
+    counts = {"range", "trange", "tqdm.trange", "itertools.count", "count"}
+    return any(dotted(call.func) in counts for call in inner) or isinstance(
         loop.iter, (ast.List, ast.Tuple, ast.Constant)
     )
 

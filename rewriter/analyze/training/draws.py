@@ -28,7 +28,9 @@ _BUILT_IN = {"len", "int", "float", "max", "min", "tuple", "list"}
 
 def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
     """Calls in training loops, and in functions that only these call, that draw as many numbers as a batch asks for."""
-    orders = scripts.batches.of(file).orders
+    taken = scripts.batches.of(file)
+    batches = [*taken.whole, *taken.parts, *(node for node, _ in taken.left)]
+    common = taken.orders | {item for batch in batches for item in walk(batch)}
     for flow in scripts.across(file).flows:
         function = flow.function if isinstance(flow.function, Function) else None
         sizes = flow.sizes | (_given_sizes(file, scripts, function) if function is not None else set())
@@ -42,7 +44,7 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
             and _draws(file, scripts, flow, sizes, node)
             and not flow.without_gradients(node)
             and not _is_own(file, scripts, node)
-            and node not in orders
+            and node not in common
         ]
         helps = function is not None and bool(drawn) and _only_trains(file, scripts, function)
         yield from (node for node in drawn if helps or in_training_loop(file, node))

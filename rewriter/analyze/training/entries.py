@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 
 from rewriter.analyze.read.classes import Classes, external_kind
-from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
+from rewriter.analyze.read.names import Import
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, is_optimizer_name
@@ -39,6 +41,7 @@ class Entries:
         self._files: dict[ast.AST, bool] = {}
         self._backward: dict[ast.AST, bool] = {}
         self._light: dict[ast.AST, bool] = {}
+        self._models: dict[File, bool] = {}
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
@@ -143,6 +146,8 @@ class Entries:
 
     def constructs(self, file: File, node: ast.AST) -> bool:
         for item in walk_own(node):
+            if self._takes_by_name(file, item):
+                return True
             if isinstance(item, ast.Call):
                 found = self.project.resolve(file, item.func)
                 if not isinstance(found, (ClassInfo, FunctionInfo)) and isinstance(item.func, ast.Attribute):
@@ -156,6 +161,77 @@ class Entries:
                     return True
         return False
 
+    def _takes_by_name(self, file: File, node: ast.AST) -> bool:
+        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``."""
+        taken: ast.expr | None = None
+        if isinstance(node, ast.Call):
+            taken = node.func
+        elif isinstance(node, ast.Assign):
+            taken = node.value
+        match taken:
+            case (
+                ast.Subscript(value=ast.Attribute(value=holder, attr="__dict__"))
+                | ast.Subscript(value=ast.Call(func=ast.Name(id="vars"), args=[holder]))
+                | ast.Call(func=ast.Name(id="getattr"), args=[holder, *_])
+            ):
+                found = self.project.resolve(file, holder)
+                return isinstance(found, ModuleRef) and self._holds_models(found.file)
+            case (
+                ast.Subscript(value=ast.Call(func=ast.Name(id="globals" | "locals")))
+                | ast.Call(func=ast.Name(id="eval"), args=[_])
+            ):
+                return self._holds_models(file)
+            case ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder):
+                return any(
+                    self._is_model(self.project.resolve(other, choice))
+                    for other, table in self._tables(file, holder)
+                    for choice in table.values
+                )
+        return False
+
+    def _tables(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.Dict]]:
+        """The dictionaries that a name, or a name of a module of the project, may stand for, each with its file."""
+        name = node.id if isinstance(node, ast.Name) else ""
+        if isinstance(node, ast.Attribute):
+            owner = self.project.resolve(file, node.value)
+            if not isinstance(owner, ModuleRef):
+                return
+            file, name, scope = owner.file, node.attr, owner.file.names.module
+        else:
+            scope = file.names.scope_of(node)
+        for _ in range(3):
+            found = file.names.lookup(name, scope)
+            if found is None:
+                return
+            sources: list[tuple[File, str]] = []
+            for binding in found[1]:
+                statement = file.names.parents.get(binding.node)
+                if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Dict):
+                    yield file, statement.value
+                elif isinstance(binding.value, Import) and binding.value.name:
+                    module = self.project.find_module(binding.value.module, file, binding.value.level)
+                    sources += [(module, binding.value.name)] if module is not None else []
+            if not sources:
+                return
+            (file, name), scope = sources[0], sources[0][0].names.module
+
+    def _holds_models(self, file: File, deep: int = 0) -> bool:
+        """Whether a name of a module is a model, or a function that makes one."""
+        if file not in self._models:
+            self._models[file] = False
+            module = file.names.module
+            self._models[file] = any(self._is_model(self.project.member(file, name)) for name in module.bindings)
+            for star in module.stars if not self._models[file] else ():
+                other = self.project.find_module(star.module, file, star.level)
+                if other is not None and deep < 3 and self._holds_models(other, deep + 1):
+                    self._models[file] = True
+        return self._models[file]
+
+    def _is_model(self, found: Resolved) -> bool:
+        if isinstance(found, ClassInfo):
+            return self.classes.is_module(found)
+        return isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node)
+
     def _function_constructs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         if node not in self._makes:
             self._makes[node] = False
@@ -167,7 +243,7 @@ class Entries:
         roles = self.roles[file]
         held = roles.scalers | {(scope, path.split(".")[0]) for scope, path in roles.optimizers}
         for node in walk_own(statement):
-            if isinstance(node, ast.Call) and self._call_needs(file, node):
+            if isinstance(node, ast.Call) and (self._call_needs(file, node) or self._takes_by_name(file, node)):
                 return True
             if isinstance(node, ast.Assign) and any(roles.var(target) in held for target in node.targets):
                 return True

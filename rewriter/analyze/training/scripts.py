@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
-from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
@@ -21,6 +21,14 @@ from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
 _SHARING = (b"shard_batch", b"shard_loader", *_PARALLEL)
+DATA_PARALLEL = {
+    "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
+}  # fmt: skip
+_OF_MODELS = {
+    "state_dict", "load_state_dict", "parameters", "named_parameters", "modules", "named_modules", "children",
+    "named_children", "buffers", "named_buffers", "train", "eval", "forward", "zero_grad", "requires_grad_", "apply",
+    "to", "half", "cpu", "cuda", "float",
+}  # fmt: skip
 _TRAINS = re.compile(rb"\.backward\(")
 
 
@@ -78,6 +86,17 @@ class Scripts:
                     if self.over_shares(file, call) and self.sums(file).is_sum(call.func.value):
                         found |= self.sums(file).sources | {call}
         return found
+
+    @cached_property
+    def divided(self) -> set[ast.Call]:
+        """The calls that make sums which the losses of backward calls are the means of."""
+        backwards = ((f, c) for f in self.training for c in f.calls if isinstance(c.func, ast.Attribute))
+        return {
+            source
+            for file, call in backwards
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward"
+            for source in self.sums(file).divided(call.func.value)
+        }
 
     def over_shares(self, file: File, node: ast.AST) -> bool:
         """Whether a node stands in a loop that trains on a rank's share of each batch."""
@@ -277,6 +296,37 @@ class Scripts:
         """Whether a program that a file is part of was data parallel before."""
         return not self._parallel.isdisjoint(self._beside(file))
 
+    def was_wrapped(self, file: File) -> bool:
+        """Whether a program that a file is part of puts a model into DistributedDataParallel or DataParallel."""
+        return not self._wrapping.isdisjoint(self._beside(file))
+
+    @cached_property
+    def _wrapping(self) -> set[File]:
+        return {
+            file
+            for file in self.project
+            if b"DataParallel" in file.source.data
+            and any(self.project.external(file, call.func) in DATA_PARALLEL for call in file.calls)
+        }
+
+    def holds_module(self, info: ClassInfo) -> bool:
+        """Whether objects of a class have a ``module`` of their own."""
+        return any(_stores_module(node) for node in walk(info.node))
+
+    @cached_property
+    def any_holds_module(self) -> bool:
+        """Whether any object of the project has a ``module`` of its own."""
+        return any(b".module" in f.source.data and any(map(_stores_module, f.nodes)) for f in self.project)
+
+    def is_of_models(self, name: str) -> bool:
+        """Whether a name is a method of models, torch's or the project's."""
+        return name in _OF_MODELS or name in self._methods_of_models
+
+    @cached_property
+    def _methods_of_models(self) -> set[str]:
+        infos = (info for file in self.project for info in self.classes.all(file) if self.classes.is_module(info))
+        return {name for info in infos for name in info.methods}
+
     def _shares_itself(self, file: File) -> bool:
         if any(mark in file.source.data for mark in _SHARING):
             return True
@@ -365,3 +415,7 @@ class _Roles(dict[File, Roles]):
     def __missing__(self, file: File) -> Roles:
         self[file] = Roles(file, self._classes, self._instances.class_held)
         return self[file]
+
+
+def _stores_module(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.ctx, ast.Store)

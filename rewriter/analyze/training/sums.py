@@ -28,6 +28,11 @@ class Sums:
         self.sources |= sources if found else set()
         return found
 
+    def divided(self, node: ast.expr) -> set[ast.Call]:
+        """The calls that make sums of which a loss is the mean: it divides them by how many items there are."""
+        sources: set[ast.Call] = set()
+        return sources if self._kind(self.file, node, None, 0, sources) == "mean" else set()
+
     def of(self, node: ast.expr) -> str:
         """``sum`` or ``mean`` for what a loss function makes of a batch, also as one of several values; else empty."""
         found = self._kind(self.file, node, None, 0, set())
@@ -53,10 +58,17 @@ class Sums:
             case ast.Tuple(elts=elts):
                 return kind(elts[part]) if part is not None and part < len(elts) else ""
             case ast.BinOp(left=left, op=op, right=right):
-                return _joined(kind(left), kind(right), op, is_size(right))
+                return _joined(kind(left), kind(right), op, is_size(right) or self._names_size(file, right))
             case ast.Call():
                 return self._call(file, node, part, deep, sources)
         return ""
+
+    def _names_size(self, file: File, node: ast.expr) -> bool:
+        """``n`` where it is ``x.size(0)`` and nothing else."""
+        roles = self.all_roles[file]
+        variable = roles.var(node) if isinstance(node, ast.Name) else None
+        values = [value for other, value, _, part in roles.assignments if other == variable is not None and not part]
+        return bool(values) and all(map(is_size, values))
 
     def _variable(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         roles = self.all_roles[file]
@@ -99,7 +111,9 @@ class Sums:
             inner = node.func.value if method and isinstance(node.func, ast.Attribute) else given[0] if given else node
             if whole and isinstance(inner, ast.expr):
                 known = self._kind(file, inner, None, deep + 1, set())
-                return known if known in {"sum", "mean"} and inner is not node else last
+                found = known if known in {"sum", "mean"} and inner is not node else last
+                sources |= {node} if found == "sum" else set()
+                return found
             return ""
         if isinstance(node.func, ast.Attribute) and last in _VIEWS and not name:
             return self._kind(file, node.func.value, part, deep + 1, sources)

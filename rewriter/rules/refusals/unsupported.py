@@ -89,7 +89,11 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
-        if call in facts.scripts.summed or _is_divided(file, call) or _only_evaluates(file, facts, call):
+        if (
+            call in facts.scripts.summed | facts.scripts.divided
+            or _is_divided(file, call)
+            or _only_evaluates(file, facts, call)
+        ):
             continue
         elif summed and (name.startswith("torch.nn.") or _is_sum(call)):
             message = "the loss is a sum over a rank's share of the batch: times bmt.world_size() it is the script's"

@@ -1,7 +1,7 @@
 """DistributedDataParallel goes away.
 
-What: ``model = DDP(model, ...)`` is removed, ``model.module`` is ``model``, ``no_sync()`` is a null context, a
-DistributedSampler is told rank and number of ranks.
+What: ``model = DDP(model, ...)`` is removed, as is DataParallel, ``model.module`` is ``model`` (in
+other files, too), ``no_sync()`` is a null context, a DistributedSampler is told rank and number of ranks.
 Why: a converted model reduces its gradients itself. The sampler still gives every rank its share.
 Refuses when: SyncBatchNorm is asked for; it needs a process group.
 """
@@ -12,15 +12,16 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import same
+from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.analyze.read.nodes import dotted, same
 from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.scripts import DATA_PARALLEL
 from rewriter.changes import Arguments, Change, Remove, ReplaceStatement, replace, template
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
-_WRAPPERS = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel"}
+_AVERAGES = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3", "ModelEMA"}
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -40,7 +41,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
     changes: tuple[Change, ...]
     name = facts.project.external(file, node.func)
-    if name in _WRAPPERS and node.args:
+    if name in DATA_PARALLEL and node.args:
         statement = file.names.statement_of(node)
         if isinstance(statement, ast.Assign) and statement.value is node and _same_code(file, statement, node.args[0]):
             changes = tuple(_remove_wrapper(file, facts, statement))
@@ -94,16 +95,43 @@ def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.Expr | None:
 def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:
     """``model.module`` is the model itself."""
     roles = facts.scripts.roles[file]
-    if not isinstance(node.ctx, ast.Load) or not roles.is_model(node.value):
-        return
-    if not facts.scripts.is_parallel(file) and node.attr == "module":
-        return
     parent = file.names.parents[node]
+    if not isinstance(node.ctx, ast.Load) or _keeps_another(file, facts, node.value):
+        return
+    if node.attr == "module" and not facts.scripts.is_parallel(file) and not facts.scripts.was_wrapped(file):
+        return
+    if not roles.is_model(node.value) and not (node.attr == "module" and _is_asked_as_model(file, facts, node, parent)):
+        return
     place: ast.expr = node
     if isinstance(parent, ast.IfExp) and (same(parent.orelse, node.value) or same(parent.body, node.value)):
         place = parent
     change = replace(place, "{model}", model=node.value)
     yield Conversion(RULE.code, node.lineno, "the model is not wrapped", (change,))
+
+
+def _keeps_another(file: File, facts: Facts, node: ast.expr) -> bool:
+    """Whether an object is of a class that has a ``module`` of its own, as averages of weights do."""
+    variable = facts.scripts.roles[file].var(node)
+    for assigned, value, *_ in facts.scripts.roles[file].assignments:
+        if assigned == variable is not None and isinstance(value, ast.Call):
+            found = facts.project.resolve(file, value.func)
+            if isinstance(found, ClassInfo) and facts.scripts.holds_module(found):
+                return True
+            if isinstance(found, External) and found.name.split(".")[-1] in _AVERAGES:
+                return True
+    return False
+
+
+def _is_asked_as_model(file: File, facts: Facts, node: ast.Attribute, parent: ast.AST) -> bool:
+    """Whether what is asked of ``x.module`` is a model's, where ``x`` is not known and no class has a ``module``."""
+    asked = parent.attr if isinstance(parent, ast.Attribute) else "forward" if _is_called(parent, node) else ""
+    if dotted(node.value) == "self" or facts.project.resolve(file, node.value) is not None:
+        return False
+    return facts.scripts.is_of_models(asked) and not facts.scripts.any_holds_module
+
+
+def _is_called(parent: ast.AST, node: ast.expr) -> bool:
+    return isinstance(parent, ast.Call) and parent.func is node
 
 
 RULE = Rule(

@@ -2,8 +2,8 @@
 
 What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``.
 Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
-know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads. What is
-made of all options, such as ``vars(args)`` in a file, then has a ``local_rank`` of None as well.
+know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads. Where
+nothing is passed, the options that are read are the script's, so that ``print(args)`` and files made of them stay.
 Refuses when: some parser of the file or of a file that it imports knows the argument, or the parser is not a plain
 argparse.ArgumentParser.
 """
@@ -35,7 +35,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         module = _module(file, facts, parser) if parser else None
         if module is None:
             continue
-        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, help={module}.SUPPRESS)'
+        hidden = f"default={module}.SUPPRESS, help={module}.SUPPRESS"
+        line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, {hidden})'
         change = insert_before(statement, line)
         yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
 
@@ -75,7 +76,8 @@ RULE = Rule(
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
             "import argparse\nimport torch\nimport bmtrain as bmt\n\nparser = argparse.ArgumentParser()\n"
-            'parser.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)\n'
+            'parser.add_argument("--local-rank", "--local_rank", type=int, '
+            "default=argparse.SUPPRESS, help=argparse.SUPPRESS)\n"
             "options = parser.parse_args()\nbmt.init_distributed()\nmodel = torch.nn.Linear(8, 1)\n"
             "optim_manager = bmt.optim.OptimManager(loss_scale=None)\noptim_manager.backward(model(x).mean())\n",
         ),

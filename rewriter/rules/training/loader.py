@@ -29,6 +29,7 @@ _EVALUATION_WORD = re.compile(
     re.I,
 )
 _EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
+_HANDED_ON = 4
 _AS_MANY = {"chunk", "tensor_split", "array_split", "keys", "values", "items"}
 """What makes as many parts of a share as of a batch."""
 _TRAINS = re.compile(r"^(?:self\.|args\.|cfg\.)?(?:is_?)?train(?:ing)?$|^\w+ == ['\"]train(?:ing)?['\"]$")
@@ -131,11 +132,9 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
     stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
     for name in (name for name in parameters if name not in stored):
         words, tested = _words(function, name)
-        for call in _calls_of(file, facts, function):
-            value = _given(call, parameters, name)
-            if isinstance(value, ast.Constant):
-                tested = tested or isinstance(value.value, bool)
-                words |= {value.value} if isinstance(value.value, str) else set()
+        for value in _values_given(file, facts, function, name, 0):
+            tested = tested or isinstance(value, bool)
+            words |= {value} if isinstance(value, str) else set()
         evaluated = sorted(word for word in words if _EVALUATION_WORD.match(word))
         trained = sorted(words - set(evaluated))
         if trained and (evaluated or any(re.match("train", word, re.I) for word in trained)):
@@ -148,6 +147,43 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
         if tested and not words and _EVALUATION_WORD.match(re.sub("^(?:is|for|do)_", "", name)):
             return template(f"not {name}")
     return None
+
+
+def _values_given(file: File, facts: Facts, function: Function, name: str, deep: int) -> Iterator[object]:
+    """The constants that calls give for a parameter, also through functions that hand theirs on."""
+    given = function.args
+    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    for other, call in _calls_of(file, facts, function):
+        value = _given(call, parameters, name) or _default(given, name)
+        looped = _looped_over(other, call, value)
+        if isinstance(value, ast.Constant):
+            yield value.value
+        elif looped:
+            yield from looped
+        elif isinstance(value, ast.Name) and deep < _HANDED_ON:
+            around = other.names.function_of(call)
+            if around is not None and value.id in {a.arg for a in walk(around.args) if isinstance(a, ast.arg)}:
+                yield from _values_given(other, facts, around, value.id, deep + 1)
+
+
+def _default(given: ast.arguments, name: str) -> ast.expr | None:
+    """What a parameter is where a call gives nothing for it."""
+    positional = [*given.posonlyargs, *given.args]
+    pairs = [*zip(reversed(positional), reversed(given.defaults), strict=False)]
+    named = [(a, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None]
+    return next((default for argument, default in [*pairs, *named] if argument.arg == name), None)
+
+
+def _looped_over(file: File, call: ast.Call, value: ast.expr | None) -> list[object]:
+    """The constants that a name stands for one after the other: ``{x: make(x) for x in ["train", "val"]}``."""
+    for parent in file.names.ancestors(call) if isinstance(value, ast.Name) else ():
+        rounds = [parent] if isinstance(parent, ast.For) else getattr(parent, "generators", [])
+        for item in rounds:
+            match item.iter:
+                case ast.List(elts=listed) | ast.Tuple(elts=listed) | ast.Set(elts=listed):
+                    if isinstance(value, ast.Name) and dotted(item.target) == value.id:
+                        return [part.value for part in listed if isinstance(part, ast.Constant)]
+    return []
 
 
 def _words(function: Function, name: str) -> tuple[set[str], bool]:
@@ -163,7 +199,7 @@ def _words(function: Function, name: str) -> tuple[set[str], bool]:
     return words, tested
 
 
-def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[ast.Call]:
+def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[tuple[File, ast.Call]]:
     for other in facts.project:
         if other.mentions(function.name):
             for call in other.calls:
@@ -171,7 +207,7 @@ def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[ast.Call
                     found = facts.project.resolve(other, call.func)
                     method = isinstance(call.func, ast.Attribute) and other is file
                     if method or (isinstance(found, FunctionInfo) and found.node is function):
-                        yield call
+                        yield other, call
 
 
 def _given(call: ast.Call, parameters: list[str], name: str) -> ast.expr | None:

@@ -105,13 +105,16 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
     if manager.scaler is not None and managers.is_argument(manager.scaler):
         yield from _scaler_argument(managers, manager)
         return
+    branch = _branch_of_scaler(file, managers, manager)
+    if branch is not None:
+        yield insert_before(branch, f"{manager.name} = {_UNSCALED}")
     if manager.scaler is not None:
         yield from _scaler_creation(file, managers, manager)
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
         add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
-            yield from _joined(managers, manager, place, add)
+            yield from _joined(managers, manager, place, add, branch)
             continue
         lines = [f"{manager.name} = {_UNSCALED}", add]
         again = _made_again(file, managers, optimizer, place)
@@ -136,11 +139,62 @@ def _owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | N
     return _last_assignment(file, managers, root)
 
 
-def _joined(managers: Managers, manager: Manager, place: ast.stmt | None, add: str) -> Iterator[Change]:
+def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.stmt | None:
+    """The ``if`` under which alone the scaler is made, where code behind it runs also without: it needs a manager."""
+    makers = [statement for statement, _ in _makers(managers, manager)]
+    branches = [_outermost_branch(file, made) for made in makers]
+    if not branches or any(branch is not branches[0] for branch in branches):
+        return None  # made in any case, or by several statements of which one is the other's default
+    branch = branches[0]
+    if branch is None or _makes(branch, makers):
+        return None
+    steered = {*manager.optimizers, manager.scaler}
+    within = set(walk(branch))
+    used = any(
+        isinstance(node.func, ast.Attribute) and managers.roles.var(node.func.value) in steered
+        for node in file.calls
+        if node not in within
+    )
+    return branch if used else None
+
+
+def _outermost_branch(file: File, statement: ast.stmt) -> ast.stmt | None:
+    """The outermost ``if``, ``try`` or ``match`` around a statement in its block of a function, class or loop."""
+    found = None
+    for parent in file.names.ancestors(statement):
+        if isinstance(parent, (ast.If, ast.Try, ast.Match)):
+            found = parent
+        elif isinstance(parent, ast.stmt) and not isinstance(parent, ast.With):
+            break
+    return found
+
+
+def _makes(statement: ast.stmt, makers: list[ast.stmt]) -> bool:
+    """Whether a scaler, or None in its place, is made whichever way a statement goes that does not leave the block."""
+    if isinstance(statement, ast.If):
+        return _one_makes(statement.body, makers) and _one_makes(statement.orelse, makers)
+    if isinstance(statement, ast.Try):
+        tried = _one_makes([*statement.body, *statement.orelse], makers)
+        return tried and all(_one_makes(handler.body, makers) for handler in statement.handlers)
+    if isinstance(statement, ast.With):
+        return _one_makes(statement.body, makers)
+    return statement in makers or isinstance(statement, (ast.Return, ast.Raise, ast.Continue, ast.Break))
+
+
+def _one_makes(block: list[ast.stmt], makers: list[ast.stmt]) -> bool:
+    return any(_makes(statement, makers) for statement in block)
+
+
+def _joined(
+    managers: Managers, manager: Manager, place: ast.stmt | None, add: str, branch: ast.stmt | None
+) -> Iterator[Change]:
     """Tell a manager its optimizer wherever the later of the two is made."""
     makers = [statement for statement, _ in _makers(managers, manager)]
     if place is None:
         return  # the optimizer comes from outside: whoever made it joins the two
+    if branch is not None:
+        yield insert_behind(place if place.lineno > branch.lineno and place not in walk(branch) else branch, add)
+        return
     if any(made.lineno < place.lineno for made in makers):
         yield insert_behind(place, add)
     for made in makers:

@@ -21,6 +21,7 @@ from rewriter.analyze.read.classes import external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.completed import completing, is_adapted
+from rewriter.analyze.training.scripts import DATA_PARALLEL
 from rewriter.changes import insert_behind, wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -33,9 +34,6 @@ _PACKAGES = {
 }  # fmt: skip
 _TRAINED = {"parameters", "named_parameters"}
 _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataParallel", "copy.")
-_DATA_PARALLEL = {
-    "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
-}  # fmt: skip
 _EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
 
@@ -62,7 +60,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         owner = file.names.class_of(statement)
         if owner is not None and facts.classes.is_module(file.class_info(owner)):
             continue
-        while isinstance(value, ast.Call) and facts.project.external(file, value.func) in _DATA_PARALLEL and value.args:
+        while isinstance(value, ast.Call) and facts.project.external(file, value.func) in DATA_PARALLEL and value.args:
             value = value.args[0]
         if statement in wrapped or not isinstance(value, ast.Call) or not _foreign(file, facts, value):
             continue

@@ -79,8 +79,7 @@ def _values(one: Any, two: Any, place: str) -> list[str]:
     if isinstance(one, str) and isinstance(two, str):
         return _texts(one, two)
     if isinstance(one, Mapping) and isinstance(two, Mapping):
-        launched = {"local_rank"} if two.get("local_rank", 0) is None else set()  # options: the launcher's argument
-        found = [f"{place} has other keys"] if one.keys() != two.keys() - launched else []
+        found = [f"{place} has other keys"] if one.keys() != two.keys() else []
         return found + [line for key in one if key in two for line in _values(one[key], two[key], f"{place}.{key}")]
     if isinstance(one, Sequence) and isinstance(two, Sequence):
         found = [f"{place} has another length"] if len(one) != len(two) else []

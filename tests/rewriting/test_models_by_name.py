@@ -1,0 +1,94 @@
+"""Scripts that make a model whose class they take by a name which is not in the code: they start the ranks, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rewriter.convert import convert_paths
+from rewriter.plan import Options
+
+NETS = """from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+
+
+def small():
+    return Net()
+
+
+MODELS = {"net": Net}
+MAKERS: dict[str, object] = {"small": small}
+"""
+TRAIN = """import torch
+from nets import Net
+
+if __name__ == "__main__":
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.body(torch.ones(1, 4)).mean().backward()
+    optimizer.step()
+"""
+EVALUATE = """import argparse
+import json
+import sys
+
+import torch
+{imports}
+
+
+def main():
+    name, path = sys.argv[1:]
+    {made}
+    model.load_state_dict(torch.load(path))
+    model.eval()
+
+
+if __name__ == "__main__":
+    main()
+"""
+BY_NAME = {
+    "names of a module": ("import nets", "model = nets.__dict__[name]()"),
+    "attribute": ("import nets", "model = getattr(nets, name)()"),
+    "kept": ("import nets", "Kind = getattr(nets, name)\n    model = Kind()"),
+    "vars": ("import nets", "model = vars(nets)[name]()"),
+    "globals": ("from nets import Net", "model = globals()[name]()"),
+    "eval": ("from nets import *", "model = eval(name)()"),
+    "table": ("from nets import MODELS", "model = MODELS[name]()"),
+    "table of a module": ("import nets", "model = nets.MODELS[name]()"),
+    "table of functions": ("from nets import MAKERS", "model = MAKERS[name]()"),
+    "own table": ("from nets import Net", "kinds = {'net': Net}\n    model = kinds[name]()"),
+    "package": ("import kinds", "model = kinds.__dict__[name]()"),
+}
+NO_MODEL = {
+    "another module": ("import json", "model = getattr(json, name)()"),
+    "a table of numbers": ("sizes = {'a': abs}", "model = sizes[name]()"),
+    "of an object": ("import torch", "model = getattr(torch, name)()"),
+}
+
+
+def evaluation(tmp_path: Path, imports: str, made: str) -> str:
+    files = {"nets.py": NETS, "train.py": TRAIN, "kinds/__init__.py": "from nets import *\n"}
+    files["evaluate.py"] = EVALUATE.format(imports=imports, made=made)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    results = convert_paths([tmp_path / name for name in files], Options(), [tmp_path])
+    assert not any(result.error for result in results)
+    return next(r.after.decode() for r in results if r.path.name == "evaluate.py")
+
+
+@pytest.mark.parametrize(("imports", "made"), BY_NAME.values(), ids=BY_NAME.keys())
+def test_the_ranks_start_before_the_model(tmp_path: Path, imports: str, made: str) -> None:
+    after = evaluation(tmp_path, imports, made)
+    assert after.index("bmt.init_distributed()") < after.index("model = ")
+
+
+@pytest.mark.parametrize(("imports", "made"), NO_MODEL.values(), ids=NO_MODEL.keys())
+def test_what_makes_no_model_of_the_project_stays(tmp_path: Path, imports: str, made: str) -> None:
+    assert "bmt" not in evaluation(tmp_path, imports, made)
