@@ -121,3 +121,16 @@ def test_a_users_workload_that_is_none_is_explained() -> None:
     done = run("nano:1:accum", script="user.py")
     assert done.returncode == 1
     assert "SIZE:BATCH" in done.stderr
+
+
+def test_plain_and_converted_take_turns() -> None:
+    done = run("nano", "--batch", "2", "--length", "16", "--rounds", "1", script="in_turns.py")
+    assert done.returncode == 0, done.stderr
+    title, names, *phases = done.stdout.splitlines()
+    assert title.startswith("nano:2, 1 rank,") and names.split() == ["plain", "converted"]
+    assert len(phases) == 7 and all(len(line.split("(")) == 3 for line in phases)
+
+
+def test_take_turns_refuses_a_size_there_is_not() -> None:
+    done = run("huge", script="in_turns.py")
+    assert done.returncode == 2 and "huge" in done.stderr
