@@ -104,7 +104,7 @@ def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
     tree = decode(stored.whole(STATE).numpy().tobytes().decode(), lambda path, name: _Unread(name))
     if VALUES not in tree:
         raise CheckpointError(
-            f"{folder} was written by a Checkpointer that was given no dictionary of a script's: resume() of one reads it."
+            f"{folder} was written by a Checkpointer without a script's dictionary: resume() of one reads it."
         )
     pickled = io.BytesIO(stored.whole(tree.pop(VALUES)["pickled"].name).numpy().tobytes())
     options = {name: value for name, value in options.items() if name != "mmap"}
@@ -113,7 +113,7 @@ def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
 
 
 def load_state_dict(of: Any, state_dict: Any, *args: Any, **options: Any) -> Any:
-    """``of.load_state_dict(state_dict, ...)``; of what ``load_sharded`` gave, each rank reads its own part.  Collective.
+    """``of.load_state_dict(state_dict, ...)``; of what ``load_sharded`` gave, each rank its own part.  Collective.
 
     Raises CheckpointError on every rank, with nothing loaded, when a file is damaged, or what it holds does not fit.
     """
