@@ -26,7 +26,7 @@ from ..context import Context, context, is_initialized
 from ..errors import CheckpointError, ConfigurationError
 from ..log import say
 from ..objects import allgather_objects, broadcast_object
-from ..shard.in_parts import Owned
+from ..shard.in_parts import InParts, Owned, in_parts
 from ..shard.place import Place
 from . import folder as folders
 from .checkpointer import Checkpointer
@@ -75,7 +75,7 @@ def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
-        checkpoints = _OfScript(path, keep=1, **{VALUES: values, **marked})
+        checkpoints = _OfScript(path, keep=1, **{VALUES: values, **_written_once(marked)})
         try:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
@@ -266,6 +266,43 @@ class _OfScript(Checkpointer):
 
     def _group(self, timeout: timedelta) -> Communicator:
         return context().control
+
+
+def _written_once(marked: dict[str, Any]) -> dict[str, Any]:
+    """An OptimManager, which stands where a script had its GradScaler, shares the state of its optimizers."""
+    known = {id(one): _Once(own, {}) for one in marked.values() if (own := in_parts(one)) is not None}
+    for one in known.values():
+        one.known = known
+    return {name: known.get(id(one), one) for name, one in marked.items()}
+
+
+class _Once:
+    """What is saved in parts, made once."""
+
+    def __init__(self, of: InParts, known: dict[int, _Once]) -> None:
+        self._of, self.known = of, known
+        self._parts: dict[str, Any] | None = None
+
+    def parts(self) -> dict[str, Any]:
+        """As ``shard.in_parts`` says."""
+        if self._parts is None:
+            self._parts = self._of.parts()
+            driven = enumerate(getattr(self._of, "optimizers", ()))
+            for number, one in ((n, self.known[id(o)]) for n, o in driven if id(o) in self.known):
+                self._parts["optimizers"][number] = one.parts()
+        return self._parts
+
+    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+        """As ``shard.in_parts`` says."""
+        return self._of.part_at(path, shape)
+
+    def check_parts(self, state: Any) -> None:
+        """As ``shard.in_parts`` says."""
+        self._of.check_parts(state)
+
+    def load_parts(self, state: Any) -> None:
+        """As ``shard.in_parts`` says."""
+        self._of.load_parts(state)
 
 
 class _Values:

@@ -22,7 +22,7 @@ _MOVES = {
 }  # fmt: skip
 _MOVING_METHODS = {"unlink", "rename", "replace", "hardlink_to", "symlink_to"}
 _SENT = {"wandb.save", "mlflow.log_artifact", "os.symlink", "os.link", "os.path.getsize", "tarfile.open"}
-_SENDING_METHODS = {"add_file", "log_artifact", "log_model", "upload_file", "save_model"}
+_SENDING_METHODS = {"add_file", "log_artifact", "log_model", "upload_file"}
 _PATHS = re.compile(r"ck\b|ckpt|checkpoint|\.pth?\b|resume|weights|snapshot|best|latest|(?:^|_)last|save", re.I)
 _READERS = re.compile(r"^(?:load|resume)_(?:checkpoint|ckpt|snapshot|training_state)$")
 _DEEP = 4
@@ -156,7 +156,7 @@ class Saves:
                 return parent
         raise _Left(file, call, "one rank alone reaches it, with other things to do")
 
-    def _quietly(self, file: File, call: ast.Call) -> list[tuple[File, ast.expr]]:
+    def _quietly(self, file: File, call: ast.Call) -> list[tuple[File, ast.AST]]:
         """The dictionaries that a call may save, as far as they are seen."""
         try:
             return list(self._sources(file, call, _saved(file, call), 0, False))
@@ -165,8 +165,8 @@ class Saves:
 
     def _sources(
         self, file: File, call: ast.Call, value: ast.expr | None, deep: int, strict: bool
-    ) -> Iterator[tuple[File, ast.expr]]:
-        """The dictionaries that a value may be, each with its file; ``strict``: unless they are also used otherwise.
+    ) -> Iterator[tuple[File, ast.AST]]:
+        """The dictionaries that a value may be, and what is put into them; ``strict``: unless they are used otherwise.
 
         ``call`` is what gets the value.
         """
@@ -191,6 +191,7 @@ class Saves:
         if variable is None or "." in variable[1]:
             raise _Left(file, call, f"it is not seen what {file.source.code(value)} holds")
         scope, name = variable
+        yield from ((file, stored) for stored in self._stored(file, variable))
         last = _last_binding(file, value) if isinstance(value, ast.Name) else None
         if last is not None:
             if strict:
@@ -213,6 +214,14 @@ class Saves:
                     raise _Left(other, given, "one rank alone reaches it")
         if not seen:
             raise _Left(file, call, f"it is not seen what {name} holds")
+
+    def _stored(self, file: File, variable: tuple[ast.AST, str]) -> Iterator[ast.Assign]:
+        """``state["step"] = 3``."""
+        for node in walk(variable[0]):
+            match node:
+                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name) as held, slice=ast.Constant())]):
+                    if name == variable[1] and self._roles[file].var(held) == variable:
+                        yield node
 
     def _given(self, file: File, function: Function, name: str) -> Iterator[tuple[File, ast.expr]]:
         if function.args.vararg is not None and function.args.vararg.arg == name:
@@ -286,15 +295,31 @@ class Saves:
         }
 
     def _is_state(self, file: File, entry: ast.expr) -> str:
-        """``"model"`` or ``"optimizer"`` for ``x.state_dict()`` of one."""
+        """Of what ``x.state_dict()`` is: ``"model"``, ``"optimizer"``, ``"scaler"``, or another thing."""
         match entry:
             case ast.Call(func=ast.Attribute(value=of, attr="state_dict"), args=[], keywords=[]):
-                roles = self._roles[file]
-                variable = roles.var(of)
-                if variable is not None and variable in roles.optimizers:
-                    return "optimizer"
-                return "model" if roles.is_model(of) else ""
+                return self._kind(file, of)
         return ""
+
+    def _kind(self, file: File, of: ast.expr, deep: int = 0) -> str:
+        """What a value is, also where a function gets it and does nothing else with it."""
+        roles = self._roles[file]
+        variable = roles.var(of)
+        if variable is not None and variable in roles.scalers:
+            return "scaler"
+        if variable is not None and variable in roles.optimizers:
+            return "optimizer"
+        if roles.is_model(of):
+            return "model"
+        if variable is None or deep > _DEEP or not isinstance(of, ast.Name) or not roles.is_argument(variable):
+            return ""
+        scope = variable[0]
+        assert isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(scope, ast.Lambda):
+            return ""
+        given = list(self._instances.given(file, scope, of.id))
+        kinds = {self._kind(other, value, deep + 1) for other, value in given}
+        return kinds.pop() if len(kinds) == 1 else ""
 
     # Reading ---------------------------------------------------------------------------------------------------
 
@@ -316,11 +341,10 @@ class Saves:
                     self._see_resume(file, call)
 
     def _see_taken(self, file: File) -> None:
-        roles = self._roles[file]
         for call in file.calls:
             match call:
                 case ast.Call(func=ast.Attribute(value=of, attr="load_state_dict"), args=[_, *_]):
-                    if roles.is_model(of) or roles.var(of) in roles.optimizers:
+                    if self._kind(file, of):
                         self._of(file).taken.append(call)
 
     def _see_paths(self, file: File, loads: list[ast.Call]) -> None:
@@ -361,13 +385,12 @@ class Saves:
         """How the training that a load serves is told to go on."""
         function = file.names.function_of(load)
         around: ast.AST = file.tree if function is None else function
-        roles = self._roles[file]
         inside = walk(around) if function is not None else (n for s in file.tree.body for n in walk_own(s))
         if not any(
             isinstance(call, ast.Call)
             and isinstance(call.func, ast.Attribute)
             and call.func.attr == "load_state_dict"
-            and roles.var(call.func.value) in roles.optimizers
+            and self._kind(file, call.func.value) == "optimizer"
             for call in inside
         ):
             return  # weights to begin with
@@ -432,18 +455,22 @@ class Saves:
         self, file: File, before: ast.stmt, variable: ast.expr, kind: str, word: ast.expr | None
     ) -> Resumed | str:
         """In front of whatever else asks for the variable, as ``if not args.resume: shutil.rmtree(out)`` does."""
-        block = file.names.siblings(before)
+        block, here = file.names.siblings(before), file.names.function_of(before)
+        inside = set(walk(before))
         earliest = before
-        for test in _tests(file):
-            if not any(same(item, variable) for item in walk(test)) or test.lineno >= before.lineno:
-                continue
-            above = next((item for item in block if any(inner is test for inner in walk(item))), None)
-            if above is None:
-                here = file.names.function_of(test) is file.names.function_of(before)
-                if here or isinstance(variable, ast.Attribute):
-                    return f"line {test.lineno} asks for {file.source.code(variable)}, too"
-            elif above.lineno < earliest.lineno:
-                earliest = above
+        programs = [program for program in self._scripts.programs if file in self._scripts.reach(program)]
+        for other in {file}.union(*(self._scripts.reach(program) for program in programs)):
+            for test in _tests(other):
+                if not any(same(item, variable) for item in walk(test)) or test in inside:
+                    continue
+                if other is file and other.names.function_of(test) is here:
+                    above = next((item for item in block if test in walk(item)), None)
+                    if above is None and test.lineno < before.lineno:
+                        return f"line {test.lineno} asks for {file.source.code(variable)}, too"
+                    if above is not None and above.lineno < earliest.lineno:
+                        earliest = above
+                elif isinstance(variable, ast.Attribute):
+                    return f"{other.path.name}:{test.lineno} asks for {file.source.code(variable)}, too"
         return Resumed(earliest, variable, kind, word)
 
 
@@ -470,14 +497,17 @@ def _saved(file: File, call: ast.Call) -> ast.expr | None:
     return call.args[0] if call.args else None
 
 
-def _entries(made: ast.expr) -> Iterator[tuple[str | None, ast.expr]]:
-    """The entries of ``{...}`` or ``dict(...)``; None for a key that is no text."""
+def _entries(made: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
+    """The entries of ``{...}``, ``dict(...)`` or ``state[key] = ...``; None for a key that is no text."""
     if isinstance(made, ast.Dict):
         for key, value in zip(made.keys, made.values, strict=True):
             yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), value
     elif isinstance(made, ast.Call):
         yield from ((keyword.arg, keyword.value) for keyword in made.keywords)
         yield from ((None, value) for value in made.args)
+    elif isinstance(made, ast.Assign) and isinstance(made.targets[0], ast.Subscript):
+        key = made.targets[0].slice
+        yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), made.value
 
 
 def _returned(function: Function) -> list[ast.expr]:
