@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
 from pathlib import Path
@@ -31,7 +32,7 @@ from ..shard.place import Place
 from . import folder as folders
 from .checkpointer import Checkpointer
 from .files import save_checkpoint
-from .storage import STATE, Stored
+from .storage import METADATA, STATE, Stored
 from .tree import decode
 
 VALUES = "_values"
@@ -97,9 +98,9 @@ def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
         return torch.load(path, map_location, **options)
     folder = Path(path)
     found = folders.steps(folder)
-    if not found:
+    if not found and not (folder / METADATA).exists():
         raise CheckpointError(f"{folder} is a folder without a whole checkpoint.")
-    stored = Stored(folders.path_of(folder, found[0]))
+    stored = Stored(folders.path_of(folder, found[0]) if found else folder)
     stored.check_sizes()
     tree = decode(stored.whole(STATE).numpy().tobytes().decode(), lambda path, name: _Unread(name))
     if VALUES not in tree:
@@ -109,7 +110,7 @@ def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
     pickled = io.BytesIO(stored.whole(tree.pop(VALUES)["pickled"].name).numpy().tobytes())
     options = {name: value for name, value in options.items() if name != "mmap"}
     values = torch.load(pickled, map_location, **options)
-    return {k: StoredState(stored, found[0], k, tree[k], map_location) if k in tree else v for k, v in values.items()}
+    return {k: StoredState(stored, k, tree[k], map_location) if k in tree else v for k, v in values.items()}
 
 
 def load_state_dict(of: Any, state_dict: Any, *args: Any, **options: Any) -> Any:
@@ -190,8 +191,8 @@ def remove_sharded(path: Any) -> None:
 class StoredState(MutableMapping[Any, Any]):
     """The state dict of a Sharded entry, whole tensors, each read when it is asked for."""
 
-    def __init__(self, stored: Stored, step: int, name: str, tree: dict[Any, Any], map_location: Any) -> None:
-        self._stored, self._step, self._name = stored, step, name
+    def __init__(self, stored: Stored, name: str, tree: dict[Any, Any], map_location: Any) -> None:
+        self._stored, self._name = stored, name
         self._tree = {key: value for key, value in tree.items() if key != "masters"}  # not torch's
         self._device = map_location if isinstance(map_location, (str, torch.device)) else None
         self._changed = False
@@ -216,6 +217,9 @@ class StoredState(MutableMapping[Any, Any]):
         """As of a dict: all of it."""
         return self._read(self._tree)  # type: ignore[no-any-return]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.copy().items())
+
     def _read(self, tree: Any) -> Any:
         if isinstance(tree, _Unread):
             whole = self._stored.whole(tree.name)
@@ -239,7 +243,7 @@ class StoredState(MutableMapping[Any, Any]):
             raise CheckpointError(f"The ranks load different checkpoints, so nothing was loaded: {every}")
         checkpoints = _OfScript(self._stored.folder.parent, keep=1, **{self._name: of})
         try:
-            checkpoints.take(self._step)
+            checkpoints.take(self._stored.facts["step"])
         finally:
             checkpoints.close()
 

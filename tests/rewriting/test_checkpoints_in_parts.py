@@ -112,7 +112,10 @@ def test_a_file_that_stays_as_it_is_and_reads_keeps_the_plain_file(tmp_path: Pat
     assert any("sample.py, which stays as it is, reads" in f.message for f in results["train.py"].reported)
     sample.write_text(f"{HEAD}model.load_state_dict(torch.load('x.pt')['model'])\n")
     results = {r.path.name: r for r in convert_paths([train, sample], Options(unsafe=True), [tmp_path])}
-    assert b"bmt.checkpoint.load_state_dict(model, bmt.checkpoint.load_sharded('x.pt')['model'])" in results["sample.py"].after
+    assert (
+        b"bmt.checkpoint.load_state_dict(model, bmt.checkpoint.load_sharded('x.pt')['model'])"
+        in results["sample.py"].after
+    )
     assert b"save_sharded(" in results["train.py"].after
 
 
@@ -175,7 +178,9 @@ class Job:
             assert not result.error, result.error
             (folder / "converted" / result.path.name).write_bytes(result.after)
 
-    def run(self, side: str, *arguments: str, ranks: int = 0, restarts: int = 0, die_at: int | None = None) -> tuple[int, str]:
+    def run(
+        self, side: str, *arguments: str, ranks: int = 0, restarts: int = 0, die_at: int | None = None
+    ) -> tuple[int, str]:
         with socket.socket() as found:
             found.bind(("localhost", 0))
             port = found.getsockname()[1]
@@ -184,12 +189,21 @@ class Job:
         command = [sys.executable, *launcher, f"{self.name}.py", *arguments]
         env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if die_at is None else {"DIE_AT": str(die_at)})}
         done = subprocess.run(
-            command, cwd=self.folder / side, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=170
+            command,
+            cwd=self.folder / side,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=170,
         )
         return done.returncode, done.stdout
 
 
-@pytest.mark.parametrize("name", ["words", "paths", "helpers", "flags"])
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in ("words", "helpers", "flags")]
+
+
+@pytest.mark.parametrize("name", ["paths", *LONG])
 def test_after_a_death_it_goes_on_by_itself(tmp_path: Path, name: str) -> None:
     job = Job(name, tmp_path)
     code, output = job.run("plain")
@@ -204,7 +218,7 @@ def test_after_a_death_it_goes_on_by_itself(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("paths", ["--resume", "ckpt/checkpoint_3.pth.tar"]),
+        pytest.param("paths", ["--resume", "ckpt/checkpoint_3.pth.tar"], marks=pytest.mark.long),
         pytest.param("words", ["--resume"], marks=pytest.mark.long),
         pytest.param("helpers", ["--resume", "out/checkpoint-2.pth"], marks=pytest.mark.long),
         pytest.param("flags", ["--resume"], marks=pytest.mark.long),
@@ -226,12 +240,11 @@ def test_it_goes_on_where_it_is_told_with_any_number_of_ranks(tmp_path: Path, na
 
 @pytest.mark.long
 def test_a_plain_file_of_before_is_read_too(tmp_path: Path) -> None:
-    job = Job("flags", tmp_path)
+    job = Job("paths", tmp_path)
     expected = steps(job.run("plain")[1])
-    (tmp_path / "plain" / "last.pt").unlink()
     code, first = job.run("plain", die_at=3)
     assert code == 3
-    (tmp_path / "plain" / "last.pt").rename(tmp_path / "converted" / "last.pt")
-    code, output = job.run("converted", "--resume", ranks=2)
-    assert code == 0 and "scaler" not in first, output
+    (tmp_path / "plain" / "ckpt").rename(tmp_path / "converted" / "ckpt")
+    code, output = job.run("converted", "--resume", "ckpt/checkpoint_3.pth.tar", ranks=2)
+    assert code == 0 and 0 not in steps(output), output
     assert_near({**steps(first), **steps(output)}, expected)

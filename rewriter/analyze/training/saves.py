@@ -326,7 +326,7 @@ class Saves:
     def _see_others(self) -> None:
         programs = [p for p in self._scripts.programs if any(file in self._found for file in self._scripts.reach(p))]
         beside = set().union(*(self._scripts.reach(program) for program in programs))
-        for file in self._project:
+        for file in (one for one in self._project if one in self._scripts.training or one.mentions("load")):
             loads = [call for call in file.calls if self._project.external(file, call.func) == "torch.load"]
             if loads and (not file.convert or file.notebook is not None or file.source.skips_file):
                 raise _Left(file, loads[0], f"{file.path.name}, which stays as it is, reads files, too")

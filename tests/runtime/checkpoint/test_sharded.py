@@ -13,7 +13,18 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.checkpoint import Sharded, load_sharded, load_state_dict, save_sharded
+from bmtrain.checkpoint import (
+    Sharded,
+    copy_sharded,
+    load_sharded,
+    load_state_dict,
+    remove_sharded,
+    rename_sharded,
+    save_sharded,
+)
+from bmtrain.checkpoint.command import main
+from bmtrain.checkpoint.sharded import StoredState
+from bmtrain.checkpoint.storage import Stored
 from bmtrain.errors import CheckpointError
 
 
@@ -159,10 +170,54 @@ def same(found: Any, expected: Any, where: str = "") -> None:
 def test_it_is_what_torch_would_give_and_training_goes_on(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     path = str(tmp_path / "run" / "last.pt")
     (plain, losses), *_ = run_ranks(2, save, path, kind, dtype)
-    same(load_sharded(path, weights_only=False), plain)  # also outside of a job
+    stored = load_sharded(path, weights_only=False)  # also outside of a job
+    same(stored, plain)
+    torch.save(stored, tmp_path / "again.pt")
+    same(torch.load(tmp_path / "again.pt", weights_only=False), plain)
     near = pytest.approx(losses, rel=1e-5 if dtype == torch.float32 else 1e-2)
     for ranks in (2, 1):
         (found, *_) = run_ranks(ranks, go_on, path, kind, dtype)
         assert found == (losses if ranks == 2 else near), ranks
     (found, *_) = run_ranks(2, read_whole, path, kind, dtype)
     assert found == (losses if dtype == torch.float32 else near)  # a file has no masters of torch's optimizers
+
+
+def save_plain_values(path: str) -> dict[str, Any]:
+    model, optimizer, manager = make()
+    train(model, manager, 0, 2)
+    save_sharded({"state_dict": Sharded(model), "opt": Sharded(optimizer), "scaler": Sharded(manager), "step": 2}, path)
+    plain = {"state_dict": model.state_dict(), "opt": optimizer.state_dict(), "scaler": manager.state_dict(), "step": 2}
+    bmt.save_checkpoint(plain, path + ".torch")
+    return torch.load(path + ".torch")
+
+
+def test_the_command_makes_the_file_that_torch_would_have(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    plain, *_ = run_ranks(2, save_plain_values, str(path))
+    assert main(["convert", str(path), str(tmp_path / "whole.pt"), "--part", "all"]) == 0
+    same(torch.load(tmp_path / "whole.pt"), plain)
+    (step,) = path.glob("step-*")
+    same(load_sharded(step), plain)
+    written = sum(file.stat().st_size for file in step.glob("*.distcp"))
+    assert written < 1.1 * (tmp_path / "last.pt.torch").stat().st_size + 60_000  # the manager's optimizer once only
+    assert not any(name.startswith("scaler.") for name in Stored(step).tensors)
+
+
+def test_files_are_copied_renamed_and_removed(tmp_path: Path) -> None:
+    one, other, third = (tmp_path / name for name in ("one.pt", "other.pt", "third.pt"))
+    run_ranks(2, save_plain_values, str(one))
+    expected = load_sharded(one)
+    for _ in range(2):  # also over what is there
+        copy_sharded(one, other)
+        rename_sharded(other, third)
+    assert not other.exists() and one.exists()
+    same(load_sharded(third), {k: v.copy() if isinstance(v, StoredState) else v for k, v in expected.items()})
+    remove_sharded(third)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "one.pt.torch"]
+    (tmp_path / "data").mkdir()
+    with pytest.raises(CheckpointError, match="it stays"):
+        remove_sharded(tmp_path / "data")
+    copy_sharded(tmp_path / "one.pt.torch", other)
+    rename_sharded(other, third)
+    remove_sharded(third)
+    assert not third.exists()
