@@ -198,9 +198,7 @@ def test_the_command_makes_the_file_that_torch_would_have(tmp_path: Path) -> Non
     same(torch.load(tmp_path / "whole.pt"), plain)
     (step,) = path.glob("step-*")
     same(load_sharded(step), plain)
-    written = sum(file.stat().st_size for file in step.glob("*.distcp"))
-    assert written < 1.1 * (tmp_path / "last.pt.torch").stat().st_size + 60_000  # the manager's optimizer once only
-    assert not any(name.startswith("scaler.") for name in Stored(step).tensors)
+    assert not any(name.startswith("scaler.") for name in Stored(step).tensors)  # they are the optimizer's
 
 
 def test_files_are_copied_renamed_and_removed(tmp_path: Path) -> None:
