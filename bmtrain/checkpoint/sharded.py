@@ -65,10 +65,10 @@ def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     if not marked:
         save_checkpoint(state, path)
         return
-    # What such a model puts into its state dict by itself is an ordinary value.
-    own_ways = {k: v for k, v in marked.items() if isinstance(v, nn.Module) and not comes_in_turn(v)}
-    marked = {k: v for k, v in marked.items() if k not in own_ways}
-    others = {k: None if k in marked else own_ways[k].state_dict() if k in own_ways else v for k, v in state.items()}
+    trains = any(not isinstance(one, nn.Module) for one in marked.values())
+    whole = {k: one.state_dict() for k, one in marked.items() if not _gives_parts(one)}
+    marked = {k: one for k, one in marked.items() if k not in whole}
+    others = {k: None if k in marked else whole.get(k, v) for k, v in state.items()}
     ctx = context()
     with ctx.diary.saving():
         values = _Values.of(others, path)
@@ -81,11 +81,16 @@ def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
             checkpoints.close()
-        if ctx.rank == 0 and any(not isinstance(one, nn.Module) for one in marked.values()):
+        if ctx.rank == 0 and trains:
             try:
                 ctx.launcher.remember(_NEWEST, str(Path(path).absolute()))
             except RuntimeError as error:
                 warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=2)
+
+
+def _gives_parts(of: Any) -> bool:
+    """Whether its state is in parts; else it is an ordinary value, as what a model's own hooks put into its state."""
+    return comes_in_turn(of) if isinstance(of, nn.Module) else in_parts(of) is not None
 
 
 def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:

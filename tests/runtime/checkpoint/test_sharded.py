@@ -107,6 +107,31 @@ def test_without_a_sharded_entry_it_is_a_plain_file(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
 
 
+class Average:
+    """Has a state, and no way to take it back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": torch.ones(2)}
+
+
+@on_ranks(1, 2)
+def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
+    model, _, _ = make()
+    model.register_state_dict_post_hook(lambda module, state, prefix, local: state.__setitem__("more", torch.ones(1)))
+    alone = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    state = {
+        "hooked": Sharded(model),
+        "average": Sharded(Average()),
+        "alone": Sharded(alone),
+        "last": Sharded(make()[0]),
+    }
+    save_sharded(state, tmp_path / "last.pt")
+    found = load_sharded(tmp_path / "last.pt")
+    assert "more" in found["hooked"] and found["average"]["mean"].tolist() == [1, 1]
+    assert found["alone"]["param_groups"] == alone.state_dict()["param_groups"] and type(found["last"]) is StoredState
+    load_state_dict(alone, found["alone"])
+
+
 def save(path: str, kind: str, dtype: torch.dtype) -> tuple[dict[str, Any], list[float]]:
     Path(path).parent.mkdir(exist_ok=True)
     if bmt.rank() == 0:
