@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from .comm import Communicator, GlooCommunicator, LocalCommunicator, Meeting, let_others_speak_first, meet
+from .comm import Communicator, GlooCommunicator, Launcher, LocalCommunicator, Meeting, let_others_speak_first, meet
 from .connect import Collectives, Connector
 from .device import (
     Device,
@@ -139,6 +139,10 @@ class Context:
     """The folder for what a process leaves behind when it fails."""
     num_micro_batches: int | None = None
     """Into how many pieces a pipeline cuts the batches of its ranks; None: it chooses."""
+    launcher: Launcher = field(default_factory=Launcher)
+    """What started the ranks, and remembers where they saved."""
+    went_on: bool = False
+    """Whether this process was told where the attempt before it saved."""
     groups: int = 0
     """How many ``host_group`` were made."""
     building: int = 0
@@ -333,6 +337,7 @@ def init_distributed(
     )
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
+    made.launcher = Launcher.of(env, token)
     if tp_size > 1 and random == "own":
         made.split_random = SplitRandom(made.device.generator, topology.tp_rank)
     made.reports = env.get("BMTRAIN_DIARY_DIR") or made.reports

@@ -186,7 +186,13 @@ def _plan(
 ) -> Plan:
     """The plan of one file; ``chosen`` is None if nothing may change it."""
     findings = sorted(findings, key=lambda finding: finding.line)
-    reported = tuple(f for f in findings if not isinstance(f, Conversion) and _wanted(file, f, options))
+    reported = tuple(
+        f
+        for f in findings
+        if not isinstance(f, Conversion)
+        and _wanted(file, f, options)
+        and (options.unsafe or isinstance(f, Refusal) or not f.unsafe)
+    )
     if chosen is None:
         return Plan(reported=tuple(finding for finding in reported if isinstance(finding, Refusal)))
     made = [finding for finding in chosen if all(key in met for key in finding.requires)]

@@ -46,13 +46,15 @@ class Conversion:
 class Remark:
     """Something that the user should know, about code that stays as it is.
 
-    ``differs`` says that on several ranks something comes out otherwise than on one until the user sees to it.
+    ``differs`` says that on several ranks something comes out otherwise than on one until the user sees to it. An
+    ``unsafe`` one is about an edit that the user has to ask for.
     """
 
     code: str
     line: int
     message: str
     differs: bool = False
+    unsafe: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..alike import differing
+from ..comm import Communicator
 from ..context import context
 from ..errors import BMTrainError, CheckpointError, ConfigurationError
 from ..objects import allgather_objects
@@ -127,13 +128,17 @@ class Checkpointer:
             self._holders.update(holders(name, one))
         ctx = context()
         self._rank, self._world_size, self._device = ctx.rank, ctx.world_size, ctx.device
-        self._comm = ctx.host_group("checkpoint", timeout)
+        self._comm = self._group(timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._pending: Future[None] | None = None
         self._buffers: dict[tuple[str, int], torch.Tensor] = {}
         self._lock: int | None = None
         self._saved: int | None = None
         self._preemption = Preemption(exit_after, lambda: ctx.host_group("preemption", timeout))
+
+    def _group(self, timeout: timedelta) -> Communicator:
+        """All ranks, for a thread beside training."""
+        return context().host_group("checkpoint", timeout)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -408,7 +413,7 @@ class Checkpointer:
                     warnings.warn(f"{error} Going on from step {older} instead.", stacklevel=2)
         return 0
 
-    def _load(self, step: int) -> None:
+    def _load(self, step: int, generators: bool = True) -> None:
         path = folders.path_of(self.folder, step)
         state, own = self._agreed(lambda: self._read(Stored(path)), f"{path} was not loaded")
         for name, one in self._holders.items():
@@ -417,7 +422,7 @@ class Checkpointer:
             one.load_parts(state[name])
         for name, one in self._own.items():
             one.load_parts(own["data"][name])
-        if own["generators"] is not None:  # a plain file that was converted has none
+        if generators and own["generators"] is not None:  # a plain file that was converted has none
             self._set_generators(**own["generators"])
         self._saved = step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import struct
 import sys
 import uuid
@@ -22,6 +23,7 @@ from . import folder as folders
 from . import storage
 from .boxes import Region
 from .safetensors import NAMES
+from .sharded import VALUES, StoredState, load_sharded
 from .storage import RANK, STATE, Piece, Stored
 from .torch_file import with_room
 from .tree import decode, encode
@@ -170,10 +172,27 @@ def _convert(given: argparse.Namespace) -> int:
         tree = state_of(stored, lambda path, name: _Name(name))
         if given.part != "all" and given.part not in tree:
             raise CheckpointError(f"{stored.folder} has no {given.part}, only {', '.join(tree)}.")
+        if given.part == "all" and VALUES in tree:
+            return _to_script_file(given.path, given.out)
         part = tree if given.part == "all" else tree[given.part]
         with replacing(given.out) as temporary:
             (_to_safetensors if given.out.suffix == ".safetensors" else _to_torch)(stored, part, temporary)
     print(f"wrote {given.out}")
+    return 0
+
+
+def _to_script_file(path: Path, out: Path) -> int:
+    """What the script would have saved by ``torch.save``; all of it is in memory."""
+    try:
+        state = load_sharded(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values, which reading could run as code. If you trust whoever "
+            f"wrote it: torch.save(bmt.checkpoint.load_sharded(path, weights_only=False), out)."
+        ) from error
+    with replacing(out) as temporary:
+        torch.save({k: v.copy() if isinstance(v, StoredState) else v for k, v in state.items()}, temporary)
+    print(f"wrote {out}")
     return 0
 
 

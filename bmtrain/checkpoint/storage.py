@@ -118,7 +118,7 @@ class _Summing:
 
 
 def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Record]:
-    """Write one rank's file and sync it.  Beside the pieces themselves, memory for one chunk is taken."""
+    """Write one rank's file and sync it.  Beside pieces on the CPU nothing is taken, else memory for one chunk."""
     name, records = f"__{rank}_0.distcp", []
     with open_file(folder / name, "wb") as file:
         out = _Summing(file)
@@ -129,8 +129,7 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Recor
                 chunk = values[box.start - piece.start : box.end - piece.start].view(box.sizes)
                 position = out.position
                 out.restart()
-                # A copy, as torch.save writes all of the memory that a view is part of.
-                out.save(chunk.to("cpu", copy=True))
+                out.save(_alone(chunk))
                 dtype = str(piece.dtype).removeprefix("torch.")
                 records.append(
                     Record(
@@ -141,6 +140,12 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Recor
             del values
         _finish(file)
     return records
+
+
+def _alone(chunk: torch.Tensor) -> torch.Tensor:
+    """``chunk`` on the CPU, without the rest of the memory it is a view of, all of which torch.save would write."""
+    flat = chunk.cpu().reshape(-1)
+    return torch.frombuffer(flat.view(torch.uint8).numpy(), dtype=chunk.dtype).view(chunk.shape)
 
 
 def _finish(file: IO[bytes]) -> None:

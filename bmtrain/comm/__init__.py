@@ -2,6 +2,7 @@
 
 from .base import Communicator, ReduceOp
 from .gloo import GlooCommunicator, let_others_speak_first
+from .launcher import Launcher
 from .local import LocalCommunicator
 from .rendezvous import Meeting, meet
 from .replicated import ReplicatedCommunicator
@@ -10,6 +11,7 @@ from .watched import WatchedCommunicator
 __all__ = [
     "Communicator",
     "GlooCommunicator",
+    "Launcher",
     "LocalCommunicator",
     "Meeting",
     "ReduceOp",

@@ -20,6 +20,7 @@ from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.read_back import ReadBack
+from rewriter.analyze.training.saves import Saves
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.values import Values
 from rewriter.types import Refusal
@@ -71,6 +72,10 @@ class Facts:
     @cached_property
     def read_back(self) -> ReadBack:
         return ReadBack(self.scripts, self.decisions)
+
+    @cached_property
+    def saves(self) -> Saves:
+        return Saves(self.scripts)
 
     @cached_property
     def left_as_it_is(self) -> str:

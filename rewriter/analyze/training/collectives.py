@@ -35,7 +35,11 @@ _LOCAL_METHODS = {
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
 _MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
-_LOCAL_BMT = {"bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0"}
+_LOCAL_BMT = {
+    "bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0",
+    *(f"bmtrain.checkpoint.{name}" for name in
+      ("Sharded", "load_sharded", "copy_sharded", "rename_sharded", "remove_sharded")),
+}  # fmt: skip
 
 
 class Collectives:

@@ -1,0 +1,530 @@
+"""The checkpoints of a project's training, dictionaries in files: what is in them, who writes, moves and reads them.
+
+A checkpoint of parts is a folder, so all of this changes, or nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.nodes import Function, dotted, same, walk, walk_own
+from rewriter.analyze.training.collectives import as_guard
+from rewriter.analyze.training.scripts import Scripts
+
+_MOVES = {
+    "shutil.copy": "copy", "shutil.copyfile": "copy", "shutil.copy2": "copy", "os.replace": "rename",
+    "os.rename": "rename", "shutil.move": "rename", "os.remove": "remove", "os.unlink": "remove",
+}  # fmt: skip
+_MOVING_METHODS = {"unlink", "rename", "replace", "hardlink_to", "symlink_to"}
+_SENT = {"wandb.save", "mlflow.log_artifact", "os.symlink", "os.link", "os.path.getsize", "tarfile.open"}
+_SENDING_METHODS = {"add_file", "log_artifact", "log_model", "upload_file"}
+_PATHS = re.compile(r"ck\b|ckpt|checkpoint|\.pth?\b|resume|weights|snapshot|best|latest|(?:^|_)last|save", re.I)
+_READERS = re.compile(r"^(?:load|resume)_(?:checkpoint|ckpt|snapshot|training_state)$")
+_DEEP = 4
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """How a script is told to go on: what it asks, before which statement it is to hear that it was started again.
+
+    ``kind``: "path" (the variable is what is loaded), "flag" (it is true or false), or "word" (it equals ``word``).
+    """
+
+    before: ast.stmt
+    variable: ast.expr
+    kind: str
+    word: ast.expr | None = None
+
+
+@dataclass
+class OfFile:
+    """What changes in one file, when all of it changes."""
+
+    saves: list[ast.Call] = field(default_factory=list)
+    opened: list[ast.If] = field(default_factory=list)
+    """Rank guards with nothing but a save in them."""
+    states: dict[ast.Call, ast.expr] = field(default_factory=dict)
+    """``model.state_dict()`` in a dictionary that is saved, and the model."""
+    loads: list[ast.Call] = field(default_factory=list)
+    taken: list[ast.Call] = field(default_factory=list)
+    """``model.load_state_dict(...)``."""
+    moves: dict[ast.Call, str] = field(default_factory=dict)
+    """Calls that copy, rename or remove a file, and which of it."""
+    asked: list[ast.Attribute] = field(default_factory=list)
+    """``os.path.isfile`` and ``path.is_file``, of what is loaded."""
+    resumed: list[Resumed] = field(default_factory=list)
+    alone: list[tuple[ast.AST, str]] = field(default_factory=list)
+    """What is not told that it was started again, and why."""
+
+
+class _Left(Exception):
+    def __init__(self, file: File, node: ast.AST, why: str) -> None:
+        super().__init__(why)
+        self.file, self.node, self.why = file, node, why
+
+
+class Saves:
+    """Answers for a whole project."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self._scripts = scripts
+        self._project, self._roles = scripts.project, scripts.roles
+        self._instances = scripts.collectives.instances
+        self._found: dict[File, OfFile] = {}
+        self.left: tuple[File, ast.AST, str] | None = None
+        """Why nothing changes, and where that is seen."""
+
+    @cached_property
+    def found(self) -> dict[File, OfFile]:
+        """What changes; nothing where no checkpoint of the training is seen, or with ``left`` the reason."""
+        try:
+            self._see_saves()
+            if self._found:
+                self._see_others()
+        except _Left as left:
+            self.left = left.file, left.node, left.why
+            return {}
+        return self._found
+
+    @cached_property
+    def first(self) -> tuple[File, ast.Call] | None:
+        """A call that saves the state of an optimizer, in a project that reads one."""
+        for file in self._training:
+            for call in file.calls:
+                if self._project.external(file, call.func) == "torch.save" and any(
+                    self._is_state(other, entry) == "optimizer"
+                    for other, made in self._quietly(file, call)
+                    for _, entry in _entries(made)
+                ):
+                    return file, call
+        return None
+
+    @cached_property
+    def _training(self) -> list[File]:
+        return [file for file in self._scripts.training if file.convert and file.notebook is None]
+
+    def _of(self, file: File) -> OfFile:
+        return self._found.setdefault(file, OfFile())
+
+    # Saving ----------------------------------------------------------------------------------------------------
+
+    def _see_saves(self) -> None:
+        if self.first is None:
+            return
+        if self._project.partial:
+            raise _Left(*self.first, "the project is converted in portions")
+        for file in self._training:
+            for call in file.calls:
+                if self._project.external(file, call.func) == "torch.save":
+                    self._see_save(file, call)
+
+    def _see_save(self, file: File, call: ast.Call) -> None:
+        made = self._quietly(file, call)
+        kinds = {self._is_state(other, entry) for other, one in made for _, entry in _entries(one)}
+        if "optimizer" not in kinds:
+            return  # weights for others to read: a plain file
+        list(self._sources(file, call, _saved(file, call), 0, True))
+        if len(call.args) > 2 or (call.keywords and not isinstance(call.args[0], ast.Starred)):
+            raise _Left(file, call, "torch.save is given more than a dictionary and a path")
+        if len(call.args) == 2 and _is_open_file(file, call):
+            raise _Left(file, call, "it is written to an open file")
+        if self._scripts.in_kept_guard(file, call):
+            self._of(file).opened.append(self._guard(file, call))
+        self._of(file).saves.append(call)
+        for other, one in made:
+            for key, entry in _entries(one):
+                if key is None:
+                    raise _Left(other, one, "its entries are not all named")
+                if self._is_state(other, entry):
+                    assert isinstance(entry, ast.Call) and isinstance(entry.func, ast.Attribute)
+                    self._of(other).states[entry] = entry.func.value
+
+    def _guard(self, file: File, call: ast.Call) -> ast.If:
+        """The rank guard that holds nothing but the call."""
+        statement = file.names.statement_of(call)
+        parent = file.names.parents[statement]
+        if isinstance(parent, ast.If) and parent.body == [statement] and not parent.orelse:
+            guard = as_guard(file, parent)
+            alone = guard is not None and not guard.rest and not guard.either
+            around = (other for other in file.names.ancestors(parent) if isinstance(other, ast.If))
+            if alone and file.source.code(parent).startswith("if") and not any(as_guard(file, o) for o in around):
+                return parent
+        raise _Left(file, call, "one rank alone reaches it, with other things to do")
+
+    def _quietly(self, file: File, call: ast.Call) -> list[tuple[File, ast.AST]]:
+        """The dictionaries that a call may save, as far as they are seen."""
+        try:
+            return list(self._sources(file, call, _saved(file, call), 0, False))
+        except _Left:
+            return []
+
+    def _sources(
+        self, file: File, call: ast.Call, value: ast.expr | None, deep: int, strict: bool
+    ) -> Iterator[tuple[File, ast.AST]]:
+        """The dictionaries that a value may be, and what is put into them; ``strict``: unless they are used otherwise.
+
+        ``call`` is what gets the value.
+        """
+        if value is None or deep > _DEEP:
+            raise _Left(file, call, "it is not seen what is saved")
+        if isinstance(value, ast.Dict) or (isinstance(value, ast.Call) and dotted(value.func) == "dict"):
+            yield file, value
+            return
+        if isinstance(value, ast.Call):
+            found = self._project.resolve(file, value.func)
+            returned = _returned(found.node) if isinstance(found, FunctionInfo) else []
+            if not isinstance(found, FunctionInfo) or not returned:
+                raise _Left(file, call, f"it is not seen what {file.source.code(value.func)}(...) gives to save")
+            if strict and len(list(self._instances.calls(found.file, found.node))) > 1:
+                raise _Left(file, call, f"{file.source.code(value.func)}(...) is called for more than saving")
+            for one in returned:
+                yield from self._sources(found.file, value, one, deep + 1, strict)
+            return
+        variable = self._roles[file].var(value) if isinstance(value, (ast.Name, ast.Starred)) else None
+        if isinstance(value, ast.Starred):
+            variable = self._roles[file].var(value.value)
+        if variable is None or "." in variable[1]:
+            raise _Left(file, call, f"it is not seen what {file.source.code(value)} holds")
+        scope, name = variable
+        yield from ((file, stored) for stored in self._stored(file, variable))
+        last = _last_binding(file, value) if isinstance(value, ast.Name) else None
+        if last is not None:
+            if strict:
+                self._only_saved(file, variable, last)
+            yield from self._sources(file, call, last.value, deep + 1, strict)
+            return
+        assigned = [made for held, made, _, part in self._roles[file].assignments if held == variable and not part]
+        assigned = [made for made in assigned if not (isinstance(made, ast.Constant) and made.value is None)]
+        if strict:
+            self._only_saved(file, variable)
+        seen = False
+        for made in assigned:
+            seen = True
+            yield from self._sources(file, call, made, deep + 1, strict)
+        if isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef)) and self._roles[file].is_argument(variable):
+            for other, given in self._given(file, scope, name):
+                seen = True
+                yield from self._sources(other, call, given, deep + 1, strict)
+                if strict and self._scripts.in_kept_guard(other, given):
+                    raise _Left(other, given, "one rank alone reaches it")
+        if not seen:
+            raise _Left(file, call, f"it is not seen what {name} holds")
+
+    def _stored(self, file: File, variable: tuple[ast.AST, str]) -> Iterator[ast.Assign]:
+        """``state["step"] = 3``."""
+        for node in walk(variable[0]):
+            match node:
+                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name) as held, slice=ast.Constant())]):
+                    if name == variable[1] and self._roles[file].var(held) == variable:
+                        yield node
+
+    def _given(self, file: File, function: Function, name: str) -> Iterator[tuple[File, ast.expr]]:
+        if function.args.vararg is not None and function.args.vararg.arg == name:
+            for other, call in self._instances.calls(file, function):
+                if len(call.args) != 2 or call.keywords or function.args.args:
+                    raise _Left(other, call, "it is given more than a dictionary and a path")
+                yield other, call.args[0]
+            return
+        yield from self._instances.given(file, function, name)
+
+    def _only_saved(self, file: File, variable: tuple[ast.AST, str], since: ast.Assign | None = None) -> None:
+        """Raises _Left where a variable with a dictionary to save is used for something else.
+
+        ``since`` is where it gets the dictionary; what comes before, outside of loops around it, is of another value.
+        """
+        roles = self._roles[file]
+        loop = None
+        if since is not None:
+            loops = [n for n in file.names.ancestors(since) if isinstance(n, (ast.For, ast.While))]
+            loop = next((n for n in reversed(loops) if any(item is n for item in walk(variable[0]))), None)
+        first = 0 if since is None else (since if loop is None else loop).lineno
+        for node in walk(variable[0]):
+            if getattr(node, "lineno", first) < first:
+                continue
+            if not isinstance(node, ast.Name) or node.id != variable[1] or roles.var(node) != variable:
+                continue
+            match file.names.parents[node]:
+                case ast.Assign() | ast.AnnAssign() | ast.Delete() | ast.arg() | ast.For():
+                    continue
+                case ast.Call() as call if node in call.args and self._saves(file, call):
+                    continue
+                case ast.Starred() as star if self._saves(file, file.names.parents[star]):
+                    continue
+                case ast.keyword() as word if self._saves(file, file.names.parents[word]):
+                    continue
+                case ast.Subscript(value=held, slice=ast.Constant(value=key)) as part if held is node:
+                    stored = isinstance(part.ctx, ast.Store)
+                    if stored or key not in self._marked:
+                        continue
+                case ast.Compare(ops=[ast.In() | ast.NotIn()]):
+                    continue
+            raise _Left(file, node, f"{variable[1]} is used for more than saving")
+
+    def _saves(self, file: File, node: ast.AST) -> bool:
+        """Whether a call saves what it is given, or a function of the project that has a ``torch.save`` does."""
+        if not isinstance(node, ast.Call):
+            return False
+        if self._project.external(file, node.func) == "torch.save":
+            return True
+        called = self._project.resolve(file, node.func)
+        infos = [called] if isinstance(called, FunctionInfo) else []
+        if not infos and isinstance(node.func, ast.Attribute):
+            infos = self._instances.methods(file, node.func)
+        return any(
+            isinstance(item, ast.Call) and (item is not node) and self._saves(info.file, item)
+            for info in infos
+            for item in walk(info.node)
+        )
+
+    @cached_property
+    def _marked(self) -> set[str | None]:
+        """Keys under which the project saves states in parts."""
+        return {
+            key
+            for file in self._training
+            for call in file.calls
+            if self._project.external(file, call.func) == "torch.save"
+            for other, made in self._quietly(file, call)
+            for key, entry in _entries(made)
+            if self._is_state(other, entry)
+        }
+
+    def _is_state(self, file: File, entry: ast.expr) -> str:
+        """Of what ``x.state_dict()`` is: ``"model"``, ``"optimizer"``, ``"scaler"``, or another thing."""
+        match entry:
+            case ast.Call(func=ast.Attribute(value=of, attr="state_dict"), args=[], keywords=[]):
+                return self._kind(file, of)
+        return ""
+
+    def _kind(self, file: File, of: ast.expr, deep: int = 0) -> str:
+        """What a value is, also where a function gets it and does nothing else with it."""
+        roles = self._roles[file]
+        variable = roles.var(of)
+        if variable is not None and variable in roles.scalers:
+            return "scaler"
+        if variable is not None and variable in roles.optimizers:
+            return "optimizer"
+        if roles.is_model(of):
+            return "model"
+        if variable is None or deep > _DEEP or not isinstance(of, ast.Name) or not roles.is_argument(variable):
+            return ""
+        scope = variable[0]
+        assert isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if isinstance(scope, ast.Lambda):
+            return ""
+        given = list(self._instances.given(file, scope, of.id))
+        kinds = {self._kind(other, value, deep + 1) for other, value in given}
+        return kinds.pop() if len(kinds) == 1 else ""
+
+    # Reading ---------------------------------------------------------------------------------------------------
+
+    def _see_others(self) -> None:
+        programs = [p for p in self._scripts.programs if any(file in self._found for file in self._scripts.reach(p))]
+        beside = set().union(*(self._scripts.reach(program) for program in programs))
+        for file in (one for one in self._project if one in self._scripts.training or one.mentions("load")):
+            loads = [call for call in file.calls if self._project.external(file, call.func) == "torch.load"]
+            if loads and (not file.convert or file.notebook is not None or file.source.skips_file):
+                raise _Left(file, loads[0], f"{file.path.name}, which stays as it is, reads files, too")
+            for call in loads:
+                self._of(file).loads.append(call)
+            if loads or file in self._scripts.training:
+                self._see_taken(file)
+            if file in beside or loads:
+                self._see_paths(file, loads)
+            for call in loads:
+                if file in beside and file in self._scripts.training:
+                    self._see_resume(file, call)
+
+    def _see_taken(self, file: File) -> None:
+        for call in file.calls:
+            match call:
+                case ast.Call(func=ast.Attribute(value=of, attr="load_state_dict"), args=[_, *_]):
+                    if self._kind(file, of):
+                        self._of(file).taken.append(call)
+
+    def _see_paths(self, file: File, loads: list[ast.Call]) -> None:
+        """What is done with files that may be checkpoints."""
+        read = [call.args[0] for call in loads if call.args]
+        near = {file.names.function_of(call) for call in [*loads, *self._of(file).saves]}
+        for call in file.calls:
+            name = self._project.external(file, call.func)
+            code = " ".join(file.source.code(item) for item in [call.func, *call.args])
+            ours = file.names.function_of(call) in near or bool(_PATHS.search(code))
+            method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            if name in _MOVES:
+                self._of(file).moves[call] = _MOVES[name]
+            elif ours and (name in _SENT or (name == "" and method in _SENDING_METHODS)):
+                raise _Left(file, call, f"{file.source.code(call.func)}(...) needs a file")
+            elif method in _MOVING_METHODS and ours and not (name or isinstance(call.func.value, ast.Constant)):  # type: ignore[attr-defined]
+                if method == "replace" and len(call.args) == 2:
+                    continue  # of a text
+                raise _Left(file, call, f"{file.source.code(call.func)}(...) needs a file")
+            elif method == "isfile" and ours:
+                if not call.args or not any(same(call.args[0], path) for path in read):
+                    raise _Left(file, call, "it is not seen whether it asks for a checkpoint, which is a folder then")
+                assert isinstance(call.func, ast.Attribute)
+                self._of(file).asked.append(call.func)
+            elif method == "is_file" and ours:
+                assert isinstance(call.func, ast.Attribute)
+                if not any(same(call.func.value, path) for path in read):
+                    raise _Left(file, call, "it is not seen whether it asks for a checkpoint, which is a folder then")
+                self._of(file).asked.append(call.func)
+            elif isinstance(call.func, ast.Name) and name == "os.path.isfile" and ours:
+                raise _Left(file, call, "it may ask for a checkpoint, which is a folder then")
+            elif name and not name.startswith("bmtrain.") and _READERS.match(name.split(".")[-1]):
+                raise _Left(file, call, f"{name} reads a file")
+
+    # Going on --------------------------------------------------------------------------------------------------
+
+    def _see_resume(self, file: File, load: ast.Call) -> None:
+        """How the training that a load serves is told to go on."""
+        function = file.names.function_of(load)
+        around: ast.AST = file.tree if function is None else function
+        inside = walk(around) if function is not None else (n for s in file.tree.body for n in walk_own(s))
+        if not any(
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Attribute)
+            and call.func.attr == "load_state_dict"
+            and self._kind(file, call.func.value) == "optimizer"
+            for call in inside
+        ):
+            return  # weights to begin with
+        child: ast.AST = load
+        outer: ast.If | None = None
+        for parent in file.names.ancestors(load):
+            if parent is around:
+                break
+            if isinstance(parent, (ast.For, ast.While)):
+                self._of(file).alone.append((load, "the script resumes in a loop"))
+                return
+            if isinstance(parent, ast.If) and any(child is item for item in parent.body):
+                outer = parent
+            child = parent
+        if outer is None:
+            return
+        test = outer.test
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            test = test.values[0]
+        resumed = self._resumed(file, outer, test, load)
+        if isinstance(resumed, str):
+            if resumed:
+                self._of(file).alone.append((outer, resumed))
+        elif resumed not in self._of(file).resumed:
+            self._of(file).resumed.append(resumed)
+
+    def _resumed(self, file: File, outer: ast.If, test: ast.expr, load: ast.Call) -> Resumed | str:
+        path = load.args[0] if load.args else None
+        word: ast.expr | None = None
+        match test:
+            case ast.Name() | ast.Attribute():
+                variable = test
+            case ast.Compare(
+                left=ast.Name() | ast.Attribute() as left,
+                ops=[ast.IsNot() | ast.NotEq()],
+                comparators=[ast.Constant(value=None | "")],
+            ):
+                variable = left
+            case ast.Compare(
+                left=ast.Name() | ast.Attribute() as left, ops=[ast.Eq()], comparators=[ast.Constant() as constant]
+            ):
+                variable, word = left, constant
+            case ast.Call(func=ast.Attribute(attr="exists" | "isfile" | "is_file")):
+                return ""  # it goes on from what is there
+            case _:
+                return f"it is not seen what {file.source.code(test)} asks"
+        if dotted(variable) is None:
+            return f"it is not seen what {file.source.code(test)} asks"
+        if isinstance(variable, ast.Name):
+            scope = file.names.scope_of(variable)
+            if variable.id not in scope.bindings or variable.id in scope.outer_names:
+                return f"{variable.id} is not this function's own"
+        kind = "word" if word is not None else "path" if path is not None and same(path, variable) else "flag"
+        if kind == "flag" and path is not None and any(same(item, variable) for item in walk(path)):
+            return f"what is loaded is made of {file.source.code(variable)}"
+        before: ast.stmt = outer
+        while isinstance(parent := file.names.parents[before], ast.If) and parent.orelse == [before]:
+            before = parent
+        return self._before_all(file, before, variable, kind, word)
+
+    def _before_all(
+        self, file: File, before: ast.stmt, variable: ast.expr, kind: str, word: ast.expr | None
+    ) -> Resumed | str:
+        """In front of whatever else asks for the variable, as ``if not args.resume: shutil.rmtree(out)`` does."""
+        block, here = file.names.siblings(before), file.names.function_of(before)
+        inside = set(walk(before))
+        earliest = before
+        programs = [program for program in self._scripts.programs if file in self._scripts.reach(program)]
+        for other in {file}.union(*(self._scripts.reach(program) for program in programs)):
+            for test in _tests(other):
+                if not any(same(item, variable) for item in walk(test)) or test in inside:
+                    continue
+                if other is file and other.names.function_of(test) is here:
+                    above = next((item for item in block if test in walk(item)), None)
+                    if above is None and test.lineno < before.lineno:
+                        return f"line {test.lineno} asks for {file.source.code(variable)}, too"
+                    if above is not None and above.lineno < earliest.lineno:
+                        earliest = above
+                elif isinstance(variable, ast.Attribute):
+                    return f"{other.path.name}:{test.lineno} asks for {file.source.code(variable)}, too"
+        return Resumed(earliest, variable, kind, word)
+
+
+def _last_binding(file: File, name: ast.Name) -> ast.Assign | None:
+    """The statement in front of a use that certainly has given a name its value."""
+    statement: ast.AST = file.names.statement_of(name)
+    while isinstance(statement, ast.stmt) and not isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+        block = file.names.siblings(statement)
+        for other in reversed(block[: block.index(statement)]):
+            match other:
+                case ast.Assign(targets=[ast.Name(id=bound)]) if bound == name.id:
+                    return other
+            if any(isinstance(n, ast.Name) and n.id == name.id and isinstance(n.ctx, ast.Store) for n in walk(other)):
+                return None
+        statement = file.names.parents[statement]
+    return None
+
+
+def _tests(file: File) -> list[ast.expr]:
+    return [node.test for node in file.nodes if isinstance(node, (ast.If, ast.IfExp, ast.While))]
+
+
+def _saved(file: File, call: ast.Call) -> ast.expr | None:
+    return call.args[0] if call.args else None
+
+
+def _entries(made: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
+    """The entries of ``{...}``, ``dict(...)`` or ``state[key] = ...``; None for a key that is no text."""
+    if isinstance(made, ast.Dict):
+        for key, value in zip(made.keys, made.values, strict=True):
+            yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), value
+    elif isinstance(made, ast.Call):
+        yield from ((keyword.arg, keyword.value) for keyword in made.keywords)
+        yield from ((None, value) for value in made.args)
+    elif isinstance(made, ast.Assign) and isinstance(made.targets[0], ast.Subscript):
+        key = made.targets[0].slice
+        yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), made.value
+
+
+def _returned(function: Function) -> list[ast.expr]:
+    nodes = (node for statement in function.body for node in walk_own(statement))
+    return [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
+
+
+def _is_open_file(file: File, call: ast.Call) -> bool:
+    """Whether a call is given a name that a ``with`` has bound, or that holds an open file."""
+    name = call.args[1].id if isinstance(call.args[1], ast.Name) else ""
+    held = [parent for parent in file.names.ancestors(call) if isinstance(parent, (ast.With, ast.AsyncWith))]
+    bound = (item.optional_vars for parent in held for item in parent.items)
+    if any(isinstance(one, ast.Name) and one.id == name for one in bound):
+        return True
+    found = file.names.lookup(name, file.names.scope_of(call)) if name else None
+    values = [binding.value for binding in found[1]] if found is not None else []
+    return any(
+        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
+        for value in values
+    )
