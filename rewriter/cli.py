@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--diff", action="store_true", help="print a diff (the default when nothing is written)")
     made.add_argument("--unsafe", action="store_true", default=None, help="also apply edits that need a look")
     made.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTR", help="name a stack of blocks")
+    made.add_argument(
+        "--tensor-parallel", action="store_true", default=None, help="split the layers of blocks over BMTRAIN_TP_SIZE ranks"
+    )
     made.add_argument("--select", action="append", default=[], metavar="CODES", help="apply these rules only")
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
     made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
@@ -336,7 +339,9 @@ def _conversion(options: argparse.Namespace, settings: dict[str, Any]) -> Option
 
     unsafe = settings.get("unsafe", False) if options.unsafe is None else options.unsafe
     blocks = [value.strip() for given in (*settings.get("blocks", []), *options.blocks) for value in given.split(",")]
-    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)))
+    split = settings.get("tensor-parallel", False) if options.tensor_parallel is None else options.tensor_parallel
+    options.tensor_parallel = split
+    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)), split)
     made.check()
     return made
 
