@@ -212,7 +212,8 @@ def _verify(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
         copy_project([path], target, [replace(result, path=result.path.resolve()) for result in results])
         converted = target if path.is_dir() else target / path.name
         shapes = [item for shape in options.shape for item in ("--shape", shape)]
-        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes])
+        slices = ["--tp-size", os.environ.get("BMTRAIN_TP_SIZE", "2")] if options.tensor_parallel else []
+        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *slices, *shapes])
 
 
 def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
