@@ -38,13 +38,15 @@ from rewriter.analyze.model.tensors import (
     is_hidden,
     origins_of,
 )
-from rewriter.analyze.model.ways import EACH, OPERATIONS, operated, place
+from rewriter.analyze.model.ways import EACH, OPERATIONS, Unknown, operated, place
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, same
 
 _DEPTH = 16
 _TRIES = 200
+_HIDDEN = 3
+"""Dimensions of hidden states: (batch, sequence, features)."""
 _VIEWS = {"view", "reshape", "unflatten", "flatten", "expand", "expand_as"}
 _PIECES = {"chunk", "split", "unbind"}
 _METHODS = OPERATIONS | _VIEWS | _PIECES | {"size", "dim", "numel"}
@@ -115,6 +117,8 @@ class Forward:
         """Layers that stay whole, each with the reason."""
         self.found: list[Taken] = []
         self.dims: dict[str, int] = {}
+        self.assumed: set[str] = set()
+        """Arguments that are taken for (batch, sequence, features), as nothing says how many dimensions they have."""
         self.hidden: set[str] = set()
         self.seen: set[str] = set()
         self.linear: dict[str, Linear] = {}
@@ -230,6 +234,15 @@ class Forward:
             raise at
         self.dims[source] = dims
         raise Again
+
+    def _odd(self, odd: Odd, origins: Origins, frame: _Frame, node: ast.AST) -> Failure:
+        """What an operation that is not followed means."""
+        if isinstance(odd, Unknown) and odd.lead is not None and odd.lead.of not in self.dims:
+            self.dims[odd.lead.of] = odd.known or _HIDDEN
+            if not odd.known:
+                self.assumed.add(odd.lead.of)
+            raise Again from None
+        return Failure(origins, str(odd), frame.file, node)
 
     # -- statements -----------------------------------------------------------------------------------------------
 
@@ -564,6 +577,8 @@ class Forward:
                 if beyond >= 0:
                     return Tup(tuple(text_of(dim) for dim in self._lead(first.of, first.dropped + beyond)))
                 return Tup(tuple(text_of(dim) for dim in dims[:stop]))
+            if tensor.origins:
+                raise self._odd(Unknown(tensor), tensor.origins, frame, node)
             return self._unknown_size(frame, node, tensor)
         return Tup(tuple(_size(dim, tensor) for dim in dims[chosen]))
 
@@ -771,7 +786,7 @@ class Forward:
                 return self._pieces(frame, node, name, first, values[1:], options)
             return self._view(frame, node, name, first, values[1:], options)
         shared = [value for value in _flat(values) if isinstance(value, Tensor) and value.origins]
-        if len(shared) > 1:
+        if len(shared) > 1 or name == "repeat_interleave":
             for value in shared:
                 if value.fresh:
                     self._cut(frame, node, value.origins, 1)
@@ -784,7 +799,7 @@ class Forward:
         try:
             return operated(name, values, options)
         except Odd as odd:
-            raise Failure(origins, str(odd), frame.file, node) from None
+            raise self._odd(odd, origins, frame, node) from None
 
     def _whole(self, name: str, values: Sequence[Value], options: Mapping[str, Value]) -> Value:
         hidden = any(map(is_hidden, (*values, *options.values())))
@@ -828,7 +843,7 @@ class Forward:
         try:
             where = place(tensor, axis)
         except Odd as odd:
-            raise Failure(tensor.origins, str(odd), frame.file, node) from None
+            raise self._odd(odd, tensor.origins, frame, node) from None
         dims = tensor.dims or ()
         dim = dims[where]
         assert isinstance(dim, Dim)
@@ -908,7 +923,7 @@ class Forward:
                 return self._expanded(frame, node, tensor, items)
             found = viewed(tensor, items)
         except Odd as odd:
-            raise Failure(origins, str(odd), frame.file, node) from None
+            raise self._odd(odd, origins, frame, node) from None
         if found.parts is not None:
             self._cut(frame, node, origins, found.parts)
         elif found.tensor.dims is not None and len(found.tensor.dims) > len(dims) + 1:
@@ -1044,8 +1059,9 @@ def _either(one: Value, other: Value) -> Value:
         none = Num("None")
         if _plain(one) == none or _plain(other) == none:
             return other if _plain(one) == none else one
-        if isinstance(one, Tensor) and isinstance(other, Tensor) and _settled(one).dims == _settled(other).dims:
-            return replace(_settled(one), origins=origins)
+        if isinstance(one, Tensor) and isinstance(other, Tensor) and one.origins and other.origins:
+            dims = _either_dims(one.dims or (), other.dims or ())
+            return Tensor(dims, origins, True) if dims else Mixed(origins)
         if isinstance(one, Tup) and isinstance(other, Tup) and len(one.items) == len(other.items):
             return Tup(tuple(_either(a, b) for a, b in zip(one.items, other.items, strict=True)))
         return Mixed(origins)
@@ -1057,6 +1073,22 @@ def _either(one: Value, other: Value) -> Value:
         tensor = one if isinstance(one, Tensor) else other
         return tensor if isinstance(one, Num) or isinstance(other, Num) else Tensor(hidden=True)
     return Tensor(hidden=is_hidden(one) or is_hidden(other))
+
+
+def _either_dims(one: Sequence[Dim | Lead], other: Sequence[Dim | Lead]) -> tuple[Dim | Lead, ...]:
+    """Those of one of two tensors; none if they share another dimension."""
+    if len(one) != len(other):
+        return ()
+    made: list[Dim | Lead] = []
+    for a, b in zip(one, other, strict=True):
+        if isinstance(a, Dim) and isinstance(b, Dim) and a.split == b.split:
+            size = a.size if a.size == b.size else f"({a.size} or {b.size})"
+            made.append(Dim(size, a.split, a.fresh or b.fresh))
+        elif a == b:
+            made.append(a)
+        else:
+            return ()
+    return tuple(made)
 
 
 def _plain(value: Value) -> Value:

@@ -45,6 +45,8 @@ def viewed(tensor: Tensor, items: Sequence[Item]) -> Viewed:
     while len(dims) > 1 and len(rest) > 1 and _same(dims[-1], rest[-1]):
         back.insert(0, dims.pop())
         rest.pop()
+    if any(isinstance(dim, Dim) and dim.split for dim in (*front, *back)):
+        return _beside(tensor, front, dims, rest, back)
     shared = dims[0] if dims else None
     if not isinstance(shared, Dim) or not shared.split:
         raise Odd("its view does not begin with the dimensions that the features have in front of them")
@@ -61,7 +63,23 @@ def viewed(tensor: Tensor, items: Sequence[Item]) -> Viewed:
 def _same(dim: Dim | Lead, item: Item) -> bool:
     if isinstance(dim, Lead) or isinstance(item, Lead):
         return dim == item and not (isinstance(dim, Lead) and dim.of == "?")
-    return not dim.split and dim.size == item.text
+    return dim.split == bool(item.origins) and dim.size == item.text
+
+
+def _beside(
+    tensor: Tensor,
+    front: Sequence[Dim | Lead],
+    dims: Sequence[Dim | Lead],
+    items: Sequence[Item],
+    back: Sequence[Dim | Lead],
+) -> Viewed:
+    """Whole dimensions, ``dims``, become others beside the shared one, which stays."""
+    of = "*".join(dim.size for dim in dims if isinstance(dim, Dim))
+    numbers = [item for item in items if isinstance(item, Num) and not item.origins]
+    if len(numbers) != len(items) or any(isinstance(dim, Lead) for dim in dims):
+        raise Odd("its view has another number of dimensions")
+    made = [Dim(f"a share of {of}" if number.text == "-1" else number.text) for number in numbers]
+    return Viewed(Tensor((*front, *made, *back), tensor.origins, tensor.hidden))
 
 
 def _joined(dims: Sequence[Dim | Lead], number: Num) -> Viewed:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from rewriter.analyze.model.attributes import Attributes
 from rewriter.analyze.model.forwards import Edit, Forward, Taken
+from rewriter.analyze.model.elements import Element
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.model.tensors import Object
@@ -30,6 +31,8 @@ class Block:
     heads: tuple[str, ...]
     edits: tuple[Edit, ...]
     left: tuple[Taken, ...]
+    assumed: bool = False
+    """Whether what the blocks get is taken for (batch, sequence, features)."""
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Splits:
     def _plan(self, stack: Stack) -> None:
         builds = stack.builds
         line = builds[0].call.lineno
-        members = {element.cls for build in builds for element in build.elements}
+        members = {_class_of(element) for build in builds for element in build.elements}
         block = next(iter(members)) if len(members) == 1 else None
         reason = ""
         if block is None or not stack.whole:
@@ -254,6 +257,14 @@ class Splits:
         return ""
 
 
+def _class_of(element: Element) -> ClassInfo | None:
+    """That of every member which an expression yields."""
+    made = element.node
+    if isinstance(made, ast.Call) and element.kind == "wrapped" and made.args:
+        made = made.args[0]
+    return None if isinstance(made, ast.IfExp) else element.cls
+
+
 def _asks(call: ast.Call) -> bool:
     return isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass", "type")
 
@@ -268,12 +279,18 @@ def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Bloc
     for name in sorted(reading.columns, key=lambda name: list(forward.linear).index(name)):
         parts = reading.parts.get(name, 1)
         styles[name] = '"colwise"'
-        if parts > 1 or name in reading.grouped:
+        fused = name in reading.grouped and all(one == {name} for one in reading.rows.values() if name in one)
+        if parts > 1 or fused:
             styles[name] = f'("packed_colwise", {parts})'
     styles |= dict.fromkeys(reading.rows, '"rowwise"')
     styles |= dict.fromkeys(reading.norms, '"replicated_with_grad_allreduce"')
     order = {name: number for number, name in enumerate(forward.linear)}
-    styles = dict(sorted(styles.items(), key=lambda item: (item[0].rpartition(".")[0], order.get(item[0], len(order)))))
+    def key(name: str) -> tuple[str, int, int]:
+        """Each module's layers together, those that give shares before those that take them."""
+        place = 0 if name in reading.columns else 1 if name in reading.norms else 2
+        return name.rpartition(".")[0], place, order.get(name, len(order))
+
+    styles = {name: styles[name] for name in sorted(styles, key=key)}
     heads = tuple(sorted({name for names in reading.heads.values() for name in names}))
     left = tuple(dict.fromkeys((*reached, *forward.found)))
-    return Block(cls, styles, heads, tuple(reading.edits.values()), left)
+    return Block(cls, styles, heads, tuple(reading.edits.values()), left, bool(forward.assumed))

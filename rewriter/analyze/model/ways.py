@@ -25,11 +25,22 @@ OPERATIONS = (
 _COMPLEX = "the pair of a complex number"
 
 
+class Unknown(Odd):
+    """It is not known how many dimensions a tensor has, of which the last are."""
+
+    def __init__(self, tensor: Tensor, count: int = 0) -> None:
+        super().__init__("how many dimensions it has is not seen")
+        first = tensor.dims[0] if tensor.dims else None
+        self.lead = first if isinstance(first, Lead) and first.of != "?" else None
+        self.known = count - len(tensor.dims or ()) + 1 + self.lead.dropped if count and self.lead else 0
+        """How many the argument has, by the ``count`` of all of the tensor's."""
+
+
 def explicit(tensor: Tensor) -> list[Dim]:
     """All dimensions. Raises Odd where they are not known."""
     found = [dim for dim in tensor.dims or () if isinstance(dim, Dim)]
     if tensor.dims is None or len(found) != len(tensor.dims):
-        raise Odd("how many dimensions it has is not seen")
+        raise Unknown(tensor)
     return found
 
 
@@ -41,11 +52,11 @@ def place(tensor: Tensor, number: Value) -> int:
     found = int(number.text)
     if found >= 0:
         if any(isinstance(dim, Lead) for dim in dims):
-            raise Odd("how many dimensions it has is not seen")
+            raise Unknown(tensor)
     else:
         found += len(dims)
     if not 0 <= found < len(dims) or isinstance(dims[found], Lead):
-        raise Odd("how many dimensions it has is not seen")
+        raise Unknown(tensor)
     return found
 
 
@@ -184,6 +195,8 @@ def _alone(name: str, tensor: Tensor, rest: Sequence[Value], options: Mapping[st
         return exchanged(tensor, Num("-1"), Num("-2"))
     if name == "permute":
         order = rest[0].items if len(rest) == 1 and isinstance(rest[0], Tup) else tuple(rest)
+        if isinstance((tensor.dims or (None,))[0], Lead):
+            raise Unknown(tensor, len(order))
         return moved(tensor, [place(tensor, item) for item in order])
     if name in ("rms_norm", "layer_norm"):
         if tensor.dims is None or tensor.place == len(tensor.dims) - 1 or len(rest) > 1 or set(options) - {"eps"}:

@@ -92,15 +92,20 @@ def _key(plan: Plan, file: File) -> str:
 
 
 def _told(block: Block) -> Iterator[Finding]:
-    """What of a block stays whole."""
+    """What of a block stays whole, module by module, each with what was found first."""
     told: set[str] = set()
+    everything = {name for taken in block.left for name in taken.origins}
     for taken in block.left:
-        names = sorted(taken.origins - told)
-        told |= taken.origins
+        parents = {name.rpartition(".")[0] for name in taken.origins - told}
+        names = sorted(name for name in everything - told if name.rpartition(".")[0] in parents)
+        told |= {*names}
         if names:
             at = f" (line {taken.line})" if taken.file is block.cls.file else f" ({taken.file.path.name}:{taken.line})"
             message = f"{', '.join(names)} of {block.cls.name} stay{'s' if len(names) == 1 else ''} whole: {taken.reason}{at}"
             yield Remark(RULE.code, block.cls.node.lineno, message)
+    if block.assumed and block.styles:
+        message = f"what {block.cls.name} gets is taken for (batch, sequence, features): --verify shows whether it is"
+        yield Remark(RULE.code, block.cls.node.lineno, message)
 
 
 _BEFORE = """import torch
