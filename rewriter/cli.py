@@ -52,7 +52,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--unsafe", action="store_true", default=None, help="also apply edits that need a look")
     made.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTR", help="name a stack of blocks")
     made.add_argument(
-        "--tensor-parallel", action="store_true", default=None, help="split the layers of blocks over BMTRAIN_TP_SIZE ranks"
+        "--tensor-parallel",
+        action="store_true",
+        default=None,
+        help="split the layers of blocks over BMTRAIN_TP_SIZE ranks",
     )
     made.add_argument("--select", action="append", default=[], metavar="CODES", help="apply these rules only")
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")

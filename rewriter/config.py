@@ -15,7 +15,8 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 KEYS = {
-    "select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "tensor-parallel": bool, "jobs": int
+    "select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int,
+    "tensor-parallel": bool,
 }  # fmt: skip
 
 

@@ -84,7 +84,8 @@ class _Run:
         roots = [str(root) for root in import_roots(code)]
         job = {
             "side": side, "ranks": ranks, "factory": settings.factory, "seed": settings.seed, "device": device,
-            "tp_size": settings.tensor_parallel(ranks), "shapes": list(settings.shapes), "path": roots, "roots": [str(code.resolve())],
+            "tp_size": settings.tensor_parallel(ranks), "shapes": list(settings.shapes), "path": roots,
+            "roots": [str(code.resolve())],
         }  # fmt: skip
         return Group(job, self.work, settings.timeout)
 

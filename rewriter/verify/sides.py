@@ -96,9 +96,7 @@ class Converted:
         # By name: the rewriter does not depend on bmtrain; the converted code that runs here does.
         self._bmt: Any = importlib.import_module("bmtrain")
         # Ranks that get the same inputs are compared with one process, dropout and all.
-        self._bmt.init_distributed(
-            f"file://{meeting}", seed=seed, tp_size=self.tp_size, device=device, random="shared"
-        )
+        self._bmt.init_distributed(f"file://{meeting}", seed=seed, tp_size=self.tp_size, device=device, random="shared")
         self._manager = self._bmt.optim.OptimManager()
 
     def backward(self, loss: torch.Tensor) -> None:

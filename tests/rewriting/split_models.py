@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-HEAD = '''import math
+HEAD = """import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,8 @@ class Config:
     inner: int = 24
     eps: float = 1e-6
 
-'''
-TAIL = '''
+"""
+TAIL = """
 
 class Model(nn.Module):
     def __init__(self, config):
@@ -38,9 +38,9 @@ class Model(nn.Module):
 
 def build():
     return Model(Config()), (torch.randint(14, (4, 6)), torch.randint(14, (4, 6)))
-'''
+"""
 
-MLP = '''
+MLP = """
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -55,9 +55,9 @@ class MLP(nn.Module):
         x = self.gelu(x)
         x = self.c_proj(x)
         return self.dropout(x)
-'''
+"""
 
-BLOCK = '''
+BLOCK = """
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -70,9 +70,9 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-'''
+"""
 
-ROPE = '''
+ROPE = """
 
 class Norm(nn.Module):
     def __init__(self, width, eps):
@@ -121,9 +121,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-'''
+"""
 
-NANOGPT = MLP + '''
+NANOGPT = (
+    MLP
+    + """
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -159,9 +161,13 @@ class Attention(nn.Module):
         y = y.transpose(1, 2).contiguous().view(B, T, C)
         y = self.resid_dropout(self.c_proj(y))
         return y
-''' + BLOCK
+"""
+    + BLOCK
+)
 
-LLAMA = ROPE + '''
+LLAMA = (
+    ROPE
+    + """
 
 class Attention(nn.Module):
     def __init__(self, config):
@@ -214,9 +220,12 @@ class Block(nn.Module):
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states = self.mlp(hidden_states)
         return residual + hidden_states
-'''
+"""
+)
 
-QWEN3 = ROPE + '''
+QWEN3 = (
+    ROPE
+    + '''
 
 class Attention(nn.Module):
     """Heads have norms of their own, and views go by their width."""
@@ -256,8 +265,9 @@ class Block(nn.Module):
         x = x + self.self_attn(self.norms[0](x))
         return x + self.mlp(self.norms[1](x))
 '''
+)
 
-BERT = '''
+BERT = """
 
 class SelfAttention(nn.Module):
     def __init__(self, config):
@@ -345,9 +355,9 @@ class Block(nn.Module):
         attention_output = self.attention(hidden_states, attention_mask)
         intermediate_output = self.intermediate(attention_output)
         return self.output(intermediate_output, attention_output)
-'''
+"""
 
-VIT = '''
+VIT = """
 
 class Attention(nn.Module):
     def __init__(self, dim, num_heads=8, qkv_bias=False, qk_norm=False, attn_drop=0.0, norm_layer=nn.LayerNorm):
@@ -398,16 +408,16 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width)
-        self.attn = Attention(config.width, num_heads=config.heads, qkv_bias=True, qk_norm=True)
+        self.attn = Attention(config.width, num_heads=config.heads, qkv_bias=True, qk_norm=True, norm_layer=nn.RMSNorm)
         self.norm2 = nn.LayerNorm(config.width)
         self.mlp = Mlp(config.width, config.inner)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
-'''
+"""
 
-META = '''
+META = """
 
 def apply_rotary_emb(xq, xk, freqs_cis):
     xq_ = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))
@@ -474,7 +484,7 @@ class Block(nn.Module):
     def forward(self, x):
         h = x + self.attention(self.attention_norm(x))
         return h + self.feed_forward(self.ffn_norm(h))
-'''
+"""
 
 OPT = '''
 
@@ -570,9 +580,9 @@ class Block(nn.Module):
         return x + self.attention(self.input_layernorm(x)) + self.mlp(self.post_attention_layernorm(x))
 '''
 
-WHISPER = MLP.replace(
-    "self.gelu = nn.GELU()", "self.gelu = nn.GELU(approximate='tanh')"
-) + '''
+WHISPER = (
+    MLP.replace("self.gelu = nn.GELU()", "self.gelu = nn.GELU(approximate='tanh')")
+    + '''
 
 class Attention(nn.Module):
     """Widths of heads are left to the views."""
@@ -594,9 +604,12 @@ class Attention(nn.Module):
         v = v.view(*v.shape[:2], self.n_head, -1).permute(0, 2, 1, 3)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(a.permute(0, 2, 1, 3).flatten(start_dim=2))
-''' + BLOCK
+'''
+    + BLOCK
+)
 
-CHUNKS = '''
+CHUNKS = (
+    '''
 
 class Attention(nn.Module):
     """Shapes that are made by comprehensions and lambdas, and of -1 for another dimension."""
@@ -631,7 +644,9 @@ class MLP(nn.Module):
     def forward(self, x):
         a, b = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(a) * b)
-''' + BLOCK
+'''
+    + BLOCK
+)
 
 STYLES = {
     "nanogpt": NANOGPT.replace("FLASH", "True"),

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """``--tensor-parallel``: what stays whole and why, and the plans of what does not."""
 
 from __future__ import annotations
@@ -172,7 +173,10 @@ WHOLE_MODELS: dict[str, tuple[str, str]] = {
         "code asks which layers are torch.nn.Linear",
     ),
     "kinds in a tuple": ("\n\nDECAYED = (torch.nn.Linear,)\n", "code asks which layers are torch.nn.Linear"),
-    "applied afterwards": ("\n\nmodel = Model(Config())\nmodel.apply(start)\n", "model.apply(start) goes over the layers"),
+    "applied afterwards": (
+        "\n\nmodel = Model(Config())\nmodel.apply(start)\n",
+        "model.apply(start) goes over the layers",
+    ),
     "adapters": ("\n\nfrom peft import get_peft_model\n", "peft puts other layers"),
     "two places": (
         "\n\nclass Pair(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
@@ -202,7 +206,9 @@ def test_models_that_stay_whole(tail: str, reason: str) -> None:
 
 
 def test_a_constructor_that_may_end_early() -> None:
-    text = source(FAST).replace("self.norm = nn.LayerNorm", "if config is None:\n            return\n        self.norm = nn.LayerNorm")
+    text = source(FAST).replace(
+        "self.norm = nn.LayerNorm", "if config is None:\n            return\n        self.norm = nn.LayerNorm"
+    )
     plan, said = planned(text)
     assert not plan and "the constructor of Model may end early" in said
 
@@ -274,14 +280,16 @@ def test_a_model_inside_another_and_in_another_file(tmp_path: Path) -> None:
     parts, model = convert_paths(paths, CHOSEN, [tmp_path])
     assert ".chunk(3, dim=2)" in parts.after.decode()
     whole = model.after.decode().partition("class Whole")[2]
-    assert '"inner.layers.*.attn.c_attn"' in whole and "parallelize_module" not in model.after.decode().partition("class W")[0]
+    assert (
+        '"inner.layers.*.attn.c_attn"' in whole
+        and "parallelize_module" not in model.after.decode().partition("class W")[0]
+    )
     kept = Options(tensor_parallel=True, ignore=("BMT008",))
     assert b"parallelize_module" not in convert_paths(paths, kept, [tmp_path])[1].after
 
 
-def test_a_plan_waits_for_its_views(tmp_path: Path) -> None:
-    text = source(FAST).replace("y = y.transpose(1, 2).contiguous().view(B, T, C)", "y = y.transpose(1, 2).contiguous().view(B, T, C)")
-    marked = text.replace(".split(self.n_embd, dim=2)", ".split(self.n_embd, dim=2)  # bmt: skip[BMT008]")
+def test_a_plan_waits_for_its_views() -> None:
+    marked = source(FAST).replace(".split(self.n_embd, dim=2)", ".split(self.n_embd, dim=2)  # bmt: skip[BMT008]")
     after = convert_text(marked, CHOSEN).after.decode()
     assert ".split(self.n_embd, dim=2)" in after and "parallelize_module" not in after
 

@@ -12,8 +12,8 @@ from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import Function, self_path, walk
 
 _EACH = {
-    "GELU", "ReLU", "SiLU", "Dropout", "Identity", "Tanh", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Hardswish", "Softplus",
-    "ReLU6", "AlphaDropout", "CELU", "SELU", "LogSigmoid", "Softsign",
+    "GELU", "ReLU", "SiLU", "Dropout", "Identity", "Tanh", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Hardswish",
+    "Softplus", "ReLU6", "AlphaDropout", "CELU", "SELU", "LogSigmoid", "Softsign",
 }  # fmt: skip
 _NORMS = {"LayerNorm", "RMSNorm"}
 _TABLES = ("transformers.activations.ACT2FN", "transformers.activations.get_activation")
@@ -63,8 +63,8 @@ class Attributes:
         """What ``owner.name`` is."""
         given = self.assigned(owner.cls).get(name, [])
         path = f"{owner.name}.{name}" if owner.name else name
-        made = [self._made(value, file, function, path) for value, file, function in given]
-        made = [value for value in made if value is not None]
+        found = (self._made(value, file, function, path) for value, file, function in given)
+        made = [value for value in found if value is not None]
         if not made:
             return Num(path, attribute=name)
         if len(made) == 1 and isinstance(made[0], (Linear, Object, Chain, Simple, Tensor)):

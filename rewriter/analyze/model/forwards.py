@@ -1,7 +1,7 @@
 """Reads a block's forward as tensor-parallel ranks would run it: which layers can be split, and what must be rewritten.
 
-A linear layer that gets whole features is tried as one that gives each rank its share of the output features ("column"),
-and one that gets such shares as one that adds up what the ranks make of theirs ("row"). What lies between must be known
+A linear layer that gets whole features is tried as one that gives each rank its share of the output features
+("column"), and one that gets such shares as one that adds up what the ranks make of theirs ("row"). What lies between must be known
 to do the same with a share as with the whole. Where it is not, the layers that the share came from are taken out, and
 the forward is read anew.
 """
@@ -349,7 +349,9 @@ class Forward:
         if isinstance(value, Tensor) and not starred and value.origins:
             return [self._piece(frame, value, 0, target)] * count
         if origins_of(value):
-            raise Failure(origins_of(value), "what it gives is taken apart in a way that is not followed", frame.file, target)
+            raise Failure(
+                origins_of(value), "what it gives is taken apart in a way that is not followed", frame.file, target
+            )
         hidden = is_hidden(value)
         return [Tensor(hidden=hidden)] * count
 
@@ -368,7 +370,9 @@ class Forward:
             return [Num(f"?{id(node)}.{number}") for number in range(count)]
         first = dims[0] if dims else None
         if isinstance(first, Lead):
-            wrong = Failure(tensor.origins or frozenset(self.linear), "its dimensions are not followed", frame.file, node)
+            wrong = Failure(
+                tensor.origins or frozenset(self.linear), "its dimensions are not followed", frame.file, node
+            )
             if first.of == "?" and not tensor.origins:
                 return [Num(f"?{id(node)}.{number}") for number in range(count)]
             self._learn(first.of, count - (len(dims) - 1) + first.dropped, wrong)
@@ -392,13 +396,13 @@ class Forward:
                 return self._call(frame, node)
             case ast.BinOp(left=left, op=op, right=right):
                 return self._binary(frame, node, left, op, right)
-            case ast.UnaryOp(operand=operand, op=op):
-                value = self._expression(frame, operand)
-                if isinstance(op, ast.USub) and isinstance(value, Num):
-                    return Num(f"-{value.text}", value.origins)
-                if isinstance(op, ast.Not) and origins_of(value):
-                    raise Failure(origins_of(value), f"{ast.unparse(node)} asks for its values", frame.file, node)
-                return value
+            case ast.UnaryOp(operand=operand, op=operator):
+                taken = self._expression(frame, operand)
+                if isinstance(operator, ast.USub) and isinstance(taken, Num):
+                    return Num(f"-{taken.text}", taken.origins)
+                if isinstance(operator, ast.Not) and origins_of(taken):
+                    raise Failure(origins_of(taken), f"{ast.unparse(node)} asks for its values", frame.file, node)
+                return taken
             case ast.Tuple(elts=elts) | ast.List(elts=elts):
                 return Tup(tuple(item for element in elts for item in self._items(frame, element)))
             case ast.Starred(value=value):
@@ -654,7 +658,9 @@ class Forward:
                 if isinstance(args[0], Shape) and args[0].tensor.dims is not None:
                     return Tup(tuple(_size(dim, args[0].tensor) for dim in args[0].tensor.dims))
             case Torch(name=name, of=None):
-                short = next((name[len(p) :] for p in _FUNCTIONS if name.startswith(p) and "." not in name[len(p) :]), "")
+                short = next(
+                    (name[len(p) :] for p in _FUNCTIONS if name.startswith(p) and "." not in name[len(p) :]), ""
+                )
                 short = "scaled_dot_product_attention" if name.endswith(".scaled_dot_product_attention") else short
                 short = name.rpartition(".")[2] if name.startswith("torch.nn.functional.") else short
                 if short in _METHODS:
@@ -681,9 +687,13 @@ class Forward:
         if not origins_of(Tup(values)) and self._is_norm(called):
             self.reading.whole_norms.add(called.name)
         result = self._run(Routine(method[0].file.function_info(method[1]), called), args, options, node)
-        if self._is_norm(called) and origins_of(result) and any(
-            isinstance(given, Tensor) and given.hidden
-            for given in (self.attributes.value(called, name) for name in self.attributes.assigned(called.cls))
+        if (
+            self._is_norm(called)
+            and origins_of(result)
+            and any(
+                isinstance(given, Tensor) and given.hidden
+                for given in (self.attributes.value(called, name) for name in self.attributes.assigned(called.cls))
+            )
         ):
             self.reading.norms[called.name] = self.reading.norms.get(called.name, NONE) | origins_of(result)
         return result
@@ -787,10 +797,10 @@ class Forward:
             return self._view(frame, node, name, first, values[1:], options)
         shared = [value for value in _flat(values) if isinstance(value, Tensor) and value.origins]
         if len(shared) > 1 or name == "repeat_interleave":
-            for value in shared:
-                if value.fresh:
-                    self._cut(frame, node, value.origins, 1)
-            settled = {value: _settled(value) for value in shared}
+            for tensor in shared:
+                if tensor.fresh:
+                    self._cut(frame, node, tensor.origins, 1)
+            settled = {tensor: _settled(tensor) for tensor in shared}
             values = [_replaced(value, settled) for value in values]
             options = {key: _replaced(value, settled) for key, value in options.items()}
         for value in _flat(values):
@@ -836,7 +846,13 @@ class Forward:
         return self._of_shape(frame, _as_subscript(node), value, index)
 
     def _pieces(
-        self, frame: _Frame, node: ast.AST, name: str, tensor: Tensor, args: Sequence[Value], options: Mapping[str, Value]
+        self,
+        frame: _Frame,
+        node: ast.AST,
+        name: str,
+        tensor: Tensor,
+        args: Sequence[Value],
+        options: Mapping[str, Value],
     ) -> Value:
         counted = name == "unbind"
         axis = options.get("dim", args[0 if counted else 1] if len(args) > (0 if counted else 1) else Num("0"))
@@ -883,7 +899,9 @@ class Forward:
 
     def _split_as_chunk(self, frame: _Frame, node: ast.AST, tensor: Tensor, size: Value | None, count: int) -> None:
         """``split(width)`` becomes ``chunk(count)``, if the layer has ``count * width`` features."""
-        wrong = Failure(tensor.origins, "its features are split into parts that are not seen to be equal", frame.file, node)
+        wrong = Failure(
+            tensor.origins, "its features are split into parts that are not seen to be equal", frame.file, node
+        )
         layers = [self.linear[name] for name in tensor.origins]
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or len(layers) != 1:
             raise wrong
@@ -902,7 +920,13 @@ class Forward:
             self.reading.edits[code] = Edit(frame.file, code, text, tensor.origins)
 
     def _view(
-        self, frame: _Frame, node: ast.AST, name: str, tensor: Tensor, args: Sequence[Value], options: Mapping[str, Value]
+        self,
+        frame: _Frame,
+        node: ast.AST,
+        name: str,
+        tensor: Tensor,
+        args: Sequence[Value],
+        options: Mapping[str, Value],
     ) -> Tensor:
         origins = tensor.origins
         dims = tensor.dims or ()
@@ -980,9 +1004,7 @@ class Forward:
         origins = origins | (before.origins if before else NONE)
         self.reading.edits[number.node] = Edit(number.file, number.node, "-1", origins)
 
-    def _write_width(
-        self, frame: _Frame, node: ast.AST, heads: Num | None, width: Num, origins: Origins
-    ) -> None:
+    def _write_width(self, frame: _Frame, node: ast.AST, heads: Num | None, width: Num, origins: Origins) -> None:
         """``view(B, T, self.n_head, -1)`` becomes ``view(B, T, -1, self.q.out_features // self.n_head)``."""
         wrong = Failure(origins, "the width of its heads is left to the view", frame.file, node)
         layer = next(iter(origins))
@@ -1097,7 +1119,9 @@ def _plain(value: Value) -> Value:
 
 def _merged(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, Value]:
     return {
-        name: _either(one[name], other[name]) if name in one and name in other else one.get(name, other.get(name, WHOLE))
+        name: _either(one[name], other[name])
+        if name in one and name in other
+        else one.get(name, other.get(name, WHOLE))
         for name in [*one, *(name for name in other if name not in one)]
     }
 

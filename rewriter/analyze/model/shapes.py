@@ -1,4 +1,4 @@
-"""How a view cuts or joins the dimension that tensor-parallel ranks share, and what must be written otherwise for it."""
+"""How a view cuts or joins the dimension that tensor-parallel ranks share, and what must be rewritten for it."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.model.attributes import Attributes
-from rewriter.analyze.model.forwards import Edit, Forward, Taken
 from rewriter.analyze.model.elements import Element
+from rewriter.analyze.model.forwards import Edit, Forward, Taken
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.model.tensors import Object
@@ -216,7 +216,11 @@ class Splits:
                     names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                     names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
                     if any(name.split(".")[0] in _ADAPTERS for name in names):
-                        return f"{names[0]} puts other layers into models that are built", file, getattr(node, "lineno", 1)
+                        return (
+                            f"{names[0]} puts other layers into models that are built",
+                            file,
+                            getattr(node, "lineno", 1),
+                        )
             for node in file.nodes if file.mentions("Linear") or file.mentions(".apply(") else ():
                 reason = self._is_after(file, node)
                 function = file.names.function_of(node) if reason else None
@@ -239,7 +243,7 @@ class Splits:
         return False
 
     def _is_after(self, file: File, node: ast.AST) -> str:
-        """Whether code looks at the layers of a model that is built, which are of other classes where they are split."""
+        """Whether code looks at the layers of a built model, which are of other classes where they are split."""
         parent = file.names.parents.get(node)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "apply":
             base = self.project.resolve(file, node.func.value)
@@ -247,7 +251,9 @@ class Splits:
             own = isinstance(node.func.value, ast.Name) and node.func.value.id == "self" and method is not None
             if base is None and len(node.args) == 1 and not own and not node.keywords:
                 return f"{ast.unparse(node)[:60]} goes over the layers of a model that is built"
-        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(parent, (ast.Call, ast.Tuple, ast.List, ast.Compare)):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
+            parent, (ast.Call, ast.Tuple, ast.List, ast.Compare)
+        ):
             called = isinstance(parent, ast.Call) and parent.func is node
             found = self.project.resolve(file, node) if not called else None
             if isinstance(found, External) and found.name == "torch.nn.Linear":
@@ -285,6 +291,7 @@ def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Bloc
     styles |= dict.fromkeys(reading.rows, '"rowwise"')
     styles |= dict.fromkeys(reading.norms, '"replicated_with_grad_allreduce"')
     order = {name: number for number, name in enumerate(forward.linear)}
+
     def key(name: str) -> tuple[str, int, int]:
         """Each module's layers together, those that give shares before those that take them."""
         place = 0 if name in reading.columns else 1 if name in reading.norms else 2

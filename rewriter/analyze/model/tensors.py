@@ -153,9 +153,7 @@ class Mixed:
     origins: Origins
 
 
-Value = (
-    Tensor | Num | Shape | Tup | Lead | Linear | Simple | Chain | Object | Routine | Inline | Torch | Mixed
-)
+Value = Tensor | Num | Shape | Tup | Lead | Linear | Simple | Chain | Object | Routine | Inline | Torch | Mixed
 WHOLE = Tensor()
 
 

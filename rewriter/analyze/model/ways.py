@@ -11,16 +11,16 @@ from rewriter.analyze.model.tensors import NONE, Dim, Lead, Num, Origins, Tensor
 EACH = {
     "contiguous", "to", "float", "half", "bfloat16", "double", "type", "type_as", "clone", "relu", "sigmoid", "tanh",
     "exp", "neg", "abs", "sqrt", "rsqrt", "pow", "square", "gelu", "silu", "clamp", "nan_to_num", "log", "cos", "sin",
-    "leaky_relu", "elu", "mish", "hardswish", "softplus", "relu6", "dropout", "requires_grad_", "hardtanh", "logsigmoid",
-    "detach", "relu_", "selu", "erf",
+    "leaky_relu", "elu", "mish", "hardswish", "softplus", "relu6", "dropout", "requires_grad_", "hardtanh",
+    "logsigmoid", "detach", "relu_", "selu", "erf",
 }  # fmt: skip
 """Work on every entry by itself."""
 BINARY = {"add", "sub", "mul", "div", "true_divide", "masked_fill", "masked_fill_", "where", "maximum", "minimum"}
 _TOTALS = {"softmax", "log_softmax", "sum", "mean", "amax", "amin", "cumsum", "var", "std"}
 OPERATIONS = (
     EACH | BINARY | _TOTALS
-    | {"matmul", "bmm", "einsum", "cat", "scaled_dot_product_attention", "transpose", "swapaxes", "permute", "unsqueeze",
-       "squeeze", "repeat_interleave", "mT", "view_as_complex", "view_as_real", "rms_norm", "layer_norm"}
+    | {"matmul", "bmm", "einsum", "cat", "scaled_dot_product_attention", "transpose", "swapaxes", "permute",
+       "unsqueeze", "squeeze", "repeat_interleave", "mT", "view_as_complex", "view_as_real", "rms_norm", "layer_norm"}
 )  # fmt: skip
 _COMPLEX = "the pair of a complex number"
 
@@ -95,9 +95,9 @@ def together(values: Sequence[Value]) -> Tensor:
         if len(tensor.dims) - tensor.place != back:
             raise Odd("ranks share another dimension of each of two values that meet")
     for tensor in tensors:
-        known = tensor.dims if not tensor.origins else None
-        if known and not any(isinstance(dim, Lead) for dim in known) and len(known) >= back:
-            dim = known[-back]
+        dims = tensor.dims if not tensor.origins else None
+        if dims and not any(isinstance(dim, Lead) for dim in dims) and len(dims) >= back:
+            dim = dims[-back]
             if isinstance(dim, Dim) and dim.size != "1":
                 raise Odd("it meets a whole value that has all features or heads")
     return Tensor(first.dims, origins, True)
@@ -217,31 +217,29 @@ def _alone(name: str, tensor: Tensor, rest: Sequence[Value], options: Mapping[st
             dims = tuple(Dim("1") if i in places else dim for i, dim in enumerate(tensor.dims))
         return Tensor(dims, tensor.origins, True)
     if name == "unsqueeze" and axis is not None and isinstance(axis, Num) and axis.text.lstrip("-").isdecimal():
-        dims = explicit(tensor)
-        where = int(axis.text) + (len(dims) + 1 if axis.text.startswith("-") else 0)
-        return Tensor((*dims[:where], Dim("1"), *dims[where:]), tensor.origins, True)
+        held = explicit(tensor)
+        where = int(axis.text) + (len(held) + 1 if axis.text.startswith("-") else 0)
+        return Tensor((*held[:where], Dim("1"), *held[where:]), tensor.origins, True)
     if name == "squeeze" and axis is not None:
         where = place(tensor, axis)
-        dims = explicit(tensor)
+        held = explicit(tensor)
         if where == tensor.place:
             raise Odd("squeeze looks at what the ranks share")
-        return Tensor((*dims[:where], *dims[where + 1 :]), tensor.origins, True)
+        return Tensor((*held[:where], *held[where + 1 :]), tensor.origins, True)
     if name == "repeat_interleave":
         axis = options.get("dim", rest[1] if len(rest) > 1 else None)
         times = options.get("repeats", rest[0] if rest else None)
         if axis is None or not isinstance(times, Num) or tensor.dims is None or tensor.fresh:
             raise Odd("how it is repeated is not seen")
         where = place(tensor, axis)
-        dims = list(tensor.dims)
-        old = dims[where]
+        old = tensor.dims[where]
         assert isinstance(old, Dim)
-        dims[where] = Dim(f"({old.size}*{times.text})", old.split)
-        return Tensor(tuple(dims), tensor.origins, True)
+        more = Dim(f"({old.size}*{times.text})", old.split)
+        return Tensor((*tensor.dims[:where], more, *tensor.dims[where + 1 :]), tensor.origins, True)
     if name == "view_as_complex":
-        dims = list(tensor.dims or ())
-        if tensor.place == len(dims) - 1:
+        if tensor.place == len(tensor.dims or ()) - 1:
             raise Odd("its features are taken for complex numbers")
-        return Tensor(tuple(dims[:-1]), tensor.origins, True)
+        return Tensor((tensor.dims or ())[:-1], tensor.origins, True)
     if name == "view_as_real":
         return Tensor((*(tensor.dims or ()), Dim(_COMPLEX)), tensor.origins, True)
     raise Odd(f"{name} is not known to give the same on ranks")

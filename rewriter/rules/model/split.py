@@ -1,7 +1,7 @@
 """Layers of blocks are split over tensor-parallel ranks.
 
-What: with ``--tensor-parallel`` the constructor of the outermost model ends with ``bmt.parallelize_module(self, {...})``,
-a plan in the form of ``torch.distributed.tensor.parallel``: by name, which linear layers of the blocks give each rank
+What: with ``--tensor-parallel`` the constructor of the outermost model ends with ``bmt.parallelize_module(self,
+{...})``, a plan in the form of ``torch.distributed.tensor.parallel``: by name, which linear layers of the blocks give each rank
 its share of their output features ("colwise") and which take such shares and add up what the ranks make of them
 ("rowwise"). Views that name the number of heads, or of all features, get -1 in its place, and ``qkv.split(width)`` of
 equal parts becomes ``qkv.chunk(3)``: the same on one rank, and right on a rank that has its share.
@@ -19,7 +19,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.model.forwards import Edit, Taken
+from rewriter.analyze.model.forwards import Edit
 from rewriter.analyze.model.splits import Block, Plan
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
@@ -32,7 +32,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if not facts.tensor_parallel:
         return
     if facts.project.partial:
-        yield Remark(RULE.code, 1, "no layer is split: the project is too large to be read as one; convert its model alone")
+        yield Remark(
+            RULE.code, 1, "no layer is split: the project is too large to be read as one; convert its model alone"
+        )
         return
     for plan in facts.splits.plans.values():
         if not _is_planned(plan):
@@ -68,7 +70,9 @@ def _planned(file: File, plan: Plan) -> Iterator[Finding]:
         f"of {stack.name} {', '.join(block.styles)}" for stack, block in plan.blocks if block.styles
     )
     requires = tuple(_key(plan, other) for other in files)
-    yield Conversion(RULE.code, plan.behind.lineno, message, (insert_behind(plan.behind, "\n".join(lines)),), requires=requires)
+    yield Conversion(
+        RULE.code, plan.behind.lineno, message, (insert_behind(plan.behind, "\n".join(lines)),), requires=requires
+    )
 
 
 def _edits(file: File, plan: Plan) -> Iterator[Finding]:
@@ -101,7 +105,9 @@ def _told(block: Block) -> Iterator[Finding]:
         told |= {*names}
         if names:
             at = f" (line {taken.line})" if taken.file is block.cls.file else f" ({taken.file.path.name}:{taken.line})"
-            message = f"{', '.join(names)} of {block.cls.name} stay{'s' if len(names) == 1 else ''} whole: {taken.reason}{at}"
+            message = (
+                f"{', '.join(names)} of {block.cls.name} stay{'s' if len(names) == 1 else ''} whole: {taken.reason}{at}"
+            )
             yield Remark(RULE.code, block.cls.node.lineno, message)
     if block.assumed and block.styles:
         message = f"what {block.cls.name} gets is taken for (batch, sequence, features): --verify shows whether it is"
@@ -140,10 +146,51 @@ class Net(nn.Module):
         return x
 """
 
+_AFTER = """import torch
+from torch import nn
+from torch.nn import functional as F
+import bmtrain as bmt
+
+
+class Block(bmt.DistributedModule):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(B, T, 3, -1, C // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class Net(bmt.DistributedModule):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = bmt.TransformerBlockList([bmt.CheckpointBlock(Block(64, 4)) for _ in range(depth)])
+        bmt.parallelize_module(
+            self,
+            {
+                "layers.*.qkv": ("packed_colwise", 3),
+                "layers.*.proj": "rowwise",
+            },
+            heads=["heads"],
+        )
+
+    def forward(self, x, seen):
+        for layer in self.layers:
+            x = layer(x)
+            seen.append(x)
+        return x
+"""
+
 RULE = Rule(
     code="BMT008",
     title="layers of blocks are split over tensor-parallel ranks",
     explanation=__doc__,
     find=find,
-    examples=(Example(_BEFORE, tensor_parallel=True),),
+    examples=(Example(_BEFORE, _AFTER, tensor_parallel=True),),
 )
