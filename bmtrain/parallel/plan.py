@@ -307,8 +307,8 @@ def _require_divisible(parent: nn.Module, heads: Collection[str], size: int) -> 
             value = getattr(value, name, None)
         if type(value) is int and value % size:
             raise ConfigurationError(
-                f"{type(parent).__name__}.{path} is {value}: so many heads cannot be divided over {size} tensor-parallel "
-                "ranks. Take another tp_size, or leave its layers out of the plan."
+                f"{type(parent).__name__}.{path} is {value}: so many heads cannot be divided over {size} "
+                "tensor-parallel ranks. Take another tp_size, or leave its layers out of the plan."
             )
 
 

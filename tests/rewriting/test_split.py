@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from rewriter import cli
 from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
 from rewriter.types import Remark
+from tests.runtime.ranks import run_ranks
 
 from .helpers import converted
 from .split_models import BERT, BLOCK, CHUNKS, LLAMA, MLP, NANOGPT, NEOX, OPT, QWEN3, STYLES, VIT, WHISPER, source
@@ -312,3 +315,45 @@ def test_verify_wants_something_split(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "model.py").write_text(source(FAST) + "\n\nDECAYED = (torch.nn.Linear,)\n")
     assert cli.main([str(tmp_path / "model.py"), "--tensor-parallel", "--verify", "model:build", "--ranks", "2"]) == 1
     assert "no layer is split over tensor-parallel ranks" in capsys.readouterr().out
+
+
+SCRIPT = (
+    source(FAST).replace("0.1", "0.0")
+    + """
+
+torch.manual_seed(3)
+model = Model(Config())
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+generator = torch.Generator().manual_seed(7)
+losses = []
+for step in range(4):
+    tokens = torch.randint(14, (4, 7), generator=generator)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    losses.append(loss.item())
+state = model.state_dict()
+"""
+)
+
+
+def play(text: str) -> tuple[list[float], dict[str, torch.Tensor], bool]:
+    space: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, "train.py", "exec", dont_inherit=True), space)
+    split = any(getattr(p, "_tp_mode", False) for p in space["model"].parameters())
+    return space["losses"], {name: value.clone() for name, value in space["state"].items()}, split
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_script_trains_alike(ranks: int) -> None:
+    text = converted(SCRIPT, tensor_parallel=True)
+    losses, state, _ = play(SCRIPT)
+    for found, own, split in run_ranks(
+        ranks, play, text, initialize=False, fresh=True, env={"BMTRAIN_TP_SIZE": "2"}, timeout=60
+    ):
+        assert split and found == pytest.approx(losses, rel=1e-5)
+        assert own.keys() == state.keys()
+        for name, value in state.items():
+            torch.testing.assert_close(own[name], value, rtol=1e-4, atol=1e-5)

@@ -1,9 +1,9 @@
 """Reads a block's forward as tensor-parallel ranks would run it: which layers can be split, and what must be rewritten.
 
 A linear layer that gets whole features is tried as one that gives each rank its share of the output features
-("column"), and one that gets such shares as one that adds up what the ranks make of theirs ("row"). What lies between must be known
-to do the same with a share as with the whole. Where it is not, the layers that the share came from are taken out, and
-the forward is read anew.
+("column"), and one that gets such shares as one that adds up what the ranks make of theirs ("row"). What lies between
+must be known to do the same with a share as with the whole. Where it is not, the layers that the share came from are
+taken out, and the forward is read anew.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Layers of blocks are split over tensor-parallel ranks.
 
 What: with ``--tensor-parallel`` the constructor of the outermost model ends with ``bmt.parallelize_module(self,
-{...})``, a plan in the form of ``torch.distributed.tensor.parallel``: by name, which linear layers of the blocks give each rank
-its share of their output features ("colwise") and which take such shares and add up what the ranks make of them
-("rowwise"). Views that name the number of heads, or of all features, get -1 in its place, and ``qkv.split(width)`` of
-equal parts becomes ``qkv.chunk(3)``: the same on one rank, and right on a rank that has its share.
+{...})``, a plan in the form of ``torch.distributed.tensor.parallel``: by name, which linear layers of the blocks give
+each rank its share of their output features ("colwise") and which take such shares and add up what the ranks make of
+them ("rowwise"). Views that name the number of heads, or of all features, get -1 in its place, and
+``qkv.split(width)`` of equal parts becomes ``qkv.chunk(3)``: the same on one rank, and right on one that has its share.
 Why: attention and feed-forward layers that are too large for one GPU, or too slow, are computed by several at once. How
 many is said at the launch, ``BMTRAIN_TP_SIZE=2 torchrun ...``; without it nothing is split.
 Refuses when: what stands between two layers is not known to do the same with a share of the features as with all of
