@@ -155,6 +155,14 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         changed(FAST, "y = y.transpose(1, 2)", "y = rearrange(y, 'b h t d -> b t (h d)')\n        y = y[:, None].transpose(1, 2)"),
         "rearrange is not followed",
     ),
+    "a lambda that is passed on": (
+        changed(FAST, "y = y.transpose(1, 2)", "z = call(lambda: y.mean(1))\n        y = y.transpose(1, 2)"),
+        "call is not followed",
+    ),
+    "a loop over heads": (
+        changed(FAST, "y = y.transpose(1, 2)", "z = [t.mean() for t in y]\n        y = y.transpose(1, 2)"),
+        "ListComp is not followed",
+    ),
     "another number of dimensions in each branch": (
         changed(FAST, "y = y.transpose(1, 2)", "if C > 3:\n            y = y[None][0]\n        else:\n            y = x\n        y = y.transpose(1, 2)"),
         "",
@@ -170,6 +178,18 @@ def test_attention_that_stays_whole(text: str, reason: str) -> None:
     assert '"rowwise"' in plan  # the feed-forward layers are another matter
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "def mean():\n            return y.mean(1, keepdim=True)\n        y = y - mean()",
+        "match C:\n            case 16:\n                y = y.mean(1, keepdim=True)",
+    ],
+)
+def test_statements_that_are_not_followed(lines: str) -> None:
+    plan, said = planned(changed(FAST, "y = y.transpose(1, 2)", f"{lines}\n        y = y.transpose(1, 2)"))
+    assert "attn" not in plan and "is not followed" in said
+
+
 WHOLE_MODELS: dict[str, tuple[str, str]] = {
     "asked which layers are linear": (
         "\n\ndef groups(model):\n    return [m for m in model.modules() if isinstance(m, nn.Linear)]\n",
@@ -179,6 +199,15 @@ WHOLE_MODELS: dict[str, tuple[str, str]] = {
     "applied afterwards": (
         "\n\nmodel = Model(Config())\nmodel.apply(start)\n",
         "model.apply(start) goes over the layers",
+    ),
+    "initialised afterwards": (
+        "\n\nmodel = Model(Config())\nfor p in model.parameters():\n    nn.init.xavier_uniform_(p)\n",
+        "nn.init.xavier_uniform_(p) gives parameters of a model that is built other values",
+    ),
+    "a function that initialises, used afterwards": (
+        "\n\ndef init(m):\n    if isinstance(m, nn.Linear):\n        m.weight.data.zero_()\n\n\n"
+        "def train(model):\n    init(model.head)\n",
+        "code asks which layers are torch.nn.Linear",
     ),
     "adapters": ("\n\nfrom peft import get_peft_model\n", "peft puts other layers"),
     "two places": (
@@ -214,6 +243,15 @@ def test_a_constructor_that_may_end_early() -> None:
     )
     plan, said = planned(text)
     assert not plan and "the constructor of Model may end early" in said
+
+
+def test_a_function_that_initialises_in_the_constructor() -> None:
+    text = source(FAST).replace(
+        "nn.Linear(config.width, 14)\n", "nn.Linear(config.width, 14)\n        self.apply(init)\n"
+    )
+    text += "\n\ndef init(m):\n    if isinstance(m, nn.Linear):\n        nn.init.zeros_(m.weight)\n"
+    after = converted(text, tensor_parallel=True)
+    assert after.index("self.apply(init)") < after.index("parallelize_module")
 
 
 def test_blocks_of_two_classes() -> None:

@@ -41,10 +41,12 @@ from rewriter.analyze.model.tensors import (
 from rewriter.analyze.model.ways import EACH, OPERATIONS, Unknown, operated, place
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, same
+from rewriter.analyze.read.nodes import Function, names_in, same
 
 _DEPTH = 16
 _TRIES = 200
+_UNSEEN: Origins = frozenset({"?"})
+"""Any layer may be behind it."""
 _HIDDEN = 3
 """Dimensions of hidden states: (batch, sequence, features)."""
 _VIEWS = {"view", "reshape", "unflatten", "flatten", "expand", "expand_as"}
@@ -283,8 +285,15 @@ class Forward:
                     self._aside(frame, handler.body)
                 return self._statements(frame, final) or ended
             case ast.FunctionDef(name=name):
-                frame.names[name] = Mixed(NONE)
+                frame.names[name] = Mixed(_UNSEEN)  # whoever uses it may use anything
+            case ast.Match() | ast.AsyncFor() | ast.AsyncWith() | ast.AsyncFunctionDef() | ast.ClassDef():
+                origins = _UNSEEN | self._named(frame, node)
+                raise Failure(origins, f"{type(node).__name__} is not followed", frame.file, node)
         return False
+
+    def _named(self, frame: _Frame, node: ast.AST) -> Origins:
+        """What the names inside a piece of code are made of."""
+        return NONE.union(*(origins_of(frame.names[name]) for name in names_in(node) if name in frame.names))
 
     def _aside(self, frame: _Frame, body: Sequence[ast.stmt]) -> None:
         """Statements that may run, or not."""
@@ -424,6 +433,11 @@ class Forward:
                 over = self._expression(frame, loop.iter)
                 if isinstance(over, Tup) and not loop.ifs:
                     return Tup(tuple(self._each(frame, loop.target, item, elt) for item in over.items))
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Yield, ast.Await)):
+            origins = self._named(frame, node)
+            if origins:
+                raise Failure(origins, f"{type(node).__name__} is not followed", frame.file, node)
+            return Tensor(hidden=True)
         values = [self._expression(frame, c) for c in ast.iter_child_nodes(node) if isinstance(c, ast.expr)]
         if isinstance(node, ast.JoinedStr):
             return WHOLE
@@ -449,7 +463,8 @@ class Forward:
         if name in frame.names:
             value = frame.names[name]
             if isinstance(value, Mixed) and value.origins:
-                raise Failure(value.origins, f"{name} is another thing in each branch", frame.file, node)
+                what = "is not followed" if value.origins == _UNSEEN else "is another thing in each branch"
+                raise Failure(value.origins, f"{name} {what}", frame.file, node)
             return value
         found = self.project.resolve(frame.file, node)
         if isinstance(found, FunctionInfo):
@@ -1027,6 +1042,9 @@ class Forward:
     def _other(self, frame: _Frame, node: ast.AST, values: Sequence[Value], reason: str) -> Value:
         """Something that is not known: it must not see anything that ranks share."""
         origins = origins_of(Tup(tuple(values)))
+        for value in _flat(values):
+            if isinstance(value, Inline):
+                origins |= self._named(frame, value.node)
         if origins:
             raise Failure(origins, reason, frame.file, node)
         self.reading.kept |= {v.node for v in _flat(values) if isinstance(v, Num) and v.node is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rewriter.analyze.model.attributes import Attributes
 from rewriter.analyze.model.elements import Element
@@ -221,24 +221,24 @@ class Splits:
                             file,
                             getattr(node, "lineno", 1),
                         )
-            for node in file.nodes if file.mentions("Linear") or file.mentions(".apply(") else ():
+            for node in file.nodes if any(map(file.mentions, ("Linear", ".apply(", "init"))) else ():
                 reason = self._is_after(file, node)
                 function = file.names.function_of(node) if reason else None
-                if function is not None and _INIT.search(function.name) and file.names.class_of(node) is not None:
+                if function is not None and _INIT.search(function.name):
                     reason = reason if self._called_later(function) else ""
                 if reason:
                     return reason, file, getattr(node, "lineno", 1)
         return None
 
     def _called_later(self, function: Function) -> bool:
-        """Whether a method that initialises is called by whoever has the built model."""
+        """Whether a function that initialises is used by whoever has the built model."""
         if function.name == "__init__":
             return False
         for file in self.project:
-            for call in file.calls if file.mentions(function.name) else ():
-                if isinstance(call.func, ast.Attribute) and call.func.attr == function.name:
-                    around = file.names.function_of(call)
-                    if file.names.class_of(call) is None or around is None or not _INIT.search(around.name):
+            for node in file.nodes if file.mentions(function.name) else ():
+                if getattr(node, "attr", getattr(node, "id", "")) == function.name:
+                    around = file.names.function_of(node)
+                    if around is None or not _INIT.search(around.name):
                         return True
         return False
 
@@ -251,6 +251,8 @@ class Splits:
             own = isinstance(node.func.value, ast.Name) and node.func.value.id == "self" and method is not None
             if base is None and len(node.args) == 1 and not own and not node.keywords:
                 return f"{ast.unparse(node)[:60]} goes over the layers of a model that is built"
+        if isinstance(node, ast.Call) and self.project.external(file, node.func).startswith("torch.nn.init."):
+            return f"{ast.unparse(node)[:60]} gives parameters of a model that is built other values"
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
             parent, (ast.Call, ast.Tuple, ast.List, ast.Compare)
         ):
@@ -299,5 +301,7 @@ def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Bloc
 
     styles = {name: styles[name] for name in sorted(styles, key=key)}
     heads = tuple(sorted({name for names in reading.heads.values() for name in names}))
-    left = tuple(dict.fromkeys((*reached, *forward.found)))
+    known = frozenset(forward.linear)
+    found = (replace(taken, origins=taken.origins & known) for taken in (*reached, *forward.found))
+    left = tuple(dict.fromkeys(taken for taken in found if taken.origins))
     return Block(cls, styles, heads, tuple(reading.edits.values()), left, bool(forward.assumed))
