@@ -152,7 +152,8 @@ class Forward:
         if found is None:
             return
         info = found[0].file.function_info(found[1])
-        result = self._run(Routine(info, Object(self.block, "")), [], {}, info.node)
+        hidden = Tensor(hidden=True)  # what comes first is what the blocks hand on
+        result = self._run(Routine(info, Object(self.block, "")), [hidden], {}, info.node)
         if origins_of(result):
             raise Failure(origins_of(result), "what it gives leaves the block", info.file, info.node)
 
