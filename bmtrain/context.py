@@ -255,7 +255,7 @@ def init_distributed(
     seed: int = 0,
     pipe_size: int = -1,
     num_micro_batches: int | None = None,
-    tp_size: int = 1,
+    tp_size: int | None = None,
     *,
     device: str | None = None,
     schedule: Schedule = "overlap",
@@ -284,7 +284,8 @@ def init_distributed(
         num_micro_batches: into how many pieces a pipeline cuts the batches of its ranks together; None: as many as
             are sensible (``block.pipeline.count_of``).  All ranks say the same.
         tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
-            the same data.
+            the same data. None: BMTRAIN_TP_SIZE in the environment, or 1, so that a launch says how many GPUs a layer
+            takes, as it says how many there are.
         device: "cpu" or "cuda"; None takes this local rank's GPU if there is one.
         schedule: "overlap"; "serial" and "stress" are for finding errors (see ``bmtrain.device.Schedule``).
         timeout: how long ranks wait for each other before the job is ended, in all cases or (bmt.Timeouts) at the
@@ -318,6 +319,8 @@ def init_distributed(
     policy = as_precision(precision)
     _check_chosen(schedule, random, gradients, memory, num_micro_batches)
     env = os.environ
+    if tp_size is None:
+        tp_size = _integer(env, "BMTRAIN_TP_SIZE", 1)
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,

@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--diff", action="store_true", help="print a diff (the default when nothing is written)")
     made.add_argument("--unsafe", action="store_true", default=None, help="also apply edits that need a look")
     made.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTR", help="name a stack of blocks")
+    made.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        default=None,
+        help="split the layers of blocks over BMTRAIN_TP_SIZE ranks",
+    )
     made.add_argument("--select", action="append", default=[], metavar="CODES", help="apply these rules only")
     made.add_argument("--ignore", action="append", default=[], metavar="CODES", help="do not apply these rules")
     made.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="leave these files or folders out")
@@ -209,7 +215,8 @@ def _verify(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
         copy_project([path], target, [replace(result, path=result.path.resolve()) for result in results])
         converted = target if path.is_dir() else target / path.name
         shapes = [item for shape in options.shape for item in ("--shape", shape)]
-        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *shapes])
+        slices = ["--tp-size", os.environ.get("BMTRAIN_TP_SIZE", "2")] if options.tensor_parallel else []
+        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *slices, *shapes])
 
 
 def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
@@ -336,7 +343,9 @@ def _conversion(options: argparse.Namespace, settings: dict[str, Any]) -> Option
 
     unsafe = settings.get("unsafe", False) if options.unsafe is None else options.unsafe
     blocks = [value.strip() for given in (*settings.get("blocks", []), *options.blocks) for value in given.split(",")]
-    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)))
+    split = settings.get("tensor-parallel", False) if options.tensor_parallel is None else options.tensor_parallel
+    options.tensor_parallel = split
+    made = Options(unsafe, codes("select"), codes("ignore"), tuple(filter(None, blocks)), split)
     made.check()
     return made
 

@@ -48,6 +48,7 @@ class Convert(CodemodCommand):
         add("--select", action="extend", type=_codes, default=[], metavar="CODES", help="only these rules")
         add("--ignore", action="extend", type=_codes, default=[], metavar="CODES", help="not these rules")
         arg_parser.add_argument("--blocks", action="append", default=[], metavar="CLASS.ATTRIBUTE", help="a stack")
+        arg_parser.add_argument("--tensor-parallel", action="store_true", help="split layers over ranks (BMT008)")
         folder = tempfile.mkdtemp(prefix="bmt-convert-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         arg_parser.set_defaults(snapshots=folder)
@@ -61,9 +62,11 @@ class Convert(CodemodCommand):
         ignore: list[str] | None = None,
         blocks: list[str] | None = None,
         snapshots: str | None = None,
+        tensor_parallel: bool = False,
     ) -> None:
         super().__init__(context)
-        self._options = Options(unsafe, tuple(select or ()), tuple(ignore or ()), tuple(blocks or ()))
+        chosen = tuple(select or ()), tuple(ignore or ()), tuple(blocks or ())
+        self._options = Options(unsafe, *chosen, tensor_parallel)
         self._project, self._snapshots = project, snapshots
 
     def transform_module_impl(self, tree: cst.Module) -> cst.Module:

@@ -14,7 +14,10 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
-KEYS = {"select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int}
+KEYS = {
+    "select": list, "ignore": list, "blocks": list, "exclude": list, "unsafe": bool, "jobs": int,
+    "tensor-parallel": bool,
+}  # fmt: skip
 
 
 def read_settings(start: Path) -> dict[str, Any]:

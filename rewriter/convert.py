@@ -120,7 +120,7 @@ def _read(
         if isinstance(outcome, File):
             outcome.original = original
         outcomes.append(outcome)
-    return outcomes, Facts(project, options.blocks)
+    return outcomes, Facts(project, options.blocks, options.tensor_parallel)
 
 
 def _line(original: Original | None, line: int) -> int:

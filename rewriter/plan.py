@@ -41,6 +41,7 @@ class Options:
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()
+    tensor_parallel: bool = False
 
     def wants(self, code: str) -> bool:
         if any(code.startswith(prefix) for prefix in self.ignore):

@@ -74,7 +74,10 @@ class _Layer(NamedTuple):
 
 
 def parallelize_module(
-    module: ModuleT, plan: Mapping[str, Any] | None = None, divide: Collection[str] | None = None
+    module: ModuleT,
+    plan: Mapping[str, Any] | None = None,
+    divide: Collection[str] | None = None,
+    heads: Collection[str] = (),
 ) -> ModuleT:
     """Split ``nn.Linear`` and ``nn.Embedding`` layers of ``module`` over the tensor-parallel group.  Collective.
 
@@ -102,6 +105,8 @@ def parallelize_module(
             along.
         divide: the attributes that count heads, of the modules that hold split layers: each is divided by the size of
             the group.  Empty if their forward goes by the size of what it is given.
+        heads: such attributes that stay as they are, because the forward goes by the size of what it is given: only
+            whether they can be divided is looked at, so that no head is cut.  "config.n_head" is one of an attribute.
 
     Returns ``module``.  Raises ConfigurationError, before anything has changed, where a layer cannot be split so, where
     a head would be cut, and where heads are counted and ``divide`` does not say which.
@@ -121,7 +126,11 @@ def parallelize_module(
     layers = [layer._replace(style=layer.style._replace(parts=_parts(layer, layers, ready))) for layer in layers]
     _with_tied(module, layers)
     parents = {id(layer.parent): layer.parent for layer in layers}
+    if heads and divide is None:
+        divide = ()
     counts = [] if ready else [found for parent in parents.values() for found in _counts(parent, divide, size)]
+    for parent in parents.values():
+        _require_divisible(parent, heads, size)
     for layer in layers:
         _require_whole_heads(layer)
     kept: dict[tuple[int, Split | None], DistributedParameter] = {}
@@ -288,6 +297,18 @@ def _counts(parent: nn.Module, divide: Collection[str] | None, size: int) -> Ite
                 f"{type(parent).__name__}.{name} is {value}, and each of {size} ranks has its share of the features. "
                 f'Say bmt.parallelize_module(..., divide=["{name}"]) if its forward cuts features by that number, '
                 "or divide=[] if not."
+            )
+
+
+def _require_divisible(parent: nn.Module, heads: Collection[str], size: int) -> None:
+    for path in heads:
+        value: Any = parent
+        for name in path.split("."):
+            value = getattr(value, name, None)
+        if type(value) is int and value % size:
+            raise ConfigurationError(
+                f"{type(parent).__name__}.{path} is {value}: so many heads cannot be divided over {size} "
+                "tensor-parallel ranks. Take another tp_size, or leave its layers out of the plan."
             )
 
 

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from .engine import engine
 from .flat import FlatShard, flat_of
 from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_of
-from .slices import own_slice, whole_shape
+from .slices import joined, own_slice, whole_shape
 from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
@@ -98,10 +98,11 @@ def _given(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
+def gather_grad(parameter: nn.Parameter, join: bool = False) -> torch.Tensor | None:
     """The whole reduced gradient, in fp32 for low precision; None if no rank has one.  Collective.
 
-    Shape: the parameter's, of a slice the slice's.  Call it between backward and the optimizer's step.
+    Shape: the parameter's, of a slice the slice's; with ``join`` that of all tensor-parallel ranks' slices together, in
+    the order of the whole layer.  Call it between backward and the optimizer's step.
     """
     flat = flat_of(parameter)
     if flat is None:
@@ -116,7 +117,8 @@ def gather_grad(parameter: nn.Parameter) -> torch.Tensor | None:
         return None
     whole = flat.whole_of(flat.gradient.settled())
     slot = flat.layout.slots[index]
-    return whole[slot.start : slot.end].view(slot.shape).clone()
+    own = whole[slot.start : slot.end].view(slot.shape)
+    return joined(ctx, own, split_of(parameter)).clone() if join else own.clone()
 
 
 def grouped_parameters(model: nn.Module) -> Iterator[tuple[str | None, list[nn.Parameter]]]:

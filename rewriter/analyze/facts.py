@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rewriter.analyze.model.pairs import Pairs, find_pairs
 from rewriter.analyze.model.parameters import parameter_calls
+from rewriter.analyze.model.splits import Splits
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File
@@ -29,19 +30,25 @@ from rewriter.types import Refusal
 class Facts:
     """``blocks`` holds patterns such as ``GPT.h`` that name stacks.
 
-    ``refused`` is why files of other engines did not become ordinary ones.
+    ``refused`` is why files of other engines did not become ordinary ones. ``tensor_parallel``: the user wants layers
+    split.
     """
 
-    def __init__(self, project: Project, blocks: tuple[str, ...] = ()) -> None:
+    def __init__(self, project: Project, blocks: tuple[str, ...] = (), tensor_parallel: bool = False) -> None:
         self.project = project
         self.classes = Classes(project)
         self.blocks = blocks
+        self.tensor_parallel = tensor_parallel
         self.refused: Mapping[Path, Sequence[Refusal]] = {}
         self._managers: dict[File, Managers] = {}
 
     @cached_property
     def stacks(self) -> Stacks:
         return Stacks(self.project, self.classes, self.blocks)
+
+    @cached_property
+    def splits(self) -> Splits:
+        return Splits(self.stacks)
 
     @cached_property
     def pairs(self) -> list[Pairs]:

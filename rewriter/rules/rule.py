@@ -17,6 +17,7 @@ class Example:
     before: str
     after: str = ""
     unsafe: bool = False
+    tensor_parallel: bool = False
 
 
 @dataclass(frozen=True, slots=True)

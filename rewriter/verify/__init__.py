@@ -8,6 +8,7 @@ Layers, imports only downwards::
     tree        tensors in any nesting of outputs
     compare     distances between two recordings
     findings    rows of distances, and whether they are a proof
+    dropout     dropout that does nothing
     inputs      what the factory gave, or inputs made up from forward's annotations
     sides       how the original and the converted model train
     phases      what is recorded

@@ -25,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--ranks", type=_ranks, default=(1, 2), metavar="N[,N]", help="numbers of ranks to try (default: 1,2)"
     )
+    made.add_argument(
+        "--tp-size", type=_positive, default=1, metavar="N", help="of so many ranks each holds slices of split layers"
+    )
     made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long[:50]]", help="an input's size")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--steps", type=_positive, default=3, help="optimizer steps (default: %(default)s)")
@@ -103,6 +106,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         device=options.device,
         timeout=options.timeout,
         keep=options.keep,
+        tp_size=options.tp_size,
     )
 
 

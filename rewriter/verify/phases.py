@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from rewriter.verify.dropout import no_dropout
 from rewriter.verify.inputs import Case, InputsError, make_case
 from rewriter.verify.sides import Converted, Original, Side, seed_all
 from rewriter.verify.tree import map_tensors, recorded, tensors
@@ -32,7 +33,7 @@ class Phases:
         self.rank: int = job["rank"]
         self.device = torch.device(job["device"])
         self.job = job
-        self.side: Side = Original() if job["side"] == "original" else Converted()
+        self.side: Side = Original() if job["side"] == "original" else Converted(job["tp_size"])
         self.case: Case
 
     def build(self) -> Record:
@@ -53,6 +54,7 @@ class Phases:
             "initial weights": self._on_first(state),
             "inputs": recorded((self.case.args, self.case.kwargs)),
             "unsharded": self.side.unsharded(model),
+            "split": self.side.split(model),
             "files": _files_under(model, [Path(root) for root in self.job["roots"]]),
         }
 
@@ -89,22 +91,22 @@ class Phases:
             record["no_input_grads"] = "" if needed or not of_inputs else "the loss does not depend on them"
             return record
 
-    def train(self) -> Record:
-        """Training mode: dropout and whatever else draws random numbers is on."""
-        with self._fresh(train=True):
+    def train(self, still: bool = False) -> Record:
+        """Training mode: dropout and whatever else draws random numbers is on; ``still``: dropout does nothing."""
+        with self._fresh(train=True), _dropout_off(still):
             record = self._forward_backward(*self._inputs(False))
             record["buffers"] = recorded({n: b for n, b in self.case.model.named_buffers() if b is not None})
             return record
 
-    def split(self, shares: int) -> Record:
+    def split(self, shares: int, still: bool = False) -> Record:
         """The batch in shares: a rank takes its own, the original takes all, one after the other."""
         if not self._batch(shares):
             return {"unsplit": True}
         if self.job["side"] == "converted":
-            with self._fresh(train=True):
-                return self._forward_backward(*self._share(self.rank, shares))
+            with self._fresh(train=True), _dropout_off(still):
+                return self._forward_backward(*self._share(self.rank // self.job["tp_size"], shares))
         outputs, losses = [], []
-        with self._fresh(train=True):
+        with self._fresh(train=True), _dropout_off(still):
             for number in range(shares):
                 with self._fresh(train=True, clear=False):
                     out, loss = self._forward(*self._share(number, shares))
@@ -113,8 +115,12 @@ class Phases:
                     losses.append(recorded(loss))
             return {"outputs": outputs, "loss": losses, "gradients": self._grads()}
 
-    def steps(self, count: int, max_norm: float) -> Record:
+    def steps(self, count: int, max_norm: float, still: bool = False) -> Record:
         """Training: forward, backward, clipping and AdamW, ``count`` times. Leaves the weights changed."""
+        with _dropout_off(still):
+            return self._steps(count, max_norm)
+
+    def _steps(self, count: int, max_norm: float) -> Record:
         self._clear()
         self.side.optimizer(self.case.model.parameters())
         losses, norms, first = [], [], None
@@ -233,6 +239,16 @@ class Phases:
                 module._buffers[key] = value
             if clear:
                 self._clear()
+
+
+@contextmanager
+def _dropout_off(off: bool) -> Iterator[None]:
+    undo = no_dropout() if off else None
+    try:
+        yield
+    finally:
+        if undo is not None:
+            undo()
 
 
 def default_loss(output: Any) -> torch.Tensor:

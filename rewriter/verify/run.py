@@ -30,6 +30,12 @@ class Settings:
     device: str = "auto"
     timeout: float = 300.0
     keep: Path | None = None
+    tp_size: int = 1
+    """So many ranks hold the slices of layers, where the number of ranks is a multiple of it."""
+
+    def tensor_parallel(self, ranks: int) -> int:
+        """Of a run on so many ranks."""
+        return self.tp_size if ranks % self.tp_size == 0 else 1
 
 
 def verify(settings: Settings) -> Report:
@@ -78,7 +84,8 @@ class _Run:
         roots = [str(root) for root in import_roots(code)]
         job = {
             "side": side, "ranks": ranks, "factory": settings.factory, "seed": settings.seed, "device": device,
-            "shapes": list(settings.shapes), "path": roots, "roots": [str(code.resolve())],
+            "tp_size": settings.tensor_parallel(ranks), "shapes": list(settings.shapes), "path": roots,
+            "roots": [str(code.resolve())],
         }  # fmt: skip
         return Group(job, self.work, settings.timeout)
 
@@ -91,10 +98,15 @@ class _Run:
             self.original.ask("reset")  # the ranks before have trained it
         self._phase(group, ranks, "evaluate")
         self._gradients(group, ranks)
-        self._phase(group, ranks, "train")
-        if ranks > 1:
-            self._split(group, ranks)
-        self._phase(group, ranks, "steps", {"count": self.settings.steps, "max_norm": self._max_norm()})
+        slices = self.settings.tensor_parallel(ranks)
+        still = {"still": True} if slices > 1 else {}
+        if still:
+            note = "tensor-parallel ranks draw other masks for what they share: dropout does nothing from here on"
+            self.report.rows.append(Row(ranks, "train", "dropout", skipped=note))
+        self._phase(group, ranks, "train", still)
+        if ranks > slices:
+            self._split(group, ranks, still)
+        self._phase(group, ranks, "steps", {"count": self.settings.steps, "max_norm": self._max_norm(), **still})
         self._checkpoints(group, ranks)
 
     def _of_original(self, phase: str, **options: Any) -> Reply:
@@ -127,6 +139,10 @@ class _Run:
             wrong = tuple(Distance(name, why="held whole by every rank") for name in theirs[0]["unsharded"])
             count = len(ours["keys and shapes"])
             self.report.rows.append(Row(ranks, "build", "sharded", Comparison(count, different=wrong)))
+            if self.settings.tensor_parallel(ranks) > 1:
+                split = len(theirs[0]["split"])
+                none = () if split else (Distance("the model", why="no layer is split over tensor-parallel ranks"),)
+                self.report.rows.append(Row(ranks, "build", "split", Comparison(split, different=none)))
         return isinstance(ours, dict) and isinstance(theirs[0], dict)
 
     def _gradients(self, group: Group, ranks: int) -> None:
@@ -140,14 +156,19 @@ class _Run:
         if isinstance(ours, dict) and (why := ours["no_input_grads"]):
             self.report.rows.append(Row(ranks, "gradients", "gradients of inputs", skipped=why))
 
-    def _split(self, group: Group, ranks: int) -> None:
-        ours, theirs = self._of_original("split", shares=ranks), group.ask("split", shares=ranks)
+    def _split(self, group: Group, ranks: int, still: dict[str, Any]) -> None:
+        slices = self.settings.tensor_parallel(ranks)
+        shares = ranks // slices
+        ours, theirs = (
+            self._of_original("split", shares=shares, **still),
+            group.ask("split", shares=shares, **still)[::slices],
+        )
         if isinstance(ours, Failure):
             note = "the original cannot run a share of the batch: " + ours.message.splitlines()[0]
             self.report.rows.append(Row(ranks, "split", "gradients", skipped=note))
             return
         if "unsplit" in ours:
-            note = f"the inputs' first dimension does not split into {ranks}"
+            note = f"the inputs' first dimension does not split into {shares}"
             self.report.rows.append(Row(ranks, "split", "gradients", skipped=note))
             return
         joined: list[Reply] = [*theirs]
@@ -208,7 +229,8 @@ class _Run:
             row = Row(ranks, phase, what, found or Comparison())
             self.report.rows.append(row)
             differs |= row.verdict == "differs" and what in ("outputs", "loss")
-        if differs and traced is not None and phase in ("evaluate", "gradients", "train"):
+        sliced = self.settings.tensor_parallel(ranks) > 1  # layers inside give shares, which differ
+        if differs and traced is not None and not sliced and phase in ("evaluate", "gradients", "train"):
             self._trace(traced, ranks, phase)
 
     def _tolerance(self, ranks: int, phase: str, what: str) -> float:

@@ -50,6 +50,9 @@ class Side(Protocol):
     def unsharded(self, model: nn.Module) -> list[str]:
         """Names of parameters that every rank holds whole."""
 
+    def split(self, model: nn.Module) -> list[str]:
+        """Names of parameters of which tensor-parallel ranks hold slices."""
+
 
 class Original:
     """Plain torch on one process."""
@@ -79,22 +82,28 @@ class Original:
     def unsharded(self, model: nn.Module) -> list[str]:
         return []
 
+    def split(self, model: nn.Module) -> list[str]:
+        return []
+
 
 class Converted:
-    """bmtrain on as many ranks as there are; each method is collective."""
+    """bmtrain on as many ranks as there are, ``tp_size`` of which hold slices; each method is collective."""
+
+    def __init__(self, tp_size: int = 1) -> None:
+        self.tp_size = tp_size
 
     def start(self, seed: int, device: str, meeting: str) -> None:
         # By name: the rewriter does not depend on bmtrain; the converted code that runs here does.
         self._bmt: Any = importlib.import_module("bmtrain")
         # Ranks that get the same inputs are compared with one process, dropout and all.
-        self._bmt.init_distributed(f"file://{meeting}", seed=seed, device=device, random="shared")
+        self._bmt.init_distributed(f"file://{meeting}", seed=seed, tp_size=self.tp_size, device=device, random="shared")
         self._manager = self._bmt.optim.OptimManager()
 
     def backward(self, loss: torch.Tensor) -> None:
         self._manager.backward(loss)
 
     def grad(self, parameter: nn.Parameter) -> torch.Tensor | None:
-        gradient: torch.Tensor | None = self._bmt.gather_grad(parameter)
+        gradient: torch.Tensor | None = self._bmt.gather_grad(parameter, join=True)
         return gradient
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -112,10 +121,13 @@ class Converted:
         self._bmt.save(model, path)
 
     def unsharded(self, model: nn.Module) -> list[str]:
-        if self._bmt.world_size() == 1:
-            return []
+        if self._bmt.world_size() == self.tp_size:
+            return []  # nobody else has the same slices
         return [
             name
             for name, p in model.named_parameters()
             if p.numel() > 1 and p.untyped_storage().nbytes() >= p.numel() * p.element_size()
         ]
+
+    def split(self, model: nn.Module) -> list[str]:
+        return [name for name, p in model.named_parameters() if getattr(p, "_tp_mode", False)]

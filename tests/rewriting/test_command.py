@@ -26,7 +26,12 @@ class Examples(CodemodTest):
     def runTest(self) -> None:
         for code, number, example in EXAMPLES:
             with self.subTest(rule=code, example=number):
-                self.assertCodemod(example.before, example.after or example.before, unsafe=example.unsafe)
+                self.assertCodemod(
+                    example.before,
+                    example.after or example.before,
+                    unsafe=example.unsafe,
+                    tensor_parallel=example.tensor_parallel,
+                )
 
 
 def test_examples_of_the_rules() -> None:

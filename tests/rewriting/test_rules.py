@@ -21,7 +21,7 @@ CASES = [
 
 @pytest.mark.parametrize(("rule", "example"), CASES)
 def test_example(rule: Rule, example: Example) -> None:
-    after = converted(example.before, unsafe=example.unsafe)
+    after = converted(example.before, unsafe=example.unsafe, tensor_parallel=example.tensor_parallel)
     assert after == (example.after or example.before)
     ast.parse(after)
 

@@ -94,3 +94,19 @@ def differing_sizes() -> None:
 
 def test_ranks_that_ask_for_different_groups() -> None:
     run_ranks(2, differing_sizes, initialize=False, fresh=True)
+
+
+@on_ranks(2, env={"BMTRAIN_TP_SIZE": "2"}, fresh=True)
+def test_the_launch_says_how_many_ranks_hold_slices() -> None:
+    assert bmt.mesh().size("tensor") == 2
+
+
+@on_ranks(2, env={"BMTRAIN_TP_SIZE": "2"}, init={"tp_size": 1}, fresh=True)
+def test_an_argument_goes_before_the_launch() -> None:
+    assert bmt.mesh().size("tensor") == 1
+
+
+@on_ranks(1, env={"BMTRAIN_TP_SIZE": "two"}, initialize=False, fresh=True)
+def test_a_launch_that_says_no_number() -> None:
+    with pytest.raises(ConfigurationError, match="BMTRAIN_TP_SIZE is 'two'; it must be an integer"):
+        bmt.init_distributed(device="cpu")

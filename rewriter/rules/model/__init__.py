@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rewriter.rules.model import base_class, block_list, checkpoint, loop, pairs, parameter
+from rewriter.rules.model import base_class, block_list, checkpoint, loop, pairs, parameter, split
 
-RULES = (base_class.RULE, block_list.RULE, checkpoint.RULE, loop.RULE, pairs.RULE, parameter.RULE)
+RULES = (base_class.RULE, block_list.RULE, checkpoint.RULE, loop.RULE, pairs.RULE, parameter.RULE, split.RULE)

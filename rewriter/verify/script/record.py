@@ -28,6 +28,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader
 
+from rewriter.verify.dropout import no_dropout
 from rewriter.verify.script import digests
 
 STACKS = getattr(signal, "SIGRTMIN", signal.SIGUSR2) + (7 if hasattr(signal, "SIGRTMIN") else 0)
@@ -356,23 +357,6 @@ def gradient_of(parameter: torch.Tensor) -> torch.Tensor | None:
     else:
         gradient = parameter.grad
     return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
-def no_dropout() -> None:
-    """Dropout becomes the identity: on several ranks it draws other numbers than on one."""
-
-    def identity(input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return input
-
-    for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"):
-        setattr(torch.nn.functional, name, identity)
-    torch.dropout = identity
-    attention = torch.nn.functional.scaled_dot_product_attention
-
-    def still(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, **kwargs: Any) -> Any:
-        return attention(query, key, value, attn_mask, 0.0, **kwargs)
-
-    torch.nn.functional.scaled_dot_product_attention = still  # type: ignore[assignment]
 
 
 def main(spec: dict[str, Any]) -> int:

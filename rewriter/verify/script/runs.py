@@ -22,7 +22,7 @@ GRACE = 8.0
 """Seconds that the other ranks get to end after one has failed."""
 _LAUNCH = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
-    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
+    "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "BMTRAIN_TP_SIZE",
 )  # fmt: skip
 
 

@@ -324,7 +324,7 @@ class Brings(Model):
 
 @on_ranks(2, init={"tp_size": 2})
 def test_a_plan_that_came_along() -> None:
-    assert_trains_alike(bmt.BMTrainModelWrapper(bmt.parallelize_module(Brings())), Model(), packed=("gate_up",))
+    assert_trains_alike(bmt.BMTrainModelWrapper(bmt.parallelize_module(Brings())), Model())
 
 
 @on_ranks(2, init={"tp_size": 2}, drawn_on_cpu=False)
