@@ -11,7 +11,7 @@ from ..autograd import ScriptsAsWritten, backward_id, runs_as_written, saves_wit
 from ..device import Device
 from ..shard.unit import ShardUnit, unit_of_flat, wait_to_be_reduced
 from .frame import Frame
-from .saved import KeptValues, PlaceInFlat
+from .saved import KeptValues, Place
 from .schedule import Schedule
 from .untrained import FirstGraphs
 
@@ -112,13 +112,13 @@ class Backward:
             if unit.open_uses <= 0:
                 self._schedule.reduce(unit)
 
-    def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
+    def rebuild(self, place: Place, autocast: torch.dtype | None) -> torch.Tensor:
         """A view of the re-gathered buffer."""
         flat = place.flat
         if flat.buffer is None:
             self._schedule.use(unit_of_flat(flat), "backward", autocast)
         assert flat.buffer is not None
-        return place.within(flat.buffer.tensor)
+        return place.within(flat.buffer)
 
     @contextmanager
     def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> Iterator[None]:

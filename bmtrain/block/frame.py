@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 from ..alike import differ, sums_of
 from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
 from ..errors import ConfigurationError
+from ..shard.flat import FlatShard
+from ..shard.parameter import DistributedParameter
 from ..shard.unit import ShardUnit
 from .memory import MemoryPlan
 from .repeat import Repeat
-from .saved import Buffers, PlaceInFlat
+from .saved import Buffers, Place, PlaceInFlat, PlaceOfParameter
 
 T = TypeVar("T")
 
@@ -121,6 +123,10 @@ class Frame:
         kept = self._kept
         if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:
             return tensor  # without a look at what it is; a parameter would show something else by the backward
+        if type(tensor) is DistributedParameter:
+            home = tensor._flat
+            if isinstance(home, FlatShard) and home.buffer is not None:
+                return PlaceOfParameter(home, tensor._index, tensor.dtype)
         strided = tensor.layout is torch.strided  # a sparse one is no part of a buffer
         flat = self._whole.get(tensor.untyped_storage().data_ptr()) if strided else None  # asked of all that is saved
         if flat is not None:
@@ -151,7 +157,7 @@ class Frame:
             if flat is None:
                 return packed
             packed = PlaceInFlat.of(packed, flat)
-        if isinstance(packed, PlaceInFlat):
+        if isinstance(packed, Place):
             if torch.is_grad_enabled():  # create_graph=True: what this node saves of the buffer is no more to be kept
                 if self._second is None:
                     self._second = Frame(self.owner, None, None, recompute=False)

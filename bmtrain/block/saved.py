@@ -9,7 +9,7 @@ import torch
 
 from ..device import Device
 from ..shard.flat import FlatShard
-from ..shard.pools import Pools
+from ..shard.pools import Buffer, Pools
 from ..shard.unit import ShardUnit
 
 
@@ -27,11 +27,28 @@ class PlaceInFlat(NamedTuple):
         """Where ``tensor``, a part of ``flat``'s buffer, lies."""
         return cls(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    def within(self, base: torch.Tensor) -> torch.Tensor:
+    def within(self, buffer: Buffer) -> torch.Tensor:
         """The view, made anew from a buffer that holds the values again."""
+        base = buffer.tensor
         if base.dtype != self.dtype:  # pinned in another precision meanwhile
             base = base.to(self.dtype)
         return base.as_strided(self.size, self.stride, self.offset)
+
+
+class PlaceOfParameter(NamedTuple):
+    """The view that a whole parameter is, without the buffer: most that are saved, and quicker to find again."""
+
+    flat: FlatShard
+    number: int
+    dtype: torch.dtype
+
+    def within(self, buffer: Buffer) -> torch.Tensor:
+        """The same of a buffer that holds the values again."""
+        view = buffer.views(self.flat.layout)[self.number]
+        return view if view.dtype == self.dtype else view.to(self.dtype)
+
+
+Place = PlaceInFlat | PlaceOfParameter
 
 
 class KeptValues:
@@ -74,5 +91,5 @@ class Buffers(Protocol):
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
 
-    def rebuild(self, place: PlaceInFlat, autocast: torch.dtype | None) -> torch.Tensor:
+    def rebuild(self, place: Place, autocast: torch.dtype | None) -> torch.Tensor:
         """A view of the re-gathered buffer."""
