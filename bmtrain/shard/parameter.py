@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ..autograd import never_compiled, runs_as_written
 from ..context import context
 from ..errors import ConfigurationError, ShardedAccessError
 from .place import Part, Place
@@ -143,6 +144,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         return self._group
 
     @property
+    @never_compiled
     def data(self) -> torch.Tensor:
         """The values while whole; a ShardedTensor while sharded.  What is written to it stays.
 
@@ -158,6 +160,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         return shown
 
     @data.setter
+    @never_compiled
     def data(self, value: torch.Tensor) -> None:
         if self._flat is None:
             _raw_data.__set__(self, value)
@@ -195,6 +198,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         return part
 
     @property
+    @never_compiled
     def grad(self) -> torch.Tensor | None:
         """The gradient: whole while autograd holds it and at world size 1; a ShardedTensor once it is reduced.
 
@@ -210,6 +214,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         return self._flat.visible_grad(self._index)
 
     @grad.setter
+    @never_compiled
     def grad(self, value: torch.Tensor | None) -> None:
         flat = self._flat
         if flat is None or (value is not None and value.shape != self.shape):
@@ -295,6 +300,7 @@ class ShardedParameter(DistributedParameter):
     operation: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
 
     @classmethod
+    @runs_as_written
     def __torch_function__(
         cls,
         func: Callable[..., Any],
@@ -303,6 +309,11 @@ class ShardedParameter(DistributedParameter):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         return cls.operation(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: object) -> Any:
+        """Never called, since the object was made by another class; that there is one keeps torch.compile away."""
+        raise NotImplementedError(func)
 
     def __repr__(self) -> str:  # type: ignore[override]
         facts = f"shape={tuple(self.shape)}, dtype={self.dtype}, requires_grad={self.requires_grad}"

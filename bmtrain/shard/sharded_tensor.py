@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..autograd import backward_id
+from ..autograd import backward_id, runs_as_written
 from ..errors import ShardedAccessError
 from .place import Part, Place
 from .slices import joined, own_slice
@@ -129,6 +129,7 @@ class ShardedTensor(torch.Tensor):
         )
 
     @classmethod
+    @runs_as_written
     def __torch_function__(
         cls,
         func: Callable[..., Any],
@@ -151,6 +152,7 @@ class ShardedTensor(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
+    @runs_as_written
     def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,

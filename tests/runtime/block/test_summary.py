@@ -35,7 +35,9 @@ def says_what_it_is() -> None:
     first, second, batch, third, *plan = lines
     assert len(plan) == context().device.is_apart and all("to spare" in line for line in plan)
     assert first.startswith("bmtrain: 481,601 parameters, 480,800 train, in ")
-    assert f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {context().topology.local_size} on this host" in first
+    assert (
+        f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {context().topology.local_size} on this host" in first
+    )
     held = 481_601 * 4 / 2**20 / bmt.world_size()
     trained = held * 480_800 / 481_601
     found = [float(word) for word in second.split() if word.replace(".", "").isdigit()]
