@@ -37,6 +37,57 @@ def planned(text: str) -> tuple[str, str]:
     return found[1] if found else "", "\n".join(said)
 
 
+SCALED = """
+
+class Scaled(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(sizes))
+        self.one = nn.Parameter(torch.ones(sizes[0]))
+
+    def forward(self, x):
+        return x * self.one
+
+    def whole(self, x):
+        return x * self.weight
+"""
+ENTRY = "may have an entry for each head"
+FOR_HEADS = {
+    "slopes that are no buffer": ("self.m = torch.tensor([0.5] * config.heads).view(1, -1, 1, 1)", "att = att + self.m", ENTRY),
+    "slopes by another name": (
+        "n = config.heads\n        self.m = make_slopes(n)", "att = att + self.m[:, None, None]", ENTRY,
+    ),
+    "slopes of the forward": ("pass", "att = att - torch.arange(1, self.n_head + 1).view(1, -1, 1, 1)", ENTRY),
+    "a mask that is expanded": (
+        "pass", "m = torch.ones(T, T).tril()[None, None].expand(B, self.n_head, T, T)\n            att = att + m", ENTRY,
+    ),
+    "a mask that is repeated": ("pass", "att = att + torch.ones(T, T).repeat(1, self.n_head, 1, 1)", ENTRY),
+    "a mask of heads that is compared": (
+        'self.register_buffer("m", torch.ones(8, 8).repeat(config.heads, 1, 1))',
+        "att = att.masked_fill(self.m[:, :T, :T] == 0, -1e9)", ENTRY,
+    ),
+    "a module that scales each head": (
+        "self.sc = Scaled(config.heads)", "att = self.sc(att.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)",
+        "has all features or heads",
+    ),
+    "a parameter of unknown dimensions": (
+        "self.sc = Scaled(config.heads, 1, 1)", "att = self.sc.whole(att)", "dimensions are not seen",
+    ),
+    "a norm over heads and features": (
+        "self.no = nn.LayerNorm([4, 4])", "v = self.no(v.transpose(1, 2)).transpose(1, 2)", "self.no is not followed",
+    ),
+    "a functional norm over heads and features": (
+        "pass", "v = F.layer_norm(v.transpose(1, 2), (self.n_head, 4)).transpose(1, 2)", "a norm goes over",
+    ),
+    "a layer that mixes heads": (
+        "self.talk = nn.Linear(4, 4)", "att = self.talk(att.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)", "mixes heads",
+    ),
+    "a loop whose second turn meets shares": (
+        "pass", "z = x\n            for _ in range(2):\n                w = z.mean()\n                z = att",
+        "z is another thing in each branch",
+    ),
+}  # fmt: skip
+
 WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
     "a norm over all heads": (
         changed(
@@ -92,6 +143,16 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         ),
         "it meets a whole value that trains",
     ),
+    **{
+        name: (
+            changed(
+                SLOW.replace("self.n_head = ", f"{made}\n        self.n_head = ") + SCALED,
+                "att = F.softmax", f"{used}\n            att = F.softmax",
+            ),
+            reason,
+        )
+        for name, (made, used, reason) in FOR_HEADS.items()
+    },
     "a gate of the whole": (
         changed(FAST, "y = y.transpose(1, 2)", "y = y * x.mean(-1)[:, None, :, None]\n        y = y.transpose(1, 2)"),
         "it meets a whole value that trains",
@@ -176,6 +237,28 @@ def test_attention_that_stays_whole(text: str, reason: str) -> None:
     assert not re.search(r"att(n|ention)\.", plan), plan
     assert "stay" in said and reason in said
     assert '"rowwise"' in plan  # the feed-forward layers are another matter
+
+
+ARGUMENTS = {
+    "one for all heads": ("nn.Embedding(8, 1)", "bias = self.rel(torch.arange(6)).mean()", "bias"),
+    "by name": ("nn.Parameter(torch.ones(1))", "bias = 2 * self.rel", "bias=bias"),
+    "in a tuple": ("nn.Linear(1, 1)", "a, bias = 0, self.rel(x[..., :1]).mean()", "bias"),
+    "of a module with parameters": ("nn.Sequential(nn.Linear(1, 1))", "bias = self.rel(x[..., :1]).mean()", "bias"),
+}
+
+
+@pytest.mark.parametrize(("made", "line", "given"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_arguments_of_blocks_that_train(made: str, line: str, given: str) -> None:
+    text = changed(
+        SLOW.replace("forward(self, x)", "forward(self, x, bias=None)").replace("self.attn(self.ln_1(x))", "self.attn(self.ln_1(x), bias)"),
+        "att = F.softmax", "att = att + bias\n            att = F.softmax",
+    ).replace("x = layer(x)", f"x = layer(x, {given})")  # fmt: skip
+    fixed = text.replace("        for layer in", "        bias = torch.zeros(6, 6)\n        for layer in")
+    assert "attn.c_attn" in planned(fixed)[0]
+    text = text.replace("        for layer in", f"        {line}\n        for layer in")
+    text = text.replace("        self.embedding", f"        self.rel = {made}\n        self.embedding")
+    plan, said = planned(text)
+    assert "attn.c_attn" not in plan and "it meets a whole value that trains" in said
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ taken out, and the forward is read anew.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rewriter.analyze.model.attributes import Attributes
@@ -53,6 +54,7 @@ _VIEWS = {"view", "reshape", "unflatten", "flatten", "expand", "expand_as"}
 _PIECES = {"chunk", "split", "unbind"}
 _METHODS = OPERATIONS | _VIEWS | _PIECES | {"size", "dim", "numel"}
 _FUNCTIONS = ("torch.", "torch.nn.functional.", "math.")
+_WORD, _DIVIDED = re.compile(r"[A-Za-z_][\w.]*"), re.compile(r"//?[\w.]+")
 _SYMBOLS: dict[type[ast.operator], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
 }  # fmt: skip
@@ -112,7 +114,14 @@ class _Frame:
 class Forward:
     """What can be split in blocks of one class."""
 
-    def __init__(self, classes: Classes, attributes: Attributes, block: ClassInfo, taken: Mapping[str, Taken]) -> None:
+    def __init__(
+        self,
+        classes: Classes,
+        attributes: Attributes,
+        block: ClassInfo,
+        taken: Mapping[str, Taken],
+        trained: Collection[str] = (),
+    ) -> None:
         self.classes, self.attributes, self.project = classes, attributes, classes.project
         self.block = block
         self.taken = dict(taken)
@@ -121,7 +130,11 @@ class Forward:
         self.dims: dict[str, int] = {}
         self.assumed: set[str] = set()
         """Arguments that are taken for (batch, sequence, features), as nothing says how many dimensions they have."""
+        self.trained = trained
+        """Arguments of the blocks, beside the first, that are made of parameters."""
         self.hidden: set[str] = set()
+        self.counts: set[str] = set()
+        """Numbers of heads, by the views that cut features by them."""
         self.seen: set[str] = set()
         self.linear: dict[str, Linear] = {}
         self.reading = Reading()
@@ -153,7 +166,9 @@ class Forward:
             return
         info = found[0].file.function_info(found[1])
         hidden = Tensor(hidden=True)  # what comes first is what the blocks hand on
-        result = self._run(Routine(info, Object(self.block, "")), [hidden], {}, info.node)
+        first = [argument.arg for argument in (*info.node.args.posonlyargs, *info.node.args.args)][1:2]
+        others = dict.fromkeys(set(self.trained) - {*first}, hidden)
+        result = self._run(Routine(info, Object(self.block, "")), [hidden], others, info.node)
         if origins_of(result):
             raise Failure(origins_of(result), "what it gives leaves the block", info.file, info.node)
 
@@ -328,10 +343,11 @@ class Forward:
             self._assign(frame, node.target, WHOLE)
         else:
             self._expression(frame, node.test)
-        before = dict(frame.names)
         self.loops += 1
-        self._statements(frame, node.body)
-        frame.names = _merged(before, frame.names)
+        for _ in range(2):  # what the first time leaves meets the second one
+            before = dict(frame.names)
+            self._statements(frame, node.body)
+            frame.names = _merged(before, frame.names)
         self.loops -= 1
         self._statements(frame, node.orelse)
 
@@ -546,7 +562,7 @@ class Forward:
         origins = origins_of(Tup(tuple(values)))
         if origins:
             raise Failure(origins, f"{ast.unparse(node)} compares what differs on a rank", frame.file, node)
-        return WHOLE
+        return Tensor(hidden=any(map(is_hidden, values)))
 
     def _subscript(self, frame: _Frame, node: ast.Subscript, value: Value, index: ast.expr) -> Value:
         if isinstance(value, Shape):
@@ -777,6 +793,9 @@ class Forward:
             raise Failure(own | origins, f"{layer} gets whole features, too", frame.file, node)
         if value.dims is None or value.place != len(value.dims) - 1:
             raise Failure(own | origins, f"{layer} is one layer for all heads", frame.file, node)
+        last = value.dims[-1]
+        if isinstance(last, Dim) and last.size.startswith("shared "):
+            raise Failure(own | origins, f"{layer} mixes heads", frame.file, node)
         if value.fresh:
             self._cut(frame, node, origins, 1)
         reading.rows[layer] = reading.rows.get(layer, NONE) | origins
@@ -833,8 +852,10 @@ class Forward:
         norm = next((v.norm for v in _flat(values) if isinstance(v, Tensor) and v.norm), "")
         tensors = [value for value in values if isinstance(value, Tensor)]
         if name in EACH or name in ("mul", "add", "sub", "div", "masked_fill"):
-            known = next((tensor.dims for tensor in tensors if tensor.dims is not None), None)
-            return Tensor(known, NONE, hidden, norm)
+            known = [tensor.dims for tensor in tensors if tensor.dims is not None]
+            dims = max(known, key=lambda dims: (any(isinstance(dim, Lead) for dim in dims), len(dims)), default=None)
+            return Tensor(dims, NONE, hidden, norm)
+        hidden |= self._for_heads((*values, *options.values()))
         if name in ("view", "reshape") and isinstance(first, Tensor):
             items = _items(values[1:])
             if items is not None and all(isinstance(item, Lead) or item.text != "-1" for item in items):
@@ -970,6 +991,10 @@ class Forward:
             self.reading.grouped |= origins
         for number in found.inferred:
             self._infer(frame, node, number, origins)
+        if found.heads is not None and found.heads.text.replace(".", "").isidentifier():
+            if found.heads.text not in self.counts:
+                self.counts.add(found.heads.text)
+                raise Again
         if found.heads is not None and found.heads.attribute and frame.me is not None:
             for layer in origins:
                 if layer.rpartition(".")[0] == frame.me.name:
@@ -1052,7 +1077,12 @@ class Forward:
         for value in _flat(values):
             if isinstance(value, Linear) and value.name not in self.taken:
                 raise Failure(frozenset({value.name}), f"{value.name} is passed on", frame.file, node)
-        return Tensor(hidden=any(map(is_hidden, values)))
+        return Tensor(hidden=any(map(is_hidden, values)) or self._for_heads(values))
+
+    def _for_heads(self, values: Sequence[Value]) -> bool:
+        """Whether what is made of such values may have an entry for each head."""
+        numbers = (_DIVIDED.sub("", value.text) for value in _flat(values) if isinstance(value, Num))
+        return any(word in self.counts for text in numbers for word in _WORD.findall(text))
 
 
 def _size(dim: Dim | Lead, tensor: Tensor) -> Value:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from rewriter.analyze.model.attributes import Attributes
 from rewriter.analyze.model.elements import Element
 from rewriter.analyze.model.forwards import Edit, Forward, Taken
+from rewriter.analyze.model.given import trained
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.model.tensors import Object
@@ -105,8 +106,9 @@ class Splits:
     def block(self, cls: ClassInfo) -> Block:
         if cls not in self._blocks:
             taken: dict[str, Taken] = {}
+            given = self._trained(cls)
             while True:
-                forward = Forward(self.classes, self.attributes, cls, taken)
+                forward = Forward(self.classes, self.attributes, cls, taken, given)
                 reached = {name: self._reached(forward, name) for name in _split(forward)}
                 more = {name: why for name, why in reached.items() if why is not None}
                 if not more:
@@ -114,6 +116,16 @@ class Splits:
                 taken |= more
             self._blocks[cls] = _block(cls, forward, tuple(dict.fromkeys(taken.values())))
         return self._blocks[cls]
+
+    def _trained(self, cls: ClassInfo) -> set[str]:
+        """The arguments of blocks of a class that are made of parameters, in whatever stack these are."""
+        found: set[str] = set()
+        for stack in self.stacks.found:
+            if any(_class_of(element) is cls for build in stack.builds for element in build.elements):
+                for member in {cls, *self.classes.ancestors(cls)}:
+                    if "forward" in member.methods:
+                        found |= trained(self.attributes, stack, member.methods["forward"])
+        return found
 
     def _reached(self, forward: Forward, name: str) -> Taken | None:
         """Where a layer is used otherwise than in the forward that was read."""
