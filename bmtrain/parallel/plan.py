@@ -59,6 +59,16 @@ _HEADS = re.compile(r"(.*_)?n?heads?(_(q|k|v|kv|local|total))?")
 _OF_ONE_HEAD = ("head_dim", "head_size", "dim_head", "d_head", "attention_head_size", "dim_per_head")
 
 
+class _Columns(ColumnParallelLinear, nn.Linear):  # type: ignore[misc] # weight and bias of either
+    """What takes an ``nn.Linear``'s place is one to code that looks for them, as for groups of weight decay."""
+
+    reset_parameters: Any = None  # of a slice, it would go by the slice's sizes
+
+
+class _Rows(RowParallelLinear, nn.Linear):  # type: ignore[misc]
+    reset_parameters: Any = None
+
+
 class _Layer(NamedTuple):
     name: str
     parent: nn.Module
@@ -352,9 +362,9 @@ def _split(layer: _Layer, kept: dict[tuple[int, Split | None], DistributedParame
         assert isinstance(module, nn.Linear)
         sizes = module.in_features, module.out_features, module.bias is not None, module.weight.dtype
         if style.along == "columns":
-            made = ColumnParallelLinear(*sizes, gather_output=style.whole, gather_input=False)
+            made = _Columns(*sizes, gather_output=style.whole, gather_input=False)
         else:
-            made = RowParallelLinear(*sizes, split_input=style.whole, all_reduce_output=True)
+            made = _Rows(*sizes, split_input=style.whole, all_reduce_output=True)
     splits = {"weight": layer.split, "bias": layer.split if style.along == "columns" else None}
     for name, parameter in module.named_parameters(recurse=False):
         setattr(made, name, _slice(parameter, splits[name], kept))

@@ -273,6 +273,38 @@ def test_statements_that_are_not_followed(lines: str) -> None:
     assert "attn" not in plan and "is not followed" in said
 
 
+LOOKED = {
+    "groups of weight decay": "decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]\n    return decay",
+    "kinds by name": "kinds = (nn.Linear, nn.Embedding)\n    return [n for n, m in model.named_modules() if isinstance(m, kinds)]",
+    "a count": "return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear))",
+    "a loop": "found = set()\n    for n, m in model.named_modules():\n        for p, _ in m.named_parameters():\n"
+    "            if isinstance(m, (nn.Linear,)):\n                found.add(p)\n    return found",
+}
+CHANGED = {
+    "modules that are handed on": "return [m for m in model.modules() if isinstance(m, nn.Linear)]",
+    "weights in place": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.weight.mul_(2)",
+    "data": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.weight.data *= 2",
+    "another module": "for n, m in model.named_children():\n        if isinstance(m, nn.Linear):\n            setattr(model, n, nn.Identity())",
+    "a helper": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            helper(m)",
+    "an attribute": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.seen = True",
+    "hooks": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.register_forward_hook(print)",
+    "exactly that class": "return [m.weight for m in model.modules() if type(m) is nn.Linear]",
+    "a table of classes": "return [{nn.Linear: 1}.get(type(m)) for m in model.modules()]",
+    "kinds that are handed on": "kinds = (nn.Linear,)\n    return kinds",
+}
+
+
+@pytest.mark.parametrize("body", LOOKED.values(), ids=LOOKED.keys())
+def test_who_only_looks_at_linear_layers(body: str) -> None:
+    assert "rowwise" in planned(source(FAST) + f"\n\ndef look(model):\n    {body}\n")[0]
+
+
+@pytest.mark.parametrize("body", CHANGED.values(), ids=CHANGED.keys())
+def test_who_may_change_linear_layers(body: str) -> None:
+    plan, said = planned(source(FAST) + f"\n\ndef look(model):\n    {body}\n")
+    assert not plan and "code asks which layers are torch.nn.Linear" in said
+
+
 WHOLE_MODELS: dict[str, tuple[str, str]] = {
     "asked which layers are linear": (
         "\n\ndef groups(model):\n    return [m for m in model.modules() if isinstance(m, nn.Linear)]\n",

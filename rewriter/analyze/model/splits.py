@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import Function, self_path, walk
 
 Style = str
+_IN_PLACE = re.compile(r"^(register_|add_module|set_|apply)|[a-z]_$")
 _INIT = re.compile(r"init|reset", re.I)
 _ADAPTERS = ("peft", "loralib", "bitsandbytes")
 
@@ -266,15 +268,49 @@ class Splits:
         if isinstance(node, ast.Call) and self.project.external(file, node.func).startswith("torch.nn.init."):
             return f"{ast.unparse(node)[:60]} gives parameters of a model that is built other values"
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
-            parent, (ast.Call, ast.Tuple, ast.List, ast.Compare)
+            parent, (ast.Call, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Compare)
         ):
             called = isinstance(parent, ast.Call) and parent.func is node
             found = self.project.resolve(file, node) if not called else None
             if isinstance(found, External) and found.name == "torch.nn.Linear":
                 inside = any(isinstance(item, ast.Call) and _asks(item) for item in file.names.ancestors(node))
-                if inside or isinstance(parent, (ast.Tuple, ast.List, ast.Compare)):
-                    return "code asks which layers are torch.nn.Linear after the model is built"
+                asked = inside or not isinstance(parent, ast.Call)
+                if asked and not self._only_looks(file, node):
+                    return "code asks which layers are torch.nn.Linear after the model is built, and may change them"
         return ""
+
+    def _only_looks(self, file: File, node: ast.AST) -> bool:
+        """Whether ``isinstance`` asks, of which what is split is an ``nn.Linear``, too, and nothing is changed."""
+        function = file.names.function_of(node)
+        statement = file.names.statement_of(node)
+        if function is None:
+            return False
+        uses = [node]
+        if (
+            isinstance(statement, ast.Assign)
+            and file.names.parents.get(file.names.parents.get(node, node)) is statement
+        ):
+            kinds = {target.id for target in statement.targets if isinstance(target, ast.Name)}
+            uses = [
+                n for n in walk(function) if isinstance(n, ast.Name) and n.id in kinds and n not in statement.targets
+            ]
+            if len(kinds) != len(statement.targets):
+                return False
+        asked = set()
+        for use in uses:
+            outer = file.names.parents.get(use)
+            outer = file.names.parents.get(outer) if isinstance(outer, ast.Tuple) else outer
+            if not (isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "isinstance"):
+                return False
+            asked.add(outer.args[0])
+        named = {module.id for module in asked if isinstance(module, ast.Name)}
+        for item in walk(function):
+            kept = isinstance(item, ast.Name) and item.id in named and isinstance(item.ctx, ast.Load)
+            if kept and item not in asked and not isinstance(file.names.parents.get(item), ast.Attribute):
+                return False  # whoever gets the module may change it
+            if _changes(item):
+                return False
+        return True
 
 
 def _class_of(element: Element) -> ClassInfo | None:
@@ -285,8 +321,21 @@ def _class_of(element: Element) -> ClassInfo | None:
     return None if isinstance(made, ast.IfExp) else element.cls
 
 
-def _asks(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass", "type")
+def _asks(node: ast.AST) -> bool:
+    names = ("isinstance", "issubclass", "type")
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def _changes(node: ast.AST) -> bool:
+    """Whether a node gives an object's attribute, a parameter or a module another value, or hands them on to do so."""
+    if isinstance(node, (ast.Attribute, ast.Delete)) and isinstance(
+        getattr(node, "ctx", ast.Del()), (ast.Store, ast.Del)
+    ):
+        return True
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("data", "copy_", "init", "_modules", "_parameters") or bool(_IN_PLACE.search(node.attr))
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else "print"
+    return name in ("setattr", "delattr") or not hasattr(builtins, name)
 
 
 def _split(forward: Forward) -> list[str]:
