@@ -420,7 +420,58 @@ def test_widths_are_not_left_to_views() -> None:
 
 def test_what_is_assumed_is_said() -> None:
     assert "taken for (batch, sequence, features)" in planned(source(WHISPER))[1]
-    assert not planned(source(FAST))[1]
+    assert planned(source(FAST))[1].splitlines() == [
+        "embedding of Model stays whole: embeddings outside of blocks are not planned",
+        "head of Model stays whole: linear layers outside of blocks are not planned",
+    ]
+
+
+UNREAD = {
+    "heads in a list": (
+        "self.heads = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])",
+        "mlp.heads.* of Block stays whole: a list or dict holds them",
+    ),
+    "a dict": (
+        "self.d = nn.ModuleDict(dict(fc=nn.Linear(4, 4)))",
+        "mlp.d.fc of Block stays whole: a list or dict holds them",
+    ),
+    "a dict by keys": (
+        "self.d = nn.ModuleDict({'fc': nn.Linear(4, 4)})",
+        "mlp.d.fc of Block stays whole: a list or dict",
+    ),
+    "given to another": (
+        "self.pre = Pre(Pre(nn.Linear(4, 4)))",
+        "mlp.pre.*.* of Block stays whole: a list or dict holds",
+    ),
+    "a list that is made before": (
+        "these = [nn.Linear(4, 4)]\n        self.net = nn.Sequential(*these)",
+        "mlp.net.* of Block stays whole: what is in these lists is not seen",
+    ),
+    "layers of torch": (
+        "self.a = nn.MultiheadAttention(4, 2)\n        self.c = nn.Conv1d(4, 4, 1)",
+        "mlp.a (MultiheadAttention), mlp.c (Conv1d) of Block stay whole: only layers of torch.nn.Linear",
+    ),
+    "of another package": (
+        "self.k = flash.Attention(4)",
+        "mlp.k (flash.Attention) of Block stays whole: only layers of",
+    ),
+    "derived": (
+        "self.low = Low(4, 4)",
+        "mlp.low (Low) of Block stays whole: only layers of torch.nn.Linear are planned",
+    ),
+    "a table": ("self.table = nn.Embedding(4, 4)", "mlp.table of Block stays whole: embeddings inside of blocks"),
+}
+
+
+@pytest.mark.parametrize(("made", "reason"), UNREAD.values(), ids=UNREAD.keys())
+def test_layers_that_no_forward_names_are_said(made: str, reason: str) -> None:
+    text = changed(FAST, "self.gelu = nn.GELU()", f"self.gelu = nn.GELU()\n        {made}").replace(
+        "import torch\n", "import flash\nimport torch\n", 1
+    )
+    text += "\n\nclass Low(nn.Linear):\n    pass\n\n\nclass Pre(nn.Module):\n    def __init__(self, fn):\n"
+    text += "        super().__init__()\n        self.fn = fn\n"
+    plan, said = planned(text)
+    assert "mlp.c_fc" in plan and reason in said
 
 
 def test_a_model_inside_another_and_in_another_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rewriter.analyze.model.given import trained
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.model.tensors import Object
+from rewriter.analyze.model.unplanned import layers
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import Function, self_path, walk
@@ -34,6 +35,8 @@ class Block:
     heads: tuple[str, ...]
     edits: tuple[Edit, ...]
     left: tuple[Taken, ...]
+    unread: tuple[tuple[str, str], ...] = ()
+    """Name and kind of layers that the forward which was read does not call by their names."""
     assumed: bool = False
     """Whether what the blocks get is taken for (batch, sequence, features)."""
 
@@ -47,6 +50,9 @@ class Plan:
     styles: dict[str, Style] = field(default_factory=dict)
     heads: dict[str, None] = field(default_factory=dict)
     blocks: list[tuple[Stack, Block]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    outside: tuple[tuple[str, str], ...] = ()
+    """Name and kind of layers outside of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Splits:
                 self.whole.append(Whole(stack, *against))
             else:
                 self._plan(stack)
+        for plan in self.plans.values():
+            plan.outside = tuple(layers(self.attributes, plan.root, plan.paths))
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -102,6 +110,7 @@ class Splits:
             if plan is None:
                 plan = self.plans[info] = Plan(info, info.methods["__init__"].body[-1])
             plan.blocks.append((stack, found))
+            plan.paths.append(path)
             plan.styles |= {f"{path}.*.{name}": style for name, style in found.styles.items()}
             plan.heads |= dict.fromkeys(found.heads)
 
@@ -116,7 +125,8 @@ class Splits:
                 if not more:
                     break
                 taken |= more
-            self._blocks[cls] = _block(cls, forward, tuple(dict.fromkeys(taken.values())))
+            unread = tuple(item for item in layers(self.attributes, cls) if item[0] not in forward.linear)
+            self._blocks[cls] = _block(cls, forward, tuple(dict.fromkeys(taken.values())), unread)
         return self._blocks[cls]
 
     def _trained(self, cls: ClassInfo) -> set[str]:
@@ -296,17 +306,18 @@ class Splits:
             ]
             if len(kinds) != len(statement.targets):
                 return False
-        asked = set()
+        named = set()
         for use in uses:
             outer = file.names.parents.get(use)
             outer = file.names.parents.get(outer) if isinstance(outer, ast.Tuple) else outer
             if not (isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "isinstance"):
                 return False
-            asked.add(outer.args[0])
-        named = {module.id for module in asked if isinstance(module, ast.Name)}
+            named |= {module.id for module in outer.args[:1] if isinstance(module, ast.Name)}
         for item in walk(function):
             kept = isinstance(item, ast.Name) and item.id in named and isinstance(item.ctx, ast.Load)
-            if kept and item not in asked and not isinstance(file.names.parents.get(item), ast.Attribute):
+            by = file.names.parents.get(item)
+            harmless = isinstance(by, ast.Attribute) or (isinstance(by, ast.Call) and _asks(by))
+            if kept and not harmless:
                 return False  # whoever gets the module may change it
             if _changes(item):
                 return False
@@ -342,7 +353,7 @@ def _split(forward: Forward) -> list[str]:
     return sorted({*forward.reading.rows, *forward.reading.columns})
 
 
-def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Block:
+def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...], unread: tuple[tuple[str, str], ...]) -> Block:
     reading = forward.reading
     styles: dict[str, Style] = {}
     for name in sorted(reading.columns, key=lambda name: list(forward.linear).index(name)):
@@ -365,4 +376,4 @@ def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Bloc
     known = frozenset(forward.linear)
     found = (replace(taken, origins=taken.origins & known) for taken in (*reached, *forward.found))
     left = tuple(dict.fromkeys(taken for taken in found if taken.origins))
-    return Block(cls, styles, heads, tuple(reading.edits.values()), left, bool(forward.assumed))
+    return Block(cls, styles, heads, tuple(reading.edits.values()), left, unread, bool(forward.assumed))
