@@ -200,6 +200,10 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         changed(FAST, "def forward(self, x):\n        B, T", "def size_of(self):\n        return self.c_attn.weight.norm()\n\n    def forward(self, x):\n        B, T"),
         "uses c_attn, too",
     ),
+    "a layer by its name": (
+        changed(FAST, "y = y.transpose(1, 2)", "y = y * getattr(self, 'c_attn').weight.mean()\n        y = y.transpose(1, 2)"),
+        "getattr(self, 'c_attn') uses c_attn, too",
+    ),
     "a weight in the forward": (
         changed(FAST, "y = self.resid_dropout(self.c_proj(y))", "y = F.linear(y, self.c_proj.weight)"),
         "its forward takes self.c_proj.weight itself",
@@ -303,6 +307,33 @@ def test_who_only_looks_at_linear_layers(body: str) -> None:
 def test_who_may_change_linear_layers(body: str) -> None:
     plan, said = planned(source(FAST) + f"\n\ndef look(model):\n    {body}\n")
     assert not plan and "code asks which layers are torch.nn.Linear" in said
+
+
+SUMMED = [
+    "sum(p.pow(2).sum() for p in model.parameters())",
+    "sum([torch.norm(p) for n, p in model.named_parameters() if n])",
+    "torch.stack([(p ** 2).mean() for p in model.parameters()]).sum()",
+    "{n: p.data.abs().max() for n, p in model.named_parameters()}",
+]
+NOT_SUMMED = [
+    "sum(p.numel() for p in model.parameters())",
+    "sum(p.grad.norm() for p in model.parameters())",
+    "[0.9 * p for p in model.parameters()]",
+    "[p for p in model.parameters() if p.dim() > 1]",
+]
+
+
+@pytest.mark.parametrize("code", SUMMED + NOT_SUMMED)
+def test_parameters_that_are_added_up(code: str) -> None:
+    plan, said = planned(source(FAST) + f"\n\ndef penalty(model):\n    return {code}\n")
+    assert bool(plan) == (code in NOT_SUMMED) and ("are added up, of which a rank has its share" in said) != bool(plan)
+
+
+def test_parameters_that_are_added_up_in_a_loop() -> None:
+    tail = (
+        "\n\ndef penalty(model):\n    total = 0\n    for p in model.parameters():\n        total = total + p.norm()\n"
+    )
+    assert "are added up" in planned(source(FAST) + tail)[1]
 
 
 WHOLE_MODELS: dict[str, tuple[str, str]] = {

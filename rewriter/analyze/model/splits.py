@@ -22,6 +22,8 @@ from rewriter.analyze.read.nodes import Function, self_path, walk
 
 Style = str
 _IN_PLACE = re.compile(r"^(register_|add_module|set_|apply)|[a-z]_$")
+_SUMS = {"norm", "vector_norm", "matrix_norm", "sum", "mean", "std", "var", "dot", "max", "min"}
+_FACTS = {"grad", "shape", "size", "numel", "nelement", "dim", "ndim", "requires_grad", "element_size"}
 _INIT = re.compile(r"init|reset", re.I)
 _ADAPTERS = ("peft", "loralib", "bitsandbytes")
 
@@ -148,6 +150,9 @@ class Splits:
         calls = {call.func for call in forward.reading.sites.get(name, ()) if isinstance(call, ast.Call)}
         for file in self.project:
             for node in file.nodes if file.mentions(own) else ():
+                if isinstance(node, ast.Constant) and node.value == own and _by_name(file.names.parents.get(node)):
+                    reason = f"{ast.unparse(file.names.parents.get(node, node))[:60]} uses {own}, too"
+                    return Taken(frozenset({name}), reason, file, node.lineno)
                 if isinstance(node, ast.Attribute) and node.attr == own and node not in calls:
                     if self._is_other(file, node, owner) or self._is_harmless(file, node):
                         continue
@@ -245,13 +250,14 @@ class Splits:
                             file,
                             getattr(node, "lineno", 1),
                         )
-            for node in file.nodes if any(map(file.mentions, ("Linear", ".apply(", "init"))) else ():
+            for node in file.nodes if any(map(file.mentions, ("Linear", ".apply(", "init", "parameters"))) else ():
                 reason = self._is_after(file, node)
                 function = file.names.function_of(node) if reason else None
                 if function is not None and _INIT.search(function.name):
                     reason = reason if self._called_later(function) else ""
                 if reason:
-                    return reason, file, getattr(node, "lineno", 1)
+                    at = node.iter if isinstance(node, ast.comprehension) else node
+                    return reason, file, getattr(at, "lineno", 1)
         return None
 
     def _called_later(self, function: Function) -> bool:
@@ -277,6 +283,8 @@ class Splits:
                 return f"{ast.unparse(node)[:60]} goes over the layers of a model that is built"
         if isinstance(node, ast.Call) and self.project.external(file, node.func).startswith("torch.nn.init."):
             return f"{ast.unparse(node)[:60]} gives parameters of a model that is built other values"
+        if isinstance(node, (ast.For, ast.comprehension)) and _sums_up(file, node):
+            return f"{ast.unparse(node.iter)[:60]} are added up, of which a rank has its share"
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
             parent, (ast.Call, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Compare)
         ):
@@ -330,6 +338,38 @@ def _class_of(element: Element) -> ClassInfo | None:
     if isinstance(made, ast.Call) and element.kind == "wrapped" and made.args:
         made = made.args[0]
     return None if isinstance(made, ast.IfExp) else element.cls
+
+
+def _by_name(node: ast.AST | None) -> bool:
+    """Whether a call gets something by its name."""
+    func = node.func if isinstance(node, ast.Call) else None
+    name = getattr(func, "id", getattr(func, "attr", ""))
+    return name in ("getattr", "setattr", "delattr", "get_submodule", "get_parameter", "set_submodule", "attrgetter")
+
+
+def _sums_up(file: File, loop: ast.For | ast.comprehension) -> bool:
+    """Whether a loop over a model's parameters adds up entries of theirs, of which a rank has its share."""
+    over = [
+        node.func.attr
+        for node in walk(loop.iter)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    if not {"parameters", "named_parameters"} & {*over}:
+        return False
+    names = {item.id for item in walk(loop.target) if isinstance(item, ast.Name)}
+    inside = loop if isinstance(loop, ast.For) else file.names.parents.get(loop, loop)
+    uses = (node for node in walk(inside) if isinstance(node, ast.Name) and node.id in names)
+    return any(_is_summed(file, node) for node in uses)
+
+
+def _is_summed(file: File, node: ast.AST) -> bool:
+    for around in file.names.ancestors(node):
+        if not isinstance(around, ast.expr) or (isinstance(around, ast.Attribute) and around.attr in _FACTS):
+            return False
+        func = around.func if isinstance(around, ast.Call) else None
+        if isinstance(func, ast.Attribute) and func.attr in _SUMS:
+            return True
+    return False
 
 
 def _asks(node: ast.AST) -> bool:
