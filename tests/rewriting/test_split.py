@@ -153,6 +153,13 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         )
         for name, (made, used, reason) in FOR_HEADS.items()
     },
+    "a module that somebody else has made": (
+        changed(
+            SLOW.replace("self.n_head = ", "self.rel = config.rel\n        self.n_head = "),
+            "att = F.softmax", "att = att + self.rel(T)\n            att = F.softmax",
+        ),
+        ENTRY,
+    ),
     "a gate of the whole": (
         changed(FAST, "y = y.transpose(1, 2)", "y = y * x.mean(-1)[:, None, :, None]\n        y = y.transpose(1, 2)"),
         "it meets a whole value that trains",
@@ -247,6 +254,8 @@ ARGUMENTS = {
     "one for all heads": ("nn.Embedding(8, 1)", "bias = self.rel(torch.arange(6)).mean()", "bias"),
     "by name": ("nn.Parameter(torch.ones(1))", "bias = 2 * self.rel", "bias=bias"),
     "in a tuple": ("nn.Linear(1, 1)", "a, bias = 0, self.rel(x[..., :1]).mean()", "bias"),
+    "for all heads": ("4", "bias = torch.zeros(1, self.n_heads, 1, 1)", "bias"),
+    "for all heads, by a method": ("nn.Linear(1, 1)", "bias = self.table()", "bias"),
     "of a module with parameters": ("nn.Sequential(nn.Linear(1, 1))", "bias = self.rel(x[..., :1]).mean()", "bias"),
 }
 
@@ -261,6 +270,9 @@ def test_arguments_of_blocks_that_train(made: str, line: str, given: str) -> Non
     assert "attn.c_attn" in planned(fixed)[0]
     text = text.replace("        for layer in", f"        {line}\n        for layer in")
     text = text.replace("        self.embedding", f"        self.rel = {made}\n        self.embedding")
+    text = text.replace(
+        "\n\ndef build", "\n    def table(self):\n        return self.rel(torch.ones(1))\n\n\ndef build"
+    )
     plan, said = planned(text)
     assert "attn.c_attn" not in plan and "it meets a whole value that trains" in said
 
@@ -429,8 +441,12 @@ def test_a_second_time_nothing_changes(style: str) -> None:
     assert "parallelize_module" in converted(source(STYLES[style]), tensor_parallel=True)
 
 
+def attention_of(text: str) -> str:
+    return " ".join(planned(text)[0].split())
+
+
 def attention(style: str) -> str:
-    return " ".join(planned(source(style))[0].split())
+    return attention_of(source(style))
 
 
 def test_plans() -> None:
@@ -442,6 +458,10 @@ def test_plans() -> None:
     assert '"layers.*.attention.output.dense": "rowwise", "layers.*.attention.self.query": "colwise"' in attention(BERT)
     assert 'heads=["num_heads", "num_key_value_heads"]' in attention(LLAMA)
     assert attention(QWEN3).endswith("divide=[],")
+
+
+def test_numbers_of_heads_as_they_are_written() -> None:
+    assert "heads=[4]" in attention_of(source(FAST).replace("self.n_head, ", "4, "))
 
 
 def test_widths_are_not_left_to_views() -> None:

@@ -121,7 +121,7 @@ class Attributes:
 
     def _may_be_tensor(self, call: ast.Call, found: object, file: File, path: str) -> bool:
         """Whether a call may make a tensor: a function does that is not known, and ``torch.ones(2).view(1, -1)``."""
-        if _is_count(path.rpartition(".")[2]):
+        if is_count(path.rpartition(".")[2]):
             return False
         if isinstance(found, FunctionInfo) or (isinstance(call.func, ast.Name) and found is None):
             return not hasattr(builtins, getattr(call.func, "id", ""))
@@ -200,7 +200,8 @@ def _alike(one: str, other: str) -> bool:
     return simple_kind(one) == simple_kind(other)
 
 
-def _is_count(word: str) -> bool:
+def is_count(word: str) -> bool:
+    """Whether something that is called so may count heads, or have an entry for each."""
     return bool(_HEADS.search(word)) and not _OF_ONE_HEAD.search(word)
 
 
@@ -209,7 +210,7 @@ def _counts_heads(node: ast.AST, names: Mapping[str, ast.expr], seen: set[str]) 
         return False  # the width of one
     if isinstance(node, (ast.Name, ast.Attribute)):
         word = node.id if isinstance(node, ast.Name) else node.attr
-        if _is_count(word):
+        if is_count(word):
             return True
         path = ast.unparse(node)
         if path in names and path not in seen:

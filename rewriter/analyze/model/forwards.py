@@ -91,7 +91,7 @@ class Reading:
     norms: dict[str, Origins] = field(default_factory=dict)
     whole_norms: set[str] = field(default_factory=set)
     heads: dict[str, set[str]] = field(default_factory=dict)
-    """By layers, the attributes of their module that count heads."""
+    """By layers, the attributes of their module that count heads, or such a number itself."""
     edits: dict[ast.expr, Edit] = field(default_factory=dict)
     kept: set[ast.expr] = field(default_factory=set)
     calls: dict[str, int] = field(default_factory=dict)
@@ -699,7 +699,12 @@ class Forward:
                     return self._operation(frame, node, short, args, options)
             case Torch(name=name, of=Tensor() as tensor):
                 return self._operation(frame, node, name, [tensor, *args], options)
-        return self._other(frame, node, [called, *args, *options.values()], f"{ast.unparse(node.func)} is not followed")
+        given = self._other(
+            frame, node, [called, *args, *options.values()], f"{ast.unparse(node.func)} is not followed"
+        )
+        # An attribute that somebody else has made may be a module with parameters.
+        own = isinstance(called, Num) and bool(called.attribute) and isinstance(given, Tensor)
+        return replace(given, hidden=True) if own and isinstance(given, Tensor) else given
 
     def _inline(self, frame: _Frame, code: ast.Lambda, args: Sequence[Value]) -> Value:
         names = [argument.arg for argument in code.args.args]
@@ -991,17 +996,22 @@ class Forward:
             self.reading.grouped |= origins
         for number in found.inferred:
             self._infer(frame, node, number, origins)
-        if found.heads is not None and found.heads.text.replace(".", "").isidentifier():
-            if found.heads.text not in self.counts:
-                self.counts.add(found.heads.text)
-                raise Again
-        if found.heads is not None and found.heads.attribute and frame.me is not None:
-            for layer in origins:
-                if layer.rpartition(".")[0] == frame.me.name:
-                    self.reading.heads.setdefault(layer, set()).add(found.heads.attribute)
+        self._count_heads(frame, found.heads, origins)
         if found.width is not None:
             self._write_width(frame, node, found.heads, found.width, origins)
         return found.tensor
+
+    def _count_heads(self, frame: _Frame, heads: Num | None, origins: Origins) -> None:
+        """By what number a view cuts features into heads: who uses it, too, may make something for each."""
+        if heads is None:
+            return
+        if heads.text.replace(".", "").isidentifier() and heads.text not in self.counts:
+            self.counts.add(heads.text)
+            raise Again
+        name = heads.attribute or (heads.text if heads.text.isdecimal() else "")
+        for layer in origins:
+            if name and frame.me is not None and layer.rpartition(".")[0] == frame.me.name:
+                self.reading.heads.setdefault(layer, set()).add(name)
 
     def _learn_from(self, tensor: Tensor, items: Sequence[Item], wrong: Failure) -> None:
         """``view(B, T, ...)`` of what is made of an argument tells how many dimensions that has."""

@@ -1,11 +1,11 @@
-"""Which arguments of blocks train: what their owner's forward makes of parameters and gives every block."""
+"""Which arguments of blocks no share may meet: what their owner makes of parameters, or for all heads."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
 
-from rewriter.analyze.model.attributes import Attributes
+from rewriter.analyze.model.attributes import Attributes, is_count
 from rewriter.analyze.model.flow import assignments
 from rewriter.analyze.model.loops import Loop
 from rewriter.analyze.model.stack import Stack
@@ -17,7 +17,7 @@ _FACTS = {"shape", "size", "device", "dtype", "dim", "ndim"}
 
 
 def trained(attributes: Attributes, stack: Stack, function: Function) -> set[str]:
-    """The arguments of ``function``, the forward of a stack's blocks."""
+    """The arguments of ``function``, the forward of a stack's blocks, that are made of parameters or for all heads."""
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)][1:]
     found: set[str] = set()
     for loop in stack.loops:
@@ -32,6 +32,9 @@ def trained(attributes: Attributes, stack: Stack, function: Function) -> set[str
 def _trains(attributes: Attributes, loop: Loop, node: ast.AST, seen: set[str]) -> bool:
     if isinstance(node, ast.Attribute) and node.attr in _FACTS:
         return False
+    word = getattr(node, "id", getattr(node, "attr", ""))
+    if isinstance(word, str) and is_count(word) and "mask" not in word:
+        return True
     path = self_path(node, loop.me) if isinstance(node, ast.expr) else ""
     if path:
         return _holds_parameters(attributes, attributes.value(Object(loop.owner, ""), path), set())
@@ -39,6 +42,11 @@ def _trains(attributes: Attributes, loop: Loop, node: ast.AST, seen: set[str]) -
         made = attributes.value(Object(loop.owner, ""), path)
         if isinstance(made, Object) and not _holds_parameters(attributes, made, set()):
             return False  # a table of angles, which takes what it is given for its type
+        method = attributes.classes.method(loop.owner, path)
+        if method is not None and path not in seen:
+            body: list[ast.AST] = [*method[1].body]
+            seen = seen | {path}
+            return any(_trains(attributes, loop, item, seen) for item in (*body, *node.args, *node.keywords))
     if isinstance(node, ast.Name) and node.id not in seen:
         seen = seen | {node.id}
         return any(_trains(attributes, loop, value, seen) for value in _values(loop.function, node.id))

@@ -65,7 +65,7 @@ def _planned(file: File, plan: Plan) -> Iterator[Finding]:
     lines = ["{bmt}.parallelize_module(", "    self,", "    {"]
     lines[1] = f"    {plan.root.methods['__init__'].args.args[0].arg},"
     lines += [f'        "{name}": {style},' for name, style in plan.styles.items()]
-    heads = ", ".join(f'"{name}"' for name in plan.heads)
+    heads = ", ".join(name if name.isdecimal() else f'"{name}"' for name in plan.heads)
     lines += ["    },", f"    heads=[{heads}]," if heads else "    divide=[],", ")"]
     files = {edit.file: None for _, block in plan.blocks for edit in block.edits}
     message = f"{plan.root.name} splits {len(plan.styles)} kinds of layers over tensor-parallel ranks: " + "; ".join(

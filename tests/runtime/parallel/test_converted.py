@@ -76,6 +76,8 @@ def test_heads_of_an_attribute() -> None:
     plan = {"up": "colwise", "down": "rowwise"}
     with pytest.raises(ConfigurationError, match="config\\.n_head is 3"):
         bmt.parallelize_module(model, plan, heads=["config.n_head"])
+    with pytest.raises(ConfigurationError, match="forward cuts features into 3 heads"):
+        bmt.parallelize_module(model, plan, heads=[3])
     model.config.n_head = 2  # type: ignore[assignment]
-    bmt.parallelize_module(model, plan, heads=["config.n_head", "none.of.these"])
+    bmt.parallelize_module(model, plan, heads=["config.n_head", "none.of.these", 2])
     assert model.config.n_head == 2
