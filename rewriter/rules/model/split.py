@@ -8,9 +8,11 @@ them ("rowwise"). Views that name the number of heads, or of all features, get -
 Why: attention and feed-forward layers that are too large for one GPU, or too slow, are computed by several at once. How
 many is said at the launch, ``BMTRAIN_TP_SIZE=2 torchrun ...``; without it nothing is split.
 Refuses when: what stands between two layers is not known to do the same with a share of the features as with all of
-them: a norm over all heads, a sum over heads, a whole value that trains and meets shares, a comparison of sizes, parts
-of unequal length; a layer is used twice, elsewhere or inside a loop, shares its weight, or is no plain ``nn.Linear``;
-code looks for ``nn.Linear`` in the model that is built, or adapters do. Such layers stay whole, and each is reported.
+them: a norm over all heads, a sum over heads, a whole value that trains, or has an entry for each head, and meets
+shares, a comparison of sizes, parts of unequal length; a layer is used twice, elsewhere or inside a loop, shares its
+weight, or is no plain ``nn.Linear``; code may change the ``nn.Linear`` layers of the model that is built, or adds up
+its parameters, or adapters do. Such layers stay whole, and each is reported, as are all that no plan names: embeddings,
+heads, layers in lists and outside of blocks.
 """
 
 from __future__ import annotations
