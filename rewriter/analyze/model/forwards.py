@@ -549,10 +549,8 @@ class Forward:
         if isinstance(one, Num) and isinstance(other, Num):
             origins = one.origins | other.origins
             return Num(f"({one.text}{_SYMBOLS.get(type(op), '?')}{other.text})", origins)
-        if isinstance(op, ast.Add):
-            sequences = [_sequence(one), _sequence(other)]
-            if all(item is not None for item in sequences):
-                return Tup(tuple(value for part in sequences for value in part or ()))
+        if isinstance(op, ast.Add) and isinstance(one, Tup) and isinstance(other, Tup):
+            return Tup((*one.items, *other.items))
         return self._operation(frame, node, "mul", [one, other], {})
 
     def _compared(self, frame: _Frame, node: ast.Compare) -> Value:
@@ -581,12 +579,12 @@ class Forward:
         return self._other(frame, node, [value, *values], "what is taken of it is not followed")
 
     def _of_shape(self, frame: _Frame, node: ast.Subscript, tensor: Tensor, index: ast.expr) -> Value:
-        dims = tensor.dims
-        if dims is None:
-            return WHOLE if isinstance(index, ast.Slice) else Num(f"?{ast.unparse(node)}")
         if isinstance(index, ast.Slice):
-            return self._part_of_shape(frame, node, tensor, index)
-        number = self._expression(frame, index)
+            return self._part_of_shape(frame, node, tensor, index) if tensor.dims is not None else WHOLE
+        return self._one_size(frame, node, tensor, self._expression(frame, index))
+
+    def _one_size(self, frame: _Frame, node: ast.AST, tensor: Tensor, number: Value) -> Value:
+        dims = tensor.dims or ()
         first = dims[0] if dims else None
         if isinstance(first, Lead) and isinstance(number, Num) and number.text.isdecimal():
             return Num(f"{first.of}.{number.text}") if first.of != "?" else self._unknown_size(frame, node, tensor)
@@ -715,7 +713,7 @@ class Forward:
         return result
 
     def _object(
-        self, frame: _Frame, node: ast.Call, called: Object, args: Sequence[Value], options: Mapping[str, Value]
+        self, frame: _Frame, node: ast.AST, called: Object, args: Sequence[Value], options: Mapping[str, Value]
     ) -> Value:
         method = self.classes.method(called.cls, "forward")
         values = (*args, *options.values())
@@ -741,13 +739,11 @@ class Forward:
         value = args[0]
         if isinstance(called, Chain):
             for member in called.members:
-                if isinstance(member, Object):
-                    method = self.classes.method(member.cls, "forward")
-                    if method is None:
-                        return self._other(frame, node, [value], f"{member.name} is not followed")
-                    value = self._run(Routine(method[0].file.function_info(method[1]), member), [value], {}, node)
-                else:
-                    value = self._module(frame, node, member, [value])
+                value = (
+                    self._object(frame, node, member, [value], {})
+                    if isinstance(member, Object)
+                    else self._module(frame, node, member, [value])
+                )
             return value
         if isinstance(called, Simple):
             return self._simple(frame, node, called, value)
@@ -880,12 +876,7 @@ class Forward:
             return self._unknown_size(frame, node, value)
         if axis is None:
             return Shape(value)
-        index = ast.Constant(int(axis.text)) if isinstance(axis, Num) and axis.text.lstrip("-").isdecimal() else None
-        if index is None:
-            return self._unknown_size(frame, node, value)
-        if isinstance(index.value, int) and index.value < 0:
-            return self._of_shape(frame, _as_subscript(node), value, _negative(index.value))
-        return self._of_shape(frame, _as_subscript(node), value, index)
+        return self._one_size(frame, node, value, axis)
 
     def _pieces(
         self,
@@ -912,10 +903,8 @@ class Forward:
                 raise Failure(tensor.origins, "what the ranks share is taken apart", frame.file, node)
             return Tup((self._piece(frame, tensor, where, node),) * size)
         number = options.get("chunks", options.get("split_size", args[0] if args else None))
-        if name == "chunk" and isinstance(number, Num) and number.text.isdecimal():
-            count = int(number.text)
-        elif name == "chunk":
-            raise Failure(tensor.origins, "into how many parts it is cut is not seen", frame.file, node)
+        if name == "chunk":
+            count = int(number.text) if isinstance(number, Num) and number.text.isdecimal() else 0
         if not count:
             raise Failure(tensor.origins, "into how many parts it is cut is not seen", frame.file, node)
         if not dim.split:
@@ -1125,12 +1114,6 @@ def _items(values: Sequence[Value]) -> list[Item] | None:
     return found if found and len(found) == len(given) else None
 
 
-def _sequence(value: Value) -> Sequence[Value] | None:
-    if isinstance(value, Tup):
-        return value.items
-    return None
-
-
 def _either(one: Value, other: Value) -> Value:
     """What is one of two things."""
     if one == other:
@@ -1188,14 +1171,6 @@ def _merged(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, V
 def _slice(node: ast.Slice) -> slice:
     bounds = [ast.literal_eval(item) if item is not None else None for item in (node.lower, node.upper, node.step)]
     return slice(*bounds)
-
-
-def _as_subscript(node: ast.AST) -> ast.Subscript:
-    return ast.Subscript(ast.Name("shape", ast.Load()), ast.Constant(0), ast.Load(), lineno=getattr(node, "lineno", 1))
-
-
-def _negative(number: int) -> ast.expr:
-    return ast.UnaryOp(ast.USub(), ast.Constant(-number))
 
 
 def _is_times(out: ast.expr | None, count: int, name: str, me: str, widths: Sequence[ast.expr]) -> bool:
