@@ -56,7 +56,29 @@ _STYLES = {
 """Words of plans, those of Hugging Face's models among them, and what they mean."""
 
 _HEADS = re.compile(r"(.*_)?n?heads?(_(q|k|v|kv|local|total))?")
-_OF_ONE_HEAD = ("head_dim", "head_size", "dim_head", "d_head", "attention_head_size", "dim_per_head")
+_OF_ONE_HEAD = (
+    "d_k",
+    "d_v",
+    "d_kv",
+    "head_width",
+    "key_value_proj_dim",
+    "head_dim",
+    "head_size",
+    "dim_head",
+    "d_head",
+    "attention_head_size",
+    "dim_per_head",
+)
+
+
+class _Columns(ColumnParallelLinear, nn.Linear):  # type: ignore[misc] # weight and bias of either
+    """What takes an ``nn.Linear``'s place is one to code that looks for them, as for groups of weight decay."""
+
+    reset_parameters: Any = None  # of a slice, it would go by the slice's sizes
+
+
+class _Rows(RowParallelLinear, nn.Linear):  # type: ignore[misc]
+    reset_parameters: Any = None
 
 
 class _Layer(NamedTuple):
@@ -77,7 +99,7 @@ def parallelize_module(
     module: ModuleT,
     plan: Mapping[str, Any] | None = None,
     divide: Collection[str] | None = None,
-    heads: Collection[str] = (),
+    heads: Collection[str | int] = (),
 ) -> ModuleT:
     """Split ``nn.Linear`` and ``nn.Embedding`` layers of ``module`` over the tensor-parallel group.  Collective.
 
@@ -106,7 +128,8 @@ def parallelize_module(
         divide: the attributes that count heads, of the modules that hold split layers: each is divided by the size of
             the group.  Empty if their forward goes by the size of what it is given.
         heads: such attributes that stay as they are, because the forward goes by the size of what it is given: only
-            whether they can be divided is looked at, so that no head is cut.  "config.n_head" is one of an attribute.
+            whether they can be divided is looked at, so that no head is cut.  "config.n_head" is one of an attribute,
+            and 12 such a number itself.
 
     Returns ``module``.  Raises ConfigurationError, before anything has changed, where a layer cannot be split so, where
     a head would be cut, and where heads are counted and ``divide`` does not say which.
@@ -300,15 +323,16 @@ def _counts(parent: nn.Module, divide: Collection[str] | None, size: int) -> Ite
             )
 
 
-def _require_divisible(parent: nn.Module, heads: Collection[str], size: int) -> None:
+def _require_divisible(parent: nn.Module, heads: Collection[str | int], size: int) -> None:
     for path in heads:
-        value: Any = parent
-        for name in path.split("."):
+        value: Any = path if isinstance(path, int) else parent
+        for name in path.split(".") if isinstance(path, str) else ():
             value = getattr(value, name, None)
         if type(value) is int and value % size:
+            name = f"{path} is {value}" if isinstance(path, str) else f"forward cuts features into {value} heads"
             raise ConfigurationError(
-                f"{type(parent).__name__}.{path} is {value}: so many heads cannot be divided over {size} "
-                "tensor-parallel ranks. Take another tp_size, or leave its layers out of the plan."
+                f"{type(parent).__name__}.{name}: so many heads cannot be divided over {size} tensor-parallel ranks. "
+                "Take another tp_size, or leave its layers out of the plan."
             )
 
 
@@ -352,9 +376,9 @@ def _split(layer: _Layer, kept: dict[tuple[int, Split | None], DistributedParame
         assert isinstance(module, nn.Linear)
         sizes = module.in_features, module.out_features, module.bias is not None, module.weight.dtype
         if style.along == "columns":
-            made = ColumnParallelLinear(*sizes, gather_output=style.whole, gather_input=False)
+            made = _Columns(*sizes, gather_output=style.whole, gather_input=False)
         else:
-            made = RowParallelLinear(*sizes, split_input=style.whole, all_reduce_output=True)
+            made = _Rows(*sizes, split_input=style.whole, all_reduce_output=True)
     splits = {"weight": layer.split, "bias": layer.split if style.along == "columns" else None}
     for name, parameter in module.named_parameters(recurse=False):
         setattr(made, name, _slice(parameter, splits[name], kept))

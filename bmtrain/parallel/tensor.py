@@ -34,7 +34,7 @@ class ColumnParallelLinear(DistributedModule):
         gather_input: bool = True,
         async_gather_chunks: int = 2,
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)  # what derives from nn.Linear, too, has its parameters from here
         self.in_features = in_features
         self.out_features = out_features
         self.out_features_per_partition = slice_of(out_features, "out_features")
@@ -79,7 +79,7 @@ class RowParallelLinear(DistributedModule):
         all_reduce_output: bool = False,
         async_chunks: int = 2,
     ) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         self.in_features = in_features
         self.out_features = out_features
         self.in_features_per_partition = slice_of(in_features, "in_features")

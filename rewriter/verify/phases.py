@@ -252,7 +252,10 @@ def _dropout_off(off: bool) -> Iterator[None]:
 
 
 def default_loss(output: Any) -> torch.Tensor:
-    """The output's own loss, or itself if it is a number, or a fixed random projection of everything it holds."""
+    """The output's own loss, or itself if it is a number, or a fixed random projection of everything it holds.
+
+    No entry of the projection is negative: where they cancel, the rounding error of each is large beside their sum.
+    """
     own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
     if isinstance(own, torch.Tensor) and own.numel() == 1:
         return own.reshape(())
@@ -269,7 +272,7 @@ def default_loss(output: Any) -> torch.Tensor:
     total = torch.zeros((), device=found[0].device)
     for tensor in found:
         weights = torch.randn(tensor.shape, generator=generator).to(tensor)
-        total = total + (tensor.nan_to_num(0.0, 0.0, 0.0) * weights).mean()
+        total = total + torch.nn.functional.softplus(tensor.nan_to_num(0.0, 0.0, 0.0) * weights).mean()
     return total
 
 

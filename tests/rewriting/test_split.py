@@ -37,6 +37,57 @@ def planned(text: str) -> tuple[str, str]:
     return found[1] if found else "", "\n".join(said)
 
 
+SCALED = """
+
+class Scaled(nn.Module):
+    def __init__(self, *sizes):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(sizes))
+        self.one = nn.Parameter(torch.ones(sizes[0]))
+
+    def forward(self, x):
+        return x * self.one
+
+    def whole(self, x):
+        return x * self.weight
+"""
+ENTRY = "may have an entry for each head"
+FOR_HEADS = {
+    "slopes that are no buffer": ("self.m = torch.tensor([0.5] * config.heads).view(1, -1, 1, 1)", "att = att + self.m", ENTRY),
+    "slopes by another name": (
+        "n = config.heads\n        self.m = make_slopes(n)", "att = att + self.m[:, None, None]", ENTRY,
+    ),
+    "slopes of the forward": ("pass", "att = att - torch.arange(1, self.n_head + 1).view(1, -1, 1, 1)", ENTRY),
+    "a mask that is expanded": (
+        "pass", "m = torch.ones(T, T).tril()[None, None].expand(B, self.n_head, T, T)\n            att = att + m", ENTRY,
+    ),
+    "a mask that is repeated": ("pass", "att = att + torch.ones(T, T).repeat(1, self.n_head, 1, 1)", ENTRY),
+    "a mask of heads that is compared": (
+        'self.register_buffer("m", torch.ones(8, 8).repeat(config.heads, 1, 1))',
+        "att = att.masked_fill(self.m[:, :T, :T] == 0, -1e9)", ENTRY,
+    ),
+    "a module that scales each head": (
+        "self.sc = Scaled(config.heads)", "att = self.sc(att.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)",
+        "has all features or heads",
+    ),
+    "a parameter of unknown dimensions": (
+        "self.sc = Scaled(config.heads, 1, 1)", "att = self.sc.whole(att)", "dimensions are not seen",
+    ),
+    "a norm over heads and features": (
+        "self.no = nn.LayerNorm([4, 4])", "v = self.no(v.transpose(1, 2)).transpose(1, 2)", "self.no is not followed",
+    ),
+    "a functional norm over heads and features": (
+        "pass", "v = F.layer_norm(v.transpose(1, 2), (self.n_head, 4)).transpose(1, 2)", "a norm goes over",
+    ),
+    "a layer that mixes heads": (
+        "self.talk = nn.Linear(4, 4)", "att = self.talk(att.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)", "mixes heads",
+    ),
+    "a loop whose second turn meets shares": (
+        "pass", "z = x\n            for _ in range(2):\n                w = z.mean()\n                z = att",
+        "z is another thing in each branch",
+    ),
+}  # fmt: skip
+
 WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
     "a norm over all heads": (
         changed(
@@ -92,6 +143,23 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         ),
         "it meets a whole value that trains",
     ),
+    **{
+        name: (
+            changed(
+                SLOW.replace("self.n_head = ", f"{made}\n        self.n_head = ") + SCALED,
+                "att = F.softmax", f"{used}\n            att = F.softmax",
+            ),
+            reason,
+        )
+        for name, (made, used, reason) in FOR_HEADS.items()
+    },
+    "a module that somebody else has made": (
+        changed(
+            SLOW.replace("self.n_head = ", "self.rel = config.rel\n        self.n_head = "),
+            "att = F.softmax", "att = att + self.rel(T)\n            att = F.softmax",
+        ),
+        ENTRY,
+    ),
     "a gate of the whole": (
         changed(FAST, "y = y.transpose(1, 2)", "y = y * x.mean(-1)[:, None, :, None]\n        y = y.transpose(1, 2)"),
         "it meets a whole value that trains",
@@ -139,6 +207,10 @@ WHOLE_ATTENTION: dict[str, tuple[str, str]] = {
         changed(FAST, "def forward(self, x):\n        B, T", "def size_of(self):\n        return self.c_attn.weight.norm()\n\n    def forward(self, x):\n        B, T"),
         "uses c_attn, too",
     ),
+    "a layer by its name": (
+        changed(FAST, "y = y.transpose(1, 2)", "y = y * getattr(self, 'c_attn').weight.mean()\n        y = y.transpose(1, 2)"),
+        "getattr(self, 'c_attn') uses c_attn, too",
+    ),
     "a weight in the forward": (
         changed(FAST, "y = self.resid_dropout(self.c_proj(y))", "y = F.linear(y, self.c_proj.weight)"),
         "its forward takes self.c_proj.weight itself",
@@ -178,6 +250,33 @@ def test_attention_that_stays_whole(text: str, reason: str) -> None:
     assert '"rowwise"' in plan  # the feed-forward layers are another matter
 
 
+ARGUMENTS = {
+    "one for all heads": ("nn.Embedding(8, 1)", "bias = self.rel(torch.arange(6)).mean()", "bias"),
+    "by name": ("nn.Parameter(torch.ones(1))", "bias = 2 * self.rel", "bias=bias"),
+    "in a tuple": ("nn.Linear(1, 1)", "a, bias = 0, self.rel(x[..., :1]).mean()", "bias"),
+    "for all heads": ("4", "bias = torch.zeros(1, self.n_heads, 1, 1)", "bias"),
+    "for all heads, by a method": ("nn.Linear(1, 1)", "bias = self.table()", "bias"),
+    "of a module with parameters": ("nn.Sequential(nn.Linear(1, 1))", "bias = self.rel(x[..., :1]).mean()", "bias"),
+}
+
+
+@pytest.mark.parametrize(("made", "line", "given"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_arguments_of_blocks_that_train(made: str, line: str, given: str) -> None:
+    text = changed(
+        SLOW.replace("forward(self, x)", "forward(self, x, bias=None)").replace("self.attn(self.ln_1(x))", "self.attn(self.ln_1(x), bias)"),
+        "att = F.softmax", "att = att + bias\n            att = F.softmax",
+    ).replace("x = layer(x)", f"x = layer(x, {given})")  # fmt: skip
+    fixed = text.replace("        for layer in", "        bias = torch.zeros(6, 6)\n        for layer in")
+    assert "attn.c_attn" in planned(fixed)[0]
+    text = text.replace("        for layer in", f"        {line}\n        for layer in")
+    text = text.replace("        self.embedding", f"        self.rel = {made}\n        self.embedding")
+    text = text.replace(
+        "\n\ndef build", "\n    def table(self):\n        return self.rel(torch.ones(1))\n\n\ndef build"
+    )
+    plan, said = planned(text)
+    assert "attn.c_attn" not in plan and "it meets a whole value that trains" in said
+
+
 @pytest.mark.parametrize(
     "lines",
     [
@@ -188,6 +287,65 @@ def test_attention_that_stays_whole(text: str, reason: str) -> None:
 def test_statements_that_are_not_followed(lines: str) -> None:
     plan, said = planned(changed(FAST, "y = y.transpose(1, 2)", f"{lines}\n        y = y.transpose(1, 2)"))
     assert "attn" not in plan and "is not followed" in said
+
+
+LOOKED = {
+    "groups of weight decay": "decay = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]\n    return decay",
+    "kinds by name": "kinds = (nn.Linear, nn.Embedding)\n    return [n for n, m in model.named_modules() if isinstance(m, kinds)]",
+    "a count": "return sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear))",
+    "a loop": "found = set()\n    for n, m in model.named_modules():\n        for p, _ in m.named_parameters():\n"
+    "            if isinstance(m, (nn.Linear,)):\n                found.add(p)\n    return found",
+}
+CHANGED = {
+    "modules that are handed on": "return [m for m in model.modules() if isinstance(m, nn.Linear)]",
+    "weights in place": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.weight.mul_(2)",
+    "data": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.weight.data *= 2",
+    "another module": "for n, m in model.named_children():\n        if isinstance(m, nn.Linear):\n            setattr(model, n, nn.Identity())",
+    "a helper": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            helper(m)",
+    "an attribute": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.seen = True",
+    "hooks": "for m in model.modules():\n        if isinstance(m, nn.Linear):\n            m.register_forward_hook(print)",
+    "exactly that class": "return [m.weight for m in model.modules() if type(m) is nn.Linear]",
+    "a table of classes": "return [{nn.Linear: 1}.get(type(m)) for m in model.modules()]",
+    "kinds that are handed on": "kinds = (nn.Linear,)\n    return kinds",
+}
+
+
+@pytest.mark.parametrize("body", LOOKED.values(), ids=LOOKED.keys())
+def test_who_only_looks_at_linear_layers(body: str) -> None:
+    assert "rowwise" in planned(source(FAST) + f"\n\ndef look(model):\n    {body}\n")[0]
+
+
+@pytest.mark.parametrize("body", CHANGED.values(), ids=CHANGED.keys())
+def test_who_may_change_linear_layers(body: str) -> None:
+    plan, said = planned(source(FAST) + f"\n\ndef look(model):\n    {body}\n")
+    assert not plan and "code asks which layers are torch.nn.Linear" in said
+
+
+SUMMED = [
+    "sum(p.pow(2).sum() for p in model.parameters())",
+    "sum([torch.norm(p) for n, p in model.named_parameters() if n])",
+    "torch.stack([(p ** 2).mean() for p in model.parameters()]).sum()",
+    "{n: p.data.abs().max() for n, p in model.named_parameters()}",
+]
+NOT_SUMMED = [
+    "sum(p.numel() for p in model.parameters())",
+    "sum(p.grad.norm() for p in model.parameters())",
+    "[0.9 * p for p in model.parameters()]",
+    "[p for p in model.parameters() if p.dim() > 1]",
+]
+
+
+@pytest.mark.parametrize("code", SUMMED + NOT_SUMMED)
+def test_parameters_that_are_added_up(code: str) -> None:
+    plan, said = planned(source(FAST) + f"\n\ndef penalty(model):\n    return {code}\n")
+    assert bool(plan) == (code in NOT_SUMMED) and ("are added up, of which a rank has its share" in said) != bool(plan)
+
+
+def test_parameters_that_are_added_up_in_a_loop() -> None:
+    tail = (
+        "\n\ndef penalty(model):\n    total = 0\n    for p in model.parameters():\n        total = total + p.norm()\n"
+    )
+    assert "are added up" in planned(source(FAST) + tail)[1]
 
 
 WHOLE_MODELS: dict[str, tuple[str, str]] = {
@@ -283,8 +441,12 @@ def test_a_second_time_nothing_changes(style: str) -> None:
     assert "parallelize_module" in converted(source(STYLES[style]), tensor_parallel=True)
 
 
+def attention_of(text: str) -> str:
+    return " ".join(planned(text)[0].split())
+
+
 def attention(style: str) -> str:
-    return " ".join(planned(source(style))[0].split())
+    return attention_of(source(style))
 
 
 def test_plans() -> None:
@@ -298,6 +460,10 @@ def test_plans() -> None:
     assert attention(QWEN3).endswith("divide=[],")
 
 
+def test_numbers_of_heads_as_they_are_written() -> None:
+    assert "heads=[4]" in attention_of(source(FAST).replace("self.n_head, ", "4, "))
+
+
 def test_widths_are_not_left_to_views() -> None:
     after = converted(source(WHISPER), tensor_parallel=True)
     assert "q.view(*q.shape[:2], -1, self.query.out_features // self.n_head)" in after
@@ -305,7 +471,58 @@ def test_widths_are_not_left_to_views() -> None:
 
 def test_what_is_assumed_is_said() -> None:
     assert "taken for (batch, sequence, features)" in planned(source(WHISPER))[1]
-    assert not planned(source(FAST))[1]
+    assert planned(source(FAST))[1].splitlines() == [
+        "embedding of Model stays whole: embeddings outside of blocks are not planned",
+        "head of Model stays whole: linear layers outside of blocks are not planned",
+    ]
+
+
+UNREAD = {
+    "heads in a list": (
+        "self.heads = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])",
+        "mlp.heads.* of Block stays whole: a list or dict holds them",
+    ),
+    "a dict": (
+        "self.d = nn.ModuleDict(dict(fc=nn.Linear(4, 4)))",
+        "mlp.d.fc of Block stays whole: a list or dict holds them",
+    ),
+    "a dict by keys": (
+        "self.d = nn.ModuleDict({'fc': nn.Linear(4, 4)})",
+        "mlp.d.fc of Block stays whole: a list or dict",
+    ),
+    "given to another": (
+        "self.pre = Pre(Pre(nn.Linear(4, 4)))",
+        "mlp.pre.*.* of Block stays whole: a list or dict holds",
+    ),
+    "a list that is made before": (
+        "these = [nn.Linear(4, 4)]\n        self.net = nn.Sequential(*these)",
+        "mlp.net.* of Block stays whole: what is in these lists is not seen",
+    ),
+    "layers of torch": (
+        "self.a = nn.MultiheadAttention(4, 2)\n        self.c = nn.Conv1d(4, 4, 1)",
+        "mlp.a (MultiheadAttention), mlp.c (Conv1d) of Block stay whole: only layers of torch.nn.Linear",
+    ),
+    "of another package": (
+        "self.k = flash.Attention(4)",
+        "mlp.k (flash.Attention) of Block stays whole: only layers of",
+    ),
+    "derived": (
+        "self.low = Low(4, 4)",
+        "mlp.low (Low) of Block stays whole: only layers of torch.nn.Linear are planned",
+    ),
+    "a table": ("self.table = nn.Embedding(4, 4)", "mlp.table of Block stays whole: embeddings inside of blocks"),
+}
+
+
+@pytest.mark.parametrize(("made", "reason"), UNREAD.values(), ids=UNREAD.keys())
+def test_layers_that_no_forward_names_are_said(made: str, reason: str) -> None:
+    text = changed(FAST, "self.gelu = nn.GELU()", f"self.gelu = nn.GELU()\n        {made}").replace(
+        "import torch\n", "import flash\nimport torch\n", 1
+    )
+    text += "\n\nclass Low(nn.Linear):\n    pass\n\n\nclass Pre(nn.Module):\n    def __init__(self, fn):\n"
+    text += "        super().__init__()\n        self.fn = fn\n"
+    plan, said = planned(text)
+    assert "mlp.c_fc" in plan and reason in said
 
 
 def test_a_model_inside_another_and_in_another_file(tmp_path: Path) -> None:

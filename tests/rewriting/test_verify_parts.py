@@ -76,6 +76,15 @@ def test_any_nesting() -> None:
     assert not torch.equal(default_loss(made), default_loss(doubled))
 
 
+def test_a_loss_of_outputs_does_not_cancel() -> None:
+    for seed in range(50):
+        out = torch.randn(4, 6, 14, generator=torch.Generator().manual_seed(seed))
+        assert float(default_loss(out)) > 0.5
+    nothing = torch.zeros(3, requires_grad=True)  # as of a head whose weights begin at 0
+    default_loss(nothing).backward()
+    assert nothing.grad is not None and bool((nothing.grad != 0).all())
+
+
 class Model(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from rewriter.analyze.model.tensors import WHOLE, Chain, Linear, Num, Object, Simple, Tensor, Value
+from rewriter.analyze.model.tensors import WHOLE, Chain, Dim, Linear, Num, Object, Simple, Tensor, Value
 from rewriter.analyze.read.classes import Classes
-from rewriter.analyze.read.file import ClassInfo, External, File
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, self_path, walk
 
 _EACH = {
@@ -18,7 +20,9 @@ _EACH = {
 _NORMS = {"LayerNorm", "RMSNorm"}
 _TABLES = ("transformers.activations.ACT2FN", "transformers.activations.get_activation")
 _OPTIONS = {"bias", "device", "dtype", "in_features", "out_features"}
-HEADS = re.compile(r"head|slope|alibi", re.I)
+_HEADS = re.compile(r"head|slope|alibi", re.I)
+_OF_ONE_HEAD = re.compile(r"head_?(dim|size|width)|(dim|size|width|d)_?(per_)?head$", re.I)
+_MADE_OF_SIZES = {"ones", "zeros", "empty", "rand", "randn"}
 
 
 def simple_kind(name: str) -> str:
@@ -46,7 +50,7 @@ class Attributes:
                 for node in walk(function):
                     given: list[tuple[str, ast.expr]] = []
                     if isinstance(node, ast.Assign):
-                        given = [(self_path(target, me), node.value) for target in node.targets]
+                        given = [(self_path(item, me), value) for item, value in _assignments(node)]
                     elif isinstance(node, ast.AnnAssign) and node.value is not None:
                         given = [(self_path(node.target, me), node.value)]
                     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 2:
@@ -82,15 +86,14 @@ class Attributes:
         if not isinstance(value, ast.Call):
             return None
         if isinstance(value.func, ast.Attribute) and value.func.attr in ("register_buffer", "register_parameter"):
-            hidden = value.func.attr == "register_parameter"
-            if not hidden and any(HEADS.search(word) for word in _words(value.args[1])):
-                hidden = True  # one value for each head
-            return Tensor(hidden=hidden)
+            return Tensor(hidden=value.func.attr == "register_parameter" or self._for_heads(value.args[1], function))
         found = self.project.resolve(file, value.func)
         if found is None and isinstance(value.func, ast.Name):
             found = self._default(value.func.id, file, function)
         if isinstance(found, ClassInfo) and self.classes.kind(found) in ("module", "distributed"):
             return Object(found, path)
+        if self._may_be_tensor(value, found, file, path) and self._for_heads(value, function):
+            return Tensor(hidden=True)
         if isinstance(found, External):
             return self._external(found.name, value, file, function, path)
         return Tensor(hidden=True) if isinstance(found, ClassInfo) and self.classes.is_module(found) else None
@@ -109,11 +112,61 @@ class Attributes:
             whole = [member for member in members if member is not None]
             return Chain(tuple(whole)) if len(whole) == len(members) and whole else Tensor(hidden=True)
         if name in ("torch.nn.Parameter", "bmtrain.DistributedParameter"):
-            return Tensor(hidden=True)
+            return Tensor(self._sizes(call, file, path), hidden=True)
         if name.startswith("torch.nn."):
             kind = simple_kind(name)
-            return Simple(path, kind) if kind else Tensor(hidden=True)
+            several = kind == "norm" and any(isinstance(argument, (ast.Tuple, ast.List)) for argument in call.args)
+            return Simple(path, kind) if kind and not several else Tensor(hidden=True)
         return Simple(path, "each") if simple_kind(name) else None
+
+    def _may_be_tensor(self, call: ast.Call, found: object, file: File, path: str) -> bool:
+        """Whether a call may make a tensor: a function does that is not known, and ``torch.ones(2).view(1, -1)``."""
+        if is_count(path.rpartition(".")[2]):
+            return False
+        if isinstance(found, FunctionInfo) or (isinstance(call.func, ast.Name) and found is None):
+            return not hasattr(builtins, getattr(call.func, "id", ""))
+        while isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Call):
+            call = call.func.value
+        package, _, _ = self.project.external(file, call.func).rpartition(".")
+        return package == "torch"
+
+    def _sizes(self, call: ast.Call, file: File, path: str) -> tuple[Dim, ...] | None:
+        """The dimensions of ``nn.Parameter(torch.ones(width))``, where they are seen."""
+        made = call.args[0] if call.args else None
+        if not isinstance(made, ast.Call):
+            return None
+        package, _, name = self.project.external(file, made.func).rpartition(".")
+        if package != "torch" or not (name in _MADE_OF_SIZES or name == "tensor"):
+            return None
+        if name == "tensor":
+            return () if len(made.args) == 1 and isinstance(made.args[0], ast.Constant) else None
+        sizes = made.args
+        if len(sizes) == 1 and isinstance(sizes[0], (ast.Tuple, ast.List)):
+            sizes = sizes[0].elts
+        elif len(sizes) == 1 and re.search(r"shape$|sizes$|dims$", ast.unparse(sizes[0])):
+            return None
+        if not sizes or any(isinstance(size, ast.Starred) for size in sizes):
+            return None
+        return tuple(Dim("1" if ast.unparse(size) == "1" else f"{path}[{i}]") for i, size in enumerate(sizes))
+
+    def _for_heads(self, value: ast.AST, function: Function) -> bool:
+        """Whether a tensor may have an entry for each head: what it is made of counts heads, also by other names."""
+        names = {
+            target.id: node.value
+            for node in walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        me = function.args.args[0].arg if function.args.args else ""
+        names |= {
+            f"{me}.{self_path(target, me)}": node.value
+            for node in walk(function)
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if self_path(target, me)
+        }
+        return _counts_heads(value, names, set())
 
     def _default(self, name: str, file: File, function: Function) -> External | ClassInfo | None:
         """The class that an argument ``act_layer=nn.GELU`` stands for, if nobody gives it one of another kind."""
@@ -133,12 +186,36 @@ class Attributes:
         return found
 
 
+def _assignments(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each target and what it is given, also in ``self.a, self.b = x, y``."""
+    for target in node.targets:
+        match target, node.value:
+            case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+                yield from zip(targets, values, strict=True)
+            case _:
+                yield target, node.value
+
+
 def _alike(one: str, other: str) -> bool:
     return simple_kind(one) == simple_kind(other)
 
 
-def _words(node: ast.AST) -> list[str]:
-    return [getattr(item, "id", getattr(item, "attr", "")) or "" for item in walk(node)]
+def is_count(word: str) -> bool:
+    """Whether something that is called so may count heads, or have an entry for each."""
+    return bool(_HEADS.search(word)) and not _OF_ONE_HEAD.search(word)
+
+
+def _counts_heads(node: ast.AST, names: Mapping[str, ast.expr], seen: set[str]) -> bool:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Div, ast.FloorDiv)):
+        return False  # the width of one
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        word = node.id if isinstance(node, ast.Name) else node.attr
+        if is_count(word):
+            return True
+        path = ast.unparse(node)
+        if path in names and path not in seen:
+            return _counts_heads(names[path], names, seen | {path})
+    return any(_counts_heads(child, names, seen) for child in ast.iter_child_nodes(node))
 
 
 def _one_of(made: list[Value], path: str) -> Value:

@@ -141,7 +141,13 @@ def _kept_by_containers(body: list[ast.stmt], changing: set[str]) -> set[str]:
 
 def _flows(body: list[ast.stmt]) -> Iterator[tuple[set[str], set[str]]]:
     """(names that get a value, names that it is made of) of each assignment."""
-    for node in (node for statement in body for node in walk(statement)):
+    for targets, value in assignments([node for statement in body for node in walk(statement)]):
+        yield {name.id for target in targets for name in _given(target)}, {name.id for name in names(value)}
+
+
+def assignments(nodes: list[ast.AST]) -> Iterator[tuple[list[ast.expr], ast.AST]]:
+    """The targets of each assignment, and what they are made of."""
+    for node in nodes:
         targets: list[ast.expr] = []
         value: ast.AST | None = None
         if isinstance(node, ast.Assign):
@@ -156,7 +162,7 @@ def _flows(body: list[ast.stmt]) -> Iterator[tuple[set[str], set[str]]]:
             if isinstance(node.func.value, ast.Name):
                 targets, value = [node.func.value], node
         if value is not None:
-            yield {name.id for target in targets for name in _given(target)}, {name.id for name in names(value)}
+            yield targets, value
 
 
 def _given(target: ast.expr) -> Iterator[ast.Name]:

@@ -9,7 +9,8 @@ taken out, and the forward is read anew.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rewriter.analyze.model.attributes import Attributes
@@ -53,6 +54,7 @@ _VIEWS = {"view", "reshape", "unflatten", "flatten", "expand", "expand_as"}
 _PIECES = {"chunk", "split", "unbind"}
 _METHODS = OPERATIONS | _VIEWS | _PIECES | {"size", "dim", "numel"}
 _FUNCTIONS = ("torch.", "torch.nn.functional.", "math.")
+_WORD, _DIVIDED = re.compile(r"[A-Za-z_][\w.]*"), re.compile(r"//?[\w.]+")
 _SYMBOLS: dict[type[ast.operator], str] = {
     ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/", ast.FloorDiv: "//", ast.Mod: "%", ast.Pow: "**",
 }  # fmt: skip
@@ -89,7 +91,7 @@ class Reading:
     norms: dict[str, Origins] = field(default_factory=dict)
     whole_norms: set[str] = field(default_factory=set)
     heads: dict[str, set[str]] = field(default_factory=dict)
-    """By layers, the attributes of their module that count heads."""
+    """By layers, the attributes of their module that count heads, or such a number itself."""
     edits: dict[ast.expr, Edit] = field(default_factory=dict)
     kept: set[ast.expr] = field(default_factory=set)
     calls: dict[str, int] = field(default_factory=dict)
@@ -112,7 +114,14 @@ class _Frame:
 class Forward:
     """What can be split in blocks of one class."""
 
-    def __init__(self, classes: Classes, attributes: Attributes, block: ClassInfo, taken: Mapping[str, Taken]) -> None:
+    def __init__(
+        self,
+        classes: Classes,
+        attributes: Attributes,
+        block: ClassInfo,
+        taken: Mapping[str, Taken],
+        trained: Collection[str] = (),
+    ) -> None:
         self.classes, self.attributes, self.project = classes, attributes, classes.project
         self.block = block
         self.taken = dict(taken)
@@ -121,7 +130,11 @@ class Forward:
         self.dims: dict[str, int] = {}
         self.assumed: set[str] = set()
         """Arguments that are taken for (batch, sequence, features), as nothing says how many dimensions they have."""
+        self.trained = trained
+        """Arguments of the blocks, beside the first, that are made of parameters."""
         self.hidden: set[str] = set()
+        self.counts: set[str] = set()
+        """Numbers of heads, by the views that cut features by them."""
         self.seen: set[str] = set()
         self.linear: dict[str, Linear] = {}
         self.reading = Reading()
@@ -153,7 +166,9 @@ class Forward:
             return
         info = found[0].file.function_info(found[1])
         hidden = Tensor(hidden=True)  # what comes first is what the blocks hand on
-        result = self._run(Routine(info, Object(self.block, "")), [hidden], {}, info.node)
+        first = [argument.arg for argument in (*info.node.args.posonlyargs, *info.node.args.args)][1:2]
+        others = dict.fromkeys(set(self.trained) - {*first}, hidden)
+        result = self._run(Routine(info, Object(self.block, "")), [hidden], others, info.node)
         if origins_of(result):
             raise Failure(origins_of(result), "what it gives leaves the block", info.file, info.node)
 
@@ -328,10 +343,11 @@ class Forward:
             self._assign(frame, node.target, WHOLE)
         else:
             self._expression(frame, node.test)
-        before = dict(frame.names)
         self.loops += 1
-        self._statements(frame, node.body)
-        frame.names = _merged(before, frame.names)
+        for _ in range(2):  # what the first time leaves meets the second one
+            before = dict(frame.names)
+            self._statements(frame, node.body)
+            frame.names = _merged(before, frame.names)
         self.loops -= 1
         self._statements(frame, node.orelse)
 
@@ -533,10 +549,8 @@ class Forward:
         if isinstance(one, Num) and isinstance(other, Num):
             origins = one.origins | other.origins
             return Num(f"({one.text}{_SYMBOLS.get(type(op), '?')}{other.text})", origins)
-        if isinstance(op, ast.Add):
-            sequences = [_sequence(one), _sequence(other)]
-            if all(item is not None for item in sequences):
-                return Tup(tuple(value for part in sequences for value in part or ()))
+        if isinstance(op, ast.Add) and isinstance(one, Tup) and isinstance(other, Tup):
+            return Tup((*one.items, *other.items))
         return self._operation(frame, node, "mul", [one, other], {})
 
     def _compared(self, frame: _Frame, node: ast.Compare) -> Value:
@@ -546,7 +560,7 @@ class Forward:
         origins = origins_of(Tup(tuple(values)))
         if origins:
             raise Failure(origins, f"{ast.unparse(node)} compares what differs on a rank", frame.file, node)
-        return WHOLE
+        return Tensor(hidden=any(map(is_hidden, values)))
 
     def _subscript(self, frame: _Frame, node: ast.Subscript, value: Value, index: ast.expr) -> Value:
         if isinstance(value, Shape):
@@ -565,12 +579,12 @@ class Forward:
         return self._other(frame, node, [value, *values], "what is taken of it is not followed")
 
     def _of_shape(self, frame: _Frame, node: ast.Subscript, tensor: Tensor, index: ast.expr) -> Value:
-        dims = tensor.dims
-        if dims is None:
-            return WHOLE if isinstance(index, ast.Slice) else Num(f"?{ast.unparse(node)}")
         if isinstance(index, ast.Slice):
-            return self._part_of_shape(frame, node, tensor, index)
-        number = self._expression(frame, index)
+            return self._part_of_shape(frame, node, tensor, index) if tensor.dims is not None else WHOLE
+        return self._one_size(frame, node, tensor, self._expression(frame, index))
+
+    def _one_size(self, frame: _Frame, node: ast.AST, tensor: Tensor, number: Value) -> Value:
+        dims = tensor.dims or ()
         first = dims[0] if dims else None
         if isinstance(first, Lead) and isinstance(number, Num) and number.text.isdecimal():
             return Num(f"{first.of}.{number.text}") if first.of != "?" else self._unknown_size(frame, node, tensor)
@@ -683,7 +697,12 @@ class Forward:
                     return self._operation(frame, node, short, args, options)
             case Torch(name=name, of=Tensor() as tensor):
                 return self._operation(frame, node, name, [tensor, *args], options)
-        return self._other(frame, node, [called, *args, *options.values()], f"{ast.unparse(node.func)} is not followed")
+        given = self._other(
+            frame, node, [called, *args, *options.values()], f"{ast.unparse(node.func)} is not followed"
+        )
+        # An attribute that somebody else has made may be a module with parameters.
+        own = isinstance(called, Num) and bool(called.attribute) and isinstance(given, Tensor)
+        return replace(given, hidden=True) if own and isinstance(given, Tensor) else given
 
     def _inline(self, frame: _Frame, code: ast.Lambda, args: Sequence[Value]) -> Value:
         names = [argument.arg for argument in code.args.args]
@@ -694,7 +713,7 @@ class Forward:
         return result
 
     def _object(
-        self, frame: _Frame, node: ast.Call, called: Object, args: Sequence[Value], options: Mapping[str, Value]
+        self, frame: _Frame, node: ast.AST, called: Object, args: Sequence[Value], options: Mapping[str, Value]
     ) -> Value:
         method = self.classes.method(called.cls, "forward")
         values = (*args, *options.values())
@@ -720,13 +739,11 @@ class Forward:
         value = args[0]
         if isinstance(called, Chain):
             for member in called.members:
-                if isinstance(member, Object):
-                    method = self.classes.method(member.cls, "forward")
-                    if method is None:
-                        return self._other(frame, node, [value], f"{member.name} is not followed")
-                    value = self._run(Routine(method[0].file.function_info(method[1]), member), [value], {}, node)
-                else:
-                    value = self._module(frame, node, member, [value])
+                value = (
+                    self._object(frame, node, member, [value], {})
+                    if isinstance(member, Object)
+                    else self._module(frame, node, member, [value])
+                )
             return value
         if isinstance(called, Simple):
             return self._simple(frame, node, called, value)
@@ -777,6 +794,9 @@ class Forward:
             raise Failure(own | origins, f"{layer} gets whole features, too", frame.file, node)
         if value.dims is None or value.place != len(value.dims) - 1:
             raise Failure(own | origins, f"{layer} is one layer for all heads", frame.file, node)
+        last = value.dims[-1]
+        if isinstance(last, Dim) and last.size.startswith("shared "):
+            raise Failure(own | origins, f"{layer} mixes heads", frame.file, node)
         if value.fresh:
             self._cut(frame, node, origins, 1)
         reading.rows[layer] = reading.rows.get(layer, NONE) | origins
@@ -833,8 +853,10 @@ class Forward:
         norm = next((v.norm for v in _flat(values) if isinstance(v, Tensor) and v.norm), "")
         tensors = [value for value in values if isinstance(value, Tensor)]
         if name in EACH or name in ("mul", "add", "sub", "div", "masked_fill"):
-            known = next((tensor.dims for tensor in tensors if tensor.dims is not None), None)
-            return Tensor(known, NONE, hidden, norm)
+            known = [tensor.dims for tensor in tensors if tensor.dims is not None]
+            dims = max(known, key=lambda dims: (any(isinstance(dim, Lead) for dim in dims), len(dims)), default=None)
+            return Tensor(dims, NONE, hidden, norm)
+        hidden |= self._for_heads((*values, *options.values()))
         if name in ("view", "reshape") and isinstance(first, Tensor):
             items = _items(values[1:])
             if items is not None and all(isinstance(item, Lead) or item.text != "-1" for item in items):
@@ -854,12 +876,7 @@ class Forward:
             return self._unknown_size(frame, node, value)
         if axis is None:
             return Shape(value)
-        index = ast.Constant(int(axis.text)) if isinstance(axis, Num) and axis.text.lstrip("-").isdecimal() else None
-        if index is None:
-            return self._unknown_size(frame, node, value)
-        if isinstance(index.value, int) and index.value < 0:
-            return self._of_shape(frame, _as_subscript(node), value, _negative(index.value))
-        return self._of_shape(frame, _as_subscript(node), value, index)
+        return self._one_size(frame, node, value, axis)
 
     def _pieces(
         self,
@@ -886,10 +903,8 @@ class Forward:
                 raise Failure(tensor.origins, "what the ranks share is taken apart", frame.file, node)
             return Tup((self._piece(frame, tensor, where, node),) * size)
         number = options.get("chunks", options.get("split_size", args[0] if args else None))
-        if name == "chunk" and isinstance(number, Num) and number.text.isdecimal():
-            count = int(number.text)
-        elif name == "chunk":
-            raise Failure(tensor.origins, "into how many parts it is cut is not seen", frame.file, node)
+        if name == "chunk":
+            count = int(number.text) if isinstance(number, Num) and number.text.isdecimal() else 0
         if not count:
             raise Failure(tensor.origins, "into how many parts it is cut is not seen", frame.file, node)
         if not dim.split:
@@ -970,13 +985,22 @@ class Forward:
             self.reading.grouped |= origins
         for number in found.inferred:
             self._infer(frame, node, number, origins)
-        if found.heads is not None and found.heads.attribute and frame.me is not None:
-            for layer in origins:
-                if layer.rpartition(".")[0] == frame.me.name:
-                    self.reading.heads.setdefault(layer, set()).add(found.heads.attribute)
+        self._count_heads(frame, found.heads, origins)
         if found.width is not None:
             self._write_width(frame, node, found.heads, found.width, origins)
         return found.tensor
+
+    def _count_heads(self, frame: _Frame, heads: Num | None, origins: Origins) -> None:
+        """By what number a view cuts features into heads: who uses it, too, may make something for each."""
+        if heads is None:
+            return
+        if heads.text.replace(".", "").isidentifier() and heads.text not in self.counts:
+            self.counts.add(heads.text)
+            raise Again
+        name = heads.attribute or (heads.text if heads.text.isdecimal() else "")
+        for layer in origins:
+            if name and frame.me is not None and layer.rpartition(".")[0] == frame.me.name:
+                self.reading.heads.setdefault(layer, set()).add(name)
 
     def _learn_from(self, tensor: Tensor, items: Sequence[Item], wrong: Failure) -> None:
         """``view(B, T, ...)`` of what is made of an argument tells how many dimensions that has."""
@@ -1052,7 +1076,12 @@ class Forward:
         for value in _flat(values):
             if isinstance(value, Linear) and value.name not in self.taken:
                 raise Failure(frozenset({value.name}), f"{value.name} is passed on", frame.file, node)
-        return Tensor(hidden=any(map(is_hidden, values)))
+        return Tensor(hidden=any(map(is_hidden, values)) or self._for_heads(values))
+
+    def _for_heads(self, values: Sequence[Value]) -> bool:
+        """Whether what is made of such values may have an entry for each head."""
+        numbers = (_DIVIDED.sub("", value.text) for value in _flat(values) if isinstance(value, Num))
+        return any(word in self.counts for text in numbers for word in _WORD.findall(text))
 
 
 def _size(dim: Dim | Lead, tensor: Tensor) -> Value:
@@ -1083,12 +1112,6 @@ def _items(values: Sequence[Value]) -> list[Item] | None:
         given = tuple(_size(dim, given[0].tensor) for dim in given[0].tensor.dims)
     found = [item for item in given if isinstance(item, (Num, Lead))]
     return found if found and len(found) == len(given) else None
-
-
-def _sequence(value: Value) -> Sequence[Value] | None:
-    if isinstance(value, Tup):
-        return value.items
-    return None
 
 
 def _either(one: Value, other: Value) -> Value:
@@ -1148,14 +1171,6 @@ def _merged(one: Mapping[str, Value], other: Mapping[str, Value]) -> dict[str, V
 def _slice(node: ast.Slice) -> slice:
     bounds = [ast.literal_eval(item) if item is not None else None for item in (node.lower, node.upper, node.step)]
     return slice(*bounds)
-
-
-def _as_subscript(node: ast.AST) -> ast.Subscript:
-    return ast.Subscript(ast.Name("shape", ast.Load()), ast.Constant(0), ast.Load(), lineno=getattr(node, "lineno", 1))
-
-
-def _negative(number: int) -> ast.expr:
-    return ast.UnaryOp(ast.USub(), ast.Constant(-number))
 
 
 def _is_times(out: ast.expr | None, count: int, name: str, me: str, widths: Sequence[ast.expr]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,19 @@ from dataclasses import dataclass, field, replace
 from rewriter.analyze.model.attributes import Attributes
 from rewriter.analyze.model.elements import Element
 from rewriter.analyze.model.forwards import Edit, Forward, Taken
+from rewriter.analyze.model.given import trained
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.stacks import Stacks
 from rewriter.analyze.model.tensors import Object
+from rewriter.analyze.model.unplanned import layers
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import Function, self_path, walk
 
 Style = str
+_IN_PLACE = re.compile(r"^(register_|add_module|set_|apply)|[a-z]_$")
+_SUMS = {"norm", "vector_norm", "matrix_norm", "sum", "mean", "std", "var", "dot", "max", "min"}
+_FACTS = {"grad", "shape", "size", "numel", "nelement", "dim", "ndim", "requires_grad", "element_size"}
 _INIT = re.compile(r"init|reset", re.I)
 _ADAPTERS = ("peft", "loralib", "bitsandbytes")
 
@@ -31,6 +37,8 @@ class Block:
     heads: tuple[str, ...]
     edits: tuple[Edit, ...]
     left: tuple[Taken, ...]
+    unread: tuple[tuple[str, str], ...] = ()
+    """Name and kind of layers that the forward which was read does not call by their names."""
     assumed: bool = False
     """Whether what the blocks get is taken for (batch, sequence, features)."""
 
@@ -44,6 +52,9 @@ class Plan:
     styles: dict[str, Style] = field(default_factory=dict)
     heads: dict[str, None] = field(default_factory=dict)
     blocks: list[tuple[Stack, Block]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    outside: tuple[tuple[str, str], ...] = ()
+    """Name and kind of layers outside of the blocks."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,8 @@ class Splits:
                 self.whole.append(Whole(stack, *against))
             else:
                 self._plan(stack)
+        for plan in self.plans.values():
+            plan.outside = tuple(layers(self.attributes, plan.root, plan.paths))
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 
@@ -99,21 +112,34 @@ class Splits:
             if plan is None:
                 plan = self.plans[info] = Plan(info, info.methods["__init__"].body[-1])
             plan.blocks.append((stack, found))
+            plan.paths.append(path)
             plan.styles |= {f"{path}.*.{name}": style for name, style in found.styles.items()}
             plan.heads |= dict.fromkeys(found.heads)
 
     def block(self, cls: ClassInfo) -> Block:
         if cls not in self._blocks:
             taken: dict[str, Taken] = {}
+            given = self._trained(cls)
             while True:
-                forward = Forward(self.classes, self.attributes, cls, taken)
+                forward = Forward(self.classes, self.attributes, cls, taken, given)
                 reached = {name: self._reached(forward, name) for name in _split(forward)}
                 more = {name: why for name, why in reached.items() if why is not None}
                 if not more:
                     break
                 taken |= more
-            self._blocks[cls] = _block(cls, forward, tuple(dict.fromkeys(taken.values())))
+            unread = tuple(item for item in layers(self.attributes, cls) if item[0] not in forward.linear)
+            self._blocks[cls] = _block(cls, forward, tuple(dict.fromkeys(taken.values())), unread)
         return self._blocks[cls]
+
+    def _trained(self, cls: ClassInfo) -> set[str]:
+        """The arguments of blocks of a class that are made of parameters, in whatever stack these are."""
+        found: set[str] = set()
+        for stack in self.stacks.found:
+            if any(_class_of(element) is cls for build in stack.builds for element in build.elements):
+                for member in {cls, *self.classes.ancestors(cls)}:
+                    if "forward" in member.methods:
+                        found |= trained(self.attributes, stack, member.methods["forward"])
+        return found
 
     def _reached(self, forward: Forward, name: str) -> Taken | None:
         """Where a layer is used otherwise than in the forward that was read."""
@@ -124,6 +150,9 @@ class Splits:
         calls = {call.func for call in forward.reading.sites.get(name, ()) if isinstance(call, ast.Call)}
         for file in self.project:
             for node in file.nodes if file.mentions(own) else ():
+                if isinstance(node, ast.Constant) and node.value == own and _by_name(file.names.parents.get(node)):
+                    reason = f"{ast.unparse(file.names.parents.get(node, node))[:60]} uses {own}, too"
+                    return Taken(frozenset({name}), reason, file, node.lineno)
                 if isinstance(node, ast.Attribute) and node.attr == own and node not in calls:
                     if self._is_other(file, node, owner) or self._is_harmless(file, node):
                         continue
@@ -221,13 +250,14 @@ class Splits:
                             file,
                             getattr(node, "lineno", 1),
                         )
-            for node in file.nodes if any(map(file.mentions, ("Linear", ".apply(", "init"))) else ():
+            for node in file.nodes if any(map(file.mentions, ("Linear", ".apply(", "init", "parameters"))) else ():
                 reason = self._is_after(file, node)
                 function = file.names.function_of(node) if reason else None
                 if function is not None and _INIT.search(function.name):
                     reason = reason if self._called_later(function) else ""
                 if reason:
-                    return reason, file, getattr(node, "lineno", 1)
+                    at = node.iter if isinstance(node, ast.comprehension) else node
+                    return reason, file, getattr(at, "lineno", 1)
         return None
 
     def _called_later(self, function: Function) -> bool:
@@ -253,16 +283,53 @@ class Splits:
                 return f"{ast.unparse(node)[:60]} goes over the layers of a model that is built"
         if isinstance(node, ast.Call) and self.project.external(file, node.func).startswith("torch.nn.init."):
             return f"{ast.unparse(node)[:60]} gives parameters of a model that is built other values"
+        if isinstance(node, (ast.For, ast.comprehension)) and _sums_up(file, node):
+            return f"{ast.unparse(node.iter)[:60]} are added up, of which a rank has its share"
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(
-            parent, (ast.Call, ast.Tuple, ast.List, ast.Compare)
+            parent, (ast.Call, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.Compare)
         ):
             called = isinstance(parent, ast.Call) and parent.func is node
             found = self.project.resolve(file, node) if not called else None
             if isinstance(found, External) and found.name == "torch.nn.Linear":
                 inside = any(isinstance(item, ast.Call) and _asks(item) for item in file.names.ancestors(node))
-                if inside or isinstance(parent, (ast.Tuple, ast.List, ast.Compare)):
-                    return "code asks which layers are torch.nn.Linear after the model is built"
+                asked = inside or not isinstance(parent, ast.Call)
+                if asked and not self._only_looks(file, node):
+                    return "code asks which layers are torch.nn.Linear after the model is built, and may change them"
         return ""
+
+    def _only_looks(self, file: File, node: ast.AST) -> bool:
+        """Whether ``isinstance`` asks, of which what is split is an ``nn.Linear``, too, and nothing is changed."""
+        function = file.names.function_of(node)
+        statement = file.names.statement_of(node)
+        if function is None:
+            return False
+        uses = [node]
+        if (
+            isinstance(statement, ast.Assign)
+            and file.names.parents.get(file.names.parents.get(node, node)) is statement
+        ):
+            kinds = {target.id for target in statement.targets if isinstance(target, ast.Name)}
+            uses = [
+                n for n in walk(function) if isinstance(n, ast.Name) and n.id in kinds and n not in statement.targets
+            ]
+            if len(kinds) != len(statement.targets):
+                return False
+        named = set()
+        for use in uses:
+            outer = file.names.parents.get(use)
+            outer = file.names.parents.get(outer) if isinstance(outer, ast.Tuple) else outer
+            if not (isinstance(outer, ast.Call) and isinstance(outer.func, ast.Name) and outer.func.id == "isinstance"):
+                return False
+            named |= {module.id for module in outer.args[:1] if isinstance(module, ast.Name)}
+        for item in walk(function):
+            kept = isinstance(item, ast.Name) and item.id in named and isinstance(item.ctx, ast.Load)
+            by = file.names.parents.get(item)
+            harmless = isinstance(by, ast.Attribute) or (isinstance(by, ast.Call) and _asks(by))
+            if kept and not harmless:
+                return False  # whoever gets the module may change it
+            if _changes(item):
+                return False
+        return True
 
 
 def _class_of(element: Element) -> ClassInfo | None:
@@ -273,15 +340,60 @@ def _class_of(element: Element) -> ClassInfo | None:
     return None if isinstance(made, ast.IfExp) else element.cls
 
 
-def _asks(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Name) and call.func.id in ("isinstance", "issubclass", "type")
+def _by_name(node: ast.AST | None) -> bool:
+    """Whether a call gets something by its name."""
+    func = node.func if isinstance(node, ast.Call) else None
+    name = getattr(func, "id", getattr(func, "attr", ""))
+    return name in ("getattr", "setattr", "delattr", "get_submodule", "get_parameter", "set_submodule", "attrgetter")
+
+
+def _sums_up(file: File, loop: ast.For | ast.comprehension) -> bool:
+    """Whether a loop over a model's parameters adds up entries of theirs, of which a rank has its share."""
+    over = [
+        node.func.attr
+        for node in walk(loop.iter)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    ]
+    if not {"parameters", "named_parameters"} & {*over}:
+        return False
+    names = {item.id for item in walk(loop.target) if isinstance(item, ast.Name)}
+    inside = loop if isinstance(loop, ast.For) else file.names.parents.get(loop, loop)
+    uses = (node for node in walk(inside) if isinstance(node, ast.Name) and node.id in names)
+    return any(_is_summed(file, node) for node in uses)
+
+
+def _is_summed(file: File, node: ast.AST) -> bool:
+    for around in file.names.ancestors(node):
+        if not isinstance(around, ast.expr) or (isinstance(around, ast.Attribute) and around.attr in _FACTS):
+            return False
+        func = around.func if isinstance(around, ast.Call) else None
+        if isinstance(func, ast.Attribute) and func.attr in _SUMS:
+            return True
+    return False
+
+
+def _asks(node: ast.AST) -> bool:
+    names = ("isinstance", "issubclass", "type")
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def _changes(node: ast.AST) -> bool:
+    """Whether a node gives an object's attribute, a parameter or a module another value, or hands them on to do so."""
+    if isinstance(node, (ast.Attribute, ast.Delete)) and isinstance(
+        getattr(node, "ctx", ast.Del()), (ast.Store, ast.Del)
+    ):
+        return True
+    if isinstance(node, ast.Attribute):
+        return node.attr in ("data", "copy_", "init", "_modules", "_parameters") or bool(_IN_PLACE.search(node.attr))
+    name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else "print"
+    return name in ("setattr", "delattr") or not hasattr(builtins, name)
 
 
 def _split(forward: Forward) -> list[str]:
     return sorted({*forward.reading.rows, *forward.reading.columns})
 
 
-def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Block:
+def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...], unread: tuple[tuple[str, str], ...]) -> Block:
     reading = forward.reading
     styles: dict[str, Style] = {}
     for name in sorted(reading.columns, key=lambda name: list(forward.linear).index(name)):
@@ -304,4 +416,4 @@ def _block(cls: ClassInfo, forward: Forward, reached: tuple[Taken, ...]) -> Bloc
     known = frozenset(forward.linear)
     found = (replace(taken, origins=taken.origins & known) for taken in (*reached, *forward.found))
     left = tuple(dict.fromkeys(taken for taken in found if taken.origins))
-    return Block(cls, styles, heads, tuple(reading.edits.values()), left, bool(forward.assumed))
+    return Block(cls, styles, heads, tuple(reading.edits.values()), left, unread, bool(forward.assumed))

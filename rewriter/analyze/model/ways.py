@@ -86,7 +86,12 @@ def together(values: Sequence[Value]) -> Tensor:
         known = [tensor for tensor in tensors if tensor.dims is not None]
         return Tensor(known[0].dims if known else None, NONE, hidden, next((t.norm for t in tensors if t.norm), ""))
     if any(tensor.hidden and not tensor.norm for tensor in tensors if not tensor.origins):
-        raise Odd("it meets a whole value that trains, whose gradient would be a part of it on each rank")
+        raise Odd(
+            "it meets a whole value that trains, whose gradient would be a part of it on each rank, or that may have "
+            "an entry for each head"
+        )
+    if any(tensor.norm and tensor.dims is None for tensor in tensors if not tensor.origins):
+        raise Odd("it meets a parameter whose dimensions are not seen")
     first = max(shared, key=lambda tensor: len(tensor.dims or ()))
     assert first.dims is not None
     back = len(first.dims) - first.place
@@ -199,7 +204,9 @@ def _alone(name: str, tensor: Tensor, rest: Sequence[Value], options: Mapping[st
             raise Unknown(tensor, len(order))
         return moved(tensor, [place(tensor, item) for item in order])
     if name in ("rms_norm", "layer_norm"):
-        if tensor.dims is None or tensor.place == len(tensor.dims) - 1 or len(rest) > 1 or set(options) - {"eps"}:
+        several = not rest or not isinstance(rest[0], Tup) or len(rest[0].items) != 1
+        last = tensor.dims is None or tensor.place == len(tensor.dims) - 1
+        if last or several or len(rest) > 1 or set(options) - {"eps"}:
             raise Odd("a norm goes over what the ranks share")
         return tensor
     axis = options.get("dim", rest[0] if rest else None)
@@ -210,7 +217,7 @@ def _alone(name: str, tensor: Tensor, rest: Sequence[Value], options: Mapping[st
             raise Odd(f"{name} goes over what the ranks share")
         if name in ("softmax", "log_softmax", "cumsum"):
             return tensor
-        keep = options.get("keepdim")
+        keep = options.get("keepdim", rest[1] if len(rest) > 1 else None)
         if not isinstance(keep, Num) or keep.text != "True" or tensor.dims is None:
             dims = tuple(dim for i, dim in enumerate(tensor.dims or ()) if i not in places)
         else:

@@ -8,19 +8,22 @@ them ("rowwise"). Views that name the number of heads, or of all features, get -
 Why: attention and feed-forward layers that are too large for one GPU, or too slow, are computed by several at once. How
 many is said at the launch, ``BMTRAIN_TP_SIZE=2 torchrun ...``; without it nothing is split.
 Refuses when: what stands between two layers is not known to do the same with a share of the features as with all of
-them: a norm over all heads, a sum over heads, a whole value that trains and meets shares, a comparison of sizes, parts
-of unequal length; a layer is used twice, elsewhere or inside a loop, shares its weight, or is no plain ``nn.Linear``;
-code looks for ``nn.Linear`` in the model that is built, or adapters do. Such layers stay whole, and each is reported.
+them: a norm over all heads, a sum over heads, a whole value that trains, or has an entry for each head, and meets
+shares, a comparison of sizes, parts of unequal length; a layer is used twice, elsewhere or inside a loop, shares its
+weight, or is no plain ``nn.Linear``; code may change the ``nn.Linear`` layers of the model that is built, or adds up
+its parameters, or adapters do. Such layers stay whole, and each is reported, as are all that no plan names: embeddings,
+heads, layers in lists and outside of blocks.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.model.forwards import Edit
 from rewriter.analyze.model.splits import Block, Plan
+from rewriter.analyze.model.unplanned import NOT_SEEN
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.changes import Change, insert_behind, replace
@@ -41,6 +44,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield from _edits(file, plan)
             if plan.root.file is file:
                 yield from _planned(file, plan)
+                yield from _outside(plan)
     for left in facts.splits.whole:
         if left.file is file:
             message = f"the layers of {left.stack.name} stay whole: {left.reason}"
@@ -63,7 +67,7 @@ def _planned(file: File, plan: Plan) -> Iterator[Finding]:
     lines = ["{bmt}.parallelize_module(", "    self,", "    {"]
     lines[1] = f"    {plan.root.methods['__init__'].args.args[0].arg},"
     lines += [f'        "{name}": {style},' for name, style in plan.styles.items()]
-    heads = ", ".join(f'"{name}"' for name in plan.heads)
+    heads = ", ".join(name if name.isdecimal() else f'"{name}"' for name in plan.heads)
     lines += ["    },", f"    heads=[{heads}]," if heads else "    divide=[],", ")"]
     files = {edit.file: None for _, block in plan.blocks for edit in block.edits}
     message = f"{plan.root.name} splits {len(plan.styles)} kinds of layers over tensor-parallel ranks: " + "; ".join(
@@ -91,6 +95,39 @@ def _changed(edit: Edit) -> Change:
     return replace(edit.node, edit.text)
 
 
+def _outside(plan: Plan) -> Iterator[Finding]:
+    """What no plan names, as it is outside of the blocks."""
+    for kinds, what in _OUTSIDE:
+        names = _named(plan.outside, kinds)
+        if names and plan.styles:
+            message = f"{_stay(names, plan.root.name)}: {what} outside of blocks are not planned"
+            yield Remark(RULE.code, plan.root.node.lineno, message)
+
+
+def _stay(names: Sequence[str], owner: str) -> str:
+    return f"{', '.join(names)} of {owner} stay{'s' if len(names) == 1 else ''} whole"
+
+
+def _named(found: tuple[tuple[str, str], ...], kinds: Sequence[str]) -> list[str]:
+    """Those of such kinds; without any, those of kinds that ``_KINDS`` does not know."""
+    chosen = (item for item in found if (item[1] in kinds if kinds else item[1] not in _KINDS))
+    return list(dict.fromkeys(f"{name} ({kind})" if not kinds else name for name, kind in chosen))
+
+
+_EMBEDDINGS = ("Embedding", "EmbeddingBag")
+_KINDS = (*_EMBEDDINGS, "Linear", NOT_SEEN)
+_OUTSIDE: tuple[tuple[Sequence[str], str], ...] = (
+    (_EMBEDDINGS, "embeddings"), (("Linear",), "linear layers"), ((NOT_SEEN,), "lists of layers"),
+    ((), "other layers"),
+)  # fmt: skip
+_UNREAD: tuple[tuple[Sequence[str], str], ...] = (
+    (("Linear",), "a list or dict holds them, or the forward is not seen to call them by their names"),
+    (_EMBEDDINGS, "embeddings inside of blocks are not planned"),
+    ((NOT_SEEN,), "what is in these lists is not seen"),
+    ((), "only layers of torch.nn.Linear are planned"),
+)
+
+
 def _key(plan: Plan, file: File) -> str:
     return f"{file.place}\0{plan.root.file.place}\0{plan.root.node.lineno}\0shares"
 
@@ -105,10 +142,12 @@ def _told(block: Block) -> Iterator[Finding]:
         told |= {*names}
         if names:
             at = f" (line {taken.line})" if taken.file is block.cls.file else f" ({taken.file.path.name}:{taken.line})"
-            message = (
-                f"{', '.join(names)} of {block.cls.name} stay{'s' if len(names) == 1 else ''} whole: {taken.reason}{at}"
-            )
+            message = f"{_stay(names, block.cls.name)}: {taken.reason}{at}"
             yield Remark(RULE.code, block.cls.node.lineno, message)
+    for kinds, reason in _UNREAD:
+        unread = _named(block.unread, kinds)
+        if unread:
+            yield Remark(RULE.code, block.cls.node.lineno, f"{_stay(unread, block.cls.name)}: {reason}")
     if block.assumed and block.styles:
         message = f"what {block.cls.name} gets is taken for (batch, sequence, features): --verify shows whether it is"
         yield Remark(RULE.code, block.cls.node.lineno, message)

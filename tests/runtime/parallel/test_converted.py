@@ -59,6 +59,16 @@ def test_heads_that_cannot_be_divided_are_named() -> None:
 
 
 @on_ranks(2, init={"tp_size": 2})
+def test_what_is_split_is_linear_to_code_that_asks() -> None:
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(6, 4), "down": torch.nn.Linear(4, 6, bias=False)})
+    bmt.parallelize_module(model, {"up": "colwise", "down": "rowwise"})
+    assert all(isinstance(layer, torch.nn.Linear) for layer in model.values())
+    found = [(layer.in_features, layer.out_features, layer.bias is None) for layer in model.values()]
+    assert found == [(6, 4, False), (4, 6, True)] and repr(model["up"]).startswith("_Columns(in_features=6")
+    assert not any(callable(layer.reset_parameters) for layer in model.values())
+
+
+@on_ranks(2, init={"tp_size": 2})
 def test_heads_of_an_attribute() -> None:
     model = torch.nn.ModuleDict({"up": torch.nn.Linear(6, 6), "down": torch.nn.Linear(6, 6)})
     model.config = torch.nn.Module()  # whatever has attributes
@@ -66,6 +76,8 @@ def test_heads_of_an_attribute() -> None:
     plan = {"up": "colwise", "down": "rowwise"}
     with pytest.raises(ConfigurationError, match="config\\.n_head is 3"):
         bmt.parallelize_module(model, plan, heads=["config.n_head"])
+    with pytest.raises(ConfigurationError, match="forward cuts features into 3 heads"):
+        bmt.parallelize_module(model, plan, heads=[3])
     model.config.n_head = 2  # type: ignore[assignment]
-    bmt.parallelize_module(model, plan, heads=["config.n_head", "none.of.these"])
+    bmt.parallelize_module(model, plan, heads=["config.n_head", "none.of.these", 2])
     assert model.config.n_head == 2
