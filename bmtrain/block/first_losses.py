@@ -23,7 +23,8 @@ _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
 
 _DIFFERING = 2
-"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples."""
+"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples, and it
+divides by these as well or is the sum of theirs."""
 
 
 class FirstLosses:
@@ -38,6 +39,7 @@ class FirstLosses:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
         self._steps, self._place, self._samples = 0, "", 0
+        self._is_sum = False
         self.wanted = ctx.topology.data_size > 1
 
     def note(self, inputs: object) -> None:
@@ -52,10 +54,11 @@ class FirstLosses:
         self._backward.peeks = True
         try:
             counts = [_kept(count) for count in self._counts_of(loss.grad_fn)]
+            is_sum = _factor(loss.grad_fn) == self._ctx.topology.data_size
         finally:
             self._backward.peeks = False
         if counts:
-            self._counts, self._place = counts, users_line()
+            self._counts, self._place, self._is_sum = counts, users_line(), is_sum
 
     def _is_one(self, shape: Sequence[int]) -> bool:
         """Whether that is the shape of one number, and not of one of each sample."""
@@ -81,18 +84,18 @@ class FirstLosses:
             return
         self._steps += 1
         self.wanted = self._steps < _STEPS
-        here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
-        here[0] = len(self._counts)
-        for i, count in enumerate(self._counts[:_MOST], 1):
+        here = torch.zeros(3 + _MOST, dtype=torch.float64, device="cpu")
+        here[0], here[1], here[2] = len(self._counts), self._samples, self._is_sum
+        for i, count in enumerate(self._counts[:_MOST], 3):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
         if not bool((rows[:, 0] == rows[0, 0]).all()) or rows[0, 0] > _MOST:
             return
-        counts = rows[:, 1:]
+        counts = rows[:, 3:]
         most, least = counts.amax(0), counts.amin(0)
         differ = (most - least > 1e-6 * most.abs()).nonzero().view(-1).tolist()
-        if not differ or (len(differ) > _DIFFERING and rows[0, 0] >= self._samples):
+        if not differ or (len(differ) > _DIFFERING and _is_of_samples(rows[0])):
             return
         self.wanted = False
         if self._ctx.rank == 0:
@@ -105,6 +108,12 @@ class FirstLosses:
                 "logits, targets), or of the single losses bmt.mean(losses, mask).",
                 stacklevel=2,
             )
+
+
+def _is_of_samples(row: torch.Tensor) -> bool:
+    """Whether a loss may be the mean of losses of single samples, or their sum times the number of ranks."""
+    divisions, samples, is_sum = row[:3].tolist()
+    return bool(divisions >= samples and (is_sum or (row[3:] == samples).any()))
 
 
 def _kept(count: torch.Tensor | float) -> torch.Tensor:
@@ -126,3 +135,12 @@ def _count(node: Node) -> torch.Tensor | float | None:
     except (NotKeptError, AttributeError, RuntimeError):  # to be recomputed; another torch; a backward has freed it
         pass
     return None
+
+
+def _factor(node: Node) -> float | None:
+    """The number that ``node`` has multiplied by; None if by none."""
+    try:
+        factor = getattr(node, "_saved_other", None) if node.name().startswith("MulBackward") else None
+    except (NotKeptError, RuntimeError):
+        return None
+    return float(factor) if isinstance(factor, torch.Tensor) and not factor.dim() else None
