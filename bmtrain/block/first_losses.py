@@ -27,6 +27,10 @@ _DIFFERING = 2
 divides by these as well or is the sum of theirs."""
 
 
+_FACTS = 3
+"""What ranks tell beside the counts: how many these are, how many samples, and whether the loss is a sum of theirs."""
+
+
 class FirstLosses:
     """What the last loss was divided by on this rank, compared at the first optimizer steps.
 
@@ -84,36 +88,57 @@ class FirstLosses:
             return
         self._steps += 1
         self.wanted = self._steps < _STEPS
-        here = torch.zeros(3 + _MOST, dtype=torch.float64, device="cpu")
+        here = torch.zeros(_FACTS + _MOST, dtype=torch.float64, device="cpu")
         here[0], here[1], here[2] = len(self._counts), self._samples, self._is_sum
-        for i, count in enumerate(self._counts[:_MOST], 3):
+        for i, count in enumerate(self._counts[:_MOST], _FACTS):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
-        if not bool((rows[:, 0] == rows[0, 0]).all()) or rows[0, 0] > _MOST:
-            return
-        counts = rows[:, 3:]
-        most, least = counts.amax(0), counts.amin(0)
-        differ = (most - least > 1e-6 * most.abs()).nonzero().view(-1).tolist()
-        if not differ or (len(differ) > _DIFFERING and _is_of_samples(rows[0])):
+        found = _difference(rows.tolist())
+        if found is None:
             return
         self.wanted = False
         if self._ctx.rank == 0:
-            column = counts[:, differ[0]]
-            other = int((column != column[0]).nonzero()[0])
+            first, other, there = found
             warnings.warn(
-                f"The loss is a mean over different counts ({self._place}): it was divided by {float(column[0]):.6g} "
-                f"on rank 0, and by {float(column[other]):.6g} on rank {other}. The mean over ranks of such a loss is "
+                f"The loss is a mean over different counts ({self._place}): it was divided by {first:.6g} "
+                f"on rank 0, and by {there:.6g} on rank {other}. The mean over ranks of such a loss is "
                 "not the whole batch's. Average over what all ranks count: bmt.loss.mean_over_ranks(F.cross_entropy)("
                 "logits, targets), or of the single losses bmt.mean(losses, mask).",
                 stacklevel=2,
             )
 
 
-def _is_of_samples(row: torch.Tensor) -> bool:
-    """Whether a loss may be the mean of losses of single samples, or their sum times the number of ranks."""
-    divisions, samples, is_sum = row[:3].tolist()
-    return bool(divisions >= samples and (is_sum or (row[3:] == samples).any()))
+def _difference(rows: list[list[float]]) -> tuple[float, int, float] | None:
+    """What rank 0 has divided by, and another rank by something else; None if it is the same, or not known."""
+    counted = [row[_FACTS : _FACTS + int(row[0])] for row in rows]
+    here = counted[0]
+    if any(row[0] > _MOST for row in rows):
+        return None
+    for rank, there in enumerate(counted):
+        if len(here) == len(there):
+            pairs = [(a, b) for a, b in zip(here, there, strict=True) if not _is_close(a, b)]
+        else:  # as boxes are that match nothing: each has to have counts that the other has not
+            pairs = list(zip(_others(here, there), _others(there, here), strict=False))
+        if pairs and not ((len(pairs) > _DIFFERING or len(here) != len(there)) and _are_of_samples(rows)):
+            return pairs[0][0], rank, pairs[0][1]
+    return None
+
+
+def _are_of_samples(rows: list[list[float]]) -> bool:
+    """Whether losses may be the means of those of single samples, or their sums times the number of ranks."""
+    return all(
+        divisions >= samples and (is_sum or samples in counts[: int(divisions)])
+        for divisions, samples, is_sum, *counts in rows
+    )
+
+
+def _others(counts: list[float], known: list[float]) -> list[float]:
+    return [count for count in counts if not any(_is_close(count, other) for other in known)]
+
+
+def _is_close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
 def _kept(count: torch.Tensor | float) -> torch.Tensor:
