@@ -26,6 +26,7 @@ _NAMED_MEANS = re.compile(
     r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl|err\d+|error_rate)(?:_\w+)?$",
     re.I,
 )
+_BARS = 3
 _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
@@ -111,7 +112,7 @@ class Kinds:
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.nodes = list(_own(loop))
-        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter) else set())
+        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter, roles) else set())
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -861,9 +862,23 @@ def _exact(node: ast.expr) -> ast.expr:
     return node
 
 
-def _counts(iterated: ast.expr) -> bool:
-    """Whether a loop goes through numbers."""
-    return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange", "tqdm.trange"}
+def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
+    """Whether a loop goes through numbers, which a bar or a name may hold."""
+    if isinstance(iterated, (ast.Name, ast.Attribute)) and deep < _BARS:
+        variable = roles.var(iterated)
+        made = [value for other, value, _, part in roles.assignments if other == variable and not part]
+        made += [
+            item.context_expr
+            for item in roles.file.nodes
+            if isinstance(item, ast.withitem) and item.optional_vars and roles.var(item.optional_vars) == variable
+        ]
+        return bool(made) and all(_counts(value, roles, deep + 1) for value in made)
+    if not isinstance(iterated, ast.Call):
+        return False
+    called = (dotted(iterated.func) or "").split(".")[-1]
+    if called in _PASSED and iterated.args and deep < _BARS:
+        return _counts(iterated.args[0], roles, deep + 1)
+    return called in {"range", "trange", "tnrange", "count", "arange"}
 
 
 def _runs_backward(loop: ast.For) -> bool:
