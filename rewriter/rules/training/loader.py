@@ -2,7 +2,8 @@
 
 What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loader(DataLoader(...))``.
 Why: together the ranks see the batches of the unconverted script, in the same order.
-A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``.
+A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``; where it is
+not seen what it is given, the usual words of evaluation stay whole.
 Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
 every rank then evaluates all of them, and sums and counts made from them are the unconverted script's. A loop that
 trains on parts of each batch, of which a share has fewer, is reported.
