@@ -79,6 +79,11 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
         return True
     func = node.value.func
+    if isinstance(func, ast.Attribute) and func.attr == "tofile":
+        # The values of a parameter are for all ranks to read: one that did so alone would wait.
+        return not any(
+            isinstance(item, ast.Attribute) and item.attr in {"data", "weight", "bias"} for item in walk(func)
+        )
     return isinstance(func, ast.Attribute) and (
         func.attr in WRITING_METHODS or _writes_above_bar(file, project, func) or _saves_picture(file, project, func)
     )
