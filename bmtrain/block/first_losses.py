@@ -23,7 +23,12 @@ _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
 
 _DIFFERING = 2
-"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples."""
+"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples, and it
+divides by these as well or is the sum of theirs."""
+
+
+_FACTS = 3
+"""What ranks tell beside the counts: how many these are, how many samples, and whether the loss is a sum of theirs."""
 
 
 class FirstLosses:
@@ -38,6 +43,7 @@ class FirstLosses:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
         self._steps, self._place, self._samples = 0, "", 0
+        self._is_sum = False
         self.wanted = ctx.topology.data_size > 1
 
     def note(self, inputs: object) -> None:
@@ -52,10 +58,11 @@ class FirstLosses:
         self._backward.peeks = True
         try:
             counts = [_kept(count) for count in self._counts_of(loss.grad_fn)]
+            is_sum = _factor(loss.grad_fn) == self._ctx.topology.data_size
         finally:
             self._backward.peeks = False
         if counts:
-            self._counts, self._place = counts, users_line()
+            self._counts, self._place, self._is_sum = counts, users_line(), is_sum
 
     def _is_one(self, shape: Sequence[int]) -> bool:
         """Whether that is the shape of one number, and not of one of each sample."""
@@ -81,30 +88,57 @@ class FirstLosses:
             return
         self._steps += 1
         self.wanted = self._steps < _STEPS
-        here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
-        here[0] = len(self._counts)
-        for i, count in enumerate(self._counts[:_MOST], 1):
+        here = torch.zeros(_FACTS + _MOST, dtype=torch.float64, device="cpu")
+        here[0], here[1], here[2] = len(self._counts), self._samples, self._is_sum
+        for i, count in enumerate(self._counts[:_MOST], _FACTS):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
-        if not bool((rows[:, 0] == rows[0, 0]).all()) or rows[0, 0] > _MOST:
-            return
-        counts = rows[:, 1:]
-        most, least = counts.amax(0), counts.amin(0)
-        differ = (most - least > 1e-6 * most.abs()).nonzero().view(-1).tolist()
-        if not differ or (len(differ) > _DIFFERING and rows[0, 0] >= self._samples):
+        found = _difference(rows.tolist())
+        if found is None:
             return
         self.wanted = False
         if self._ctx.rank == 0:
-            column = counts[:, differ[0]]
-            other = int((column != column[0]).nonzero()[0])
+            first, other, there = found
             warnings.warn(
-                f"The loss is a mean over different counts ({self._place}): it was divided by {float(column[0]):.6g} "
-                f"on rank 0, and by {float(column[other]):.6g} on rank {other}. The mean over ranks of such a loss is "
+                f"The loss is a mean over different counts ({self._place}): it was divided by {first:.6g} "
+                f"on rank 0, and by {there:.6g} on rank {other}. The mean over ranks of such a loss is "
                 "not the whole batch's. Average over what all ranks count: bmt.loss.mean_over_ranks(F.cross_entropy)("
                 "logits, targets), or of the single losses bmt.mean(losses, mask).",
                 stacklevel=2,
             )
+
+
+def _difference(rows: list[list[float]]) -> tuple[float, int, float] | None:
+    """What rank 0 has divided by, and another rank by something else; None if it is the same, or not known."""
+    counted = [row[_FACTS : _FACTS + int(row[0])] for row in rows]
+    here = counted[0]
+    if any(row[0] > _MOST for row in rows):
+        return None
+    for rank, there in enumerate(counted):
+        if len(here) == len(there):
+            pairs = [(a, b) for a, b in zip(here, there, strict=True) if not _is_close(a, b)]
+        else:  # as boxes are that match nothing: each has to have counts that the other has not
+            pairs = list(zip(_others(here, there), _others(there, here), strict=False))
+        if pairs and not ((len(pairs) > _DIFFERING or len(here) != len(there)) and _are_of_samples(rows)):
+            return pairs[0][0], rank, pairs[0][1]
+    return None
+
+
+def _are_of_samples(rows: list[list[float]]) -> bool:
+    """Whether losses may be the means of those of single samples, or their sums times the number of ranks."""
+    return all(
+        divisions >= samples and (is_sum or samples in counts[: int(divisions)])
+        for divisions, samples, is_sum, *counts in rows
+    )
+
+
+def _others(counts: list[float], known: list[float]) -> list[float]:
+    return [count for count in counts if not any(_is_close(count, other) for other in known)]
+
+
+def _is_close(one: float, other: float) -> bool:
+    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
 
 
 def _kept(count: torch.Tensor | float) -> torch.Tensor:
@@ -126,3 +160,12 @@ def _count(node: Node) -> torch.Tensor | float | None:
     except (NotKeptError, AttributeError, RuntimeError):  # to be recomputed; another torch; a backward has freed it
         pass
     return None
+
+
+def _factor(node: Node) -> float | None:
+    """The number that ``node`` has multiplied by; None if by none."""
+    try:
+        factor = getattr(node, "_saved_other", None) if node.name().startswith("MulBackward") else None
+    except (NotKeptError, RuntimeError):
+        return None
+    return float(factor) if isinstance(factor, torch.Tensor) and not factor.dim() else None

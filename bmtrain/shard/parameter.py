@@ -187,6 +187,25 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
             f"set_ of {self._flat.names[self._index]!r}, which the ranks have parts of, takes one tensor of its shape."
         )
 
+    def module_load(self, other: torch.Tensor, assign: bool = False) -> torch.Tensor:
+        """What torch swaps in where modules are told to swap: refused before any value is written."""
+        self._refuse_swap()
+        return super().module_load(other, assign)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _use_count(self) -> Any:
+        """``torch.utils.swap_tensors`` alone asks for it, of both tensors before it swaps."""
+        self._refuse_swap()
+        return super()._use_count()  # type: ignore[misc]
+
+    def _refuse_swap(self) -> None:
+        if self._flat is not None:
+            raise ShardedAccessError(
+                f"Parameter {self._flat.names[self._index]!r} lies in memory that it shares with others, so that "
+                "torch.utils.swap_tensors cannot give it another tensor's. On every rank, write the values: `with "
+                "torch.no_grad(): parameter.copy_(values)`, or module.load_state_dict(values) with "
+                "torch.__future__.set_swap_module_params_on_conversion(False)."
+            )
+
     def _own_part(self) -> Part:
         for taken in self._taken:
             part = taken()

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from rewriter.convert import convert_paths
+from rewriter.plan import Options
 
 from .helpers import converted
 
@@ -33,7 +38,7 @@ CASES = {
     "only one is named": (
         'def make(split):\n    n = 1\n    if split != "valid":\n        n = 2\n    return DataLoader(data, n)\n',
         ("name", "other"),
-        "if split != 'valid' else",
+        "if split not in ('dev', 'eval', 'test', 'val', 'valid', 'validation') else",
     ),
     "training is named": (
         'def make(split):\n    mix = split == "train"\n    return DataLoader(data, shuffle=mix)\n',
@@ -137,6 +142,57 @@ def test_words_that_are_handed_on(between: str, call: str) -> None:
     """Only two words of evaluation stand in the function itself; the third is validation's."""
     calls = {part: call.format(word=f'"{part}"') for part in ("train", "val", "test")}
     assert "if flag == 'train' else" in converted(HANDED_ON.format(between=between, **calls))
+
+
+CONSTANTS = 'TRAIN, VAL = "train", "val"\nTEST = "test"\n'
+BY_NAME = {
+    "a lambda": ("get = lambda word: provide(args, word)\n", "get({word})"),
+    "a lambda, by keyword": ("get = lambda part, n=8: provide(args, flag=part)\n", "get(part={word})"),
+    "a partial": ("import functools\n\nget = functools.partial(provide, args)\n", "get({word})"),
+    "a partial of keywords": (
+        "from functools import partial\n\nget = partial(provide, args=args)\n",
+        "get(flag={word})",
+    ),
+    "a partial of each": (
+        "from functools import partial\n\ntrain = partial(provide, args, 'train')\n"
+        "val = partial(provide, args, 'val')\n"
+        "test = partial(provide, args, flag='test')\n",
+        "{name}()",
+    ),
+    "constants": (CONSTANTS, "provide(args, {constant})"),
+    "constants of a class": (
+        'class Part:\n    TRAIN = "train"\n    VAL = "val"\n    TEST = "test"\n',
+        "provide(args, Part.{constant})",
+    ),
+    "a loop over a constant": (
+        'PARTS = ("train", "val", "test")\nparts = {{}}\nfor k in PARTS:\n    parts[k] = provide(args, k)\n',
+        "parts[{word}]",
+    ),
+    "another name": ("get = provide\n", "get(args, {word})"),
+}
+
+
+@pytest.mark.parametrize(("between", "call"), BY_NAME.values(), ids=BY_NAME.keys())
+def test_words_that_come_by_another_name(between: str, call: str) -> None:
+    calls = {p: call.format(word=f'"{p}"', name=p, constant=p.upper()) for p in ("train", "val", "test")}
+    assert "if flag == 'train' else" in converted(HANDED_ON.format(between=between.format(), **calls))
+
+
+def test_words_of_another_file(tmp_path: Path) -> None:
+    (tmp_path / "words.py").write_text(CONSTANTS)
+    calls = {part: f"provide(args, {part.upper()})" for part in ("train", "val", "test")}
+    text = HANDED_ON.format(between="from words import TEST, TRAIN, VAL\n", **calls)
+    (tmp_path / "train.py").write_text(text)
+    results = convert_paths(sorted(tmp_path.glob("*.py")), Options(), [tmp_path])
+    after = next(result.after.decode() for result in results if result.path.name == "train.py")
+    assert "if flag == 'train' else" in after
+
+
+def test_what_is_not_seen_may_be_a_usual_word_of_evaluation() -> None:
+    between = 'words = {{"flag": "val"}}\nval = provide(args, **words)\n'.format()
+    text = HANDED_ON.format(between=between, train='provide(args, "train")', val="val", test='provide(args, "test")')
+    after = converted(text)
+    assert "if flag == 'train' else" in after or "'val', 'valid'" in after
 
 
 def test_a_word_that_is_given_by_default() -> None:

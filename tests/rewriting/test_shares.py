@@ -541,3 +541,24 @@ def test_a_loss_that_a_function_reads_is_of_all_ranks(step: str) -> None:
 def test_a_count_of_losses_is_alike_on_all_ranks() -> None:
     text = f"{HEAD}{LOOP}    if torch.isnan(loss):\n        bad += 1\n"
     assert not differing(text) and differing(text.replace("torch.isnan(loss)", "x.sum() > 0"))
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "bar = trange(9)\nfor step in bar:",
+        "bar = tqdm(range(9))\nfor step in bar:",
+        "numbers = range(9)\nfor step in numbers:",
+        "if True:\n  with trange(9) as bar:\n   for step in bar:",
+        "for step in tqdm(range(9)):",
+        "for _, step in enumerate(range(9)):",
+    ],
+)
+def test_a_steps_number_is_no_share(loop: str) -> None:
+    drawn = "def endless(loader):\n    while True:\n        for x in loader:\n            yield x\n\n\ndata = endless(loader)\n"
+    body = (
+        "\n    x = next(data)\n    net(x).mean().backward()\n    opt.step()\n    writer.add_scalar('rate', 0.1, step)\n"
+    )
+    result = convert_text(f"from tqdm import tqdm, trange\n{HEAD}{drawn}{loop}{body}    print(step)\n")
+    assert not result.error
+    assert "BMT037" not in {finding.code for finding in result.reported}

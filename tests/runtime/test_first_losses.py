@@ -44,6 +44,44 @@ def _of_classes(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _of_boxes(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Means over what matches on each of several scales, as many as there are samples, beside means over all cells."""
+    total = torch.zeros(1, device=out.device)
+    for scale in range(3):
+        found = out[y != scale]
+        total += 0.05 * (1 - found[:, :2].sigmoid()).mean() + F.binary_cross_entropy_with_logits(
+            found[:, 2:], torch.zeros_like(found[:, 2:])
+        )
+        total += F.binary_cross_entropy_with_logits(out, torch.zeros_like(out))
+    return total
+
+
+def _of_some_boxes(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The same, where a scale may have no match: then a rank divides less often."""
+    total = out.square().mean()
+    for kind in range(5):
+        found = out[(y == kind) & (out[:, 0] > 0)]
+        total = total + (found.square().mean() if len(found) else 0)
+    return total
+
+
+def _with_a_term_more(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(out, y)
+    return loss + 0.3 * F.cross_entropy(out, y.roll(1)) if y[0] > 1 else loss
+
+
+def _in_two_parts(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    losses = [one[: 2 + int(k)].square().mean() + one[: 1 + int(k)].exp().mean() for one, k in zip(out, y, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def _times_ranks(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros((), device=out.device)
+    for one, k in zip(out, y, strict=True):
+        total = total + one[: 2 + int(k)].square().mean()
+    return total * bmt.world_size()
+
+
 def _dice(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     p, t = out.softmax(1), F.one_hot(y, 5)
     return 1 - 2 * (p * t).sum() / (p.square().sum() + t.sum())
@@ -67,6 +105,8 @@ SAID: dict[str, Loss] = {
     "quotient": _dice,
     "one in one dimension": lambda out, y: out[y > 1].square().mean().view(1),
     "of classes": _of_classes,
+    "of boxes": _of_boxes,
+    "of some boxes": _of_some_boxes,
     "checkpointed": lambda out, y: checkpoint(
         lambda o: F.cross_entropy(o, y, ignore_index=0), out, use_reentrant=False
     ),
@@ -81,6 +121,10 @@ QUIET: dict[str, Loss] = {
     "fused": lambda out, y: bmt.loss.FusedCrossEntropy(ignore_index=0)(out, y),
     "per sample": _per_sample,
     "summed by sample": _summed,
+    "by sample in two parts": _in_two_parts,
+    "with a term more on one rank": _with_a_term_more,
+    "by sample, accumulated": lambda out, y: _summed(out, y) / 4,
+    "a sum by sample, times the ranks": _times_ranks,
     "vector": lambda out, y: (F.cross_entropy(out, y, reduction="none") * torch.ones(1).expand(len(y))).mean(),
 }
 

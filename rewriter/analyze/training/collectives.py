@@ -12,6 +12,7 @@ from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, walk, walk_own
 from rewriter.analyze.training.instances import Instances
+from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
@@ -56,6 +57,7 @@ class Collectives:
         self.project = classes.project
         self.roles = roles
         self.instances = Instances(classes, roles, files)
+        self.keepers = Keepers(self.instances, roles)
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
@@ -72,13 +74,20 @@ class Collectives:
         """What shows a loss in a file, and the loss in it, whose mean over the ranks every rank must help to make."""
         if file not in self._readings:
             counted = {item for value in self.shares(file) for item in walk(value)}
-            found = readings(file, self.roles[file], self._held_losses)
+            found = readings(
+                file, self.roles[file], self._held_losses, lambda call: self._left_with_objects(file, call)
+            )
             self._readings[file] = {
                 reading: loss
                 for reading, loss in found.items()
                 if loss not in counted and not self._is_made_whole(file, reading)
             }
         return self._readings[file]
+
+    def _left_with_objects(self, file: File, call: ast.Call) -> Iterable[ast.expr]:
+        """What a call leaves with an object of a class that is seen, which adds it up."""
+        kept = self.keepers.kept(file, call)
+        return kept.given if kept is not None and kept.seen else ()
 
     def _is_made_whole(self, file: File, node: ast.expr) -> bool:
         """Whether a value stands in a call that makes it that of all ranks."""

@@ -14,6 +14,8 @@ _LIKE = {"rand_like", "randn_like", "randint_like", "bernoulli", "poisson", "dro
 _SIZED = {"rand", "randn", "randint", "randperm", "normal"}
 _IN_PLACE = {"normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"}
 _TORCH = ("torch.", "torch.nn.functional.")
+_OF_POLICIES = {"multinomial", "gumbel_softmax"}
+_OF_DISTRIBUTIONS = {"sample", "rsample", "sample_n"}
 _NUMPY_SIZED = {
     "rand", "randn", "randint", "random", "random_sample", "random_integers", "normal", "uniform", "permutation",
     "choice", "standard_normal", "binomial", "exponential", "beta", "gamma", "poisson", "laplace", "lognormal",
@@ -48,6 +50,56 @@ def drawn_for_a_batch(file: File, scripts: Scripts) -> Iterator[ast.Call]:
         ]
         helps = function is not None and bool(drawn) and _only_trains(file, scripts, function)
         yield from (node for node in drawn if helps or in_training_loop(file, node))
+
+
+def acts_by_draws(file: File, scripts: Scripts) -> bool:
+    """Whether a program acts in an environment, on all ranks alike, by what the forward of a model draws."""
+    files = scripts.reach(file) & scripts.training
+    if scripts.shares_data(file) or any(map(scripts.is_parallel, files)):
+        return False
+    return any(map(_steps_environment, files)) and any(_draws_in_forward(other, scripts) for other in files)
+
+
+def _steps_environment(file: File) -> bool:
+    """``state, reward, done, info = env.step(action)``."""
+    if b".step(" not in file.source.data:
+        return False
+    return any(
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and len(node.targets[0].elts) > 2
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Attribute)
+        and node.value.func.attr == "step"
+        and bool(node.value.args)
+        for node in file.nodes
+    )
+
+
+def _draws_in_forward(file: File, scripts: Scripts) -> bool:
+    """Whether a model has layers that draw, or draws in its forward, or in methods that this calls."""
+    for cls in scripts.classes.all(file):
+        if not scripts.classes.is_module(cls):
+            continue
+        calls = [item for item in walk(cls.node) if isinstance(item, ast.Call)]
+        if any(scripts.project.external(file, call.func).startswith("torch.nn.Dropout") for call in calls):
+            return True
+        names, waiting = set[str](), ["forward"]
+        while waiting:
+            name = waiting.pop()
+            method = scripts.classes.method(cls, name)
+            if name in names or method is None:
+                continue
+            names.add(name)
+            for call in (item for item in walk(method[1]) if isinstance(item, ast.Call)):
+                func = call.func
+                if _torch_name(method[0].file, scripts, call) in _LIKE | _SIZED | _OF_POLICIES:
+                    return True
+                if isinstance(func, ast.Attribute):
+                    if func.attr in _IN_PLACE | _OF_DISTRIBUTIONS:
+                        return True
+                    waiting += [func.attr] if dotted(func.value) == "self" else []
+    return False
 
 
 def is_plain(file: File, scripts: Scripts, statement: ast.stmt) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.roles import Roles
@@ -18,15 +18,22 @@ _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
 
-def readings(file: File, roles: Roles, attributes: Set[str] = frozenset()) -> dict[ast.expr, ast.expr]:
+def readings(
+    file: File,
+    roles: Roles,
+    attributes: Set[str] = frozenset(),
+    kept: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
+) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
-    ``attributes`` are names under which objects of the project hold a loss: ``learner.loss``.
+    ``attributes`` are names under which objects of the project hold a loss: ``learner.loss``; ``kept`` tells what a
+    call leaves with an object that adds it up.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
     for node in file.nodes:
-        for reading in (*_candidates(file, roles, node), *_tested(file, roles, node)):
+        given = kept(node) if isinstance(node, ast.Call) else ()
+        for reading in (*_candidates(file, roles, node), *_tested(file, roles, node), *given):
             loss = _viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             known = known or (isinstance(loss, ast.Attribute) and loss.attr in attributes and _reads(reading))

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
@@ -311,6 +311,8 @@ class Roles:
                 if "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
+                if not part and self._gives_loss(value, found):
+                    found.add(variable)
             for node in self.file.nodes:
                 if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
                     total = self.var(node.target)
@@ -354,6 +356,27 @@ class Roles:
             isinstance(value, ast.Call)
             and all(keyword.arg != "reduction" for keyword in value.keywords)
             and self._loss_value(value, set(), part)
+        )
+
+    def _gives_loss(self, value: ast.expr, known: set[Var]) -> bool:
+        """Whether a function of this file, or a method beside, returns the loss that it has called backward on."""
+        if not isinstance(value, ast.Call):
+            return False
+        found = self.project.resolve(self.file, value.func)
+        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
+        match value.func:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name):
+                owner = self.file.names.class_of(value)
+                function = self.file.class_info(owner).methods.get(name) if owner is not None else None
+        own = [item for statement in (function.body if function is not None else ()) for item in walk_own(statement)]
+        given = [item.value for item in own if isinstance(item, ast.Return)]
+        trained = {
+            self.var(item.func.value)
+            for item in own
+            if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+        }
+        return bool(given) and all(
+            isinstance(item, ast.Name) and self.var(item) in known and self.var(item) in trained for item in given
         )
 
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:

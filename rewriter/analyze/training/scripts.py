@@ -70,11 +70,11 @@ class Scripts:
                     loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
             elif loop not in drawn and not self.was_parallel(file) and self.feeds.trains(file, loop):
                 loops[loop] = False
-        return shares(file, self.roles[file], loops, self.sums(file).of, drawn)
+        return shares(file, self.roles[file], loops, self.sums(file).of, drawn, self.collectives.keepers)
 
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
-        return self._sums.setdefault(file, Sums(file, self.classes, self.roles))
+        return self._sums.setdefault(file, Sums(file, self.classes, self.roles, self.collectives.instances))
 
     @cached_property
     def summed(self) -> set[ast.Call]:

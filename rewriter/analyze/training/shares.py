@@ -10,6 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -25,6 +26,7 @@ _NAMED_MEANS = re.compile(
     r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl|err\d+|error_rate)(?:_\w+)?$",
     re.I,
 )
+_BARS = 3
 _PASSED = {"enumerate", "tqdm", "iter", "list", "track", "tqdm_notebook"}
 _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.total", "bmtrain.gather_samples"}
 _REDUCED = {"sum": "total", "mean": "mean"}
@@ -59,6 +61,7 @@ def shares(
     loops: dict[Loop, bool],
     reduced: Callable[[ast.expr], str],
     drawn: Mapping[Loop, set[str]],
+    keepers: Keepers,
 ) -> dict[ast.expr, Share]:
     """Expressions in loops over a rank's share of the data whose values leave the loop.
 
@@ -71,7 +74,7 @@ def shares(
         loader = None if known or not isinstance(loop, ast.For) else loop_over(loop)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, reduced, drawn.get(loop, set()))
+        kinds = Kinds(file, roles, loop, reduced, drawn.get(loop, set()), keepers)
         for expression, kind in kinds.leaving():
             expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
@@ -99,11 +102,17 @@ class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
 
     def __init__(
-        self, file: File, roles: Roles, loop: Loop, reduced: Callable[[ast.expr], str], drawn: set[str]
+        self,
+        file: File,
+        roles: Roles,
+        loop: Loop,
+        reduced: Callable[[ast.expr], str],
+        drawn: set[str],
+        keepers: Keepers,
     ) -> None:
-        self.file, self.roles, self.loop, self.reduced = file, roles, loop, reduced
+        self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.nodes = list(_own(loop))
-        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter) else set())
+        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter, roles) else set())
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -237,6 +246,9 @@ class Kinds:
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                 if not self._bound_inside(holder):
                     yield from self._collected(attr, value)
+            case ast.Call() if (left := self.keepers.kept(self.file, node)) is not None:
+                if not self._holds_inside(node.func) or self._is_of_list(node.func):
+                    yield from self._left_with_object(left)
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
                 yield from self._handed_to_meter(node, attr)
             case _:
@@ -325,6 +337,42 @@ class Kinds:
                 yield value, "unknown"
             elif kind == "mixed":
                 yield from self._split(value)
+
+    def _left_with_object(self, kept: Kept) -> Iterator[tuple[ast.expr, str]]:
+        """``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))`` of an object of the project that adds up."""
+        kinds = [(value, self.kind(value)) for value in kept.given]
+        averages = all(kind in {"mean", "loss", ""} or self._is_size(value) for value, kind in kinds)
+        for value, kind in kinds:
+            if kind == "unknown" or (kind == "samples" and not (kept.seen and self._is_table(value))):
+                yield value, "unknown"
+                return
+        for value, kind in kinds:
+            if kind == "loss" and not kept.seen and self._is_tensor(value):
+                yield value, "unknown"
+            elif kind in {"mean", "samples"} or (kind == "total" and not (averages and len(kinds) > 1)):
+                yield value, kind
+            elif kind == "mixed":
+                yield from self._split(value)
+
+    def _is_of_list(self, func: ast.expr) -> bool:
+        """``for metric in metrics: metric(out, y)``, of objects that are there before the batch is."""
+        while isinstance(func, ast.Attribute):
+            func = func.value
+        return isinstance(func, ast.Name) and all(
+            part == _SOME and not self.of_batch(value) for value, part in self.made.get(func.id, [(func, None)])
+        )
+
+    def _is_table(self, node: ast.expr) -> bool:
+        """Whether a value of all samples has a row for each, and leaves no gradient behind."""
+        all_at_once = (
+            isinstance(self.loop, ast.For) and isinstance(node, ast.Name) and dotted(self.loop.target) == node.id
+        )
+        return self._is_cut(node) and not all_at_once
+
+    @staticmethod
+    def _is_tensor(node: ast.expr) -> bool:
+        """Whether a loss is given as it is, and not as a number that was read of it."""
+        return not any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
 
     def _shown_there(self, node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
         """``print(len(x))``."""
@@ -814,9 +862,23 @@ def _exact(node: ast.expr) -> ast.expr:
     return node
 
 
-def _counts(iterated: ast.expr) -> bool:
-    """Whether a loop goes through numbers."""
-    return isinstance(iterated, ast.Call) and dotted(iterated.func) in {"range", "trange", "tqdm.trange"}
+def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
+    """Whether a loop goes through numbers, which a bar or a name may hold."""
+    if isinstance(iterated, (ast.Name, ast.Attribute)) and deep < _BARS:
+        variable = roles.var(iterated)
+        made = [value for other, value, _, part in roles.assignments if other == variable and not part]
+        made += [
+            item.context_expr
+            for item in roles.file.nodes
+            if isinstance(item, ast.withitem) and item.optional_vars and roles.var(item.optional_vars) == variable
+        ]
+        return bool(made) and all(_counts(value, roles, deep + 1) for value in made)
+    if not isinstance(iterated, ast.Call):
+        return False
+    called = (dotted(iterated.func) or "").split(".")[-1]
+    if called in _PASSED and iterated.args and deep < _BARS:
+        return _counts(iterated.args[0], roles, deep + 1)
+    return called in {"range", "trange", "tnrange", "count", "arange"}
 
 
 def _runs_backward(loop: ast.For) -> bool:

@@ -6,7 +6,8 @@ import ast
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, walk_own
+from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.roles import Roles, Var
 
 _VIEWS = {"float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu", "item", "cuda", "div", "mul"}
@@ -16,8 +17,9 @@ _DEEP = 10
 class Sums:
     """Answers for one file; ``sources`` are the calls that make the sums that were found."""
 
-    def __init__(self, file: File, classes: Classes, roles: dict[File, Roles]) -> None:
+    def __init__(self, file: File, classes: Classes, roles: dict[File, Roles], instances: Instances) -> None:
         self.file, self.classes, self.project = file, classes, classes.project
+        self._instances = instances
         self.all_roles = roles
         self.sources: set[ast.Call] = set()
 
@@ -129,14 +131,25 @@ class Sums:
         kinds = {self._kind(function.file, value, part, deep + 1, sources) for value in returned}
         return kinds.pop() if len(kinds) == 1 else ""
 
-    def _criterion(self, file: File, node: ast.Call) -> ast.Call | None:
+    def _criterion(self, file: File, node: ast.Call, deep: int = 0) -> ast.Call | None:
         """``nn.MSELoss(reduction="sum")`` where what it makes is called."""
         if isinstance(node.func, ast.Call):
             made = [node.func]
         else:
             roles = self.all_roles[file]
             variable = roles.var(node.func)
-            made = [v for other, v, _, is_part in roles.assignments if other == variable and not is_part]  # type: ignore[misc]
+            made = [
+                v  # type: ignore[misc]
+                for other, v, _, is_part in roles.assignments
+                if other == variable and not is_part and not _moves(v, node.func)
+            ]
+            if not made and variable is not None and isinstance(variable[0], Function) and deep < _DEEP:
+                given = list(self._instances.given(file, variable[0], variable[1]))
+                found = [
+                    self._criterion(other, ast.copy_location(ast.Call(value, [], []), value), deep + 1)
+                    for other, value in given
+                ]
+                return found[0] if len(set(found)) == 1 else None
         if len(made) != 1 or not isinstance(made[0], ast.Call):
             return None
         name = self.project.external(file, made[0].func)
@@ -156,6 +169,14 @@ class Sums:
             method = self.classes.method(owner, node.func.attr) if owner is not None else None
             return method[0].file.function_info(method[1]) if method is not None else None
         return None
+
+
+def _moves(value: ast.expr, name: ast.expr) -> bool:
+    """``criterion = criterion.cuda()``."""
+    match value:
+        case ast.Call(func=ast.Attribute(value=inner, attr="cuda" | "to" | "cpu")):
+            return dotted(inner) == dotted(name) is not None
+    return False
 
 
 def _place(roles: Roles, statement: ast.stmt, variable: Var) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
@@ -48,6 +49,7 @@ WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
     "print_trainable_parameters", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_to_disk",
+    "tofile", "to_hdf", "to_html", "write_image", "write_html", "write_parquet", "write_csv", "save_word2vec_format",
     *UPLOADING_METHODS,
 }  # fmt: skip
 
@@ -55,6 +57,10 @@ _OF_MODELS = {"safetensors.torch.save_model"}
 """Calls that write values of a model themselves."""
 _PICTURES = ("PIL.Image.", "matplotlib.animation.")
 """What the names of functions begin with whose pictures ``.save(path)`` writes."""
+_ARCHIVES = {"zipfile.ZipFile", "tarfile.open", "tarfile.TarFile", "pandas.ExcelWriter", "pandas.HDFStore"}
+_GIVE_A_COUNT = {"write_text", "write_bytes"}
+_SAVING = {"save", "dump", "save_to_file", "save_as", "export"}
+_PATH = re.compile(r"(?:^|_)(?:path|filename|file_name|dir|directory|folder|out|output|dest|destination|fname)$", re.I)
 _OPENING = {"io", "gzip", "bz2", "lzma", "codecs", "builtins"}
 SHOWING_METHODS = {"add_scalar", "add_scalars", "writerow", "info", "debug", "log_metric", "set_postfix"}
 """Methods that show the values they are given."""
@@ -73,6 +79,11 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
         return True
     func = node.value.func
+    if isinstance(func, ast.Attribute) and func.attr == "tofile":
+        # The values of a parameter are for all ranks to read: one that did so alone would wait.
+        return not any(
+            isinstance(item, ast.Attribute) and item.attr in {"data", "weight", "bias"} for item in walk(func)
+        )
     return isinstance(func, ast.Attribute) and (
         func.attr in WRITING_METHODS or _writes_above_bar(file, project, func) or _saves_picture(file, project, func)
     )
@@ -118,6 +129,41 @@ def opens_for_writing(node: ast.expr) -> bool:
     modes = [k.value for k in node.keywords if k.arg == "mode"] + node.args[position : position + 1]
     words = [item.value for item in walk(modes[0]) if isinstance(item, ast.Constant)] if modes else []
     return any(isinstance(word, str) and any(letter in word for letter in "wax") and len(word) < 4 for word in words)
+
+
+def writes_archive(file: File, project: Project, call: ast.Call) -> bool:
+    """Whether a call opens an archive, or a file of tables, to write to it."""
+    name = project.external(file, call.func)
+    modes = [k.value for k in call.keywords if k.arg == "mode"] + call.args[1:2]
+    mode = str(getattr(modes[0], "value", "")) if modes else "w" if name == "pandas.ExcelWriter" else "r"
+    return name in _ARCHIVES and bool(set(mode.split("|")[0].split(":")[0]) & set("wax"))
+
+
+def gives_count(file: File, call: ast.Call) -> bool:
+    """``return path.write_text(text)``: how much is written is used later."""
+    used = not isinstance(file.names.parents[call], ast.Expr)
+    return used and isinstance(call.func, ast.Attribute) and call.func.attr in _GIVE_A_COUNT
+
+
+def saves_itself(file: File, project: Project, call: ast.Call) -> bool:
+    """Whether an object saves itself to a path that it is given: ``index.save(path)``, ``words.dump("a.txt")``."""
+    func = call.func
+    if not isinstance(func, ast.Attribute) or func.attr not in _SAVING or project.resolve(file, func) is not None:
+        return False
+    return any(map(_is_path, (*call.args, *(keyword.value for keyword in call.keywords))))
+
+
+def _is_path(node: ast.expr) -> bool:
+    match node:
+        case ast.Constant(value=str(text)):
+            return "." in text or "/" in text
+        case ast.JoinedStr() | ast.BinOp(left=ast.Constant(value=str())) | ast.BinOp(right=ast.Constant(value=str())):
+            return True
+        case ast.Name() | ast.Attribute() | ast.Subscript(value=ast.Name()):
+            return bool(_PATH.search((dotted(node) or "").split(".")[-1]))
+        case ast.Call(func=func):
+            return (dotted(func) or "").split(".")[-1] in {"join", "Path", "str"}
+    return False
 
 
 def takes_path(call: ast.Call) -> bool:

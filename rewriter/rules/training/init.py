@@ -7,6 +7,8 @@ draws at random is rank 0's on all ranks. Where calls of torch.distributed stay 
 registered behind it.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
+Where every rank acts in an environment by what the forward of a model draws, and nothing shares out the work, ranks are
+to draw alike in layers, too: ``random="shared"``.
 Of files that run when they are imported, the first that needs the ranks starts them; a seed or output needs none.
 Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
 script of the project starts is reported.
@@ -22,6 +24,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.draws import acts_by_draws
 from rewriter.analyze.training.moments import contains
 from rewriter.analyze.training.torch_distributed import calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
@@ -44,11 +47,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file in scripts.started_at_import:
         return
     block = scripts.entries[file]
+    alike = 'random="shared"' if acts_by_draws(file, facts.scripts) else ""
+    seeded = _SEEDED.replace(")", f", {alike})") if alike else _SEEDED
+    bare = f"{{bmt}}.init_distributed({alike})"
     group = [_GROUP] if any(calls_that_stay(f, facts.project) for f in scripts.reach(file) & scripts.training) else []
     seed = _seed(file, facts, block)
     drawn = _drawn(file, facts, seed[1].args[0], block) if seed is not None else None
     if seed is not None and drawn is not None:
-        lines = ["{bmt}.init_distributed()", *group]
+        lines = [bare, *group]
         if drawn.lineno < first.lineno:
             lines.append("{seed} = {bmt}.store.broadcast_object({seed})")
         start = insert_before(first, *lines, seed=seed[1].args[0])
@@ -56,7 +62,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
         call = seed[1]
-        changes: list[Change] = [replace(call, _SEEDED, seed=call.args[0])]
+        changes: list[Change] = [replace(call, seeded, seed=call.args[0])]
         if group:
             changes.append(insert_behind(first, *group))
         yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", tuple(changes), key="init")
@@ -64,12 +70,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     value = _common_part(file, facts, block)
     if seed is not None and _available(file, seed[1].args[0], block, first):
         value = seed[1].args[0]
-    start = insert_before(first, "{bmt}.init_distributed()", *group)
+    start = insert_before(first, bare, *group)
     imported = _seed_at_import(file, facts)
     if value is not None:
-        start = insert_before(first, _SEEDED, *group, seed=value)
+        start = insert_before(first, seeded, *group, seed=value)
     elif seed is None and imported is not None:
-        start = insert_before(first, "{bmt}.init_distributed(seed=" + str(imported) + ")", *group)
+        start = insert_before(first, seeded.replace("{seed}", str(imported)), *group)
     yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
 
 

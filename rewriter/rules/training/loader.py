@@ -2,7 +2,8 @@
 
 What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loader(DataLoader(...))``.
 Why: together the ranks see the batches of the unconverted script, in the same order.
-A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``.
+A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``; where it is
+not seen what it is given, the usual words of evaluation stay whole.
 Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
 every rank then evaluates all of them, and sums and counts made from them are the unconverted script's. A loop that
 trains on parts of each batch, of which a share has fewer, is reported.
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import Function, dotted, names_in, walk
 from rewriter.analyze.training.feeds import Feed
 from rewriter.changes import Template, replace, template
@@ -28,6 +29,9 @@ _EVALUATION_WORD = re.compile(
     r"^(?:val|valid|validate|validation|test|testing|eval|evaluate|evaluation|dev|infer|inference|pred|predict)(?:\d|_|$)",
     re.I,
 )
+_USUAL = ("dev", "eval", "test", "val", "valid", "validation")
+"""Words of evaluation that a value may be which is not seen."""
+_UNSEEN = object()
 _EVALUATES = re.compile(r"^_?(?:predict|evaluate|validate|infer|test)(?:_|$)")
 _HANDED_ON = 4
 _AS_MANY = {"chunk", "tensor_split", "array_split", "keys", "values", "items"}
@@ -132,7 +136,8 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
     stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
     for name in (name for name in parameters if name not in stored):
         words, tested = _words(function, name)
-        for value in _values_given(file, facts, function, name, 0):
+        values = list(_values_given(file, facts, function, name, 0))
+        for value in values:
             tested = tested or isinstance(value, bool)
             words |= {value} if isinstance(value, str) else set()
         evaluated = sorted(word for word in words if _EVALUATION_WORD.match(word))
@@ -140,6 +145,8 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
         if trained and (evaluated or any(re.match("train", word, re.I) for word in trained)):
             return template(f"{name} == {trained[0]!r}" if len(trained) == 1 else f"{name} in {tuple(trained)!r}")
         if evaluated:
+            if _UNSEEN in values:
+                evaluated = sorted({*evaluated, *_USUAL})
             several = f"{name} not in {tuple(evaluated)!r}"
             return template(f"{name} != {evaluated[0]!r}" if len(evaluated) == 1 else several)
         if tested and not words and _TRAINS.match(name):
@@ -153,17 +160,94 @@ def _values_given(file: File, facts: Facts, function: Function, name: str, deep:
     """The constants that calls give for a parameter, also through functions that hand theirs on."""
     given = function.args
     parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    for other, call in _calls_of(file, facts, function):
+    for other, place, call in _calls_of(file, facts, function):
         value = _given(call, parameters, name) or _default(given, name)
-        looped = _looped_over(other, call, value)
-        if isinstance(value, ast.Constant):
-            yield value.value
-        elif looped:
-            yield from looped
-        elif isinstance(value, ast.Name) and deep < _HANDED_ON:
-            around = other.names.function_of(call)
+        known = list(_constants(other, facts, value)) or _looped_over(other, facts, place, value)
+        yield from known
+        if not known and isinstance(value, ast.Name) and deep < _HANDED_ON:
+            around = other.names.function_of(place)
             if around is not None and value.id in {a.arg for a in walk(around.args) if isinstance(a, ast.arg)}:
-                yield from _values_given(other, facts, around, value.id, deep + 1)
+                known = list(_values_given(other, facts, around, value.id, deep + 1))
+            else:
+                known = list(_given_to_lambda(other, facts, place, value.id))
+            yield from known
+        if not known:
+            yield _UNSEEN
+
+
+def _constants(file: File, facts: Facts, value: ast.expr | None) -> Iterator[object]:
+    """The constants that a value is: one that is written out, or that a name holds, here or in another file."""
+    for made in _made(file, facts, value):
+        if isinstance(made, ast.Constant):
+            yield made.value
+
+
+def _made(file: File, facts: Facts, value: ast.expr | None) -> list[ast.expr]:
+    """What a name is given, wherever that is; a value that is no name is itself."""
+    if not isinstance(value, (ast.Name, ast.Attribute)):
+        return [] if value is None else [value]
+    variable = facts.scripts.roles[file].var(value)
+    held = [
+        made
+        for other, whole, statement, part in facts.scripts.roles[file].assignments
+        if other == variable
+        for made in ([whole] if not part else _part_of(statement, variable[1] if variable else ""))
+    ]
+    if held:
+        return held
+    if isinstance(value, ast.Attribute):
+        found = facts.project.resolve(file, value.value)
+        if isinstance(found, ClassInfo):
+            return _bound(found.node.body, value.attr)
+        return _bound(found.file.tree.body, value.attr) if isinstance(found, ModuleRef) else []
+    for node in file.nodes:
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == value.id:
+                    module = facts.project.find_module(node.module or "", file, node.level)
+                    return _bound(module.tree.body, alias.name) if module is not None else []
+    return []
+
+
+def _bound(body: list[ast.stmt], name: str) -> list[ast.expr]:
+    """What statements give a name."""
+    return [
+        made
+        for statement in body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None
+        for made in _part_of(statement, name)
+    ]
+
+
+def _part_of(statement: ast.stmt, name: str) -> list[ast.expr]:
+    """What ``a, b = 1, 2`` gives one of the names."""
+    found: list[ast.expr] = []
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
+        for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
+            targets, values = _flat(target), _flat(statement.value)
+            if len(targets) == 1:
+                values = [statement.value]
+            pairs = zip(targets, values, strict=True) if len(targets) == len(values) else ()
+            found += [value for one, value in pairs if dotted(one) == name]
+    return found
+
+
+def _given_to_lambda(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[object]:
+    """The constants that ``get = lambda part: make(part)`` is called with."""
+    for parent in file.names.ancestors(call):
+        if isinstance(parent, ast.Lambda):
+            parameters = [a.arg for a in (*parent.args.posonlyargs, *parent.args.args, *parent.args.kwonlyargs)]
+            if name in parameters:
+                for use in _calls_of_held(file, facts, parent):
+                    yield from _constants(file, facts, _given(use, parameters, name) or _default(parent.args, name))
+                return
+
+
+def _calls_of_held(file: File, facts: Facts, value: ast.expr) -> Iterator[ast.Call]:
+    """The calls of the name that holds a value."""
+    roles = facts.scripts.roles[file]
+    held = {variable for variable, made, _, part in roles.assignments if made is value and not part}
+    yield from (call for call in file.calls if held and roles.var(call.func) in held)
 
 
 def _default(given: ast.arguments, name: str) -> ast.expr | None:
@@ -174,15 +258,16 @@ def _default(given: ast.arguments, name: str) -> ast.expr | None:
     return next((default for argument, default in [*pairs, *named] if argument.arg == name), None)
 
 
-def _looped_over(file: File, call: ast.Call, value: ast.expr | None) -> list[object]:
+def _looped_over(file: File, facts: Facts, call: ast.Call, value: ast.expr | None) -> list[object]:
     """The constants that a name stands for one after the other: ``{x: make(x) for x in ["train", "val"]}``."""
     for parent in file.names.ancestors(call) if isinstance(value, ast.Name) else ():
         rounds = [parent] if isinstance(parent, ast.For) else getattr(parent, "generators", [])
         for item in rounds:
-            match item.iter:
-                case ast.List(elts=listed) | ast.Tuple(elts=listed) | ast.Set(elts=listed):
-                    if isinstance(value, ast.Name) and dotted(item.target) == value.id:
-                        return [part.value for part in listed if isinstance(part, ast.Constant)]
+            for listed in _made(file, facts, item.iter):
+                match listed:
+                    case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
+                        if isinstance(value, ast.Name) and dotted(item.target) == value.id:
+                            return [constant for part in parts for constant in _constants(file, facts, part)]
     return []
 
 
@@ -199,15 +284,21 @@ def _words(function: Function, name: str) -> tuple[set[str], bool]:
     return words, tested
 
 
-def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[tuple[File, ast.Call]]:
+def _calls_of(file: File, facts: Facts, function: Function) -> Iterator[tuple[File, ast.Call, ast.Call]]:
+    """The calls of a function, also by another name: where each stands, and the call with what a ``partial`` adds."""
     for other in facts.project:
-        if other.mentions(function.name):
-            for call in other.calls:
-                if (dotted(call.func) or "").split(".")[-1] == function.name:
-                    found = facts.project.resolve(other, call.func)
-                    method = isinstance(call.func, ast.Attribute) and other is file
-                    if method or (isinstance(found, FunctionInfo) and found.node is function):
-                        yield other, call
+        for call in other.calls if other.mentions(function.name) else ():
+            found = facts.project.resolve(other, call.func)
+            named = (dotted(call.func) or "").split(".")[-1] == function.name
+            method = named and isinstance(call.func, ast.Attribute) and other is file
+            if method or (isinstance(found, FunctionInfo) and found.node is function):
+                yield other, call, call
+            elif call.args and facts.project.external(other, call.func) == "functools.partial":
+                bound = facts.project.resolve(other, call.args[0])
+                if isinstance(bound, FunctionInfo) and bound.node is function:
+                    for use in _calls_of_held(other, facts, call):
+                        keywords = [*use.keywords, *call.keywords]
+                        yield other, use, ast.Call(use.func, [*call.args[1:], *use.args], keywords)
 
 
 def _given(call: ast.Call, parameters: list[str], name: str) -> ast.expr | None:

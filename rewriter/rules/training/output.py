@@ -11,6 +11,7 @@ it is read or made, rank 0 answers for all: ``if bmt.agree(os.path.exists(path))
 come there, it is reported.
 Why: several ranks that write one file destroy it; one that reads it meanwhile finds a part of it, or nothing; a
 collective that one rank alone enters waits forever.
+An archive that is opened to write, and an object whose own ``save(path)`` is not seen, are reported.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
 """
 
@@ -26,11 +27,14 @@ from rewriter.analyze.training.collectives import of_own_state
 from rewriter.analyze.training.writers import (
     UPLOADING_METHODS,
     WRITERS,
+    gives_count,
     is_left_to_one,
     opens_for_writing,
+    saves_itself,
     saves_only,
     takes_path,
     writes,
+    writes_archive,
 )
 from rewriter.changes import Arguments, Change, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
@@ -99,6 +103,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif _opens_database(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank opens this database to write, and may wait for another: one rank is to"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
+        elif (
+            call not in joined
+            and (
+                writes_archive(file, facts.project, call) or gives_count(file, call) or _saves_itself(file, facts, call)
+            )
+            and not facts.scripts.in_kept_guard(file, call)
+        ):
+            message = (
+                "every rank writes this file: where it needs nothing of the others, if bmt.rank() == 0: is to do it"
+            )
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif _is_renamed(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank makes this file, and one rank's gets its name: the others' stay; name it by its path"
@@ -169,6 +184,24 @@ def _uploads(file: File, facts: Facts, call: ast.Call) -> bool:
     if name.startswith("huggingface_hub."):
         return name in WRITERS
     return isinstance(call.func, ast.Attribute) and call.func.attr in UPLOADING_METHODS
+
+
+def _saves_itself(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether an object writes a file in a method that is not seen; what is seen is looked at where it writes."""
+    if not isinstance(call.func, ast.Attribute) or not saves_itself(file, facts.project, call):
+        return False
+    instances, roles = facts.scripts.collectives.instances, facts.scripts.roles[file]
+    owner = instances.class_of(file, call.func.value)
+    if owner is not None:
+        return facts.classes.method(owner, call.func.attr) is None and bool(facts.classes.external_bases(owner))
+    variable = roles.var(call.func.value)
+    made = [value for other, value, _, part in roles.assignments if other == variable is not None and not part]
+    made += [call.func.value]
+    if any(isinstance(value, ast.Call) and facts.project.external(file, value.func) for value in made):
+        return True
+    around = file.names.function_of(call)
+    others = [info for info in instances.named(call.func.attr) if info.node is not around]
+    return not others and not roles.is_model(call.func.value)
 
 
 def _opens_database(file: File, facts: Facts, call: ast.Call) -> bool:

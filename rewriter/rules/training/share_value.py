@@ -6,6 +6,8 @@ What: in a loop over training data, sums that are added up (``correct += (out ==
 ranks; samples' values that are collected (``predictions.extend(out.argmax(1).tolist())``,
 ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the loop may also go
 through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
+What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
+the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
 of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
