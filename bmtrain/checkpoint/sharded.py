@@ -50,29 +50,30 @@ class Sharded:
         raise CheckpointError("a Sharded is an entry of save_sharded's dictionary itself, not of something in it")
 
 
-def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """As ``torch.save(state, path)``, of whose ``Sharded`` entries each rank writes its own part.  Collective.
+def save_sharded(obj: dict[str, Any], f: str | os.PathLike[str]) -> None:
+    """As ``torch.save(obj, f)``, of whose ``Sharded`` entries each rank writes its own part.  Collective.
 
         bmt.checkpoint.save_sharded({"model": bmt.checkpoint.Sharded(model), "step": step}, "run/last.pt")
 
-    ``path`` becomes a folder, of which ``load_sharded`` reads the newest whole checkpoint, and in which the last one is
+    ``f`` becomes a folder, of which ``load_sharded`` reads the newest whole checkpoint, and in which the last one is
     kept until the next is whole.  A file that has the name is renamed to ``last.pt.plain``.  The other entries are rank
     0's, pickled as ``torch.save`` does.  Without a Sharded entry this is ``bmt.save_checkpoint``.
 
     Raises CheckpointError on every rank, and what was whole stays, when some rank cannot write.
     """
-    marked = {name: one.of for name, one in state.items() if isinstance(one, Sharded)} if type(state) is dict else {}
+    marked = {name: one.of for name, one in obj.items() if isinstance(one, Sharded)} if type(obj) is dict else {}
     if not marked:
-        save_checkpoint(state, path)
+        save_checkpoint(obj, f)
         return
+    path = Path(f)
     trains = any(not isinstance(one, nn.Module) for one in marked.values())
     whole = {k: one.state_dict() for k, one in marked.items() if not _gives_parts(one)}
     marked = {k: one for k, one in marked.items() if k not in whole}
-    others = {k: None if k in marked else whole.get(k, v) for k, v in state.items()}
+    others = {k: None if k in marked else whole.get(k, v) for k, v in obj.items()}
     ctx = context()
     with ctx.diary.saving():
         values = _Values.of(others, path)
-        problem = _make_way(Path(path)) if ctx.rank == 0 else None
+        problem = _make_way(path) if ctx.rank == 0 else None
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
@@ -83,7 +84,7 @@ def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
             checkpoints.close()
         if ctx.rank == 0 and trains:
             try:
-                ctx.launcher.remember(_NEWEST, str(Path(path).absolute()))
+                ctx.launcher.remember(_NEWEST, str(path.absolute()))
             except RuntimeError as error:
                 warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=2)
 
@@ -93,15 +94,15 @@ def _gives_parts(of: Any) -> bool:
     return comes_in_turn(of) if isinstance(of, nn.Module) else in_parts(of) is not None
 
 
-def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
-    """As ``torch.load(path, ...)``, also of what ``save_sharded`` has written: the dictionary.
+def load_sharded(f: Any, map_location: Any = None, **options: Any) -> Any:
+    """As ``torch.load(f, ...)``, also of what ``save_sharded`` has written: the dictionary.
 
     What was Sharded is a mapping that reads from the files what it is asked for.  Give it to
     ``bmt.checkpoint.load_state_dict``, and each rank reads its own part.
     """
-    if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
-        return torch.load(path, map_location, **options)
-    folder = Path(path)
+    if not isinstance(f, (str, os.PathLike)) or not os.path.isdir(f):
+        return torch.load(f, map_location, **options)
+    folder = Path(f)
     found = folders.steps(folder)
     if not found and not (folder / METADATA).exists():
         raise CheckpointError(f"{folder} is a folder without a whole checkpoint.")
@@ -202,6 +203,11 @@ class StoredState(MutableMapping[Any, Any]):
         self._device = map_location if isinstance(map_location, (str, torch.device)) else None
         self._changed = False
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """So that ``isinstance(state, dict)`` is what it is of torch's."""
+        return OrderedDict
+
     def __getitem__(self, key: Any) -> Any:
         return self._read(self._tree[key])
 
@@ -241,11 +247,23 @@ class StoredState(MutableMapping[Any, Any]):
             comes_in_turn(of) and (strict or named_state(of).keys() == self.keys())
         )
 
+    def _is_there(self) -> bool:
+        """Whether the files are still those that were opened, as a script may have renamed others to their place."""
+        try:
+            return Stored(self._stored.folder).facts == self._stored.facts
+        except CheckpointError:
+            return False
+
     def load_into(self, of: Any) -> None:
         """Each rank's part of it.  Collective."""
-        every = allgather_objects((str(self._stored.folder), self._name))
-        if len(set(every)) > 1:
+        every = allgather_objects((str(self._stored.folder), self._name, self._is_there()))
+        if len({theirs[:2] for theirs in every}) > 1:
             raise CheckpointError(f"The ranks load different checkpoints, so nothing was loaded: {every}")
+        if not all(theirs[2] for theirs in every):
+            raise CheckpointError(
+                f"{self._stored.folder} was removed or written again since load_sharded, so nothing was loaded. Load "
+                f"what you need before you save there, or keep {self._name}.copy()."
+            )
         checkpoints = _OfScript(self._stored.folder.parent, keep=1, **{self._name: of})
         try:
             checkpoints.take(self._stored.facts["step"])

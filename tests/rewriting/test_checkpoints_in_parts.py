@@ -42,6 +42,7 @@ SAVE = """    state = {"model": model.state_dict(), "optimizer": optimizer.state
 """
 WHOLE = HEAD + RESUME + LOOP + SAVE
 
+UNSEEN = "it is not seen that the state of an optimizer is an entry of what is saved"
 LEFT = {
     "used otherwise": (WHOLE + "    average(state['model'])\n", "state is used for more than saving"),
     "handed on": (WHOLE + "    upload(state)\n", "state is used for more than saving"),
@@ -55,7 +56,23 @@ LEFT = {
     "linked": (WHOLE + "    os.symlink(path, 'latest.pt')\n", "needs a file"),
     "removed by a method": (WHOLE + "    path.unlink()\n", "needs a file"),
     "read by a library": (WHOLE + "    timm.models.load_checkpoint(model, path)\n", "reads a file"),
-    "entries without names": (HEAD + LOOP + SAVE.replace('"step": step', "**more"), "not all named"),
+    "entries without names": (HEAD + LOOP + SAVE.replace('"step"', "name()"), "not all named"),
+    "entries that are not seen": (HEAD + LOOP + SAVE.replace('"step": step', "**more"), "not seen what more holds"),
+    "the dictionary in it used otherwise": (
+        HEAD + LOOP + SAVE.replace("torch.save(state, path)", "torch.save({**state, 'x': 1}, path)\n    upload(state)"),
+        "state is used for more than saving",
+    ),
+    "read as bytes": (WHOLE + "    digest = md5(open(path, 'rb').read())\n", "needs a file"),
+    "read by a method": (WHOLE + "    digest = md5(path.read_bytes())\n", "needs a file"),
+    "its size": (WHOLE + "    print(path.stat().st_size)\n", "needs a file"),
+    "copied by a program": (WHOLE + "    subprocess.run(['cp', path, '/mnt'])\n", "needs a file"),
+    "states in a dictionary in it": (HEAD + LOOP + "    torch.save({'state': {'optimizer': optimizer.state_dict()}}, path)\n", UNSEEN),
+    "states in a list": (HEAD + LOOP + "    torch.save({'optimizers': [optimizer.state_dict()]}, path)\n", UNSEEN),
+    "a file of its own": (HEAD + LOOP + "    torch.save(model.state_dict(), 'model.pt')\n    torch.save(optimizer.state_dict(), path)\n", UNSEEN),
+    "states of whatever it is given": (
+        HEAD + "def save(path, **objects):\n    torch.save({k: v.state_dict() for k, v in objects.items()}, path)\n\n\n"
+        + RESUME + LOOP + "    save(path, model=model, optimizer=optimizer)\n", UNSEEN,
+    ),
     "another argument": (WHOLE.replace("(state, path)", "(state, path, pickle_protocol=4)"), "more than a dictionary and a path"),
     "one rank alone": (
         HEAD + "def save(state, path):\n    if rank == 0:\n        os.makedirs('x', exist_ok=True)\n        torch.save(state, path)\n\n\n"
@@ -66,7 +83,7 @@ LEFT = {
 
 
 def imported(text: str) -> str:
-    return text.replace("import shutil\n", "import shutil\nimport timm\nimport wandb\n")
+    return text.replace("import shutil\n", "import shutil\nimport subprocess\nimport timm\nimport wandb\n")
 
 
 @pytest.mark.parametrize(("text", "why"), LEFT.values(), ids=LEFT.keys())
@@ -77,6 +94,35 @@ def test_the_plain_file_stays_and_the_reason_is_said(text: str, why: str) -> Non
     said = [finding.message for finding in asked.reported if finding.code == "BMT045"]
     assert len(said) == 1 and said[0].startswith("the checkpoint stays one plain file: ") and why in said[0], said
     assert not [finding for finding in plain.reported if finding.code == "BMT045"]
+
+
+METHOD = """class Saver:
+    def __init__(self, model, optimizer):
+        self.model = model
+        self.optimizer = optimizer
+
+    def state(self, step):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+
+    def save(self, step, path):
+        torch.save(self.state(step), path)
+
+
+"""
+OTHERWISE = {
+    "a dictionary in it": SAVE.replace("torch.save(state, path)", "torch.save({**state, 'x': 1}, path)"),
+    "a dictionary and more": SAVE.replace("torch.save(state, path)", "torch.save(dict(state, x=1), path)"),
+    "words of torch's": SAVE.replace("(state, path)", "(obj=state, f=path)"),
+    "a method": "    Saver(model, optimizer).save(step, path)\n",
+}
+
+
+@pytest.mark.parametrize("save", OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_what_is_saved_is_seen_in_other_spellings(save: str) -> None:
+    resume = RESUME.replace("torch.load(", "torch.load(f=")
+    after = converted(HEAD + (METHOD if "Saver" in save else "") + resume + LOOP + save, unsafe=True)
+    assert "save_sharded(" in after and "load_sharded(f=" in after and ".Sharded(" in after
+    assert after.count("state_dict()") == 0 and "args.resume = bmt.checkpoint.newest(args.resume)" in after
 
 
 UNTOUCHED = {

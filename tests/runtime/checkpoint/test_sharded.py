@@ -132,6 +132,29 @@ def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
     load_state_dict(alone, found["alone"])
 
 
+def replaced(path: str) -> None:
+    """As ``torch.save(state, tmp); os.replace(tmp, path)`` does, between reading and loading."""
+    model, optimizer, manager = make()
+    save_sharded({"model": Sharded(model), "optimizer": Sharded(optimizer)}, path)
+    state = load_sharded(f=path)
+    train(model, manager, 0, 1)
+    save_sharded(obj={"model": Sharded(model), "optimizer": Sharded(optimizer)}, f=path + ".tmp")
+    if bmt.rank() == 0:
+        rename_sharded(path + ".tmp", path)
+    bmt.synchronize()
+    before = model.state_dict()
+    with pytest.raises(CheckpointError, match="removed or written again since"):
+        load_state_dict(model, state["model"])
+    with pytest.raises(CheckpointError, match="damaged"):
+        state["model"]["0.bias"]
+    same(model.state_dict(), before)
+    assert isinstance(state["model"], dict) and isinstance(state["optimizer"], dict)
+
+
+def test_what_was_replaced_since_it_was_read_is_not_loaded(tmp_path: Path) -> None:
+    run_ranks(2, replaced, str(tmp_path / "last.pt"))
+
+
 def save(path: str, kind: str, dtype: torch.dtype) -> tuple[dict[str, Any], list[float]]:
     Path(path).parent.mkdir(exist_ok=True)
     if bmt.rank() == 0:
