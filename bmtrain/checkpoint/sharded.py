@@ -77,16 +77,13 @@ def save_sharded(obj: dict[str, Any], f: str | os.PathLike[str]) -> None:
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
-        checkpoints = _OfScript(path, keep=1, **{VALUES: values, **_written_once(marked)})
+        checkpoints = _OfScript(path, **{VALUES: values, **_written_once(marked)})
         try:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
             checkpoints.close()
         if ctx.rank == 0 and trains:
-            try:
-                ctx.launcher.remember(_NEWEST, str(path.absolute()))
-            except RuntimeError as error:
-                warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=2)
+            _take_down(path)
 
 
 def _gives_parts(of: Any) -> bool:
@@ -154,41 +151,66 @@ def newest(instead: Any = None) -> Any:
 
 def _recalled(ctx: Context) -> str | None:
     found = ctx.launcher.recall(_NEWEST)
-    return found if found is not None and folders.steps(Path(found)) else None
+    return found if found is not None and _is_ours(found) else None
 
 
-def copy_sharded(source: Any, target: Any) -> None:
-    """As ``shutil.copy``, also of what ``save_sharded`` has written; for one rank."""
-    if not os.path.isdir(source):
-        shutil.copy(source, target)
-        return
-    made = Path(f"{os.fspath(target)}.{uuid.uuid4().hex[:12]}")
+def _take_down(path: Any, moved_from: Any = None) -> None:
+    """Where the newest checkpoint is, for the attempts after this one; of one that was moved, only if it is that."""
+    launcher = context().launcher
     try:
-        shutil.copytree(source, made)
-        rename_sharded(made, target)
+        if moved_from is None or launcher.recall(_NEWEST) == str(Path(moved_from).absolute()):
+            launcher.remember(_NEWEST, str(Path(path).absolute()))
+    except RuntimeError as error:
+        warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=3)
+
+
+def copy_sharded(src: Any, dst: Any) -> Any:
+    """As ``shutil.copy``, also of what ``save_sharded`` has written; for one rank."""
+    if not os.path.isdir(src) and not _is_ours(dst):
+        return shutil.copy(src, dst)
+    dst = _place(src, dst)
+    made = _beside(dst)
+    try:
+        (shutil.copytree if os.path.isdir(src) else shutil.copy)(src, made)
+        return rename_sharded(made, dst)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def rename_sharded(source: Any, target: Any) -> None:
-    """As ``os.replace``, also of what ``save_sharded`` has written; for one rank."""
-    old = None
-    if os.path.isdir(source) and os.path.exists(target):
-        old = Path(f"{os.fspath(target)}.{uuid.uuid4().hex[:12]}")
-        os.rename(target, old)
-    os.replace(source, target)
-    if old is not None:
+def rename_sharded(src: Any, dst: Any) -> Any:
+    """As ``shutil.move``, also of what ``save_sharded`` has written; for one rank."""
+    if not os.path.isdir(src) and not _is_ours(dst):
+        return shutil.move(src, dst)
+    dst = _place(src, dst)
+    old = _beside(dst)
+    if os.path.exists(dst):
+        os.rename(dst, old)
+    shutil.move(src, dst)
+    if old.exists():
         remove_sharded(old)
-    launcher = context().launcher if is_initialized() else None
-    if launcher is not None and launcher.recall(_NEWEST) == str(Path(source).absolute()):
-        launcher.remember(_NEWEST, str(Path(target).absolute()))
+    if is_initialized():
+        _take_down(dst, moved_from=src)
+    return dst
+
+
+def _is_ours(path: Any) -> bool:
+    return os.path.isdir(path) and bool(folders.steps(Path(path)))
+
+
+def _place(src: Any, dst: Any) -> Any:
+    """Where ``shutil`` puts what it copies and moves: into a folder, here one that is no checkpoint, under its name."""
+    return os.path.join(dst, os.path.basename(src)) if os.path.isdir(dst) and not _is_ours(dst) else dst
+
+
+def _beside(path: Any) -> Path:
+    return Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:12]}")
 
 
 def remove_sharded(path: Any) -> None:
     """As ``os.remove``, also of what ``save_sharded`` has written; for one rank."""
     if not os.path.isdir(path) or os.path.islink(path):
         os.remove(path)
-    elif folders.steps(Path(path)):
+    elif _is_ours(path):
         shutil.rmtree(path)
     else:
         raise CheckpointError(f"{path} is a folder without a whole checkpoint; it stays.")
@@ -264,7 +286,7 @@ class StoredState(MutableMapping[Any, Any]):
                 f"{self._stored.folder} was removed or written again since load_sharded, so nothing was loaded. Load "
                 f"what you need before you save there, or keep {self._name}.copy()."
             )
-        checkpoints = _OfScript(self._stored.folder.parent, keep=1, **{self._name: of})
+        checkpoints = _OfScript(self._stored.folder.parent, **{self._name: of})
         try:
             checkpoints.take(self._stored.facts["step"])
         finally:
@@ -281,11 +303,11 @@ class _Unread:
 class _OfScript(Checkpointer):
     """Of one call: it waits, so that it needs no group of its own."""
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int, **given: Any) -> None:
+    def __init__(self, folder: str | os.PathLike[str], **given: Any) -> None:
         reserved = [name for name in given if name in ("data", "every", "exit_after", "timeout")]
         if reserved:
             raise ConfigurationError(f"save_sharded cannot save {reserved[0]!r} as Sharded; give it another key.")
-        super().__init__(folder, keep=keep, **given)
+        super().__init__(folder, keep=1, **given)
 
     def take(self, step: int) -> None:
         """What the checkpoint of ``step`` holds; the generators go on, as the script does not save them."""

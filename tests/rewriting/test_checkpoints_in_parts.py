@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,6 +180,9 @@ NOT_BY_ITSELF = {
         RESUME.replace("torch.load(args.resume)", "torch.load(os.path.join(args.resume, 'last.pt'))"), "is made of args.resume",
     ),
     "in a loop": ("for _ in range(2):\n" + "".join(f"    {line}\n" for line in RESUME.splitlines()), "resumes in a loop"),
+    "a path of another option": (
+        RESUME.replace("torch.load(args.resume)", "torch.load(args.path)"), "what is loaded is told by args.path",
+    ),
     "asked for elsewhere": ("def start(args):\n    if not args.resume:\n        shutil.rmtree('runs')\n\n\n" + RESUME, "asks for args.resume, too"),
 }  # fmt: skip
 
@@ -288,6 +292,7 @@ def test_it_goes_on_where_it_is_told_with_any_number_of_ranks(tmp_path: Path, na
 def test_a_plain_file_of_before_is_read_too(tmp_path: Path) -> None:
     job = Job("paths", tmp_path)
     expected = steps(job.run("plain")[1])
+    shutil.rmtree(tmp_path / "plain" / "ckpt")  # the newest of them would stay, and the others go
     code, first = job.run("plain", die_at=3)
     assert code == 3
     (tmp_path / "plain" / "ckpt").rename(tmp_path / "converted" / "ckpt")

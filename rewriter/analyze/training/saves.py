@@ -493,6 +493,8 @@ class Saves:
         kind = "word" if word is not None else "path" if path is not None and same(path, variable) else "flag"
         if kind == "flag" and path is not None and any(same(item, variable) for item in walk(path)):
             return f"what is loaded is made of {file.source.code(variable)}"
+        if kind != "path" and isinstance(path, ast.Attribute):
+            return f"what is loaded is told by {file.source.code(path)}"
         before: ast.stmt = outer
         while isinstance(parent := file.names.parents[before], ast.If) and parent.orelse == [before]:
             before = parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,20 @@ def test_files_are_copied_renamed_and_removed(tmp_path: Path) -> None:
     remove_sharded(third)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "one.pt.torch"]
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "log.txt").touch()
+    for move in (copy_sharded, rename_sharded):  # into a folder of the user's, as shutil does
+        for _ in range(2):
+            copy_sharded(src=str(one), dst=str(other))
+            inside = os.path.join(tmp_path / "data", other.name)
+            assert move(src=str(other), dst=str(tmp_path / "data")) == inside
+            assert load_sharded(inside)["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["log.txt", "other.pt"]
+    copy_sharded(one, other)
+    copy_sharded(tmp_path / "one.pt.torch", other)  # a file where a checkpoint in parts was
+    assert other.is_file() and torch.load(other)["step"] == 2
+    copy_sharded(one, other)
+    assert other.is_dir()
+    remove_sharded(other)
     with pytest.raises(CheckpointError, match="it stays"):
         remove_sharded(tmp_path / "data")
     copy_sharded(tmp_path / "one.pt.torch", other)
