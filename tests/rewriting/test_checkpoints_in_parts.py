@@ -56,6 +56,15 @@ LEFT = {
     "asked for by another name": (HEAD + "found = os.path.isfile(latest_ckpt)\n" + RESUME + LOOP + SAVE, "a folder then"),
     "linked": (WHOLE + "    os.symlink(path, 'latest.pt')\n", "needs a file"),
     "removed by a method": (WHOLE + "    path.unlink()\n", "needs a file"),
+    "removed by a method in a function": (
+        HEAD + "def prune(folder):\n    for old in sorted(folder.glob('*.pt'))[:-2]:\n        old.unlink()\n\n\n" + RESUME + LOOP + SAVE
+        + "    prune(folder)\n", "needs a file",
+    ),
+    "asked for in a function": (
+        HEAD + "def newest(folder):\n    names = [n for n in os.listdir(folder) if n.endswith('.pt')]\n"
+        "    return [n for n in names if os.path.isfile(n)][-1]\n\n\n" + RESUME + LOOP + SAVE, "a folder then",
+    ),
+    "copied with a flag": (WHOLE + "    shutil.copyfile(path, 'b.pt', follow_symlinks=False)\n", "more than paths"),
     "read by a library": (WHOLE + "    timm.models.load_checkpoint(model, path)\n", "reads a file"),
     "entries without names": (HEAD + LOOP + SAVE.replace('"step"', "name()"), "not all named"),
     "entries that are not seen": (HEAD + LOOP + SAVE.replace('"step": step', "**more"), "not seen what more holds"),
@@ -114,6 +123,7 @@ OTHERWISE = {
     "a dictionary in it": SAVE.replace("torch.save(state, path)", "torch.save({**state, 'x': 1}, path)"),
     "a dictionary and more": SAVE.replace("torch.save(state, path)", "torch.save(dict(state, x=1), path)"),
     "words of torch's": SAVE.replace("(state, path)", "(obj=state, f=path)"),
+    "words of shutil's": SAVE + "    shutil.copyfile(src=path, dst='best.pt')\n    os.remove(path=path)\n",
     "a method": "    Saver(model, optimizer).save(step, path)\n",
 }
 

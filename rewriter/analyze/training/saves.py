@@ -398,11 +398,16 @@ class Saves:
             if isinstance(call.func, ast.Name) and call.func.id == "open":
                 name = name or "open"
             code = " ".join(file.source.code(item) for item in [call.func, *call.args])
-            ours = file.names.function_of(call) in near or bool(_PATHS.search(code))
             method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            function = file.names.function_of(call)
+            if function is not None and (method in _MOVING_METHODS or method in {"isfile", "is_file"}):
+                code = file.source.code(function)  # of "path.unlink()" the call itself says little
+            ours = function in near or bool(_PATHS.search(code))
             opens = name in _OPENED or (method in _OPENING_METHODS and not name and not self._called(file, call))
             if opens and any(same(item, path) for item in walk(call) for path in paths):
                 raise _Left(file, call, f"{file.source.code(call.func)}(...) needs a file")
+            if name in _MOVES and any(keyword.arg not in {"src", "dst", "path"} for keyword in call.keywords):
+                raise _Left(file, call, f"{file.source.code(call.func)} is given more than paths")
             if name in _MOVES:
                 self._of(file).moves[call] = _MOVES[name]
             elif ours and (name in _SENT or (name == "" and method in _SENDING_METHODS)):
