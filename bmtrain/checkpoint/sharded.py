@@ -24,7 +24,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..block.in_turn import comes_in_turn, named_state
 from ..comm import Communicator
 from ..context import Context, context, is_initialized
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError
 from ..log import say
 from ..objects import allgather_objects, broadcast_object
 from ..shard.in_parts import InParts, Owned, in_parts
@@ -32,6 +32,7 @@ from ..shard.place import Place
 from . import folder as folders
 from .checkpointer import Checkpointer
 from .files import save_checkpoint
+from .holders import holders
 from .storage import METADATA, STATE, Stored
 from .tree import decode
 
@@ -77,7 +78,7 @@ def save_sharded(obj: dict[str, Any], f: str | os.PathLike[str]) -> None:
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
-        checkpoints = _OfScript(path, **{VALUES: values, **_written_once(marked)})
+        checkpoints = _OfScript(path, {VALUES: values, **_written_once(marked)})
         try:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
@@ -138,19 +139,20 @@ def newest(instead: Any = None) -> Any:
     if ctx.went_on:
         return instead
     ctx.went_on = True
-    try:
-        found = _recalled(ctx) if ctx.rank == 0 else None
-    except RuntimeError as error:
-        warnings.warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=2)
-        found = None
-    found = broadcast_object(found)
-    if found is not None and ctx.rank == 0:
+    found = broadcast_object(_recalled(ctx) if ctx.rank == 0 else None)
+    if found is None:
+        return instead
+    if ctx.rank == 0:
         say(f"started again: going on from {found}")
-    return instead if found is None else found
+    return found
 
 
 def _recalled(ctx: Context) -> str | None:
-    found = ctx.launcher.recall(_NEWEST)
+    try:
+        found = ctx.launcher.recall(_NEWEST)
+    except RuntimeError as error:
+        warnings.warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=3)
+        return None
     return found if found is not None and _is_ours(found) else None
 
 
@@ -286,7 +288,7 @@ class StoredState(MutableMapping[Any, Any]):
                 f"{self._stored.folder} was removed or written again since load_sharded, so nothing was loaded. Load "
                 f"what you need before you save there, or keep {self._name}.copy()."
             )
-        checkpoints = _OfScript(self._stored.folder.parent, **{self._name: of})
+        checkpoints = _OfScript(self._stored.folder.parent, {self._name: of})
         try:
             checkpoints.take(self._stored.facts["step"])
         finally:
@@ -303,11 +305,10 @@ class _Unread:
 class _OfScript(Checkpointer):
     """Of one call: it waits, so that it needs no group of its own."""
 
-    def __init__(self, folder: str | os.PathLike[str], **given: Any) -> None:
-        reserved = [name for name in given if name in ("data", "every", "exit_after", "timeout")]
-        if reserved:
-            raise ConfigurationError(f"save_sharded cannot save {reserved[0]!r} as Sharded; give it another key.")
-        super().__init__(folder, keep=1, **given)
+    def __init__(self, folder: Path, given: dict[str, Any]) -> None:
+        super().__init__(folder, keep=1)
+        for name, one in given.items():  # which may be called as the parameters of a Checkpointer are
+            self._holders.update(holders(name, one))
 
     def take(self, step: int) -> None:
         """What the checkpoint of ``step`` holds; the generators go on, as the script does not save them."""

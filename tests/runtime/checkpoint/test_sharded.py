@@ -133,6 +133,18 @@ def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
     load_state_dict(alone, found["alone"])
 
 
+def test_an_entry_may_have_any_name(tmp_path: Path) -> None:
+    names = ("model", "data", "keep", "folder", "self", "model.0", "")
+    models = {name: make(seed=seed)[0] for seed, name in enumerate(names)}
+    save_sharded({name: Sharded(one) for name, one in models.items()}, tmp_path / "last.pt")
+    found = load_sharded(tmp_path / "last.pt")
+    for name, one in models.items():
+        same(found[name].copy(), dict(one.state_dict()))
+        other = make(seed=9)[0]
+        load_state_dict(other, found[name])
+        same(other.state_dict(), one.state_dict())
+
+
 def replaced(path: str) -> None:
     """As ``torch.save(state, tmp); os.replace(tmp, path)`` does, between reading and loading."""
     model, optimizer, manager = make()
