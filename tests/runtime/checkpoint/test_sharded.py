@@ -133,6 +133,7 @@ def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
     load_state_dict(alone, found["alone"])
 
 
+@on_ranks(1, 2)
 def test_an_entry_may_have_any_name(tmp_path: Path) -> None:
     names = ("model", "data", "keep", "folder", "self", "model.0", "")
     models = {name: make(seed=seed)[0] for seed, name in enumerate(names)}
