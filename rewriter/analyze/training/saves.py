@@ -16,6 +16,7 @@ from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, same, walk, walk_own
 from rewriter.analyze.training.collectives import as_guard
 from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.writers import is_open_file
 
 _MOVES = {
     "shutil.copy": "copy", "shutil.copyfile": "copy", "shutil.copy2": "copy", "os.replace": "rename",
@@ -162,7 +163,7 @@ class Saves:
         starred = bool(call.args) and isinstance(call.args[0], ast.Starred)
         if len(call.args) > 2 or (not starred and any(keyword.arg not in {"obj", "f"} for keyword in call.keywords)):
             raise _Left(file, call, "torch.save is given more than a dictionary and a path")
-        if _is_open_file(file, call):
+        if is_open_file(file, _argument(call, 1, "f")):
             raise _Left(file, call, "it is written to an open file")
         if self._scripts.in_kept_guard(file, call):
             self._of(file).opened.append(self._guard(file, call))
@@ -577,19 +578,3 @@ def _entries(made: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
 def _returned(function: Function) -> list[ast.expr]:
     nodes = (node for statement in function.body for node in walk_own(statement))
     return [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
-
-
-def _is_open_file(file: File, call: ast.Call) -> bool:
-    """Whether a call is given a name that a ``with`` has bound, or that holds an open file."""
-    target = _argument(call, 1, "f")
-    name = target.id if isinstance(target, ast.Name) else ""
-    held = [parent for parent in file.names.ancestors(call) if isinstance(parent, (ast.With, ast.AsyncWith))]
-    bound = (item.optional_vars for parent in held for item in parent.items)
-    if any(isinstance(one, ast.Name) and one.id == name for one in bound):
-        return True
-    found = file.names.lookup(name, file.names.scope_of(call)) if name else None
-    values = [binding.value for binding in found[1]] if found is not None else []
-    return any(
-        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
-        for value in values
-    )
