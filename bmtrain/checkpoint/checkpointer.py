@@ -318,7 +318,9 @@ class Checkpointer:
         values, key = piece.read(), (piece.name, piece.start)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
-            buffer = self._buffers[key] = self._device.host_buffer(values)
+            buffer = self._device.host_buffer(values)
+            if buffer.is_pinned():  # others are made as fast, and training may have them meanwhile
+                self._buffers[key] = buffer
         kept = buffer
         kept.copy_(values, non_blocking=True)
         return replace(piece, read=lambda: kept)
@@ -342,7 +344,8 @@ class Checkpointer:
                 f"{written}, which rank 0 has made, is not there. The folder must be on a file system that all ranks "
                 "share"
             )
-        return storage.write_pieces(written, self._rank, staged.pieces)
+        pieces = (staged.pieces.pop(0) for _ in range(len(staged.pieces)))  # a copy goes when it is written
+        return storage.write_pieces(written, self._rank, pieces)
 
     def _begin(self, staged: _Staged) -> str:
         """Make the folder to write in; returns the word in its name."""

@@ -119,10 +119,10 @@ def _finish_background() -> None:
         raise CheckpointError(f"Rank 0 could not write, in the background, {problem}. Nothing was written now either.")
 
 
-def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
+def save_checkpoint(obj: Any, f: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` of rank 0's ``obj``; the others wait until the file is there.  Collective.
 
-    ``options`` are those of ``torch.save``.
+    Its parameters have the names of ``torch.save``'s, of which ``options`` are the others.
 
     ``obj`` is evaluated by every rank, so it may hold ``model.state_dict()`` and ``optimizer.state_dict()``.
     ShardedTensors in its dicts, lists and tuples are written whole, as ordinary tensors.  A model itself is gathered
@@ -139,12 +139,12 @@ def save_checkpoint(obj: Any, file_name: str | os.PathLike[str], **options: Any)
                 options.setdefault("pickle_module", pickled)
             if context().rank == 0:
                 try:
-                    write(obj, file_name, **options)
+                    write(obj, f, **options)
                 except Exception as error:  # pickling may raise anything, and the others wait for the verdict
                     problem = f"{type(error).__name__}: {error}"
         problem = broadcast_object(problem)
     if problem is not None:
-        raise CheckpointError(f"Rank 0 could not write {file_name}: {problem}")
+        raise CheckpointError(f"Rank 0 could not write {f}: {problem}")
 
 
 def _refuse_shards(obj: Any) -> None:

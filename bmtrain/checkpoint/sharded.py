@@ -24,7 +24,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..block.in_turn import comes_in_turn, named_state
 from ..comm import Communicator
 from ..context import Context, context, is_initialized
-from ..errors import CheckpointError, ConfigurationError
+from ..errors import CheckpointError
 from ..log import say
 from ..objects import allgather_objects, broadcast_object
 from ..shard.in_parts import InParts, Owned, in_parts
@@ -32,6 +32,7 @@ from ..shard.place import Place
 from . import folder as folders
 from .checkpointer import Checkpointer
 from .files import save_checkpoint
+from .holders import holders
 from .storage import METADATA, STATE, Stored
 from .tree import decode
 
@@ -50,42 +51,40 @@ class Sharded:
         raise CheckpointError("a Sharded is an entry of save_sharded's dictionary itself, not of something in it")
 
 
-def save_sharded(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """As ``torch.save(state, path)``, of whose ``Sharded`` entries each rank writes its own part.  Collective.
+def save_sharded(obj: dict[str, Any], f: str | os.PathLike[str]) -> None:
+    """As ``torch.save(obj, f)``, of whose ``Sharded`` entries each rank writes its own part.  Collective.
 
         bmt.checkpoint.save_sharded({"model": bmt.checkpoint.Sharded(model), "step": step}, "run/last.pt")
 
-    ``path`` becomes a folder, of which ``load_sharded`` reads the newest whole checkpoint, and in which the last one is
+    ``f`` becomes a folder, of which ``load_sharded`` reads the newest whole checkpoint, and in which the last one is
     kept until the next is whole.  A file that has the name is renamed to ``last.pt.plain``.  The other entries are rank
     0's, pickled as ``torch.save`` does.  Without a Sharded entry this is ``bmt.save_checkpoint``.
 
     Raises CheckpointError on every rank, and what was whole stays, when some rank cannot write.
     """
-    marked = {name: one.of for name, one in state.items() if isinstance(one, Sharded)} if type(state) is dict else {}
+    marked = {name: one.of for name, one in obj.items() if isinstance(one, Sharded)} if type(obj) is dict else {}
     if not marked:
-        save_checkpoint(state, path)
+        save_checkpoint(obj, f)
         return
+    path = Path(f)
     trains = any(not isinstance(one, nn.Module) for one in marked.values())
     whole = {k: one.state_dict() for k, one in marked.items() if not _gives_parts(one)}
     marked = {k: one for k, one in marked.items() if k not in whole}
-    others = {k: None if k in marked else whole.get(k, v) for k, v in state.items()}
+    others = {k: None if k in marked else whole.get(k, v) for k, v in obj.items()}
     ctx = context()
     with ctx.diary.saving():
         values = _Values.of(others, path)
-        problem = _make_way(Path(path)) if ctx.rank == 0 else None
+        problem = _make_way(path) if ctx.rank == 0 else None
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
-        checkpoints = _OfScript(path, keep=1, **{VALUES: values, **_written_once(marked)})
+        checkpoints = _OfScript(path, {VALUES: values, **_written_once(marked)})
         try:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
             checkpoints.close()
         if ctx.rank == 0 and trains:
-            try:
-                ctx.launcher.remember(_NEWEST, str(Path(path).absolute()))
-            except RuntimeError as error:
-                warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=2)
+            _take_down(path)
 
 
 def _gives_parts(of: Any) -> bool:
@@ -93,15 +92,15 @@ def _gives_parts(of: Any) -> bool:
     return comes_in_turn(of) if isinstance(of, nn.Module) else in_parts(of) is not None
 
 
-def load_sharded(path: Any, map_location: Any = None, **options: Any) -> Any:
-    """As ``torch.load(path, ...)``, also of what ``save_sharded`` has written: the dictionary.
+def load_sharded(f: Any, map_location: Any = None, **options: Any) -> Any:
+    """As ``torch.load(f, ...)``, also of what ``save_sharded`` has written: the dictionary.
 
     What was Sharded is a mapping that reads from the files what it is asked for.  Give it to
     ``bmt.checkpoint.load_state_dict``, and each rank reads its own part.
     """
-    if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
-        return torch.load(path, map_location, **options)
-    folder = Path(path)
+    if not isinstance(f, (str, os.PathLike)) or not os.path.isdir(f):
+        return torch.load(f, map_location, **options)
+    folder = Path(f)
     found = folders.steps(folder)
     if not found and not (folder / METADATA).exists():
         raise CheckpointError(f"{folder} is a folder without a whole checkpoint.")
@@ -140,54 +139,80 @@ def newest(instead: Any = None) -> Any:
     if ctx.went_on:
         return instead
     ctx.went_on = True
-    try:
-        found = _recalled(ctx) if ctx.rank == 0 else None
-    except RuntimeError as error:
-        warnings.warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=2)
-        found = None
-    found = broadcast_object(found)
-    if found is not None and ctx.rank == 0:
+    found = broadcast_object(_recalled(ctx) if ctx.rank == 0 else None)
+    if found is None:
+        return instead
+    if ctx.rank == 0:
         say(f"started again: going on from {found}")
-    return instead if found is None else found
+    return found
 
 
 def _recalled(ctx: Context) -> str | None:
-    found = ctx.launcher.recall(_NEWEST)
-    return found if found is not None and folders.steps(Path(found)) else None
-
-
-def copy_sharded(source: Any, target: Any) -> None:
-    """As ``shutil.copy``, also of what ``save_sharded`` has written; for one rank."""
-    if not os.path.isdir(source):
-        shutil.copy(source, target)
-        return
-    made = Path(f"{os.fspath(target)}.{uuid.uuid4().hex[:12]}")
     try:
-        shutil.copytree(source, made)
-        rename_sharded(made, target)
+        found = ctx.launcher.recall(_NEWEST)
+    except RuntimeError as error:
+        warnings.warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=3)
+        return None
+    return found if found is not None and _is_ours(found) else None
+
+
+def _take_down(path: Any, moved_from: Any = None) -> None:
+    """Where the newest checkpoint is, for the attempts after this one; of one that was moved, only if it is that."""
+    launcher = context().launcher
+    try:
+        if moved_from is None or launcher.recall(_NEWEST) == str(Path(moved_from).absolute()):
+            launcher.remember(_NEWEST, str(Path(path).absolute()))
+    except RuntimeError as error:
+        warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=3)
+
+
+def copy_sharded(src: Any, dst: Any) -> Any:
+    """As ``shutil.copy``, also of what ``save_sharded`` has written; for one rank."""
+    if not os.path.isdir(src) and not _is_ours(dst):
+        return shutil.copy(src, dst)
+    dst = _place(src, dst)
+    made = _beside(dst)
+    try:
+        (shutil.copytree if os.path.isdir(src) else shutil.copy)(src, made)
+        return rename_sharded(made, dst)
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
-def rename_sharded(source: Any, target: Any) -> None:
-    """As ``os.replace``, also of what ``save_sharded`` has written; for one rank."""
-    old = None
-    if os.path.isdir(source) and os.path.exists(target):
-        old = Path(f"{os.fspath(target)}.{uuid.uuid4().hex[:12]}")
-        os.rename(target, old)
-    os.replace(source, target)
-    if old is not None:
+def rename_sharded(src: Any, dst: Any) -> Any:
+    """As ``shutil.move``, also of what ``save_sharded`` has written; for one rank."""
+    if not os.path.isdir(src) and not _is_ours(dst):
+        return shutil.move(src, dst)
+    dst = _place(src, dst)
+    old = _beside(dst)
+    if os.path.exists(dst):
+        os.rename(dst, old)
+    shutil.move(src, dst)
+    if old.exists():
         remove_sharded(old)
-    launcher = context().launcher if is_initialized() else None
-    if launcher is not None and launcher.recall(_NEWEST) == str(Path(source).absolute()):
-        launcher.remember(_NEWEST, str(Path(target).absolute()))
+    if is_initialized():
+        _take_down(dst, moved_from=src)
+    return dst
+
+
+def _is_ours(path: Any) -> bool:
+    return os.path.isdir(path) and bool(folders.steps(Path(path)))
+
+
+def _place(src: Any, dst: Any) -> Any:
+    """Where ``shutil`` puts what it copies and moves: into a folder, here one that is no checkpoint, under its name."""
+    return os.path.join(dst, os.path.basename(src)) if os.path.isdir(dst) and not _is_ours(dst) else dst
+
+
+def _beside(path: Any) -> Path:
+    return Path(f"{os.fspath(path)}.{uuid.uuid4().hex[:12]}")
 
 
 def remove_sharded(path: Any) -> None:
     """As ``os.remove``, also of what ``save_sharded`` has written; for one rank."""
     if not os.path.isdir(path) or os.path.islink(path):
         os.remove(path)
-    elif folders.steps(Path(path)):
+    elif _is_ours(path):
         shutil.rmtree(path)
     else:
         raise CheckpointError(f"{path} is a folder without a whole checkpoint; it stays.")
@@ -201,6 +226,11 @@ class StoredState(MutableMapping[Any, Any]):
         self._tree = {key: value for key, value in tree.items() if key != "masters"}  # not torch's
         self._device = map_location if isinstance(map_location, (str, torch.device)) else None
         self._changed = False
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """So that ``isinstance(state, dict)`` is what it is of torch's."""
+        return OrderedDict
 
     def __getitem__(self, key: Any) -> Any:
         return self._read(self._tree[key])
@@ -241,12 +271,24 @@ class StoredState(MutableMapping[Any, Any]):
             comes_in_turn(of) and (strict or named_state(of).keys() == self.keys())
         )
 
+    def _is_there(self) -> bool:
+        """Whether the files are still those that were opened, as a script may have renamed others to their place."""
+        try:
+            return Stored(self._stored.folder).facts == self._stored.facts
+        except CheckpointError:
+            return False
+
     def load_into(self, of: Any) -> None:
         """Each rank's part of it.  Collective."""
-        every = allgather_objects((str(self._stored.folder), self._name))
-        if len(set(every)) > 1:
+        every = allgather_objects((str(self._stored.folder), self._name, self._is_there()))
+        if len({theirs[:2] for theirs in every}) > 1:
             raise CheckpointError(f"The ranks load different checkpoints, so nothing was loaded: {every}")
-        checkpoints = _OfScript(self._stored.folder.parent, keep=1, **{self._name: of})
+        if not all(theirs[2] for theirs in every):
+            raise CheckpointError(
+                f"{self._stored.folder} was removed or written again since load_sharded, so nothing was loaded. Load "
+                f"what you need before you save there, or keep {self._name}.copy()."
+            )
+        checkpoints = _OfScript(self._stored.folder.parent, {self._name: of})
         try:
             checkpoints.take(self._stored.facts["step"])
         finally:
@@ -263,11 +305,10 @@ class _Unread:
 class _OfScript(Checkpointer):
     """Of one call: it waits, so that it needs no group of its own."""
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int, **given: Any) -> None:
-        reserved = [name for name in given if name in ("data", "every", "exit_after", "timeout")]
-        if reserved:
-            raise ConfigurationError(f"save_sharded cannot save {reserved[0]!r} as Sharded; give it another key.")
-        super().__init__(folder, keep=keep, **given)
+    def __init__(self, folder: Path, given: dict[str, Any]) -> None:
+        super().__init__(folder, keep=1)
+        for name, one in given.items():  # which may be called as the parameters of a Checkpointer are
+            self._holders.update(holders(name, one))
 
     def take(self, step: int) -> None:
         """What the checkpoint of ``step`` holds; the generators go on, as the script does not save them."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ SAVE = """    state = {"model": model.state_dict(), "optimizer": optimizer.state
 """
 WHOLE = HEAD + RESUME + LOOP + SAVE
 
+UNSEEN = "it is not seen that the state of an optimizer is an entry of what is saved"
 LEFT = {
     "used otherwise": (WHOLE + "    average(state['model'])\n", "state is used for more than saving"),
     "handed on": (WHOLE + "    upload(state)\n", "state is used for more than saving"),
@@ -54,8 +56,33 @@ LEFT = {
     "asked for by another name": (HEAD + "found = os.path.isfile(latest_ckpt)\n" + RESUME + LOOP + SAVE, "a folder then"),
     "linked": (WHOLE + "    os.symlink(path, 'latest.pt')\n", "needs a file"),
     "removed by a method": (WHOLE + "    path.unlink()\n", "needs a file"),
+    "removed by a method in a function": (
+        HEAD + "def prune(folder):\n    for old in sorted(folder.glob('*.pt'))[:-2]:\n        old.unlink()\n\n\n" + RESUME + LOOP + SAVE
+        + "    prune(folder)\n", "needs a file",
+    ),
+    "asked for in a function": (
+        HEAD + "def newest(folder):\n    names = [n for n in os.listdir(folder) if n.endswith('.pt')]\n"
+        "    return [n for n in names if os.path.isfile(n)][-1]\n\n\n" + RESUME + LOOP + SAVE, "a folder then",
+    ),
+    "copied with a flag": (WHOLE + "    shutil.copyfile(path, 'b.pt', follow_symlinks=False)\n", "more than paths"),
     "read by a library": (WHOLE + "    timm.models.load_checkpoint(model, path)\n", "reads a file"),
-    "entries without names": (HEAD + LOOP + SAVE.replace('"step": step', "**more"), "not all named"),
+    "entries without names": (HEAD + LOOP + SAVE.replace('"step"', "name()"), "not all named"),
+    "entries that are not seen": (HEAD + LOOP + SAVE.replace('"step": step', "**more"), "not seen what more holds"),
+    "the dictionary in it used otherwise": (
+        HEAD + LOOP + SAVE.replace("torch.save(state, path)", "torch.save({**state, 'x': 1}, path)\n    upload(state)"),
+        "state is used for more than saving",
+    ),
+    "read as bytes": (WHOLE + "    digest = md5(open(path, 'rb').read())\n", "needs a file"),
+    "read by a method": (WHOLE + "    digest = md5(path.read_bytes())\n", "needs a file"),
+    "its size": (WHOLE + "    print(path.stat().st_size)\n", "needs a file"),
+    "copied by a program": (WHOLE + "    subprocess.run(['cp', path, '/mnt'])\n", "needs a file"),
+    "states in a dictionary in it": (HEAD + LOOP + "    torch.save({'state': {'optimizer': optimizer.state_dict()}}, path)\n", UNSEEN),
+    "states in a list": (HEAD + LOOP + "    torch.save({'optimizers': [optimizer.state_dict()]}, path)\n", UNSEEN),
+    "a file of its own": (HEAD + LOOP + "    torch.save(model.state_dict(), 'model.pt')\n    torch.save(optimizer.state_dict(), path)\n", UNSEEN),
+    "states of whatever it is given": (
+        HEAD + "def save(path, **objects):\n    torch.save({k: v.state_dict() for k, v in objects.items()}, path)\n\n\n"
+        + RESUME + LOOP + "    save(path, model=model, optimizer=optimizer)\n", UNSEEN,
+    ),
     "another argument": (WHOLE.replace("(state, path)", "(state, path, pickle_protocol=4)"), "more than a dictionary and a path"),
     "one rank alone": (
         HEAD + "def save(state, path):\n    if rank == 0:\n        os.makedirs('x', exist_ok=True)\n        torch.save(state, path)\n\n\n"
@@ -66,7 +93,7 @@ LEFT = {
 
 
 def imported(text: str) -> str:
-    return text.replace("import shutil\n", "import shutil\nimport timm\nimport wandb\n")
+    return text.replace("import shutil\n", "import shutil\nimport subprocess\nimport timm\nimport wandb\n")
 
 
 @pytest.mark.parametrize(("text", "why"), LEFT.values(), ids=LEFT.keys())
@@ -77,6 +104,36 @@ def test_the_plain_file_stays_and_the_reason_is_said(text: str, why: str) -> Non
     said = [finding.message for finding in asked.reported if finding.code == "BMT045"]
     assert len(said) == 1 and said[0].startswith("the checkpoint stays one plain file: ") and why in said[0], said
     assert not [finding for finding in plain.reported if finding.code == "BMT045"]
+
+
+METHOD = """class Saver:
+    def __init__(self, model, optimizer):
+        self.model = model
+        self.optimizer = optimizer
+
+    def state(self, step):
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+
+    def save(self, step, path):
+        torch.save(self.state(step), path)
+
+
+"""
+OTHERWISE = {
+    "a dictionary in it": SAVE.replace("torch.save(state, path)", "torch.save({**state, 'x': 1}, path)"),
+    "a dictionary and more": SAVE.replace("torch.save(state, path)", "torch.save(dict(state, x=1), path)"),
+    "words of torch's": SAVE.replace("(state, path)", "(obj=state, f=path)"),
+    "words of shutil's": SAVE + "    shutil.copyfile(src=path, dst='best.pt')\n    os.remove(path=path)\n",
+    "a method": "    Saver(model, optimizer).save(step, path)\n",
+}
+
+
+@pytest.mark.parametrize("save", OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_what_is_saved_is_seen_in_other_spellings(save: str) -> None:
+    resume = RESUME.replace("torch.load(", "torch.load(f=")
+    after = converted(HEAD + (METHOD if "Saver" in save else "") + resume + LOOP + save, unsafe=True)
+    assert "save_sharded(" in after and "load_sharded(f=" in after and ".Sharded(" in after
+    assert after.count("state_dict()") == 0 and "args.resume = bmt.checkpoint.newest(args.resume)" in after
 
 
 UNTOUCHED = {
@@ -133,6 +190,9 @@ NOT_BY_ITSELF = {
         RESUME.replace("torch.load(args.resume)", "torch.load(os.path.join(args.resume, 'last.pt'))"), "is made of args.resume",
     ),
     "in a loop": ("for _ in range(2):\n" + "".join(f"    {line}\n" for line in RESUME.splitlines()), "resumes in a loop"),
+    "a path of another option": (
+        RESUME.replace("torch.load(args.resume)", "torch.load(args.path)"), "what is loaded is told by args.path",
+    ),
     "asked for elsewhere": ("def start(args):\n    if not args.resume:\n        shutil.rmtree('runs')\n\n\n" + RESUME, "asks for args.resume, too"),
 }  # fmt: skip
 
@@ -242,6 +302,7 @@ def test_it_goes_on_where_it_is_told_with_any_number_of_ranks(tmp_path: Path, na
 def test_a_plain_file_of_before_is_read_too(tmp_path: Path) -> None:
     job = Job("paths", tmp_path)
     expected = steps(job.run("plain")[1])
+    shutil.rmtree(tmp_path / "plain" / "ckpt")  # the newest of them would stay, and the others go
     code, first = job.run("plain", die_at=3)
     assert code == 3
     (tmp_path / "plain" / "ckpt").rename(tmp_path / "converted" / "ckpt")

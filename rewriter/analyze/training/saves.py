@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, same, walk, walk_own
 from rewriter.analyze.training.collectives import as_guard
 from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.writers import is_open_file
 
 _MOVES = {
     "shutil.copy": "copy", "shutil.copyfile": "copy", "shutil.copy2": "copy", "os.replace": "rename",
@@ -23,6 +25,11 @@ _MOVES = {
 _MOVING_METHODS = {"unlink", "rename", "replace", "hardlink_to", "symlink_to"}
 _SENT = {"wandb.save", "mlflow.log_artifact", "os.symlink", "os.link", "os.path.getsize", "tarfile.open"}
 _SENDING_METHODS = {"add_file", "log_artifact", "log_model", "upload_file"}
+_OPENED = {
+    "open", "io.open", "zipfile.ZipFile", "os.system", "os.stat", "subprocess.run", "subprocess.call",
+    "subprocess.check_call", "subprocess.check_output", "subprocess.Popen", "huggingface_hub.upload_file",
+}  # fmt: skip
+_OPENING_METHODS = {"open", "read_bytes", "stat", "upload", "upload_file", "save"}
 _PATHS = re.compile(r"ck\b|ckpt|checkpoint|\.pth?\b|resume|weights|snapshot|best|latest|(?:^|_)last|save", re.I)
 _READERS = re.compile(r"^(?:load|resume)_(?:checkpoint|ckpt|snapshot|training_state)$")
 _DEEP = 4
@@ -76,6 +83,8 @@ class Saves:
         self._project, self._roles = scripts.project, scripts.roles
         self._instances = scripts.collectives.instances
         self._found: dict[File, OfFile] = {}
+        self._made: set[ast.AST] = set()
+        """Dictionaries that are saved, or are part of one."""
         self.left: tuple[File, ast.AST, str] | None = None
         """Why nothing changes, and where that is seen."""
 
@@ -93,16 +102,41 @@ class Saves:
 
     @cached_property
     def first(self) -> tuple[File, ast.Call] | None:
-        """A call that saves the state of an optimizer, in a project that reads one."""
-        for file in self._training:
-            for call in file.calls:
-                if self._project.external(file, call.func) == "torch.save" and any(
-                    self._is_state(other, entry) == "optimizer"
-                    for other, made in self._quietly(file, call)
-                    for _, entry in _entries(made)
-                ):
-                    return file, call
-        return None
+        """A call that saves the state of an optimizer."""
+        return next((one for one in self._torch_saves if "optimizer" in self._kinds(*one)), None)
+
+    @cached_property
+    def unclear(self) -> tuple[File, ast.Call] | None:
+        """A call that may save the state of an optimizer, in a project that has one, where none is seen to."""
+        asks = (call for file in self._training for call in file.calls if self._of_optimizer(file, call))
+        if self.first is not None or next(asks, None) is None:
+            return None
+        return next((one for one in self._torch_saves if self._may_save_optimizer(*one)), None)
+
+    def _of_optimizer(self, file: File, node: ast.AST) -> bool:
+        match node:
+            case ast.Call(func=ast.Attribute(value=of, attr="state_dict" | "load_state_dict")):
+                last = (dotted(of) or "").split(".")[-1]
+                return self._kind(file, of) == "optimizer" or last.startswith("optim")
+        return False
+
+    def _may_save_optimizer(self, file: File, call: ast.Call) -> bool:
+        value = _argument(call, 0, "obj")
+        if value is None or self._is_state(file, value) == "model":
+            return False
+        try:
+            made = list(self._sources(file, call, value, 0, False))
+        except _Left:
+            return True
+        return any(self._of_optimizer(other, node) for other, one in made for node in walk(one))
+
+    @cached_property
+    def _torch_saves(self) -> list[tuple[File, ast.Call]]:
+        return [(f, c) for f in self._training for c in f.calls if self._project.external(f, c.func) == "torch.save"]
+
+    def _kinds(self, file: File, call: ast.Call) -> set[str]:
+        """Of what a call saves, as far as it is seen."""
+        return {self._is_state(f, entry) for f, made in self._quietly(file, call) for _, entry in _entries(made)}
 
     @cached_property
     def _training(self) -> list[File]:
@@ -114,24 +148,22 @@ class Saves:
     # Saving ----------------------------------------------------------------------------------------------------
 
     def _see_saves(self) -> None:
+        if self.unclear is not None:
+            raise _Left(*self.unclear, "it is not seen that the state of an optimizer is an entry of what is saved")
         if self.first is None:
             return
         if self._project.partial:
             raise _Left(*self.first, "the project is converted in portions")
-        for file in self._training:
-            for call in file.calls:
-                if self._project.external(file, call.func) == "torch.save":
-                    self._see_save(file, call)
+        for file, call in self._torch_saves:
+            if "optimizer" in self._kinds(file, call):  # else weights for others to read: a plain file
+                self._see_save(file, call)
 
     def _see_save(self, file: File, call: ast.Call) -> None:
-        made = self._quietly(file, call)
-        kinds = {self._is_state(other, entry) for other, one in made for _, entry in _entries(one)}
-        if "optimizer" not in kinds:
-            return  # weights for others to read: a plain file
-        list(self._sources(file, call, _saved(file, call), 0, True))
-        if len(call.args) > 2 or (call.keywords and not isinstance(call.args[0], ast.Starred)):
+        made = list(self._sources(file, call, _argument(call, 0, "obj"), 0, True))
+        starred = bool(call.args) and isinstance(call.args[0], ast.Starred)
+        if len(call.args) > 2 or (not starred and any(keyword.arg not in {"obj", "f"} for keyword in call.keywords)):
             raise _Left(file, call, "torch.save is given more than a dictionary and a path")
-        if len(call.args) == 2 and _is_open_file(file, call):
+        if is_open_file(file, _argument(call, 1, "f")):
             raise _Left(file, call, "it is written to an open file")
         if self._scripts.in_kept_guard(file, call):
             self._of(file).opened.append(self._guard(file, call))
@@ -158,10 +190,11 @@ class Saves:
 
     def _quietly(self, file: File, call: ast.Call) -> list[tuple[File, ast.AST]]:
         """The dictionaries that a call may save, as far as they are seen."""
-        try:
-            return list(self._sources(file, call, _saved(file, call), 0, False))
-        except _Left:
-            return []
+        found = []
+        with suppress(_Left):
+            for one in self._sources(file, call, _argument(call, 0, "obj"), 0, False):
+                found.append(one)
+        return found
 
     def _sources(
         self, file: File, call: ast.Call, value: ast.expr | None, deep: int, strict: bool
@@ -174,11 +207,14 @@ class Saves:
             raise _Left(file, call, "it is not seen what is saved")
         if isinstance(value, ast.Dict) or (isinstance(value, ast.Call) and dotted(value.func) == "dict"):
             yield file, value
+            self._made.add(value)
+            for one in _spread(value):
+                yield from self._sources(file, call, one, deep + 1, strict)
             return
         if isinstance(value, ast.Call):
-            found = self._project.resolve(file, value.func)
-            returned = _returned(found.node) if isinstance(found, FunctionInfo) else []
-            if not isinstance(found, FunctionInfo) or not returned:
+            found = next(iter(self._called(file, value)), None)
+            returned = _returned(found.node) if found is not None else []
+            if found is None or not returned:
                 raise _Left(file, call, f"it is not seen what {file.source.code(value.func)}(...) gives to save")
             if strict and len(list(self._instances.calls(found.file, found.node))) > 1:
                 raise _Left(file, call, f"{file.source.code(value.func)}(...) is called for more than saving")
@@ -257,6 +293,10 @@ class Saves:
                     continue
                 case ast.keyword() as word if self._saves(file, file.names.parents[word]):
                     continue
+                case ast.Dict() | ast.Call() as made if made in self._made and node in _spread(made):
+                    continue
+                case ast.keyword() as word if file.names.parents[word] in self._made and word.arg is None:
+                    continue
                 case ast.Subscript(value=held, slice=ast.Constant(value=key)) as part if held is node:
                     stored = isinstance(part.ctx, ast.Store)
                     if stored or key not in self._marked:
@@ -271,24 +311,25 @@ class Saves:
             return False
         if self._project.external(file, node.func) == "torch.save":
             return True
-        called = self._project.resolve(file, node.func)
-        infos = [called] if isinstance(called, FunctionInfo) else []
-        if not infos and isinstance(node.func, ast.Attribute):
-            infos = self._instances.methods(file, node.func)
         return any(
             isinstance(item, ast.Call) and (item is not node) and self._saves(info.file, item)
-            for info in infos
+            for info in self._called(file, node)
             for item in walk(info.node)
         )
+
+    def _called(self, file: File, call: ast.Call) -> list[FunctionInfo]:
+        """The function or method of the project that a call runs."""
+        found = self._project.resolve(file, call.func)
+        if isinstance(found, FunctionInfo):
+            return [found]
+        return self._instances.methods(file, call.func) if isinstance(call.func, ast.Attribute) else []
 
     @cached_property
     def _marked(self) -> set[str | None]:
         """Keys under which the project saves states in parts."""
         return {
             key
-            for file in self._training
-            for call in file.calls
-            if self._project.external(file, call.func) == "torch.save"
+            for file, call in self._torch_saves
             for other, made in self._quietly(file, call)
             for key, entry in _entries(made)
             if self._is_state(other, entry)
@@ -311,13 +352,13 @@ class Saves:
             return "optimizer"
         if roles.is_model(of):
             return "model"
-        if variable is None or deep > _DEEP or not isinstance(of, ast.Name) or not roles.is_argument(variable):
+        if deep > _DEEP or variable is None or not (isinstance(of, ast.Attribute) or roles.is_argument(variable)):
             return ""
-        scope = variable[0]
-        assert isinstance(scope, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        if isinstance(scope, ast.Lambda):
-            return ""
-        given = list(self._instances.given(file, scope, of.id))
+        given = (
+            (other, value)
+            for other, value in self._instances.given_to(file, of)
+            if not (isinstance(value, ast.Constant) and value.value is None)
+        )
         kinds = {self._kind(other, value, deep + 1) for other, value in given}
         return kinds.pop() if len(kinds) == 1 else ""
 
@@ -349,13 +390,25 @@ class Saves:
 
     def _see_paths(self, file: File, loads: list[ast.Call]) -> None:
         """What is done with files that may be checkpoints."""
-        read = [call.args[0] for call in loads if call.args]
+        read = [path for call in loads if (path := _argument(call, 0, "f")) is not None]
+        saved = [path for call in self._of(file).saves if (path := _argument(call, 1, "f")) is not None]
+        paths = [path for path in (*read, *saved) if not isinstance(path, ast.Starred)]
         near = {file.names.function_of(call) for call in [*loads, *self._of(file).saves]}
         for call in file.calls:
             name = self._project.external(file, call.func)
+            if isinstance(call.func, ast.Name) and call.func.id == "open":
+                name = name or "open"
             code = " ".join(file.source.code(item) for item in [call.func, *call.args])
-            ours = file.names.function_of(call) in near or bool(_PATHS.search(code))
             method = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            function = file.names.function_of(call)
+            if function is not None and (method in _MOVING_METHODS or method in {"isfile", "is_file"}):
+                code = file.source.code(function)  # of "path.unlink()" the call itself says little
+            ours = function in near or bool(_PATHS.search(code))
+            opens = name in _OPENED or (method in _OPENING_METHODS and not name and not self._called(file, call))
+            if opens and any(same(item, path) for item in walk(call) for path in paths):
+                raise _Left(file, call, f"{file.source.code(call.func)}(...) needs a file")
+            if name in _MOVES and any(keyword.arg not in {"src", "dst", "path"} for keyword in call.keywords):
+                raise _Left(file, call, f"{file.source.code(call.func)} is given more than paths")
             if name in _MOVES:
                 self._of(file).moves[call] = _MOVES[name]
             elif ours and (name in _SENT or (name == "" and method in _SENDING_METHODS)):
@@ -418,7 +471,7 @@ class Saves:
             self._of(file).resumed.append(resumed)
 
     def _resumed(self, file: File, outer: ast.If, test: ast.expr, load: ast.Call) -> Resumed | str:
-        path = load.args[0] if load.args else None
+        path = _argument(load, 0, "f")
         word: ast.expr | None = None
         match test:
             case ast.Name() | ast.Attribute():
@@ -446,6 +499,8 @@ class Saves:
         kind = "word" if word is not None else "path" if path is not None and same(path, variable) else "flag"
         if kind == "flag" and path is not None and any(same(item, variable) for item in walk(path)):
             return f"what is loaded is made of {file.source.code(variable)}"
+        if kind != "path" and isinstance(path, ast.Attribute):
+            return f"what is loaded is told by {file.source.code(path)}"
         before: ast.stmt = outer
         while isinstance(parent := file.names.parents[before], ast.If) and parent.orelse == [before]:
             before = parent
@@ -493,38 +548,33 @@ def _tests(file: File) -> list[ast.expr]:
     return [node.test for node in file.nodes if isinstance(node, (ast.If, ast.IfExp, ast.While))]
 
 
-def _saved(file: File, call: ast.Call) -> ast.expr | None:
-    return call.args[0] if call.args else None
+def _argument(call: ast.Call, position: int, name: str) -> ast.expr | None:
+    """What a call is given for a parameter of torch's."""
+    named = next((keyword.value for keyword in call.keywords if keyword.arg == name), None)
+    return call.args[position] if len(call.args) > position else named
+
+
+def _spread(made: ast.Dict | ast.Call) -> list[ast.expr]:
+    """The dictionaries whose entries ``{**one}`` and ``dict(one, **other)`` take."""
+    if isinstance(made, ast.Dict):
+        return [value for key, value in zip(made.keys, made.values, strict=True) if key is None]
+    return [*made.args, *(keyword.value for keyword in made.keywords if keyword.arg is None)]
 
 
 def _entries(made: ast.AST) -> Iterator[tuple[str | None, ast.expr]]:
     """The entries of ``{...}``, ``dict(...)`` or ``state[key] = ...``; None for a key that is no text."""
+    pairs: Iterable[tuple[ast.expr | None, ast.expr]] = ()
     if isinstance(made, ast.Dict):
-        for key, value in zip(made.keys, made.values, strict=True):
-            yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), value
+        pairs = zip(made.keys, made.values, strict=True)
     elif isinstance(made, ast.Call):
-        yield from ((keyword.arg, keyword.value) for keyword in made.keywords)
-        yield from ((None, value) for value in made.args)
+        yield from ((keyword.arg, keyword.value) for keyword in made.keywords if keyword.arg is not None)
     elif isinstance(made, ast.Assign) and isinstance(made.targets[0], ast.Subscript):
-        key = made.targets[0].slice
-        yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), made.value
+        pairs = [(made.targets[0].slice, made.value)]
+    for key, value in pairs:
+        if key is not None:
+            yield (key.value if isinstance(key, ast.Constant) and isinstance(key.value, str) else None), value
 
 
 def _returned(function: Function) -> list[ast.expr]:
     nodes = (node for statement in function.body for node in walk_own(statement))
     return [node.value for node in nodes if isinstance(node, ast.Return) and node.value is not None]
-
-
-def _is_open_file(file: File, call: ast.Call) -> bool:
-    """Whether a call is given a name that a ``with`` has bound, or that holds an open file."""
-    name = call.args[1].id if isinstance(call.args[1], ast.Name) else ""
-    held = [parent for parent in file.names.ancestors(call) if isinstance(parent, (ast.With, ast.AsyncWith))]
-    bound = (item.optional_vars for parent in held for item in parent.items)
-    if any(isinstance(one, ast.Name) and one.id == name for one in bound):
-        return True
-    found = file.names.lookup(name, file.names.scope_of(call)) if name else None
-    values = [binding.value for binding in found[1]] if found is not None else []
-    return any(
-        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
-        for value in values
-    )

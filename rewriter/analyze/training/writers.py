@@ -223,6 +223,22 @@ def opened_for(file: File, call: ast.Call) -> tuple[ast.With, ast.expr] | None:
     return None
 
 
+def is_open_file(file: File, target: ast.expr | None) -> bool:
+    """Whether it is a name that a ``with`` around it has bound, or that holds an open file or bytes in memory."""
+    if not isinstance(target, ast.Name):
+        return False
+    for parent in file.names.ancestors(target):
+        if isinstance(parent, (ast.With, ast.AsyncWith)):
+            if any(isinstance(i.optional_vars, ast.Name) and i.optional_vars.id == target.id for i in parent.items):
+                return True
+    found = file.names.lookup(target.id, file.names.scope_of(target))
+    values = [binding.value for binding in found[1]] if found is not None else []
+    return any(
+        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
+        for value in values
+    )
+
+
 def _says(statement: ast.stmt, handle: str) -> bool:
     """Whether a statement prints or logs, and leaves an open file alone."""
     match statement:

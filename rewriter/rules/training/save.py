@@ -15,8 +15,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.writers import opened_for
+from rewriter.analyze.training.writers import is_open_file, opened_for
 from rewriter.changes import Change, Keep, Unblock, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -32,7 +31,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if facts.scripts.in_kept_guard(file, node):
             continue
         opened = opened_for(file, node)
-        if opened is None and _is_handle(file, node):
+        if opened is None and len(node.args) > 1 and is_open_file(file, node.args[1]):
             continue  # one rank writes, as BMT033 says, what all ranks give
         what = node.args[0] if node.args else None
         if (
@@ -55,23 +54,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             alone = Keep(block, block.body[0]) if len(block.body) == 1 else Unblock(block)
             changes = (*changes, replace(node.args[1], "{path}", path=path), alone)
         yield Conversion(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", changes)
-
-
-def _is_handle(file: File, call: ast.Call) -> bool:
-    """Whether what is written to is an open file, or bytes in memory."""
-    if len(call.args) < 2 or not isinstance(call.args[1], ast.Name):
-        return False
-    name = call.args[1].id
-    for parent in file.names.ancestors(call):
-        if isinstance(parent, (ast.With, ast.AsyncWith)):
-            if any(isinstance(i.optional_vars, ast.Name) and i.optional_vars.id == name for i in parent.items):
-                return True
-    roles = file.names.lookup(name, file.names.scope_of(call))
-    values = [binding.value for binding in roles[1]] if roles is not None else []
-    return any(
-        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
-        for value in values
-    )
 
 
 RULE = Rule(

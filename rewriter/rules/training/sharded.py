@@ -33,8 +33,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     left = facts.saves.left
     if left is not None:
         where, node, why = left
-        if facts.saves.first is not None and facts.saves.first[0] is file:
-            _, save = facts.saves.first
+        first = facts.saves.first or facts.saves.unclear
+        if first is not None and first[0] is file:
+            _, save = first
             place = "" if where is file and node is save else f" ({where.path.name}:{getattr(node, 'lineno', 1)})"
             message = f"the checkpoint stays one plain file: {why}{place}"
             yield Remark(RULE.code, save.lineno, message, unsafe=True)

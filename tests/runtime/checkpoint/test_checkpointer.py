@@ -6,7 +6,8 @@ import copy
 import os
 import random
 import warnings
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.checkpoint import Checkpointer
+from bmtrain.checkpoint import Checkpointer, storage
+from bmtrain.device import Device
 from bmtrain.errors import CheckpointError
 
 
@@ -359,3 +361,29 @@ def test_extra_state_and_a_model_in_use(tmp_path: Path) -> None:
     assert model[0].told == 3 and torch.equal(model.state_dict()["0.weight"], before)
     assert torch.equal(model[0](torch.eye(4)).detach(), before.t() + model.state_dict()["0.bias"])
     ckpt.close()
+
+
+@on_ranks(1, 2)
+def test_the_copy_of_a_background_save_goes_as_it_is_written(tmp_path: Path) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    host_buffer, write_pieces = Device.host_buffer, storage.write_pieces
+
+    def noted(self: Device, like: torch.Tensor) -> torch.Tensor:
+        buffer = host_buffer(self, like)
+        made.append(weakref.ref(buffer))
+        return buffer
+
+    def counted(pieces: Iterable[storage.Piece]) -> Iterator[storage.Piece]:
+        for piece in pieces:
+            alive.append(sum(one() is not None for one in made))
+            yield piece
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Device, "host_buffer", noted)
+        patch.setattr(storage, "write_pieces", lambda folder, rank, given: write_pieces(folder, rank, counted(given)))
+        job = Job(tmp_path)
+        job.train(0, 1)
+        job.ckpt.save(1, wait=False)
+        job.ckpt.close()
+    assert alive[0] == len(made) > 10 and alive[-1] <= 2

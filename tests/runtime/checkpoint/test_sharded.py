@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,42 @@ def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
     load_state_dict(alone, found["alone"])
 
 
+@on_ranks(1, 2)
+def test_an_entry_may_have_any_name(tmp_path: Path) -> None:
+    names = ("model", "data", "keep", "folder", "self", "model.0", "")
+    models = {name: make(seed=seed)[0] for seed, name in enumerate(names)}
+    save_sharded({name: Sharded(one) for name, one in models.items()}, tmp_path / "last.pt")
+    found = load_sharded(tmp_path / "last.pt")
+    for name, one in models.items():
+        same(found[name].copy(), dict(one.state_dict()))
+        other = make(seed=9)[0]
+        load_state_dict(other, found[name])
+        same(other.state_dict(), one.state_dict())
+
+
+def replaced(path: str) -> None:
+    """As ``torch.save(state, tmp); os.replace(tmp, path)`` does, between reading and loading."""
+    model, optimizer, manager = make()
+    save_sharded({"model": Sharded(model), "optimizer": Sharded(optimizer)}, path)
+    state = load_sharded(f=path)
+    train(model, manager, 0, 1)
+    save_sharded(obj={"model": Sharded(model), "optimizer": Sharded(optimizer)}, f=path + ".tmp")
+    if bmt.rank() == 0:
+        rename_sharded(path + ".tmp", path)
+    bmt.synchronize()
+    before = model.state_dict()
+    with pytest.raises(CheckpointError, match="removed or written again since"):
+        load_state_dict(model, state["model"])
+    with pytest.raises(CheckpointError, match="damaged"):
+        state["model"]["0.bias"]
+    same(model.state_dict(), before)
+    assert isinstance(state["model"], dict) and isinstance(state["optimizer"], dict)
+
+
+def test_what_was_replaced_since_it_was_read_is_not_loaded(tmp_path: Path) -> None:
+    run_ranks(2, replaced, str(tmp_path / "last.pt"))
+
+
 def save(path: str, kind: str, dtype: torch.dtype) -> tuple[dict[str, Any], list[float]]:
     Path(path).parent.mkdir(exist_ok=True)
     if bmt.rank() == 0:
@@ -238,6 +275,20 @@ def test_files_are_copied_renamed_and_removed(tmp_path: Path) -> None:
     remove_sharded(third)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.pt", "one.pt.torch"]
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "log.txt").touch()
+    for move in (copy_sharded, rename_sharded):  # into a folder of the user's, as shutil does
+        for _ in range(2):
+            copy_sharded(src=str(one), dst=str(other))
+            inside = os.path.join(tmp_path / "data", other.name)
+            assert move(src=str(other), dst=str(tmp_path / "data")) == inside
+            assert load_sharded(inside)["step"] == 2
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["log.txt", "other.pt"]
+    copy_sharded(one, other)
+    copy_sharded(tmp_path / "one.pt.torch", other)  # a file where a checkpoint in parts was
+    assert other.is_file() and torch.load(other)["step"] == 2
+    copy_sharded(one, other)
+    assert other.is_dir()
+    remove_sharded(other)
     with pytest.raises(CheckpointError, match="it stays"):
         remove_sharded(tmp_path / "data")
     copy_sharded(tmp_path / "one.pt.torch", other)
