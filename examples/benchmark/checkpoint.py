@@ -3,11 +3,11 @@
     python examples/benchmark/checkpoint.py                          # GPUs with nccl where there are any, else gloo
     python examples/benchmark/checkpoint.py 1.3b --ranks 2 --rounds 5 --folder /mnt/shared
 
-Each engine trains in processes of its own, in turn, `rounds` times; the table has medians over rounds, and of ranks the
-worst. Columns: what a rank's part is; for a save that waits, its seconds and the memory at its peak beyond what the rank
-held before it; for one in the background, the seconds in the call, the seconds by which the steps that ran meanwhile were
-slower, when it was on disk, and the memory at the peak beyond that of training alone. Memory is the host's and, on GPUs,
-also the device's.
+Each engine trains in processes of its own, in turn, `rounds` times; the table has medians over rounds, and of ranks
+the worst. Columns: what a rank's part is; for a save that waits, its seconds and the memory at its peak beyond what the
+rank held before it; for one in the background, the seconds in the call, the seconds by which the steps that ran
+meanwhile were slower, when it was on disk, and the memory at the peak beyond that of training alone. Memory is the
+host's and, on GPUs, also the device's.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -192,7 +193,7 @@ def worker(options: Namespace) -> None:
     before = peak.now()  # what is held between two steps
     waits = []
     for number in range(1, 3):
-        waits.append(timed(lambda: job.save(number)))
+        waits.append(timed(partial(job.save, number)))
     waiting = peak.now()
     peak = Peak()
     usual = statistics.median(step() for _ in range(options.steps))
@@ -201,7 +202,7 @@ def worker(options: Namespace) -> None:
     peak = Peak()
     for number in range(3, 3 + options.saves):
         begun = time.perf_counter()
-        calls.append(timed(lambda: job.begin(number)))
+        calls.append(timed(partial(job.begin, number)))
         took = []
         while not job.agree(job.done(number)):
             took.append(step())
@@ -223,9 +224,10 @@ def measured(engine: str, options: Namespace) -> dict:
     """Of one run, of ranks the worst."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, tempfile.TemporaryDirectory() as report:
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}", __file__,
-            options.size, "--engine", engine, "--folder", folder, "--report", report, "--steps", str(options.steps),
-            "--saves", str(options.saves), "--batch", str(options.batch), "--sequence", str(options.sequence),
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}",
+            __file__, options.size, "--engine", engine, "--folder", folder, "--report", report,
+            "--steps", str(options.steps), "--saves", str(options.saves), "--batch", str(options.batch),
+            "--sequence", str(options.sequence),
         ]  # fmt: skip
         root = str(Path(__file__).resolve().parents[2])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
@@ -234,12 +236,13 @@ def measured(engine: str, options: Namespace) -> dict:
         subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **honest, **env})
         ranks = [json.loads(path.read_text()) for path in Path(report).iterdir()]
     worst = {name: max(rank[name] for rank in ranks) for name in ranks[0] if "peak" not in name}
-    return worst | {name: [max(values) for values in zip(*(rank[name] for rank in ranks))] for name in ("save peak", "peak")}
+    peaks = ("save peak", "peak")
+    return worst | {n: [max(of_ranks) for of_ranks in zip(*(rank[n] for rank in ranks), strict=True)] for n in peaks}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", nargs="?", default="134m", choices=[name for name in SIZES if name != "nano"] + ["nano"])
+    parser.add_argument("size", nargs="?", default="134m", choices=SIZES)
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="steps that are timed without a save")
@@ -262,12 +265,13 @@ def main() -> None:
         return statistics.median(one[name] if index is None else one[name][index] for one in rounds[engine])
 
     devices = {"host": 0, **({"device": 1} if device_type() == "cuda" else {})}
-    print(f"\n{options.size}, {options.ranks} ranks, {device_type()}, medians of {options.rounds} rounds; seconds and MiB")
+    print(f"\n{options.size}, {options.ranks} ranks, {device_type()}, medians of {options.rounds}; seconds and MiB")
     heads = ["", "part", "step", "save", *(f"its peak, {d}" for d in devices), "call", "slower steps", "on disk",
              *(f"peak, {d}" for d in devices)]  # fmt: skip
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for engine in rounds:
-        cells = [f"{median(engine, 'part') / MIB:.0f}", f"{median(engine, 'step'):.2f}", f"{median(engine, 'save'):.2f}",
+        cells = [f"{median(engine, 'part') / MIB:.0f}",
+                 *(f"{median(engine, name):.2f}" for name in ("step", "save")),
                  *(f"{median(engine, 'save peak', i) / MIB:.0f}" for i in devices.values()),
                  *(f"{median(engine, name):.2f}" for name in ("call", "slower", "ready")),
                  *(f"{median(engine, 'peak', i) / MIB:.0f}" for i in devices.values())]  # fmt: skip
