@@ -132,7 +132,7 @@ def test_who_has_read_the_store_does_not_reach_a_watchdog(store: TCPStore) -> No
         mesh.close()
 
 
-READS_FILES = {f"checkpoint/{name}.py" for name in ("files", "command", "pickled", "storage", "torch_file")}
+READS_FILES = {f"checkpoint/{name}.py" for name in ("files", "command", "pickled", "sharded", "storage", "torch_file")}
 
 READS_THE_COMMAND_LINE = {"estimate/command.py"}  # what makes the model, typed by whoever starts it
 

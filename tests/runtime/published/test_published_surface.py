@@ -169,9 +169,10 @@ def test_a_table_that_would_not_notice_is_no_test() -> None:
     assert difference("store.allgather_object", "obj comm more") is not None
 
 
+# tp_size is 1, unless the launch says another by BMTRAIN_TP_SIZE.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "init_distributed":
-        {"init_method": "env://", "seed": 0, "pipe_size": -1, "num_micro_batches": None, "tp_size": 1},
+        {"init_method": "env://", "seed": 0, "pipe_size": -1, "num_micro_batches": None, "tp_size": None},
     "DistributedParameter":
         {"requires_grad": True, "init_method": None, "group": None, "tp_mode": False, "tp_split_dim": -1},
     "Block": {"initialized": False, "mode": "BLOCK"},
