@@ -5,13 +5,13 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 from rewriter.analyze.model.tensors import WHOLE, Chain, Dim, Linear, Num, Object, Simple, Tensor, Value
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, self_path, walk
+from rewriter.analyze.read.nodes import Function, assigned_by, self_path, walk
 
 _EACH = {
     "GELU", "ReLU", "SiLU", "Dropout", "Identity", "Tanh", "Sigmoid", "LeakyReLU", "ELU", "Mish", "Hardswish",
@@ -50,7 +50,7 @@ class Attributes:
                 for node in walk(function):
                     given: list[tuple[str, ast.expr]] = []
                     if isinstance(node, ast.Assign):
-                        given = [(self_path(item, me), value) for item, value in _assignments(node)]
+                        given = [(self_path(item, me), value) for item, value in assigned_by(node)]
                     elif isinstance(node, ast.AnnAssign) and node.value is not None:
                         given = [(self_path(node.target, me), node.value)]
                     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) == 2:
@@ -184,16 +184,6 @@ class Attributes:
                     if given is not None and (not isinstance(given, External) or not _alike(given.name, found.name)):
                         return None
         return found
-
-
-def _assignments(node: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """Each target and what it is given, also in ``self.a, self.b = x, y``."""
-    for target in node.targets:
-        match target, node.value:
-            case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
-                yield from zip(targets, values, strict=True)
-            case _:
-                yield target, node.value
 
 
 def _alike(one: str, other: str) -> bool:

@@ -96,3 +96,13 @@ def same(left: ast.AST | None, right: ast.AST | None) -> bool:
     if left is None or right is None:
         return left is right
     return ast.dump(left) == ast.dump(right)
+
+
+def assigned_by(statement: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """Each target and what it is given, also in ``a, b = x, y``."""
+    for target in statement.targets:
+        match target, statement.value:
+            case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+                yield from zip(targets, values, strict=True)
+            case _:
+                yield target, statement.value

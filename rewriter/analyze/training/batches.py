@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds, is_without_gradients
@@ -406,7 +406,7 @@ class Batches:
         for _ in range(2):
             for statement in file.nodes if found else ():
                 if isinstance(statement, ast.Assign):
-                    for target, value in _pairs(statement):
+                    for target, value in assigned_by(statement):
                         source = self._source(file, value, found)
                         variable = roles.var(target)
                         if source is not None and variable is not None:
@@ -546,15 +546,6 @@ def _outermost(file: File, node: ast.expr) -> ast.expr:
             node = above
         else:
             return node
-
-
-def _pairs(statement: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
-    for target in statement.targets:
-        match target, statement.value:
-            case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
-                yield from zip(targets, values, strict=True)
-            case _:
-                yield target, statement.value
 
 
 def _item_of(loop: ast.For) -> ast.expr:
