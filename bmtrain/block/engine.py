@@ -26,6 +26,7 @@ from .first_batches import FirstBatches
 from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
+from .graphs import Graphs
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .replicas import Replicas
@@ -62,6 +63,7 @@ class Engine:
         self.first_batches = FirstBatches(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
+        self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -201,6 +203,11 @@ class Engine:
         if recompute is None:
             # Of a stage's blocks the forward of every micro-batch is kept until its backward.
             recompute = unit is not None and (unit.stage is not None or self.plan.recomputes(unit, args, kwargs))
+        if self.graphs is not None and unit is not None and unit.is_block and not recompute and unit.stage is None:
+            replay = self.graphs.replay_for(unit, call, args, kwargs)
+            if replay is not None:
+                return replay(Frame(self.backward, unit, parent, False) if self.schedule.pools.moves else None)
+            call = self.graphs.observed(unit, call)
         if not self.schedule.pools.moves and not recompute:
             return call(*args, **kwargs)
         measures = unit is not None and unit.stage is None and choice is None and self.plan.measuring
@@ -284,8 +291,12 @@ class Engine:
         if self.replicas is not None:
             self.replicas.level()
         if self.plan.optimizer_stepped():
+            if self.graphs is not None:
+                self.graphs.let_go_of_all()
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
+        if self.graphs is not None:
+            self.graphs.optimizer_stepped()
         self.first_batches.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
