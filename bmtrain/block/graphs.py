@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
@@ -165,32 +165,28 @@ class _Facts:
     """What the Python of a module's forward may read of its own: attributes, what lists and dicts hold, flags."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._holders = [inner.__dict__ for inner in module.modules()]
-        self._values = [list(holder.values()) for holder in self._holders]
-        held = [value for values in self._values for value in values if isinstance(value, _CONTAINERS)]
-        self._full = [(value, _content(value)) for value in held if value]
+        holders = [inner.__dict__ for inner in module.modules()]
+        held = [value for holder in holders for value in holder.values() if isinstance(value, _CONTAINERS)]
+        self._dicts: list[dict[Any, Any]] = holders + [value for value in held if value and isinstance(value, dict)]
+        self._others = [value for value in held if value and not isinstance(value, dict)]
         self._empty = [value for value in held if not value]
+        self._values = self._present()
         self._parameters = list(module.parameters())
         self._trains = _flags(self._parameters)
 
+    def _present(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self._dicts)), *chain.from_iterable(self._others)]
+
     def hold(self) -> bool:
         """Whether all of it is as it was."""
-        for holder, values in zip(self._holders, self._values, strict=True):
-            if len(holder) != len(values):
-                return False
-            if not all(map(is_, holder.values(), values)) and not all(map(_is_same, holder.values(), values)):
-                return False
-        if any(self._empty) or _flags(self._parameters) != self._trains:
+        values = self._present()
+        if len(values) != len(self._values) or any(self._empty) or _flags(self._parameters) != self._trains:
             return False
-        return all(len(value) == len(held) and all(map(is_, _content(value), held)) for value, held in self._full)
+        return all(map(is_, values, self._values)) or all(map(_is_same, values, self._values))
 
     def trained(self) -> list[torch.Tensor]:
         """Parameters that require a gradient."""
         return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
-
-
-def _content(value: Any) -> list[Any]:
-    return list(value.values() if isinstance(value, dict) else value)
 
 
 def _is_same(one: object, other: object) -> bool:
@@ -574,6 +570,7 @@ class _Use:
                 "it: write x = x + y for x += y."
             )
         self.is_over = True
+        self.read.clear()  # a loss that is held to the next step holds this
         if self.frame is not None:
             self.frame.reach()
         self.recording.require_parameters()
