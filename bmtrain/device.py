@@ -86,6 +86,35 @@ class Readback:
         return self._number.item()
 
 
+class Stopwatch:
+    """How long the host takes to queue some work, and the device to do it.  Runs from the time that it is made."""
+
+    def __init__(self, device: Device) -> None:
+        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.is_cuda else []  # type: ignore[no-untyped-call]
+        self._began, self._ended = time.perf_counter(), 0.0
+        self._mark(0)
+
+    def _mark(self, number: int) -> None:
+        if self._marks:
+            self._marks[number].record()
+
+    def stop(self) -> None:
+        """The work is queued."""
+        self._ended = time.perf_counter()
+        self._mark(1)
+
+    def read(self) -> tuple[float, float] | None:
+        """The host's seconds, and the device's; None as long as one of them is at work."""
+        if not self._ended:
+            return None
+        host = self._ended - self._began
+        if not self._marks:
+            return host, host
+        if not all(mark.query() for mark in self._marks):  # type: ignore[no-untyped-call]
+            return None
+        return host, self._marks[0].elapsed_time(self._marks[1]) / 1000
+
+
 class _OnStream:
     """Work inside the ``with`` is queued on ``stream``, later work on ``before``.  Made often, so no generator."""
 
@@ -301,6 +330,10 @@ class Device:
     def recorder(self) -> Recorder:
         """Of work that shares memory."""
         return Recorder(self)
+
+    def stopwatch(self) -> Stopwatch:
+        """One that runs."""
+        return Stopwatch(self)
 
     @contextmanager
     def host_waits(self) -> Iterator[list[str]]:

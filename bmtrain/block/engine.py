@@ -27,6 +27,7 @@ from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
 from .graphs import Graphs
+from .host_time import HostTime
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .replicas import Replicas
@@ -64,6 +65,7 @@ class Engine:
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
+        self.host_time = HostTime(ctx) if ctx.device.is_cuda and self.graphs is None else None
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -167,6 +169,8 @@ class Engine:
             self.schedule.run_starts(unit, grad)
             if unit.moves and grad:
                 self.plan.note_inputs(args, kwargs)
+        if grad and self.host_time is not None and self.host_time.wanted:
+            self.host_time.forward_starts()
 
     def _require_stage_runs(self, unit: ShardUnit) -> None:
         if not self.ctx.diary.is_apart:
@@ -239,6 +243,8 @@ class Engine:
             return
         self.first_draws.forward_ends()
         self.whole.set_back_all()
+        if self.host_time is not None:
+            self.host_time.forward_ends()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
@@ -297,6 +303,8 @@ class Engine:
             self.schedule.pools.trim_params()
         if self.graphs is not None:
             self.graphs.optimizer_stepped()
+        if self.host_time is not None and self.host_time.wanted:
+            self.host_time.optimizer_stepped(any(unit.is_block for unit in self.schedule.units.values()))
         self.first_batches.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()

@@ -31,8 +31,8 @@ from ..autograd import runs_as_written
 from ..context import Context
 from ..errors import ConfigurationError
 from ..log import say
-from ..shard.flat import flat_of, place_of
-from ..shard.parameter import DistributedParameter
+from ..shard.flat import flat_of
+from ..shard.parameter import DistributedParameter, like, raw_data
 from ..shard.unit import ShardUnit, unit_of_flat
 from .first_losses import FirstLosses
 from .frame import Frame
@@ -327,8 +327,6 @@ def _objection(module: nn.Module, unit: ShardUnit, ctx: Context) -> str | None:
             return "there are blocks inside"
         if _has_hooks(inner):
             return "there are hooks on its modules"
-        if inner._compiled_call_impl is not None and ctx.world_size > 1:
-            return "it is compiled"
     for parameter in module.parameters():
         flat = flat_of(parameter)
         if flat is None or unit_of_flat(flat) is not unit:
@@ -596,12 +594,11 @@ class _Replay(torch.autograd.Function):
         return (None, *ctx.use.recording.backward(gradients))
 
 
-def _alias(parameter: DistributedParameter) -> nn.Parameter:
-    """Another parameter that lies where this one lies now."""
-    with torch._C.DisableTorchFunctionSubclass():
-        made: Any = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
-    made._flat, made._index = place_of(parameter)  # layers that ask for it compute as ever
-    return made  # type: ignore[no-any-return]
+def _alias(parameter: DistributedParameter) -> DistributedParameter:
+    """Another parameter that lies where this one lies now, and is asked alike."""
+    made = like(parameter, raw_data(parameter).detach())
+    made._flat, made._index = parameter._flat, parameter._index
+    return made
 
 
 def _unpack(tensor: torch.Tensor) -> torch.Tensor:

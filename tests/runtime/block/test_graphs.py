@@ -7,7 +7,8 @@ runs meanwhile.  That the device does the same again is tested on GPUs, where th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from ranks import on_ranks
 
 import bmtrain as bmt
 from bmtrain.block.graphs import Graphs
+from bmtrain.block.host_time import HostTime
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
@@ -272,7 +274,9 @@ CASES: list[tuple[type[Plain], Uses, str | None]] = [
 ]
 
 
-def steps_of(kind: type[Plain], use: Uses, graphs: bool) -> tuple[list[float], dict[str, torch.Tensor], Any]:
+def steps_of(
+    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False
+) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     context().memory = "auto"
     made = fresh(plan.PLENTY, graphs)
     torch.manual_seed(5)
@@ -288,6 +292,8 @@ def steps_of(kind: type[Plain], use: Uses, graphs: bool) -> tuple[list[float], d
             return out
 
     model = Model()
+    if compiled:
+        bmt.compile(model, backend="aot_eager")
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2))
     losses = []
@@ -304,7 +310,7 @@ def steps_of(kind: type[Plain], use: Uses, graphs: bool) -> tuple[list[float], d
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-@on_ranks(1, 2, init=INIT)
+@on_ranks(2, long=(1,), init=INIT)
 def test_what_a_recording_would_miss_runs_as_it_is_written(case: int) -> None:
     kind, use, reason = CASES[case]
     as_written, recordings = steps_of(kind, use, False), steps_of(kind, use, True)
@@ -317,6 +323,15 @@ def test_what_a_recording_would_miss_runs_as_it_is_written(case: int) -> None:
     assert recorded(recordings[2]) == (reason is None or kind is Nests)  # of which the block inside is
 
 
+@pytest.mark.parametrize("kind", [Plain, Drops, BatchNorm])
+@on_ranks(1, 2, init=INIT)
+def test_compiled_blocks(kind: type[Plain]) -> None:
+    as_written, recordings = steps_of(kind, simply, False, True), steps_of(kind, simply, True, True)
+    assert as_written[0] == recordings[0]
+    torch.testing.assert_close(recordings[1], as_written[1], rtol=0, atol=0)
+    assert recorded(recordings[2]) == 1
+
+
 @on_ranks(1, 2, init=INIT)
 def test_a_second_backward_is_refused() -> None:
     def use(block: Any, x: torch.Tensor, step: int) -> Any:
@@ -327,3 +342,39 @@ def test_a_second_backward_is_refused() -> None:
 
     with pytest.raises(ConfigurationError, match="a second time"):
         steps_of(Plain, use, True)
+
+
+class Watch:
+    """Of a forward for which the host took the first, and the device the second."""
+
+    def __init__(self, times: tuple[float, float] | None) -> None:
+        self.times = times
+
+    def stop(self) -> None:
+        pass
+
+    def read(self) -> tuple[float, float] | None:
+        return self.times
+
+
+@pytest.mark.parametrize("times, said", [((0.01, 0.0101), 1), ((0.01, 0.02), 0), (None, 0)])
+@on_ranks(1)
+def test_a_host_that_is_the_limit_is_said_once(times: tuple[float, float] | None, said: int) -> None:
+    ctx = context()
+    time = HostTime(ctx)
+    with pytest.MonkeyPatch.context() as patch, lines_said(patch) as lines:
+        patch.setattr(ctx.device, "stopwatch", lambda: Watch(times))
+        for step in range(12):
+            patch.setattr(ctx.diary, "step", step)
+            if time.wanted:
+                time.forward_starts()
+                time.forward_ends()
+                time.optimizer_stepped(has_blocks=True)
+    assert len(lines) == said and all("BMTRAIN_GRAPHS=1" in line for line in lines)
+
+
+@contextmanager
+def lines_said(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    lines: list[str] = []
+    patch.setattr("bmtrain.block.host_time.say", lines.append)
+    yield lines
