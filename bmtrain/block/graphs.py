@@ -16,10 +16,11 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import is_
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -162,20 +163,28 @@ class _Inputs(NamedTuple):
 
 
 class _Facts:
-    """What the Python of a module's forward may read of its own: attributes, what lists and dicts hold, flags."""
+    """What the Python of a module's forward may read: attributes, globals, what lists, dicts and objects there hold."""
 
     def __init__(self, module: nn.Module) -> None:
         holders = [inner.__dict__ for inner in module.modules()]
-        held = [value for holder in holders for value in holder.values() if isinstance(value, _CONTAINERS)]
-        self._dicts: list[dict[Any, Any]] = holders + [value for value in held if value and isinstance(value, dict)]
+        self._globals, self._cells = _read_by(module)
+        values = [value for holder in holders for value in holder.values()] + self._read()
+        objects = {id(value): vars(value) for value in values if _is_object(value)}
+        held = [value for value in values if isinstance(value, _CONTAINERS)]
+        self._dicts: list[dict[Any, Any]] = [*holders, *objects.values()]
+        self._dicts += [value for value in held if value and isinstance(value, dict)]
         self._others = [value for value in held if value and not isinstance(value, dict)]
         self._empty = [value for value in held if not value]
         self._values = self._present()
         self._parameters = list(module.parameters())
         self._trains = _flags(self._parameters)
 
+    def _read(self) -> list[Any]:
+        return [names.get(name) for names, name in self._globals] + [cell.cell_contents for cell in self._cells]
+
     def _present(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self._dicts)), *chain.from_iterable(self._others)]
+        of_dicts = chain.from_iterable(map(dict.values, self._dicts))
+        return [*of_dicts, *chain.from_iterable(self._others), *self._read()]
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
@@ -187,6 +196,45 @@ class _Facts:
     def trained(self) -> list[torch.Tensor]:
         """Parameters that require a gradient."""
         return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
+
+
+def _read_by(module: nn.Module) -> tuple[list[tuple[dict[str, Any], str]], list[CellType]]:
+    """The globals, with their dicts, and the variables of enclosing functions that its code names.
+
+    Its code: the forwards of ``module`` and of what is inside, methods and functions that they name, and so on.  That
+    of torch reads nothing that changes.
+    """
+    waiting = [(type(inner).forward, type(inner)) for inner in module.modules()]
+    seen: set[Any] = set()
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    cells: dict[int, CellType] = {}
+    while waiting:
+        function, owner = waiting.pop()
+        code = getattr(function, "__code__", None)
+        if (
+            not isinstance(function, FunctionType)
+            or code in seen
+            or function.__module__.startswith(("torch.", "bmtrain."))
+        ):
+            continue
+        seen.add(code)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                if not isinstance(cell.cell_contents, type):  # as of super()
+                    cells[id(cell)] = cell
+        for name in function.__code__.co_names:
+            method, value = getattr(owner, name, None), function.__globals__.get(name)
+            waiting += [(other, owner) for other in (method, value) if isinstance(other, FunctionType)]
+            if not isinstance(value, (FunctionType, BuiltinFunctionType, ModuleType, type)):
+                found[id(function.__globals__), name] = (function.__globals__, name)
+    return list(found.values()), list(cells.values())
+
+
+def _is_object(value: object) -> bool:
+    """Whether it may hold what a forward reads, as a configuration does."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (nn.Module, torch.Tensor, type, ModuleType, FunctionType)
+    )
 
 
 def _is_same(one: object, other: object) -> bool:
@@ -296,7 +344,7 @@ class _Block:
     def _observe(self, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         module, device = getattr(call, "__self__", None), self.graphs.ctx.device
         assert isinstance(module, nn.Module)
-        state = State()
+        state, facts = State(), _Facts(module)
         before, numbers = state.before_run(module), device.rng_state()
         with device.host_waits() as waits:
             out = call(*args, **kwargs)
@@ -305,6 +353,8 @@ class _Block:
         drawn = device.drawn_since(numbers)
         if moved:
             self.give_up(f"its forward changes {moved[0].name}")
+        elif not facts.hold():
+            self.give_up("its forward changes a global, or what an object holds")
         elif any(drawn[1:] if device.is_cuda else drawn[-2:]):
             self.give_up("its forward draws random numbers on the host")
         elif waits:

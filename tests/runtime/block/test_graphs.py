@@ -122,6 +122,45 @@ class Collects(Plain):
         return super().forward(x)
 
 
+FACTOR = 1.0
+SEEN: list[float] = []
+SETTINGS = SimpleNamespace(factor=1.0)
+
+
+class CountsGlobally(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        global FACTOR
+        FACTOR += 1
+        return super().forward(x)
+
+
+def note(value: float) -> None:
+    SEEN.append(value)
+
+
+class CollectsGlobally(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        note(1.0)
+        return super().forward(x)
+
+
+class ReadsGlobals(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._scaled(super().forward(x))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        return x * FACTOR * SETTINGS.factor
+
+
+class HasSettings(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = SETTINGS
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * self.settings.factor
+
+
 class DrawsOnHost(Plain):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return super().forward(x) * random.uniform(0.5, 1.5)
@@ -225,6 +264,17 @@ def changes_always(block: Any, x: torch.Tensor, step: int) -> Any:
     return block(x)
 
 
+def changes_global(block: Any, x: torch.Tensor, step: int) -> Any:
+    global FACTOR
+    FACTOR = 1.0 if step < 7 else 0.5
+    return block(x)
+
+
+def changes_settings(block: Any, x: torch.Tensor, step: int) -> Any:
+    SETTINGS.factor = 1.0 if step < 7 else 0.5
+    return block(x)
+
+
 def hooks_late(block: Any, x: torch.Tensor, step: int) -> Any:
     if step == 7:
         block.norm.register_forward_hook(lambda module, args, out: 2 * out)
@@ -260,6 +310,11 @@ CASES: list[tuple[type[Plain], Uses, str | None]] = [
     (Drops, simply, None),
     (Drops, evaluates_first, None),
     (ReturnsMore, lambda block, x, step: (out := block(x))["x"] + out["also"][0] + out["size"], None),
+    (ReadsGlobals, changes_global, None),
+    (ReadsGlobals, changes_settings, None),
+    (HasSettings, changes_settings, None),
+    (CountsGlobally, simply, "changes a global"),
+    (CollectsGlobally, simply, "changes a global"),
     (Plain, changes_always, "changes again and again"),
     (Plain, with_number, "something else again and again"),
     (Plain, with_object, "it is given a SimpleNamespace"),
