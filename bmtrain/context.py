@@ -128,6 +128,8 @@ class Context:
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     memory: MemoryUse | float = "auto"
     """Whether free memory is spent to save time, and up to how many GiB."""
+    graphs: bool = False
+    """Whether blocks may be recorded."""
     save_param_to_cpu: bool = True
     """Whether state dicts are copies on the CPU; else they are on ``device``."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -266,6 +268,7 @@ def init_distributed(
     gradients: Gradients = "mean",
     memory: MemoryUse | float = "auto",
     shard_size: int | None = None,
+    graphs: bool | None = None,
     **old: Any,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
@@ -310,6 +313,9 @@ def init_distributed(
             other, as those of one host do. Every group keeps all of them; gathers stay inside, and gradients are summed
             inside and then over the groups. None: one group of all ranks, which takes least memory. Results are the
             same up to rounding, and checkpoints fit any. All ranks say the same.
+        graphs: True lets blocks run as CUDA graphs, where that is possible: their Python runs in the first steps only,
+            and then the host queues a block's forward, and its backward, by one call each (see
+            ``bmtrain.block.graphs``). The results are the same. None: BMTRAIN_GRAPHS in the environment, or not.
 
     Raises ConfigurationError, DeviceError, CommunicationError.
     """
@@ -340,6 +346,7 @@ def init_distributed(
     )
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
+    made.graphs = env.get("BMTRAIN_GRAPHS", "0") not in ("", "0") if graphs is None else bool(graphs)
     made.launcher = Launcher.of(env, token)
     if tp_size > 1 and random == "own":
         made.split_random = SplitRandom(made.device.generator, topology.tp_rank)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -85,6 +86,35 @@ class Readback:
         return self._number.item()
 
 
+class Stopwatch:
+    """How long the host takes to queue some work, and the device to do it.  Runs from the time that it is made."""
+
+    def __init__(self, device: Device) -> None:
+        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.is_cuda else []  # type: ignore[no-untyped-call]
+        self._began, self._ended = time.perf_counter(), 0.0
+        self._mark(0)
+
+    def _mark(self, number: int) -> None:
+        if self._marks:
+            self._marks[number].record()
+
+    def stop(self) -> None:
+        """The work is queued."""
+        self._ended = time.perf_counter()
+        self._mark(1)
+
+    def read(self) -> tuple[float, float] | None:
+        """The host's seconds, and the device's; None as long as one of them is at work."""
+        if not self._ended:
+            return None
+        host = self._ended - self._began
+        if not self._marks:
+            return host, host
+        if not all(mark.query() for mark in self._marks):  # type: ignore[no-untyped-call]
+            return None
+        return host, self._marks[0].elapsed_time(self._marks[1]) / 1000
+
+
 class _OnStream:
     """Work inside the ``with`` is queued on ``stream``, later work on ``before``.  Made often, so no generator."""
 
@@ -101,6 +131,48 @@ class _OnStream:
 
 
 _NOWHERE = nullcontext()
+
+
+class Recorder:
+    """Records device work, so that one call queues all of it again: as CUDA graphs, which share memory of their own.
+
+    Recording runs the host's part of the work, and nothing on the device.  What the work made lies where it lies for
+    good, as long as somebody holds it, and has values once the work was queued.  Where nothing can be recorded the
+    call is the work itself, which makes everything anew.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle() if device.is_cuda else None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether what the work makes lies where it was when that was recorded."""
+        return self._device.is_cuda
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What queues ``work`` on the current stream.  Whatever ``work`` raises is raised, and nothing is recorded."""
+        if not self._device.is_cuda:
+            return work
+        before, graph = torch.cuda.current_stream(self._device.torch_device), torch.cuda.CUDAGraph()
+        # Other threads (a watchdog, a loader that pins memory) go on asking the device.
+        recording = torch.cuda.graph(graph, self._pool, self._device.recording_stream(), "thread_local")
+        try:
+            with recording:
+                work()
+        except BaseException:
+            torch.cuda.set_stream(before)
+            self._recover()
+            raise
+        return graph.replay
+
+    def _recover(self) -> None:
+        """What torch leaves undone where a recording failed: its allocator and its generator go on recording."""
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(self._device.torch_device.index, self._pool)
+        stream = self._device.recording_stream()
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), None, stream, "thread_local"):
+            torch.zeros((), device=self._device.torch_device)
 
 
 class Waits:
@@ -210,7 +282,14 @@ class Device:
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
+        self._recording_stream: torch.cuda.Stream | None = None
         self.waits = Waits(self)
+
+    def recording_stream(self) -> torch.cuda.Stream:
+        """The one on which work is recorded: always the same, so that libraries have their memory for it once."""
+        if self._recording_stream is None:
+            self._recording_stream = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        return self._recording_stream
 
     def _side_stream(self) -> torch.cuda.Stream | None:
         # High priority: a collective that waits behind a GEMM's thread blocks starts too late to overlap the next.
@@ -242,6 +321,40 @@ class Device:
         if stream is None:
             stream = self._streams[handle] = torch.cuda.current_stream(self._index)
         return stream
+
+    @property
+    def records(self) -> bool:
+        """Whether work can be recorded, to be queued again by one call; a CPU stands in for that under "stress"."""
+        return self.is_cuda or self.schedule == "stress"
+
+    def recorder(self) -> Recorder:
+        """Of work that shares memory."""
+        return Recorder(self)
+
+    def stopwatch(self) -> Stopwatch:
+        """One that runs."""
+        return Stopwatch(self)
+
+    @contextmanager
+    def host_waits(self) -> Iterator[list[str]]:
+        """In the list, after the body: where it made the host wait for the device, which cannot be recorded."""
+        found: list[str] = []
+        if not self.is_cuda:
+            yield found
+            return
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        for warning in caught:
+            if "synchronizing CUDA operation" in str(warning.message):
+                found.append(f"{warning.filename}:{warning.lineno}")
+            elif "Synchronization debug mode" not in str(warning.message):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
     def keep_for_current_stream(self, tensor: torch.Tensor) -> None:
         """Let the memory of ``tensor``, made on another stream, be used again only after the work queued so far."""

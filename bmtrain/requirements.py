@@ -23,6 +23,7 @@ PRIVATE = (
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch.nn.modules.module._IncompatibleKeys",
     "torch.utils._pytree.keystr",
+    "torch.utils._pytree.TreeSpec",
     "torch.utils._pytree.tree_flatten",
     "torch.utils._pytree.tree_flatten_with_path",
     "torch.utils._python_dispatch.TorchDispatchMode",

@@ -26,6 +26,8 @@ from .first_batches import FirstBatches
 from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
+from .graphs import Graphs
+from .host_time import HostTime
 from .memory import MemoryPlan
 from .outside_forward import OutsideForward
 from .replicas import Replicas
@@ -62,6 +64,8 @@ class Engine:
         self.first_batches = FirstBatches(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
+        self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
+        self.host_time = HostTime(ctx) if ctx.device.is_cuda and self.graphs is None else None
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -165,6 +169,8 @@ class Engine:
             self.schedule.run_starts(unit, grad)
             if unit.moves and grad:
                 self.plan.note_inputs(args, kwargs)
+        if grad and self.host_time is not None and self.host_time.wanted:
+            self.host_time.forward_starts()
 
     def _require_stage_runs(self, unit: ShardUnit) -> None:
         if not self.ctx.diary.is_apart:
@@ -201,6 +207,11 @@ class Engine:
         if recompute is None:
             # Of a stage's blocks the forward of every micro-batch is kept until its backward.
             recompute = unit is not None and (unit.stage is not None or self.plan.recomputes(unit, args, kwargs))
+        if self.graphs is not None and unit is not None and unit.is_block and not recompute and unit.stage is None:
+            replay = self.graphs.replay_for(unit, call, args, kwargs)
+            if replay is not None:
+                return replay(Frame(self.backward, unit, parent, False) if self.schedule.pools.moves else None)
+            call = self.graphs.observed(unit, call)
         if not self.schedule.pools.moves and not recompute:
             return call(*args, **kwargs)
         measures = unit is not None and unit.stage is None and choice is None and self.plan.measuring
@@ -232,6 +243,8 @@ class Engine:
             return
         self.first_draws.forward_ends()
         self.whole.set_back_all()
+        if self.host_time is not None:
+            self.host_time.forward_ends()
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
@@ -284,8 +297,14 @@ class Engine:
         if self.replicas is not None:
             self.replicas.level()
         if self.plan.optimizer_stepped():
+            if self.graphs is not None:
+                self.graphs.let_go_of_all()
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
+        if self.graphs is not None:
+            self.graphs.optimizer_stepped()
+        if self.host_time is not None and self.host_time.wanted:
+            self.host_time.optimizer_stepped(any(unit.is_block for unit in self.schedule.units.values()))
         self.first_batches.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()

@@ -87,6 +87,11 @@ class Frame:
             self.units.append(unit)
             unit.open_uses += 1
 
+    def reach(self) -> None:
+        """The backward needs what this forward has saved elsewhere."""
+        if not self.begun:
+            self.owner.reached(self)
+
     def run(self, call: Callable[..., T], args: tuple[object, ...], kwargs: dict[str, object]) -> T:
         """Run the block's forward, recording what autograd saves."""
         if self.recompute:

@@ -167,7 +167,11 @@ def land_gradients(module: nn.Module) -> None:
 
 
 def land_compiled(module: nn.Module) -> None:
-    """Let compiled code of ``module`` do the same; it can where weights are gathered, and nobody watches gradients."""
+    """Let compiled code of ``module`` do the same; it can where weights are gathered, and nobody watches gradients.
+
+    Where blocks may be recorded it leaves gradients to autograd, which returns them from a recording.
+    """
+    can = context().world_size > 1 and not context().graphs
     for inner in module.modules():
         if isinstance(inner, LandingLinear):
-            inner.__dict__["lands_compiled"] = context().world_size > 1 and not _is_watched(inner.weight)
+            inner.__dict__["lands_compiled"] = can and not _is_watched(inner.weight)

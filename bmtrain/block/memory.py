@@ -76,6 +76,13 @@ class MemoryPlan:
         """A forward of ``unit`` would have kept so many bytes."""
         self._bytes[unit.index] = max(kept, self._bytes.get(unit.index, 0))
 
+    def has_room(self) -> bool:
+        """Whether as much is free as a step takes beside what always stays."""
+        if not self._ctx.device.measures_memory:
+            return False
+        self._look()
+        return self._budget()[0] > 0
+
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def optimizer_stepped(self) -> bool:

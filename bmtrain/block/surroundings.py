@@ -61,6 +61,16 @@ class Surroundings:
         """The first run is over.  A GPU's own order of attention kernels is there only once attention has been used."""
         self._flags[0] = _FLAGS[0][0]()
 
+    def are_like(self, others: Surroundings) -> bool:
+        """Whether code does the same in either."""
+        return (
+            self._flags == others._flags
+            and self._autocast == others._autocast
+            and len(self._modes) == len(others._modes)
+            and all(map(operator.is_, self._modes, others._modes))
+            and (self._all_disabled, self._enabled) == (others._all_disabled, others._enabled)
+        )
+
     @contextmanager
     def again(self) -> Iterator[None]:
         """Run the body in them."""

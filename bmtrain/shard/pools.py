@@ -117,11 +117,15 @@ class BufferPool:
         """Return ``buffer``; work queued on ``stream`` so far may still use it."""
         if not self._device.reuses_memory or not self._users[buffer.key]:
             return
+        self.lay_by(buffer, stream)
+        self._idle.setdefault(buffer.key, deque()).append(buffer)
+
+    def lay_by(self, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
+        """Its owner keeps it for the next time; work queued on ``stream`` so far may still use it."""
         if self._device.schedule == "stress":
             with self._device.on(stream):
                 buffer.spoil()
         buffer.free.record(stream)
-        self._idle.setdefault(buffer.key, deque()).append(buffer)
 
     def trim(self) -> None:
         """Let go of idle buffers beyond the two that serve any number of units."""

@@ -56,6 +56,8 @@ class ShardUnit:
         lender: whose buffers hold what is whole.
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
+        keeps_buffers: recorded work reads its whole values where they lay, so that they are to lie there again.
+        recorded: what is known of recording its block (``bmtrain.block.graphs``); None until that is looked at.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
 
@@ -92,6 +94,9 @@ class ShardUnit:
         self.reduced: Event = self.ctx.device.event()
         self._ready: Event = self.ctx.device.event()
         self._prefetched: list[Buffer] = []
+        self._laid_by: dict[tuple[int, torch.dtype], Buffer] = {}  # by flat shard
+        self.keeps_buffers = False
+        self.recorded: object | None = None
         self.lender = self.pools
 
     @property
@@ -177,9 +182,29 @@ class ShardUnit:
         for flat in self.flats:
             buffer = flat.enter_sharded()
             if buffer is not None:
-                self.lender.params.give_back(buffer, stream)
+                self._give_back(flat, buffer, stream)
         self.pools.outer.changes += 1
         self.is_whole = False
+
+    def _give_back(self, flat: FlatShard, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
+        if self.keeps_buffers:
+            self.lender.params.lay_by(buffer, stream)
+            self._laid_by[flat.key, buffer.tensor.dtype] = buffer
+        else:
+            self.lender.params.give_back(buffer, stream)
+
+    def _acquire(self, lender: Pools, flat: FlatShard, wire: torch.dtype) -> Buffer:
+        buffer = self._laid_by.pop((flat.key, wire), None)
+        if buffer is None:
+            return lender.acquire_params(flat, flat.layout, wire)
+        buffer.free.wait(self.ctx.device.gather_stream)
+        return buffer
+
+    def let_buffers_go(self) -> None:
+        """Nothing that is recorded reads its whole values any more."""
+        buffers, self._laid_by, self.keeps_buffers = self._laid_by, {}, False
+        for buffer in buffers.values():
+            self.lender.params.give_back(buffer, self.ctx.device.current_stream())
 
     def _receive(self, compute: torch.dtype | None) -> list[_Gather]:
         """Take buffers for a gather; those of the last one, if it is GATHERING and they fit."""
@@ -195,7 +220,7 @@ class ShardUnit:
         for index, flat in enumerate(self.flats):
             shard, cast = flat.to_gather(compute) if self.pools is lender else (None, None)
             flat.wire = wires[index]
-            buffer = known[index] if known else lender.acquire_params(flat, flat.layout, flat.wire)
+            buffer = known[index] if known else self._acquire(lender, flat, flat.wire)
             if shard is None:
                 buffer.tensor.copy_(flat.whole_of(flat.shard.to(flat.wire)))
             gathers.append(_Gather(shard, cast, buffer))
@@ -216,8 +241,9 @@ class ShardUnit:
         if buffers:
             self.pools.outer.changes += 1
             self._ready.wait(self.ctx.device.current_stream())
-        for buffer in buffers:  # both the gather and whoever used it before it was set back are through by then
-            self.lender.params.give_back(buffer, self.ctx.device.current_stream())
+        for flat, buffer in zip(self.flats, buffers, strict=True) if buffers else ():
+            # Both the gather and whoever used it before it was set back are through by then.
+            self._give_back(flat, buffer, self.ctx.device.current_stream())
 
     def set_back(self) -> None:
         """WHOLE to GATHERING: show sharded parameters but keep the whole values, as if they had just come."""

@@ -175,10 +175,11 @@ def trained(
     recompute: bool | None = None,
     own: bool = True,
     amid: Amid = goes_on,
+    forget: Callable[[Memory | None], object] = fresh_plan,
 ) -> list[Any]:
     """Losses and final weights of a small GPT, and, last, whether units were whole between steps."""
     context().memory = "lean" if memory is None else "auto"  # a GPU would say of itself what it has
-    fresh_plan(memory)
+    forget(memory)
     torch.manual_seed(3)
     context().precision = as_precision(precision if precision in ("bf16", "fp16") else None)
     model = models.gpt(names(recompute), layers=2, width=8)

@@ -1,0 +1,675 @@
+"""Blocks that the host queues by one call each: their forward and their backward, recorded as CUDA graphs.
+
+A small model's step is as long as the host needs to ask the device for some hundred operations a block.  Where a block
+is given the same shapes every time, and its parameters lie where they lay (one rank, or units that stay whole), what
+it asks for is the same every time.  So its Python runs in the first steps; then it is recorded once and queued again.
+
+A recording holds the memory of what its block saves and of its gradients, for good, and has one forward at a time on
+its way to the backward.  Whatever does not fit it runs as it is written: a second forward before the backward, other
+shapes, results of the last step that somebody still holds, a module that has changed since.  A block is left alone,
+and the reason is said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by
+the host, waits for the device, hooks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import is_
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..autograd import runs_as_written
+from ..context import Context
+from ..errors import ConfigurationError
+from ..log import say
+from ..shard.flat import flat_of
+from ..shard.parameter import DistributedParameter, like, raw_data
+from ..shard.unit import ShardUnit, unit_of_flat
+from .first_losses import FirstLosses
+from .frame import Frame
+from .memory import MemoryPlan
+from .record import unit_of
+from .state import State
+from .surroundings import Surroundings
+
+T = TypeVar("T")
+
+_FIRST_STEP = 3  # by then the plan for memory is made, and nobody looks at first losses and draws any more
+_MOST = 2  # recordings of one block: each holds its memory
+_MOST_INPUTS = 8  # kinds of inputs that are looked at before a block is given up
+_MOST_CHANGES = 4  # of a module after it was recorded
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+_CONTAINERS = (dict, list, set, deque)
+
+
+class Graphs:
+    """What is recorded of all blocks of this process.
+
+    Attributes:
+        outputs: by where they lie, the recordings whose results lie there: the next block reads them in place.
+    """
+
+    def __init__(self, ctx: Context, plan: MemoryPlan, first_losses: FirstLosses) -> None:
+        self.ctx, self.plan, self._first_losses = ctx, plan, first_losses
+        self.outputs: weakref.WeakValueDictionary[int, Recording] = weakref.WeakValueDictionary()
+        self._units: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
+        self._news = False
+
+    def replay_for(
+        self, unit: ShardUnit, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Frame | None], T] | None:
+        """What runs this forward of ``unit``'s block from a recording, made now if need be; None: nothing does."""
+        block = self._block(unit, call)
+        return None if block is None else block.replay_for(call, args, kwargs)
+
+    def observed(self, unit: ShardUnit, call: Callable[..., T]) -> Callable[..., T]:
+        """``call``, which runs as it is written; if the block may be recorded next, with a look at what it does."""
+        block = unit.recorded
+        return block.observed(call) if isinstance(block, _Block) else call
+
+    def _block(self, unit: ShardUnit, call: Callable[..., object]) -> _Block | None:
+        if self.ctx.diary.step < _FIRST_STEP or self.plan.measuring or self._first_losses.wanted:
+            return None
+        if unit.moves and not unit.is_kept:
+            return None
+        if torch._C._len_torch_dispatch_stack() or torch.is_anomaly_enabled():
+            return None  # somebody looks at every operation
+        block = unit.recorded
+        if not isinstance(block, _Block):
+            module = getattr(call, "__self__", None)
+            assert isinstance(module, nn.Module)
+            unit.recorded = block = _Block(self, unit, module)
+            self._units.add(unit)
+        return block if block.reason is None else None
+
+    def blocks(self) -> list[_Block]:
+        """Those that were looked at."""
+        return [unit.recorded for unit in self._units if isinstance(unit.recorded, _Block)]
+
+    def let_go_of_all(self) -> None:
+        """Forget what is recorded: its memory is wanted."""
+        for unit in list(self._units):
+            unit.recorded = None
+            unit.let_buffers_go()
+        self._units.clear()
+
+    def changed(self) -> None:
+        """There is something to say."""
+        self._news = True
+
+    def optimizer_stepped(self) -> None:
+        """A step is over: on rank 0, say what has changed."""
+        if not self._news:
+            return
+        self._news = False
+        blocks = self.blocks()
+        reasons: dict[str, int] = {}
+        for block in blocks:
+            if block.reason is not None:
+                reasons[block.reason] = reasons.get(block.reason, 0) + 1
+        recorded = sum(block.is_recorded for block in blocks)
+        if self.ctx.rank == 0 and (recorded or reasons):
+            others = "".join(f"; {count} not: {reason}" for reason, count in reasons.items())
+            say(f"{recorded} of {len(blocks)} blocks run as CUDA graphs{others}.")
+
+
+class _Inputs(NamedTuple):
+    """What a block is called with: the tensors, each once, and all the rest, which a recording takes as constant."""
+
+    tensors: list[torch.Tensor]
+    rest: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None) -> _Inputs | str:
+        """Of these arguments, or why a recording cannot take them."""
+        leaves: Sequence[Any] = (*args, *kwargs.values())
+        spec: Any = (len(args), *kwargs)
+        if any(isinstance(leaf, (tuple, *_CONTAINERS)) for leaf in leaves):
+            leaves, spec = tree_flatten((args, kwargs))
+        tensors: list[torch.Tensor] = []
+        numbers: dict[int, int] = {}
+        facts: list[Any] = [spec, autocast]
+        for leaf in leaves:
+            if type(leaf) is torch.Tensor:
+                number = numbers.setdefault(id(leaf), len(tensors))
+                if number == len(tensors):
+                    tensors.append(leaf)
+                facts.append((number, leaf.shape, leaf.dtype, leaf.requires_grad, leaf.stride(), leaf.device))
+            elif isinstance(leaf, _CONSTANTS):
+                facts.append((type(leaf), leaf))
+            else:
+                return f"it is given a {type(leaf).__name__}"
+        return cls(tensors, tuple(facts))
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, with these in place of the tensors."""
+        spec, _, *facts = self.rest
+        leaves = [tensors[fact[0]] if isinstance(fact[0], int) else fact[1] for fact in facts]
+        if isinstance(spec, TreeSpec):
+            args, kwargs = tree_unflatten(leaves, spec)
+            return args, kwargs
+        count, *names = spec
+        return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
+
+
+class _Facts:
+    """What the Python of a module's forward may read: attributes, globals, what lists, dicts and objects there hold."""
+
+    def __init__(self, module: nn.Module) -> None:
+        holders = [inner.__dict__ for inner in module.modules()]
+        self._globals, self._cells = _read_by(module)
+        values = [value for holder in holders for value in holder.values()] + self._read()
+        objects = {id(value): vars(value) for value in values if _is_object(value)}
+        held = [value for value in values if isinstance(value, _CONTAINERS)]
+        self._dicts: list[dict[Any, Any]] = [*holders, *objects.values()]
+        self._dicts += [value for value in held if value and isinstance(value, dict)]
+        self._others = [value for value in held if value and not isinstance(value, dict)]
+        self._empty = [value for value in held if not value]
+        self._values = self._present()
+        self._parameters = list(module.parameters())
+        self._trains = _flags(self._parameters)
+
+    def _read(self) -> list[Any]:
+        return [names.get(name) for names, name in self._globals] + [cell.cell_contents for cell in self._cells]
+
+    def _present(self) -> list[Any]:
+        of_dicts = chain.from_iterable(map(dict.values, self._dicts))
+        return [*of_dicts, *chain.from_iterable(self._others), *self._read()]
+
+    def hold(self) -> bool:
+        """Whether all of it is as it was."""
+        values = self._present()
+        if len(values) != len(self._values) or any(self._empty) or _flags(self._parameters) != self._trains:
+            return False
+        return all(map(is_, values, self._values)) or all(map(_is_same, values, self._values))
+
+    def trained(self) -> list[torch.Tensor]:
+        """Parameters that require a gradient."""
+        return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
+
+
+def _read_by(module: nn.Module) -> tuple[list[tuple[dict[str, Any], str]], list[CellType]]:
+    """The globals, with their dicts, and the variables of enclosing functions that its code names.
+
+    Its code: the forwards of ``module`` and of what is inside, methods and functions that they name, and so on.  That
+    of torch reads nothing that changes.
+    """
+    waiting = [(type(inner).forward, type(inner)) for inner in module.modules()]
+    seen: set[Any] = set()
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    cells: dict[int, CellType] = {}
+    while waiting:
+        function, owner = waiting.pop()
+        code = getattr(function, "__code__", None)
+        if (
+            not isinstance(function, FunctionType)
+            or code in seen
+            or function.__module__.startswith(("torch.", "bmtrain."))
+        ):
+            continue
+        seen.add(code)
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                if not isinstance(cell.cell_contents, type):  # as of super()
+                    cells[id(cell)] = cell
+        for name in function.__code__.co_names:
+            method, value = getattr(owner, name, None), function.__globals__.get(name)
+            waiting += [(other, owner) for other in (method, value) if isinstance(other, FunctionType)]
+            if not isinstance(value, (FunctionType, BuiltinFunctionType, ModuleType, type)):
+                found[id(function.__globals__), name] = (function.__globals__, name)
+    return list(found.values()), list(cells.values())
+
+
+def _is_object(value: object) -> bool:
+    """Whether it may hold what a forward reads, as a configuration does."""
+    return hasattr(value, "__dict__") and not isinstance(
+        value, (nn.Module, torch.Tensor, type, ModuleType, FunctionType)
+    )
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether code that reads either does the same; tensors are asked for no values."""
+    return one is other or (type(one) is type(other) and isinstance(one, _CONSTANTS) and one == other)
+
+
+def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return [parameter.requires_grad for parameter in parameters]
+
+
+class _Block:
+    """One block: whether it can be recorded, and its recordings.
+
+    Attributes:
+        reason: why it is not; None as long as it may be.
+    """
+
+    def __init__(self, graphs: Graphs, unit: ShardUnit, module: nn.Module) -> None:
+        self.graphs, self._unit = graphs, weakref.ref(unit)
+        self._recordings: list[Recording] = []
+        self._seen: list[tuple[Any, ...]] = []  # kinds of inputs of runs that were looked at
+        self._looks = False  # whether the run that begins is looked at
+        self._changes = 0
+        self.reason: str | None = None
+        reason = _objection(module, unit, graphs.ctx)
+        if reason is not None:
+            self.give_up(reason)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it runs from a recording."""
+        return bool(self._recordings)
+
+    def give_up(self, reason: str) -> None:
+        """Run as it is written from now on."""
+        self.reason, self._recordings = reason, []
+        unit = self._unit()
+        if unit is not None:
+            unit.let_buffers_go()
+        self.graphs.changed()
+
+    def replay_for(
+        self, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Frame | None], T] | None:
+        """As ``Graphs.replay_for``."""
+        self._looks = False
+        inputs = _Inputs.of(args, kwargs, self.graphs.ctx.device.autocast())
+        if isinstance(inputs, str):
+            self.give_up(inputs)
+            return None
+        recording = next((known for known in self._recordings if known.rest == inputs.rest), None)
+        if recording is not None and not recording.is_valid():
+            self._recordings.remove(recording)
+            self._seen.remove(recording.rest)
+            unit = self._unit()
+            if unit is not None and not self._recordings:
+                unit.let_buffers_go()
+            self._changes += 1
+            if self._changes > _MOST_CHANGES:
+                self.give_up("its module changes again and again")
+                return None
+            recording = None
+        if recording is None:
+            recording = self._record(call, inputs)
+        if recording is None or not recording.takes(inputs.tensors):
+            return None
+        taken = recording
+        return lambda frame: taken.run(frame, inputs.tensors)
+
+    def _record(self, call: Callable[..., Any], inputs: _Inputs) -> Recording | None:
+        if inputs.rest not in self._seen:
+            if len(self._seen) == _MOST_INPUTS:
+                self.give_up("it is given something else again and again")
+            elif len(self._recordings) < _MOST:
+                self._looks = True
+                self._seen.append(inputs.rest)
+            return None
+        unit, module = self._unit(), getattr(call, "__self__", None)
+        if len(self._recordings) == _MOST or unit is None or not isinstance(module, nn.Module):
+            return None
+        reason = _objection(module, unit, self.graphs.ctx)
+        if reason is not None:
+            self.give_up(reason)
+            return None
+        if not self.graphs.plan.has_room():
+            self.give_up("too little memory is free")
+            return None
+        try:
+            recording = Recording(self.graphs, unit, call, inputs)
+        except Exception as error:  # whatever the device refuses to record runs as it did before
+            self.give_up(f"recording it ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            return None
+        self._recordings.append(recording)
+        unit.keeps_buffers = unit.moves
+        self.graphs.changed()
+        return recording
+
+    def observed(self, call: Callable[..., T]) -> Callable[..., T]:
+        """As ``Graphs.observed``."""
+        if not self._looks:
+            return call
+        self._looks = False
+        return lambda *args, **kwargs: self._observe(call, args, kwargs)
+
+    def _observe(self, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        module, device = getattr(call, "__self__", None), self.graphs.ctx.device
+        assert isinstance(module, nn.Module)
+        state, facts = State(), _Facts(module)
+        before, numbers = state.before_run(module), device.rng_state()
+        with device.host_waits() as waits:
+            out = call(*args, **kwargs)
+        moved = [entry for entry in state.after_run(module, before) if entry.holder.get(entry.name) is not entry.value]
+        moved += [e for e in before if e.moved and not isinstance(e.value, torch.Tensor) and e not in moved]
+        drawn = device.drawn_since(numbers)
+        if moved:
+            self.give_up(f"its forward changes {moved[0].name}")
+        elif not facts.hold():
+            self.give_up("its forward changes a global, or what an object holds")
+        elif any(drawn[1:] if device.is_cuda else drawn[-2:]):
+            self.give_up("its forward draws random numbers on the host")
+        elif waits:
+            self.give_up(f"its forward waits for the device, at {waits[0]}")
+        else:
+            reason = _objection_to_results(out, (args, kwargs))
+            if reason is not None:
+                self.give_up(reason)
+        return out
+
+
+def _objection(module: nn.Module, unit: ShardUnit, ctx: Context) -> str | None:
+    """Why ``module`` cannot be recorded, as far as that is seen without running it."""
+    if ctx.memory == "lean":
+        return 'memory="lean" was asked for'
+    if unit.borrows:
+        return "it shares parameters with others"
+    for inner in module.modules():
+        if inner is not module and unit_of(inner) is not None:
+            return "there are blocks inside"
+        if _has_hooks(inner):
+            return "there are hooks on its modules"
+    for parameter in module.parameters():
+        flat = flat_of(parameter)
+        if flat is None or unit_of_flat(flat) is not unit:
+            return "it has parameters that were put in later, or are another's"
+        if flat.is_slice:
+            return "it is split over tensor-parallel ranks"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _objection_to_results(out: Any, inputs: Any) -> str | None:
+    leaves, _ = tree_flatten(out)
+    given = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)}
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
+                return f"its forward returns a {type(leaf).__name__}"
+            if leaf.untyped_storage().data_ptr() in given:
+                return "its forward returns what it was given, or the same part of memory twice"
+            given.add(leaf.untyped_storage().data_ptr())
+        elif not isinstance(leaf, _CONSTANTS):
+            return f"its forward returns a {type(leaf).__name__}"
+    if not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+        return "nothing it returns requires a gradient"
+    return None
+
+
+class Recording:
+    """One block's forward and backward for one kind of inputs.
+
+    Attributes:
+        rest: what must be the same for this to be what the block would do.
+    """
+
+    def __init__(self, graphs: Graphs, unit: ShardUnit, call: Callable[..., Any], inputs: _Inputs) -> None:
+        module = getattr(call, "__self__", None)
+        assert isinstance(module, nn.Module)
+        self.rest = inputs.rest
+        self._graphs, self._unit, self._call = graphs, weakref.ref(unit), call
+        self._addresses, self._facts, self._step = _addresses(unit), _Facts(module), graphs.ctx.diary.step
+        self._surroundings, self._settings = Surroundings(), _settings()
+        self._use: weakref.ref[_Use] | None = None
+        self._readers = 0  # recordings that read results of this one in place
+        self._sources: list[Recording | None] = []  # those whose results this one reads
+        self._inputs = [self._place_for(tensor) for tensor in inputs.tensors]
+        self._args, self._kwargs = inputs.with_tensors(self._inputs)
+        self.parameters = self._facts.trained()
+        # In their places while the block's Python runs: what autograd keeps of the real ones is of other streams.
+        holders = [inner._parameters for inner in module.modules()]
+        self._places: list[tuple[dict[str, Any], str, Any]]
+        self._places = [(holder, n, p) for holder in holders for n, p in holder.items() if p is not None]
+        self._stand_ins = {id(parameter): _alias(parameter) for _, _, parameter in self._places}
+        self._wanted = [tensor for tensor in self._inputs if tensor.requires_grad]
+        self._wanted += [self._stand_ins[id(parameter)] for parameter in self.parameters]
+        self._outputs: list[torch.Tensor] = []
+        self._output_gradients: list[torch.Tensor] = []
+        self._gradients: list[torch.Tensor | None] = []
+        self._leaves: list[Any] = []  # of what the block returns; of tensors where among the outputs they are
+        self._spec: TreeSpec | None = None
+        self._copied: list[bool] = []  # of each result, whether its user gets a copy, as of what the backward needs
+        self._kept: set[int] = set()  # where what autograd has saved lies
+        self._users: list[int] = []
+        recorder = graphs.ctx.device.recorder()
+        self._is_real = recorder.is_real
+        torch.clear_autocast_cache()
+        try:
+            self._queue_forward = recorder.record(self._run_forward)
+            self._queue_backward = recorder.record(self._run_backward)
+        finally:
+            torch.clear_autocast_cache()  # what was cast lies in memory of the recording
+        if self._is_real:
+            self._settle()
+
+    def _place_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        source = self._graphs.outputs.get(tensor.data_ptr())
+        if source is not None and source.has_output_like(tensor):
+            source._readers += 1
+            self._sources.append(source)
+            place = tensor.detach()
+        else:
+            self._sources.append(None)
+            place = torch.empty_like(tensor, requires_grad=False)
+        return place.requires_grad_(tensor.requires_grad)
+
+    # -- what is recorded -----------------------------------------------------------------------------------------
+
+    def _run_forward(self) -> None:
+        with ExitStack() as stack:
+            for holder, name, parameter in self._places:
+                holder[name] = self._stand_ins[id(parameter)]
+                stack.callback(holder.__setitem__, name, parameter)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack))
+            out = self._call(*self._args, **self._kwargs)
+        leaves, self._spec = tree_flatten(out)
+        self._outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        numbers = iter(range(len(leaves)))
+        self._leaves = [_Number(next(numbers)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.differentiable = [output.requires_grad for output in self._outputs]
+
+    @runs_as_written
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided:
+            self._kept.add(tensor.untyped_storage().data_ptr())
+        return tensor.detach()  # the tensor itself could hold the graph that holds it
+
+    def _run_backward(self) -> None:
+        reached = [output for output in self._outputs if output.requires_grad]
+        if not self._output_gradients:
+            self._output_gradients = [torch.empty_like(output, requires_grad=False) for output in reached]
+        self._gradients = list(torch.autograd.grad(reached, self._wanted, self._output_gradients, allow_unused=True))
+
+    def _settle(self) -> None:
+        """Autograd is through with what was recorded: keep where results lie, and no graph."""
+        self._copied = [output.untyped_storage().data_ptr() in self._kept for output in self._outputs]
+        self._outputs = [output.detach() for output in self._outputs]
+        self._wanted, self._places, self._stand_ins = [], [], {}
+        self._users = list(map(_users_of, self._shown()))
+        for output, copied in zip(self._outputs, self._copied, strict=True):
+            if not copied:
+                self._graphs.outputs[output.data_ptr()] = self
+
+    def _shown(self) -> list[torch.Tensor]:
+        """What others may hold when it is written again."""
+        return self._outputs + [gradient for gradient in self._gradients if gradient is not None]
+
+    # -- what is queued -------------------------------------------------------------------------------------------
+
+    def is_valid(self) -> bool:
+        """Whether the block would still do what was recorded."""
+        unit, step = self._unit(), self._graphs.ctx.diary.step
+        if unit is None or _addresses(unit) != self._addresses:
+            return False
+        if step != self._step:  # looked at once a step
+            if not (
+                self._facts.hold() and self._surroundings.are_like(Surroundings()) and self._settings == _settings()
+            ):
+                return False
+            self._step = step
+        return True
+
+    def require_parameters(self) -> None:
+        """Raises ConfigurationError unless the parameters still lie where the forward read them."""
+        unit = self._unit()
+        if unit is None or _addresses(unit) != self._addresses:
+            raise ConfigurationError(
+                "Parameters of a block that ran as a CUDA graph were written, or gathered in another dtype, before its "
+                "backward, and lie elsewhere now. Do that before the forward or after the backward, or leave "
+                "graphs=True out of bmt.init_distributed (and BMTRAIN_GRAPHS)."
+            )
+
+    def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether it is free for a forward of these."""
+        use = None if self._use is None else self._use()
+        if use is not None and not use.is_over:
+            return False
+        if not self._is_real:
+            return True
+        for source, place, tensor in zip(self._sources, self._inputs, tensors, strict=True):
+            if source is not None and place.data_ptr() != tensor.data_ptr():
+                return False  # what lies there may be needed
+        users, readers = map(_users_of, self._shown()), self._readers
+        return all(now <= before + readers for now, before in zip(users, self._users, strict=True))
+
+    def has_output_like(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is a result of the forward that ran last."""
+        same = (output for output in self._outputs if output.data_ptr() == tensor.data_ptr())
+        return any(output.shape == tensor.shape and output.stride() == tensor.stride() for output in same)
+
+    def run(self, frame: Frame | None, tensors: Sequence[torch.Tensor]) -> Any:
+        """The block's forward."""
+        use = _Use(self, frame, [])
+        self._use = weakref.ref(use)
+        for source, tensor in zip(self._sources, tensors, strict=True):
+            if source is not None:
+                use.read.append((tensor.detach(), tensor._version))
+        outputs = _Replay.apply(use, *tensors, *self.parameters)  # type: ignore[no-untyped-call]
+        leaves = [outputs[leaf.number] if isinstance(leaf, _Number) else leaf for leaf in self._leaves]
+        assert self._spec is not None
+        return leaves[0] if self._spec.is_leaf() else tree_unflatten(leaves, self._spec)
+
+    def forward(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Queue the forward of ``tensors`` and give its results."""
+        pairs = [(p, t) for p, t in zip(self._inputs, tensors, strict=False) if p.data_ptr() != t.data_ptr()]
+        if pairs:
+            torch._foreach_copy_([place.detach() for place, _ in pairs], [tensor for _, tensor in pairs])
+        self._queue_forward()
+        copied = self._copied or repeat(False)
+        return tuple(out.clone() if copy else out.detach() for out, copy in zip(self._outputs, copied, strict=False))
+
+    def backward(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Queue the backward; the gradients of inputs, None for those that need none, and of ``parameters``."""
+        given = [gradient for gradient, counts in zip(gradients, self.differentiable, strict=True) if counts]
+        if self._output_gradients:
+            torch._foreach_copy_(self._output_gradients, given)
+        else:
+            self._output_gradients = given
+        self._queue_backward()
+        found = iter(None if gradient is None else gradient.detach() for gradient in self._gradients)
+        return [next(found) if place.requires_grad else None for place in self._inputs] + list(found)
+
+
+@dataclass(frozen=True)
+class _Number:
+    """A result's place among the outputs."""
+
+    number: int
+
+
+@dataclass(eq=False)
+class _Use:
+    """One forward on its way to the backward.
+
+    Attributes:
+        frame: what the runtime knows of it; None on one rank.
+        read: inputs that are not copied, and their versions when the forward read them.
+    """
+
+    recording: Recording
+    frame: Frame | None
+    read: list[tuple[torch.Tensor, int]]
+    is_over: bool = False
+
+    def ends(self) -> None:
+        """Its backward begins."""
+        if self.is_over:
+            raise ConfigurationError(
+                "A backward came a second time (retain_graph=True) to a block that runs as a CUDA graph, which keeps "
+                "what it saved until the first. Leave graphs=True out of bmt.init_distributed (and BMTRAIN_GRAPHS)."
+            )
+        if any(tensor._version != version for tensor, version in self.read):
+            raise ConfigurationError(
+                "What one block returned and the next one read was changed in place before the backward, which needs "
+                "it: write x = x + y for x += y."
+            )
+        self.is_over = True
+        self.read.clear()  # a loss that is held to the next step holds this
+        if self.frame is not None:
+            self.frame.reach()
+        self.recording.require_parameters()
+
+
+class _Replay(torch.autograd.Function):
+    """A block's forward and backward, as autograd sees them."""
+
+    @staticmethod
+    def forward(ctx: Any, use: _Use, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.use, recording = use, use.recording
+        outputs = recording.forward(tensors)
+        ctx.mark_non_differentiable(
+            *(output for output, counts in zip(outputs, recording.differentiable, strict=True) if not counts)
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    @runs_as_written
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.use.ends()
+        return (None, *ctx.use.recording.backward(gradients))
+
+
+def _alias(parameter: DistributedParameter) -> DistributedParameter:
+    """Another parameter that lies where this one lies now, and is asked alike."""
+    made = like(parameter, raw_data(parameter).detach())
+    made._flat, made._index = parameter._flat, parameter._index
+    return made
+
+
+def _unpack(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _addresses(unit: ShardUnit) -> list[tuple[int, torch.dtype]]:
+    """Where whole parameters lie."""
+    memory = [flat.shard if flat.buffer is None else flat.buffer.tensor for flat in unit.flats]
+    return [(tensor.data_ptr(), tensor.dtype) for tensor in memory]
+
+
+def _settings() -> tuple[Any, ...]:
+    """How kernels are chosen, beside what ``Surroundings`` has."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.benchmark,
+    )
+
+
+def _users_of(tensor: torch.Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
