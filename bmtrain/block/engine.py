@@ -27,6 +27,7 @@ from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
 from .memory import MemoryPlan
+from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
 from .replicas import Replicas
 from .saved import KeptValues
@@ -58,7 +59,8 @@ class Engine:
         self.schedule = Schedule(ctx)
         self.whole = self.schedule.whole
         self.plan = MemoryPlan(ctx)
-        self.backward = Backward(self.schedule)
+        self.of_no_module = OfNoModule(ctx)
+        self.backward = Backward(self.schedule, self.of_no_module)
         self.first_batches = FirstBatches(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
