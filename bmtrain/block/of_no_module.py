@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -58,7 +59,8 @@ class OfNoModule:
             return  # quantized weights, which never train
         trains = parameter.requires_grad
         parameter.requires_grad_(True)  # one that is frozen may train later
-        parameter.register_post_accumulate_grad_hook(lambda _: self._reached.add(number))
+        hook: Any = parameter.register_post_accumulate_grad_hook
+        hook(lambda _: self._reached.add(number))
         parameter.requires_grad_(trains)
 
     def are_nobodys(self, parameters: Iterable[torch.Tensor]) -> bool:
