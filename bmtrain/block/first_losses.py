@@ -187,5 +187,6 @@ def _factor(node: Node) -> float | None:
         factor = getattr(node, "_saved_other", None) if node.name().startswith("MulBackward") else None
     except (NotKeptError, RuntimeError):
         return None
-    is_number = isinstance(factor, torch.Tensor) and factor.is_cpu and not factor.dim()  # others would be waited for
-    return float(factor) if is_number else None
+    if not isinstance(factor, torch.Tensor) or factor.dim() or not factor.is_cpu:  # which would be waited for
+        return None
+    return float(factor)
