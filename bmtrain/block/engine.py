@@ -23,6 +23,7 @@ from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
 from .first_batches import FirstBatches
+from .first_buffers import FirstBuffers
 from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
@@ -62,6 +63,7 @@ class Engine:
         self.of_no_module = OfNoModule(ctx)
         self.backward = Backward(self.schedule, self.of_no_module)
         self.first_batches = FirstBatches(ctx)
+        self.first_buffers = FirstBuffers(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
@@ -182,6 +184,8 @@ class Engine:
             if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
             self._forwards += 1
+            if self.first_buffers.wanted:
+                self.first_buffers.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
     def latest_runs(self) -> list[Run]:
@@ -289,6 +293,7 @@ class Engine:
             self.whole.let_go_of_all()
             self.schedule.pools.trim_params()
         self.first_batches.optimizer_stepped()
+        self.first_buffers.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
 
