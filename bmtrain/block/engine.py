@@ -83,7 +83,7 @@ class Engine:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
         arenas.watch(module, partial(self._give_up, [weakref.ref(unit) for unit in units]))
-        self.backward.first_graphs = FirstGraphs()
+        self.backward.first_graphs, self.first_buffers = FirstGraphs(), FirstBuffers(self.ctx)
 
     def _give_up(self, references: Sequence[weakref.ref[ShardUnit]]) -> None:
         """No rank has the model any more: what was whole last, or is on its way, is not waited for."""

@@ -11,8 +11,6 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.block.first_buffers import FirstBuffers
-from bmtrain.context import context
 
 
 class Head(nn.Module):
@@ -41,9 +39,6 @@ class Head(nn.Module):
 
 
 def said(kind: str, blocks: bool) -> list[str]:
-    ctx = context()
-    engine: Any = ctx.engine
-    engine.first_buffers = FirstBuffers(ctx)  # as in a new job
     torch.manual_seed(0)
     heads: list[nn.Module] = [Head(kind), Head(kind)]
     net = nn.Sequential(*(bmt.Block(head, use_checkpoint=True) if blocks else head for head in heads))

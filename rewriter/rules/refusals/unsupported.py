@@ -84,6 +84,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     across = facts.scripts.across(file)
     compared = {node.lineno for node in across.compared()}
     ratios = {node.lineno for node in across.ratios()}
+    curved = {node.lineno for node in across.curved()} - compared - ratios
     counted = {node.lineno for node in (*across.weighed(), *_left_out(file))} - ratios
     for call in file.calls:
         name = facts.project.external(file, call.func)
@@ -110,6 +111,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
         message = (
             "a quotient of sums over the batch is another one on a rank's share, and the mean of the ranks' is not the "
             "batch's: a quotient for each item, and their mean, is the same on any number of ranks"
+        )
+        yield Remark(RULE.code, line, message, differs=True)
+    for line in sorted(curved - counted):
+        message = (
+            "a root, power, norm or another function of a mean over the batch is another one on a rank's share: take "
+            "it of each item, or of bmt.mean(values), the mean over all ranks"
         )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(compared):
