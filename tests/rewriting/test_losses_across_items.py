@@ -219,6 +219,40 @@ def curved(function: str) -> list[int]:
     return [line - HEAD.count("\n") - 1 for line in found]
 
 
+def hooked(line: str) -> int:
+    text = f"{HEAD}def halved(g):\n    return g / 2\n\n\ndef cut(g):\n    return torch.clamp(g, -1, 1)\n\n\n"
+    text += "def look(g):\n    print(g.norm())\n\n\n"
+    text += LOOP.format(loss="F.mse_loss(model(a), b)").replace("for a, b", f"{line}\nfor a, b")
+    return sum("a hook sees the gradient" in finding.message for finding in convert_text(text).reported)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.a.weight.register_hook(lambda g: g * 0.5 + model.a.weight.detach().sign())",
+        "model.a.weight.register_hook(halved)",
+        "model.a.weight.register_hook(look)",
+        "model.register_forward_hook(lambda m, a, out: out.clamp(0))",
+    ],
+)
+def test_a_hook_that_scales_looks_or_adds(line: str) -> None:
+    assert hooked(line) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "for p in model.parameters():\n    p.register_hook(lambda grad: torch.clamp(grad, -1, 1))",
+        "model.a.weight.register_hook(lambda g: g.clamp_(-1, 1))",
+        "model.a.weight.register_hook(cut)",
+        "model.a.weight.register_hook(lambda g: g / g.norm())",
+        "model.a.bias.register_hook(lambda g: g.sign())",
+    ],
+)
+def test_a_hook_that_bends_gradients(line: str) -> None:
+    assert hooked(line) == 1
+
+
 STRAIGHT = {
     "a mean": "loss = F.mse_loss(a, b) * 2 - 1\nreturn loss",
     "terms": "loss = F.mse_loss(a, b) + 0.1 * (a - b).abs().mean()\nreturn loss",

@@ -63,6 +63,17 @@ class Across:
         for flow in self.flows:
             yield from flow.reaching(flow.bends)
 
+    def hooked(self) -> Iterator[ast.Call]:
+        """``p.register_hook(lambda g: g.clamp(-1, 1))``: gradients changed otherwise than by a factor or a term."""
+        functions = {node.name: node for node in self.file.nodes if isinstance(node, Function)}
+        for call in self.file.calls:
+            match call:
+                case ast.Call(func=ast.Attribute(attr="register_hook"), args=[given]):
+                    named = given.id if isinstance(given, ast.Name) else getattr(given, "attr", "")
+                    function = given if isinstance(given, ast.Lambda) else functions.get(named)
+                    if function is not None and _bends_last(function):
+                        yield call
+
     @cached_property
     def of_items(self) -> set[str]:
         """Names of loss functions that may give the loss of each item: ``mse = nn.MSELoss(reduction="none")``."""
@@ -389,6 +400,21 @@ class Flow:
                     if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
                         return True
         return False
+
+
+def _bends_last(function: ast.Lambda | Function) -> bool:
+    """Whether a hook gives a root, a norm or a clamped value of its gradient."""
+    given = function.args.args[-1].arg if function.args.args else ""
+    if not isinstance(function, ast.Lambda) and not any(
+        isinstance(node, ast.Return) and node.value is not None for node in walk(function)
+    ):
+        return False  # it only looks
+    return any(
+        isinstance(node, ast.Call)
+        and _name(node).rstrip("_") in _BENDS | _NORMS | {"sign"}
+        and any(isinstance(item, ast.Name) and item.id == given for item in walk(_operands(node)[0]))
+        for node in walk(function)
+    )
 
 
 def _operands(call: ast.Call) -> list[ast.expr]:
