@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from .errors import DeviceError
-from .own_random import HostDraws, HostState, OwnRandom, SharedDraws, host_draws_own, move_on
+from .own_random import HostDraws, HostState, OfNumpy, OwnRandom, SharedDraws, host_draws_own, move_on
 
 Schedule = Literal["overlap", "serial", "stress"]
 """How collectives run beside computation: at the same time; one after the other, to find out whether a difference comes
@@ -279,6 +279,7 @@ class Device:
         self._draws_as = rank
         self._own_random = [OwnRandom(generator, rank) for generator in self._generators()]
         self._host_draws: HostDraws | None = None
+        self._numpy = OfNumpy()
         self._streams: dict[int, torch.cuda.Stream] = {}
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
@@ -487,10 +488,10 @@ class Device:
             stack.enter_context(host_draws_own(self._draws_as))
             yield
 
-    def rng_state(self, numpy_too: bool = True) -> RngState:
+    def rng_state(self) -> RngState:
         """State of torch's CPU generator, this device's, ``random`` and numpy, and who draws from an own stream."""
         here = torch.cuda.get_rng_state(self.torch_device) if self.is_cuda else None
-        return torch.get_rng_state(), here, HostState.now(numpy_too), [own.depth for own in self._own_random]
+        return torch.get_rng_state(), here, HostState.now(self._numpy), [own.depth for own in self._own_random]
 
     def drawn_since(self, state: RngState) -> list[bool]:
         """Of torch's generators, that of this device first, of ``random`` and numpy: whether they have moved."""
@@ -516,7 +517,7 @@ class Device:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self.torch_device)
-        state[2].put_back()
+        state[2].put_back(self._numpy)
         for own, depth in zip(self._own_random, state[3], strict=True):
             own.depth = depth
 

@@ -12,6 +12,7 @@ single process.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import pickle
 import random
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+_MEMORY = 624 * 4 + 4  # bytes of numpy's generator: its words, and the place among them
 _HEAD = 32  # bytes of a state: its seed, its counters, and the first word that a generator on a CPU computes with
 
 
@@ -107,22 +109,46 @@ def head(state: torch.Tensor) -> bytes:
     return bytes(state[:_HEAD].tolist())
 
 
+class OfNumpy:
+    """Where numpy's generator stands.  To read all of it takes tens of microseconds, so that is done when it has moved.
+
+    What it computes with is looked at in place.  That does not show whether a second normal number waits, which numpy
+    makes in pairs; but none can have come to wait since, only one that did be gone.
+    """
+
+    def __init__(self) -> None:
+        self._memory = b""
+        self._state: Any = None
+
+    def now(self) -> Any:
+        """``numpy.random.get_state()``, the same object as long as nothing is drawn; None if numpy is not in use."""
+        numpy = sys.modules.get("numpy")
+        if numpy is None:
+            return None
+        generator: Any = getattr(getattr(numpy.random.mtrand, "_rand", None), "_bit_generator", None)
+        memory = b""  # of another generator than numpy begins with
+        if type(generator) is numpy.random.MT19937:
+            memory = ctypes.string_at(generator.ctypes.state_address, _MEMORY)
+        if not memory or memory != self._memory or self._state[3]:
+            self._memory, self._state = memory, numpy.random.get_state()
+        return self._state
+
+
 class HostState(NamedTuple):
-    """Where ``random`` stands, and numpy's generator if it is in use and was asked for."""
+    """Where ``random`` stands, and numpy's generator if it is in use."""
 
     python: tuple[Any, ...]
     numpy: tuple[Any, ...] | None
 
     @classmethod
-    def now(cls, numpy_too: bool = True) -> HostState:
-        """The present one; numpy's takes longest."""
-        numpy = sys.modules.get("numpy") if numpy_too else None
-        return cls(random.getstate(), None if numpy is None else numpy.random.get_state())
+    def now(cls, numpy: OfNumpy | None = None) -> HostState:
+        """The present one; ``numpy`` may know some of it."""
+        return cls(random.getstate(), (numpy or OfNumpy()).now())
 
-    def put_back(self) -> None:
-        """Let both stand there again."""
+    def put_back(self, numpy: OfNumpy | None = None) -> None:
+        """Let both stand there again; ``numpy`` may know that its has not moved."""
         random.setstate(self.python)
-        if self.numpy is not None:
+        if self.numpy is not None and (numpy is None or numpy.now() is not self.numpy):
             sys.modules["numpy"].random.set_state(self.numpy)
 
     def left_by(self, later: HostState) -> tuple[bool, bool]:

@@ -11,6 +11,7 @@ from ..autograd import ScriptsAsWritten, backward_id, runs_as_written, saves_wit
 from ..device import Device
 from ..shard.unit import ShardUnit, unit_of_flat, wait_to_be_reduced
 from .frame import Frame
+from .of_no_module import OfNoModule
 from .saved import KeptValues, Place
 from .schedule import Schedule
 from .untrained import FirstGraphs
@@ -26,8 +27,8 @@ class Backward:
         peeks: whether somebody looks at what was saved, before a backward needs it.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
-        self._schedule, self._whole = schedule, schedule.whole
+    def __init__(self, schedule: Schedule, of_no_module: OfNoModule) -> None:
+        self._schedule, self._whole, self._of_no_module = schedule, schedule.whole, of_no_module
         self.flat_at, self.whole_storages = schedule.whole.flat_at, schedule.whole.storages
         self.frames: list[Frame] = []
         self.kept: KeptValues | None = None
@@ -60,7 +61,7 @@ class Backward:
         present = backward_id()
         if present != self._id:
             self._id = present
-            when_backward_ends(self.finish)
+            when_backward_ends(self._ends)
 
     def reached(self, frame: Frame) -> None:
         """The backward needs something that ``frame`` saved.
@@ -143,6 +144,11 @@ class Backward:
         None when somebody else's hooks (a checkpoint inside the block) would get those tensors.
         """
         return self._note if self._note is not None and saves_with(self._note) else None
+
+    @runs_as_written
+    def _ends(self) -> None:
+        self.finish()
+        self._of_no_module.backward_ends()
 
     @runs_as_written
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: each rank's are of its own share of the data.
+"""Running statistics of batch and instance norms: each rank's are of its own share of the data.
 
 Left alone they would make every rank evaluate another model, and decide otherwise what to keep, in a branch that may
 hold a collective. So before a model is evaluated or saved, every rank gets their mean.
@@ -10,7 +10,7 @@ import warnings
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..comm import ops
 from ..context import context
@@ -54,6 +54,6 @@ def level(model: nn.Module, record: Record) -> None:
 
 
 def _statistics(model: nn.Module) -> list[torch.Tensor]:
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, _NormBase)]
     values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
     return [value for value in values if value is not None]

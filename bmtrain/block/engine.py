@@ -23,12 +23,14 @@ from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
 from .first_batches import FirstBatches
+from .first_buffers import FirstBuffers
 from .first_draws import FirstDraws
 from .first_losses import FirstLosses
 from .frame import Frame
 from .graphs import Graphs
 from .host_time import HostTime
 from .memory import MemoryPlan
+from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
 from .replicas import Replicas
 from .saved import KeptValues
@@ -60,8 +62,10 @@ class Engine:
         self.schedule = Schedule(ctx)
         self.whole = self.schedule.whole
         self.plan = MemoryPlan(ctx)
-        self.backward = Backward(self.schedule)
+        self.of_no_module = OfNoModule(ctx)
+        self.backward = Backward(self.schedule, self.of_no_module)
         self.first_batches = FirstBatches(ctx)
+        self.first_buffers = FirstBuffers(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
@@ -83,7 +87,7 @@ class Engine:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
         arenas.watch(module, partial(self._give_up, [weakref.ref(unit) for unit in units]))
-        self.backward.first_graphs = FirstGraphs()
+        self.backward.first_graphs, self.first_buffers = FirstGraphs(), FirstBuffers(self.ctx)
 
     def _give_up(self, references: Sequence[weakref.ref[ShardUnit]]) -> None:
         """No rank has the model any more: what was whole last, or is on its way, is not waited for."""
@@ -186,6 +190,8 @@ class Engine:
             if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
             self._forwards += 1
+            if self.first_buffers.wanted:
+                self.first_buffers.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
     def latest_runs(self) -> list[Run]:
@@ -306,6 +312,7 @@ class Engine:
         if self.host_time is not None and self.host_time.wanted:
             self.host_time.optimizer_stepped(any(unit.is_block for unit in self.schedule.units.values()))
         self.first_batches.optimizer_stepped()
+        self.first_buffers.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
 

@@ -22,13 +22,16 @@ _STEPS = 3
 _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
 
-_DIFFERING = 2
-"""As is one of which more counts than this differ between ranks, if it divides as often as there are samples, and it
-divides by these as well or is the sum of theirs."""
+_FEW = 2
+"""A sum of no more numbers than this is not taken for one of samples: so few terms may be anything."""
 
-
-_FACTS = 3
-"""What ranks tell beside the counts: how many these are, how many samples, and whether the loss is a sum of theirs."""
+_JOINS = ("StackBackward", "CatBackward")
+_ADDS = ("AddBackward", "SubBackward")
+_KEEPS = (
+    "SumBackward", "MeanBackward", "MulBackward", "DivBackward", "NegBackward", "ToCopyBackward", "ViewBackward",
+    "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward",
+)  # fmt: skip
+"""Nodes of autograd by what they do with numbers, as their names begin."""
 
 
 class FirstLosses:
@@ -43,7 +46,6 @@ class FirstLosses:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
         self._steps, self._place, self._samples = 0, "", 0
-        self._is_sum = False
         self.wanted = ctx.topology.data_size > 1
 
     def note(self, inputs: object) -> None:
@@ -58,11 +60,10 @@ class FirstLosses:
         self._backward.peeks = True
         try:
             counts = [_kept(count) for count in self._counts_of(loss.grad_fn)]
-            is_sum = _factor(loss.grad_fn) == self._ctx.topology.data_size
         finally:
             self._backward.peeks = False
         if counts:
-            self._counts, self._place, self._is_sum = counts, users_line(), is_sum
+            self._counts, self._place = counts, users_line()
 
     def _is_one(self, shape: Sequence[int]) -> bool:
         """Whether that is the shape of one number, and not of one of each sample."""
@@ -77,10 +78,21 @@ class FirstLosses:
             count = _count(node)
             if count is not None:
                 yield count
+            if self._is_of_samples(node, count):
+                continue  # each has a count of its own, and they are weighed alike
             for following, _ in node.next_functions:
                 if following is not None and following not in seen:
                     seen.add(following)
                     waiting.append(following)
+
+    def _is_of_samples(self, node: Node, count: torch.Tensor | float | None) -> bool:
+        """Whether this divides by the number of samples, or multiplies by that of ranks, a sum of one loss of each."""
+        here = not isinstance(count, torch.Tensor) or count.is_cpu  # a Python number; others would be waited for
+        divides = here and count is not None and _is_close(float(count), self._samples)
+        if not self._samples or not (divides or _factor(node) == self._ctx.topology.data_size):
+            return False
+        parts = _added_up(node)
+        return parts > _FEW and parts % self._samples == 0
 
     def optimizer_stepped(self) -> None:
         """Warn if the ranks have divided by different numbers.  Collective a few times."""
@@ -88,9 +100,9 @@ class FirstLosses:
             return
         self._steps += 1
         self.wanted = self._steps < _STEPS
-        here = torch.zeros(_FACTS + _MOST, dtype=torch.float64, device="cpu")
-        here[0], here[1], here[2] = len(self._counts), self._samples, self._is_sum
-        for i, count in enumerate(self._counts[:_MOST], _FACTS):
+        here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
+        here[0] = len(self._counts)
+        for i, count in enumerate(self._counts[:_MOST], 1):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
@@ -111,7 +123,7 @@ class FirstLosses:
 
 def _difference(rows: list[list[float]]) -> tuple[float, int, float] | None:
     """What rank 0 has divided by, and another rank by something else; None if it is the same, or not known."""
-    counted = [row[_FACTS : _FACTS + int(row[0])] for row in rows]
+    counted = [row[1 : 1 + int(row[0])] for row in rows]
     here = counted[0]
     if any(row[0] > _MOST for row in rows):
         return None
@@ -120,17 +132,9 @@ def _difference(rows: list[list[float]]) -> tuple[float, int, float] | None:
             pairs = [(a, b) for a, b in zip(here, there, strict=True) if not _is_close(a, b)]
         else:  # as boxes are that match nothing: each has to have counts that the other has not
             pairs = list(zip(_others(here, there), _others(there, here), strict=False))
-        if pairs and not ((len(pairs) > _DIFFERING or len(here) != len(there)) and _are_of_samples(rows)):
+        if pairs:
             return pairs[0][0], rank, pairs[0][1]
     return None
-
-
-def _are_of_samples(rows: list[list[float]]) -> bool:
-    """Whether losses may be the means of those of single samples, or their sums times the number of ranks."""
-    return all(
-        divisions >= samples and (is_sum or samples in counts[: int(divisions)])
-        for divisions, samples, is_sum, *counts in rows
-    )
 
 
 def _others(counts: list[float], known: list[float]) -> list[float]:
@@ -162,10 +166,27 @@ def _count(node: Node) -> torch.Tensor | float | None:
     return None
 
 
+def _added_up(node: Node) -> int:
+    """How many numbers ``node`` has divided, or multiplied, the sum of."""
+    parts, waiting = 0, [node]
+    while waiting:
+        node = waiting.pop()
+        name, following = node.name(), [other for other, _ in node.next_functions if other is not None]
+        if name.startswith(_JOINS):
+            parts += len(following)
+        elif name.startswith(_ADDS) or (len(following) == 1 and name.startswith(_KEEPS)):
+            waiting.extend(following)
+        else:
+            parts += 1
+    return parts
+
+
 def _factor(node: Node) -> float | None:
     """The number that ``node`` has multiplied by; None if by none."""
     try:
         factor = getattr(node, "_saved_other", None) if node.name().startswith("MulBackward") else None
     except (NotKeptError, RuntimeError):
         return None
-    return float(factor) if isinstance(factor, torch.Tensor) and not factor.dim() else None
+    if not isinstance(factor, torch.Tensor) or factor.dim() or not factor.is_cpu:  # which would be waited for
+        return None
+    return float(factor)

@@ -47,8 +47,7 @@ class Repeat:
         self._record = record_of(module) if isinstance(module, nn.Module) else None
         self._before = [] if self._record is None else self._record.state.before_run(module)
         self.is_observed = self._record is not None and self._record.state.observes
-        self._numpy_too = self._record is None or self.is_observed or self._record.state.draws_from_numpy
-        self._rng = self._device.rng_state(self._numpy_too)
+        self._rng = self._device.rng_state()
 
     @property
     def watches(self) -> bool:
@@ -61,8 +60,6 @@ class Repeat:
         record = self._record
         if record is None:
             return True
-        if self.is_observed:
-            record.state.draws_from_numpy |= self._device.drawn_since(self._rng)[-1]
         moved = record.state.after_run(self._module, self._before)
         self._before += [entry for entry in moved if entry not in self._before]
         return all(entry.can_return for entry in moved)
@@ -74,7 +71,7 @@ class Repeat:
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "
                 "x = x + y for x += y."
             )
-        present = self._device.rng_state(self._numpy_too)
+        present = self._device.rng_state()
         self._device.set_rng_state(self._rng)
         try:
             with ExitStack() as stack:

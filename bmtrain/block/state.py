@@ -85,17 +85,13 @@ class Entry:
 
 
 class State:
-    """Learns from a block's first runs what its forward moves.
-
-    Attributes:
-        draws_from_numpy: whether one of them has.
-    """
+    """Learns from a block's first runs what its forward moves."""
 
     def __init__(self) -> None:
-        self.draws_from_numpy = False
         self._runs = 0
         self._tensors: list[tuple[dict[str, Any], str]] = []
         self._parameters: list[tuple[dict[str, Any], str]] = []
+        self._generators: list[tuple[dict[str, Any], str]] = []
         self._moving: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
@@ -113,11 +109,14 @@ class State:
             self._parameters = [(h, name) for h in (m._parameters for m in module.modules()) for name in h]
             places = [(holder, name) for holder in _holders(module) for name in holder if name not in _INTERNAL]
             self._tensors = [(h, n) for h, n in places if _is_plain(h[n])]
+            self._generators = [(h, n) for h, n in places if is_generator(h[n])]
             known = {(id(h), n) for h, n in places}
             places += [place for key, place in self._moving.items() if key not in known]
             return [Entry.of(holder, name, True) for holder, name in places] + self._in_place_of_parameters()
         watched = [Entry.of(h, n, False) for h, n in self._tensors if (id(h), n) not in self._moving]
-        moving = [Entry.of(holder, name, True) for holder, name in self._moving.values()]
+        # Generators that have not drawn yet may begin to: nothing else tells that they moved.
+        generators = [(h, n) for h, n in self._generators if (id(h), n) not in self._moving]
+        moving = [Entry.of(holder, name, True) for holder, name in (*self._moving.values(), *generators)]
         return watched + moving + self._in_place_of_parameters()
 
     def _in_place_of_parameters(self) -> list[Entry]:

@@ -51,7 +51,20 @@ def all_reduce(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None 
     and "min" keep the gradient where this rank's ``x`` is the result; "prod" multiplies by the product of the other
     ranks' ``x``.
     """
-    return ops.all_reduce(x, op, comm or _world_for(x))
+    reduced = ops.all_reduce(x, op, comm or _world_for(x))
+    becomes_mean = comm is None and context().gradient_divisor > 1 and op in ("sum", "avg")
+    if becomes_mean and reduced.requires_grad and context().rank == 0:
+        reduced.register_hook(partial(_say_what_is_passed_on, op, users_line()))  # type: ignore[no-untyped-call]
+    return reduced
+
+
+def _say_what_is_passed_on(op: ReduceOp, place: str, _: torch.Tensor) -> None:
+    warnings.warn(
+        f'bmt.distributed.all_reduce(x, "{op}") ({place}) passes back the gradient as if parameters took the sum of '
+        "the ranks' gradients, and they take the mean. For a loss of what all ranks have, bmt.mean(values) passes "
+        "back what it needs; else multiply the loss by bmt.world_size() (if that is done, all is right).",
+        stacklevel=2,
+    )
 
 
 def reduce_scatter(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None = None) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..context import context
+from ..context import context, is_initialized
 from ..errors import ConfigurationError, UnsupportedError
 from ..shard.engine import engine
 from ..shard.flat import flat_of
@@ -166,11 +166,26 @@ def _warn_of_whole(optimizer: torch.optim.Optimizer, params: list[Any]) -> None:
         )
 
 
+def _warn_of_unaveraged(optimizer: torch.optim.Optimizer, params: list[Any]) -> None:
+    """Once for an optimizer, if it steps on what this rank's samples alone have given."""
+    trained = [p for p in params if p.grad is not None]
+    if trained and context().rank == 0 and engine().of_no_module.are_nobodys(trained):
+        warnings.warn(
+            f"{type(optimizer).__name__} steps on gradients of this rank's samples alone: no distributed module holds "
+            "its parameters, and no bmt.optim.OptimManager drives it. Call optim_manager.add_optimizer(optimizer) "
+            "after making it, and gradients are averaged; where your own code averages them, nothing is wrong.",
+            stacklevel=4,
+        )
+
+
 def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before any optimizer's step: on its own, torch's would step on gradients that are not reduced."""
     if knows_shards(optimizer):
         return
-    flats = flats_of(all_params(optimizer.param_groups))
+    params = all_params(optimizer.param_groups)
+    flats = flats_of(params)
+    if not flats and is_initialized():
+        _warn_of_unaveraged(optimizer, params)
     if any(not flat.is_stepped_on for flat in flats):  # else it is part of an adapted one (SAM's base optimizer)
         raise ConfigurationError(
             f"{type(optimizer).__name__} holds sharded parameters but no bmt.optim.OptimManager drives it. Call "

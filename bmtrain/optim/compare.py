@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ..alike import differing_ranks
+from ..block.first_buffers import buffers_of
 from ..context import context
 from ..errors import RankDivergenceError
 from ..shard.engine import Run
@@ -88,9 +88,5 @@ def _states(number: int, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str
 
 
 def _buffers(runs: Sequence[Run]) -> Iterator[tuple[str, Kept]]:
-    for root in dict.fromkeys(run.module for run in runs):
-        for path, module in root.named_modules():
-            if not isinstance(module, _BatchNorm):
-                for name, buffer in module.named_buffers(recurse=False):
-                    if not isinstance(buffer, ShardedTensor) and buffer.layout == torch.strided:
-                        yield f"{type(root).__name__}.{path}{'.' if path else ''}{name}", (buffer, _DATA)
+    for name, buffer in buffers_of(dict.fromkeys(run.module for run in runs)):
+        yield name, (buffer, _DATA)

@@ -193,7 +193,12 @@ class OptimManager:
     @never_compiled
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean of every rank's ``loss``, added to what is there.  Collective."""
-        self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
+        others = engine().of_no_module
+        others.waits = True
+        try:
+            self.scale_loss(loss).backward()  # type: ignore[no-untyped-call]
+        finally:
+            others.waits = False
         finish_gradients(self._params())  # those of no module as well, which user code may clip or read
 
     @never_compiled

@@ -11,6 +11,7 @@ import torch
 from ..alike import follow_rank_0
 from ..context import Context, context
 from ..errors import ConfigurationError
+from ..shard.engine import engine
 from ..shard.layout import Layout, make_layout
 
 _LARGE = 2**24
@@ -121,6 +122,7 @@ def adopt(homes: Sequence[Replicated]) -> None:
             "This optimizer has parameters that no distributed module holds. Every rank keeps them, and their "
             'gradients are averaged, which does not fit bmt.init_distributed(gradients="sum").'
         )
+    engine().of_no_module.drive([home.parameter for home in homes], _average_grads)
     values = {f"number {n}": home.parameter.data for n, home in enumerate(homes)}
     differing = follow_rank_0(ctx, "The optimizer", values)
     numel = sum(home.parameter.numel() for home in homes)
@@ -139,14 +141,17 @@ def adopt(homes: Sequence[Replicated]) -> None:
         )
 
 
-@torch.no_grad()
 def average(homes: Iterable[Replicated]) -> None:
     """Make gradients their mean over ranks; what is a mean already stays.  Collective.
 
     A rank without a gradient counts as zeros, unless no rank has one.
     """
+    _average_grads([home.parameter for home in homes])
+
+
+@torch.no_grad()
+def _average_grads(params: Sequence[torch.Tensor]) -> None:
     ctx = context()
-    params = [home.parameter for home in homes]
     if ctx.world_size == 1 or not params:
         return
     present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device="cpu")

@@ -58,6 +58,10 @@ class Engine(Protocol):
         """Whole units where no forward of their own module runs."""
 
     @property
+    def of_no_module(self) -> OfNoModule:
+        """Who averages the gradients of parameters that no distributed module holds."""
+
+    @property
     def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
         """While a block runs a second time: what to call with each tensor that would be saved."""
 
@@ -78,6 +82,22 @@ class Engine(Protocol):
 
     def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
         """An optimizer has updated all its parameters; ``state_bytes`` is what its states take on this rank."""
+
+
+class OfNoModule(Protocol):
+    """Parameters that no distributed module holds.
+
+    Attributes:
+        waits: whether somebody else averages after the backward that is running.
+    """
+
+    waits: bool
+
+    def drive(self, parameters: Iterable[torch.Tensor], average: Callable[[list[torch.Tensor]], None]) -> None:
+        """An optimizer that steps on averages has ``parameters``; ``average`` makes them, and is collective."""
+
+    def are_nobodys(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether ``drive`` was told of none of them, though ranks train on samples of their own; true only once."""
 
 
 class OutsideForward(Protocol):

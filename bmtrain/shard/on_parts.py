@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..errors import UnsupportedError
 from .engine import engine
+from .flat import flat_of
 from .parameter import ShardedParameter
 from .sharded_tensor import TAKE_KIND, NeedsWholeError, ShardedTensor, is_in_place, whole_operands
 
@@ -18,6 +20,8 @@ _LIKE = {
     torch.zeros_like, torch.ones_like, torch.empty_like, torch.full_like, torch.rand_like, torch.randn_like,
     torch.randint_like,
 }  # fmt: skip
+
+_OF_ALL_ELEMENTS = {"norm", "vector_norm", "std", "var", "mean", "max", "min", "amax", "amin"}
 
 _OF_LAYOUT = {_T.stride, _T.is_contiguous}
 
@@ -44,6 +48,13 @@ def on_parts(
         or (func in _LIKE and not kwargs.get("requires_grad"))
         or (name.startswith("_foreach_") and not torch.is_grad_enabled())
     )
+    if name in _OF_ALL_ELEMENTS and args and engine().idle and _is_slice(args[0]):
+        if torch.is_grad_enabled() and args[0].requires_grad:
+            raise UnsupportedError(
+                f"{name} of a parameter of which this rank has a tensor-parallel slice would be the slice's, with "
+                "gradients. Take it of p.data, which gives the layer's, or of p.square().sum(), a sum over slices."
+            )
+        alone = True
     alone = alone or func in _OF_LAYOUT or (func in TAKE_KIND and not isinstance(args[0], ShardedParameter))
     if not mixed and not alone:
         return args, kwargs, NotImplemented
@@ -58,6 +69,11 @@ def on_parts(
         args, kwargs = whole_operands(args, kwargs)
         return args, kwargs, NotImplemented
     return args, kwargs, args[0] if in_place and args and isinstance(args[0], _T) else out
+
+
+def _is_slice(value: Any) -> bool:
+    flat = flat_of(value) if isinstance(value, ShardedParameter) else None
+    return flat is not None and flat.is_slice and flat.unit.ctx.tensor_group.world_size > 1
 
 
 def _data(value: Any) -> Any:

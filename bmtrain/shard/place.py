@@ -95,6 +95,15 @@ class Place:
         ctx.engine.all_gather(sent, rows, what)
         return rows.view(kind).view(ranks, -1).to(facts.device)
 
+    def rows_of_slices(self, rows: torch.Tensor, what: str) -> torch.Tensor:
+        """(slices, ranks, n) the ``rows``, (ranks, n), of every tensor-parallel rank.  Collective."""
+        group, kind = self.ctx.tensor_group, rows.dtype
+        sent = rows.to(self.ctx.device.torch_device).contiguous().view(-1).view(torch.uint8)
+        every = torch.empty(group.world_size * sent.numel(), dtype=torch.uint8, device=sent.device)
+        self.ctx.engine.comes_to(what)
+        group.all_gather(sent, every)
+        return every.view(kind).view(group.world_size, *rows.shape).to(rows.device)
+
 
 class Home(Protocol):
     """Where a part lies that belongs to somebody else, such as a parameter."""

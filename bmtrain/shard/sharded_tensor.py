@@ -448,7 +448,10 @@ def _combined(
     combine: _Partial,
     name: str,
 ) -> list[torch.Tensor]:
-    """``combine`` of every rank's ``partial``, a 0-d tensor, for each of ``tensors``.  One collective for all."""
+    """``combine`` of every rank's ``partial``, a 0-d tensor, for each of ``tensors``.  One collective for all.
+
+    Another one where there are slices of tensor-parallel layers: like a gradient's norm, what comes out is the layer's.
+    """
     facts = []
     for tensor in tensors:
         part = tensor.part.read()
@@ -459,12 +462,28 @@ def _combined(
     if kind.is_floating_point:
         kind = torch.float64
     place = tensors[0].part.place
-    rows = place.rows(torch.stack([fact.to(kind) for fact in facts]), f"{name} of {place.name!r}")
+    what = f"{name} of {place.name!r}"
+    rows = place.rows(torch.stack([fact.to(kind) for fact in facts]), what)
+    slices = rows[None]
+    if any(_is_slice(tensor) for tensor in tensors):
+        slices = place.rows_of_slices(rows, what)
     results = []
     for index, tensor in enumerate(tensors):
-        own = rows[tensor.part.place.keepers, index] if tensor.numel() else partial(tensor.part.read())[None]
+        every = slices if _is_slice(tensor) else rows[None]
+        keepers = tensor.part.place.keepers
+        own = every[:, keepers, index].flatten() if tensor.numel() else partial(tensor.part.read())[None]
         results.append(combine(own).to(tensor.device))
     return results
+
+
+def _is_slice(tensor: ShardedTensor) -> bool:
+    place = tensor.part.place
+    return place.split is not None and place.ctx.tensor_group.world_size > 1
+
+
+def _count(tensor: ShardedTensor) -> int:
+    """How many elements there are, in all slices."""
+    return tensor.numel() * (tensor.part.place.ctx.tensor_group.world_size if _is_slice(tensor) else 1)
 
 
 def _require_all(source: ShardedTensor, name: str, dim: Any) -> None:
@@ -477,7 +496,7 @@ def _require_all(source: ShardedTensor, name: str, dim: Any) -> None:
 
 def _moment(tensor: ShardedTensor, correction: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Variance and mean."""
-    count = tensor.numel()
+    count = _count(tensor)
     (total,) = _combined([tensor], lambda x: x.double().sum(), torch.sum, name)
     mean = total / count
     (squares,) = _combined([tensor], lambda x: (x.double() - mean).square().sum(), torch.sum, name)
@@ -545,7 +564,7 @@ def _reduce(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         cast = partial if dtype is None else lambda x: partial(x.to(dtype))
         results = _combined([source], cast, combine, name)
         if name == "mean":
-            results = [results[0] / source.numel()]
+            results = [results[0] / _count(source)]
     made = [value.to(kind) for value, kind in zip(results, shown, strict=False)]
     if keepdim:
         made = [value.reshape((1,) * source.dim()) for value in made]

@@ -216,11 +216,15 @@ def steps(output: str) -> dict[int, str]:
     return {int(number): rest for number, rest in re.findall(r"^step (\d+) (.*)$", output, re.M)}
 
 
-def assert_near(found: dict[int, str], expected: dict[int, str]) -> None:
+def assert_near(found: dict[int, str], expected: dict[int, str], limit: float = 5e-6) -> None:
     assert found.keys() == expected.keys()
     for number, text in expected.items():
         words = zip(found[number].split(), text.split(), strict=True)
-        assert all(a == b or float(a) == pytest.approx(float(b), abs=5e-6) for a, b in words), (number, found, expected)
+        assert all(a == b or float(a) == pytest.approx(float(b), abs=limit) for a, b in words), (
+            number,
+            found,
+            expected,
+        )
 
 
 class Job:
@@ -234,12 +238,12 @@ class Job:
         for one in names:
             (folder / "plain" / f"{one}.py").write_text((SCRIPTS / f"{one}.py").read_text())
         paths = sorted((folder / "plain").glob("*.py"))
-        for result in convert_paths(paths, Options(unsafe=True), [folder / "plain"]):
+        for result in convert_paths(paths, Options(unsafe=True, tensor_parallel=name == "split"), [folder / "plain"]):
             assert not result.error, result.error
             (folder / "converted" / result.path.name).write_bytes(result.after)
 
     def run(
-        self, side: str, *arguments: str, ranks: int = 0, restarts: int = 0, die_at: int | None = None
+        self, side: str, *arguments: str, ranks: int = 0, restarts: int = 0, die_at: int | None = None, tp_size: int = 1
     ) -> tuple[int, str]:
         with socket.socket() as found:
             found.bind(("localhost", 0))
@@ -247,7 +251,12 @@ class Job:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}",
                     "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}"] if ranks else []  # fmt: skip
         command = [sys.executable, *launcher, f"{self.name}.py", *arguments]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if die_at is None else {"DIE_AT": str(die_at)})}
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "BMTRAIN_TP_SIZE": str(tp_size),
+            **({} if die_at is None else {"DIE_AT": str(die_at)}),
+        }
         done = subprocess.run(
             command,
             cwd=self.folder / side,
@@ -309,3 +318,19 @@ def test_a_plain_file_of_before_is_read_too(tmp_path: Path) -> None:
     code, output = job.run("converted", "--resume", "ckpt/checkpoint_3.pth.tar", ranks=2)
     assert code == 0 and 0 not in steps(output), output
     assert_near({**steps(first), **steps(output)}, expected)
+
+
+@pytest.mark.parametrize(("options", "limit"), [([], 2e-5), pytest.param(["--amp"], 0.02, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("ranks", "tp_size"), [(1, 1), *(pytest.param(*one, marks=pytest.mark.long) for one in [(2, 1), (4, 2), (4, 4)])]
+)
+def test_split_layers_go_on_split_otherwise(
+    tmp_path: Path, options: list[str], limit: float, ranks: int, tp_size: int
+) -> None:
+    job = Job("split", tmp_path)
+    expected = steps(job.run("plain", *options)[1])
+    code, first = job.run("converted", *options, ranks=2, tp_size=2, die_at=3)
+    assert code != 0 and sorted(steps(first)) == [0, 1, 2], first
+    code, output = job.run("converted", *options, "--resume", "out/last.pt", ranks=ranks, tp_size=tp_size)
+    assert code == 0 and sorted(steps(output)) == [3, 4, 5], output
+    assert_near({**steps(first), **steps(output)}, expected, limit)

@@ -208,3 +208,102 @@ def test_a_quotient_of_sums_over_the_batch_is_reported(function: str, line: int)
 )
 def test_a_quotient_for_each_item_is_not(function: str) -> None:
     assert quotients(function) == []
+
+
+def curved(function: str) -> list[int]:
+    body = textwrap.indent(function, "    ")
+    text = f"{HEAD}def objective(a, b):\n{body}\n{LOOP.format(loss='objective(model(a), b)')}"
+    result = convert_text(text)
+    assert not result.error
+    found = [finding.line for finding in result.reported if "function of a mean over the batch" in finding.message]
+    return [line - HEAD.count("\n") - 1 for line in found]
+
+
+def hooked(line: str) -> int:
+    text = f"{HEAD}def halved(g):\n    return g / 2\n\n\ndef cut(g):\n    return torch.clamp(g, -1, 1)\n\n\n"
+    text += "def look(g):\n    print(g.norm())\n\n\n"
+    text += LOOP.format(loss="F.mse_loss(model(a), b)").replace("for a, b", f"{line}\nfor a, b")
+    return sum("a hook sees the gradient" in finding.message for finding in convert_text(text).reported)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "model.a.weight.register_hook(lambda g: g * 0.5 + model.a.weight.detach().sign())",
+        "model.a.weight.register_hook(halved)",
+        "model.a.weight.register_hook(look)",
+        "model.register_forward_hook(lambda m, a, out: out.clamp(0))",
+    ],
+)
+def test_a_hook_that_scales_looks_or_adds(line: str) -> None:
+    assert hooked(line) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "for p in model.parameters():\n    p.register_hook(lambda grad: torch.clamp(grad, -1, 1))",
+        "model.a.weight.register_hook(lambda g: g.clamp_(-1, 1))",
+        "model.a.weight.register_hook(cut)",
+        "model.a.weight.register_hook(lambda g: g / g.norm())",
+        "model.a.bias.register_hook(lambda g: g.sign())",
+    ],
+)
+def test_a_hook_that_bends_gradients(line: str) -> None:
+    assert hooked(line) == 1
+
+
+STRAIGHT = {
+    "a mean": "loss = F.mse_loss(a, b) * 2 - 1\nreturn loss",
+    "terms": "loss = F.mse_loss(a, b) + 0.1 * (a - b).abs().mean()\nreturn loss",
+    "roots of items": "loss = torch.sqrt(F.mse_loss(a, b, reduction='none')).mean()\nreturn loss",
+    "roots of items, made": "mse = nn.MSELoss(reduction='none')\nloss = torch.sqrt(mse(a, b)).mean()\nreturn loss",
+    "norms of items": "loss = (a - b).norm(dim=1).mean()\nreturn loss",
+    "norms of items, by place": "loss = torch.norm(a - b, 2, 1).mean() + (a - b).norm(2, -1).mean()\nreturn loss",
+    "norms of weights": "loss = F.mse_loss(a, b) + model.a.weight.norm()\nreturn loss",
+    "norms of all weights": "loss = F.mse_loss(a, b) + sum(p.norm() for p in model.parameters())\nreturn loss",
+    "focal": "x = F.cross_entropy(a, b, reduction='none')\nloss = ((1 - torch.exp(-x)) ** 2 * x).mean()\nreturn loss",
+    "means of items": "loss = torch.log((a - b).pow(2).mean(dim=(1, 2))).mean()\nreturn loss",
+    "a softmax of classes": "loss = -(a.softmax(-1) * b).sum(-1).mean()\nreturn loss",
+    "shown": "loss = F.mse_loss(a, b)\nprint(torch.exp(loss))\nreturn loss",
+    "shown by name": "loss = F.mse_loss(a, b)\nppl = math.exp(loss.item())\nprint(ppl)\nreturn loss",
+    "without gradients": "with torch.no_grad():\n    rmse = torch.sqrt(F.mse_loss(a, b))\nreturn F.mse_loss(a, b)",
+}
+
+
+@pytest.mark.parametrize("function", STRAIGHT.values(), ids=STRAIGHT.keys())
+def test_means_and_what_is_done_with_each_item(function: str) -> None:
+    assert curved(function) == []
+
+
+CURVED = {
+    "a root": ("loss = torch.sqrt(F.mse_loss(a, b))\nreturn loss", 1),
+    "a root, more inside": ("loss = torch.sqrt(criterion(a, b) + 1e-6)\nreturn loss", 1),
+    "a root, made": ("mse = nn.MSELoss()\nmse_loss = nn.MSELoss()\nloss = torch.sqrt(mse_loss(a, b))\nreturn loss", 3),
+    "half a power": ("loss = F.mse_loss(a, b) ** 0.5\nreturn loss", 1),
+    "decibels": ("mse = ((a - b) ** 2).mean()\nloss = 10 * torch.log10(mse)\nreturn loss", 2),
+    "flooding": ("loss = F.cross_entropy(a, b)\nloss = (loss - 0.1).abs() + 0.1\nreturn loss", 2),
+    "over itself": ("loss = F.cross_entropy(a, b)\nloss = loss / loss.detach()\nreturn loss", 2),
+    "over another": (
+        "x = F.mse_loss(a, b)\ny = a.abs().mean()\nloss = x + y * (x.detach() / y.detach())\nreturn loss",
+        3,
+    ),
+    "focal": ("ce = F.cross_entropy(a, b)\nloss = (1 - torch.exp(-ce)) ** 2 * ce\nreturn loss", 2),
+    "at least": ("loss = F.mse_loss(a, b).clamp(min=0.5)\nreturn loss", 1),
+    "entropy of a mean": ("p = a.softmax(1).mean(0)\nloss = (p * p.log()).sum()\nreturn loss", 2),
+    "balance": ("p = a.softmax(1).mean(dim=0)\nf = torch.mean(b, 0)\nloss = (p * f).sum()\nreturn loss", 3),
+    "a norm": ("loss = torch.norm(a - b)\nreturn loss", 1),
+    "a norm, its order": ("loss = (a - b).norm(p=2) / len(a)\nreturn loss", 1),
+    "a norm of linalg": ("loss = torch.linalg.norm(a - b)\nreturn loss", 1),
+    "the worst": ("loss = F.cross_entropy(a, b, reduction='none').max()\nreturn loss", 1),
+    "softly the worst": ("each = F.cross_entropy(a, b, reduction='none')\nloss = each.logsumexp(0)\nreturn loss", 2),
+    "weights among items": (
+        "each = F.cross_entropy(a, b, reduction='none')\nloss = (each.softmax(dim=0) * each).sum()\nreturn loss",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize(("function", "line"), CURVED.values(), ids=CURVED.keys())
+def test_what_bends_a_mean_over_the_batch(function: str, line: int) -> None:
+    assert curved(function)[:1] == [line]

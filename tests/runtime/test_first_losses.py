@@ -65,6 +65,20 @@ def _of_some_boxes(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def _of_boxes_and_samples(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The same beside a mean over as many numbers as there are samples."""
+    return _of_boxes(out, y) + out.square().mean(1).mean()
+
+
+def _by_samples_as_terms(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """More terms than samples, over as many steps as there are samples."""
+    return sum((out[y != k % 5].exp().mean() for k in range(len(y) + 1)), out.sum() * 0) / len(y)
+
+
+def _by_sample_and_more(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return 0.1 * out.square().mean() + (_per_sample(out, y) + _summed(out, y)) * 0.5
+
+
 def _with_a_term_more(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     loss = F.cross_entropy(out, y)
     return loss + 0.3 * F.cross_entropy(out, y.roll(1)) if y[0] > 1 else loss
@@ -107,6 +121,8 @@ SAID: dict[str, Loss] = {
     "of classes": _of_classes,
     "of boxes": _of_boxes,
     "of some boxes": _of_some_boxes,
+    "of boxes and samples": _of_boxes_and_samples,
+    "as many steps as samples": _by_samples_as_terms,
     "checkpointed": lambda out, y: checkpoint(
         lambda o: F.cross_entropy(o, y, ignore_index=0), out, use_reentrant=False
     ),
@@ -122,6 +138,11 @@ QUIET: dict[str, Loss] = {
     "per sample": _per_sample,
     "summed by sample": _summed,
     "by sample in two parts": _in_two_parts,
+    "by sample, and more": _by_sample_and_more,
+    "by sample, a list": lambda out, y: _summed(out.exp(), y).view(()),
+    "by sample, side by side": lambda out, y: torch.cat(
+        [one[: 1 + int(k)].exp().mean().view(1) for one, k in zip(out, y, strict=True)]
+    ).mean(),
     "with a term more on one rank": _with_a_term_more,
     "by sample, accumulated": lambda out, y: _summed(out, y) / 4,
     "a sum by sample, times the ranks": _times_ranks,

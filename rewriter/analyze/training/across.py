@@ -21,6 +21,17 @@ _NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
 _SPREADS = {"std", "var", "cov", "corrcoef"}
 _ORDERED = {"topk", "sort", "kthvalue", "quantile", "median", "argsort"}
 _SIZES = re.compile(r"^len\(|\.shape\[0\]$|\.size\(0\)$|^(?:self\.)?(?:batch_size|bsz?)$|^(?:2 \* )?[bBnN]$")
+_AVERAGES = re.compile(r"^(?:\w*cross_entropy\w*|nll_loss|\w*(?:mse|l1|huber|bce)\w*loss|criterion|loss_fn)$", re.I)
+_MODULES = re.compile(r"^(?:torch(?:\.\w+)*|F|nn\.functional|math|np|numpy)$")
+_REDUCTIONS = {"reduction", "reduce", "size_average", None}
+_KEEP = {"detach", "float", "double", "to", "squeeze", "view", "div", "mul"}
+_BENDS = {
+    "sqrt", "rsqrt", "log", "log2", "log10", "log1p", "exp", "expm1", "pow", "square", "abs", "relu", "clamp", "clip",
+    "clamp_min", "clamp_max", "sigmoid", "tanh", "softplus", "reciprocal", "minimum", "maximum",
+}  # fmt: skip
+_NORMS = {"norm", "vector_norm"}
+_ALL_ITEMS = {"max", "min", "amax", "amin", "logsumexp", "softmax"}
+"""Of the losses of items they make one that is no mean."""
 _OUTSIDE = {"no_grad", "inference_mode"}
 
 
@@ -46,6 +57,33 @@ class Across:
         """Quotients of sums over the batch (Dice, IoU, Tversky) that reach a loss."""
         for flow in self.flows:
             yield from flow.reaching(flow.divides_sums)
+
+    def curved(self) -> Iterator[ast.expr]:
+        """Functions of means over the batch that are no multiples of them (roots, powers) and reach a loss."""
+        for flow in self.flows:
+            yield from flow.reaching(flow.bends)
+
+    def hooked(self) -> Iterator[ast.Call]:
+        """``p.register_hook(lambda g: g.clamp(-1, 1))``: gradients changed otherwise than by a factor or a term."""
+        functions = {node.name: node for node in self.file.nodes if isinstance(node, Function)}
+        for call in self.file.calls:
+            match call:
+                case ast.Call(func=ast.Attribute(attr="register_hook"), args=[given]):
+                    named = given.id if isinstance(given, ast.Name) else getattr(given, "attr", "")
+                    function = given if isinstance(given, ast.Lambda) else functions.get(named)
+                    if function is not None and _bends_last(function):
+                        yield call
+
+    @cached_property
+    def of_items(self) -> set[str]:
+        """Names of loss functions that may give the loss of each item: ``mse = nn.MSELoss(reduction="none")``."""
+        return {
+            _name(target)
+            for node in self.file.nodes
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+            if any(k.arg in _REDUCTIONS for k in node.value.keywords)
+            for target in node.targets
+        }
 
     @cached_property
     def flows(self) -> list[Flow]:
@@ -180,6 +218,49 @@ class Flow:
         match node:
             case ast.BinOp(left=left, op=ast.Div(), right=right):
                 return bool(self._batch_sums(left)) and len(self._batch_sums(right)) > 1
+        return False
+
+    def bends(self, node: ast.expr) -> bool:
+        """``torch.sqrt(F.mse_loss(a, b))``, ``torch.norm(a - b)``, ``loss / loss.detach()``."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Pow(), right=right):
+                return self._averages(left) and _integer(right) != 1
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return self._averages(left) and self._averages(right)
+            case ast.BinOp(op=ast.Div(), right=right):
+                return self._averages(right) and not self._sums(right)
+            case ast.Call() if _name(node) in _NORMS:
+                values, *rest = _operands(node)
+                return len(rest) < 2 and {k.arg for k in node.keywords} <= {"p", "ord"} and self.is_batch(values)
+            case ast.Call() if _name(node) in _BENDS:
+                values, *_ = _operands(node)
+                return self._averages(values)
+            case ast.Call() if _name(node) in _ALL_ITEMS:
+                values, *rest = _operands(node)
+                return _over_items(node, len(node.args) - len(rest)) and self._is_per_item(values)
+        return False
+
+    def _averages(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is a mean over the items of a batch, or made of one by sums and constant factors."""
+        match node:
+            case ast.Name(id=name):
+                values = [value for held, value in self.assigned if held == name and value is not node]
+                return deep < 3 and any(self._averages(value, deep + 1) for value in values)
+            case ast.BinOp(left=left, right=right):
+                return self._averages(left, deep) or self._averages(right, deep)
+            case ast.UnaryOp(operand=value):
+                return self._averages(value, deep)
+            case ast.Call(func=func, args=args, keywords=keywords):
+                method = isinstance(func, ast.Attribute) and (
+                    self.is_batch(func.value) or self._averages(func.value, deep)
+                )
+                if _name(node) == "mean":
+                    given, *rest = _operands(node)
+                    return self.is_batch(given) and _over_items(node, len(args) - len(rest))
+                if _name(node) in _KEEP and isinstance(func, ast.Attribute):
+                    return self._averages(func.value, deep)
+                if _AVERAGES.search(_name(node)) and not method and _name(node) not in self.across.of_items:
+                    return all(k.arg not in _REDUCTIONS for k in keywords) and any(map(self.is_batch, args))
         return False
 
     def _batch_sums(self, node: ast.expr, deep: int = 0) -> set[ast.expr]:
@@ -319,6 +400,29 @@ class Flow:
                     if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
                         return True
         return False
+
+
+def _bends_last(function: ast.Lambda | Function) -> bool:
+    """Whether a hook gives a root, a norm or a clamped value of its gradient."""
+    given = function.args.args[-1].arg if function.args.args else ""
+    if not isinstance(function, ast.Lambda) and not any(
+        isinstance(node, ast.Return) and node.value is not None for node in walk(function)
+    ):
+        return False  # it only looks
+    return any(
+        isinstance(node, ast.Call)
+        and _name(node).rstrip("_") in _BENDS | _NORMS | {"sign"}
+        and any(isinstance(item, ast.Name) and item.id == given for item in walk(_operands(node)[0]))
+        for node in walk(function)
+    )
+
+
+def _operands(call: ast.Call) -> list[ast.expr]:
+    """``x`` and the other arguments of ``x.norm(2)``, ``torch.norm(x, 2)``."""
+    func = call.func
+    if isinstance(func, ast.Attribute) and not _MODULES.match(dotted(func.value) or ""):
+        return [func.value, *call.args]
+    return call.args or [func]
 
 
 def _name(node: ast.expr) -> str:

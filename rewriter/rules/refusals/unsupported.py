@@ -1,8 +1,8 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each
-other are reported.
+script; embeddings that are resized, batch norms, losses that are sums over the batch, compare its items with each other
+or take a root or a norm of its mean, and hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -84,6 +84,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     across = facts.scripts.across(file)
     compared = {node.lineno for node in across.compared()}
     ratios = {node.lineno for node in across.ratios()}
+    curved = {node.lineno for node in across.curved()} - compared - ratios
     counted = {node.lineno for node in (*across.weighed(), *_left_out(file))} - ratios
     for call in file.calls:
         name = facts.project.external(file, call.func)
@@ -112,6 +113,18 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "batch's: a quotient for each item, and their mean, is the same on any number of ranks"
         )
         yield Remark(RULE.code, line, message, differs=True)
+    for line in sorted(curved - counted):
+        message = (
+            "a root, power, norm or another function of a mean over the batch is another one on a rank's share: take "
+            "it of each item, or of bmt.mean(values), the mean over all ranks"
+        )
+        yield Remark(RULE.code, line, message, differs=True)
+    for call in across.hooked():
+        message = (
+            "a hook sees the gradient of a rank's share, before the ranks' are averaged: what it clamps or norms is "
+            "another. Do it between backward and step, where p.grad is the average"
+        )
+        yield Remark(RULE.code, call.lineno, message, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)

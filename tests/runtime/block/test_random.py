@@ -93,6 +93,17 @@ class Drawing(nn.Module):
 OUTSIDE = torch.Generator(), numpy.random.RandomState()
 
 
+class Late(Drawing):
+    """Draws from its fifth run on."""
+
+    def __init__(self, draw: str) -> None:
+        super().__init__(draw)
+        self.begins = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if self.begins else self.up(x).tanh()
+
+
 def _start() -> None:
     numpy.random.seed(3)
     random.seed(3)
@@ -111,6 +122,34 @@ DRAWS: dict[str, Any] = {
     "numpy, old": lambda module, shape: torch.from_numpy(OUTSIDE[1].standard_normal(shape)),
 }
 """Of the last two nobody can know."""
+
+
+def _late(draw: str, block: Any, module: Any) -> list[torch.Tensor]:
+    """Gradients of the steps in which ``block`` draws."""
+    _start()
+    found = []
+    for step in range(9):
+        block.begins = step >= 4
+        numpy.random.randn(3)  # of numbers made in pairs, every second time one waits
+        module.zero_grad()
+        module(oracle.inputs(step)).square().mean().backward()
+        if block.begins:
+            found.append(torch.cat([bmt.gather_grad(p).flatten() for p in module.parameters()]))
+    return found
+
+
+@on_ranks(1, 2)
+def test_a_block_that_begins_to_draw_late() -> None:
+    for draw in list(DRAWS)[:6]:
+        torch.manual_seed(2)
+        plain = nn.Sequential(Late(draw), nn.Linear(6, 6))
+        torch.manual_seed(2)
+        other = nn.Sequential(Late(draw), nn.Linear(6, 6))
+        other[0] = bmt.Block(other[0], use_checkpoint=True)
+        model = bmt.BMTrainModelWrapper(other)
+        expected = _late(draw, plain[0], plain)
+        for found, right in zip(_late(draw, model[0], model), expected, strict=True):
+            oracle.assert_close(found, right, draw)
 
 
 @on_ranks(1, 2)

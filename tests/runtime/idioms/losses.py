@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import bmtrain as bmt
+
 from .registry import idiom
-from .user import User
+from .user import CLASSES, User
 
 
 def _loss(k: User, loss, **options):
@@ -404,3 +406,38 @@ def perplexity(k: User):
     with torch.no_grad():
         losses = [F.cross_entropy(model(x), y) for x, y in k.batches()]
     return {"perplexity": math.exp(k.mean(torch.stack(losses).mean()))}
+
+
+def _rooted(k, mean):
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches(3):
+        k.step(manager, mean((model(x) - F.one_hot(y, CLASSES)).square()).sqrt())
+    return model
+
+
+@idiom
+def root_of_the_mean_converted(k: User):
+    """RMSE: `bmt.mean(squares).sqrt()`"""
+    return _rooted(k, k.mean_of)
+
+
+@idiom(verdicts="right said said", says="bmt.mean(values)")
+def root_of_the_mean_reduced(k: User):
+    """The same by `bmt.distributed.all_reduce(squares.mean(), "avg")`, with its gradient"""
+    return _rooted(
+        k, lambda squares: bmt.distributed.all_reduce(squares.mean(), "avg") if k.sharded else squares.mean()
+    )
+
+
+@idiom
+def root_of_the_mean_reduced_times_ranks(k: User):
+    """The same, the loss's gradient times the number of ranks"""
+
+    def mean(squares):
+        if not k.sharded:
+            return squares.mean()
+        reduced = bmt.distributed.all_reduce(squares.mean(), "avg")
+        return reduced.detach() + k.ranks * (reduced - reduced.detach())
+
+    return _rooted(k, mean)

@@ -469,6 +469,35 @@ def loose_parameters_in_one_optimizer(k: User):
 
 
 @idiom
+def loose_parameter_is_read(k: User):
+    """Its gradient after `loss.backward()`, printed, and clipped with the model's by torch"""
+    model, scale = k.net(), nn.Parameter(torch.zeros(1, device=k.device))
+    parameters, seen = [*model.parameters(), scale], []
+    manager = k.sgd(parameters)
+    for x, y in k.batches(3):
+        manager.zero_grad()
+        F.cross_entropy(model(x) * scale.exp(), y).backward()
+        seen.append(float(scale.grad))
+        seen.append(float(nn.utils.clip_grad_norm_(parameters, 0.1)))
+        manager.step()
+    return {"scale": scale, "seen": seen, "weights": k.weights(model)}
+
+
+@idiom(verdicts="right said said", says="add_optimizer")
+def loose_parameter_unmanaged(k: User):
+    """SAC's `log_alpha`, whose optimizer steps by itself"""
+    model, log_alpha = k.net(), torch.zeros(1, requires_grad=True, device=k.device)
+    manager, alpha = k.sgd(model), torch.optim.Adam([log_alpha], lr=0.01, eps=1e-4)
+    for x, y in k.batches():
+        out = model(x)
+        k.step(manager, F.cross_entropy(out, y))
+        alpha.zero_grad()
+        (log_alpha.exp() * (out.detach().square().mean() - 1.0)).backward()
+        alpha.step()
+    return {"alpha": log_alpha, "weights": k.weights(model)}
+
+
+@idiom
 def plain_model(k: User):
     """A model of plain torch beside the sharded one, with an optimizer of its own"""
     model = k.net()

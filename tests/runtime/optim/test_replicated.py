@@ -141,3 +141,50 @@ def test_one_rank_without_a_gradient() -> None:
         (p.sum() * 3).backward()
     manager.step()
     assert p.tolist() == [-1.5, -1.5]
+
+
+@on_ranks(2, 3)
+def test_a_plain_backward_through_a_model_gives_means() -> None:
+    torch.manual_seed(2)
+    policy, plain = bmt.BMTrainModelWrapper(Policy()), None
+    torch.manual_seed(2)
+    plain = Policy()
+    scale, late, codes = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(1), False), torch.ones(2).to(torch.int8)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD([*policy.parameters(), scale, late, nn.Parameter(codes, False)], lr=0.1))
+    gone = nn.Parameter(torch.ones(3))
+    manager.add_optimizer(torch.optim.SGD([gone], lr=0.1))
+    if bmt.rank() == 1:
+        manager.optimizers.pop()
+        del gone  # garbage is collected on one rank before the others
+    mine, whole = models.share(oracle.inputs(0)), oracle.inputs(0)
+    for factor in (1, 2):
+        late.requires_grad_(True)
+        (policy(mine) * scale * late).square().mean().backward()
+        theirs = [scale.detach().requires_grad_(), late.detach().requires_grad_()]
+        (plain(whole) * theirs[0] * theirs[1]).square().mean().backward()
+        for one, right in zip((scale, late), theirs, strict=True):
+            assert one.grad is not None and right.grad is not None
+            oracle.assert_close(one.grad, factor * right.grad, "a gradient", 1e-4)
+    norm = nn.utils.clip_grad_norm_([*policy.parameters(), scale, late], 0.01)
+    parts = [p.grad for p in (*plain.parameters(),)] + [2 * right.grad for right in theirs]
+    oracle.assert_close(norm, torch.cat([part.flatten() for part in parts if part is not None]).norm(), "norm", 1e-4)
+
+
+@on_ranks(2)
+def test_steps_on_what_nobody_averages_are_said_once() -> None:
+    policy = bmt.BMTrainModelWrapper(Policy())
+    alpha = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([alpha], lr=0.1)
+    with oracle.heard("this rank's samples alone") as said:
+        optimizer.step()  # nothing is stepped on yet
+        for step in range(2):
+            (alpha.exp() * policy(models.share(oracle.inputs(step))).detach().mean()).backward()
+            optimizer.step()
+    assert len(said) == (bmt.rank() == 0) and all("Adam" in one and "add_optimizer" in one for one in said)
+    with oracle.heard("this rank's samples alone") as said:
+        manager = bmt.optim.OptimManager()
+        manager.add_optimizer(optimizer)
+        alpha.grad = torch.ones(1)
+        manager.step()
+    assert not said

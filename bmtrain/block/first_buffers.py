@@ -1,0 +1,62 @@
+"""Whether the first steps have moved buffers otherwise on some ranks than on others."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..alike import differing_ranks
+from ..context import Context
+from ..shard.sharded_tensor import ShardedTensor
+from ..users_code import users_line
+
+_STEPS = 3
+"""At which optimizer step they are compared."""
+_MOST = 5  # names in a warning
+
+
+def buffers_of(roots: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Buffers that every rank has, by name.  Running statistics of norms, which become means, are left out."""
+    for root in roots:
+        for path, module in root.named_modules():
+            if not isinstance(module, _NormBase):
+                for name, buffer in module.named_buffers(recurse=False):
+                    if not isinstance(buffer, ShardedTensor) and buffer.layout == torch.strided:
+                        yield f"{type(root).__name__}.{path}{'.' if path else ''}{name}", buffer
+
+
+class FirstBuffers:
+    """Those of models that train, compared once: a forward may write into them what its samples have given."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx, self._steps, self._place = ctx, 0, ""
+        self._models: dict[int, weakref.ref[nn.Module]] = {}
+        self.wanted = ctx.topology.data_size > 1
+
+    def note(self, model: nn.Module) -> None:
+        """An outermost forward is about to train ``model``."""
+        self._models.setdefault(id(model), weakref.ref(model))
+        self._place = users_line()
+
+    def optimizer_stepped(self) -> None:
+        """Warn of buffers that differ.  Collective once."""
+        self._steps += 1
+        if not self.wanted or self._steps < _STEPS:
+            return
+        self.wanted = False
+        roots = [model for known in self._models.values() if (model := known()) is not None]
+        self._models = {}
+        found = differing_ranks(self._ctx, {name: (b, ("replicate", "shard")) for name, b in buffers_of(roots)})
+        if found and self._ctx.rank == 0:
+            more = " ..." if len(found) > _MOST else ""
+            warnings.warn(
+                f"Ranks have come to different buffers ({self._place}): {', '.join([*found][:_MOST])}{more}. Forwards "
+                "have written into them what each rank's own samples gave; a checkpoint holds rank 0's. Write what all "
+                "of them gave: bmt.distributed.all_reduce(value, 'avg'), or 'sum'.",
+                stacklevel=2,
+            )
