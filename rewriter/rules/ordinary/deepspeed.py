@@ -111,7 +111,19 @@ class _Uses:
                     self._optimizer_used(parent)
                 if not isinstance(parent, ast.Attribute):
                     yield from self._name(node, self.project.external(self.file, node))
+        self._unseen()
         yield from self._imports()
+
+    def _unseen(self) -> None:
+        """Refuses what looks like the engine, under a name that is not known to hold it."""
+        for call in self.file.calls:
+            if isinstance(call.func, ast.Attribute) and not self.held.is_held("engine", self.file, call.func.value):
+                owner = self.facts.scripts.roles[self.file].var(call.func.value)
+                loss = owner is not None and owner in self.facts.scripts.roles[self.file].losses
+                given = call.func.attr == "backward" and call.args and not loss
+                if given or call.func.attr == "is_gradient_accumulation_boundary":
+                    code = self.file.source.code(call.func.value)
+                    self.refuse(call, f"{code} may be the engine, and how it gets here is not seen: hand it on by name")
 
     # What the engine was told -----------------------------------------------------
 

@@ -1,8 +1,8 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms, losses that are sums over the batch or compare its items with each
-other are reported.
+script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, or compare its items
+with each other are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
