@@ -64,7 +64,7 @@ def plan_paths(
         outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, {}, tell)
         files = [outcome for outcome in outcomes if isinstance(outcome, File)]
         first: dict[Path, Original] = {}
-        if any(b"accelerat" in file.source.data for file in files):
+        if any(hint in file.source.data for file in files for hint in (b"accelerat", b"deepspeed")):
             first, refused = _first(files, facts, options, refused)
         if first:
             outcomes, facts = _read(paths, options, list(roots), derived, contents or {}, first, tell)

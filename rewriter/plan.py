@@ -122,11 +122,20 @@ def make_first_plans(
     for file in files:
         reasons[file] = [*refused.get(file.path, ()), *reasons[file]]
     stay = {f for f in files if reasons[f] or _file_stays(f)}
-    groups = facts.programs_with_accelerators
+    groups = [*facts.programs_with_accelerators.items(), *facts.programs_with_deepspeed.items()]
+    for program, group in groups if not facts.project.partial else ():
+        for other in sorted(group - set(files), key=lambda file: file.place):
+            if program in found and any(True for rule in FIRST for _ in rule.find(other, facts)):
+                message = f"{other.path} takes part in this training, and is not converted with it: name both"
+                reasons[program].append(Refusal(FIRST[0].code, 1, message))
+                stay.add(program)
     for _ in groups:
-        stay |= {file for group in groups.values() if group & stay for file in group}
-    holders = set(groups).union(*(known.holders() for known in facts.accelerators.values()))
-    for program, group in groups.items():
+        stay |= {file for _, group in groups if group & stay for file in group}
+    stay &= set(files)
+    holders = {program for program, _ in groups}
+    holders.update(*(known.holders() for known in facts.accelerators.values()))
+    holders.update(*(known.holders() for known in facts.deepspeeds.values()))
+    for program, group in groups:
         # Not what a package's entry reaches at some depth: a library has trainers that its programs need not run.
         near = group & holders & facts.project.imported(program)
         first = next((file for file in files if file in near and reasons[file]), None)

@@ -18,6 +18,7 @@ from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
 from rewriter.analyze.training.decisions import Decisions
+from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.read_back import ReadBack
@@ -67,6 +68,16 @@ class Facts:
     def accelerators(self) -> dict[frozenset[File], Accelerators]:
         """What is known of the Accelerator of each set of such files."""
         return {files: Accelerators(files, self.scripts) for files in self.programs_with_accelerators.values()}
+
+    @cached_property
+    def programs_with_deepspeed(self) -> dict[File, frozenset[File]]:
+        """For every program that makes a DeepSpeed engine, its files that know it."""
+        return scripts_with_deepspeed(self.scripts)
+
+    @cached_property
+    def deepspeeds(self) -> dict[frozenset[File], DeepSpeeds]:
+        """What is known of the engine of each set of such files."""
+        return {files: DeepSpeeds(files, self.scripts) for files in self.programs_with_deepspeed.values()}
 
     @cached_property
     def decisions(self) -> Decisions:

@@ -1,4 +1,4 @@
-"""Scripts for DeepSpeed stay as they are, and are told line by line what an ordinary loop has there."""
+"""Scripts for DeepSpeed that stay as they are are told line by line what an ordinary loop has there."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ for step, x in enumerate(batches):
     engine.backward(loss)
     engine.step()
 engine.save_checkpoint("out")
+print(engine.get_global_grad_norm())
 """
 STEP = "if (step + 1) % 2 == 0: torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.5); optimizer.step(); "
 

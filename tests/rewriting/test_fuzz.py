@@ -160,7 +160,7 @@ def check(text: str, options: Options) -> None:
     result = apply_plan(file, plan)
     if not compiles(text.encode()):
         return  # what compiles only in part (a return outside a function) is converted as far as it parses
-    if "accelerat" in text:  # an ordinary script first, so that its lines are not those of the plan
+    if "accelerat" in text or "deepspeed" in text:  # an ordinary script first: its lines are other ones
         result = convert_text(text, options)
         assert not result.error, result.error
         assert compiles(result.after) and convert_text(result.after.decode(), options).after == result.after

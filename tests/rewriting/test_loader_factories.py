@@ -199,3 +199,13 @@ def test_a_word_that_is_given_by_default() -> None:
     between = THROUGH.replace("get(flag)", 'get(flag="train")')
     text = HANDED_ON.format(between=between, train="get()", val='get("val")', test='get("test")')
     assert "if flag == 'train' else" in converted(text)
+
+
+def test_a_long_chain_of_calls_is_followed_no_further_than_python_goes() -> None:
+    links = "".join(f"    def f{n}(self, x):\n        x.f{n + 1}(x)\n\n" for n in range(400))
+    text = f"import torch\nfrom torch.utils.data import DataLoader\n\n\nclass Links:\n{links}\n" + (
+        "model = torch.nn.Linear(1, 1)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "loader = DataLoader(data, batch_size=8)\nfor x in loader:\n    thing.f0(x)\n"
+        "    model(x).mean().backward()\n    optimizer.step()\n"
+    )
+    assert "bmt.shard_loader(" in converted(text)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.deepspeed_config import Config, as_code, enabled, number, read_config, section
 
 _OPTIMIZERS = {"Adam": "AdamW", "AdamW": "AdamW", "SGD": "SGD", "Adagrad": "Adagrad"}
 _TORCH_NAMES = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad"}
-_CONFIGS = {"config", "config_params"}
 _UNREAD = {"gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "gradient_clipping"}
 
 
@@ -22,7 +20,7 @@ def deepspeed_lines(file: File, project: Project) -> Iterator[tuple[int, str]]:
     made = [call for call in file.calls if project.external(file, call.func) == "deepspeed.initialize"]
     for call in made:
         yield call.lineno, "; ".join(_set_up(file, call))
-    engines = {name: _config(file, call) for call in made if (name := _part(file, call, 0))}
+    engines = {name: read_config(file, call) for call in made if (name := _part(file, call, 0))}
     parts = {name: call for call in made if (name := _part(file, call, 0))}
     for used in file.calls:
         if isinstance(used.func, ast.Attribute) and (name := dotted(used.func.value) or "") in engines:
@@ -33,29 +31,29 @@ def deepspeed_lines(file: File, project: Project) -> Iterator[tuple[int, str]]:
 
 def _set_up(file: File, call: ast.Call) -> Iterator[str]:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
-    config = _config(file, call)
+    config = read_config(file, call)
     engine, model = _part(file, call, 0) or "engine", _model(file, call)
     yield f"instead of deepspeed.initialize(...): {engine} = {model}"
     if config is None:
         yield "its configuration is not read, so that the numbers below are to be put in"
     if "optimizer" not in given:
         yield f"{_part(file, call, 1) or 'optimizer'} = {_optimizer(config, engine)}"
-    micro, steps = _number(config, "train_micro_batch_size_per_gpu"), _accumulation(config)
-    size = _number(config, "train_batch_size")
+    micro, steps = number(config, "train_micro_batch_size_per_gpu"), _accumulation(config)
+    size = number(config, "train_batch_size")
     if size is None and micro is not None and config is not None:
         accumulated = f", {steps} batches for each step" if steps != "1" else ""
         yield f"a DataLoader whose batch_size is {micro} * the number of GPUs{accumulated}"
     elif size is not None:
         yield f"a DataLoader whose batch_size is {size}" + (f" // {steps}" if steps != "1" else "")
-    if _enabled(config, "bf16"):
+    if enabled(config, "bf16"):
         yield 'with torch.autocast("cuda", dtype=torch.bfloat16): around the forward'
-    if _enabled(config, "fp16"):
+    if enabled(config, "fp16"):
         yield 'with torch.autocast("cuda", dtype=torch.float16): around the forward, and torch.amp.GradScaler("cuda")'
-    if scheduler := _section(config, "scheduler"):
+    if scheduler := section(config, "scheduler"):
         yield f"a torch.optim.lr_scheduler for {scheduler.get('type', 'its scheduler')}"
 
 
-def _used(file: File, call: ast.Call, config: Mapping[str, Any] | None, made: ast.Call) -> str:
+def _used(file: File, call: ast.Call, config: Config | None, made: ast.Call) -> str:
     assert isinstance(call.func, ast.Attribute)
     engine, steps = dotted(call.func.value) or "engine", _accumulation(config)
     given = [file.source.code(argument) for argument in call.args]
@@ -79,7 +77,7 @@ def _used(file: File, call: ast.Call, config: Mapping[str, Any] | None, made: as
     return ""
 
 
-def _step(file: File, engine: str, steps: str, config: Mapping[str, Any] | None, made: ast.Call) -> str:
+def _step(file: File, engine: str, steps: str, config: Config | None, made: ast.Call) -> str:
     given = {keyword.arg: keyword.value for keyword in made.keywords}
     own = given.get("optimizer")
     optimizer = _part(file, made, 1) or (file.source.code(own) if own is not None else "optimizer")
@@ -87,7 +85,7 @@ def _step(file: File, engine: str, steps: str, config: Mapping[str, Any] | None,
     lines = [f"torch.nn.utils.clip_grad_norm_({engine}.parameters(), {clipping})"] if clipping else []
     lines += [f"{optimizer}.step()", f"{optimizer}.zero_grad()"]
     scheduler = given.get("lr_scheduler")
-    if scheduler is not None or _section(config, "scheduler"):
+    if scheduler is not None or section(config, "scheduler"):
         lines.append(f"{_part(file, made, 3) or 'scheduler'}.step()")
     text = "; ".join(lines)
     return text if steps == "1" else f"if (step + 1) % {steps} == 0: {text}"
@@ -110,65 +108,21 @@ def _model(file: File, call: ast.Call) -> str:
     return file.source.code(value) if value is not None else "model"
 
 
-def _optimizer(config: Mapping[str, Any] | None, model: str) -> str:
-    section = _section(config, "optimizer")
-    told = _section(section, "params")
-    kind = _OPTIMIZERS.get(str(section.get("type")), "...")
+def _optimizer(config: Config | None, model: str) -> str:
+    named = section(config, "optimizer")
+    told = section(named, "params")
+    kind = _OPTIMIZERS.get(str(named.get("type")), "...")
     if kind == "AdamW" and told.get("adam_w_mode") is False:
         kind = "Adam"
     numbers = {name: value for name, value in told.items() if name in _TORCH_NAMES and value != "auto"}
     numbers |= {"weight_decay": 0.0} if kind == "AdamW" and "weight_decay" not in numbers else {}  # DeepSpeed's own
-    listed = [f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in numbers.items()]
+    listed = [f"{name}={as_code(value)}" for name, value in numbers.items()]
     return (
         f"torch.optim.{kind}({', '.join([f'{model}.parameters()', *([] if 'lr' in numbers else ['lr=...']), *listed])})"
     )
 
 
-def _accumulation(config: Mapping[str, Any] | None) -> str:
+def _accumulation(config: Config | None) -> str:
     if config is None:
         return _UNREAD["gradient_accumulation_steps"]
-    return _number(config, "gradient_accumulation_steps") or "1"
-
-
-def _number(config: Mapping[str, Any] | None, name: str) -> str | None:
-    value = config.get(name) if config is not None else None
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def _enabled(config: Mapping[str, Any] | None, name: str) -> bool:
-    return bool(_section(config, name).get("enabled"))
-
-
-def _section(config: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
-    section = config.get(name) if config is not None else None
-    return section if isinstance(section, dict) else {}
-
-
-def _config(file: File, call: ast.Call) -> Mapping[str, Any] | None:
-    """The configuration, if it is a dict of constants in the script or a file of the project."""
-    value = next((keyword.value for keyword in call.keywords if keyword.arg in _CONFIGS), None)
-    for _ in range(2):
-        if isinstance(value, ast.Name):
-            found = file.names.lookup(value.id, file.names.scope_of(call))
-            given = [file.names.parents.get(binding.node) for binding in found[1]] if found is not None else []
-            value = given[0].value if len(given) == 1 and isinstance(given[0], ast.Assign) else None
-    if value is None:
-        return None
-    match value:
-        case ast.Constant(value=str() as path):
-            return _read(file, path)
-        case ast.Call(args=[ast.Call(args=[ast.Constant(value=str() as path), *_])]):  # json.load(open(path))
-            return _read(file, path)
-    try:
-        read = ast.literal_eval(value)
-    except ValueError:
-        return None
-    return read if isinstance(read, dict) else None
-
-
-def _read(file: File, path: str) -> Mapping[str, Any] | None:
-    try:
-        read = json.loads((file.path.parent / path).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return read if isinstance(read, dict) else None
+    return number(config, "gradient_accumulation_steps") or "1"

@@ -15,6 +15,8 @@ _PASSED_ON = {
 }  # fmt: skip
 _ENDLESS = ("cycle", "infinite", "inf_", "endless", "shard_loader")
 _DEEP = 8
+_CALLS = 100
+"""Through how many functions, each called by the one before, a backward is looked for."""
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -51,6 +53,7 @@ class Feeds:
         self.collectives = collectives
         self.project = collectives.project
         self._steps: dict[ast.AST, str] = {}
+        self._within = 0
         self._by_name: dict[File, dict[str, list[ast.expr]]] = {}
 
     def of(self, file: File, loader: ast.expr) -> Feed:
@@ -289,13 +292,17 @@ class Feeds:
 
     def steps(self, function: FunctionInfo) -> str:
         """``trains`` if a function, or one that it calls, calls backward; ``maybe`` if it does so under a test."""
+        if function.node not in self._steps and self._within >= _CALLS:
+            return "maybe"  # too far to follow
         if function.node not in self._steps:
             self._steps[function.node] = ""
+            self._within += 1
             kinds = set()
             for item in (item for statement in function.node.body for item in walk_own(statement)):
                 kind = self.kind(function.file, item)
                 under = kind and self._under_test(function.file, item, function.node.body)
                 kinds.add("maybe" if under else kind)
+            self._within -= 1
             self._steps[function.node] = "trains" if "trains" in kinds else "maybe" if "maybe" in kinds else ""
         return self._steps[function.node]
 

@@ -98,6 +98,17 @@ class Scripts:
             for source in self.sums(file).divided(call.func.value)
         }
 
+    def adding_items(self, file: File) -> list[ast.Call]:
+        """The backward calls of losses that add up what may be the items of a rank's share of the batch."""
+        return [
+            call
+            for call in file.calls
+            if isinstance(call.func, ast.Attribute)
+            and call.func.attr == "backward"
+            and self.over_shares(file, call)
+            and self.sums(file).may_add_items(call.func.value)
+        ]
+
     def over_shares(self, file: File, node: ast.AST) -> bool:
         """Whether a node stands in a loop that trains on a rank's share of each batch."""
         drawn = self._drawn(file)

@@ -131,9 +131,7 @@ class Kinds:
             for item in walk(node.target) if isinstance(node, ast.For) else ():
                 if isinstance(item, ast.Name) and isinstance(node, ast.For):
                     self.made.setdefault(item.id, []).append((node.iter, _SOME))
-        self.added = {
-            n.target.id for n in self.nodes if isinstance(n, ast.AugAssign) and isinstance(n.target, ast.Name)
-        }
+        self.added, self.of_items = self._added_anew()
         self.grown = self._growing()
         for name in {
             target.id for parts in self.grown.values() for target, _, _ in parts if isinstance(target, ast.Name)
@@ -148,6 +146,44 @@ class Kinds:
             for name, values in self.made.items():
                 if any(self.of_batch(value) and not self._is_drawn(value, part) for value, part in values):
                     self.batch.add(name)
+        self.of_items = {name for name in self.of_items if any(self._per_item(node) for node, _ in self._growth[name])}
+        self.batch |= self.of_items
+
+    @cached_property
+    def _growth(self) -> dict[str, list[tuple[ast.AST, ast.expr]]]:
+        """By name, where what is added to it: ``n += x``, ``x.append(y)``, ``x["a"] = y``."""
+        found: dict[str, list[tuple[ast.AST, ast.expr]]] = {}
+        for node in self.nodes:
+            match node:
+                case ast.AugAssign(target=ast.Name(id=name), value=value):
+                    found.setdefault(name, []).append((node, value))
+                case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="append"), args=[value]):
+                    found.setdefault(name, []).append((node, value))
+                case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=name), slice=ast.Constant())], value=value):
+                    found.setdefault(name, []).append((node, value))
+        return found
+
+    def _added_anew(self) -> tuple[set[str], set[str]]:
+        """The names that the loop's passes add to, and those that each pass makes anew before it adds to them."""
+        added, anew = set[str](), set[str]()
+        for name, growth in self._growth.items():
+            if all(self._is_made_before(name, node) for node, _ in growth):
+                anew.add(name)
+                self.made[name] += [(value, None) for _, value in growth]
+            else:
+                added |= {name} if any(isinstance(node, ast.AugAssign) for node, _ in growth) else set()
+        return added, anew
+
+    def _is_made_before(self, name: str, node: ast.AST) -> bool:
+        """Whether a pass of the loop gives a name a value, whatever is tested, before it comes to a node."""
+        around = {node, *self.file.names.ancestors(node)}
+        for value, _ in self.made.get(name, ()):
+            statement = self.file.names.statement_of(value)
+            block = self.file.names.siblings(statement)
+            behind = block[block.index(statement) + 1 :] if statement in block else []
+            if isinstance(statement, (ast.Assign, ast.AnnAssign)) and any(item in around for item in behind):
+                return True
+        return False
 
     def _growing(self) -> dict[ast.Assign, list[Grown]]:
         """The assignments that add to what a variable holds, and those under a test that give it the first."""
@@ -565,7 +601,11 @@ class Kinds:
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
+                if name in self.of_items:
+                    return "unknown"
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
+                if name in self._growth and len(kinds) > 1:
+                    kinds -= {""}  # what it is before anything is added
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
                 if any(self._is_crossed(value) for value, part in self.made[name] if part is None):

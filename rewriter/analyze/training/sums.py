@@ -6,12 +6,16 @@ import ast
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, names_in, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.roles import Roles, Var
 
-_VIEWS = {"float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu", "item", "cuda", "div", "mul"}
+_VIEWS = {
+    "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu", "item", "cuda", "div", "mul",
+    "view", "reshape", "unsqueeze", "flatten",
+}  # fmt: skip
 _DEEP = 10
+_COLLECTS = {"stack", "cat", "concat", "hstack", "tensor", "list", "tuple", "as_tensor"}
 
 
 class Sums:
@@ -40,8 +44,12 @@ class Sums:
         found = self._kind(self.file, node, None, 0, set())
         return found if found in {"sum", "mean"} else ""
 
+    def may_add_items(self, node: ast.expr) -> bool:
+        """Whether a loss adds up what may be the items of the batch, or one of its terms does."""
+        return self._kind(self.file, node, None, 0, set()) == "items"
+
     def _kind(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
-        """``sum``, ``mean``, ``same`` for what does not depend on the batch, else empty."""
+        """``sum``, ``mean``, ``items`` for what may be a sum, ``same`` for what no batch is in, else empty."""
         if deep > _DEEP:
             return ""
 
@@ -55,6 +63,8 @@ class Sums:
                 return self._variable(file, node, part, deep, sources)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int(index))) if index >= 0:
                 return self._variable(file, value, index, deep, sources)
+            case ast.Subscript(value=ast.Call() as value, slice=ast.Constant(value=int(index))) if index >= 0:
+                return self._call(file, value, index, deep, sources)
             case ast.UnaryOp(operand=value):
                 return kind(value)
             case ast.Tuple(elts=elts):
@@ -78,19 +88,80 @@ class Sums:
         if variable is None:
             return ""
         kinds: set[str] = set()
+        divided = False
         for other, value, statement, is_part in roles.assignments:
             if other == variable:
+                if (again := _changed(roles, value, variable)) is not None and not is_part:
+                    divided = divided or again is value
+                    kinds |= {self._added(file, again, deep, sources)} if again is not value else set()
+                    continue
                 place = _place(roles, statement, variable) if is_part else part
                 if is_part and part is not None:
                     return ""
                 kinds.add("" if is_part and place is None else self._kind(file, value, place, deep + 1, sources))
         for item in file.nodes:
             if isinstance(item, ast.AugAssign) and roles.var(item.target) == variable:
-                kinds.add(self._kind(file, item.value, None, deep + 1, sources))
+                if isinstance(item.op, ast.Div) and (is_size(item.value) or self._names_size(file, item.value)):
+                    divided = True
+                elif not (isinstance(item.op, (ast.Div, ast.Mult)) and isinstance(item.value, ast.Constant)):
+                    kinds.add(self._added(file, item.value, deep, sources))
+        if "items" in kinds or (divided and kinds - {"same"} == {"sum"}):
+            return "mean" if divided else "items"
         if not kinds:
             return "same" if "." in variable[1] or roles.is_argument(variable) else ""
         kinds -= {"same"} if len(kinds) > 1 else set()
         return kinds.pop() if len(kinds) == 1 else ""
+
+    def _added(self, file: File, value: ast.expr, deep: int, sources: set[ast.Call]) -> str:
+        """What is added to a loss: ``items`` in a loop that may go through the items of the batch."""
+        kind = self._kind(file, value, None, deep + 1, sources)
+        batch = _batches(file, value)
+        loops = [p.iter for p in _around(file, value) if isinstance(p, ast.For) and _outer(file, p)]
+        return "items" if kind != "same" and any(_over_items(loop, batch) for loop in loops) else kind
+
+    def _elements(self, file: File, node: ast.expr, deep: int, sources: set[ast.Call]) -> str | None:
+        """What each value in ``[a, b]``, ``torch.stack(x)``, ``x.values()`` is; None for what is no collection."""
+        roles = self.all_roles[file]
+        if deep > _DEEP:
+            return None
+        match node:
+            case ast.List(elts=elts) | ast.Tuple(elts=elts) | ast.Dict(values=elts) if elts:
+                kinds = {self._kind(file, item, None, deep + 1, sources) for item in elts}
+                kinds -= {"same"} if len(kinds) > 1 else set()
+                return "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
+            case ast.ListComp(elt=elt, generators=made) | ast.GeneratorExp(elt=elt, generators=made):
+                batch = _batches(file, node)
+                if any(_over_items(generator.iter, batch) for generator in made):
+                    return "items"
+                return self._kind(file, elt, None, deep + 1, sources)
+            case ast.Call(func=ast.Attribute(value=inner, attr="values"), args=[]):
+                return self._elements(file, inner, deep + 1, sources)
+            case ast.Call(func=func, args=[inner, *_]) if (dotted(func) or "").split(".")[-1] in _COLLECTS:
+                return self._elements(file, inner, deep + 1, sources)
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                found = [self._elements(file, side, deep + 1, sources) for side in (left, right)]
+                known = [kind for kind in found if kind not in {None, "same"}]
+                return known[0] if len(known) == 1 else "same" if "same" in found and not known else None
+            case ast.Name():
+                variable = roles.var(node)
+                kinds = set()
+                for other, value, _, part in roles.assignments:
+                    if other == variable and not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
+                        held = None if part else self._elements(file, value, deep + 1, sources)
+                        if held is None:
+                            return None
+                        kinds.add(held)
+                for item in file.nodes:
+                    match item:
+                        case ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[value]):
+                            if roles.var(holder) == variable:
+                                kinds.add(self._added(file, value, deep, sources))
+                        case ast.Assign(targets=[ast.Subscript(value=holder)], value=value):
+                            if roles.var(holder) == variable:
+                                kinds.add(self._added(file, value, deep, sources))
+                kinds -= {"same"} if len(kinds) > 1 else set()
+                return None if not kinds else "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
+        return None
 
     def _call(self, file: File, node: ast.Call, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         name = self.project.external(file, node.func)
@@ -109,8 +180,12 @@ class Sums:
             method = isinstance(node.func, ast.Attribute) and not name
             whole = len(given) == (0 if method else 1) and not node.keywords
             if name == "" and not method:
-                return ""
+                held = self._elements(file, given[0], deep, sources) if len(given) == 1 else None
+                return held or ""
             inner = node.func.value if method and isinstance(node.func, ast.Attribute) else given[0] if given else node
+            held = self._elements(file, inner, deep, sources) if whole and isinstance(inner, ast.expr) else None
+            if held is not None:
+                return "mean" if last == "mean" and held == "items" else held or ("items" if last == "sum" else "")
             if whole and isinstance(inner, ast.expr):
                 known = self._kind(file, inner, None, deep + 1, set())
                 found = known if known in {"sum", "mean"} and inner is not node else last
@@ -186,6 +261,54 @@ def _place(roles: Roles, statement: ast.stmt, variable: Var) -> int | None:
     return None
 
 
+def _changed(roles: Roles, value: ast.expr, variable: Var) -> ast.expr | None:
+    """What ``loss = loss + x`` adds, or the value itself where a size divides it; None for another value."""
+    match value:
+        case ast.BinOp(left=left, op=ast.Add(), right=right) if roles.var(left) == variable:
+            return right
+        case ast.BinOp(left=left, op=ast.Add(), right=right) if roles.var(right) == variable:
+            return left
+        case ast.BinOp(left=left, op=ast.Div(), right=right) if roles.var(left) == variable and is_size(right):
+            return value
+    return None
+
+
+def _around(file: File, node: ast.AST) -> list[ast.AST]:
+    """What stands around a node in its function."""
+    found: list[ast.AST] = []
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            break
+        found.append(parent)
+    return found
+
+
+def _outer(file: File, loop: ast.For) -> bool:
+    return any(isinstance(parent, (ast.For, ast.While)) for parent in _around(file, loop))
+
+
+def _batches(file: File, node: ast.AST) -> set[str]:
+    """The names that the loops around a node take out of what they go through, but for the innermost one's."""
+    loops = [parent for parent in _around(file, node) if isinstance(parent, ast.For)]
+    named = [loop for loop in loops if not (isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "range")]
+    return {name for loop in named for name in names_in(loop.target)}
+
+
+def _over_items(iterated: ast.expr, batch: set[str]) -> bool:
+    """Whether a loop may go through the items of a batch: ``zip(out, y)``, ``range(len(x))``, ``x``."""
+    if isinstance(iterated, ast.Call) and isinstance(iterated.func, ast.Name):
+        if iterated.func.id == "range" and iterated.args:
+            last = iterated.args[min(1, len(iterated.args) - 1)]
+            return is_size(last) and bool(names_in(last) & batch)
+        if iterated.func.id in {"zip", "enumerate", "tqdm", "reversed"}:
+            return any(_over_items(item, batch) for item in iterated.args)
+    return isinstance(iterated, ast.Name) and iterated.id in batch
+
+
+def _is_empty(value: ast.List | ast.Dict) -> bool:
+    return not (value.elts if isinstance(value, ast.List) else value.values)
+
+
 def _reduction(call: ast.Call) -> str:
     """How a loss function of torch reduces."""
     given = {keyword.arg: getattr(keyword.value, "value", None) for keyword in call.keywords}
@@ -206,11 +329,13 @@ def is_size(node: ast.expr) -> bool:
 
 
 def _joined(left: str, right: str, op: ast.operator, by_size: bool) -> str:
+    if "items" in {left, right} and isinstance(op, (ast.Add, ast.Sub)):
+        return "items"
     if isinstance(op, (ast.Add, ast.Sub)):
         kinds = {left, right} - {"same"} if "same" in {left, right} and left != right else {left, right}
         return kinds.pop() if len(kinds) == 1 else ""
     if isinstance(op, ast.Mult):
         return right if left == "same" else left if right == "same" else ""
     if isinstance(op, ast.Div):
-        return "mean" if by_size and left == "sum" else left if right == "same" else ""
+        return "mean" if by_size and left in {"sum", "items"} else left if right == "same" else ""
     return ""

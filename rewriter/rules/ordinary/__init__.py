@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from rewriter.rules.ordinary import accelerate
+from rewriter.rules.ordinary import accelerate, deepspeed
 
-RULES = (accelerate.RULE,)
+RULES = (accelerate.RULE, deepspeed.RULE)

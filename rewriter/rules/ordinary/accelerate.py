@@ -42,6 +42,7 @@ from rewriter.changes import (
     wrap,
 )
 from rewriter.rules.imports import imports
+from rewriter.rules.quoted import quoted
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal
 
@@ -295,7 +296,7 @@ class _Uses:
         """Other code in the place of a node, with the imports that it needs."""
         named = ("torch", "os", "itertools", "contextlib", "logging")
         yield from imports(self.file, *(module for module in named if f"{module}." in text))
-        yield replace(node, text, **holes)
+        yield replace(node, quoted(self.file, node, text), **holes)
 
     def _distributed_type(self, node: ast.Attribute) -> Iterator[Change]:
         if any(self.project.external(self.file, n) == "accelerate.DistributedType" for n in self._names_of_module()):

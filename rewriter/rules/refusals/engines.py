@@ -1,7 +1,7 @@
 """Scripts written for another engine are left alone.
 
-What: a script that uses Lightning, Fabric, the transformers Trainer, DeepSpeed, Megatron, FSDP, Horovod, Colossal-AI,
-apex.amp, Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst, or accelerate in ways that are not
+What: a script that uses Lightning, Fabric, the transformers Trainer, Megatron, FSDP, Horovod, Colossal-AI, apex.amp,
+Ignite, mmengine, fastai, skorch, TRL, Composer, Detectron2 or Catalyst, or accelerate or DeepSpeed in ways that are not
 understood, is recognised and reported, with the reasons or the lines that an ordinary loop has instead (for DeepSpeed,
 line by line, with the numbers of a configuration that is a dict in the script or a json file beside it); nothing in it,
 nor in files that only it uses, is changed. Where a library file holds such a trainer beside models that it does not
@@ -91,9 +91,11 @@ _HINTS = (
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file.path in facts.refused:
-        for reason in facts.refused[file.path]:
-            yield Refusal(RULE.code, reason.line, f"the script is written for accelerate and stays: {reason.message}")
+    reasons = list(facts.refused.get(file.path, ()))
+    if reasons and not any(_engine(facts.project.external(file, call.func)) == "DeepSpeed" for call in file.calls):
+        known = any(file in held.holders() for held in facts.deepspeeds.values())
+        stays = f"the script is written for {'DeepSpeed' if known else 'accelerate'} and stays: "
+        yield from (Refusal(RULE.code, reason.line, f"{stays}{reason.message}") for reason in reasons)
         return
     if not any(hint in file.source.data for hint in _HINTS):
         return
@@ -107,10 +109,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         message = f"the script is written for {engine}; bmtrain needs an ordinary torch loop, so it stays as it is"
         part = _definition(file, node)
         if part is None or file in facts.scripts.entries or _makes_a_model(file, facts, part):
+            if reasons and engine == "DeepSpeed":
+                first, *reasons = reasons
+                at = "" if first.line == getattr(node, "lineno", 1) else f" (line {first.line})"
+                message = f"the script is written for {engine} and stays: {first.message}{at}"
             exact = list(deepspeed_lines(file, facts.project)) if engine == "DeepSpeed" else []
             lines = exact[0][1] if exact else _ORDINARY.get(engine)
             yield Refusal(RULE.code, getattr(node, "lineno", 1), f"{message}; {lines}" if lines else message)
-            yield from (Refusal(RULE.code, line, f"for an ordinary torch loop, {text}") for line, text in exact[1:])
+            yield from (Refusal(RULE.code, r.line, f"it also stays for this: {r.message}") for r in reasons)
+            yield from _lines_of(file, node, exact[1:])
             return
         parts.setdefault(part, engine)
     for part, engine in parts.items():
@@ -118,6 +125,14 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         message = f"{name} is written for {engine}, so it stays as it is; its models need an ordinary torch loop"
         end = part.end_lineno or part.lineno
         yield Refusal(RULE.code, part.lineno, message, spared=_MODELS, end=end)
+
+
+def _lines_of(file: File, node: ast.AST, exact: list[tuple[int, str]]) -> Iterator[Finding]:
+    """What to write line by line, behind the reason, which stands where the engine is made."""
+    first = getattr(node, "lineno", 1)
+    for line, text in exact:
+        at = f" in line {line}" if line < first else ""
+        yield Refusal(RULE.code, max(line, first), f"for an ordinary torch loop, {' '.join(text.split())}{at}")
 
 
 def _uses(file: File, facts: Facts) -> Iterator[tuple[ast.AST, str]]:

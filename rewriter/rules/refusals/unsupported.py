@@ -1,8 +1,8 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms, losses that are sums over the batch, compare its items with each other
-or take a root or a norm of its mean, and hooks that clamp gradients are reported.
+script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
+each other or take a root or a norm of its mean, and hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -101,6 +101,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             compared.add(call.lineno)
+    for call in facts.scripts.adding_items(file):
+        message = (
+            "the loss adds up what may be the items of the batch, of which a rank has a share: if it does, times "
+            "bmt.world_size() it is the script's; a mean of them is the same on any number of ranks"
+        )
+        yield Remark(RULE.code, call.lineno, message, differs=True)
     for line in sorted(counted):
         message = (
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "

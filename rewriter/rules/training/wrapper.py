@@ -21,6 +21,7 @@ from rewriter.analyze.read.classes import external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.completed import completing, is_adapted
+from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import DATA_PARALLEL
 from rewriter.changes import insert_behind, wrap
 from rewriter.rules.rule import Example, Rule
@@ -53,8 +54,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     yield from _parts(file, facts)
     yield from _inside(file, facts)
     wrapped = set[ast.stmt]()
+    also: dict[Var, set[str]] = {}
+    for variable, value, _, part in reversed(roles.assignments):  # engine = net; engine.parameters()
+        same = roles.var(value) if not part and isinstance(value, (ast.Name, ast.Attribute)) else None
+        if same is not None:
+            also.setdefault(same, set()).update(roles.methods_called.get(variable, set()), also.get(variable, set()))
     for variable, value, statement, part in roles.assignments:
-        trained = roles.methods_called.get(variable, set()) & _TRAINED
+        trained = (roles.methods_called.get(variable, set()) | also.get(variable, set())) & _TRAINED
         if part or not trained or variable not in roles.models or not roles.steps:
             continue
         owner = file.names.class_of(statement)
