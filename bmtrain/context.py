@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -130,7 +130,7 @@ class Context:
     """Whether free memory is spent to save time, and up to how many GiB."""
     save_param_to_cpu: bool = True
     """Whether state dicts are copies on the CPU; else they are on ``device``."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
     writer: BackgroundWriter | None = None
@@ -266,7 +266,7 @@ def init_distributed(
     gradients: Gradients = "mean",
     memory: MemoryUse | float = "auto",
     shard_size: int | None = None,
-    **old: Any,
+    **old: object,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
 
@@ -490,7 +490,7 @@ def _integer(env: os._Environ[str], name: str, default: int) -> int:
         raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be an integer.") from None
 
 
-def _warn_of_old(old: dict[str, Any]) -> None:
+def _warn_of_old(old: dict[str, object]) -> None:
     known = {
         "zero_level": "give zero_level to each bmt.Block instead",
         "loss_scale_factor": "give it to bmt.optim.OptimManager",

@@ -336,10 +336,12 @@ class _Once:
     def parts(self) -> dict[str, Any]:
         """As ``shard.in_parts`` says."""
         if self._parts is None:
-            self._parts = self._of.parts()
+            self._parts = found = self._of.parts()
             driven = enumerate(getattr(self._of, "optimizers", ()))
             for number, one in ((n, self.known[id(o)]) for n, o in driven if id(o) in self.known):
-                self._parts["optimizers"][number] = one.parts()
+                optimizers = found["optimizers"]
+                assert isinstance(optimizers, list)
+                optimizers[number] = one.parts()
         return self._parts
 
     def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:

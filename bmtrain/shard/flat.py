@@ -62,7 +62,7 @@ class Unit(Protocol):
     def release_prefetched(self) -> None:
         """Give up values that were gathered ahead of their use."""
 
-    def copy_into(self, memo: dict[int, Any]) -> Unit:
+    def copy_into(self, memo: dict[int, object]) -> Unit:
         """A copy with its own shards; ``memo`` maps the old parameters to the new."""
 
 
@@ -134,7 +134,7 @@ class FlatShard:
         arena.tensor.zero_()
         return arena
 
-    def copy_for(self, unit: Unit, memo: dict[int, Any]) -> FlatShard:
+    def copy_for(self, unit: Unit, memo: dict[int, object]) -> FlatShard:
         """A second one with equal values and new parameters; ``memo`` maps old parameters to new."""
         made = FlatShard.__new__(FlatShard)
         made.__dict__.update(self.__dict__)
@@ -150,7 +150,7 @@ class FlatShard:
         made.enter_sharded()
         return made
 
-    def copy_unit(self, memo: dict[int, Any]) -> None:
+    def copy_unit(self, memo: dict[int, object]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
         self.unit.copy_into(memo)
 
@@ -547,8 +547,8 @@ def flat_of(parameter: object) -> FlatShard | None:
     return getattr(parameter, "_flat", None)  # a Home, of which FlatShard is the only kind; asked often
 
 
-def place_of(parameter: DistributedParameter) -> tuple[FlatShard, int]:
+def place_of(parameter: torch.Tensor) -> tuple[FlatShard, int]:
     """Where a parameter that is sharded lies."""
-    home: Any = parameter._flat
-    assert home is not None
-    return home, parameter._index
+    sharded: Any = parameter
+    assert sharded._flat is not None
+    return sharded._flat, sharded._index
