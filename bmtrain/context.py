@@ -282,7 +282,7 @@ def init_distributed(
         pipe_size: a ``bmt.PipelineTransformerBlockList`` is cut into this many stages, each on other ranks; 1 or -1:
             none is.  Each rank of a pipeline still reads a batch of its own.
         num_micro_batches: into how many pieces a pipeline cuts the batches of its ranks together; None: as many as
-            are sensible (``block.pipeline.count_of``).  All ranks say the same.
+            are sensible (``block.pipeline_call.count_of``).  All ranks say the same.
         tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
             the same data. None: BMTRAIN_TP_SIZE in the environment, or 1, so that a launch says how many GPUs a layer
             takes, as it says how many there are.
