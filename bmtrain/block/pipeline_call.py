@@ -253,7 +253,7 @@ class PipelineCall:
                 "have the same shapes and dtypes for all."
             )
 
-    def expect(self) -> list[_Facts]:
+    def incoming(self) -> list[_Facts]:
         """What the stage before sends."""
         if not self.comes:
             numbers = torch.zeros(self.carried, 2 + _MOST_DIMENSIONS, dtype=torch.int64, device="cpu")
@@ -460,7 +460,7 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: PipelineCall, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.run = run
-        hidden = [torch.empty(shape, dtype=dtype, device=token.device) for shape, dtype in run.expect()]
+        hidden = [torch.empty(shape, dtype=dtype, device=token.device) for shape, dtype in run.incoming()]
         for value in hidden:
             run.comm.recv(value, run.stage - 1)
         return _for_autograd(ctx, _passed(token), *hidden)

@@ -290,7 +290,7 @@ class StoredState(MutableMapping[Any, Any]):
             )
         checkpoints = _OfScript(self._stored.folder.parent, {self._name: of})
         try:
-            checkpoints.take(self._stored.facts["step"])
+            checkpoints.load_step(self._stored.facts["step"])
         finally:
             checkpoints.close()
 
@@ -310,7 +310,7 @@ class _OfScript(Checkpointer):
         for name, one in given.items():  # which may be called as the parameters of a Checkpointer are
             self._holders.update(holders(name, one))
 
-    def take(self, step: int) -> None:
+    def load_step(self, step: int) -> None:
         """What the checkpoint of ``step`` holds; the generators go on, as the script does not save them."""
         self._load(step, generators=False)
 

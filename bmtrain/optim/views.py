@@ -84,9 +84,9 @@ class View:
         def again(*args: Any, **kwargs: Any) -> Any:
             if not self._is_shown:  # inside another such call
                 return call(*args, **kwargs)
-            self.keep(optimizer)
+            self.leave_step(optimizer)
             out = call(*args, **kwargs)
-            self.show(optimizer)
+            self.enter_step(optimizer)
             return out
 
         return again
@@ -101,7 +101,7 @@ class View:
         return loss
 
     @torch.no_grad()
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
         self._is_shown = True
         self._changes += 1
@@ -136,7 +136,7 @@ class View:
         return follow(known, flat, version, flat.shard.device)
 
     @torch.no_grad()
-    def keep(self, optimizer: torch.optim.Optimizer) -> None:
+    def leave_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
         for flat, values, shown in self._shown:
             self._take(flat, values, shown)
@@ -148,14 +148,14 @@ class View:
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
-        self.show_sharded(optimizer)
+        self.enter_sharded(optimizer)
         for together in in_batches(list(units.values())):
             engine().updated(together)
 
     def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""
 
-    def show_sharded(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_sharded(self, optimizer: torch.optim.Optimizer) -> None:
         """Show what is shown outside of steps."""
         for group, params in zip(optimizer.param_groups, self._groups, strict=False):
             group["params"] = params
@@ -447,9 +447,9 @@ class TensorView(View):
     def _owns(self, parameter: Any) -> bool:
         return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
 
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
-        super().show(optimizer)
+        super().enter_step(optimizer)
         shown = {id(flat.params[index]) for flat, _, chosen in self._shown for index in chosen}
         for group in optimizer.param_groups:
             group["params"] = [

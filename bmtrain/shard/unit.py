@@ -260,7 +260,7 @@ class ShardUnit:
             buffers = [flat.collect() for flat in flats]
             if self.ctx.world_size == 1:
                 for flat, buffer in zip(flats, buffers, strict=True):
-                    flat.gradient.take(buffer)
+                    flat.gradient.add_written(buffer)
             else:
                 self.reduced.record(device.current_stream())
                 self.reduced.wait(device.reduce_stream)
