@@ -99,7 +99,7 @@ class _WhenTaken(OrderedDict[str, Any]):
         destination.update({prefix + key: value for key, value in self.items()})
         return destination
 
-    def _take(self, key: str) -> Any:
+    def _whole(self, key: str) -> Any:
         value = self._values[key]
         if id(value) not in self._made:
             broadcast_object((key, None))
@@ -128,7 +128,7 @@ class _WhenTaken(OrderedDict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         present = super().__getitem__(key)
         if present is None:
-            present = self._take(key)
+            present = self._whole(key)
             super().__setitem__(key, present)
         return present
 

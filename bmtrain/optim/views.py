@@ -139,7 +139,7 @@ class View:
     def leave_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
         for flat, values, shown in self._shown:
-            self._take(flat, values, shown)
+            self._bring_back(flat, values, shown)
         for flat, values, shown in self._shown:
             if values is flat.shard:
                 flat.changed(shown)
@@ -152,7 +152,7 @@ class View:
         for together in in_batches(list(units.values())):
             engine().updated(together)
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""
 
     def enter_sharded(self, optimizer: torch.optim.Optimizer) -> None:
@@ -412,7 +412,7 @@ class WholeView(View):
                 set_raw_grad(flat.params[index], grads[index])
         return chosen
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         if flat.unit.ctx.world_size > 1:
             for index in shown:
                 flat.local(values, index).copy_(flat.local_part(raw_data(flat.params[index]), index))
@@ -466,7 +466,7 @@ class TensorView(View):
                         take(flat.params[index], whole[index].clone())
         return chosen
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         if not shown:
             return
         whole = torch.zeros(flat.layout.numel, dtype=values.dtype, device=values.device)
