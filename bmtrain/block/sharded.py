@@ -29,7 +29,7 @@ from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.gathered import gathered, units_of
 from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
-from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
+from ..shard.state_copies import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from ..split_random import SplitRandom
 from .batch_norm_statistics import level, note_run

@@ -16,7 +16,7 @@ from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
 from ..shard.in_parts import part_at
 from ..shard.place import Place
-from ..shard.state import StateTensor
+from ..shard.state_copies import StateTensor
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
 from .adam_view import AdamView, OfParameter, StepShown, take_steps

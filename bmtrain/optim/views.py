@@ -24,7 +24,7 @@ from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
-from ..shard.state import StateTensor, without_links
+from ..shard.state_copies import StateTensor, without_links
 from ..shard.unit import unit_of_flat
 from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (

@@ -24,7 +24,7 @@ LEFT = {
     "bmtrain.own_random.HostState.numpy": OF_RANDOM,
     "bmtrain.own_random.HostState.python": OF_RANDOM,
     "bmtrain.shard.module.DistributedModule.__call__": OF_THE_MODEL,
-    "bmtrain.shard.state.StateTensor.numpy": "torch's own signature: numpy may be missing",
+    "bmtrain.shard.state_copies.StateTensor.numpy": "torch's own signature: numpy may be missing",
     "bmtrain.wire.from_bytes": AS_IT_CAME,
 }
 """Why each that is left has one."""
