@@ -39,7 +39,7 @@ class ShardedTensor(torch.Tensor):
             it.
     """
 
-    operation: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
+    operation: ClassVar[Callable[[Callable[..., object], tuple[object, ...], dict[str, object]], object]]
     _part: Part
 
     @staticmethod
