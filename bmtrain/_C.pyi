@@ -1,5 +1,6 @@
 """Types of the compiled extension (csrc/).  Addresses and streams are integers, passed by name."""
 
+from collections.abc import Sequence
 from types import ModuleType
 
 with_cuda: bool
@@ -109,7 +110,7 @@ class _Kernels(ModuleType):
         *,
         device: int,
         stream: int,
-        runs: list[tuple[int, ...]],
+        runs: Sequence[tuple[int, ...]],
         gradient_type: int,
         out_type: int,
         is_split: bool,

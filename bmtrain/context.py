@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -132,7 +132,7 @@ class Context:
     """Whether blocks may be recorded."""
     save_param_to_cpu: bool = True
     """Whether state dicts are copies on the CPU; else they are on ``device``."""
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
     """Whatever user code stores in ``bmt.config``."""
     engine: Engine = field(init=False)
     writer: BackgroundWriter | None = None
@@ -269,7 +269,7 @@ def init_distributed(
     memory: MemoryUse | float = "auto",
     shard_size: int | None = None,
     graphs: bool | None = None,
-    **old: Any,
+    **old: object,
 ) -> None:
     """Join the other ranks.  Call once, before models and optimizers are made.
 
@@ -285,7 +285,7 @@ def init_distributed(
         pipe_size: a ``bmt.PipelineTransformerBlockList`` is cut into this many stages, each on other ranks; 1 or -1:
             none is.  Each rank of a pipeline still reads a batch of its own.
         num_micro_batches: into how many pieces a pipeline cuts the batches of its ranks together; None: as many as
-            are sensible (``block.pipeline.count_of``).  All ranks say the same.
+            are sensible (``block.pipeline_call.count_of``).  All ranks say the same.
         tp_size: this many ranks that follow each other hold the slices of tensor-parallel layers (``bmt.nn``); they see
             the same data. None: BMTRAIN_TP_SIZE in the environment, or 1, so that a launch says how many GPUs a layer
             takes, as it says how many there are.
@@ -497,7 +497,7 @@ def _integer(env: os._Environ[str], name: str, default: int) -> int:
         raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be an integer.") from None
 
 
-def _warn_of_old(old: dict[str, Any]) -> None:
+def _warn_of_old(old: dict[str, object]) -> None:
     known = {
         "zero_level": "give zero_level to each bmt.Block instead",
         "loss_scale_factor": "give it to bmt.optim.OptimManager",

@@ -25,6 +25,7 @@ from .errors import ConfigurationError
 from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
 
+T = TypeVar("T")
 BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any] | Mapping[Any, Any])
 LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
 
@@ -151,14 +152,14 @@ def is_sharded(loader: object) -> bool:
     return False
 
 
-def to_device(batch: Any) -> Any:
+def to_device(batch: T) -> T:
     """``batch`` with its tensors on this rank's device, in dicts, lists and tuples, too.
 
     What else has a method ``to``, such as a batch of transformers' tokenizers, is moved by it; other values stay.
     """
     device = context().device.torch_device
     if hasattr(batch, "to"):
-        return batch.to(device)
+        return batch.to(device)  # type: ignore[no-any-return]
     if isinstance(batch, Mapping):
         return type(batch)({key: to_device(entry) for key, entry in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):

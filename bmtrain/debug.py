@@ -16,7 +16,7 @@ def clear(key: str | None = None) -> None:
         _values.pop(key, None)
 
 
-def set(key: str, value: Any) -> None:
+def set(key: str, value: object) -> None:
     """Keep ``value`` under ``key``."""
     _values[key] = value
 

@@ -77,7 +77,7 @@ def adamw_(
     numbers = _AdamWNumbers(
         1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, beta1, beta2, eps, grad_scale
     )
-    alike: dict[_AdamWKind, list[tuple[int, ...]]] = {}
+    alike: dict[_AdamWKind, list[_AdamWAddresses]] = {}
     for run in runs:
         _check_run(run)
         kind = _AdamWKind(
@@ -88,9 +88,10 @@ def adamw_(
             _adamw_by_torch(run, numbers, clip, skip)
             continue
         master, exp_avg, exp_avg_sq, grad, out, remainder, start, end = run
-        alike.setdefault(kind, []).append((
-            _element(master, start), _element(remainder, start), _element(exp_avg, start),
-            _element(exp_avg_sq, start), _element(grad, start), _element(out, start), end - start,
+        alike.setdefault(kind, []).append(_AdamWAddresses(
+            master=_element(master, start), remainder=_element(remainder, start), exp_avg=_element(exp_avg, start),
+            exp_avg_sq=_element(exp_avg_sq, start), gradient=_element(grad, start), out=_element(out, start),
+            numel=end - start,
         ))  # fmt: skip
     for kind, addresses in alike.items():
         _C.kernels.adamw(
@@ -137,6 +138,18 @@ def _adamw_by_torch(
     if remainder is not None:
         for tensor, part in zip((master, remainder), split(values), strict=True):
             tensor.copy_(part)
+
+
+class _AdamWAddresses(NamedTuple):
+    """A run as the kernel takes it, in its order."""
+
+    master: int
+    remainder: int
+    exp_avg: int
+    exp_avg_sq: int
+    gradient: int
+    out: int
+    numel: int
 
 
 class _AdamWKind(NamedTuple):

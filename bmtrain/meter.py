@@ -53,7 +53,7 @@ class Meter:
         every: int = 10,
         flops_per_token: float | None = None,
         path: str | Path | None = None,
-        writers: Sequence[Any] = (),
+        writers: Sequence[object] = (),
     ) -> None:
         if every < 1:
             raise ConfigurationError(f"every must be at least 1, not {every}.")
@@ -71,7 +71,7 @@ class Meter:
     def _begin(self) -> None:
         self._tokens, self._waited, self._since = 0, self._ctx.device.waits.seconds(), time.perf_counter()
 
-    def step(self, tokens: int, **values: float | torch.Tensor) -> dict[str, Any] | None:
+    def step(self, tokens: int, **values: float | torch.Tensor) -> dict[str, float | None] | None:
         """Count an optimizer step; every ``every`` steps returns what was measured since the last report.
 
         Args:
@@ -95,7 +95,7 @@ class Meter:
         speed = self._tokens / seconds
         waited = (self._ctx.device.waits.seconds() - self._waited) / seconds if self._knows_waits else None
         memory = self._ctx.device.peak_memory() / 2**30 if self._ctx.device.measures_memory else None
-        found = {
+        found: dict[str, float | None] = {
             "step": self.steps, "seconds": seconds / self.every, "tokens_per_second": speed,
             "mfu": speed * self.flops_per_token / self._peak if self._peak else None,
             "exposed_communication": waited, "peak_gib": memory, **numbers,
@@ -110,15 +110,15 @@ class Meter:
         return found
 
 
-def _writing(writer: Any) -> Callable[[dict[str, Any]], object]:
+def _writing(writer: Any) -> Callable[[dict[str, float | None]], object]:
     """What tells a report to ``writer``."""
 
-    def measured(report: dict[str, Any]) -> dict[str, Any]:
+    def measured(report: dict[str, float | None]) -> dict[str, float]:
         return {name: value for name, value in report.items() if value is not None and name != "step"}
 
     if hasattr(writer, "add_scalar"):
 
-        def add(report: dict[str, Any]) -> None:
+        def add(report: dict[str, float | None]) -> None:
             for name, value in measured(report).items():
                 writer.add_scalar(name, value, report["step"])
 

@@ -37,7 +37,7 @@ def allgather_objects(obj: T, comm: Communicator | None = None) -> list[T]:
     return [from_bytes(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
-def broadcast_object(obj: Any, comm: Communicator | None = None, src: int = 0) -> Any:
+def broadcast_object(obj: object, comm: Communicator | None = None, src: int = 0) -> Any:
     """Rank ``src``'s ``obj`` on every rank; on the others the argument does not matter.  Collective.
 
     ``comm`` is the group; the world's ranks if it is None.
@@ -62,7 +62,7 @@ def broadcast_object(obj: Any, comm: Communicator | None = None, src: int = 0) -
     return obj if sends else from_bytes(buffer.cpu().numpy().tobytes())
 
 
-def _payload(obj: Any) -> tuple[torch.Tensor, str | None]:
+def _payload(obj: object) -> tuple[torch.Tensor, str | None]:
     """The bytes to send, or why there are none."""
     try:
         return torch.frombuffer(bytearray(to_bytes(obj)), dtype=torch.uint8), None

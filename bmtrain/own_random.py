@@ -227,25 +227,27 @@ def _of_numpy() -> tuple[type, ...]:
     return () if numpy is None else (numpy.random.Generator, numpy.random.RandomState)
 
 
-def generator_state(generator: Any) -> Any:
+def generator_state(generator: object) -> object:
     """Where it stands, in the words of its kind."""
+    one: Any = generator
     if isinstance(generator, random.Random):
         return generator.getstate()
     if hasattr(generator, "bit_generator"):
-        return generator.bit_generator.state
-    return generator.get_state()
+        return one.bit_generator.state
+    return one.get_state()
 
 
-def is_same_state(one: Any, other: Any) -> bool:
+def is_same_state(one: object, other: object) -> bool:
     """Of two states of one generator."""
     return pickle.dumps(one) == pickle.dumps(other)
 
 
-def set_generator_state(generator: Any, state: Any) -> None:
-    """Let it stand there."""
+def set_generator_state(generator: object, state: object) -> None:
+    """Let it stand there; ``state`` is what ``generator_state`` gave of it."""
+    one: Any = generator
     if isinstance(generator, random.Random):
-        generator.setstate(state)
+        one.setstate(state)
     elif hasattr(generator, "bit_generator"):
-        generator.bit_generator.state = state
+        one.bit_generator.state = state
     else:
-        generator.set_state(state)
+        one.set_state(state)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 _NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Precision:
     """The dtypes of a module's computation; what rests on the ranks, and so checkpoints, keeps its own dtype.
 
@@ -32,14 +32,19 @@ class Precision:
     Raises ConfigurationError for any other.
     """
 
-    param: Any = None
-    reduce: Any = None
-    output: Any = None
-    cast_inputs: bool = True
+    param: torch.dtype | None
+    reduce: torch.dtype | None
+    output: torch.dtype | None
+    cast_inputs: bool
 
-    def __post_init__(self) -> None:
-        for field in ("param", "reduce", "output"):
-            given = getattr(self, field)
+    def __init__(
+        self,
+        param: torch.dtype | str | None = None,
+        reduce: torch.dtype | str | None = None,
+        output: torch.dtype | str | None = None,
+        cast_inputs: bool = True,
+    ) -> None:
+        for field, given in (("param", param), ("reduce", reduce), ("output", output)):
             dtype = _NAMES.get(given, given) if isinstance(given, str) else given
             if dtype is not None and dtype not in _NAMES.values():
                 raise ConfigurationError(
@@ -47,6 +52,7 @@ class Precision:
                     f"{', '.join(map(repr, _NAMES))} (or that torch dtype)."
                 )
             object.__setattr__(self, field, dtype)
+        object.__setattr__(self, "cast_inputs", cast_inputs)
 
     @property
     def casts(self) -> bool:

@@ -20,7 +20,7 @@ PRIVATE = (
     "torch._guards.TracingContext",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
-    "torch.nn.modules.batchnorm._BatchNorm",
+    "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.module._IncompatibleKeys",
     "torch.utils._pytree.keystr",
     "torch.utils._pytree.TreeSpec",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.data import DataLoader
 
 from .context import Context
 from .errors import CommunicationError
@@ -76,7 +77,7 @@ def _numpy_key(state: State) -> tuple[Any, ...]:
     return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
 
 
-def generators_of(loader: Any) -> list[torch.Generator]:
+def generators_of(loader: DataLoader[object]) -> list[torch.Generator]:
     """The generators that were given to a DataLoader or its samplers, each once."""
     holders = (loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
     found = (getattr(holder, "generator", None) for holder in holders)

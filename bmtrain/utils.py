@@ -6,7 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TextIO, TypeVar, cast
 
@@ -26,10 +26,17 @@ def round_up(x: int, d: int) -> int:
     return -(-x // d) * d
 
 
-def print_rank(*args: Any, rank: int = 0, **kwargs: Any) -> None:
-    """``print(*args, **kwargs)`` on one rank only."""
+def print_rank(
+    *args: object,
+    rank: int = 0,
+    sep: str | None = None,
+    end: str | None = None,
+    file: TextIO | None = None,
+    flush: bool = False,
+) -> None:
+    """``print`` on one rank only."""
     if this_rank() == rank:
-        print(*args, **kwargs)
+        print(*args, sep=sep, end=end, file=file, flush=flush)
 
 
 def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
@@ -101,7 +108,7 @@ def print_block(title: str, content: str | None = None, file: TextIO | None = No
         print(content, file=file or sys.stdout)
 
 
-def print_dict(title: str, content: dict[str, Any], file: TextIO | None = None) -> None:
+def print_dict(title: str, content: Mapping[str, object], file: TextIO | None = None) -> None:
     """Print a dict as a block with one key a line; long values go on below their beginning."""
     indent = round_up(max((len(key) for key in content), default=0) + 3, 4)
     room = max(_LINE_WIDTH - indent, 1)

@@ -14,7 +14,7 @@ def main(path: str) -> None:
     """Rank 0 writes bytes, seconds, transport and device to ``path``."""
     init_distributed()
     here = context()
-    size = 1 << (27 if here.device.torch_device.type == "cuda" else 22)
+    size = 1 << (27 if here.device.is_cuda else 22)
     found = {
         "ranks": here.world_size, "bytes": size, "seconds": time_all_gather(size),
         "device": here.device.torch_device.type,

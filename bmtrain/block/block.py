@@ -39,13 +39,13 @@ class Block(ShardedModule):
 
     def __new__(
         cls,
-        inner_module: Any = ...,
+        inner_module: object = ...,
         use_checkpoint: bool | None = None,
         zero_level: int | None = None,
         initialized: bool = False,
         mode: str = "BLOCK",
         precision: Precision | torch.dtype | str | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         if cls is not Block:  # type(block)(...): an ordinary new module of the inner class
             return super().__new__(cls)
@@ -77,7 +77,7 @@ class Block(ShardedModule):
             engine().shard(inner_module)
         return inner_module
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         # Python calls this on what __new__ returned: nothing is left to do for a Block made of an existing module.
         if record_of(self) is None:
             super().__init__(*args, **kwargs)

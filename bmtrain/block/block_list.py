@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,6 +13,8 @@ from ..precision import Precision
 from ..shard.engine import engine
 from .block import Block
 from .record import unit_of
+
+ListT = TypeVar("ListT", bound="TransformerBlockList")
 
 
 class TransformerBlockList(nn.ModuleList):
@@ -49,7 +51,7 @@ class TransformerBlockList(nn.ModuleList):
         self.num_hidden, self.precision, self.use_checkpoint = num_hidden, precision, use_checkpoint
         self.extend(modules)
 
-    def append(self, module: nn.Module) -> Any:
+    def append(self: ListT, module: nn.Module) -> ListT:
         """Add ``module`` as a Block."""
         return super().append(self._as_block(module))
 
@@ -57,7 +59,7 @@ class TransformerBlockList(nn.ModuleList):
         """Insert ``module`` as a Block."""
         super().insert(index, self._as_block(module))
 
-    def extend(self, modules: Iterable[nn.Module]) -> Any:
+    def extend(self: ListT, modules: Iterable[nn.Module]) -> ListT:
         """Add all ``modules`` as Blocks."""
         for module in modules:
             self.append(module)

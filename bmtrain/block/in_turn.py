@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +16,9 @@ _AT_ONCE = 16 << 20
 _DECIDES = {"state_dict", "_save_to_state_dict", "get_extra_state"}
 
 
-def named_state(module: nn.Module) -> dict[str, Any]:
-    """The keys of the state dict with sharded parameters as values; nothing is gathered."""
-    found: dict[str, Any] = {}
+def named_state(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """The keys of the state dict with sharded parameters as values; nothing is gathered.  None: what a module adds."""
+    found: dict[str, torch.Tensor | None] = {}
     for prefix, inner in module.named_modules(remove_duplicate=False):
         dot = prefix + "." if prefix else ""
         for name, parameter in inner._parameters.items():
@@ -31,6 +30,11 @@ def named_state(module: nn.Module) -> dict[str, Any]:
         if type(inner).get_extra_state is not nn.Module.get_extra_state:
             found[dot + "_extra_state"] = None
     return found
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The same of a module that adds nothing."""
+    return {name: value for name, value in named_state(module).items() if value is not None}
 
 
 def methods_of(module: nn.Module) -> set[str]:
@@ -46,14 +50,16 @@ def comes_in_turn(module: nn.Module) -> bool:
     ) and all(map(_is_ordinary, named_state(module).values()))
 
 
-def _is_ordinary(value: Any) -> bool:
+def _is_ordinary(value: torch.Tensor | None) -> bool:
+    if value is None:
+        return False
     if flat_of(value) is not None or isinstance(value, ShardedTensor):
         return True
     plain = type(value) in (torch.Tensor, nn.Parameter, DistributedParameter)
     return plain and value.layout == torch.strided and not value.is_meta
 
 
-def metadata_of(module: nn.Module) -> dict[str, Any]:
+def metadata_of(module: nn.Module) -> dict[str, dict[str, int]]:
     """What torch adds to a state dict as its ``_metadata``."""
     return {name: {"version": inner._version} for name, inner in module.named_modules(remove_duplicate=False)}
 
@@ -66,7 +72,7 @@ def whole_in_pieces(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """
     flat = flat_of(value)
     if flat is not None:
-        index = place_of(value)[1]  # type: ignore[arg-type]
+        index = place_of(value)[1]
         value = part_at(flat.place_of(index), flat.read_part(index))
     if not isinstance(value, ShardedTensor):
         yield 0, value.detach().reshape(-1)
@@ -93,5 +99,5 @@ def facts_of(value: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and dtype of the same."""
     flat = flat_of(value)
     if flat is not None:
-        return flat.whole_shape(place_of(value)[1]), flat.dtype  # type: ignore[arg-type]
+        return flat.whole_shape(place_of(value)[1]), flat.dtype
     return (value.part.place.whole_shape if isinstance(value, ShardedTensor) else tuple(value.shape)), value.dtype

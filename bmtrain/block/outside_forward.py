@@ -18,7 +18,7 @@ from .cast_functions import CAST_BY_AUTOCAST
 from .frame import Frame
 from .memory import MemoryPlan
 from .schedule import Schedule
-from .whole_units import LoopPin, unpin
+from .whole_units import LoopPin, release_pins
 
 
 class OutsideForward:
@@ -48,7 +48,7 @@ class OutsideForward:
                 held.append(unit)
             yield
         finally:
-            unpin(held)
+            release_pins(held)
             for unit in held:
                 if not unit.pins and unit.moves:
                     self._whole.let_go(unit)
@@ -72,7 +72,7 @@ class OutsideForward:
         """The transforms are over."""
         if self._held:
             held, self._held = self._held, []
-            unpin(held)
+            release_pins(held)
             for unit in held:
                 self._whole.set_back(unit)
 
@@ -137,7 +137,7 @@ class OutsideForward:
             with outside_function_transforms():
                 self._gather(units, autocast, what)
             self.hold(units)
-            unpin(units)
+            release_pins(units)
             yield
             return
         frame = Frame(self._backward, None, None, recompute=False)
@@ -150,7 +150,7 @@ class OutsideForward:
             with frame.hooks():
                 yield
         finally:
-            unpin(units)
+            release_pins(units)
             for unit in units:
                 self._whole.set_back(unit)
             self._near.update(units)

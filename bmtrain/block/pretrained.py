@@ -25,7 +25,7 @@ from ..context import context
 from ..errors import CheckpointError
 from ..objects import broadcast_object
 from ..written import replacing_files_of
-from .in_turn import facts_of, metadata_of, named_state, whole_in_pieces
+from .in_turn import facts_of, metadata_of, named_tensors, whole_in_pieces
 from .state import attribute
 
 
@@ -43,7 +43,7 @@ def write_by_rank_0(
 
     Raises CheckpointError on every rank when rank 0 cannot write; then files that were there are as they were.
     """
-    values = named_state(obj) if isinstance(obj, nn.Module) and state is None else {}
+    values = named_tensors(obj) if isinstance(obj, nn.Module) and state is None else {}
     folder, raised = Path(folder), None
     if context().rank == 0:
         problem = None
@@ -86,7 +86,7 @@ def _write(
 class _WhenTaken(OrderedDict[str, Any]):
     """A state dict whose tensors are gathered when they are taken; what is tied is one tensor."""
 
-    def __init__(self, values: Mapping[str, Any], metadata: dict[str, Any], room: Path) -> None:
+    def __init__(self, values: Mapping[str, torch.Tensor], metadata: dict[str, dict[str, int]], room: Path) -> None:
         super().__init__(dict.fromkeys(values))
         self._values, self._room, self._made = values, room, dict[int, torch.Tensor]()
         self._metadata = metadata
@@ -99,7 +99,7 @@ class _WhenTaken(OrderedDict[str, Any]):
         destination.update({prefix + key: value for key, value in self.items()})
         return destination
 
-    def _take(self, key: str) -> Any:
+    def _whole(self, key: str) -> Any:
         value = self._values[key]
         if id(value) not in self._made:
             broadcast_object((key, None))
@@ -128,7 +128,7 @@ class _WhenTaken(OrderedDict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         present = super().__getitem__(key)
         if present is None:
-            present = self._take(key)
+            present = self._whole(key)
             super().__setitem__(key, present)
         return present
 

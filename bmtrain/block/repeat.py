@@ -17,7 +17,7 @@ from .record import record_of
 from .saved import Buffers, PlaceInFlat
 from .state import Entry
 from .surroundings import Surroundings
-from .whole_units import unpin
+from .whole_units import release_pins
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,5 +128,5 @@ class Repeat:
         unit = unit_of_flat(borrowed.place.flat)
         tensor = self._buffers.rebuild(borrowed.place, self._device.autocast())
         unit.pins += 1
-        stack.callback(unpin, [unit])
+        stack.callback(release_pins, [unit])
         return tensor

@@ -74,7 +74,7 @@ class Schedule:
         if self.ctx.diary.is_apart:
             _require_in_stage(unit)
         elif unit.moves:
-            again = self._is_at_hand(unit, phase, autocast)
+            again = self._is_here(unit, phase, autocast)
             trace = self.trace
             predicted = (
                 trace.note_again(unit.index, phase) if again else trace.note(unit.index, phase, operation or unit.name)
@@ -93,7 +93,7 @@ class Schedule:
         if following is not None and not self.whole.is_in_place_of(following, around):
             self.whole.prefetch(following, following.compute_dtype(autocast))
 
-    def _is_at_hand(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> bool:
+    def _is_here(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> bool:
         """Whether ``unit`` was used so in this run and is whole since: nothing is exchanged, however often it is used.
 
         A decoder that makes a sequence token by token runs as often as the longest sequence of a rank's batch asks for.

@@ -26,10 +26,10 @@ from ..autograd import outside_of_compiled_code
 from ..context import Context, context
 from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceError, UnsupportedError
 from ..shard.engine import engine
-from ..shard.flat import FlatShard, flat_of
+from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.gathered import gathered, units_of
 from ..shard.sharded_tensor import ShardedTensor, slice_for, unsliced
-from ..shard.state import OfBuffer, OfNothing, OfParameter, Original, StateTensor
+from ..shard.state_copies import OfBuffer, OfNothing, OfParameter, Original, StateTensor
 from ..shard.unit import ShardUnit
 from ..split_random import SplitRandom
 from .batch_norm_statistics import level, note_run
@@ -240,7 +240,7 @@ def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[list[ShardU
         yield needed
 
 
-def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[str, Any]:
+def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[str, object]:
     """What ``module.state_dict()`` gives, past ``state_dict`` methods that classes of the model define.  Collective.
 
     For those methods themselves, which ask for it.  A rank that does not ``keep`` values gets tensors without any.
@@ -252,7 +252,7 @@ def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[
     if unit_of(module) is None and context().world_size > 1:
         engine().meet(f"the state of {type(module).__name__}")
     with engine().outside.pinned(outer):
-        whole: dict[str, Any] = _add_state(module, state, prefix, keep, outermost=True)
+        whole: dict[str, object] = _add_state(module, state, prefix, keep, outermost=True)
         _copy_out(whole, outer, set(), keep)
     return whole
 
@@ -324,7 +324,7 @@ def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost
     return state
 
 
-def _copy_out(state: MutableMapping[str, Any], units: list[ShardUnit], others: set[str], keep: bool = True) -> None:
+def _copy_out(state: MutableMapping[str, object], units: list[ShardUnit], others: set[str], keep: bool = True) -> None:
     """Replace views of these units' memory by copies; what was tied stays one tensor.  Buffers come along.
 
     ``others`` are the keys that are somebody else's.
@@ -374,7 +374,7 @@ def _original(value: torch.Tensor, flat: FlatShard, memory: torch.Tensor) -> Ori
     return OfNothing() if parameter is None or not value.is_contiguous() else OfParameter(parameter)
 
 
-def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
+def require_same(module: nn.Module, state_dict: Mapping[str, object]) -> None:
     """Raises CheckpointError on every rank unless all were given the same to load into ``module``.  Collective."""
     kind = type(module).__name__
     engine().meet(f"load_state_dict of {kind}")
@@ -386,17 +386,17 @@ def require_same(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     require_same_values("state dict", kind, tensors, others, advice)
 
 
-def own_slices(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def own_slices(module: nn.Module, state_dict: Mapping[str, object]) -> Mapping[str, object]:
     """``state_dict`` with this rank's slices in place of what tensor-parallel layers hold slices of."""
     if context().tensor_group.world_size == 1:
         return state_dict
     out: Any = copy.copy(state_dict)  # with its _metadata
     for name, value in named_state(module).items():
         flat = flat_of(value)
-        if not isinstance(out.get(name), torch.Tensor):
+        if value is None or not isinstance(out.get(name), torch.Tensor):
             continue
         if flat is not None:
-            out[name] = flat.own_slice(value._index, out[name])
+            out[name] = flat.own_slice(place_of(value)[1], out[name])
         elif isinstance(value, ShardedTensor):
             out[name] = slice_for(value, out[name])
     return out  # type: ignore[no-any-return]

@@ -140,9 +140,9 @@ class State:
         return moved
 
 
-def state_for_pickle(module: nn.Module) -> dict[str, Any]:
+def state_for_pickle(module: nn.Module) -> dict[str, object]:
     """What pickle and copy take of ``module``; before Python 3.11 not every object says so itself."""
-    found: dict[str, Any] = getattr(module, "__getstate__", lambda: module.__dict__)()
+    found: dict[str, object] = getattr(module, "__getstate__", lambda: module.__dict__)()
     return found
 
 

@@ -187,7 +187,7 @@ class WholeUnits:
 
     def forward_ends(self) -> None:
         """The innermost forward is over: what it has pinned is needed no longer."""
-        unpin(self._forwards[-1])
+        release_pins(self._forwards[-1])
         self._forwards.pop().clear()
 
     def pin(self, unit: ShardUnit) -> None:
@@ -200,7 +200,7 @@ class WholeUnits:
         return LoopPin(unit, self._forwards[-1], uses)
 
 
-def unpin(units: Iterable[ShardUnit]) -> None:
+def release_pins(units: Iterable[ShardUnit]) -> None:
     """One pin less for each."""
     for unit in units:
         unit.pins -= 1
@@ -227,4 +227,4 @@ class LoopPin:
         """Let go of the unit."""
         if self.holds and (self.uses is None or self.unit.uses() <= self.uses):
             self.among.remove(self.unit)
-            unpin([self.unit])
+            release_pins([self.unit])

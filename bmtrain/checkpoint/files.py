@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..block.in_turn import comes_in_turn, facts_of, metadata_of, methods_of, named_state, whole_in_pieces
+from ..block.in_turn import (
+    comes_in_turn,
+    facts_of,
+    metadata_of,
+    methods_of,
+    named_state,
+    named_tensors,
+    whole_in_pieces,
+)
 from ..block.record import unit_of
 from ..block.sharded import ShardedModule, level_statistics, own_slices, require_same, whole_state
 from ..context import Context, context
@@ -60,7 +68,7 @@ def _save_in_turn(model: nn.Module, path: Path) -> None:
         if context().world_size > 1:
             engine().meet(f"the saving of {type(model).__name__}")
         level_statistics(model)
-        values = named_state(model)
+        values = named_tensors(model)
         firsts: dict[int, str] = {}
         ties = {name: firsts.setdefault(id(value), name) for name, value in values.items()}
         pieces = ((name, *piece) for name in firsts.values() for piece in whole_in_pieces(values[name]))
@@ -119,7 +127,7 @@ def _finish_background() -> None:
         raise CheckpointError(f"Rank 0 could not write, in the background, {problem}. Nothing was written now either.")
 
 
-def save_checkpoint(obj: Any, f: str | os.PathLike[str], **options: Any) -> None:
+def save_checkpoint(obj: object, f: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` of rank 0's ``obj``; the others wait until the file is there.  Collective.
 
     Its parameters have the names of ``torch.save``'s, of which ``options`` are the others.
@@ -147,7 +155,7 @@ def save_checkpoint(obj: Any, f: str | os.PathLike[str], **options: Any) -> None
         raise CheckpointError(f"Rank 0 could not write {f}: {problem}")
 
 
-def _refuse_shards(obj: Any) -> None:
+def _refuse_shards(obj: object) -> None:
     """Raises CheckpointError, on every rank, if some rank's ``obj`` has an optimizer state of that rank alone."""
     found = torch.tensor([int(context().world_size > 1 and _has_shards(obj))], device="cpu")
     context().control.all_reduce(found, "max")
@@ -159,13 +167,13 @@ def _refuse_shards(obj: Any) -> None:
         )
 
 
-def _has_shards(obj: Any) -> bool:
+def _has_shards(obj: object) -> bool:
     if isinstance(obj, dict):
         return "shard_of" in obj or any(map(_has_shards, obj.values()))
     return isinstance(obj, (list, tuple)) and any(map(_has_shards, obj))
 
 
-def write(obj: Any, file_name: str | os.PathLike[str], **options: Any) -> None:
+def write(obj: object, file_name: str | os.PathLike[str], **options: Any) -> None:
     """``torch.save`` by this process alone; the file appears complete or not at all."""
     with replacing(Path(file_name)) as temporary, open(temporary, "wb") as file:
         torch.save(obj, file, **options)

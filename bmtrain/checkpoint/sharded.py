@@ -290,7 +290,7 @@ class StoredState(MutableMapping[Any, Any]):
             )
         checkpoints = _OfScript(self._stored.folder.parent, {self._name: of})
         try:
-            checkpoints.take(self._stored.facts["step"])
+            checkpoints.load_step(self._stored.facts["step"])
         finally:
             checkpoints.close()
 
@@ -310,7 +310,7 @@ class _OfScript(Checkpointer):
         for name, one in given.items():  # which may be called as the parameters of a Checkpointer are
             self._holders.update(holders(name, one))
 
-    def take(self, step: int) -> None:
+    def load_step(self, step: int) -> None:
         """What the checkpoint of ``step`` holds; the generators go on, as the script does not save them."""
         self._load(step, generators=False)
 
@@ -336,10 +336,12 @@ class _Once:
     def parts(self) -> dict[str, Any]:
         """As ``shard.in_parts`` says."""
         if self._parts is None:
-            self._parts = self._of.parts()
+            self._parts = found = self._of.parts()
             driven = enumerate(getattr(self._of, "optimizers", ()))
             for number, one in ((n, self.known[id(o)]) for n, o in driven if id(o) in self.known):
-                self._parts["optimizers"][number] = one.parts()
+                optimizers = found["optimizers"]
+                assert isinstance(optimizers, list)
+                optimizers[number] = one.parts()
         return self._parts
 
     def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:

@@ -16,7 +16,7 @@ from ..shard.flat import FlatShard
 from ..shard.fp32_values import drop_remainder
 from ..shard.in_parts import part_at
 from ..shard.place import Place
-from ..shard.state import StateTensor
+from ..shard.state_copies import StateTensor
 from ..shard.unit import unit_of_flat
 from .adam_state import FlatState
 from .adam_view import AdamView, OfParameter, StepShown, take_steps
@@ -386,12 +386,22 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self.check_parts(state)
         self._load(state)
 
+    def check_state(self, state_dict: object) -> None:
+        """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
+        given: Any = state_dict
+        sharded, problems = isinstance(given, dict) and "shard_of" in given, []
+        here = _shard_of()
+        if sharded and tuple(given["shard_of"]) != here:
+            rank, size = given["shard_of"]
+            problems.append(f"it is shard {rank} of {size}; this rank keeps shard {here[0]} of {here[1]}")
+        require_fit(self, given, _check_part if sharded else _check_whole, problems, own=sharded)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load whole states (from here or torch.optim.AdamW, any world size) or this rank's own shards.
 
         Raises CheckpointError on every rank, with nothing loaded, when the state does not fit or ranks have others.
         """
-        check_fits(self, state_dict)
+        self.check_state(state_dict)
         self._load(state_dict)
 
     @torch.no_grad()
@@ -511,16 +521,6 @@ def _shard_of() -> tuple[int, int]:
     """Which shard this rank keeps, of how many."""
     ctx = context()
     return ctx.model_group.rank, ctx.model_group.world_size
-
-
-def check_fits(optimizer: AdamOptimizer, state_dict: Any) -> None:
-    """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
-    sharded, problems = isinstance(state_dict, dict) and "shard_of" in state_dict, []
-    here = _shard_of()
-    if sharded and tuple(state_dict["shard_of"]) != here:
-        rank, size = state_dict["shard_of"]
-        problems.append(f"it is shard {rank} of {size}; this rank keeps shard {here[0]} of {here[1]}")
-    require_fit(optimizer, state_dict, _check_part if sharded else _check_whole, problems, own=sharded)
 
 
 def _check_whole(parameter: Any, entry: Mapping[str, Any]) -> list[str]:

@@ -134,12 +134,12 @@ def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
         view.admit(optimizer)
         try:
             with hooks.inside():
-                view.show(optimizer)
+                view.enter_step(optimizer)
                 given = () if closure is None else (view.closure_outside(optimizer, closure),)
                 out = step(*given, *rest, **others)
-                view.keep(optimizer)
+                view.leave_step(optimizer)
         finally:
-            view.show_sharded(optimizer)
+            view.enter_sharded(optimizer)
         hooks.after(args, kwargs)
         engine().optimizer_stepped(functools.partial(view.state_bytes, optimizer))
         return out

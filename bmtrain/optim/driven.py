@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 
@@ -32,6 +32,14 @@ class SkippingOptimizer(Protocol):
         overflow: Overflow | None = None,
     ) -> float | None:
         """The same; after an ``overflow`` nothing changes.  Neither it nor a scale on the device is waited for."""
+
+
+@runtime_checkable
+class CheckingOptimizer(Protocol):
+    """One that can say of a state whether it would load it."""
+
+    def check_state(self, state_dict: object) -> None:
+        """Raises CheckpointError on every rank if it cannot be loaded.  Collective."""
 
 
 def knows_shards(optimizer: object) -> TypeGuard[ShardOptimizer]:

@@ -20,10 +20,10 @@ from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.in_parts import in_parts
 from ..shard.place import Place
-from .adam import AdamOptimizer, check_fits, clear_grads
+from .adam import clear_grads
 from .adapt import adapt, check_adapted
 from .compare import compare
-from .driven import knows_shards, skips_on_device
+from .driven import CheckingOptimizer, knows_shards, skips_on_device
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .nonfinite import NonFinite, OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
@@ -608,7 +608,7 @@ def _refusal(schedule: Any, state: Any) -> str | None:
 
 
 def _check(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    if isinstance(optimizer, AdamOptimizer):
-        check_fits(optimizer, state)
-    elif not knows_shards(optimizer):
+    if not knows_shards(optimizer):
         check_adapted(optimizer, state)
+    elif isinstance(optimizer, CheckingOptimizer):
+        optimizer.check_state(state)

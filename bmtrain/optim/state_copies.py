@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from ..errors import ShardedAccessError
 from ..shard.engine import engine
 from ..shard.sharded_tensor import ShardedTensor, unsliced
-from ..shard.state import StateTensor
+from ..shard.state_copies import StateTensor
 
 
 @dataclass(eq=False)

@@ -24,7 +24,7 @@ from ..shard.in_parts import Owned, part_at
 from ..shard.parameter import enter_whole, raw_data, set_raw_grad
 from ..shard.place import Place
 from ..shard.sharded_tensor import ShardedTensor, part_of, unsliced
-from ..shard.state import StateTensor, without_links
+from ..shard.state_copies import StateTensor, without_links
 from ..shard.unit import unit_of_flat
 from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (
@@ -84,9 +84,9 @@ class View:
         def again(*args: Any, **kwargs: Any) -> Any:
             if not self._is_shown:  # inside another such call
                 return call(*args, **kwargs)
-            self.keep(optimizer)
+            self.leave_step(optimizer)
             out = call(*args, **kwargs)
-            self.show(optimizer)
+            self.enter_step(optimizer)
             return out
 
         return again
@@ -101,7 +101,7 @@ class View:
         return loss
 
     @torch.no_grad()
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before a step: show what it is to step on.  Collective."""
         self._is_shown = True
         self._changes += 1
@@ -136,10 +136,10 @@ class View:
         return follow(known, flat, version, flat.shard.device)
 
     @torch.no_grad()
-    def keep(self, optimizer: torch.optim.Optimizer) -> None:
+    def leave_step(self, optimizer: torch.optim.Optimizer) -> None:
         """After a step: keep the new values, and show what is shown outside of steps.  Collective."""
         for flat, values, shown in self._shown:
-            self._take(flat, values, shown)
+            self._bring_back(flat, values, shown)
         for flat, values, shown in self._shown:
             if values is flat.shard:
                 flat.changed(shown)
@@ -148,14 +148,14 @@ class View:
                 if not can_split(flat):
                     self._masters[id(flat)] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
-        self.show_sharded(optimizer)
+        self.enter_sharded(optimizer)
         for together in in_batches(list(units.values())):
             engine().updated(together)
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         """Bring what the parameters show now into ``values``."""
 
-    def show_sharded(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_sharded(self, optimizer: torch.optim.Optimizer) -> None:
         """Show what is shown outside of steps."""
         for group, params in zip(optimizer.param_groups, self._groups, strict=False):
             group["params"] = params
@@ -412,7 +412,7 @@ class WholeView(View):
                 set_raw_grad(flat.params[index], grads[index])
         return chosen
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         if flat.unit.ctx.world_size > 1:
             for index in shown:
                 flat.local(values, index).copy_(flat.local_part(raw_data(flat.params[index]), index))
@@ -447,9 +447,9 @@ class TensorView(View):
     def _owns(self, parameter: Any) -> bool:
         return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
 
-    def show(self, optimizer: torch.optim.Optimizer) -> None:
+    def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
-        super().show(optimizer)
+        super().enter_step(optimizer)
         shown = {id(flat.params[index]) for flat, _, chosen in self._shown for index in chosen}
         for group in optimizer.param_groups:
             group["params"] = [
@@ -466,7 +466,7 @@ class TensorView(View):
                         take(flat.params[index], whole[index].clone())
         return chosen
 
-    def _take(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
+    def _bring_back(self, flat: FlatShard, values: torch.Tensor, shown: list[int]) -> None:
         if not shown:
             return
         whole = torch.zeros(flat.layout.numel, dtype=values.dtype, device=values.device)

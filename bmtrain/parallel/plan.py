@@ -97,7 +97,7 @@ class _Layer(NamedTuple):
 
 def parallelize_module(
     module: ModuleT,
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, object] | None = None,
     divide: Collection[str] | None = None,
     heads: Collection[str | int] = (),
 ) -> ModuleT:
@@ -168,7 +168,7 @@ def parallelize_module(
     return module
 
 
-def _layers(module: nn.Module, plan: Mapping[str, Any]) -> Iterator[_Layer]:
+def _layers(module: nn.Module, plan: Mapping[str, object]) -> Iterator[_Layer]:
     modules = dict(module.named_modules(remove_duplicate=False))
     for pattern, given in plan.items():
         style, words = _style(pattern, given), pattern.split(".")

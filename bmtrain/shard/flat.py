@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext
 
-from ..alike import differ, sums_of
 from ..context import Context
 from ..device import Event
 from ..errors import ConfigurationError, ShardedAccessError
@@ -39,9 +38,6 @@ from .sharded_tensor import ShardedTensor, part_of
 from .slices import joined, own_slice, whole_shape
 from .writes import Writes
 
-_COMPARED = 3
-"""How many of the first reductions are compared."""
-
 
 class Unit(Protocol):
     """What a flat shard asks of the unit that it is part of."""
@@ -62,7 +58,7 @@ class Unit(Protocol):
     def release_prefetched(self) -> None:
         """Give up values that were gathered ahead of their use."""
 
-    def copy_into(self, memo: dict[int, Any]) -> Unit:
+    def copy_into(self, memo: dict[int, object]) -> Unit:
         """A copy with its own shards; ``memo`` maps the old parameters to the new."""
 
 
@@ -108,7 +104,8 @@ class FlatShard:
         """Have memory for a shard, and nothing else yet."""
         self._arena = self._new_shard()
         self.gradient = self._new_gradient()
-        self.landing = Landing(self.layout, self._acquire_grads)
+        alike = None if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else self.unit.ctx.tensor_group
+        self.landing = Landing(self.layout, self.params, self.names, self._acquire_grads, alike)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
         self.key = id(self)
@@ -118,7 +115,6 @@ class FlatShard:
         self._versions = [0] * len(self.params)  # how often each was changed when not all of them were
         self._of_all = 0  # how often all were
         self._writes = Writes(self.params)
-        self._compares = 0 if self.is_slice or self.unit.ctx.tensor_group.world_size == 1 else _COMPARED
 
     def _new_gradient(self) -> ShardGradient:
         ctx, collectives = self.unit.ctx, self.unit.pools.collectives
@@ -134,7 +130,7 @@ class FlatShard:
         arena.tensor.zero_()
         return arena
 
-    def copy_for(self, unit: Unit, memo: dict[int, Any]) -> FlatShard:
+    def copy_for(self, unit: Unit, memo: dict[int, object]) -> FlatShard:
         """A second one with equal values and new parameters; ``memo`` maps old parameters to new."""
         made = FlatShard.__new__(FlatShard)
         made.__dict__.update(self.__dict__)
@@ -150,7 +146,7 @@ class FlatShard:
         made.enter_sharded()
         return made
 
-    def copy_unit(self, memo: dict[int, Any]) -> None:
+    def copy_unit(self, memo: dict[int, object]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
         self.unit.copy_into(memo)
 
@@ -442,61 +438,13 @@ class FlatShard:
         return found and self.trainable
 
     def collect(self) -> Buffer:
-        """Whole gradients, brought into the buffer that is to be reduced, in which those not landed yet are missing.
-
-        A parameter without a gradient on this rank counts as zeros: another rank may have one.
-        """
-        buffer, landed = self.landing.take()
-        views = buffer.views(self.layout)
-        self._collect(views, landed)
-        if self._compares:
-            self._require_alike(views)
-        return buffer
-
-    def _require_alike(self, whole: list[torch.Tensor]) -> None:
-        """Raises ConfigurationError when tensor-parallel ranks have computed different gradients of what is no slice.
-
-        Collective in the tensor-parallel group.
-        """
-        self._compares -= 1
-        group = self.unit.ctx.tensor_group
-        real = [torch.view_as_real(gradient) if gradient.is_complex() else gradient for gradient in whole]
-        facts = torch.stack([sums_of(gradient.view(-1)) for gradient in real])
-        every = facts.new_empty((group.world_size, *facts.shape))
-        group.all_gather(facts, every)
-        differing = differ(every).tolist()
-        names = [name for name, differs in zip(self.names, differing, strict=True) if differs]
-        if names:
-            raise ConfigurationError(
-                f"The tensor-parallel ranks have computed different gradients of {', '.join(names[:5])}"
-                f"{' ...' if len(names) > 5 else ''}, as for parameters that see some rows of the batch only. Let "
-                "activations be the same on all of them: ColumnParallelLinear(gather_input=False) and "
-                "RowParallelLinear(all_reduce_output=True), and the same batch (bmt.shard_loader, bmt.shard_batch)."
-            )
-
-    def _collect(self, views: list[torch.Tensor], landed: list[bool]) -> None:
-        """Bring every gradient into the buffer."""
-        sources, targets = [], []
-        for index, (raw, view) in enumerate(zip(self.raw_grads(), views, strict=True)):
-            if raw is not None and self.params[index].requires_grad:
-                dense = raw.to_dense() if raw.is_sparse else raw
-                if landed[index]:
-                    view.add_(dense)
-                else:
-                    sources.append(dense)
-                    targets.append(view)
-                set_raw_grad(self.params[index], None)
-            elif not landed[index]:
-                view.zero_()
-                continue
-            self.gradient.touched[index] = True
-        if sources:
-            torch._foreach_copy_(targets, sources)
+        """Whole gradients, brought into the buffer that is to be reduced."""
+        return self.landing.collect(self.gradient.touched)
 
     def clear_grad(self) -> None:
         """Forget the gradient; its memory stays for the next one."""
         if self.unit.ctx.world_size == 1:
-            self.landing.drop()
+            self.landing.release()
         self.gradient.clear()
         self.landing.forget_all()
         for parameter, raw in zip(self.params, self.raw_grads(), strict=True):
@@ -547,8 +495,8 @@ def flat_of(parameter: object) -> FlatShard | None:
     return getattr(parameter, "_flat", None)  # a Home, of which FlatShard is the only kind; asked often
 
 
-def place_of(parameter: DistributedParameter) -> tuple[FlatShard, int]:
+def place_of(parameter: torch.Tensor) -> tuple[FlatShard, int]:
     """Where a parameter that is sharded lies."""
-    home: Any = parameter._flat
-    assert home is not None
-    return home, parameter._index
+    sharded: Any = parameter
+    assert sharded._flat is not None
+    return sharded._flat, sharded._index

@@ -99,10 +99,10 @@ class ShardGradient:
             self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor
 
     def room(self, dtype: torch.dtype) -> Buffer:
-        """On one rank: where whole gradients may be written, for ``take``; uninitialised but for zeros in gaps.
+        """On one rank: where whole gradients may be written, for ``add_written``; uninitialised but for zeros in gaps.
 
-        It is what ``take`` keeps, unless there is a gradient already.  As in torch, its memory goes when the gradient
-        is cleared.
+        It is what ``add_written`` keeps, unless there is a gradient already.  As in torch, its memory goes when the
+        gradient is cleared.
         """
         if self.present or self._is_lent:
             room = self._pools.make_grads(self._layout, dtype)
@@ -116,7 +116,7 @@ class ShardGradient:
             torch._foreach_zero_([room.tensor[start:end] for start, end in self._layout.gaps])
         return room
 
-    def take(self, room: Buffer) -> None:
+    def add_written(self, room: Buffer) -> None:
         """On one rank: add what was written into ``room``."""
         self.dropped.clear()
         weight = 1.0 / self._divisor

@@ -7,7 +7,7 @@ is whole and the same on all ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -29,18 +29,18 @@ class Owned:
 class InParts(Protocol):
     """An optimizer, or what drives some."""
 
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, object]:
         """The present state.  What it holds may be memory that training changes, or be made when it is read.
         Collective.
         """
 
-    def part_at(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> Place | bool:
+    def part_at(self, path: tuple[object, ...], shape: tuple[int, ...]) -> Place | bool:
         """What this rank needs of a stored tensor that was at ``path``: a part, all of it, or nothing."""
 
-    def check_parts(self, state: dict[str, Any]) -> None:
+    def check_parts(self, state: dict[str, object]) -> None:
         """Raises CheckpointError on every rank if ``load_parts`` would.  Collective."""
 
-    def load_parts(self, state: dict[str, Any]) -> None:
+    def load_parts(self, state: dict[str, object]) -> None:
         """Go on from ``state``, in which tensors are what ``part_at`` said.  Collective."""
 
 

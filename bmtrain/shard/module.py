@@ -52,7 +52,7 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
     ``state_dict()``, ``named_parameters()``, shapes and initial values are those of the same ``nn.Module``.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         # A part of a model called by itself: what it needs is gathered on demand.  Not so where a checkpoint of torch's
         # runs it again in the backward, and is to see what it saves.
         if _no_forward_runs():

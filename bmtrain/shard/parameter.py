@@ -16,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
@@ -81,14 +81,14 @@ class Home(Protocol):
     def set_grad(self, index: int, whole: torch.Tensor | None) -> None:
         """``p.grad = whole``, which may be a ShardedTensor."""
 
-    def copy_unit(self, memo: dict[int, Any]) -> None:
+    def copy_unit(self, memo: dict[int, object]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
 
 
 class ParameterInitializer:
     """An initialisation to run later on the whole parameter: ``func(parameter, *args, **kwargs)``."""
 
-    def __init__(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, func: Callable[..., object], *args: object, **kwargs: object) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
 
     def __call__(self, parameter: torch.Tensor) -> None:
@@ -112,7 +112,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
 
     _flat: Home | None
     _index: int
-    _init_method: Callable[[torch.Tensor], Any] | None
+    _init_method: Callable[[torch.Tensor], object] | None
     _group: str | None
     _split: Split | None = None  # how a whole is cut, of which this is a slice
     _taken: list[weakref.ref[Any]]  # what ``data`` has given: Parts while sharded, tensors while whole
@@ -121,7 +121,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         cls,
         data: torch.Tensor | None = None,
         requires_grad: bool = True,
-        init_method: Callable[[torch.Tensor], Any] | None = None,
+        init_method: Callable[[torch.Tensor], object] | None = None,
         group: str | None = None,
         tp_mode: bool = False,
         tp_split_dim: int = -1,
@@ -174,10 +174,10 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         self._taken = []
         self._flat.write(self._index, value)
 
-    def set_(self, *args: Any, **kwargs: Any) -> Any:
+    def set_(self, *args: object, **kwargs: object) -> torch.Tensor:
         """Take other values, as ``p.data = values`` does, with which torch's parametrizations are removed."""
         if self._flat is None:
-            return super().set_(*args, **kwargs)
+            return super().set_(*args, **kwargs)  # type: ignore[call-overload,no-any-return]
         match [*args, *kwargs.values()]:
             case [torch.Tensor() as values]:
                 require_same(self, values)
@@ -250,7 +250,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
         """The whole value, a copy that does not follow later updates; its gradient reaches the shards.  Collective."""
         if self._flat is None:
             return self.detach().clone()
-        return ShardedParameter.operation(DistributedParameter.gather, (self,), {})  # type: ignore[no-any-return]
+        return cast(torch.Tensor, ShardedParameter.operation(DistributedParameter.gather, (self,), {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DistributedParameter:
         if id(self) in memo:
@@ -316,7 +316,7 @@ class ShardedParameter(DistributedParameter):
         operation: carries out a torch function that got at least one; ``rules``, which stands above, sets it.
     """
 
-    operation: ClassVar[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]]
+    operation: ClassVar[Callable[[Callable[..., object], tuple[object, ...], dict[str, object]], object]]
 
     @classmethod
     @runs_as_written
@@ -341,7 +341,7 @@ class ShardedParameter(DistributedParameter):
 
 def _adopt(
     made: Any,
-    init_method: Callable[[torch.Tensor], Any] | None = None,
+    init_method: Callable[[torch.Tensor], object] | None = None,
     group: str | None = None,
     tp_mode: bool = False,
     tp_split_dim: int = -1,

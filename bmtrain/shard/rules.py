@@ -185,10 +185,10 @@ def _refresh(view: ViewOfSharded) -> None:
     sharded = [p for p in view.parameters if isinstance(p, ShardedParameter)]
     with torch.no_grad():
         if not sharded:
-            view.show(view.again())
+            view.refresh(view.again())
             return
         with engine().outside.on_demand(sharded, None, _what("a view", sharded)):
-            view.show(view.again())
+            view.refresh(view.again())
 
 
 # -- writes ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 from operator import is_not
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -286,7 +286,7 @@ class ShardUnit:
             buffers = [flat.collect() for flat in flats]
             if self.ctx.world_size == 1:
                 for flat, buffer in zip(flats, buffers, strict=True):
-                    flat.gradient.take(buffer)
+                    flat.gradient.add_written(buffer)
             else:
                 self.reduced.record(device.current_stream())
                 self.reduced.wait(device.reduce_stream)
@@ -305,10 +305,11 @@ class ShardUnit:
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
-    def copy_into(self, memo: dict[int, Any]) -> ShardUnit:
+    def copy_into(self, memo: dict[int, object]) -> ShardUnit:
         """A copy with its own shards; ``memo`` maps the old parameters to the new."""
-        if id(self) in memo:
-            return memo[id(self)]  # type: ignore[no-any-return]
+        known = memo.get(id(self))
+        if isinstance(known, ShardUnit):
+            return known
         made = ShardUnit.__new__(ShardUnit)
         made.__dict__.update(self.__dict__)
         memo[id(self)] = made
@@ -318,7 +319,7 @@ class ShardUnit:
         self.pools.copies.append(weakref.ref(made))
         return made
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ShardUnit:
+    def __deepcopy__(self, memo: dict[int, object]) -> ShardUnit:
         return self.copy_into(memo)
 
 

@@ -42,7 +42,7 @@ class ViewOfSharded(torch.Tensor):
         """Whether nobody has changed the parameters since."""
         return self._versions == self._present_versions()
 
-    def show(self, values: torch.Tensor) -> None:
+    def refresh(self, values: torch.Tensor) -> None:
         """Take ``values``, which are the present ones."""
         self.as_subclass(torch.Tensor).copy_(values)
         self._versions = self._present_versions()

@@ -99,9 +99,9 @@ class Mesh:
                 stacklevel=2,
             )
             return
-        self._take(connection, other).send({"rank": self.rank, "word": self._word}, must=True)
+        self._linked(connection, other).send({"rank": self.rank, "word": self._word}, must=True)
 
-    def _take(self, connection: socket.socket, rank: int = -1) -> _Link:
+    def _linked(self, connection: socket.socket, rank: int = -1) -> _Link:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # The kernel answers for a process that is stopped; nobody does for a machine that is gone.
@@ -138,7 +138,7 @@ class Mesh:
                     self._wakes.recv(4096)
             elif key.fileobj is self._door:
                 with contextlib.suppress(OSError):
-                    self._take(self._door.accept()[0])
+                    self._linked(self._door.accept()[0])
             else:
                 found += self._heard(key.data)
         return found

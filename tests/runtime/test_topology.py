@@ -85,15 +85,12 @@ def test_communicators_are_those_of_the_mesh() -> None:
             assert groups == [world, world, copy, (replica, shape[0]), copy, copy]
 
 
-def differing_sizes() -> None:
+@on_ranks(2, initialize=False, fresh=True)
+def test_ranks_that_ask_for_different_groups() -> None:
     with pytest.raises(ConfigurationError, match="must be the same on all ranks"):
         bmt.init_distributed(device="cpu", shard_size=[1, 2][int(os.environ["RANK"])])
     with pytest.raises(ConfigurationError, match="shard_size is 3, which does not divide the 2 ranks"):
         bmt.init_distributed(device="cpu", shard_size=3)
-
-
-def test_ranks_that_ask_for_different_groups() -> None:
-    run_ranks(2, differing_sizes, initialize=False, fresh=True)
 
 
 @on_ranks(2, env={"BMTRAIN_TP_SIZE": "2"}, fresh=True)

@@ -1,4 +1,4 @@
-"""Printing, memory, averages, and bandwidth tables."""
+"""Printing, memory and averages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from ranks import run_ranks
 
 import bmtrain as bmt
-from bmtrain import benchmark, debug, utils
+from bmtrain import debug, utils
 
 
 def printed() -> tuple[str, str]:
@@ -172,21 +172,3 @@ def test_debug_values() -> None:
     assert debug.get("a") is None and debug.get("list") == [1, 2, 3]
     debug.clear()
     assert debug.get("list") is None
-
-
-def bandwidth() -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        benchmark.all_gather(sizes=[1 << 10, 3 << 20])
-        benchmark.reduce_scatter(sizes=[1 << 10])
-        benchmark.send_recv(sizes=[1 << 10])
-    return output.getvalue()
-
-
-def test_benchmarks_print_a_table_on_rank_0() -> None:
-    table, *others = run_ranks(3, bandwidth)
-    assert others == ["", ""]
-    lines = table.splitlines()
-    assert [line for line in lines if "==" in line] != [] and len(lines) == 3 * 2 + 4
-    size, milliseconds, rate = lines[3].rsplit(maxsplit=2)
-    assert size.strip() == "3 MB"
-    assert float(rate) == pytest.approx((3 << 20) / (float(milliseconds) * 1e-3) / 1e9, rel=0.2, abs=1e-3)

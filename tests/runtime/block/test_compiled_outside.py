@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks, run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -125,12 +125,9 @@ def test_it_does_as_uncompiled(name: str) -> None:
     oracle.assert_same_weights(model, plain)
 
 
-def wants_one_graph() -> None:
+@on_ranks(2)
+def test_what_must_be_one_graph_is_refused_by_torch() -> None:
     torch._dynamo.reset()
     model = bmt.BMTrainModelWrapper(Net())
     with pytest.raises(Exception, match=r"graph break|fullgraph|Unsupported|unsupported"):
         torch.compile(penalty, backend="aot_eager", fullgraph=True)(model)
-
-
-def test_what_must_be_one_graph_is_refused_by_torch() -> None:
-    run_ranks(2, wants_one_graph)

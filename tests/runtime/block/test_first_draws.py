@@ -22,6 +22,8 @@ from bmtrain.block.first_draws import FirstDraws
 from bmtrain.context import context
 from bmtrain.device import Device
 
+CPU = {"device": "cpu"}
+
 
 class Block(nn.Module):
     def __init__(self) -> None:
@@ -103,7 +105,8 @@ class Noisy(nn.Module):
         return x + numpys(x)
 
 
-def by_numpy_or_random() -> None:
+@on_ranks(2, fresh=True, init=CPU)
+def test_of_numpy_and_random() -> None:
     in_a_block = Model()
     in_a_block.blocks = bmt.TransformerBlockList([bmt.Block(Noisy())])
     for model in (Model(numpys), Model(pythons), in_a_block):
@@ -113,7 +116,9 @@ def by_numpy_or_random() -> None:
         assert len(found) == (bmt.rank() == 0) and all("by numpy or Python's random" in one for one in found)
 
 
-def in_its_own_forward(number: int) -> None:
+@pytest.mark.parametrize("number", range(3))
+@on_ranks(2, fresh=True, init=CPU)
+def test_in_a_models_own_forward(number: int) -> None:
     found = train(Model(DRAWS[number]))
     assert len(found) == (bmt.rank() == 0)
     assert all("by a model's own forward" in one and "test_first_draws.py:" in one for one in found)
@@ -141,9 +146,6 @@ def shared() -> None:
     assert train(Model(torch.randn_like)) == []
 
 
-CPU = {"device": "cpu"}
-
-
 def as_it_is(what: Callable[[], None]) -> None:
     what()
 
@@ -164,15 +166,6 @@ def test_nothing_to_say() -> None:
 
 def in_silence() -> None:
     assert train(Model(torch.randn_like), torch.randn_like) == []
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_in_a_models_own_forward(number: int) -> None:
-    run_ranks(2, in_its_own_forward, number, fresh=True, init=CPU)
-
-
-def test_of_numpy_and_random() -> None:
-    run_ranks(2, by_numpy_or_random, fresh=True, init=CPU)
 
 
 def test_before_the_forward() -> None:

@@ -451,15 +451,12 @@ def test_memory_is_a_word_or_a_number_of_gib(memory: Any) -> None:
     assert not bmt.is_initialized()
 
 
-def other_memory_on_rank_1(others: list[Any]) -> None:
+@pytest.mark.parametrize("others", [["auto", "lean"], [8, 4.5]])
+@on_ranks(2, initialize=False, fresh=True)
+def test_ranks_say_the_same_of_memory(others: list[Any]) -> None:
     with pytest.raises(ConfigurationError, match="the same on all ranks"):
         bmt.init_distributed(device="cpu", memory=others[int(os.environ["RANK"])])
     assert not bmt.is_initialized()
-
-
-@pytest.mark.parametrize("others", [["auto", "lean"], [8, 4.5]])
-def test_ranks_say_the_same_of_memory(others: list[Any]) -> None:
-    run_ranks(2, other_memory_on_rank_1, others, initialize=False, fresh=True)
 
 
 @on_ranks(2)

@@ -7,7 +7,7 @@ import io
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import on_ranks
 
 import bmtrain as bmt
 from bmtrain.block.summary import _mesh
@@ -15,7 +15,8 @@ from bmtrain.context import context
 from bmtrain.topology import Mesh
 
 
-def says_what_it_is() -> None:
+@on_ranks(2, fresh=True)
+def test_one_block_from_rank_0() -> None:
     model = bmt.BMTrainModelWrapper(torch.nn.Sequential(torch.nn.Linear(600, 800), torch.nn.Linear(800, 1)))
     for parameter in model[1].parameters():
         parameter.requires_grad_(False)
@@ -44,10 +45,6 @@ def says_what_it_is() -> None:
     assert found[:3] == pytest.approx([held, trained, 2 * trained], abs=0.11) and "MiB each" in second
     assert batch == "bmtrain: the first step took 3 times 2 x 600 here, 12 rows on all ranks if theirs are as large"
     assert third.startswith("bmtrain: precision as the model and autocast have it; memory auto: ")
-
-
-def test_one_block_from_rank_0() -> None:
-    run_ranks(2, says_what_it_is, fresh=True)
 
 
 @pytest.mark.parametrize(

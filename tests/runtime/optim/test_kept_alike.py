@@ -9,7 +9,7 @@ import models
 import oracle
 import pytest
 import torch
-from ranks import on_ranks, run_ranks
+from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -52,11 +52,8 @@ class Training:
         self.manager.step()
 
 
+@on_ranks(1)
 def test_no_number_of_steps() -> None:
-    run_ranks(1, _refuses)
-
-
-def _refuses() -> None:
     for number in (0, -1):
         with pytest.raises(ConfigurationError, match="compare_every"):
             bmt.optim.OptimManager(compare_every=number)

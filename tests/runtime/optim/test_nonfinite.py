@@ -142,11 +142,8 @@ def message(call: Callable[[], object]) -> str:
     return str(found.value)
 
 
+@on_ranks(1)
 def test_an_unknown_choice_is_refused() -> None:
-    run_ranks(1, _refuses)
-
-
-def _refuses() -> None:
     with pytest.raises(ConfigurationError, match="stop, skip, dump, ignore"):
         bmt.optim.OptimManager(nonfinite="warn")  # type: ignore[arg-type]
 

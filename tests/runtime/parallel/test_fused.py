@@ -272,11 +272,8 @@ def test_a_table_of_any_type_is_tried(dtype: torch.dtype) -> None:
         assert "goes by nothing else" in str(why_not_split(kind(50000, WIDTH).to(dtype), 2)), kind
 
 
+@on_ranks(2, init={"tp_size": 2})
 def test_parts_of_a_parameter_that_are_none() -> None:
-    run_ranks(2, refuses_parts, init={"tp_size": 2})
-
-
-def refuses_parts() -> None:
     for shape, dim, parts in (((4, 6), 1, (1, 1)), ((5, 2), 0, (1, 1)), ((6, 2), 0, (2, 1, 1))):
         with pytest.raises(ConfigurationError, match="no parts of a slice"):
             bmt.DistributedParameter(torch.zeros(shape), tp_mode=True, tp_split_dim=dim, tp_parts=parts)

@@ -16,7 +16,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 from trains_alike import LENGTH, VOCABULARY, assert_trains_alike, batch
 
@@ -128,7 +128,10 @@ OTHERS = {
 }
 
 
-def trains_with(kind: str) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize("kind", OTHERS)
+@on_ranks(2, init={"pipe_size": 2})
+def test_other_optimizers(kind: str) -> None:
     reference, model = pair()
     ours, theirs = OTHERS[kind]
     optimizer, expected = ours(model.parameters(), lr=0.01), theirs(reference.parameters(), lr=0.01)
@@ -141,12 +144,6 @@ def trains_with(kind: str) -> None:
             one.step()
             one.zero_grad()
     oracle.assert_same_weights(model, reference, limit=1e-2 if kind == "offload" else 1e-4)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("kind", OTHERS)
-def test_other_optimizers(kind: str) -> None:
-    run_ranks(2, trains_with, kind, init={"pipe_size": 2})
 
 
 # ---- beside tensor parallelism
@@ -167,7 +164,8 @@ class SplitModel(Piped):
     layer = SplitLayer
 
 
-def split_and_piped() -> None:
+@on_ranks(4, long=(8,), init={"pipe_size": 2, "tp_size": 2})
+def test_stages_of_split_layers() -> None:
     """Three blocks, so that stages do other numbers of collectives of their slices."""
     torch.manual_seed(3)
     model: Any = SplitModel(3, recompute=True)
@@ -191,11 +189,6 @@ def split_and_piped() -> None:
         manager.zero_grad()
         theirs.zero_grad()
     oracle.assert_same_weights(model, reference)
-
-
-@pytest.mark.parametrize("ranks", [4, pytest.param(8, marks=pytest.mark.long)])
-def test_stages_of_split_layers(ranks: int) -> None:
-    run_ranks(ranks, split_and_piped, init={"pipe_size": 2, "tp_size": 2})
 
 
 # ---- what a call does
@@ -268,7 +261,8 @@ class PlainBoth(nn.Module):
         return out.mean()
 
 
-def two_pipelines() -> None:
+@on_ranks(2, init={"pipe_size": 2})
+def test_two_pipelines_in_a_model() -> None:
     torch.manual_seed(1)
     reference = PlainBoth()
     torch.manual_seed(1)
@@ -299,10 +293,6 @@ def two_pipelines() -> None:
     again.train()(bmt.shard_batch(x)).backward()
     reference(x).backward()
     oracle.assert_same_grads(again, reference)
-
-
-def test_two_pipelines_in_a_model() -> None:
-    run_ranks(2, two_pipelines, init={"pipe_size": 2})
 
 
 class Noisy(nn.Module):
@@ -546,7 +536,8 @@ def test_a_rank_that_does_something_else() -> None:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def values_outside(folder: str) -> None:
+@on_ranks(2, init={"pipe_size": 2})
+def test_values_outside_of_forwards(tmp_path: Path) -> None:
     reference, model = pair()
     names = ("layers.0.up.weight", "layers.2.down.bias", "bias")
     for name in names:
@@ -570,8 +561,8 @@ def values_outside(folder: str) -> None:
     with bmt.gathered(model):  # all stages' are whole: the pipeline computes with what is there
         loss = model(*(bmt.shard_batch(x) for x in batch(0)))
     oracle.assert_close(bmt.sum_loss(loss.detach()), reference(*batch(0)).detach(), "the loss inside gathered")
-    bmt.save_checkpoint(model, f"{folder}/model.pt")
-    read = torch.load(f"{folder}/model.pt", weights_only=False).state_dict()
+    bmt.save_checkpoint(model, f"{tmp_path}/model.pt")
+    read = torch.load(f"{tmp_path}/model.pt", weights_only=False).state_dict()
     assert list(read) == list(reference.state_dict()) and all(
         torch.equal(read[k], v) for k, v in reference.state_dict().items()
     )
@@ -587,7 +578,8 @@ def values_outside(folder: str) -> None:
     assert {line.get("name") for line in bmt.inspect.inspect_model(model, "*")} == set(reference.state_dict())
 
 
-def several_at_once() -> None:
+@on_ranks(2, init={"pipe_size": 2})
+def test_several_forwards_at_once() -> None:
     """Two forwards before a backward, a graph that is kept, values read in between."""
     reference, model = pair()
     one, other = ([bmt.shard_batch(x) for x in batch(step)] for step in (0, 1))
@@ -664,7 +656,8 @@ class Scaled(Encoder):
         return super().forward(x) * scale + shift[0] * shift[1]["more"]
 
 
-def leaves_reached() -> None:
+@on_ranks(2, init={"pipe_size": 2})
+def test_backwards_that_reach_some_tensors() -> None:
     """Tensors that all stages get, asked for in every way; what is freed stays freed."""
     made: Any = Whole(lambda: [Scaled() for _ in range(2)])
     plain = [Scaled() for _ in range(2)]
@@ -712,11 +705,8 @@ def leaves_reached() -> None:
         assert not made.layers(x, scale, shift=(scale, {"more": scale})).requires_grad
 
 
-def test_backwards_that_reach_some_tensors() -> None:
-    run_ranks(2, leaves_reached, init={"pipe_size": 2})
-
-
-def only_one_result() -> None:
+@on_ranks(2, init={"pipe_size": 2})
+def test_a_loss_of_some_results() -> None:
     torch.manual_seed(0)
     layers: Any = bmt.PipelineTransformerBlockList([bmt.Block(Two(), mode="PIPE") for _ in range(3)], num_hidden=2)
     plain = [Two() for _ in range(3)]
@@ -733,15 +723,3 @@ def only_one_result() -> None:
         both[index].sum().backward()
         for mine, theirs in zip(layers, plain, strict=True):
             oracle.assert_same_grads(mine, theirs)
-
-
-def test_a_loss_of_some_results() -> None:
-    run_ranks(2, only_one_result, init={"pipe_size": 2})
-
-
-def test_several_forwards_at_once() -> None:
-    run_ranks(2, several_at_once, init={"pipe_size": 2})
-
-
-def test_values_outside_of_forwards(tmp_path: Path) -> None:
-    run_ranks(2, values_outside, str(tmp_path), init={"pipe_size": 2})

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import nn
 from trains_alike import LENGTH, VOCABULARY, assert_trains_alike, batch, own_slice
 
@@ -145,7 +145,8 @@ class RowsBetween(bmt.DistributedModule):
         return out
 
 
-def refused() -> None:
+@on_ranks(2, init={"tp_size": 2}, fresh=True)
+def test_refusals() -> None:
     with pytest.raises(ConfigurationError, match="vocab_size is 7, which cannot be split evenly over 2"):
         bmt.nn.VPEmbedding(7, 4)
     _, model = pair()
@@ -162,15 +163,12 @@ def refused() -> None:
         bmt.gather_grad(between.norm.weight)
 
 
-def test_refusals() -> None:
-    run_ranks(2, refused, init={"tp_size": 2}, fresh=True)
-
-
 # ---- what user code sees
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def values_outside(folder: str) -> None:
+@on_ranks(4, long=(2,), init={"tp_size": 2}, drawn_on_cpu=False)
+def test_values_outside_of_forwards(tmp_path: Path) -> None:
     reference, model = pair()
     size = bmt.mesh().size("tensor")
     names = ("embedding.weight", "layers.0.up.weight", "layers.1.down.weight", "layers.1.down.bias", "places")
@@ -213,22 +211,18 @@ def values_outside(folder: str) -> None:
     oracle.assert_same_weights(copy.deepcopy(model), reference, exact=True)
     # Averages in a file, and models.
     average = {name: p.data.clone() for name, p in model.named_parameters()}
-    bmt.save_checkpoint(average, f"{folder}/average.pt")
-    for name, value in torch.load(f"{folder}/average.pt").items():
+    bmt.save_checkpoint(average, f"{tmp_path}/average.pt")
+    for name, value in torch.load(f"{tmp_path}/average.pt").items():
         assert torch.equal(value, reference.state_dict()[name]), name
     with pytest.raises(UnsupportedError, match="state dict"):
-        bmt.save_checkpoint(model, f"{folder}/model.pt")
+        bmt.save_checkpoint(model, f"{tmp_path}/model.pt")
     with pytest.raises(CheckpointError, match=r"layers\.0\.up\.weight"):
         model.load_state_dict(reference.state_dict() | {"layers.0.up.weight": torch.zeros(INNER, WIDTH + 1)})
     oracle.assert_same_weights(model, reference, exact=True)
 
 
-@pytest.mark.parametrize("ranks", [4, pytest.param(2, marks=pytest.mark.long)])
-def test_values_outside_of_forwards(ranks: int, tmp_path: Path) -> None:
-    run_ranks(ranks, values_outside, str(tmp_path), init={"tp_size": 2}, drawn_on_cpu=False)
-
-
-def with_an_average() -> None:
+@on_ranks(2, init={"tp_size": 2})
+def test_buffers_made_of_slices() -> None:
     """A buffer made of a slice is one, too."""
     reference, model = pair()
     model.layers[0].register_buffer("average", model.layers[0].down.weight.data.clone())
@@ -241,10 +235,6 @@ def with_an_average() -> None:
         model.layers[0].average.zero_()
     model.load_state_dict(reference.state_dict())
     oracle.assert_same_weights(model, reference, exact=True)
-
-
-def test_buffers_made_of_slices() -> None:
-    run_ranks(2, with_an_average, init={"tp_size": 2})
 
 
 def built_on_meta() -> dict[str, torch.Tensor]:
@@ -372,7 +362,8 @@ class Projected(bmt.DistributedModule):
         return bmt.loss.FusedCrossEntropy(parallel=True)(self.head(x), targets)
 
 
-def projects() -> None:
+@on_ranks(2, init={"tp_size": 2})
+def test_a_projection_of_its_own() -> None:
     reference = nn.Linear(WIDTH, VOCABULARY, bias=False)
     torch.manual_seed(3)
     nn.init.normal_(reference.weight)
@@ -396,7 +387,3 @@ def projects() -> None:
         plain.step()
         torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(model.state_dict()["head.weight"].clone(), reference.weight.detach())
-
-
-def test_a_projection_of_its_own() -> None:
-    run_ranks(2, projects, init={"tp_size": 2})

@@ -135,7 +135,7 @@ def test_blocks_frozen_after_wrapping_reduce_nothing() -> None:
     for layer in model.layers:
         unit: Any = layer._bmt.unit
         for flat in unit.flats:
-            kept = "take" if bmt.world_size() == 1 else "receive"  # on one rank it stays where it was written
+            kept = "add_written" if bmt.world_size() == 1 else "receive"  # on one rank it stays where it was written
             inner = getattr(flat.gradient, kept)
 
             def noted(whole: Any, name: str = unit.name, inner: Any = inner) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -16,6 +16,7 @@ from .gathered import keep_rank_0s
 from .parameter import DistributedParameter
 from .sharded_tensor import ShardedTensor, slice_for, unsliced, written_by
 
+T = TypeVar("T")
 _T = torch.Tensor
 
 _NO_WRITES = {"requires_grad_", "share_memory_", "detach_", "rename_"}
@@ -117,9 +118,10 @@ class StateTensor(torch.Tensor):
         return tree_map(lambda x: _followed(x, sources) if type(x) is _T else x, out)
 
 
-def without_links(value: Any) -> Any:
+def without_links(value: T) -> T:
     """The tree ``value``, whose StateTensors are ordinary tensors, copied."""
-    return tree_map(lambda leaf: leaf.__deepcopy__({}) if isinstance(leaf, StateTensor) else leaf, value)
+    made: T = tree_map(lambda leaf: leaf.__deepcopy__({}) if isinstance(leaf, StateTensor) else leaf, value)
+    return made
 
 
 def _plain(tensor: StateTensor) -> torch.Tensor:
