@@ -7,10 +7,10 @@ they name: globals, attributes of modules and classes, what lists, dicts and obj
 from __future__ import annotations
 
 import dis
-import functools
 import os
 import pickle
 import sys
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -30,7 +30,7 @@ CONTAINERS = (dict, list, set, deque)
 
 _MOST = 20_000  # values; comparing more takes longer than a recording saves
 _OURS = ("torch", "bmtrain")  # what code in these reads does not change, or is looked at elsewhere
-_CLOSED = ("logging", "threading", "_thread", "re", "typing", "weakref", "numpy", *_OURS)  # packages of objects
+_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", *_OURS)  # packages of objects
 _NAMED_BY_PYTHON = ("forward", "__call__", "__getitem__", "__getattr__")
 _OF_FUNCTIONS = ("forward", "backward", "setup_context")  # of torch.autograd.Function
 
@@ -174,6 +174,10 @@ class _Search:
                 self.others.append(container)
             self._waiting += container
 
+    def _asks(self, ask: Callable[[], Any]) -> None:
+        self.asked.append(ask)
+        self._waiting.append(ask())
+
     def _is_instance(self, of_class: type) -> None:
         for base in of_class.__mro__:
             if not _is_in(base.__module__, _OURS) and base.__module__ not in sys.stdlib_module_names:
@@ -210,8 +214,8 @@ class _Search:
         elif isinstance(value, FunctionType):
             self._look_at_function(value)
         elif isinstance(value, type):
+            self._is_instance(value)
             if issubclass(value, torch.autograd.Function):
-                self._is_instance(value)
                 self._attributes.update(_OF_FUNCTIONS)
         elif isinstance(value, MethodType):
             self._waiting += (value.__self__, value.__func__)
@@ -226,7 +230,12 @@ class _Search:
         elif is_generator(value):
             self.asked.append(lambda: pickle.dumps(generator_state(value)))
         elif isinstance(value, ContextVar):
-            self.asked.append(lambda: value.get(None))
+            self._asks(lambda: value.get(None))
+        elif isinstance(value, weakref.ref):
+            self._asks(value)
+        elif isinstance(value, _arrays()):
+            self._count += value.size
+            self.asked.append(value.tobytes)
         elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
             self.reason = f"its Python may read a {type(value).__name__}, which is another each time"
         elif not _is_in(type(value).__module__, _CLOSED):
@@ -253,13 +262,16 @@ class _Search:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name.startswith("__"):
                     continue
-                read = functools.partial(getattr, value, name, None)
-                self.asked.append(read)
-                self._waiting.append(read())
+                self._asks(partial(getattr, value, name, None))
 
 
 def _is_in(module: str, packages: Sequence[str]) -> bool:
     return module.partition(".")[0] in packages
+
+
+def _arrays() -> tuple[type[Any], ...]:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.ndarray,)
 
 
 def _contents(cell: CellType) -> Any:

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -260,6 +260,9 @@ class _Block:
         numbers = device.rng_state()
         try:
             recording = Recording(self.graphs, unit, call, inputs, facts, self._regions)
+        except ConfigurationError as error:
+            self.give_up(str(error))
+            return None
         except Exception as error:  # whatever the device refuses to record runs as it did before
             text = "".join(str(error).splitlines()[:1])
             self.give_up(f"recording it ended in {type(error).__name__}: {text[:200]}")
@@ -435,7 +438,7 @@ class Recording:
         assert isinstance(module, nn.Module)
         self.rest = inputs.rest
         self._graphs, self._unit, self._call = graphs, weakref.ref(unit), call
-        self._addresses, self._facts, self._step = _addresses(unit), facts, graphs.ctx.diary.step
+        self._addresses, self._facts = _addresses(unit), facts
         self._surroundings, self._settings, self._regions = Surroundings(), _settings(), regions
         self._use: weakref.ref[_Use] | None = None
         self._readers = 0  # recordings that read results of this one in place
@@ -444,7 +447,8 @@ class Recording:
         self._args, self._kwargs = inputs.with_tensors(self._inputs)
         self.parameters = self._facts.trained()
         # In their places while the block's Python runs: what autograd keeps of the real ones is of other streams.
-        holders = [inner._parameters for inner in module.modules()]
+        self._modules = list(module.modules())
+        holders = [inner._parameters for inner in self._modules]
         self._places: list[tuple[dict[str, Any], str, Any]]
         self._places = [(holder, n, p) for holder in holders for n, p in holder.items() if p is not None]
         self._stand_ins = {id(parameter): _alias(parameter) for _, _, parameter in self._places}
@@ -485,6 +489,8 @@ class Recording:
 
     def _run_forward(self) -> None:
         with ExitStack() as stack:
+            for inner in self._modules:
+                stack.callback(inner.__dict__.update, dict(inner.__dict__))  # an LSTM keeps a list of its parameters
             for holder, name, parameter in self._places:
                 holder[name] = self._stand_ins[id(parameter)]
                 stack.callback(holder.__setitem__, name, parameter)
@@ -499,6 +505,8 @@ class Recording:
         if not self._reached:
             numbers_of = {id(wanted): number for number, wanted in enumerate(self._wanted)}
             leaves_of = [_trained_by([output], set()) for output in self._outputs if output.requires_grad]
+            if not all(id(leaf) in numbers_of for leaf in chain.from_iterable(leaves_of)):
+                raise ConfigurationError("it computes with parameters that it keeps elsewhere than under their names")
             self._reached = [{numbers_of[id(leaf)] for leaf in leaves} for leaves in leaves_of]
 
     @runs_as_written
@@ -519,7 +527,7 @@ class Recording:
         """Autograd is through with what was recorded: keep where results lie, and no graph."""
         self._copied = [output.untyped_storage().data_ptr() in self._kept for output in self._outputs]
         self._outputs = [output.detach() for output in self._outputs]
-        self._wanted, self._places, self._stand_ins = [], [], {}
+        self._wanted, self._places, self._stand_ins, self._modules = [], [], {}, []
         self._users = list(map(_users_of, self._shown()))
         for output, copied in zip(self._outputs, self._copied, strict=True):
             if not copied:
@@ -533,16 +541,10 @@ class Recording:
 
     def is_valid(self) -> bool:
         """Whether the block would still do what was recorded."""
-        unit, step = self._unit(), self._graphs.ctx.diary.step
-        if unit is None or _addresses(unit) != self._addresses:
+        unit = self._unit()
+        if unit is None or _addresses(unit) != self._addresses or not self._facts.hold():
             return False
-        if step != self._step:  # looked at once a step
-            if not (
-                self._facts.hold() and self._surroundings.are_like(Surroundings()) and self._settings == _settings()
-            ):
-                return False
-            self._step = step
-        return True
+        return self._settings == _settings() and self._surroundings.are_like(Surroundings())
 
     def require_backward(self) -> None:
         """Raises ConfigurationError unless autocast is as recorded, and parameters lie where the forward read them."""
@@ -646,7 +648,8 @@ class _Use:
         if self.is_over:
             raise ConfigurationError(
                 "A backward came a second time (retain_graph=True, create_graph=True) to a block that runs as a CUDA "
-                "graph, which keeps what it saved until the first. Leave graphs=True out of bmt.init_distributed (and BMTRAIN_GRAPHS)."
+                "graph, which keeps what it saved until the first. Leave graphs=True out of bmt.init_distributed (and "
+                "BMTRAIN_GRAPHS)."
             )
         if any(tensor._version != version for tensor, version in self.read):
             raise ConfigurationError(

@@ -49,12 +49,18 @@ class _Log(TorchDispatchMode):
             tensor.copy_(value)
 
     def redo(self) -> None:
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False), torch._C.DisableTorchFunctionSubclass():
+        with (
+            torch.enable_grad(),  # an LSTM asks whether that is on
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C.DisableTorchFunctionSubclass(),
+            torch.autocast("cpu", enabled=False),
+        ):
             for func, args, kwargs, results in self._done:
                 again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, torch.Tensor)]
                 for result, value in zip(results, again, strict=True):
                     if result.numel() and result.data_ptr() != value.data_ptr():
-                        result.copy_(value)
+                        with torch.inference_mode(result.is_inference()):
+                            result.copy_(value)
 
 
 class Recorder:
