@@ -30,7 +30,7 @@ CONTAINERS = (dict, list, set, deque)
 
 _MOST = 20_000  # values; comparing more takes longer than a recording saves
 _OURS = ("torch", "bmtrain")  # what code in these reads does not change, or is looked at elsewhere
-_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", *_OURS)  # packages of objects
+_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", "triton", *_OURS)  # packages of objects
 _NAMED_BY_PYTHON = ("forward", "__call__", "__getitem__", "__getattr__")
 _OF_FUNCTIONS = ("forward", "backward", "setup_context")  # of torch.autograd.Function
 
@@ -143,6 +143,8 @@ class _Search:
         while self._waiting or self._resolve(resolved):
             while self._waiting and self.reason is None:
                 self._look(self._waiting.pop())
+                if self._count > _MOST:
+                    self.reason = "its Python may read more than can be compared"
             if self.reason is not None:
                 break
 
@@ -157,6 +159,7 @@ class _Search:
 
     def _names(self, space: Mapping[str, Any], name: str) -> object:
         value = space.get(name)
+        self._count += 1
         self.names.append((space, name))
         self._waiting.append(value)
         return value
@@ -164,7 +167,6 @@ class _Search:
     def _holds(self, container: Any) -> None:
         self._count += len(container)
         if self._count > _MOST:
-            self.reason = "its Python may read more than can be compared"
             return
         if isinstance(container, dict):
             self.dicts.append(container)

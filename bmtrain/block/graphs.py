@@ -8,7 +8,7 @@ A recording holds the memory of what its block saves and of its gradients, for g
 its way to the backward.  Whatever does not fit it runs as it is written: a second forward before the backward, other
 shapes, results of the last step that somebody still holds, a module that has changed since.  A block is left alone,
 and the reason is said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by
-the host, waits for the device, hooks.
+the host, waits for the device, hooks, whatever else is done beside (``facts``).
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ _FIRST_STEP = 3  # by then the plan for memory is made, and nobody looks at firs
 _MOST = 2  # recordings of one block: each holds its memory
 _MOST_INPUTS = 8  # kinds of inputs that are looked at before a block is given up
 _MOST_CHANGES = 4  # of a module after it was looked at
-_NO_REGIONS: AutocastRegions = [(kind, False, torch.bfloat16) for kind in ("cpu", "cuda")]
 
 
 class Graphs:
@@ -179,7 +178,7 @@ class _Block:
         self._looks = False  # whether the run that begins is looked at
         self._changes = 0
         self._executed: Executed = {}
-        self._regions = _NO_REGIONS  # of autocast, around the backward
+        self._regions: AutocastRegions | None = None  # of autocast, around a backward
         self.reason: str | None = None
         reason = _objection(module, unit, graphs.ctx)
         if reason is not None:
@@ -244,8 +243,8 @@ class _Block:
                 self._looks, self._looked_at = True, inputs.rest
                 self._seen[inputs.rest] = None
             return None
-        if facts is None:
-            return None  # the run looked at raised, or has not returned
+        if facts is None or self._regions is None:
+            return None  # its backward is still to come
         unit, module = self._unit(), getattr(call, "__self__", None)
         if len(self._recordings) == _MOST or unit is None or not isinstance(module, nn.Module):
             return None
@@ -292,8 +291,12 @@ class _Block:
         state, facts, doings = State(), Facts(module, self._executed), Doings()
         given = _Given(args, kwargs)
         before, numbers = state.before_run(module), device.rng_state()
-        with device.host_waits() as waits, doings:
-            out = call(*args, **kwargs)
+        try:
+            with device.host_waits() as waits, doings:
+                out = call(*args, **kwargs)
+        except BaseException:
+            del self._seen[self._looked_at]  # that says nothing of other runs
+            raise
         self._executed |= doings.executed
         moved = [entry for entry in state.after_run(module, before) if entry.holder.get(entry.name) is not entry.value]
         moved += [e for e in before if e.moved and not isinstance(e.value, torch.Tensor) and e not in moved]
@@ -317,8 +320,8 @@ class _Block:
                 self.give_up(reason)
             else:
                 self._seen[self._looked_at] = facts
-                first = next(leaf for leaf in tree_flatten(out)[0] if _is_trained(leaf))
-                first.register_hook(self._backward_begins)
+                for leaf in filter(_is_trained, tree_flatten(out)[0]):
+                    leaf.register_hook(self._backward_begins)
         return out
 
     @runs_as_written

@@ -6,8 +6,10 @@ These tests run on GPUs, too.
 
 from __future__ import annotations
 
+import copy
 import enum
 import functools
+import gc
 import logging
 import os
 import random
@@ -29,8 +31,10 @@ from ranks import on_ranks
 from replayed import replayed
 
 import bmtrain as bmt
-from bmtrain.block.graphs import Graphs
+from bmtrain.block.facts import Facts
+from bmtrain.block.graphs import Graphs, _Inputs
 from bmtrain.block.host_time import HostTime
+from bmtrain.block.record import unit_of
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
@@ -649,7 +653,7 @@ CASES: list[tuple[type[Plain], Uses, str | None]] = [
 
 
 def steps_of(
-    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False
+    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False, keep: list[Any] | None = None
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     context().memory = "auto"
     made = fresh(plan.PLENTY, graphs)
@@ -666,6 +670,8 @@ def steps_of(
             return out
 
     model = Model()
+    if keep is not None:
+        keep.append(model)
     if compiled:
         bmt.compile(model, backend="aot_eager")
     manager = bmt.optim.OptimManager(loss_scale=None)
@@ -705,6 +711,69 @@ def check_case(kind: type[Plain], use: Uses, reason: str | None) -> None:
     found = reasons(recordings[2])
     assert not found if reason is None else len(found) == 1 and reason in found[0], found
     assert recorded(recordings[2]) == (reason is None or kind is Nests)  # of which the block inside is
+
+
+def test_a_tensor_elsewhere_is_no_input_of_a_recording() -> None:
+    given = (torch.ones(2, device="cpu"), torch.ones(1, device="meta"))
+    assert "tensor on meta" in str(_Inputs.of(given, {}, torch.device("cpu"), None))
+    assert isinstance(_Inputs.of(given[:1], {}, torch.device("cpu"), None), _Inputs)
+
+
+def test_too_much_to_be_compared_is_said() -> None:
+    block = Plain()
+    assert Facts(block, {}).reason is None
+    block.table = list(range(100_000))  # type: ignore[assignment]
+    assert "more than can be compared" in str(Facts(block, {}).reason)
+
+
+@on_ranks(1, init=INIT)
+def test_a_copy_records_for_itself_and_a_model_that_is_gone_keeps_nothing() -> None:
+    model, graphs = trained_model()
+    recordings = [weakref.ref(recording) for block in graphs.blocks() for recording in block._recordings]
+    copied = copy.deepcopy(model)
+    assert len(recordings) == 1 and unit_of(copied.block).recorded is None  # type: ignore[union-attr]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and recordings[0]() is None and not graphs.blocks()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
+@on_ranks(1, init=INIT)
+def test_what_is_interrupted_goes_on(error: type[BaseException]) -> None:
+    model, graphs = trained_model()
+    (recording,) = graphs.blocks()[0]._recordings
+    x = torch.ones(4, 3, device=context().device.torch_device)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(x, 0), list(model.block.parameters())))
+
+    before = [gradient.clone() for gradient in gradients()]
+    for name in ("_queue_forward", "_queue_backward"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recording, name, raises(error))
+            with pytest.raises(error):
+                gradients()
+        torch.testing.assert_close(gradients(), before, rtol=0, atol=0)
+    assert recorded(graphs) == 1
+
+
+def raises(error: type[BaseException]) -> Callable[[], None]:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def trained_model() -> tuple[Any, Any]:
+    """One whose block is recorded, and what is known of that."""
+    made: list[Any] = []
+
+    def use(block: Any, x: torch.Tensor, step: int) -> Any:
+        return block(x)
+
+    *_, graphs = steps_of(Plain, use, True, keep=made)
+    return made.pop(), graphs
 
 
 @pytest.mark.parametrize("kind", [Plain, Drops, BatchNorm])
