@@ -8,19 +8,16 @@ A recording holds the memory of what its block saves and of its gradients, for g
 its way to the backward.  Whatever does not fit it runs as it is written: a second forward before the backward, other
 shapes, results of the last step that somebody still holds, a module that has changed since.  A block is left alone,
 and the reason is said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by
-the host, waits for the device, hooks.
+the host, waits for the device, hooks, whatever else is done beside (``facts``).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, repeat
-from operator import is_
-from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,11 +27,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..autograd import runs_as_written
 from ..context import Context
+from ..device import AutocastRegions, autocast_regions, in_autocast_regions
 from ..errors import ConfigurationError
 from ..log import say
 from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter, like, raw_data
 from ..shard.unit import ShardUnit, unit_of_flat
+from .facts import CONSTANTS, CONTAINERS, Doings, Executed, Facts
 from .first_losses import FirstLosses
 from .frame import Frame
 from .memory import MemoryPlan
@@ -47,9 +46,7 @@ T = TypeVar("T")
 _FIRST_STEP = 3  # by then the plan for memory is made, and nobody looks at first losses and draws any more
 _MOST = 2  # recordings of one block: each holds its memory
 _MOST_INPUTS = 8  # kinds of inputs that are looked at before a block is given up
-_MOST_CHANGES = 4  # of a module after it was recorded
-_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
-_CONTAINERS = (dict, list, set, deque)
+_MOST_CHANGES = 4  # of a module after it was looked at
 
 
 class Graphs:
@@ -130,22 +127,26 @@ class _Inputs(NamedTuple):
     rest: tuple[Any, ...]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], autocast: torch.dtype | None) -> _Inputs | str:
+    def of(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, autocast: torch.dtype | None
+    ) -> _Inputs | str:
         """Of these arguments, or why a recording cannot take them."""
         leaves: Sequence[Any] = (*args, *kwargs.values())
         spec: Any = (len(args), *kwargs)
-        if any(isinstance(leaf, (tuple, *_CONTAINERS)) for leaf in leaves):
+        if any(isinstance(leaf, (tuple, *CONTAINERS)) for leaf in leaves):
             leaves, spec = tree_flatten((args, kwargs))
         tensors: list[torch.Tensor] = []
         numbers: dict[int, int] = {}
         facts: list[Any] = [spec, autocast]
         for leaf in leaves:
             if type(leaf) is torch.Tensor:
+                if leaf.device != device:
+                    return f"it is given a tensor on {leaf.device.type}, whose value a recording takes as constant"
                 number = numbers.setdefault(id(leaf), len(tensors))
                 if number == len(tensors):
                     tensors.append(leaf)
-                facts.append((number, leaf.shape, leaf.dtype, leaf.requires_grad, leaf.stride(), leaf.device))
-            elif isinstance(leaf, _CONSTANTS):
+                facts.append((number, leaf.shape, leaf.dtype, leaf.requires_grad, leaf.stride()))
+            elif isinstance(leaf, CONSTANTS):
                 facts.append((type(leaf), leaf))
             else:
                 return f"it is given a {type(leaf).__name__}"
@@ -162,91 +163,6 @@ class _Inputs(NamedTuple):
         return tuple(leaves[:count]), dict(zip(names, leaves[count:], strict=True))
 
 
-class _Facts:
-    """What the Python of a module's forward may read: attributes, globals, what lists, dicts and objects there hold."""
-
-    def __init__(self, module: nn.Module) -> None:
-        holders = [inner.__dict__ for inner in module.modules()]
-        self._globals, self._cells = _read_by(module)
-        values = [value for holder in holders for value in holder.values()] + self._read()
-        objects = {id(value): vars(value) for value in values if _is_object(value)}
-        held = [value for value in values if isinstance(value, _CONTAINERS)]
-        self._dicts: list[dict[Any, Any]] = [*holders, *objects.values()]
-        self._dicts += [value for value in held if value and isinstance(value, dict)]
-        self._others = [value for value in held if value and not isinstance(value, dict)]
-        self._empty = [value for value in held if not value]
-        self._values = self._present()
-        self._parameters = list(module.parameters())
-        self._trains = _flags(self._parameters)
-
-    def _read(self) -> list[Any]:
-        return [names.get(name) for names, name in self._globals] + [cell.cell_contents for cell in self._cells]
-
-    def _present(self) -> list[Any]:
-        of_dicts = chain.from_iterable(map(dict.values, self._dicts))
-        return [*of_dicts, *chain.from_iterable(self._others), *self._read()]
-
-    def hold(self) -> bool:
-        """Whether all of it is as it was."""
-        values = self._present()
-        if len(values) != len(self._values) or any(self._empty) or _flags(self._parameters) != self._trains:
-            return False
-        return all(map(is_, values, self._values)) or all(map(_is_same, values, self._values))
-
-    def trained(self) -> list[torch.Tensor]:
-        """Parameters that require a gradient."""
-        return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
-
-
-def _read_by(module: nn.Module) -> tuple[list[tuple[dict[str, Any], str]], list[CellType]]:
-    """The globals, with their dicts, and the variables of enclosing functions that its code names.
-
-    Its code: the forwards of ``module`` and of what is inside, methods and functions that they name, and so on.  That
-    of torch reads nothing that changes.
-    """
-    waiting = [(type(inner).forward, type(inner)) for inner in module.modules()]
-    seen: set[Any] = set()
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    cells: dict[int, CellType] = {}
-    while waiting:
-        function, owner = waiting.pop()
-        code = getattr(function, "__code__", None)
-        if (
-            not isinstance(function, FunctionType)
-            or code in seen
-            or function.__module__.startswith(("torch.", "bmtrain."))
-        ):
-            continue
-        seen.add(code)
-        for cell in function.__closure__ or ():
-            with suppress(ValueError):  # not filled yet
-                if not isinstance(cell.cell_contents, type):  # as of super()
-                    cells[id(cell)] = cell
-        for name in function.__code__.co_names:
-            method, value = getattr(owner, name, None), function.__globals__.get(name)
-            waiting += [(other, owner) for other in (method, value) if isinstance(other, FunctionType)]
-            if not isinstance(value, (FunctionType, BuiltinFunctionType, ModuleType, type)):
-                found[id(function.__globals__), name] = (function.__globals__, name)
-    return list(found.values()), list(cells.values())
-
-
-def _is_object(value: object) -> bool:
-    """Whether it may hold what a forward reads, as a configuration does."""
-    return hasattr(value, "__dict__") and not isinstance(
-        value, (nn.Module, torch.Tensor, type, ModuleType, FunctionType)
-    )
-
-
-def _is_same(one: object, other: object) -> bool:
-    """Whether code that reads either does the same; tensors are asked for no values."""
-    return one is other or (type(one) is type(other) and isinstance(one, _CONSTANTS) and one == other)
-
-
-def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:
-    with torch._C.DisableTorchFunctionSubclass():
-        return [parameter.requires_grad for parameter in parameters]
-
-
 class _Block:
     """One block: whether it can be recorded, and its recordings.
 
@@ -257,9 +173,12 @@ class _Block:
     def __init__(self, graphs: Graphs, unit: ShardUnit, module: nn.Module) -> None:
         self.graphs, self._unit = graphs, weakref.ref(unit)
         self._recordings: list[Recording] = []
-        self._seen: list[tuple[Any, ...]] = []  # kinds of inputs of runs that were looked at
+        self._seen: dict[tuple[Any, ...], Facts | None] = {}  # by kind of inputs, what held after a run looked at
+        self._looked_at: tuple[Any, ...] = ()
         self._looks = False  # whether the run that begins is looked at
         self._changes = 0
+        self._executed: Executed = {}
+        self._regions: AutocastRegions | None = None  # of autocast, around a backward
         self.reason: str | None = None
         reason = _objection(module, unit, graphs.ctx)
         if reason is not None:
@@ -283,20 +202,19 @@ class _Block:
     ) -> Callable[[Frame | None], T] | None:
         """As ``Graphs.replay_for``."""
         self._looks = False
-        inputs = _Inputs.of(args, kwargs, self.graphs.ctx.device.autocast())
+        device = self.graphs.ctx.device
+        inputs = _Inputs.of(args, kwargs, device.torch_device, device.autocast())
         if isinstance(inputs, str):
             self.give_up(inputs)
             return None
         recording = next((known for known in self._recordings if known.rest == inputs.rest), None)
         if recording is not None and not recording.is_valid():
             self._recordings.remove(recording)
-            self._seen.remove(recording.rest)
             unit = self._unit()
             if unit is not None and not self._recordings:
                 unit.let_buffers_go()
-            self._changes += 1
-            if self._changes > _MOST_CHANGES:
-                self.give_up("its module changes again and again")
+            self._has_changed(recording.rest)
+            if self.reason is not None:
                 return None
             recording = None
         if recording is None:
@@ -306,14 +224,27 @@ class _Block:
         taken = recording
         return lambda frame: taken.run(frame, inputs.tensors)
 
+    def _has_changed(self, kind: tuple[Any, ...]) -> None:
+        self._changes += 1
+        self._seen.pop(kind)
+        if self._changes > _MOST_CHANGES:
+            self.give_up("its module, or what its Python reads, changes again and again")
+
     def _record(self, call: Callable[..., Any], inputs: _Inputs) -> Recording | None:
+        facts = self._seen.get(inputs.rest)
+        if facts is not None and not facts.hold():  # its backward may have changed it
+            self._has_changed(inputs.rest)
+            if self.reason is not None:
+                return None
         if inputs.rest not in self._seen:
             if len(self._seen) == _MOST_INPUTS:
                 self.give_up("it is given something else again and again")
             elif len(self._recordings) < _MOST:
-                self._looks = True
-                self._seen.append(inputs.rest)
+                self._looks, self._looked_at = True, inputs.rest
+                self._seen[inputs.rest] = None
             return None
+        if facts is None or self._regions is None:
+            return None  # its backward is still to come
         unit, module = self._unit(), getattr(call, "__self__", None)
         if len(self._recordings) == _MOST or unit is None or not isinstance(module, nn.Module):
             return None
@@ -324,10 +255,23 @@ class _Block:
         if not self.graphs.plan.has_room():
             self.give_up("too little memory is free")
             return None
+        device = self.graphs.ctx.device
+        numbers = device.rng_state()
         try:
-            recording = Recording(self.graphs, unit, call, inputs)
+            recording = Recording(self.graphs, unit, call, inputs, facts, self._regions)
+        except ConfigurationError as error:
+            self.give_up(str(error))
+            return None
         except Exception as error:  # whatever the device refuses to record runs as it did before
-            self.give_up(f"recording it ended in {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            text = "".join(str(error).splitlines()[:1])
+            self.give_up(f"recording it ended in {type(error).__name__}: {text[:200]}")
+            return None
+        if not facts.hold():
+            self.give_up("its forward or backward changes a global, or what an object holds")
+            return None
+        if self._draws_on_host(device.drawn_since(numbers)):
+            device.set_rng_state(numbers)
+            self.give_up("its backward draws random numbers on the host")
             return None
         self._recordings.append(recording)
         unit.keeps_buffers = unit.moves
@@ -344,10 +288,16 @@ class _Block:
     def _observe(self, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         module, device = getattr(call, "__self__", None), self.graphs.ctx.device
         assert isinstance(module, nn.Module)
-        state, facts = State(), _Facts(module)
+        state, facts, doings = State(), Facts(module, self._executed), Doings()
+        given = _Given(args, kwargs)
         before, numbers = state.before_run(module), device.rng_state()
-        with device.host_waits() as waits:
-            out = call(*args, **kwargs)
+        try:
+            with device.host_waits() as waits, doings:
+                out = call(*args, **kwargs)
+        except BaseException:
+            del self._seen[self._looked_at]  # that says nothing of other runs
+            raise
+        self._executed |= doings.executed
         moved = [entry for entry in state.after_run(module, before) if entry.holder.get(entry.name) is not entry.value]
         moved += [e for e in before if e.moved and not isinstance(e.value, torch.Tensor) and e not in moved]
         drawn = device.drawn_since(numbers)
@@ -355,15 +305,53 @@ class _Block:
             self.give_up(f"its forward changes {moved[0].name}")
         elif not facts.hold():
             self.give_up("its forward changes a global, or what an object holds")
-        elif any(drawn[1:] if device.is_cuda else drawn[-2:]):
+        elif given.changed():
+            self.give_up("its forward changes what it is given")
+        elif doings.found is not None:
+            self.give_up(f"its forward {doings.found}")
+        elif self._draws_on_host(drawn):
             self.give_up("its forward draws random numbers on the host")
         elif waits:
             self.give_up(f"its forward waits for the device, at {waits[0]}")
         else:
-            reason = _objection_to_results(out, (args, kwargs))
+            facts = Facts(module, self._executed)
+            reason = _objection_to_results(module, out, (args, kwargs)) or facts.reason
             if reason is not None:
                 self.give_up(reason)
+            else:
+                self._seen[self._looked_at] = facts
+                for leaf in filter(_is_trained, tree_flatten(out)[0]):
+                    leaf.register_hook(self._backward_begins)
         return out
+
+    @runs_as_written
+    def _backward_begins(self, _: torch.Tensor) -> None:
+        self._regions = autocast_regions()
+
+    def _draws_on_host(self, drawn: Sequence[bool]) -> bool:
+        return any(drawn[1:] if self.graphs.ctx.device.is_cuda else drawn[-2:])
+
+
+class _Given:
+    """What a forward is given, to see whether it changes that."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._all = (args, kwargs)
+        self._leaves, self._spec = tree_flatten(self._all)
+        tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        # A kernel that is not torch's, or .data, leaves the version as it is.
+        self._tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+
+    def changed(self) -> bool:
+        """Whether it is different now."""
+        leaves, spec = tree_flatten(self._all)
+        if spec != self._spec or any(one is not other for one, other in zip(leaves, self._leaves, strict=True)):
+            return True
+        return any(t._version != version or _differ(t.detach(), value) for t, version, value in self._tensors)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape != other.shape or not bool(((one == other) | (one != one)).all())
 
 
 def _objection(module: nn.Module, unit: ShardUnit, ctx: Context) -> str | None:
@@ -392,9 +380,10 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _objection_to_results(out: Any, inputs: Any) -> str | None:
+def _objection_to_results(module: nn.Module, out: Any, inputs: Any) -> str | None:
     leaves, _ = tree_flatten(out)
-    given = {leaf.untyped_storage().data_ptr() for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)}
+    tensors = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, torch.Tensor)]
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             if type(leaf) is not torch.Tensor or leaf.layout is not torch.strided:
@@ -402,11 +391,34 @@ def _objection_to_results(out: Any, inputs: Any) -> str | None:
             if leaf.untyped_storage().data_ptr() in given:
                 return "its forward returns what it was given, or the same part of memory twice"
             given.add(leaf.untyped_storage().data_ptr())
-        elif not isinstance(leaf, _CONSTANTS):
+        elif not isinstance(leaf, CONSTANTS):
             return f"its forward returns a {type(leaf).__name__}"
-    if not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves):
+    if not any(map(_is_trained, leaves)):
         return "nothing it returns requires a gradient"
+    own = {id(tensor) for tensor in (*module.parameters(), *tensors)}
+    before = {tensor.grad_fn for tensor in tensors}
+    if any(id(leaf) not in own for leaf in _trained_by(leaves, before)):
+        return "it computes with parameters, or what was made of some, that are not its own"
     return None
+
+
+def _is_trained(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad
+
+
+def _trained_by(results: Sequence[Any], before: set[Any]) -> list[torch.Tensor]:
+    """What a backward from ``results`` leaves gradients on, if it goes no further than the nodes ``before``."""
+    waiting: list[Any] = [leaf.grad_fn for leaf in results if isinstance(leaf, torch.Tensor)]
+    seen, found = {None, *before}, list[torch.Tensor]()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting += (following for following, _ in node.next_functions)
+    return found
 
 
 class Recording:
@@ -416,13 +428,21 @@ class Recording:
         rest: what must be the same for this to be what the block would do.
     """
 
-    def __init__(self, graphs: Graphs, unit: ShardUnit, call: Callable[..., Any], inputs: _Inputs) -> None:
+    def __init__(
+        self,
+        graphs: Graphs,
+        unit: ShardUnit,
+        call: Callable[..., Any],
+        inputs: _Inputs,
+        facts: Facts,
+        regions: AutocastRegions,
+    ) -> None:
         module = getattr(call, "__self__", None)
         assert isinstance(module, nn.Module)
         self.rest = inputs.rest
         self._graphs, self._unit, self._call = graphs, weakref.ref(unit), call
-        self._addresses, self._facts, self._step = _addresses(unit), _Facts(module), graphs.ctx.diary.step
-        self._surroundings, self._settings = Surroundings(), _settings()
+        self._addresses, self._facts = _addresses(unit), facts
+        self._surroundings, self._settings, self._regions = Surroundings(), _settings(), regions
         self._use: weakref.ref[_Use] | None = None
         self._readers = 0  # recordings that read results of this one in place
         self._sources: list[Recording | None] = []  # those whose results this one reads
@@ -430,7 +450,8 @@ class Recording:
         self._args, self._kwargs = inputs.with_tensors(self._inputs)
         self.parameters = self._facts.trained()
         # In their places while the block's Python runs: what autograd keeps of the real ones is of other streams.
-        holders = [inner._parameters for inner in module.modules()]
+        self._modules = list(module.modules())
+        holders = [inner._parameters for inner in self._modules]
         self._places: list[tuple[dict[str, Any], str, Any]]
         self._places = [(holder, n, p) for holder in holders for n, p in holder.items() if p is not None]
         self._stand_ins = {id(parameter): _alias(parameter) for _, _, parameter in self._places}
@@ -439,6 +460,7 @@ class Recording:
         self._outputs: list[torch.Tensor] = []
         self._output_gradients: list[torch.Tensor] = []
         self._gradients: list[torch.Tensor | None] = []
+        self._reached: list[set[int]] = []  # by result that requires a gradient, which of those wanted it is made of
         self._leaves: list[Any] = []  # of what the block returns; of tensors where among the outputs they are
         self._spec: TreeSpec | None = None
         self._copied: list[bool] = []  # of each result, whether its user gets a copy, as of what the backward needs
@@ -470,6 +492,8 @@ class Recording:
 
     def _run_forward(self) -> None:
         with ExitStack() as stack:
+            for inner in self._modules:
+                stack.callback(inner.__dict__.update, dict(inner.__dict__))  # an LSTM keeps a list of its parameters
             for holder, name, parameter in self._places:
                 holder[name] = self._stand_ins[id(parameter)]
                 stack.callback(holder.__setitem__, name, parameter)
@@ -481,6 +505,12 @@ class Recording:
         numbers = iter(range(len(leaves)))
         self._leaves = [_Number(next(numbers)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self.differentiable = [output.requires_grad for output in self._outputs]
+        if not self._reached:
+            numbers_of = {id(wanted): number for number, wanted in enumerate(self._wanted)}
+            leaves_of = [_trained_by([output], set()) for output in self._outputs if output.requires_grad]
+            if not all(id(leaf) in numbers_of for leaf in chain.from_iterable(leaves_of)):
+                raise ConfigurationError("it computes with parameters that it keeps elsewhere than under their names")
+            self._reached = [{numbers_of[id(leaf)] for leaf in leaves} for leaves in leaves_of]
 
     @runs_as_written
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -492,13 +522,15 @@ class Recording:
         reached = [output for output in self._outputs if output.requires_grad]
         if not self._output_gradients:
             self._output_gradients = [torch.empty_like(output, requires_grad=False) for output in reached]
-        self._gradients = list(torch.autograd.grad(reached, self._wanted, self._output_gradients, allow_unused=True))
+        gradients = self._output_gradients
+        with in_autocast_regions(self._regions):
+            self._gradients = list(torch.autograd.grad(reached, self._wanted, gradients, allow_unused=True))
 
     def _settle(self) -> None:
         """Autograd is through with what was recorded: keep where results lie, and no graph."""
         self._copied = [output.untyped_storage().data_ptr() in self._kept for output in self._outputs]
         self._outputs = [output.detach() for output in self._outputs]
-        self._wanted, self._places, self._stand_ins = [], [], {}
+        self._wanted, self._places, self._stand_ins, self._modules = [], [], {}, []
         self._users = list(map(_users_of, self._shown()))
         for output, copied in zip(self._outputs, self._copied, strict=True):
             if not copied:
@@ -512,19 +544,19 @@ class Recording:
 
     def is_valid(self) -> bool:
         """Whether the block would still do what was recorded."""
-        unit, step = self._unit(), self._graphs.ctx.diary.step
-        if unit is None or _addresses(unit) != self._addresses:
+        unit = self._unit()
+        if unit is None or _addresses(unit) != self._addresses or not self._facts.hold():
             return False
-        if step != self._step:  # looked at once a step
-            if not (
-                self._facts.hold() and self._surroundings.are_like(Surroundings()) and self._settings == _settings()
-            ):
-                return False
-            self._step = step
-        return True
+        return self._settings == _settings() and self._surroundings.are_like(Surroundings())
 
-    def require_parameters(self) -> None:
-        """Raises ConfigurationError unless the parameters still lie where the forward read them."""
+    def require_backward(self) -> None:
+        """Raises ConfigurationError unless autocast is as recorded, and parameters lie where the forward read them."""
+        if _lively(autocast_regions()) != _lively(self._regions):
+            raise ConfigurationError(
+                "The backward of a block that runs as a CUDA graph runs under another torch.autocast than that of the "
+                "step that was looked at. Call it always inside, or always outside, or leave graphs=True out of "
+                "bmt.init_distributed (and BMTRAIN_GRAPHS)."
+            )
         unit = self._unit()
         if unit is None or _addresses(unit) != self._addresses:
             raise ConfigurationError(
@@ -572,15 +604,24 @@ class Recording:
         copied = self._copied or repeat(False)
         return tuple(out.clone() if copy else out.detach() for out, copy in zip(self._outputs, copied, strict=False))
 
-    def backward(self, gradients: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Queue the backward; the gradients of inputs, None for those that need none, and of ``parameters``."""
+    def backward(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Queue the backward; the gradients of inputs, None for those that need none, and of ``parameters``.
+
+        Where nobody asks for the gradient of a result, None is what those get that are part of no other.
+        """
         given = [gradient for gradient, counts in zip(gradients, self.differentiable, strict=True) if counts]
+        outputs = [output for output, counts in zip(self._outputs, self.differentiable, strict=True) if counts]
+        whole = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, given, strict=True)]
         if self._output_gradients:
-            torch._foreach_copy_(self._output_gradients, given)
+            torch._foreach_copy_(self._output_gradients, whole)
         else:
-            self._output_gradients = given
+            self._output_gradients = whole
         self._queue_backward()
-        found = iter(None if gradient is None else gradient.detach() for gradient in self._gradients)
+        gradients = [None if gradient is None else gradient.detach() for gradient in self._gradients]
+        if any(gradient is None for gradient in given):
+            asked = set().union(*(r for r, g in zip(self._reached, given, strict=True) if g is not None))
+            gradients = [gradient if number in asked else None for number, gradient in enumerate(gradients)]
+        found = iter(gradients)
         return [next(found) if place.requires_grad else None for place in self._inputs] + list(found)
 
 
@@ -609,8 +650,9 @@ class _Use:
         """Its backward begins."""
         if self.is_over:
             raise ConfigurationError(
-                "A backward came a second time (retain_graph=True) to a block that runs as a CUDA graph, which keeps "
-                "what it saved until the first. Leave graphs=True out of bmt.init_distributed (and BMTRAIN_GRAPHS)."
+                "A backward came a second time (retain_graph=True, create_graph=True) to a block that runs as a CUDA "
+                "graph, which keeps what it saved until the first. Leave graphs=True out of bmt.init_distributed (and "
+                "BMTRAIN_GRAPHS)."
             )
         if any(tensor._version != version for tensor, version in self.read):
             raise ConfigurationError(
@@ -621,7 +663,7 @@ class _Use:
         self.read.clear()  # a loss that is held to the next step holds this
         if self.frame is not None:
             self.frame.reach()
-        self.recording.require_parameters()
+        self.recording.require_backward()
 
 
 class _Replay(torch.autograd.Function):
@@ -630,6 +672,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, use: _Use, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.use, recording = use, use.recording
+        ctx.set_materialize_grads(False)
         outputs = recording.forward(tensors)
         ctx.mark_non_differentiable(
             *(output for output, counts in zip(outputs, recording.differentiable, strict=True) if not counts)
@@ -659,6 +702,10 @@ def _addresses(unit: ShardUnit) -> list[tuple[int, torch.dtype]]:
     """Where whole parameters lie."""
     memory = [flat.shard if flat.buffer is None else flat.buffer.tensor for flat in unit.flats]
     return [(tensor.data_ptr(), tensor.dtype) for tensor in memory]
+
+
+def _lively(regions: AutocastRegions) -> AutocastRegions:
+    return [region for region in regions if region[1]]
 
 
 def _settings() -> tuple[Any, ...]:

@@ -1,25 +1,40 @@
 """Blocks that run from recordings give what they give as they are written.
 
-On a CPU a recording is the block itself, so that everything around it is tested: who is recorded, when, and what else
-runs meanwhile.  That the device does the same again is tested on GPUs, where these tests run, too.
+On a CPU what was recorded is done again without the Python (``replayed``), so that what a recording would miss shows.
+These tests run on GPUs, too.
 """
 
 from __future__ import annotations
 
+import copy
+import enum
+import functools
+import gc
+import logging
+import os
 import random
+import threading
+import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import test_memory_plan as plan
 import torch
 from ranks import on_ranks
+from replayed import replayed
 
 import bmtrain as bmt
-from bmtrain.block.graphs import Graphs
+from bmtrain.block.facts import Facts
+from bmtrain.block.graphs import Graphs, _Inputs
 from bmtrain.block.host_time import HostTime
+from bmtrain.block.record import unit_of
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
@@ -34,6 +49,11 @@ def fresh(memory: Memory | None, graphs: bool) -> Any:
     engine.graphs = Graphs(context(), made, engine.first_losses) if graphs else None
     context().diary.step = 0
     return engine.graphs
+
+
+def replays() -> AbstractContextManager[None]:
+    """What is recorded inside the ``with`` runs without its Python."""
+    return nullcontext() if context().device.is_cuda else replayed()
 
 
 def recorded(graphs: Any) -> int:
@@ -55,7 +75,8 @@ def check_same(
         def forget(memory: Memory | None, graphs: bool = graphs) -> None:
             made.append(fresh(memory, graphs))
 
-        results.append(plan.trained(plan.PLENTY, between, steps, precision, False, True, amid, forget))
+        with replays():
+            results.append(plan.trained(plan.PLENTY, between, steps, precision, False, True, amid, forget))
     as_written, recordings = results
     assert as_written[0] == recordings[0]
     assert all(torch.equal(as_written[1][key], recordings[1][key]) for key in as_written[1])
@@ -123,6 +144,7 @@ class Collects(Plain):
 
 
 FACTOR = 1.0
+HELD: list[torch.Tensor] = []
 SEEN: list[float] = []
 SETTINGS = SimpleNamespace(factor=1.0)
 
@@ -202,6 +224,177 @@ class Drops(Plain):
 class ReturnsMore(Plain):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return {"x": super().forward(x), "none": None, "size": 3, "also": (self.norm(x).detach(),)}
+
+
+class Varied(Plain):
+    """What it gives depends on ``varied``, which others define."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * self.varied()
+
+    def varied(self) -> Any:
+        return 1.0
+
+
+@dataclass
+class Settings:
+    """Where code may find a number."""
+
+    factor: float = 1.0
+
+
+class Slots:
+    """The same, without a dict."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+
+
+class Kind(enum.Enum):
+    ONE, TWO = 1, 2
+
+
+class Singleton:
+    factor = 1.0
+    _made: Any = None
+
+    @classmethod
+    def get(cls) -> Any:
+        if cls._made is None:
+            cls._made = cls()
+        return cls._made
+
+
+class Outside:
+    factor = 1.0
+
+
+DATA, SLOTS, LISTS, NESTED = Settings(), Slots(), [[1.0]], SimpleNamespace(inner={"settings": Settings()})
+VARIABLE, LOCAL, MODULE = ContextVar("variable", default=1.0), threading.local(), ModuleType("settings")
+BUFFER, REFERENCE, NUMBERS = torch.ones(1), weakref.ref(DATA), iter(range(999))
+LOCAL.factor = MODULE.factor = 1.0  # type: ignore[attr-defined]
+
+
+def one() -> float:
+    return 1.0
+
+
+def other() -> float:
+    return 0.5
+
+
+@functools.lru_cache
+def cached() -> float:
+    return DATA.factor
+
+
+def decorated(call: Callable[[Any], float]) -> Callable[[Any], float]:
+    @functools.wraps(call)
+    def run(self: Any) -> float:
+        return call(self) * SLOTS.factor
+
+    return run
+
+
+class Doubles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * DATA.factor
+
+
+class CountsBackwards(Doubles):
+    count = 0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        CountsBackwards.count += 1
+        return gradient * (1 + CountsBackwards.count % 3)
+
+
+class DrawsBackwards(Doubles):
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return gradient * (1 + random.random())
+
+
+class Applies(Plain):
+    function: Any = Doubles
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.function.apply(super().forward(x))
+
+
+class HooksInside(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(x)
+        out.register_hook(lambda gradient: gradient * DATA.factor)
+        return out.clone()
+
+
+def says(what: Callable[[], object]) -> type[Plain]:
+    return type("Says", (Plain,), {"forward": lambda self, x: (what(), Plain.forward(self, x))[1]})
+
+
+def reads(how: Callable[[Any], Any]) -> type[Plain]:
+    return type("Reads", (Varied,), {"varied": how})
+
+
+class ChangesInput(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        args[0].append(1.0) if isinstance(args[0], list) else args[0].add_(1.0)
+        return super().forward(x)
+
+
+class UsesOthers(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * HELD[0]
+
+
+class KeepsElsewhere(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.linear.weight]
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) @ self.weights[0]
+
+
+class Recurrent(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = torch.nn.LSTM(4, 4)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(self.recurrent(x)[0])
+
+
+class Sums(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) + bmt.distributed.all_reduce(x.detach().mean(), "sum")
+
+
+class ReturnsTwo(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x), 2 * self.norm(x)
+
+
+class Stays32(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class Refuses(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(x) < 4:
+            raise ValueError
+        return super().forward(x)
 
 
 Uses = Callable[[Any, torch.Tensor, int], Any]
@@ -287,12 +480,142 @@ def freezes_late(block: Any, x: torch.Tensor, step: int) -> Any:
 
 
 def keeps(block: Any, x: torch.Tensor, step: int) -> Any:
-    held = block.__dict__.setdefault("_bmt_test_held", SimpleNamespace(values=[])).values
+    if step == 0:
+        HELD.clear()
     out = block(x)
-    held.append(out.detach())
-    return out + sum(value.mean() for value in held[:-1])
+    HELD.append(out.detach())
+    return out + sum(value.mean() for value in HELD[:-1])
 
 
+def later(change: Callable[[float], object]) -> Uses:
+    """Changes what a block reads, in the middle."""
+
+    def use(block: Any, x: torch.Tensor, step: int) -> Any:
+        if step in (0, 7):
+            change(1.0 if step < 7 else 0.5)
+        return block(x)
+
+    return use
+
+
+def sets(holder: Any, name: str = "factor") -> Uses:
+    return later(lambda value: setattr(holder, name, value))
+
+
+def counts_anew(block: Any, x: torch.Tensor, step: int) -> Any:
+    if step == 0:
+        CountsBackwards.count = 0
+    return block(x)
+
+
+def swaps_data(block: Any, x: torch.Tensor, step: int) -> Any:
+    if step in (0, 7):
+        BUFFER.data = torch.full((1,), 1.0 if step < 7 else 0.5, device=x.device)
+    return block(x)
+
+
+def clears_cache(value: float) -> None:
+    DATA.factor = value
+    cached.cache_clear()
+
+
+def changes_amid(block: Any, x: torch.Tensor, step: int) -> Any:
+    seen = float(block(x).detach().mean())
+    block.scale = 0.25
+    out = block(x) + seen
+    block.scale = 0.5
+    return out
+
+
+def evaluates_with_gradients(block: Any, x: torch.Tensor, step: int) -> Any:
+    block.eval()
+    seen = float(block(x).detach().mean())
+    block.train()
+    return block(x) + seen
+
+
+def with_list(block: Any, x: torch.Tensor, step: int) -> Any:
+    given: list[float] = []
+    return block(x, given) * len(given)
+
+
+def with_tensor(block: Any, x: torch.Tensor, step: int) -> Any:
+    given = torch.ones(1, device=x.device)
+    return block(x, given) * given
+
+
+def with_others(block: Any, x: torch.Tensor, step: int) -> Any:
+    HELD[:] = [x.mean()] if step % 7 else [x.mean() * 1]
+    return block(x)
+
+
+def one_or_the_other(block: Any, x: torch.Tensor, step: int) -> Any:
+    return block(x)[step % 2]
+
+
+def in_autocast(block: Any, x: torch.Tensor, step: int) -> Any:
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        return block(x)
+
+
+def too_short(block: Any, x: torch.Tensor, step: int) -> Any:
+    with pytest.raises(ValueError):
+        block(x[:2])
+    return block(x)
+
+
+CHANGES, AGAIN = "changes a global", "changes again and again"
+NAMES: list[tuple[type[Plain], Uses, str | None]] = [
+    (reads(lambda self: DATA.factor), sets(DATA), None),
+    (reads(lambda self: SLOTS.factor), sets(SLOTS), None),
+    (reads(lambda self: LISTS[0][0]), later(lambda value: LISTS[0].__setitem__(0, value)), None),
+    (reads(lambda self: NESTED.inner["settings"].factor), sets(NESTED.inner["settings"]), None),
+    (reads(lambda self: VARIABLE.get()), later(VARIABLE.set), None),
+    (reads(lambda self: LOCAL.factor), sets(LOCAL), None),
+    (reads(lambda self: MODULE.factor), sets(MODULE), None),
+    (reads(lambda self: Outside.factor), sets(Outside), None),
+    (reads(lambda self: getattr(Outside, "factor")), sets(Outside), None),  # noqa: B009
+    (reads(lambda self: Singleton.get().factor), later(lambda value: setattr(Singleton.get(), "factor", value)), None),
+    (reads(lambda self, held=REFERENCE: held().factor), sets(DATA), None),
+    (reads(lambda self: cached()), later(clears_cache), None),
+    (reads(decorated(lambda self: 1.0)), sets(SLOTS), None),
+    (reads(property(lambda self: one)), later(lambda v: globals().update(one=other if v < 1 else lambda: 1.0)), None),
+    (reads(lambda self: sum([k * DATA.factor for k in (1, 2)])), sets(DATA), None),
+    (reads(functools.partialmethod(lambda self, held: held.factor, DATA)), sets(DATA), None),
+    (
+        reads(lambda self: float(os.environ.get("BMT_TEST", "1"))),
+        later(lambda v: os.environ.__setitem__("BMT_TEST", str(v))),
+        None,
+    ),
+    (
+        type("Is", (Varied,), {"kind": Kind.ONE, "varied": lambda self: 1.0 if self.kind is Kind.ONE else 0.5}),
+        lambda block, x, step: (setattr(block, "kind", Kind.ONE if step < 7 else Kind.TWO), block(x))[1],
+        None,
+    ),
+    (reads(lambda self: BUFFER), swaps_data, None),
+    (Applies, sets(DATA), None),
+    (HooksInside, sets(DATA), None),
+    (Recurrent, simply, None),
+    (ReturnsTwo, one_or_the_other, None),
+    (Stays32, in_autocast, None),
+    (Refuses, too_short, None),
+    (Plain, changes_amid, AGAIN),
+    (BatchNorm, evaluates_with_gradients, AGAIN),
+    (type("Counting", (Applies,), {"function": CountsBackwards}), counts_anew, AGAIN),
+    (type("Drawing", (Applies,), {"function": DrawsBackwards}), simply, "backward draws random numbers on the host"),
+    (reads(lambda self, held=[]: held.append(1) or 1.0), simply, CHANGES),
+    (reads(lambda self, held=NUMBERS: 1.0 + next(held) * 0), simply, "range_iterator"),
+    (says(lambda: print(end="")), simply, "calls print"),
+    (says(lambda: time.perf_counter()), simply, "calls perf_counter"),
+    (says(lambda: logging.getLogger("bmt_test").error("")), simply, "calls time"),
+    (says(lambda: warnings.warn("", stacklevel=1)), simply, "calls warn"),
+    (says(lambda: os.urandom(1)), simply, "calls urandom"),
+    (ChangesInput, with_list, "changes what it is given"),
+    (ChangesInput, with_tensor, "changes what it is given"),
+    (UsesOthers, with_others, AGAIN),
+    (Sums, simply, "talks to other ranks"),
+    (KeepsElsewhere, simply, "elsewhere than under their names"),
+]
 CASES: list[tuple[type[Plain], Uses, str | None]] = [
     (Plain, simply, None),
     (Plain, with_mask, None),
@@ -330,7 +653,7 @@ CASES: list[tuple[type[Plain], Uses, str | None]] = [
 
 
 def steps_of(
-    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False
+    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False, keep: list[Any] | None = None
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     context().memory = "auto"
     made = fresh(plan.PLENTY, graphs)
@@ -347,27 +670,39 @@ def steps_of(
             return out
 
     model = Model()
+    if keep is not None:
+        keep.append(model)
     if compiled:
         bmt.compile(model, backend="aot_eager")
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2))
     losses = []
-    for step in range(14):
-        torch.manual_seed(step)
-        x = torch.randn(4, 3, device=context().device.torch_device)
-        loss = model(x, step)
-        manager.backward(loss)
-        losses.append(float(loss.detach()))
-        manager.clip_grad_norm(model.parameters(), 1.0)
-        manager.step()
-        manager.zero_grad()
+    with replays():
+        for step in range(14):
+            torch.manual_seed(step)
+            x = torch.randn(4, 3, device=context().device.torch_device)
+            loss = model(x, step)
+            manager.backward(loss)
+            losses.append(float(loss.detach()))
+            manager.clip_grad_norm(model.parameters(), 1.0)
+            manager.step()
+            manager.zero_grad()
     return losses, {key: value.clone() for key, value in model.state_dict().items()}, made
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 @on_ranks(2, long=(1,), init=INIT)
 def test_what_a_recording_would_miss_runs_as_it_is_written(case: int) -> None:
-    kind, use, reason = CASES[case]
+    check_case(*CASES[case])
+
+
+@pytest.mark.parametrize("case", range(len(NAMES)))
+@on_ranks(1, long=(2,), init=INIT)
+def test_what_python_reads_or_does_out_of_sight_is_seen(case: int) -> None:
+    check_case(*NAMES[case])
+
+
+def check_case(kind: type[Plain], use: Uses, reason: str | None) -> None:
     as_written, recordings = steps_of(kind, use, False), steps_of(kind, use, True)
     # What a block asks of its input's gradient is summed before what others ask, if they do.
     near = 1e-6 if use is twice else 0.0
@@ -376,6 +711,69 @@ def test_what_a_recording_would_miss_runs_as_it_is_written(case: int) -> None:
     found = reasons(recordings[2])
     assert not found if reason is None else len(found) == 1 and reason in found[0], found
     assert recorded(recordings[2]) == (reason is None or kind is Nests)  # of which the block inside is
+
+
+def test_a_tensor_elsewhere_is_no_input_of_a_recording() -> None:
+    given = (torch.ones(2, device="cpu"), torch.ones(1, device="meta"))
+    assert "tensor on meta" in str(_Inputs.of(given, {}, torch.device("cpu"), None))
+    assert isinstance(_Inputs.of(given[:1], {}, torch.device("cpu"), None), _Inputs)
+
+
+def test_too_much_to_be_compared_is_said() -> None:
+    block = Plain()
+    assert Facts(block, {}).reason is None
+    block.table = list(range(100_000))  # type: ignore[assignment]
+    assert "more than can be compared" in str(Facts(block, {}).reason)
+
+
+@on_ranks(1, init=INIT)
+def test_a_copy_records_for_itself_and_a_model_that_is_gone_keeps_nothing() -> None:
+    model, graphs = trained_model()
+    recordings = [weakref.ref(recording) for block in graphs.blocks() for recording in block._recordings]
+    copied = copy.deepcopy(model)
+    assert len(recordings) == 1 and unit_of(copied.block).recorded is None  # type: ignore[union-attr]
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and recordings[0]() is None and not graphs.blocks()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
+@on_ranks(1, init=INIT)
+def test_what_is_interrupted_goes_on(error: type[BaseException]) -> None:
+    model, graphs = trained_model()
+    (recording,) = graphs.blocks()[0]._recordings
+    x = torch.ones(4, 3, device=context().device.torch_device)
+
+    def gradients() -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(x, 0), list(model.block.parameters())))
+
+    before = [gradient.clone() for gradient in gradients()]
+    for name in ("_queue_forward", "_queue_backward"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(recording, name, raises(error))
+            with pytest.raises(error):
+                gradients()
+        torch.testing.assert_close(gradients(), before, rtol=0, atol=0)
+    assert recorded(graphs) == 1
+
+
+def raises(error: type[BaseException]) -> Callable[[], None]:
+    def call() -> None:
+        raise error
+
+    return call
+
+
+def trained_model() -> tuple[Any, Any]:
+    """One whose block is recorded, and what is known of that."""
+    made: list[Any] = []
+
+    def use(block: Any, x: torch.Tensor, step: int) -> Any:
+        return block(x)
+
+    *_, graphs = steps_of(Plain, use, True, keep=made)
+    return made.pop(), graphs
 
 
 @pytest.mark.parametrize("kind", [Plain, Drops, BatchNorm])

@@ -1,0 +1,355 @@
+"""What the Python of a module may read, whether that is as it was, and what it does that nothing shows afterwards.
+
+Found by the names in its code, from the forwards of the module, and the functions that a run has called, to whatever
+they name: globals, attributes of modules and classes, what lists, dicts and objects hold, functions, and so on.
+"""
+
+from __future__ import annotations
+
+import dis
+import os
+import pickle
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from functools import lru_cache, partial
+from itertools import chain
+from operator import is_
+from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..own_random import generator_state, is_generator
+
+CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
+CONTAINERS = (dict, list, set, deque)
+
+_MOST = 20_000  # values; comparing more takes longer than a recording saves
+_OURS = ("torch", "bmtrain")  # what code in these reads does not change, or is looked at elsewhere
+_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", "triton", *_OURS)  # packages of objects
+_NAMED_BY_PYTHON = ("forward", "__call__", "__getitem__", "__getattr__")
+_OF_FUNCTIONS = ("forward", "backward", "setup_context")  # of torch.autograd.Function
+
+Executed = dict[CodeType, dict[str, Any]]
+"""Code of functions that were called, and its globals."""
+
+
+class Facts:
+    """What the Python of ``module``'s forward and backward may read, as it is when this is made.
+
+    Attributes:
+        reason: why it cannot be compared; None if it can.
+    """
+
+    def __init__(self, module: nn.Module, executed: Executed) -> None:
+        found = _Search(module, executed)
+        self.reason = found.reason
+        self._dicts, self._names, self._cells = found.dicts, found.names, found.cells
+        self._filled = [held for held in found.others if held]
+        self._empty = [held for held in (*found.others, *found.dicts) if not held]
+        self._asked, self._tensors = found.asked, found.tensors
+        self._values, self._answers = self._present(), self._ask()
+        self._parameters = list(module.parameters())
+        self._trains = _flags(self._parameters)
+
+    def _present(self) -> list[Any]:
+        of_dicts = chain.from_iterable(map(dict.values, self._dicts))
+        named = [space.get(name) for space, name in self._names]
+        return [*of_dicts, *chain.from_iterable(self._filled), *named, *map(_contents, self._cells)]
+
+    def _ask(self) -> list[Any]:
+        places: list[Any] = [tensor.data_ptr() for tensor in self._tensors]
+        return places + [ask() for ask in self._asked]
+
+    def hold(self) -> bool:
+        """Whether all of it is as it was."""
+        values = self._present()
+        if len(values) != len(self._values) or any(self._empty) or _flags(self._parameters) != self._trains:
+            return False
+        if not (all(map(is_, values, self._values)) or all(map(_is_same, values, self._values))):
+            return False
+        return all(map(_is_same, self._ask(), self._answers))
+
+    def trained(self) -> list[torch.Tensor]:
+        """Parameters that require a gradient."""
+        return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
+
+
+class _Names(NamedTuple):
+    """What code names: globals, modules that it imports, and attributes, of whatever."""
+
+    variables: frozenset[str]
+    imports: frozenset[str]
+    attributes: frozenset[str]
+
+
+@lru_cache(4096)
+def _names_in(code: CodeType) -> _Names:
+    variables, imports, attributes = set[str](), set[str](), set[str]()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
+            variables.add(step.argval)
+        elif step.opname == "IMPORT_NAME":
+            imports.add(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "IMPORT_FROM"):
+            attributes.add(step.argval)
+    for value in code.co_consts:
+        if isinstance(value, CodeType):  # functions inside, which run now or as hooks in the backward
+            inner = _names_in(value)
+            variables |= inner.variables
+            imports |= inner.imports
+            attributes |= inner.attributes
+        elif isinstance(value, str) and value.isidentifier():
+            attributes.add(value)  # of getattr
+    return _Names(frozenset(variables), frozenset(imports), frozenset(attributes))
+
+
+class _Search:
+    """Goes from name to name.
+
+    Attributes:
+        dicts, others: containers whose elements count.
+        names: namespaces, and names in them.
+        cells: variables of enclosing functions.
+        asked: gives what is not held in any of these.
+        tensors: those that are there, for where they lie.
+        reason: why not all that counts can be seen.
+    """
+
+    def __init__(self, module: nn.Module, executed: Executed) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.others: list[Any] = []
+        self.names: list[tuple[Mapping[str, Any], str]] = []
+        self.cells: list[CellType] = []
+        self.asked: list[Callable[[], Any]] = []
+        self.tensors: list[torch.Tensor] = []
+        self.reason: str | None = None
+        self._seen: dict[int, object] = {}
+        self._code: set[CodeType] = set()
+        self._count = 0
+        self._classes: dict[type, None] = {}
+        self._attributes = set(_NAMED_BY_PYTHON)
+        self._waiting: list[Any] = []
+        for inner in module.modules():
+            self._holds(inner.__dict__)
+            self._is_instance(type(inner))
+        for code, variables in executed.items():
+            self._runs(code, variables)
+        resolved: set[tuple[type, str]] = set()
+        while self._waiting or self._resolve(resolved):
+            while self._waiting and self.reason is None:
+                self._look(self._waiting.pop())
+                if self._count > _MOST:
+                    self.reason = "its Python may read more than can be compared"
+            if self.reason is not None:
+                break
+
+    def _resolve(self, resolved: set[tuple[type, str]]) -> bool:
+        """Look at what the classes have under the names that came up; whether there is anything new."""
+        new = [(c, name) for c in self._classes for name in self._attributes.intersection(vars(c))]
+        new = [pair for pair in new if pair not in resolved]
+        resolved.update(new)
+        for of_class, name in new:
+            self._names(vars(of_class), name)
+        return bool(new)
+
+    def _names(self, space: Mapping[str, Any], name: str) -> object:
+        value = space.get(name)
+        self._count += 1
+        self.names.append((space, name))
+        self._waiting.append(value)
+        return value
+
+    def _holds(self, container: Any) -> None:
+        self._count += len(container)
+        if self._count > _MOST:
+            return
+        if isinstance(container, dict):
+            self.dicts.append(container)
+            self._waiting += container.values()
+        else:
+            if not isinstance(container, (tuple, frozenset)):
+                self.others.append(container)
+            self._waiting += container
+
+    def _asks(self, ask: Callable[[], Any]) -> None:
+        self.asked.append(ask)
+        self._waiting.append(ask())
+
+    def _is_instance(self, of_class: type) -> None:
+        for base in of_class.__mro__:
+            if not _is_in(base.__module__, _OURS) and base.__module__ not in sys.stdlib_module_names:
+                self._classes[base] = None
+
+    def _runs(self, code: CodeType, variables: dict[str, Any]) -> None:
+        if code in self._code:
+            return
+        self._code.add(code)
+        names = _names_in(code)
+        self._attributes |= names.attributes
+        owners = [self._names(variables, name) for name in names.variables if name in variables]
+        owners += [sys.modules.get(name) for name in names.imports]
+        known: set[int] = set()
+        while owners:
+            owner = owners.pop()
+            if not isinstance(owner, (ModuleType, type)) or id(owner) in known:
+                continue
+            known.add(id(owner))
+            package = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+            if package == "os":
+                self._waiting.append(os.environ)
+            elif not _is_in(package, (*_OURS, *sys.stdlib_module_names)):
+                space = vars(owner)
+                owners += [self._names(space, name) for name in names.attributes if name in space]
+
+    def _look(self, value: Any) -> None:
+        if isinstance(value, (*CONSTANTS, nn.Module, BuiltinFunctionType, ModuleType)) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            if type(value) is torch.Tensor and value.layout is torch.strided:
+                self.tensors.append(value)
+        elif isinstance(value, FunctionType):
+            self._look_at_function(value)
+        elif isinstance(value, type):
+            self._is_instance(value)
+            if issubclass(value, torch.autograd.Function):
+                self._attributes.update(_OF_FUNCTIONS)
+        elif isinstance(value, MethodType):
+            self._waiting += (value.__self__, value.__func__)
+        elif isinstance(value, partial):
+            self._waiting += (value.func, value.args, value.keywords)
+        elif isinstance(value, property):
+            self._waiting.append(value.fget)
+        elif isinstance(value, (staticmethod, classmethod)):
+            self._waiting.append(value.__func__)
+        elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
+            self._holds(value)
+        elif is_generator(value):
+            self.asked.append(lambda: pickle.dumps(generator_state(value)))
+        elif isinstance(value, ContextVar):
+            self._asks(lambda: value.get(None))
+        elif isinstance(value, weakref.ref):
+            self._asks(value)
+        elif isinstance(value, _arrays()):
+            self._count += value.size
+            self.asked.append(value.tobytes)
+        elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+            self.reason = f"its Python may read a {type(value).__name__}, which is another each time"
+        elif not _is_in(type(value).__module__, _CLOSED):
+            self._look_at_object(value)
+
+    def _look_at_function(self, function: FunctionType) -> None:
+        if _is_in(function.__module__ or "", (*_OURS, *sys.stdlib_module_names)):
+            return
+        for cell in function.__closure__ or ():
+            contents = _contents(cell)
+            if not isinstance(contents, type):  # as of super()
+                self.cells.append(cell)
+            self._waiting.append(contents)
+        self._waiting += (function.__defaults__, function.__kwdefaults__, vars(function))
+        self._runs(function.__code__, function.__globals__)
+
+    def _look_at_object(self, value: Any) -> None:
+        self._is_instance(type(value))
+        held = getattr(value, "__dict__", None)
+        if isinstance(held, dict):
+            self._holds(held)
+        for base in type(value).__mro__:
+            slots = vars(base).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if name.startswith("__"):
+                    continue
+                self._asks(partial(getattr, value, name, None))
+
+
+def _is_in(module: str, packages: Sequence[str]) -> bool:
+    return module.partition(".")[0] in packages
+
+
+def _arrays() -> tuple[type[Any], ...]:
+    numpy = sys.modules.get("numpy")
+    return () if numpy is None else (numpy.ndarray,)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether code that reads either does the same; tensors are asked for no values."""
+    return one is other or (type(one) is type(other) and isinstance(one, CONSTANTS) and one == other)
+
+
+def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:
+    with torch._C.DisableTorchFunctionSubclass():
+        return [parameter.requires_grad for parameter in parameters]
+
+
+_EFFECTS: dict[str, tuple[str, ...] | None] = {
+    "time": None,
+    "_io": None,
+    "_socket": None,
+    "_queue": None,
+    "_warnings": ("warn", "warn_explicit"),
+    "builtins": ("print", "input", "open"),
+    "datetime": ("now", "utcnow", "today"),
+    "posix": ("write", "open", "urandom", "system", "mkdir", "remove", "unlink", "rename", "replace"),
+}
+"""By module, functions that do something, or give something else, each time that they are called; None: all."""
+
+_COLLECTIVES = ("torch.distributed.c10d_logger", "torch.distributed._functional_collectives", "bmtrain.comm")
+
+
+class Doings:
+    """Looks at what the Python inside the ``with`` calls, on this thread.
+
+    Attributes:
+        executed: the functions.
+        found: what it does that nothing shows afterwards, and that a recording would not do again.
+    """
+
+    def __init__(self) -> None:
+        self.executed: Executed = {}
+        self.found: str | None = None
+        self._before: Any = None
+
+    def __enter__(self) -> Doings:
+        self._before = sys.getprofile()
+        sys.setprofile(self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self._before)
+
+    def _note(self, frame: FrameType, event: str, what: Any) -> None:
+        if event == "call":
+            code, module = frame.f_code, frame.f_globals.get("__name__") or ""
+            if module.startswith(_COLLECTIVES):
+                self.found = self.found or "talks to other ranks"
+            if code not in self.executed and not _is_in(module, (*_OURS, *sys.stdlib_module_names)):
+                self.executed[code] = frame.f_globals
+        elif event == "c_call" and self.found is None:
+            owner, name = getattr(what, "__self__", None), what.__name__
+            module = what.__module__ or getattr(owner, "__module__", None) or type(owner).__module__
+            names = _EFFECTS.get(module, ())
+            if (names is None or name in names) and not _is_in(_asker(frame), _OURS):
+                self.found = f"calls {name}"
+
+
+def _asker(frame: FrameType | None) -> str:
+    """The module for which the standard library runs in ``frame``."""
+    module = ""
+    while frame is not None:
+        module = frame.f_globals.get("__name__") or ""
+        if not _is_in(module, tuple(sys.stdlib_module_names)):
+            break
+        frame = frame.f_back
+    return module
