@@ -48,35 +48,51 @@ class Facts:
     def __init__(self, module: nn.Module, executed: Executed) -> None:
         found = _Search(module, executed)
         self.reason = found.reason
-        self._dicts, self._names, self._cells = found.dicts, found.names, found.cells
-        self._filled = [held for held in found.others if held]
-        self._empty = [held for held in (*found.others, *found.dicts) if not held]
-        self._asked, self._tensors = found.asked, found.tensors
-        self._values, self._answers = self._present(), self._ask()
+        held: list[Any] = [*found.dicts, *found.others]
+        self._dicts = {id(of): (of, list(of.values())) for of in found.dicts if of}
+        self._others = {id(of): (of, list(of)) for of in found.others if of}
+        self._empty = {id(of): of for of in held if not of}
+        self._names = {(id(space), name): (space, name, space.get(name)) for space, name in found.names}
+        self._cells = {id(cell): (cell, _contents(cell)) for cell in found.cells}
+        self._asked = {key: (ask, ask()) for key, ask in found.asked.items()}
+        self._tensors = {id(tensor): (tensor, tensor.data_ptr()) for tensor in found.tensors}
         self._parameters = list(module.parameters())
         self._trains = _flags(self._parameters)
+        self._holders = [inner.__dict__ for inner in module.modules()]
+        self._attributes = [value for holder in self._holders for value in holder.values()]
+        pairs = (*self._dicts.values(), *self._others.values())
+        self._values = [value for _, values in pairs for value in values]
+        self._values += [value for _, _, value in self._names.values()] + [value for _, value in self._cells.values()]
 
     def _present(self) -> list[Any]:
-        of_dicts = chain.from_iterable(map(dict.values, self._dicts))
-        named = [space.get(name) for space, name in self._names]
-        return [*of_dicts, *chain.from_iterable(self._filled), *named, *map(_contents, self._cells)]
-
-    def _ask(self) -> list[Any]:
-        places: list[Any] = [tensor.data_ptr() for tensor in self._tensors]
-        return places + [ask() for ask in self._asked]
+        of_dicts = chain.from_iterable([of.values() for of, _ in self._dicts.values()])
+        of_others = chain.from_iterable([of for of, _ in self._others.values()])
+        named = [space.get(name) for space, name, _ in self._names.values()]
+        return [*of_dicts, *of_others, *named, *[_contents(cell) for cell, _ in self._cells.values()]]
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
-        values = self._present()
-        if len(values) != len(self._values) or any(self._empty) or _flags(self._parameters) != self._trains:
+        if not _are_same(self._present(), self._values) or any(self._empty.values()):
             return False
-        if not (all(map(is_, values, self._values)) or all(map(_is_same, values, self._values))):
+        if _flags(self._parameters) != self._trains:
             return False
-        return all(map(_is_same, self._ask(), self._answers))
+        if any(tensor.data_ptr() != place for tensor, place in self._tensors.values()):
+            return False
+        return all(_is_same(ask(), answer) for ask, answer in self._asked.values())
+
+    def attributes_hold(self) -> bool:
+        """Whether the attributes of the module, and of those inside, are as they were: a quick part of all."""
+        return _are_same([value for holder in self._holders for value in holder.values()], self._attributes)
 
     def trained(self) -> list[torch.Tensor]:
         """Parameters that require a gradient."""
         return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
+
+
+def _are_same(values: list[Any], others: list[Any]) -> bool:
+    if len(values) != len(others):
+        return False
+    return all(map(is_, values, others)) or all(map(_is_same, values, others))
 
 
 class _Names(NamedTuple):
@@ -115,7 +131,7 @@ class _Search:
         dicts, others: containers whose elements count.
         names: namespaces, and names in them.
         cells: variables of enclosing functions.
-        asked: gives what is not held in any of these.
+        asked: by object and attribute, gives what is not held in any of these.
         tensors: those that are there, for where they lie.
         reason: why not all that counts can be seen.
     """
@@ -125,7 +141,7 @@ class _Search:
         self.others: list[Any] = []
         self.names: list[tuple[Mapping[str, Any], str]] = []
         self.cells: list[CellType] = []
-        self.asked: list[Callable[[], Any]] = []
+        self.asked: dict[tuple[int, str], Callable[[], Any]] = {}
         self.tensors: list[torch.Tensor] = []
         self.reason: str | None = None
         self._seen: dict[int, object] = {}
@@ -176,8 +192,8 @@ class _Search:
                 self.others.append(container)
             self._waiting += container
 
-    def _asks(self, ask: Callable[[], Any]) -> None:
-        self.asked.append(ask)
+    def _asks(self, value: Any, name: str, ask: Callable[[], Any]) -> None:
+        self.asked[id(value), name] = ask
         self._waiting.append(ask())
 
     def _is_instance(self, of_class: type) -> None:
@@ -230,14 +246,14 @@ class _Search:
         elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
             self._holds(value)
         elif is_generator(value):
-            self.asked.append(lambda: pickle.dumps(generator_state(value)))
+            self.asked[id(value), ""] = lambda: pickle.dumps(generator_state(value))
         elif isinstance(value, ContextVar):
-            self._asks(lambda: value.get(None))
+            self._asks(value, "", lambda: value.get(None))
         elif isinstance(value, weakref.ref):
-            self._asks(value)
+            self._asks(value, "", value)
         elif isinstance(value, _arrays()):
             self._count += value.size
-            self.asked.append(value.tobytes)
+            self.asked[id(value), ""] = value.tobytes
         elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
             self.reason = f"its Python may read a {type(value).__name__}, which is another each time"
         elif not _is_in(type(value).__module__, _CLOSED):
@@ -264,7 +280,7 @@ class _Search:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name.startswith("__"):
                     continue
-                self._asks(partial(getattr, value, name, None))
+                self._asks(value, name, partial(getattr, value, name, None))
 
 
 def _is_in(module: str, packages: Sequence[str]) -> bool:

@@ -441,7 +441,7 @@ class Recording:
         assert isinstance(module, nn.Module)
         self.rest = inputs.rest
         self._graphs, self._unit, self._call = graphs, weakref.ref(unit), call
-        self._addresses, self._facts = _addresses(unit), facts
+        self._addresses, self._facts, self._step = _addresses(unit), facts, -1
         self._surroundings, self._settings, self._regions = Surroundings(), _settings(), regions
         self._use: weakref.ref[_Use] | None = None
         self._readers = 0  # recordings that read results of this one in place
@@ -543,10 +543,17 @@ class Recording:
     # -- what is queued -------------------------------------------------------------------------------------------
 
     def is_valid(self) -> bool:
-        """Whether the block would still do what was recorded."""
-        unit = self._unit()
-        if unit is None or _addresses(unit) != self._addresses or not self._facts.hold():
+        """Whether the block would still do what was recorded.
+
+        All that its Python may read is looked at once a step, attributes of its modules every time.
+        """
+        unit, step = self._unit(), self._graphs.ctx.diary.step
+        if unit is None or _addresses(unit) != self._addresses or not self._facts.attributes_hold():
             return False
+        if step != self._step:
+            if not self._facts.hold():
+                return False
+            self._step = step
         return self._settings == _settings() and self._surroundings.are_like(Surroundings())
 
     def require_backward(self) -> None:
