@@ -44,7 +44,12 @@ def test_a_step_gives_its_loss(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "head"), [("loss", "for loss in work():"), ("i, loss", "for i, loss in work():"), ("loss, x, y", "for loss, _, _ in work():")]
+    ("given", "head"),
+    [
+        ("loss", "for loss in work():"),
+        ("i, loss", "for i, loss in work():"),
+        ("loss, x, y", "for loss, _, _ in work():"),
+    ],
 )
 def test_a_generator_gives_its_losses(given: str, head: str) -> None:
     after = converted(f"{HEAD}{STEPS}{TRAINED_INSIDE}        yield {given}\n{head}\n    print(loss.item())\n")

@@ -399,10 +399,10 @@ SAVES = {  # a line of an epoch; the helper's text
 RESUMES = {
     "none": "",
     "exists": 'if os.path.exists("last.pt"):\n    saved = torch.load("last.pt")\n    $model.load_state_dict(saved["model"])\n'
-    '    $opt.load_state_dict(saved["opt"])\n    start = saved["epoch"]\n    print("resumed at", start)',
+    '    $opt.load_state_dict(saved["opt"])\n    $start = saved["epoch"]\n    print("resumed at", $start)',
     "flag": 'if "--resume" in sys.argv:\n    saved = torch.load("last.pt", map_location="cpu")\n'
     '    $model.load_state_dict(saved["model"])\n    $opt.load_state_dict(saved["opt"])\n'
-    '    start = saved["epoch"]\nelse:\n    print("from the start")',
+    '    $start = saved["epoch"]\nelse:\n    print("from the start")',
 }
 LAST = 'torch.save({"epoch": epoch, "model": STATE, "opt": $opt.state_dict()}, "last.pt")'
 AVERAGES = {  # helper, made, at each step, what is saved

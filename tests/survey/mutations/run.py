@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -22,14 +23,17 @@ def load() -> None:
     """What every script imports, once, before the first fork; no tensor is made, so no thread is started."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True
-    import torch._dynamo
-    import torch.distributed
-    import torch.optim.swa_utils
-    import torch.utils.data  # noqa: F401
+    import torch
 
-    import bmtrain
-    import rewriter.cli  # noqa: F401
-
+    for name in (
+        "torch._dynamo",
+        "torch.distributed",
+        "torch.optim.swa_utils",
+        "bmtrain",
+        "rewriter.cli",
+        "rewriter.rules",
+    ):
+        importlib.import_module(name)
     torch.set_num_threads(1)
 
 

@@ -77,10 +77,14 @@ class _Composer:
         make_optimizer = self._optimizer()
         step = self._step()
         evaluate = self._evaluation()
-        setup = _lines(make_data, make_model, make_optimizer, "start = 0", self._resume(), self._wrap())
+        setup = _lines(make_data, make_model, make_optimizer, "$start = 0", self._resume(), self._wrap())
         files: dict[str, str] = {}
         body, definitions = self._shape(setup, step, evaluate, files)
-        body = _lines("torch.manual_seed(1)", "logging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s')", body)
+        body = _lines(
+            "torch.manual_seed(1)",
+            "logging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s')",
+            body,
+        )
         if self.ddp:
             body = _lines(
                 'os.environ.setdefault("RANK", "0")',
@@ -253,7 +257,7 @@ class _Composer:
             self.sched_epoch, self._after_epoch(),
         )  # fmt: skip
         state = "best_score, bad, steps, history, rows = 9.0, 0, 0, [], []"
-        fit = _lines(state, "for epoch in range(start, EPOCHS):") + "\n" + _block(_lines(inner, closed))
+        fit = _lines(state, "for epoch in range($start, EPOCHS):") + "\n" + _block(_lines(inner, closed))
         fit = fit.replace("STOP", "break")
         finish = self._finish()
         if evaluate and shape == "trainer step":
@@ -264,9 +268,8 @@ class _Composer:
         elif evaluate:
             definitions.append(evaluate)
         if owned:
-            methods = [f"def __init__(self):\n{_block(setup.replace('start = ', '$start = '))}"]
+            methods = [f"def __init__(self):\n{_block(setup)}"]
             methods += [method] if shape == "trainer step" else []
-            fit = fit.replace("range(start,", "range($start,")
             if shape == "callbacks":
                 fit = self._called_back(fit, log, files)
             methods.append(f"def fit(self):\n{_block(_lines(fit, finish))}")
@@ -274,8 +277,8 @@ class _Composer:
             return self.draw.choice(["Trainer().fit()", "trainer = Trainer()\ntrainer.fit()"]), "\n\n".join(definitions)
         if shape in ("function", "generator"):
             names = _names(fit, finish)
-            definitions.append(_named(f"def fit({names}start):\n{_block(_lines(fit, finish))}\n"))
-            return _lines(setup, f"fit({_dollars(names)}start)"), "\n\n".join(definitions)
+            definitions.append(_named(f"def fit({names}):\n{_block(_lines(fit, finish))}\n"))
+            return _lines(setup, f"fit({_dollars(names)})"), "\n\n".join(definitions)
         return _lines(setup, fit, finish), "\n\n".join(definitions)
 
     def _called_back(self, fit: str, log: str, files: dict[str, str]) -> str:
@@ -288,7 +291,8 @@ class _Composer:
         )
         depth = "        "
         fit = fit.replace(
-            indent(log, depth), f"{depth}for callback in self.callbacks:\n{depth}    callback.on_step(self, epoch, i, loss, x, y)"
+            indent(log, depth),
+            f"{depth}for callback in self.callbacks:\n{depth}    callback.on_step(self, epoch, i, loss, x, y)",
         )
         state = "best_score, bad, steps, history, rows = 9.0, 0, 0, [], []"
         return fit.replace(state, _lines(state, "self.callbacks = [Log()]", "self.history, self.rows = history, rows"))
