@@ -17,11 +17,13 @@ TRAINED = "    loss.backward()\n    opt.step()\n"
 STEP = "def work(x, y):\n    loss = F.mse_loss(net(x), y)\n"
 GIVEN = {
     "early return": (
-        f"def work(x, y):\n    if not len(x):\n        return None\n    loss = F.mse_loss(net(x), y)\n{TRAINED}    return loss\n",
+        "def work(x, y):\n    if not len(x):\n        return None\n"
+        f"    loss = F.mse_loss(net(x), y)\n{TRAINED}    return loss\n",
         "loss = work(x, y)",
     ),
     "bare return": (
-        f"def work(x, y):\n    if not len(x):\n        return\n    loss = F.mse_loss(net(x), y)\n{TRAINED}    return loss\n",
+        "def work(x, y):\n    if not len(x):\n        return\n"
+        f"    loss = F.mse_loss(net(x), y)\n{TRAINED}    return loss\n",
         "loss = work(x, y)",
     ),
     "scaled": (

@@ -12,7 +12,7 @@ from tests.survey.mutations.scripts import compose
 from tests.survey.styles.compare import differences
 
 BAD = ("WRONG", "CRASH", "HANG")
-# What the report's last line asks for, or why it asks for nothing; remarks that leave it "ready to launch" do not count.
+# What the report's last line asks for, or why it asks for nothing. Remarks that leave a script ready do not count.
 _ASKS = re.compile(r"^(?:not ready|nothing to launch|first[ ,:]|.* error: ).*$", re.MULTILINE)
 _RUN_SAYS = re.compile(
     r"^.*(?:bmtrain\S*(?:Warning|Error|Differ\w*)|bmtrain\.errors\.).*$|^.*UserWarning: .*$", re.MULTILINE

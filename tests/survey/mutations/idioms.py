@@ -30,7 +30,8 @@ BODIES = {
         "out = self.head(torch.tanh(self.one(x)))",
     ),
     "a sequential": (
-        "self.one = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh())\nself.head = nn.Linear(8, 3, bias=False)",
+        "self.one = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh())\n"
+        "self.head = nn.Linear(8, 3, bias=False)",
         "out = self.head(self.one(x))",
     ),
     "a list in a loop": (
@@ -127,7 +128,8 @@ LOSSES = {
     "criterion": ("criterion = nn.CrossEntropyLoss()\nloss = criterion($model(x), y)", ""),
     "sum over length": ('loss = F.cross_entropy($model(x), y, reduction="sum") / len(x)', ""),
     "sum over shape": (
-        'logits = $model(x)\nloss = F.nll_loss(F.log_softmax(logits, -1), y, reduction="sum")\nloss = loss / x.shape[0]',
+        'logits = $model(x)\nloss = F.nll_loss(F.log_softmax(logits, -1), y, reduction="sum")\n'
+        "loss = loss / x.shape[0]",
         "",
     ),
     "masked mean": (
@@ -208,7 +210,9 @@ SCHEDULES = {  # made, at each step, at each epoch
     ),
     "Cosine": ("$sched = torch.optim.lr_scheduler.CosineAnnealingLR($opt, T_max=6)", "$sched.step()", ""),
     "Plateau": (
-        "$sched = torch.optim.lr_scheduler.ReduceLROnPlateau($opt, patience=0)", "", "$sched.step(total / max(1, count))"
+        "$sched = torch.optim.lr_scheduler.ReduceLROnPlateau($opt, patience=0)",
+        "",
+        "$sched.step(total / max(1, count))"
     ),
     "by hand": ("", 'for group in $opt.param_groups:\n    group["lr"] *= 0.9', ""),
     "OneCycle": (
@@ -398,7 +402,8 @@ SAVES = {  # a line of an epoch; the helper's text
 }
 RESUMES = {
     "none": "",
-    "exists": 'if os.path.exists("last.pt"):\n    saved = torch.load("last.pt")\n    $model.load_state_dict(saved["model"])\n'
+    "exists": 'if os.path.exists("last.pt"):\n    saved = torch.load("last.pt")\n'
+    '    $model.load_state_dict(saved["model"])\n'
     '    $opt.load_state_dict(saved["opt"])\n    $start = saved["epoch"]\n    print("resumed at", $start)',
     "flag": 'if "--resume" in sys.argv:\n    saved = torch.load("last.pt", map_location="cpu")\n'
     '    $model.load_state_dict(saved["model"])\n    $opt.load_state_dict(saved["opt"])\n'
