@@ -140,7 +140,7 @@ class Roles:
                     stepped = self.var(node.args[0])
                     if stepped is not None:
                         found.add(stepped)
-        for variable, given in self._handed_on:
+        for variable, given in self.handed_on:
             if given in found and "step" in self.methods_called.get(variable, set()):
                 found.add(variable)
         return found - self.managers - self.scalers
@@ -165,7 +165,7 @@ class Roles:
         return {v for v in called - modules if not _MODEL_NAMES.match(v[1].split(".")[-1]) and v[1] not in {"self"}}
 
     @cached_property
-    def _handed_on(self) -> list[tuple[Var, Var]]:
+    def handed_on(self) -> list[tuple[Var, Var]]:
         """Arguments of this file's functions, each with a variable that a call here gives for it."""
         found: list[tuple[Var, Var]] = []
         for call in self.file.calls:
@@ -314,6 +314,7 @@ class Roles:
                 if not part and self._gives_loss(value, found):
                     found.add(variable)
             for node in self.file.nodes:
+                found |= self._losses_in_tuple(node, found)
                 if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
@@ -358,8 +359,32 @@ class Roles:
             and self._loss_value(value, set(), part)
         )
 
-    def _gives_loss(self, value: ast.expr, known: set[Var]) -> bool:
-        """Whether a function of this file, or a method beside, returns the loss that it has called backward on."""
+    def _losses_in_tuple(self, node: ast.AST, known: set[Var]) -> set[Var]:
+        """Losses among the names of ``loss, logits = step(batch)`` and ``for i, loss in steps_of(loader)``."""
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=names)], value=call):
+                kind: type[ast.Return | ast.Yield] = ast.Return
+            case ast.For(target=ast.Tuple(elts=names), iter=call):
+                kind = ast.Yield
+            case ast.For(target=ast.Name() as name, iter=call) if self._gives_loss(call, known, ast.Yield):
+                variable = self.var(name)
+                return {variable} if variable is not None else set()
+            case _:
+                return set()
+        places = enumerate(map(self.var, names))
+        return {v for place, v in places if v is not None and self._gives_loss(call, known, kind, place)}
+
+    def _gives_loss(
+        self,
+        value: ast.expr,
+        known: set[Var],
+        kind: type[ast.Return | ast.Yield] = ast.Return,
+        place: int | None = None,
+    ) -> bool:
+        """Whether a function of this file, or a method beside, returns the loss that it has called backward on.
+
+        Where it leaves early it may return None. ``place`` is the loss's in a tuple.
+        """
         if not isinstance(value, ast.Call):
             return False
         found = self.project.resolve(self.file, value.func)
@@ -369,11 +394,14 @@ class Roles:
                 owner = self.file.names.class_of(value)
                 function = self.file.class_info(owner).methods.get(name) if owner is not None else None
         own = [item for statement in (function.body if function is not None else ()) for item in walk_own(statement)]
-        given = [item.value for item in own if isinstance(item, ast.Return)]
+        if kind is ast.Return and any(isinstance(item, (ast.Yield, ast.YieldFrom)) for item in own):
+            return False  # a generator is no loss
+        given = [_part(item.value, place) for item in own if isinstance(item, kind) and not _is_nothing(item.value)]
         trained = {
-            self.var(item.func.value)
+            self.var(name)
             for item in own
             if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
+            for name in self._terms(item.func.value)
         }
         return bool(given) and all(
             isinstance(item, ast.Name) and self.var(item) in known and self.var(item) in trained for item in given
@@ -403,6 +431,17 @@ class Roles:
             constant = isinstance(value.slice, ast.Constant) and value.slice.value in {"loss", 0}
             return part is False and constant and not sizes
         return False
+
+
+def _part(value: ast.expr | None, place: int | None) -> ast.expr | None:
+    """What stands at a place of a tuple; the value itself without one."""
+    if place is None:
+        return value
+    return value.elts[place] if isinstance(value, ast.Tuple) and place < len(value.elts) else None
+
+
+def _is_nothing(value: ast.expr | None) -> bool:
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
 
 
 def _is_number(node: ast.expr) -> bool:

@@ -111,9 +111,11 @@ def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:
 
 def _keeps_another(file: File, facts: Facts, node: ast.expr) -> bool:
     """Whether an object is of a class that has a ``module`` of its own, as averages of weights do."""
-    variable = facts.scripts.roles[file].var(node)
-    for assigned, value, *_ in facts.scripts.roles[file].assignments:
-        if assigned == variable is not None and isinstance(value, ast.Call):
+    roles = facts.scripts.roles[file]
+    variables = {variable} if (variable := roles.var(node)) is not None else set()
+    variables |= {given for argument, given in roles.handed_on if argument in variables}
+    for assigned, value, *_ in roles.assignments:
+        if assigned in variables and isinstance(value, ast.Call):
             found = facts.project.resolve(file, value.func)
             if isinstance(found, ClassInfo) and facts.scripts.holds_module(found):
                 return True

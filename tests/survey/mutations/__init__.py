@@ -1,0 +1,1 @@
+"""Training scripts composed of idioms by chance, run before and after conversion."""
