@@ -47,6 +47,7 @@ class Scripts:
         self._reached: dict[File, set[File]] = {}
         self._imported_by: dict[File, set[File]] = {}
         self._programs_of: dict[File, set[File]] = {}
+        self._is_parallel: dict[File, bool] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
         self._sums: dict[File, Sums] = {}
         self._across: dict[File, Across] = {}
@@ -358,8 +359,21 @@ class Scripts:
         return self._programs_of[file]
 
     def is_parallel(self, file: File) -> bool:
-        """Whether a script gives every rank other data already: by DDP, samplers or a process group."""
-        return any(mark in file.source.data for mark in _PARALLEL)
+        """Whether a script gives every rank other data already: by DDP, samplers or a process group.
+
+        One that imports them and no more does not.
+        """
+        if file not in self._is_parallel:
+            names = {mark.decode() for mark in _PARALLEL if mark in file.source.data}
+            for node in file.nodes if names else ():
+                if isinstance(node, ast.ImportFrom):
+                    names |= {alias.asname for alias in node.names if alias.asname and alias.name in names}
+            self._is_parallel[file] = bool(names) and any(
+                (isinstance(node, ast.Name) and node.id in names)
+                or (isinstance(node, ast.Attribute) and node.attr in names)
+                for node in file.nodes
+            )
+        return self._is_parallel[file]
 
     @cached_property
     def started(self) -> bool:
