@@ -7,27 +7,71 @@ objects of the project that add up what they are given (``averager.add(loss)``).
 the file returns after it has called backward on it.
 Why: a rank's loss is that of its share of the batch; sum_loss gives the mean over all ranks, which is the loss of the
 whole batch. It is a collective, so every rank makes the call.
-Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call.
+Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call. A method that
+a loop hands its loss to, and that shows it, is reported.
 """
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Conversion, Finding
+from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    told: set[int] = set()
     for loss in facts.scripts.collectives.readings(file).values():
+        told.add(loss.lineno)
         if not facts.scripts.in_kept_guard(file, loss) and file.source.is_exact(loss):
             change = wrap(loss, "{bmt}.sum_loss({it})")
             yield Conversion(RULE.code, loss.lineno, "the loss is averaged over the ranks", (change,))
+    yield from _in_callbacks(file, facts, told)
+
+
+def _in_callbacks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+    """``loss.item()`` in a method that a loop hands its loss to, by the method's name: it is not seen whose it is."""
+    for cls in (node for node in file.nodes if isinstance(node, ast.ClassDef)):
+        for method in (item for item in cls.body if isinstance(item, ast.FunctionDef)):
+            names = [argument.arg for argument in method.args.args[1:]]
+            calls = [node for node in ast.walk(method) if isinstance(node, ast.Call)]
+            shown = [(node, name) for node in calls if (name := _shown(node)) in names]
+            for node, name in shown:
+                if node.lineno not in told and _gets_loss(facts, method.name, names.index(name), name):
+                    told.add(node.lineno)
+                    message = (
+                        f"{name} in {cls.name}.{method.name} is of this rank's share of the batch: bmt.sum_loss({name})"
+                    )
+                    yield Remark(RULE.code, node.lineno, message, differs=True)
+
+
+def _shown(node: ast.Call) -> str:
+    """The variable whose value ``x.item()`` or ``float(x)`` takes."""
+    match node:
+        case (
+            ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="item"), args=[])
+            | ast.Call(func=ast.Name(id="float"), args=[ast.Name(id=name)])
+        ):
+            return name
+    return ""
+
+
+def _gets_loss(facts: Facts, method: str, place: int, name: str) -> bool:
+    """Whether a call of ``x.method(...)``, of whatever object, hands a loss on in this place or by this name."""
+    for file in facts.scripts.training:
+        for call in file.calls:
+            if isinstance(call.func, ast.Attribute) and call.func.attr == method:
+                given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == name)]
+                roles = facts.scripts.roles[file]
+                if any(isinstance(item, ast.Name) and roles.var(item) in roles.losses for item in given):
+                    return True
+    return False
 
 
 RULE = Rule(

@@ -9,6 +9,7 @@ through data that no rank shares, it names the loader: ``bmt.total(len(x), of=lo
 What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
+A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
 of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
 a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
@@ -47,11 +48,26 @@ _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
+_SHOWS = {
+    "print",
+    "print_rank",
+    "append",
+    "writerow",
+    "write",
+    "info",
+    "debug",
+    "log",
+    "set_description",
+    "set_postfix",
+}
 _NAMED = (ast.Name, ast.Tuple, ast.List)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or facts.scripts.started or facts.scripts.is_parallel(file):
+    if file not in facts.scripts.training or facts.scripts.started:
+        return
+    if facts.scripts.is_parallel(file):
+        yield from _sizes_shown(file, facts, set())
         return
     if b"backward" in file.source.data and not facts.scripts.shares_data(file):
         return
@@ -99,6 +115,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
             yield Remark(RULE.code, node.lineno, message, differs=True)
+    yield from _sizes_shown(file, facts, told)
     yield from _in_hooks(file, facts, told)
     if counted:
         yield from _decisions(file, facts, counted)
@@ -153,6 +170,56 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(size)
             message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _sizes_shown(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+    """``history.append({"seen": len(x)})`` in a loop that trains: the size of a share is shown or kept."""
+    for loop in file.nodes:
+        if not isinstance(loop, (ast.For, ast.While)) or not _goes_back(loop):
+            continue
+        held = _batch_of(loop)
+        for call in (item for item in _own(loop) if isinstance(item, ast.Call)):
+            name = (dotted(call.func) or "").split(".")[-1]
+            sizes = [i for i in ast.walk(call) if name in _SHOWS and isinstance(i, ast.expr) and _is_size(i, held)]
+            if not sizes or call.lineno in told or _is_of_all_ranks(file, facts, call):
+                continue
+            told.add(call.lineno)
+            size = file.source.code(sizes[0])
+            message = f"{size} is the size of this rank's share of the batch: the batch's is bmt.total({size})"
+            yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _batch_of(loop: ast.For | ast.While) -> set[str]:
+    """The names that a loop gives its batch, or what it takes of one."""
+    held: set[str] = set()
+    if isinstance(loop, ast.For):
+        target = loop.target
+        if isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate" and isinstance(target, ast.Tuple):
+            target = target.elts[-1]
+        held = names_in(target)
+    assigned = [item for item in _own(loop) if isinstance(item, ast.Assign)]
+    for item in sorted(assigned, key=lambda item: item.lineno):
+        taken = isinstance(item.value, ast.Call) and dotted(item.value.func) == "next"
+        if taken or (names_in(item.value) & held and isinstance(item.targets[0], ast.Tuple)):
+            held |= names_in(item.targets[0])
+    return held
+
+
+def _is_size(node: ast.expr, held: set[str]) -> bool:
+    match node:
+        case (
+            ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=name)])
+            | ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="size"), args=[ast.Constant(value=0)])
+            | ast.Subscript(value=ast.Attribute(value=ast.Name(id=name), attr="shape"), slice=ast.Constant(value=0))
+        ):
+            return name in held
+    return False
+
+
+def _goes_back(loop: ast.For | ast.While) -> bool:
+    """Whether a loop calls a backward itself."""
+    calls = (item.func for item in _own(loop) if isinstance(item, ast.Call))
+    return any(isinstance(func, ast.Attribute) and func.attr == "backward" for func in calls)
 
 
 def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
@@ -210,7 +277,7 @@ def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
     )
 
 
-def _own(loop: ast.For) -> Iterator[ast.AST]:
+def _own(loop: ast.For | ast.While) -> Iterator[ast.AST]:
     """The nodes of a loop's body without those of loops in it: they are looked at by themselves."""
     stack: list[ast.AST] = list(loop.body)
     while stack:

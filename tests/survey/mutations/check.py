@@ -13,7 +13,7 @@ from tests.survey.styles.compare import differences
 
 BAD = ("WRONG", "CRASH", "HANG")
 # What the report's last line asks for, or why it asks for nothing. Remarks that leave a script ready do not count.
-_ASKS = re.compile(r"^(?:not ready|nothing to launch|first[ ,:]|.* error: ).*$", re.MULTILINE)
+_ASKS = re.compile(r"^(?:not ready|nothing to launch|before the launch|first[ ,:]|.* error: ).*$", re.MULTILINE)
 _RUN_SAYS = re.compile(
     r"^.*(?:bmtrain\S*(?:Warning|Error|Differ\w*)|bmtrain\.errors\.).*$|^.*UserWarning: .*$", re.MULTILINE
 )
