@@ -100,7 +100,7 @@ def _resume(resumed: Resumed) -> Change:
 
 RULE = Rule(
     code="BMT045",
-    title="checkpoints of training are written and read in parts (--unsafe)",
+    title="checkpoints of training are written and read in parts (unsafe)",
     explanation=__doc__,
     find=find,
     examples=(
