@@ -32,6 +32,7 @@ from .host_time import HostTime
 from .memory import MemoryPlan
 from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
+from .record import has_hooks
 from .replicas import Replicas
 from .saved import KeptValues
 from .schedule import Schedule
@@ -223,7 +224,7 @@ class Engine:
         measures = unit is not None and unit.stage is None and choice is None and self.plan.measuring
         measured = self.plan if measures else None
         module = getattr(call, "__self__", None)
-        if not recompute or not isinstance(module, nn.Module) or not _has_hooks(module):
+        if not recompute or not isinstance(module, nn.Module) or not has_hooks(module):
             return self._run_frame(Frame(self.backward, unit, parent, recompute, measured), call, args, kwargs)
         # The module's own hooks run once, outside of what is recomputed.
         outer, forward = Frame(self.backward, unit, parent, recompute=False), module.forward
@@ -325,9 +326,3 @@ class Engine:
 
 def _trains(call: Callable[..., object]) -> bool:
     return bool(getattr(getattr(call, "__self__", None), "training", False))
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

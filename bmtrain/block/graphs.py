@@ -37,7 +37,7 @@ from .facts import CONSTANTS, CONTAINERS, Doings, Executed, Facts
 from .first_losses import FirstLosses
 from .frame import Frame
 from .memory import MemoryPlan
-from .record import unit_of
+from .record import has_hooks, unit_of
 from .state import State
 from .surroundings import Surroundings
 
@@ -363,7 +363,7 @@ def _objection(module: nn.Module, unit: ShardUnit, ctx: Context) -> str | None:
     for inner in module.modules():
         if inner is not module and unit_of(inner) is not None:
             return "there are blocks inside"
-        if _has_hooks(inner):
+        if has_hooks(inner):
             return "there are hooks on its modules"
     for parameter in module.parameters():
         flat = flat_of(parameter)
@@ -372,12 +372,6 @@ def _objection(module: nn.Module, unit: ShardUnit, ctx: Context) -> str | None:
         if flat.is_slice:
             return "it is split over tensor-parallel ranks"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def _objection_to_results(module: nn.Module, out: Any, inputs: Any) -> str | None:

@@ -62,3 +62,10 @@ def unit_of(module: nn.Module) -> ShardUnit | None:
     """The unit that ``module`` owns, if it owns one and is sharded."""
     record = module.__dict__.get("_bmt")
     return None if record is None else record.unit
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether user code is called before or after the module's forward or backward."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

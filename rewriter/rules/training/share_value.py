@@ -191,18 +191,20 @@ def _sizes_shown(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
 
 def _batch_of(loop: ast.For | ast.While) -> set[str]:
     """The names that a loop gives its batch, or what it takes of one."""
-    held: set[str] = set()
-    if isinstance(loop, ast.For):
-        target = loop.target
-        if isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate" and isinstance(target, ast.Tuple):
-            target = target.elts[-1]
-        held = names_in(target)
+    held = names_in(_item_of(loop)) if isinstance(loop, ast.For) else set[str]()
     assigned = [item for item in _own(loop) if isinstance(item, ast.Assign)]
     for item in sorted(assigned, key=lambda item: item.lineno):
         taken = isinstance(item.value, ast.Call) and dotted(item.value.func) == "next"
         if taken or (names_in(item.value) & held and isinstance(item.targets[0], ast.Tuple)):
             held |= names_in(item.targets[0])
     return held
+
+
+def _item_of(loop: ast.For) -> ast.expr:
+    """The target of what a loop goes through, without the number that ``enumerate`` gives it."""
+    target = loop.target
+    numbered = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
+    return target.elts[1] if numbered and isinstance(target, ast.Tuple) and len(target.elts) > 1 else target
 
 
 def _is_size(node: ast.expr, held: set[str]) -> bool:
@@ -218,8 +220,11 @@ def _is_size(node: ast.expr, held: set[str]) -> bool:
 
 def _goes_back(loop: ast.For | ast.While) -> bool:
     """Whether a loop calls a backward itself."""
-    calls = (item.func for item in _own(loop) if isinstance(item, ast.Call))
-    return any(isinstance(func, ast.Attribute) and func.attr == "backward" for func in calls)
+    return any(map(_is_backward, _own(loop)))
+
+
+def _is_backward(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
 
 
 def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
@@ -270,11 +275,7 @@ def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
     """Whether a loop goes through training data: it calls backward, or its data are called so."""
     if any(_is_loader(item) for item in ast.walk(loop.iter)):
         return True
-    return any(
-        isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
-        for statement in loop.body
-        for item in walk_own(statement)
-    )
+    return any(_is_backward(item) for statement in loop.body for item in walk_own(statement))
 
 
 def _own(loop: ast.For | ast.While) -> Iterator[ast.AST]:
@@ -343,11 +344,7 @@ def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
     read = {item.attr for item in ast.walk(value) if isinstance(item, ast.Attribute)}
     if not isinstance(_bare(value), (ast.Name, ast.Subscript)) or read & (_COUNTS | _VALUES | {"shape"}):
         return False
-    target = loop.target
-    numbered = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-    if numbered and isinstance(target, ast.Tuple) and len(target.elts) > 1:
-        target = target.elts[1]
-    held = names_in(target)
+    held = names_in(_item_of(loop))
     for statement in loop.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Assign) and names_in(node.value) & held:
