@@ -128,8 +128,8 @@ class Context:
     """What the sum of all ranks' gradients is divided by: their number, or 1 where a script wants the sum."""
     memory: MemoryUse | float = "auto"
     """Whether free memory is spent to save time, and up to how many GiB."""
-    graphs: bool = False
-    """Whether blocks may be recorded."""
+    graphs: bool | None = None
+    """Whether blocks may be recorded; None: where that is seen to save time."""
     save_param_to_cpu: bool = True
     """Whether state dicts are copies on the CPU; else they are on ``device``."""
     options: dict[str, object] = field(default_factory=dict)
@@ -315,7 +315,9 @@ def init_distributed(
             same up to rounding, and checkpoints fit any. All ranks say the same.
         graphs: True lets blocks run as CUDA graphs, where that is possible: their Python runs in the first steps only,
             and then the host queues a block's forward, and its backward, by one call each (see
-            ``bmtrain.block.graphs``). The results are the same. None: BMTRAIN_GRAPHS in the environment, or not.
+            ``bmtrain.block.graphs``). The results are the same. False: never. None: as BMTRAIN_GRAPHS in the
+            environment says (0 or 1); without it on several ranks whose GPUs wait for their hosts, and only blocks
+            of which all that their Python reads can be compared.
 
     Raises ConfigurationError, DeviceError, CommunicationError.
     """
@@ -346,7 +348,7 @@ def init_distributed(
     )
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
-    made.graphs = env.get("BMTRAIN_GRAPHS", "0") not in ("", "0") if graphs is None else bool(graphs)
+    made.graphs = {"": None, "0": False}.get(env.get("BMTRAIN_GRAPHS", ""), True) if graphs is None else bool(graphs)
     made.launcher = Launcher.of(env, token)
     if tp_size > 1 and random == "own":
         made.split_random = SplitRandom(made.device.generator, topology.tp_rank)

@@ -69,8 +69,10 @@ class Engine:
         self.first_buffers = FirstBuffers(ctx)
         self.first_draws = FirstDraws(ctx)
         self.first_losses = FirstLosses(ctx, self.backward)
-        self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
-        self.host_time = HostTime(ctx) if ctx.device.is_cuda and self.graphs is None else None
+        may_record = ctx.graphs is not False and ctx.device.records and (ctx.graphs or ctx.world_size > 1)
+        self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
+        begin = None if self.graphs is None else self.graphs.begin
+        self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and not ctx.graphs else None
         self._runs: deque[_Noted] = deque(maxlen=_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)

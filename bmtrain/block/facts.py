@@ -6,10 +6,13 @@ they name: globals, attributes of modules and classes, what lists, dicts and obj
 
 from __future__ import annotations
 
+import ast
 import dis
+import inspect
 import os
 import pickle
 import sys
+import textwrap
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +32,14 @@ CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
 CONTAINERS = (dict, list, set, deque)
 
 _MOST = 20_000  # values; comparing more takes longer than a recording saves
-_OURS = ("torch", "bmtrain")  # what code in these reads does not change, or is looked at elsewhere
-_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", "triton", *_OURS)  # packages of objects
+_FEW = 64  # elements of a tensor whose values are compared
+_OURS = ("torch", "bmtrain", "triton")  # what code in these reads does not change, or is looked at elsewhere
+_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", *_OURS)  # packages of objects
+_OPEN = ("torch.optim", "torch.distributions")  # in these, whose objects hold what changes
+_UNNAMED = frozenset(("eval", "exec", "globals", "locals", "vars", "import_module", "__import__"))
+_ASK_BY_NAME = frozenset(("getattr", "setattr", "hasattr"))
+_ASK_FOR_ANY = frozenset(("__getattribute__", "__dict__", "attrgetter"))
+_KERNELS = ("flash_attn", "xformers")  # packages of functions that keep nothing
 _NAMED_BY_PYTHON = ("forward", "__call__", "__getitem__", "__getattr__")
 _OF_FUNCTIONS = ("forward", "backward", "setup_context")  # of torch.autograd.Function
 
@@ -43,11 +52,12 @@ class Facts:
 
     Attributes:
         reason: why it cannot be compared; None if it can.
+        unseen: why there may be more than what is compared; None if nothing says so.
     """
 
     def __init__(self, module: nn.Module, executed: Executed) -> None:
         found = _Search(module, executed)
-        self.reason = found.reason
+        self.reason, self.unseen = found.reason, found.unseen
         held: list[Any] = [*found.dicts, *found.others]
         self._dicts = {id(of): (of, list(of.values())) for of in found.dicts if of}
         self._others = {id(of): (of, list(of)) for of in found.others if of}
@@ -124,6 +134,24 @@ def _names_in(code: CodeType) -> _Names:
     return _Names(frozenset(variables), frozenset(imports), frozenset(attributes))
 
 
+@lru_cache(4096)
+def _asks_for_any_name(code: CodeType, names: _Names) -> bool:
+    """Whether ``code`` puts names of attributes together while it runs, or may: its source is not there."""
+    if (names.variables | names.attributes) & _ASK_FOR_ANY:
+        return True
+    if not names.variables & _ASK_BY_NAME:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    asks = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in _ASK_BY_NAME]
+    known = [call for call in asks if len(call.args) > 1 and isinstance(call.args[1], ast.Constant)]
+    others = sum(isinstance(node, ast.Name) and node.id in _ASK_BY_NAME for node in ast.walk(tree))
+    return len(known) < others
+
+
 class _Search:
     """Goes from name to name.
 
@@ -133,7 +161,8 @@ class _Search:
         cells: variables of enclosing functions.
         asked: by object and attribute, gives what is not held in any of these.
         tensors: those that are there, for where they lie.
-        reason: why not all that counts can be seen.
+        reason: why not all that counts can be compared.
+        unseen: why not all that counts may have been found.
     """
 
     def __init__(self, module: nn.Module, executed: Executed) -> None:
@@ -144,10 +173,15 @@ class _Search:
         self.asked: dict[tuple[int, str], Callable[[], Any]] = {}
         self.tensors: list[torch.Tensor] = []
         self.reason: str | None = None
+        self.unseen: str | None = None
+        self._inside = set(module.modules())
+        self._home = next((parameter.device for parameter in module.parameters()), None)
         self._seen: dict[int, object] = {}
         self._code: set[CodeType] = set()
         self._count = 0
-        self._classes: dict[type, None] = {}
+        self._owners: dict[type | ModuleType, None] = {}
+        self._any_name = False  # whether code puts names of attributes together
+        self._all_of: set[ModuleType | type] = set()
         self._attributes = set(_NAMED_BY_PYTHON)
         self._waiting: list[Any] = []
         for inner in module.modules():
@@ -155,7 +189,7 @@ class _Search:
             self._is_instance(type(inner))
         for code, variables in executed.items():
             self._runs(code, variables)
-        resolved: set[tuple[type, str]] = set()
+        resolved: set[tuple[type | ModuleType, str]] = set()
         while self._waiting or self._resolve(resolved):
             while self._waiting and self.reason is None:
                 self._look(self._waiting.pop())
@@ -164,14 +198,26 @@ class _Search:
             if self.reason is not None:
                 break
 
-    def _resolve(self, resolved: set[tuple[type, str]]) -> bool:
-        """Look at what the classes have under the names that came up; whether there is anything new."""
-        new = [(c, name) for c in self._classes for name in self._attributes.intersection(vars(c))]
+    def _resolve(self, resolved: set[tuple[type | ModuleType, str]]) -> bool:
+        """Look at what classes and modules have under the names that came up; whether there is anything new."""
+        new = [(owner, name) for owner in self._owners for name in self._attributes.intersection(vars(owner))]
         new = [pair for pair in new if pair not in resolved]
         resolved.update(new)
-        for of_class, name in new:
-            self._names(vars(of_class), name)
-        return bool(new)
+        for owner, name in new:
+            self._names(vars(owner), name)
+        if not new and self._any_name:
+            for owner in self._owners:
+                self._names_all(owner)
+        return bool(new or self._waiting)
+
+    def _names_all(self, owner: ModuleType | type) -> None:
+        """Compare all that ``owner`` has.  What functions among it read is looked at where they are called."""
+        if owner in self._all_of:
+            return
+        self._all_of.add(owner)
+        space = vars(owner)
+        self.names += [(space, name) for name in space]
+        self._waiting += [value for value in space.values() if isinstance(value, CONTAINERS)]
 
     def _names(self, space: Mapping[str, Any], name: str) -> object:
         value = space.get(name)
@@ -199,7 +245,7 @@ class _Search:
     def _is_instance(self, of_class: type) -> None:
         for base in of_class.__mro__:
             if not _is_in(base.__module__, _OURS) and base.__module__ not in sys.stdlib_module_names:
-                self._classes[base] = None
+                self._owners[base] = None
 
     def _runs(self, code: CodeType, variables: dict[str, Any]) -> None:
         if code in self._code:
@@ -207,6 +253,10 @@ class _Search:
         self._code.add(code)
         names = _names_in(code)
         self._attributes |= names.attributes
+        if names.variables & _UNNAMED:
+            self.unseen = self.unseen or f"{code.co_name}() may read what it does not name"
+        any_name = _asks_for_any_name(code, names)
+        self._any_name |= any_name
         owners = [self._names(variables, name) for name in names.variables if name in variables]
         owners += [sys.modules.get(name) for name in names.imports]
         known: set[int] = set()
@@ -221,14 +271,22 @@ class _Search:
             elif not _is_in(package, (*_OURS, *sys.stdlib_module_names)):
                 space = vars(owner)
                 owners += [self._names(space, name) for name in names.attributes if name in space]
+                if any_name:
+                    self._names_all(owner)
 
     def _look(self, value: Any) -> None:
-        if isinstance(value, (*CONSTANTS, nn.Module, BuiltinFunctionType, ModuleType)) or id(value) in self._seen:
+        if isinstance(value, (*CONSTANTS, BuiltinFunctionType)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, ModuleType):
+            if not _is_in(value.__name__, (*_CLOSED, *sys.stdlib_module_names)):
+                self._owners[value] = None
+        elif isinstance(value, nn.Module):
+            if value not in self._inside:
+                self.unseen = self.unseen or f"it may read a {type(value).__name__} that is not inside"
+        elif isinstance(value, torch.Tensor):
             if type(value) is torch.Tensor and value.layout is torch.strided:
-                self.tensors.append(value)
+                self._look_at_tensor(value)
         elif isinstance(value, FunctionType):
             self._look_at_function(value)
         elif isinstance(value, type):
@@ -256,8 +314,19 @@ class _Search:
             self.asked[id(value), ""] = value.tobytes
         elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
             self.reason = f"its Python may read a {type(value).__name__}, which is another each time"
-        elif not _is_in(type(value).__module__, _CLOSED):
+        elif not _is_in(type(value).__module__, _CLOSED) or type(value).__module__.startswith(_OPEN):
             self._look_at_object(value)
+
+    def _look_at_tensor(self, tensor: torch.Tensor) -> None:
+        self.tensors.append(tensor)
+        if tensor.device.type != "cpu" or self._home in (None, tensor.device):
+            return
+        # Read by the host, its value is a constant of the recording.
+        few = tensor.numel() <= _FEW
+        ask = partial(_bytes_of, tensor) if few else partial(getattr, tensor, "_version")
+        self.asked[id(tensor), "value"] = ask
+        if not few:
+            self.unseen = self.unseen or "it may read a large tensor on the CPU"
 
     def _look_at_function(self, function: FunctionType) -> None:
         if _is_in(function.__module__ or "", (*_OURS, *sys.stdlib_module_names)):
@@ -275,6 +344,9 @@ class _Search:
         held = getattr(value, "__dict__", None)
         if isinstance(held, dict):
             self._holds(held)
+        if held is None and not any("__slots__" in vars(base) for base in type(value).__mro__):
+            if type(value).__module__ not in sys.stdlib_module_names:
+                self.unseen = self.unseen or f"it may read a {type(value).__name__}, which does not show what it holds"
         for base in type(value).__mro__:
             slots = vars(base).get("__slots__", ())
             for name in (slots,) if isinstance(slots, str) else slots:
@@ -290,6 +362,10 @@ def _is_in(module: str, packages: Sequence[str]) -> bool:
 def _arrays() -> tuple[type[Any], ...]:
     numpy = sys.modules.get("numpy")
     return () if numpy is None else (numpy.ndarray,)
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).tolist())
 
 
 def _contents(cell: CellType) -> Any:
@@ -330,11 +406,13 @@ class Doings:
     Attributes:
         executed: the functions.
         found: what it does that nothing shows afterwards, and that a recording would not do again.
+        unseen: what it calls that may read or do more than is seen.
     """
 
     def __init__(self) -> None:
         self.executed: Executed = {}
         self.found: str | None = None
+        self.unseen: str | None = None
         self._before: Any = None
 
     def __enter__(self) -> Doings:
@@ -347,7 +425,7 @@ class Doings:
 
     def _note(self, frame: FrameType, event: str, what: Any) -> None:
         if event == "call":
-            code, module = frame.f_code, frame.f_globals.get("__name__") or ""
+            code, module = frame.f_code, _module_of(frame)
             if module.startswith(_COLLECTIVES):
                 self.found = self.found or "talks to other ranks"
             if code not in self.executed and not _is_in(module, (*_OURS, *sys.stdlib_module_names)):
@@ -358,13 +436,24 @@ class Doings:
             names = _EFFECTS.get(module, ())
             if (names is None or name in names) and not _is_in(_asker(frame), _OURS):
                 self.found = f"calls {name}"
+            elif self.unseen is None and not _is_in(module, (*_OURS, *_KERNELS, *sys.stdlib_module_names)):
+                if not _is_in(_asker(frame), (*_OURS, *_KERNELS)):
+                    self.unseen = f"it calls {module}.{name}, which does not show what it reads"
+
+
+def _module_of(frame: FrameType) -> str:
+    """The module of the code in ``frame``; of code that was made by some other's, that one's."""
+    asker: FrameType | None = frame
+    while asker is not None and not asker.f_globals.get("__name__"):
+        asker = asker.f_back
+    return "" if asker is None else str(asker.f_globals["__name__"])
 
 
 def _asker(frame: FrameType | None) -> str:
     """The module for which the standard library runs in ``frame``."""
     module = ""
     while frame is not None:
-        module = frame.f_globals.get("__name__") or ""
+        module = _module_of(frame)
         if not _is_in(module, tuple(sys.stdlib_module_names)):
             break
         frame = frame.f_back

@@ -6,9 +6,13 @@ it asks for is the same every time.  So its Python runs in the first steps; then
 
 A recording holds the memory of what its block saves and of its gradients, for good, and has one forward at a time on
 its way to the backward.  Whatever does not fit it runs as it is written: a second forward before the backward, other
-shapes, results of the last step that somebody still holds, a module that has changed since.  A block is left alone,
-and the reason is said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by
-the host, waits for the device, hooks, whatever else is done beside (``facts``).
+shapes, results of the last step that somebody still holds, a module that has changed since.  A second backward, or one
+that is to be differentiated, runs the forward as it is written once more.  A block is left alone, and the reason is
+said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by the host, waits
+for the device, hooks, whatever else is done beside (``facts``).
+
+Where nobody has said whether to, it begins on several ranks when the device waits for the host (``host_time``), and
+leaves blocks alone whose Python may read what cannot be seen.
 """
 
 from __future__ import annotations
@@ -22,10 +26,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..autograd import runs_as_written
+from ..autograd import backward_id, runs_as_written
 from ..context import Context
 from ..device import AutocastRegions, autocast_regions, in_autocast_regions
 from ..errors import ConfigurationError
@@ -36,6 +39,7 @@ from ..shard.unit import ShardUnit, unit_of_flat
 from .facts import CONSTANTS, CONTAINERS, Doings, Executed, Facts
 from .first_losses import FirstLosses
 from .frame import Frame
+from .linear import leave_to_autograd
 from .memory import MemoryPlan
 from .record import has_hooks, unit_of
 from .state import State
@@ -53,11 +57,15 @@ class Graphs:
     """What is recorded of all blocks of this process.
 
     Attributes:
+        is_automatic: whether nobody has asked for it, so that what cannot be seen counts as a reason against it.
+        is_on: whether blocks are recorded.
         outputs: by where they lie, the recordings whose results lie there: the next block reads them in place.
     """
 
     def __init__(self, ctx: Context, plan: MemoryPlan, first_losses: FirstLosses) -> None:
         self.ctx, self.plan, self._first_losses = ctx, plan, first_losses
+        self.is_automatic = ctx.graphs is None
+        self.is_on = not self.is_automatic
         self.outputs: weakref.WeakValueDictionary[int, Recording] = weakref.WeakValueDictionary()
         self._units: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
         self._news = False
@@ -75,7 +83,7 @@ class Graphs:
         return block.observed(call) if isinstance(block, _Block) else call
 
     def _block(self, unit: ShardUnit, call: Callable[..., object]) -> _Block | None:
-        if self.ctx.diary.step < _FIRST_STEP or self.plan.measuring or self._first_losses.wanted:
+        if not self.is_on or self.ctx.diary.step < _FIRST_STEP or self.plan.measuring or self._first_losses.wanted:
             return None
         if unit.moves and not unit.is_kept:
             return None
@@ -100,6 +108,10 @@ class Graphs:
             unit.let_buffers_go()
         self._units.clear()
 
+    def begin(self) -> None:
+        """Record blocks from now on."""
+        self.is_on = True
+
     def changed(self) -> None:
         """There is something to say."""
         self._news = True
@@ -117,7 +129,8 @@ class Graphs:
         recorded = sum(block.is_recorded for block in blocks)
         if self.ctx.rank == 0 and (recorded or reasons):
             others = "".join(f"; {count} not: {reason}" for reason, count in reasons.items())
-            say(f"{recorded} of {len(blocks)} blocks run as CUDA graphs{others}.")
+            why = ", as the GPU waits for the host (BMTRAIN_GRAPHS=0: as written)" if self.is_automatic else ""
+            say(f"{recorded} of {len(blocks)} blocks run as CUDA graphs{why}{others}.")
 
 
 class _Inputs(NamedTuple):
@@ -179,10 +192,14 @@ class _Block:
         self._changes = 0
         self._executed: Executed = {}
         self._regions: AutocastRegions | None = None  # of autocast, around a backward
+        self._backward: int | None = None  # that which has come to the run looked at
+        self._repeats = True  # whether a second run of the forward would do the same
         self.reason: str | None = None
         reason = _objection(module, unit, graphs.ctx)
         if reason is not None:
             self.give_up(reason)
+        else:
+            leave_to_autograd(module)
 
     @property
     def is_recorded(self) -> bool:
@@ -258,7 +275,7 @@ class _Block:
         device = self.graphs.ctx.device
         numbers = device.rng_state()
         try:
-            recording = Recording(self.graphs, unit, call, inputs, facts, self._regions)
+            recording = Recording(self.graphs, unit, call, inputs, facts, self._regions, self._repeats)
         except ConfigurationError as error:
             self.give_up(str(error))
             return None
@@ -298,9 +315,11 @@ class _Block:
             del self._seen[self._looked_at]  # that says nothing of other runs
             raise
         self._executed |= doings.executed
+        self._backward = None
         moved = [entry for entry in state.after_run(module, before) if entry.holder.get(entry.name) is not entry.value]
         moved += [e for e in before if e.moved and not isinstance(e.value, torch.Tensor) and e not in moved]
         drawn = device.drawn_since(numbers)
+        self._repeats &= not any(drawn) and not any(entry.moved for entry in before)
         if moved:
             self.give_up(f"its forward changes {moved[0].name}")
         elif not facts.hold():
@@ -316,6 +335,8 @@ class _Block:
         else:
             facts = Facts(module, self._executed)
             reason = _objection_to_results(module, out, (args, kwargs)) or facts.reason
+            if self.graphs.is_automatic:
+                reason = reason or doings.unseen or facts.unseen
             if reason is not None:
                 self.give_up(reason)
             else:
@@ -327,6 +348,9 @@ class _Block:
     @runs_as_written
     def _backward_begins(self, _: torch.Tensor) -> None:
         self._regions = autocast_regions()
+        before, self._backward = self._backward, backward_id()
+        if torch.is_grad_enabled() or before not in (None, self._backward):
+            self.give_up("more than one backward goes through it")
 
     def _draws_on_host(self, drawn: Sequence[bool]) -> bool:
         return any(drawn[1:] if self.graphs.ctx.device.is_cuda else drawn[-2:])
@@ -430,13 +454,15 @@ class Recording:
         inputs: _Inputs,
         facts: Facts,
         regions: AutocastRegions,
+        repeats: bool,
     ) -> None:
         module = getattr(call, "__self__", None)
         assert isinstance(module, nn.Module)
-        self.rest = inputs.rest
+        self.rest, self._kind, self._repeats = inputs.rest, inputs, repeats
         self._graphs, self._unit, self._call = graphs, weakref.ref(unit), call
         self._addresses, self._facts, self._step = _addresses(unit), facts, -1
-        self._surroundings, self._settings, self._regions = Surroundings(), _settings(), regions
+        self._surroundings, self._settings = Surroundings(), _settings()
+        self._regions, self._forward_regions = regions, autocast_regions()
         self._use: weakref.ref[_Use] | None = None
         self._readers = 0  # recordings that read results of this one in place
         self._sources: list[Recording | None] = []  # those whose results this one reads
@@ -459,6 +485,7 @@ class Recording:
         self._spec: TreeSpec | None = None
         self._copied: list[bool] = []  # of each result, whether its user gets a copy, as of what the backward needs
         self._kept: set[int] = set()  # where what autograd has saved lies
+        self._needed: list[bool] = []  # of each input, whether the backward needs it
         self._users: list[int] = []
         recorder = graphs.ctx.device.recorder()
         self._is_real = recorder.is_real
@@ -523,6 +550,7 @@ class Recording:
     def _settle(self) -> None:
         """Autograd is through with what was recorded: keep where results lie, and no graph."""
         self._copied = [output.untyped_storage().data_ptr() in self._kept for output in self._outputs]
+        self._needed = [place.untyped_storage().data_ptr() in self._kept for place in self._inputs]
         self._outputs = [output.detach() for output in self._outputs]
         self._wanted, self._places, self._stand_ins, self._modules = [], [], {}, []
         self._users = list(map(_users_of, self._shown()))
@@ -550,21 +578,49 @@ class Recording:
             self._step = step
         return self._settings == _settings() and self._surroundings.are_like(Surroundings())
 
-    def require_backward(self) -> None:
-        """Raises ConfigurationError unless autocast is as recorded, and parameters lie where the forward read them."""
-        if _lively(autocast_regions()) != _lively(self._regions):
-            raise ConfigurationError(
-                "The backward of a block that runs as a CUDA graph runs under another torch.autocast than that of the "
-                "step that was looked at. Call it always inside, or always outside, or leave graphs=True out of "
-                "bmt.init_distributed (and BMTRAIN_GRAPHS)."
-            )
+    def is_as_recorded(self) -> bool:
+        """Whether a backward that begins is one of first order, under the autocast of the one that was looked at."""
+        return not torch.is_grad_enabled() and _lively(autocast_regions()) == _lively(self._regions)
+
+    def require_parameters(self) -> None:
+        """Raises ConfigurationError unless parameters lie where the forward read them."""
         unit = self._unit()
         if unit is None or _addresses(unit) != self._addresses:
             raise ConfigurationError(
                 "Parameters of a block that ran as a CUDA graph were written, or gathered in another dtype, before its "
-                "backward, and lie elsewhere now. Do that before the forward or after the backward, or leave "
-                "graphs=True out of bmt.init_distributed (and BMTRAIN_GRAPHS)."
+                "backward, and lie elsewhere now. Do that before the forward or after the backward, or set "
+                "BMTRAIN_GRAPHS=0 in the environment (graphs=False in bmt.init_distributed)."
             )
+
+    def run_again(
+        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor | None]:
+        """As ``backward``, from a second run of the block's Python with the same inputs.
+
+        Raises ConfigurationError if that would not do the same.
+        """
+        self.require_parameters()
+        if not self._repeats:
+            raise ConfigurationError(
+                "A backward came a second time (retain_graph=True, create_graph=True), or under another torch.autocast "
+                "than at first, to a block that runs as a CUDA graph, and draws random numbers or changes its buffers: "
+                "it would not do the same again. Set BMTRAIN_GRAPHS=0 in the environment (graphs=False in "
+                "bmt.init_distributed)."
+            )
+        args, kwargs = self._kind.with_tensors(inputs)
+        with torch.enable_grad(), in_autocast_regions(self._forward_regions):
+            out = self._call(*args, **kwargs)
+        results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        given = [gradient for gradient, counts in zip(gradients, self.differentiable, strict=True) if counts]
+        pairs = [(result, g) for result, g in zip(results, given, strict=True) if g is not None]
+        wanted = [tensor for tensor in (*inputs, *self.parameters) if tensor.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in pairs], wanted, [gradient for _, gradient in pairs],
+                create_graph=torch.is_grad_enabled(), allow_unused=True,
+            )
+        )  # fmt: skip
+        return [next(found) if tensor.requires_grad else None for tensor in (*inputs, *self.parameters)]
 
     def takes(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether it is free for a forward of these."""
@@ -588,10 +644,10 @@ class Recording:
         """The block's forward."""
         use = _Use(self, frame, [])
         self._use = weakref.ref(use)
-        for source, tensor in zip(self._sources, tensors, strict=True):
-            if source is not None:
+        for source, tensor, needed in zip(self._sources, tensors, self._needed or repeat(True), strict=False):
+            if source is not None and needed:
                 use.read.append((tensor.detach(), tensor._version))
-        outputs = _Replay.apply(use, *tensors, *self.parameters)  # type: ignore[no-untyped-call]
+        outputs = _Replay.apply(use, len(tensors), *tensors, *self.parameters)  # type: ignore[no-untyped-call]
         leaves = [outputs[leaf.number] if isinstance(leaf, _Number) else leaf for leaf in self._leaves]
         assert self._spec is not None
         return leaves[0] if self._spec.is_leaf() else tree_unflatten(leaves, self._spec)
@@ -649,12 +705,6 @@ class _Use:
 
     def ends(self) -> None:
         """Its backward begins."""
-        if self.is_over:
-            raise ConfigurationError(
-                "A backward came a second time (retain_graph=True, create_graph=True) to a block that runs as a CUDA "
-                "graph, which keeps what it saved until the first. Leave graphs=True out of bmt.init_distributed (and "
-                "BMTRAIN_GRAPHS)."
-            )
         if any(tensor._version != version for tensor, version in self.read):
             raise ConfigurationError(
                 "What one block returned and the next one read was changed in place before the backward, which needs "
@@ -662,18 +712,17 @@ class _Use:
             )
         self.is_over = True
         self.read.clear()  # a loss that is held to the next step holds this
-        if self.frame is not None:
-            self.frame.reach()
-        self.recording.require_backward()
+        self.recording.require_parameters()
 
 
 class _Replay(torch.autograd.Function):
     """A block's forward and backward, as autograd sees them."""
 
     @staticmethod
-    def forward(ctx: Any, use: _Use, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, use: _Use, count: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.use, recording = use, use.recording
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:count])
         outputs = recording.forward(tensors)
         ctx.mark_non_differentiable(
             *(output for output, counts in zip(outputs, recording.differentiable, strict=True) if not counts)
@@ -681,11 +730,15 @@ class _Replay(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     @runs_as_written
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        ctx.use.ends()
-        return (None, *ctx.use.recording.backward(gradients))
+        use: _Use = ctx.use
+        if use.frame is not None:
+            use.frame.reach()
+        if use.is_over or not use.recording.is_as_recorded():
+            return (None, None, *use.recording.run_again(ctx.saved_tensors, gradients))
+        use.ends()
+        return (None, None, *use.recording.backward(gradients))
 
 
 def _alias(parameter: DistributedParameter) -> DistributedParameter:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..context import Context
 from ..device import Stopwatch
 from ..log import say
 
 _FROM, _UNTIL = 3, 8  # steps whose last forward is measured
 _SHARE = 0.9  # of the device's time
+_WORTH = 0.5  # of it: backward and optimizer ask more of the host than the forward, whose last operation is a long one
 
 
 class HostTime:
-    """Measures some forwards, and says once if the device waits for the host.
+    """Measures some forwards; if the host takes long enough, calls ``begin`` once, or says so if there is none.
 
     Attributes:
         wanted: whether a forward that begins is to be measured.
     """
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
+    def __init__(self, ctx: Context, begin: Callable[[], None] | None) -> None:
+        self._ctx, self._begin = ctx, begin
         self._watch: Stopwatch | None = None
         self._found: list[tuple[float, float]] = []
         self._is_over = False
@@ -46,10 +49,13 @@ class HostTime:
         if self._ctx.diary.step < _UNTIL:
             return
         self._is_over = True
-        if not self._found or not has_blocks or self._ctx.rank:
+        if not self._found or not has_blocks:
             return
         host, device = sorted(self._found, key=lambda pair: pair[0] / max(pair[1], 1e-9))[len(self._found) // 2]
-        if host >= _SHARE * device:
+        if self._begin is not None:
+            if host >= _WORTH * device:
+                self._begin()
+        elif self._ctx.rank == 0 and host >= _SHARE * device:
             say(
                 f"the GPU waits for the host, which takes {1e3 * host:.1f} ms of a forward's {1e3 * device:.1f} ms: "
                 "BMTRAIN_GRAPHS=1 lets blocks run as CUDA graphs, which are queued at once (docs/training.md)."

@@ -169,9 +169,16 @@ def land_gradients(module: nn.Module) -> None:
 def land_compiled(module: nn.Module) -> None:
     """Let compiled code of ``module`` do the same; it can where weights are gathered, and nobody watches gradients.
 
-    Where blocks may be recorded it leaves gradients to autograd, which returns them from a recording.
+    Where blocks are to be recorded it leaves gradients to autograd, which returns them from a recording.
     """
-    can = context().world_size > 1 and not context().graphs
+    can = context().world_size > 1 and context().graphs is not True
     for inner in module.modules():
         if isinstance(inner, LandingLinear):
             inner.__dict__["lands_compiled"] = can and not _is_watched(inner.weight)
+
+
+def leave_to_autograd(module: nn.Module) -> None:
+    """Let compiled code of ``module`` compute weight gradients as autograd does; it is compiled anew if it did not."""
+    for inner in module.modules():
+        if isinstance(inner, LandingLinear) and inner.lands_compiled:
+            inner.__dict__["lands_compiled"] = False

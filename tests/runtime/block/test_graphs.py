@@ -13,6 +13,7 @@ import gc
 import logging
 import os
 import random
+import re
 import threading
 import time
 import warnings
@@ -42,11 +43,13 @@ from bmtrain.errors import ConfigurationError
 INIT: dict[str, Any] = {"schedule": "stress", "graphs": True}
 
 
-def fresh(memory: Memory | None, graphs: bool) -> Any:
+def fresh(memory: Memory | None, graphs: bool, automatic: bool = False) -> Any:
     """Let the process's engine forget what it has planned and recorded."""
     engine: Any = context().engine
     made = plan.fresh_plan(memory)
     engine.graphs = Graphs(context(), made, engine.first_losses) if graphs else None
+    if automatic:
+        engine.graphs.is_automatic = True
     context().diary.step = 0
     return engine.graphs
 
@@ -653,10 +656,15 @@ CASES: list[tuple[type[Plain], Uses, str | None]] = [
 
 
 def steps_of(
-    kind: type[Plain], use: Uses, graphs: bool, compiled: bool = False, keep: list[Any] | None = None
+    kind: type[Plain],
+    use: Uses,
+    graphs: bool,
+    compiled: bool = False,
+    keep: list[Any] | None = None,
+    automatic: bool = False,
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     context().memory = "auto"
-    made = fresh(plan.PLENTY, graphs)
+    made = fresh(plan.PLENTY, graphs, automatic)
     torch.manual_seed(5)
     random.seed(5)
 
@@ -785,16 +793,166 @@ def test_compiled_blocks(kind: type[Plain]) -> None:
     assert recorded(recordings[2]) == 1
 
 
+def again(block: Any, x: torch.Tensor, step: int) -> Any:
+    """Asks for a gradient twice, and once for one that can be differentiated, after all was recorded."""
+    out = block(x)
+    if step == 6:
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+    if step in (7, 9):
+        (slope,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        out = out + slope.square().mean()
+    if step == 8:
+        torch.autograd.grad(out.sum(), (x, block.linear.weight), retain_graph=True)
+        torch.autograd.grad(out.sum(), x, retain_graph=True)
+    return out
+
+
 @on_ranks(1, 2, init=INIT)
-def test_a_second_backward_is_refused() -> None:
+def test_a_second_backward_runs_the_forward_again() -> None:
+    as_written, recordings = steps_of(Plain, again, False), steps_of(Plain, again, True)
+    torch.testing.assert_close(recordings[0], as_written[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(recordings[1], as_written[1], rtol=1e-5, atol=1e-6)
+    assert recorded(recordings[2]) == 1
+
+
+@pytest.mark.parametrize("kind", [Drops, BatchNorm])
+@on_ranks(1, 2, init=INIT)
+def test_a_second_backward_is_refused_where_a_second_forward_is_another(kind: type[Plain]) -> None:
+    with pytest.raises(ConfigurationError, match="BMTRAIN_GRAPHS=0"):
+        steps_of(kind, again, True)
+
+
+@pytest.mark.parametrize("steps", [range(14), range(2, 14), range(3, 14)])
+@on_ranks(1, 2, init=INIT)
+def test_blocks_through_which_more_than_one_backward_goes_are_left(steps: range) -> None:
     def use(block: Any, x: torch.Tensor, step: int) -> Any:
         out = block(x)
-        if step == 6:
+        if step in steps:
             torch.autograd.grad(out.sum(), x, retain_graph=True)
         return out
 
-    with pytest.raises(ConfigurationError, match="a second time"):
-        steps_of(Plain, use, True)
+    as_written, recordings = steps_of(Drops, use, False), steps_of(Drops, use, True)
+    assert as_written[0] == recordings[0]
+    assert reasons(recordings[2]) == ["more than one backward goes through it"]
+
+
+# -- where nobody has asked for it --------------------------------------------------------------------------------
+
+HIDDEN = torch.nn.Linear(4, 4)
+
+
+class NamesParts(Plain):
+    """Puts a name together, of an attribute of its class."""
+
+    slope_of_one = 1.0
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * getattr(self, "slope_of_" + "one")
+
+
+class NamesPartsOfModule(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * getattr(CHOICES, "slope_of_" + "one")
+
+
+class HasModule(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.choices = CHOICES
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * self.choices.slope_of_one
+
+
+class Evaluates(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * eval("1.0")
+
+
+class ReadsAnother(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * (1.0 if HIDDEN.training else 2.0)
+
+
+class Unpacks(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        import numpy
+
+        return super().forward(x) * float(numpy.asarray([1.0])[0])
+
+
+class AsksByName(Plain):
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(x) * getattr(self, "factor", 1.0) if hasattr(self, "scale") else x
+
+
+CHOICES = ModuleType("choices")
+CHOICES.slope_of_one = 1.0  # type: ignore[attr-defined]
+
+
+def doubles_slope(block: Any, x: torch.Tensor, step: int) -> Any:
+    NamesParts.slope_of_one = CHOICES.slope_of_one = 1.0 if step < 7 else 2.0  # type: ignore[attr-defined]
+    return block(x)
+
+
+AUTOMATIC: list[tuple[type[Plain], Uses, str | None]] = [
+    (Plain, simply, None),
+    (Drops, simply, None),
+    (AsksByName, simply, None),
+    (NamesParts, doubles_slope, None),
+    (NamesPartsOfModule, doubles_slope, None),
+    (HasModule, doubles_slope, None),
+    (Evaluates, simply, r"forward\(\) may read what it does not name"),
+    (ReadsAnother, simply, "it may read a Linear that is not inside"),
+    (Unpacks, simply, "it calls numpy.asarray, which does not show"),
+]
+
+
+@pytest.mark.parametrize("kind, use, reason", AUTOMATIC)
+@on_ranks(2, long=(1,), init=INIT)
+def test_what_cannot_be_seen_is_a_reason_where_nobody_has_asked(
+    kind: type[Plain], use: Uses, reason: str | None
+) -> None:
+    as_written, recordings = steps_of(kind, use, False), steps_of(kind, use, True, automatic=True)
+    assert as_written[0] == recordings[0]
+    torch.testing.assert_close(recordings[1], as_written[1], rtol=0, atol=0)
+    if reason is None:
+        assert recorded(recordings[2]) == 1, reasons(recordings[2])
+    else:
+        assert re.match(reason, *reasons(recordings[2]))
+
+
+def test_numbers_that_the_host_reads_are_compared() -> None:
+    block = Plain().to("meta")
+    block.factor, block.table = torch.tensor(2.0), torch.zeros(1000)  # type: ignore[assignment]
+    facts = Facts(block, {})
+    assert facts.hold() and facts.unseen == "it may read a large tensor on the CPU"
+    block.factor.data.mul_(2.0)
+    assert not facts.hold() and Facts(block, {}).hold()
+    facts = Facts(block, {})
+    block.table[3] = 1.0
+    assert not facts.hold()
+    bare = Plain()
+    bare.factor = torch.tensor(2.0)  # type: ignore[assignment]
+    facts = Facts(bare, {})
+    bare.factor.mul_(2.0)
+    assert facts.hold() and facts.unseen is None  # where it lies the device reads it
+
+
+@on_ranks(1, 2, init={"schedule": "stress"})
+def test_nothing_is_recorded_before_a_host_was_the_limit() -> None:
+    engine: Any = context().engine
+    assert (engine.graphs is None) == (context().world_size == 1)
+    if engine.graphs is not None:
+        assert engine.graphs.is_automatic and not engine.graphs.is_on
+        engine.graphs.begin()
+        assert engine.graphs.is_on
+
+
+@on_ranks(1, 2, init={"schedule": "stress", "graphs": False})
+def test_nothing_is_recorded_where_that_was_refused() -> None:
+    engine: Any = context().engine
+    assert engine.graphs is None
 
 
 class Watch:
@@ -810,11 +968,13 @@ class Watch:
         return self.times
 
 
-@pytest.mark.parametrize("times, said", [((0.01, 0.0101), 1), ((0.01, 0.02), 0), (None, 0)])
+@pytest.mark.parametrize("automatic", [False, True])
+@pytest.mark.parametrize("times, found", [((0.01, 0.0101), 1), ((0.01, 0.02), 0), (None, 0)])
 @on_ranks(1)
-def test_a_host_that_is_the_limit_is_said_once(times: tuple[float, float] | None, said: int) -> None:
+def test_a_host_that_is_the_limit_is_told_once(times: tuple[float, float] | None, found: int, automatic: bool) -> None:
     ctx = context()
-    time = HostTime(ctx)
+    begun: list[bool] = []
+    time = HostTime(ctx, (lambda: begun.append(True)) if automatic else None)
     with pytest.MonkeyPatch.context() as patch, lines_said(patch) as lines:
         patch.setattr(ctx.device, "stopwatch", lambda: Watch(times))
         for step in range(12):
@@ -823,7 +983,8 @@ def test_a_host_that_is_the_limit_is_said_once(times: tuple[float, float] | None
                 time.forward_starts()
                 time.forward_ends()
                 time.optimizer_stepped(has_blocks=True)
-    assert len(lines) == said and all("BMTRAIN_GRAPHS=1" in line for line in lines)
+    assert (len(lines), len(begun)) == ((0, found) if automatic else (found, 0))
+    assert all("BMTRAIN_GRAPHS=1" in line for line in lines)
 
 
 @contextmanager
