@@ -309,7 +309,8 @@ class View:
         for number, part in self._loading.items():
             parameter = params[number]
             device = parameter.device
-            kept = {name: _moved(value, device) for name, value in part.items() if name != "step"}
+            # Counted on the CPU, a step stays there; on a GPU it may come from another rank's.
+            kept = {name: _moved(value, device) for name, value in part.items() if name != "step" or _is_apart(value)}
             optimizer.state[parameter].update(kept)
         self._loading = {}
         self.show_state(optimizer)
@@ -354,7 +355,7 @@ class ShardView(View):
             return {**state_dict, "state": states}
         numbers = {id(p): i for i, p in enumerate(params)}
         states = {
-            number: {k: unsliced(v).cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
+            number: {k: _on_cpu(params[number] if number in range(len(params)) else None, state, k) for k in state}
             for number, state in state_dict["state"].items()
         }
         for flat in flats_of(params):
@@ -553,6 +554,23 @@ def _original(parameter: Any, kept: Mapping[str, Any], name: str) -> OfState:
     return OfState(
         lambda: (id(kept.get(name)), getattr(kept.get(name), "_version", 0)), lambda: as_part(parameter, kept[name])
     )
+
+
+def _on_cpu(parameter: Any, kept: Mapping[str, Any], name: str) -> Any:
+    """What a whole state has of ``kept[name]`` where that is no local part, which is gathered with others.
+
+    Where numbers of a sharded parameter are counted on a device, a file would name this rank's.
+    """
+    value = kept[name]
+    if isinstance(value, ShardedTensor):
+        return unsliced(value).cpu()
+    if flat_of(parameter) is None or is_local(value) or not _is_apart(value):
+        return value
+    return StateTensor.of(value.detach().to("cpu", copy=True), _original(parameter, kept, name))
+
+
+def _is_apart(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:
