@@ -17,7 +17,7 @@ from ..autograd import backward_id, in_function_transform, outside_function_tran
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
 from ..log import say
-from ..shard.engine import Run
+from ..shard.engine import MOST_RUNS, Run
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -45,8 +45,6 @@ T = TypeVar("T")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 _Noted = tuple[weakref.ref[nn.Module], Args, Kwargs, torch.dtype | None]  # a Run of a module that may go
-_RUNS = 8
-"""How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
 
 @engine_factory
@@ -71,7 +69,7 @@ class Engine:
         self.first_losses = FirstLosses(ctx, self.backward)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if ctx.graphs and ctx.device.records else None
         self.host_time = HostTime(ctx) if ctx.device.is_cuda and self.graphs is None else None
-        self._runs: deque[_Noted] = deque(maxlen=_RUNS)
+        self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
@@ -82,6 +80,7 @@ class Engine:
         """Shard every parameter of ``module`` that is not sharded yet, with rank 0's values.  Collective."""
         self.meet(f"the sharding of {type(module).__name__}")
         arenas = self.schedule.pools.arenas
+        self.schedule.forget_models()
         arenas.collect()
         units = shard_module(self.schedule.pools, module)
         for unit in units:
@@ -103,6 +102,7 @@ class Engine:
 
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
+        self.schedule.forget_models()
         self.schedule.pools.arenas.collect()
 
     def comes_to(self, what: str) -> None:
@@ -162,7 +162,7 @@ class Engine:
         self.outside.forward_starts()
         if grad:
             self.plan.run_starts(self.schedule.units)
-            self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.units.values())
+            self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.held.values())
             if call is not None:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):
@@ -195,10 +195,10 @@ class Engine:
                 self.first_buffers.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
-    def latest_runs(self) -> list[Run]:
-        """The forwards since the last optimizer step, a few, without their graphs."""
+    def latest_runs(self) -> list[Run | None]:
+        """The forwards since the last optimizer step, a few, without their graphs; None where the module is gone."""
         runs = [(made(), args, kwargs, autocast) for made, args, kwargs, autocast in self._runs]
-        return [Run(module, args, kwargs, autocast) for module, args, kwargs, autocast in runs if module is not None]
+        return [None if module is None else Run(module, args, kwargs, cast) for module, args, kwargs, cast in runs]
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

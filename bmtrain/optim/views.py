@@ -132,7 +132,7 @@ class View:
         flat.keep_writes()
         if can_split(flat):
             return join(flat)
-        version, known = self._masters.get(id(flat), (-1, None))
+        version, known = self._masters.get(flat.key, (-1, None))
         return follow(known, flat, version, flat.shard.device)
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class View:
             else:
                 write_master(flat, values, changed=shown)
                 if not can_split(flat):
-                    self._masters[id(flat)] = (flat.version, values)
+                    self._masters[flat.key] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
         self.enter_sharded(optimizer)
         for together in in_batches(list(units.values())):
@@ -249,7 +249,7 @@ class View:
                 flat.local(kept.setdefault(flat.key, (flat, self._values(flat)))[1], index).copy_(part)
             write_master(flat, part, index)
         for flat, values in kept.values():
-            self._masters[id(flat)] = (flat.version, values)
+            self._masters[flat.key] = (flat.version, values)
 
     def part_at(
         self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
@@ -434,7 +434,7 @@ class TensorView(View):
 
     def __init__(self) -> None:
         super().__init__()
-        self._owners: dict[int, int] = {}
+        self._owners: dict[int, tuple[Any, int]] = {}  # with the parameter, so that no other has its id
         self._loads = [0] * context().shard_group.world_size
 
     def _owner(self, optimizer: torch.optim.Optimizer) -> None:
@@ -442,11 +442,12 @@ class TensorView(View):
         new = [p for p in all_params(optimizer.param_groups) if flat_of(p) is not None and id(p) not in self._owners]
         for parameter in sorted(new, key=lambda p: -int(p.numel())):
             rank = self._loads.index(min(self._loads))
-            self._owners[id(parameter)] = rank
+            self._owners[id(parameter)] = parameter, rank
             self._loads[rank] += parameter.numel()
 
     def _owns(self, parameter: Any) -> bool:
-        return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
+        here = context().shard_rank
+        return self._owners.get(id(parameter), (None, here))[1] == here
 
     def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
