@@ -163,7 +163,8 @@ class Backward:
             self._scripts.__exit__()
             self._scripts = None
         self._schedule.register_copies()
-        present = [unit for _, unit in sorted(self._schedule.held.items())]
+        units = self._schedule.units
+        present = [unit for unit in map(units.get, sorted(units.keys())) if unit is not None]
         for unit in present:
             unit.open_uses = 0
         if used or wait_to_be_reduced(present):

@@ -80,7 +80,6 @@ class Engine:
         """Shard every parameter of ``module`` that is not sharded yet, with rank 0's values.  Collective."""
         self.meet(f"the sharding of {type(module).__name__}")
         arenas = self.schedule.pools.arenas
-        self.schedule.forget_models()
         arenas.collect()
         units = shard_module(self.schedule.pools, module)
         for unit in units:
@@ -102,7 +101,6 @@ class Engine:
 
     def collect(self) -> None:
         """Give back the memory of models that are gone.  Collective."""
-        self.schedule.forget_models()
         self.schedule.pools.arenas.collect()
 
     def comes_to(self, what: str) -> None:
@@ -162,7 +160,7 @@ class Engine:
         self.outside.forward_starts()
         if grad:
             self.plan.run_starts(self.schedule.units)
-            self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.held.values())
+            self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.units.values())
             if call is not None:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):

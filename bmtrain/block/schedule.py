@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, MutableMapping, Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 
 import torch
@@ -21,9 +21,7 @@ class Schedule:
     """All units of this process, and the collectives that they need, in an order that is the same on all ranks.
 
     Attributes:
-        units: those that there are still, by their place in the order.  Where there are several ranks, which these are
-            is seen at other times on each, so that no collective may depend on it.
-        held: those that collectives may be made of, the same on all ranks: what was used since ``forget_models``.
+        units: those that there are still, by their place in the order.
         registered: how many there have been.
     """
 
@@ -34,7 +32,6 @@ class Schedule:
         # With a watchdog nobody is waited for who differs or is gone, so that slowness alone may take its time.
         self.trace = Trace(ctx, ctx.timeout if ctx.watchdog is not None else min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
-        self.held: MutableMapping[int, ShardUnit] = {} if ctx.world_size > 1 else self.units
         self.registered = 0
 
     def register(self, unit: ShardUnit) -> None:
@@ -43,17 +40,6 @@ class Schedule:
             unit.index = self.registered
             self.registered += 1
             self.units[unit.index] = unit
-        if unit.index not in self.held:
-            self.held[unit.index] = unit
-            self.pools.changes += 1  # what stays was counted without it
-
-    def forget_models(self) -> None:
-        """Let go of units whose models may be gone; what is used is held again.
-
-        What waits to be reduced stays, and is reduced with the next gradients, even if nobody has the model any more.
-        """
-        if self.held is not self.units:
-            self.held = {index: unit for index, unit in self.held.items() if unit.has_raw_grads()}
 
     def register_copies(self) -> None:
         """Where nothing is gathered, code may use copied units without our noticing."""
@@ -103,7 +89,7 @@ class Schedule:
             unit.trains_in = compute
         self.ctx.diary.phase = phase
         self.whole.gather(unit, compute)
-        following = self.held.get(predicted) if predicted is not None else None
+        following = self.units.get(predicted) if predicted is not None else None
         if following is not None and not self.whole.is_in_place_of(following, around):
             self.whole.prefetch(following, following.compute_dtype(autocast))
 
