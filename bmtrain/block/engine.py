@@ -32,7 +32,7 @@ from .host_time import HostTime
 from .memory import MemoryPlan
 from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
-from .record import has_hooks
+from .record import has_hooks, unit_of
 from .replicas import Replicas
 from .saved import KeptValues
 from .schedule import Schedule
@@ -82,6 +82,10 @@ class Engine:
         arenas = self.schedule.pools.arenas
         arenas.collect()
         units = shard_module(self.schedule.pools, module)
+        for path, inner in module.named_modules():
+            unit = unit_of(inner)
+            if unit is not None and unit.is_block and not unit.name:
+                unit.name = path  # a block that was sharded by itself, before what it is part of
         for unit in units:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
