@@ -6,6 +6,7 @@ import itertools
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +15,7 @@ from .errors import CheckpointError, ConfigurationError
 from .objects import allgather_objects
 from .topology import Dimension
 
+T = TypeVar("T")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _AT_ONCE = 1 << 17  # words whose products stay in a CPU's cache
 _FACTOR = 0x1E3779B97F4A7C15  # odd, so that no difference is multiplied away
@@ -91,6 +93,18 @@ def differing_ranks(
             if every[rank, column] != every[replace(mesh, rank=rank).group(*dimensions)[0], column]:
                 found.setdefault(name, []).append(rank)
     return found
+
+
+def on_all_ranks(ctx: Context, things: Sequence[T | None], most: int) -> list[T]:
+    """Those of at most ``most`` ``things`` that no rank has lost.  Collective.
+
+    All ranks have as many, in the same order; what nobody needs each loses in its own time.
+    """
+    here = torch.zeros(most, dtype=torch.uint8, device="cpu")
+    for index, thing in enumerate(things[:most]):
+        here[index] = thing is not None
+    ctx.control.all_reduce(here, "min")
+    return [thing for thing, there in zip(things, here.tolist(), strict=False) if thing is not None and there]
 
 
 def require_same(

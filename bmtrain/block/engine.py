@@ -17,7 +17,7 @@ from ..autograd import backward_id, in_function_transform, outside_function_tran
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
 from ..log import say
-from ..shard.engine import Run
+from ..shard.engine import MOST_RUNS, Run
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -32,7 +32,7 @@ from .host_time import HostTime
 from .memory import MemoryPlan
 from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
-from .record import has_hooks
+from .record import has_hooks, unit_of
 from .replicas import Replicas
 from .saved import KeptValues
 from .schedule import Schedule
@@ -45,8 +45,6 @@ T = TypeVar("T")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 _Noted = tuple[weakref.ref[nn.Module], Args, Kwargs, torch.dtype | None]  # a Run of a module that may go
-_RUNS = 8
-"""How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
 
 @engine_factory
@@ -73,7 +71,7 @@ class Engine:
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
         begin = None if self.graphs is None else self.graphs.begin
         self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and not ctx.graphs else None
-        self._runs: deque[_Noted] = deque(maxlen=_RUNS)
+        self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
@@ -86,6 +84,10 @@ class Engine:
         arenas = self.schedule.pools.arenas
         arenas.collect()
         units = shard_module(self.schedule.pools, module)
+        for path, inner in module.named_modules():
+            unit = unit_of(inner)
+            if unit is not None and unit.is_block and not unit.name:
+                unit.name = path  # a block that was sharded by itself, before what it is part of
         for unit in units:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
@@ -197,10 +199,10 @@ class Engine:
                 self.first_buffers.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
-    def latest_runs(self) -> list[Run]:
-        """The forwards since the last optimizer step, a few, without their graphs."""
+    def latest_runs(self) -> list[Run | None]:
+        """The forwards since the last optimizer step, a few, without their graphs; None where the module is gone."""
         runs = [(made(), args, kwargs, autocast) for made, args, kwargs, autocast in self._runs]
-        return [Run(module, args, kwargs, autocast) for module, args, kwargs, autocast in runs if module is not None]
+        return [None if module is None else Run(module, args, kwargs, cast) for module, args, kwargs, cast in runs]
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

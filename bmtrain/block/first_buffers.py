@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..alike import differing_ranks
+from ..alike import differing_ranks, on_all_ranks
 from ..context import Context
 from ..shard.sharded_tensor import ShardedTensor
 from ..users_code import users_line
@@ -18,6 +18,7 @@ from ..users_code import users_line
 _STEPS = 3
 """At which optimizer step they are compared."""
 _MOST = 5  # names in a warning
+_MOST_MODELS = 32
 
 
 def buffers_of(roots: Iterable[nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -35,12 +36,13 @@ class FirstBuffers:
 
     def __init__(self, ctx: Context) -> None:
         self._ctx, self._steps, self._place = ctx, 0, ""
-        self._models: dict[int, weakref.ref[nn.Module]] = {}
+        self._models: list[weakref.ref[nn.Module]] = []  # whose ids others may have later
         self.wanted = ctx.topology.data_size > 1
 
     def note(self, model: nn.Module) -> None:
         """An outermost forward is about to train ``model``."""
-        self._models.setdefault(id(model), weakref.ref(model))
+        if len(self._models) < _MOST_MODELS and not any(known() is model for known in self._models):
+            self._models.append(weakref.ref(model))
         self._place = users_line()
 
     def optimizer_stepped(self) -> None:
@@ -49,8 +51,8 @@ class FirstBuffers:
         if not self.wanted or self._steps < _STEPS:
             return
         self.wanted = False
-        roots = [model for known in self._models.values() if (model := known()) is not None]
-        self._models = {}
+        roots = on_all_ranks(self._ctx, [known() for known in self._models], _MOST_MODELS)
+        self._models = []
         found = differing_ranks(self._ctx, {name: (b, ("replicate", "shard")) for name, b in buffers_of(roots)})
         if found and self._ctx.rank == 0:
             more = " ..." if len(found) > _MOST else ""

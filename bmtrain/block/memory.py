@@ -144,6 +144,7 @@ class MemoryPlan:
         self._peak = max(self._peak, self._ctx.device.peak_memory())
 
     def _decide(self, units: Mapping[int, ShardUnit]) -> None:
+        units = dict(units)  # those that are there now
         count = self._most(max(units, default=-1) + 1)
         free, moving = self._budget()
         reserve = moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word

@@ -37,7 +37,7 @@ class OfNoModule:
         self._driven: list[_Driven] = []  # by the order of drive(), the same on all ranks
         self._numbers: dict[int, int] = {}
         self._reached: set[int] = set()
-        self._said: set[int] = set()
+        self._said: dict[int, weakref.ref[torch.Tensor]] = {}
         self._average: Callable[[list[torch.Tensor]], None] | None = None
         self.waits = False
 
@@ -65,10 +65,10 @@ class OfNoModule:
 
     def are_nobodys(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether ``drive`` was told of none of them, though ranks train on samples of their own; true only once."""
-        new = [p for p in parameters if id(p) not in self._said]
+        new = [p for p in parameters if (known := self._said.get(id(p))) is None or known() is not p]
         if self._ctx.topology.data_size == 1 or not new or any(map(self._is_driven, new)):
             return False
-        self._said |= set(map(id, new))
+        self._said |= {id(p): weakref.ref(p) for p in new}
         return True
 
     def backward_ends(self) -> None:

@@ -92,6 +92,8 @@ class State:
         self._tensors: list[tuple[dict[str, Any], str]] = []
         self._parameters: list[tuple[dict[str, Any], str]] = []
         self._generators: list[tuple[dict[str, Any], str]] = []
+        self._others: list[tuple[dict[str, Any], str]] = []
+        self._values: list[Any] = []  # of the others, before the run that goes on
         self._moving: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> State:
@@ -110,9 +112,11 @@ class State:
             places = [(holder, name) for holder in _holders(module) for name in holder if name not in _INTERNAL]
             self._tensors = [(h, n) for h, n in places if _is_plain(h[n])]
             self._generators = [(h, n) for h, n in places if is_generator(h[n])]
+            self._others = [(h, n) for h, n in places if not (_is_plain(h[n]) or is_generator(h[n]))]
             known = {(id(h), n) for h, n in places}
             places += [place for key, place in self._moving.items() if key not in known]
             return [Entry.of(holder, name, True) for holder, name in places] + self._in_place_of_parameters()
+        self._values = [h.get(n, _MISSING) for h, n in self._others]
         watched = [Entry.of(h, n, False) for h, n in self._tensors if (id(h), n) not in self._moving]
         # Generators that have not drawn yet may begin to: nothing else tells that they moved.
         generators = [(h, n) for h, n in self._generators if (id(h), n) not in self._moving]
@@ -134,6 +138,12 @@ class State:
                 for holder in _holders(module)
                 for name in holder
                 if name not in _INTERNAL and (id(holder), name) not in known
+            ]
+        else:  # one that begins to be replaced only now
+            moved += [
+                Entry(holder, name, value, 0, None)
+                for (holder, name), value in zip(self._others, self._values, strict=True)
+                if holder.get(name, _MISSING) is not value and (id(holder), name) not in self._moving
             ]
         for entry in moved:
             self._moving[id(entry.holder), entry.name] = (entry.holder, entry.name)

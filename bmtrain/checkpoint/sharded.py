@@ -78,13 +78,20 @@ def save_sharded(obj: dict[str, Any], f: str | os.PathLike[str]) -> None:
         problem = broadcast_object(problem)
         if problem is not None:
             raise CheckpointError(f"Rank 0 could not write {path}: {problem}")
-        checkpoints = _OfScript(path, {VALUES: values, **_written_once(marked)})
+        checkpoints = _OfScript(
+            path, {VALUES: values, **_written_once({_stored_as(k): one for k, one in marked.items()})}
+        )
         try:
             checkpoints.save((checkpoints.latest() or 0) + 1)
         finally:
             checkpoints.close()
         if ctx.rank == 0 and trains:
             _take_down(path)
+
+
+def _stored_as(name: Any) -> Any:
+    """The name in a checkpoint of a dictionary's entry, which is never VALUES."""
+    return f"{name}'" if isinstance(name, str) and name.startswith(VALUES) else name
 
 
 def _gives_parts(of: Any) -> bool:
@@ -114,7 +121,11 @@ def load_sharded(f: Any, map_location: Any = None, **options: Any) -> Any:
     pickled = io.BytesIO(stored.whole(tree.pop(VALUES)["pickled"].name).numpy().tobytes())
     options = {name: value for name, value in options.items() if name != "mmap"}
     values = torch.load(pickled, map_location, **options)
-    return {k: StoredState(stored, k, tree[k], map_location) if k in tree else v for k, v in values.items()}
+    names = {k: _stored_as(k) for k in values}
+    return {
+        k: StoredState(stored, names[k], tree[names[k]], map_location) if names[k] in tree else v
+        for k, v in values.items()
+    }
 
 
 def load_state_dict(of: Any, state_dict: Any, *args: Any, **options: Any) -> Any:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from ..alike import differing_ranks
+from ..alike import differing_ranks, on_all_ranks
 from ..block.first_buffers import buffers_of
 from ..context import context
 from ..errors import RankDivergenceError
-from ..shard.engine import Run
+from ..shard.engine import MOST_RUNS, Run
 from ..shard.flat import FlatShard
 from ..shard.in_parts import Owned, in_parts
 from ..shard.sharded_tensor import ShardedTensor
@@ -26,7 +26,7 @@ _DATA: tuple[Dimension, ...] = ("replicate", "shard")
 _MOST = 5  # names in an error
 
 
-def compare(number: int, optimizers: Sequence[torch.optim.Optimizer], runs: Sequence[Run]) -> None:
+def compare(number: int, optimizers: Sequence[torch.optim.Optimizer], runs: Sequence[Run | None]) -> None:
     """Raises RankDivergenceError on every rank when values that ranks keep alike differ in a bit.  Collective.
 
     Running statistics of batch norms are each rank's own between evaluations, and are left out.
@@ -34,7 +34,8 @@ def compare(number: int, optimizers: Sequence[torch.optim.Optimizer], runs: Sequ
     ctx = context()
     if ctx.world_size == 1:
         return
-    found = differing_ranks(ctx, {name: kept for part in _parts(optimizers, runs) for name, kept in part})
+    those = on_all_ranks(ctx, runs, MOST_RUNS)
+    found = differing_ranks(ctx, {name: kept for part in _parts(optimizers, those) for name, kept in part})
     if found is None:
         raise RankDivergenceError(
             f"After step {number} the ranks have other parameters, optimizer states or buffers: they hold different "

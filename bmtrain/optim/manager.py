@@ -136,8 +136,13 @@ class OptimManager:
                 every rank, at N times the memory; always right.  None: the cheapest that is known to be right; an
                 optimizer that is not known steps on whole tensors, with a warning.
 
-        Raises ConfigurationError when the optimizer, tried out on small tensors, does not do the same on ``step_on``.
+        Raises ConfigurationError when the optimizer, tried out on small tensors, does not do the same on ``step_on``,
+        and for several at once.
         """
+        if isinstance(optimizer, list | tuple | dict):
+            raise ConfigurationError(
+                f"add_optimizer takes one optimizer, not a {type(optimizer).__name__}. Call it once for each of them."
+            )
         adapt(optimizer, step_on)
         self.optimizers.append(optimizer)
         self.lr_schedulers.append(lr_scheduler)

@@ -154,7 +154,7 @@ class Pending:
     number: int
     outcome: NonFinite
     losses: list[torch.Tensor]
-    runs: list[Run]
+    runs: list[Run | None]
     is_made: bool = False
     """Whether parameters have changed all the same."""
     spikes: Spikes | None = None

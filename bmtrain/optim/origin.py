@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..alike import on_all_ranks
 from ..context import context
 from ..errors import BMTrainError, NonFiniteError
 from ..log import say
 from ..objects import allgather_objects
-from ..shard.engine import Run, engine
+from ..shard.engine import MOST_RUNS, Run, engine
 from ..written import replacing
 from .nonfinite import OnNonFinite, Pending
 from .pieces import Home, homes_of
@@ -64,7 +65,7 @@ def _dumped(step: Pending, bad: dict[int, list[float]]) -> str:
     if not bad or ctx.rank in bad:
         folder = Path(ctx.reports)
         path = str(folder / f"bmtrain-nonfinite-step{step.number}-rank{ctx.rank}-{int(time.time())}.pt")
-        given = [(run.args, run.kwargs) for run in step.runs]
+        given = [(run.args, run.kwargs) for run in step.runs if run is not None]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(Path(path)) as temporary:
@@ -76,18 +77,19 @@ def _dumped(step: Pending, bad: dict[int, list[float]]) -> str:
 
 def _found(step: Pending, params: list[Any], in_forward: bool) -> str:
     """Collective."""
-    spoiled = _first(_not_finite(step.runs, params, lambda home: home.shard))
+    runs = on_all_ranks(context(), step.runs, MOST_RUNS)
+    spoiled = _first(_not_finite(runs, params, lambda home: home.shard))
     if spoiled:
         return f"Parameters are not finite {'since' if step.is_made else 'before'} it: {spoiled[1]}."
-    if not step.runs:
+    if not runs:
         return "Where it began is not known: no module's own forward was run."
     search = _Search()
     with torch.compiler.set_stance("force_eager"):
-        outs = [search.again(run) for run in step.runs]
+        outs = [search.again(run) for run in runs]
         found = _first(search.found or search.minus_infinity)
         if found is None and not in_forward:
             search.backward(outs, params)
-            found = _first(search.found) or _first(_not_finite(step.runs, params, _gradient, "the gradient of "))
+            found = _first(search.found) or _first(_not_finite(runs, params, _gradient, "the gradient of "))
     if found is not None:
         return f"It began on rank {found[0]}, {found[1]}."
     return "Run once more, every module's values and gradients are finite: look at how the loss is computed from them."

@@ -132,7 +132,7 @@ class View:
         flat.keep_writes()
         if can_split(flat):
             return join(flat)
-        version, known = self._masters.get(id(flat), (-1, None))
+        version, known = self._masters.get(flat.key, (-1, None))
         return follow(known, flat, version, flat.shard.device)
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ class View:
             else:
                 write_master(flat, values, changed=shown)
                 if not can_split(flat):
-                    self._masters[id(flat)] = (flat.version, values)
+                    self._masters[flat.key] = (flat.version, values)
         units = {id(flat.unit): unit_of_flat(flat) for flat, _, _ in self._shown}
         self.enter_sharded(optimizer)
         for together in in_batches(list(units.values())):
@@ -249,7 +249,7 @@ class View:
                 flat.local(kept.setdefault(flat.key, (flat, self._values(flat)))[1], index).copy_(part)
             write_master(flat, part, index)
         for flat, values in kept.values():
-            self._masters[id(flat)] = (flat.version, values)
+            self._masters[flat.key] = (flat.version, values)
 
     def part_at(
         self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
@@ -309,7 +309,8 @@ class View:
         for number, part in self._loading.items():
             parameter = params[number]
             device = parameter.device
-            kept = {name: _moved(value, device) for name, value in part.items() if name != "step"}
+            # Counted on the CPU, a step stays there; on a GPU it may come from another rank's.
+            kept = {name: _moved(value, device) for name, value in part.items() if name != "step" or _is_apart(value)}
             optimizer.state[parameter].update(kept)
         self._loading = {}
         self.show_state(optimizer)
@@ -354,7 +355,7 @@ class ShardView(View):
             return {**state_dict, "state": states}
         numbers = {id(p): i for i, p in enumerate(params)}
         states = {
-            number: {k: unsliced(v).cpu() if isinstance(v, ShardedTensor) else v for k, v in state.items()}
+            number: {k: _on_cpu(params[number] if number in range(len(params)) else None, state, k) for k in state}
             for number, state in state_dict["state"].items()
         }
         for flat in flats_of(params):
@@ -433,7 +434,7 @@ class TensorView(View):
 
     def __init__(self) -> None:
         super().__init__()
-        self._owners: dict[int, int] = {}
+        self._owners: dict[int, tuple[Any, int]] = {}  # with the parameter, so that no other has its id
         self._loads = [0] * context().shard_group.world_size
 
     def _owner(self, optimizer: torch.optim.Optimizer) -> None:
@@ -441,11 +442,12 @@ class TensorView(View):
         new = [p for p in all_params(optimizer.param_groups) if flat_of(p) is not None and id(p) not in self._owners]
         for parameter in sorted(new, key=lambda p: -int(p.numel())):
             rank = self._loads.index(min(self._loads))
-            self._owners[id(parameter)] = rank
+            self._owners[id(parameter)] = parameter, rank
             self._loads[rank] += parameter.numel()
 
     def _owns(self, parameter: Any) -> bool:
-        return self._owners.get(id(parameter), context().shard_rank) == context().shard_rank
+        here = context().shard_rank
+        return self._owners.get(id(parameter), (None, here))[1] == here
 
     def enter_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
@@ -553,6 +555,23 @@ def _original(parameter: Any, kept: Mapping[str, Any], name: str) -> OfState:
     return OfState(
         lambda: (id(kept.get(name)), getattr(kept.get(name), "_version", 0)), lambda: as_part(parameter, kept[name])
     )
+
+
+def _on_cpu(parameter: Any, kept: Mapping[str, Any], name: str) -> Any:
+    """What a whole state has of ``kept[name]`` where that is no local part, which is gathered with others.
+
+    Where numbers of a sharded parameter are counted on a device, a file would name this rank's.
+    """
+    value = kept[name]
+    if isinstance(value, ShardedTensor):
+        return unsliced(value).cpu()
+    if flat_of(parameter) is None or is_local(value) or not _is_apart(value):
+        return value
+    return StateTensor.of(value.detach().to("cpu", copy=True), _original(parameter, kept, name))
+
+
+def _is_apart(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
 
 def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:

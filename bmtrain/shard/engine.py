@@ -26,6 +26,10 @@ class Run(NamedTuple):
     autocast: torch.dtype | None
 
 
+MOST_RUNS = 8
+"""How many forwards of a step are remembered: each keeps its batch until the step is over."""
+
+
 class Engine(Protocol):
     """When parameters are whole and when gradients are reduced."""
 
@@ -74,8 +78,8 @@ class Engine(Protocol):
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
 
-    def latest_runs(self) -> list[Run]:
-        """The forwards since the last optimizer step, a few, without their graphs."""
+    def latest_runs(self) -> list[Run | None]:
+        """The forwards since the last optimizer step, a few, without their graphs; None where the module is gone."""
 
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""

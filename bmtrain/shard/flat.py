@@ -108,7 +108,7 @@ class FlatShard:
         self.landing = Landing(self.layout, self.params, self.names, self._acquire_grads, alike)
         self.remainder: torch.Tensor | None = None
         self.buffer: Buffer | None = None
-        self.key = id(self)
+        self.key = self.unit.pools.new_key()  # not its id, which a later one may have
         self.is_stepped_on = False
         self._poison: list[torch.Tensor] = []
         self._places: dict[int, Place] = {}

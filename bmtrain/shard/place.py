@@ -80,7 +80,9 @@ class Place:
         """``drawn``, random numbers of the whole shape, or another rank's that keeps the same part.  Collective."""
         if self.ctx.replicate_group.world_size > 1:
             self.ctx.engine.comes_to(what)
-            self.ctx.replicate_group.broadcast(drawn, 0)
+            sent = drawn.to(self.ctx.device.torch_device)
+            self.ctx.replicate_group.broadcast(sent, 0)
+            return sent.to(drawn.device)
         return drawn
 
     def rows(self, facts: torch.Tensor, what: str) -> torch.Tensor:

@@ -159,7 +159,7 @@ class Pools:
         self.moves = ctx.world_size > 1
         self.copies: list[weakref.ref[Any]] = []
         self.regrouped = False
-        self.changes = 0
+        self.changes = self._keys = 0
         self.arenas = arenas = Arenas(ctx, of_stage=stage is not None)
         gather, reduce = self.collectives.gather, self.collectives.reduce
         self.params = BufferPool(ctx.device, gather, arenas, zeroed=False)
@@ -175,6 +175,11 @@ class Pools:
         if stage not in self._stages:
             self._stages[stage] = Pools(self.ctx, self, stage)
         return self._stages[stage]
+
+    def new_key(self) -> int:
+        """A number that no other flat shard has had; below zero, as ids are not."""
+        self.outer._keys -= 1
+        return self.outer._keys
 
     @property
     def is_here(self) -> bool:

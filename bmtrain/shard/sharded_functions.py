@@ -17,7 +17,7 @@ from .slices import own_slice
 
 _Handler = Callable[..., Any]
 
-_ELEMENTWISE = {"copy_", "fill_", "zero_", "masked_fill_", "floor_divide", "floor_divide_", "clone", "where"}
+_ELEMENTWISE = {"copy_", "zero_", "floor_divide", "floor_divide_", "clone", "where"}
 """Beside what torch itself calls pointwise."""
 
 _SAME_ORDER = {"view", "_unsafe_view", "unsqueeze", "squeeze", "detach", "alias", "_reshape_alias", "expand"}
@@ -130,7 +130,7 @@ def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
         args, kwargs = whole_operands(args, kwargs)
         return func(*args, **kwargs)
     # The result lies where the largest operand does; memory of one's own moves sooner than a parameter's.
-    leader = max(sharded, key=lambda t: (t.numel(), t.dim(), not t.part.is_own)) if written is None else written
+    leader = max(sharded, key=_leads) if written is None else written
     if written is None:
         out = func(*_operands(args, leader, name), **_operands(kwargs, leader, name))
         return tree_map(lambda x: _own(leader, x) if isinstance(x, torch.Tensor) else x, out)
@@ -141,6 +141,19 @@ def _elementwise(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
         named = {k: part if x is leader else x for k, x in _operands(kwargs, leader, name, skip=leader).items()}
         func(*others, **named)
     return leader
+
+
+def _leads(tensor: ShardedTensor) -> tuple[Any, ...]:
+    return tensor.numel(), tensor.dim(), tensor.device.type != "cpu", not tensor.part.is_own
+
+
+def _fill(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The last argument is one number for all elements."""
+    *others, value = args
+    if backward_id() is not None or not isinstance(value, torch.Tensor) or not _sharded(others):
+        return _elementwise(func, name, args, kwargs)
+    number = value.full_tensor() if isinstance(value, ShardedTensor) else value
+    return _elementwise(lambda *rest: func(*rest, number), name, tuple(others), kwargs)
 
 
 def _differ_between_ranks(tree: Any) -> bool:
@@ -166,17 +179,22 @@ def _operand(value: Any, leader: ShardedTensor, name: str) -> Any:
     what = f"{name} of {place.name!r}"
     if isinstance(value, ShardedTensor):
         if value.shape == leader.shape:
-            return value.part.values_at(place, what)
+            return _beside(value.part.values_at(place, what), leader)
         value = value.full_tensor()
     if not value.dim() and leader.dim():
         return value  # a number, for torch's rules of dtypes as well
     try:
-        return place.cut(value.expand(leader.shape))
+        return _beside(place.cut(value.expand(leader.shape)), leader)
     except RuntimeError:
         raise NeedsWholeError(
             f"{name} of {place.name!r}, which is sharded, takes tensors of its shape {tuple(leader.shape)}, not of "
             f"{tuple(value.shape)}. Do it inside `with bmt.gathered(...)`, where parameters are whole."
         ) from None
+
+
+def _beside(part: torch.Tensor, leader: ShardedTensor) -> torch.Tensor:
+    """A number on the CPU may stand beside one on any device, as in torch, though both are 1-D here."""
+    return part.to(leader.device) if not leader.dim() and part.device.type == "cpu" else part
 
 
 def _foreach(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -421,6 +439,7 @@ def _item(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 _OTHERS: dict[str, _Handler] = {
+    "fill": _fill, "fill_": _fill, "masked_fill": _fill, "masked_fill_": _fill,
     "dot": _dot, "vdot": _dot, "equal": _equal, "allclose": _allclose, "dist": _dist, "_local_scalar_dense": _item,
     "is_nonzero": _item,
 }  # fmt: skip

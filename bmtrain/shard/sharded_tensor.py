@@ -77,6 +77,8 @@ class ShardedTensor(torch.Tensor):
             )
         if self._part.is_gradient or self._part.is_kept:
             self.copy_(value)
+        elif value.device != self.device:
+            raise ShardedAccessError(f"The {what} needs a tensor on {self.device}, not on {value.device}.")
         else:
             self._part = Part(place, part_of(value, place, what).clone())
 

@@ -64,11 +64,11 @@ class StateTensor(torch.Tensor):
         """``copy``, a tensor of its own memory, linked to ``original``."""
         return _linked(copy, copy, original)
 
-    def was_loaded_into(self, parameter: object) -> None:
-        """``parameter`` has these values now: if it is what this was taken of, they are the present ones again."""
+    def was_loaded_into(self, target: object) -> None:
+        """``target`` has these values now: if it is what this was taken of, they are the present ones again."""
         is_all = self.shape == self._copy.shape and self.stride() == self._copy.stride()
-        if isinstance(self._original, OfParameter) and is_all:
-            self._original.is_same(parameter)
+        if isinstance(self._original, OfParameter | OfBuffer) and is_all:
+            self._original.is_same(target)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -98,6 +98,8 @@ class StateTensor(torch.Tensor):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         written = _written(name, args, kwargs)
+        if isinstance(kwargs.get("out"), cls):  # which lies on the CPU, whatever device is the default
+            kwargs = {key: value for key, value in kwargs.items() if key != "device"}
         copies = {id(target._copy): target for target in written}
         if not (name in _REPLACE_ALL and all(t.numel() == t._copy.numel() for t in written)):
             for target in copies.values():
@@ -221,6 +223,11 @@ class OfBuffer:
         """Whether it may have other values now than when ``copy`` was last made the same."""
         return self._buffer._version != self._seen
 
+    def is_same(self, buffer: object) -> None:
+        """``buffer`` and the copy have the same values."""
+        if isinstance(buffer, torch.Tensor) and _are_same(buffer, self._buffer):
+            self._seen = self._buffer._version
+
     def read(self, copy: torch.Tensor) -> None:
         """Give ``copy`` the present values."""
         copy.copy_(unsliced(self._buffer) if isinstance(self._buffer, ShardedTensor) else self._buffer)
@@ -233,6 +240,15 @@ class OfBuffer:
         with torch.no_grad():
             self._buffer.copy_(copy)
         self._seen = self._buffer._version
+
+
+def _are_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether they are one buffer: torch's state dicts have detached ones."""
+    if isinstance(one, ShardedTensor) or isinstance(other, ShardedTensor):
+        return isinstance(one, ShardedTensor) and isinstance(other, ShardedTensor) and one.part is other.part
+    if one.layout is not torch.strided or one.shape != other.shape or one.stride() != other.stride():
+        return False
+    return one.data_ptr() == other.data_ptr()
 
 
 class OfNothing:

@@ -63,9 +63,10 @@ def _made(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def _filled(fill: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(fill)
     def from_cpu(self: torch.Tensor, *args: Any, generator: Any = None, **kwargs: Any) -> torch.Tensor:
-        if type(self) not in _WHOLE or self.device.type == "cpu" or generator is not None:
+        own = generator is not None and generator.device.type != "cpu"
+        if type(self) not in _WHOLE or self.device.type == "cpu" or own:
             return fill(self, *args, generator=generator, **kwargs)
-        drawn = fill(torch.empty(self.shape, dtype=self.dtype, device="cpu"), *args, **kwargs)
+        drawn = fill(torch.empty(self.shape, dtype=self.dtype, device="cpu"), *args, generator=generator, **kwargs)
         with torch.no_grad():
             return self.copy_(drawn)
 

@@ -228,3 +228,35 @@ def test_hooks_of_a_recomputed_block_run_once() -> None:
         assert called[0] == called[1], called
         copied = copy.deepcopy(model)
         assert "forward" not in vars(copied[0])
+
+
+class LateSwitch(nn.Module):
+    """Begins to bind another number when its inputs grow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 3)
+        self.scale, self.seen, self.kind = 1.0, None, "small"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = torch.tanh(self.lin(x) * self.scale) * (0.5 if self.seen else 1.0) * len(self.kind)
+        if x.detach().abs().max() > 1:
+            self.scale, self.seen, self.kind = self.scale + 1.0, (x.shape[0],), "large!"  # type: ignore[assignment]
+        return out
+
+
+@on_ranks(1, 2)
+def test_attributes_that_begin_late() -> None:
+    made = []
+    for block in (lambda m: bmt.Block(m, use_checkpoint=True), lambda m: m):
+        torch.manual_seed(0)
+        made.append(nn.Sequential(block(LateSwitch())))
+    model, plain = bmt.BMTrainModelWrapper(made[0]), made[1]
+    for step in range(8):
+        x = torch.full((2, 3), 0.1 if step < 5 else 1.1)
+        for one in (model, plain):
+            one.zero_grad()
+            one(x).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(bmt.gather_grad(ours), theirs.grad, msg=lambda m, step=step: f"step {step}: {m}")
+        assert (model[0].scale, model[0].seen, model[0].kind) == (plain[0].scale, plain[0].seen, plain[0].kind)

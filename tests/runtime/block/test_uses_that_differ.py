@@ -112,3 +112,29 @@ def test_ranks_use_a_unit_as_often_as_they_need(kind: str) -> None:
         assert got.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+
+
+class Cycle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([bmt.Block(nn.Linear(8, 8)) for _ in range(3)])
+        self.times = 1
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            for cell in self.cells:
+                h = torch.tanh(cell(h))
+        return h
+
+
+def cycled() -> str:
+    model = bmt.BMTrainModelWrapper(Cycle())
+    model.times = 3 + bmt.rank()
+    with pytest.raises(bmt.errors.RankDivergenceError) as error:
+        model(torch.ones(2, 8)).sum().backward()
+    return str(error.value)
+
+
+def test_units_that_take_turns_unequally_are_named() -> None:
+    for message in run_ranks(2, cycled, timeout=40, fresh=True):
+        assert "the forward of cells.0" in message, message

@@ -135,7 +135,7 @@ def test_what_has_no_parts_is_an_ordinary_value(tmp_path: Path) -> None:
 
 @on_ranks(1, 2)
 def test_an_entry_may_have_any_name(tmp_path: Path) -> None:
-    names = ("model", "data", "keep", "folder", "self", "model.0", "")
+    names = ("model", "data", "keep", "folder", "self", "model.0", "", "_values", "_values'")
     models = {name: make(seed=seed)[0] for seed, name in enumerate(names)}
     save_sharded({name: Sharded(one) for name, one in models.items()}, tmp_path / "last.pt")
     found = load_sharded(tmp_path / "last.pt")

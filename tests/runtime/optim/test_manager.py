@@ -12,6 +12,8 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.context import context
+from bmtrain.errors import ConfigurationError
 
 
 class Tiny(nn.Module):
@@ -219,3 +221,12 @@ def test_fp32_overflow_is_found() -> None:
         manager.step()
     assert manager.loss_scale == 2.0
     assert not model.state_dict()["weight"].isnan().any(), "fp32 gradients are checked too"
+
+
+@on_ranks(1)
+def test_several_optimizers_at_once_are_refused() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, device=context().device.torch_device))
+    one, other = (torch.optim.SGD([parameter], lr=0.1) for _ in range(2))
+    for several in ([one, other], (one, other), {"a": one}, []):
+        with pytest.raises(ConfigurationError, match=r"one optimizer, not a \w+\. Call it once for each"):
+            bmt.optim.OptimManager().add_optimizer(several)  # type: ignore[arg-type]

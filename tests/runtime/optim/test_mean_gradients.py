@@ -127,6 +127,8 @@ def gradient_penalty(side: Side) -> None:
 
 
 def a_backward_within_a_backward(side: Side) -> None:
+    x = side.x(1)  # a GPU's backward has a thread of its own, where no default device is set
+
     class Inner(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +137,7 @@ def a_backward_within_a_backward(side: Side) -> None:
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
-                side.loss(1).backward()
+                oracle.mean(side.model(x)).backward()
             return grad
 
     side.managed(Inner.apply(side.loss(0)))  # type: ignore[no-untyped-call]

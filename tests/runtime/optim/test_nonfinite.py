@@ -438,7 +438,7 @@ def test_what_a_forward_was_given_is_held_for_the_step_only() -> None:
     del y
     gc.collect()
     assert kept() is None and node is not None
-    held = [run.args[0] for run in context().engine.latest_runs()]
+    held: Any = [run.args[0] for run in context().engine.latest_runs() if run is not None]
     assert held and not held[0].requires_grad
     training.manager.step()
     assert not context().engine.latest_runs()

@@ -47,7 +47,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, accumu
     for _ in range(steps):
         manager.zero_grad()
         for _ in range(accumulate):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(tokens.device.type, torch.bfloat16):
                 loss = model(tokens)
             manager.backward(loss / accumulate)
         manager.step()
@@ -77,7 +77,7 @@ def plain(accumulate: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     for _ in range(12):
         optimizer.zero_grad()
         for _ in range(accumulate):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(tokens.device.type, torch.bfloat16):
                 loss = model(tokens)
             (loss / accumulate).backward()
         optimizer.step()
@@ -89,7 +89,7 @@ def plain(accumulate: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     ("world_size", "recompute", "accumulate"), [(1, True, 3), (2, False, 1), (2, True, 3), (3, True, 1)]
 )
 def test_numbers_are_autocasts(world_size: int, recompute: bool, accumulate: int) -> None:
-    losses, state = plain(accumulate)
+    ((losses, state),) = run_ranks(1, plain, accumulate)
     start = build().state_dict()
     for got, weights, seen in run_ranks(world_size, sharded, recompute, accumulate):
         assert got[0] == losses[0]  # the same forward, to the bit
@@ -102,25 +102,22 @@ def test_numbers_are_autocasts(world_size: int, recompute: bool, accumulate: int
         assert seen == {("up", wire), ("norm", "torch.float32")}
 
 
-def forward_with_and_without_autocast() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward_with_and_without_autocast(is_sharded: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     model = build()
-    bmt.BMTrainModelWrapper(model)
+    if is_sharded:
+        bmt.BMTrainModelWrapper(model)
     tokens = torch.arange(6).view(1, 6)
     with torch.no_grad():
         before = model(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(tokens.device.type, torch.bfloat16):
             low = model(tokens)
         return before, low, model(tokens)
 
 
 def test_full_precision_comes_back_after_autocast() -> None:
-    model = build()
-    tokens = torch.arange(6).view(1, 6)
-    with torch.no_grad():
-        exact = model(tokens)
-        with torch.autocast("cpu", torch.bfloat16):
-            rounded = model(tokens)
-    for before, low, after in run_ranks(2, forward_with_and_without_autocast):
+    ((exact, rounded, _),) = run_ranks(1, forward_with_and_without_autocast, False)
+    assert not torch.equal(exact, rounded)
+    for before, low, after in run_ranks(2, forward_with_and_without_autocast, True):
         assert torch.equal(before, exact)
         assert torch.equal(low, rounded)
         assert torch.equal(after, exact)
@@ -137,9 +134,9 @@ def write_inside_forward() -> dict[str, torch.Tensor]:
             self.linear.weight.data[0].clamp_(max=0.25)
             return self.linear(x)
 
-    model = Clamped()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(torch.ones(1, 3))
+    model, x = Clamped(), torch.ones(1, 3)
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16):
+        model(x)
     return model.state_dict()
 
 

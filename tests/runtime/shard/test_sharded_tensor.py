@@ -635,7 +635,7 @@ def test_an_average_is_saved_and_loaded(tmp_path: Any) -> None:
     other.last.load_state_dict(trained.model.last.state_dict())
     averaged_model = torch.optim.swa_utils.AveragedModel(trained.model)
     averaged_model.load_state_dict(averaged_model.state_dict())
-    ours = {n: v.clone() for n, v in saved["ema"].items()}
+    ours = {n: v.to(torch.get_default_device()) for n, v in saved["ema"].items()}
     for n, p in trained.model.named_parameters():  # goes on with what was read, whole
         ours[n].mul_(D).add_(p.data, alpha=1 - D)
         theirs[n].mul_(D).add_(dict(trained.plain.named_parameters())[n].data, alpha=1 - D)
@@ -804,3 +804,84 @@ def alone(what: str) -> str:
 def test_what_one_rank_does_alone_is_found_out(what: str) -> None:
     with pytest.raises(RanksFailed, match="RankDivergenceError"):
         run_ranks(2, alone, what, timeout=30, fresh=True)
+
+
+MIXTURES: dict[str, Callable[[Any, Any, Any, Any], Any]] = {  # w and s are on a device, v and t on the CPU
+    "copied": lambda w, s, v, t: w.copy_(v),
+    "copied back": lambda w, s, v, t: v.copy_(w),
+    "copied to a whole one": lambda w, s, v, t: on_cpu(3, 2).copy_(w),
+    "a row copied": lambda w, s, v, t: w.copy_(on_cpu(2)),
+    "numbers copied": lambda w, s, v, t: s.copy_(t),
+    "times a number": lambda w, s, v, t: w * on_cpu(),
+    "times a number in place": lambda w, s, v, t: w.mul_(on_cpu()),
+    "times a number in parts": lambda w, s, v, t: w.mul_(t),
+    "numbers": lambda w, s, v, t: s * on_cpu(),
+    "numbers, reversed": lambda w, s, v, t: on_cpu().double() * s,
+    "numbers in parts": lambda w, s, v, t: t * s,
+    "numbers in place": lambda w, s, v, t: s.lerp_(t, 0.5),
+    "numbers out": lambda w, s, v, t: torch.add(s, on_cpu(), out=s),
+    "numbers clamped": lambda w, s, v, t: s.clamp_(on_cpu()),
+    "filled": lambda w, s, v, t: w.fill_(on_cpu()),
+    "numbers filled": lambda w, s, v, t: s.fill_(t),
+    "where": lambda w, s, v, t: torch.where(w > 0, w, on_cpu()),
+    "plus": lambda w, s, v, t: w + v,
+    "plus a whole one": lambda w, s, v, t: w.add_(on_cpu(3, 2)),
+    "plus in place": lambda w, s, v, t: v.add_(w),
+    "times one element": lambda w, s, v, t: w * on_cpu(1),
+    "masked": lambda w, s, v, t: w.masked_fill_(v > 0, 0.0),
+    "compared": lambda w, s, v, t: torch.eq(w, v),
+    "lists copied": lambda w, s, v, t: torch._foreach_copy_([w, s], [v, t]),
+    "lists times a number": lambda w, s, v, t: torch._foreach_mul_([w, s], on_cpu()),
+    "lists added": lambda w, s, v, t: torch._foreach_add_([w], [v]),
+}
+
+
+def on_cpu(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, device="cpu")
+
+
+@on_ranks(1, 2)
+def test_devices_mix_as_in_torch() -> None:
+    """A number on the CPU goes with everything, a copy goes anywhere, all else is refused; "meta" is the device."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.tensor(1.0))
+
+    def outcome(mix: Callable[..., Any], *tensors: Any) -> Any:
+        try:
+            out = mix(*tensors)
+        except RuntimeError:
+            return "refused"
+        return (out.device, out.dtype, out.shape) if isinstance(out, torch.Tensor) else None
+
+    model = bmt.BMTrainModelWrapper(Net())
+    with torch.no_grad():
+        for what, mix in MIXTURES.items():
+            plain = (on_cpu(3, 2), on_cpu())
+            parts = [p.data.cpu().clone() for p in model.parameters()]
+            found = outcome(mix, *(p.data.to("meta") for p in model.parameters()), *parts)
+            assert found == outcome(mix, *(x.to("meta") for x in plain), *plain), what
+    if bmt.world_size() > 1:
+        with pytest.raises(ShardedAccessError, match="needs a tensor on meta"):
+            model.weight.data.to("meta").data = on_cpu(3, 2)
+
+
+@on_ranks(1, 2)
+def test_a_number_is_filled_with_a_tensor() -> None:
+    for start in (torch.tensor(2.0), torch.ones(3)):
+        plain, model = nn.ParameterDict({"p": start.clone()}), nn.ParameterDict({"p": start.clone()})
+        bmt.BMTrainModelWrapper(model)
+        ours, theirs = model["p"].data, plain["p"].data
+        for fill in (
+            lambda x: x.fill_(torch.tensor(3.0)),
+            lambda x: x.masked_fill_(x > 2, torch.tensor(5.0)),
+            lambda x: x.masked_fill_(x > 9, torch.tensor(7.0)),
+            lambda x: x.copy_(x.masked_fill(x > 2, torch.tensor(4.0))),
+            lambda x: x.copy_(torch.fill(x, torch.tensor(8.0))),
+            lambda x: x.fill_(x.max()),
+        ):
+            fill(ours)
+            fill(theirs)
+            assert_alike(model["p"].gather(), plain["p"].detach(), "filled")

@@ -103,6 +103,17 @@ def writes_reach_the_model() -> None:
 
 
 @on_ranks(1, 2)
+def test_a_default_device_does_not_say_where_a_copy_lies() -> None:
+    _, model = pair()
+    own = model.state_dict()
+    with torch.device("meta"):
+        nn.init.eye_(own["mid.weight"])
+        torch.zeros(6, out=own["mid.bias"])
+    assert torch.equal(model.mid.weight.gather().cpu(), torch.eye(6, device="cpu"))
+    assert not model.mid.bias.gather().any()
+
+
+@on_ranks(1, 2)
 def test_all_else_is_as_for_ordinary_tensors(tmp_path: Any) -> None:
     plain, model = pair()
     own = model.state_dict()
@@ -195,3 +206,19 @@ def test_what_was_just_loaded_is_read_without_a_warning() -> None:
     model.load_state_dict({**crossed, "mid.weight": crossed["mid.weight"].t()})
     with pytest.warns(UserWarning, match="values changed"):
         crossed["mid.weight"].clone()
+
+
+@on_ranks(2)
+def test_buffers_that_were_just_loaded_are_read_without_a_warning() -> None:
+    _, model = pair()
+    model.mid.register_buffer("start", model.mid.weight.data.clone())  # in parts, so that state dicts have a copy
+    own = model.state_dict()
+    model.mid.start.mul_(0.5)
+    with pytest.warns(UserWarning, match="values changed"):
+        model.load_state_dict(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(own["mid.start"].clone(), model.state_dict()["mid.start"])
+    model.load_state_dict({**own, "mid.start": torch.zeros(6, 6)})
+    with pytest.warns(UserWarning, match="values changed"):
+        own["mid.start"].clone()
