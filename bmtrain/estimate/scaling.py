@@ -210,13 +210,14 @@ def predict(work: Work, measured: Measured, ranks: Ranks) -> Prediction:
     around = [before + behind for before, behind in zip([0.0, *gathers][:-1], [*reductions, 0.0][1:], strict=True)]
     total = sum(unit.gathered for unit in work.blocks)
     shares = [unit.gathered / total for unit in work.blocks]
-    once = rest + gathers[0] + reductions[0] if work.blocks else rest + forward + backward
+    ends = rest + sum(gathers[:1]) + sum(reductions[:1])
+    exposed = ends
     for phase, moving in ((forward, ahead), (backward, around)):
         for share, beside in zip(shares, moving, strict=True):
-            once += max(beside, phase * share + contention * beside)
-    ms = measured.backwards * once + optimizer
-    moves = rest + sum(gathers[:1]) + sum(reductions[:1]) + sum(ahead) + sum(around)
-    return Prediction(ranks, ms, compute, optimizer, measured.backwards * moves, ms - compute - optimizer)
+            exposed += max(beside - phase * share, contention * beside)
+    moves = measured.backwards * (ends + sum(ahead) + sum(around))
+    exposed *= measured.backwards
+    return Prediction(ranks, compute + optimizer + exposed, compute, optimizer, moves, exposed)
 
 
 def completed(work: Mapping[int, Work], measured: Measured) -> Measured:

@@ -247,3 +247,54 @@ def test_the_command_says_where_memory_is_not_known(
     assert tool.main(["test_estimate:Asks", "--scale", "1,2", "--measured", str(path)]) == 2
     out, err = capsys.readouterr()
     assert out.count("?") == 2 and "the forward needs values" in err
+
+
+def model_of(name: str) -> Any:
+    import gpt
+    import model as workload
+
+    return gpt.GPT(*gpt.SIZES[name[4:]], 1024) if name.startswith("gpt-") else workload.Decoder(workload.SIZES[name])
+
+
+# Model, GPUs, blocks recomputed, compute alone (of GPT a step on one GPU), what was measured.
+ROWS = [
+    ("7b", 2, True, 391, 432), ("7b", 2, True, 208, 247), ("7b", 2, False, 299, 337), ("7b", 2, False, 579, 623),
+    ("13b", 2, True, 1470, 1553), ("1.3b", 2, True, 184, 193), ("1.3b", 2, False, 145, 155),
+    ("tiny", 2, False, 8.6, 16.2), ("7b", 4, True, 405, 440), ("7b", 4, True, 211, 247), ("7b", 4, False, 298, 335),
+    ("13b", 4, True, 1464, 1541), ("1.3b", 4, True, 185, 195), ("gpt-350m", 2, False, 56.9, 58.2),
+    ("gpt-1.5b", 2, False, 123.1, 118.4),
+]  # fmt: skip
+
+
+def test_beside_steps_that_were_measured(monkeypatch: pytest.MonkeyPatch, one_rank: None) -> None:
+    for folder in ("benchmark", "benchmark/gpt"):
+        monkeypatch.syspath_prepend(ROOT / "examples" / folder)
+    measured, docs = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("benchmarks", "scaling"))
+    models: dict[str, Model] = {}
+
+    def work(name: str, gpus: int) -> Work:
+        gpt = name.startswith("gpt-")
+        if name not in models:
+            models[name] = Model(lambda: model_of(name), None if gpt else torch.bfloat16)
+        return models[name].work(Job(gpus, autocast=torch.bfloat16 if gpt else None))
+
+    # One row gives two figures: half of what it has beside its compute is the optimizer, and contention is the rest.
+    first = work("7b", 2)
+    assert "| 7B, 2, recomputed | 406 | 449 |" in measured and "About half of what separates" in measured
+    figures: dict[str, Any] = {
+        "optimizer_gb_s": first.updated / 2 / (449 - 406) * 2 / 1e6, "host_latency_us": 5.0,
+        "host_gather_gb_s": 342.0, "host_reduce_gb_s": 212.0,
+    }  # fmt: skip
+    fitted = completed({2: first}, Measured(**figures, recomputed=True, compute_ms=406.0, step_ms={2: 449.0}))
+    assert f"optimizer_gb_s {figures['optimizer_gb_s']:.0f}, contention {fitted.contention:.3f}" in docs
+    for name, gpus, recomputed, before, after in ROWS:
+        given = {"step_ms": {1: before}} if name.startswith("gpt-") else {"compute_ms": before}
+        known = Measured(**figures, **given, recomputed=recomputed, contention=fitted.contention)
+        known = completed({1: work(name, 1)}, known)
+        found = predict(work(name, gpus), known, Ranks(gpus, gpus, 8))
+        off = 100 * (found.ms / after - 1)
+        assert name == "tiny" or abs(off) < 5
+        line = (
+            f"| {before} | {found.ms:.1f} | {after} | {off:+.1f} % | {found.ms - before:+.1f}, {after - before:+.1f} |"
+        )
+        assert line in docs, line
