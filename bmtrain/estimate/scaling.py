@@ -120,7 +120,7 @@ class Measured:
             given["step_ms"] = {int(number): ms for number, ms in steps.items()}
         return cls(**given)
 
-    def need(self, name: str) -> float:
+    def figure(self, name: str) -> float:
         """A figure.  Raises ConfigurationError where it has not been measured."""
         value: float | None = getattr(self, name)
         if value is None:
@@ -195,9 +195,9 @@ def predict(work: Work, measured: Measured, ranks: Ranks) -> Prediction:
     Raises ConfigurationError where a figure that it takes is missing.
     """
     wires = _Wires(measured, ranks)
-    compute = measured.need("compute_ms")
+    compute = measured.figure("compute_ms")
     optimizer = 1e3 * work.updated / ranks.shard_size / (measured.optimizer_gb_s * 1e9)
-    contention = measured.need("contention") if ranks.gpus > 1 else 0.0
+    contention = measured.figure("contention") if ranks.gpus > 1 else 0.0
     # A backward is twice a forward, and the forward again where it is recomputed.
     forward = compute / measured.backwards / (4 if measured.recomputed else 3)
     backward = compute / measured.backwards - forward
@@ -299,11 +299,11 @@ class _Wires:
     def _latency(self, count: int, hosts: int) -> float:
         """Of the steps of a ring of ``count`` ranks, which leaves each of ``hosts`` once."""
         between = min(count - 1, hosts)
-        us = (count - 1 - between) * self.measured.need("host_latency_us") if count - 1 > between else 0.0
-        return 1e-3 * (us + (between * self.measured.need("network_latency_us") if between else 0.0))
+        us = (count - 1 - between) * self.measured.figure("host_latency_us") if count - 1 > between else 0.0
+        return 1e-3 * (us + (between * self.measured.figure("network_latency_us") if between else 0.0))
 
     def _bytes_in_ms(self, name: str) -> float:
-        return self.measured.need(name) * 1e6
+        return self.measured.figure(name) * 1e6
 
 
 def usual(gpus: Sequence[int], host_gpus: int) -> list[Ranks]:
