@@ -18,7 +18,7 @@ from ..context import init_distributed, is_initialized
 from ..errors import BMTrainError, ConfigurationError
 from ..precision import as_precision
 from .estimate import Estimate, Job, Model
-from .scaling import Measured, Prediction, completed, predict, usual
+from .scaling import Measured, Prediction, Ranks, completed, predict, usual
 
 _GIB = 2**30
 _OVERHEAD = 2.2
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_initialized():
             init_distributed(device="cpu", watch=False)
         model = Model(_factory(given.model), job.dtype)
-        if given.scale:
+        if given.scale or given.measured:
             return _scale(given, job, model)
         found = model.estimate(job)
     except BMTrainError as error:
@@ -185,16 +185,25 @@ def _table(given: argparse.Namespace, job: Job, found: Estimate, overhead: int) 
 
 def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
     """The steps that ``--scale`` asks for.  Raises ConfigurationError where a figure is missing or cannot be."""
-    if given.measured is None:
-        raise ConfigurationError("--scale takes --measured FILE.json: docs/scaling.md says how to measure.")
+    if given.measured is None or not given.scale:
+        raise ConfigurationError(
+            "--scale N,N,... and --measured FILE.json go together: docs/scaling.md says how to measure."
+        )
+    if job.gpus != 1:
+        raise ConfigurationError("--scale says on how many GPUs: leave --gpus out.")
     measured = Measured.read(given.measured)
+    steps = dict(measured.step_ms or {})
+    if max(steps, default=1) > given.host_gpus:
+        raise ConfigurationError(
+            f"step_ms of {max(steps)} GPUs is of several hosts of {given.host_gpus} (--host-gpus): give that of one."
+        )
     job = replace(job, accumulates=job.accumulates or measured.backwards > 1)
     if given.accumulate and measured.backwards == 1:
         raise ConfigurationError("--accumulate: the file says backwards=1; give the number that makes a step.")
     everywhere = usual(given.scale, given.host_gpus)
-    sizes = {ranks.shard_size for ranks in everywhere} | set(measured.step_ms or ())
+    sizes = {ranks.shard_size for ranks in everywhere} | set(steps)
     work = {size: model.work(replace(job, gpus=size)) for size in sizes}
-    assumed = measured.contention is None and all(size == 1 for size in measured.step_ms or ())
+    assumed = measured.contention is None and all(size == 1 for size in steps)
     measured = completed(work, replace(measured, contention=0.0) if assumed else measured)
     predictions = [predict(work[ranks.shard_size], measured, ranks) for ranks in everywhere]
     several = model.estimate(replace(job, gpus=2))
@@ -213,6 +222,11 @@ def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
             print(line)
         if assumed and any(ranks.gpus > 1 for ranks in everywhere):
             print("contention was not given, nor step_ms of several GPUs: with 0 these steps are the shortest possible")
+    for number in sorted(steps)[:-1]:
+        if number > 1:  # contention was not fitted to it
+            ms = predict(work[number], measured, Ranks(number, number, given.host_gpus)).ms
+            said = f"the step on {number} GPUs took {steps[number]:g} ms; predicted: {ms:.1f}"
+            print(f"bmt estimate: {said}", file=sys.stderr)
     if several.problem:
         print(
             f"bmt estimate: activations are not counted, the forward needs values: {several.problem}", file=sys.stderr

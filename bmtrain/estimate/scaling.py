@@ -42,6 +42,12 @@ class Work:
     rest: Unit
     updated: int
 
+    def __post_init__(self) -> None:
+        """Raises ConfigurationError for sizes that nothing has."""
+        sizes = [self.updated, *(size for unit in (*self.blocks, self.rest) for size in (unit.gathered, unit.reduced))]
+        if min(sizes) < 0 or (self.blocks and not any(unit.gathered for unit in self.blocks)):
+            raise ConfigurationError("Sizes are from 0, and blocks have parameters that are gathered.")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -205,9 +211,10 @@ def predict(work: Work, measured: Measured, ranks: Ranks) -> Prediction:
     reductions = [wires.reduce(unit.reduced) for unit in work.blocks]
     rest = wires.gather(work.rest.gathered) + wires.reduce(work.rest.reduced)
     # Beside a block's forward the next one is gathered; beside its backward the one before, and the one behind is
-    # reduced.  The last is whole still when the backward begins.
+    # reduced.  Two buffers serve all blocks of a shape, so that the last two are whole still when the backward begins.
     ahead = [*gathers, 0.0][1:]
-    around = [before + behind for before, behind in zip([0.0, *gathers][:-1], [*reductions, 0.0][1:], strict=True)]
+    before, behind = [0.0, *gathers[:-2], 0.0][: len(gathers)], [*reductions, 0.0][1:]
+    around = [one + other for one, other in zip(before, behind, strict=True)]
     total = sum(unit.gathered for unit in work.blocks)
     shares = [unit.gathered / total for unit in work.blocks]
     ends = rest + sum(gathers[:1]) + sum(reductions[:1])

@@ -6,13 +6,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from ranks import run_ranks
 from test_estimate import Net, all_held
+from torch import nn
 
 import bmtrain as bmt
+from bmtrain.context import context
 from bmtrain.errors import ConfigurationError
 from bmtrain.estimate import Job, estimate
 from bmtrain.estimate import command as tool
@@ -77,6 +80,15 @@ def test_ranks_that_cannot_be(gpus: int, shard: int, host: int) -> None:
         Ranks(gpus, shard, host)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "rest", "updated"),
+    [((Unit(0, 0),), Unit(1, 1), 1), ((Unit(1, -1),), Unit(0, 0), 1), ((), Unit(-1, 0), 1), ((), Unit(0, 0), -1)],
+)
+def test_work_that_cannot_be(blocks: tuple[Unit, ...], rest: Unit, updated: int) -> None:
+    with pytest.raises(ConfigurationError):
+        Work(blocks, rest, updated)
+
+
 def test_figures_that_contradict_each_other() -> None:
     steps = {**GIVEN, "compute_ms": None, "contention": None}
     with pytest.raises(ConfigurationError, match="compute_ms is missing"):
@@ -98,18 +110,18 @@ def test_compute_hides_all_but_the_ends() -> None:
     # Two ranks: a block is gathered in 0.5 ms and reduced in 1; forwards take 10 ms a block, backwards 20.
     found = step(2, 2)
     assert found.exposed_ms == pytest.approx(0.5 + 1)
-    assert found.communication_ms == pytest.approx(7 * 0.5 + 4 * 1)
+    assert found.communication_ms == pytest.approx(6 * 0.5 + 4 * 1)
     assert found.ms == pytest.approx(120 + 0.5 + 1.5)
-    beside = 6 * 0.5 + 3 * 1
+    beside = 5 * 0.5 + 3 * 1
     assert step(2, 2, contention=0.25).exposed_ms == pytest.approx(1.5 + 0.25 * beside)
     assert step(2, 2, contention=1.0).exposed_ms == pytest.approx(found.communication_ms)
 
 
 def test_wires_decide() -> None:
     # Over 100 times slower wires a gather takes 50 ms, a reduction 100. Beside forwards of 10 ms: 50, 50, 50 and
-    # nothing; beside backwards of 20: a gather, twice both, a reduction.
+    # nothing; beside backwards of 20: nothing, twice both, a reduction.
     found = step(2, 2, host_gather_gb_s=1.0, host_reduce_gb_s=0.5)
-    assert found.ms == pytest.approx(50 + (3 * 50 + 10) + (50 + 2 * 150 + 100) + 100 + 0.5)
+    assert found.ms == pytest.approx(50 + (3 * 50 + 10) + (20 + 2 * 150 + 100) + 100 + 0.5)
 
 
 def test_recomputation_gives_backwards_more_to_hide_behind() -> None:
@@ -163,7 +175,7 @@ def test_replicas_win_over_slow_wires_and_lose_over_fast_ones() -> None:
 def test_contention_is_what_makes_the_measured_step() -> None:
     steps = {**GIVEN, "compute_ms": None, "contention": None, "step_ms": {1: 121.0, 2: 123.5}}
     found = completed({1: FOUR, 2: FOUR}, Measured(**steps))
-    assert found.compute_ms == pytest.approx(120) and found.contention == pytest.approx(1.5 / 6)
+    assert found.compute_ms == pytest.approx(120) and found.contention == pytest.approx(1.5 / 5.5)
     assert predict(FOUR, found, Ranks(2, 2, 8)).ms == pytest.approx(123.5)
 
 
@@ -205,22 +217,72 @@ def test_replicas_hold_what_one_group_does(one_rank: None) -> None:
         assert real == [held.parameters, held.gradients, held.states, held.whole, held.whole_gradients]
 
 
+def without_stem(layers: int) -> Net:
+    """Nothing before its blocks has values that the backward reads, as an embedding has none."""
+    net = Net(layers)
+    net.frozen = nn.Identity()
+    return net
+
+
+def moved_in_a_step(layers: int, backwards: int) -> tuple[int, int]:
+    """Bytes gathered and reduced by the third step, which knows what comes next."""
+    model: Any = bmt.BMTrainModelWrapper(without_stem(layers).bfloat16())
+    optimizer = bmt.optim.AdamOptimizer(model.parameters())
+    manager = bmt.optim.OptimManager(loss_scale=None)
+    manager.add_optimizer(optimizer)
+    tokens = torch.randint(256, (2, 16))
+    moved = {"all_gather": 0, "reduce_scatter": 0}
+    collectives = context().collectives
+
+    def counted(on: Any, name: str, whole_at: int) -> Any:
+        plain = getattr(on, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            moved[name] += args[whole_at].nbytes
+            return plain(*args, **kwargs)
+
+        return mock.patch.object(on, name, run)
+
+    for _ in range(3):
+        moved.update(all_gather=0, reduce_scatter=0)
+        with counted(collectives.gather, "all_gather", 1), counted(collectives.reduce, "reduce_scatter", 0):
+            manager.zero_grad()
+            for _ in range(backwards):
+                manager.backward(model(tokens, tokens))
+            manager.step()
+    return moved["all_gather"], moved["reduce_scatter"]
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+def test_a_step_moves_what_is_predicted(backwards: int, one_rank: None) -> None:
+    work = Model(lambda: without_stem(5), torch.bfloat16).work(Job(2))
+    # Each block in the forward, and all but the last two in the backward.
+    gathered = work.rest.gathered + 8 * work.blocks[0].gathered
+    reduced = work.rest.reduced + 5 * work.blocks[0].reduced
+    assert run_ranks(2, moved_in_a_step, 5, backwards) == [(backwards * gathered, backwards * reduced)] * 2
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_rank: None) -> None:
     path = tmp_path / "measured.json"
     asked = ["test_estimate:Net(layers=4)", "--batch", "2", "--length", "64", "--scale", "1,2,16"]
     assert tool.main(asked) == 2 and "--measured FILE.json" in capsys.readouterr().err
-    asked += ["--measured", str(path)]
+    measured = ["--measured", str(path)]
+    assert tool.main([*asked[:1], *measured]) == 2 and "go together" in capsys.readouterr().err
+    asked += measured
     good = {name: value for name, value in GIVEN.items() if name != "contention"}
     for text, message in {
         "": "cannot be read", "[]": "is no object", '{"compute": 3}': "names compute", "{}": "says nothing of opti",
         json.dumps({**good, "step_ms": [449]}): "by number of GPUs", json.dumps({**good, "compute_ms": -1}): "above 0",
         json.dumps({**good, "network_gb_s": None}): "network_gb_s is missing",
+        json.dumps({**good, "step_ms": {"16": 200}}): "of several hosts of 8",
     }.items():  # fmt: skip
         path.write_text(text)
         assert tool.main(asked) == 2
         assert message in capsys.readouterr().err
     path.write_text(json.dumps(good))
-    for more, message in {("--host-gpus", "5"): "whole hosts of 5", ("--accumulate",): "says backwards=1"}.items():
+    for more, message in {
+        ("--host-gpus", "5"): "whole hosts of 5", ("--accumulate",): "says backwards=1", ("--gpus", "8"): "--gpus out",
+    }.items():  # fmt: skip
         assert tool.main([*asked, *more]) == 2
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -236,6 +298,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], one_ran
     rows = json.loads(capsys.readouterr().out)
     assert [row["ranks"]["shard_size"] for row in rows] == [1, 2, 8, 16]
     assert rows[1]["ms"] == pytest.approx(171) and rows[1]["tokens_s"] == pytest.approx(128 / 0.171)
+    path.write_text(json.dumps({**good, "compute_ms": None, "step_ms": {"1": 121, "2": 171, "4": 201}, **slow}))
+    assert tool.main(asked) == 0
+    assert "the step on 2 GPUs took 171 ms; predicted: 1" in capsys.readouterr().err
     assert rows[1]["total"] > rows[2]["total"] > rows[3]["total"]
 
 
