@@ -22,7 +22,7 @@ def all_gather(sizes: Sequence[int] = SIZES) -> None:
         shard, whole = _buffers(size)
         return lambda: here.world.all_gather(shard, whole)
 
-    _table("All gather", sizes, prepare)
+    _table("All gather", sizes, prepare, bus=(here.world_size - 1) / here.world_size)
 
 
 def time_all_gather(size: int) -> float:
@@ -39,7 +39,7 @@ def reduce_scatter(sizes: Sequence[int] = SIZES) -> None:
         shard, whole = _buffers(size)
         return lambda: here.world.reduce_scatter(whole, shard, "sum")
 
-    _table("Reduce scatter", sizes, prepare)
+    _table("Reduce scatter", sizes, prepare, bus=(here.world_size - 1) / here.world_size)
 
 
 def send_recv(sizes: Sequence[int] = SIZES) -> None:
@@ -63,13 +63,15 @@ def _buffers(size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return shard, torch.zeros(whole, dtype=torch.float16, device=device)
 
 
-def _table(title: str, sizes: Sequence[int], prepare: Callable[[int], Callable[[], None]]) -> None:
+def _table(title: str, sizes: Sequence[int], prepare: Callable[[int], Callable[[], None]], bus: float = 1.0) -> None:
+    """``bus``: the part of the bytes that comes to a rank, as in nccl-tests' bus bandwidth."""
     if context().rank == 0:
         print_block(title)
-    print_rank(f"{'size':>10} {'time (ms)':>12} {'GB/s':>10}")
+    print_rank(f"{'size':>10} {'time (ms)':>12} {'GB/s':>10} {'bus GB/s':>10}")
     for size in sizes:
         seconds = _time(prepare(size), repeat=3 if size >= 1 << 28 else 10)
-        print_rank(f"{_readable(size):>10} {seconds * 1e3:12.3f} {size / seconds / 1e9:10.3f}")
+        speed = size / seconds / 1e9
+        print_rank(f"{_readable(size):>10} {seconds * 1e3:12.3f} {speed:10.3f} {bus * speed:10.3f}")
 
 
 def _time(collective: Callable[[], None], repeat: int) -> float:

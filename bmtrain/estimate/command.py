@@ -18,6 +18,7 @@ from ..context import init_distributed, is_initialized
 from ..errors import BMTrainError, ConfigurationError
 from ..precision import as_precision
 from .estimate import Estimate, Job, Model
+from .scaling import Measured, Prediction, Ranks, completed, predict, usual
 
 _GIB = 2**30
 _OVERHEAD = 2.2
@@ -62,6 +63,11 @@ def parser(**options: Any) -> argparse.ArgumentParser:
         "--overhead", type=float, default=_OVERHEAD, metavar="GIB",
         help=f"of CUDA, NCCL and the allocator (default: {_OVERHEAD})",
     )  # fmt: skip
+    made.add_argument(
+        "--scale", type=_numbers, metavar="N,N,...", help="predict the step time on so many GPUs (docs/scaling.md)"
+    )
+    made.add_argument("--host-gpus", type=_whole, default=8, metavar="N", help="GPUs of a host (default: 8)")
+    made.add_argument("--measured", metavar="FILE.json", help="what was measured on one host, for --scale")
     made.add_argument("--json", action="store_true", help="print numbers of bytes for programs")
     return made
 
@@ -74,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not is_initialized():
             init_distributed(device="cpu", watch=False)
         model = Model(_factory(given.model), job.dtype)
+        if given.scale or given.measured:
+            return _scale(given, job, model)
         found = model.estimate(job)
     except BMTrainError as error:
         print(f"bmt estimate: {error}", file=sys.stderr)
@@ -99,6 +107,10 @@ def _whole(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _numbers(text: str) -> list[int]:
+    return [_whole(number) for number in text.split(",")]
 
 
 def _job(given: argparse.Namespace) -> Job:
@@ -169,6 +181,89 @@ def _table(given: argparse.Namespace, job: Job, found: Estimate, overhead: int) 
     yield f"{'CUDA, NCCL, allocator (assumed)':44}" + _cells([overhead] * len(columns))
     fixed = held.total + found.buffers + overhead
     yield f"{'all':44}" + _cells([None if size is None else fixed + size for size in columns])
+
+
+def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
+    """The steps that ``--scale`` asks for.  Raises ConfigurationError where a figure is missing or cannot be."""
+    if given.measured is None or not given.scale:
+        raise ConfigurationError(
+            "--scale N,N,... and --measured FILE.json go together: docs/scaling.md says how to measure."
+        )
+    if job.gpus != 1:
+        raise ConfigurationError("--scale says on how many GPUs: leave --gpus out.")
+    measured = Measured.read(given.measured)
+    steps = dict(measured.step_ms or {})
+    if max(steps, default=1) > given.host_gpus:
+        raise ConfigurationError(
+            f"step_ms of {max(steps)} GPUs is of several hosts of {given.host_gpus} (--host-gpus): give that of one."
+        )
+    job = replace(job, accumulates=job.accumulates or measured.backwards > 1)
+    if given.accumulate and measured.backwards == 1:
+        raise ConfigurationError("--accumulate: the file says backwards=1; give the number that makes a step.")
+    everywhere = usual(given.scale, given.host_gpus)
+    sizes = {ranks.shard_size for ranks in everywhere} | set(steps)
+    work = {size: model.work(replace(job, gpus=size)) for size in sizes}
+    assumed = measured.contention is None and all(size == 1 for size in steps)
+    measured = completed(work, replace(measured, contention=0.0) if assumed else measured)
+    predictions = [predict(work[ranks.shard_size], measured, ranks) for ranks in everywhere]
+    several = model.estimate(replace(job, gpus=2))
+    overhead = int(given.overhead * _GIB)
+    rows = []
+    for predicted in predictions:
+        now = replace(job, gpus=predicted.ranks.shard_size)
+        found = model.estimate(now) if now.gpus == 1 else replace(several, held=model.held(now))
+        size = None if found.problem else found.total(keep=not measured.recomputed) + overhead
+        tokens = measured.backwards * job.batch * job.length / predicted.ms * 1e3
+        rows.append((predicted, tokens, size))
+    if given.json:
+        print(json.dumps([{**asdict(row), "tokens_s": tokens, "total": size} for row, tokens, size in rows], indent=2))
+    else:
+        for line in _scale_table(given, job, measured, rows):
+            print(line)
+        if assumed and any(ranks.gpus > 1 for ranks in everywhere):
+            print("contention was not given, nor step_ms of several GPUs: with 0 these steps are the shortest possible")
+    for number in sorted(steps)[:-1]:
+        if number > 1:  # contention was not fitted to it
+            ms = predict(work[number], measured, Ranks(number, number, given.host_gpus)).ms
+            said = f"the step on {number} GPUs took {steps[number]:g} ms; predicted: {ms:.1f}"
+            print(f"bmt estimate: {said}", file=sys.stderr)
+    if several.problem:
+        print(
+            f"bmt estimate: activations are not counted, the forward needs values: {several.problem}", file=sys.stderr
+        )
+        return 2
+    return int(given.card is not None and not any(size and size <= given.card * _GIB for _, _, size in rows))
+
+
+def _scale_table(
+    given: argparse.Namespace, job: Job, measured: Measured, rows: Sequence[tuple[Prediction, float, int | None]]
+) -> Iterator[str]:
+    yield (
+        f"{measured.backwards} x {job.batch} x {job.length} on each GPU and step, blocks "
+        f"{'recomputed' if measured.recomputed else 'kept'}, parameters whole while they are used; "
+        f"{given.host_gpus} GPUs a host; contention {measured.contention or 0:.2f}"
+    )
+    titles = (
+        "GPUs",
+        "shard_size",
+        "ms a step",
+        "compute",
+        "optimizer",
+        "collectives",
+        "exposed",
+        "tokens/s/GPU",
+        "GiB",
+    )
+    yield "".join(f"{title:>13}" for title in titles)
+    for row, tokens, size in rows:
+        times = (row.ms, row.compute_ms, row.optimizer_ms, row.communication_ms, row.exposed_ms)
+        gib = "?" if size is None else f"{size / _GIB:.2f}"
+        over = size is not None and given.card is not None and size > given.card * _GIB
+        yield (
+            f"{row.ranks.gpus:13}{row.ranks.shard_size:13}"
+            + "".join(f"{time:13.1f}" for time in times)
+            + f"{tokens:13.0f}{gib:>13}{'  does not fit' * over}"
+        )
 
 
 def _cells(sizes: Sequence[int | None]) -> str:

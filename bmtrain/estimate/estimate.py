@@ -22,7 +22,8 @@ from ..context import context
 from ..errors import ConfigurationError
 from ..precision import Precision
 from .live import LiveBytes, as_on_gpu, gradients_go
-from .shards import Flat, Held, flats_of, held
+from .scaling import Work
+from .shards import Flat, Held, flats_of, held, work_of
 
 _KINDS = {
     "long": torch.int64, "int": torch.int64, "bool": torch.bool, "float": torch.float32, "bf16": torch.bfloat16,
@@ -125,6 +126,10 @@ class Model:
         """What ``job`` has on each rank all the time."""
         units = flats_of(self.module, job.precision, job.gpus, job.autocast)
         return held([flat for unit in units for flat in unit], job.gpus, job.accumulates)
+
+    def work(self, job: Job) -> Work:
+        """What a step of ``job`` moves."""
+        return work_of(self.module, job.precision, job.gpus, job.autocast, job.accumulates)
 
     def _live(self, job: Job, units: list[list[Flat]], inputs: dict[str, Any], keep: bool) -> tuple[int, str, int]:
         groups = [list(flat.parameters) for unit in units for flat in unit if flat.trains]

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ..block.assign_units import Group, plan_units
+from ..block.block import Block
 from ..block.record import record_of
 from ..optim.adam_state import bytes_beside
 from ..precision import Precision
 from ..shard.layout import Layout, make_layout
 from ..shard.unit import flat_groups
+from .scaling import Unit, Work
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,29 @@ def held(flats: Sequence[Flat], ranks: int, accumulates: bool) -> Held:
     whole += _pooled([(flat.layout.shard_numel, flat.wire, 0) for flat in gathered if flat.wire != flat.dtype])
     reduced = [(flat.layout.numel, flat.reduce, id(flat.layout)) for flat in trained if ranks > 1]
     return Held(parameters, gradients, states, whole, _pooled(reduced))
+
+
+def work_of(
+    model: nn.Module, precision: Precision, shards: int, autocast: torch.dtype | None, accumulates: bool
+) -> Work:
+    """What a step moves of ``model``, sharded over ``shards`` ranks."""
+    blocks, rest, updated = [], Unit(0, 0), 0
+    groups = plan_units(model)
+    for group, flats in zip(groups, flats_of(model, precision, shards, autocast), strict=True):
+        trained = [flat for flat in flats if flat.trains]
+        unit = Unit(
+            sum(flat.layout.numel * flat.wire.itemsize for flat in flats),
+            sum(flat.layout.numel * flat.reduce.itemsize for flat in trained),
+        )
+        if isinstance(group.owner, Block) and unit.gathered:
+            blocks.append(unit)
+        else:
+            rest = Unit(rest.gathered + unit.gathered, rest.reduced + unit.reduced)
+        for flat in trained:
+            beside = bytes_beside(flat.dtype, shards > 1)
+            gradient = 4 if accumulates else flat.reduce.itemsize
+            updated += flat.layout.numel * (2 * (flat.dtype.itemsize + beside) + gradient)
+    return Work(tuple(blocks), rest, updated)
 
 
 def _pooled(wanted: Sequence[tuple[int, torch.dtype, int]]) -> int:

@@ -24,6 +24,7 @@ import bmtrain as bmt
 from bmtrain.checkpoint import Checkpointer
 from bmtrain.context import context
 from bmtrain.errors import ConfigurationError, RankDivergenceError, UnsupportedError
+from bmtrain.estimate.live import LiveBytes
 
 WIDTH = 6
 
@@ -723,3 +724,43 @@ def test_a_loss_of_some_results() -> None:
         both[index].sum().backward()
         for mine, theirs in zip(layers, plain, strict=True):
             oracle.assert_same_grads(mine, theirs)
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+def live_in_a_step(recompute: bool, mode: str) -> tuple[int, int]:
+    """Bytes alive between forward and backward, and at their most."""
+    blocks = [bmt.Block(Wide(), use_checkpoint=recompute, mode=mode) for _ in range(8)]
+    layers = (bmt.PipelineTransformerBlockList if mode == "PIPE" else bmt.TransformerBlockList)(blocks)
+    x = torch.randn(16, 256, 32, requires_grad=True)
+    layers(x).sum().backward()  # makes what is there from then on
+    gc.collect()
+    with LiveBytes([x]) as counted:
+        loss = layers(x).sum()
+        between = counted.now
+        loss.backward()
+    return between, counted.peak
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_more_micro_batches_take_no_more_memory(recompute: bool) -> None:
+    """GPipe keeps what all micro-batches of a call need: a batch of every rank, of this stage's blocks."""
+    hidden = 16 * 256 * 32 * 4
+    ((plain, _), *_) = run_ranks(2, live_in_a_step, recompute, "BLOCK")
+    few, many = (
+        max(run_ranks(2, live_in_a_step, recompute, "PIPE", init={"pipe_size": 2, "num_micro_batches": count}))
+        for count in (2, 16)
+    )
+    assert few[0] == pytest.approx(many[0], rel=0.02)
+    assert plain < many[0] < plain + 4 * hidden  # what comes in and goes out, and a stage's parameters
+    assert many[0] > 8 * hidden
+    if recompute:  # one block is computed again at a time, of one micro-batch
+        assert many[1] - many[0] < (few[1] - few[0]) / 2
