@@ -232,7 +232,11 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     imports = {result.path: set(_modules(result)) for result in results}
 
     def imported(path: Path, by: Path) -> bool:
-        return path in imports[by] or Path(path.stem) in imports[by]
+        if path in imports[by]:
+            return True
+        own = path.with_suffix("").parts
+        named = (module.parts for module in imports[by] if not module.suffix)
+        return any(parts[-len(own) :] == own[-len(parts) :] for parts in named)
 
     def is_imported(path: Path) -> bool:
         return any(imported(path, other) for other in imports if other != path)
@@ -248,14 +252,14 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
 
 
 def _modules(result: Result) -> Iterator[Path]:
-    """What a file imports: ``Path("name")`` of a module that is found by name, the file's path for ``.name``."""
+    """What a file imports: ``Path("package/name")`` where it is found by name, the file itself for ``.name``."""
     for dots, name in _IMPORTED.findall(result.after):
         parts = name.decode().split(".")
         if dots:
             folder = result.path.parent.joinpath(*[".."] * (len(dots) - 1))
             yield Path(os.path.normpath(folder.joinpath(*parts).with_suffix(".py")))
         else:
-            yield Path(parts[-1])
+            yield Path(*parts)
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:
