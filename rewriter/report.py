@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import difflib
+import os
 import re
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from rewriter.types import Finding, Refusal, Remark, Result, place
 
 READY = "ready to launch: "
 FIRST = "before the launch, "
-_IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:[\w.]*\.)?(\w+)", re.M)
+_IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(\.*)((?:\w+\.)*\w+)", re.M)
 _IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
@@ -229,20 +229,37 @@ def _command(script: Path) -> str:
 
 def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
     """What to launch: no other file imports it, it trains or imports what does, and its name says so."""
-    imports = {result.path: set(_IMPORTED.findall(result.after)) for result in results}
-    importers = Counter(name for names in imports.values() for name in names)
-    trains = {path.stem.encode() for path in trained}
+    imports = {result.path: set(_modules(result)) for result in results}
 
-    def order(path: Path) -> tuple[bool, bool, bool]:
-        own = imports[path]
-        name = path.stem.encode()
-        return importers[name] > (name in own), path not in trained and not own & trains, not _LAUNCHED.match(path.stem)
+    def imported(path: Path, by: Path) -> bool:
+        if path in imports[by]:
+            return True
+        own = path.with_suffix("").parts
+        named = (module.parts for module in imports[by] if not module.suffix)
+        return any(parts[-len(own) :] == own[-len(parts) :] for parts in named)
 
-    stems = {path.stem.encode() for path in started}
+    def is_imported(path: Path) -> bool:
+        return any(imported(path, other) for other in imports if other != path)
+
+    def order(path: Path) -> tuple[bool, bool, bool, bool]:
+        trains = path in trained or any(imported(other, path) for other in trained)
+        return path.stem == "__init__", is_imported(path), not trains, not _LAUNCHED.match(path.stem)
+
     runs = {result.path for result in results if b"__main__" in result.after or result.path in trained}
-    imported = all(importers[stem] > (stem in imports[path]) for path in started if (stem := path.stem.encode()))
-    run = [path for path in imports if (path in runs or imported) and imports[path] & stems]
-    return min([*started, *run], key=order)
+    all_imported = all(map(is_imported, started))
+    run = [path for path in imports if path in runs or all_imported]
+    return min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+
+
+def _modules(result: Result) -> Iterator[Path]:
+    """What a file imports: ``Path("package/name")`` where it is found by name, the file itself for ``.name``."""
+    for dots, name in _IMPORTED.findall(result.after):
+        parts = name.decode().split(".")
+        if dots:
+            folder = result.path.parent.joinpath(*[".."] * (len(dots) - 1))
+            yield Path(os.path.normpath(folder.joinpath(*parts).with_suffix(".py")))
+        else:
+            yield Path(*parts)
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:

@@ -150,6 +150,18 @@ def test_the_script_to_launch_is_the_one_that_imports_the_loop(
     assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'run.py'}")
 
 
+def test_a_package_with_a_module_of_the_scripts_name_is_not_launched(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``from .main import load`` in ``sets/__init__.py`` means ``sets/main.py``, and not the script."""
+    (project / "main.py").write_text(TRAIN)
+    (project / "sets").mkdir()
+    (project / "sets" / "main.py").write_text("def load():\n    return []\n")
+    (project / "sets" / "__init__.py").write_text("from .main import load\n")
+    (project / "other.py").write_text("from sets.main import load\n")
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'main.py'}")
+
+
 def test_the_last_line_names_what_to_see_to_first(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "train.py").write_text(
         LOADED + 'with open("net.pt", "wb") as file:\n    file.write(b"1")\n    torch.save(net, file)\n'

@@ -67,7 +67,6 @@ def test_one_rank_makes_it_where_nothing_asks(call: str) -> None:
 KEPT = [
     "os.makedirs(d, exist_ok=True)",
     "d.mkdir(parents=True, exist_ok=True)",
-    "os.makedirs(d, exist_ok=resumes)",
     "fs.mkdir(d)",
     "try:\n    os.makedirs(d)\nexcept FileExistsError:\n    pass",
     "try:\n    os.mkdir(d)\nexcept OSError as error:\n    y = error",
@@ -100,3 +99,24 @@ def test_where_others_may_come_too_a_folder_may_be_there_on_several_ranks() -> N
 def test_what_one_rank_must_decide_is_reported(text: str) -> None:
     result = convert_text(HEAD + text + TRAIN)
     assert any(finding.code == "BMT038" for finding in result.reported)
+
+
+@pytest.mark.parametrize("given", ["there", "self.there", "flags['there']"])
+@pytest.mark.parametrize("call", ["os.makedirs(path, exist_ok={})", "path.mkdir(parents=True, exist_ok={})"])
+def test_a_choice_of_the_scripts_own_holds_on_one_rank(call: str, given: str) -> None:
+    made = call.format(given)
+    text = f"""import os
+import torch
+
+class Run:
+    def __init__(self, path, there, flags):
+        {made}
+
+Run(path, there, flags)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loss = model(x).mean()
+loss.backward()
+optimizer.step()
+"""
+    assert f"exist_ok={given} or bmt.world_size() > 1" in converted(text)

@@ -17,7 +17,7 @@ _TORCH_HOMES = (
     (re.compile(r"^torch\.nn\.(?:modules|parameter)(?:\.[a-z_]+)*\.([A-Z]\w*)$"), r"torch.nn.\1"),
     (re.compile(r"^torch\.nn\.utils\.clip_grad\.(\w+)$"), r"torch.nn.utils.\1"),
     (re.compile(r"^torch\.optim\.(?!lr_scheduler|swa_utils)[a-z_]+\.([A-Z]\w*)$"), r"torch.optim.\1"),
-    (re.compile(r"^torch\.(?:cuda\.)?amp\.(?:grad_scaler\.)?GradScaler$"), "torch.amp.GradScaler"),
+    (re.compile(r"^torch\.(?:(?:cuda\.|cpu\.)?amp\.(?:grad_scaler\.)?)?GradScaler$"), "torch.amp.GradScaler"),
     (re.compile(r"^torch\.nn\.parallel\.distributed\.(\w+)$"), r"torch.nn.parallel.\1"),
     (
         re.compile(r"^torch\.utils\.data\.(?:dataloader|distributed|dataset|sampler)\.([A-Z]\w*)$"),

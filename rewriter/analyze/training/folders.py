@@ -17,8 +17,10 @@ def fails_if_there(file: File, project: Project, call: ast.Call) -> bool:
     """Whether a call makes a folder and fails where there is one, and nothing around it takes that for fine."""
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     allowed = given.get("exist_ok")
-    if None in given or (allowed is not None and not (isinstance(allowed, ast.Constant) and allowed.value is False)):
+    if None in given or (isinstance(allowed, ast.Constant) and allowed.value is not False):
         return False
+    if not isinstance(allowed, (ast.Constant, ast.Name, ast.Attribute, ast.Subscript, ast.Call, type(None))):
+        return False  # computed on the spot: most often for the ranks of a launcher
     name = project.external(file, call.func)
     if name in {"os.makedirs", "os.mkdir"}:
         made = 0 < len(call.args) < 3 and not any(isinstance(item, ast.Starred) for item in call.args)

@@ -120,6 +120,8 @@ class Managers:
     def _visible(self, manager: Manager, node: ast.AST) -> bool:
         variables = [v for v, found in self.of.items() if found is manager]
         around = {node, *self.file.names.ancestors(node)}
+        for owner in [item for item in around if isinstance(item, ast.ClassDef)]:
+            around.update(info.node for info in self.roles.classes.ancestors(self.file.class_info(owner)))
         return any(variable[0] in around for variable in variables)
 
     def _steps(self, manager: Manager) -> Iterator[int]:

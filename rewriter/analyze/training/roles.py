@@ -48,9 +48,28 @@ class Roles:
         if root in {"self", "cls"} and "." in path:
             owner = names.class_of(node)
             if owner is not None:
-                return owner, path
+                return self._setter(owner, path.split(".")[1]), path
         found = names.lookup(root, names.scope_of(node))
         return (found[0].node if found else names.module.node), path
+
+    def _setter(self, owner: ast.ClassDef, name: str) -> ast.ClassDef:
+        """The class whose attribute ``self.name`` is: the one itself, or one above it in this file that sets it."""
+        if (owner, name) in self._set:
+            return owner
+        above = self.classes.ancestors(self.file.class_info(owner))
+        found = (info.node for info in above if info.file is self.file and (info.node, name) in self._set)
+        return next(found, owner)
+
+    @cached_property
+    def _set(self) -> set[tuple[ast.ClassDef, str]]:
+        """Each class, with the attributes of its objects that it sets."""
+        return {
+            (owner, node.attr)
+            for node in self.file.nodes
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            and isinstance(node.value, ast.Name) and node.value.id in {"self", "cls"}
+            and (owner := self.file.names.class_of(node)) is not None
+        }  # fmt: skip
 
     @cached_property
     def assignments(self) -> list[tuple[Var, ast.expr, ast.stmt, bool]]:

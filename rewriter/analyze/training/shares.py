@@ -608,7 +608,7 @@ class Kinds:
                     kinds -= {""}  # what it is before anything is added
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
-                if any(self._is_crossed(value) for value, part in self.made[name] if part is None):
+                if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
@@ -626,7 +626,7 @@ class Kinds:
                 if attr in {"sum", "mean"}:
                     if self.kind(value, deep + 1) == "loss":
                         return "loss"
-                    if self._is_crossed(value):
+                    if self._is_crossed(value, deep + 1):
                         return "unknown"
                     return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
                 if attr in _VIEWS:
@@ -653,16 +653,19 @@ class Kinds:
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
 
-    def _is_crossed(self, node: ast.expr, deep: int = 0) -> bool:
+    def _is_crossed(self, node: ast.expr, deep: int = 0, names: int = 0) -> bool:
         """Whether samples are compared with what is made of all in the batch: ``x - x.mean(0)``, ``x / x.max()``."""
         for item in walk(node):
             if isinstance(item, ast.BinOp):
                 for one, other in ((item.left, item.right), (item.right, item.left)):
-                    of_all = self.kind(other) in {"mean", "total"} or (_is_no_mean(other) and self.of_batch(other))
-                    if of_all and not _is_no_mean(one) and self.kind(one) == "samples":
+                    of_all = self.kind(other, deep + 1) in {"mean", "total"} or (
+                        _is_no_mean(other) and self.of_batch(other)
+                    )
+                    if of_all and not _is_no_mean(one) and self.kind(one, deep + 1) == "samples":
                         return True
-            elif isinstance(item, ast.Name) and deep < 3:
-                if any(self._is_crossed(value, deep + 1) for value, part in self.made.get(item.id, ()) if part is None):
+            elif isinstance(item, ast.Name) and names < 3:
+                made = (value for value, part in self.made.get(item.id, ()) if part is None)
+                if any(self._is_crossed(value, deep + 1, names + 1) for value in made):
                     return True
         return False
 

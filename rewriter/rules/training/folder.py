@@ -2,13 +2,14 @@
 
 What: ``os.makedirs(path)`` and ``path.mkdir()`` under ``if not os.path.exists(path):`` get ``exist_ok=True``, and
 ``os.mkdir`` there becomes ``os.makedirs``. Where nothing asks before, one rank makes the folder and the others wait;
-where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``. A name made of
+where it is not seen that all ranks come there, they may find it made: ``exist_ok=bmt.world_size() > 1``, or
+``exist_ok=given or ...`` where a name says. A name made of
 the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``. So is an option, or a field of settings, that is
 the time where it is not given: ``args.out = bmt.store.broadcast_object(args.out)``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
-Refuses when: the call has ``exist_ok`` or its error is caught; only one rank reaches it. Names chosen by what is there
-are reported.
+Refuses when: the call has ``exist_ok=True`` or its error is caught; only one rank reaches it. Names chosen by what is
+there are reported.
 """
 
 from __future__ import annotations
@@ -92,7 +93,12 @@ def _allowed(file: File, facts: Facts, call: ast.Call, when: str = "True") -> It
             yield Import("import os")
             yield replace(call.func, "os.makedirs")
     refused = tuple(keyword for keyword in call.keywords if keyword.arg in {"exist_ok", "dir_fd"})
-    yield Arguments(call, added=(template(f"exist_ok={when}"),), dropped=refused)
+    chosen = [k.value for k in refused if k.arg == "exist_ok" and not isinstance(k.value, ast.Constant)]
+    if chosen and when != "True":
+        added = template(f"exist_ok={{chosen}} or {when}", chosen=chosen[0])
+    else:
+        added = template(f"exist_ok={when}")
+    yield Arguments(call, added=(added,), dropped=refused)
 
 
 def _is_for_all(file: File, facts: Facts, call: ast.Call) -> bool:

@@ -15,7 +15,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Var
@@ -74,6 +74,8 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
                 continue
             return f"{path} belongs to another object, so where its manager would be made is not known"
         if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
+            if variable != manager.scaler and _inherited_place(managers, variable) is not None:
+                continue
             return f"{path} is not made in this file, so where its manager would be made is not known"
     if manager.scaler is not None:
         for optimizer in manager.optimizers:
@@ -112,6 +114,7 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
         yield from _scaler_creation(file, managers, manager)
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
+        place = place or _inherited_place(managers, optimizer)
         add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
             yield from _joined(managers, manager, place, add, branch)
@@ -122,12 +125,14 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
             for made in again:
                 yield insert_behind(made, *lines)
         elif place is not None:
+            if any(_may_be_none(given) for given in _given(managers, optimizer)):
+                lines[1:] = _unless_none(optimizer, add)
             yield insert_behind(place, *lines)
         else:
             first = _first_statement(optimizer)
             if first is not None:
                 if _may_be_none(optimizer):
-                    lines[1:] = [f"if {optimizer[1]} is not None:", f"    {add}"]
+                    lines[1:] = _unless_none(optimizer, add)
                 yield insert_before(first, *lines)
 
 
@@ -137,6 +142,51 @@ def _owner_place(file: File, managers: Managers, optimizer: Var) -> ast.stmt | N
     if root[1] == optimizer[1] or root[1] in {"self", "cls"}:
         return None
     return _last_assignment(file, managers, root)
+
+
+def _unless_none(optimizer: Var, add: str) -> list[str]:
+    return [f"if {optimizer[1]} is not None:", f"    {add}"]
+
+
+def _setters(managers: Managers, optimizer: Var) -> Iterator[tuple[ClassInfo, ast.expr]]:
+    """For ``self.optimizer`` of a class: each class, it or one above it, that sets it, with the value."""
+    owner, path = optimizer
+    if not isinstance(owner, ast.ClassDef):
+        return
+    info = managers.file.class_info(owner)
+    for above in (info, *managers.roles.classes.ancestors(info)):
+        for node in walk(above.node):
+            if isinstance(node, ast.Assign) and path in map(dotted, node.targets):
+                yield above, node.value
+
+
+def _given(managers: Managers, optimizer: Var) -> Iterator[Var]:
+    """The arguments that a class takes for ``self.optimizer``."""
+    for info, value in _setters(managers, optimizer):
+        function = info.file.names.function_of(value)
+        if isinstance(value, ast.Name) and function is not None:
+            yield function, value.id
+
+
+def _inherited_place(managers: Managers, optimizer: Var) -> ast.stmt | None:
+    """The ``super().__init__(...)`` behind which a class has the ``self.optimizer`` of a class in another file."""
+    owner, _ = optimizer
+    if not isinstance(owner, ast.ClassDef) or not any(
+        info.file is not managers.file for info, _ in _setters(managers, optimizer)
+    ):
+        return None
+    made = managers.file.class_info(owner).methods.get("__init__")
+    return next((s for s in (made.body if made is not None else ()) if _runs_base(s)), None)
+
+
+def _runs_base(statement: ast.stmt) -> bool:
+    """``super().__init__(...)`` or ``Base.__init__(self, ...)``."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Call)
+        and isinstance(statement.value.func, ast.Attribute)
+        and statement.value.func.attr == "__init__"
+    )
 
 
 def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.stmt | None:
