@@ -6,7 +6,8 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.read.nodes import walk_own
+from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
@@ -40,7 +41,73 @@ def readings(
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
                 found[reading] = loss
                 taken.add(loss)
+        found |= {name: name for name in (*_returned(file, roles, node), *_watched(roles, node)) if name not in taken}
     return found
+
+
+def _watched(roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
+    """The losses that a schedule is told: ``schedule.step(total / count)``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=owner, attr="step"), args=[value]):
+            if roles.var(owner) not in roles.optimizers | roles.scalers | roles.managers:
+                yield from (name for name in _whole(value) if roles.var(name) in roles.losses)
+
+
+def _returned(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
+    """The losses that a function which trains has added up, where it returns them: ``return total / count``."""
+    if not isinstance(node, ast.Return):
+        return
+    function = file.names.function_of(node)
+    own = [item for statement in (function.body if function is not None else ()) for item in walk_own(statement)]
+    sums = {variable for item in own if (variable := _added_to(file, roles, item)) is not None}
+    if not sums or not any(_trains(roles, item) for item in own):
+        return
+    for _ in range(2):
+        for item in own:
+            match item:
+                case ast.Assign(targets=[target], value=value):
+                    if any(roles.var(name) in sums for name in _whole(value)):
+                        sums |= {variable} if (variable := roles.var(target)) in roles.losses else set()
+    yield from (name for name in _whole(node.value) if roles.var(name) in sums)
+
+
+def _added_to(file: File, roles: Roles, node: ast.AST) -> Var | None:
+    """The loss that a statement of a loop adds to, as long as none calls backward on it."""
+    match node:
+        case ast.AugAssign(target=ast.Name() as target, op=ast.Add()):
+            pass
+        case ast.Assign(targets=[ast.Name() as target], value=ast.BinOp(op=ast.Add(), left=left, right=right)):
+            if target.id not in {getattr(left, "id", ""), getattr(right, "id", "")}:
+                return None
+        case _:
+            return None
+    looped = any(isinstance(parent, (ast.For, ast.While)) for parent in file.names.ancestors(node))
+    variable = roles.var(target)
+    return variable if looped and variable in roles.losses - roles.trained else None
+
+
+def _trains(roles: Roles, node: ast.AST) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="backward")):
+            return True
+        case ast.Assign(value=value):
+            return roles.gives_loss(value, roles.losses)
+    return False
+
+
+def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
+    """The names in a value that are in it as tensors: of ``(total / count, right.item())`` the first."""
+    match node:
+        case ast.Name():
+            yield node
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Dict(values=parts):
+            yield from (name for part in parts for name in _whole(part))
+        case ast.BinOp(left=left, right=right):
+            yield from (*_whole(left), *_whole(right))
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _VIEWS:
+            yield from _whole(value)
+        case ast.Attribute(value=value, attr="data"):
+            yield from _whole(value)
 
 
 def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:

@@ -438,7 +438,7 @@ class _Roles(dict[File, Roles]):
         self._instances = Instances(classes, self, lambda: classes.project)
 
     def __missing__(self, file: File) -> Roles:
-        self[file] = Roles(file, self._classes, self._instances.class_held)
+        self[file] = Roles(file, self._classes, self._instances.class_held, self)
         return self[file]
 
 
