@@ -34,8 +34,8 @@ def told(text: str, words: str) -> int:
 @pytest.mark.parametrize("size", ["len(x)", "x.size(0)", "x.shape[0]", "len(y)"])
 def test_a_size_that_is_kept(size: str) -> None:
     line = f'    history.append({{"loss": 0.0, "seen": {size}}})\n'
-    assert f"bmt.total({size})".encode() in convert_text(f"{HEAD}{FOR}{line}").after
-    assert told(f"{HEAD}{NEXT}{line}", "size of this rank's share") == 1
+    for loop in (FOR, NEXT):
+        assert f"bmt.total({size})".encode() in convert_text(f"{HEAD}{loop}{line}").after
 
 
 def test_a_size_that_is_kept_by_a_script_for_ddp() -> None:

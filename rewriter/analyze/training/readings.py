@@ -34,8 +34,8 @@ def readings(
     taken: set[ast.expr] = set()
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
-        for reading in (*_candidates(file, roles, node), *_tested(file, roles, node), *given):
-            loss = _viewed(reading)
+        for reading in (*candidates(roles, node), *_tested(file, roles, node), *given):
+            loss = viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             known = known or (isinstance(loss, ast.Attribute) and loss.attr in attributes and _reads(reading))
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
@@ -110,13 +110,14 @@ def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
             yield from _whole(value)
 
 
-def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+    """What shows the value of a loss, if it holds one."""
     match node:
         case ast.Call(func=ast.Attribute(attr=attr), args=[], keywords=[]) if attr in _READERS:
             yield node
         case ast.Call(func=ast.Name(), args=[_]) if _is_number_type(node):
             yield node
-        case ast.Call(args=[value]) if roles.project.external(file, node.func) in _OF_NUMPY:
+        case ast.Call(args=[value]) if roles.project.external(roles.file, node.func) in _OF_NUMPY:
             yield value
         case ast.FormattedValue(value=value):
             yield value
@@ -127,11 +128,11 @@ def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
         case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
             yield from _parts(right)
         case ast.Call(func=ast.Attribute(attr="append"), args=[value]):
-            yield from (part for part in _parts(value) if part is not _viewed(part))
+            yield from (part for part in _parts(value) if part is not viewed(part))
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             yield from (part for value in given for part in _parts(value))
-        case _ if isinstance(node, ast.Call) and roles.project.external(file, node.func) == "wandb.log":
+        case _ if isinstance(node, ast.Call) and roles.project.external(roles.file, node.func) == "wandb.log":
             yield from (part for value in node.args for part in _parts(value))
 
 
@@ -178,7 +179,7 @@ def _reads(node: ast.expr) -> bool:
     )
 
 
-def _viewed(node: ast.expr) -> ast.expr:
+def viewed(node: ast.expr) -> ast.expr:
     """The tensor under ``.detach()``, ``.cpu()``, ``.data`` and the like, in any order."""
     while True:
         match node:
