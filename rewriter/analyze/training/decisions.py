@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import dotted, walk_own
+from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.collectives import as_guard, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
@@ -287,8 +287,15 @@ class Decisions:
         """The loop or function whose batch a test asks for the size or the values of."""
         if self.scripts.started or _is_of_kind(test):
             return None
-        place = self.scripts.handed.around(file, test)
-        return place if place is not None and self.scripts.handed.asks(file, place, test) else None
+        handed = self.scripts.handed
+        place = handed.around(file, test)
+        if place is None or not handed.asks(file, place, test):
+            return None
+        if handed.of(file)[place].known or self.scripts.shares_data(file):
+            return place
+        # Nothing shares out the data yet; that the user is asked to will make this a test of a share.
+        direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place))
+        return place if direct else None
 
     def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
         """Every rank sees its share of the batch."""

@@ -40,7 +40,7 @@ class Feed:
     entered: set[ast.AST] = field(default_factory=set)
     """Functions that it is handed to."""
     direct: bool = True
-    """No function returns it, so that everything here is said of one loader."""
+    """No function that is called more than once returns it, so that everything here is said of one loader."""
 
     @property
     def only_read(self) -> bool:
@@ -206,8 +206,8 @@ class Feeds:
         self, file: File, function: Function, place: int | None, feed: Feed, seen: set[object], deep: int
     ) -> None:
         feed.names.append(function.name)
-        feed.direct = False
         calls = list(self.collectives.instances.calls(file, function))
+        feed.direct &= len(calls) == 1 and not any(_is_repeated(other, call) for other, call in calls)
         for other, call in calls:
             self._follow(other, call, place, feed, seen, deep + 1)
         if not calls:
@@ -320,6 +320,15 @@ class Feeds:
         if isinstance(call.func, ast.Attribute):
             return self.collectives.instances.methods(file, call.func)
         return []
+
+
+def _is_repeated(file: File, node: ast.AST) -> bool:
+    """Whether a node stands in a loop, or in a function, which may be called more than once."""
+    return any(
+        isinstance(parent, (ast.For, ast.While, ast.comprehension, ast.Lambda))
+        or (isinstance(parent, Function) and parent.name not in {"main", "__init__"})
+        for parent in file.names.ancestors(node)
+    )
 
 
 def _counts(test: ast.expr) -> bool:

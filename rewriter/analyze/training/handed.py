@@ -73,21 +73,17 @@ class Handed:
         """The names of a place that hold its batch, or what is made of that without a model."""
         if place not in self._parts:
             names = self._parts[place] = set(self.of(file)[place].names)
-            nodes = [node for statement in place.body for node in walk_own(statement)]
+            given = [pair for statement in place.body for node in walk_own(statement) for pair in _assigned(node)]
+            made = {name for bound, _ in given for name in bound}
             for _ in range(3):
-                for node in nodes:
-                    match node:
-                        case ast.Assign(targets=targets, value=value) if self._is_of_data(file, value, names):
-                            names |= {name for target in targets for name in _bound(target)}
-                        case ast.NamedExpr(target=target, value=value) if self._is_of_data(file, value, names):
-                            names.add(target.id)
+                for bound, value in given:
+                    if not names_in(value) & made - names and self._is_of_data(file, value, names):
+                        names |= bound
         return self._parts[place]
 
     def _is_of_data(self, file: File, value: ast.expr, names: set[str]) -> bool:
         roles = self.collectives.roles[file]
-        if not self._read(value) & names:
-            return False
-        return not any(
+        return bool(self._read(value) & names) and not any(
             (isinstance(node, (ast.Name, ast.Attribute)) and (roles.is_model(node) or roles.var(node) in roles.losses))
             or (isinstance(node, ast.Call) and self.collectives.is_collective(file, node))
             for node in walk(value)
@@ -170,6 +166,14 @@ class Handed:
             if not isinstance(node, (ast.For, ast.While, Function, ast.ClassDef, ast.Lambda)):
                 stack.extend(ast.iter_child_nodes(node))
         return False
+
+
+def _assigned(node: ast.AST) -> Iterator[tuple[set[str], ast.expr]]:
+    match node:
+        case ast.Assign(targets=targets, value=value):
+            yield {name for target in targets for name in _bound(target)}, value
+        case ast.NamedExpr(target=target, value=value):
+            yield _bound(target), value
 
 
 def _bound(target: ast.expr) -> set[str]:

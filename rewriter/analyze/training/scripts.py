@@ -22,7 +22,7 @@ from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, 
 from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
-_SHARING = (b"shard_batch", b"shard_loader", *_PARALLEL)
+_SHARING = (b"shard_batch", b"shard_loader")
 DATA_PARALLEL = {
     "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
 }  # fmt: skip
@@ -92,15 +92,16 @@ class Scripts:
         """The loops of a file that take a rank's share of each batch and train on it."""
         roles = self.roles[file]
         found: dict[Place, Held] = {loop: Held(names, True) for loop, names in self._drawn(file).items()}
-        pulled = {
-            call for feeds in self._loaders.values() for feed in feeds if self._is_known([feed]) for call in feed.pulled
-        }
+        loaders = [feed for feeds in self._loaders.values() for feed in feeds]
+        known = {call for feed in loaders if self._is_known([feed]) for call in feed.pulled}
+        pulled = {call for feed in (*loaders, *self._sampled) if feed.trained for call in feed.pulled}
         for call, loop, names in self.handed.pulled(file):
             if call in pulled or self.handed.goes_back(loop):
-                found.setdefault(loop, Held(set(), call in pulled)).names.update(names)
+                found.setdefault(loop, Held(set(), call in known)).names.update(names)
+        sampled = _by_loop(self._sampled)
         for node in file.nodes:
             if isinstance(node, ast.For) and (names := taken_by(node, roles)):
-                feeds = self._feeds_of.get(node, []) + self._sampled.get(node, [])
+                feeds = self._feeds_of.get(node, []) + sampled.get(node, [])
                 if any(feed.trained or feed.maybe for feed in feeds):
                     found[node] = Held(names | (found[node].names if node in found else set()), self._is_known(feeds))
                 elif node not in found and not feeds and self.handed.goes_back(node):
@@ -169,10 +170,10 @@ class Scripts:
         return _by_loop(feed for feeds in self._loaders.values() for feed in feeds)
 
     @cached_property
-    def _sampled(self) -> dict[ast.For, list[Feed]]:
-        """The loaders that share out their data already, by the loops that go through them."""
+    def _sampled(self) -> list[Feed]:
+        """Where the loaders go that share out their data already."""
         made = ((file, call) for file in self.training if self.is_parallel(file) for call in self._makes_loader(file))
-        return _by_loop(self.feeds.of(file, call) for file, call in made if _has_sampler(call))
+        return [self.feeds.of(file, call) for file, call in made if _has_sampler(call)]
 
     @cached_property
     def _loaders(self) -> dict[File, list[Feed]]:
@@ -385,7 +386,7 @@ class Scripts:
         return {name for info in infos for name in info.methods}
 
     def _shares_itself(self, file: File) -> bool:
-        if any(mark in file.source.data for mark in _SHARING):
+        if self.is_parallel(file) or any(mark in file.source.data for mark in _SHARING):
             return True
         if any(not feed.only_read for feed in self._loaders.get(file, ())):
             return True

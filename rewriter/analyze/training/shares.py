@@ -937,7 +937,8 @@ def _exact(node: ast.expr) -> ast.expr:
 
 def taken_by(loop: ast.For, roles: Roles) -> set[str]:
     """The names that a loop gives what it goes through, if that is no number."""
-    return set() if _counts(loop.iter, roles) else names_in(item_of(loop))
+    listed = isinstance(loop.iter, (ast.List, ast.Tuple, ast.Constant))
+    return set() if listed or _counts(loop.iter, roles) else names_in(item_of(loop))
 
 
 def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
