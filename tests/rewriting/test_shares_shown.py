@@ -155,8 +155,3 @@ def test_a_step_function_keeps_counts() -> None:
 @pytest.mark.parametrize("loop", [FOR, LOOPS["step"]])
 def test_how_many_kinds_there_are_is_no_sum(loop: str) -> None:
     assert b"bmt.total(len(set" not in convert_text(f"{HEAD}{loop}    kinds += len(set(y.tolist()))\n").after
-
-
-def test_a_loader_that_nothing_goes_through_shares_nothing() -> None:
-    text = HEAD + FOR.replace("enumerate(train_loader)", "enumerate(batches)")
-    assert told(text, "all ranks train on the same batches") == 1

@@ -388,7 +388,7 @@ class Scripts:
     def _shares_itself(self, file: File) -> bool:
         if self.is_parallel(file) or any(mark in file.source.data for mark in _SHARING):
             return True
-        if any(feed.trained or feed.maybe or feed.lost for feed in self._loaders.get(file, ())):
+        if any(not feed.only_read for feed in self._loaders.get(file, ())):
             return True
         taken = self.batches.of(file) if file in self.training else None
         return taken is not None and bool(taken.whole or taken.parts)
