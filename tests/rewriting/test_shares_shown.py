@@ -34,8 +34,8 @@ def told(text: str, words: str) -> int:
 @pytest.mark.parametrize("size", ["len(x)", "x.size(0)", "x.shape[0]", "len(y)"])
 def test_a_size_that_is_kept(size: str) -> None:
     line = f'    history.append({{"loss": 0.0, "seen": {size}}})\n'
-    assert f"bmt.total({size})".encode() in convert_text(f"{HEAD}{FOR}{line}").after
-    assert told(f"{HEAD}{NEXT}{line}", "size of this rank's share") == 1
+    for loop in (FOR, NEXT):
+        assert f"bmt.total({size})".encode() in convert_text(f"{HEAD}{loop}{line}").after
 
 
 def test_a_size_that_is_kept_by_a_script_for_ddp() -> None:
@@ -58,7 +58,10 @@ CALLBACK = """class Log:
 """
 
 
-@pytest.mark.parametrize("shown", ["loss.item()", "float(loss)"])
+@pytest.mark.parametrize(
+    "shown",
+    ["loss.item()", "float(loss)", "round(float(loss.detach().cpu()), 4)", "loss.data.item()", "'%.4f' % loss", "loss"],
+)
 def test_a_callback_shows_the_loss(shown: str) -> None:
     text = (
         CALLBACK.format(shown=shown)
@@ -84,3 +87,71 @@ def test_a_callback_that_gets_no_loss_or_shows_none() -> None:
 def test_who_imports_what_ddp_needs_and_no_more_is_not_parallel() -> None:
     text = f"import logging\n{DDP.splitlines()[0]}\n{HEAD}logging.basicConfig(level=logging.INFO)\n{FOR}"
     assert b"logging.INFO if bmt.rank() == 0 else logging.WARNING" in convert_text(text).after
+
+
+ACCURACY = "(net(x).argmax(-1) == y).float().mean().item()"
+PARALLEL = f"{HEAD}{DDP}".replace("shuffle=True", "sampler=sampler")
+STEPS = f"""def steps_of(loader):
+    for i, (x, y) in enumerate(loader):
+{STEP.replace("    ", "        ")}        yield i, loss, x, y
+
+
+"""
+LOOPS = {
+    "for": FOR,
+    "zip": FOR.replace("enumerate(train_loader)", "zip(range(9), train_loader)"),
+    "next": NEXT,
+    "range": f"it = iter(train_loader)\nfor i in range(len(train_loader)):\n    x, y = next(it)\n{STEP}",
+    "generator": f"{STEPS}for i, loss, x, y in steps_of(train_loader):\n    pass\n",
+    "step": f"def step(x, y):\n{STEP}\n\nfor i, (x, y) in enumerate(train_loader):\n    step(x, y)\n",
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+@pytest.mark.parametrize(
+    "line",
+    [
+        "history.append({'seen': len(x)})",
+        f"acc = {ACCURACY}\n    print(f'{{acc:.4f}}')",
+        f"print('accuracy', {ACCURACY})",
+        "sys.stdout.write(f'{x.size(0)}')",
+        "logging.info('%d right', (net(x).argmax(1) == y).sum().item())",
+    ],
+)
+def test_what_a_script_for_ddp_shows(loop: str, line: str) -> None:
+    assert told(f"{PARALLEL}{loop}    {line}\n", "of this rank's share of the batch") == 1
+
+
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"acc = torch.tensor({ACCURACY})\n    dist.all_reduce(acc)\n    print(acc.item())",
+        f"acc = reduce_mean({ACCURACY})\n    print(acc)",
+        "print(loss.item())",
+        "print(len(train_loader))",
+        "print(x.shape[1], x.dtype)",
+        "hits += (net(x).argmax(1) == y).sum().item()",
+        "meter.update(loss.item(), x.size(0))",
+    ],
+)
+def test_what_is_of_all_ranks_or_no_share(loop: str, line: str) -> None:
+    text = f"import torch.distributed as dist\n{PARALLEL}{loop}    {line}\n"
+    assert told(text, "of this rank's share of the batch") == 0
+
+
+def test_a_generator_hands_on_the_batch() -> None:
+    text = f"{HEAD}{LOOPS['generator']}    history.append({{'step': i, 'loss': loss.item(), 'seen': len(x)}})\n"
+    wanted = b"history.append({'step': i, 'loss': bmt.sum_loss(loss).item(), 'seen': bmt.total(len(x))})"
+    assert wanted in convert_text(text).after
+
+
+def test_a_step_function_keeps_counts() -> None:
+    text = f"{HEAD}def step(i, x, y):\n{STEP}    history.append((i, len(x)))\n\n\n"
+    text += "for i, (x, y) in enumerate(train_loader):\n    step(i, x, y)\n"
+    assert b"history.append((i, bmt.total(len(x))))" in convert_text(text).after
+
+
+@pytest.mark.parametrize("loop", [FOR, LOOPS["step"]])
+def test_how_many_kinds_there_are_is_no_sum(loop: str) -> None:
+    assert b"bmt.total(len(set" not in convert_text(f"{HEAD}{loop}    kinds += len(set(y.tolist()))\n").after

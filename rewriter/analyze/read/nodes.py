@@ -46,6 +46,24 @@ def names_in(node: ast.AST) -> set[str]:
     return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
+def item_of(loop: ast.For) -> ast.expr:
+    """What a loop calls an item, without the number that ``enumerate`` or ``zip(range(9), items)`` gives it."""
+    target, iterated = loop.target, loop.iter
+    if not isinstance(iterated, ast.Call) or not isinstance(target, ast.Tuple):
+        return target
+    called = (dotted(iterated.func) or "").split(".")[-1]
+    if called == "enumerate" and len(target.elts) == 2:
+        return target.elts[1]
+    if called == "zip" and len(target.elts) == len(iterated.args) == 2 and _numbers(iterated.args[0]):
+        return target.elts[1]
+    return target
+
+
+def _numbers(node: ast.expr) -> bool:
+    called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
+    return called in {"range", "trange", "count"}
+
+
 def walk_own(node: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a statement without those of functions and classes defined in it."""
     stack = [node]

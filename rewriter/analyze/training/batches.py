@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, assigned_by, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds, is_without_gradients
@@ -117,7 +117,7 @@ class Batches:
         for parent in other.names.ancestors(node):
             if isinstance(parent, ast.For) and child is parent.iter:
                 if other is file:
-                    found.setdefault(parent, set()).update(_names(_item_of(parent)))
+                    found.setdefault(parent, set()).update(_names(item_of(parent)))
                 return
             if isinstance(parent, (ast.For, ast.While)) and not _yields(parent):
                 if other is file:
@@ -546,14 +546,6 @@ def _outermost(file: File, node: ast.expr) -> ast.expr:
             node = above
         else:
             return node
-
-
-def _item_of(loop: ast.For) -> ast.expr:
-    """The target that holds a batch: the second of ``for i, batch in enumerate(...)``."""
-    called = dotted(loop.iter.func) if isinstance(loop.iter, ast.Call) else ""
-    if called and called.split(".")[-1] == "enumerate" and isinstance(loop.target, ast.Tuple):
-        return loop.target.elts[-1]
-    return loop.target
 
 
 def _names(node: ast.AST) -> set[str]:

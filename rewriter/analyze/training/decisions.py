@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.collectives import as_guard, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.shares import Place, Share, loop_over
 from rewriter.analyze.training.varying import Varying, of_rank, strides_by_rank
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
@@ -44,6 +45,8 @@ class Verdict:
 
     decision: Decision
     tests: list[ast.expr] = field(default_factory=list)
+    shares: dict[ast.expr, Share] = field(default_factory=dict)
+    """Totals and means in tests of a batch, which are to be the whole batch's."""
     listed: list[ast.expr] = field(default_factory=list)
     reason: str = ""
     as_before: bool = False
@@ -71,7 +74,7 @@ class Decisions:
         """The decisions of a file on which ranks may differ."""
         for decision in self.of(file).values():
             verdict = self._judge(file, decision)
-            if verdict.reason or verdict.tests or verdict.listed:
+            if verdict.reason or verdict.tests or verdict.shares or verdict.listed:
                 yield verdict
 
     # Finding ---------------------------------------------------------------------------------------------------
@@ -234,8 +237,8 @@ class Decisions:
             return
         elif of_rank(file, test):
             verdict.reason = verdict.reason or "every rank has another answer here"
-        elif self._is_of_share(file, test):
-            verdict.reason = verdict.reason or "a rank sees its share of the batch only, and this test is of the batch"
+        elif (place := self._share_asked(file, test)) is not None:
+            self._judge_share(file, test, place, verdict)
         elif self.varying.varies(file, test):
             verdict.tests.append(test)
 
@@ -280,16 +283,36 @@ class Decisions:
 
     # Batches ---------------------------------------------------------------------------------------------------
 
-    def _is_of_share(self, file: File, test: ast.expr) -> bool:
-        """Whether a test is of the size or the values of a batch, of which every rank sees its share."""
-        names = {item.id for item in walk(test) if isinstance(item, ast.Name)}
-        if not names or self.scripts.started or _is_of_kind(test):
-            return False
-        for parent in self._around(file, test):
-            if isinstance(parent, ast.For) and _trains_itself(parent):
-                targets = {item.id for item in walk(_batch_of(parent)) if isinstance(item, ast.Name)}
-                return bool(names & targets) and not _is_given_by_range(file, parent)
-        return False
+    def _share_asked(self, file: File, test: ast.expr) -> Place | None:
+        """The loop or function whose batch a test asks for the size or the values of."""
+        if self.scripts.started or _is_of_kind(test):
+            return None
+        handed = self.scripts.handed
+        place = handed.around(file, test)
+        if place is None or not handed.asks(file, place, test):
+            return None
+        if handed.of(file)[place].known or self.scripts.shares_data(file):
+            return place
+        # Nothing shares out the data yet; that the user is asked to will make this a test of a share.
+        direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place))
+        return place if direct else None
+
+    def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
+        """Every rank sees its share of the batch."""
+        handed = self.scripts.handed
+        kinds, known = handed.kinds(file, place), handed.of(file)[place].known
+        parts = kinds.whole(test)
+        node = verdict.decision.node
+        if self.scripts.was_parallel(file):
+            if parts and all(kinds.is_size(part) for part, _ in parts):
+                verdict.tests.append(test)  # its samplers give all ranks as many
+                return
+        elif parts is not None and kinds.comes_once(node):
+            loader = None if known or not isinstance(place, ast.For) else loop_over(place)
+            if known or (loader is not None and self.scripts.shares_data(file)):
+                verdict.shares |= {part: Share(kind, loader) for part, kind in parts}
+                return
+        verdict.reason = verdict.reason or "a rank sees its share of the batch only, and this test is of the batch"
 
 
 def _is_only_tested(file: File, node: ast.expr) -> bool:
@@ -315,43 +338,6 @@ def _is_of_kind(test: ast.expr) -> bool:
             return True
         case ast.Call(func=ast.Name(id="isinstance" | "hasattr" | "callable")):
             return True
-    return False
-
-
-def _batch_of(loop: ast.For) -> ast.expr:
-    match loop:
-        case ast.For(iter=ast.Call(func=ast.Name(id="enumerate")), target=ast.Tuple(elts=[_, batch])):
-            return batch
-    return loop.target
-
-
-def _is_given_by_range(file: File, loop: ast.For) -> bool:
-    """Whether a loop counts, also through a bar: ``with trange(9) as bar: for step in bar``."""
-    through = [loop.iter]
-    if isinstance(loop.iter, ast.Name):
-        found = file.names.lookup(loop.iter.id, file.names.scope_of(loop.iter))
-        for binding in found[1] if found is not None else ():
-            made = file.names.parents.get(binding.node)
-            if isinstance(made, ast.withitem):
-                through.append(made.context_expr)
-            elif isinstance(made, (ast.Assign, ast.AnnAssign)) and made.value is not None:
-                through.append(made.value)
-    inner = [item for value in through for item in walk(value) if isinstance(item, ast.Call)]
-    counts = {"range", "trange", "tqdm.trange", "itertools.count", "count"}
-    return any(dotted(call.func) in counts for call in inner) or isinstance(
-        loop.iter, (ast.List, ast.Tuple, ast.Constant)
-    )
-
-
-def _trains_itself(loop: ast.For) -> bool:
-    """Whether a loop's own body, without loops in it, calls backward."""
-    stack: list[ast.AST] = list(loop.body)
-    while stack:
-        item = stack.pop()
-        if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward":
-            return True
-        if not isinstance(item, (*_FUNCTIONS, *_LOOPS)):
-            stack.extend(ast.iter_child_nodes(item))
     return False
 
 

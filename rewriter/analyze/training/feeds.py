@@ -35,10 +35,12 @@ class Feed:
     names: list[str] = field(default_factory=list)
     """Variables, parameters, attributes and keys that hold the loader."""
     loops: set[ast.For] = field(default_factory=set)
+    pulled: set[ast.Call] = field(default_factory=set)
+    """Where a batch is taken by ``next``."""
     entered: set[ast.AST] = field(default_factory=set)
     """Functions that it is handed to."""
     direct: bool = True
-    """No function returns it, so that everything here is said of one loader."""
+    """No function that is called more than once returns it, so that everything here is said of one loader."""
 
     @property
     def only_read(self) -> bool:
@@ -127,16 +129,17 @@ class Feeds:
     ) -> None:
         last = (dotted(call.func) or "").split(".")[-1]
         if last == "next":
+            feed.pulled.add(call)
             if self._around(file, call):
                 feed.trained = True
-            elif self._set_aside(file, call):
+            elif self.sets_aside(file, call):
                 feed.read = True
             else:
                 feed.lost = True
             return
         if last in {"len", "print", "isinstance", "hasattr", "getattr", "id", "type"}:
             return
-        functions = self._functions(file, call)
+        functions = self.functions(file, call)
         for function in functions:
             given = function.node.args
             listed = [a.arg for a in (*given.posonlyargs, *given.args)]
@@ -157,7 +160,7 @@ class Feeds:
                 self._follow(file, call, None, feed, seen, deep + 1)
             else:
                 feed.lost = True
-        elif any(self._gives(function) for function in functions):
+        elif any(self._gives(function) and self.steps(function) != "trains" for function in functions):
             self._follow(file, call, None, feed, seen, deep + 1)
 
     @staticmethod
@@ -203,8 +206,8 @@ class Feeds:
         self, file: File, function: Function, place: int | None, feed: Feed, seen: set[object], deep: int
     ) -> None:
         feed.names.append(function.name)
-        feed.direct = False
         calls = list(self.collectives.instances.calls(file, function))
+        feed.direct &= len(calls) == 1 and not any(_is_repeated(other, call) for other, call in calls)
         for other, call in calls:
             self._follow(other, call, place, feed, seen, deep + 1)
         if not calls:
@@ -244,7 +247,7 @@ class Feeds:
             return ""
         if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
             return "trains"
-        functions = self._functions(file, node)
+        functions = self.functions(file, node)
         known = {self.steps(function) for function in functions}
         if known - {""}:
             return "trains" if "trains" in known else "maybe"
@@ -271,11 +274,11 @@ class Feeds:
             elif isinstance(parent, Function):
                 inside = inside or parent
                 break
-        if inside is None or self._set_aside(file, node):
+        if inside is None or self.sets_aside(file, node):
             return False
         return any(self.kind(file, item) == "trains" for item in walk(inside))
 
-    def _set_aside(self, file: File, node: ast.AST) -> bool:
+    def sets_aside(self, file: File, node: ast.AST) -> bool:
         """Whether a batch is taken in a block of a loop that does not train, and what is made of it stays there."""
         child = node
         for parent in file.names.ancestors(node):
@@ -306,7 +309,7 @@ class Feeds:
             self._steps[function.node] = "trains" if "trains" in kinds else "maybe" if "maybe" in kinds else ""
         return self._steps[function.node]
 
-    def _functions(self, file: File, call: ast.Call) -> list[FunctionInfo]:
+    def functions(self, file: File, call: ast.Call) -> list[FunctionInfo]:
         """The functions of the project that a call runs, as far as is seen."""
         found = self.project.resolve(file, call.func)
         if isinstance(found, FunctionInfo):
@@ -317,6 +320,15 @@ class Feeds:
         if isinstance(call.func, ast.Attribute):
             return self.collectives.instances.methods(file, call.func)
         return []
+
+
+def _is_repeated(file: File, node: ast.AST) -> bool:
+    """Whether a node stands in a loop, or in a function, which may be called more than once."""
+    return any(
+        isinstance(parent, (ast.For, ast.While, ast.comprehension, ast.Lambda))
+        or (isinstance(parent, Function) and parent.name not in {"main", "__init__"})
+        for parent in file.names.ancestors(node)
+    )
 
 
 def _counts(test: ast.expr) -> bool:

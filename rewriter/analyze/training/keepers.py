@@ -60,7 +60,7 @@ class Keepers:
         if not alone or self._is_made(file, holder):
             return None
         name = func.attr if isinstance(func, ast.Attribute) else "__call__"
-        methods = [info for info in self._instances.named(name) if _takes(info.node, call)]
+        methods = [info for info in self._instances.named(name) if takes(info.node, call)]
         return Kept(given, seen=False) if any(map(self._way, methods)) else None
 
     def _is_made(self, file: File, holder: ast.expr) -> bool:
@@ -138,8 +138,9 @@ def _attributes(node: ast.expr) -> Iterator[ast.Attribute]:
     yield from (item for item in walk(node) if isinstance(item, ast.Attribute))
 
 
-def _takes(function: Function, call: ast.Call) -> bool:
-    """Whether a method takes as many arguments as a call gives."""
+def takes(function: Function, call: ast.Call) -> bool:
+    """Whether a function or method takes as many arguments as a call gives."""
     arguments = function.args
-    count, most = len(call.args) + len(call.keywords), len(arguments.args) + len(arguments.kwonlyargs) - 1
+    bound = bool(arguments.args) and arguments.args[0].arg in {"self", "cls"}
+    count, most = len(call.args) + len(call.keywords), len(arguments.args) + len(arguments.kwonlyargs) - bound
     return arguments.vararg is not None or most - len(arguments.defaults) <= count <= most

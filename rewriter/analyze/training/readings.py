@@ -6,7 +6,8 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.read.nodes import walk_own
+from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
@@ -33,23 +34,90 @@ def readings(
     taken: set[ast.expr] = set()
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
-        for reading in (*_candidates(file, roles, node), *_tested(file, roles, node), *given):
-            loss = _viewed(reading)
+        for reading in (*candidates(roles, node), *_tested(file, roles, node), *given):
+            loss = viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             known = known or (isinstance(loss, ast.Attribute) and loss.attr in attributes and _reads(reading))
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
                 found[reading] = loss
                 taken.add(loss)
+        found |= {name: name for name in (*_returned(file, roles, node), *_watched(roles, node)) if name not in taken}
     return found
 
 
-def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+def _watched(roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
+    """The losses that a schedule is told: ``schedule.step(total / count)``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=owner, attr="step"), args=[value]):
+            if roles.var(owner) not in roles.optimizers | roles.scalers | roles.managers:
+                yield from (name for name in _whole(value) if roles.var(name) in roles.losses)
+
+
+def _returned(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
+    """The losses that a function which trains has added up, where it returns them: ``return total / count``."""
+    if not isinstance(node, ast.Return):
+        return
+    function = file.names.function_of(node)
+    own = [item for statement in (function.body if function is not None else ()) for item in walk_own(statement)]
+    sums = {variable for item in own if (variable := _added_to(file, roles, item)) is not None}
+    if not sums or not any(_trains(roles, item) for item in own):
+        return
+    for _ in range(2):
+        for item in own:
+            match item:
+                case ast.Assign(targets=[target], value=value):
+                    if any(roles.var(name) in sums for name in _whole(value)):
+                        sums |= {variable} if (variable := roles.var(target)) in roles.losses else set()
+    yield from (name for name in _whole(node.value) if roles.var(name) in sums)
+
+
+def _added_to(file: File, roles: Roles, node: ast.AST) -> Var | None:
+    """The loss that a statement of a loop adds to, as long as none calls backward on it."""
+    match node:
+        case ast.AugAssign(target=ast.Name() as target, op=ast.Add()):
+            pass
+        case ast.Assign(targets=[ast.Name() as target], value=ast.BinOp(op=ast.Add(), left=left, right=right)):
+            if target.id not in {getattr(left, "id", ""), getattr(right, "id", "")}:
+                return None
+        case _:
+            return None
+    looped = any(isinstance(parent, (ast.For, ast.While)) for parent in file.names.ancestors(node))
+    variable = roles.var(target)
+    return variable if looped and variable in roles.losses - roles.trained else None
+
+
+def _trains(roles: Roles, node: ast.AST) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="backward")):
+            return True
+        case ast.Assign(value=value):
+            return roles.gives_loss(value, roles.losses)
+    return False
+
+
+def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
+    """The names in a value that are in it as tensors: of ``(total / count, right.item())`` the first."""
+    match node:
+        case ast.Name():
+            yield node
+        case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Dict(values=parts):
+            yield from (name for part in parts for name in _whole(part))
+        case ast.BinOp(left=left, right=right):
+            yield from (*_whole(left), *_whole(right))
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _VIEWS:
+            yield from _whole(value)
+        case ast.Attribute(value=value, attr="data"):
+            yield from _whole(value)
+
+
+def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
+    """What shows the value of a loss, if it holds one."""
     match node:
         case ast.Call(func=ast.Attribute(attr=attr), args=[], keywords=[]) if attr in _READERS:
             yield node
         case ast.Call(func=ast.Name(), args=[_]) if _is_number_type(node):
             yield node
-        case ast.Call(args=[value]) if roles.project.external(file, node.func) in _OF_NUMPY:
+        case ast.Call(args=[value]) if roles.project.external(roles.file, node.func) in _OF_NUMPY:
             yield value
         case ast.FormattedValue(value=value):
             yield value
@@ -60,11 +128,11 @@ def _candidates(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
         case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
             yield from _parts(right)
         case ast.Call(func=ast.Attribute(attr="append"), args=[value]):
-            yield from (part for part in _parts(value) if part is not _viewed(part))
+            yield from (part for part in _parts(value) if part is not viewed(part))
         case ast.Call(func=ast.Attribute(attr=attr)) if attr in SHOWING_METHODS:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             yield from (part for value in given for part in _parts(value))
-        case _ if isinstance(node, ast.Call) and roles.project.external(file, node.func) == "wandb.log":
+        case _ if isinstance(node, ast.Call) and roles.project.external(roles.file, node.func) == "wandb.log":
             yield from (part for value in node.args for part in _parts(value))
 
 
@@ -111,7 +179,7 @@ def _reads(node: ast.expr) -> bool:
     )
 
 
-def _viewed(node: ast.expr) -> ast.expr:
+def viewed(node: ast.expr) -> ast.expr:
     """The tensor under ``.detach()``, ``.cpu()``, ``.data`` and the like, in any order."""
     while True:
         match node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
@@ -31,12 +31,17 @@ class Roles:
     """Roles of the variables of one file. A variable is a name in its scope, or ``self.name`` in its class."""
 
     def __init__(
-        self, file: File, classes: Classes, class_held: Callable[[File, Var], ClassInfo | None] | None = None
+        self,
+        file: File,
+        classes: Classes,
+        class_held: Callable[[File, Var], ClassInfo | None] | None = None,
+        others: Mapping[File, Roles] | None = None,
     ) -> None:
         self.file = file
         self.classes = classes
         self.project = classes.project
         self._class_held = class_held if class_held is not None else lambda file, variable: None
+        self._others = others
 
     def var(self, node: ast.AST) -> Var | None:
         """The variable that a name, or an attribute of a name, stands for."""
@@ -330,7 +335,7 @@ class Roles:
                 if "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
-                if not part and self._gives_loss(value, found):
+                if not part and self.gives_loss(value, found):
                     found.add(variable)
             for node in self.file.nodes:
                 found |= self._losses_in_tuple(node, found)
@@ -339,6 +344,14 @@ class Roles:
                     if total is not None and "." not in total[1]:
                         found.add(total)
         return found - self.managers
+
+    @cached_property
+    def trained(self) -> set[Var]:
+        """Names that backward is called on, or on something that is made of them."""
+        backwards = [c.func for c in self.file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward"]
+        calls = [call for call in self.file.calls if call.func in backwards]
+        held = [func.value for func in backwards] + [value for call in calls for value in call.args]
+        return {v for node in held for name in self._terms(node) if (v := self.var(name)) is not None} - self.managers
 
     @cached_property
     def loss_parts(self) -> set[str]:
@@ -385,46 +398,53 @@ class Roles:
                 kind: type[ast.Return | ast.Yield] = ast.Return
             case ast.For(target=ast.Tuple(elts=names), iter=call):
                 kind = ast.Yield
-            case ast.For(target=ast.Name() as name, iter=call) if self._gives_loss(call, known, ast.Yield):
+            case ast.For(target=ast.Name() as name, iter=call) if self.gives_loss(call, known, ast.Yield):
                 variable = self.var(name)
                 return {variable} if variable is not None else set()
             case _:
                 return set()
         places = enumerate(map(self.var, names))
-        return {v for place, v in places if v is not None and self._gives_loss(call, known, kind, place)}
+        return {v for place, v in places if v is not None and self.gives_loss(call, known, kind, place)}
 
-    def _gives_loss(
+    def gives_loss(
         self,
         value: ast.expr,
         known: set[Var],
         kind: type[ast.Return | ast.Yield] = ast.Return,
         place: int | None = None,
     ) -> bool:
-        """Whether a function of this file, or a method beside, returns the loss that it has called backward on.
+        """Whether a function or method of the project returns the loss that it has called backward on.
 
         Where it leaves early it may return None. ``place`` is the loss's in a tuple.
         """
-        if not isinstance(value, ast.Call):
+        function = self._function(value.func) if isinstance(value, ast.Call) else None
+        if function is None or (function.file is not self.file and self._others is None):
             return False
-        found = self.project.resolve(self.file, value.func)
-        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
-        match value.func:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name):
-                owner = self.file.names.class_of(value)
-                function = self.file.class_info(owner).methods.get(name) if owner is not None else None
-        own = [item for statement in (function.body if function is not None else ()) for item in walk_own(statement)]
+        there = self if self._others is None or function.file is self.file else self._others[function.file]
+        own = [item for statement in function.node.body for item in walk_own(statement)]
         if kind is ast.Return and any(isinstance(item, (ast.Yield, ast.YieldFrom)) for item in own):
             return False  # a generator is no loss
         given = [_part(item.value, place) for item in own if isinstance(item, kind) and not _is_nothing(item.value)]
         trained = {
-            self.var(name)
+            there.var(name)
             for item in own
             if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
-            for name in self._terms(item.func.value)
+            for name in there._terms(item.func.value)
         }
-        return bool(given) and all(
-            isinstance(item, ast.Name) and self.var(item) in known and self.var(item) in trained for item in given
-        )
+        held = trained & known if there is self else trained
+        return bool(given) and all(item is not None and there.var(_bare(item)) in held for item in given)
+
+    def _function(self, func: ast.expr) -> FunctionInfo | None:
+        """The function of the project that a call runs, or the method of an object whose class is seen."""
+        found = self.project.resolve(self.file, func)
+        if isinstance(found, FunctionInfo) or not isinstance(func, ast.Attribute):
+            return found if isinstance(found, FunctionInfo) else None
+        owner = self.file.names.class_of(func) if getattr(func.value, "id", "") == "self" else None
+        variable = self.var(func.value)
+        held = self._class_held(self.file, variable) if owner is None and variable is not None else None
+        cls = self.file.class_info(owner) if owner is not None else held
+        method = self.classes.method(cls, func.attr) if cls is not None else None
+        return method[0].file.function_info(method[1]) if method is not None else None
 
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
@@ -457,6 +477,18 @@ def _part(value: ast.expr | None, place: int | None) -> ast.expr | None:
     if place is None:
         return value
     return value.elts[place] if isinstance(value, ast.Tuple) and place < len(value.elts) else None
+
+
+def _bare(node: ast.expr) -> ast.expr:
+    """The tensor under ``.detach()``, ``.data`` and the like."""
+    while True:
+        match node:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _REDUCTIONS:
+                node = value
+            case ast.Attribute(value=value, attr="data"):
+                node = value
+            case _:
+                return node
 
 
 def _is_nothing(value: ast.expr | None) -> bool:

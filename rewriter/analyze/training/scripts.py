@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
@@ -14,13 +15,14 @@ from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
 from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
+from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.roles import Roles
-from rewriter.analyze.training.shares import Loop, Share, shares
+from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
-_SHARING = (b"shard_batch", b"shard_loader", *_PARALLEL)
+_SHARING = (b"shard_batch", b"shard_loader")
 DATA_PARALLEL = {
     "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
 }  # fmt: skip
@@ -42,6 +44,7 @@ class Scripts:
         self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares)
         self.feeds = Feeds(self.collectives)
         self.batches = Batches(self.collectives, self.feeds, self._is_fed)
+        self.handed = Handed(self.collectives, self.feeds, self._taking, self._kinds)
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
         self._reached: dict[File, set[File]] = {}
@@ -63,15 +66,52 @@ class Scripts:
         if file not in self.training or self.started or self.is_parallel(file) or not self.shares_data(file):
             return {}
         drawn = self._drawn(file)
-        loops: dict[Loop, bool] = dict.fromkeys(drawn, True)
+        places: dict[Place, bool] = dict.fromkeys(drawn, True)
         for loop in (node for node in file.nodes if isinstance(node, ast.For)):
             feeds = self._feeds_of.get(loop, [])
             if feeds:
                 if any(feed.trained or feed.maybe for feed in feeds):
-                    loops[loop] = all(feed.trained and not feed.read and feed.direct for feed in feeds)
+                    places[loop] = self._is_known(feeds)
             elif loop not in drawn and not self.was_parallel(file) and self.feeds.trains(file, loop):
-                loops[loop] = False
-        return shares(file, self.roles[file], loops, self.sums(file).of, drawn, self.collectives.keepers)
+                places[loop] = False
+        if not self.was_parallel(file):
+            places |= {place: True for place, held in self.handed.of(file).items() if held.known}
+        return shares(file, places, lambda place: self._kinds(file, place, self._held(file, place)))
+
+    def _held(self, file: File, place: Place) -> set[str]:
+        """The names by which a loop or function has its batch."""
+        held = self.handed.of(file).get(place)
+        if held is not None:
+            return held.names
+        return taken_by(place, self.roles[file]) if isinstance(place, ast.For) else set()
+
+    def _kinds(self, file: File, place: Place, held: set[str]) -> Kinds:
+        return Kinds(file, self.roles[file], place, self.sums(file).of, held, self.collectives.keepers)
+
+    def _taking(self, file: File) -> dict[Place, Held]:
+        """The loops of a file that take a rank's share of each batch and train on it."""
+        roles = self.roles[file]
+        found: dict[Place, Held] = {loop: Held(names, True) for loop, names in self._drawn(file).items()}
+        loaders = [feed for feeds in self._loaders.values() for feed in feeds]
+        known = {call for feed in loaders if self._is_known([feed]) for call in feed.pulled}
+        pulled = {call for feed in (*loaders, *self._sampled) if feed.trained for call in feed.pulled}
+        for call, loop, names in self.handed.pulled(file):
+            if call in pulled or self.handed.goes_back(loop):
+                found.setdefault(loop, Held(set(), call in known)).names.update(names)
+        sampled = _by_loop(self._sampled)
+        for node in file.nodes:
+            if isinstance(node, ast.For) and (names := taken_by(node, roles)):
+                feeds = self._feeds_of.get(node, []) + sampled.get(node, [])
+                if any(feed.trained or feed.maybe for feed in feeds):
+                    found[node] = Held(names | (found[node].names if node in found else set()), self._is_known(feeds))
+                elif node not in found and not feeds and self.handed.goes_back(node):
+                    found[node] = Held(names, False)
+        return found
+
+    @staticmethod
+    def _is_known(feeds: list[Feed]) -> bool:
+        """Whether a loop gets nothing but shares, of one loader."""
+        return all(feed.trained and not feed.read and feed.direct for feed in feeds)
 
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
@@ -127,22 +167,28 @@ class Scripts:
     @cached_property
     def _feeds_of(self) -> dict[ast.For, list[Feed]]:
         """The loaders that each loop goes through, as far as they are seen."""
-        found: dict[ast.For, list[Feed]] = {}
-        for feed in (feed for feeds in self._loaders.values() for feed in feeds):
-            for loop in feed.loops:
-                found.setdefault(loop, []).append(feed)
-        return found
+        return _by_loop(feed for feeds in self._loaders.values() for feed in feeds)
+
+    @cached_property
+    def _sampled(self) -> list[Feed]:
+        """Where the loaders go that share out their data already."""
+        made = ((file, call) for file in self.training if self.is_parallel(file) for call in self._makes_loader(file))
+        return [self.feeds.of(file, call) for file, call in made if _has_sampler(call)]
 
     @cached_property
     def _loaders(self) -> dict[File, list[Feed]]:
         """Where the loaders that each file makes go, but those that share out their data already."""
         found: dict[File, list[Feed]] = {}
         for file in self.training:
-            for call in file.calls if b"DataLoader" in file.source.data else ():
-                own = self.is_parallel(file) and any(k.arg in {"sampler", "batch_sampler"} for k in call.keywords)
-                if self.project.external(file, call.func) == "torch.utils.data.DataLoader" and not own:
+            for call in self._makes_loader(file):
+                if not (self.is_parallel(file) and _has_sampler(call)):
                     found.setdefault(file, []).append(self.feeds.of(file, call))
         return found
+
+    def _makes_loader(self, file: File) -> Iterator[ast.Call]:
+        for call in file.calls if b"DataLoader" in file.source.data else ():
+            if self.project.external(file, call.func) == "torch.utils.data.DataLoader":
+                yield call
 
     @cached_property
     def entries(self) -> dict[File, list[ast.stmt]]:
@@ -340,7 +386,7 @@ class Scripts:
         return {name for info in infos for name in info.methods}
 
     def _shares_itself(self, file: File) -> bool:
-        if any(mark in file.source.data for mark in _SHARING):
+        if self.is_parallel(file) or any(mark in file.source.data for mark in _SHARING):
             return True
         if any(not feed.only_read for feed in self._loaders.get(file, ())):
             return True
@@ -438,8 +484,20 @@ class _Roles(dict[File, Roles]):
         self._instances = Instances(classes, self, lambda: classes.project)
 
     def __missing__(self, file: File) -> Roles:
-        self[file] = Roles(file, self._classes, self._instances.class_held)
+        self[file] = Roles(file, self._classes, self._instances.class_held, self)
         return self[file]
+
+
+def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:
+    found: dict[ast.For, list[Feed]] = {}
+    for feed in feeds:
+        for loop in feed.loops:
+            found.setdefault(loop, []).append(feed)
+    return found
+
+
+def _has_sampler(loader: ast.Call) -> bool:
+    return any(keyword.arg in {"sampler", "batch_sampler"} for keyword in loader.keywords)
 
 
 def _stores_module(node: ast.AST) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
@@ -33,6 +33,8 @@ _REDUCED = {"sum": "total", "mean": "mean"}
 _COMES_OF_IT = {"total", "mean", "samples", "unknown"}
 _SOME = -1  # a part of a value, it is not known which
 Loop = ast.For | ast.While
+Place = ast.For | ast.While | ast.FunctionDef | ast.AsyncFunctionDef
+"""A loop that takes batches, or a function that one hands them to."""
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
 _KEEPS = {"add", "put", "insert", "appendleft"}
@@ -55,26 +57,17 @@ class Share:
     loader: ast.expr | None
 
 
-def shares(
-    file: File,
-    roles: Roles,
-    loops: dict[Loop, bool],
-    reduced: Callable[[ast.expr], str],
-    drawn: Mapping[Loop, set[str]],
-    keepers: Keepers,
-) -> dict[ast.expr, Share]:
-    """Expressions in loops over a rank's share of the data whose values leave the loop.
+def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place], Kinds]) -> dict[ast.expr, Share]:
+    """Expressions over a rank's share of the data whose values leave the loop, or function, that has it.
 
-    ``loops`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
-    ``drawn`` are loops that take shares without a loader, each with the names that these have.
-    ``reduced`` says of what a loss function makes whether it is a ``sum`` or a ``mean``.
+    ``places`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
     """
     found: dict[ast.expr, Share] = {}
-    for loop, known in loops.items():
-        loader = None if known or not isinstance(loop, ast.For) else loop_over(loop)
+    for place, known in places.items():
+        loader = None if known or not isinstance(place, ast.For) else loop_over(place)
         if not known and loader is None:
             continue
-        kinds = Kinds(file, roles, loop, reduced, drawn.get(loop, set()), keepers)
+        kinds = kinds_of(place)
         for expression, kind in kinds.leaving():
             expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
@@ -99,20 +92,24 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 
 
 class Kinds:
-    """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``."""
+    """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``.
+
+    ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
+    function makes whether it is a ``sum`` or a ``mean``.
+    """
 
     def __init__(
         self,
         file: File,
         roles: Roles,
-        loop: Loop,
+        loop: Place,
         reduced: Callable[[ast.expr], str],
-        drawn: set[str],
+        held: set[str],
         keepers: Keepers,
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.nodes = list(_own(loop))
-        self.batch = drawn | (self._targets() if isinstance(loop, ast.For) and not _counts(loop.iter, roles) else set())
+        self.batch = set(held)
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -237,15 +234,6 @@ class Kinds:
             for item in returned
         )
 
-    def _targets(self) -> set[str]:
-        if not isinstance(self.loop, ast.For):
-            return set()
-        target: ast.expr = self.loop.target
-        called = dotted(self.loop.iter.func) if isinstance(self.loop.iter, ast.Call) else ""
-        if called and called.split(".")[-1] == "enumerate" and isinstance(target, ast.Tuple) and len(target.elts) == 2:
-            target = target.elts[1]
-        return {item.id for item in walk(target) if isinstance(item, ast.Name)}
-
     def of_batch(self, node: ast.AST) -> bool:
         """Whether a value comes of the loop's batch and is not made the ranks' yet."""
         if isinstance(node, ast.Call) and self.roles.project.external(self.file, node.func) in _ALL:
@@ -261,6 +249,29 @@ class Kinds:
         for node in self.nodes:
             yield from self._leaving_by(node)
         yield from self._shown_after()
+
+    def shown(self) -> Iterator[tuple[ast.expr, str]]:
+        """The totals and means that are shown or collected."""
+        for node in self.nodes:
+            match node:
+                case ast.Call(func=ast.Attribute(attr="append" | "writerow"), args=[value]):
+                    found = self._collected("append", value)
+                case _:
+                    found = self._shown_there(node)
+            yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
+
+    def whole(self, test: ast.expr) -> list[tuple[ast.expr, str]] | None:
+        """The totals and means in a test, if it is of nothing else of the batch; ``None`` where it is."""
+        if isinstance(test, ast.Call) and _any_of(test) is not None:
+            return [(test, "total")]
+        found: list[tuple[ast.expr, str]] = []
+        for side in [test.left, *test.comparators] if isinstance(test, ast.Compare) else [test]:
+            if self.of_batch(side):
+                kind = self.kind(side)
+                if kind not in {"total", "mean"} or isinstance(side, ast.Compare):
+                    return None
+                found.append((side, kind))
+        return found
 
     def _leaving_by(self, node: ast.AST) -> Iterator[tuple[ast.expr, str]]:
         match node:
@@ -365,7 +376,7 @@ class Kinds:
         """``meter.update(acc, len(x))``."""
         given = list(_parts([*call.args, *(keyword.value for keyword in call.keywords)]))
         kinds = [(value, self.kind(value)) for value in given]
-        sizes_only = all(kind != "total" or self._is_size(value) for value, kind in kinds)
+        sizes_only = all(kind != "total" or self.is_size(value) for value, kind in kinds)
         for value, kind in kinds:
             if kind == "mean" or (kind == "total" and not sizes_only):
                 yield value, kind
@@ -377,7 +388,7 @@ class Kinds:
     def _left_with_object(self, kept: Kept) -> Iterator[tuple[ast.expr, str]]:
         """``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))`` of an object of the project that adds up."""
         kinds = [(value, self.kind(value)) for value in kept.given]
-        averages = all(kind in {"mean", "loss", ""} or self._is_size(value) for value, kind in kinds)
+        averages = all(kind in {"mean", "loss", ""} or self.is_size(value) for value, kind in kinds)
         for value, kind in kinds:
             if kind == "unknown" or (kind == "samples" and not (kept.seen and self._is_table(value))):
                 yield value, "unknown"
@@ -426,6 +437,8 @@ class Kinds:
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
         """What the last batch has left in names, where it is shown behind the loop."""
+        if not isinstance(self.loop, (ast.For, ast.While)):
+            return
         block = self.file.names.siblings(self.loop)
         following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
         anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
@@ -488,7 +501,7 @@ class Kinds:
                 elif kind in {"samples", "unknown"}:
                     yield value, "unknown"
 
-    def comes_once(self, node: ast.expr) -> bool:
+    def comes_once(self, node: ast.AST) -> bool:
         """Whether every rank comes to a value once for each batch, whatever its share holds."""
         for parent in self.file.names.ancestors(node):
             if parent is self.loop:
@@ -539,9 +552,9 @@ class Kinds:
         """Whether a name is made anew for each batch."""
         return isinstance(target, ast.Name) and (target.id in self.made or target.id in self.batch)
 
-    def _is_size(self, node: ast.expr) -> bool:
+    def is_size(self, node: ast.expr) -> bool:
         if isinstance(node, ast.Name):
-            return any(self._is_size(value) for value, _ in self.made.get(node.id, []))
+            return any(self.is_size(value) for value, _ in self.made.get(node.id, []))
         match node:
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True
@@ -611,6 +624,8 @@ class Kinds:
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
+            case ast.Call(func=ast.Name(id="len"), args=[value]) if _is_set(value):
+                return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
@@ -840,6 +855,24 @@ def _is_extreme(node: ast.expr) -> bool:
     return called in {"max", "min", "maximum", "minimum", "fmax", "fmin"}
 
 
+def _is_set(node: ast.expr) -> bool:
+    """``set(y)``, ``torch.unique(y)``: how many there are on all ranks is no sum of how many there are on each."""
+    called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
+    return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
+
+
+def _any_of(call: ast.Call) -> ast.expr | None:
+    """What ``mask.any()`` and ``torch.any(mask)`` ask of."""
+    while isinstance(call.func, ast.Attribute) and call.func.attr in _VIEWS and isinstance(call.func.value, ast.Call):
+        call = call.func.value
+    match call:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "np" | "numpy"), attr="any"), args=[value]):
+            return None if call.keywords else value
+        case ast.Call(func=ast.Attribute(value=value, attr="any"), args=[], keywords=[]):
+            return value
+    return None
+
+
 def _is_no_mean(node: ast.expr) -> bool:
     """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
@@ -905,6 +938,12 @@ def _exact(node: ast.expr) -> ast.expr:
     return node
 
 
+def taken_by(loop: ast.For, roles: Roles) -> set[str]:
+    """The names that a loop gives what it goes through, if that is no number."""
+    listed = isinstance(loop.iter, (ast.List, ast.Tuple, ast.Constant))
+    return set() if listed or _counts(loop.iter, roles) else names_in(item_of(loop))
+
+
 def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
     """Whether a loop goes through numbers, which a bar or a name may hold."""
     if isinstance(iterated, (ast.Name, ast.Attribute)) and deep < _BARS:
@@ -929,7 +968,7 @@ def _runs_backward(loop: ast.For) -> bool:
     return any(isinstance(func, ast.Attribute) and func.attr == "backward" for func in calls)
 
 
-def _own(loop: Loop) -> Iterator[ast.AST]:
+def _own(loop: Place) -> Iterator[ast.AST]:
     """The nodes of a loop's body, without those of functions in it."""
     stack: list[ast.AST] = list(loop.body)
     while stack:

@@ -307,6 +307,10 @@ class Varying:
     def _tables(self) -> dict[File, dict[Var, list[Given]]]:
         return {}
 
+    def is_made_equal(self, file: File, node: ast.expr) -> bool:
+        """Whether some statement makes a variable equal on all ranks."""
+        return self.roles[file].var(node) in self._equal(file)
+
     def _equal(self, file: File) -> set[Var]:
         """Variables that some statement makes equal on all ranks, such as ``dist.all_reduce(x)``."""
         if file not in self._made_equal:

@@ -3,12 +3,14 @@
 What: ``if not os.path.exists(path):`` above ``bmt.save_checkpoint(...)`` becomes ``if not
 bmt.agree(os.path.exists(path)):``, and so do tests of the clock, of random numbers, of environment variables and of
 what a model gave, in ``if``, ``while``, conditional expressions and ``and``/``or``, also where a ``continue``,
-``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list.
+``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list. Counts
+and means of a rank's share of a batch become the batch's: ``if len(x) < 2:`` is ``if bmt.total(len(x)) < 2:``; in a
+script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``.
 Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
 does not make the call, and the others wait for it forever.
-Refuses when: the test is of the size or values of a rank's share of a batch, or compares its rank with something; one
-rank alone would leave (a remark, if the script had ranks before); an error that one rank may meet alone is caught:
-then the file stays as it is.
+Refuses when: the test is of other values of a rank's share of a batch (``x.max() > 9``), or of one of which it is not
+seen whether it is a share; it compares a rank with something; one rank alone would leave (a remark, if the script had
+ranks before); an error that one rank may meet alone is caught: then the file stays as it is.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.decisions import Verdict
 from rewriter.changes import Change, wrap
+from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
@@ -44,12 +47,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if test not in made:
                 made.add(test)
                 changes.append(wrap(test, "{bmt}.agree({it})"))
+        for part, share in verdict.shares.items():
+            if part not in made:
+                made.add(part)
+                changes.append(made_whole(part, share))
         for listed in verdict.listed:
             if listed not in made:
                 made.add(listed)
                 changes.append(wrap(listed, "{bmt}.store.broadcast_object(list({it}))"))
         if changes:
-            message = f"rank 0 decides for all: {what} is for all ranks"
+            whole = verdict.shares and not verdict.tests
+            message = f"{'the whole batch' if whole else 'rank 0'} decides for all: {what} is for all ranks"
             yield Conversion(RULE.code, node.lineno, message, tuple(changes))
 
 

@@ -3,8 +3,9 @@
 What: ``loss.item()`` becomes ``bmt.sum_loss(loss).item()``, ``float(loss)`` becomes ``float(bmt.sum_loss(loss))``, and
 ``print(loss)``, ``f"{loss:.3f}"`` and ``"%.3f" % loss`` show ``bmt.sum_loss(loss)``, whatever views stand between
 (``loss.detach().cpu().numpy()``, ``loss.data``); so do rows, lists of detached losses, loggers that are handed one, and
-objects of the project that add up what they are given (``averager.add(loss)``). A loss may also be what a function of
-the file returns after it has called backward on it.
+objects of the project that add up what they are given (``averager.add(loss)``), schedules that are told one, and what a
+function that trains has added up and returns (``return total / count``). A loss may also be what a function of the
+project returns after it has called backward on it.
 Why: a rank's loss is that of its share of the batch; sum_loss gives the mean over all ranks, which is the loss of the
 whole batch. It is a collective, so every rank makes the call.
 Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call. A method that
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.training.readings import candidates, viewed
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -40,26 +42,19 @@ def _in_callbacks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]
     for cls in (node for node in file.nodes if isinstance(node, ast.ClassDef)):
         for method in (item for item in cls.body if isinstance(item, ast.FunctionDef)):
             names = [argument.arg for argument in method.args.args[1:]]
-            calls = [node for node in ast.walk(method) if isinstance(node, ast.Call)]
-            shown = [(node, name) for node in calls if (name := _shown(node)) in names]
-            for node, name in shown:
-                if node.lineno not in told and _gets_loss(facts, method.name, names.index(name), name):
+            roles = facts.scripts.roles[file]
+            shown = [(node, viewed(node)) for item in ast.walk(method) for node in candidates(roles, item)]
+            for node, name in ((node, loss.id) for node, loss in shown if isinstance(loss, ast.Name)):
+                if (
+                    name in names
+                    and node.lineno not in told
+                    and _gets_loss(facts, method.name, names.index(name), name)
+                ):
                     told.add(node.lineno)
                     message = (
                         f"{name} in {cls.name}.{method.name} is of this rank's share of the batch: bmt.sum_loss({name})"
                     )
                     yield Remark(RULE.code, node.lineno, message, differs=True)
-
-
-def _shown(node: ast.Call) -> str:
-    """The variable whose value ``x.item()`` or ``float(x)`` takes."""
-    match node:
-        case (
-            ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="item"), args=[])
-            | ast.Call(func=ast.Name(id="float"), args=[ast.Name(id=name)])
-        ):
-            return name
-    return ""
 
 
 def _gets_loss(facts: Facts, method: str, place: int, name: str) -> bool:

@@ -24,20 +24,18 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, names_in, walk_own
+from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.roles import Roles, Var
-from rewriter.changes import wrap
+from rewriter.analyze.training.shares import Kinds
+from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
+_OVER_ALL = re.compile(r"reduce|gather|sync|across|over_ranks", re.I)
+_DEEP = 3
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}
 _OVER_RANKS = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.distributed.all_reduce"}
-_CODE = {
-    "total": "{bmt}.total({it}{options})",
-    "mean": "{bmt}.sum_loss({it})",
-    "samples": "{bmt}.gather_samples({it}{options})",
-}
 _MESSAGES = {
     "total": "what ranks count is added up",
     "mean": "a mean over a share of the batch is averaged over the ranks",
@@ -48,18 +46,6 @@ _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
-_SHOWS = {
-    "print",
-    "print_rank",
-    "append",
-    "writerow",
-    "write",
-    "info",
-    "debug",
-    "log",
-    "set_description",
-    "set_postfix",
-}
 _NAMED = (ast.Name, ast.Tuple, ast.List)
 
 
@@ -67,7 +53,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started:
         return
     if facts.scripts.is_parallel(file):
-        yield from _sizes_shown(file, facts, set())
+        yield from _shown_of_shares(file, facts, set())
         return
     if b"backward" in file.source.data and not facts.scripts.shares_data(file):
         return
@@ -77,11 +63,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for value, share in made.items():
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
             told.add(value.lineno)
-            code = _CODE[share.kind]
-            options = ", of={loader}" if share.loader is not None and share.kind != "mean" else ""
-            holes = {"loader": share.loader} if options and share.loader is not None else {}
-            change = wrap(value, code.replace("{options}", options), **holes)
-            yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (change,))
+            yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
     counted: set[Var] = set()
     for value in facts.scripts.collectives.unclear(file):
         statement = file.names.statement_of(value)
@@ -115,7 +97,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
             yield Remark(RULE.code, node.lineno, message, differs=True)
-    yield from _sizes_shown(file, facts, told)
+    yield from _shown_of_shares(file, facts, told)
     yield from _in_hooks(file, facts, told)
     if counted:
         yield from _decisions(file, facts, counted)
@@ -172,55 +154,37 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, call.lineno, message, differs=True)
 
 
-def _sizes_shown(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
-    """``history.append({"seen": len(x)})`` in a loop that trains: the size of a share is shown or kept."""
-    for loop in file.nodes:
-        if not isinstance(loop, (ast.For, ast.While)) or not _goes_back(loop):
-            continue
-        held = _batch_of(loop)
-        for call in (item for item in _own(loop) if isinstance(item, ast.Call)):
-            name = (dotted(call.func) or "").split(".")[-1]
-            sizes = [i for i in ast.walk(call) if name in _SHOWS and isinstance(i, ast.expr) and _is_size(i, held)]
-            if not sizes or call.lineno in told or _is_of_all_ranks(file, facts, call):
+def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+    """``history.append({"seen": len(x)})`` and other totals and means of a share that are shown or kept."""
+    handed = facts.scripts.handed
+    made = facts.scripts.collectives.shares(file)
+    for place in handed.of(file):
+        kinds = handed.kinds(file, place)
+        for value, kind in kinds.shown():
+            if value in made or value.lineno in told or _is_reduced(file, facts, kinds, value):
                 continue
-            told.add(call.lineno)
-            size = file.source.code(sizes[0])
-            message = f"{size} is the size of this rank's share of the batch: the batch's is bmt.total({size})"
-            yield Remark(RULE.code, call.lineno, message, differs=True)
+            told.add(value.lineno)
+            code = file.source.code(value)
+            what = "the size" if kinds.is_size(value) else "a count" if kind == "total" else "a mean"
+            call = f"bmt.total({code})" if kind == "total" else f"bmt.sum_loss({code})"
+            message = f"{code} is {what} of this rank's share of the batch: the batch's is {call}, made by every rank"
+            yield Remark(RULE.code, value.lineno, message, differs=True)
 
 
-def _batch_of(loop: ast.For | ast.While) -> set[str]:
-    """The names that a loop gives its batch, or what it takes of one."""
-    held = names_in(_item_of(loop)) if isinstance(loop, ast.For) else set[str]()
-    assigned = [item for item in _own(loop) if isinstance(item, ast.Assign)]
-    for item in sorted(assigned, key=lambda item: item.lineno):
-        taken = isinstance(item.value, ast.Call) and dotted(item.value.func) == "next"
-        if taken or (names_in(item.value) & held and isinstance(item.targets[0], ast.Tuple)):
-            held |= names_in(item.targets[0])
-    return held
-
-
-def _item_of(loop: ast.For) -> ast.expr:
-    """The target of what a loop goes through, without the number that ``enumerate`` gives it."""
-    target = loop.target
-    numbered = isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "enumerate"
-    return target.elts[1] if numbered and isinstance(target, ast.Tuple) and len(target.elts) > 1 else target
-
-
-def _is_size(node: ast.expr, held: set[str]) -> bool:
-    match node:
-        case (
-            ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=name)])
-            | ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="size"), args=[ast.Constant(value=0)])
-            | ast.Subscript(value=ast.Attribute(value=ast.Name(id=name), attr="shape"), slice=ast.Constant(value=0))
-        ):
-            return name in held
+def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: int = 0) -> bool:
+    """Whether a value, or what it is made of, comes of a call over all ranks, or is handed to one."""
+    if _is_of_all_ranks(file, facts, value):
+        return True
+    for item in ast.walk(value):
+        if isinstance(item, ast.Call) and _OVER_ALL.search((dotted(item.func) or "").split(".")[-1]):
+            return True
+        if isinstance(item, (ast.Name, ast.Attribute)):
+            if facts.decisions.varying.is_made_equal(file, item):
+                return True
+        if isinstance(item, ast.Name) and deep < _DEEP:
+            if any(_is_reduced(file, facts, kinds, made, deep + 1) for made, _ in kinds.made.get(item.id, ())):
+                return True
     return False
-
-
-def _goes_back(loop: ast.For | ast.While) -> bool:
-    """Whether a loop calls a backward itself."""
-    return any(map(_is_backward, _own(loop)))
 
 
 def _is_backward(node: ast.AST) -> bool:
@@ -344,7 +308,7 @@ def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
     read = {item.attr for item in ast.walk(value) if isinstance(item, ast.Attribute)}
     if not isinstance(_bare(value), (ast.Name, ast.Subscript)) or read & (_COUNTS | _VALUES | {"shape"}):
         return False
-    held = names_in(_item_of(loop))
+    held = names_in(item_of(loop))
     for statement in loop.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Assign) and names_in(node.value) & held:
