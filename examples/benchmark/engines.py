@@ -14,7 +14,7 @@ from torch import Tensor
 from model import SIZES, Config, Decoder, rotations
 
 Step = Callable[[Tensor, Tensor], Tensor]
-LEARNING_RATE = 1e-5  # so small that batches which come again are not learnt by heart: losses would part by rounding
+LEARNING_RATE = 1e-6  # so small that batches which come again are not learnt by heart: losses would part by rounding
 
 
 def floor(options: Namespace, device: torch.device) -> Step:
