@@ -45,6 +45,8 @@ KEPT = [
     "if rank == 0:\n    log = logging.FileHandler('x')",
     "writer = csv.writer(out)",
     "writer = make(SummaryWriter)",
+    "import sys\nfrom loguru import logger\nlogger.add(sys.stderr, level='INFO')",
+    "import logging.config\nif rank == 0:\n    logging.config.dictConfig(d)",
 ]
 
 
@@ -81,6 +83,13 @@ CASES = {
     "levels": ("logging.basicConfig(level=logging.INFO)", "level=logging.INFO if bmt.rank() == 0 else logging.WARNING)"),
     "a logger's level": ("net.log.setLevel(logging.DEBUG)", "logging.DEBUG if bmt.rank() == 0 else logging.WARNING)"),
     "the root's": ("logging.basicConfig(filename=d)", "filename=d if bmt.rank() == 0 else os.devnull)"),
+    "loguru": ("from loguru import logger\nlogger.add(d / 'a.log')", "logger.add(d / 'a.log' if bmt.rank() == 0 else os.devnull)"),
+    "loguru by keyword": ("import loguru\nloguru.logger.add(sink=d)", "(sink=d if bmt.rank() == 0 else os.devnull)"),
+    "settings": ("import logging.config\nlogging.config.dictConfig(d)", "\nbmt.on_rank_0(logging.config.dictConfig)(d)"),
+    "settings of a file": (
+        "from logging.config import fileConfig as configure\ndef log():\n    configure('log.ini', None)\nlog()",
+        "\n    bmt.on_rank_0(configure)('log.ini', None)",
+    ),
     "in a guard that goes": (
         "if rank == 0:\n    writer = SummaryWriter(d)\n    state = net.state_dict()", f"\nwriter = {ONE}(d)\nstate"
     ),

@@ -39,8 +39,11 @@ CAN_BE_DISABLED = {"wandb.init", "swanlab.init"}
 """Such calls whose ``mode="disabled"`` makes one that does nothing and holds what it is given."""
 LOG_FILES = {
     "logging.FileHandler", "logging.handlers.RotatingFileHandler", "logging.handlers.TimedRotatingFileHandler",
-    "logging.handlers.WatchedFileHandler", "logging.basicConfig",
+    "logging.handlers.WatchedFileHandler", "logging.basicConfig", "loguru.logger.add",
 }  # fmt: skip
+_STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}
+CONFIGURED_ONCE = {"logging.config.dictConfig", "logging.config.fileConfig"}
+"""Calls that make handlers, of files and of what is printed, from settings."""
 UPLOADING_METHODS = {
     "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo", "create_commit", "create_tag",
     "git_push",
@@ -180,13 +183,16 @@ def is_left_to_one(node: ast.expr) -> bool:
 
 
 def log_file(file: File, project: Project, call: ast.Call) -> ast.expr | None:
-    """The path of the log file that a call of ``logging`` opens."""
+    """The path of the log file that a call of ``logging`` or loguru opens."""
     name = project.external(file, call.func)
     if name not in LOG_FILES:
         return None
-    named = next((keyword.value for keyword in call.keywords if keyword.arg == "filename"), None)
+    named = next((keyword.value for keyword in call.keywords if keyword.arg in ("filename", "sink")), None)
     first = call.args[0] if call.args and name != "logging.basicConfig" else None
-    return named if named is not None else first
+    path = named if named is not None else first
+    if isinstance(path, (ast.Name, ast.Attribute)) and project.external(file, path) in _STREAMS:
+        return None
+    return path
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:

@@ -2,8 +2,9 @@
 
 What: ``SummaryWriter(...)`` of TensorBoard, ``mlflow.start_run()`` and their like become
 ``bmt.on_rank_0(SummaryWriter)(...)``, which gives an object that does nothing on the other ranks, wherever it is handed
-on. ``wandb.init(...)`` is told ``mode="disabled"`` there, a log file of ``logging`` is ``os.devnull``, and a level of
-``logging.INFO`` is ``logging.WARNING``.
+on. ``wandb.init(...)`` is told ``mode="disabled"`` there, a log file of ``logging`` or loguru is ``os.devnull``, and a
+level of ``logging.INFO`` is ``logging.WARNING``. One rank configures ``logging`` by ``dictConfig`` or ``fileConfig``,
+and the others warn.
 Why: a writer of each rank writes the same log once more, and making their folder is a race that stops a rank.
 Refuses when: only one rank reaches the call. A class of the project that is such a writer and has methods for all ranks
 is reported, and so are values of a writer (``writer.log_dir``, ``wandb.run.id``), which are rank 0's.
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.writers import CAN_BE_DISABLED, MADE_ONCE, log_file
+from rewriter.analyze.training.writers import CAN_BE_DISABLED, CONFIGURED_ONCE, MADE_ONCE, log_file
 from rewriter.changes import Arguments, template, wrap
 from rewriter.rules.one_rank import written_once
 from rewriter.rules.rule import Example, Rule
@@ -25,7 +26,7 @@ from rewriter.types import Conversion, Finding, Remark
 
 _HINTS = (
     b"Writer", b"wandb", b"swanlab", b"logging", b"aim", b"comet", b"mlflow", b"neptune", b"clearml", b"visdom",
-    b"dvclive", b"trackio",
+    b"dvclive", b"trackio", b"loguru",
 )  # fmt: skip
 _LEVELS = {"logging.INFO", "logging.DEBUG", "logging.NOTSET"}
 _VALUES = {"log_dir", "logdir", "get_logdir"}
@@ -48,6 +49,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield from _disabled(call)
         elif name in MADE_ONCE | CAN_BE_DISABLED:
             yield _made_once(call)
+        elif name in CONFIGURED_ONCE and not _logs_by_rank(file, facts):
+            change = wrap(call.func, "{bmt}.on_rank_0({it})")
+            yield Conversion(RULE.code, call.lineno, "one rank logs, the others warn", (change,))
         elif (cls := _own_writer(file, facts, call)) is not None:
             if any(facts.scripts.collectives.function(cls.file, method) for method in cls.methods.values()):
                 message = f"every rank makes a {cls.name}, whose methods are for all ranks: one rank is to write"
@@ -87,12 +91,17 @@ def _level(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         values += call.args[:1]
     elif facts.project.external(file, call.func) != "logging.basicConfig":
         return
-    if facts.scripts.was_parallel(file) or facts.scripts.started or "logging" not in file.names.module.bindings:
+    if _logs_by_rank(file, facts) or "logging" not in file.names.module.bindings:
         return
     for value in values:
         if facts.project.external(file, value) in _LEVELS and file.source.is_exact(value):
             change = wrap(value, "{it} if {bmt}.rank() == 0 else logging.WARNING")
             yield Conversion(RULE.code, call.lineno, "one rank logs, the others warn", (change,))
+
+
+def _logs_by_rank(file: File, facts: Facts) -> bool:
+    """Whether a script that was for several ranks says itself what each of them logs."""
+    return facts.scripts.was_parallel(file) or facts.scripts.started
 
 
 def _own_writer(file: File, facts: Facts, call: ast.Call) -> ClassInfo | None:
