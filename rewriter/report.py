@@ -15,7 +15,12 @@ from rewriter.types import Finding, Refusal, Remark, Result, place
 
 READY = "ready to launch: "
 FIRST = "before the launch, "
-_IMPORTED = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(\.*)((?:\w+\.)*\w+)", re.M)
+_IMPORTED = re.compile(
+    rb"^[ \t]*(?:from|import)[ \t]+(\.*)[ \t]*(?!import\b)((?:\w+\.)*\w+|(?=import\b))?"
+    rb"(?:[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*))?",
+    re.M,
+)
+_NAME = re.compile(rb"(?:^|[(,])\s*(\w+)")
 _IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
@@ -229,7 +234,7 @@ def _command(script: Path) -> str:
 
 def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
     """What to launch: no other file imports it, it trains or imports what does, and its name says so."""
-    imports = {result.path: set(_modules(result)) for result in results}
+    imports = {result.path: set(_modules(result, [other.path for other in results])) for result in results}
 
     def imported(path: Path, by: Path) -> bool:
         if path in imports[by]:
@@ -241,9 +246,10 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     def is_imported(path: Path) -> bool:
         return any(imported(path, other) for other in imports if other != path)
 
-    def order(path: Path) -> tuple[bool, bool, bool, bool]:
+    def order(path: Path) -> tuple[bool, ...]:
         trains = path in trained or any(imported(other, path) for other in trained)
-        return path.stem == "__init__", is_imported(path), not trains, not _LAUNCHED.match(path.stem)
+        named = not _LAUNCHED.match(path.stem), not _LAUNCHED.fullmatch(path.stem)
+        return path.stem == "__init__", is_imported(path), not trains, *named
 
     runs = {result.path for result in results if b"__main__" in result.after or result.path in trained}
     all_imported = all(map(is_imported, started))
@@ -251,15 +257,21 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     return min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
 
 
-def _modules(result: Result) -> Iterator[Path]:
-    """What a file imports: ``Path("package/name")`` where it is found by name, the file itself for ``.name``."""
-    for dots, name in _IMPORTED.findall(result.after):
-        parts = name.decode().split(".")
+def _modules(result: Result, paths: Sequence[Path]) -> Iterator[Path]:
+    """What a file imports: ``Path("package/name")`` where it is found by name, the file itself for ``.name``.
+
+    What ``from package import name`` gives may be one of ``paths``, too.
+    """
+    for dots, name, inside in _IMPORTED.findall(result.after):
+        parts = name.decode().split(".") if name else []
+        modules = [(*parts, one.decode()) for one in _NAME.findall(inside)]
         if dots:
             folder = result.path.parent.joinpath(*[".."] * (len(dots) - 1))
-            yield Path(os.path.normpath(folder.joinpath(*parts).with_suffix(".py")))
+            for module in (parts, *modules):
+                yield Path(os.path.normpath(folder.joinpath(*module).with_suffix(".py")))
         else:
             yield Path(*parts)
+            yield from (path for path in paths if path.with_suffix("").parts[-len(parts) - 1 :] in modules)
 
 
 def messages(applied: Iterable[Finding], hidden: Iterable[Finding], reported: Iterable[Finding]) -> Iterator[str]:

@@ -150,6 +150,30 @@ def test_the_script_to_launch_is_the_one_that_imports_the_loop(
     assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'run.py'}")
 
 
+@pytest.mark.parametrize(
+    "text", ["from tools import train", "from .tools import train", "from tools import (\n    train,\n)"]
+)
+def test_a_module_that_is_imported_from_its_package_is_not_launched(
+    project: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (project / "work.py").write_text(f"{text}\n{TRAIN}")
+    (project / "tools").mkdir()
+    (project / "tools" / "train.py").write_text(TRAIN)
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'work.py'}")
+
+
+@pytest.mark.parametrize("imports", ["", "from steps import train\n"])
+def test_a_script_whose_name_says_so_alone_is_launched(
+    project: Path, capsys: pytest.CaptureFixture[str], imports: str
+) -> None:
+    """``train`` of ``steps.py`` is a function, and not the script of that name."""
+    (project / "steps.py").write_text("def train():\n    pass\n")
+    (project / "a_plot.py").write_text(f"{imports}{TRAIN}")
+    (project / "train_old.py").write_text(TRAIN)
+    (project / "train.py").write_text(TRAIN)
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'train.py'}")
+
+
 def test_a_package_with_a_module_of_the_scripts_name_is_not_launched(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
