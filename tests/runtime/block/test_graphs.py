@@ -33,9 +33,10 @@ from replayed import replayed
 
 import bmtrain as bmt
 from bmtrain.block.facts import Facts
-from bmtrain.block.graphs import Graphs, _Inputs
+from bmtrain.block.graphs import Graphs
 from bmtrain.block.host_time import HostTime
 from bmtrain.block.record import unit_of
+from bmtrain.block.recording import Inputs
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
@@ -723,8 +724,8 @@ def check_case(kind: type[Plain], use: Uses, reason: str | None) -> None:
 
 def test_a_tensor_elsewhere_is_no_input_of_a_recording() -> None:
     given = (torch.ones(2, device="cpu"), torch.ones(1, device="meta"))
-    assert "tensor on meta" in str(_Inputs.of(given, {}, torch.device("cpu"), None))
-    assert isinstance(_Inputs.of(given[:1], {}, torch.device("cpu"), None), _Inputs)
+    assert "tensor on meta" in str(Inputs.of(given, {}, torch.device("cpu"), None))
+    assert isinstance(Inputs.of(given[:1], {}, torch.device("cpu"), None), Inputs)
 
 
 def test_too_much_to_be_compared_is_said() -> None:
