@@ -791,7 +791,7 @@ def test_compiled_blocks(kind: type[Plain]) -> None:
     as_written, recordings = steps_of(kind, simply, False, True), steps_of(kind, simply, True, True)
     assert as_written[0] == recordings[0]
     torch.testing.assert_close(recordings[1], as_written[1], rtol=0, atol=0)
-    assert recorded(recordings[2]) == 1
+    assert recorded(recordings[2]) == 1, reasons(recordings[2])
 
 
 def again(block: Any, x: torch.Tensor, step: int) -> Any:
