@@ -93,7 +93,7 @@ class Recording:
     ) -> None:
         module = getattr(call, "__self__", None)
         assert isinstance(module, nn.Module)
-        self.rest, self._kind, self._repeats = inputs.rest, inputs, observed.repeats
+        self.rest, self._kind, self._repeats = inputs.rest, Inputs([], inputs.rest), observed.repeats
         self._ctx, self._others, self._unit, self._call = ctx, outputs, weakref.ref(unit), call
         self._addresses, self._facts, self._step = _addresses(unit), observed.facts, -1
         self._surroundings, self._settings = Surroundings(), _settings()

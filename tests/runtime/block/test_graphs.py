@@ -837,6 +837,22 @@ def test_blocks_through_which_more_than_one_backward_goes_are_left(steps: range)
     assert reasons(recordings[2]) == ["more than one backward goes through it"]
 
 
+@on_ranks(1, 2, init=INIT)
+def test_what_a_block_was_given_when_it_was_recorded_is_not_held() -> None:
+    """It would look like a user of what another block hands on, which then runs as it is written."""
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def use(block: Any, x: torch.Tensor, step: int) -> Any:
+        given.append(weakref.ref(x))
+        return block(x)
+
+    made: list[Any] = []
+    *_, graphs = steps_of(Plain, use, True, keep=made)
+    gc.collect()
+    assert recorded(graphs) == 1 and len(given) == 14
+    assert [step for step, x in enumerate(given) if x() is not None] == []
+
+
 # -- where nobody has asked for it --------------------------------------------------------------------------------
 
 HIDDEN = torch.nn.Linear(4, 4)
