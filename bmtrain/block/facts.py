@@ -145,11 +145,9 @@ def _asks_for_any_name(code: CodeType, names: _Names) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return True
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    asks = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in _ASK_BY_NAME]
-    known = [call for call in asks if len(call.args) > 1 and isinstance(call.args[1], ast.Constant)]
-    others = sum(isinstance(node, ast.Name) and node.id in _ASK_BY_NAME for node in ast.walk(tree))
-    return len(known) < others
+    asks = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in _ASK_BY_NAME]
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func in asks)
+    return sum(len(call.args) > 1 and isinstance(call.args[1], ast.Constant) for call in calls) < len(asks)
 
 
 class _Search:

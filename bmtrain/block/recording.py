@@ -93,7 +93,7 @@ class Recording:
     ) -> None:
         module = getattr(call, "__self__", None)
         assert isinstance(module, nn.Module)
-        self.rest, self._kind, self._repeats = inputs.rest, Inputs([], inputs.rest), observed.repeats
+        self.rest, self._repeats = inputs.rest, observed.repeats
         self._ctx, self._others, self._unit, self._call = ctx, outputs, weakref.ref(unit), call
         self._addresses, self._facts, self._step = _addresses(unit), observed.facts, -1
         self._surroundings, self._settings = Surroundings(), _settings()
@@ -242,7 +242,7 @@ class Recording:
                 "it would not do the same again. Set BMTRAIN_GRAPHS=0 in the environment (graphs=False in "
                 "bmt.init_distributed)."
             )
-        args, kwargs = self._kind.with_tensors(inputs)
+        args, kwargs = Inputs([], self.rest).with_tensors(inputs)
         with torch.enable_grad(), in_autocast_regions(self._forward_regions):
             out = self._call(*args, **kwargs)
         results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]

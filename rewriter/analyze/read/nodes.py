@@ -46,6 +46,11 @@ def names_in(node: ast.AST) -> set[str]:
     return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
+def is_backward(node: ast.AST) -> bool:
+    """``loss.backward(...)``, whatever ``loss`` is."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+
+
 def item_of(loop: ast.For) -> ast.expr:
     """What a loop calls an item, without the number that ``enumerate`` or ``zip(range(9), items)`` gives it."""
     target, iterated = loop.target, loop.iter

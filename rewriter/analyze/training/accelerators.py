@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.names import Import
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, is_backward, walk
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import Scripts
 
@@ -281,7 +281,7 @@ class Accelerators:
         """Whether backward is called in a piece of code, or in a function of the project that it calls."""
         for item in walk(node):
             if isinstance(item, ast.Call):
-                if isinstance(item.func, ast.Attribute) and item.func.attr == "backward":
+                if is_backward(item):
                     return True
                 found = self.project.resolve(file, item.func)
                 if isinstance(found, FunctionInfo) and self.scripts.steps(found.file, found.node):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds, is_without_gradients
@@ -117,7 +117,7 @@ class Batches:
         for parent in other.names.ancestors(node):
             if isinstance(parent, ast.For) and child is parent.iter:
                 if other is file:
-                    found.setdefault(parent, set()).update(_names(item_of(parent)))
+                    found.setdefault(parent, set()).update(names_in(item_of(parent)))
                 return
             if isinstance(parent, (ast.For, ast.While)) and not _yields(parent):
                 if other is file:
@@ -548,17 +548,13 @@ def _outermost(file: File, node: ast.expr) -> ast.expr:
             return node
 
 
-def _names(node: ast.AST) -> set[str]:
-    return {item.id for item in walk(node) if isinstance(item, ast.Name)}
-
-
 def _stored(statement: ast.stmt) -> set[str]:
     targets: list[ast.expr] = []
     if isinstance(statement, ast.Assign):
         targets = statement.targets
     elif isinstance(statement, (ast.AnnAssign, ast.AugAssign)):
         targets = [statement.target]
-    return {name for target in targets for name in _names(target)}
+    return {name for target in targets for name in names_in(target)}
 
 
 def _yields(node: ast.AST) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
 from rewriter.analyze.read.names import Import
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, is_optimizer_name
 from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
@@ -313,7 +313,7 @@ class Entries:
         )
 
     def _call_trains(self, file: File, call: ast.Call) -> bool:
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
+        if is_backward(call):
             return True
         found = self.project.resolve(file, call.func)
         functions = [found.node] if isinstance(found, FunctionInfo) else []

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.roles import Var
 
@@ -245,7 +245,7 @@ class Feeds:
         """``trains`` for a call that runs a backward, ``maybe`` for one that may."""
         if not isinstance(node, ast.Call):
             return ""
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+        if is_backward(node):
             return "trains"
         functions = self.functions(file, node)
         known = {self.steps(function) for function in functions}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds
 from rewriter.analyze.training.keepers import takes
@@ -161,7 +161,7 @@ class Handed:
         stack: list[ast.AST] = list(loop.body)
         while stack:
             node = stack.pop()
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+            if is_backward(node):
                 return True
             if not isinstance(node, (ast.For, ast.While, Function, ast.ClassDef, ast.Lambda)):
                 stack.extend(ast.iter_child_nodes(node))

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
@@ -437,8 +437,7 @@ class Scripts:
             for item in (item for statement in node.body for item in walk_own(statement)):
                 if isinstance(item, ast.Call):
                     found = self.project.resolve(file, item.func)
-                    called = isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
-                    if called or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node)):
+                    if is_backward(item) or (isinstance(found, FunctionInfo) and self.steps(found.file, found.node)):
                         self._steps[node] = True
         return self._steps[node]
 

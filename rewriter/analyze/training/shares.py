@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
@@ -964,8 +964,7 @@ def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
 
 
 def _runs_backward(loop: ast.For) -> bool:
-    calls = (item.func for item in walk(loop) if isinstance(item, ast.Call))
-    return any(isinstance(func, ast.Attribute) and func.attr == "backward" for func in calls)
+    return any(map(is_backward, walk(loop)))
 
 
 def _own(loop: Place) -> Iterator[ast.AST]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.shares import Kinds
 from rewriter.rules.of_shares import made_whole
@@ -187,10 +187,6 @@ def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: i
     return False
 
 
-def _is_backward(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
-
-
 def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
     """Numbers that hooks of modules make of what a forward or backward has in hand."""
     hooks = [
@@ -239,7 +235,7 @@ def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
     """Whether a loop goes through training data: it calls backward, or its data are called so."""
     if any(_is_loader(item) for item in ast.walk(loop.iter)):
         return True
-    return any(_is_backward(item) for statement in loop.body for item in walk_own(statement))
+    return any(is_backward(item) for statement in loop.body for item in walk_own(statement))
 
 
 def _own(loop: ast.For | ast.While) -> Iterator[ast.AST]:
