@@ -80,11 +80,15 @@ class Decoder(nn.Module):
         self.numbers = {module: number for number, module in enumerate(self.modules())}
 
     def first_weight(self, module: nn.Module, device: torch.device) -> Tensor | None:
-        """What `module.weight` begins with, the same whoever asks, and in whatever order; fp32."""
+        """What `module.weight` begins with, the same whoever asks, and in whatever order; fp32.
+
+        Values that bf16 holds, so that a model in bf16 begins with the masters of one in fp32.
+        """
         weight = getattr(module, "weight", None)
         if isinstance(module, nn.Linear | nn.Embedding):
             generator = torch.Generator(device).manual_seed(self.numbers[module])
-            return torch.empty(weight.shape, device=device).normal_(std=0.02, generator=generator)
+            drawn = torch.empty(weight.shape, device=device).normal_(std=0.02, generator=generator)
+            return drawn.bfloat16().float()
         return torch.ones(weight.shape, device=device) if isinstance(module, nn.RMSNorm) else None
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ frozen, and memory that it would write is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -118,3 +118,8 @@ def replayed() -> Iterator[None]:
         patch.setattr(context().device, "host_waits", _host_waits)
         patch.setattr(Recording, "_place_for", place_for)
         yield
+
+
+def replays() -> AbstractContextManager[None]:
+    """What is recorded inside the ``with`` runs without its Python, on a GPU as CUDA graphs."""
+    return nullcontext() if context().device.is_cuda else replayed()

@@ -1,7 +1,8 @@
 """Features together: every pair of them occurs in some training run, which is compared with plain torch.
 
 Compared are the gradient of every parameter (one that is missing has failed), the norm, and the weights after three
-steps.  BMTRAIN_TEST_MATRIX=inductor adds Inductor's code, and BMTRAIN_TEST_MATRIX=long takes every three features.
+steps, or eight where blocks are recorded.  BMTRAIN_TEST_MATRIX=inductor adds Inductor's code, and
+BMTRAIN_TEST_MATRIX=long takes every three features.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from covering import Row, covering_rows
+from fresh import PLENTY, fresh_graphs
 from ranks import run_ranks
+from replayed import replays
 from torch import nn
 
 import bmtrain as bmt
@@ -26,7 +29,7 @@ from bmtrain.context import context
 
 MATRIX = os.environ.get("BMTRAIN_TEST_MATRIX", "pairs")
 LONG = MATRIX != "pairs"
-WIDTH, ROWS, STEPS, SCALE, MAX_NORM = 16, 12, 3, 2.0**8, 0.05
+WIDTH, ROWS, SCALE, MAX_NORM = 16, 12, 2.0**8, 0.05
 
 FACTORS: dict[str, list[Any]] = {
     "model": ["plain", "tied", "frozen", "twice", "skipped", "nested", "lora", "dicts"],
@@ -37,6 +40,7 @@ FACTORS: dict[str, list[Any]] = {
     "accumulate": [1, 3],
     "clip": [False, True],
     "optimizer": ["ours", "torch's", "two"],
+    "graphs": [False, True],
 }
 CELLS = covering_rows(FACTORS, 3 if MATRIX == "long" else 2)
 GROUPS = [(ranks, policy) for ranks in (1, 2, 3) for policy in (None, "bf16")]
@@ -108,6 +112,10 @@ class Model(nn.Module):
         return self.leave(x)  # type: ignore[no-any-return]
 
 
+def steps_of(cell: Row) -> int:
+    return 8 if cell["graphs"] else 3  # blocks are recorded after the fourth
+
+
 def build(cell: Row, wrap: Wrap = lambda module: module) -> Model:
     torch.manual_seed(11)
     model = Model(cell["model"], wrap)
@@ -161,7 +169,7 @@ def plainly(cell: Row, device: torch.device) -> tuple[list[Step], dict[str, torc
     first = {name: p.detach().clone() for name, p in master.named_parameters()}
     chosen = optimizers(cell, list(master.parameters()), ours=False)
     steps: list[Step] = []
-    for step in range(STEPS):
+    for step in range(steps_of(cell)):
         for micro in range(cell["accumulate"]):
             model = copy.deepcopy(master).bfloat16() if low else master
             x = batch(step, micro).to(device, torch.bfloat16 if low else torch.float32)
@@ -183,6 +191,7 @@ def plainly(cell: Row, device: torch.device) -> tuple[list[Step], dict[str, torc
 
 def sharded(cell: Row, device: torch.device) -> tuple[list[Step], dict[str, torch.Tensor]]:
     torch._dynamo.reset()
+    fresh_graphs(PLENTY if cell["graphs"] else None, cell["graphs"])
     with mock.patch.object(linear, "_LARGE", 0):
         model = build(cell, lambda module: bmt.Block(module, use_checkpoint=cell["recompute"]))
         bmt.BMTrainModelWrapper(model)
@@ -193,7 +202,7 @@ def sharded(cell: Row, device: torch.device) -> tuple[list[Step], dict[str, torc
     for optimizer in optimizers(cell, list(model.parameters()), ours=True):
         manager.add_optimizer(optimizer)
     steps: list[Step] = []
-    for step in range(STEPS):
+    for step in range(steps_of(cell)):
         manager.zero_grad()
         for micro in range(cell["accumulate"]):
             x = batch(step, micro).chunk(bmt.world_size())[bmt.rank()].to(device)
@@ -213,7 +222,8 @@ def wrong_in(cell: Row) -> list[str]:
     """What is not as in plain torch."""
     device = context().device.torch_device
     expected, first, last = plainly(cell, device)
-    steps, weights = sharded(cell, device)
+    with replays() if cell["graphs"] else nullcontext():
+        steps, weights = sharded(cell, device)
     early, late, change = LIMITS[cell["precision"]]
     wrong = []
     for number, ((grads, norm), (right, right_norm)) in enumerate(zip(steps, expected, strict=True)):
@@ -243,8 +253,9 @@ def _off(found: torch.Tensor, right: torch.Tensor) -> float:
     return float((found - right).norm() / right.norm().clamp(min=1e-12))
 
 
-def wrong_cells(cells: list[Row]) -> list[tuple[Row, list[str]]]:
-    found = []
+def wrong_cells(cells: list[Row]) -> tuple[list[tuple[Row, list[str]]], int]:
+    """Cells that are not as in plain torch, and how many blocks were recorded."""
+    found, recorded = [], 0
     for cell in cells:
         try:
             wrong = wrong_in(cell)
@@ -254,7 +265,9 @@ def wrong_cells(cells: list[Row]) -> list[tuple[Row, list[str]]]:
                 raise AssertionError(str(cell)) from error  # the ranks may be apart: nothing more can be learnt here
         if wrong:
             found.append((cell, wrong))
-    return found
+        graphs: Any = context().engine
+        recorded += sum(block.is_recorded for block in graphs.graphs.blocks()) if cell["graphs"] else 0
+    return found, recorded
 
 
 # ---- tests
@@ -274,5 +287,6 @@ def test_features_together(ranks: int, policy: str | None) -> None:
     chosen = [c for c in CELLS if c["ranks"] == ranks and (c["precision"] == "precision bf16") == (policy is not None)]
     assert chosen
     init = {"precision": policy} if policy is not None else {}
-    for found in run_ranks(ranks, wrong_cells, chosen, init=init, timeout=7000 if LONG else 280):
+    for found, recorded in run_ranks(ranks, wrong_cells, chosen, init=init, timeout=7000 if LONG else 280):
+        assert recorded or not any(cell["graphs"] for cell in chosen)
         assert not found, "\n".join(f"{cell}\n    " + "\n    ".join(wrong[:8]) for cell, wrong in found)

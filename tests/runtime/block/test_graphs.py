@@ -19,7 +19,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
@@ -28,12 +28,12 @@ from typing import Any
 import pytest
 import test_memory_plan as plan
 import torch
+from fresh import PLENTY, fresh_graphs
 from ranks import on_ranks
-from replayed import replayed
+from replayed import replays
 
 import bmtrain as bmt
 from bmtrain.block.facts import Facts
-from bmtrain.block.graphs import Graphs
 from bmtrain.block.host_time import HostTime
 from bmtrain.block.record import unit_of
 from bmtrain.block.recording import Inputs
@@ -42,22 +42,6 @@ from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
 
 INIT: dict[str, Any] = {"schedule": "stress", "graphs": True}
-
-
-def fresh(memory: Memory | None, graphs: bool, automatic: bool = False) -> Any:
-    """Let the process's engine forget what it has planned and recorded."""
-    engine: Any = context().engine
-    made = plan.fresh_plan(memory)
-    engine.graphs = Graphs(context(), made, engine.first_losses) if graphs else None
-    if automatic:
-        engine.graphs.is_automatic = True
-    context().diary.step = 0
-    return engine.graphs
-
-
-def replays() -> AbstractContextManager[None]:
-    """What is recorded inside the ``with`` runs without its Python."""
-    return nullcontext() if context().device.is_cuda else replayed()
 
 
 def recorded(graphs: Any) -> int:
@@ -77,10 +61,10 @@ def check_same(
     for graphs in (False, True):
 
         def forget(memory: Memory | None, graphs: bool = graphs) -> None:
-            made.append(fresh(memory, graphs))
+            made.append(fresh_graphs(memory, graphs))
 
         with replays():
-            results.append(plan.trained(plan.PLENTY, between, steps, precision, False, True, amid, forget))
+            results.append(plan.trained(PLENTY, between, steps, precision, False, True, amid, forget))
     as_written, recordings = results
     assert as_written[0] == recordings[0]
     assert all(torch.equal(as_written[1][key], recordings[1][key]) for key in as_written[1])
@@ -665,7 +649,7 @@ def steps_of(
     automatic: bool = False,
 ) -> tuple[list[float], dict[str, torch.Tensor], Any]:
     context().memory = "auto"
-    made = fresh(plan.PLENTY, graphs, automatic)
+    made = fresh_graphs(PLENTY, graphs, automatic)
     torch.manual_seed(5)
     random.seed(5)
 

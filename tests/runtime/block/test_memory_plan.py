@@ -14,34 +14,16 @@ from typing import Any
 import models
 import pytest
 import torch
+from fresh import GIB, PLENTY, fresh_plan, memory_of
 from ranks import on_ranks, run_ranks
 
 import bmtrain as bmt
-from bmtrain.block.memory import MemoryPlan
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
 from bmtrain.objects import allgather_objects
 from bmtrain.precision import Precision, as_precision
 from bmtrain.shard.unit import ShardUnit, State, unit_of_flat
-
-GIB = 2**30
-
-
-def memory_of(free: float) -> Memory:
-    """A step takes one GiB for a while; of what is free beside that, 3.2 GiB are left alone."""
-    return Memory(free=int((free + 1 + 3.2) * GIB), allocated=GIB, total=80 * GIB, peak=2 * GIB)
-
-
-PLENTY = memory_of(60)
-
-
-def fresh_plan(memory: Memory | None) -> MemoryPlan:
-    """Let the process's engine forget its plan, and the device say ``memory`` of itself."""
-    engine: Any = context().engine
-    context().device.stand_in = memory
-    engine.plan = engine.outside._plan = MemoryPlan(context())
-    return engine.plan  # type: ignore[no-any-return]
 
 
 def kind() -> str:

@@ -90,13 +90,15 @@ def writes_reach_the_model() -> None:
                 for p in m.parameters():
                     p.mul_(0.5)
         for own in owns:
-            write(own)
+            if what != "through numpy" or not own["mid.bias"].is_cuda:  # numpy reads the host's memory alone
+                write(own)
         for (key, value), other in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
             torch.testing.assert_close(value.clone(), other, msg=lambda m, what=what, key=key: f"{what}, {key}: {m}")
         x = oracle.inputs(0)
         torch.testing.assert_close(model(x), plain(x))
-    with pytest.raises(ValueError, match="read-only"):
-        model.state_dict()["mid.bias"].numpy()[0] = 1.0
+    if not model.state_dict()["mid.bias"].is_cuda:
+        with pytest.raises(ValueError, match="read-only"):
+            model.state_dict()["mid.bias"].numpy()[0] = 1.0
     with bmt.gathered(model, write=True):
         model.state_dict()["mid.bias"].copy_(torch.ones(6))
     assert torch.equal(model.mid.bias.gather(), torch.ones(6))
