@@ -15,7 +15,7 @@ import sys
 import textwrap
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import lru_cache, partial
 from itertools import chain
@@ -68,8 +68,9 @@ class Facts:
         self._tensors = {id(tensor): (tensor, tensor.data_ptr()) for tensor in found.tensors}
         self._parameters = list(module.parameters())
         self._trains = _flags(self._parameters)
-        self._holders = [inner.__dict__ for inner in module.modules()]
-        self._attributes = [value for holder in self._holders for value in holder.values()]
+        self._modules = list(module.modules())
+        self._holders = [inner.__dict__ for inner in self._modules]
+        self._attributes = self._attributes_now()
         pairs = (*self._dicts.values(), *self._others.values())
         self._values = [value for _, values in pairs for value in values]
         self._values += [value for _, _, value in self._names.values()] + [value for _, value in self._cells.values()]
@@ -92,7 +93,10 @@ class Facts:
 
     def attributes_hold(self) -> bool:
         """Whether the attributes of the module, and of those inside, are as they were: a quick part of all."""
-        return _are_same([value for holder in self._holders for value in holder.values()], self._attributes)
+        return _are_same(self._attributes_now(), self._attributes)
+
+    def _attributes_now(self) -> list[Any]:
+        return [*map(type, self._modules), *chain.from_iterable([holder.values() for holder in self._holders])]
 
     def trained(self) -> list[torch.Tensor]:
         """Parameters that require a gradient."""
@@ -178,6 +182,7 @@ class _Search:
         self._code: set[CodeType] = set()
         self._count = 0
         self._owners: dict[type | ModuleType, None] = {}
+        self._known: set[type] = set()  # classes of torch
         self._any_name = False  # whether code puts names of attributes together
         self._all_of: set[ModuleType | type] = set()
         self._attributes = set(_NAMED_BY_PYTHON)
@@ -242,8 +247,19 @@ class _Search:
 
     def _is_instance(self, of_class: type) -> None:
         for base in of_class.__mro__:
-            if not _is_in(base.__module__, _OURS) and base.__module__ not in sys.stdlib_module_names:
+            if _is_in(base.__module__, _OURS):
+                if base not in self._known:
+                    self._known.add(base)
+                    self._names_alone(base, ("forward",))
+            elif base.__module__ not in sys.stdlib_module_names:
                 self._owners[base] = None
+
+    def _names_alone(self, owner: ModuleType | type, names: Iterable[str]) -> list[Any]:
+        """What torch has under these names, which others may put something else under, and which keeps nothing."""
+        space = vars(owner)
+        there = [name for name in names if name in space]
+        self.names += [(space, name) for name in there]
+        return [space[name] for name in there]
 
     def _runs(self, code: CodeType, variables: dict[str, Any]) -> None:
         if code in self._code:
@@ -266,7 +282,9 @@ class _Search:
             package = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
             if package == "os":
                 self._waiting.append(os.environ)
-            elif not _is_in(package, (*_OURS, *sys.stdlib_module_names)):
+            elif _is_in(package, _OURS):
+                owners += filter(_is_module, self._names_alone(owner, names.attributes))
+            elif package not in sys.stdlib_module_names:
                 space = vars(owner)
                 owners += [self._names(space, name) for name in names.attributes if name in space]
                 if any_name:
@@ -351,6 +369,10 @@ class _Search:
                 if name.startswith("__"):
                     continue
                 self._asks(value, name, partial(getattr, value, name, None))
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, ModuleType)
 
 
 def _is_in(module: str, packages: Sequence[str]) -> bool:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules import module as all_modules
 from torch.utils._pytree import tree_flatten
 
 from ..autograd import backward_id, runs_as_written
@@ -83,8 +84,8 @@ class Graphs:
             return None
         if unit.moves and not unit.is_kept:
             return None
-        if torch._C._len_torch_dispatch_stack() or torch.is_anomaly_enabled():
-            return None  # somebody looks at every operation
+        if torch._C._len_torch_dispatch_stack() or torch.is_anomaly_enabled() or _sees_every_module():
+            return None  # somebody looks at every operation, or every module
         block = unit.recorded
         if not isinstance(block, _Block):
             module = getattr(call, "__self__", None)
@@ -326,6 +327,16 @@ class _Given:
         if spec != self._spec or any(one is not other for one, other in zip(leaves, self._leaves, strict=True)):
             return True
         return any(t._version != version or _differ(t.detach(), value) for t, version, value in self._tensors)
+
+
+def _sees_every_module() -> bool:
+    """Whether there are hooks on all modules."""
+    return bool(
+        all_modules._global_forward_pre_hooks
+        or all_modules._global_forward_hooks
+        or all_modules._global_backward_pre_hooks
+        or all_modules._global_backward_hooks
+    )
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

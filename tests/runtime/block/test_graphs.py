@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import test_memory_plan as plan
 import torch
+import torch.nn.functional as F
 from fresh import PLENTY, fresh_graphs
 from ranks import on_ranks
 from replayed import replays
@@ -552,8 +553,51 @@ def too_short(block: Any, x: torch.Tensor, step: int) -> Any:
     return block(x)
 
 
+class HalfNorm(torch.nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(x)
+
+
+def hooks_all_modules(block: Any, x: torch.Tensor, step: int) -> Any:
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: 0.5 * out)
+    if step < 7:
+        handle.remove()
+    out = block(x)
+    handle.remove()
+    return out
+
+
+def changes_class(block: Any, x: torch.Tensor, step: int) -> Any:
+    if step == 7:
+        block.norm.__class__ = HalfNorm
+    return block(x)
+
+
+def patches(holder: Any, name: str) -> Uses:
+    """In steps 7 to 9 what ``holder`` has under ``name`` gives half."""
+
+    def use(block: Any, x: torch.Tensor, step: int) -> Any:
+        as_it_is = getattr(holder, name)
+        with pytest.MonkeyPatch.context() as patch:
+            if 7 <= step < 10:
+                patch.setattr(holder, name, lambda *args: 0.5 * as_it_is(*args))
+            return block(x)
+
+    return use
+
+
+def sets_precision(block: Any, x: torch.Tensor, step: int) -> Any:
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return block(x)
+
+
 CHANGES, AGAIN = "changes a global", "changes again and again"
 NAMES: list[tuple[type[Plain], Uses, str | None]] = [
+    (Plain, hooks_all_modules, None),
+    (Plain, changes_class, None),
+    (Plain, patches(torch.nn.Linear, "forward"), None),
+    (reads(lambda self: torch.nn.functional.softsign(self.linear.bias)), patches(F, "softsign"), None),
+    (Plain, sets_precision, None),
     (reads(lambda self: DATA.factor), sets(DATA), None),
     (reads(lambda self: SLOTS.factor), sets(SLOTS), None),
     (reads(lambda self: LISTS[0][0]), later(lambda value: LISTS[0].__setitem__(0, value)), None),
