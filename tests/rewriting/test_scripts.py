@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from rewriter.analyze.facts import Facts
+from rewriter.analyze.read.project import Project
+from rewriter.analyze.read.source import Source
 from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
 from rewriter.types import Refusal
@@ -406,3 +409,9 @@ def test_loaders_of_a_program_that_does_not_train_stay(tmp_path: Path) -> None:
     assert b"shard_loader" not in convert_paths(paths, Options(), [tmp_path])[0].after
     (tmp_path / "train.py").write_text("from net import Net\nfrom data import load\nimport torch\n\n" + loop)
     assert b"shard_loader" in convert_paths(paths, Options(), [tmp_path])[0].after
+
+
+def test_files_that_train_come_in_the_projects_order() -> None:
+    project = Project()
+    files = [project.add(Source(Path(f"train_{number}.py"), (HEAD + LOOP).encode())) for number in range(64)]
+    assert list(Facts(project).scripts.training) == files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
@@ -194,12 +194,12 @@ class Scripts:
         return {file: block for file in self.project if file.convert and (block := self.entry.block(file))}
 
     @cached_property
-    def training(self) -> set[File]:
-        """Files with a loop that trains, and project files that the scripts import."""
+    def training(self) -> Set[File]:
+        """Files with a loop that trains, and project files that the scripts import, in the project's order."""
         found = set(self._loops)
         for file in self.programs:
             found |= self.reach(file)
-        return found
+        return dict.fromkeys(file for file in self.project if file in found).keys()
 
     @cached_property
     def programs(self) -> list[File]:
