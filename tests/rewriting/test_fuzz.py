@@ -19,7 +19,7 @@ from rewriter.plan import Options, make_plans
 from rewriter.rules import RULES
 from rewriter.types import InputError
 
-from .test_stacks import HEAD, KEPT, STAYS
+from .rules.model.test_stacks import HEAD, KEPT, STAYS
 
 SOURCES = [example.before for rule in RULES for example in rule.examples]
 SOURCES += [path.read_text() for path in sorted((Path(__file__).parent / "fixtures").glob("*.py"))]
