@@ -147,6 +147,8 @@ class Context:
     """Whether this process was told where the attempt before it saved."""
     groups: int = 0
     """How many ``host_group`` were made."""
+    samplers: int = 0
+    """How many samplers were made that follow rank 0's."""
     building: int = 0
     """How many constructors of distributed modules are running, one inside the other."""
 

@@ -13,14 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from .context import Context, context
+from .context import context
 from .errors import ConfigurationError
 from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
@@ -190,7 +189,8 @@ class AlignedSampler(Sampler[Any]):
         here = context()
         self.sampler = sampler
         self._generators = generators
-        self._number = _made[here] = _made.get(here, 0) + 1
+        here.samplers += 1
+        self._number = here.samplers
         self._epoch = 0
         self._warned = False
 
@@ -240,9 +240,6 @@ def _warn_of_uneven(length: int, ranks: int) -> None:
             "batches out with drop_last=True.",
             stacklevel=2,
         )
-
-
-_made: WeakKeyDictionary[Context, int] = WeakKeyDictionary()  # samplers of each context
 
 
 class _Share(list[Any]):

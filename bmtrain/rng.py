@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +17,8 @@ from .errors import CommunicationError
 from .wire import from_bytes, to_bytes
 
 T = TypeVar("T")
-State = list[Any]  # of torch's CPU generator, of random, and of numpy if it is in use
+State = list[object]
+"""Of torch's CPU generator, of random, and of numpy if it is in use; plain values, which files and other ranks take."""
 
 
 class Draws:
@@ -52,29 +53,31 @@ class Draws:
 
 def capture() -> State:
     """The state of the process's generators."""
-    state = [torch.get_rng_state(), random.getstate()]
+    state: State = [torch.get_rng_state(), random.getstate()]
     numpy = sys.modules.get("numpy")
     return state if numpy is None else [*state, numpy.random.get_state()]
 
 
 def restore(state: State) -> None:
     """Put the process's generators back."""
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    if len(state) > 2:
+    of_torch, of_random, *of_numpy = cast(list[Any], state)
+    torch.set_rng_state(of_torch)
+    random.setstate(of_random)
+    if of_numpy:
         import numpy
 
-        numpy.random.set_state(state[2])
+        numpy.random.set_state(*of_numpy)
 
 
 def same(one: State, other: State) -> bool:
     """Whether nothing was drawn between two captures."""
-    # numpy's state is a tuple that holds an array, which does not compare to one truth value.
-    return torch.equal(one[0], other[0]) and one[1] == other[1] and _numpy_key(one) == _numpy_key(other)
+    return _comparable(one) == _comparable(other)
 
 
-def _numpy_key(state: State) -> tuple[Any, ...]:
-    return () if len(state) < 3 else (state[2][1].tobytes(), *state[2][2:])
+def _comparable(state: State) -> list[object]:
+    """The same in words that compare to one truth value, as tensors and arrays do not."""
+    of_torch, of_random, *of_numpy = cast(list[Any], state)
+    return [of_torch.numpy().tobytes(), of_random, *((kind[1].tobytes(), *kind[2:]) for kind in of_numpy)]
 
 
 def generators_of(loader: DataLoader[object]) -> list[torch.Generator]:

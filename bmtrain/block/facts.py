@@ -17,16 +17,19 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import Field
 from functools import lru_cache, partial
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_, itemgetter
 from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ..own_random import generator_state, is_generator
+
+T = TypeVar("T")
 
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
 CONTAINERS = (dict, list, set, deque)
@@ -59,11 +62,12 @@ class Facts:
         found = _Search(module, executed)
         self.reason, self.unseen = found.reason, found.unseen
         held: list[Any] = [*found.dicts, *found.others]
-        self._dicts = {id(of): (of, list(of.values())) for of in found.dicts if of}
-        self._others = {id(of): (of, list(of)) for of in found.others if of}
-        self._empty = {id(of): of for of in held if not of}
-        self._names = {(id(space), name): (space, name, space.get(name)) for space, name in found.names}
-        self._cells = {id(cell): (cell, _contents(cell)) for cell in found.cells}
+        self._dicts = {id(of): of for of in found.dicts if of}
+        self._others = {id(of): of for of in found.others if of}
+        self._empty = list({id(of): of for of in held if not of}.values())
+        self._names = [(space, itemgetter(*names, names[0])) for space, names in _each_once(found.names)]
+        self._slots = [(value, attrgetter(*names, names[0])) for value, names in _each_once(found.slots)]
+        self._cells = list({id(cell): cell for cell in found.cells}.values())
         self._asked = {key: (ask, ask()) for key, ask in found.asked.items()}
         self._tensors = {id(tensor): (tensor, tensor.data_ptr()) for tensor in found.tensors}
         self._parameters = list(module.parameters())
@@ -71,19 +75,22 @@ class Facts:
         self._modules = list(module.modules())
         self._holders = [inner.__dict__ for inner in self._modules]
         self._attributes = self._attributes_now()
-        pairs = (*self._dicts.values(), *self._others.values())
-        self._values = [value for _, values in pairs for value in values]
-        self._values += [value for _, _, value in self._names.values()] + [value for _, value in self._cells.values()]
+        self._values = self._present()
 
     def _present(self) -> list[Any]:
-        of_dicts = chain.from_iterable([of.values() for of, _ in self._dicts.values()])
-        of_others = chain.from_iterable([of for of, _ in self._others.values()])
-        named = [space.get(name) for space, name, _ in self._names.values()]
-        return [*of_dicts, *of_others, *named, *[_contents(cell) for cell, _ in self._cells.values()]]
+        of_dicts = chain.from_iterable([of.values() for of in self._dicts.values()])
+        of_others = chain.from_iterable(self._others.values())
+        named = chain.from_iterable([names(space) for space, names in self._names])
+        in_slots = chain.from_iterable([names(value) for value, names in self._slots])
+        return [*of_dicts, *of_others, *named, *in_slots, *map(_contents, self._cells)]
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
-        if not _are_same(self._present(), self._values) or any(self._empty.values()):
+        try:
+            present = self._present()
+        except (KeyError, AttributeError):  # a name is gone
+            return False
+        if not _are_same(present, self._values) or any(self._empty):
             return False
         if _flags(self._parameters) != self._trains:
             return False
@@ -101,6 +108,14 @@ class Facts:
     def trained(self) -> list[torch.Tensor]:
         """Parameters that require a gradient."""
         return [p for p, trains in zip(self._parameters, self._trains, strict=True) if trains]
+
+
+def _each_once(pairs: Sequence[tuple[T, str]]) -> list[tuple[T, list[str]]]:
+    """What has names, with all of them; getters by two names or more give a tuple."""
+    found: dict[int, tuple[T, dict[str, None]]] = {}
+    for holder, name in pairs:
+        found.setdefault(id(holder), (holder, {}))[1][name] = None
+    return [(holder, [*names]) for holder, names in found.values()]
 
 
 def _are_same(values: list[Any], others: list[Any]) -> bool:
@@ -160,6 +175,7 @@ class _Search:
     Attributes:
         dicts, others: containers whose elements count.
         names: namespaces, and names in them.
+        slots: objects, and names of their slots that are filled.
         cells: variables of enclosing functions.
         asked: by object and attribute, gives what is not held in any of these.
         tensors: those that are there, for where they lie.
@@ -171,6 +187,7 @@ class _Search:
         self.dicts: list[dict[Any, Any]] = []
         self.others: list[Any] = []
         self.names: list[tuple[Mapping[str, Any], str]] = []
+        self.slots: list[tuple[object, str]] = []
         self.cells: list[CellType] = []
         self.asked: dict[tuple[int, str], Callable[[], Any]] = {}
         self.tensors: list[torch.Tensor] = []
@@ -291,7 +308,8 @@ class _Search:
                     self._names_all(owner)
 
     def _look(self, value: Any) -> None:
-        if isinstance(value, (*CONSTANTS, BuiltinFunctionType)) or id(value) in self._seen:
+        # A class has read its fields (of a dataclass) when it was made; what defaults it has are its attributes.
+        if isinstance(value, (*CONSTANTS, BuiltinFunctionType, Field)) or id(value) in self._seen:
             return
         self._seen[id(value)] = value
         if isinstance(value, ModuleType):
@@ -368,7 +386,11 @@ class _Search:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if name.startswith("__"):
                     continue
-                self._asks(value, name, partial(getattr, value, name, None))
+                if hasattr(value, name):
+                    self.slots.append((value, name))
+                    self._waiting.append(getattr(value, name))
+                else:
+                    self._asks(value, name, partial(getattr, value, name, None))
 
 
 def _is_module(value: object) -> bool:

@@ -219,35 +219,34 @@ class _Block:
         unit, module = self._unit(), getattr(call, "__self__", None)
         if len(self._recordings) == _MOST or unit is None or not isinstance(module, nn.Module):
             return None
-        reason = _objection(module, unit, self.graphs.ctx)
-        if reason is not None:
-            self.give_up(reason)
+        observed = Observed(facts, self._regions, self._repeats)
+        made = _objection(module, unit, self.graphs.ctx) or self._made(unit, call, inputs, observed)
+        if isinstance(made, str):
+            self.give_up(made)
             return None
+        self._recordings.append(made)
+        unit.keeps_buffers = unit.moves
+        self.graphs.changed()
+        return made
+
+    def _made(self, unit: ShardUnit, call: Callable[..., Any], inputs: Inputs, observed: Observed) -> Recording | str:
+        """A recording, or why there is none."""
         if not self.graphs.plan.has_room():
-            self.give_up("too little memory is free")
-            return None
+            return "too little memory is free"
         device = self.graphs.ctx.device
         numbers = device.rng_state()
         try:
-            observed = Observed(facts, self._regions, self._repeats)
             recording = Recording(self.graphs.ctx, self.graphs.outputs, unit, call, inputs, observed)
         except ConfigurationError as error:
-            self.give_up(str(error))
-            return None
+            return str(error)
         except Exception as error:  # whatever the device refuses to record runs as it did before
             text = "".join(str(error).splitlines()[:1])
-            self.give_up(f"recording it ended in {type(error).__name__}: {text[:200]}")
-            return None
-        if not facts.hold():
-            self.give_up("its forward or backward changes a global, or what an object holds")
-            return None
+            return f"recording it ended in {type(error).__name__}: {text[:200]}"
+        if not observed.facts.hold():
+            return "its forward or backward changes a global, or what an object holds"
         if self._draws_on_host(device.drawn_since(numbers)):
             device.set_rng_state(numbers)
-            self.give_up("its backward draws random numbers on the host")
-            return None
-        self._recordings.append(recording)
-        unit.keeps_buffers = unit.moves
-        self.graphs.changed()
+            return "its backward draws random numbers on the host"
         return recording
 
     def observed(self, call: Callable[..., T]) -> Callable[..., T]:

@@ -46,7 +46,7 @@ class Schedule:
         copies, self.pools.copies = self.pools.copies, []
         for reference in copies:
             unit = reference()
-            if unit is not None and not unit.moves:
+            if isinstance(unit, ShardUnit) and not unit.moves:
                 self.register(unit)
 
     def run_starts(self, unit: ShardUnit, grad: bool, operation: str = "") -> None:

@@ -183,8 +183,8 @@ def _table(given: argparse.Namespace, job: Job, found: Estimate, overhead: int) 
     yield f"{'all':44}" + _cells([None if size is None else fixed + size for size in columns])
 
 
-def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
-    """The steps that ``--scale`` asks for.  Raises ConfigurationError where a figure is missing or cannot be."""
+def _to_scale(given: argparse.Namespace, job: Job) -> tuple[Job, Measured]:
+    """What ``--scale`` starts from.  Raises ConfigurationError where a figure is missing or cannot be."""
     if given.measured is None or not given.scale:
         raise ConfigurationError(
             "--scale N,N,... and --measured FILE.json go together: docs/scaling.md says how to measure."
@@ -192,14 +192,20 @@ def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
     if job.gpus != 1:
         raise ConfigurationError("--scale says on how many GPUs: leave --gpus out.")
     measured = Measured.read(given.measured)
-    steps = dict(measured.step_ms or {})
-    if max(steps, default=1) > given.host_gpus:
+    most = max(measured.step_ms or (), default=1)
+    if most > given.host_gpus:
         raise ConfigurationError(
-            f"step_ms of {max(steps)} GPUs is of several hosts of {given.host_gpus} (--host-gpus): give that of one."
+            f"step_ms of {most} GPUs is of several hosts of {given.host_gpus} (--host-gpus): give that of one."
         )
-    job = replace(job, accumulates=job.accumulates or measured.backwards > 1)
     if given.accumulate and measured.backwards == 1:
         raise ConfigurationError("--accumulate: the file says backwards=1; give the number that makes a step.")
+    return replace(job, accumulates=job.accumulates or measured.backwards > 1), measured
+
+
+def _scale(given: argparse.Namespace, job: Job, model: Model) -> int:
+    """The steps that ``--scale`` asks for.  Raises ConfigurationError where a figure is missing or cannot be."""
+    job, measured = _to_scale(given, job)
+    steps = dict(measured.step_ms or {})
     everywhere = usual(given.scale, given.host_gpus)
     sizes = {ranks.shard_size for ranks in everywhere} | set(steps)
     work = {size: model.work(replace(job, gpus=size)) for size in sizes}

@@ -11,7 +11,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Hashable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -157,7 +156,7 @@ class Pools:
         self.collectives = ctx.collectives if stage is None else ctx.stage_collectives
         self._stages: dict[int, Pools] = {}
         self.moves = ctx.world_size > 1
-        self.copies: list[weakref.ref[Any]] = []
+        self.copies: list[weakref.ref[object]] = []
         self.regrouped = False
         self.changes = self._keys = 0
         self.arenas = arenas = Arenas(ctx, of_stage=stage is not None)

@@ -162,7 +162,7 @@ class ShardUnit:
             prefetch_all([(self, compute)])
 
     def gather(self, compute: torch.dtype | None = None) -> None:
-        """To WHOLE: show whole parameters to code that runs from now on."""
+        """To WHOLE: parameters are views of the buffer for code that runs from now on."""
         if self.is_whole:
             return
         self.prefetch(compute)
@@ -246,7 +246,7 @@ class ShardUnit:
             self._give_back(flat, buffer, self.ctx.device.current_stream())
 
     def set_back(self) -> None:
-        """WHOLE to GATHERING: show sharded parameters but keep the whole values, as if they had just come."""
+        """WHOLE to GATHERING: parameters are their parts again; the whole values stay, as if they had just come."""
         if self.is_whole and self.moves:
             for flat in self.flats:
                 buffer = flat.enter_sharded()

@@ -19,7 +19,7 @@ from rewriter.plan import Options, make_plans
 from rewriter.rules import RULES
 from rewriter.types import InputError
 
-from .test_stacks import HEAD, KEPT, STAYS
+from .rules.model.test_stacks import HEAD, KEPT, STAYS
 
 SOURCES = [example.before for rule in RULES for example in rule.examples]
 SOURCES += [path.read_text() for path in sorted((Path(__file__).parent / "fixtures").glob("*.py"))]
@@ -176,7 +176,7 @@ def check(text: str, options: Options) -> None:
     assert again.after == result.after
 
 
-@pytest.mark.parametrize("group", range(8))
+@pytest.mark.parametrize("group", [*range(3), *(pytest.param(group, marks=pytest.mark.long) for group in range(3, 8))])
 def test_variants(group: int) -> None:
     for seed in range(group * CASES_PER_GROUP, (group + 1) * CASES_PER_GROUP):
         text = mutated(seed)

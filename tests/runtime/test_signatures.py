@@ -90,21 +90,53 @@ class Package:
             for node in tree.body:
                 if isinstance(node, ast.FunctionDef):
                     yield f"{module}.{node.name}", f"{module}.{node.name}", annotations(node)
+                elif isinstance(node, ast.AnnAssign):
+                    yield (
+                        f"{module}.{ast.unparse(node.target)}",
+                        f"{module}.{ast.unparse(node.target)}",
+                        [node.annotation],
+                    )
                 elif isinstance(node, ast.ClassDef):
                     whole = f"{module}.{node.name}"
                     for part in node.body:
                         if isinstance(part, ast.FunctionDef) and (part.name[0] != "_" or part.name in CALLED):
                             yield f"{whole}.{part.name}", whole, annotations(part)
-                        elif isinstance(part, ast.AnnAssign) and ast.unparse(part.target)[0] != "_":
-                            yield f"{whole}.{ast.unparse(part.target)}", whole, [part.annotation]
+                    for part in ast.walk(node):
+                        if isinstance(part, ast.AnnAssign) and (part in node.body or is_of_self(part.target)):
+                            name = ast.unparse(part.target).removeprefix("self.")
+                            if name[0] != "_":
+                                yield f"{whole}.{name}", whole, [part.annotation]
+
+    def aliases(self) -> set[str]:
+        """Names of types with Any in them."""
+        given = {
+            f"{module}.{ast.unparse(node.targets[0])}": node.value
+            for module, tree in self.trees.items()
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and not isinstance(node.value, ast.Call)  # which makes a TypeVar, or a value
+        }
+        found, before = set[str](), None
+        while found != before:
+            before = set(found)
+            found |= {name for name, value in given.items() if self._has_any(value, name.rpartition(".")[0], found)}
+        return found
+
+    def _has_any(self, annotation: ast.expr | None, module: str, aliases: set[str]) -> bool:
+        for node in ast.walk(annotation) if annotation is not None else ():
+            name = getattr(node, "id", getattr(node, "attr", ""))
+            if name == "Any" or self.origin(f"{module}.{name}") in aliases:
+                return True
+        return False
 
     def with_any(self) -> set[str]:
         """What has Any in its signature and is used by another package."""
-        users = self.users()
+        users, aliases = self.users(), self.aliases()
         return {
             name
             for name, whole, given in self.signatures()
-            if any(map(has_any, given)) and {of(module) for module in users[whole]} - {of(whole)}
+            if any(self._has_any(annotation, whole.rpartition(".")[0], aliases) for annotation in given)
+            and {of(module) for module in users[whole]} - {of(whole)}
         }
 
 
@@ -116,15 +148,14 @@ def of(name: str) -> str:
     return ".".join(name.split(".")[:2])
 
 
+def is_of_self(target: ast.expr) -> bool:
+    return isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"
+
+
 def annotations(function: ast.FunctionDef) -> list[ast.expr | None]:
     given = function.args
     everything = [*given.posonlyargs, *given.args, given.vararg, *given.kwonlyargs, given.kwarg]
     return [function.returns, *(argument.annotation for argument in everything if argument is not None)]
-
-
-def has_any(annotation: ast.expr | None) -> bool:
-    named = ast.walk(annotation) if annotation is not None else ()
-    return any(getattr(node, "id", getattr(node, "attr", "")) == "Any" for node in named)
 
 
 def test_no_any_between_packages() -> None:
@@ -146,10 +177,19 @@ def gives() -> Any | None: ...
 def handed_on(x: Any): ...
 def at_home(x: Any): ...
 def is_typed(x: AnyOf, any: object) -> None: ...
+Words = list[Any]
+More = dict[str, Words]
+T = TypeVar("T", bound=Words)
+def by_another_name(x: More): ...
+def of_its_own(x: T) -> T: ...
+value: Any = 1
 class Given:
     field: Any
     _hidden: Any
-    def __init__(self, *, x: Any = None): ...
+    def __init__(self, *, x: Any = None):
+        self.made: Any = x
+        self._kept: Any = x
+        local: Any = x
     def method(self) -> tuple[Any, ...]: ...
     def _own(self, x: Any): ...
 class Unused:
@@ -159,11 +199,11 @@ class Unused:
         "high.__init__": "",
         "high.user": """
 from ..low import Renamed, again, inner as known
-from ..low.inner import is_typed, positional
+from ..low.inner import by_another_name, is_typed, of_its_own, positional
 import root.low.inner
 def work():
     from ..low.inner import gives
-    known.star(); known.stars()
+    known.star(); known.stars(); known.value
 """,
     }
     for name, text in files.items():
@@ -171,5 +211,6 @@ def work():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     inner = "root.low.inner."
-    expected = ("again", "positional", "star", "stars", "gives", "Given.field", "Given.__init__", "Given.method")
+    functions = ("again", "positional", "star", "stars", "gives", "by_another_name", "value")
+    expected = (*functions, "Given.field", "Given.made", "Given.__init__", "Given.method")
     assert Package(tmp_path / "root").with_any() == {inner + name for name in expected}

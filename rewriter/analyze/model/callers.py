@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import Function, walk
+from rewriter.analyze.read.nodes import Function, positional, walk
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Caller:
         for keyword in self.call.keywords:
             if keyword.arg == name:
                 return keyword.value
-        names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        names = positional(function)
         place = names.index(name) - (not self.method) if name in names else -1
         before = self.call.args[: place + 1]
         if place < 0 or len(before) <= place or any(isinstance(value, ast.Starred) for value in before):

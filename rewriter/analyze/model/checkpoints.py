@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable
 
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, self_path, walk
+from rewriter.analyze.read.nodes import Function, dotted, positional, self_path, walk
 from rewriter.analyze.read.project import Project
 
 
@@ -86,7 +86,7 @@ def _method(info: ClassInfo, name: str, project: Project) -> tuple[File, Functio
 
 def _only_checkpoints(file: File, function: Function, project: Project) -> bool:
     """Whether a function does nothing but to call its first argument with the others, by torch's checkpoint perhaps."""
-    given = [a.arg for a in (*function.args.posonlyargs, *function.args.args)]
+    given = positional(function)
     given = given[1:] if given[:1] == ["self"] else given
     rest = {*given[1:], *(a.arg for a in (function.args.vararg, function.args.kwarg) if a)}
     returned = [node.value for node in walk(function) if isinstance(node, ast.Return)]

@@ -42,7 +42,7 @@ from rewriter.analyze.model.tensors import (
 from rewriter.analyze.model.ways import EACH, OPERATIONS, Unknown, operated, place
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, names_in, same
+from rewriter.analyze.read.nodes import Function, names_in, positional, same
 
 _DEPTH = 16
 _TRIES = 200
@@ -166,7 +166,7 @@ class Forward:
             return
         info = found[0].file.function_info(found[1])
         hidden = Tensor(hidden=True)  # what comes first is what the blocks hand on
-        first = [argument.arg for argument in (*info.node.args.posonlyargs, *info.node.args.args)][1:2]
+        first = positional(info.node)[1:2]
         others = dict.fromkeys(set(self.trained) - {*first}, hidden)
         result = self._run(Routine(info, Object(self.block, "")), [hidden], others, info.node)
         if origins_of(result):
@@ -201,7 +201,7 @@ class Forward:
             raise Failure(given or frozenset(self.linear), f"{function.name} calls too deep", file, at)
         key = f"{owner.name if owner else ''}:{function.name}:{getattr(at, 'lineno', 0)}"
         frame = _Frame(file, function, owner, "", {}, key)
-        names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        names = positional(function)
         static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
         if owner is not None and not static and names:
             frame.my_name, frame.names[names[0]] = names[0], owner

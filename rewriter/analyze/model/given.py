@@ -11,14 +11,14 @@ from rewriter.analyze.model.loops import Loop
 from rewriter.analyze.model.stack import Stack
 from rewriter.analyze.model.tensors import Chain, Linear, Object, Simple, Tensor, Value
 from rewriter.analyze.read.file import ClassInfo
-from rewriter.analyze.read.nodes import Function, self_path, walk
+from rewriter.analyze.read.nodes import Function, positional, self_path, walk
 
 _FACTS = {"shape", "size", "device", "dtype", "dim", "ndim"}
 
 
 def trained(attributes: Attributes, stack: Stack, function: Function) -> set[str]:
     """The arguments of ``function``, the forward of a stack's blocks, that are made of parameters or for all heads."""
-    names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)][1:]
+    names = positional(function)[1:]
     found: set[str] = set()
     for loop in stack.loops:
         for call in loop.calls() if loop.owner is stack.owner else ():

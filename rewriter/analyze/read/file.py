@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from rewriter.analyze.read.names import Names
+from rewriter.analyze.read.nodes import Function, positional
 from rewriter.analyze.read.notebook import Notebook
 from rewriter.analyze.read.source import Source
 from rewriter.types import Conversion, InputError
@@ -53,7 +54,14 @@ class ClassInfo:
 @dataclass(frozen=True, eq=False)
 class FunctionInfo:
     file: File
-    node: ast.FunctionDef | ast.AsyncFunctionDef
+    node: Function
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of those that a call's arguments without a keyword fill, without a method's ``self``."""
+        listed = positional(self.node)
+        method = isinstance(self.file.names.parents.get(self.node), ast.ClassDef)
+        return listed[1:] if method and listed[:1] in (["self"], ["cls"]) else listed
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,19 @@ def names_in(node: ast.AST) -> set[str]:
 
 def is_backward(node: ast.AST) -> bool:
     """``loss.backward(...)``, whatever ``loss`` is."""
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward"
+    return loss_of(node) is not None
+
+
+def loss_of(node: ast.AST) -> ast.expr | None:
+    """What ``backward`` is called on, in ``loss.backward(...)``; None of every other node."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+        return node.func.value
+    return None
+
+
+def positional(function: Function) -> list[str]:
+    """The names of the parameters that arguments without a keyword fill, ``self`` of a method among them."""
+    return [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
 
 
 def item_of(loop: ast.For) -> ast.expr:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from rewriter.analyze.read.file import (
@@ -158,6 +158,10 @@ class Project:
         """The canonical dotted name of something outside the project, else an empty string."""
         found = self.resolve(file, node)
         return found.name if isinstance(found, External) else ""
+
+    def calls_of(self, files: Iterable[File], names: Container[str]) -> Iterator[tuple[File, ast.Call]]:
+        """The calls in ``files`` of what has one of these names, outside the project."""
+        return ((f, c) for f in files for c in f.calls if self.external(f, c.func) in names)
 
     def member(self, file: File, name: str) -> Resolved:
         """What a module's own name refers to."""

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.names import Import
-from rewriter.analyze.read.nodes import Function, dotted, is_backward, walk
+from rewriter.analyze.read.nodes import Function, dotted, is_backward, positional, walk
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import Scripts
 
@@ -38,7 +38,7 @@ def scripts_with_accelerators(scripts: Scripts) -> dict[File, frozenset[File]]:
     found = {}
     for program in scripts.entries:
         files = frozenset(file for file in scripts.reach(program) if b"accelerat" in file.source.data)
-        if any(scripts.project.external(file, call.func) in CLASSES for file in files for call in file.calls):
+        if any(scripts.project.calls_of(files, CLASSES)):
             found[program] = files
     return found
 
@@ -56,7 +56,7 @@ class Accelerators:
     @cached_property
     def made(self) -> list[tuple[File, ast.Call]]:
         """The calls that make it."""
-        return [(f, c) for f in self.files for c in f.calls if self.project.external(f, c.func) in CLASSES]
+        return [*self.project.calls_of(self.files, CLASSES)]
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -115,7 +115,7 @@ class Accelerators:
             function = methods[0].node if methods else None
         if function is None:
             return False
-        listed = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        listed = positional(function)
         if isinstance(parent, ast.keyword):
             return parent.arg in self.names
         skipped = 1 if listed[:1] in (["self"], ["cls"]) else 0

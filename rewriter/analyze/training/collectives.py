@@ -10,7 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import children, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.readings import readings
@@ -100,12 +100,10 @@ class Collectives:
     def _held_losses(self) -> set[str]:
         """Attributes that backward is called on: ``self.loss.backward()``."""
         return {
-            call.func.value.attr
+            loss.attr
             for file in self.instances.files()
             for call in file.calls
-            if isinstance(call.func, ast.Attribute)
-            and call.func.attr == "backward"
-            and isinstance(call.func.value, ast.Attribute)
+            if isinstance(loss := loss_of(call), ast.Attribute)
         }
 
     def shares(self, file: File) -> dict[ast.expr, Share]:

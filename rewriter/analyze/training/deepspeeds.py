@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted
+from rewriter.analyze.read.nodes import Function, dotted, positional
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import Scripts
 
@@ -28,7 +28,7 @@ def scripts_with_deepspeed(scripts: Scripts) -> dict[File, frozenset[File]]:
     for program in scripts.entries:
         reached = scripts.reach(program)
         files = {file for file in reached if b"deepspeed" in file.source.data}
-        if any(scripts.project.external(file, call.func) in INITIALIZE for file in files for call in file.calls):
+        if any(scripts.project.calls_of(files, INITIALIZE)):
             found[program] = frozenset(files | DeepSpeeds(frozenset(reached), scripts).holders())
     return found
 
@@ -44,7 +44,7 @@ class DeepSpeeds:
     @cached_property
     def made(self) -> list[tuple[File, ast.Call]]:
         """The calls that make it."""
-        return [(f, c) for f in self.files for c in f.calls if self.project.external(f, c.func) in INITIALIZE]
+        return [*self.project.calls_of(self.files, INITIALIZE)]
 
     def holders(self) -> set[File]:
         """The files in which it is made or used."""
@@ -229,7 +229,7 @@ class DeepSpeeds:
         if target is None or any(isinstance(item, ast.Starred) for item in call.args):
             return None
         other, function, method = target
-        listed = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        listed = positional(function)
         named = [argument.arg for argument in function.args.kwonlyargs]
         if isinstance(parent, ast.keyword):
             return (other, (function, parent.arg)) if parent.arg in {*listed, *named} else None

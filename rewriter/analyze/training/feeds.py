@@ -141,14 +141,11 @@ class Feeds:
             return
         functions = self.functions(file, call)
         for function in functions:
-            given = function.node.args
-            listed = [a.arg for a in (*given.posonlyargs, *given.args)]
-            method = isinstance(function.file.names.parents.get(function.node), ast.ClassDef)
+            listed = function.parameters
             if index is not None:
-                at = index + (1 if method and listed[:1] in (["self"], ["cls"]) else 0)
-                parameter = listed[at] if at < len(listed) else None
+                parameter = listed[index] if index < len(listed) else None
             else:
-                parameter = name if name in {*listed, *(a.arg for a in given.kwonlyargs)} else None
+                parameter = name if name in {*listed, *(a.arg for a in function.node.args.kwonlyargs)} else None
             if parameter is None:
                 feed.lost = True
                 continue

@@ -183,10 +183,7 @@ def _bound(target: ast.expr) -> set[str]:
 
 def _given(function: FunctionInfo, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
     """The parameters of a function with what a call gives for each."""
-    arguments = function.node.args
-    listed = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
-    method = isinstance(function.file.names.parents.get(function.node), ast.ClassDef)
-    yield from zip(listed[1:] if method and listed[:1] in (["self"], ["cls"]) else listed, call.args, strict=False)
+    yield from zip(function.parameters, call.args, strict=False)
     yield from ((keyword.arg, keyword.value) for keyword in call.keywords if keyword.arg)
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, positional, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 
 _DEEP = 4
@@ -157,7 +157,7 @@ class Instances:
 
     def given(self, file: File, function: Function, name: str) -> Iterator[tuple[File, ast.expr]]:
         """What the calls of a function give for one of its parameters."""
-        listed = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
+        listed = positional(function)
         named = {argument.arg for argument in function.args.kwonlyargs}
         if name not in listed and name not in named:
             return

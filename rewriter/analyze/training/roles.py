@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, loss_of, positional, walk, walk_own
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
@@ -196,9 +196,10 @@ class Roles:
             function = self.project.resolve(self.file, call.func) if call.args or call.keywords else None
             if not isinstance(function, FunctionInfo) or function.file is not self.file:
                 continue
-            given = function.node.args
-            names = [a.arg for a in (*given.posonlyargs, *given.args)]
-            pairs = [*zip(names, call.args, strict=False), *((k.arg, k.value) for k in call.keywords if k.arg)]
+            pairs = [
+                *zip(positional(function.node), call.args, strict=False),
+                *((k.arg, k.value) for k in call.keywords if k.arg),
+            ]
             found += [((function.node, name), held) for name, value in pairs if (held := self.var(value)) is not None]
         return found
 
@@ -319,9 +320,8 @@ class Roles:
         """Names that hold a loss tensor: they come out of a model or a loss function."""
         made = {variable for variable, *_ in self.assignments if "." not in variable[1]}
         found = {v for v in made if "backward" in self.methods_called.get(v, set())}
-        for call in self.file.calls:
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
-                found |= {v for name in self._terms(call.func.value) if (v := self.var(name)) in made}
+        for loss in filter(None, map(loss_of, self.file.calls)):
+            found |= {v for name in self._terms(loss) if (v := self.var(name)) in made}
         for _ in range(3):
             for variable, value, _, part in self.assignments:
                 if variable in found and not part and isinstance(value, ast.BinOp):
@@ -348,21 +348,16 @@ class Roles:
     @cached_property
     def trained(self) -> set[Var]:
         """Names that backward is called on, or on something that is made of them."""
-        backwards = [c.func for c in self.file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward"]
-        calls = [call for call in self.file.calls if call.func in backwards]
-        held = [func.value for func in backwards] + [value for call in calls for value in call.args]
+        held = [value for call in self.file.calls if (loss := loss_of(call)) for value in (loss, *call.args)]
         return {v for node in held for name in self._terms(node) if (v := self.var(name)) is not None} - self.managers
 
     @cached_property
     def loss_parts(self) -> set[str]:
         """``out["loss"]`` and ``out.loss``, as ``ast.dump`` gives them, where backward is called on them."""
         return {
-            ast.dump(call.func.value)
-            for call in self.file.calls
-            if isinstance(call.func, ast.Attribute)
-            and call.func.attr == "backward"
-            and isinstance(call.func.value, (ast.Subscript, ast.Attribute))
-            and self.var(call.func.value) not in self.managers
+            ast.dump(loss)
+            for loss in map(loss_of, self.file.calls)
+            if isinstance(loss, (ast.Subscript, ast.Attribute)) and self.var(loss) not in self.managers
         }
 
     def _terms(self, node: ast.expr) -> Iterator[ast.Name]:
@@ -426,10 +421,7 @@ class Roles:
             return False  # a generator is no loss
         given = [_part(item.value, place) for item in own if isinstance(item, kind) and not _is_nothing(item.value)]
         trained = {
-            there.var(name)
-            for item in own
-            if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr == "backward"
-            for name in there._terms(item.func.value)
+            there.var(name) for item in own if (loss := loss_of(item)) is not None for name in there._terms(loss)
         }
         held = trained & known if there is self else trained
         return bool(given) and all(item is not None and there.var(_bare(item)) in held for item in given)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
-from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, loss_of, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
 from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
@@ -123,20 +123,19 @@ class Scripts:
         found: set[ast.Call] = set()
         for file in self.training:
             for call in file.calls:
-                if isinstance(call.func, ast.Attribute) and call.func.attr == "backward":
-                    if self.over_shares(file, call) and self.sums(file).is_sum(call.func.value):
-                        found |= self.sums(file).sources | {call}
+                loss = loss_of(call)
+                if loss is not None and self.over_shares(file, call) and self.sums(file).is_sum(loss):
+                    found |= self.sums(file).sources | {call}
         return found
 
     @cached_property
     def divided(self) -> set[ast.Call]:
         """The calls that make sums which the losses of backward calls are the means of."""
-        backwards = ((f, c) for f in self.training for c in f.calls if isinstance(c.func, ast.Attribute))
         return {
             source
-            for file, call in backwards
-            if isinstance(call.func, ast.Attribute) and call.func.attr == "backward"
-            for source in self.sums(file).divided(call.func.value)
+            for file in self.training
+            for loss in filter(None, map(loss_of, file.calls))
+            for source in self.sums(file).divided(loss)
         }
 
     def adding_items(self, file: File) -> list[ast.Call]:
@@ -144,10 +143,9 @@ class Scripts:
         return [
             call
             for call in file.calls
-            if isinstance(call.func, ast.Attribute)
-            and call.func.attr == "backward"
+            if (loss := loss_of(call)) is not None
             and self.over_shares(file, call)
-            and self.sums(file).may_add_items(call.func.value)
+            and self.sums(file).may_add_items(loss)
         ]
 
     def over_shares(self, file: File, node: ast.AST) -> bool:
@@ -196,12 +194,12 @@ class Scripts:
         return {file: block for file in self.project if file.convert and (block := self.entry.block(file))}
 
     @cached_property
-    def training(self) -> set[File]:
-        """Files with a loop that trains, and project files that the scripts import."""
+    def training(self) -> Set[File]:
+        """Files with a loop that trains, and project files that the scripts import, in the project's order."""
         found = set(self._loops)
         for file in self.programs:
             found |= self.reach(file)
-        return found
+        return dict.fromkeys(file for file in self.project if file in found).keys()
 
     @cached_property
     def programs(self) -> list[File]:
@@ -312,10 +310,10 @@ class Scripts:
 
     def trains(self, file: File) -> bool:
         for node in file.calls:
-            if isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
+            receiver = loss_of(node)
+            if receiver is not None:
                 owner = file.names.function_of(node)
                 inner = owner is not None and owner.name in {"backward", "forward"}
-                receiver = node.func.value
                 if not inner and not (isinstance(receiver, ast.Call) and dotted(receiver.func) == "super"):
                     roles = self.roles[file]
                     return bool(roles.steps or roles.scalers or roles.managers)
@@ -363,8 +361,7 @@ class Scripts:
         return {
             file
             for file in self.project
-            if b"DataParallel" in file.source.data
-            and any(self.project.external(file, call.func) in DATA_PARALLEL for call in file.calls)
+            if b"DataParallel" in file.source.data and any(self.project.calls_of([file], DATA_PARALLEL))
         }
 
     def holds_module(self, info: ClassInfo) -> bool:

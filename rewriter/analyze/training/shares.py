@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
@@ -215,7 +215,7 @@ class Kinds:
         found = self.roles.project.resolve(self.file, value.func) if isinstance(value, ast.Call) else None
         if not isinstance(found, FunctionInfo) or not isinstance(value, ast.Call) or part is None or part == _SOME:
             return False
-        listed = [a.arg for a in (*found.node.args.posonlyargs, *found.node.args.args)]
+        listed = positional(found.node)
         held = {name for name, given in zip(listed, value.args, strict=False) if self.of_batch(given)}
         held |= {keyword.arg for keyword in value.keywords if keyword.arg and self.of_batch(keyword.value)}
         if any(isinstance(given, ast.Starred) for given in value.args) or len(value.args) > len(listed):

@@ -19,11 +19,11 @@ names the place.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import is_backward
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -45,7 +45,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             message += "; where it is trained on, write x, y = bmt.shard_batch((x, y))"
         yield Remark(RULE.code, node.lineno, message, differs=True)
     if facts.scripts.trains(file) and not taken.left and not facts.scripts.shares_data(file):
-        line = next(c.lineno for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
+        line = next(filter(is_backward, file.calls)).lineno
         message = (
             "all ranks train on the same batches, as nothing is known to share them out: where one is made, write "
             "batch = bmt.shard_batch(batch)"

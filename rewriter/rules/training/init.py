@@ -22,7 +22,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.analyze.training.draws import acts_by_draws
 from rewriter.analyze.training.moments import contains
@@ -97,7 +97,7 @@ def _without_script(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
     if facts.project.partial or scripts.started or file not in scripts.unstarted[:1]:
         return  # one remark is enough for a project
-    call = next(c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr == "backward")
+    call = next(filter(is_backward, file.calls))
     message = "no script here starts this training: call bmt.init_distributed() before the model is made"
     yield Remark(RULE.code, call.lineno, message)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import loss_of
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -23,9 +24,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in scripts.training or scripts.started or scripts.was_parallel(file):
         return
     for call in file.calls:
-        if not isinstance(call.func, ast.Attribute) or call.func.attr != "backward" or call.args or call.keywords:
+        loss = loss_of(call)
+        if loss is None or call.args or call.keywords:
             continue
-        loss = call.func.value
         if isinstance(loss, ast.Call) and isinstance(loss.func, ast.Attribute) and loss.func.attr == "scale":
             loss = loss.args[0] if len(loss.args) == 1 else loss
         if scripts.over_shares(file, call) and scripts.sums(file).is_sum(loss) and file.source.is_exact(loss):

@@ -984,6 +984,28 @@ def test_numbers_that_the_host_reads_are_compared() -> None:
     assert facts.hold() and facts.unseen is None  # where it lies the device reads it
 
 
+def test_names_and_slots_that_go_and_come_count() -> None:
+    block, space = Plain(), {"number": 1.0, "other": 2.0}
+    exec("def run():\n    return number + other", space)
+    block.slots = Slots()  # type: ignore[assignment]
+
+    def facts() -> Facts:
+        made = Facts(block, {space["run"].__code__: space})  # type: ignore[attr-defined]
+        assert made.hold() and made.reason is None
+        return made
+
+    before = facts()
+    del space["number"]
+    assert not before.hold()
+    space["number"] = 1.0
+    assert before.hold()
+    del block.slots.factor
+    assert not before.hold()
+    without = facts()
+    block.slots.factor = 1.0
+    assert before.hold() and not without.hold()
+
+
 @on_ranks(1, 2, init={"schedule": "stress"})
 def test_nothing_is_recorded_before_a_host_was_the_limit() -> None:
     engine: Any = context().engine

@@ -1,0 +1,143 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
+"""Losses that are added up, in lists and in loops: means stay means, sums are the batch's, and what is not seen is said."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import pytest
+
+from rewriter.convert import convert_text
+from tests.runtime.ranks import run_ranks
+
+from ...helpers import converted
+
+SCRIPT = """import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+data = TensorDataset(torch.randn(16, 4), torch.randint(4, (16,)))
+weights = torch.tensor([0.3, 0.7])
+model = torch.nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = DataLoader(data, batch_size=8, shuffle=True)
+
+
+def criterion(out, y):
+    return {losses}(out, y{reduction}), 1
+
+
+for step, (x, y) in enumerate(loader):
+    optimizer.zero_grad()
+    out = model(x)
+    a, _ = criterion(out, y)
+    b = F.mse_loss(out, out.detach() * 0{reduction})
+    # the loss
+    loss.backward()
+    optimizer.step()
+    print(step, f"{loss.item():.4f}", f"{model.weight.norm().item():.5f}")
+"""
+
+
+def script(code: str, sums: bool) -> str:
+    reduction = ', reduction="sum"' if sums else ""
+    text = SCRIPT.replace("{losses}", "F.cross_entropy").replace("{reduction}", reduction)
+    return text.replace("    # the loss", "    " + code.replace("\n", "\n    "))
+
+
+ADDED = {
+    "a list": "losses = [a, b]\nloss = sum(losses)",
+    "a stack": "loss = torch.stack([a, b]).sum()",
+    "torch.sum of a stack": "loss = torch.sum(torch.stack([a, b]))",
+    "a list that is filled": "losses = []\nfor term in (1, 2):\n    losses.append(criterion(out * term, y)[0])\nloss = torch.stack(losses).sum()",
+    "a list in one line": "loss = torch.stack([F.cross_entropy(out * n, y{reduction}) for n in (1, 2)]).sum()",
+    "a stack with weights": "loss = (torch.stack([a, b]) * weights).sum()",
+    "a tensor that has a name": "losses = torch.stack((a, b))\nloss = losses.sum()",
+    "joined": "loss = torch.cat([a.view(1), b.view(1)]).sum()",
+    "a dict": "losses = {'a': a, 'b': b}\nloss = sum(losses.values())",
+    "a dict that is filled": "losses = {}\nlosses['a'] = a\nlosses['b'] = b\nloss = torch.stack(list(losses.values())).sum()",
+    "added in a loop": "loss = 0\nfor n in (1, 2):\n    loss += F.cross_entropy(out * n, y{reduction})",
+    "added in a loop, in other words": "loss = 0\nfor n in (1, 2):\n    loss = loss + F.cross_entropy(out * n, y{reduction})",
+    "one of two values, added": "loss = 0\nfor n in (1, 2):\n    part, _ = criterion(out * n, y)\n    loss += part",
+    "added to the first": "loss = a\nloss += b",
+}  # fmt: skip
+
+
+def play(text: str) -> list[str]:
+    """What one rank prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
+    return output.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("sums", [False, True], ids=["means", "sums"])
+@pytest.mark.parametrize("code", ADDED.values(), ids=ADDED.keys())
+def test_the_loss_is_that_of_one_process(code: str, sums: bool) -> None:
+    text = script(code.replace("{reduction}", ', reduction="sum"' if sums else ""), sums)
+    after = converted(text)
+    assert ("* bmt.world_size()" in after) == sums and ("bmt.total(loss.item())" in after) == sums
+    assert not any("adds up what may" in finding.message for finding in convert_text(text).reported)
+
+
+@pytest.mark.parametrize("sums", [False, True], ids=["means", "sums"])
+def test_on_two_ranks(sums: bool) -> None:
+    for code in (ADDED["a stack with weights"], ADDED["one of two values, added"]):
+        text = script(code, sums).replace("lr=0.1", "lr=0.01")
+        (wanted,) = run_ranks(1, play, text, initialize=False, fresh=True)
+        first, second = run_ranks(2, play, converted(text), initialize=False, fresh=True)
+        assert first == wanted and second == []
+
+
+ITEMS = {
+    "a loop": "loss = 0\nfor o, t in zip(out, y):\n    loss += F.cross_entropy(o, t)",
+    "a loop by number": "loss = 0\nfor i in range(len(x)):\n    loss = loss + F.cross_entropy(out[i], y[i])",
+    "a line": "loss = sum(F.cross_entropy(o, t) for o, t in zip(out, y))",
+    "a stack": "losses = [F.cross_entropy(o, t) for o, t in zip(out, y)]\nloss = torch.stack(losses).sum()",
+    "a list": "losses = []\nfor t in y:\n    losses.append(F.cross_entropy(out[0], t))\nloss = torch.stack(losses).sum()",
+    "beside a mean": "loss = a + sum(F.cross_entropy(o, t) for o, t in zip(out, y))",
+    "what is not seen": "loss = torch.stack([library.one(out), library.other(out)]).sum()",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", ITEMS.values(), ids=ITEMS.keys())
+def test_what_may_add_up_items_is_said(code: str) -> None:
+    result = convert_text(script(code, False))
+    assert b"loss * bmt.world_size()" not in result.after
+    (found,) = [finding for finding in result.reported if finding.code == "BMT091"]
+    assert "adds up what may be the items" in found.message
+
+
+MEANS = {
+    "divided by their number": "loss = 0\nfor o, t in zip(out, y):\n    loss += F.cross_entropy(o, t)\nloss = loss / len(x)",
+    "divided in place": "loss = 0\nfor o, t in zip(out, y):\n    loss += F.cross_entropy(o, t)\nloss /= len(x)",
+    "their mean": "loss = torch.stack([F.cross_entropy(o, t) for o, t in zip(out, y)]).mean()",
+    "of several outputs": "loss = 0\nfor o in outputs(out):\n    loss += F.cross_entropy(o, y)",
+    "of a model's dict": "loss = sum(term for term in library.losses(out).values())",
+    "of weights": "loss = a + 0.1 * sum(p.pow(2).sum() for p in model.parameters())",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("code", MEANS.values(), ids=MEANS.keys())
+def test_means_are_left_alone(code: str) -> None:
+    result = convert_text(script(code, False))
+    assert b"loss * bmt.world_size()" not in result.after
+    assert not [finding for finding in result.reported if finding.code == "BMT091"]
+
+
+COUNTS = {
+    "of parts": ("n = 0\nfor part in x.chunk(2):\n    n += len(part)\nseen += n", "n may be of this rank's share"),
+    "of items": ("n = 0\nfor o, t in zip(out, y):\n    n += 1 if o[0] > t else 0\nseen += n", "n may be of this rank's share"),
+    "in a list": ("n = []\nfor k in (1, 5):\n    n.append((out[:, :k] > 0).sum().item())\nseen += sum(n)", "may be of this rank's share"),
+    "of terms": ("n = 0\nfor k in range(3):\n    n += k\nseen += n", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "wanted"), COUNTS.values(), ids=COUNTS.keys())
+def test_what_each_batch_counts_anew(code: str, wanted: str) -> None:
+    result = convert_text(
+        script(code.replace("seen", "total") + "\nloss = a", False).replace("weights =", "total = 0\nweights =")
+    )
+    found = [finding.message for finding in result.reported if finding.code == "BMT037"]
+    assert any(wanted in message for message in found) if wanted else not found

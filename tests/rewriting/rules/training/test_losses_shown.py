@@ -1,0 +1,148 @@
+"""Every spelling of a loss's value is the mean over the ranks; what is none stays."""
+
+from __future__ import annotations
+
+import pytest
+
+from rewriter.convert import convert_text
+
+from ...helpers import converted
+
+HEAD = """import csv
+import numpy as np
+import torch
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.Adam(net.parameters())
+for x, y in loader:
+    loss = torch.nn.functional.mse_loss(net(x), y)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+READ = [
+    "loss.detach().cpu().numpy().item()",
+    "loss.cpu().detach().numpy()",
+    "float(loss.data)",
+    "float(loss.detach().cpu())",
+    "loss.data.tolist()",
+    "loss.data.cpu().numpy().tolist()",
+    "loss.detach().numpy()",
+    "loss.data.item()",
+    "loss.to('cpu').detach().squeeze().item()",
+    "np.asarray(loss.detach().cpu())",
+    "str(loss.detach())",
+]
+
+
+@pytest.mark.parametrize("reading", READ)
+def test_a_value_is_read(reading: str) -> None:
+    wanted = f"    value = {reading.replace('loss', 'bmt.sum_loss(loss)', 1)}\n"
+    assert wanted in converted(f"{HEAD}    value = {reading}\n")
+
+
+SHOWN = [
+    "print(loss.data)",
+    "print(loss.detach().cpu().numpy())",
+    'print(f"{loss.detach():.3f}")',
+    'print(f"{loss.detach().cpu().numpy():.3f}")',
+    'print("%.3f" % loss.data)',
+    'print("%d %.3f" % (1, loss.detach()))',
+    'print("{:.3f}".format(loss.data))',
+    'print("{v:.3f}".format(v=loss.data))',
+    "history.append(loss.detach())",
+    "history.append(loss.data.cpu().numpy())",
+    "history.append((1, loss.detach()))",
+    'logger.info("loss %.3f", loss)',
+]
+
+
+@pytest.mark.parametrize("statement", SHOWN)
+def test_a_value_is_shown(statement: str) -> None:
+    wanted = "bmt.sum_loss(loss)".join(statement.rsplit("loss", 1)).replace("print(", "bmt.print_rank(")
+    assert f"    {wanted}\n" in converted(f"{HEAD}    {statement}\n")
+
+
+@pytest.mark.parametrize(
+    ("statement", "shown"),
+    [
+        ('writer.add_scalar("loss", loss, 1)', 'writer.add_scalar("loss", value, 1)'),
+        ("table.writerow([1, loss.detach().cpu().numpy()])", "table.writerow([1, value])"),
+        ("table.writerow([1, loss.data])", "table.writerow([1, value])"),
+    ],
+)
+def test_a_writer_of_one_rank_gets_what_all_have_made(statement: str, shown: str) -> None:
+    after = converted(f"{HEAD}    {statement}\n")
+    assert f"    if bmt.rank() == 0:\n        {shown}\n" in after and "value = bmt.sum_loss(loss)" in after
+
+
+def test_the_mean_is_made_before_one_rank_opens_its_file() -> None:
+    after = converted(f'{HEAD}    with open("log", "a") as file:\n        file.write(f"{{loss:.3f}}")\n')
+    assert "    value = bmt.sum_loss(loss)\n    if bmt.rank() == 0:\n" in after and 'write(f"{value:.3f}")' in after
+
+
+KEPT = [
+    "history.append(loss)",  # may still be trained on
+    "total = total + loss",
+    "again = loss.detach()",
+    "other.detach().cpu().numpy()",
+    "x.data.tolist()",
+    "print(x.detach().numpy())",
+    'f"{x.data}"',
+    "history.append(x.detach())",
+    "loss.data.zero_()",
+    "losses = {}",
+    "fresh = x.shape[0] - y.shape[0]\n    logger.info('%d', fresh)",
+]
+
+
+@pytest.mark.parametrize("statement", KEPT)
+def test_what_is_no_value_of_a_loss_stays(statement: str) -> None:
+    assert "sum_loss" not in converted(f"{HEAD}    {statement}\n")
+
+
+def test_a_loss_that_has_become_a_number_is_averaged_once() -> None:
+    after = converted(f"{HEAD}    loss = loss.detach().cpu().numpy()\n    print(loss, f'{{loss:.3f}}')\n")
+    assert after.count("sum_loss") == 1
+
+
+ROWS = {
+    "a row": ('rows.append([1, f"{loss.item():.3f}"])', 'rows.append([1, f"{bmt.sum_loss(loss).item():.3f}"])'),
+    "text": ('rows.append(f"{loss.item():.3f}")', 'rows.append(f"{bmt.sum_loss(loss).item():.3f}")'),
+    "text by %": ('rows.append("%.3f" % loss.item())', 'rows.append("%.3f" % bmt.sum_loss(loss).item())'),
+    "text by format": ('rows.append("{}".format(loss.item()))', 'rows.append("{}".format(bmt.sum_loss(loss).item()))'),
+    "a dict": (
+        'rows.append({"n": 1, "loss": loss.item()})',
+        'rows.append({"n": 1, "loss": bmt.sum_loss(loss).item()})',
+    ),
+    "a row in a row": (
+        "rows.append([1, [round(loss.item(), 3)]])",
+        "rows.append([1, [round(bmt.sum_loss(loss).item(), 3)]])",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "after"), ROWS.values(), ids=ROWS.keys())
+def test_rows_hold_one_value_for_all_ranks(before: str, after: str) -> None:
+    result = convert_text(f"{HEAD}    {before}\n")
+    assert f"    {after}\n" in result.after.decode()
+    assert not [
+        finding for finding in result.reported if getattr(finding, "differs", False) and finding.code != "BMT023"
+    ]
+
+
+OF_OTHER_NAMES = ["(loss / 2).backward()", "(0.5 * loss).backward()", "scaler.scale(loss / 2).backward()"]
+
+
+@pytest.mark.parametrize("backward", OF_OTHER_NAMES)
+def test_a_loss_of_terms(backward: str) -> None:
+    head = HEAD.replace(
+        "    loss = torch.nn.functional.mse_loss(net(x), y)\n",
+        "    ce = torch.nn.functional.mse_loss(net(x), y)\n    loss = ce + 0.1 * ce.square()\n",
+    )
+    text = head.replace("loss.backward()", backward)
+    if "scaler" in backward:
+        text = text.replace("for x", "scaler = torch.amp.GradScaler()\nfor x")
+        text = text.replace("opt.step()", "scaler.step(opt)\n    scaler.update()")
+    after = converted(f"{text}    print(loss.item(), ce.item())\n")
+    assert "    bmt.print_rank(bmt.sum_loss(loss).item(), bmt.sum_loss(ce).item())\n" in after

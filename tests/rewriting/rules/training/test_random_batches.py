@@ -1,0 +1,107 @@
+"""Random batches are shared out; what is drawn with the size of a tensor that is there already goes with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from ...helpers import converted
+
+SCRIPT = """import torch
+
+batch_size = 8
+batch = 8
+
+
+def mask_of(x):
+    {size}
+    return {drawn} < 0.5
+
+
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for step in range(10):
+    x = torch.randn(batch_size, 4)
+    loss = (model(x) * mask_of(x)).mean()
+    loss.backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        ("batch, width = x.shape", "torch.rand(batch, width)"),
+        ("batch, width, device = *x.shape, x.device", "torch.rand((batch, width), device=device)"),
+        ("batch = x.size(0)", "torch.rand(batch, 1)"),
+        ("batch_size = len(x)", "torch.rand(size=(batch_size, 1))"),
+        ("b, *_ = x.shape\n    batch = b", "torch.rand(x.shape[0], 1)"),
+    ],
+)
+def test_what_has_the_size_of_a_tensor_keeps_it(size: str, drawn: str) -> None:
+    after = converted(SCRIPT.format(size=size, drawn=drawn))
+    assert f"return {drawn} < 0.5" in after and "x = bmt.shard_batch(torch.randn(batch_size, 4))" in after
+
+
+def test_what_has_a_size_of_its_own_is_shared() -> None:
+    after = converted(SCRIPT.format(size="pass", drawn="torch.rand(batch, 1).float()"))
+    assert "bmt.shard_batch(torch.rand(batch, 1)).float() < 0.5" in after
+
+
+def test_a_limit_that_is_a_length_is_no_size() -> None:
+    after = converted(SCRIPT.format(size="limit = len(x)", drawn="torch.randint(limit, (batch, 1)).float()"))
+    assert "bmt.shard_batch(torch.randint(limit, (batch, 1))).float() < 0.5" in after
+
+
+PICKED = """import torch
+
+x, y = torch.randn(100, 4), torch.randn(100, 1)
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(model.parameters(), 0.1)
+{before}
+for step in range(10):
+    {draw}
+    loss = (model(a) - b).pow(2).mean()
+    loss.backward()
+    opt.step()
+"""
+PICK = "index = torch.randint({size})\n    a, b = x[index], y[index]"
+BATCH = "def batch(n=12):\n    index = torch.randint({size})\n    return x[index], y[index]\n"
+
+
+def picked(before: str, draw: str) -> str:
+    return converted(PICKED.format(before=before, draw=draw))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("", PICK.format(size="len(x), (12,)")),
+        ("", PICK.format(size="0, len(x), (12,)")),
+        ("", PICK.format(size="len(x), size=(many,)")),
+        (BATCH.format(size="len(x), (12,)"), "a, b = batch()"),
+        (BATCH.format(size="len(x), (n,)"), "a, b = batch(12)"),
+        ("loader = torch.utils.data.DataLoader(x)\n" + BATCH.format(size="len(x), (12,)"), "a, b = batch()"),
+        ("", "index = torch.randint(90, (12,))\n    a, b = torch.stack([x[i] for i in index]), 0"),
+    ],
+)
+def test_what_picks_a_batch_of_any_size_is_shared(text: tuple[str, str]) -> None:
+    assert "index = bmt.shard_batch(torch.randint(" in picked(*text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ("", PICK.format(size="len(x), (1,)")),
+        ("", PICK.format(size="len(x), (12, 3)")),
+        ("", "a = x\n    t = torch.randint(10, (12,))\n    b = t.float()"),
+        ("", "a, b = x, y\n    if step == 5:\n        index = torch.randint(100, (9,))\n        show(x[index])"),
+        ("index = torch.randint(100, (9,))\nshow(x[index])", "a, b = x, y"),
+        (
+            "class Data:\n    def __getitem__(self, i):\n"
+            "        index = torch.randint(90, (9,))\n        return x[index]\n",
+            "a, b = Data()[step]",
+        ),
+    ],
+)
+def test_what_picks_something_else_stays(text: tuple[str, str]) -> None:
+    assert "shard_batch" not in picked(*text)
