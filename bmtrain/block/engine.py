@@ -165,6 +165,8 @@ class Engine:
             self._require_stage_runs(unit)
         self.outside.forward_starts()
         if grad:
+            if self.graphs is not None:
+                self.graphs.forward_starts()
             self.plan.run_starts(self.schedule.units)
             self.backward.kept = KeptValues.of(self.schedule.pools, self.schedule.units.values())
             if call is not None:

@@ -57,6 +57,7 @@ class Graphs:
         is_automatic: whether nobody has asked for it, so that what cannot be seen counts as a reason against it.
         is_on: whether blocks are recorded.
         outputs: by where they lie, the recordings whose results lie there: the next block reads them in place.
+        forward: the number of the outermost forward.
     """
 
     def __init__(self, ctx: Context, plan: MemoryPlan, first_losses: FirstLosses) -> None:
@@ -64,8 +65,13 @@ class Graphs:
         self.is_automatic = ctx.graphs is None
         self.is_on = not self.is_automatic
         self.outputs: Outputs = weakref.WeakValueDictionary()
+        self.forward = 0
         self._units: weakref.WeakSet[ShardUnit] = weakref.WeakSet()
         self._news = False
+
+    def forward_starts(self) -> None:
+        """An outermost forward begins: what Python reads may be something else than in the last one."""
+        self.forward += 1
 
     def replay_for(
         self, unit: ShardUnit, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,7 +185,7 @@ class _Block:
             self.give_up(inputs)
             return None
         recording = next((known for known in self._recordings if known.rest == inputs.rest), None)
-        if recording is not None and not recording.is_valid():
+        if recording is not None and not recording.is_valid(self.graphs.forward):
             self._recordings.remove(recording)
             unit = self._unit()
             if unit is not None and not self._recordings:

@@ -95,7 +95,7 @@ class Recording:
         assert isinstance(module, nn.Module)
         self.rest, self._repeats = inputs.rest, observed.repeats
         self._ctx, self._others, self._unit, self._call = ctx, outputs, weakref.ref(unit), call
-        self._addresses, self._facts, self._step = _addresses(unit), observed.facts, -1
+        self._addresses, self._facts, self._forward = _addresses(unit), observed.facts, -1
         self._surroundings, self._settings = Surroundings(), _settings()
         self._regions, self._forward_regions = observed.regions, autocast_regions()
         self._use: weakref.ref[_Use] | None = None
@@ -199,18 +199,19 @@ class Recording:
 
     # -- what is queued -------------------------------------------------------------------------------------------
 
-    def is_valid(self) -> bool:
+    def is_valid(self, forward: int) -> bool:
         """Whether the block would still do what was recorded.
 
-        All that its Python may read is looked at once a step, attributes of its modules every time.
+        All that its Python may read is looked at once in an outermost forward, whose number is ``forward``; attributes
+        of its modules every time.
         """
-        unit, step = self._unit(), self._ctx.diary.step
+        unit = self._unit()
         if unit is None or _addresses(unit) != self._addresses or not self._facts.attributes_hold():
             return False
-        if step != self._step:
+        if forward != self._forward:
             if not self._facts.hold():
                 return False
-            self._step = step
+            self._forward = forward
         return self._settings == _settings() and self._surroundings.are_like(Surroundings())
 
     def is_as_recorded(self) -> bool:

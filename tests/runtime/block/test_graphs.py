@@ -851,6 +851,31 @@ def test_a_second_backward_is_refused_where_a_second_forward_is_another(kind: ty
         steps_of(kind, again, True)
 
 
+def trained_on_micro_batches(graphs: bool) -> tuple[list[float], Any]:
+    made = fresh_graphs(PLENTY, graphs)
+    torch.manual_seed(5)
+    block = bmt.Block(reads(lambda self: DATA.factor)(), use_checkpoint=False)
+    manager = bmt.optim.OptimManager(loss_scale=None)
+    manager.add_optimizer(bmt.optim.AdamOptimizer(block.parameters(), lr=1e-2))
+    losses = []
+    with replays():
+        for step in range(12):
+            for micro in range(3):
+                DATA.factor = 0.5 if step > 6 and micro == 2 else 1.0
+                loss = block(torch.ones(4, 4, device=context().device.torch_device)).square().mean()
+                manager.backward(loss)
+                losses.append(float(loss.detach()))
+            manager.step()
+            manager.zero_grad()
+    DATA.factor = 1.0
+    return losses, made
+
+
+@on_ranks(1, 2, init=INIT)
+def test_what_changes_between_micro_batches_counts() -> None:
+    assert trained_on_micro_batches(True)[0] == trained_on_micro_batches(False)[0]
+
+
 @pytest.mark.parametrize("steps", [range(14), range(2, 14), range(3, 14)])
 @on_ranks(1, 2, init=INIT)
 def test_blocks_through_which_more_than_one_backward_goes_are_left(steps: range) -> None:
