@@ -30,7 +30,7 @@ import test_memory_plan as plan
 import torch
 import torch.nn.functional as F
 from fresh import PLENTY, fresh_graphs
-from ranks import on_ranks
+from ranks import on_ranks, run_ranks
 from replayed import replays
 
 import bmtrain as bmt
@@ -76,6 +76,20 @@ def check_same(
 @on_ranks(1, 2, init=INIT)
 def test_recordings_change_no_number(precision: str) -> None:
     assert check_same(plan.nothing, 12, precision) == (2, [])
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {"shard_size": 1},
+    {"gradients": "sum"},
+    {"random": "shared"},
+    {"schedule": "overlap"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_recordings_change_no_number_under_other_settings(settings: dict[str, Any]) -> None:
+    for found in run_ranks(2, check_same, plan.nothing, 12, "autocast", init=INIT | settings):
+        assert found == (2, [])
 
 
 @pytest.mark.parametrize("between", plan.BETWEEN)
