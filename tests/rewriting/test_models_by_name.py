@@ -17,6 +17,10 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Linear(4, 2)
 
+    @classmethod
+    def load(cls, path):
+        return cls()
+
 
 def small():
     return Net()
@@ -24,6 +28,8 @@ def small():
 
 MODELS = {"net": Net}
 MAKERS: dict[str, object] = {"small": small}
+PAIRS = {"net": (dict, Net), "other": (dict, Net)}
+PARTS = {"net": {"config": dict, "model": Net}}
 """
 TRAIN = """import torch
 from nets import Net
@@ -63,11 +69,19 @@ BY_NAME = {
     "table of a module": ("import nets", "model = nets.MODELS[name]()"),
     "table of functions": ("from nets import MAKERS", "model = MAKERS[name]()"),
     "own table": ("from nets import Net", "kinds = {'net': Net}\n    model = kinds[name]()"),
+    "table with get": ("from nets import MODELS", "model = MODELS.get(name)()"),
+    "method": ("from nets import MODELS", "model = MODELS[name].load(path)"),
+    "method of an attribute": ("import nets", "model = getattr(nets, name).load(path)"),
+    "one of two": ("from nets import PAIRS", "model = PAIRS[name][1]()"),
+    "method of one of two": ("from nets import PAIRS", "model = PAIRS[name][1].load(path)"),
+    "one of its parts": ("import nets", "model = nets.PARTS[name]['model']()"),
+    "unpacked": ("from nets import PAIRS", "config, kind = PAIRS[name]\n    model = kind.load(path)"),
     "package": ("import kinds", "model = kinds.__dict__[name]()"),
 }
 NO_MODEL = {
     "another module": ("import json", "model = getattr(json, name)()"),
     "a table of numbers": ("sizes = {'a': abs}", "model = sizes[name]()"),
+    "a table of pairs of numbers": ("sizes = {'a': (abs, 1)}", "model = sizes[name][0]()"),
     "of an object": ("import torch", "model = getattr(torch, name)()"),
 }
 

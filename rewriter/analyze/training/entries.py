@@ -162,12 +162,20 @@ class Entries:
         return False
 
     def _takes_by_name(self, file: File, node: ast.AST) -> bool:
-        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``."""
+        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``.
+
+        So is one of several things under a name, ``MODELS[name][1]``, and one that a method makes a model of,
+        ``MODELS[name].from_pretrained(path)``.
+        """
         taken: ast.expr | None = None
         if isinstance(node, ast.Call):
-            taken = node.func
+            taken = node.func.value if isinstance(node.func, ast.Attribute) else node.func
         elif isinstance(node, ast.Assign):
             taken = node.value
+        while isinstance(taken, ast.Subscript) and isinstance(taken.value, (ast.Subscript, ast.Call)):
+            if _names_table(taken.value):
+                break
+            taken = taken.value
         match taken:
             case (
                 ast.Subscript(value=ast.Attribute(value=holder, attr="__dict__"))
@@ -181,11 +189,14 @@ class Entries:
                 | ast.Call(func=ast.Name(id="eval"), args=[_])
             ):
                 return self._holds_models(file)
-            case ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder):
+            case (
+                ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder)
+                | ast.Call(func=ast.Attribute(value=(ast.Name() | ast.Attribute()) as holder, attr="get"))
+            ):
                 return any(
                     self._is_model(self.project.resolve(other, choice))
                     for other, table in self._tables(file, holder)
-                    for choice in table.values
+                    for choice in _things(table)
                 )
         return False
 
@@ -331,6 +342,23 @@ class Entries:
 
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
+def _names_table(node: ast.expr) -> bool:
+    """``vars(module)``, ``globals()``, ``locals()``: what is found in it by a name is a thing itself."""
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"vars", "globals", "locals"}
+    )
+
+
+def _things(held: ast.expr) -> Iterator[ast.expr]:
+    """What a display holds, whatever it is held in."""
+    match held:
+        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
+            for part in parts:
+                yield from _things(part)
+        case _:
+            yield held
 
 
 def _is_main_test(test: ast.expr) -> bool:
