@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ..autograd import backward_id, constant_in_compiled_code
-from ..context import context
+from ..context import context, is_initialized
 from .engine import engine
 
 
@@ -87,4 +87,5 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
 
 @constant_in_compiled_code  # parameters are of another class where none runs
 def _no_forward_runs() -> bool:
-    return engine().idle and backward_id() is None
+    # Not in a process that only reads a pickled model, where it is an ordinary one.
+    return is_initialized() and engine().idle and backward_id() is None
