@@ -9,7 +9,8 @@ through data that no rank shares, it names the loader: ``bmt.total(len(x), of=lo
 What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
-A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported.
+A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
+number of it that a function which trains gives back (``return {"part": part.item()}``).
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
 of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
 a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
@@ -158,10 +159,13 @@ def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Findi
     """``history.append({"seen": len(x)})`` and other totals and means of a share that are shown or kept."""
     handed = facts.scripts.handed
     made = facts.scripts.collectives.shares(file)
+    losses = set(facts.scripts.collectives.readings(file).values())
     for place in handed.of(file):
         kinds = handed.kinds(file, place)
         for value, kind in kinds.shown():
             if value in made or value.lineno in told or _is_reduced(file, facts, kinds, value):
+                continue
+            if not losses.isdisjoint(ast.walk(value)):
                 continue
             told.add(value.lineno)
             code = file.source.code(value)
