@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import RanksFailed, run_ranks
 from torch import nn
 
 import bmtrain as bmt
@@ -71,3 +71,8 @@ def test_trains_as_one_process_does(world_size: int, how: str) -> None:
         assert found.keys() == expected.keys()
         for name, values in found.items():
             assert values == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_a_step_in_the_forward_says_so_on_several_ranks() -> None:
+    with pytest.raises(RanksFailed, match="An optimizer stepped in the forward"):
+        run_ranks(2, train, "in the forward")
