@@ -20,7 +20,7 @@ from rewriter.discover import Tell
 from rewriter.plan import Options, Plan, make_first_plans, make_plans
 from rewriter.rules import BY_CODE
 from rewriter.spelling import nearest
-from rewriter.types import Conversion, InputError, Refusal, Remark, Result
+from rewriter.types import Conversion, InputError, Refusal, Remark, Result, failure
 
 
 def convert_paths(
@@ -182,7 +182,11 @@ def plan_text(text: str, options: Options, path: Path = Path("stdin.py")) -> tup
 
 
 def apply_plan(file: File, plan: Plan) -> Result:
-    """The file after its plan. A conversion that would not parse is an error and changes nothing."""
+    """The file after its plan. A conversion that would not parse is an error and changes nothing.
+
+    Raises:
+        InputError: the changes cannot be made for a fault of the converter's own.
+    """
     original = file.original
     raw = file.notebook.raw if file.notebook is not None else file.source.raw
     if original is not None:
@@ -197,6 +201,8 @@ def apply_plan(file: File, plan: Plan) -> Result:
     except InputError as error:
         message = f"{file.path}: left unchanged, the conversion would be broken: {error}"
         return Result(file.path, raw, raw, error=message, lists=plan.lists)
+    except Exception as error:
+        raise failure("making the changes", file.path, error) from error
     if file.notebook is not None:
         after = file.notebook.with_text(after.decode())
     return Result(file.path, raw, after, *_found(plan), lists=plan.lists, cells=file.source.cells)

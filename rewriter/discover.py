@@ -124,6 +124,18 @@ def _excluded(path: Path, exclude: tuple[str, ...], root: Path) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path.name, pattern) for pattern in exclude)
 
 
+def _says_python(path: Path) -> bool:
+    """Whether a file without a suffix starts with ``#!/usr/bin/env python3`` or the like."""
+    if path.suffix:
+        return False
+    try:
+        with path.open("rb") as stream:
+            first = stream.readline(256)
+    except OSError:
+        return False
+    return first.startswith(b"#!") and b"python" in first
+
+
 def sources(
     path: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, tell: Tell | None = None
 ) -> list[Path]:
@@ -140,7 +152,7 @@ def sources(
         raise InputError(f"{path}: neither a file nor a folder; give code from a pipe on standard input, by -")
     found = []
     for item in walk(path, exclude, skip):
-        if item.suffix in SUFFIXES and not leads_out(item, path):
+        if (item.suffix in SUFFIXES or _says_python(item)) and not leads_out(item, path):
             found.append(item)
             if tell is not None:
                 tell("looking for files", len(found), 0)

@@ -12,8 +12,9 @@ from rewriter.analyze.read.file import File
 from rewriter.changes import Change, Import, Insert, Template, anchor, uses_bmt
 from rewriter.discover import Tell
 from rewriter.rules import BY_CODE, FIRST, RULES
+from rewriter.rules.rule import Rule
 from rewriter.spelling import nearest
-from rewriter.types import Conversion, Finding, InputError, Refusal, Remark
+from rewriter.types import Conversion, Finding, InputError, Refusal, Remark, failure
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
@@ -117,7 +118,9 @@ def make_first_plans(
 
     A script changes whole or not at all: not where one of its files is refused here, or was before.
     """
-    found = {file: [f for rule in FIRST if options.wants(rule.code) for f in rule.find(file, facts)] for file in files}
+    found = {
+        file: [f for rule in FIRST if options.wants(rule.code) for f in _found(rule, file, facts)] for file in files
+    }
     reasons = {file: [f for f in findings if isinstance(f, Refusal)] for file, findings in found.items()}
     for file in files:
         reasons[file] = [*refused.get(file.path, ()), *reasons[file]]
@@ -125,7 +128,7 @@ def make_first_plans(
     groups = [*facts.programs_with_accelerators.items(), *facts.programs_with_deepspeed.items()]
     for program, group in groups if not facts.project.partial else ():
         for other in sorted(group - set(files), key=lambda file: file.place):
-            if program in found and any(True for rule in FIRST for _ in rule.find(other, facts)):
+            if program in found and any(_found(rule, other, facts) for rule in FIRST):
                 message = f"{other.path} takes part in this training, and is not converted with it: name both"
                 reasons[program].append(Refusal(FIRST[0].code, 1, message))
                 stay.add(program)
@@ -171,7 +174,21 @@ def _findings(file: File, facts: Facts) -> list[Finding]:
     """What the rules say about a file, in their order."""
     if file.source.skips_file:
         return []
-    return [finding for rule in RULES if rule not in FIRST for finding in rule.find(file, facts)]
+    return [finding for rule in RULES if rule not in FIRST for finding in _found(rule, file, facts)]
+
+
+def _found(rule: Rule, file: File, facts: Facts) -> list[Finding]:
+    """What one rule says about a file.
+
+    Raises:
+        InputError: the rule fails. No file is converted then: what is right in one depends on what becomes of others.
+    """
+    try:
+        return list(rule.find(file, facts))
+    except InputError:
+        raise
+    except Exception as error:
+        raise failure(f"rule {rule.code}", file.path, error) from error
 
 
 def _without_refused_parts(findings: list[Finding]) -> list[Finding]:

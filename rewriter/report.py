@@ -227,8 +227,8 @@ def _names_imported(path: Path, text: bytes) -> set[str]:
 
 def _command(script: Path) -> str:
     """How a script is launched; a notebook is made one first."""
-    run = f"torchrun --nproc_per_node=N {shlex.quote(str(script.with_suffix('.py')))}"
     notebook = script.suffix == ".ipynb"
+    run = f"torchrun --nproc_per_node=N {shlex.quote(str(script.with_suffix('.py') if notebook else script))}"
     return f"jupyter nbconvert --to script {shlex.quote(str(script))}; {run}" if notebook else run
 
 

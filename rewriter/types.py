@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,17 @@ class InputError(Exception):
 
 class ConflictError(Exception):
     """Changes that cannot be made together, or of code that cannot be found. Always a bug in a rule."""
+
+
+def failure(what: str, path: Path, error: Exception) -> InputError:
+    """A fault of the converter's own as one line: what failed at which file, how, and what the user can do."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    raised = " ".join(f"{type(error).__name__}: {error}".split())
+    return InputError(
+        f"{path}: {what} failed ({raised}{where}); please report this. Nothing was converted, because files change "
+        f"together; --exclude {path.name} leaves this one out"
+    )
 
 
 @dataclass(frozen=True, slots=True)

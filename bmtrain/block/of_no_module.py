@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..context import Context
+from ..shard.flat import flat_of
 
 
 @dataclass(frozen=True)
@@ -81,4 +82,6 @@ class OfNoModule:
         self._reached.clear()
         self._ctx.control.all_reduce(flags, "max")
         those = [self._driven[number] for number in flags.nonzero().flatten().tolist()]
-        self._average([p if (p := one.parameter()) is not None else one.zeros() for one in those])
+        found = [p if (p := one.parameter()) is not None else one.zeros() for one in those]
+        # An optimizer that a model's constructor makes has parameters that are sharded when the constructor ends.
+        self._average([parameter for parameter in found if flat_of(parameter) is None])

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABCMeta
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
 
 from ..autograd import backward_id, constant_in_compiled_code
-from ..context import context
+from ..context import context, is_initialized
 from .engine import engine
 
 
 class _ShardWhenBuilt(type(Protocol)):  # type: ignore[misc]
     """Builds instances as usual; after the outermost constructor, shards what was built.
 
-    Until then every parameter is whole and ordinary, so that any initialisation code means what it says.
+    Until then every parameter is whole and ordinary, so that any initialisation code means what it says. So it is in
+    ``from_pretrained``, which builds a model and then gives it its values.
     Derived from the protocols' metaclass, and so from ABCMeta, so that ``class M(nn.Module, AnAbstractClass)`` and
     ``class M(nn.Module, AProtocol)`` convert.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return ABCMeta.__new__(cls, *args, **kwargs)  # a protocol's own lets nothing else be a generic class's base
+        made = ABCMeta.__new__(cls, *args, **kwargs)  # a protocol's own lets nothing else be a generic class's base
+        loads = inspect.getattr_static(made, "from_pretrained", None)
+        if isinstance(loads, classmethod) and not isinstance(loads, _Loading):
+            made.from_pretrained = _Loading(_loading(loads.__func__))
+        return made
 
     @property
     def __signature__(cls) -> inspect.Signature:
@@ -31,19 +38,37 @@ class _ShardWhenBuilt(type(Protocol)):  # type: ignore[misc]
         return whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        ctx = context()
-        ctx.building += 1
-        try:
-            module = super().__call__(*args, **kwargs)
-        finally:
-            ctx.building -= 1
-        if not ctx.building and isinstance(module, nn.Module):
-            engine().shard(module)
-        return module
+        return _built(super().__call__, *args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         # ABCMeta's own check is slow, and this class registers no virtual subclasses.
         return type.__instancecheck__(cls, instance)
+
+
+def _built(build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``build`` gives, a module or a module and more; sharded if no other is being built."""
+    ctx = context()
+    ctx.building += 1
+    try:
+        built = build(*args, **kwargs)
+    finally:
+        ctx.building -= 1
+    module = built[0] if isinstance(built, tuple) and built else built
+    if not ctx.building and isinstance(module, nn.Module):
+        engine().shard(module)
+    return built
+
+
+class _Loading(classmethod):  # type: ignore[type-arg]
+    """A ``from_pretrained`` that shards what it gives."""
+
+
+def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def loading(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return _built(load, cls, *args, **kwargs)
+
+    return loading
 
 
 class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
@@ -62,4 +87,5 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
 
 @constant_in_compiled_code  # parameters are of another class where none runs
 def _no_forward_runs() -> bool:
-    return engine().idle and backward_id() is None
+    # Not in a process that only reads a pickled model, where it is an ordinary one.
+    return is_initialized() and engine().idle and backward_id() is None

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..context import Context
 from ..device import Event
+from ..errors import UnsupportedError
 from ..precision import Precision
 from .flat import FlatShard
 from .gradient import add_all
@@ -250,7 +251,11 @@ class ShardUnit:
         if self.is_whole and self.moves:
             for flat in self.flats:
                 buffer = flat.enter_sharded()
-                assert buffer is not None
+                if buffer is None:
+                    raise UnsupportedError(
+                        "An optimizer stepped in the forward of a model that it trains, where parameters are whole. "
+                        "Step after the forward has returned."
+                    )
                 self._prefetched.append(buffer)
             self.is_whole = False
 

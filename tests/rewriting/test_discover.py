@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
-from rewriter.discover import walk
+from rewriter.discover import sources, walk
 
 FILES = [
     "#h.py", "a.py", "b/a.py", "b/c/a.py", "data/x.py", "foo/a.py", "foo/bar/a.py", "foo/bar/baz/a.py", "keep/gen/a.py",
@@ -98,3 +98,16 @@ def test_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str,
     (tmp_path / "a.py").write_text("x = 1\n")
     assert main([str(tmp_path / "a.py"), "--check"]) == (2 if said else 0)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["#!/usr/bin/env python3", "#!/usr/bin/python", "#! /opt/python3.11 -u"])
+def test_a_script_without_a_suffix(tmp_path: Path, first: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = "import torch\n\nnet = torch.nn.Linear(2, 1)\nopt = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+    (tmp_path / "train").write_text(f"{first}\n{script}net(torch.ones(1, 2)).sum().backward()\nopt.step()\n")
+    (tmp_path / "README").write_text("python\n")
+    (tmp_path / "run").write_text("#!/bin/sh\npython train\n")
+    (tmp_path / "weights").write_bytes(b"\x80\x02python")
+    assert sources(tmp_path) == [tmp_path / "train"]
+    assert main([str(tmp_path), "--write"]) == 0
+    assert f"torchrun --nproc_per_node=N {tmp_path / 'train'}\n" in capsys.readouterr().out
+    assert "init_distributed" in (tmp_path / "train").read_text()

@@ -10,7 +10,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, 
 from rewriter.analyze.read.names import Import
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
-from rewriter.analyze.training.roles import Roles, is_optimizer_name
+from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
 from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
 
 SEEDS = {
@@ -42,6 +42,7 @@ class Entries:
         self._backward: dict[ast.AST, bool] = {}
         self._light: dict[ast.AST, bool] = {}
         self._models: dict[File, bool] = {}
+        self._told: dict[File, set[Var]] = {}
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
@@ -146,7 +147,7 @@ class Entries:
 
     def constructs(self, file: File, node: ast.AST) -> bool:
         for item in walk_own(node):
-            if self._takes_by_name(file, item):
+            if self._takes_by_name(file, item) or self._reads_model(file, item):
                 return True
             if isinstance(item, ast.Call):
                 found = self.project.resolve(file, item.func)
@@ -162,12 +163,20 @@ class Entries:
         return False
 
     def _takes_by_name(self, file: File, node: ast.AST) -> bool:
-        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``."""
+        """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``.
+
+        So is one of several things under a name, ``MODELS[name][1]``, and one that a method makes a model of,
+        ``MODELS[name].from_pretrained(path)``.
+        """
         taken: ast.expr | None = None
         if isinstance(node, ast.Call):
-            taken = node.func
+            taken = node.func.value if isinstance(node.func, ast.Attribute) else node.func
         elif isinstance(node, ast.Assign):
             taken = node.value
+        while isinstance(taken, ast.Subscript) and isinstance(taken.value, (ast.Subscript, ast.Call)):
+            if _names_table(taken.value):
+                break
+            taken = taken.value
         match taken:
             case (
                 ast.Subscript(value=ast.Attribute(value=holder, attr="__dict__"))
@@ -181,13 +190,45 @@ class Entries:
                 | ast.Call(func=ast.Name(id="eval"), args=[_])
             ):
                 return self._holds_models(file)
-            case ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder):
+            case (
+                ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder)
+                | ast.Call(func=ast.Attribute(value=(ast.Name() | ast.Attribute()) as holder, attr="get"))
+            ):
                 return any(
                     self._is_model(self.project.resolve(other, choice))
                     for other, table in self._tables(file, holder)
-                    for choice in table.values
+                    for choice in _things(table)
                 )
         return False
+
+    def _reads_model(self, file: File, node: ast.AST) -> bool:
+        """Whether a whole model comes out of a file: ``model = torch.load(path)["model"]``, and ``model.eval()``."""
+        if not isinstance(node, ast.Assign) or b"torch.load" not in file.source.data:
+            return False
+        roles = self.roles[file]
+        made, evaluated = node.value, any(roles.var(target) in self._evaluated(file) for target in node.targets)
+        while True:
+            match made:
+                case ast.Call(func=func) if self.project.external(file, func) == "torch.load":
+                    return evaluated
+                case ast.Call(func=ast.Attribute(value=made, attr=method)):
+                    evaluated |= method == "eval"
+                case ast.Subscript(value=made):
+                    pass
+                case ast.Name():
+                    read = (value for v, value, _, _ in roles.assignments if v == roles.var(made))
+                    calls = (value.func for value in read if isinstance(value, ast.Call))
+                    return evaluated and any(self.project.external(file, func) == "torch.load" for func in calls)
+                case _:
+                    return False
+
+    def _evaluated(self, file: File) -> set[Var]:
+        """What is told that it is to evaluate, as no other than a model is."""
+        if file not in self._told:
+            calls = (call.func for call in file.calls if not call.args and isinstance(call.func, ast.Attribute))
+            told = (self.roles[file].var(func.value) for func in calls if func.attr == "eval")
+            self._told[file] = {variable for variable in told if variable is not None}
+        return self._told[file]
 
     def _tables(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.Dict]]:
         """The dictionaries that a name, or a name of a module of the project, may stand for, each with its file."""
@@ -244,6 +285,8 @@ class Entries:
         held = roles.scalers | {(scope, path.split(".")[0]) for scope, path in roles.optimizers}
         for node in walk_own(statement):
             if isinstance(node, ast.Call) and (self._call_needs(file, node) or self._takes_by_name(file, node)):
+                return True
+            if self._reads_model(file, node):
                 return True
             if isinstance(node, ast.Assign) and any(roles.var(target) in held for target in node.targets):
                 return True
@@ -331,6 +374,23 @@ class Entries:
 
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+
+
+def _names_table(node: ast.expr) -> bool:
+    """``vars(module)``, ``globals()``, ``locals()``: what is found in it by a name is a thing itself."""
+    return (
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"vars", "globals", "locals"}
+    )
+
+
+def _things(held: ast.expr) -> Iterator[ast.expr]:
+    """What a display holds, whatever it is held in."""
+    match held:
+        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
+            for part in parts:
+                yield from _things(part)
+        case _:
+            yield held
 
 
 def _is_main_test(test: ast.expr) -> bool:

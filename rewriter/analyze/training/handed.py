@@ -11,7 +11,7 @@ from rewriter.analyze.read.nodes import Function, dotted, is_backward, item_of, 
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds
 from rewriter.analyze.training.keepers import takes
-from rewriter.analyze.training.shares import Kinds, Loop, Place
+from rewriter.analyze.training.shares import Kinds, Place
 
 _DEEP = 4
 _PASSED_ON = {"enumerate", "tqdm", "iter"}
@@ -138,27 +138,29 @@ class Handed:
         """Whether a value is a batch or a part of one, and no size or mean of it."""
         return bool(names_in(value) & own) and kinds.kind(value) in {"samples", "unknown"}
 
-    # Loops that take batches ------------------------------------------------------------------------------------
+    # What takes batches itself ----------------------------------------------------------------------------------
 
-    def pulled(self, file: File) -> Iterator[tuple[ast.Call, Loop, set[str]]]:
-        """``x, y = next(batches)`` in a loop that trains: the call, the loop, and the names."""
+    def pulled(self, file: File) -> Iterator[tuple[ast.Call, Place, set[str]]]:
+        """``x, y = next(batches)`` in a loop, or in a function without one: the call, where it is, and the names."""
         for call in file.calls:
             if not isinstance(call.func, ast.Name) or call.func.id != "next" or self.feeds.sets_aside(file, call):
                 continue
             parents = list(file.names.ancestors(call))
             functions = [number for number, parent in enumerate(parents) if isinstance(parent, Function)]
             within = parents[: functions[0]] if functions else parents
-            loop = next((parent for parent in within if isinstance(parent, (ast.For, ast.While))), None)
+            place: Place | None = next((parent for parent in within if isinstance(parent, (ast.For, ast.While))), None)
+            if place is None and functions and isinstance(function := parents[functions[0]], Function):
+                place = function
             target = next((_bound(p.target) for p in within if isinstance(p, ast.NamedExpr)), None)
             statement = file.names.statement_of(call)
             if target is None and isinstance(statement, ast.Assign):
                 target = {name for item in statement.targets for name in _bound(item)}
-            if loop is not None and target:
-                yield call, loop, target
+            if place is not None and target:
+                yield call, place, target
 
-    def goes_back(self, loop: Loop) -> bool:
-        """Whether a loop calls backward itself, and no loop in it does."""
-        stack: list[ast.AST] = list(loop.body)
+    def goes_back(self, place: Place) -> bool:
+        """Whether a loop or function calls backward itself, and no loop in it does."""
+        stack: list[ast.AST] = list(place.body)
         while stack:
             node = stack.pop()
             if is_backward(node):

@@ -95,9 +95,9 @@ class Scripts:
         loaders = [feed for feeds in self._loaders.values() for feed in feeds]
         known = {call for feed in loaders if self._is_known([feed]) for call in feed.pulled}
         pulled = {call for feed in (*loaders, *self._sampled) if feed.trained for call in feed.pulled}
-        for call, loop, names in self.handed.pulled(file):
-            if call in pulled or self.handed.goes_back(loop):
-                found.setdefault(loop, Held(set(), call in known)).names.update(names)
+        for call, place, names in self.handed.pulled(file):
+            if call in pulled or self.handed.goes_back(place):
+                found.setdefault(place, Held(set(), call in known)).names.update(names)
         sampled = _by_loop(self._sampled)
         for node in file.nodes:
             if isinstance(node, ast.For) and (names := taken_by(node, roles)):

@@ -256,9 +256,30 @@ class Kinds:
             match node:
                 case ast.Call(func=ast.Attribute(attr="append" | "writerow"), args=[value]):
                     found = self._collected("append", value)
+                case ast.Return(value=ast.expr() as value) if not isinstance(self.loop, (ast.For, ast.While)):
+                    found = ((part, self.kind(part)) for part in self._given_back(value) if self._is_number(part))
                 case _:
                     found = self._shown_there(node)
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
+
+    def _is_number(self, node: ast.expr) -> bool:
+        """Whether a value is read out of the graph, as what is only told is: a loss that is returned is no such."""
+        match node:
+            case ast.Call(func=ast.Name(id="float" | "int")):
+                return True
+        return self._is_cut(node)
+
+    def _given_back(self, value: ast.expr, deep: int = 0) -> Iterator[ast.expr]:
+        """What a function returns, or holds in the display that it returns."""
+        match value:
+            case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
+                for part in parts:
+                    yield from self._given_back(part, deep)
+            case ast.Name(id=name) if deep < 3 and name in self.made:
+                for made, _ in self.made[name]:
+                    yield from self._given_back(made, deep + 1)
+            case _:
+                yield value
 
     def whole(self, test: ast.expr) -> list[tuple[ast.expr, str]] | None:
         """The totals and means in a test, if it is of nothing else of the batch; ``None`` where it is."""

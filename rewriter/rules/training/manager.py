@@ -6,7 +6,8 @@ does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An obj
 optimizer inside (``NoamOpt(Adam(...))``) stays as it is: the optimizer that it holds gets the manager.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
-Refuses when: ``step`` gets a closure. A learning-rate scheduler that the script steps stays the script's.
+Refuses when: ``step`` gets a closure. A step in the ``forward`` of a module is reported. A learning-rate scheduler that
+the script steps stays the script's.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         reason = _reason_against(managers, manager)
         if reason:
             yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
+    yield from _in_forwards(file, facts, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
     calls: list[Change] = []
     for item in _calls(file, facts, managers):
@@ -53,6 +55,20 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _in_forwards(file: File, facts: Facts, managers: Managers) -> Iterator[Finding]:
+    """Steps in a forward, whose parameters stay whole and old until it ends."""
+    for call in file.calls:
+        function = file.names.function_of(call)
+        if function is None or function.name != "forward" or not isinstance(call.func, ast.Attribute):
+            continue
+        owner = file.names.class_of(call)
+        if call.func.attr == "step" and managers.roles.var(call.func.value) in managers.of and owner is not None:
+            if facts.classes.is_module(file.class_info(owner)):
+                what = f"{file.source.code(call.func.value)} steps in {owner.name}.forward"
+                message = f"{what}, which fails on several ranks: train in another method, and call the model there"
+                yield Remark(RULE.code, call.lineno, message, differs=True)
 
 
 def _anchor(change: Change) -> ast.stmt | ast.expr:

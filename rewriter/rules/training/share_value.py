@@ -9,7 +9,9 @@ through data that no rank shares, it names the loader: ``bmt.total(len(x), of=lo
 What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
-A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported.
+A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
+number of it that a function which trains gives back (``return {"part": part.item()}``), and a tensor of the loader's
+batch size that is made in front of the loop.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
 of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
 a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
@@ -152,16 +154,49 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(size)
             message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+    for statement in file.nodes if sizes else ():
+        if isinstance(statement, ast.Assign) and statement.lineno not in told:
+            size = _sized(file, roles, statement.value, sizes - {None})
+            held = {variable for target in statement.targets if (variable := roles.var(target)) is not None}
+            if size is not None and held and _is_met_by_shares(file, facts, statement, held):
+                told.add(statement.lineno)
+                message = f"this has {file.source.code(size)} items, and a rank's share of a batch has fewer: "
+                yield Remark(RULE.code, statement.lineno, message + "make it as large as x.size(0)", differs=True)
+
+
+def _sized(file: File, roles: Roles, value: ast.expr, sizes: set[Var | None]) -> ast.expr | None:
+    """The loader's batch size in a value that makes a tensor of it: ``torch.zeros(size, 3)``, ``Tensor(size)``."""
+    for call in (item for item in ast.walk(value) if isinstance(item, ast.Call)):
+        name = (dotted(call.func) or "").split(".")[-1]
+        given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
+        if name in _SHAPED | _DRAWN or name.endswith("Tensor"):
+            size = next((item for item in given if _is_one(roles, item, sizes)), None)
+            if size is not None:
+                return size
+    return None
+
+
+def _is_met_by_shares(file: File, facts: Facts, statement: ast.Assign, held: set[Var]) -> bool:
+    """Whether a loop over shares reads what stands in front of it."""
+    scripts = facts.scripts
+    return not scripts.over_shares(file, statement) and any(
+        _is_one(scripts.roles[file], use, held) and isinstance(use.ctx, ast.Load) and scripts.over_shares(file, use)
+        for use in file.nodes
+        if isinstance(use, (ast.Name, ast.Attribute))
+    )
 
 
 def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
     """``history.append({"seen": len(x)})`` and other totals and means of a share that are shown or kept."""
     handed = facts.scripts.handed
     made = facts.scripts.collectives.shares(file)
+    losses = set(facts.scripts.collectives.readings(file).values())
     for place in handed.of(file):
         kinds = handed.kinds(file, place)
         for value, kind in kinds.shown():
             if value in made or value.lineno in told or _is_reduced(file, facts, kinds, value):
+                continue
+            if not losses.isdisjoint(ast.walk(value)):
                 continue
             told.add(value.lineno)
             code = file.source.code(value)

@@ -152,6 +152,41 @@ def gathered(parameter: Any) -> torch.Tensor:
     return whole
 
 
+def tagger(base: type) -> type:
+    """A model with a head of the user's, as ``bmt-convert`` leaves it where ``base`` is a DistributedModule."""
+
+    class Tagger(transformers.BertPreTrainedModel, base):  # type: ignore[misc, name-defined]
+        def __init__(self, config: Any, labels: int) -> None:
+            super().__init__(config)
+            self.bert = transformers.BertModel(config)
+            self.head = nn.Linear(config.hidden_size, labels)
+            self.post_init()
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.bert(input_ids=ids).last_hidden_state)
+            return out
+
+    return Tagger
+
+
+@on_ranks(1, 2)
+def test_a_head_of_the_users(tmp_path: Path) -> None:
+    config = transformers.BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+                                     max_position_embeddings=24, **SPECIAL)  # fmt: skip
+    folder = tmp_path / f"bert {bmt.rank()}"
+    torch.manual_seed(5)
+    transformers.BertModel(config).save_pretrained(folder)
+    torch.manual_seed(6)
+    plain = tagger(nn.Module).from_pretrained(folder, labels=3).eval()  # type: ignore[attr-defined]
+    torch.manual_seed(6)
+    model = tagger(bmt.DistributedModule).from_pretrained(folder, labels=3).eval()  # type: ignore[attr-defined]
+    torch.testing.assert_close(model(IDS), plain(IDS))
+    assert plain.state_dict().keys() == model.state_dict().keys()
+    bmt.save_pretrained(model, tmp_path / "saved")
+    again = tagger(bmt.DistributedModule).from_pretrained(tmp_path / "saved", labels=3)  # type: ignore[attr-defined]
+    torch.testing.assert_close(again.eval()(IDS), plain(IDS))
+
+
 @on_ranks(1, 2)
 def test_embeddings_keep_their_size(tmp_path: Path) -> None:
     model = bmt.BMTrainModelWrapper(build("gpt2"))

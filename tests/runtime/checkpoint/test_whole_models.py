@@ -85,6 +85,25 @@ def test_models_pickled_whole(world_size: int, check: Any, tmp_path: Path) -> No
     run_ranks(world_size, check, str(tmp_path))
 
 
+def saved(path: str) -> list[list[float]]:
+    model = Model()
+    bmt.save_checkpoint(model, path)
+    with torch.no_grad():
+        values: list[list[float]] = model(TOKENS).tolist()
+    return values
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_process_without_ranks_reads_an_ordinary_model(world_size: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "model.pt")
+    expected = run_ranks(world_size, saved, path)[0]
+    assert not bmt.is_initialized()
+    model = torch.load(path, weights_only=False).eval()
+    torch.testing.assert_close(model(TOKENS), torch.tensor(expected))
+    model(TOKENS).sum().backward()
+    assert model.layers[0].linear.weight.grad is not None
+
+
 @on_ranks(1, 2)
 def test_forward_called_by_name() -> None:
     model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())

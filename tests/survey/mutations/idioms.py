@@ -115,10 +115,11 @@ def get_loaders(size):
     train = DataLoader(Rows(12, 0), batch_size=size, shuffle=True)
     return train, DataLoader(Rows(5, 1), batch_size=2)
 """
+# Of six items, which one, two and three ranks divide: the script takes what is left of a batch for less.
 SHARED_DATA = """\
 data = Rows(12, 0)
 sampler = DistributedSampler(data, shuffle=False)
-$train = DataLoader(data, batch_size=4 // dist.get_world_size(), sampler=sampler)"""
+$train = DataLoader(data, batch_size=6 // dist.get_world_size(), sampler=sampler)"""
 
 # ---- the loss: `loss` from `x` and `y`; the second text is what goes into a file of helpers
 # -------------------------------------------------------------------------------------------------

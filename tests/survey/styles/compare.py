@@ -43,6 +43,10 @@ def _load(path: Path) -> Any:
         if path.suffix in {".npy", ".npz"}:
             loaded = numpy.load(path, allow_pickle=True)
             return dict(loaded) if path.suffix == ".npz" else loaded
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # only where a project's own packages bring it
+
+            return load_file(path)
         if path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
         if zipfile.is_zipfile(path):

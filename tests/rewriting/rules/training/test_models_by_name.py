@@ -1,4 +1,4 @@
-"""Scripts that make a model whose class they take by a name which is not in the code: they start the ranks, too."""
+"""Scripts that get a model whose class is not in their code, by a name or from a file: they start the ranks, too."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Linear(4, 2)
 
+    @classmethod
+    def load(cls, path):
+        return cls()
+
 
 def small():
     return Net()
@@ -24,6 +28,8 @@ def small():
 
 MODELS = {"net": Net}
 MAKERS: dict[str, object] = {"small": small}
+PAIRS = {"net": (dict, Net), "other": (dict, Net)}
+PARTS = {"net": {"config": dict, "model": Net}}
 """
 TRAIN = """import torch
 from nets import Net
@@ -63,11 +69,24 @@ BY_NAME = {
     "table of a module": ("import nets", "model = nets.MODELS[name]()"),
     "table of functions": ("from nets import MAKERS", "model = MAKERS[name]()"),
     "own table": ("from nets import Net", "kinds = {'net': Net}\n    model = kinds[name]()"),
+    "table with get": ("from nets import MODELS", "model = MODELS.get(name)()"),
+    "method": ("from nets import MODELS", "model = MODELS[name].load(path)"),
+    "method of an attribute": ("import nets", "model = getattr(nets, name).load(path)"),
+    "one of two": ("from nets import PAIRS", "model = PAIRS[name][1]()"),
+    "method of one of two": ("from nets import PAIRS", "model = PAIRS[name][1].load(path)"),
+    "one of its parts": ("import nets", "model = nets.PARTS[name]['model']()"),
+    "unpacked": ("from nets import PAIRS", "config, kind = PAIRS[name]\n    model = kind.load(path)"),
     "package": ("import kinds", "model = kinds.__dict__[name]()"),
+}
+FROM_A_FILE = {
+    "whole": "model = torch.load(path)",
+    "of a checkpoint": "model = torch.load(path)['model'].float().eval()",
+    "kept": "read = torch.load(path, weights_only=False)\n    model = read['model']",
 }
 NO_MODEL = {
     "another module": ("import json", "model = getattr(json, name)()"),
     "a table of numbers": ("sizes = {'a': abs}", "model = sizes[name]()"),
+    "a table of pairs of numbers": ("sizes = {'a': (abs, 1)}", "model = sizes[name][0]()"),
     "of an object": ("import torch", "model = getattr(torch, name)()"),
 }
 
@@ -87,6 +106,17 @@ def evaluation(tmp_path: Path, imports: str, made: str) -> str:
 def test_the_ranks_start_before_the_model(tmp_path: Path, imports: str, made: str) -> None:
     after = evaluation(tmp_path, imports, made)
     assert after.index("bmt.init_distributed()") < after.index("model = ")
+
+
+@pytest.mark.parametrize("made", FROM_A_FILE.values(), ids=FROM_A_FILE.keys())
+def test_the_ranks_start_before_a_model_is_read(tmp_path: Path, made: str) -> None:
+    after = evaluation(tmp_path, "", made)
+    assert after.index("bmt.init_distributed()") < after.index("model = ")
+
+
+def test_values_that_are_read_start_nothing(tmp_path: Path) -> None:
+    made = "model = json.load(open(path))\n    weights = torch.load(path)\n    weights = weights['model']"
+    assert "bmt" not in evaluation(tmp_path, "", made)
 
 
 @pytest.mark.parametrize(("imports", "made"), NO_MODEL.values(), ids=NO_MODEL.keys())
