@@ -10,7 +10,7 @@ from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
-from torch import _C, nn
+from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..autograd import runs_as_written
@@ -406,10 +406,10 @@ def _settings() -> tuple[Any, ...]:
     """How kernels are chosen, beside what ``Surroundings`` has."""
     # Not torch.get_float32_matmul_precision(), which raises where a script has set torch.backends' fp32_precision.
     return (
-        *[_C._get_fp32_precision_getter("cuda", kind) for kind in ("matmul", "conv", "rnn")],
-        _C._get_cublas_allow_fp16_reduced_precision_reduction(),
-        _C._get_cublas_allow_bf16_reduced_precision_reduction(),
-        _C._get_blas_preferred_backend(),
+        *[torch._C._get_fp32_precision_getter("cuda", kind) for kind in ("matmul", "conv", "rnn")],
+        torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
+        torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
+        torch._C._get_blas_preferred_backend(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
     )
