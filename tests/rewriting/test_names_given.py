@@ -43,6 +43,8 @@ WRONG = {
     "an attribute that is no list": (["--blocks", "Net.forward"], "no list of modules Net.forward here"),
     "no processes": (["--jobs", "0"], "--jobs: 0 is not a number above 0"),
     "steps of no run": (["--steps", "3"], "--steps says how --prove is done"),
+    "ranks of no comparison": (["--ranks", "1,2"], "--ranks says how --verify or --prove is done"),
+    "a limit of no run": (["--timeout", "0"], "--timeout says how --prove is done"),
     "a report of no kind": (["--report", "out.txt"], "a report ends in .html, .json, .md or .sarif"),
 }
 
@@ -119,3 +121,21 @@ def test_the_codemod_knows_the_same_names() -> None:
     assert _codes("bmt003,BMT02") == ("BMT003", "BMT02")
     with pytest.raises(Exception, match="did you mean BMT001"):
         _codes("BMT0001")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [("test", False), ("tests/", True), ("./tests", True), ("tests", True), ("tests/*", True), ("t*.py", True)],
+)
+def test_a_pattern_that_fits_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, fits: bool
+) -> None:
+    (tmp_path / "tests").mkdir()
+    for name in ("model.py", "tests/try.py"):
+        (tmp_path / name).write_text(MODEL)
+    assert main([str(tmp_path), "--check", "--exclude", pattern]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == ("" if fits else f"bmt-convert: --exclude {pattern}: nothing here has such a name\n")
+    assert ("try.py" in shown.out) is not fits
+    assert main([str(tmp_path / "model.py"), "--check", "--exclude", pattern]) == 1  # as a hook gives files
+    assert capsys.readouterr().err == ""
