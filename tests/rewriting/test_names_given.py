@@ -84,7 +84,7 @@ SETTINGS = {
     'ignored = ["BMT001"]': "unknown key 'ignored' in [tool.bmt-convert]; did you mean ignore?",
     "ignore = [1]": "'ignore' in [tool.bmt-convert] must be a list of strings",
     "exclude = [[]]": "'exclude' in [tool.bmt-convert] must be a list of strings",
-    "jobs = true": "'jobs' in [tool.bmt-convert] must be a int",
+    "jobs = true": "'jobs' in [tool.bmt-convert] must be a whole number",
     "jobs = 0": "'jobs' in [tool.bmt-convert] must be above 0",
     'select = "BMT001"': "'select' in [tool.bmt-convert] must be a list of strings",
 }
@@ -98,6 +98,14 @@ def test_an_unknown_name_in_the_settings(
     (tmp_path / "pyproject.toml").write_text(f"[tool.bmt-convert]\n{line}\n")
     assert main([str(tmp_path / "model.py"), "--check"]) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ["bmt_convert", "BMT-Convert", "bmtconvert", "bmtrain-convert"])
+def test_a_table_by_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "pyproject.toml").write_text(f"[tool.converter]\nx = 1\n[tool.{table}]\nignore = ['BMT001']\n")
+    assert main([str(tmp_path / "model.py"), "--check"]) == 2
+    assert f"a table [tool.{table}]; did you mean [tool.bmt-convert]?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["BMT0001", "bmt001", "BMT00", "BMT001 BMT003"])
