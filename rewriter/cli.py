@@ -256,7 +256,7 @@ def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: 
     for pattern in options.exclude:
         if options.paths != [*filter(Path.is_file, options.paths)] and not excludes(pattern, options.paths):
             print(f"bmt-convert: --exclude {pattern}: nothing here has such a name", file=sys.stderr)
-    with progress(sys.stderr, options.quiet) as tell:
+    with progress(sys.stderr, options.quiet, _colored(options.color, sys.stderr)) as tell:
         paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, tell)))
         roots = [path for path in options.paths if path.is_dir()]
         gc.disable()  # syntax trees hold no garbage worth looking for

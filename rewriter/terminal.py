@@ -20,14 +20,14 @@ _STYLES = {"error:": "bold red", "left: ": "yellow", "needs --unsafe: ": "magent
 
 
 @contextmanager
-def progress(stream: TextIO, quiet: bool = False) -> Iterator[Tell]:
+def progress(stream: TextIO, quiet: bool = False, color: bool = True) -> Iterator[Tell]:
     """Inside the ``with``, what is told is shown on a terminal, and gone when it is done; elsewhere, unless ``quiet``,
     a line now and then.
     """
     if not stream.isatty() and not quiet:
         yield Log(stream)
         return
-    console = _console(stream)
+    console = _console(stream, color)
     if console is None:
         with Progress(stream) as told:
             yield told
@@ -81,7 +81,7 @@ def show(lines: Iterable[Line], stream: TextIO, color: bool) -> None:
         console.print(table)
 
 
-def _console(stream: TextIO, color: bool = True) -> Any:
+def _console(stream: TextIO, color: bool) -> Any:
     """Rich's, for a terminal that can do what it needs; else None."""
     if not stream.isatty():
         return None

@@ -181,3 +181,16 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None
             tell("reading", number, 0 if number < 15 else 40)
             tell_nobody("reading", number, 40)
     assert said.getvalue() == "bmt-convert: reading 10\nbmt-convert: reading 20/40\n" and quiet.getvalue() == ""
+
+
+@pytest.mark.parametrize("never", ["--color=never", "NO_COLOR"])
+def test_nothing_is_coloured_where_nobody_wants_it(
+    project: Path, shown: str, monkeypatch: pytest.MonkeyPatch, never: str
+) -> None:
+    options = [never] if never.startswith("-") else []
+    _, out, err = run(monkeypatch, str(project), "--check")
+    assert ("\033[38" in out + err or "\033[36" in out + err) is (shown == "rich")
+    if not options:
+        monkeypatch.setenv("NO_COLOR", "1")
+    _, out, err = run(monkeypatch, str(project), "--check", *options)
+    assert not re.search(r"\033\[(?!0m|1m)[0-9;]+m", out + err)
