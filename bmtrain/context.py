@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -331,6 +332,7 @@ def init_distributed(
     policy = as_precision(precision)
     _check_chosen(schedule, random, gradients, memory, num_micro_batches)
     env = os.environ
+    _warn_of_names(env)
     if tp_size is None:
         tp_size = _integer(env, "BMTRAIN_TP_SIZE", 1)
     topology = Topology(
@@ -347,14 +349,15 @@ def init_distributed(
     timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout)
     token = env.get("BMTRAIN_TOKEN", "")
     meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start, token)
-    watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
+    watches = watch and _switch(env, "BMTRAIN_WATCH") is not False
+    may_record = _switch(env, "BMTRAIN_GRAPHS") if graphs is None else bool(graphs)
     made = _connect(
         topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory, num_micro_batches,
         meter is not None,
     )  # fmt: skip
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
-    made.graphs = {"": None, "0": False}.get(env.get("BMTRAIN_GRAPHS", ""), True) if graphs is None else bool(graphs)
+    made.graphs = may_record
     made.launcher = Launcher.of(env, token)
     if tp_size > 1 and random == "own":
         made.split_random = SplitRandom(made.device.generator, topology.tp_rank)
@@ -510,6 +513,23 @@ def _integer(env: os._Environ[str], name: str, default: int) -> int:
         return int(value) if value else default
     except ValueError:
         raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be an integer.") from None
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool | None:
+    """What an environment variable says; None: nothing."""
+    value = env.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be 0 or 1.")
+    return value == "1" if value else None
+
+
+def _warn_of_names(env: Mapping[str, str]) -> None:
+    """A variable with nearly the name of one that is read would do nothing."""
+    known = [f"BMTRAIN_{name}" for name in ("DIARY_DIR", "GRAPHS", "METER", "TOKEN", "TP_SIZE", "WATCH")]
+    for name in env:
+        if name.upper().startswith("BMTRAIN") and name not in known and env.get("RANK", "0") == "0":
+            for near in difflib.get_close_matches(name.upper(), known, 1, 0.9):
+                warnings.warn(f"{name} is in the environment, which nobody reads; did you mean {near}?", stacklevel=3)
 
 
 def _meter_file(name: str, rank: int) -> Path | None:
