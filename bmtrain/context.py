@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import random
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -137,6 +139,8 @@ class Context:
     engine: Engine = field(init=False)
     writer: BackgroundWriter | None = None
     """What still writes a checkpoint to a file; on rank 0 only."""
+    meter: Path | None = None
+    """Where what every step took is written though the script says nothing of it; None: nowhere."""
     reports: str = field(default_factory=tempfile.gettempdir)
     """The folder for what a process leaves behind when it fails."""
     num_micro_batches: int | None = None
@@ -277,9 +281,10 @@ def init_distributed(
 
     Reads what torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without
     them this process is the whole world.  With BMTRAIN_TOKEN in the environment, the same secret on every rank, only
-    processes that have it take part.  Seeds ``random``, numpy and torch with ``seed`` on every rank alike, so
-    that every rank builds the same initial weights.  On a GPU torch's allocator gets ``expandable_segments:True``,
-    unless PYTORCH_CUDA_ALLOC_CONF is set.
+    processes that have it take part.  With BMTRAIN_METER=run.jsonl rank 0 appends to that file what steps take, as
+    ``bmt.Meter`` does, without a line in the script.  Seeds ``random``, numpy and torch with ``seed`` on every rank
+    alike, so that every rank builds the same initial weights.  On a GPU torch's allocator gets
+    ``expandable_segments:True``, unless PYTORCH_CUDA_ALLOC_CONF is set.
 
     Args:
         init_method: ``env://``, ``tcp://HOST:PORT`` or ``file://PATH``.
@@ -329,12 +334,14 @@ def init_distributed(
     policy = as_precision(precision)
     _check_chosen(schedule, random, gradients, memory, num_micro_batches)
     env = os.environ
+    _warn_of_names(env)
     if tp_size is None:
         tp_size = _integer(env, "BMTRAIN_TP_SIZE", 1)
     topology = Topology(
         _integer(env, "RANK", 0), _integer(env, "WORLD_SIZE", 1), _integer(env, "LOCAL_RANK", 0),
         _integer(env, "LOCAL_WORLD_SIZE", 1), tp_size, max(pipe_size, 1), shard_size,
     )  # fmt: skip
+    meter = _meter_file(env.get("BMTRAIN_METER", ""), topology.rank)
     chosen = choose_device(device, topology.local_rank)
     if chosen.type == "cuda" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & env.keys():
         let_segments_grow()
@@ -344,16 +351,19 @@ def init_distributed(
     timeouts = timeout if isinstance(timeout, Timeouts) else Timeouts(timeout, timeout, timeout)
     token = env.get("BMTRAIN_TOKEN", "")
     meeting = meet(init_method, topology.rank, topology.world_size, timeouts.start, token)
-    watches = watch and env.get("BMTRAIN_WATCH", "1") != "0"
+    watches = watch and _switch(env, "BMTRAIN_WATCH") is not False
+    may_record = _switch(env, "BMTRAIN_GRAPHS") if graphs is None else bool(graphs)
     made = _connect(
-        topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory, num_micro_batches
-    )
+        topology, Device(chosen, schedule, topology.data_rank), meeting, timeouts, watches, memory, num_micro_batches,
+        meter is not None,
+    )  # fmt: skip
     assert _State.make_engine is not None, "bmtrain.block completes the context on import"
     made.precision, made.random, made.memory = policy, random, memory
-    made.graphs = {"": None, "0": False}.get(env.get("BMTRAIN_GRAPHS", ""), True) if graphs is None else bool(graphs)
+    made.graphs = may_record
     made.launcher = Launcher.of(env, token)
     if tp_size > 1 and random == "own":
         made.split_random = SplitRandom(made.device.generator, topology.tp_rank)
+    made.meter = meter
     made.reports = env.get("BMTRAIN_DIARY_DIR") or made.reports
     made.gradient_divisor = topology.data_size if gradients == "mean" else 1
     made.engine = _State.make_engine(made)
@@ -431,6 +441,7 @@ def _connect(
     watches: bool,
     memory: MemoryUse | float,
     micro_batches: int | None,
+    meters: bool,
 ) -> Context:
     # Who waits too long is named by the watchdog; the transport's own limit says nothing, so it comes later.
     timeout = timeouts.longest + (_LATER if watches else timedelta(0))
@@ -446,7 +457,7 @@ def _connect(
     pipes = mesh.group("pipe")
     control = connect.on_host("control", list(range(mesh.size())))
     try:
-        _check_alike(control, topology, memory, micro_batches)
+        _check_alike(control, topology, memory, micro_batches, meters)
     except ConfigurationError:
         if connect.watchdog is not None:
             connect.watchdog.leave()
@@ -471,19 +482,24 @@ def _connect(
 
 
 def _check_alike(
-    control: Communicator, topology: Topology, memory: MemoryUse | float, micro_batches: int | None
+    control: Communicator, topology: Topology, memory: MemoryUse | float, micro_batches: int | None, meters: bool
 ) -> None:
     """Raises ConfigurationError on every rank unless all were given the same.  Collective."""
     asked = {"lean": 0.0, "auto": -1.0}[memory] if isinstance(memory, str) else float(memory)
-    facts = [*map(float, topology.mesh.shape), float(micro_batches or 0), asked]
+    facts = [*map(float, topology.mesh.shape), float(meters), float(micro_batches or 0), asked]
     own = torch.tensor(facts, dtype=torch.float64, device="cpu")
     bounds = torch.stack((own, -own))
     control.all_reduce(bounds, "max")
-    *of_mesh, of_pieces, of_memory = (bounds[0] != -bounds[1]).tolist()
+    *of_mesh, of_meters, of_pieces, of_memory = (bounds[0] != -bounds[1]).tolist()
     if any(of_mesh):
         raise ConfigurationError(
             "tp_size, pipe_size and shard_size must be the same on all ranks, as must their number; on rank "
             f"{topology.rank} they make a mesh of {dict(zip(Mesh.mesh_dim_names, topology.mesh.shape, strict=True))}."
+        )
+    if of_meters:
+        raise ConfigurationError(
+            f"BMTRAIN_METER must be in the environment of all ranks or of none; rank {topology.rank} has "
+            f"{'it' if meters else 'none'}. Where each host has a launcher, set it for all of them."
         )
     if of_pieces:
         raise ConfigurationError(
@@ -499,6 +515,44 @@ def _integer(env: os._Environ[str], name: str, default: int) -> int:
         return int(value) if value else default
     except ValueError:
         raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be an integer.") from None
+
+
+def _switch(env: Mapping[str, str], name: str) -> bool | None:
+    """What an environment variable says; None: nothing."""
+    value = env.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ConfigurationError(f"The environment variable {name} is {value!r}; it must be 0 or 1.")
+    return value == "1" if value else None
+
+
+def _warn_of_names(env: Mapping[str, str]) -> None:
+    """A variable with nearly the name of one that is read would do nothing."""
+    known = [f"BMTRAIN_{name}" for name in ("DIARY_DIR", "GRAPHS", "METER", "TOKEN", "TP_SIZE", "WATCH")]
+    for name in env:
+        if name.upper().startswith("BMTRAIN") and name not in known and env.get("RANK", "0") == "0":
+            for near in difflib.get_close_matches(name.upper(), known, 1, 0.9):
+                warnings.warn(f"{name} is in the environment, which nobody reads; did you mean {near}?", stacklevel=3)
+
+
+def _meter_file(name: str, rank: int) -> Path | None:
+    """The file that BMTRAIN_METER names, wherever the script goes; rank 0 sees that it can be written."""
+    if not name:
+        return None
+    path = Path(name).absolute()
+    if path.suffix != ".jsonl":
+        raise ConfigurationError(
+            f"The environment variable BMTRAIN_METER is {name!r}; it must be a file that ends in .jsonl, as in "
+            "BMTRAIN_METER=run.jsonl, to which what is measured is appended."
+        )
+    if rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            raise ConfigurationError(
+                f"The file that BMTRAIN_METER names cannot be written: {path}: {error.strerror or error}."
+            ) from None
+    return path
 
 
 def _warn_of_old(old: dict[str, object]) -> None:

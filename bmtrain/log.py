@@ -13,10 +13,15 @@ _LOGGER = logging.getLogger("bmtrain")
 
 
 class _OnStderr(logging.Handler):
-    """On what ``sys.stderr`` is at the time."""
+    """On what ``sys.stderr`` is at the time, above a bar that tqdm draws there."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        write = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "write", None)
+        if write is None:
+            print(self.format(record), file=sys.stderr, flush=True)
+        else:
+            write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
 
 
 def say(text: str, rank: int = 0) -> None:

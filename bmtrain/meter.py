@@ -11,8 +11,58 @@ from typing import Any
 import torch
 from torch import nn
 
-from .context import context
+from .context import Context, context
 from .errors import ConfigurationError
+
+Report = dict[str, float | None]
+
+
+class Interval:
+    """What some steps take: time, waiting, memory.  Runs from the time that it is made."""
+
+    def __init__(self, ctx: Context) -> None:
+        self._ctx = ctx
+        self._knows_waits = ctx.watchdog is not None or ctx.world_size == 1
+        ctx.device.waits.is_on = True
+        self.begin()
+
+    def begin(self) -> None:
+        """From here on."""
+        self._steps, self._waited, self._since = 0, self._ctx.device.waits.seconds(), time.perf_counter()
+
+    def count(self) -> None:
+        """One step is made."""
+        self._steps += 1
+
+    def read(self, step: int, speed: str, count: float | None, flops: float | None) -> Report:
+        """What ``Meter.step`` returns of it but for ``values``; waits for the device.
+
+        Args:
+            step: the number of the last step.
+            speed: the name of what is ``count``ed, a second.
+            flops: that the model needed.
+        """
+        device = self._ctx.device
+        device.synchronize()
+        seconds = time.perf_counter() - self._since
+        peak = device.peak_flops()
+        return {
+            "step": step, "seconds": seconds / self._steps, speed: None if count is None else count / seconds,
+            "mfu": flops / seconds / peak if peak and flops is not None else None,
+            "exposed_communication": (device.waits.seconds() - self._waited) / seconds if self._knows_waits else None,
+            "peak_gib": device.peak_memory() / 2**30 if device.measures_memory else None,
+        }  # fmt: skip
+
+
+def flops_of(model: nn.Module) -> int:
+    """Of forward and backward for one token: 6 for every element of a parameter with two dimensions or more."""
+    return 6 * sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
+
+
+def append(path: Path, report: Report) -> None:
+    """``report`` as the last line of ``path``."""
+    with path.open("a") as file:
+        file.write(json.dumps(report) + "\n")
 
 
 class Meter:
@@ -57,21 +107,14 @@ class Meter:
     ) -> None:
         if every < 1:
             raise ConfigurationError(f"every must be at least 1, not {every}.")
-        matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() >= 2)
-        self.flops_per_token = 6 * matrices if flops_per_token is None else flops_per_token
+        self.flops_per_token = flops_of(model) if flops_per_token is None else flops_per_token
         self.every, self.path = every, None if path is None else Path(path)
         self._writers = [_writing(writer) for writer in writers if writer is not None]
-        self.steps = 0
+        self.steps = self._tokens = 0
         self._ctx = context()
-        self._peak = self._ctx.device.peak_flops()
-        self._ctx.device.waits.is_on = True
-        self._knows_waits = self._ctx.watchdog is not None or self._ctx.world_size == 1
-        self._begin()
+        self._interval = Interval(self._ctx)
 
-    def _begin(self) -> None:
-        self._tokens, self._waited, self._since = 0, self._ctx.device.waits.seconds(), time.perf_counter()
-
-    def step(self, tokens: int, **values: float | torch.Tensor) -> dict[str, float | None] | None:
+    def step(self, tokens: int, **values: float | torch.Tensor) -> Report | None:
         """Count an optimizer step; every ``every`` steps returns what was measured since the last report.
 
         Args:
@@ -84,41 +127,34 @@ class Meter:
             a CPU), and ``values``.
         """
         self.steps += 1
+        self._interval.count()
         self._tokens += tokens
         if self.steps % self.every:
             return None
         numbers = {
             name: float(value.detach() if isinstance(value, torch.Tensor) else value) for name, value in values.items()
         }
-        self._ctx.device.synchronize()
-        seconds = time.perf_counter() - self._since
-        speed = self._tokens / seconds
-        waited = (self._ctx.device.waits.seconds() - self._waited) / seconds if self._knows_waits else None
-        memory = self._ctx.device.peak_memory() / 2**30 if self._ctx.device.measures_memory else None
-        found: dict[str, float | None] = {
-            "step": self.steps, "seconds": seconds / self.every, "tokens_per_second": speed,
-            "mfu": speed * self.flops_per_token / self._peak if self._peak else None,
-            "exposed_communication": waited, "peak_gib": memory, **numbers,
-        }  # fmt: skip
+        found = self._interval.read(self.steps, "tokens_per_second", self._tokens, self._tokens * self.flops_per_token)
+        found |= numbers
         if self._ctx.rank == 0:
             if self.path is not None:
-                with self.path.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+                append(self.path, found)
             for write in self._writers:
                 write(found)
-        self._begin()
+        self._tokens = 0
+        self._interval.begin()
         return found
 
 
-def _writing(writer: Any) -> Callable[[dict[str, float | None]], object]:
+def _writing(writer: Any) -> Callable[[Report], object]:
     """What tells a report to ``writer``."""
 
-    def measured(report: dict[str, float | None]) -> dict[str, float]:
+    def measured(report: Report) -> dict[str, float]:
         return {name: value for name, value in report.items() if value is not None and name != "step"}
 
     if hasattr(writer, "add_scalar"):
 
-        def add(report: dict[str, float | None]) -> None:
+        def add(report: Report) -> None:
             for name, value in measured(report).items():
                 writer.add_scalar(name, value, report["step"])
 

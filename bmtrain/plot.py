@@ -1,4 +1,4 @@
-"""``python -m bmtrain plot run.jsonl``: what ``bmt.Meter`` wrote, as rows on a terminal or as a picture."""
+"""``python -m bmtrain plot run.jsonl``: what ``bmt.Meter`` and BMTRAIN_METER write, as rows or as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def parser(**options: Any) -> argparse.ArgumentParser:
         description="Draw what bmt.Meter wrote: on the terminal, or with --out as a picture.",
         **{"prog": "bmt plot", **options},
     )
-    made.add_argument("files", nargs="+", type=Path, metavar="RUN.jsonl", help="files of bmt.Meter(model, path=...)")
+    made.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="RUN.jsonl",
+        help="files of BMTRAIN_METER=... or bmt.Meter(model, path=...)",
+    )
     made.add_argument("--out", type=Path, metavar="FILE", help="a picture: .png, .svg or .pdf; needs matplotlib")
     made.add_argument("--only", action="append", default=[], metavar="NAME", help="this value alone; may be repeated")
     return made
@@ -34,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: drawn; 2: it could not be."""
     given = parser().parse_args(arguments)
     try:
-        runs = {str(path): read(path) for path in given.files}
+        runs: dict[str, dict[str, Points]] = {}
+        for path in given.files:
+            found = read(path)
+            runs |= {f"{path}, run {n}" if len(found) > 1 else str(path): run for n, run in enumerate(found, 1)}
         names = list(dict.fromkeys(name for values in runs.values() for name in values))
         unknown = [name for name in given.only if name not in names]
         if unknown:
@@ -52,14 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(path: Path) -> dict[str, Points]:
-    """By value, (step, number) of every line that has both.
+def read(path: Path) -> list[dict[str, Points]]:
+    """By value, (step, number) of every line that has both; of each run in the file, in their order.
 
-    A last line that was cut off, as by a job that ended in the middle of it, is left out.
+    A step that is not larger than the one before begins another run: jobs append.  A last line that was cut off, as by
+    a job that ended in the middle of it, is left out.
 
     Raises ConfigurationError where other lines are no JSON objects with a step, or there are none.
     """
-    found: dict[str, Points] = {}
+    runs: list[dict[str, Points]] = []
+    last = math.inf
     lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
     for number, line in enumerate(lines):
         try:
@@ -68,17 +79,21 @@ def read(path: Path) -> dict[str, Points]:
             if isinstance(step, bool) or not isinstance(step, int | float):
                 raise TypeError
         except (ValueError, KeyError, TypeError):
-            if number == len(lines) - 1 and found:
+            if number == len(lines) - 1 and runs:
                 break
             raise ConfigurationError(
                 f"{path}: line {number + 1} is not what bmt.Meter writes, a JSON object with a step."
             ) from None
+        if step <= last:
+            runs.append({})
+        last = step
         for name, value in entry.items():
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                found.setdefault(name, []).append((step, value))
-    if not found:
+                runs[-1].setdefault(name, []).append((step, value))
+    runs = [run for run in runs if run]
+    if not runs:
         raise ConfigurationError(f"{path}: nothing is written there yet.")
-    return found
+    return runs
 
 
 def _rows(runs: dict[str, dict[str, Points]], names: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from rewriter import __version__
 from rewriter.config import read_settings
 from rewriter.convert import convert_bytes, write_file
-from rewriter.discover import sources
+from rewriter.discover import excludes, sources
 from rewriter.docs import explain
 from rewriter.formats import check_report, write_report
 from rewriter.output import check_target, copy_project, write_back, write_tree, written_place
@@ -31,6 +31,11 @@ from rewriter.terminal import progress, show
 from rewriter.types import InputError, Result, Tried
 
 CHANGED, FAILED, LEFT, INTERRUPTED = 1, 2, 3, 130
+_RANKS, _TIMEOUT = "1,2", 120.0
+_SAYS_HOW = {
+    "steps": ["prove"], "still": ["prove"], "timeout": ["prove"], "ranks": ["verify", "prove"], "shape": ["verify"],
+    "force": ["output"],
+}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,10 +83,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--steps", type=int, metavar="N", help="end --prove's runs after N optimizer steps")
     made.add_argument("--still", action="store_true", help="dropout does nothing in --prove's runs")
-    made.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="--prove ends a run that stalls so long"
-    )
-    made.add_argument("--ranks", default="1,2", metavar="N[,N]", help="numbers of ranks that --verify and --prove try")
+    made.add_argument("--timeout", type=float, metavar="S", help="--prove ends a run that stalls so long (120)")
+    made.add_argument("--ranks", metavar="N[,N]", help="numbers of ranks that --verify and --prove try (1,2)")
     made.add_argument("--shape", action="append", default=[], metavar="NAME=2x8[:long]", help="an input for --verify")
     made.add_argument(
         "--color", choices=["auto", "always", "never"], default="auto", help="colour what a terminal shows"
@@ -146,7 +149,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"bmt-convert: {result.error}", file=sys.stderr)
     told_at_last = options.report is not None and options.report.suffix == ".html"
     if options.report is not None and options.prove is None and not told_at_last:
-        write_file(options.report.resolve(), write_report(options.report, results).encode())
+        _write_report(options.report, write_report(options.report, results))
     _show(options, results)
     tried = _tried(options, results)
     held = all(one.held for one in tried)
@@ -156,12 +159,17 @@ def _run(options: argparse.Namespace) -> int:
         options.written = write_back(results)
     last = _last_lines(options, results, held)
     if told_at_last:
-        write_file(options.report.resolve(), page(results, last[1:], tried).encode())
+        _write_report(options.report, page(results, last[1:], tried))
     for line in last:
         print(line, file=_stream(options))
     for one in tried:
         print(one.verdict)
     return _exit_code(results, options.check, held)
+
+
+def _write_report(report: Path, text: str) -> None:
+    # A name of a file may hold bytes that are no text.
+    write_file(report.resolve(), text.encode("utf-8", "backslashreplace"))
 
 
 def _exit_code(results: Sequence[Result], check: bool, held: bool = True) -> int:
@@ -178,9 +186,11 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError("give a file or folder, or - for standard input")
     if options.jobs is not None and options.jobs < 1:
         raise InputError(f"--jobs: {options.jobs} is not a number above 0")
-    for name, needed in (("steps", "prove"), ("still", "prove"), ("shape", "verify"), ("force", "output")):
-        if getattr(options, name) and not getattr(options, needed):
-            raise InputError(f"--{name} says how --{needed} is done; give that, too")
+    for name, needed in _SAYS_HOW.items():
+        value = getattr(options, name)
+        if (value or value == 0) and value is not False and not any(getattr(options, one) for one in needed):
+            known = " or ".join(f"--{one}" for one in needed)
+            raise InputError(f"--{name} says how {known} is done; give that, too")
     if options.report is not None:
         check_report(options.report)
     if options.output is not None:
@@ -216,7 +226,9 @@ def _verify(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
         converted = target if path.is_dir() else target / path.name
         shapes = [item for shape in options.shape for item in ("--shape", shape)]
         slices = ["--tp-size", os.environ.get("BMTRAIN_TP_SIZE", "2")] if options.tensor_parallel else []
-        return tool.compared([str(path), str(converted), options.verify, "--ranks", options.ranks, *slices, *shapes])
+        return tool.compared(
+            [str(path), str(converted), options.verify, "--ranks", options.ranks or _RANKS, *slices, *shapes]
+        )
 
 
 def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
@@ -225,14 +237,14 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
         raise InputError(f"{report}: --prove writes a report that ends in .html, .json or .md")
     from rewriter.verify.script import command_line as tool  # needs torch, which converting does not
 
-    path = options.paths[0].resolve()
+    path, timeout = options.paths[0].resolve(), _TIMEOUT if options.timeout is None else options.timeout
     changed = [replace(result, path=result.path.resolve()) for result in results]
     with tempfile.TemporaryDirectory(prefix="bmt-prove-") as folder:
         original, converted = Path(folder) / "original", Path(folder) / "converted"
         copy_project([path], original, [])
         copy_project([path], converted, changed)
         settings = tool.settings(
-            original, converted, options.prove, options.ranks, options.steps, options.timeout, options.still,
+            original, converted, options.prove, options.ranks or _RANKS, options.steps, timeout, options.still,
             tool.refusal(results),
         )  # fmt: skip
         return tool.run(settings, None if report is not None and report.suffix == ".html" else report)
@@ -241,7 +253,10 @@ def _prove(options: argparse.Namespace, results: Sequence[Result]) -> Tried:
 def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: Options) -> list[Result]:
     skip = options.output.resolve() if options.output is not None else None
     exclude = _exclude(options, settings)
-    with progress(sys.stderr) as tell:
+    for pattern in options.exclude:
+        if options.paths != [*filter(Path.is_file, options.paths)] and not excludes(pattern, options.paths):
+            print(f"bmt-convert: --exclude {pattern}: nothing here has such a name", file=sys.stderr)
+    with progress(sys.stderr, options.quiet, _colored(options.color, sys.stderr)) as tell:
         paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, tell)))
         roots = [path for path in options.paths if path.is_dir()]
         gc.disable()  # syntax trees hold no garbage worth looking for
@@ -317,7 +332,7 @@ def _standard_input(conversion: Options, options: argparse.Namespace) -> int:
     result = convert_bytes(stream.read() if stream is not None else sys.stdin.read().encode(), conversion)
     _check_blocks(conversion.blocks, [result])
     if options.report is not None:
-        write_file(options.report.resolve(), write_report(options.report, [result]).encode())
+        _write_report(options.report, write_report(options.report, [result]))
     if result.error:
         print(f"bmt-convert: {result.error}", file=sys.stderr)
     elif options.diff:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ def read_settings(start: Path) -> dict[str, Any]:
                     known = nearest(key, KEYS) or f"; known: {', '.join(KEYS)}"
                     raise InputError(f"{path}: unknown key {key!r} in [tool.bmt-convert]{known}")
                 if not _fits(value, KEYS[key]):
-                    what = "list of strings" if KEYS[key] is list else KEYS[key].__name__
-                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be a {what}")
+                    what = {list: "a list of strings", int: "a whole number", bool: "true or false"}[KEYS[key]]
+                    raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be {what}")
                 if KEYS[key] is int and value < 1:
                     raise InputError(f"{path}: {key!r} in [tool.bmt-convert] must be above 0")
             return found
@@ -55,14 +56,18 @@ def _table(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot read: {error}") from None
-    if "bmt-convert" not in text:
+    if "convert" not in text:
         return {}
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: {error}") from None
     tools = content.get("tool", {})
-    table = tools.get("bmt-convert", {}) if isinstance(tools, dict) else {}
+    tools = tools if isinstance(tools, dict) else {}
+    for name in tools:
+        if name != "bmt-convert" and re.sub(r"[\W_]|rain", "", name.lower()) == "bmtconvert":
+            raise InputError(f"{path}: a table [tool.{name}]; did you mean [tool.bmt-convert]?")
+    table = tools.get("bmt-convert", {})
     if not isinstance(table, dict):
         raise InputError(f"{path}: [tool.bmt-convert] must be a table")
     return table

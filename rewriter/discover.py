@@ -82,11 +82,14 @@ def walk(
 ) -> Iterator[Path]:
     """Every file of a folder that is its project's own, in a stable order; no device or FIFO, and links to files only.
 
-    ``everything`` includes what ``.gitignore`` names: data and settings that a copy needs.
+    ``everything`` includes what a copy needs: data and settings that ``.gitignore`` names, links to folders, and
+    folders in which there is nothing.
     """
     ignored = _nothing if everything else Ignored(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
+        if everything:
+            yield from (here / name for name in sorted(folders) if (here / name).is_symlink())
         folders[:] = sorted(name for name in folders if _enters(here / name, ignored, exclude, root, skip))
         for name in sorted(files):
             path = here / name
@@ -96,6 +99,8 @@ def walk(
                 and (path.is_symlink() or path.is_file())
             ):
                 yield path
+        if everything and not folders and not files and here != root:
+            yield here
 
 
 def _nothing(path: Path, folder: bool) -> bool:
@@ -121,6 +126,7 @@ def _enters(
 
 def _excluded(path: Path, exclude: tuple[str, ...], root: Path) -> bool:
     name = path.relative_to(root).as_posix()
+    exclude = tuple(pattern.removeprefix("./").rstrip("/") for pattern in exclude)
     return any(fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(path.name, pattern) for pattern in exclude)
 
 
@@ -134,6 +140,16 @@ def _says_python(path: Path) -> bool:
     except OSError:
         return False
     return first.startswith(b"#!") and b"python" in first
+
+
+def excludes(pattern: str, paths: Sequence[Path]) -> bool:
+    """Whether something in the folders among ``paths`` has a name that ``pattern`` fits."""
+    return any(
+        _excluded(Path(folder) / name, (pattern,), path)
+        for path in paths
+        for folder, folders, files in os.walk(path)
+        for name in (*folders, *files)
+    )
 
 
 def sources(
@@ -152,7 +168,7 @@ def sources(
         raise InputError(f"{path}: neither a file nor a folder; give code from a pipe on standard input, by -")
     found = []
     for item in walk(path, exclude, skip):
-        if (item.suffix in SUFFIXES or _says_python(item)) and not leads_out(item, path):
+        if not leads_out(item, path) and (item.suffix in SUFFIXES or _says_python(item)):
             found.append(item)
             if tell is not None:
                 tell("looking for files", len(found), 0)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rewriter.convert import sync_folder, write_file
-from rewriter.discover import leads_out, walk
+from rewriter.discover import walk
 from rewriter.types import InputError, Result
 
 
@@ -125,6 +125,7 @@ def write_tree(paths: Sequence[Path], output: Path, results: Sequence[Result]) -
             copy_project(paths, stage, results, output.resolve(), links=True)
             files = sorted(path for path in stage.rglob("*") if path.is_symlink() or not path.is_dir())
             names = [path.relative_to(stage) for path in files]
+            bare = [path.relative_to(stage) for path in stage.rglob("*") if _is_bare(path)]
             for name in names:
                 _check_place(output, name)
             with uninterrupted(done):
@@ -132,6 +133,8 @@ def write_tree(paths: Sequence[Path], output: Path, results: Sequence[Result]) -
                 for name in names:
                     (output / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(stage / name, output / name)
+                for name in bare:
+                    (output / name).mkdir(parents=True, exist_ok=True)
                 for folder in {(output / name).parent for name in names}:
                     sync_folder(folder)
         finally:
@@ -143,6 +146,11 @@ def write_tree(paths: Sequence[Path], output: Path, results: Sequence[Result]) -
             if folder.exists():
                 folder.rmdir()
     return done
+
+
+def _is_bare(path: Path) -> bool:
+    """Whether it is a folder with nothing in it."""
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def _check_place(output: Path, name: Path) -> None:
@@ -168,7 +176,9 @@ def copy_project(
         folder = target if len(paths) == 1 or path.is_file() else target / path.resolve().name
         for item, data in _contents(path, results, skip, links):
             place = folder / item.relative_to(path.parent if path.is_file() else path)
-            if data is None:
+            if item.is_dir() and not item.is_symlink():
+                place.mkdir(parents=True, exist_ok=True)
+            elif data is None:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.symlink_to(_where_to(item, path))
             else:
@@ -177,9 +187,10 @@ def copy_project(
 
 def _where_to(link: Path, root: Path) -> str:
     """What a copy of a link must say."""
-    said = os.readlink(link)
-    inside = not leads_out(link, root) and not os.path.isabs(said)
-    return said if inside else os.path.realpath(link)
+    said, top, end = os.readlink(link), Path(os.path.realpath(root)), Path(os.path.realpath(link))
+    if end != top and top not in end.parents:
+        return str(end)
+    return os.path.relpath(end, os.path.realpath(link.parent)) if os.path.isabs(said) else said
 
 
 def written_place(paths: Sequence[Path], output: Path, file: Path) -> Path:
@@ -195,12 +206,14 @@ def written_place(paths: Sequence[Path], output: Path, file: Path) -> Path:
 def _contents(
     path: Path, results: Sequence[Result], skip: Path | None, links: bool
 ) -> Iterator[tuple[Path, bytes | None]]:
-    """Every file and what is to be in it; None for a link that stays one."""
+    """Every file and what is to be in it; None for a link that stays one, and for a folder with nothing in it."""
     converted = {result.path: result for result in results}
     for item in [path] if path.is_file() else walk(path, (), skip, everything=True):
         found = converted.get(item)
         if item is not path and item.is_symlink() and (links or not item.is_file()):
             if links:
                 yield item, None
+        elif item.is_dir():
+            yield item, None
         else:
             yield item, item.read_bytes() if found is None or found.error else found.after

@@ -24,11 +24,12 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem 2rem 
 h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 0; display: inline; } a { color: inherit; } pre, code, td.code { font-family: monospace; }
 .filters { position: sticky; top: 0; background: Canvas; padding: .6rem 0; border-bottom: 1px solid var(--line); }
-.filters label { margin-right: 1rem; } select { max-width: 40ch; font: inherit; }
+.filters label { margin-right: 1rem; } select { max-width: min(40ch, 100%); font: inherit; }
 .verdict { border-left: .4rem solid var(--good); padding: .2rem .8rem; background: var(--soft); }
 .verdict.bad { border-color: #d33; }
 table { border-collapse: collapse; } th { text-align: left; font-weight: 600; }
 table.list td, table.list th { padding: .15rem .8rem .15rem 0; vertical-align: top; }
+td.place { overflow-wrap: anywhere; }
 table.list td, table.list th { border-bottom: 1px solid var(--line); }
 table.diff { width: 100%; table-layout: fixed; font-size: 13px; line-height: 1.4; margin: .5rem 0 1rem; }
 table.diff td { vertical-align: top; padding: 0 .4rem; white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -140,7 +141,8 @@ def _needs_a_hand(shown: Sequence[Result], names: dict[Path, str]) -> Iterator[s
         )
         link = f'<a href="#{name}">{_text(result.path)}</a>'
         rows += [
-            f'<tr data-file="{name}" data-state="left"><td>{link}</td><td></td><td>{_text(reason)}</td></tr>'
+            f'<tr data-file="{name}" data-state="left"><td class="place">{link}</td><td></td>'
+            f"<td>{_text(reason)}</td></tr>"
             for reason in reasons
         ]
     groups: dict[tuple[str, str, str], list[Result]] = {}
@@ -158,7 +160,7 @@ def _needs_a_hand(shown: Sequence[Result], names: dict[Path, str]) -> Iterator[s
             code, reason = _text(key[1]), _text(key[2])
             rows.append(
                 f'<tr data-rule="{code}" data-file="{files}" data-state="{state}">'
-                f'<td>{"<br>".join(places[key])}</td><td><a href="#{code}">{code}</a></td>'
+                f'<td class="place">{"<br>".join(places[key])}</td><td><a href="#{code}">{code}</a></td>'
                 f'<td><span class="state">{_STATES[state]}</span>: {reason}</td></tr>'
             )
     yield f'<table class="list">{"".join(rows)}</table>' if rows else "<p>Nothing.</p>"

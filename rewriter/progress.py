@@ -6,6 +6,21 @@ import time
 from typing import TextIO
 
 EVERY = 0.1  # seconds between two states that are shown
+LINES = 10.0  # seconds between two lines of a log
+
+
+class Log:
+    """``progress("reading", 3, 10)`` where the stream is no terminal: a line now and then, of what takes long."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._said = time.monotonic()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= LINES:
+            self._said = now
+            print(f"bmt-convert: {phase} {f'{done}/{total}' if total else done}", file=self._stream, flush=True)
 
 
 class Progress:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rewriter.discover import Tell
-from rewriter.progress import EVERY, Progress
+from rewriter.progress import EVERY, Log, Progress
 from rewriter.report import Line
 
 _BESIDE = 50  # columns for a rule and for words, beside the longest place
@@ -20,9 +20,14 @@ _STYLES = {"error:": "bold red", "left: ": "yellow", "needs --unsafe: ": "magent
 
 
 @contextmanager
-def progress(stream: TextIO) -> Iterator[Tell]:
-    """Inside the ``with``, what is told is shown on a terminal, and gone when it is done."""
-    console = _console(stream)
+def progress(stream: TextIO, quiet: bool = False, color: bool = True) -> Iterator[Tell]:
+    """Inside the ``with``, what is told is shown on a terminal, and gone when it is done; elsewhere, unless ``quiet``,
+    a line now and then.
+    """
+    if not stream.isatty() and not quiet:
+        yield Log(stream)
+        return
+    console = _console(stream, color)
     if console is None:
         with Progress(stream) as told:
             yield told
@@ -76,7 +81,7 @@ def show(lines: Iterable[Line], stream: TextIO, color: bool) -> None:
         console.print(table)
 
 
-def _console(stream: TextIO, color: bool = True) -> Any:
+def _console(stream: TextIO, color: bool) -> Any:
     """Rich's, for a terminal that can do what it needs; else None."""
     if not stream.isatty():
         return None

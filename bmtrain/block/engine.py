@@ -37,6 +37,7 @@ from .replicas import Replicas
 from .saved import KeptValues
 from .schedule import Schedule
 from .state import attribute
+from .step_meter import StepMeter
 from .summary import summary
 from .trace import Phase
 from .untrained import FirstGraphs
@@ -71,6 +72,7 @@ class Engine:
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
         begin = None if self.graphs is None else self.graphs.begin
         self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and not ctx.graphs else None
+        self.meter = None if ctx.meter is None else StepMeter(ctx, ctx.meter)
         self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
@@ -197,6 +199,8 @@ class Engine:
             if any(type(value) is not torch.Tensor or value.requires_grad for value in (*args, *kwargs.values())):
                 args, kwargs = tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs))
             self._forwards += 1
+            if self.meter is not None and module.training:
+                self.meter.note_forward(module, (args, kwargs))
             if self.first_buffers.wanted:
                 self.first_buffers.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
@@ -282,6 +286,8 @@ class Engine:
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""
         self.first_losses.look(loss)
+        if self.meter is not None:
+            self.meter.note_loss(loss)
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
@@ -322,6 +328,8 @@ class Engine:
         self.first_buffers.optimizer_stepped()
         self.first_draws.optimizer_stepped()
         self.first_losses.optimizer_stepped()
+        if self.meter is not None:
+            self.meter.optimizer_stepped()
 
     def _tell(self, state_bytes: int) -> None:
         if self.ctx.rank == 0 and self.schedule.units:

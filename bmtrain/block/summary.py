@@ -52,7 +52,7 @@ def summary(
 
 def _batch(ctx: Context, forwards: int, inputs: Sequence[object]) -> str:
     """What the first step has trained on, by the first tensor that each forward got; "" where that tells nothing."""
-    first = [next((leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)), None) for given in inputs]
+    first = [first_tensor(given) for given in inputs]
     shapes = {tuple(tensor.shape) for tensor in first if tensor is not None and tensor.dim()}
     if len(shapes) != 1:
         return ""
@@ -60,6 +60,11 @@ def _batch(ctx: Context, forwards: int, inputs: Sequence[object]) -> str:
     times = f"{forwards} times " if forwards > 1 else ""
     rows = f", {shape[0] * forwards * ranks:,} rows on all ranks if theirs are as large" if ranks > 1 else ""
     return f"the first step took {times}{' x '.join(map(str, shape))} here{rows}"
+
+
+def first_tensor(given: object) -> torch.Tensor | None:
+    """What is taken for the batch in a forward's arguments."""
+    return next((leaf for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor)), None)
 
 
 def counts(total: int, trained: int, units: int) -> str:

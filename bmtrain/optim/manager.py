@@ -7,6 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -253,10 +254,13 @@ class OptimManager:
         if self._unscaled and self._unscale_owners_of(params):
             scale = 1.0
         chosen = self._chosen(params)
-        if not self._looks:
-            return clip_(chosen, max_norm, float(norm_type), scale, eps)
-        norm = clip_(chosen, max_norm, float(norm_type), scale, eps, self._facts.spoils())
-        self._facts.note_norm(params, norm)
+        spoils = self._facts.spoils() if self._looks else None
+        norm = clip_(chosen, max_norm, float(norm_type), scale, eps, spoils)
+        if self._looks:
+            self._facts.note_norm(params, norm)
+        meter = engine().meter
+        if meter is not None:
+            meter.note_norm(norm, float(norm_type))
         return norm
 
     @never_compiled
@@ -274,6 +278,11 @@ class OptimManager:
                 "This OptimManager has no optimizer, so its step trains nothing. Call "
                 "optim_manager.add_optimizer(optimizer, lr_scheduler) once, before the first step."
             )
+        meter = engine().meter
+        with nullcontext() if meter is None else meter.managed_step(None if self._scale is None else self._scale.value):
+            self._step(optimizer)
+
+    def _step(self, optimizer: torch.optim.Optimizer | None) -> None:
         engine().finish_backward()
         self._tries += 1
         runs = engine().latest_runs() if self.compare_every and self._tries % self.compare_every == 0 else None

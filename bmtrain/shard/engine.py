@@ -30,6 +30,16 @@ MOST_RUNS = 8
 """How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
 
+class StepMeter(Protocol):
+    """Measures steps of a script that says nothing of it."""
+
+    def note_norm(self, norm: torch.Tensor, norm_type: float) -> None:
+        """``norm`` is that of the gradients that were clipped, 0-d."""
+
+    def managed_step(self, loss_scale: torch.Tensor | None) -> AbstractContextManager[None]:
+        """Inside the ``with`` an OptimManager makes one step; ``loss_scale`` is 0-d."""
+
+
 class Engine(Protocol):
     """When parameters are whole and when gradients are reduced."""
 
@@ -56,6 +66,10 @@ class Engine(Protocol):
     @property
     def looks_at_losses(self) -> bool:
         """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
+
+    @property
+    def meter(self) -> StepMeter | None:
+        """What measures the steps; None where BMTRAIN_METER does not ask for it."""
 
     @property
     def outside(self) -> OutsideForward:

@@ -16,6 +16,7 @@ def serve(pipe: Connection, job: dict[str, Any], environment: dict[str, str], lo
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
+    os.environ.pop("BMTRAIN_METER", None)  # for the user's own runs
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     sys.path[:0] = job["path"]
     warnings.simplefilter("ignore")

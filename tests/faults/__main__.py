@@ -19,7 +19,7 @@ import torch
 from .attacks import Attack, attacks
 from .judge import Finding, judge
 
-HEAD = """# When a rank dies, differs or stalls
+HEAD = """# When a rank dies, differs or stalls{title}
 
 Made by `bash tests/faults.sh`; do not edit. One rank of a small training script on {device}, `tests/faults/script.py`,
 does what the first column says. The job must end within 10 s, or go on where that is said; every rank that still runs
@@ -68,7 +68,7 @@ def main(words: list[str]) -> int:
 
 def _write(file: Path, known: dict[str, str], on_gpus: bool) -> None:
     lines = [known[_head(attack)] for attack in attacks() if _head(attack) in known]
-    file.write_text(HEAD.format(device="GPUs" if on_gpus else "CPUs") + _table(lines))
+    file.write_text(HEAD.format(title=", on GPUs" * on_gpus, device="GPUs" if on_gpus else "CPUs") + _table(lines))
 
 
 def _table(lines: list[str]) -> str:

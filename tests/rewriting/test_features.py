@@ -181,6 +181,44 @@ def test_notebook(tmp_path: Path) -> None:
     assert main([str(path), "--check", "--quiet"]) == 0
 
 
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("%%time\n{}", True),
+        ("%%capture out\n{}", True),
+        ("%%timeit\n{}", False),
+        ("%%bash\n{}", False),
+        ("!pip install a \\\n   b\n{}", True),
+        ("files = !ls *.py\na, b = %sx ls\n{}", True),
+        ("torch?\ntorch.nn.Module??\n?torch\n%%time\n{}", True),
+        ("k = 7  # why?\nj = (k\n     % 2)\n# a question?\nif j:\n    !ls\n{}", True),
+    ],
+)
+@pytest.mark.parametrize("in_one", [True, False])
+def test_magics_of_a_notebook(tmp_path: Path, before: str, after: bool, in_one: bool) -> None:
+    text = before.format("class A(torch.nn.Module):\n    pass  # is it?\n")
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": source if in_one else source.splitlines(keepends=True)}
+        for source in ("import torch\nimport bmtrain as bmt\n", text)
+    ]
+    path = tmp_path / "book.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}, indent=1) + "\n")
+    assert main([str(path), "--write", "--quiet"]) == 0
+    found = json.loads(path.read_text())["cells"][1]["source"]
+    assert isinstance(found, str) is in_one
+    assert "".join(found) == (text.replace("torch.nn.Module)", "bmt.DistributedModule)") if after else text)
+
+
+def test_what_a_question_mark_ends_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [
+        {"cell_type": "code", "metadata": {}, "source": "import torch\nA = torch.nn.Module  # is it?\nclass B(A): pass"}
+    ]
+    path = tmp_path / "book.ipynb"
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4}))
+    assert main([str(path), "--check"]) == 1
+    assert "class B inherits bmt.DistributedModule" in capsys.readouterr().out
+
+
 def test_blocks_are_named_by_the_user(tmp_path: Path) -> None:
     path = tmp_path / "model.py"
     path.write_text(

@@ -121,6 +121,38 @@ def test_a_copy_of_a_link_out_of_the_folder_leads_where_it_led(project: Path, ou
     assert os.readlink(tmp_path / "deep" / "out" / "gone.txt") == str(tmp_path / "nothing")
 
 
+def test_what_a_copy_has_beside_files(project: Path, outside: Path, tmp_path: Path) -> None:
+    links = {
+        "data": "../elsewhere", "data_by_name": str(outside.parent), "part": "pkg", "itself": ".", "gone.txt": "none",
+        "by_name.py": str(project / "model.py"), "pkg/up": "..", "pkg/deep.py": str(project / "pkg" / "part.py"),
+    }  # fmt: skip
+    for name, said in links.items():
+        (project / name).symlink_to(said)
+    for name in ("logs/runs", "pkg/empty"):
+        (project / name).mkdir(parents=True)
+    out = tmp_path / "deep" / "out"
+    assert main([str(project), "--output", str(out), "--quiet"]) == 0
+    led = {name: str(outside.parent) for name in ("data", "data_by_name")}
+    led |= {"part": "pkg", "itself": ".", "gone.txt": "none", "by_name.py": "model.py"}
+    led |= {"pkg/up": "..", "pkg/deep.py": "part.py"}
+    assert {name: os.readlink(out / name) for name in links} == led
+    assert (out / "logs" / "runs").is_dir() and (out / "pkg" / "empty").is_dir() and ours(out / "by_name.py")
+    assert not ours(project / "model.py") and outside.read_text() == BEFORE
+    inside = project / "out"
+    assert main([str(project), "--output", str(inside), "--quiet"]) == 0
+    assert not (inside / "out").exists() and (inside / "logs" / "runs").is_dir()
+
+
+def test_names_that_are_no_text(project: Path, tmp_path: Path) -> None:
+    (project / os.fsdecode(b"caf\xe9.py")).write_text(BEFORE)
+    for ending in ("html", "md", "json", "sarif"):
+        report = tmp_path / f"report.{ending}"
+        assert main([str(project), "--report", str(report), "--check"]) == 1
+        assert "caf" in report.read_text("utf-8")
+    assert main([str(project), "--output", str(tmp_path / "out")]) == 0
+    assert ours(tmp_path / "out" / os.fsdecode(b"caf\xe9.py"))
+
+
 def test_a_link_that_is_named_is_followed(project: Path, outside: Path) -> None:
     link = project / "linked.py"
     link.symlink_to(outside)

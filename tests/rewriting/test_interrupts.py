@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rewriter import cli, convert, output
+from rewriter import __main__, cli, convert, output
 from rewriter.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +141,18 @@ def test_a_comparison_is_interrupted(tmp_path: Path, tool: str) -> None:
     assert (process.returncode, errors) == (130, f"\n{name}: interrupted; nothing was written\n")
     assert "bmt" not in (project / "net.py").read_text()
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("bmt-")]
+
+
+class Interrupts:
+    """Ctrl-C as a module is looked for."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "rewriter.cli":
+            raise KeyboardInterrupt
+
+
+def test_while_it_is_loaded(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "rewriter.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    assert __main__.main() == cli.INTERRUPTED
+    assert capsys.readouterr().err == "\nbmt-convert: interrupted; nothing was written\n"

@@ -43,6 +43,8 @@ WRONG = {
     "an attribute that is no list": (["--blocks", "Net.forward"], "no list of modules Net.forward here"),
     "no processes": (["--jobs", "0"], "--jobs: 0 is not a number above 0"),
     "steps of no run": (["--steps", "3"], "--steps says how --prove is done"),
+    "ranks of no comparison": (["--ranks", "1,2"], "--ranks says how --verify or --prove is done"),
+    "a limit of no run": (["--timeout", "0"], "--timeout says how --prove is done"),
     "a report of no kind": (["--report", "out.txt"], "a report ends in .html, .json, .md or .sarif"),
 }
 
@@ -82,7 +84,7 @@ SETTINGS = {
     'ignored = ["BMT001"]': "unknown key 'ignored' in [tool.bmt-convert]; did you mean ignore?",
     "ignore = [1]": "'ignore' in [tool.bmt-convert] must be a list of strings",
     "exclude = [[]]": "'exclude' in [tool.bmt-convert] must be a list of strings",
-    "jobs = true": "'jobs' in [tool.bmt-convert] must be a int",
+    "jobs = true": "'jobs' in [tool.bmt-convert] must be a whole number",
     "jobs = 0": "'jobs' in [tool.bmt-convert] must be above 0",
     'select = "BMT001"': "'select' in [tool.bmt-convert] must be a list of strings",
 }
@@ -96,6 +98,14 @@ def test_an_unknown_name_in_the_settings(
     (tmp_path / "pyproject.toml").write_text(f"[tool.bmt-convert]\n{line}\n")
     assert main([str(tmp_path / "model.py"), "--check"]) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ["bmt_convert", "BMT-Convert", "bmtconvert", "bmtrain-convert"])
+def test_a_table_by_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], table: str) -> None:
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "pyproject.toml").write_text(f"[tool.converter]\nx = 1\n[tool.{table}]\nignore = ['BMT001']\n")
+    assert main([str(tmp_path / "model.py"), "--check"]) == 2
+    assert f"a table [tool.{table}]; did you mean [tool.bmt-convert]?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", ["BMT0001", "bmt001", "BMT00", "BMT001 BMT003"])
@@ -119,3 +129,21 @@ def test_the_codemod_knows_the_same_names() -> None:
     assert _codes("bmt003,BMT02") == ("BMT003", "BMT02")
     with pytest.raises(Exception, match="did you mean BMT001"):
         _codes("BMT0001")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [("test", False), ("tests/", True), ("./tests", True), ("tests", True), ("tests/*", True), ("t*.py", True)],
+)
+def test_a_pattern_that_fits_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, fits: bool
+) -> None:
+    (tmp_path / "tests").mkdir()
+    for name in ("model.py", "tests/try.py"):
+        (tmp_path / name).write_text(MODEL)
+    assert main([str(tmp_path), "--check", "--exclude", pattern]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == ("" if fits else f"bmt-convert: --exclude {pattern}: nothing here has such a name\n")
+    assert ("try.py" in shown.out) is not fits
+    assert main([str(tmp_path / "model.py"), "--check", "--exclude", pattern]) == 1  # as a hook gives files
+    assert capsys.readouterr().err == ""

@@ -169,3 +169,28 @@ def test_portions_are_forked_below_a_bar(project: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(portions, "PORTION", 500)
     code, out, err = run(monkeypatch, ".", "--check", "-q", "-j", "2")
     assert code == 1 and out.startswith("5 of 5 files changed") and "5/5" in err
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    said, quiet = io.StringIO(), io.StringIO()
+    with progress(said) as tell, progress(quiet, quiet=True) as tell_nobody:
+        for number in range(26):
+            now = float(number)
+            tell("reading", number, 0 if number < 15 else 40)
+            tell_nobody("reading", number, 40)
+    assert said.getvalue() == "bmt-convert: reading 10\nbmt-convert: reading 20/40\n" and quiet.getvalue() == ""
+
+
+@pytest.mark.parametrize("never", ["--color=never", "NO_COLOR"])
+def test_nothing_is_coloured_where_nobody_wants_it(
+    project: Path, shown: str, monkeypatch: pytest.MonkeyPatch, never: str
+) -> None:
+    options = [never] if never.startswith("-") else []
+    _, out, err = run(monkeypatch, str(project), "--check")
+    assert ("\033[38" in out + err or "\033[36" in out + err) is (shown == "rich")
+    if not options:
+        monkeypatch.setenv("NO_COLOR", "1")
+    _, out, err = run(monkeypatch, str(project), "--check", *options)
+    assert not re.search(r"\033\[(?!0m|1m)[0-9;]+m", out + err)

@@ -17,11 +17,22 @@ logging.getLogger("bmtrain").addHandler(handler)
 """
 
 
+BAR = "import tqdm, sys; bar = tqdm.tqdm(total=3, ncols=40, mininterval=0); "
+
+
+def test_it_stands_above_a_bar() -> None:
+    pytest.importorskip("tqdm")
+    done = subprocess.run([sys.executable, "-c", BAR + SAY], capture_output=True, check=True)
+    shown = [line.rpartition("\r")[2] for line in done.stderr.decode().split("\n")]  # what a terminal leaves standing
+    assert shown[:2] == ["bmtrain: two units", "bmtrain: three"] and "0/3" in shown[2] and done.stdout == b""
+
+
 @pytest.mark.parametrize(
     "before, out, err",
     [
         ("", "", SAID),
         ("import logging, sys; logging.basicConfig(stream=sys.stdout, level=0); ", "", SAID),
+        ("import sys, types; sys.modules['tqdm'] = types.ModuleType('tqdm'); ", "", SAID),  # a stand-in of a script's
         ("import logging; logging.getLogger('bmtrain').setLevel('WARNING'); ", "", ""),
         (OWN, "bmtrain 0 two units\nbmtrain 1 three\n", ""),
     ],

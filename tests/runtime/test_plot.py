@@ -58,6 +58,14 @@ def test_on_a_terminal(run: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert first.startswith(f"loss, {run}") and second == f"loss, {other}  no finite numbers"
 
 
+def test_runs_in_one_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.write_text("".join(f'{{"step": {step}, "loss": {loss}}}\n' for step, loss in ((1, 9), (2, 8), (1, 7), (1, 6))))
+    assert plot.main([str(run)]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"loss, {run}, run 1  ") and first.endswith(" 9 to 8 (8 - 9)")
+    assert second.endswith(" 7 to 7 (7 - 7)") and third.startswith(f"loss, {run}, run 3  ")
+
+
 @pytest.mark.parametrize("ending", [".png", ".svg", ".pdf"])
 def test_a_picture(run: Path, capsys: pytest.CaptureFixture[str], ending: str) -> None:
     pytest.importorskip("matplotlib")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from itertools import product
 from typing import Any
 
@@ -107,3 +108,31 @@ def test_an_argument_goes_before_the_launch() -> None:
 def test_a_launch_that_says_no_number() -> None:
     with pytest.raises(ConfigurationError, match="BMTRAIN_TP_SIZE is 'two'; it must be an integer"):
         bmt.init_distributed(device="cpu")
+
+
+@pytest.mark.parametrize("name", ["BMTRAIN_WATCH", "BMTRAIN_GRAPHS"])
+@on_ranks(1, initialize=False, fresh=True)
+def test_a_switch_is_on_or_off(name: str) -> None:
+    for value in ("false", "off", "2", "yes"):
+        os.environ[name] = value
+        with pytest.raises(ConfigurationError, match=f"{name} is '{value}'; it must be 0 or 1"):
+            bmt.init_distributed(device="cpu")
+    os.environ[name] = ""
+    bmt.init_distributed(device="cpu")
+
+
+@on_ranks(1, initialize=False, fresh=True)
+def test_a_variable_by_nearly_the_name_of_one() -> None:
+    near = {
+        "BMTRAIN_METR": "BMTRAIN_METER", "BMTRAIN_TPSIZE": "BMTRAIN_TP_SIZE", "BMTRAIN_GRAPH": "BMTRAIN_GRAPHS",
+        "BMTRAIN_DIARYDIR": "BMTRAIN_DIARY_DIR", "bmtrain_watch": "BMTRAIN_WATCH", "BMTRAIN_TOKENS": "BMTRAIN_TOKEN",
+    }  # fmt: skip
+    others = ["BMTRAIN_HOME", "BMTRAIN_EXTENSION", "BMTRAIN_TEST_DEVICE", "BMTRAIN_DATA_DIR", "METER"]
+    os.environ.update(dict.fromkeys([*near, *others], "x"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bmt.init_distributed(device="cpu")
+    said = [str(warning.message) for warning in caught if "did you mean" in str(warning.message)]
+    assert sorted(said) == sorted(
+        f"{name} is in the environment, which nobody reads; did you mean {right}?" for name, right in near.items()
+    )

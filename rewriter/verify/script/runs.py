@@ -23,6 +23,7 @@ GRACE = 8.0
 _LAUNCH = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
     "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "BMTRAIN_TP_SIZE",
+    "BMTRAIN_METER",  # which would write a file that only the converted script has
 )  # fmt: skip
 
 
