@@ -53,7 +53,8 @@ class Inputs(NamedTuple):
             elif isinstance(leaf, CONSTANTS):
                 facts.append((type(leaf), leaf))
             else:
-                return f"it is given a {type(leaf).__name__}"
+                name = type(leaf).__name__
+                return f"it is given a {name}" + " (use_cache=False leaves it out)" * name.endswith("Cache")
         return cls(tensors, tuple(facts))
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
