@@ -207,11 +207,11 @@ _NEAR = 0.05
 
 def sums_of(values: torch.Tensor) -> torch.Tensor:
     """(4,) the norm and some sums of (n,) values: two that have all of these in common are the same."""
-    middle, kind = values.numel() // 2, torch.float32
+    middle, kind = values.numel() // 2, torch.promote_types(values.dtype, torch.float32)
     halves = values[:middle].sum(dtype=kind), values[middle:].sum(dtype=kind)
     rows = values[::2].sum(dtype=kind), values[1::2].sum(dtype=kind)
     norm = torch.linalg.vector_norm(values, dtype=kind)
-    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1]))
+    return torch.stack((norm, halves[0] + halves[1], halves[0] - halves[1], rows[0] - rows[1])).float()
 
 
 def differ(sums: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ def note_run(model: nn.Module, record: Record) -> None:
     if record.has_statistics is None:
         record.has_statistics = bool(_statistics(model))
         _warn_of_lonely_sync(model)
+        _warn_of_shares(model)
     record.trained = record.has_statistics
 
 
@@ -35,6 +36,23 @@ def _warn_of_lonely_sync(model: nn.Module) -> None:
         warnings.warn(
             "nn.SyncBatchNorm sees each rank's share of the batch only, as torch has no process group here. Call "
             'torch.distributed.init_process_group("nccl") beside bmt.init_distributed().',
+            stacklevel=2,
+        )
+
+
+def _warn_of_shares(model: nn.Module) -> None:
+    """A batch norm that trains sees each rank's share of the batch, as under DDP."""
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d) and module.training
+    ]
+    if norms and context().rank == 0 and context().topology.data_size > 1:
+        more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
+        warnings.warn(
+            f"The batch norm {norms[0]}{more} normalises by each rank's share of the batch alone, not by the whole "
+            "batch. nn.SyncBatchNorm.convert_sync_batchnorm(model) before it is sharded, with a process group of "
+            "torch's on GPUs, sees the whole; layer and group norms, and batch norms in eval(), do not ask.",
             stacklevel=2,
         )
 

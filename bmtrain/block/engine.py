@@ -265,7 +265,7 @@ class Engine:
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
-                self.first_losses.look(tensor)
+                self.first_losses.note_output(tensor)
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], object] | None:
@@ -285,7 +285,7 @@ class Engine:
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""
-        self.first_losses.look(loss)
+        self.first_losses.note_loss(loss)
         if self.meter is not None:
             self.meter.note_loss(loss)
 

@@ -1,8 +1,9 @@
-"""Whether the first losses are means over different counts on different ranks."""
+"""Whether the first losses are means over samples, and over as many on every rank."""
 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -15,12 +16,16 @@ from ..context import Context
 from ..users_code import users_line
 from .backward import Backward
 from .frame import NotKeptError
+from .no_mean import NoMean
 
 _STEPS = 3
 """How many optimizer steps are looked at."""
 
 _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
+
+_OUTPUTS = 16
+"""So many of what models returned are remembered within a step."""
 
 _FEW = 2
 """A sum of no more numbers than this is not taken for one of samples: so few terms may be anything."""
@@ -46,6 +51,9 @@ class FirstLosses:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
         self._steps, self._place, self._samples = 0, "", 0
+        self._outputs: deque[Node] = deque(maxlen=_OUTPUTS)
+        self._no_mean: tuple[str, str] | None = None
+        self._said_no_mean = False
         self.wanted = ctx.topology.data_size > 1
 
     def note(self, inputs: object) -> None:
@@ -53,8 +61,26 @@ class FirstLosses:
         first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
         self._samples = len(first) if first is not None and first.dim() else 0
 
+    def note_output(self, output: torch.Tensor) -> None:
+        """A model has returned ``output``, which may be its loss."""
+        if self.wanted and output.grad_fn is not None:
+            self._outputs.append(output.grad_fn)
+            self.look(output)
+
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Gradients of ``loss`` are to be computed."""
+        if not self.wanted or not self._is_one(loss.shape) or loss.grad_fn is None:
+            return
+        self.look(loss)
+        self._backward.peeks = True
+        try:
+            found = NoMean(self._samples, self._ctx.topology.data_size, self._outputs).of(loss.grad_fn)
+        finally:
+            self._backward.peeks = False
+        self._no_mean = (found, users_line()) if found is not None else self._no_mean
+
     def look(self, loss: torch.Tensor) -> None:
-        """Gradients of ``loss`` are to be computed.  Nothing is recomputed, gathered, or waited for."""
+        """Note what ``loss`` was divided by.  Nothing is recomputed, gathered, or waited for."""
         if not self.wanted or not self._is_one(loss.shape) or loss.grad_fn is None:
             return
         self._backward.peeks = True
@@ -95,9 +121,11 @@ class FirstLosses:
         return parts > _FEW and parts % self._samples == 0
 
     def optimizer_stepped(self) -> None:
-        """Warn if the ranks have divided by different numbers.  Collective a few times."""
+        """Warn if the loss is no mean, or ranks have divided by different numbers.  Collective a few times."""
         if not self.wanted:
             return
+        self._outputs.clear()
+        self._warn_of_no_mean()
         self._steps += 1
         self.wanted = self._steps < _STEPS
         here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
@@ -118,6 +146,26 @@ class FirstLosses:
                 "not the whole batch's. Average over what all ranks count: bmt.loss.mean_over_ranks(F.cross_entropy)("
                 "logits, targets), or of the single losses bmt.mean(losses, mask).",
                 stacklevel=2,
+            )
+
+    def _warn_of_no_mean(self) -> None:
+        found, self._no_mean = self._no_mean, None
+        if found is None or self._said_no_mean:
+            return
+        self._said_no_mean = True
+        if self._ctx.rank == 0:
+            what, place = found
+            ranks = self._ctx.topology.data_size
+            to_do = (
+                f"{ranks} times smaller than the whole batch's. Multiply the loss by {ranks}, the number of ranks that "
+                "share a batch, or divide the sum by the number of this rank's samples."
+                if what.startswith("a sum")
+                else "others than the whole batch's. Take bmt.mean(losses), a mean over all ranks' samples, in it."
+            )
+            warnings.warn(
+                f"The loss is not a mean over this rank's samples but {what} ({place}): gradients are means over the "
+                f"ranks, here {to_do}",
+                stacklevel=3,
             )
 
 

@@ -405,6 +405,16 @@ def _foreach_reduce(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[st
     return [next(given) if isinstance(x, ShardedTensor) else func([x], *args[1:], **kwargs)[0] for x in tensors]
 
 
+def _unscale(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """What GradScaler does with gradients: all ranks leave the step out if the gradient of one is not finite."""
+    grads, found, inverse = args
+    sharded = _sharded(grads)
+    bad = _combined(sharded, lambda part: (~part.isfinite()).any().float(), torch.max, name)
+    own = [(~grad.isfinite()).any().float() for grad in grads if not isinstance(grad, ShardedTensor)]
+    found.copy_(torch.stack([found.max(), *(value.to(found.device) for value in (*bad, *own))]).max())
+    _foreach(torch.ops.aten._foreach_mul_.Tensor, "_foreach_mul_", (grads, inverse), {})
+
+
 def _dot(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leader = next(iter(_sharded(args)))
     first, second = (_operand(x, leader, name) for x in args)
@@ -441,7 +451,7 @@ def _item(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 _OTHERS: dict[str, _Handler] = {
     "fill": _fill, "fill_": _fill, "masked_fill": _fill, "masked_fill_": _fill,
     "dot": _dot, "vdot": _dot, "equal": _equal, "allclose": _allclose, "dist": _dist, "_local_scalar_dense": _item,
-    "is_nonzero": _item,
+    "is_nonzero": _item, "_amp_foreach_non_finite_check_and_unscale_": _unscale,
 }  # fmt: skip
 
 ShardedTensor.operation = staticmethod(on_sharded_tensors)

@@ -150,6 +150,37 @@ QUIET: dict[str, Loss] = {
 }
 
 
+def _focal(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(out, y)
+    return (1 - torch.exp(-loss)) ** 2 * loss
+
+
+NO_MEAN: dict[str, Loss] = {
+    "only a sum": lambda out, y: F.cross_entropy(out, y, reduction="sum"),
+    "squares": lambda out, y: 0.5 * F.mse_loss(out, torch.zeros_like(out), reduction="sum"),
+    "sum of elements": lambda out, y: (out - F.one_hot(y, 5)).square().sum(),
+    "sum over a dimension": lambda out, y: F.cross_entropy(out, y, reduction="none").sum(0),
+    "over all ranks' samples": lambda out, y: F.cross_entropy(out, y, reduction="sum") / 12,
+    "times a number": lambda out, y: F.cross_entropy(out, y, reduction="sum") * (1 / 12),
+    "beside a mean": lambda out, y: F.cross_entropy(out, y) + 0.1 * out.abs().sum(),
+    "divergence": lambda out, y: F.kl_div(out.log_softmax(-1), torch.full_like(out, 0.2), reduction="sum"),
+    "variational": lambda out, y: F.binary_cross_entropy_with_logits(
+        out, torch.full_like(out, 0.3), reduction="sum"
+    ) - 0.5 * torch.sum(1 + out - out.pow(2)),
+    "logarithm": lambda out, y: F.cross_entropy(out, y).log(),
+    "root": lambda out, y: F.mse_loss(out, torch.zeros_like(out)).sqrt() * 3,
+    "focal": _focal,
+}  # fmt: skip
+A_MEAN: dict[str, Loss] = QUIET | {
+    "sum by its elements": lambda out, y: out.square().sum() / out.numel(),
+    "sum times a number": lambda out, y: (1 / len(y)) * F.cross_entropy(out, y, reduction="sum"),
+    "sum by a count": lambda out, y: out.square().sum() / (y >= 0).sum(),
+    "sum of each sample": lambda out, y: out.square().sum(-1).mean(),
+    "sum times the ranks": lambda out, y: F.cross_entropy(out, y, reduction="sum") * bmt.world_size(),
+    "root of the mean over ranks": lambda out, y: bmt.mean(out.square()).sqrt(),
+}
+
+
 class Inside(nn.Module):
     """Gives its loss, as models of a library do."""
 
@@ -174,13 +205,13 @@ def _model(kind: str, loss: Loss) -> nn.Module:
     return bmt.compile(model, backend="eager") if kind == "compiled" else model
 
 
-def said(where: str, names: list[str]) -> dict[str, list[str]]:
+def said(where: str, names: list[str], words: str = "different counts") -> dict[str, list[str]]:
     """What is said of each loss, computed outside of the model or in it, by a backward of the manager or torch's."""
     found, ctx = {}, context()
     engine: Any = ctx.engine
     for name in names:
         engine.first_losses = FirstLosses(ctx, engine.backward)  # as in a new job
-        loss = (SAID | QUIET)[name]
+        loss = (SAID | A_MEAN | NO_MEAN)[name]
         model = _model(where, loss)
         manager = bmt.optim.OptimManager()
         manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
@@ -198,7 +229,7 @@ def said(where: str, names: list[str]) -> dict[str, list[str]]:
                 else:
                     manager.backward(model(x, y)["loss"])
                 manager.step()
-        found[name] = [str(w.message) for w in caught if "different counts" in str(w.message)]
+        found[name] = [str(w.message) for w in caught if words in str(w.message)]
     return found
 
 
@@ -220,3 +251,49 @@ def test_nothing_is_said_of_other_losses(where: str) -> None:
     assert run_ranks(2, said, where, names) == [{name: [] for name in names}] * 2
     if where == "inside":
         assert run_ranks(1, said, where, list(SAID)) == [{name: [] for name in SAID}]
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_what_is_no_mean_over_samples_is_said_once(where: str) -> None:
+    names = list(NO_MEAN)
+    found = run_ranks(2, said, where, names, "is not a mean over this rank's samples")
+    assert {name: len(words) for name, words in found[0].items()} == dict.fromkeys(names, 1)
+    assert not any(found[1].values())
+    for name, (words,) in found[0].items():
+        is_sum = name not in ("logarithm", "root", "focal")
+        assert ("a sum over them" in words and "Multiply the loss by 2" in words) == is_sum
+        assert ("bmt.mean(losses)" in words) != is_sum
+
+
+@pytest.mark.parametrize("where", ["outside", "inside", "recomputed"])
+def test_nothing_is_said_of_means_over_samples(where: str) -> None:
+    names = list(A_MEAN)
+    assert run_ranks(2, said, where, names, "is not a mean over") == [{name: [] for name in names}] * 2
+    if where == "inside":
+        assert run_ranks(1, said, where, list(NO_MEAN), "is not a mean") == [{name: [] for name in NO_MEAN}]
+
+
+def penalised(kind: str) -> list[str]:
+    """What is said where sums of parameters are added to a mean."""
+    model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6)))
+    ctx: Any = context()
+    ctx.engine.first_losses = FirstLosses(ctx, ctx.engine.backward)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    first, second = model[0].weight, model[1].weight  # 12 and 6 rows: multiples of the samples
+    penalty = {
+        "squares": lambda: sum(p.square().sum() for p in model.parameters()),
+        "product": lambda: (second @ first).square().sum(),
+        "root": lambda: sum(p.abs().sum() for p in model.parameters()) ** 0.5,
+    }[kind]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        out = model(bmt.shard_batch(torch.randn(12, 4)))
+        manager.backward(out.square().mean() + 1e-3 * penalty())
+        manager.step()
+    return [str(w.message) for w in caught if "is not a mean" in str(w.message)]
+
+
+@pytest.mark.parametrize("kind", ["squares", "product", "root"])
+def test_nothing_is_said_of_sums_of_parameters(kind: str) -> None:
+    assert run_ranks(2, penalised, kind) == [[], []]

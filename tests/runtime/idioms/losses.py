@@ -95,6 +95,18 @@ def summed_by_rows(k: User):
     return _loss(k, lambda out, y: F.cross_entropy(out, y, reduction="sum") / len(y))
 
 
+@idiom(verdicts="right said said", says="not a mean over this rank's samples")
+def summed(k: User):
+    """`cross_entropy(reduction="sum")` as it is"""
+    return _loss(k, lambda out, y: F.cross_entropy(out, y, reduction="sum") * 0.3)
+
+
+@idiom(verdicts="right said said", says="not a mean over this rank's samples")
+def root_of_the_mean(k: User):
+    """RMSE: `F.mse_loss(...).sqrt()`"""
+    return _loss(k, lambda out, y: F.mse_loss(out, F.one_hot(y, CLASSES).float()).sqrt())
+
+
 @idiom
 def weights_of_samples(k: User):
     """A weight for each sample, mean over the rows"""

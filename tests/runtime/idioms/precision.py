@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .registry import idiom
-from .user import Net, User
+from .user import CLASSES, INPUTS, Net, User
 
 HALF = 0.03  # bf16 sums in another order
 
@@ -90,6 +90,42 @@ def grad_scaler(k: User):
     model = k.net()
     manager = k.manage(torch.optim.SGD(model.parameters(), lr=0.1), loss_scale=2.0**10)
     return _autocast(k, model, manager)
+
+
+def _scaled_by_hand(k: User, made, clips: bool):
+    """Steps of which the second has an infinite input."""
+    model = k.net()
+    optimizer = made(model.parameters())
+    k.manage(optimizer)
+    scaler = torch.amp.GradScaler(k.device.type, init_scale=2.0**8, growth_interval=2)
+    for step in range(4):
+        inputs = k.randn(12, INPUTS, seed=step)
+        if step == 1:
+            inputs[0, 0] = float("inf")
+        x, y = k.share(inputs), k.share(k.randint(CLASSES, 12, seed=step))
+        optimizer.zero_grad()
+        with torch.autocast(k.device.type, torch.float16):
+            out = model(x)
+        scaler.scale(F.cross_entropy(out.float(), y)).backward()
+        if clips:
+            scaler.unscale_(optimizer)
+            k.losses.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.1)))
+        scaler.step(optimizer)
+        scaler.update()
+        k.losses.append(scaler.get_scale())
+    return model
+
+
+@idiom(tolerance=HALF)
+def grad_scaler_by_hand(k: User):
+    """torch's `GradScaler` as it is: a step is left out and the scale falls where one rank's gradients overflow"""
+    return _scaled_by_hand(k, lambda parameters: torch.optim.SGD(parameters, lr=0.1), clips=False)
+
+
+@idiom(tolerance=HALF)
+def grad_scaler_by_hand_and_clipping(k: User):
+    """The same with `scaler.unscale_`, clipping and a fused optimizer"""
+    return _scaled_by_hand(k, lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True), clips=True)
 
 
 @idiom

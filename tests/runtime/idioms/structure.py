@@ -437,6 +437,12 @@ def batch_norm_evaluated(k: User):
     return k.train(model, k.sgd(model))
 
 
+@idiom(verdicts="right said said", says="each rank's share of the batch alone")
+def batch_norm_trained(k: User):
+    """A batch norm in training sees the whole batch"""
+    return _trained(k, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)))
+
+
 @idiom
 def batch_norm_statistics(k: User):
     """A batch norm's running mean after training is the mean of all samples"""

@@ -387,3 +387,23 @@ def test_a_projection_of_its_own() -> None:
         plain.step()
         torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(model.state_dict()["head.weight"].clone(), reference.weight.detach())
+
+
+def double_steps() -> torch.Tensor:
+    """A layer of double precision, whose gradients tensor-parallel ranks compare, after a step."""
+    torch.manual_seed(0)
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 3).double())
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    manager.backward(model(torch.ones(2, 4, dtype=torch.float64)).square().mean())
+    manager.step()
+    return model.state_dict()["weight"]
+
+
+def test_gradients_in_double_precision_are_compared() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(4, 3).double()
+    plain(torch.ones(2, 4, dtype=torch.float64)).square().mean().backward()
+    expected = plain.weight.detach() - 0.1 * plain.weight.grad
+    for weight in run_ranks(2, double_steps, init={"tp_size": 2}):
+        torch.testing.assert_close(weight, expected)
