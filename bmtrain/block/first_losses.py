@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Iterator, Sequence
 from math import prod
 
@@ -16,16 +15,13 @@ from ..context import Context
 from ..users_code import users_line
 from .backward import Backward
 from .frame import NotKeptError
-from .no_mean import NoMean
+from .no_mean import NoMean, mark_output
 
 _STEPS = 3
 """How many optimizer steps are looked at."""
 
 _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
-
-_OUTPUTS = 16
-"""So many of what models returned are remembered within a step."""
 
 _FEW = 2
 """A sum of no more numbers than this is not taken for one of samples: so few terms may be anything."""
@@ -51,7 +47,7 @@ class FirstLosses:
         self._ctx, self._backward = ctx, backward
         self._counts: list[torch.Tensor] = []
         self._steps, self._place, self._samples = 0, "", 0
-        self._outputs: deque[Node] = deque(maxlen=_OUTPUTS)
+        self._gives_number = False  # whether a model has returned one in this step
         self._no_mean: tuple[str, str] | None = None
         self._said_no_mean = False
         self.wanted = ctx.topology.data_size > 1
@@ -64,7 +60,8 @@ class FirstLosses:
     def note_output(self, output: torch.Tensor) -> None:
         """A model has returned ``output``, which may be its loss."""
         if self.wanted and output.grad_fn is not None:
-            self._outputs.append(output.grad_fn)
+            mark_output(output.grad_fn)
+            self._gives_number |= output.numel() == 1
             self.look(output)
 
     def note_loss(self, loss: torch.Tensor) -> None:
@@ -74,7 +71,7 @@ class FirstLosses:
         self.look(loss)
         self._backward.peeks = True
         try:
-            found = NoMean(self._samples, self._ctx.topology.data_size, self._outputs).of(loss.grad_fn)
+            found = NoMean(self._samples, self._ctx.topology.data_size, self._gives_number).of(loss.grad_fn)
         finally:
             self._backward.peeks = False
         self._no_mean = (found, users_line()) if found is not None else self._no_mean
@@ -124,7 +121,7 @@ class FirstLosses:
         """Warn if the loss is no mean, or ranks have divided by different numbers.  Collective a few times."""
         if not self.wanted:
             return
-        self._outputs.clear()
+        self._gives_number = False
         self._warn_of_no_mean()
         self._steps += 1
         self.wanted = self._steps < _STEPS

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator
 from math import prod
+from typing import Any, cast
 
 import torch
 
@@ -26,17 +27,30 @@ _BENDS = (
 """Functions of one number of which the mean over ranks is another."""
 
 
+_OUTPUT = "bmt_output"
+
+
+def mark_output(node: Node) -> None:
+    """``node`` made what a model returned.  The mark holds nothing, and lives as long as the node."""
+    _notes(node)[_OUTPUT] = True
+
+
+def _notes(node: Node) -> dict[str, object]:
+    notes: Any = node.metadata  # a property, whatever torch's annotations say
+    return cast(dict[str, object], notes)
+
+
 class NoMean:
     """What is wrong with the mean over ranks of one loss.
 
     Args:
         samples: how many this rank has.
         ranks: how many have samples of their own.
-        outputs: nodes of what the model returned.
+        gives_number: whether the model has returned a single number, which may be its loss.
     """
 
-    def __init__(self, samples: int, ranks: int, outputs: Collection[Node]) -> None:
-        self._samples, self._ranks, self._outputs = samples, ranks, outputs
+    def __init__(self, samples: int, ranks: int, gives_number: bool) -> None:
+        self._samples, self._ranks, self._gives_number = samples, ranks, gives_number
 
     def of(self, loss: Node) -> str | None:
         """What ``loss`` is instead of a mean, in words; None if nothing is known against it."""
@@ -98,27 +112,9 @@ class NoMean:
     def _is_of_samples(self, node: Node, sizes: tuple[int, ...]) -> bool:
         if not sizes or sizes[0] < self._samples or sizes[0] % self._samples:
             return False
-        inside = not self._behind(node, self._outputs)[0]
-        return not inside or (self._loss_is_output and self._behind(node, ())[1] > 1)
-
-    @property
-    def _loss_is_output(self) -> bool:
-        return any(prod(output._input_metadata[0].shape) == 1 for output in self._outputs)
-
-    def _behind(self, node: Node, wanted: Collection[Node]) -> tuple[bool, int]:
-        """Whether one of ``wanted`` is what ``node`` was computed from, and else of how many leaves it was."""
-        seen, waiting, leaves = {node}, [node], 0
-        while waiting and len(seen) < _MOST:
-            node = waiting.pop()
-            following = [other for other, _ in node.next_functions if other is not None]
-            leaves += not following
-            for other in following:
-                if other in wanted:
-                    return True, leaves
-                if other not in seen:
-                    seen.add(other)
-                    waiting.append(other)
-        return False, leaves
+        if any(_OUTPUT in _notes(other) for other in _behind(node)):
+            return True
+        return self._gives_number and sum(not other.next_functions for other in _behind(node)) > 1
 
     def _has_mean_below(self, node: Node, operands: int = 1) -> bool:
         """Whether so many of the numbers that ``node`` takes are made of means over samples."""
@@ -144,6 +140,17 @@ class NoMean:
             elif name.startswith((*_ADDS, *_KEEPS, *_BENDS, *_PRODUCTS)):
                 waiting += [other for other, _ in node.next_functions if other is not None]
         return False
+
+
+def _behind(node: Node) -> Iterator[Node]:
+    """What ``node`` was computed from, each once, and not without end."""
+    seen, waiting = {node}, [node]
+    while waiting and len(seen) < _MOST:
+        for other, _ in waiting.pop().next_functions:
+            if other is not None and other not in seen:
+                seen.add(other)
+                waiting.append(other)
+                yield other
 
 
 def _summed(node: Node, name: str) -> tuple[int, ...] | None:

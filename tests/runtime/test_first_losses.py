@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -297,3 +299,43 @@ def penalised(kind: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["squares", "product", "root"])
 def test_nothing_is_said_of_sums_of_parameters(kind: str) -> None:
     assert run_ranks(2, penalised, kind) == [[], []]
+
+
+class _Holds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, held: list[Any]) -> torch.Tensor:
+        ctx.what = _Held()
+        held.append(weakref.ref(ctx.what))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        return gradient, None
+
+
+class _Held:
+    pass
+
+
+def held_after_a_forward() -> bool:
+    held: list[Any] = []
+
+    class Model(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return _Holds.apply(self.linear(x), held)  # type: ignore[no-any-return,no-untyped-call]
+
+    model = Model()
+    out = model(torch.ones(4, 3, device=context().device.torch_device))
+    assert held[0]() is not None
+    del out
+    gc.collect()
+    return held[0]() is not None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_nobody_goes_back_through_is_not_held(ranks: int) -> None:
+    assert not any(run_ranks(ranks, held_after_a_forward, fresh=True))
