@@ -254,7 +254,7 @@ def _convert(options: argparse.Namespace, settings: dict[str, Any], conversion: 
     skip = options.output.resolve() if options.output is not None else None
     exclude = _exclude(options, settings)
     for pattern in options.exclude:
-        if options.paths != [*filter(Path.is_file, options.paths)] and not excludes(pattern, options.paths):
+        if not all(path.is_file() for path in options.paths) and not excludes(pattern, options.paths):
             print(f"bmt-convert: --exclude {pattern}: nothing here has such a name", file=sys.stderr)
     with progress(sys.stderr, options.quiet, _colored(options.color, sys.stderr)) as tell:
         paths = list(dict.fromkeys(item for path in options.paths for item in sources(path, exclude, skip, tell)))

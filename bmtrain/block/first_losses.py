@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from ..alike import from_all
 from ..autograd import Node
@@ -16,6 +15,7 @@ from ..users_code import users_line
 from .backward import Backward
 from .frame import NotKeptError
 from .no_mean import NoMean, mark_output
+from .summary import first_tensor
 
 _STEPS = 3
 """How many optimizer steps are looked at."""
@@ -54,7 +54,7 @@ class FirstLosses:
 
     def note(self, inputs: object) -> None:
         """An outermost forward is about to train on ``inputs``, of which the first tensor tells how many samples."""
-        first = next((leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)), None)
+        first = first_tensor(inputs)
         self._samples = len(first) if first is not None and first.dim() else 0
 
     def note_output(self, output: torch.Tensor) -> None:

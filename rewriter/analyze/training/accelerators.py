@@ -9,7 +9,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.names import Import
-from rewriter.analyze.read.nodes import Function, dotted, is_backward, positional, walk
+from rewriter.analyze.read.nodes import dotted, is_backward, walk
 from rewriter.analyze.training.roles import Var
 from rewriter.analyze.training.scripts import Scripts
 
@@ -106,20 +106,17 @@ class Accelerators:
         if not isinstance(call, ast.Call):
             return False
         found = self.project.resolve(file, call.func)
-        function: Function | None = found.node if isinstance(found, FunctionInfo) else None
+        function = found if isinstance(found, FunctionInfo) else None
         if isinstance(found, ClassInfo):
             method = self.scripts.classes.method(found, "__init__")
-            function = method[1] if method is not None else None
+            function = FunctionInfo(method[0].file, method[1]) if method is not None else None
         if isinstance(call.func, ast.Attribute) and function is None:
-            methods = self.scripts.collectives.instances.methods(file, call.func)
-            function = methods[0].node if methods else None
+            function = next(iter(self.scripts.collectives.instances.methods(file, call.func)), None)
         if function is None:
             return False
-        listed = positional(function)
         if isinstance(parent, ast.keyword):
             return parent.arg in self.names
-        skipped = 1 if listed[:1] in (["self"], ["cls"]) else 0
-        index = call.args.index(node) + skipped
+        index, listed = call.args.index(node), function.parameters
         return index < len(listed) and listed[index] in self.names
 
     # What it was told -----------------------------------------------------
