@@ -268,6 +268,7 @@ class Device:
     Attributes:
         stand_in: what to say of memory in the place of the device; None for the truth, which a CPU does not know.
         waits: how long computation has waited for other ranks.
+        gather_waits: the same for gathers of parameters alone.
     """
 
     def __init__(self, device: torch.device, schedule: Schedule = "overlap", rank: int = 0) -> None:
@@ -284,7 +285,7 @@ class Device:
         self.gather_stream = self._side_stream()
         self.reduce_stream = self._side_stream()
         self._recording_stream: torch.cuda.Stream | None = None
-        self.waits = Waits(self)
+        self.waits, self.gather_waits = Waits(self), Waits(self)
 
     def recording_stream(self) -> torch.cuda.Stream:
         """The one on which work is recorded: always the same, so that libraries have their memory for it once."""
@@ -335,6 +336,12 @@ class Device:
     def stopwatch(self) -> Stopwatch:
         """One that runs."""
         return Stopwatch(self)
+
+    def watch_gathers(self) -> Waits:
+        """How long computation waits for gathers of parameters from now on, until ``is_on`` is set to False."""
+        self.gather_waits = Waits(self)
+        self.gather_waits.is_on = True
+        return self.gather_waits
 
     @contextmanager
     def host_waits(self) -> Iterator[list[str]]:

@@ -260,6 +260,7 @@ class Engine:
             return
         self.first_draws.forward_ends()
         self.whole.set_back_all()
+        self.plan.run_ends()
         if self.host_time is not None:
             self.host_time.forward_ends()
         for tensor in tree_leaves(out):

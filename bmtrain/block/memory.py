@@ -6,6 +6,9 @@ of a step needs.  Then, in this order and as far as it fits, blocks keep their a
 one step to the next: an all-gather follows the optimizer, and forward and backward gather nothing.  Optimizer states
 and gradients stay sharded.  Every way gives the same numbers.
 
+Units do not stay where that saves nothing: where a forward neither waits for their gathers nor for the host, which has
+less to do for units that stay.
+
 Units stay only in what a step of twice the size would leave free.  They are given up when a rank needs more than was
 measured: for larger inputs, or when the allocator had to look twice.  It says so to the others during the step, after
 which all give up together; until then it recomputes all blocks.
@@ -21,12 +24,16 @@ from torch.utils._pytree import tree_leaves
 
 from ..comm.nccl_library import arena_bytes
 from ..context import Context
+from ..device import Stopwatch, Waits
 from ..log import say
 from ..shard.unit import ShardUnit
 
 _MEASURED_STEPS = 2  # by then the optimizer's state and every buffer are allocated
 _MOST_PLANS = 4  # inputs that grow again and again are not followed for ever
 _GIB = 2**30
+# Shares of what a forward takes on the device, of the last measured step.
+_FOR_GATHERS = 0.05  # waited for gathers: so little is not worth memory; a backward has twice the time to hide them
+_FOR_THE_HOST = 0.4  # needed by the host: backward and optimizer ask more of it (``host_time``)
 
 
 class MemoryPlan:
@@ -48,6 +55,7 @@ class MemoryPlan:
         self._spare = self._moving = self._retries = 0  # left free; what a step takes beside what always stays
         self._is_short = self._was_short = False  # this forward needs more than that; any since the others were told
         self._answer: Callable[[], bool] | None = None  # whether any rank was short
+        self._watched: tuple[Stopwatch, Waits] | None = None  # the last forward that was measured
 
     @property
     def measuring(self) -> bool:
@@ -105,6 +113,15 @@ class MemoryPlan:
             self._is_over = True
             self._decide(units)
             self._plans += 1
+        elif self._steps == _MEASURED_STEPS - 1:  # by now gathers are begun ahead of their use
+            self._watched = self._ctx.device.stopwatch(), self._ctx.device.watch_gathers()
+
+    def run_ends(self) -> None:
+        """Its forward is over."""
+        if self._watched is not None:
+            watch, waits = self._watched
+            watch.stop()
+            waits.is_on = False
 
     def note_inputs(self, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """A forward begins that will train on these.  Collective if anything stays: ranks tell who is short."""
@@ -150,10 +167,10 @@ class MemoryPlan:
         reserve = moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word
         # Whether a unit may not stay, or is gone already, which ranks notice at different times.
         refused = [int(unit is None or not unit.may_stay) for unit in map(units.get, range(count))]
-        own = [-free, reserve, *(self._bytes.get(i, 0) for i in range(count)), *refused]
+        own = [-free, reserve, int(self._staying_saves()), *(self._bytes.get(i, 0) for i in range(count)), *refused]
         facts = torch.tensor(own, dtype=torch.int64, device="cpu")
         self._ctx.control.all_reduce(facts, "max")
-        free, reserve, *agreed = facts.tolist()
+        free, reserve, saves, *agreed = facts.tolist()
         free, sizes = -free, {i: size for i, size in enumerate(agreed[:count]) if size}
         candidates = [units[i] for i, no in enumerate(agreed[count:]) if not no]
         left = free
@@ -165,7 +182,7 @@ class MemoryPlan:
         # Outside of training they are whole in other dtypes, two at a time, which may not have been measured.
         left -= 2 * max((unit.whole_bytes(at_rest=True) for unit in candidates), default=0)
         whole = 0
-        for unit in candidates:  # what is needed first has least to hide behind
+        for unit in candidates if saves else ():  # what is needed first has least to hide behind
             if unit.whole_bytes() <= left - reserve - whole:
                 whole += unit.whole_bytes()
                 unit.stays = True
@@ -176,14 +193,27 @@ class MemoryPlan:
         self._run.include(self._seen)
         self._spare, self._moving, self._retries = left - whole, moving, self._ctx.device.allocation_retries()
         if self._ctx.rank == 0 and (sizes or candidates):
-            self._say(free, sizes, len(candidates), whole)
+            self._say(free, sizes, len(candidates), whole, bool(saves))
+
+    def _staying_saves(self) -> bool:
+        """Whether steps become shorter here if units stay.  Waits for the device."""
+        watched, self._watched = self._watched, None
+        if watched is None or self._ctx.graphs:  # blocks are recorded only where parameters stay
+            return True
+        self._ctx.device.synchronize()
+        watch, waits = watched
+        times = watch.read()
+        if times is None:
+            return True
+        host, device = times
+        return host >= _FOR_THE_HOST * device or waits.seconds() >= _FOR_GATHERS * device
 
     def _most(self, number: int) -> int:
         largest = torch.tensor([number], device="cpu")
         self._ctx.control.all_reduce(largest, "max")
         return int(largest)
 
-    def _say(self, free: int, sizes: dict[int, int], candidates: int, whole: int) -> None:
+    def _say(self, free: int, sizes: dict[int, int], candidates: int, whole: int, saves: bool) -> None:
         said = [f"{max(free, 0) / _GIB:.1f} GiB to spare"]
         if sizes:
             kept, block = len(self._kept), max(sizes.values()) / _GIB
@@ -191,7 +221,9 @@ class MemoryPlan:
                 f"{kept} of {len(sizes)} blocks keep their activations ({block:.2f} GiB a block), "
                 f"{len(sizes) - kept} are recomputed"
             )
-        if candidates:
+        if candidates and not saves:
+            said.append("parameters are whole only while they are used, as computation hides their gathers")
+        elif candidates:
             staying = len(self._staying)
             said.append(f"parameters of {staying} of {candidates} units stay whole ({whole / _GIB:.2f} GiB)")
         say(f"{'; '.join(said)}.")

@@ -167,7 +167,9 @@ class ShardUnit:
         if self.is_whole:
             return
         self.prefetch(compute)
-        self._ready.wait(self.ctx.device.current_stream())
+        device = self.ctx.device
+        with device.gather_waits.at():
+            self._ready.wait(device.current_stream())
         for flat, buffer in zip(self.flats, self._prefetched, strict=True):
             flat.enter_whole(buffer)
         self._prefetched, self.is_whole = [], True

@@ -338,6 +338,56 @@ def test_ranks_decide_alike_whatever_each_has_free() -> None:
             assert bool(kept[0]) == (limit != "lean" and free > 0 and limit != 1.5)
 
 
+class Watched:
+    """A stopwatch of a forward that took the device a second; and how long that waited for gathers."""
+
+    def __init__(self, host: float, waited: float) -> None:
+        self._host, self._waited, self.is_on = host, waited, True
+
+    def stop(self) -> None:
+        pass
+
+    def read(self) -> tuple[float, float]:
+        return self._host, 1.0
+
+    def seconds(self) -> float:
+        assert not self.is_on
+        return self._waited
+
+
+@on_ranks(2)
+def test_what_computation_hides_does_not_stay() -> None:
+    last = bmt.rank() == bmt.world_size() - 1
+    device, graphs = context().device, context().graphs
+    # Of a second on the device: what the last rank's host took, what that rank waited for gathers; blocks to record.
+    cases = [(0.1, 0.01, None, False), (0.1, 0.01, False, False), (0.1, 0.01, True, True), (0.5, 0.01, None, True)]
+    cases += [(0.1, 0.2, None, True)]
+    for host, waited, recorded, stay in cases:
+        with pytest.MonkeyPatch.context() as patch, training(PLENTY) as run:
+            watched = Watched(host, waited) if last else Watched(0.1, 0.0)
+            patch.setattr(device, "stopwatch", lambda watched=watched: watched)
+            patch.setattr(device, "watch_gathers", lambda watched=watched: watched)
+            patch.setattr(context(), "graphs", recorded)
+            said: list[str] = []
+            patch.setattr("bmtrain.block.memory.say", said.append)
+            run.steps(3)
+            assert run.stay == stay, (host, waited, recorded)
+            assert run.plan._kept  # activations are another matter
+            hides = "hides their gathers" in "".join(said)
+            assert hides == (not stay and bmt.rank() == 0)
+    assert context().graphs == graphs
+
+
+@on_ranks(2)
+def test_gathers_are_watched_for_one_forward() -> None:
+    with training(PLENTY) as run:
+        run.steps(1)
+        first = context().device.gather_waits
+        run.forward()
+        assert context().device.gather_waits is not first and not context().device.gather_waits.is_on
+    assert run.plan._watched is not None
+
+
 @on_ranks(3)
 def test_larger_inputs_of_one_rank_take_back_what_stays_everywhere() -> None:
     with training(memory_of(4)) as run:
