@@ -1,53 +1,18 @@
-"""What the Python of a module may read, whether that is as it was, and what it does that nothing shows afterwards.
-
-Found by the names in its code, from the forwards of the module, and the functions that a run has called, to whatever
-they name: globals, attributes of modules and classes, what lists, dicts and objects hold, functions, and so on.
-"""
+"""Whether what the Python of a module may read is as it was."""
 
 from __future__ import annotations
 
-import ast
-import dis
-import inspect
-import os
-import pickle
-import sys
-import textwrap
-import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import Field
-from functools import lru_cache, partial
+from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from types import BuiltinFunctionType, CellType, CodeType, FrameType, FunctionType, MethodType, ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from ..own_random import generator_state, is_generator
+from .may_read import CONSTANTS, Executed, MayRead, contents
 
 T = TypeVar("T")
-
-CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
-CONTAINERS = (dict, list, set, deque)
-
-_MOST = 20_000  # values; comparing more takes longer than a recording saves
-_FEW = 64  # elements of a tensor whose values are compared
-_OURS = ("torch", "bmtrain", "triton")  # what code in these reads does not change, or is looked at elsewhere
-_CLOSED = ("logging", "threading", "re", "typing", "weakref", "numpy", *_OURS)  # packages of objects
-_OPEN = ("torch.optim", "torch.distributions")  # in these, whose objects hold what changes
-_UNNAMED = frozenset(("eval", "exec", "globals", "locals", "vars", "import_module", "__import__"))
-_ASK_BY_NAME = frozenset(("getattr", "setattr", "hasattr"))
-_ASK_FOR_ANY = frozenset(("__getattribute__", "__dict__", "attrgetter"))
-_KERNELS = ("flash_attn", "xformers")  # packages of functions that keep nothing
-_NAMED_BY_PYTHON = ("forward", "__call__", "__getitem__", "__getattr__")
-_OF_FUNCTIONS = ("forward", "backward", "setup_context")  # of torch.autograd.Function
-
-Executed = dict[CodeType, dict[str, Any]]
-"""Code of functions that were called, and its globals."""
 
 
 class Facts:
@@ -59,7 +24,7 @@ class Facts:
     """
 
     def __init__(self, module: nn.Module, executed: Executed) -> None:
-        found = _Search(module, executed)
+        found = MayRead(module, executed)
         self.reason, self.unseen = found.reason, found.unseen
         held: list[Any] = [*found.dicts, *found.others]
         self._dicts = {id(of): of for of in found.dicts if of}
@@ -82,7 +47,7 @@ class Facts:
         of_others = chain.from_iterable(self._others.values())
         named = chain.from_iterable([names(space) for space, names in self._names])
         in_slots = chain.from_iterable([names(value) for value, names in self._slots])
-        return [*of_dicts, *of_others, *named, *in_slots, *map(_contents, self._cells)]
+        return [*of_dicts, *of_others, *named, *in_slots, *map(contents, self._cells)]
 
     def hold(self) -> bool:
         """Whether all of it is as it was."""
@@ -124,299 +89,6 @@ def _are_same(values: list[Any], others: list[Any]) -> bool:
     return all(map(is_, values, others)) or all(map(_is_same, values, others))
 
 
-class _Names(NamedTuple):
-    """What code names: globals, modules that it imports, and attributes, of whatever."""
-
-    variables: frozenset[str]
-    imports: frozenset[str]
-    attributes: frozenset[str]
-
-
-@lru_cache(4096)
-def _names_in(code: CodeType) -> _Names:
-    variables, imports, attributes = set[str](), set[str](), set[str]()
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL"):
-            variables.add(step.argval)
-        elif step.opname == "IMPORT_NAME":
-            imports.add(step.argval)
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "IMPORT_FROM"):
-            attributes.add(step.argval)
-    for value in code.co_consts:
-        if isinstance(value, CodeType):  # functions inside, which run now or as hooks in the backward
-            inner = _names_in(value)
-            variables |= inner.variables
-            imports |= inner.imports
-            attributes |= inner.attributes
-        elif isinstance(value, str) and value.isidentifier():
-            attributes.add(value)  # of getattr
-    return _Names(frozenset(variables), frozenset(imports), frozenset(attributes))
-
-
-@lru_cache(4096)
-def _asks_for_any_name(code: CodeType, names: _Names) -> bool:
-    """Whether ``code`` puts names of attributes together while it runs, or may: its source is not there."""
-    if (names.variables | names.attributes) & _ASK_FOR_ANY:
-        return True
-    if not names.variables & _ASK_BY_NAME:
-        return False
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):
-        return True
-    asks = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in _ASK_BY_NAME]
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func in asks)
-    return sum(len(call.args) > 1 and isinstance(call.args[1], ast.Constant) for call in calls) < len(asks)
-
-
-class _Search:
-    """Goes from name to name.
-
-    Attributes:
-        dicts, others: containers whose elements count.
-        names: namespaces, and names in them.
-        slots: objects, and names of their slots that are filled.
-        cells: variables of enclosing functions.
-        asked: by object and attribute, gives what is not held in any of these.
-        tensors: those that are there, for where they lie.
-        reason: why not all that counts can be compared.
-        unseen: why not all that counts may have been found.
-    """
-
-    def __init__(self, module: nn.Module, executed: Executed) -> None:
-        self.dicts: list[dict[Any, Any]] = []
-        self.others: list[Any] = []
-        self.names: list[tuple[Mapping[str, Any], str]] = []
-        self.slots: list[tuple[object, str]] = []
-        self.cells: list[CellType] = []
-        self.asked: dict[tuple[int, str], Callable[[], Any]] = {}
-        self.tensors: list[torch.Tensor] = []
-        self.reason: str | None = None
-        self.unseen: str | None = None
-        self._inside = set(module.modules())
-        self._home = next((parameter.device for parameter in module.parameters()), None)
-        self._seen: dict[int, object] = {}
-        self._code: set[CodeType] = set()
-        self._count = 0
-        self._owners: dict[type | ModuleType, None] = {}
-        self._known: set[type] = set()  # classes of torch
-        self._any_name = False  # whether code puts names of attributes together
-        self._all_of: set[ModuleType | type] = set()
-        self._attributes = set(_NAMED_BY_PYTHON)
-        self._waiting: list[Any] = []
-        for inner in module.modules():
-            self._holds(inner.__dict__)
-            self._is_instance(type(inner))
-        for code, variables in executed.items():
-            self._runs(code, variables)
-        resolved: set[tuple[type | ModuleType, str]] = set()
-        while self._waiting or self._resolve(resolved):
-            while self._waiting and self.reason is None:
-                self._look(self._waiting.pop())
-                if self._count > _MOST:
-                    self.reason = "its Python may read more than can be compared"
-            if self.reason is not None:
-                break
-
-    def _resolve(self, resolved: set[tuple[type | ModuleType, str]]) -> bool:
-        """Look at what classes and modules have under the names that came up; whether there is anything new."""
-        new = [(owner, name) for owner in self._owners for name in self._attributes.intersection(vars(owner))]
-        new = [pair for pair in new if pair not in resolved]
-        resolved.update(new)
-        for owner, name in new:
-            self._names(vars(owner), name)
-        if not new and self._any_name:
-            for owner in self._owners:
-                self._names_all(owner)
-        return bool(new or self._waiting)
-
-    def _names_all(self, owner: ModuleType | type) -> None:
-        """Compare all that ``owner`` has.  What functions among it read is looked at where they are called."""
-        if owner in self._all_of:
-            return
-        self._all_of.add(owner)
-        space = vars(owner)
-        self.names += [(space, name) for name in space]
-        self._waiting += [value for value in space.values() if isinstance(value, CONTAINERS)]
-
-    def _names(self, space: Mapping[str, Any], name: str) -> object:
-        value = space.get(name)
-        self._count += 1
-        self.names.append((space, name))
-        self._waiting.append(value)
-        return value
-
-    def _holds(self, container: Any) -> None:
-        self._count += len(container)
-        if self._count > _MOST:
-            return
-        if isinstance(container, dict):
-            self.dicts.append(container)
-            self._waiting += container.values()
-        else:
-            if not isinstance(container, (tuple, frozenset)):
-                self.others.append(container)
-            self._waiting += container
-
-    def _asks(self, value: Any, name: str, ask: Callable[[], Any]) -> None:
-        self.asked[id(value), name] = ask
-        self._waiting.append(ask())
-
-    def _is_instance(self, of_class: type) -> None:
-        for base in of_class.__mro__:
-            if _is_in(base.__module__, _OURS):
-                if base not in self._known:
-                    self._known.add(base)
-                    self._names_alone(base, ("forward",))
-            elif base.__module__ not in sys.stdlib_module_names:
-                self._owners[base] = None
-
-    def _names_alone(self, owner: ModuleType | type, names: Iterable[str]) -> list[Any]:
-        """What torch has under these names, which others may put something else under, and which keeps nothing."""
-        space = vars(owner)
-        there = [name for name in names if name in space]
-        self.names += [(space, name) for name in there]
-        return [space[name] for name in there]
-
-    def _runs(self, code: CodeType, variables: dict[str, Any]) -> None:
-        if code in self._code:
-            return
-        self._code.add(code)
-        names = _names_in(code)
-        self._attributes |= names.attributes
-        if names.variables & _UNNAMED:
-            self.unseen = self.unseen or f"{code.co_name}() may read what it does not name"
-        any_name = _asks_for_any_name(code, names)
-        self._any_name |= any_name
-        owners = [self._names(variables, name) for name in names.variables if name in variables]
-        owners += [sys.modules.get(name) for name in names.imports]
-        known: set[int] = set()
-        while owners:
-            owner = owners.pop()
-            if not isinstance(owner, (ModuleType, type)) or id(owner) in known:
-                continue
-            known.add(id(owner))
-            package = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
-            if package == "os":
-                self._waiting.append(os.environ)
-            elif _is_in(package, _OURS):
-                owners += filter(_is_module, self._names_alone(owner, names.attributes))
-            elif package not in sys.stdlib_module_names:
-                space = vars(owner)
-                owners += [self._names(space, name) for name in names.attributes if name in space]
-                if any_name:
-                    self._names_all(owner)
-
-    def _look(self, value: Any) -> None:
-        # A class has read its fields (of a dataclass) when it was made; what defaults it has are its attributes.
-        if isinstance(value, (*CONSTANTS, BuiltinFunctionType, Field)) or id(value) in self._seen:
-            return
-        self._seen[id(value)] = value
-        if isinstance(value, ModuleType):
-            if not _is_in(value.__name__, (*_CLOSED, *sys.stdlib_module_names)):
-                self._owners[value] = None
-        elif isinstance(value, nn.Module):
-            if value not in self._inside:
-                self.unseen = self.unseen or f"it may read a {type(value).__name__} that is not inside"
-        elif isinstance(value, torch.Tensor):
-            if type(value) is torch.Tensor and value.layout is torch.strided:
-                self._look_at_tensor(value)
-        elif isinstance(value, FunctionType):
-            self._look_at_function(value)
-        elif isinstance(value, type):
-            self._is_instance(value)
-            if issubclass(value, torch.autograd.Function):
-                self._attributes.update(_OF_FUNCTIONS)
-        elif isinstance(value, MethodType):
-            self._waiting += (value.__self__, value.__func__)
-        elif isinstance(value, partial):
-            self._waiting += (value.func, value.args, value.keywords)
-        elif isinstance(value, property):
-            self._waiting.append(value.fget)
-        elif isinstance(value, (staticmethod, classmethod)):
-            self._waiting.append(value.__func__)
-        elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
-            self._holds(value)
-        elif is_generator(value):
-            self.asked[id(value), ""] = lambda: pickle.dumps(generator_state(value))
-        elif isinstance(value, ContextVar):
-            self._asks(value, "", lambda: value.get(None))
-        elif isinstance(value, weakref.ref):
-            self._asks(value, "", value)
-        elif isinstance(value, _arrays()):
-            self._count += value.size
-            self.asked[id(value), ""] = value.tobytes
-        elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
-            self.reason = f"its Python may read a {type(value).__name__}, which is another each time"
-        elif not _is_in(type(value).__module__, _CLOSED) or type(value).__module__.startswith(_OPEN):
-            self._look_at_object(value)
-
-    def _look_at_tensor(self, tensor: torch.Tensor) -> None:
-        self.tensors.append(tensor)
-        if tensor.device.type != "cpu" or self._home in (None, tensor.device):
-            return
-        # Read by the host, its value is a constant of the recording.
-        few = tensor.numel() <= _FEW
-        ask = partial(_bytes_of, tensor) if few else partial(getattr, tensor, "_version")
-        self.asked[id(tensor), "value"] = ask
-        if not few:
-            self.unseen = self.unseen or "it may read a large tensor on the CPU"
-
-    def _look_at_function(self, function: FunctionType) -> None:
-        if _is_in(function.__module__ or "", (*_OURS, *sys.stdlib_module_names)):
-            return
-        for cell in function.__closure__ or ():
-            contents = _contents(cell)
-            if not isinstance(contents, type):  # as of super()
-                self.cells.append(cell)
-            self._waiting.append(contents)
-        self._waiting += (function.__defaults__, function.__kwdefaults__, vars(function))
-        self._runs(function.__code__, function.__globals__)
-
-    def _look_at_object(self, value: Any) -> None:
-        self._is_instance(type(value))
-        held = getattr(value, "__dict__", None)
-        if isinstance(held, dict):
-            self._holds(held)
-        if held is None and not any("__slots__" in vars(base) for base in type(value).__mro__):
-            if type(value).__module__ not in sys.stdlib_module_names:
-                self.unseen = self.unseen or f"it may read a {type(value).__name__}, which does not show what it holds"
-        for base in type(value).__mro__:
-            slots = vars(base).get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                if name.startswith("__"):
-                    continue
-                if hasattr(value, name):
-                    self.slots.append((value, name))
-                    self._waiting.append(getattr(value, name))
-                else:
-                    self._asks(value, name, partial(getattr, value, name, None))
-
-
-def _is_module(value: object) -> bool:
-    return isinstance(value, ModuleType)
-
-
-def _is_in(module: str, packages: Sequence[str]) -> bool:
-    return module.partition(".")[0] in packages
-
-
-def _arrays() -> tuple[type[Any], ...]:
-    numpy = sys.modules.get("numpy")
-    return () if numpy is None else (numpy.ndarray,)
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.detach().reshape(-1).contiguous().view(torch.uint8).tolist())
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
 def _is_same(one: object, other: object) -> bool:
     """Whether code that reads either does the same; tensors are asked for no values."""
     return one is other or (type(one) is type(other) and isinstance(one, CONSTANTS) and one == other)
@@ -425,78 +97,3 @@ def _is_same(one: object, other: object) -> bool:
 def _flags(parameters: Sequence[nn.Parameter]) -> list[bool]:
     with torch._C.DisableTorchFunctionSubclass():
         return [parameter.requires_grad for parameter in parameters]
-
-
-_EFFECTS: dict[str, tuple[str, ...] | None] = {
-    "time": None,
-    "_io": None,
-    "_socket": None,
-    "_queue": None,
-    "_warnings": ("warn", "warn_explicit"),
-    "builtins": ("print", "input", "open"),
-    "datetime": ("now", "utcnow", "today"),
-    "posix": ("write", "open", "urandom", "system", "mkdir", "remove", "unlink", "rename", "replace"),
-}
-"""By module, functions that do something, or give something else, each time that they are called; None: all."""
-
-_COLLECTIVES = ("torch.distributed.c10d_logger", "torch.distributed._functional_collectives", "bmtrain.comm")
-
-
-class Doings:
-    """Looks at what the Python inside the ``with`` calls, on this thread.
-
-    Attributes:
-        executed: the functions.
-        found: what it does that nothing shows afterwards, and that a recording would not do again.
-        unseen: what it calls that may read or do more than is seen.
-    """
-
-    def __init__(self) -> None:
-        self.executed: Executed = {}
-        self.found: str | None = None
-        self.unseen: str | None = None
-        self._before: Any = None
-
-    def __enter__(self) -> Doings:
-        self._before = sys.getprofile()
-        sys.setprofile(self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.setprofile(self._before)
-
-    def _note(self, frame: FrameType, event: str, what: Any) -> None:
-        if event == "call":
-            code, module = frame.f_code, _module_of(frame)
-            if module.startswith(_COLLECTIVES):
-                self.found = self.found or "talks to other ranks"
-            if code not in self.executed and not _is_in(module, (*_OURS, *sys.stdlib_module_names)):
-                self.executed[code] = frame.f_globals
-        elif event == "c_call" and self.found is None:
-            owner, name = getattr(what, "__self__", None), what.__name__
-            module = what.__module__ or getattr(owner, "__module__", None) or type(owner).__module__
-            names = _EFFECTS.get(module, ())
-            if (names is None or name in names) and not _is_in(_asker(frame), _OURS):
-                self.found = f"calls {name}"
-            elif self.unseen is None and not _is_in(module, (*_OURS, *_KERNELS, *sys.stdlib_module_names)):
-                if not _is_in(_asker(frame), (*_OURS, *_KERNELS)):
-                    self.unseen = f"it calls {module}.{name}, which does not show what it reads"
-
-
-def _module_of(frame: FrameType) -> str:
-    """The module of the code in ``frame``; of code that was made by some other's, that one's."""
-    asker: FrameType | None = frame
-    while asker is not None and not asker.f_globals.get("__name__"):
-        asker = asker.f_back
-    return "" if asker is None else str(asker.f_globals["__name__"])
-
-
-def _asker(frame: FrameType | None) -> str:
-    """The module for which the standard library runs in ``frame``."""
-    module = ""
-    while frame is not None:
-        module = _module_of(frame)
-        if not _is_in(module, tuple(sys.stdlib_module_names)):
-            break
-        frame = frame.f_back
-    return module

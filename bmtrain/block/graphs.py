@@ -33,10 +33,12 @@ from ..errors import ConfigurationError
 from ..log import say
 from ..shard.flat import flat_of
 from ..shard.unit import ShardUnit, unit_of_flat
-from .facts import CONSTANTS, Doings, Executed, Facts
+from .doings import Doings
+from .facts import Facts
 from .first_losses import FirstLosses
 from .frame import Frame
 from .linear import leave_to_autograd
+from .may_read import CONSTANTS, Executed
 from .memory import MemoryPlan
 from .record import has_hooks, unit_of
 from .recording import Inputs, Observed, Outputs, Recording, trained_by

@@ -19,8 +19,9 @@ from ..device import AutocastRegions, autocast_regions, in_autocast_regions
 from ..errors import ConfigurationError
 from ..shard.parameter import DistributedParameter, like, raw_data
 from ..shard.unit import ShardUnit
-from .facts import CONSTANTS, CONTAINERS, Facts
+from .facts import Facts
 from .frame import Frame
+from .may_read import CONSTANTS, CONTAINERS
 from .surroundings import Surroundings
 
 
