@@ -285,6 +285,11 @@ class Engine:
         """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
         return self.whole.flat_at(view)
 
+    def note_hooks(self, parameter: torch.Tensor) -> None:
+        """``parameter`` has got hooks on its gradient."""
+        if self.first_hooks.watches:
+            self.first_hooks.note_leaf(parameter)
+
     # -- backward and step ------------------------------------------------------------------------------------------
 
     @property

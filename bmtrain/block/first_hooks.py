@@ -26,13 +26,14 @@ class FirstHooks:
     """Looks at the first calls of hooks that get gradients.  A hook that is linear may come before the mean.
 
     Attributes:
-        wanted: whether models are still to be looked at.
+        watches: whether hooks are looked at where they are registered.
+        wanted: whether models are still to be looked at, which may have had hooks before they were sharded.
     """
 
     def __init__(self, ctx: Context) -> None:
         self._ctx, self._steps = ctx, 0
         self._said: set[str] = set()
-        self.wanted = ctx.topology.data_size > 1 and ctx.rank == 0
+        self.watches = self.wanted = ctx.topology.data_size > 1 and ctx.rank == 0
 
     def note(self, model: nn.Module) -> None:
         """An outermost forward is about to train ``model``."""
@@ -44,7 +45,7 @@ class FirstHooks:
             self.note_leaf(parameter)
 
     def note_leaf(self, leaf: torch.Tensor) -> None:
-        """A gradient of ``leaf`` is about to come."""
+        """``leaf`` may have hooks, and is to get a gradient."""
         with torch._C.DisableTorchFunctionSubclass():
             hooks: Any = leaf._backward_hooks
             later: Any = leaf._post_accumulate_grad_hooks
@@ -84,7 +85,7 @@ class FirstHooks:
         )
 
     def optimizer_stepped(self) -> None:
-        """Hooks that are registered after some steps are not looked at."""
+        """Hooks of modules that are registered after some steps are not looked at."""
         self._steps += 1
         self.wanted = self.wanted and self._steps < _CALLS
 

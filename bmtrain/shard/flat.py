@@ -152,6 +152,10 @@ class FlatShard:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
         self.unit.copy_into(memo)
 
+    def note_hooks(self, index: int) -> None:
+        """Parameter ``index`` has got hooks on its gradient."""
+        self.unit.ctx.engine.note_hooks(self.params[index])
+
     # -- states ---------------------------------------------------------------------------------------------------
 
     @property

@@ -90,6 +90,9 @@ class Home(Protocol):
     def copy_unit(self, memo: dict[int, object]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
 
+    def note_hooks(self, index: int) -> None:
+        """Parameter ``index`` has got hooks on its gradient."""
+
 
 class ParameterInitializer:
     """An initialisation to run later on the whole parameter: ``func(parameter, *args, **kwargs)``."""
@@ -252,6 +255,22 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
+
+    def register_hook(self, hook: Callable[..., Any]) -> Any:
+        """As in torch; the hook gets this rank's gradient, before the mean over ranks."""
+        handle = super().register_hook(hook)  # type: ignore[no-untyped-call]
+        self._has_new_hook()
+        return handle
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[..., Any]) -> Any:
+        """The same."""
+        handle = super().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._has_new_hook()
+        return handle
+
+    def _has_new_hook(self) -> None:
+        if self._flat is not None and not torch.compiler.is_dynamo_compiling():
+            self._flat.note_hooks(self._index)
 
     def detach(self) -> torch.Tensor:
         """As in torch, but for ``nn.Parameter(p)``, with which weight norm begins: that wants what ``p`` is."""

@@ -435,3 +435,26 @@ def temperature_clamped_by_a_hook(k: User):
     for x, y in k.batches():
         k.step(manager, F.cross_entropy(model(x) * temperature.sum(), y))
     return {"weights": k.weights(model), "temperature": temperature}
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_where_features_train(k: User):
+    """A hook that clips, and a loss of `model.features(x)`, no forward"""
+    model = k.net()
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.002, 0.002))
+    manager = k.sgd(model)
+    for x, _ in k.batches():
+        k.step(manager, model.features(x).tanh().square().mean())
+    return model
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_by_a_hook_of_later_steps(k: User):
+    """A hook that clips is registered after five steps"""
+    model = k.net()
+    manager = k.sgd(model)
+    k.train(model, manager, steps=5)
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.02, 0.02))
+    return k.train(model, manager)
