@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..autograd import backward_id, never_compiled, runs_as_written
 from ..context import context
@@ -256,15 +257,15 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     def grad(self) -> None:
         self.grad = None
 
-    def register_hook(self, hook: Callable[..., Any]) -> Any:
+    def register_hook(self, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
         """As in torch; the hook gets this rank's gradient, before the mean over ranks."""
-        handle = super().register_hook(hook)  # type: ignore[no-untyped-call]
+        handle: RemovableHandle = super().register_hook(hook)  # type: ignore[no-untyped-call]
         self._has_new_hook()
         return handle
 
-    def register_post_accumulate_grad_hook(self, hook: Callable[..., Any]) -> Any:
+    def register_post_accumulate_grad_hook(self, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """The same."""
-        handle = super().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        handle: RemovableHandle = super().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._has_new_hook()
         return handle
 
