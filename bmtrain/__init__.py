@@ -6,7 +6,7 @@ from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlock
 from .checkpoint import load, save, save_checkpoint
 from .context import deterministic, init_distributed, is_initialized, mesh, own_random, rank, shutdown, world_size
 from .data import shard_batch, shard_loader, to_device
-from .loss import mean
+from .loss import gather_batch, mean
 from .meter import Meter
 from .parallel import parallelize_module
 from .precision import Precision
@@ -64,6 +64,7 @@ __all__ = [
     "debug",
     "deterministic",
     "distributed",
+    "gather_batch",
     "gather_grad",
     "gather_result",
     "gather_samples",

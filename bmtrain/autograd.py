@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, TypeVar
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 Node = torch.autograd.graph.Node
 P = ParamSpec("P")
@@ -76,6 +78,38 @@ def backward_id() -> int | None:
 def when_backward_ends(call: Callable[[], None]) -> None:
     """Let the running backward ``call`` when it is through."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def running_backward() -> tuple[tuple[torch.Tensor | GradientEdge, ...], FrameType | None]:
+    """What the running backward began with, and where it was called; nothing if that is not found.
+
+    On a GPU a thread of autograd's runs its nodes, and whoever has called it waits in another.
+    """
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            if at.f_code is _engine_run_backward.__code__:
+                return tuple(at.f_locals["t_outputs"]), at
+            at = at.f_back
+    return (), None
+
+
+_OUTPUT = "bmt_output"
+
+
+def mark_output(node: Node) -> None:
+    """``node`` made what a model returned.  The mark holds nothing, and lives as long as the node."""
+    _notes(node)[_OUTPUT] = True
+
+
+def is_output(node: Node) -> bool:
+    """Whether that was marked."""
+    return _OUTPUT in _notes(node)
+
+
+def _notes(node: Node) -> dict[str, object]:
+    notes: Any = node.metadata  # a property, whatever torch's annotations say
+    return cast(dict[str, object], notes)
 
 
 def in_function_transform() -> bool:

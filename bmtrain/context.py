@@ -57,6 +57,9 @@ class Engine(Protocol):
         Raises RankDivergenceError when another rank is found to do something else.
         """
 
+    def note_hooks(self, parameter: torch.Tensor) -> None:
+        """``parameter``, which is sharded, has got hooks on its gradient."""
+
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
         """``all_gather`` in the shard group as part of ``what``; raises RankDivergenceError as above."""
 

@@ -19,6 +19,7 @@ PRIVATE = (
     "torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack",
     "torch._guards.TracingContext",
     "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.autograd.graph._engine_run_backward",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.module._IncompatibleKeys",

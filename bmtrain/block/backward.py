@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
@@ -17,6 +18,16 @@ from .schedule import Schedule
 from .untrained import FirstGraphs
 
 
+class Watch(Protocol):
+    """Looks at whole backwards."""
+
+    def backward_begins(self) -> None:
+        """One is running."""
+
+    def backward_ends(self) -> None:
+        """It is over, on all ranks."""
+
+
 class Backward:
     """The forwards that autograd may come back to.
 
@@ -25,6 +36,7 @@ class Backward:
         kept: what stays for the forward that is running; None unless everything does.
         recomputes: how many blocks are being run again, one inside the other.
         peeks: whether somebody looks at what was saved, before a backward needs it.
+        watch: who is told of the first backwards; None once that is over.
     """
 
     def __init__(self, schedule: Schedule, of_no_module: OfNoModule) -> None:
@@ -34,6 +46,7 @@ class Backward:
         self.kept: KeptValues | None = None
         self.recomputes = 0
         self.peeks = False
+        self.watch: Watch | None = None
         self.first_graphs = FirstGraphs()
         self._begun: list[Frame] = []
         self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again
@@ -62,6 +75,8 @@ class Backward:
         if present != self._id:
             self._id = present
             when_backward_ends(self._ends)
+            if self.watch is not None:
+                self.watch.backward_begins()
 
     def reached(self, frame: Frame) -> None:
         """The backward needs something that ``frame`` saved.
@@ -149,6 +164,8 @@ class Backward:
     def _ends(self) -> None:
         self.finish()
         self._of_no_module.backward_ends()
+        if self.watch is not None:
+            self.watch.backward_ends()
 
     @runs_as_written
     def finish(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..autograd import backward_id, in_function_transform, outside_function_transforms
+from ..autograd import backward_id, in_function_transform, outside_function_transforms, running_backward
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
 from ..log import say
@@ -25,6 +25,8 @@ from .backward import Backward
 from .first_batches import FirstBatches
 from .first_buffers import FirstBuffers
 from .first_draws import FirstDraws
+from .first_hooks import FirstHooks
+from .first_leaves import FirstLeaves, leaves_of_no_module
 from .first_losses import FirstLosses
 from .frame import Frame
 from .graphs import Graphs
@@ -67,7 +69,10 @@ class Engine:
         self.first_batches = FirstBatches(ctx)
         self.first_buffers = FirstBuffers(ctx)
         self.first_draws = FirstDraws(ctx)
+        self.first_hooks = FirstHooks(ctx)
+        self.first_leaves = FirstLeaves(ctx, self.of_no_module)
         self.first_losses = FirstLosses(ctx, self.backward)
+        self.backward.watch = self if self.first_leaves.wanted else None
         may_record = ctx.graphs is not False and ctx.device.records and (ctx.graphs or ctx.world_size > 1)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
         begin = None if self.graphs is None else self.graphs.begin
@@ -95,6 +100,8 @@ class Engine:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
         arenas.watch(module, partial(self._give_up, [weakref.ref(unit) for unit in units]))
         self.backward.first_graphs, self.first_buffers = FirstGraphs(), FirstBuffers(self.ctx)
+        self.first_hooks, self.first_leaves = FirstHooks(self.ctx), FirstLeaves(self.ctx, self.of_no_module)
+        self.backward.watch = self if self.first_leaves.wanted else None
 
     def _give_up(self, references: Sequence[weakref.ref[ShardUnit]]) -> None:
         """No rank has the model any more: what was whole last, or is on its way, is not waited for."""
@@ -203,6 +210,8 @@ class Engine:
                 self.meter.note_forward(module, (args, kwargs))
             if self.first_buffers.wanted:
                 self.first_buffers.note(module)
+            if self.first_hooks.wanted:
+                self.first_hooks.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
     def latest_runs(self) -> list[Run | None]:
@@ -277,6 +286,11 @@ class Engine:
         """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
         return self.whole.flat_at(view)
 
+    def note_hooks(self, parameter: torch.Tensor) -> None:
+        """``parameter`` has got hooks on its gradient."""
+        if self.first_hooks.watches:
+            self.first_hooks.note_leaf(parameter)
+
     # -- backward and step ------------------------------------------------------------------------------------------
 
     @property
@@ -289,6 +303,22 @@ class Engine:
         self.first_losses.note_loss(loss)
         if self.meter is not None:
             self.meter.note_loss(loss)
+
+    def backward_begins(self) -> None:
+        """One of the first is running: look at all that it was computed from."""
+        roots, frame = running_backward()
+        self.first_losses.note_roots(roots, frame)
+        leaves = leaves_of_no_module(roots)
+        self.first_leaves.note(leaves, self.first_losses.samples, frame)
+        if self.first_hooks.wanted:
+            for leaf in leaves:
+                self.first_hooks.note_leaf(leaf)
+
+    def backward_ends(self) -> None:
+        """It is over.  Collective a few times."""
+        self.first_leaves.backward_ends()
+        if not self.first_leaves.wanted:
+            self.backward.watch = None
 
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
@@ -328,6 +358,7 @@ class Engine:
         self.first_batches.optimizer_stepped()
         self.first_buffers.optimizer_stepped()
         self.first_draws.optimizer_stepped()
+        self.first_hooks.optimizer_stepped()
         self.first_losses.optimizer_stepped()
         if self.meter is not None:
             self.meter.optimizer_stepped()

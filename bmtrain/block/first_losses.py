@@ -5,16 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from math import prod
+from types import FrameType
 
 import torch
+from torch.autograd.graph import GradientEdge
 
 from ..alike import from_all
-from ..autograd import Node
+from ..autograd import Node, mark_output
 from ..context import Context
 from ..users_code import users_line
+from .across_samples import AcrossSamples
 from .backward import Backward
 from .frame import NotKeptError
-from .no_mean import NoMean, mark_output
+from .no_mean import NoMean
 from .summary import first_tensor
 
 _STEPS = 3
@@ -22,6 +25,9 @@ _STEPS = 3
 
 _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
+
+_LOOKS = 8
+"""So many losses are followed through their whole graphs, which costs the host some microseconds for each node."""
 
 _FEW = 2
 """A sum of no more numbers than this is not taken for one of samples: so few terms may be anything."""
@@ -49,13 +55,24 @@ class FirstLosses:
         self._steps, self._place, self._samples = 0, "", 0
         self._gives_number = False  # whether a model has returned one in this step
         self._no_mean: tuple[str, str] | None = None
-        self._said_no_mean = False
+        self._said_no_mean = self._said_across = False
+        self._looks_left = _LOOKS
+        self._is_noted = False  # whether the loss whose backward comes next was looked at
+        self._is_batch_first = self._is_single = False
         self.wanted = ctx.topology.data_size > 1
+
+    @property
+    def samples(self) -> int:
+        """How many rows the first tensor of the last training forward had; 0 if that is not known."""
+        return self._samples
 
     def note(self, inputs: object) -> None:
         """An outermost forward is about to train on ``inputs``, of which the first tensor tells how many samples."""
         first = first_tensor(inputs)
         self._samples = len(first) if first is not None and first.dim() else 0
+        if first is not None:  # tokens, or a sequence of vectors, may be (length, batch, ...)
+            self._is_batch_first = first.dim() != 3 and not (first.dim() == 2 and not first.is_floating_point())
+            self._is_single = first.dim() == 1
 
     def note_output(self, output: torch.Tensor) -> None:
         """A model has returned ``output``, which may be its loss."""
@@ -64,11 +81,38 @@ class FirstLosses:
             self._gives_number |= output.numel() == 1
             self.look(output)
 
+    def note_roots(self, roots: Sequence[torch.Tensor | GradientEdge], frame: FrameType | None) -> None:
+        """A backward that was called in ``frame`` has begun with ``roots``, and has freed what these have saved."""
+        for root in roots if self.wanted and not self._is_noted else ():
+            if isinstance(root, torch.Tensor) and root.grad_fn is not None and self._is_one(root.shape):
+                self._look_across(root.grad_fn, users_line(frame))
+        self._is_noted = False
+
+    def _look_across(self, loss: Node, place: str) -> None:
+        """Warn if ``loss`` is made of several samples together."""
+        if self._said_across or self._ctx.rank or not self._looks_left:
+            return
+        self._looks_left -= 1
+        found = AcrossSamples(self._samples, self._is_batch_first, self._is_single).of(loss)
+        if found is None:
+            return
+        self._said_across = True
+        function, compares = found
+        what = "compares the samples of a batch" if compares else "is made of a batch's statistics"
+        warnings.warn(
+            f"The loss {what} ({function}; {place}): each rank has its own samples alone for that, one in "
+            f"{self._ctx.topology.data_size} of the whole batch's. Let it have those of all ranks: x = "
+            "bmt.gather_batch(x), before they are put together, with which every rank computes the whole batch's loss.",
+            stacklevel=2,
+        )
+
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""
         if not self.wanted or not self._is_one(loss.shape) or loss.grad_fn is None:
             return
         self.look(loss)
+        self._is_noted = True
+        self._look_across(loss.grad_fn, users_line())
         self._backward.peeks = True
         try:
             found = NoMean(self._samples, self._ctx.topology.data_size, self._gives_number).of(loss.grad_fn)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import Any, cast
 
 import torch
 
-from ..autograd import Node
+from ..autograd import Node, is_output
 from .frame import NotKeptError
 
 _MOST = 1000
@@ -25,19 +24,6 @@ _BENDS = (
     "PowBackward", "ReciprocalBackward", "TanhBackward", "SigmoidBackward", "SoftplusBackward",
 )  # fmt: skip
 """Functions of one number of which the mean over ranks is another."""
-
-
-_OUTPUT = "bmt_output"
-
-
-def mark_output(node: Node) -> None:
-    """``node`` made what a model returned.  The mark holds nothing, and lives as long as the node."""
-    _notes(node)[_OUTPUT] = True
-
-
-def _notes(node: Node) -> dict[str, object]:
-    notes: Any = node.metadata  # a property, whatever torch's annotations say
-    return cast(dict[str, object], notes)
 
 
 class NoMean:
@@ -112,7 +98,7 @@ class NoMean:
     def _is_of_samples(self, node: Node, sizes: tuple[int, ...]) -> bool:
         if not sizes or sizes[0] < self._samples or sizes[0] % self._samples:
             return False
-        if any(_OUTPUT in _notes(other) for other in _behind(node)):
+        if any(map(is_output, _behind(node))):
             return True
         return self._gives_number and sum(not other.next_functions for other in _behind(node)) > 1
 

@@ -46,12 +46,13 @@ class OfNoModule:
         """An optimizer that steps on averages has ``parameters``; ``average`` makes them, and is collective."""
         self._average = average
         for parameter in parameters:
-            if not self._is_driven(parameter):
+            if not self.is_driven(parameter):
                 self._numbers[id(parameter)] = number = len(self._driven)
                 self._driven.append(_Driven.of(parameter))
                 self._watch(parameter, number)
 
-    def _is_driven(self, parameter: torch.Tensor) -> bool:
+    def is_driven(self, parameter: torch.Tensor) -> bool:
+        """Whether ``drive`` was told of it."""
         number = self._numbers.get(id(parameter))
         return number is not None and self._driven[number].parameter() is parameter
 
@@ -67,7 +68,7 @@ class OfNoModule:
     def are_nobodys(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether ``drive`` was told of none of them, though ranks train on samples of their own; true only once."""
         new = [p for p in parameters if (known := self._said.get(id(p))) is None or known() is not p]
-        if self._ctx.topology.data_size == 1 or not new or any(map(self._is_driven, new)):
+        if self._ctx.topology.data_size == 1 or not new or any(map(self.is_driven, new)):
             return False
         self._said |= {id(p): weakref.ref(p) for p in new}
         return True

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..alike import on_any_rank
 from ..context import Context, context
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
@@ -100,19 +101,12 @@ def agree_on_touched(flats: Sequence[Home]) -> list[list[bool]]:
     Ranks may differ: an expert may have had tokens on one rank only.  A rank that has all gradients knows the answer
     without waiting for its device.
     """
-    flags = [t and f.gradient.present for f in flats for t in f.gradient.touched]
-    ctx = context()
-    if ctx.world_size > 1 and flags:
-        device, whole = ctx.device.torch_device, all(flags)
-        shared = torch.ones(len(flags), dtype=torch.uint8, device=device) if whole else torch.tensor(
-            flags, dtype=torch.uint8, device=device
-        )  # fmt: skip
-        ctx.world.all_reduce(shared, "max")
-        if not whole:
-            flags = [bool(x) for x in shared.tolist()]
+    flags = on_any_rank(context(), [t and f.gradient.present for f in flats for t in f.gradient.touched])
     out, at = [], 0
     for flat in flats:
         out.append(flags[at : at + len(flat.params)])
+        if isinstance(flat, FlatShard):
+            flat.gradient.used = list(out[-1])
         if isinstance(flat, FlatShard) and flat.gradient.reached is not None:
             flat.warn_of_untrained(out[-1])
         at += len(flat.params)

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext
 
+from ..alike import on_any_rank
+from ..autograd import backward_id
 from ..context import Context
 from ..device import Event
 from ..errors import ConfigurationError, ShardedAccessError
@@ -150,6 +152,10 @@ class FlatShard:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
         self.unit.copy_into(memo)
 
+    def note_hooks(self, index: int) -> None:
+        """Parameter ``index`` has got hooks on its gradient."""
+        self.unit.ctx.engine.note_hooks(self.params[index])
+
     # -- states ---------------------------------------------------------------------------------------------------
 
     @property
@@ -161,6 +167,11 @@ class FlatShard:
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
         return self.buffer is not None or self.is_stepped_on or not self.unit.moves
+
+    @property
+    def moves(self) -> bool:
+        """Whether ranks have parts, of which the whole is gathered."""
+        return self.unit.moves
 
     @property
     def in_block(self) -> bool:
@@ -465,12 +476,22 @@ class FlatShard:
             return None
         if self.unit.ctx.world_size == 1:
             return gradient.whole(index) if gradient.touched[index] else None
-        # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
         if not gradient.touched[index] and (index in gradient.dropped or not self._trains(index)):
             return None
         if TracingContext.try_get() is not None and not self.unit.ctx.engine.idle:
             return None  # the code of a module is being compiled, which asks its inputs for all that they have
+        # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
+        if backward_id() is None and not self._used()[index]:
+            return None
         return ShardedTensor(gradient.part(index, self.place_of(index)))
+
+    def _used(self) -> list[bool]:
+        """Of each parameter, whether any rank has a gradient for it.  Collective, once after a reduction."""
+        gradient = self.gradient
+        if gradient.used is None:
+            self.unit.ctx.engine.comes_to(f"the gradients of {self.names[0]!r} and what lies beside it")
+            gradient.used = on_any_rank(self.unit.ctx, gradient.touched)
+        return gradient.used
 
     def _trains(self, index: int) -> bool:
         with torch._C.DisableTorchFunctionSubclass():

@@ -27,6 +27,7 @@ class ShardGradient:
     Attributes:
         present: whether anything was reduced since ``clear``; the same on all ranks.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
+        used: for each parameter, whether any rank did; None until somebody has asked since.
         dropped: parameters whose gradient user code has dropped since the last reduction.
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
@@ -42,6 +43,7 @@ class ShardGradient:
         self.reduce, self._divisor = reduce, divisor
         self.present = False
         self.touched = [False] * len(layout.slots)
+        self.used: list[bool] | None = None
         self.dropped: set[int] = set()
         self.reached: set[int] | None = set()
         self._shown: dict[int, weakref.ref[Part]] = {}  # what user code may hold: parts, or, on one rank, all
@@ -69,6 +71,7 @@ class ShardGradient:
         """Where this rank's part of the ranks' sum of ``whole`` goes, and what to do once it is there."""
         weight = 1.0 / self._divisor
         self.dropped.clear()
+        self.used = None
         if not self.present:
             self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return self._fitting(whole.dtype), None
@@ -94,6 +97,7 @@ class ShardGradient:
     def add_elsewhere(self) -> None:
         """The ranks of another stage of a pipeline, which keep all of it, have added to it."""
         self.dropped.clear()
+        self.used = None
         if not self.present:
             self._fitting(self._dtype)
             self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor
@@ -162,6 +166,10 @@ class ShardGradient:
     def set(self, index: int, part: torch.Tensor | None) -> None:
         """Replace this rank's part of one parameter's gradient, or drop it."""
         self._leave(index)
+        if not self.present:
+            self.used = [False] * len(self.touched)
+        if self.used is not None:
+            self.used[index] = part is not None  # as on all ranks
         place = self._layout.local(index, self._pools.ctx.shard_rank).shard
         if part is not None:
             self._zeros()[place].copy_(part)
@@ -222,7 +230,7 @@ class ShardGradient:
             self._leave(index)
         self.dropped.clear()
         self.present, self.factor = False, None
-        self.touched = [False] * len(self.touched)
+        self.touched, self.used = [False] * len(self.touched), None
         if self._room is not None:
             self._arena, self._sum, self._is_lent = None, None, False
             if not self._room.give_up_memory():

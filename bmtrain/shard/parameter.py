@@ -13,6 +13,7 @@ sharded  ``.data`` is a ShardedTensor, which acts on this rank's part.  Torch fu
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -20,8 +21,9 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from ..autograd import never_compiled, runs_as_written
+from ..autograd import backward_id, never_compiled, runs_as_written
 from ..context import context
 from ..errors import ConfigurationError, ShardedAccessError
 from .place import Part, Place
@@ -29,6 +31,7 @@ from .published_facts import PublishedFacts
 from .sharded_tensor import ShardedTensor
 from .slices import Split
 
+_MAKES_PARAMETERS = nn.Parameter.__new__.__code__
 _raw_grad: Any = torch.Tensor.grad
 _raw_data: Any = torch.Tensor.data
 _requires_grad: Any = torch.Tensor.requires_grad
@@ -48,6 +51,10 @@ class Home(Protocol):
     @property
     def is_whole(self) -> bool:
         """Whether the parameters show their values."""
+
+    @property
+    def moves(self) -> bool:
+        """Whether ranks have parts, of which the whole is gathered."""
 
     @property
     def in_block(self) -> bool:
@@ -83,6 +90,9 @@ class Home(Protocol):
 
     def copy_unit(self, memo: dict[int, object]) -> None:
         """Copy the whole unit with all its parameters; ``memo`` maps the old ones to the new."""
+
+    def note_hooks(self, index: int) -> None:
+        """Parameter ``index`` has got hooks on its gradient."""
 
 
 class ParameterInitializer:
@@ -221,9 +231,9 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     def grad(self) -> torch.Tensor | None:
         """The gradient: whole while autograd holds it and at world size 1; a ShardedTensor once it is reduced.
 
-        In fp32 for parameters in low precision.  None if there is none; where some parameters of a block got one, on
-        whatever rank, those that got none show zeros, so that ranks agree.  Until it is cleared or replaced it is
-        what the optimizer steps on, writes included.
+        In fp32 for parameters in low precision.  None if no rank has one, which the ranks ask each other at the first
+        look after a backward: collective.  Until it is cleared or replaced it is what the optimizer steps on, writes
+        included.
         """
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:
@@ -236,7 +246,8 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     @never_compiled
     def grad(self, value: torch.Tensor | None) -> None:
         flat = self._flat
-        if flat is None or (value is not None and value.shape != self.shape):
+        is_raw = backward_id() is not None and _raw_grad.__get__(self) is not None  # in a hook: not reduced yet
+        if flat is None or is_raw or (value is not None and value.shape != self.shape):
             _raw_grad.__set__(self, value)
             return
         _raw_grad.__set__(self, None)
@@ -245,6 +256,34 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     @grad.deleter
     def grad(self) -> None:
         self.grad = None
+
+    def register_hook(self, hook: Callable[[torch.Tensor], torch.Tensor | None]) -> RemovableHandle:
+        """As in torch; the hook gets this rank's gradient, before the mean over ranks."""
+        handle: RemovableHandle = super().register_hook(hook)  # type: ignore[no-untyped-call]
+        self._has_new_hook()
+        return handle
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
+        """The same."""
+        handle: RemovableHandle = super().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        self._has_new_hook()
+        return handle
+
+    def _has_new_hook(self) -> None:
+        if self._flat is not None and not torch.compiler.is_dynamo_compiling():
+            self._flat.note_hooks(self._index)
+
+    def detach(self) -> torch.Tensor:
+        """As in torch, but for ``nn.Parameter(p)``, with which weight norm begins: that wants what ``p`` is."""
+        if torch.compiler.is_dynamo_compiling() or sys._getframe(1).f_code is not _MAKES_PARAMETERS:
+            return super().detach()
+        if self._flat is None or not self._flat.moves:
+            return like(self, _raw_data.__get__(self))
+        raise ShardedAccessError(
+            f"Another parameter cannot be made of {self._flat.names[self._index]!r}, of which every rank has a part, "
+            "as weight_norm does. Change the layer before its model is sharded, or take "
+            "nn.Parameter(parameter.gather())."
+        )
 
     def gather(self) -> torch.Tensor:  # type: ignore[override]
         """The whole value, a copy that does not follow later updates; its gradient reaches the shards.  Collective."""

@@ -17,6 +17,7 @@ LOSSES: dict[str, Loss] = {
     "broadcast": lambda y: bmt.distributed.broadcast(y, 0).square().mean(),
     "gather_result": lambda y: y.mean() + bmt.gather_result(y).square().mean(),
     "gather_samples": lambda y: y.mean() * bmt.gather_samples(y.detach()).square().mean(),
+    "gather_batch": lambda y: bmt.gather_batch(y).logsumexp(0).square().mean(),
     "sum_loss": lambda y: y.mean() * bmt.sum_loss(y.mean().detach()),
     "total": lambda y: y.mean() * bmt.total(y.sum().detach()),
     "agree": lambda y: y.mean() * (2.0 if bmt.agree(bmt.rank() == 0) else 1.0),

@@ -283,3 +283,178 @@ def hooks_of_every_optimizers_step(k: User):
     for handle in handles:
         handle.remove()
     return {"weights": k.weights(model), "seen": seen}
+
+
+def _hooked(k: User, hook, **options):
+    model = k.net()
+    for p in model.parameters():
+        p.register_hook(hook)
+    return k.train(model, k.sgd(model, **options))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_by_a_hook(k: User):
+    """`p.register_hook(lambda g: g.clamp(-c, c))`, where it clips"""
+    return _hooked(k, lambda g: g.clamp(-0.02, 0.02))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_in_place_by_a_hook(k: User):
+    """A hook that does `g.data.clamp_(-c, c)` and gives nothing"""
+    return _hooked(k, lambda g: (g.data.clamp_(-0.02, 0.02), None)[1])
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def normalized_by_a_hook(k: User):
+    """`p.register_hook(lambda g: g / (g.norm() + eps))`"""
+    return _hooked(k, lambda g: g / (g.norm() + 1e-3))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def signs_by_a_hook(k: User):
+    """`p.register_hook(torch.sign)`"""
+    return _hooked(k, torch.sign, lr=0.01)
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def squared_by_a_hook(k: User):
+    """`g * g.abs()`"""
+    return _hooked(k, lambda g: g * g.abs())
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def largest_kept_by_a_hook(k: User):
+    """Entries below the mean absolute value become zero"""
+    return _hooked(k, lambda g: torch.where(g.abs() > g.abs().mean(), g, 0.0))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clipped_by_norm_in_a_hook(k: User):
+    """`if norm > c: g = g * (c / norm)`, norm a Python number"""
+
+    def hook(g):
+        norm = g.norm().item()
+        return g * (0.05 / norm) if norm > 0.05 else g
+
+    return _hooked(k, hook)
+
+
+@idiom
+def noise_by_a_hook(k: User):
+    """`g + 0.01 * torch.randn_like(g)`: all ranks draw the same"""
+    return _hooked(k, lambda g: g + 0.01 * torch.randn_like(g))
+
+
+@idiom
+def sum_is_taken_off_by_a_hook(k: User):
+    """Gradient centralization in a hook: `g - g.mean()`"""
+    return _hooked(k, lambda g: g - g.mean())
+
+
+@idiom
+def rows_are_zeroed_in_place_by_a_hook(k: User):
+    """A hook that zeroes `g[:1]` in place and gives nothing"""
+    return _hooked(k, lambda g: (g[:1].zero_(), None)[1])
+
+
+@idiom
+def norms_read_by_a_hook(k: User):
+    """A hook keeps norms of what it sees, and changes nothing"""
+    model, seen = k.net(), []
+    model.head.weight.register_hook(lambda g: seen.append(g.norm().item()))
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def not_a_number_by_a_hook(k: User):
+    """`torch.nan_to_num` in a hook"""
+    return _hooked(k, torch.nan_to_num)
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_after_accumulation(k: User):
+    """`register_post_accumulate_grad_hook` clamps `p.grad` in place"""
+    model = k.net()
+
+    def clamp(p):
+        p.grad.clamp_(-0.02, 0.02)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(clamp)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def scaled_after_accumulation(k: User):
+    """`register_post_accumulate_grad_hook` multiplies `p.grad` in place"""
+    model = k.net()
+
+    def halve(p):
+        p.grad.mul_(0.5)
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(halve)
+    return k.train(model, k.sgd(model))
+
+
+@idiom
+def replaced_after_accumulation(k: User):
+    """`register_post_accumulate_grad_hook` binds `p.grad` anew"""
+    model = k.net()
+
+    def hook(p):
+        p.grad = p.grad * 0.5
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(hook)
+    return k.train(model, k.sgd(model))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_by_a_backward_hook(k: User):
+    """`register_full_backward_hook` clamps gradients of inputs"""
+    model = k.net()
+    model.layers[1].register_full_backward_hook(lambda m, gi, go: (gi[0].clamp(-0.01, 0.01),))
+    return k.train(model, k.sgd(model))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def normalized_by_a_backward_pre_hook(k: User):
+    """`register_full_backward_pre_hook` divides the gradient of outputs by its norm"""
+    model = k.net()
+    model.layers[1].register_full_backward_pre_hook(lambda m, go: (go[0] / (go[0].norm() + 1e-3),))
+    return k.train(model, k.sgd(model))
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def temperature_clamped_by_a_hook(k: User):
+    """A hook that is not linear, on a parameter of no module that the optimizer has, too"""
+    model, temperature = k.net(), nn.Parameter(torch.ones(3, device=k.device))
+    temperature.register_hook(lambda g: g * g.abs())
+    manager = k.sgd([*model.parameters(), temperature])
+    for x, y in k.batches():
+        k.step(manager, F.cross_entropy(model(x) * temperature.sum(), y))
+    return {"weights": k.weights(model), "temperature": temperature}
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_where_features_train(k: User):
+    """A hook that clips, and a loss of `model.features(x)`, no forward"""
+    model = k.net()
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.002, 0.002))
+    manager = k.sgd(model)
+    for x, _ in k.batches():
+        k.step(manager, model.features(x).tanh().square().mean())
+    return model
+
+
+@idiom(verdicts="right said said", says="before the mean over the ranks")
+def clamped_by_a_hook_of_later_steps(k: User):
+    """A hook that clips is registered after five steps"""
+    model = k.net()
+    manager = k.sgd(model)
+    k.train(model, manager, steps=5)
+    for p in model.parameters():
+        p.register_hook(lambda g: g.clamp(-0.02, 0.02))
+    return k.train(model, manager)

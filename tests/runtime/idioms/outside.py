@@ -491,3 +491,130 @@ def mixed_weights(k: User):
 
     model = k.shard(Model())
     return k.train(model, k.sgd(model))
+
+
+def _beside(k: User, use, leaf, steps=3, average=False):
+    """A leaf of no module, stepped by hand."""
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches(steps):
+        manager.zero_grad()
+        manager.backward(use(model(x), x, y, leaf))
+        manager.step()
+        with torch.no_grad():
+            leaf -= 0.5 * (k.average(leaf.grad) if average else leaf.grad)
+        leaf.grad = None
+    return {"weights": k.weights(model), "leaf": leaf}
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def offsets_stepped_by_hand(k: User):
+    """`w = torch.zeros(5, requires_grad=True)`, `w -= lr * w.grad`"""
+    leaf = torch.zeros(5, device=k.device, requires_grad=True)
+    return _beside(k, lambda out, x, y, w: F.cross_entropy(out + w, y), leaf)
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def parameter_of_no_module_stepped_by_hand(k: User):
+    """An `nn.Parameter` of no module, stepped by hand"""
+    leaf = nn.Parameter(torch.ones(1, device=k.device))
+    return _beside(k, lambda out, x, y, w: F.cross_entropy(out * w, y), leaf)
+
+
+@idiom
+def offsets_averaged_by_hand(k: User):
+    """The same, whose gradient the script averages"""
+    leaf = torch.zeros(5, device=k.device, requires_grad=True)
+    return _beside(k, lambda out, x, y, w: F.cross_entropy(out + w, y), leaf, average=True)
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def offsets_stepped_through_data(k: User):
+    """`w.data.add_(w.grad, alpha=-lr)`, `w.grad.zero_()`, after a plain backward"""
+    model, leaf = k.net(), torch.zeros(5, device=k.device, requires_grad=True)
+    manager = k.sgd(model)
+    for x, y in k.batches(3):
+        manager.zero_grad()
+        F.cross_entropy(model(x) + leaf, y).backward()
+        manager.step()
+        leaf.data.add_(leaf.grad, alpha=-0.5)
+        leaf.grad.zero_()
+    return {"weights": k.weights(model), "leaf": leaf}
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def offsets_of_inputs_stepped_by_hand(k: User):
+    """A perturbation of all inputs alike, stepped by its gradient's sign, and the model by nobody"""
+    model, leaf = k.net(), torch.zeros(1, 6, device=k.device, requires_grad=True)
+    for x, y in k.batches(4):
+        (-F.cross_entropy(model(x + leaf), y)).backward()
+        with torch.no_grad():
+            leaf -= 0.1 * leaf.grad
+        leaf.grad = None
+    return {"leaf": leaf}
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def weights_by_hand(k: User):
+    """A linear layer's two tensors, made by hand, behind a model"""
+    w = (0.1 * k.randn(3, 5)).requires_grad_()
+    b = torch.zeros(3, device=k.device, requires_grad=True)
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches(3):
+        k.step(manager, F.cross_entropy(F.linear(model(x), w, b), y % 3))
+        with torch.no_grad():
+            for leaf in (w, b):
+                leaf -= 0.5 * leaf.grad
+                leaf.grad = None
+    return {"weights": k.weights(model), "w": w, "b": b}
+
+
+@idiom(verdicts="right said said", says="belongs to no module")
+def multiplier_stepped_up(k: User):
+    """A Lagrange multiplier that climbs by hand: `lam += lr * lam.grad`"""
+    leaf = torch.tensor(0.1, device=k.device, requires_grad=True)
+    model = k.net()
+    manager = k.sgd(model)
+    for x, y in k.batches(3):
+        out = model(x)
+        k.step(manager, F.cross_entropy(out, y) + leaf * (out.square().mean() - 0.1))
+        with torch.no_grad():
+            leaf += leaf.grad
+        leaf.grad = None
+    return {"weights": k.weights(model), "leaf": leaf}
+
+
+@idiom
+def inputs_with_gradients(k: User):
+    """`x.requires_grad_()`: every row's gradient is its own, a step along it (FGSM)"""
+    model = k.net()
+    manager, rows = k.sgd(model), []
+    for x, y in k.batches(3):
+        x.requires_grad_()
+        F.cross_entropy(model(x), y, reduction="none").sum().backward()
+        moved = (x + 0.1 * x.grad.sign()).detach()
+        rows.append(k.gather(moved))
+        k.step(manager, F.cross_entropy(model(moved), y))
+    return {"weights": k.weights(model), "rows": rows}
+
+
+@idiom
+def two_temperatures_driven(k: User):
+    """Two parameters of no module in the optimizer, as a script makes them"""
+    model = k.net()
+    a, b = nn.Parameter(torch.ones(1, device=k.device)), torch.zeros(5, device=k.device, requires_grad=True)
+    manager = k.sgd([*model.parameters(), a, b])
+    for x, y in k.batches(3):
+        k.step(manager, F.cross_entropy(model(x) * a + b, y))
+    return {"weights": k.weights(model), "a": a, "b": b}
+
+
+@idiom
+def constant_leaf(k: User):
+    """A leaf that gets a gradient, which nobody steps on"""
+    model, leaf = k.net(), torch.ones(5, device=k.device, requires_grad=True)
+    manager = k.sgd(model)
+    for x, y in k.batches(3):
+        k.step(manager, F.cross_entropy(model(x) * leaf, y))
+    return {"weights": k.weights(model), "leaf": leaf}

@@ -21,7 +21,7 @@ FINE = VERDICTS[:3]
 
 THEMES = (
     "gradients", "penalties", "averages", "optimizers", "schedules", "states", "outside", "initial", "structure",
-    "hooks", "adapters", "losses", "precision", "loops", "randomness",
+    "hooks", "unused", "adapters", "losses", "comparisons", "precision", "loops", "randomness",
 )  # fmt: skip
 
 

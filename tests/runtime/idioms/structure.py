@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from .registry import idiom
@@ -960,3 +961,206 @@ def built_under_a_device(k: User):
     with torch.device(k.device):
         model = Net()
     return _trained(k, model.to(k.device))
+
+
+def _changed_when_sharded(k: User, change, steps=3, finish=None):
+    """A layer of a model that is ready to train gets a parametrization."""
+    model = k.net()
+    change(model)
+    model = k.train(model, k.sgd(model), steps)
+    if finish is not None:
+        finish(model)
+    x, _ = k.batch()
+    return {"weights": k.weights(model), "out": k.gather(model(x))}
+
+
+@idiom(verdicts="right refused refused", says="before its model is sharded")
+def weight_norm_when_sharded(k: User):
+    """`parametrizations.weight_norm` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: nn.utils.parametrizations.weight_norm(m.head))
+
+
+@idiom(verdicts="right refused refused", says="before its model is sharded")
+def weight_norm_of_a_block_when_sharded(k: User):
+    """The same of a layer in each block"""
+
+    def change(model):
+        for layer in model.layers:
+            nn.utils.parametrizations.weight_norm(layer.up)
+
+    return _changed_when_sharded(k, change)
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def old_weight_norm_when_sharded(k: User):
+    """`nn.utils.weight_norm` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: nn.utils.weight_norm(m.head))
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def old_weight_norm_removed_when_sharded(k: User):
+    """The same, and removed after training"""
+    return _changed_when_sharded(
+        k, lambda m: nn.utils.weight_norm(m.head), finish=lambda m: nn.utils.remove_weight_norm(m.head)
+    )
+
+
+@idiom
+def spectral_norm_when_sharded(k: User):
+    """`parametrizations.spectral_norm` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: nn.utils.parametrizations.spectral_norm(m.head))
+
+
+@idiom
+def old_spectral_norm_when_sharded(k: User):
+    """`nn.utils.spectral_norm` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: nn.utils.spectral_norm(m.head))
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def orthogonal_when_sharded(k: User):
+    """`parametrizations.orthogonal` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: nn.utils.parametrizations.orthogonal(m.head))
+
+
+@idiom
+def own_parametrization_when_sharded(k: User):
+    """`register_parametrization` of the user's own (symmetric)"""
+
+    class Half(nn.Module):
+        def forward(self, w):
+            return 0.5 * w.tanh()
+
+    return _changed_when_sharded(k, lambda m: nn.utils.parametrize.register_parametrization(m.head, "weight", Half()))
+
+
+@idiom(verdicts="right refused refused", says="before its model is sharded")
+def parametrization_removed_when_sharded(k: User):
+    """Weight norm, removed after training with `remove_parametrizations`"""
+    return _changed_when_sharded(
+        k,
+        lambda m: nn.utils.parametrizations.weight_norm(m.head),
+        finish=lambda m: nn.utils.parametrize.remove_parametrizations(m.head, "weight"),
+    )
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruned_by_magnitude_when_sharded(k: User):
+    """`prune.l1_unstructured` of a layer of a sharded model"""
+    return _changed_when_sharded(k, lambda m: prune.l1_unstructured(m.head, "weight", amount=0.3))
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruned_by_chance_when_sharded(k: User):
+    """`prune.random_unstructured`"""
+    return _changed_when_sharded(k, lambda m: prune.random_unstructured(m.head, "weight", amount=0.3))
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruned_in_rows_when_sharded(k: User):
+    """`prune.ln_structured`"""
+    return _changed_when_sharded(k, lambda m: prune.ln_structured(m.head, "weight", amount=2, n=2, dim=0))
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruned_globally_when_sharded(k: User):
+    """`prune.global_unstructured` of several layers"""
+
+    def change(model):
+        those = [(model.head, "weight"), (model.layers[0].up, "weight")]
+        prune.global_unstructured(those, pruning_method=prune.L1Unstructured, amount=0.3)
+
+    return _changed_when_sharded(k, change)
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruning_removed_when_sharded(k: User):
+    """`prune.remove` after training"""
+    return _changed_when_sharded(
+        k,
+        lambda m: prune.l1_unstructured(m.head, "weight", amount=0.3),
+        finish=lambda m: prune.remove(m.head, "weight"),
+    )
+
+
+@idiom(verdicts="right refused refused", says="bmt.gathered")
+def pruned_in_turns_when_sharded(k: User):
+    """Pruned, trained, pruned again and trained (a lottery ticket)"""
+    model = k.net()
+    manager = k.sgd(model)
+    for _ in range(2):
+        prune.l1_unstructured(model.head, "weight", amount=0.2)
+        k.train(model, manager)
+    return model
+
+
+@idiom
+def old_weight_norm_in_gathered(k: User):
+    """`nn.utils.weight_norm` inside `bmt.gathered`"""
+
+    def change(model):
+        with k.gathered(model.head):
+            nn.utils.weight_norm(model.head)
+
+    return _changed_when_sharded(k, change)
+
+
+@idiom(verdicts="right refused refused", says="before its model is sharded")
+def weight_norm_in_gathered(k: User):
+    """`parametrizations.weight_norm` inside `bmt.gathered`"""
+
+    def change(model):
+        with k.gathered(model.head):
+            nn.utils.parametrizations.weight_norm(model.head)
+
+    return _changed_when_sharded(k, change)
+
+
+@idiom
+def orthogonal_in_gathered(k: User):
+    """`parametrizations.orthogonal` inside `bmt.gathered`"""
+
+    def change(model):
+        with k.gathered(model.head, write=True):
+            nn.utils.parametrizations.orthogonal(model.head)
+
+    return _changed_when_sharded(k, change)
+
+
+@idiom
+def parameter_of_gathered_values(k: User):
+    """`nn.Parameter(model.head.weight.data.clone())` inside `bmt.gathered`, as another layer's weight"""
+    model = k.net()
+    with k.gathered(model.head):
+        weight = nn.Parameter(model.head.weight.data.clone())
+    manager = k.sgd([*model.parameters(), weight])
+    for x, y in k.batches():
+        k.step(manager, F.cross_entropy(model(x) + F.linear(model.features(x), weight), y))
+    return {"weights": k.weights(model), "weight": weight.detach().clone()}
+
+
+@idiom
+def pruned_in_gathered(k: User):
+    """`prune.l1_unstructured` inside `bmt.gathered`, and removed after training"""
+
+    def change(model):
+        with k.gathered(model.head):
+            prune.l1_unstructured(model.head, "weight", amount=0.3)
+
+    def finish(model):
+        with k.gathered(model.head, write=True):
+            prune.remove(model.head, "weight")
+
+    return _changed_when_sharded(k, change, finish=finish)
+
+
+@idiom
+def pruned_globally_in_gathered(k: User):
+    """`prune.global_unstructured` of several layers inside `bmt.gathered`"""
+
+    def change(model):
+        those = [(model.head, "weight"), (model.layers[0].up, "weight")]
+        with k.gathered(model):
+            prune.global_unstructured(those, pruning_method=prune.L1Unstructured, amount=0.3)
+
+    return _changed_when_sharded(k, change)
