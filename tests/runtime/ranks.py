@@ -27,11 +27,14 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import io
 import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -41,6 +44,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
@@ -105,6 +109,29 @@ def run_ranks(
     with _group(world_size, options, initialize, env or {}, fresh) as group:
         results: list[T] = group.run(task, timeout)
         return results
+
+
+def run_script(path: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """What ``python path arguments`` does and writes, in a process of its own that has loaded torch already."""
+    done: list[subprocess.CompletedProcess[str]] = run_ranks(
+        1, _run_script, str(path), arguments, initialize=False, fresh=True, default_device=False, env=env
+    )
+    return done[0]
+
+
+def _run_script(path: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(path))
+    code: int | str | None = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    return subprocess.CompletedProcess(sys.argv, int(code), out.getvalue(), err.getvalue())
 
 
 def on_ranks(
@@ -219,8 +246,11 @@ class _Group:
 
 @functools.cache
 def _start_fork_server() -> None:
-    # A backward imports torch._dynamo, and every rank that is started would do so again for a second.
-    forkserver.set_forkserver_preload(["torch._dynamo", "bmtrain", "pytest"])
+    # What a backward or torch.compile imports, every rank that is started would import again, for seconds.
+    forkserver.set_forkserver_preload(
+        ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common", "torch._inductor.compile_fx",
+         "torch._inductor.debug", "bmtrain", "pytest"]
+    )  # fmt: skip
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
     try:
