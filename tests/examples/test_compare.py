@@ -20,9 +20,8 @@ def compare(folder: Path, plain: list[float], converted: list[tuple[int, float]]
     for name, entries in logs.items():
         lines = [json.dumps({"step": step, "loss": loss}) for step, loss in entries]
         (folder / name).write_text("\n".join(lines))
-    return run_script(
-        COMPARE, str(folder / "plain"), str(folder / "converted"), "--picture", str(folder / "losses.png")
-    )
+    arguments = [str(folder / "plain"), str(folder / "converted"), "--picture", str(folder / "losses.png")]
+    return run_script(COMPARE, *arguments)[0]
 
 
 def test_equal_runs_pass(tmp_path: Path) -> None:

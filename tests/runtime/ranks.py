@@ -111,15 +111,21 @@ def run_ranks(
         return results
 
 
-def run_script(path: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """What ``python path arguments`` does and writes, in a process of its own that has loaded torch already."""
-    done: list[subprocess.CompletedProcess[str]] = run_ranks(
-        1, _run_script, str(path), arguments, initialize=False, fresh=True, default_device=False, env=env
+def run_script(
+    path: Path, *arguments: str, ranks: int = 1, folder: Path | None = None, env: dict[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """What each rank of ``torchrun path arguments`` does and writes, in processes that have loaded torch already.
+
+    They begin in ``folder``.
+    """
+    where = str(folder or os.getcwd())
+    return run_ranks(
+        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env
     )
-    return done[0]
 
 
-def _run_script(path: str, arguments: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subprocess.CompletedProcess[str]:
+    os.chdir(folder)
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(path))
     code: int | str | None = 0

@@ -41,5 +41,5 @@ def test_it_stands_above_a_bar() -> None:
 )
 def test_where_it_goes(tmp_path: Path, before: str, out: str, err: str) -> None:
     (tmp_path / "train.py").write_text(before + SAY)
-    done = run_script(tmp_path / "train.py")
+    (done,) = run_script(tmp_path / "train.py")
     assert (done.stdout, done.stderr) == (out, err)
