@@ -199,7 +199,7 @@ class _Group:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         method = multiprocessing.get_context("forkserver")
-        _start_fork_server()
+        start_fork_server()
         port = free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
@@ -251,7 +251,8 @@ class _Group:
 
 
 @functools.cache
-def _start_fork_server() -> None:
+def start_fork_server() -> None:
+    """Start what ranks are forked from; whoever else forks in this process of the tests then does so from there."""
     # What a backward or torch.compile imports, every rank that is started would import again, for seconds.
     forkserver.set_forkserver_preload(
         ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common", "torch._inductor.compile_fx",
