@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.runtime.ranks import run_script
+
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "examples" / "benchmark"
 
@@ -54,7 +56,7 @@ def test_the_profile_says_how_gathers_moved(streams: ModuleType) -> None:
 
 
 def test_a_workload_that_is_none_is_explained() -> None:
-    done = run("nano:two:full")
+    (done,) = run_script(BENCHMARK / "run.py", "nano:two:full")
     assert done.returncode == 1
     assert "SIZE:BATCH:RECOMPUTE" in done.stderr
 
@@ -118,13 +120,13 @@ def test_a_row_whose_losses_differ_has_failed() -> None:
 
 
 def test_a_users_workload_that_is_none_is_explained() -> None:
-    done = run("nano:1:accum", script="user.py")
+    (done,) = run_script(BENCHMARK / "user.py", "nano:1:accum")
     assert done.returncode == 1
     assert "SIZE:BATCH" in done.stderr
 
 
 def test_plain_and_converted_take_turns() -> None:
-    done = run("nano", "--batch", "2", "--length", "16", "--rounds", "1", script="in_turns.py")
+    (done,) = run_script(BENCHMARK / "in_turns.py", "nano", "--batch", "2", "--length", "16", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     title, names, *phases = done.stdout.splitlines()
     assert title.startswith("nano:2, 1 rank,") and names.split() == ["plain", "converted"]
@@ -132,5 +134,5 @@ def test_plain_and_converted_take_turns() -> None:
 
 
 def test_take_turns_refuses_a_size_there_is_not() -> None:
-    done = run("huge", script="in_turns.py")
+    (done,) = run_script(BENCHMARK / "in_turns.py", "huge")
     assert done.returncode == 2 and "huge" in done.stderr

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.runtime.ranks import run_script
 
 COMPARE = Path(__file__).parents[2] / "examples" / "compare.py"
 LOSSES = [5.0 - 0.1 * step for step in range(40)]
@@ -20,7 +21,7 @@ def compare(folder: Path, plain: list[float], converted: list[tuple[int, float]]
         lines = [json.dumps({"step": step, "loss": loss}) for step, loss in entries]
         (folder / name).write_text("\n".join(lines))
     arguments = [str(folder / "plain"), str(folder / "converted"), "--picture", str(folder / "losses.png")]
-    return subprocess.run([sys.executable, str(COMPARE), *arguments], capture_output=True, text=True, check=False)
+    return run_script(COMPARE, *arguments)[0]
 
 
 def test_equal_runs_pass(tmp_path: Path) -> None:

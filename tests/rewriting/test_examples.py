@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rewriter.cli import main
+from tests.runtime.ranks import run_script
 
 from .helpers import converted
 
@@ -82,15 +81,6 @@ def test_the_docs_show_the_rules() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def started(folder: Path, *scripts: Path, **variables: str) -> subprocess.Popen[str]:
-    """One process that runs scripts one after the other."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
-    code = f"import runpy\nfor path in {[str(script) for script in scripts]}: runpy.run_path(path, run_name='__main__')"
-    return subprocess.Popen(
-        [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_the_tutorial_proves_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Keys' biases have gradients of rounding error alone, which AdamW makes steps of: on one rank, too."""
     shutil.copy(EXAMPLES / "tutorial" / "train.py", tmp_path)
@@ -105,12 +95,11 @@ def test_the_tutorial_says_what_happens(tmp_path: Path) -> None:
     assert shown == script.read_text()
     assert main([str(script), "--output", str(tmp_path), "--quiet"]) == 0
     converted_script = tmp_path / "train.py"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    ranks = [started(tmp_path, converted_script, RANK=rank, LOCAL_RANK=rank, **job) for rank in ("0", "1")]
-    on_two, silent = (process.communicate(timeout=120)[0] for process in ranks)
-    alone = started(tmp_path, script, converted_script).communicate(timeout=120)[0].splitlines()
+    runs = ((script, 1), (converted_script, 1), (converted_script, 2))
+    printed = [
+        done.stdout
+        for path, ranks in runs
+        for done in run_script(path, ranks=ranks, folder=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    ]
     said = re.findall(r"^epoch .*$", page, re.MULTILINE)
-    assert len(said) == 9 and said == [*alone, *on_two.splitlines()] and silent == ""
+    assert len(said) == 9 and said == "".join(printed).splitlines() and printed[-1] == ""

@@ -27,11 +27,14 @@ import gc
 import importlib
 import importlib.util
 import inspect
+import io
 import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -41,6 +44,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pytest
@@ -107,6 +111,35 @@ def run_ranks(
         return results
 
 
+def run_script(
+    path: Path, *arguments: str, ranks: int = 1, folder: Path | None = None, env: dict[str, str] | None = None
+) -> list[subprocess.CompletedProcess[str]]:
+    """What each rank of ``torchrun path arguments`` does and writes, in processes that have loaded torch already.
+
+    They begin in ``folder``.
+    """
+    where = str(folder or os.getcwd())
+    return run_ranks(
+        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env
+    )
+
+
+def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subprocess.CompletedProcess[str]:
+    os.chdir(folder)
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(path))
+    code: int | str | None = 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
+    return subprocess.CompletedProcess(sys.argv, int(code), out.getvalue(), err.getvalue())
+
+
 def on_ranks(
     *world_sizes: int, long: tuple[int, ...] = (), **options: Any
 ) -> Callable[[Callable[P, None]], Callable[Concatenate[int, P], None]]:
@@ -166,7 +199,7 @@ class _Group:
         self.pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         method = multiprocessing.get_context("forkserver")
-        _start_fork_server()
+        start_fork_server()
         port = free_port()
         for rank in range(world_size):
             ours, theirs = method.Pipe()
@@ -218,9 +251,13 @@ class _Group:
 
 
 @functools.cache
-def _start_fork_server() -> None:
-    # A backward imports torch._dynamo, and every rank that is started would do so again for a second.
-    forkserver.set_forkserver_preload(["torch._dynamo", "bmtrain", "pytest"])
+def start_fork_server() -> None:
+    """Start what ranks are forked from; whoever else forks in this process of the tests then does so from there."""
+    # What a backward or torch.compile imports, every rank that is started would import again, for seconds.
+    forkserver.set_forkserver_preload(
+        ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common", "torch._inductor.compile_fx",
+         "torch._inductor.debug", "bmtrain", "pytest"]
+    )  # fmt: skip
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
     try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from ranks import run_script
 
 SAY = "from bmtrain.log import say; say('two units'); say('three', rank=1)"
 SAID = "bmtrain: two units\nbmtrain: three\n"
@@ -37,6 +39,7 @@ def test_it_stands_above_a_bar() -> None:
         (OWN, "bmtrain 0 two units\nbmtrain 1 three\n", ""),
     ],
 )
-def test_where_it_goes(before: str, out: str, err: str) -> None:
-    done = subprocess.run([sys.executable, "-c", before + SAY], capture_output=True, text=True, check=True)
+def test_where_it_goes(tmp_path: Path, before: str, out: str, err: str) -> None:
+    (tmp_path / "train.py").write_text(before + SAY)
+    (done,) = run_script(tmp_path / "train.py")
     assert (done.stdout, done.stderr) == (out, err)

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 import bmtrain as bmt
 
-STEPS = 30
+STEPS = 15
 LEARNING_RATE = 1e-2
 FP32 = 1e-5  # of the loss, and of a gradient's largest entry
 # bfloat16 keeps 8 bits: one rounding is 2^-9 of a value, and a backward rounds some dozen times on the way.

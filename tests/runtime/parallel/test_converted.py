@@ -30,7 +30,7 @@ def without_dropout(style: str) -> str:
     return source(STYLES[style]).replace("0.1", "0.0")
 
 
-@on_ranks(2, 4, init={"tp_size": 2})
+@on_ranks(4, long=(2,), init={"tp_size": 2})
 def test_converted_models_are_the_plain_ones() -> None:
     for style in STYLES:
         text = without_dropout(style)

@@ -302,7 +302,7 @@ def split(case: str, seed: int = 3) -> Any:
     return bmt.BMTrainModelWrapper(model)
 
 
-@on_ranks(2, 4, init={"tp_size": 2})
+@on_ranks(4, long=(2,), init={"tp_size": 2})
 def test_split_models_are_the_whole_one() -> None:
     for case, (options, _) in CASES.items():
         model, reference = split(case), Model(**options)

@@ -96,7 +96,7 @@ TORCHS: dict[str, Any] = {
 }
 
 
-@on_ranks(2, 4, init={"tp_size": 2})
+@on_ranks(4, long=(2,), init={"tp_size": 2})
 def test_split_models_are_the_whole_one() -> None:
     cases: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[str] | None]] = {
         "by width": ({}, PLAN, None),

@@ -559,6 +559,7 @@ def test_settings_of_the_project(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "parallelize_module" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_verify_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text(source(FAST))
     assert cli.main([str(tmp_path / "model.py"), "--tensor-parallel", "--verify", "model:build", "--ranks", "2"]) == 0
@@ -566,6 +567,7 @@ def test_verify_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert re.search(r"2  built +split +\d+ ", out) and "the converted model is the same model" in out
 
 
+@pytest.mark.usefixtures("fork_server")
 def test_verify_wants_something_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text(source(FAST) + "\n\nDECAYED = (torch.nn.Linear,)\n")
     assert cli.main([str(tmp_path / "model.py"), "--tensor-parallel", "--verify", "model:build", "--ranks", "2"]) == 1

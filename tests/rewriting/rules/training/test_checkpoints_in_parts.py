@@ -15,6 +15,7 @@ import pytest
 
 from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
+from tests.runtime.ranks import run_script
 
 from ...helpers import converted
 
@@ -245,6 +246,10 @@ class Job:
     def run(
         self, side: str, *arguments: str, ranks: int = 0, restarts: int = 0, die_at: int | None = None, tp_size: int = 1
     ) -> tuple[int, str]:
+        if die_at is None and not restarts:
+            script, env = self.folder / side / f"{self.name}.py", {"BMTRAIN_TP_SIZE": str(tp_size)}
+            done = run_script(script, *arguments, ranks=ranks or 1, folder=self.folder / side, env=env)
+            return max(one.returncode for one in done), "".join(one.stdout + one.stderr for one in done)
         with socket.socket() as found:
             found.bind(("localhost", 0))
             port = found.getsockname()[1]
