@@ -6,11 +6,12 @@ what a model gave, in ``if``, ``while``, conditional expressions and ``and``/``o
 ``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list. Counts
 and means of a rank's share of a batch become the batch's: ``if len(x) < 2:`` is ``if bmt.total(len(x)) < 2:``; in a
 script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``.
+An ``except`` around training in which a rank would go on alone begins with ``if bmt.world_size() > 1: raise``.
 Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
 does not make the call, and the others wait for it forever.
 Refuses when: the test is of other values of a rank's share of a batch (``x.max() > 9``), or of one of which it is not
 seen whether it is a share; it compares a rank with something; one rank alone would leave (a remark, if the script had
-ranks before); an error that one rank may meet alone is caught: then the file stays as it is.
+ranks before); a file that one rank may not find is caught, or any error is suppressed: then the file stays as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.decisions import Verdict
-from rewriter.changes import Change, wrap
+from rewriter.changes import Change, insert_before, wrap
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
+
+_INTERRUPTED = (
+    "Ctrl-C, or an error, meets each rank at another place, and {where} needs all of them: with several ranks it may "
+    "end the job instead, saying so; what is to be kept has to be saved in the loop"
+)
+_RAISED = "with several ranks an error ends the job here: a rank that goes on alone would leave the others waiting"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -55,6 +62,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if listed not in made:
                 made.add(listed)
                 changes.append(wrap(listed, "{bmt}.store.broadcast_object(list({it}))"))
+        if verdict.interrupted is not None:
+            line = verdict.interrupted.lineno
+            yield Remark(RULE.code, node.lineno, _INTERRUPTED.format(where=f"line {line}"))
+        for handler in verdict.raised:
+            raises = insert_before(handler.body[0], "if {bmt}.world_size() > 1:", "    raise")
+            yield Conversion(RULE.code, handler.lineno, _RAISED, (raises,))
         if changes:
             whole = verdict.shares and not verdict.tests
             message = f"{'the whole batch' if whole else 'rank 0'} decides for all: {what} is for all ranks"
