@@ -14,6 +14,7 @@ from rewriter.analyze.training.collectives import as_guard, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, Share, loop_over
+from rewriter.analyze.training.truths import Truths
 from rewriter.analyze.training.varying import Varying, of_rank, strides_by_rank
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
@@ -46,6 +47,10 @@ class Verdict:
     tests: list[ast.expr] = field(default_factory=list)
     shares: dict[ast.expr, Share] = field(default_factory=dict)
     """Totals and means in tests of a batch, which are to be the whole batch's."""
+    joined: dict[ast.expr, str] = field(default_factory=dict)
+    """Tests that hold for a batch if they hold on ``all`` ranks, or on ``any``."""
+    unjoined: ast.expr | None = None
+    """A test of a rank's share of the batch that rank 0 alone decides."""
     listed: list[ast.expr] = field(default_factory=list)
     raised: list[ast.ExceptHandler] = field(default_factory=list)
     """Handlers in which a rank would go on alone: with more ranks than one, errors are to pass them."""
@@ -64,6 +69,7 @@ class Decisions:
         self.collectives = scripts.collectives
         self.project = scripts.project
         self.caught = Caught(scripts)
+        self.truths = Truths(scripts.project)
         self._found: dict[File, dict[Decider, Decision]] = {}
         self._for_all_of: dict[File, dict[ast.expr | ast.stmt, None]] = {}
 
@@ -79,7 +85,7 @@ class Decisions:
         """The decisions of a file on which ranks may differ."""
         for decision in self.of(file).values():
             verdict = self._judge(file, decision)
-            found = (verdict.tests, verdict.shares, verdict.listed, verdict.raised, verdict.interrupted)
+            found = (verdict.tests, verdict.shares, verdict.joined, verdict.listed, verdict.raised, verdict.interrupted)
             if verdict.reason or any(found):
                 yield verdict
 
@@ -247,7 +253,7 @@ class Decisions:
         elif (place := self._share_asked(file, test)) is not None:
             self._judge_share(file, test, place, verdict)
         elif self.varying.varies(file, test):
-            verdict.tests.append(test)
+            self._judge_made(file, test, verdict)
 
     def _listed(self, file: File, iterated: ast.expr) -> Iterator[ast.expr]:
         """The list of files, or other list that may differ, that a loop goes through."""
@@ -290,21 +296,62 @@ class Decisions:
         direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place))
         return place if direct else None
 
-    def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
-        """Every rank sees its share of the batch."""
+    def _judge_made(self, file: File, test: ast.expr, verdict: Verdict) -> None:
+        """What a model or a loss makes of a batch is each rank's own; else ranks differ by what is no matter."""
+        handed = self.scripts.handed
+        place = None if self.scripts.started or _is_of_kind(test) else self._place_of(file, test)
+        kinds = handed.kinds(file, place) if place is not None else None
+        if place is None or kinds is None or not kinds.of_batch(test):
+            verdict.tests.append(test)
+        elif truth := self.truths.of(file, kinds, test):
+            verdict.joined[test] = truth
+        elif self.scripts.was_parallel(file):
+            verdict.tests.append(test)
+        elif not self._is_made_whole(file, test, place, verdict):
+            verdict.tests.append(test)
+            verdict.unjoined = test
+
+    def _place_of(self, file: File, test: ast.expr) -> Place | None:
+        """The loop or function that a test stands in, or the loop whose last batch left what it asks for."""
+        handed, asked = self.scripts.handed, names_in(test)
+        if (place := handed.around(file, test)) is not None:
+            return place
+        for place in handed.of(file):
+            if isinstance(place, (ast.For, ast.While)) and asked & handed.kinds(file, place).made.keys():
+                here = file.names.function_of(place) is file.names.function_of(test)
+                end = place.end_lineno or 0
+                assigned = self.scripts.roles[file].assignments
+                again = any(v[1] in asked and statement.lineno > end for v, _, statement, _ in assigned)
+                if here and not again and handed.kinds(file, place).of_batch(test):
+                    return place
+        return None
+
+    def _is_made_whole(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> bool:
+        """Whether a test is of totals and means alone, which become the batch's."""
         handed = self.scripts.handed
         kinds, known = handed.kinds(file, place), handed.of(file)[place].known
         parts = kinds.whole(test)
-        node = verdict.decision.node
+        loader = None if known or not isinstance(place, ast.For) else loop_over(place)
+        if not parts or not kinds.comes_once(verdict.decision.node):
+            return False
+        if not known and (loader is None or not self.scripts.shares_data(file)):
+            return False
+        verdict.shares |= {part: Share(kind, loader) for part, kind in parts}
+        return True
+
+    def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
+        """Every rank sees its share of the batch."""
+        kinds = self.scripts.handed.kinds(file, place)
         if self.scripts.was_parallel(file):
+            parts = kinds.whole(test)
             if parts and all(kinds.is_size(part) for part, _ in parts):
                 verdict.tests.append(test)  # its samplers give all ranks as many
                 return
-        elif parts is not None and kinds.comes_once(node):
-            loader = None if known or not isinstance(place, ast.For) else loop_over(place)
-            if known or (loader is not None and self.scripts.shares_data(file)):
-                verdict.shares |= {part: Share(kind, loader) for part, kind in parts}
-                return
+        elif self._is_made_whole(file, test, place, verdict):
+            return
+        if (truth := self.truths.of(file, kinds, test)) and kinds.comes_once(verdict.decision.node):
+            verdict.joined[test] = truth
+            return
         verdict.reason = verdict.reason or "a rank sees its share of the batch only, and this test is of the batch"
 
 
