@@ -108,11 +108,9 @@ def _over_time(info: ClassInfo) -> Iterator[ast.AST]:
         match item:
             case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords):
                 given = [*args, *(keyword.value for keyword in keywords if keyword.arg in {"dim", "axis"})]
-                if attr in _POOLED and any(_number(value) in _TIME for value in given):
-                    yield item
-                elif _POOLS.match(attr) or attr in _ATTENDS or (attr == "softmax" and multiplies):
-                    yield item
-                elif attr == "max_pool1d" and not all(map(_is_constant, args[1:])):
+                pooled = attr in _POOLED and any(_number(value) in _TIME for value in given)
+                pooled = pooled or (attr == "max_pool1d" and not all(map(_is_constant, args[1:])))
+                if pooled or _POOLS.match(attr) or attr in _ATTENDS or (attr == "softmax" and multiplies):
                     yield item
             case ast.Subscript(slice=ast.Tuple(elts=[_, place, *_]) | place) if recurs and _number(place) == -1:
                 yield item  # the last step, or the state behind it

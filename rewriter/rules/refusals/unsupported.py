@@ -33,8 +33,8 @@ _FILLING = {
 }  # fmt: skip
 _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _PADDED = (
-    "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): mask "
-    "it, or pad to one length"
+    "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
+    "mask it, or pad to one length"
 )
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
