@@ -367,10 +367,21 @@ def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt 
         if isinstance(node.func, ast.Attribute)
         and node.func.attr in {"step", "zero_grad", "unscale_"}
         and optimizer in {managers.roles.var(held) for held in (node.func.value, *node.args[:1])}
-        and made[0].lineno < node.lineno <= (place.end_lineno or place.lineno)
-        and file.names.function_of(node) is file.names.function_of(made[0])
+        and any(
+            made[0].lineno < reached.lineno <= (place.end_lineno or place.lineno)
+            for reached in (node, *_calls_around(file, node))
+            if file.names.function_of(reached) is file.names.function_of(made[0])
+        )
     ]
     return made if used else []
+
+
+def _calls_around(file: File, node: ast.AST) -> Iterator[ast.Call]:
+    """The calls, by its name, of the function that a node stands in."""
+    function = file.names.function_of(node)
+    for call in file.calls if function is not None else ():
+        if isinstance(call.func, ast.Name) and function is not None and call.func.id == function.name:
+            yield call
 
 
 def _is_none(value: ast.expr) -> bool:

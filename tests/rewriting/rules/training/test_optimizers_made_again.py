@@ -25,13 +25,17 @@ AGAIN = {
     "under a while": f"{MAKE}\nwhile True:\n{indent(STEP)}    if bad:\n        {MAKE}\n",
     "in a function": f"def train():\n    {MAKE}\n{indent(STEP)}    {MAKE}\n{indent(STEP)}\n\ntrain()\n",
 }
+AGAIN["by a function"] = (
+    f"def train():\n{indent(STEP)}\n\nopt = None\ntry:\n    {MAKE}\n    for epoch in range(3):\n        train()\n"
+    f"        if epoch:\n            {MAKE}\nexcept KeyboardInterrupt:\n    pass\n"
+)
 
 
 @pytest.mark.parametrize("text", AGAIN.values(), ids=AGAIN.keys())
 def test_each_gets_a_manager(text: str) -> None:
     after = converted(HEAD + text)
     lines = [line.strip() for line in after.splitlines()]
-    made = [number for number, line in enumerate(lines) if line.startswith(("opt = ", "net, opt = "))]
+    made = [number for number, line in enumerate(lines) if line.startswith(("opt = torch", "net, opt = "))]
     assert len(made) == 2
     for number in made:
         assert lines[number + 1 : number + 3] == [
