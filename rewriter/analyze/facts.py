@@ -21,6 +21,7 @@ from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
+from rewriter.analyze.training.padded import Padded
 from rewriter.analyze.training.read_back import ReadBack
 from rewriter.analyze.training.saves import Saves
 from rewriter.analyze.training.scripts import Scripts
@@ -86,6 +87,10 @@ class Facts:
     @cached_property
     def moments(self) -> Moments:
         return Moments(self.scripts)
+
+    @cached_property
+    def padded(self) -> Padded:
+        return Padded(self.scripts)
 
     @cached_property
     def read_back(self) -> ReadBack:

@@ -96,8 +96,10 @@ class Across:
             return False
         names = [dotted(d.func if isinstance(d, ast.Call) else d) or "" for d in function.decorator_list]
         owner = self.file.names.class_of(function)
-        optimizes = owner is not None and any((dotted(base) or "").endswith("Optimizer") for base in owner.bases)
-        return optimizes or any(name.split(".")[-1] in _OUTSIDE for name in names)
+        bases = [(dotted(base) or "").split(".")[-1] for base in (owner.bases if owner is not None else ())]
+        optimizes = any(base.endswith("Optimizer") for base in bases)
+        by_hand = function.name == "backward" and "Function" in bases  # a gradient, and no loss
+        return optimizes or by_hand or any(name.split(".")[-1] in _OUTSIDE for name in names)
 
 
 class Flow:

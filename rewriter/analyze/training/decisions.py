@@ -9,17 +9,17 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
+from rewriter.analyze.training.caught import EXITS, Caught, caught_names, leaves
 from rewriter.analyze.training.collectives import as_guard, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, Share, loop_over
+from rewriter.analyze.training.truths import Truths
 from rewriter.analyze.training.varying import Varying, of_rank, strides_by_rank
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
-_EXITS = {"exit", "quit", "sys.exit", "os._exit"}
 _OF_FILES = {"OSError", "IOError", "FileNotFoundError", "EnvironmentError"}
-_OF_RUNS = {"RuntimeError", "OutOfMemoryError", "Exception", "BaseException", "AcceleratorError"}
 _READS = {"open", "torch.load", "numpy.load", "pickle.load", "json.load"}
 _MAKING = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.compile"}
 _TRAINED = {"parameters", "named_parameters"}
@@ -27,7 +27,7 @@ _NO_CALLS_OF_ALL = (
     "bmtrain.optim.", "bmtrain.lr_scheduler.", "bmtrain.shard_", "bmtrain.print_", "bmtrain.compile", "bmtrain.config",
     "bmtrain.init_distributed", "bmtrain.see_memory", "bmtrain.nn.", "bmtrain.utils.", "bmtrain.loss.",
 )  # fmt: skip
-Decider = ast.If | ast.While | ast.IfExp | ast.BoolOp | ast.For | ast.AsyncFor | ast.Try
+Decider = ast.If | ast.While | ast.IfExp | ast.BoolOp | ast.For | ast.AsyncFor | ast.Try | ast.With
 
 
 @dataclass(eq=False)
@@ -47,7 +47,15 @@ class Verdict:
     tests: list[ast.expr] = field(default_factory=list)
     shares: dict[ast.expr, Share] = field(default_factory=dict)
     """Totals and means in tests of a batch, which are to be the whole batch's."""
+    joined: dict[ast.expr, str] = field(default_factory=dict)
+    """Tests that hold for a batch if they hold on ``all`` ranks, or on ``any``."""
+    unjoined: ast.expr | None = None
+    """A test of a rank's share of the batch that rank 0 alone decides."""
     listed: list[ast.expr] = field(default_factory=list)
+    raised: list[ast.ExceptHandler] = field(default_factory=list)
+    """Handlers in which a rank would go on alone: with more ranks than one, errors are to pass them."""
+    interrupted: ast.stmt | None = None
+    """What is for all ranks behind an interruption, which each of them meets elsewhere."""
     reason: str = ""
     as_before: bool = False
     """Whether the ranks of the unconverted script differ here, too."""
@@ -60,7 +68,10 @@ class Decisions:
         self.scripts = scripts
         self.collectives = scripts.collectives
         self.project = scripts.project
+        self.caught = Caught(scripts)
+        self.truths = Truths(scripts.project)
         self._found: dict[File, dict[Decider, Decision]] = {}
+        self._for_all_of: dict[File, dict[ast.expr | ast.stmt, None]] = {}
 
     @cached_property
     def varying(self) -> Varying:
@@ -74,7 +85,8 @@ class Decisions:
         """The decisions of a file on which ranks may differ."""
         for decision in self.of(file).values():
             verdict = self._judge(file, decision)
-            if verdict.reason or verdict.tests or verdict.shares or verdict.listed:
+            found = (verdict.tests, verdict.shares, verdict.joined, verdict.listed, verdict.raised, verdict.interrupted)
+            if verdict.reason or any(found):
                 yield verdict
 
     # Finding ---------------------------------------------------------------------------------------------------
@@ -83,7 +95,8 @@ class Decisions:
         if file not in self._found:
             found: dict[Decider, Decision] = {}
             last: dict[ast.AST, ast.expr | ast.stmt] = {}
-            for call in self._for_all(file):
+            self._for_all_of[file] = dict.fromkeys(self._for_all(file))
+            for call in self._for_all_of[file]:
                 for decision in self._above(file, call):
                     found.setdefault(decision.node, decision)
                 for parent in file.names.ancestors(call):
@@ -161,16 +174,14 @@ class Decisions:
                     yield Decision(parent, call)
                 case ast.For(iter=iterated) | ast.AsyncFor(iter=iterated) if child is not iterated:
                     yield Decision(parent, call)
-                case ast.Try():
+                case ast.Try() | ast.With():
                     yield Decision(parent, call)
             child = parent
 
     def _jumps(self, file: File, last: dict[ast.AST, ast.expr | ast.stmt]) -> Iterator[Decision]:
         """Tests under which a ``continue``, ``break``, ``return`` or an exit leads past a call that is for all."""
         for node in file.nodes:
-            leaves = isinstance(node, ast.Return) or (
-                isinstance(node, ast.Call) and (dotted(node.func) or "") in _EXITS
-            )
+            leaves = isinstance(node, ast.Return) or (isinstance(node, ast.Call) and (dotted(node.func) or "") in EXITS)
             if not leaves and not isinstance(node, (ast.Break, ast.Continue)):
                 continue
             above: list[ast.If | ast.While] = []
@@ -213,7 +224,9 @@ class Decisions:
                 else:
                     verdict.listed = list(self._listed(file, iterated))
             case ast.Try() as node:
-                verdict.reason = self._caught(file, node)
+                self._judge_caught(file, node, verdict)
+            case ast.With() as node if self.caught.suppressed(file, node):
+                verdict.reason = "a rank that passes over an error goes on alone"
         return verdict
 
     def _judge_guard(self, file: File, decision: Decision, verdict: Verdict) -> None:
@@ -240,7 +253,7 @@ class Decisions:
         elif (place := self._share_asked(file, test)) is not None:
             self._judge_share(file, test, place, verdict)
         elif self.varying.varies(file, test):
-            verdict.tests.append(test)
+            self._judge_made(file, test, verdict)
 
     def _listed(self, file: File, iterated: ast.expr) -> Iterator[ast.expr]:
         """The list of files, or other list that may differ, that a loop goes through."""
@@ -254,32 +267,18 @@ class Decisions:
         if self.varying.lists(file, iterated):
             yield iterated
 
-    def _caught(self, file: File, node: ast.Try) -> str:
-        """Why an error that one rank alone catches would leave the others waiting; empty if it would not."""
-        body = [item for statement in node.body for item in walk_own(statement)]
-        calls = [item for item in body if isinstance(item, ast.Call)]
+    def _judge_caught(self, file: File, node: ast.Try, verdict: Verdict) -> None:
+        """An error that one rank alone catches would leave the others waiting."""
+        calls = [item for s in node.body for item in walk_own(s) if isinstance(item, ast.Call)]
         reads = any(self.project.external(file, call.func) in _READS or dotted(call.func) in _READS for call in calls)
-        looped = any(isinstance(parent, _LOOPS) for parent in self._around(file, node))
-        trains = any(
-            self.scripts.roles[file].is_model(call.func) or getattr(call.func, "attr", "") in {"backward", "step"}
-            for call in calls
-        )
-        for handler in node.handlers:
-            if _raises(handler):
-                continue
-            caught = _caught_names(handler)
-            if reads and caught & _OF_FILES:
-                return "a rank that does not find the file goes on alone: test bmt.agree(os.path.exists(...)) instead"
-            if trains and looped and caught & _OF_RUNS:
-                return "a rank that catches an error goes on alone"
-        return ""
-
-    @staticmethod
-    def _around(file: File, node: ast.AST) -> Iterator[ast.AST]:
-        for parent in file.names.ancestors(node):
-            if isinstance(parent, _FUNCTIONS):
-                return
-            yield parent
+        for handler in node.handlers if reads else ():
+            if caught_names(handler) & _OF_FILES and not leaves(handler.body):
+                verdict.reason = (
+                    "a rank that does not find the file goes on alone: test bmt.agree(os.path.exists(...)) instead"
+                )
+        for_all = self._for_all_of[file]
+        verdict.raised = list(self.caught.alone(file, node, for_all))
+        verdict.interrupted = self.caught.interrupted(file, node, for_all)
 
     # Batches ---------------------------------------------------------------------------------------------------
 
@@ -297,21 +296,62 @@ class Decisions:
         direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place))
         return place if direct else None
 
-    def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
-        """Every rank sees its share of the batch."""
+    def _judge_made(self, file: File, test: ast.expr, verdict: Verdict) -> None:
+        """What a model or a loss makes of a batch is each rank's own; else ranks differ by what is no matter."""
+        handed = self.scripts.handed
+        place = None if self.scripts.started or _is_of_kind(test) else self._place_of(file, test)
+        kinds = handed.kinds(file, place) if place is not None else None
+        if place is None or kinds is None or not kinds.of_batch(test):
+            verdict.tests.append(test)
+        elif truth := self.truths.of(file, kinds, test):
+            verdict.joined[test] = truth
+        elif self.scripts.was_parallel(file):
+            verdict.tests.append(test)
+        elif not self._is_made_whole(file, test, place, verdict):
+            verdict.tests.append(test)
+            verdict.unjoined = test
+
+    def _place_of(self, file: File, test: ast.expr) -> Place | None:
+        """The loop or function that a test stands in, or the loop whose last batch left what it asks for."""
+        handed, asked = self.scripts.handed, names_in(test)
+        if (place := handed.around(file, test)) is not None:
+            return place
+        for place in handed.of(file):
+            if isinstance(place, (ast.For, ast.While)) and asked & handed.kinds(file, place).made.keys():
+                here = file.names.function_of(place) is file.names.function_of(test)
+                end = place.end_lineno or 0
+                assigned = self.scripts.roles[file].assignments
+                again = any(v[1] in asked and statement.lineno > end for v, _, statement, _ in assigned)
+                if here and not again and handed.kinds(file, place).of_batch(test):
+                    return place
+        return None
+
+    def _is_made_whole(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> bool:
+        """Whether a test is of totals and means alone, which become the batch's."""
         handed = self.scripts.handed
         kinds, known = handed.kinds(file, place), handed.of(file)[place].known
         parts = kinds.whole(test)
-        node = verdict.decision.node
+        loader = None if known or not isinstance(place, ast.For) else loop_over(place)
+        if not parts or not kinds.comes_once(verdict.decision.node):
+            return False
+        if not known and (loader is None or not self.scripts.shares_data(file)):
+            return False
+        verdict.shares |= {part: Share(kind, loader) for part, kind in parts}
+        return True
+
+    def _judge_share(self, file: File, test: ast.expr, place: Place, verdict: Verdict) -> None:
+        """Every rank sees its share of the batch."""
+        kinds = self.scripts.handed.kinds(file, place)
         if self.scripts.was_parallel(file):
+            parts = kinds.whole(test)
             if parts and all(kinds.is_size(part) for part, _ in parts):
                 verdict.tests.append(test)  # its samplers give all ranks as many
                 return
-        elif parts is not None and kinds.comes_once(node):
-            loader = None if known or not isinstance(place, ast.For) else loop_over(place)
-            if known or (loader is not None and self.scripts.shares_data(file)):
-                verdict.shares |= {part: Share(kind, loader) for part, kind in parts}
-                return
+        elif self._is_made_whole(file, test, place, verdict):
+            return
+        if (truth := self.truths.of(file, kinds, test)) and kinds.comes_once(verdict.decision.node):
+            verdict.joined[test] = truth
+            return
         verdict.reason = verdict.reason or "a rank sees its share of the batch only, and this test is of the batch"
 
 
@@ -339,20 +379,6 @@ def _is_of_kind(test: ast.expr) -> bool:
         case ast.Call(func=ast.Name(id="isinstance" | "hasattr" | "callable")):
             return True
     return False
-
-
-def _raises(handler: ast.ExceptHandler) -> bool:
-    last = handler.body[-1]
-    if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
-        return (dotted(last.value.func) or "") in _EXITS
-    return isinstance(last, ast.Raise)
-
-
-def _caught_names(handler: ast.ExceptHandler) -> set[str]:
-    if handler.type is None:
-        return {"BaseException"}
-    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return {(dotted(kind) or "").split(".")[-1] for kind in kinds}
 
 
 def _line(node: ast.AST) -> int:

@@ -332,7 +332,7 @@ class Roles:
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
-                if "loss" in variable[1].lower() or isinstance(value, ast.BinOp):
+                if "loss" in variable[1].lower() or (isinstance(value, ast.BinOp) and not self._has_entry(value)):
                     if self._loss_value(value, found, part):
                         found.add(variable)
                 if not part and self.gives_loss(value, found):
@@ -385,6 +385,11 @@ class Roles:
             and all(keyword.arg != "reduction" for keyword in value.keywords)
             and self._loss_value(value, set(), part)
         )
+
+    def _has_entry(self, value: ast.BinOp) -> bool:
+        """Whether a side is a first entry, ``sizes[0] * 2``, ``splitext(path)[0] + ".pt"``, of what no model gives."""
+        sides = (side.value for side in (value.left, value.right) if isinstance(side, ast.Subscript))
+        return any(not (isinstance(whole, ast.Call) and self.is_model(whole.func)) for whole in sides)
 
     def _losses_in_tuple(self, node: ast.AST, known: set[Var]) -> set[Var]:
         """Losses among the names of ``loss, logits = step(batch)`` and ``for i, loss in steps_of(loader)``."""

@@ -283,12 +283,10 @@ class Kinds:
 
     def whole(self, test: ast.expr) -> list[tuple[ast.expr, str]] | None:
         """The totals and means in a test, if it is of nothing else of the batch; ``None`` where it is."""
-        if isinstance(test, ast.Call) and _any_of(test) is not None:
-            return [(test, "total")]
         found: list[tuple[ast.expr, str]] = []
         for side in [test.left, *test.comparators] if isinstance(test, ast.Compare) else [test]:
             if self.of_batch(side):
-                kind = self.kind(side)
+                kind = "mean" if (kind := self.kind(side)) == "loss" else kind
                 if kind not in {"total", "mean"} or isinstance(side, ast.Compare):
                     return None
                 found.append((side, kind))
@@ -880,18 +878,6 @@ def _is_set(node: ast.expr) -> bool:
     """``set(y)``, ``torch.unique(y)``: how many there are on all ranks is no sum of how many there are on each."""
     called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
     return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
-
-
-def _any_of(call: ast.Call) -> ast.expr | None:
-    """What ``mask.any()`` and ``torch.any(mask)`` ask of."""
-    while isinstance(call.func, ast.Attribute) and call.func.attr in _VIEWS and isinstance(call.func.value, ast.Call):
-        call = call.func.value
-    match call:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch" | "np" | "numpy"), attr="any"), args=[value]):
-            return None if call.keywords else value
-        case ast.Call(func=ast.Attribute(value=value, attr="any"), args=[], keywords=[]):
-            return value
-    return None
 
 
 def _is_no_mean(node: ast.expr) -> bool:

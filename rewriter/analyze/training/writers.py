@@ -42,8 +42,10 @@ LOG_FILES = {
     "logging.handlers.WatchedFileHandler", "logging.basicConfig", "loguru.logger.add",
 }  # fmt: skip
 _STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}
-CONFIGURED_ONCE = {"logging.config.dictConfig", "logging.config.fileConfig"}
+CONFIGURED_ONCE = {"logging.config.dictConfig", "logging.config.fileConfig", "loguru.logger.configure"}
 """Calls that make handlers, of files and of what is printed, from settings."""
+LOGURU_CALLS = {f"loguru.logger.{name}" for name in ("trace", "debug", "info", "success", "log")}
+"""Calls that log what is no warning."""
 UPLOADING_METHODS = {
     "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo", "create_commit", "create_tag",
     "git_push",
@@ -193,6 +195,14 @@ def log_file(file: File, project: Project, call: ast.Call) -> ast.expr | None:
     if isinstance(path, (ast.Name, ast.Attribute)) and project.external(file, path) in _STREAMS:
         return None
     return path
+
+
+def handles_records(file: File, project: Project, node: ast.AST) -> bool:
+    """Whether a node stands in a handler of ``logging``: by their level records come to it on one rank, or warn."""
+    owner = file.names.class_of(node)
+    bases = owner.bases if owner is not None else []
+    names = [project.external(file, base) for base in bases]
+    return any(name.startswith("logging.") and name.endswith("Handler") for name in names)
 
 
 def saves_only(file: File, project: Project, node: ast.stmt) -> bool:

@@ -2,7 +2,8 @@
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
 script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
-each other or take a root or a norm of its mean, and hooks that clamp gradients are reported.
+each other or take a root or a norm of its mean, models that look at the padding of a batch, and hooks that clamp
+gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -31,6 +32,10 @@ _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
 }  # fmt: skip
 _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
+_PADDED = (
+    "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
+    "mask it, or pad to one length"
+)
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
 
@@ -52,6 +57,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, call.lineno, message)
     if facts.scripts.shares_data(file) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
+    if not facts.scripts.started and not facts.scripts.was_parallel(file):
+        for call, module, place in facts.padded.seen(file):
+            where = f"{module.file.path.name}:{getattr(place, 'lineno', 0)}"
+            yield Remark(RULE.code, call.lineno, _PADDED.format(name=module.name, where=where), differs=True)
 
 
 def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr) -> bool:

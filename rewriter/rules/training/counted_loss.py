@@ -34,6 +34,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         reduced = given.get("reduction")
+        if {"size_average", "reduce"} & given.keys() and reduced is None:
+            continue  # of old scripts: no mean, or not seen to be one
         if not (reduced is None or getattr(reduced, "value", None) == "mean"):
             continue
         of_values = 0 if name in _MODULES else 2  # how many arguments come before the weights of classes

@@ -5,12 +5,15 @@ bmt.agree(os.path.exists(path)):``, and so do tests of the clock, of random numb
 what a model gave, in ``if``, ``while``, conditional expressions and ``and``/``or``, also where a ``continue``,
 ``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list. Counts
 and means of a rank's share of a batch become the batch's: ``if len(x) < 2:`` is ``if bmt.total(len(x)) < 2:``; in a
-script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``.
+script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``. What holds for a
+batch if it does on any rank, or on all, is asked of all ranks: ``if bmt.total(torch.isnan(out).any()):``, ``if
+bmt.total(not torch.isfinite(out).all()):``. Other tests of what a model makes of a share are rank 0's, and reported.
+An ``except`` around training in which a rank would go on alone begins with ``if bmt.world_size() > 1: raise``.
 Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
 does not make the call, and the others wait for it forever.
 Refuses when: the test is of other values of a rank's share of a batch (``x.max() > 9``), or of one of which it is not
 seen whether it is a share; it compares a rank with something; one rank alone would leave (a remark, if the script had
-ranks before); an error that one rank may meet alone is caught: then the file stays as it is.
+ranks before); a file that one rank may not find is caught, or any error is suppressed: then the file stays as it is.
 """
 
 from __future__ import annotations
@@ -21,10 +24,16 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.decisions import Verdict
-from rewriter.changes import Change, wrap
+from rewriter.changes import Change, insert_before, wrap
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
+
+_INTERRUPTED = (
+    "Ctrl-C, or an error, meets each rank at another place, and {where} needs all of them: with several ranks it may "
+    "end the job instead, saying so; what is to be kept has to be saved in the loop"
+)
+_RAISED = "with several ranks an error ends the job here: a rank that goes on alone would leave the others waiting"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -51,14 +60,38 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if part not in made:
                 made.add(part)
                 changes.append(made_whole(part, share))
+        for test, ranks in verdict.joined.items():
+            if test not in made:
+                made.add(test)
+                changes.append(_of_all_ranks(file, test, ranks))
+        if verdict.unjoined is not None:
+            seen = file.source.code(verdict.unjoined).replace("\n", " ")
+            message = f"{seen} is of a rank's share of the batch, and rank 0's decides for all"
+            yield Remark(RULE.code, verdict.unjoined.lineno, message, differs=True)
         for listed in verdict.listed:
             if listed not in made:
                 made.add(listed)
                 changes.append(wrap(listed, "{bmt}.store.broadcast_object(list({it}))"))
+        if verdict.interrupted is not None:
+            line = verdict.interrupted.lineno
+            yield Remark(RULE.code, node.lineno, _INTERRUPTED.format(where=f"line {line}"))
+        for handler in verdict.raised:
+            raises = insert_before(handler.body[0], "if {bmt}.world_size() > 1:", "    raise")
+            yield Conversion(RULE.code, handler.lineno, _RAISED, (raises,))
         if changes:
-            whole = verdict.shares and not verdict.tests
+            whole = (verdict.shares or verdict.joined) and not verdict.tests
             message = f"{'the whole batch' if whole else 'rank 0'} decides for all: {what} is for all ranks"
             yield Conversion(RULE.code, node.lineno, message, tuple(changes))
+
+
+def _of_all_ranks(file: File, test: ast.expr, ranks: str) -> Change:
+    """``bmt.total(mask.any())``, ``bmt.total(not same.all())``: truth values count as 0 and 1."""
+    parent = file.names.parents[test]
+    if ranks == "any":
+        return wrap(test, "{bmt}.total({it})")
+    if isinstance(parent, ast.UnaryOp) and isinstance(parent.op, ast.Not):
+        return wrap(parent, "{bmt}.total({it})")
+    return wrap(test, "not {bmt}.total(not {it})")
 
 
 def _what(file: File, verdict: Verdict) -> str:

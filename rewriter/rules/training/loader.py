@@ -70,7 +70,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             code += f" if {case.text} else {{loader}}"
         elif feed.trained and feed.read:
             message = "this data is gone through without training as well: every rank sees its share of it there"
-            yield Remark(RULE.code, node.lineno, message)
+            yield Remark(RULE.code, node.lineno, message, differs=True)
         change = replace(node, code, loader=node, **dict(case.holes if case is not None else ()))
         yield Conversion(RULE.code, node.lineno, "every rank takes its share of each batch", (change,))
 

@@ -136,6 +136,8 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
             yield from _joined(managers, manager, place, add, branch)
             continue
         lines = [f"{manager.name} = {_UNSCALED}", add]
+        for made in _by_functions(file, managers, optimizer):
+            yield insert_behind(made, f"global {manager.name}", *lines)
         again = _made_again(file, managers, optimizer, place)
         if again:
             for made in again:
@@ -343,6 +345,8 @@ def _scaler_creation(file: File, managers: Managers, manager: Manager) -> Iterat
 def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt | None:
     """The statement after which a variable certainly has its value, seen from the block it is used in."""
     found = [s for v, value, s, _ in managers.roles.assignments if v == variable and not _is_none(value)]
+    others = _by_functions(file, managers, variable)
+    found = [statement for statement in found if statement not in others]
     if not found:
         return None
     if len(found) == 1:
@@ -356,9 +360,18 @@ def _last_assignment(file: File, managers: Managers, variable: Var) -> ast.stmt 
     return inside[0] if inside else found[-1]
 
 
+def _by_functions(file: File, managers: Managers, variable: Var) -> list[ast.stmt]:
+    """The statements of functions that give a variable of the module, ``global optimizer``, another value."""
+    made = [s for v, value, s, _ in managers.roles.assignments if v == variable and not _is_none(value)]
+    inside = [statement for statement in made if file.names.function_of(statement) is not None]
+    return inside if variable[0] is file.tree and len(inside) < len(made) else []
+
+
 def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt | None) -> list[ast.stmt]:
     """The statements that make an optimizer which is used before it is made for the last time: each needs a manager."""
-    made = [s for v, value, s, _ in managers.roles.assignments if v == optimizer and not _is_none(value)]
+    others = _by_functions(file, managers, optimizer)
+    given = [s for v, value, s, _ in managers.roles.assignments if v == optimizer and not _is_none(value)]
+    made = [statement for statement in given if statement not in others]
     if place is None or len(made) < 2:
         return []
     used = [
@@ -367,10 +380,21 @@ def _made_again(file: File, managers: Managers, optimizer: Var, place: ast.stmt 
         if isinstance(node.func, ast.Attribute)
         and node.func.attr in {"step", "zero_grad", "unscale_"}
         and optimizer in {managers.roles.var(held) for held in (node.func.value, *node.args[:1])}
-        and made[0].lineno < node.lineno <= (place.end_lineno or place.lineno)
-        and file.names.function_of(node) is file.names.function_of(made[0])
+        and any(
+            made[0].lineno < reached.lineno <= (place.end_lineno or place.lineno)
+            for reached in (node, *_calls_around(file, node))
+            if file.names.function_of(reached) is file.names.function_of(made[0])
+        )
     ]
     return made if used else []
+
+
+def _calls_around(file: File, node: ast.AST) -> Iterator[ast.Call]:
+    """The calls, by its name, of the function that a node stands in."""
+    function = file.names.function_of(node)
+    for call in file.calls if function is not None else ():
+        if isinstance(call.func, ast.Name) and function is not None and call.func.id == function.name:
+            yield call
 
 
 def _is_none(value: ast.expr) -> bool:

@@ -2,9 +2,7 @@
 
 What: ``SummaryWriter(...)`` of TensorBoard, ``mlflow.start_run()`` and their like become
 ``bmt.on_rank_0(SummaryWriter)(...)``, which gives an object that does nothing on the other ranks, wherever it is handed
-on. ``wandb.init(...)`` is told ``mode="disabled"`` there, a log file of ``logging`` or loguru is ``os.devnull``, and a
-level of ``logging.INFO`` is ``logging.WARNING``. One rank configures ``logging`` by ``dictConfig`` or ``fileConfig``,
-and the others warn.
+on. ``wandb.init(...)`` is told ``mode="disabled"`` there.
 Why: a writer of each rank writes the same log once more, and making their folder is a race that stops a rank.
 Refuses when: only one rank reaches the call. A class of the project that is such a writer and has methods for all ranks
 is reported, and so are values of a writer (``writer.log_dir``, ``wandb.run.id``), which are rank 0's.
@@ -18,17 +16,15 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.writers import CAN_BE_DISABLED, CONFIGURED_ONCE, MADE_ONCE, log_file
+from rewriter.analyze.training.writers import CAN_BE_DISABLED, MADE_ONCE
 from rewriter.changes import Arguments, template, wrap
-from rewriter.rules.one_rank import written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _HINTS = (
-    b"Writer", b"wandb", b"swanlab", b"logging", b"aim", b"comet", b"mlflow", b"neptune", b"clearml", b"visdom",
-    b"dvclive", b"trackio", b"loguru",
+    b"Writer", b"wandb", b"swanlab", b"aim", b"comet", b"mlflow", b"neptune", b"clearml", b"visdom", b"dvclive",
+    b"trackio",
 )  # fmt: skip
-_LEVELS = {"logging.INFO", "logging.DEBUG", "logging.NOTSET"}
 _VALUES = {"log_dir", "logdir", "get_logdir"}
 _OF_A_RUN = {"id", "name", "dir", "path", "url", "project"}
 _MESSAGE = "one rank makes this writer"
@@ -40,18 +36,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls:
         if facts.scripts.in_kept_guard(file, call):
             continue
-        yield from _level(file, facts, call)
         name = facts.project.external(file, call.func)
-        path = log_file(file, facts.project, call)
-        if path is not None:
-            yield from _log_file(file, facts, call, path)
-        elif name in CAN_BE_DISABLED and all(keyword.arg is not None for keyword in call.keywords):
+        if name in CAN_BE_DISABLED and all(keyword.arg is not None for keyword in call.keywords):
             yield from _disabled(call)
         elif name in MADE_ONCE | CAN_BE_DISABLED:
             yield _made_once(call)
-        elif name in CONFIGURED_ONCE and not _logs_by_rank(file, facts):
-            change = wrap(call.func, "{bmt}.on_rank_0({it})")
-            yield Conversion(RULE.code, call.lineno, "one rank logs, the others warn", (change,))
         elif (cls := _own_writer(file, facts, call)) is not None:
             if any(facts.scripts.collectives.function(cls.file, method) for method in cls.methods.values()):
                 message = f"every rank makes a {cls.name}, whose methods are for all ranks: one rank is to write"
@@ -72,36 +61,6 @@ def _disabled(call: ast.Call) -> Iterator[Finding]:
     own = '{it} if {bmt}.rank() == 0 else "disabled"'
     added = Arguments(call, added=(template('mode=None if {bmt}.rank() == 0 else "disabled"'),))
     yield Conversion(RULE.code, call.lineno, _MESSAGE, (added if mode is None else wrap(mode, own),))
-
-
-def _log_file(file: File, facts: Facts, call: ast.Call, path: ast.expr) -> Iterator[Finding]:
-    if any(facts.project.external(file, item) == "os.devnull" for item in ast.walk(path) if isinstance(item, ast.expr)):
-        return
-    if isinstance(path, ast.Starred) or not file.source.is_exact(path):
-        message = "every rank writes this log file: one rank is to open it"
-        yield Remark(RULE.code, call.lineno, message, differs=True)
-        return
-    yield Conversion(RULE.code, call.lineno, "one rank writes this log file", written_once(file, path))
-
-
-def _level(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
-    """``logger.setLevel(logging.INFO)``, ``logging.basicConfig(level=...)``: other ranks log what is wrong only."""
-    values = [keyword.value for keyword in call.keywords if keyword.arg == "level"]
-    if isinstance(call.func, ast.Attribute) and call.func.attr == "setLevel":
-        values += call.args[:1]
-    elif facts.project.external(file, call.func) != "logging.basicConfig":
-        return
-    if _logs_by_rank(file, facts) or "logging" not in file.names.module.bindings:
-        return
-    for value in values:
-        if facts.project.external(file, value) in _LEVELS and file.source.is_exact(value):
-            change = wrap(value, "{it} if {bmt}.rank() == 0 else logging.WARNING")
-            yield Conversion(RULE.code, call.lineno, "one rank logs, the others warn", (change,))
-
-
-def _logs_by_rank(file: File, facts: Facts) -> bool:
-    """Whether a script that was for several ranks says itself what each of them logs."""
-    return facts.scripts.was_parallel(file) or facts.scripts.started
 
 
 def _own_writer(file: File, facts: Facts, call: ast.Call) -> ClassInfo | None:
@@ -142,9 +101,7 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            """import logging
-import os
-import torch
+            """import torch
 import wandb
 from torch.utils.tensorboard import SummaryWriter
 import bmtrain as bmt
@@ -154,12 +111,9 @@ model = torch.nn.Linear(8, 1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 writer = SummaryWriter("runs") if log else None
 wandb.init(project="x")
-logging.getLogger().addHandler(logging.FileHandler("train.log"))
 optim_manager.backward(model(x).mean())
 """,
-            """import logging
-import os
-import torch
+            """import torch
 import wandb
 from torch.utils.tensorboard import SummaryWriter
 import bmtrain as bmt
@@ -169,7 +123,6 @@ model = torch.nn.Linear(8, 1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 writer = bmt.on_rank_0(SummaryWriter)("runs") if log else None
 wandb.init(project="x", mode=None if bmt.rank() == 0 else "disabled")
-logging.getLogger().addHandler(logging.FileHandler("train.log" if bmt.rank() == 0 else os.devnull))
 optim_manager.backward(model(x).mean())
 """,
         ),

@@ -28,6 +28,7 @@ from rewriter.analyze.training.writers import (
     UPLOADING_METHODS,
     WRITERS,
     gives_count,
+    handles_records,
     is_left_to_one,
     opens_for_writing,
     saves_itself,
@@ -62,7 +63,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
-        if not writes(file, facts.project, node):
+        if not writes(file, facts.project, node) or handles_records(file, facts.project, node):
             continue
         if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)

@@ -2,8 +2,10 @@
 
 What: ``print(...)`` becomes ``bmt.print_rank(...)``, and so does ``sys.stdout.write(...)``, without the line's end.
 Why: every rank runs the script; without this every line appears once per rank.
-Refuses when: only one rank reaches the call already, or what it prints holds the rank's number; ``print`` is not the
-built-in one; the file is not part of a training script.
+Refuses when: only one rank reaches the call already, or what it prints holds the rank's number, or it stands in an
+``except`` around training, where one rank may be alone, or in a handler of ``logging``, which gets warnings of all
+ranks; ``print`` is not the built-in one; the file is not part of a
+training script.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import is_rank
+from rewriter.analyze.training.writers import handles_records
 from rewriter.changes import Change, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -27,6 +30,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         change = _printed(file, facts, node)
         if change is None or facts.scripts.in_kept_guard(file, node):
             continue
+        if handles_records(file, facts.project, node):
+            continue
+        if facts.decisions.caught.in_handler(file, node):
+            continue  # of an error that another rank may not know
         if file not in facts.scripts.programs and _under_main(file, node):
             continue
         if any(is_rank(file, item) for argument in node.args for item in walk(argument) if isinstance(item, ast.expr)):

@@ -1,6 +1,6 @@
 """One rank draws the progress bar.
 
-What: ``tqdm(...)`` and ``trange(...)`` get ``disable=bmt.rank() != 0``.
+What: ``tqdm(...)`` and ``trange(...)`` get ``disable=bmt.rank() != 0``, and so do the bars of rich and alive_progress.
 Why: bars of several ranks overwrite each other.
 Refuses when: the bar already has ``disable``, or only one rank reaches it.
 """
@@ -16,14 +16,16 @@ from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
 _BARS = {"tqdm", "trange"}
+_OTHERS = {"rich.progress.track", "rich.progress.Progress", "alive_progress.alive_bar", "alive_progress.alive_it"}
+_HINTS = (b"tqdm", b"trange", b"rich", b"alive_")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or not (b"tqdm" in file.source.data or b"trange" in file.source.data):
+    if file not in facts.scripts.training or not any(hint in file.source.data for hint in _HINTS):
         return
     for node in file.calls:
         name = facts.project.external(file, node.func)
-        if not name.startswith("tqdm") or name.split(".")[-1] not in _BARS:
+        if name not in _OTHERS and (not name.startswith("tqdm") or name.split(".")[-1] not in _BARS):
             continue
         if any(keyword.arg in {"disable", None} for keyword in node.keywords):
             continue

@@ -89,6 +89,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     isinstance(item, ast.Call)
                     and _shown(file, facts, node, item)
                     and not _uses(file, facts, item, whole)
+                    and not _is_tested(file, facts, item)
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
@@ -332,6 +333,12 @@ def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
             given = given or _is_of_weights(file, roles, value)
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
+
+
+def _is_tested(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a value is the answer of a test, which is made that of all ranks where it decides about their calls."""
+    asks = isinstance(file.names.statement_of(call), (ast.If, ast.While, ast.Assert, ast.Assign))
+    return asks and bool(facts.decisions.truths.of(file, None, call))
 
 
 def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:

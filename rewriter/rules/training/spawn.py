@@ -35,6 +35,7 @@ from rewriter.types import Conversion, Finding, Refusal, Remark
 _RANK = 'int(os.environ.get("LOCAL_RANK", 0))'
 _COUNT = 'int(os.environ.get("LOCAL_WORLD_SIZE", 1))'
 _GIVEN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+_QUEUES = {"Queue", "SimpleQueue", "JoinableQueue", "Pipe"}
 _PROCESSES = {"torch.multiprocessing.Process", "multiprocessing.Process"}
 
 
@@ -122,6 +123,10 @@ def _process(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
     found = facts.project.resolve(file, worker) if worker is not None else None
     if not isinstance(found, FunctionInfo) or not _is_rank_of(facts, found):
         return
+    if _works_for_another(file, facts, arguments) and not facts.scripts.steps(found.file, found.node):
+        message = "every rank starts these processes, which work for it by queues: start the script as one process"
+        yield Remark(RULE.code, call.lineno, message, differs=True)
+        return
     loop = file.names.enclosing(call, (ast.For,))
     message = "processes are started here; call the function directly and start the script with torchrun"
     if not isinstance(loop, ast.For) or not isinstance(arguments, (ast.Tuple, ast.List)) or worker is None:
@@ -149,6 +154,17 @@ def _is_rank_of(facts: Facts, function: FunctionInfo) -> bool:
     if facts.scripts.steps(function.file, function.node):
         return True
     return any(facts.scripts.entry.needs_init(function.file, statement) for statement in function.node.body)
+
+
+def _works_for_another(file: File, facts: Facts, arguments: ast.expr | None) -> bool:
+    """Whether processes get queues: they take work and give results, as one alone would not."""
+    made = {
+        variable
+        for variable, value, _, _ in facts.scripts.roles[file].assignments
+        if isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in _QUEUES
+    }
+    given = [item for item in walk(arguments) if isinstance(item, (ast.Name, ast.Attribute))] if arguments else []
+    return any(facts.scripts.roles[file].var(item) in made for item in given)
 
 
 def _only_starts(statement: ast.stmt, call: ast.Call) -> bool:

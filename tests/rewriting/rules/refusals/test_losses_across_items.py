@@ -307,3 +307,11 @@ CURVED = {
 @pytest.mark.parametrize(("function", "line"), CURVED.values(), ids=CURVED.keys())
 def test_what_bends_a_mean_over_the_batch(function: str, line: int) -> None:
     assert curved(function)[:1] == [line]
+
+
+@pytest.mark.parametrize(("name", "said"), [("backward", False), ("other", True)])
+def test_a_gradient_by_hand_is_no_loss(name: str, said: bool) -> None:
+    text = f"{HEAD}class Step(torch.autograd.Function):\n    @staticmethod\n    def {name}(ctx, grad, state):\n"
+    text += "        slope = torch.sum(grad * state)\n        return state * (torch.sum(state) / slope)\n\n"
+    found = convert_text(text + LOOP.format(loss="model(a).mean()")).reported
+    assert any(finding.code == "BMT091" for finding in found) == said

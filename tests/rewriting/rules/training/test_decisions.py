@@ -122,7 +122,6 @@ REFUSED = {
     "every nth item": "for y in kept[rank::world_size]:\n    net(y)",
     "the size of a batch": "if x.size(0) < 8:\n    break",
     "no file": "try:\n    net.load_state_dict(torch.load('x'))\nexcept FileNotFoundError:\n    pass",
-    "no memory": "try:\n    evaluate(net)\n    net(x)\nexcept RuntimeError:\n    continue",
     "a value that is used": "score = os.path.getsize('x') or evaluate(net)",
     "one rank that leaves": "if rank == 0:\n    if step > 3:\n        break",
 }

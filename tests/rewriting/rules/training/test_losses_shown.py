@@ -146,3 +146,11 @@ def test_a_loss_of_terms(backward: str) -> None:
         text = text.replace("opt.step()", "scaler.step(opt)\n    scaler.update()")
     after = converted(f"{text}    print(loss.item(), ce.item())\n")
     assert "    bmt.print_rank(bmt.sum_loss(loss).item(), bmt.sum_loss(ce).item())\n" in after
+
+
+@pytest.mark.parametrize("made", ["os.path.splitext(path)[0] + '.pt'", "sizes[0] * 2", "names[0] + names[1]"])
+def test_an_entry_with_something_is_no_loss(made: str) -> None:
+    text = "import os\nimport torch\nnet = torch.nn.Linear(4, 1)\nopt = torch.optim.Adam(net.parameters())\n"
+    text += f"kept = {made}\n"
+    text += "for x in loader:\n    loss = net(x).mean()\n    loss.backward()\n    opt.step()\nprint('kept %s' % kept)\n"
+    assert "bmt.print_rank('kept %s' % kept)" in converted(text)

@@ -13,7 +13,6 @@ from rewriter.plan import Options
 from ...helpers import converted
 
 HEAD = """import argparse
-import logging
 import os
 import aim
 import mlflow
@@ -38,15 +37,8 @@ KEPT = [
     "if rank == 0:\n    writer = SummaryWriter('runs')",
     "if args.rank == 0 and args.log:\n    wandb.init(project='x')",
     "wandb.init(project='x', mode='disabled')",
-    "log = logging.FileHandler(os.devnull)",
-    "logging.basicConfig(level=logging.ERROR)",
-    "logging.basicConfig(level=args.level)",
-    "log = logging.StreamHandler()",
-    "if rank == 0:\n    log = logging.FileHandler('x')",
     "writer = csv.writer(out)",
     "writer = make(SummaryWriter)",
-    "import sys\nfrom loguru import logger\nlogger.add(sys.stderr, level='INFO')",
-    "import logging.config\nif rank == 0:\n    logging.config.dictConfig(d)",
 ]
 
 
@@ -78,18 +70,6 @@ CASES = {
     "a mode chosen": ("wandb.init(mode='online' if net else 'offline')", f"mode=('online' if net else 'offline') if {DISABLED})"),
     "options": ("wandb.init(**options)", "bmt.on_rank_0(wandb.init)(**options)"),
     "swanlab": ("swanlab.init(project='x')", f"swanlab.init(project='x', mode=None if {DISABLED})"),
-    "a log file": ("log = logging.FileHandler(d)", "logging.FileHandler(d if bmt.rank() == 0 else os.devnull)"),
-    "by keyword": ("log = logging.FileHandler(mode='w', filename=d)", "filename=d if bmt.rank() == 0 else os.devnull)"),
-    "levels": ("logging.basicConfig(level=logging.INFO)", "level=logging.INFO if bmt.rank() == 0 else logging.WARNING)"),
-    "a logger's level": ("net.log.setLevel(logging.DEBUG)", "logging.DEBUG if bmt.rank() == 0 else logging.WARNING)"),
-    "the root's": ("logging.basicConfig(filename=d)", "filename=d if bmt.rank() == 0 else os.devnull)"),
-    "loguru": ("from loguru import logger\nlogger.add(d / 'a.log')", "logger.add(d / 'a.log' if bmt.rank() == 0 else os.devnull)"),
-    "loguru by keyword": ("import loguru\nloguru.logger.add(sink=d)", "(sink=d if bmt.rank() == 0 else os.devnull)"),
-    "settings": ("import logging.config\nlogging.config.dictConfig(d)", "\nbmt.on_rank_0(logging.config.dictConfig)(d)"),
-    "settings of a file": (
-        "from logging.config import fileConfig as configure\ndef log():\n    configure('log.ini', None)\nlog()",
-        "\n    bmt.on_rank_0(configure)('log.ini', None)",
-    ),
     "in a guard that goes": (
         "if rank == 0:\n    writer = SummaryWriter(d)\n    state = net.state_dict()", f"\nwriter = {ONE}(d)\nstate"
     ),
@@ -99,13 +79,6 @@ CASES = {
 @pytest.mark.parametrize(("text", "wanted"), CASES.values(), ids=CASES.keys())
 def test_one_rank_makes_it(text: str, wanted: str) -> None:
     assert wanted in converted(HEAD + text + "\n" + TRAIN)
-
-
-def test_the_ranks_are_there_before_a_log_file_is_opened() -> None:
-    for made in ("logging.basicConfig(filename='x')", "Log()"):
-        log = "class Log:\n    def __init__(self):\n        self.file = logging.FileHandler('x')\n\n\n"
-        after = converted(HEAD.replace("net =", f"{log}{made}\nnet =") + TRAIN)
-        assert after.index("bmt.init_distributed()") < after.index(f"\n{made[:12]}", after.index("class Log"))
 
 
 REPORTED = {

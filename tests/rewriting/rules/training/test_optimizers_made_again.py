@@ -25,13 +25,17 @@ AGAIN = {
     "under a while": f"{MAKE}\nwhile True:\n{indent(STEP)}    if bad:\n        {MAKE}\n",
     "in a function": f"def train():\n    {MAKE}\n{indent(STEP)}    {MAKE}\n{indent(STEP)}\n\ntrain()\n",
 }
+AGAIN["by a function"] = (
+    f"def train():\n{indent(STEP)}\n\nopt = None\ntry:\n    {MAKE}\n    for epoch in range(3):\n        train()\n"
+    f"        if epoch:\n            {MAKE}\nexcept KeyboardInterrupt:\n    pass\n"
+)
 
 
 @pytest.mark.parametrize("text", AGAIN.values(), ids=AGAIN.keys())
 def test_each_gets_a_manager(text: str) -> None:
     after = converted(HEAD + text)
     lines = [line.strip() for line in after.splitlines()]
-    made = [number for number, line in enumerate(lines) if line.startswith(("opt = ", "net, opt = "))]
+    made = [number for number, line in enumerate(lines) if line.startswith(("opt = torch", "net, opt = "))]
     assert len(made) == 2
     for number in made:
         assert lines[number + 1 : number + 3] == [
@@ -68,3 +72,12 @@ def test_a_scaler_that_stays_is_refused_wherever_the_optimizer_is_made() -> None
     text = f"{HEAD}{MAKE}\nscaler = torch.amp.GradScaler()\nfor n in range(2):\n{indent(step)}    if not n:\n{indent(MAKE, 2)}"
     result = convert_text(text)
     assert not result.changed and any("made again" in finding.message for finding in result.reported)
+
+
+def test_a_function_that_gives_the_module_another() -> None:
+    load = "def load():\n    global net, opt\n    net, opt = torch.load('both.pt', weights_only=False)\n\n\n"
+    train = f"def train():\n{indent(STEP)}\n\ntry:\n    if plain:\n        {MAKE}\n    for epoch in range(3):\n        train()\n"
+    after = converted(f"{HEAD}{load}{train}        if epoch:\n            {MAKE}\nfinally:\n    load()\n")
+    assert after.count("OptimManager(") == 3
+    assert "weights_only=False)\n    global optim_manager\n    optim_manager = bmt." in after
+    assert after.index("    if plain:") < after.index("        optim_manager = ") < after.index("    for epoch")

@@ -307,6 +307,7 @@ COUNTED = {
     "a module": ("torch.nn.CrossEntropyLoss(ignore_index=0)", True),
     "by default": ("torch.nn.CrossEntropyLoss()", False),
     "a sum": ("torch.nn.CrossEntropyLoss(ignore_index=0, reduction='sum')", False),
+    "a sum of old": ("torch.nn.CrossEntropyLoss(ignore_index=0, size_average=False)", False),
     "weights": ("torch.nn.CrossEntropyLoss(weight=w)", True),
     "weights by place": ("torch.nn.NLLLoss(w)", True),
     "no weights": ("torch.nn.CrossEntropyLoss(weight=None, label_smoothing=0.1)", False),

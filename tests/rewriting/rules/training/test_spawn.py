@@ -164,3 +164,12 @@ def test_the_ranks_train_as_one_process() -> None:
     for number, kept in enumerate(ranks):
         assert [(rank, count) for rank, count, _ in kept] == [(number, 2)] * 3
         assert [loss for *_, loss in kept] == pytest.approx(plain(), rel=1e-5)
+
+
+def test_processes_that_get_queues_work_for_one() -> None:
+    pool = "def play(tasks, n):\n    net = torch.nn.Linear(4, 1)\n    tasks.put(net(torch.ones(4)))\n\n\ntasks = mp.Queue()\n"
+    pool += "for i in range(2):\n    mp.Process(target=play, args=(tasks, i)).start()\n"
+    train = "net = torch.nn.Linear(4, 1)\nopt = torch.optim.SGD(net.parameters(), lr=0.1)\nnet(tasks.get()).mean().backward()\nopt.step()\n"
+    result = convert_text(f"import torch\nimport torch.multiprocessing as mp\n\n\n{pool}{train}")
+    assert "mp.Process(target=play, args=(tasks, i)).start()" in result.after.decode()
+    assert any("work for it by queues" in finding.message and finding.differs for finding in result.reported)

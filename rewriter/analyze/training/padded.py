@@ -1,0 +1,140 @@
+"""Batches padded to their longest item, and models that look at the padding: a share of a batch is padded less."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.scripts import Scripts
+
+_MASKS = re.compile(r"mask|lengths?$|lens$|pack_padded|causal|tril|triu|is_pad|no[nt]_?pad", re.I)
+_POOLED = {"mean", "max", "amax", "logsumexp"}
+_TIME = {1, -2}
+_POOLS = re.compile(r"^(?:adaptive_(?:avg|max)_pool1d|AdaptiveAvgPool1d|AdaptiveMaxPool1d)$")
+_ATTENDS = {"MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer", "scaled_dot_product_attention"}
+_PRODUCTS = {"matmul", "bmm", "einsum"}
+_RECURRENT = {"LSTM", "GRU", "RNN"}
+
+
+class Padded:
+    """Answers for all files of a project."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts = scripts
+        self.classes, self.project = scripts.classes, scripts.project
+
+    def seen(self, file: File) -> Iterator[tuple[ast.Call, ClassInfo, ast.AST]]:
+        """Where a file's loaders pad to the longest of a batch, the module that looks at padding, and where.
+
+        Nothing where some module, of whatever file, knows of masks or lengths: what is padded may be left out there.
+        """
+        made = [call for call in self._padding(file) if not self.scripts.in_kept_guard(file, call)]
+        if not made:
+            return
+        modules = [
+            info
+            for other in self.scripts.training
+            for info in self.classes.all(other)
+            if self.classes.is_module(info) and "forward" in info.methods
+        ]
+        if any(_masks(info.node) for info in modules):
+            return
+        for info in modules:
+            for place in _over_time(info):
+                yield made[0], info, place
+                return
+
+    def _padding(self, file: File) -> Iterator[ast.Call]:
+        for function in self._collating(file):
+            if function.file is file:
+                for item in walk(function.node):
+                    if isinstance(item, ast.Call) and _pads(item):
+                        yield item
+
+    def _collating(self, file: File) -> Iterator[FunctionInfo]:
+        """The functions that make batches of items, for loaders of whichever file."""
+        for other in self.scripts.training:
+            for keyword in (k for call in other.calls for k in call.keywords if k.arg == "collate_fn"):
+                value = keyword.value
+                if isinstance(value, ast.Call):  # partial(collate, ...), Collate(...)
+                    last = (dotted(value.func) or "").split(".")[-1]
+                    value = value.args[0] if last == "partial" and value.args else value.func
+                if isinstance(value, ast.Lambda):
+                    value = value.body.func if isinstance(value.body, ast.Call) else value
+                found = self.project.resolve(other, value)
+                if isinstance(found, FunctionInfo):
+                    yield found
+                elif isinstance(found, ClassInfo) and "__call__" in found.methods:
+                    yield found.file.function_info(found.methods["__call__"])
+                elif isinstance(value, ast.Attribute):
+                    yield from self.scripts.collectives.instances.methods(other, value)
+
+
+def _pads(call: ast.Call) -> bool:
+    """``pad_sequence(items)``, ``max(len(item) for item in items)``."""
+    name = (dotted(call.func) or "").split(".")[-1]
+    if name == "pad_sequence":
+        return True
+    sizes = {"len", "size", "shape"}
+    named = {getattr(n, "id", None) or getattr(n, "attr", None) for argument in call.args for n in walk(argument)}
+    return isinstance(call.func, ast.Name) and name == "max" and bool(named & sizes)
+
+
+def _masks(node: ast.ClassDef) -> bool:
+    """Whether a module has something to do with masks, lengths or the value that pads."""
+    for item in walk(node):
+        match item:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                if _MASKS.search(name) or name in {"ne", "eq"}:
+                    return True
+            case ast.Compare(ops=[ast.Eq() | ast.NotEq()], comparators=[right]):
+                zero = isinstance(right, ast.Constant) and right.value == 0
+                if zero or "pad" in (dotted(right) or "").lower():
+                    return True
+    return False
+
+
+def _over_time(info: ClassInfo) -> Iterator[ast.AST]:
+    """What makes something of all positions of a sequence."""
+    names = {(dotted(item.func) or "").split(".")[-1] for item in walk(info.node) if isinstance(item, ast.Call)}
+    multiplies = bool(names & _PRODUCTS) or any(
+        isinstance(item, ast.BinOp) and isinstance(item.op, ast.MatMult) for item in walk(info.node)
+    )
+    recurs = bool(names & _RECURRENT)
+    for item in walk(info.methods["forward"]):
+        match item:
+            case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords):
+                given = [*args, *(keyword.value for keyword in keywords if keyword.arg in {"dim", "axis"})]
+                pooled = attr in _POOLED and any(_number(value) in _TIME for value in given)
+                pooled = pooled or (attr == "max_pool1d" and not all(map(_is_constant, args[1:])))
+                if pooled or _POOLS.match(attr) or attr in _ATTENDS or (attr == "softmax" and multiplies):
+                    yield item
+            case ast.Subscript(slice=ast.Tuple(elts=[_, place, *_]) | place) if recurs and _number(place) == -1:
+                yield item  # the last step, or the state behind it
+            case ast.Assign(targets=[ast.Tuple(elts=[_, state])], value=ast.Call()) if recurs:
+                held = {n.id for n in walk(state) if isinstance(n, ast.Name)} - {"_"}
+                read = (n for n in walk(info.methods["forward"]) if isinstance(n, ast.Name))
+                if any(n.id in held and isinstance(n.ctx, ast.Load) and n.lineno > item.lineno for n in read):
+                    yield item
+    for item in walk(info.node):
+        if isinstance(item, ast.Call):
+            name = (dotted(item.func) or "").split(".")[-1]
+            backwards = any(k.arg == "bidirectional" and getattr(k.value, "value", False) for k in item.keywords)
+            if _POOLS.match(name) or name in _ATTENDS or (name in _RECURRENT and backwards):
+                yield item
+
+
+def _number(node: ast.expr) -> object:
+    match node:
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(value))):
+            return -value
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return value
+    return None
+
+
+def _is_constant(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant)

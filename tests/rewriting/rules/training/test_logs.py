@@ -1,0 +1,155 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
+"""One rank logs, and warnings of the others are seen, however logging is set up."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rewriter.convert import convert_text
+from tests.runtime.ranks import run_ranks
+
+from ...helpers import converted
+
+HEAD = """import logging
+import os
+import sys
+import torch
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.Adam(net.parameters())
+"""
+TRAIN = """for x in loader:
+    loss = net(x).mean()
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+"""
+KEPT = [
+    "log = logging.FileHandler(os.devnull)",
+    "logging.basicConfig(level=logging.ERROR)",
+    "logging.getLogger('PIL').setLevel('warning')",
+    "logging.getLogger('PIL').setLevel(40)",
+    "log = logging.StreamHandler()",
+    "if rank == 0:\n    log = logging.FileHandler('x')",
+    "import logging.config\nif rank == 0:\n    logging.config.dictConfig(d)",
+    "from loguru import logger\nlogger.remove()\nlogger.add(sys.stderr, level='ERROR')",
+    "from rich.console import Console\nconsole = Console(quiet=args.quiet)",
+    "class Shown(logging.Handler):\n    def emit(self, record):\n        print(self.format(record))",
+    "from tqdm import tqdm\nclass Shown(logging.StreamHandler):\n    def emit(self, record):\n        tqdm.write(self.format(record))",
+]
+
+
+@pytest.mark.parametrize("text", KEPT)
+def test_kept(text: str) -> None:
+    assert f"\n{text}\n" in converted(HEAD + text + "\n" + TRAIN)
+
+
+ONE = "bmt.rank() == 0 else"
+PRINTED = "logging.getLogger().addHandler(logging.StreamHandler())\n"
+CASES = {
+    "levels": ("logging.basicConfig(level=logging.INFO)", f"level=logging.INFO if {ONE} logging.WARNING)"),
+    "a logger's level": ("net.log.setLevel(logging.DEBUG)", f"logging.DEBUG if {ONE} logging.WARNING)"),
+    "a level's name": ("log.setLevel('INFO')", f"setLevel('INFO' if {ONE} logging.WARNING)"),
+    "a number": ("logging.basicConfig(level=20)", f"level=20 if {ONE} logging.WARNING)"),
+    "an option": ("logging.basicConfig(level=args.level)", f"level=args.level if {ONE} logging.WARNING)"),
+    "by name": ("log.setLevel(getattr(logging, name.upper()))", f"(getattr(logging, name.upper()) if {ONE} logging.WARNING)"),
+    "from a table": ("log.setLevel(levels[verbosity])", f"(levels[verbosity] if {ONE} logging.WARNING)"),
+    "a log file": ("log = logging.FileHandler(d)", f"log = logging.FileHandler(d) if {ONE} logging.StreamHandler()"),
+    "by keyword": ("log = logging.FileHandler(mode='w', filename=d)", f"filename=d) if {ONE} logging.StreamHandler()"),
+    "turned": ("from logging.handlers import RotatingFileHandler as F\nlog.addHandler(F(d, maxBytes=9))", f"F(d, maxBytes=9) if {ONE} logging.Stream"),
+    "a log file beside what is printed": (PRINTED + "log = logging.FileHandler(d)", f"logging.FileHandler(d if {ONE} os.devnull)"),
+    "both handlers": ("logging.basicConfig(handlers=[logging.FileHandler(d), logging.StreamHandler()])", f"FileHandler(d if {ONE} os.devnull), "),
+    "the root's": ("logging.basicConfig(filename=d, filemode='w')", f"(filename=d if {ONE} None, filemode='w')"),
+    "the root's, and printed": (PRINTED + "logging.basicConfig(filename=d)", f"(filename=d if {ONE} os.devnull)"),
+    "loguru": ("from loguru import logger\nlogger.add(d / 'a.log')", f"logger.add(d / 'a.log' if {ONE} os.devnull)"),
+    "loguru by keyword": ("import loguru\nloguru.logger.add(sink=d)", f"(sink=d if {ONE} os.devnull)"),
+    "loguru printed": ("from loguru import logger\nlogger.add(sys.stderr)", f'(sys.stderr, level="DEBUG" if {ONE} "WARNING")'),
+    "loguru's level": ("from loguru import logger\nlogger.add(sys.stdout, level='INFO')", f"level='INFO' if {ONE} \"WARNING\")"),
+    "loguru's settings": ("from loguru import logger\nlogger.configure(handlers=d)", "bmt.on_rank_0(logger.configure)(handlers=d)"),
+    "absl": ("from absl import logging as log\nlog.set_verbosity(log.INFO)", f"(log.INFO if {ONE} log.WARNING)"),
+    "coloured": ("import coloredlogs\ncoloredlogs.install()", f'install(level="INFO" if {ONE} "WARNING")'),
+    "a console": ("from rich.console import Console\nout = Console(width=80)", "out = Console(width=80, quiet=bmt.rank() != 0)"),
+    "rich's bar": ("from rich.progress import track\nfor x in track(data):\n    pass", "track(data, disable=bmt.rank() != 0)"),
+    "settings": ("import logging.config\nlogging.config.dictConfig(d)", "\nbmt.on_rank_0(logging.config.dictConfig)(d)"),
+    "settings of a file": (
+        "from logging.config import fileConfig as configure\ndef log():\n    configure('log.ini', None)\nlog()",
+        "\n    bmt.on_rank_0(configure)('log.ini', None)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "wanted"), CASES.values(), ids=CASES.keys())
+def test_one_rank_logs(text: str, wanted: str) -> None:
+    assert wanted in converted(HEAD + text + "\n" + TRAIN)
+
+
+def test_logging_is_imported_where_only_its_names_were() -> None:
+    head = HEAD.replace("import logging", "from logging import INFO, getLogger")
+    after = converted(head + "getLogger().setLevel(INFO)\n" + TRAIN)
+    assert f"setLevel(INFO if {ONE} logging.WARNING)" in after and "\nimport logging\n" in after
+
+
+def test_loguru_s_own_sink_is_reported() -> None:
+    text = HEAD + "from loguru import logger\nlogger.info('starts')\nlogger.info('goes on')\n" + TRAIN
+    assert [found.code for found in convert_text(text).reported if "own sink" in found.message] == ["BMT046"]
+    removed = text.replace("logger.info('starts')", "logger.remove()\nlogger.add(sys.stderr)")
+    assert not any("own sink" in found.message for found in convert_text(removed).reported)
+
+
+def test_the_ranks_are_there_before_a_log_file_is_opened() -> None:
+    for made in ("logging.basicConfig(filename='x')", "Log()"):
+        log = "class Log:\n    def __init__(self):\n        self.file = logging.FileHandler('x')\n\n\n"
+        after = converted(HEAD.replace("net =", f"{log}{made}\nnet =") + TRAIN)
+        assert after.index("bmt.init_distributed()") < after.index(f"\n{made[:12]}", after.index("class Log"))
+
+
+# On two ranks -----------------------------------------------------------------------------------------------------
+
+SETUPS = {
+    "a file": 'logging.basicConfig(filename="a.log", level=logging.INFO, force=True)\n',
+    "a handler": 'log.setLevel("INFO")\nlog.addHandler(logging.FileHandler("a.log"))\n',
+    "several": 'log.setLevel(levels["info"])\nlog.addHandler(logging.FileHandler("a.log"))\nlog.addHandler(logging.StreamHandler())\n',
+}
+PROGRAM = """import logging
+import torch
+
+levels = {{"info": logging.INFO}}
+log = logging.getLogger("play")
+{setup}
+net = torch.nn.Linear(4, 1, device="cpu")
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+log.info("a line")
+net(torch.ones(2, 4, device="cpu")).mean().backward()
+opt.step()
+if bad:
+    log.warning("a bad thing")
+"""
+
+
+def play(text: str, folder: str) -> tuple[str, str]:
+    """What a rank's program leaves in its log file, and prints; the second rank has something to warn of."""
+    own = Path(folder) / os.environ["RANK"]
+    own.mkdir()
+    os.chdir(own)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        exec(compile(text, "program.py", "exec"), {"bad": os.environ["RANK"] == "1", "__name__": "__main__"})
+    held: list[Any] = [*logging.getLogger("play").handlers, *logging.getLogger().handlers]
+    for handler in held:
+        handler.close()
+    return (own / "a.log").read_text() if (own / "a.log").exists() else "", said.getvalue()
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+def test_one_rank_writes_the_file_and_the_other_warns(setup: str, tmp_path: Path) -> None:
+    text = converted(PROGRAM.format(setup=setup))
+    (file, said), (other_file, other_said) = run_ranks(2, play, text, str(tmp_path), initialize=False, fresh=True)
+    assert "a line" in file and not other_file
+    assert other_said.count("a bad thing") == 1 and "a line" not in other_said and "a bad thing" not in said
