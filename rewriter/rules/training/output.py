@@ -24,6 +24,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import of_own_state
+from rewriter.analyze.training.effects import changes_state
 from rewriter.analyze.training.writers import (
     UPLOADING_METHODS,
     WRITERS,
@@ -274,6 +275,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         and (file in facts.scripts.programs or facts.scripts.trains(file))
         and file.source.is_exact(call.args[0])
         and _only_writes(call)
+        and not changes_state(file, facts.scripts.collectives.instances, call.args[0])
     ):
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
