@@ -48,7 +48,7 @@ def _calls(file: File, instances: Instances, call: ast.Call, own: set[str], deep
     """Whether a call changes what was there before."""
     func = call.func
     if deep < _DEEP:
-        seen = list(_functions(file, instances, func))
+        seen = list(functions(file, instances, func))
         if seen:
             return any(changes_state(info.file, instances, info.node, deep + 1) for info in seen)
     if instances.project.external(file, func) in _CHANGING_FUNCTIONS:
@@ -58,7 +58,7 @@ def _calls(file: File, instances: Instances, call: ast.Call, own: set[str], deep
     return func.attr in _DRAWING or (func.attr in _CHANGING and _root(func.value) not in own)
 
 
-def _functions(file: File, instances: Instances, func: ast.expr) -> Iterator[FunctionInfo]:
+def functions(file: File, instances: Instances, func: ast.expr) -> Iterator[FunctionInfo]:
     """The functions of the project that a call may run: of an object whose class is not seen all of that name."""
     found = instances.project.resolve(file, func)
     if isinstance(found, FunctionInfo):

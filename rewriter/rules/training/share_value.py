@@ -333,7 +333,7 @@ def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
             names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
             given = given or any(_is_of_all_ranks(file, facts, m) for m in (value, *made))
-            given = given or _is_of_weights(file, roles, value)
+            given = given or _is_of_weights(file, facts, value)
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
 
@@ -363,10 +363,12 @@ def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
     return bool(names_in(value) & held)
 
 
-def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:
+def _is_of_weights(file: File, facts: Facts, node: ast.expr) -> bool:
     """Whether a value is made of a model's parameters alone: of ``p`` in a loop over them, of ``model.head.weight``."""
-    node = _bare(node)
-    root = node
+    roles, values = facts.scripts.roles[file], facts.values(file)
+    root = node = _bare(node)
+    if values.is_parameter(node):
+        return True
     while isinstance(root, (ast.Attribute, ast.Subscript)):
         root = root.value
     if not isinstance(root, ast.Name):
@@ -380,7 +382,9 @@ def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:
         for loop in loops:
             if any(isinstance(item, ast.Name) and item.id == root.id for item in ast.walk(loop.target)):
                 over = loop.iter.func if isinstance(loop.iter, ast.Call) else loop.iter
-                return isinstance(over, ast.Attribute) and over.attr in _OF_WEIGHTS
+                if not isinstance(over, ast.Attribute):
+                    return False
+                return over.attr in _OF_WEIGHTS or values.holds_parameters(over) or values.holds_parameters(over.value)
     return False
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from rewriter.convert import convert_paths, convert_text
+from rewriter.plan import Options
 
 from ...helpers import converted
 
@@ -102,3 +107,65 @@ def test_blocks_that_change_what_is_their_own_are_one_ranks(statement: str) -> N
 
 def test_values_that_change_nothing_stay_in_place() -> None:
     assert ONE_RANK + 'writer.add_scalar("a", meter.mean(), 1)' in body('writer.add_scalar("a", meter.mean(), 1)')
+
+
+WRITER = """class Writer:
+    def __init__(self, path):
+        self.file = open(path, "w")
+        self.last = {{}}
+
+    def add_scalar(self, tag, value, step):
+        {keeps}
+        self.file.write(f"{{tag}} {{value}} {{step}}")
+
+
+"""
+USE = '        log.add_scalar("loss", loss, 1)\n'
+
+
+def test_an_object_that_notes_what_it_is_told_is_told_by_all() -> None:
+    text = HEAD.replace("def main():\n", WRITER.format(keeps="self.last[tag] = value") + "def main():\n")
+    for made in ("    log = Writer('a.txt')\n", "    log, n = Writer('a.txt'), 0\n"):
+        after = converted(text.replace("    for x", made + "    for x") + USE + "\n\nmain()\n")
+        assert '        log.add_scalar("loss", bmt.sum_loss(loss), 1)\n' in after
+        assert 'self.file = open(path if bmt.rank() == 0 else os.devnull, "w")' in after
+
+
+def test_an_object_that_only_writes_is_one_ranks() -> None:
+    text = HEAD.replace("def main():\n", WRITER.format(keeps="pass") + "def main():\n")
+    after = converted(text.replace("    for x", "    log = Writer('a.txt')\n    for x") + USE + "\n\nmain()\n")
+    assert f'{ONE_RANK}log.add_scalar("loss", value_, 1)\n' in after
+
+
+def test_what_is_averaged_where_it_is_handed_on_is_not_reported() -> None:
+    text = HEAD.replace("def main():\n", WRITER.format(keeps="self.last[tag] = value.item()") + "def main():\n")
+    whole = text.replace("    for x", "    log = Writer('a.txt')\n    for x") + USE + "\n\nmain()\n"
+    assert not [found for found in convert_text(whole).reported if found.code == "BMT025"]
+
+
+def test_a_file_that_a_helper_keeps_open(tmp_path: Path) -> None:
+    (tmp_path / "log.py").write_text("import os\n\n\n" + WRITER.format(keeps="self.last[tag] = value"))
+    main = HEAD.replace("import torch\n", "import torch\nfrom log import Writer\n")
+    main = main.replace("    for x", "    log = Writer('a')\n    for x") + USE + "\n\nmain()\n"
+    (tmp_path / "train.py").write_text(main)
+    log, _ = convert_paths([tmp_path / "log.py", tmp_path / "train.py"], Options(), [tmp_path])
+    assert b"open(path if bmt.rank() == 0 else os.devnull" in log.after
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("json.dump(x, f); print('a')", "bmt.on_rank_0(json.dump)(x, f); bmt.print_rank('a')"),
+        ("os.replace('a', 'b'); step = 1", "bmt.on_rank_0(os.replace)('a', 'b'); step = 1"),
+        ("if x: os.remove(files.pop())", "if x: bmt.on_rank_0(os.remove)(files.pop())"),
+        ("if x: table.writerow([1]); step = 1", "if x: bmt.on_rank_0(table.writerow)([1]); step = 1"),
+        ("torch.save(x, 'a.tmp'); os.replace('a.tmp', 'a')", "; bmt.on_rank_0(os.replace)('a.tmp', 'a')"),
+        (
+            "writer.add_scalar('a', loss, 1); n = 1",
+            "bmt.on_rank_0(writer.add_scalar)('a', bmt.sum_loss(loss), 1); n = 1",
+        ),
+    ],
+)
+def test_statements_that_share_their_line(line: str, wanted: str) -> None:
+    """What they are given is computed by all, so that nothing has to stand in front of the line."""
+    assert wanted in body(line)
