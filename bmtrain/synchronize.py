@@ -60,15 +60,28 @@ def sum_loss(
 def sum_loss(loss: float, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None) -> float: ...
 
 
+@overload
 def sum_loss(
-    loss: torch.Tensor | float, comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
-) -> torch.Tensor | float:
+    loss: dict[Any, Any], comm: Communicator | None = None, *, count: float | torch.Tensor | None = None
+) -> dict[Any, Any]: ...
+
+
+def sum_loss(
+    loss: torch.Tensor | float | dict[Any, Any],
+    comm: Communicator | None = None,
+    *,
+    count: float | torch.Tensor | None = None,
+) -> torch.Tensor | float | dict[Any, Any]:
     """The *average* of ``loss`` over ranks (its name is older than its meaning), of a number a number.  Collective.
+
+    Of a dict, as detectors give their losses, a dict with the average of each.
 
     Args:
         count: of how many samples (or tokens) this rank's ``loss`` is the mean; where ranks differ, the average is that
             of all samples. None weighs all ranks alike.
     """
+    if isinstance(loss, dict):
+        return {key: sum_loss(value, comm, count=count) for key, value in loss.items()}
     if count is not None:
         if not isinstance(loss, torch.Tensor):
             return float(sum_loss(_number(loss), comm, count=count))

@@ -284,7 +284,7 @@ class _Apply(cst.CSTTransformer):
         unit: cst.CSTNode = original
         if isinstance(original, cst.SimpleStatementLine):
             if len(original.body) > 1:  # what shares its line is changed within it
-                return self._with_lost(_Piece([], [updated]), self._comments[original])
+                return self._with_lost(self._beside_shared(original, updated), self._comments[original])
             unit = original.body[0]
         changes = self._of_statements.get(unit, [])
         piece = _Piece(list(updated.leading_lines), [updated.with_changes(leading_lines=[])])
@@ -314,6 +314,29 @@ class _Apply(cst.CSTTransformer):
             stay = comments(*piece.core, *piece.left)
             self._with_lost(piece, comments(updated.with_changes(leading_lines=[])) - stay)
         return self._with_lost(piece, self._comments[original])
+
+    def _beside_shared(self, original: cst.SimpleStatementLine, updated: _Line) -> _Piece:
+        """A line that statements share, with the lines that do not fit into it before and behind it."""
+        piece = _Piece([], [updated])
+        for small in original.body:
+            for change in self._of_statements.get(small, ()):
+                if isinstance(change, Insert) and self._stands_apart(original, small, change):
+                    made = self._write.statements(change.lines, self._all_holes(change.lines))
+                    (piece.behind if change.behind else piece.before).extend(made)
+        if piece.before:
+            piece.lead = list(updated.leading_lines)
+            piece.core = [updated.with_changes(leading_lines=[])]
+        return piece
+
+    def _stands_apart(
+        self, original: cst.SimpleStatementLine | cst.SimpleStatementSuite, small: cst.CSTNode, change: Insert
+    ) -> bool:
+        """Whether lines get lines of their own: at the end of a line that statements share, where one is a block."""
+        at_end = small is (original.body[-1] if change.behind else original.body[0])
+        if not at_end or not isinstance(original, cst.SimpleStatementLine):
+            return False
+        made = self._write.statements(change.lines, self._all_holes(change.lines))
+        return not all(isinstance(line, cst.SimpleStatementLine) for line in made)
 
     @staticmethod
     def _with_lost(piece: _Piece, lost: Counter[str]) -> _Piece:
@@ -348,14 +371,16 @@ class _Apply(cst.CSTTransformer):
             behind: list[cst.BaseSmallStatement] = []
             for change in self._of_statements.get(before, ()):
                 if isinstance(change, Insert):
-                    made = self._write.statements(change.lines, self._all_holes(change.lines))
-                    (behind if change.behind else front).extend(_small(line) for line in made)
+                    if not self._stands_apart(original, before, change):
+                        made = self._write.statements(change.lines, self._all_holes(change.lines))
+                        (behind if change.behind else front).extend(_small(line, change.statement) for line in made)
                 elif isinstance(change, Remove):
                     core = [cst.Pass()]
                 elif isinstance(change, ReplaceStatement):
-                    core = [_small(line) for line in self._write.statements([change.by], self._holes(change.by))]
+                    made = self._write.statements([change.by], self._holes(change.by))
+                    core = [_small(line, change.statement) for line in made]
                 else:
-                    raise ConflictError("a statement that shares its line cannot move")
+                    raise ConflictError("a statement that shares its line cannot move: give it a line of its own")
             body.extend([*front, *core, *behind])
         if len(body) == len(updated.body) and all(new is old for new, old in zip(body, updated.body, strict=True)):
             return updated
@@ -368,9 +393,9 @@ def _between(small: cst.BaseSmallStatement) -> cst.Semicolon:
     return small.semicolon if isinstance(small.semicolon, cst.Semicolon) else _SEMICOLON
 
 
-def _small(line: cst.CSTNode) -> cst.BaseSmallStatement:
+def _small(line: cst.CSTNode, at: ast.stmt) -> cst.BaseSmallStatement:
     if not isinstance(line, cst.SimpleStatementLine) or len(line.body) != 1:
-        raise ConflictError("a compound statement does not fit into a line that statements share")
+        raise ConflictError(f"give each statement of line {at.lineno} a line of its own, as a block comes beside it")
     return line.body[0]
 
 

@@ -76,7 +76,7 @@ class Engine:
         may_record = ctx.graphs is not False and ctx.device.records and (ctx.graphs or ctx.world_size > 1)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
         begin = None if self.graphs is None else self.graphs.begin
-        self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and not ctx.graphs else None
+        self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and ctx.graphs is None else None
         self.meter = None if ctx.meter is None else StepMeter(ctx, ctx.meter)
         self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step

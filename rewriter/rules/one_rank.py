@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.effects import changes_state
 from rewriter.analyze.training.writers import WRITERS, saves_only, writes
 from rewriter.changes import Change, Under, template, wrap
 from rewriter.rules.imports import imports
@@ -24,13 +25,17 @@ _EVERYWHERE = {"print", "super", "set_postfix", "set_description", "update", "se
 def guarded(file: File, facts: Facts, node: ast.stmt, opened: bool = False) -> Under | None:
     """The change that leaves a statement to one rank; None if all ranks are to run it, or have to.
 
-    With ``opened`` the statement stood in a rank guard that goes, so that everything with a side effect is meant.
+    With ``opened`` the statement stood in a rank guard that goes, so that everything with a side effect is meant. Where
+    it did not, what it changes beside what it writes is for all ranks to change: an item that it takes from a list is
+    taken before, and a block that changes more than its file is left to all.
     """
     collectives = facts.scripts.collectives
     if saves_only(file, facts.project, node):
         return None
     if isinstance(node, ast.With):
         if not writes(file, facts.project, node) or not _only_effects(file, node) or not file.source.owns_lines(node):
+            return None
+        if not opened and changes_state(file, collectives.instances, node):
             return None
         calls = [call for statement in node.body for call in collectives.outermost(file, statement)]
         movable = all(_movable(file, node, call) for call in calls)
@@ -42,7 +47,10 @@ def guarded(file: File, facts: Facts, node: ast.stmt, opened: bool = False) -> U
     if not known and (everywhere or collectives.is_collective(file, node.value)):
         return None
     given = [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
-    inner: list[ast.expr] = [call for argument in given for call in collectives.outermost(file, argument)]
+    owner = [node.value.func.value] if isinstance(node.value.func, ast.Attribute) else []
+    shared = [] if opened else [item for item in (*owner, *given) if changes_state(file, collectives.instances, item)]
+    inner: list[ast.expr] = [item.value if isinstance(item, ast.Starred) else item for item in shared]
+    inner += [call for argument in given if argument not in shared for call in collectives.outermost(file, argument)]
     covered = {item for call in inner for item in walk(call)}
     gathered = facts.values(file).gradients | facts.values(file).shown
     inner += [item for argument in given for item in walk(argument) if item in gathered and item not in covered]

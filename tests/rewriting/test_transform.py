@@ -221,6 +221,9 @@ STATEMENTS: dict[str, tuple[str, str, list[Callable[[File], Change]]]] = {
     "behind a block": ("if a:\n    b\n\nc\n", "if a:\n    b\nnew\n\nc\n", [lambda f: insert_behind(line(f, 1), "new")]),
     "at the end, without a newline": ("a", "a\nnew", [lambda f: insert_behind(line(f, 1), "new")]),
     "in a shared line": ("a; b\n", "a; new; b\n", [lambda f: insert_behind(line(f, 1), "new")]),
+    "a block before a shared line": ("# c\na; b\n", "# c\nif x:\n    y\na; b\n", [lambda f: insert_before(line(f, 2), "if x:", "    y")]),
+    "a block behind a shared line": ("a; b\n# c\n", "a; b\nif x:\n    y\n# c\n", [lambda f: insert_behind(f.tree.body[1], "if x:", "    y")]),
+    "a block before a shared line that changes": ("a; b\n", "if x:\n    y\na; new; b\n", [lambda f: insert_before(line(f, 1), "if x:", "    y"), lambda f: insert_behind(line(f, 1), "new")]),
     "behind a colon": ("if a: b\n", "if a: new; b\n", [lambda f: insert_before(f.tree.body[0].body[0], "new")]),  # type: ignore[attr-defined]
     "nested lines, by the file's own measure": (
         "def f():\n\ta\n",
@@ -314,7 +317,8 @@ def test_newlines_and_the_rest_stay(newline: str) -> None:
 REFUSED: dict[str, tuple[str, list[Callable[[File], Change]]]] = {
     "an elif as a statement": ("if a:\n    b\nelif c:\n    d\n", [lambda f: Unblock(line(f, 3))]),  # type: ignore[arg-type]
     "a shared line under a head": ("a; b\n", [lambda f: Under((line(f, 1),), ONE_RANK)]),
-    "a block in a shared line": ("a; b\n", [lambda f: insert_before(line(f, 1), "if x:", "    y")]),
+    "a block in a shared line": ("a; b\n", [lambda f: insert_behind(line(f, 1), "if x:", "    y")]),
+    "a block behind a colon": ("if a: b\n", [lambda f: insert_before(f.tree.body[0].body[0], "if x:", "    y")]),  # type: ignore[attr-defined]
     "no Python": ("a\n", [lambda f: replace(find(f, "a"), "return")]),
 }
 

@@ -82,3 +82,12 @@ def test_tensor_parallel_ranks_count_once() -> None:
     assert loss.item() == 3.0
     loss.backward()
     torch.testing.assert_close(values.grad, torch.full((7,), 1 / 7))
+
+
+@on_ranks(1, 2, 3)
+def test_a_dict_of_losses_is_averaged_one_by_one() -> None:
+    mine = float(bmt.rank())
+    mean = (bmt.world_size() - 1) / 2
+    found = bmt.sum_loss({"box": torch.tensor(mine), "lr": mine, "parts": {"a": torch.tensor([mine, 1.0])}})
+    assert list(found) == ["box", "lr", "parts"]
+    assert found["box"].item() == mean and found["lr"] == mean and found["parts"]["a"].tolist() == [mean, 1.0]

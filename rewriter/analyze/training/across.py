@@ -206,7 +206,7 @@ class Flow:
         match node:
             case ast.BinOp(left=left, op=ast.Div(), right=right):
                 hits = any(isinstance(item, ast.Compare) for item in walk(left))
-                return not hits and self._sums(left) and self._sums(right)
+                return not hits and not self._is_number(left) and self._sums(left) and self._sums(right)
             case ast.Call(func=ast.Attribute(value=value, attr="div"), args=[right]):
                 return self._sums(value) and self._sums(right)
             case ast.Call(func=ast.Attribute(value=ast.Subscript(value=value, slice=mask), attr="mean"), args=[]):
@@ -303,6 +303,18 @@ class Flow:
                 for name, value in self.assigned
             ):
                 return True
+        return False
+
+    def _is_number(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether no gradient comes of a value: ``x.sum().item()``, and what such numbers are added up in."""
+        match node:
+            case ast.Constant() | ast.Call(func=ast.Attribute(attr="item")) | ast.Call(func=ast.Name(id="len")):
+                return True
+            case ast.Name(id=name) if deep < 3:
+                values = [value for other, value in self.assigned if other == name]
+                return bool(values) and all(self._is_number(value, deep + 1) for value in values)
+            case ast.BinOp(left=left, right=right):
+                return self._is_number(left, deep) and self._is_number(right, deep)
         return False
 
     def _is_mask(self, index: ast.expr) -> bool:

@@ -16,7 +16,7 @@ from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.readings import readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
-from rewriter.analyze.training.values import Values
+from rewriter.analyze.training.values import Values, names_of_parameters
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _DEEP = 5
@@ -67,8 +67,12 @@ class Collectives:
 
     def values(self, file: File) -> Values:
         if file not in self._values:
-            self._values[file] = Values(file, self.classes, self.roles[file])
+            self._values[file] = Values(file, self.classes, self.roles[file], lambda: self._parameters)
         return self._values[file]
+
+    @cached_property
+    def _parameters(self) -> dict[str, bool]:
+        return names_of_parameters(self.instances.files(), self.classes)
 
     def readings(self, file: File) -> dict[ast.expr, ast.expr]:
         """What shows a loss in a file, and the loss in it, whose mean over the ranks every rank must help to make."""

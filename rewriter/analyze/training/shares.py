@@ -640,6 +640,8 @@ class Kinds:
                     kinds -= {""}  # what it is before anything is added
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
+                if kinds == {"loss"} and all(self._is_read_loss(value, deep) for value, _ in self.made[name]):
+                    return "loss"  # a number, which is read as that of all ranks where it gets its name
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
@@ -736,7 +738,10 @@ class Kinds:
     def _asks_of_items(self, test: ast.expr) -> bool:
         """Whether a test may have another answer on another rank; one of a loss is made equal."""
         return self.of_batch(test) and any(
-            isinstance(node, ast.Name) and node.id in self.batch and self.roles.var(node) not in self.roles.losses
+            isinstance(node, ast.Name)
+            and node.id in self.batch
+            and self.roles.var(node) not in self.roles.losses
+            and self.kind(node) not in {"", "loss"}
             for node in walk(test)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from functools import cached_property
@@ -32,6 +32,13 @@ _VIEWS = {"data", "detach", "float", "cpu", "to", "view", "flatten", "reshape", 
 _WHOLE_THERE = re.compile(r"init|reset|^forward$|^__|configure_optim", re.I)
 """Methods of modules in which parameters are whole."""
 _WEIGHTS = re.compile(r"^(?:\w*_)?(?:weight|bias|kernel|embedding|scale|gamma|beta)$")
+
+
+_HELD = {
+    "torch.nn.Parameter": False, "torch.nn.parameter.Parameter": False, "bmtrain.DistributedParameter": False,
+    "torch.nn.ParameterDict": True, "torch.nn.ParameterList": True,
+}  # fmt: skip
+"""What makes a parameter, and (True) a list or dict of them."""
 
 
 class Access(Enum):
@@ -82,8 +89,9 @@ class ValueUse:
 class Values:
     """The uses of one file."""
 
-    def __init__(self, file: File, classes: Classes, roles: Roles) -> None:
-        self.file, self.classes, self.project, self.roles = file, classes, classes.project, roles
+    def __init__(self, file: File, classes: Classes, roles: Roles, made: Callable[[], Mapping[str, bool]]) -> None:
+        """``made`` gives the names of parameters that the project's modules make, and of lists and dicts of them."""
+        self.file, self.classes, self.project, self.roles, self._made = file, classes, classes.project, roles, made
 
     @cached_property
     def uses(self) -> list[ValueUse]:
@@ -101,18 +109,16 @@ class Values:
         return list(found.values())
 
     @cached_property
-    def gathered(self) -> list[ast.stmt | ast.Attribute]:
+    def gathered(self) -> list[ast.stmt | ast.expr]:
         """Where every rank must help, once it is converted: to make parameters or gradients whole."""
         return [*(use.node for use in self.uses if not use.local), *self.gradients, *self.shown]
 
     @cached_property
-    def shown(self) -> set[ast.Attribute]:
-        """``model.head.weight`` where ``.detach().numpy()``, ``.item()`` or ``.tolist()`` takes its values."""
-        found: set[ast.Attribute] = set()
-        for call in self.file.calls:
-            if not isinstance(call.func, ast.Attribute) or call.func.attr not in {"numpy", "tolist", "item"}:
-                continue
-            item: ast.expr = call.func.value
+    def shown(self) -> set[ast.expr]:
+        """``model.head.weight``, ``model.logit_scale`` where ``.item()``, ``float(...)`` or a text takes its values."""
+        found: set[ast.expr] = set()
+        for read in (value for node in self.file.nodes for value in _read_by_python(node)):
+            item = read
             while True:
                 if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute) and item.func.attr in _VIEWS:
                     item = item.func.value
@@ -120,12 +126,34 @@ class Values:
                     item = item.value
                 else:
                     break
-            if isinstance(item, ast.Attribute) and _WEIGHTS.match(item.attr) and self._is_of_model(item.value):
+            if self.is_parameter(item):
                 statement = self.file.names.statement_of(item)
                 around = {statement, *self.file.names.ancestors(statement)}
                 if not self._is_whole_there(statement) and not any(use.node in around for use in self.uses):
                     found.add(item)
         return found
+
+    def is_parameter(self, item: ast.expr) -> bool:
+        """Whether a value is a parameter of a model, by its usual name or because a class makes it one."""
+        match item:
+            case ast.Subscript(value=held):
+                return self.holds_parameters(held)
+            case ast.Attribute(attr=attr, value=owner):
+                usual = bool(_WEIGHTS.match(attr)) and self._is_of_model(owner)
+                return usual or (self._made().get(attr) is False and self._is_of_module(owner))
+        return False
+
+    def holds_parameters(self, item: ast.expr) -> bool:
+        """Whether a value is a list or dict of parameters that a class makes: ``model.scales``."""
+        return (
+            isinstance(item, ast.Attribute) and self._made().get(item.attr) is True and self._is_of_module(item.value)
+        )
+
+    def _is_of_module(self, node: ast.expr) -> bool:
+        if isinstance(node, ast.Name) and node.id == "self":
+            around = self.file.names.class_of(node)
+            return around is not None and self.classes.is_module(self.file.class_info(around))
+        return self._is_of_model(node)
 
     def _is_of_model(self, node: ast.expr) -> bool:
         """Whether a value is a model or a part of one."""
@@ -200,15 +228,17 @@ class Values:
             yield ValueUse(node, (written,), True, states=tuple(calls), read=tuple(read))
 
     def _statement(self, node: ast.stmt, value: ast.expr) -> Iterator[ValueUse]:
+        together: ValueUse | None = None
         for item in walk_own(value):
             if isinstance(item, (ast.GeneratorExp, ast.ListComp, ast.DictComp)) and len(item.generators) == 1:
                 found = self._iterated(item.generators[0].iter, item.generators[0].target)
                 if found is not None:
                     elements = [item.key, item.value] if isinstance(item, ast.DictComp) else [item.elt]
-                    used = list(self._judge(node, *found, [n for element in elements for n in walk(element)]))
-                    yield from used
-                    if used:
-                        return
+                    for use in self._judge(node, *found, [n for element in elements for n in walk(element)]):
+                        together = use if together is None else _joined(together, use)
+        if together is not None:
+            yield together
+            return
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             yield from self._averaging(node, node.value)
             yield from self._initialisation(node, node.value)
@@ -268,8 +298,14 @@ class Values:
                 models = [model for part in known for model in part[0]]
                 return models, set().union(*(p[1] for p in known)), set().union(*(p[2] for p in known))
             return None
+        if isinstance(iterated, ast.Attribute) and isinstance(target, ast.Name):
+            return ([iterated], {target.id}, set()) if self.holds_parameters(iterated) else None
         if not isinstance(iterated, ast.Call) or not isinstance(iterated.func, ast.Attribute):
             return None
+        if iterated.func.attr in {"values", "items"} and isinstance(held := iterated.func.value, ast.Attribute):
+            one = target.elts[-1] if isinstance(target, ast.Tuple) and iterated.func.attr == "items" else target
+            if isinstance(one, ast.Name) and self.holds_parameters(held):
+                return [held], {one.id}, set()
         method, owner = iterated.func.attr, iterated.func.value
         if method not in _PARAMETERS | _MODULES or dotted(owner) is None or iterated.args:
             return None
@@ -350,7 +386,7 @@ class Values:
             return Access.READ if isinstance(parent.ctx, ast.Load) else Access.WRITE
         if isinstance(parent, ast.Call) and item in parent.args:
             return self._argument(parent, is_data)
-        if isinstance(parent, (ast.BinOp, ast.UnaryOp)):
+        if isinstance(parent, (ast.BinOp, ast.UnaryOp)) or _formats(parent):
             return Access.READ
         if is_data and isinstance(parent, (ast.Assign, ast.Tuple)):
             assigned = parents[parent] if isinstance(parent, ast.Tuple) else parent
@@ -401,4 +437,58 @@ class Values:
             return Access.READ
         if name in _WITHOUT_VALUES:
             return Access.NONE
+        if isinstance(call.func, ast.Name) and name in {"float", "int"}:
+            return Access.READ
         return Access.READ if is_data else Access.NONE
+
+
+def _joined(one: ValueUse, other: ValueUse) -> ValueUse:
+    """Two uses in one statement."""
+    return ValueUse(
+        one.node,
+        (*one.models, *other.models),
+        one.writes or other.writes,
+        one.local and other.local,
+        (*one.data, *other.data),
+        (*one.kept, *other.kept),
+    )
+
+
+def _formats(node: ast.AST) -> bool:
+    """Whether a part of a text asks for digits, for which a value is read: ``f"{p:.3f}"``."""
+    return isinstance(node, ast.FormattedValue) and node.format_spec is not None
+
+
+def _read_by_python(node: ast.AST) -> Iterator[ast.expr]:
+    """Values that a node takes out of tensors: ``x.item()``, ``float(x)``, ``f"{x:.3f}"``, ``"%.3f" % x``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=value, attr="numpy" | "tolist" | "item")):
+            yield value
+        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
+            yield value
+        case ast.FormattedValue(value=value, format_spec=ast.JoinedStr()):
+            yield value
+        case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=ast.Tuple(elts=values)):
+            yield from values
+        case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=value):
+            yield value
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values, keywords=named):
+            yield from (*values, *(keyword.value for keyword in named))
+
+
+def names_of_parameters(files: Iterable[File], classes: Classes) -> dict[str, bool]:
+    """The attributes that modules make parameters of, ``self.scale = nn.Parameter(...)``; True for lists and dicts."""
+    found: dict[str, bool] = {}
+    for file in files:
+        if b"Parameter" not in file.source.data:
+            continue
+        for info in classes.all(file):
+            for node in (item for method in info.methods.values() for item in walk(method)):
+                match node:
+                    case ast.Assign(
+                        targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=ast.Call(func=func)
+                    ):
+                        held = _HELD.get(classes.project.external(file, func))
+                        if held is not None and classes.is_module(info):
+                            found[name] = held
+    return found

@@ -54,6 +54,7 @@ WRITING_METHODS = {
     "add_scalar", "add_scalars", "add_histogram", "add_image", "add_images", "add_text", "add_graph", "add_hparams",
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
     "print_trainable_parameters", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_to_disk",
+    "unlink", "rmdir", "symlink_to", "hardlink_to",
     "tofile", "to_hdf", "to_html", "write_image", "write_html", "write_parquet", "write_csv", "save_word2vec_format",
     *UPLOADING_METHODS,
 }  # fmt: skip
@@ -90,8 +91,17 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
             isinstance(item, ast.Attribute) and item.attr in {"data", "weight", "bias"} for item in walk(func)
         )
     return isinstance(func, ast.Attribute) and (
-        func.attr in WRITING_METHODS or _writes_above_bar(file, project, func) or _saves_picture(file, project, func)
+        func.attr in WRITING_METHODS
+        or _renames_path(node.value)
+        or _writes_above_bar(file, project, func)
+        or _saves_picture(file, project, func)
     )
+
+
+def _renames_path(call: ast.Call) -> bool:
+    """``path.rename(other)`` or ``path.replace(other)``; what texts and tables give under these names is used."""
+    named = isinstance(call.func, ast.Attribute) and call.func.attr in {"rename", "replace"}
+    return named and len(call.args) == 1 and not call.keywords
 
 
 def _writes_above_bar(file: File, project: Project, method: ast.Attribute) -> bool:

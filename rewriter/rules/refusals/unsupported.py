@@ -94,7 +94,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     compared = {node.lineno for node in across.compared()}
     ratios = {node.lineno for node in across.ratios()}
     curved = {node.lineno for node in across.curved()} - compared - ratios
-    counted = {node.lineno for node in (*across.weighed(), *_left_out(file))} - ratios
+    left_out = {node.lineno for node in _left_out(file)}
+    counted = {node.lineno for node in across.weighed()} - ratios | left_out
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -121,6 +122,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
             "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
         )
+        if line in left_out:
+            message = (
+                "the mean over what counts is taken over each rank's share, which may have more labels of -100 than "
+                "another's: bmt.loss.mean_over_ranks(F.cross_entropy) counts each label once, and models of "
+                "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count, 'avg')"
+            )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(ratios):
         message = (

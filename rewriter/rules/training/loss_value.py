@@ -64,7 +64,11 @@ def _gets_loss(facts: Facts, method: str, place: int, name: str) -> bool:
             if isinstance(call.func, ast.Attribute) and call.func.attr == method:
                 given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == name)]
                 roles = facts.scripts.roles[file]
-                if any(isinstance(item, ast.Name) and roles.var(item) in roles.losses for item in given):
+                averaged = set(facts.scripts.collectives.readings(file).values())
+                if any(
+                    isinstance(item, ast.Name) and roles.var(item) in roles.losses and item not in averaged
+                    for item in given
+                ):
                     return True
     return False
 

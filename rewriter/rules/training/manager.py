@@ -19,7 +19,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.managers import Manager, Managers
-from rewriter.analyze.training.roles import Var
+from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -32,17 +32,22 @@ _HARMLESS = {
     "isnan", "isinf", "append", "zero_grad", "get_scale", "get_last_lr", "format", "list",
 }  # fmt: skip
 """Calls that look at no gradient, or that the manager makes instead."""
-_CLOSURE = "step with a closure cannot be converted: every rank would have to call it alike"
+_SEVERAL = "{} is one optimizer of several, of which each needs a name of its own: write a.step(), b.step()"
+_CLOSURE = (
+    "step with a closure cannot be converted, as the optimizer would run backward itself: where it calls the closure "
+    "once, call it before, loss = closure(), and step without it"
+)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     managers = facts.managers(file)
-    for manager in managers.all:
-        reason = _reason_against(managers, manager)
-        if reason:
-            yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
+    reasons = [(manager, reason) for manager in managers.all if (reason := _reason_against(managers, manager))]
+    for manager, reason in reasons:
+        yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
+    if not reasons:
+        yield from _of_several(file, facts, managers)
     yield from _in_forwards(file, facts, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
     calls: list[Change] = []
@@ -55,6 +60,39 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _of_several(file: File, facts: Facts, managers: Managers) -> Iterator[Refusal]:
+    """``optimizers[0].step()``, ``[o.step() for o in optimizers]``: none of them has a name that a manager goes by."""
+    roles = managers.roles
+    held: set[Var] = set()
+    for variable, value, _, part in roles.assignments:
+        items = value.values if isinstance(value, ast.Dict) else getattr(value, "elts", [])
+        if not part and any(_is_optimizer(file, facts, roles, item) for item in items):
+            held.add(variable)
+    for call in file.calls if held else ():
+        match call:
+            case ast.Call(func=ast.Attribute(value=ast.Subscript(value=several), attr="step")):
+                found = roles.var(several) in held
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="step")):
+                found = any(
+                    isinstance(loop.target, ast.Name) and loop.target.id == name and roles.var(loop.iter) in held
+                    for parent in file.names.ancestors(call)
+                    for loop in ([parent] if isinstance(parent, ast.For) else getattr(parent, "generators", ()))
+                )
+            case _:
+                continue
+        if found:
+            yield Refusal(RULE.code, call.lineno, _SEVERAL.format(file.source.code(call.func.value)))  # type: ignore[attr-defined]
+            return
+
+
+def _is_optimizer(file: File, facts: Facts, roles: Roles, node: ast.expr) -> bool:
+    """Whether a value is an optimizer that is made here, or has a name."""
+    if isinstance(node, ast.Call):
+        name = facts.project.external(file, node.func)
+        return name.startswith("torch.optim.") and name.count(".") == 2
+    return roles.var(node) in roles.optimizers
 
 
 def _in_forwards(file: File, facts: Facts, managers: Managers) -> Iterator[Finding]:
@@ -92,6 +130,8 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
         if not managers.is_argument(variable) and not any(v == variable for v, *_ in managers.roles.assignments):
             if variable != manager.scaler and _inherited_place(managers, variable) is not None:
                 continue
+            if any(isinstance(n, ast.For) and dotted(n.target) == path for n in walk(variable[0])):
+                return _SEVERAL.format(path)
             return f"{path} is not made in this file, so where its manager would be made is not known"
     if manager.scaler is not None:
         for optimizer in manager.optimizers:

@@ -24,6 +24,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import of_own_state
+from rewriter.analyze.training.effects import changes_state, functions
 from rewriter.analyze.training.writers import (
     UPLOADING_METHODS,
     WRITERS,
@@ -65,6 +66,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if not writes(file, facts.project, node) or handles_records(file, facts.project, node):
             continue
+        if _keeps_state(file, facts, node):
+            continue
         if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)
             changes = tuple(_by_all(node))
@@ -87,7 +90,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
             yield from _read_back(file, facts, together.statements)
-        elif isinstance(node, ast.Expr) and file.source.owns_lines(node):
+        elif isinstance(node, ast.Expr) and _shares_line(file, facts, node):
+            assert isinstance(node.value, ast.Call)
+            change = wrap(node.value.func, "{bmt}.on_rank_0({it})")
+            yield Conversion(RULE.code, node.lineno, "one rank writes", (change,))
+            yield from _read_back(file, facts, (node,))
+        elif isinstance(node, ast.Expr):
             yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
     for test in facts.scripts.kept_guards(file):
         if not facts.read_back.waits_beside(file, test):
@@ -130,6 +138,18 @@ def _records(file: File, facts: Facts, call: ast.Call) -> bool:
     path = next(iter([*call.args[1:2], *named]), None)
     given = path is not None and not (isinstance(path, ast.Constant) and path.value is None)
     return given and not any(isinstance(item, ast.Attribute) and item.attr == "rank" for item in walk(call))
+
+
+def _keeps_state(file: File, facts: Facts, node: ast.stmt) -> bool:
+    """``log.add_scalar(...)`` of a class of the project that notes what it is told: every rank's object is to know.
+
+    What such a method writes is looked at where it writes.
+    """
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Attribute() as func)):
+            instances = facts.scripts.collectives.instances
+            return any(changes_state(info.file, instances, info.node) for info in functions(file, instances, func))
+    return False
 
 
 def _for_all(file: File, node: ast.stmt) -> str:
@@ -272,9 +292,9 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         return
     if (
         plain
-        and (file in facts.scripts.programs or facts.scripts.trains(file))
         and file.source.is_exact(call.args[0])
         and _only_writes(call)
+        and not changes_state(file, facts.scripts.collectives.instances, call.args[0])
     ):
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
@@ -287,6 +307,14 @@ def _only_writes(call: ast.Call) -> bool:
     """Whether a file is opened to be written, not read or made anew."""
     given = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
     return not any(isinstance(mode, ast.Constant) and set(str(mode.value)) & {"+", "x", "r"} for mode in given)
+
+
+def _shares_line(file: File, facts: Facts, node: ast.Expr) -> bool:
+    """Whether a statement that one rank may run shares its line, ``np.save(path, x); print("saved")``."""
+    if file.source.owns_lines(node) or not isinstance(node.value, ast.Call):
+        return False
+    known = facts.project.external(file, node.value.func) in WRITERS
+    return known or not facts.scripts.collectives.is_collective(file, node.value)
 
 
 def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
@@ -309,7 +337,7 @@ def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
 
 def _saves_pretrained(file: File, facts: Facts, node: ast.stmt) -> bool:
     """Whether a statement saves a model by a package's method."""
-    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call) or not file.source.owns_lines(node):
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
     return facts.scripts.collectives.saves_pretrained(file, node.value)
 

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk_own
 from rewriter.analyze.training.roles import Roles, Var
-from rewriter.analyze.training.shares import Kinds
+from rewriter.analyze.training.shares import Kinds, Share
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -74,7 +74,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             counted |= {variable} if variable is not None else set()
         if value.lineno not in told:
             told.add(value.lineno)
-            seen = f"{file.source.code(value)} may be of this rank's share of the data"
+            told_of = value
+            if isinstance(statement, ast.AugAssign) and isinstance(value, ast.Constant):
+                told_of = statement.target  # what counts by 1
+            seen = f"{file.source.code(told_of)} may be of this rank's share of the data"
             message = f"{seen}: see bmt.total, bmt.sum_loss, bmt.gather_samples"
             yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
@@ -90,6 +93,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     and _shown(file, facts, node, item)
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
+                    and not _is_whole_where_read(file, facts, item, made)
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 line = getattr(item, "lineno", 0)
@@ -330,7 +334,7 @@ def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
             names = [(dotted(m.func) or "").split(".")[-1] for m in made if isinstance(m, ast.Call)]
             given = variable is None or variable in roles.losses or any("clip_grad" in name for name in names)
             given = given or any(_is_of_all_ranks(file, facts, m) for m in (value, *made))
-            given = given or _is_of_weights(file, roles, value)
+            given = given or _is_of_weights(file, facts, value)
             return not given and not any("grad" in (dotted(n) or "") for n in ast.walk(value))
     return False
 
@@ -339,6 +343,18 @@ def _is_tested(file: File, facts: Facts, call: ast.Call) -> bool:
     """Whether a value is the answer of a test, which is made that of all ranks where it decides about their calls."""
     asks = isinstance(file.names.statement_of(call), (ast.If, ast.While, ast.Assert, ast.Assign))
     return asks and bool(facts.decisions.truths.of(file, None, call))
+
+
+def _is_whole_where_read(file: File, facts: Facts, call: ast.Call, made: Mapping[ast.expr, Share]) -> bool:
+    """Whether a value gets a name, and wherever that is read the batch's is made of it: ``print(hits)``."""
+    match file.names.parents[call]:
+        case ast.Assign(targets=[ast.Name() as target], value=value) if value is call:
+            roles = facts.scripts.roles[file]
+            variable = roles.var(target)
+            reads = [item for item in file.nodes if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load)]
+            of_it = [item for item in reads if item.id == target.id and roles.var(item) == variable]
+            return bool(of_it) and all(item in made for item in of_it)
+    return False
 
 
 def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
@@ -354,10 +370,12 @@ def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
     return bool(names_in(value) & held)
 
 
-def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:
+def _is_of_weights(file: File, facts: Facts, node: ast.expr) -> bool:
     """Whether a value is made of a model's parameters alone: of ``p`` in a loop over them, of ``model.head.weight``."""
-    node = _bare(node)
-    root = node
+    roles, values = facts.scripts.roles[file], facts.values(file)
+    root = node = _bare(node)
+    if values.is_parameter(node):
+        return True
     while isinstance(root, (ast.Attribute, ast.Subscript)):
         root = root.value
     if not isinstance(root, ast.Name):
@@ -371,7 +389,9 @@ def _is_of_weights(file: File, roles: Roles, node: ast.expr) -> bool:
         for loop in loops:
             if any(isinstance(item, ast.Name) and item.id == root.id for item in ast.walk(loop.target)):
                 over = loop.iter.func if isinstance(loop.iter, ast.Call) else loop.iter
-                return isinstance(over, ast.Attribute) and over.attr in _OF_WEIGHTS
+                if not isinstance(over, ast.Attribute):
+                    return False
+                return over.attr in _OF_WEIGHTS or values.holds_parameters(over) or values.holds_parameters(over.value)
     return False
 
 

@@ -80,7 +80,7 @@ class Recorder:
 
     def __init__(self, spec: dict[str, Any], stream: Stream) -> None:
         self.spec, self.stream = spec, stream
-        self._in_backward = self._in_module = False
+        self._in_backward = self._in_module = self._was_autocast = False
         self._scaled: torch.Tensor | None = None
         self._losses = self._steps = 0
         self._loaders: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -94,6 +94,7 @@ class Recorder:
         self._watch_backward()
         self._watch_loaders()
         self._watch_modules()
+        self._watch_autocast()
         self._watch_files()
         register_optimizer_step_pre_hook(self._before_step)
         register_optimizer_step_post_hook(self._after_step)
@@ -159,7 +160,7 @@ class Recorder:
                 fields["initial"] = [digests.of_tensor(whole(p)) for model in models for p in model.parameters()]
         if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for model in models for m in model.modules()):
             fields["batch_norm"] = True
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or loss.element_size() < 4:
+        if self._was_autocast or loss.element_size() < 4 or any(map(_is_low, models)):
             fields["low"] = True
         value = float(loss.detach().double().mean())
         self.stream.emit("loss", value=value, generators=digests.of_generators(), **fields)
@@ -206,6 +207,17 @@ class Recorder:
                 self._in_module = False
 
         torch.nn.Module.__call__ = called  # type: ignore[method-assign]
+
+    def _watch_autocast(self) -> None:
+        """Backward usually runs behind the block, and the loss is in single precision all the same."""
+        enter: Any = torch.autocast.__enter__
+
+        def entered(context: torch.autocast) -> Any:
+            result = enter(context)
+            self._was_autocast = self._was_autocast or any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+            return result
+
+        torch.autocast.__enter__ = entered  # type: ignore[method-assign]
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -332,6 +344,11 @@ class Printed(io.TextIOWrapper):
         for line in lines:
             self.stream.emit("print", text=line.rsplit("\r", 1)[-1])
         return super().write(text)
+
+
+def _is_low(model: torch.nn.Module) -> bool:
+    """Whether a model computes in low precision by its parameters' dtype."""
+    return any(parameter.is_floating_point() and parameter.element_size() < 4 for parameter in model.parameters())
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -138,6 +138,7 @@ WEIGHED = {
     "filled labels": "b = b.masked_fill(mask, -100)\nreturn F.cross_entropy(a, b)",
     "labels made": "y = torch.full_like(b, -100)\nreturn F.cross_entropy(a, y)",
     "labels chosen": "y = torch.where(mask, b, -100)\nreturn F.cross_entropy(a, y)",
+    "a count as a number": "count = mask.sum().item()\nloss = (a * mask).sum() / count\nreturn loss",
     "labels in lists": "y = b + [-100] * 3\nreturn F.cross_entropy(a, y)",
 }
 
@@ -157,6 +158,7 @@ ALIKE = {
     "an index": "loss = a[:, 0].mean()\nreturn loss",
     "hits": "return ((a.argmax(1) == b) & mask).sum() / mask.sum()",
     "an accuracy": "hits = (a * mask).sum() / mask.sum()\nprint(hits)\nreturn F.mse_loss(a, b)",
+    "numbers": "hits = total = 0\nhits += (a == b)[mask].sum().item()\ntotal += mask.sum().item()\nreturn hits / total",
     "another -100": "low = -100\nif b.min() != -100:\n    b = b.clamp(low)\nreturn F.mse_loss(a, b)",
 }
 

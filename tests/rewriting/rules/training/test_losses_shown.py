@@ -154,3 +154,28 @@ def test_an_entry_with_something_is_no_loss(made: str) -> None:
     text += f"kept = {made}\n"
     text += "for x in loader:\n    loss = net(x).mean()\n    loss.backward()\n    opt.step()\nprint('kept %s' % kept)\n"
     assert "bmt.print_rank('kept %s' % kept)" in converted(text)
+
+
+@pytest.mark.parametrize("reading", ["loss.item()", "float(loss)", "loss.detach().item()"])
+@pytest.mark.parametrize(
+    "use",
+    ["print(value)", "history.append(value)", 'print(f"{value:.3f}")', "total += value", "rows.append((1, value))"],
+)
+def test_a_number_that_has_a_name_is_averaged_once(reading: str, use: str) -> None:
+    after = converted(f"history, rows, total = [], [], 0.0\n{HEAD}    value = {reading}\n    {use}\n")
+    assert after.count("bmt.sum_loss(") == 1 and "bmt.sum_loss(value)" not in after
+
+
+@pytest.mark.parametrize("use", ["print(value.item())", "history.append(value.item())"])
+def test_a_loss_that_has_another_name_is_averaged_where_it_is_read(use: str) -> None:
+    loader = "from torch.utils.data import DataLoader\nloader, history = DataLoader(data, batch_size=8), []\n"
+    assert "bmt.sum_loss(value" in converted(f"{loader}{HEAD}    value = loss.detach()\n    {use}\n")
+
+
+def test_what_a_loss_decides_may_be_counted() -> None:
+    """All ranks have the same number, and so the same count; of what a share decides it is said."""
+    loader = "from torch.utils.data import DataLoader\nloader = DataLoader(data, batch_size=8)\nskipped = 0\n"
+    for test, said in (("value > 9", 0), ("x.max() > 9", 1)):
+        text = f"{loader}{HEAD}    value = loss.item()\n    if {test}:\n        skipped += 1\n"
+        found = [f.message for f in convert_text(text).reported if f.code == "BMT037"]
+        assert len(found) == said and all(message.startswith("skipped may be of") for message in found)

@@ -72,4 +72,4 @@ COUNTED = {
 def test_steps_are_no_items(body: str, of_share: bool) -> None:
     text = SCRIPT.format(body="".join(f"    {line}\n" for line in body.splitlines()))
     found = convert_text("step = 0\n" + text + "    if step % 10 == 0:\n        print(step)\n", Options()).reported
-    assert any(said.message.startswith("1 may be of this rank's share") for said in found) is of_share
+    assert any(said.message.startswith("step may be of this rank's share") for said in found) is of_share

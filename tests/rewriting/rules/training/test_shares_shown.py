@@ -155,3 +155,18 @@ def test_a_step_function_keeps_counts() -> None:
 @pytest.mark.parametrize("loop", [FOR, LOOPS["step"]])
 def test_how_many_kinds_there_are_is_no_sum(loop: str) -> None:
     assert b"bmt.total(len(set" not in convert_text(f"{HEAD}{loop}    kinds += len(set(y.tolist()))\n").after
+
+
+@pytest.mark.parametrize(
+    ("uses", "said"),
+    [
+        ("    print(D_x)\n", 0),
+        ("    print('%.4f %.4f' % (loss.item(), D_x))\n", 0),
+        ("    history.append(D_x)\n    print(D_x)\n", 0),
+        ("    print(D_x)\n    keep(D_x)\n", 1),
+        ("    keep(D_x)\n", 1),
+    ],
+)
+def test_a_mean_that_is_made_whole_wherever_it_is_read(uses: str, said: int) -> None:
+    text = f"{HEAD}{FOR}    out = net(x)\n    D_x = out.sigmoid().mean().item()\n{uses}"
+    assert told(text, "is of this rank's share of the data") == said

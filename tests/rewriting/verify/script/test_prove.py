@@ -120,6 +120,25 @@ def test_a_script_holds(host: Host, tmp_path: Path) -> None:
     assert not report.split.kind and report.split.halves
 
 
+@pytest.mark.parametrize(
+    "forward",
+    [
+        "with torch.autocast('cpu'):\n            z = model(a)\n        loss = F.mse_loss(z.float(), b)",
+        "model.bfloat16()\n        loss = F.mse_loss(model(a.bfloat16()).float(), b)",
+    ],
+)
+def test_low_precision_is_seen_where_the_loss_has_none(host: Host, tmp_path: Path, forward: str) -> None:
+    """Numbers may differ by a hundredth, though ``backward`` runs behind ``autocast`` on a loss in fp32."""
+    script = SCRIPT.replace("loss = nn.functional.mse_loss(model(a), b)", forward, 1)
+    script = script.replace("nn.functional", "F")
+    script = script.replace("import torch\n", "import torch\nimport torch.nn.functional as F\n", 1)
+    script = script.replace("val_loader:", "[]:")
+    changed = converted(script).replace("bmt.sum_loss(loss)", "(1.002 * bmt.sum_loss(loss))", 1)
+    assert "1.002" in changed
+    report = check(host, tmp_path, script, changed, ranks=(1,), steps=2)
+    assert not {compare.PRINTED, compare.WEIGHTS} & set(kinds(report)), report.findings
+
+
 def test_data_that_is_not_shared(host: Host, tmp_path: Path) -> None:
     report = check(host, tmp_path, SCRIPT, fault((LOADER, LOADER.removeprefix("bmt.shard_loader(")[:-1])))
     assert kinds(report)[0] == compare.DATA
