@@ -6,6 +6,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from threading import get_ident
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -85,13 +86,17 @@ def running_backward() -> tuple[tuple[torch.Tensor | GradientEdge, ...], FrameTy
 
     On a GPU a thread of autograd's runs its nodes, and whoever has called it waits in another.
     """
-    for frame in sys._current_frames().values():
-        at: FrameType | None = frame
-        while at is not None:
-            if at.f_code is _engine_run_backward.__code__:
-                return tuple(at.f_locals["t_outputs"]), at
-            at = at.f_back
+    waiting = [_caller_of_engine(frame) for thread, frame in sys._current_frames().items() if thread != get_ident()]
+    for at in (_caller_of_engine(sys._getframe(1)), *waiting):
+        if at is not None:
+            return tuple(at.f_locals["t_outputs"]), at
     return (), None
+
+
+def _caller_of_engine(at: FrameType | None) -> FrameType | None:
+    while at is not None and at.f_code is not _engine_run_backward.__code__:
+        at = at.f_back
+    return at
 
 
 _OUTPUT = "bmt_output"

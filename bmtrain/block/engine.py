@@ -182,7 +182,7 @@ class Engine:
                 self._note_run(call, args, kwargs)
                 if self.first_batches.wanted and _trains(call):
                     self.first_batches.note((args, kwargs))
-                if self.first_losses.wanted and _trains(call):
+                if (self.first_losses.wanted or self.first_leaves.wanted) and _trains(call):
                     self.first_losses.note((args, kwargs))
                 self.first_draws.forward_starts()
         if unit is not None:

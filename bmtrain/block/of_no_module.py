@@ -78,11 +78,13 @@ class OfNoModule:
         if self._average is None or self.waits:
             return
         # Which are still there differs between ranks, as garbage is collected; which got gradients now does not matter.
-        flags = torch.zeros(len(self._driven), dtype=torch.uint8, device="cpu")
-        flags[list(self._reached)] = 1
-        self._reached.clear()
-        self._ctx.control.all_reduce(flags, "max")
-        those = [self._driven[number] for number in flags.nonzero().flatten().tolist()]
-        found = [p if (p := one.parameter()) is not None else one.zeros() for one in those]
         # An optimizer that a model's constructor makes has parameters that are sharded when the constructor ends.
-        self._average([parameter for parameter in found if flat_of(parameter) is None])
+        parameters = [one.parameter() for one in self._driven]
+        flags = torch.zeros(2, len(parameters), dtype=torch.uint8, device="cpu")
+        reached, sharded = flags.unbind()
+        reached[list(self._reached)] = 1
+        sharded[[number for number, p in enumerate(parameters) if p is not None and flat_of(p) is not None]] = 1
+        self._reached.clear()
+        self._ctx.control.all_reduce(flags.view(-1), "max")
+        those = (reached > sharded).nonzero().flatten().tolist()
+        self._average([self._driven[n].zeros() if (p := parameters[n]) is None else p for n in those])

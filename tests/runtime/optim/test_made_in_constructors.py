@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ from ranks import RanksFailed, run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.block.of_no_module import OfNoModule
+from bmtrain.context import context
 
 INPUTS = torch.tensor([[1.0, 2.0, 0.5, -1.0], [0.5, -0.5, 2.0, 1.0]])
 
@@ -76,3 +80,21 @@ def test_trains_as_one_process_does(world_size: int, how: str) -> None:
 def test_a_step_in_the_forward_says_so_on_several_ranks() -> None:
     with pytest.raises(RanksFailed, match="An optimizer stepped in the forward"):
         run_ranks(2, train, "in the forward")
+
+
+def averaged_together() -> list[int]:
+    """How many elements are averaged of a parameter that was sharded later, is gone on one rank, and got a gradient."""
+    averaged: list[list[torch.Tensor]] = []
+    driven = OfNoModule(context())
+    model, other = nn.Linear(3, 3, bias=False), nn.Parameter(torch.ones(2, device=context().device.torch_device))
+    driven.drive([model.weight, other], averaged.append)
+    bmt.BMTrainModelWrapper(model)
+    driven._reached |= {0, 1}
+    if bmt.rank() == 0:
+        driven._driven[0] = dataclasses.replace(driven._driven[0], parameter=weakref.ref(nn.Parameter()))
+    driven.backward_ends()
+    return [parameter.numel() for those in averaged for parameter in those]
+
+
+def test_what_was_sharded_is_averaged_by_no_rank() -> None:
+    assert run_ranks(2, averaged_together) == [[2], [2]]
