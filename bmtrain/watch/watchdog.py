@@ -346,10 +346,17 @@ class Watchdog:
         own = self._position()
         for rank, peer in self._peers.items():
             theirs = None if peer.position is None else peer.position.entry
-            mine = None if theirs is None else self._diary.entry(theirs.number)
-            if theirs is None or mine is None or peer.position is None:
+            if theirs is None or peer.position is None:
                 continue
-            if difference(mine, theirs) is not None:
+            mine = self._diary.entry(theirs.number)
+            if mine is None:
+                if peer.position.count > own.count and not peer.error:
+                    self._conclude(
+                        f"Rank {self.rank} has ended after {own.count} collectives, and rank {rank} has come to more: "
+                        f"{what_of(theirs)}. {_ADVICE}",
+                        diverged=True,
+                    )
+            elif difference(mine, theirs) is not None:
                 self._conclude(self._difference(own, rank, mine, theirs), diverged=True)
             elif peer.has_left and peer.position.count != own.count and not peer.error:
                 self._conclude(

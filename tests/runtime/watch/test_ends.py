@@ -51,3 +51,8 @@ def test_who_goes_on_with_something_else_is_not_waited_for(tmp_path: Path) -> No
 def test_a_difference_in_the_last_collective(tmp_path: Path) -> None:
     with pytest.raises(RankDivergenceError, match=r"Rank 2 differs from rank 1.*one has taken 1 batch from"):
         ended(tmp_path, {0: WORLD, 2: WORLD._replace(batch=1)})
+
+
+def test_who_ends_before_the_others(tmp_path: Path) -> None:
+    with pytest.raises(RankDivergenceError, match="Rank 1 has ended after 1 collectives, and rank 2 has come to more"):
+        ended(tmp_path, {0: WORLD, 2: WORLD._replace(number=1)})
