@@ -143,6 +143,13 @@ class Collectives:
                 child for child in reversed(list(ast.iter_child_nodes(item))) if not isinstance(child, _SEPARATE)
             )
 
+    def gradient_read(self, node: ast.AST) -> ast.Attribute | None:
+        """What a node reads of a parameter's ``grad``: the ranks ask each other, also whether there is one."""
+        if isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
+            return node
+        below = (child for child in ast.iter_child_nodes(node) if not isinstance(child, _SEPARATE))
+        return next((found for child in below if (found := self.gradient_read(child)) is not None), None)
+
     def _is_barrier(self, file: File, call: ast.Call) -> bool:
         return self.project.external(file, call.func) in {"torch.distributed.barrier", "bmtrain.synchronize"}
 

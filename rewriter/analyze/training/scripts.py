@@ -439,12 +439,13 @@ class Scripts:
         return self._steps[node]
 
     def opened_guards(self, file: File) -> dict[ast.If, Guard]:
-        """Rank guards with a collective inside: every rank must enter them."""
+        """Rank guards with a collective inside, or a gradient that is read: every rank must enter them."""
         if file not in self._unguarded:
             self._unguarded[file] = {
                 guard.node: guard
                 for guard in guards(file)
                 if any(self.collectives.inside(file, statement) for statement in guard.node.body)
+                or (file in self.training and any(map(self.collectives.gradient_read, guard.node.body)))
             }
         return self._unguarded[file]
 

@@ -1,8 +1,8 @@
 """Every rank enters a rank guard that holds a collective.
 
-What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate`` or a forward goes; ``if step % n == 0 and
-rank == 0:`` keeps its first half, as does each side of ``if not parallel or (parallel and rank == 0):``. What only one
-rank may do inside (writing files, logging) gets a guard of its own.
+What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a forward or ``p.grad`` goes;
+``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of ``if not parallel or (parallel and rank ==
+0):``. What only one rank may do inside (writing files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
 collective: then the file stays as it is.
@@ -29,15 +29,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
     for guard in facts.scripts.opened_guards(file).values():
-        call = next(c for s in guard.node.body if (c := facts.scripts.collectives.inside(file, s)) is not None)
-        what = file.source.code(call.func)
+        collectives = facts.scripts.collectives
+        call = next((c for s in guard.node.body if (c := collectives.inside(file, s)) is not None), None)
+        read = next(filter(None, map(collectives.gradient_read, guard.node.body)), None)
+        what = f"{file.source.code(call.func)}(...)" if call is not None else file.source.code(read or guard.node.test)
         reason = _reason_against(file, facts, guard)
         if reason:
-            message = f"{what}(...) is for all ranks, but {reason}"
+            message = f"{what} is for all ranks, but {reason}"
             yield Refusal(RULE.code, guard.node.lineno, message)
             continue
         changes = tuple(_open(file, facts, guard))
-        yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what}(...) is for all ranks", changes)
+        yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
     yield from _early_exits(file, facts)
 
 
