@@ -1,8 +1,9 @@
 """Every rank enters a rank guard that holds a collective.
 
 What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a forward or ``p.grad`` goes;
-``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of ``if not parallel or (parallel and rank ==
-0):``. What only one rank may do inside (writing files, logging) gets a guard of its own.
+``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
+``if not parallel or (parallel and rank == 0):``. What only one rank may do inside (writing
+files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
 collective: then the file stays as it is.
