@@ -4,7 +4,7 @@
 #   bash tests/run.sh -k checkpoint
 set -euo pipefail
 cd "$(dirname "$0")/.."
-echo "tests: about 25 minutes on two cores; an argument such as tests/rewriting/test_cli.py runs a part of them"
+echo "tests: about 15 minutes on two cores; an argument such as tests/rewriting/test_cli.py runs a part of them"
 . .ci/environment test
 status=0
 # Three at a time on two cores: ranks of a test often wait for each other, or for a limit to pass. Each begins with a
