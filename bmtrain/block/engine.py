@@ -17,7 +17,7 @@ from ..autograd import backward_id, in_function_transform, outside_function_tran
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError
 from ..log import say
-from ..shard.engine import MOST_RUNS, Run
+from ..shard.engine import MOST_RUNS, LatestRuns, Run
 from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
@@ -214,10 +214,15 @@ class Engine:
                 self.first_hooks.note(module)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
-    def latest_runs(self) -> list[Run | None]:
-        """The forwards since the last optimizer step, a few, without their graphs; None where the module is gone."""
-        runs = [(made(), args, kwargs, autocast) for made, args, kwargs, autocast in self._runs]
-        return [None if module is None else Run(module, args, kwargs, cast) for module, args, kwargs, cast in runs]
+    def latest_runs(self) -> LatestRuns:
+        """The forwards since the last optimizer step, a few, without their graphs."""
+        noted = list(self._runs)
+
+        def runs() -> list[Run | None]:
+            made = [(module(), args, kwargs, autocast) for module, args, kwargs, autocast in noted]
+            return [None if module is None else Run(module, args, kwargs, cast) for module, args, kwargs, cast in made]
+
+        return runs
 
     def _framed(
         self, unit: ShardUnit | None, recompute: bool | None, call: Callable[..., T], args: Args, kwargs: Kwargs

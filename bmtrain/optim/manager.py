@@ -294,7 +294,7 @@ class OptimManager:
         else:
             self._step_scaled(self._scale, those)
         if runs is not None:
-            compare(self._tries, self.optimizers, runs)
+            compare(self._tries, self.optimizers, runs())
 
     def _step_scaled(self, scale: LossScale, those: list[torch.optim.Optimizer]) -> None:
         overflow = self._take_unscaled(those)

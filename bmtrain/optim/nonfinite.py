@@ -15,7 +15,7 @@ import torch
 
 from ..context import Context
 from ..errors import ConfigurationError
-from ..shard.engine import Run
+from ..shard.engine import LatestRuns
 from .loss_scale import Overflow
 from .pieces import homes_of
 
@@ -154,7 +154,7 @@ class Pending:
     number: int
     outcome: NonFinite
     losses: list[torch.Tensor]
-    runs: list[Run | None]
+    runs: LatestRuns
     is_made: bool = False
     """Whether parameters have changed all the same."""
     spikes: Spikes | None = None

@@ -65,7 +65,7 @@ def _dumped(step: Pending, bad: dict[int, list[float]]) -> str:
     if not bad or ctx.rank in bad:
         folder = Path(ctx.reports)
         path = str(folder / f"bmtrain-nonfinite-step{step.number}-rank{ctx.rank}-{int(time.time())}.pt")
-        given = [(run.args, run.kwargs) for run in step.runs if run is not None]
+        given = [(run.args, run.kwargs) for run in step.runs() if run is not None]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(Path(path)) as temporary:
@@ -77,7 +77,7 @@ def _dumped(step: Pending, bad: dict[int, list[float]]) -> str:
 
 def _found(step: Pending, params: list[Any], in_forward: bool) -> str:
     """Collective."""
-    runs = on_all_ranks(context(), step.runs, MOST_RUNS)
+    runs = on_all_ranks(context(), step.runs(), MOST_RUNS)
     spoiled = _first(_not_finite(runs, params, lambda home: home.shard))
     if spoiled:
         return f"Parameters are not finite {'since' if step.is_made else 'before'} it: {spoiled[1]}."

@@ -26,6 +26,9 @@ class Run(NamedTuple):
     autocast: torch.dtype | None
 
 
+LatestRuns = Callable[[], list[Run | None]]
+"""Some forwards, held without their modules: None where one is gone by the time that they are asked for."""
+
 MOST_RUNS = 8
 """How many forwards of a step are remembered: each keeps its batch until the step is over."""
 
@@ -92,8 +95,8 @@ class Engine(Protocol):
     def finish_backward(self) -> None:
         """Reduce every gradient that is not reduced yet.  Collective."""
 
-    def latest_runs(self) -> list[Run | None]:
-        """The forwards since the last optimizer step, a few, without their graphs; None where the module is gone."""
+    def latest_runs(self) -> LatestRuns:
+        """The forwards since the last optimizer step, a few, without their graphs."""
 
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""

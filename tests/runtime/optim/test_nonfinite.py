@@ -438,10 +438,10 @@ def test_what_a_forward_was_given_is_held_for_the_step_only() -> None:
     del y
     gc.collect()
     assert kept() is None and node is not None
-    held: Any = [run.args[0] for run in context().engine.latest_runs() if run is not None]
+    held: Any = [run.args[0] for run in context().engine.latest_runs()() if run is not None]
     assert held and not held[0].requires_grad
     training.manager.step()
-    assert not context().engine.latest_runs()
+    assert not context().engine.latest_runs()()
 
 
 @on_ranks(1)
@@ -452,6 +452,21 @@ def test_what_is_remembered_keeps_no_model() -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+@on_ranks(1, 2)
+def test_a_step_that_is_judged_later_keeps_no_model() -> None:
+    """Where its manager lives on."""
+    with told(late=True):
+        training = Training()
+        training.step(0)
+        gone, manager = weakref.ref(training.model), training.manager
+        manager.optimizers.clear()
+        manager.lr_schedulers.clear()
+        del training
+        for _ in range(2):
+            gc.collect()
+        assert gone() is None
 
 
 @on_ranks(1, 2)
