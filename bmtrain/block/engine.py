@@ -31,7 +31,7 @@ from .first_losses import FirstLosses
 from .frame import Frame
 from .graphs import Graphs
 from .host_time import HostTime
-from .memory import MemoryPlan
+from .memory import WATCHED_STEPS, MemoryPlan
 from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward
 from .record import has_hooks, unit_of
@@ -63,7 +63,8 @@ class Engine:
         self.ctx = ctx
         self.schedule = Schedule(ctx)
         self.whole = self.schedule.whole
-        self.plan = MemoryPlan(ctx)
+        # On a CPU the host does all, and whoever asks for graphs has asked for units that stay.
+        self.plan = MemoryPlan(ctx, WATCHED_STEPS if ctx.device.is_cuda and not ctx.graphs else 0)
         self.of_no_module = OfNoModule(ctx)
         self.backward = Backward(self.schedule, self.of_no_module)
         self.first_batches = FirstBatches(ctx)

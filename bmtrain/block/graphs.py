@@ -79,6 +79,7 @@ class Graphs:
         self, unit: ShardUnit, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[Frame | None], T] | None:
         """What runs this forward of ``unit``'s block from a recording, made now if need be; None: nothing does."""
+        self.plan.may_record = True
         block = self._block(unit, call)
         return None if block is None else block.replay_for(call, args, kwargs)
 

@@ -8,7 +8,7 @@ from ..context import Context
 from ..device import Stopwatch
 from ..log import say
 
-_FROM, _UNTIL = 3, 8  # steps whose last forward is measured
+_FROM, _UNTIL = 7, 11  # steps whose last forward is measured; by then it is settled what stays (``memory``)
 _SHARE = 0.9  # of the device's time
 _WORTH = 0.5  # of it: backward and optimizer ask more of the host than the forward, whose last operation is a long one
 

@@ -6,8 +6,9 @@ of a step needs.  Then, in this order and as far as it fits, blocks keep their a
 one step to the next: an all-gather follows the optimizer, and forward and backward gather nothing.  Optimizer states
 and gradients stay sharded.  Every way gives the same numbers.
 
-Units do not stay where that saves nothing: where a forward neither waits for their gathers nor for the host, which has
-less to do for units that stay.
+Units do not stay where that saves nothing: where forwards neither wait for their gathers nor for the host, which has
+less to do for units that stay.  On a GPU that is measured in some steps more, after the first ones, in which kernels
+are loaded and much is looked at once.
 
 Units stay only in what a step of twice the size would leave free.  They are given up when a rank needs more than was
 measured: for larger inputs, or when the allocator had to look twice.  It says so to the others during the step, after
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from statistics import median
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -29,33 +31,43 @@ from ..log import say
 from ..shard.unit import ShardUnit
 
 _MEASURED_STEPS = 2  # by then the optimizer's state and every buffer are allocated
+WATCHED_STEPS = 3  # of which a forward is timed, from one after these on: the next allocates what blocks keep
 _MOST_PLANS = 4  # inputs that grow again and again are not followed for ever
 _GIB = 2**30
-# Shares of what a forward takes on the device, of the last measured step.
+# Shares of what a forward takes on the device, in the median of those that were timed.
 _FOR_GATHERS = 0.05  # waited for gathers: so little is not worth memory; a backward has twice the time to hide them
-_FOR_THE_HOST = 0.4  # needed by the host: backward and optimizer ask more of it (``host_time``)
+_FOR_THE_HOST = 0.8  # needed by the host, which then is late again and again
+_TO_RECORD = 0.5  # the same where blocks may then run as CUDA graphs, which begin at as much (``host_time``)
 
 
 class MemoryPlan:
     """Decides which blocks keep their activations, and which units stay whole.
 
     Where memory cannot be measured (on a CPU) nothing is kept, as with ``init_distributed(memory="lean")``.
+
+    Args:
+        watches: steps of which a forward is timed before units stay; 0: they stay wherever they fit.
+
+    Attributes:
+        may_record: whether there are blocks that run as CUDA graphs if their parameters stay and somebody begins it.
     """
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
+    def __init__(self, ctx: Context, watches: int = 0) -> None:
+        self._ctx, self._watches = ctx, watches
+        self.may_record = False
         self._steps = self._peak = self._plans = 0
-        self._is_over = False
+        self._is_planned = self._is_over = False  # which activations are kept is decided; all is
         self._bytes: dict[int, int] = {}
         self._inputs: dict[int, int] = {}
         self._kept: set[int] = set()
         self._staying: list[weakref.ref[ShardUnit]] = []  # not emptied as models go, which ranks see at other times
         self._run = _Size()  # the largest inputs of whole forwards, when that was planned
         self._seen = _Size()  # the same since then
-        self._spare = self._moving = self._retries = 0  # left free; what a step takes beside what always stays
+        self._free = self._spare = self._reserve = 0  # for all that is kept; beside it; to be left for larger steps
+        self._moving = self._retries = 0  # what a step takes beside what always stays
         self._is_short = self._was_short = False  # this forward needs more than that; any since the others were told
         self._answer: Callable[[], bool] | None = None  # whether any rank was short
-        self._watched: tuple[Stopwatch, Waits] | None = None  # the last forward that was measured
+        self._watched: list[tuple[Stopwatch, Waits]] = []  # forwards that are timed, the last of which may be running
 
     @property
     def measuring(self) -> bool:
@@ -105,21 +117,28 @@ class MemoryPlan:
         return False
 
     def run_starts(self, units: Mapping[int, ShardUnit]) -> None:
-        """A training run begins; ``units`` are all there are.  Collective once, when enough has been measured."""
+        """A training run begins; ``units`` are all there are.  Collective twice, when enough has been measured."""
         if not self._measures:
             return
         self._look()
-        if self._steps >= _MEASURED_STEPS:
-            self._is_over = True
-            self._decide(units)
+        if self._steps < _MEASURED_STEPS:
+            return
+        if not self._is_planned:
+            self._is_planned = True
+            self._keep_activations(units)
             self._plans += 1
-        elif self._steps == _MEASURED_STEPS - 1:  # by now gathers are begun ahead of their use
-            self._watched = self._ctx.device.stopwatch(), self._ctx.device.watch_gathers()
+        timed = self._steps - _MEASURED_STEPS  # steps of which a forward was to be
+        if self._watches and timed <= self._watches:
+            if timed > len(self._watched):
+                self._watched.append((self._ctx.device.stopwatch(), self._ctx.device.watch_gathers()))
+            return
+        self._is_over = True
+        self._let_units_stay(units)
 
     def run_ends(self) -> None:
         """Its forward is over."""
-        if self._watched is not None:
-            watch, waits = self._watched
+        if self._watched and self._watched[-1][1].is_on:
+            watch, waits = self._watched[-1]
             watch.stop()
             waits.is_on = False
 
@@ -149,8 +168,8 @@ class MemoryPlan:
             unit = reference()
             if unit is not None:
                 unit.stays = False
-        self._staying = []
-        self._is_short = self._was_short = False
+        self._staying, self._watched = [], []
+        self._is_short = self._was_short = self._is_planned = False
         self._steps, self._is_over = 0, self._plans >= _MOST_PLANS
         self._retries = self._ctx.device.allocation_retries()
         if self._ctx.rank == 0:
@@ -160,61 +179,71 @@ class MemoryPlan:
         """Note the peak so far.  It is not reset, which is the user's to do, at any time."""
         self._peak = max(self._peak, self._ctx.device.peak_memory())
 
-    def _decide(self, units: Mapping[int, ShardUnit]) -> None:
-        units = dict(units)  # those that are there now
-        count = self._most(max(units, default=-1) + 1)
-        free, moving = self._budget()
-        reserve = moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word
-        # Whether a unit may not stay, or is gone already, which ranks notice at different times.
-        refused = [int(unit is None or not unit.may_stay) for unit in map(units.get, range(count))]
-        own = [-free, reserve, int(self._staying_saves()), *(self._bytes.get(i, 0) for i in range(count)), *refused]
+    def _keep_activations(self, units: Mapping[int, ShardUnit]) -> None:
+        """As many as fit.  Collective."""
+        count = self._most(max(list(units), default=-1) + 1)
+        free, self._moving = self._budget()
+        reserve = self._moving if isinstance(self._ctx.memory, str) else 0  # a number is the user's word
+        own = [-free, reserve, *(self._bytes.get(i, 0) for i in range(count))]
         facts = torch.tensor(own, dtype=torch.int64, device="cpu")
         self._ctx.control.all_reduce(facts, "max")
-        free, reserve, saves, *agreed = facts.tolist()
-        free, sizes = -free, {i: size for i, size in enumerate(agreed[:count]) if size}
-        candidates = [units[i] for i, no in enumerate(agreed[count:]) if not no]
-        left = free
-        for index in sorted(sizes, reverse=True):  # the last blocks' activations are held for the shortest time
-            if sizes[index] > left:
+        free, self._reserve, *agreed = facts.tolist()
+        self._free = self._spare = -free
+        self._bytes = {i: size for i, size in enumerate(agreed) if size}
+        for index in sorted(self._bytes, reverse=True):  # the last blocks' activations are held for the shortest time
+            if self._bytes[index] > self._spare:
                 break
-            left -= sizes[index]
+            self._spare -= self._bytes[index]
             self._kept.add(index)
+        self._run.include(self._seen)
+
+    def _let_units_stay(self, units: Mapping[int, ShardUnit]) -> None:
+        """As many as fit, if that saves time.  Collective."""
+        units = dict(units)  # those that are there now
+        count = self._most(max(units, default=-1) + 1)
+        # Whether a unit may not stay, or is gone already, which ranks notice at different times.
+        refused = [int(unit is None or not unit.may_stay) for unit in map(units.get, range(count))]
+        facts = torch.tensor([int(self._staying_saves()), *refused], device="cpu")
+        self._ctx.control.all_reduce(facts, "max")
+        saves, *refused = facts.tolist()
+        candidates = [units[i] for i, no in enumerate(refused) if not no]
         # Outside of training they are whole in other dtypes, two at a time, which may not have been measured.
-        left -= 2 * max((unit.whole_bytes(at_rest=True) for unit in candidates), default=0)
+        self._spare -= 2 * max((unit.whole_bytes(at_rest=True) for unit in candidates), default=0)
         whole = 0
         for unit in candidates if saves else ():  # what is needed first has least to hide behind
-            if unit.whole_bytes() <= left - reserve - whole:
+            if unit.whole_bytes() <= self._spare - self._reserve - whole:
                 whole += unit.whole_bytes()
                 unit.stays = True
                 self._staying.append(weakref.ref(unit))
         if self._staying:
             self._ctx.device.empty_cache()  # transports take their memory from the device itself
-        self._bytes = {}
+        self._spare -= whole
         self._run.include(self._seen)
-        self._spare, self._moving, self._retries = left - whole, moving, self._ctx.device.allocation_retries()
+        self._retries = self._ctx.device.allocation_retries()
+        sizes, self._bytes = self._bytes, {}
         if self._ctx.rank == 0 and (sizes or candidates):
-            self._say(free, sizes, len(candidates), whole, bool(saves))
+            self._say(sizes, len(candidates), whole, bool(saves))
 
     def _staying_saves(self) -> bool:
         """Whether steps become shorter here if units stay.  Waits for the device."""
-        watched, self._watched = self._watched, None
-        if watched is None or self._ctx.graphs:  # blocks are recorded only where parameters stay
+        watched, self._watched = self._watched, []
+        if watched:
+            self._ctx.device.synchronize()
+        read = [(watch.read(), waits.seconds()) for watch, waits in watched]
+        times = [(*time, waited) for time, waited in read if time is not None]
+        if not times:
             return True
-        self._ctx.device.synchronize()
-        watch, waits = watched
-        times = watch.read()
-        if times is None:
-            return True
-        host, device = times
-        return host >= _FOR_THE_HOST * device or waits.seconds() >= _FOR_GATHERS * device
+        host = median(host / device for host, device, _ in times)
+        waited = median(waited / device for _, device, waited in times)
+        return host >= (_TO_RECORD if self.may_record else _FOR_THE_HOST) or waited >= _FOR_GATHERS
 
     def _most(self, number: int) -> int:
         largest = torch.tensor([number], device="cpu")
         self._ctx.control.all_reduce(largest, "max")
         return int(largest)
 
-    def _say(self, free: int, sizes: dict[int, int], candidates: int, whole: int, saves: bool) -> None:
-        said = [f"{max(free, 0) / _GIB:.1f} GiB to spare"]
+    def _say(self, sizes: dict[int, int], candidates: int, whole: int, saves: bool) -> None:
+        said = [f"{max(self._free, 0) / _GIB:.1f} GiB to spare"]
         if sizes:
             kept, block = len(self._kept), max(sizes.values()) / _GIB
             said.append(

@@ -45,7 +45,8 @@ def summary(
     if batch:
         yield batch
     memory = ctx.memory if isinstance(ctx.memory, str) else f"at most {ctx.memory:g} GiB"
-    plan = "to be decided after two steps" if ctx.device.measures_memory and ctx.memory != "lean" else "nothing is kept"
+    decides = ctx.device.measures_memory and ctx.memory != "lean"
+    plan = "to be decided in the first steps" if decides else "nothing is kept"
     ops = ("compiled" if kernels.compiled() else "not compiled") if ctx.device.is_cuda else "torch's on a CPU"
     yield f"precision {words(ctx.precision)}; memory {memory}: {plan}; kernels: {ops}"
 

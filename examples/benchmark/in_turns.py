@@ -147,7 +147,7 @@ def main() -> None:
     tokens = torch.randint(0, vocabulary, (options.batch, options.length + 1), device=device)
     found: dict[str, list[list[float]]] = {name: [] for name in sides}
     for side in sides.values():
-        timed(side, tokens, 12)  # until what is decided in the first steps is decided
+        timed(side, tokens, 15)  # until what is decided in the first steps is decided
     for _ in range(options.rounds):
         for name, side in sides.items():
             found[name] += timed(side, tokens, 10)

@@ -37,7 +37,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=torch.cuda.device_count() or 2)
     parser.add_argument("--sequence", type=int, default=2048, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=8, help="measured steps; the median counts")
-    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=8, help="steps before them, in which ours decides what to keep")
     parser.add_argument("--clip", type=float, default=0.0, help="largest gradient norm; 0 does not clip")
     parser.add_argument("--peak", type=float, help="TFLOP/s of one GPU that MFU is measured against")
     parser.add_argument("--profile", action="store_true", help="also say what the GPU's streams did")

@@ -355,37 +355,57 @@ class Watched:
         return self._waited
 
 
+@contextmanager
+def watched_training(patch: pytest.MonkeyPatch, times: list[Watched]) -> Iterator[tuple[Training, list[str]]]:
+    """Of the forwards that are timed ``times`` are said, one after the other; and what the plan says."""
+    said: list[str] = []
+    patch.setattr("bmtrain.block.memory.say", said.append)
+    with training(PLENTY) as run:
+        run.plan._watches = len(times)
+        watches, waits = iter(times), iter(times)
+        patch.setattr(context().device, "stopwatch", lambda: next(watches, None))  # others may time, too
+        patch.setattr(context().device, "watch_gathers", lambda: next(waits, None))
+        yield run, said
+
+
 @on_ranks(2)
 def test_what_computation_hides_does_not_stay() -> None:
     last = bmt.rank() == bmt.world_size() - 1
-    device, graphs = context().device, context().graphs
     # Of a second on the device: what the last rank's host took, what that rank waited for gathers; blocks to record.
-    cases = [(0.1, 0.01, None, False), (0.1, 0.01, False, False), (0.1, 0.01, True, True), (0.5, 0.01, None, True)]
-    cases += [(0.1, 0.2, None, True)]
+    cases = [(0.1, 0.01, False, False), (0.1, 0.01, True, False), (0.6, 0.01, False, False), (0.6, 0.01, True, True)]
+    cases += [(0.9, 0.01, False, True), (0.1, 0.2, False, True)]
     for host, waited, recorded, stay in cases:
-        with pytest.MonkeyPatch.context() as patch, training(PLENTY) as run:
-            watched = Watched(host, waited) if last else Watched(0.1, 0.0)
-            patch.setattr(device, "stopwatch", lambda watched=watched: watched)
-            patch.setattr(device, "watch_gathers", lambda watched=watched: watched)
-            patch.setattr(context(), "graphs", recorded)
-            said: list[str] = []
-            patch.setattr("bmtrain.block.memory.say", said.append)
-            run.steps(3)
+        usual, slow = Watched(host, waited) if last else Watched(0.1, 0.0), Watched(1.0, 1.0)
+        with pytest.MonkeyPatch.context() as patch, watched_training(patch, [usual, slow, usual]) as (run, said):
+            run.plan.may_record = recorded
+            run.steps(6)
+            assert run.plan._kept and not said and not run.plan._staying  # activations are another matter
+            run.steps(1)
             assert run.stay == stay, (host, waited, recorded)
-            assert run.plan._kept  # activations are another matter
             hides = "hides their gathers" in "".join(said)
-            assert hides == (not stay and bmt.rank() == 0)
-    assert context().graphs == graphs
+            assert hides == (not stay and bmt.rank() == 0) and len(said) == (bmt.rank() == 0)
 
 
 @on_ranks(2)
-def test_gathers_are_watched_for_one_forward() -> None:
+def test_of_steps_with_several_forwards_one_is_timed_each() -> None:
+    times = [Watched(0.1, 0.0) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch, watched_training(patch, times) as (run, _):
+        for step in range(7):
+            assert len(run.plan._watched) == max(0, step - 3)
+            for _ in range(3):
+                run.manager.backward(run.forward(step))
+            assert not any(watched.is_on for watched in times[: max(0, step - 2)])
+            run.steps(1)
+        assert not run.stay and run.plan._kept
+
+
+@on_ranks(2)
+def test_only_whoever_may_record_blocks_says_so() -> None:
     with training(PLENTY) as run:
-        run.steps(1)
-        first = context().device.gather_waits
-        run.forward()
-        assert context().device.gather_waits is not first and not context().device.gather_waits.is_on
-    assert run.plan._watched is not None
+        run.steps(3)
+        engine: Any = context().engine
+        assert run.plan.may_record == (engine.graphs is not None)
+        assert run.stay and not run.plan._watched
 
 
 @on_ranks(3)
