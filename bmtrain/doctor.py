@@ -25,6 +25,7 @@ from . import __version__, kernels
 from .comm import nccl_library
 from .device import visible_gpus
 from .errors import CommunicationError
+from .log import interruptible
 
 _GIB = 1 << 30
 _WAIT = 90  # seconds that the all-gather may take, with starting its processes
@@ -61,18 +62,15 @@ def parser(**options: Any) -> argparse.ArgumentParser:
     return made
 
 
+@interruptible("bmt-doctor")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: training works here; 1: something is in the way."""
     given = parser().parse_args(arguments)
     found = []
-    try:
-        for finding in examine(bandwidth=not given.no_bandwidth):
-            found.append(finding)
-            if not given.json:
-                print("\n".join(_lines(finding)), flush=True)
-    except KeyboardInterrupt:
-        print("\nbmt-doctor: interrupted", file=sys.stderr)
-        return 130
+    for finding in examine(bandwidth=not given.no_bandwidth):
+        found.append(finding)
+        if not given.json:
+            print("\n".join(_lines(finding)), flush=True)
     bad = [finding for finding in found if finding.state == "bad"]
     if given.json:
         print(json.dumps({"version": __version__, "ok": not bad, "findings": list(map(asdict, found))}, indent=1))

@@ -6,8 +6,13 @@ said while a job ends (by the watchdog, after Ctrl-C) goes to stderr past ``logg
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+P = ParamSpec("P")
 
 _LOGGER = logging.getLogger("bmtrain")
 
@@ -34,3 +39,20 @@ def say(text: str, rank: int = 0) -> None:
     if _LOGGER.level == logging.NOTSET:
         _LOGGER.setLevel(logging.INFO)
     _LOGGER.info("%s", text, extra={"rank": rank})
+
+
+def interruptible(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:
+    """Decorator for the command ``name``: after Ctrl-C it ends with one line, and 130, as a shell counts."""
+
+    def decorate(command: Callable[P, int]) -> Callable[P, int]:
+        @functools.wraps(command)
+        def run(*args: P.args, **kwargs: P.kwargs) -> int:
+            try:
+                return command(*args, **kwargs)
+            except KeyboardInterrupt:
+                print(f"\n{name}: interrupted; no file was left half written", file=sys.stderr)
+                return 130
+
+        return run
+
+    return decorate

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigurationError
+from .log import interruptible
+from .written import replacing
 
 _BARS = "▁▂▃▄▅▆▇█"
 Points = list[tuple[float, float]]
@@ -36,6 +38,7 @@ def parser(**options: Any) -> argparse.ArgumentParser:
     return made
 
 
+@interruptible("bmt plot")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: drawn; 2: it could not be."""
     given = parser().parse_args(arguments)
@@ -147,4 +150,5 @@ def _draw(runs: dict[str, dict[str, Points]], names: Sequence[str], out: Path) -
         if place == 0 and len(runs) > 1:
             axes.legend()
     axes.set_xlabel("step")
-    figure.savefig(out)
+    with replacing(out) as temporary:
+        figure.savefig(temporary, format=out.suffix[1:])

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import CheckpointError
+from ..log import interruptible
 from ..wire import to_bytes
 from ..written import replacing
 from . import folder as folders
@@ -53,6 +54,7 @@ def parser(**options: Any) -> argparse.ArgumentParser:
     return top
 
 
+@interruptible("bmt-checkpoint")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: done, and nothing is wrong or different; 1: something is; 2: it could not be done."""
     given = parser().parse_args(arguments)

@@ -16,6 +16,7 @@ import torch
 from ..block.summary import counts, words
 from ..context import init_distributed, is_initialized
 from ..errors import BMTrainError, ConfigurationError
+from ..log import interruptible
 from ..precision import as_precision
 from .estimate import Estimate, Job, Model
 from .scaling import Measured, Prediction, Ranks, completed, predict, usual
@@ -72,6 +73,7 @@ def parser(**options: Any) -> argparse.ArgumentParser:
     return made
 
 
+@interruptible("bmt estimate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command.  0: done, and it fits where ``--card`` is given; 1: it does not; 2: it could not be estimated."""
     given = parser().parse_args(arguments)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import run_script
+
+from bmtrain import doctor, plot
+from bmtrain.checkpoint import command as checkpoint
+from bmtrain.estimate import command as estimate
 
 SAY = "from bmtrain.log import say; say('two units'); say('three', rank=1)"
 SAID = "bmtrain: two units\nbmtrain: three\n"
@@ -43,3 +48,21 @@ def test_where_it_goes(tmp_path: Path, before: str, out: str, err: str) -> None:
     (tmp_path / "train.py").write_text(before + SAY)
     (done,) = run_script(tmp_path / "train.py")
     assert (done.stdout, done.stderr) == (out, err)
+
+
+@pytest.mark.parametrize(
+    ("tool", "step", "arguments"),
+    [(doctor, "examine", []), (plot, "read", ["run.jsonl"]), (checkpoint, "_inspect", ["inspect", "folder"]),
+     (estimate, "_job", ["models:make"])],
+)  # fmt: skip
+def test_after_ctrl_c_a_command_says_one_line(
+    tool: Any, step: str, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, step, interrupted)
+    assert tool.main(arguments) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.endswith(": interrupted; no file was left half written\n")
+    assert captured.err.count("\n") == 2
