@@ -6,9 +6,9 @@ of a step needs.  Then, in this order and as far as it fits, blocks keep their a
 one step to the next: an all-gather follows the optimizer, and forward and backward gather nothing.  Optimizer states
 and gradients stay sharded.  Every way gives the same numbers.
 
-Units do not stay where that saves nothing: where forwards neither wait for their gathers nor for the host, which has
-less to do for units that stay.  On a GPU that is measured in some steps more, after the first ones, in which kernels
-are loaded and much is looked at once.
+Units do not stay where that saves nothing: where forwards do not wait for their gathers, and blocks are not to run as
+CUDA graphs, for which they have to stay (``graphs``).  On a GPU that is measured in some steps more, after the first
+ones, in which kernels are loaded and much is looked at once.
 
 Units stay only in what a step of twice the size would leave free.  They are given up when a rank needs more than was
 measured: for larger inputs, or when the allocator had to look twice.  It says so to the others during the step, after
@@ -36,8 +36,7 @@ _MOST_PLANS = 4  # inputs that grow again and again are not followed for ever
 _GIB = 2**30
 # Shares of what a forward takes on the device, in the median of those that were timed.
 _FOR_GATHERS = 0.05  # waited for gathers: so little is not worth memory; a backward has twice the time to hide them
-_FOR_THE_HOST = 0.8  # needed by the host, which then is late again and again
-_TO_RECORD = 0.5  # the same where blocks may then run as CUDA graphs, which begin at as much (``host_time``)
+_TO_RECORD = 0.6  # needed by the host, where blocks may run as CUDA graphs: with units that stay it needs less
 
 
 class MemoryPlan:
@@ -235,7 +234,7 @@ class MemoryPlan:
             return True
         host = median(host / device for host, device, _ in times)
         waited = median(waited / device for _, device, waited in times)
-        return host >= (_TO_RECORD if self.may_record else _FOR_THE_HOST) or waited >= _FOR_GATHERS
+        return waited >= _FOR_GATHERS or (self.may_record and host >= _TO_RECORD)
 
     def _most(self, number: int) -> int:
         largest = torch.tensor([number], device="cpu")
