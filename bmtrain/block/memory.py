@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from statistics import median
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -34,7 +33,7 @@ _MEASURED_STEPS = 2  # by then the optimizer's state and every buffer are alloca
 WATCHED_STEPS = 3  # of which a forward is timed, from one after these on: the next allocates what blocks keep
 _MOST_PLANS = 4  # inputs that grow again and again are not followed for ever
 _GIB = 2**30
-# Shares of what a forward takes on the device, in the median of those that were timed.
+# Shares of what a forward takes on the device.
 _FOR_GATHERS = 0.05  # waited for gathers: so little is not worth memory; a backward has twice the time to hide them
 _TO_RECORD = 0.6  # needed by the host, where blocks may run as CUDA graphs: with units that stay it needs less
 
@@ -232,8 +231,9 @@ class MemoryPlan:
         times = [(*time, waited) for time, waited in read if time is not None]
         if not times:
             return True
-        host = median(host / device for host, device, _ in times)
-        waited = median(waited / device for _, device, waited in times)
+        # The least: a rank whose host is late once lets the others wait, and that is no gather's fault.
+        host = min(host / device for host, device, _ in times)
+        waited = min(waited / device for _, device, waited in times)
         return waited >= _FOR_GATHERS or (self.may_record and host >= _TO_RECORD)
 
     def _most(self, number: int) -> int:

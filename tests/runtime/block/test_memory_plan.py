@@ -376,7 +376,7 @@ def test_what_computation_hides_does_not_stay() -> None:
     cases += [(0.1, 0.2, False, True)]
     for host, waited, recorded, stay in cases:
         usual, slow = Watched(host, waited) if last else Watched(0.1, 0.0), Watched(1.0, 1.0)
-        with pytest.MonkeyPatch.context() as patch, watched_training(patch, [usual, slow, usual]) as (run, said):
+        with pytest.MonkeyPatch.context() as patch, watched_training(patch, [slow, usual, slow]) as (run, said):
             run.plan.may_record = recorded
             run.steps(6)
             assert run.plan._kept and not said and not run.plan._staying  # activations are another matter
@@ -404,7 +404,7 @@ def test_only_whoever_may_record_blocks_says_so() -> None:
     with training(PLENTY) as run:
         run.steps(3)
         engine: Any = context().engine
-        assert run.plan.may_record == (engine.graphs is not None)
+        assert run.plan.may_record == (engine.graphs is not None and engine.graphs.plan is run.plan)
         assert run.stay and not run.plan._watched
 
 
