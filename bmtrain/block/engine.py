@@ -332,6 +332,10 @@ class Engine:
         if self.replicas is not None:
             self.replicas.ask()
 
+    def note_step(self) -> None:
+        """An optimizer begins a step on sharded parameters, on all ranks."""
+        self.backward.steps += 1
+
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""
         self.schedule.updated(units)
