@@ -71,6 +71,11 @@ class Pair:
                     if ours.grad is not None:
                         assert ours.grad.shape == theirs.shape and ours.grad.dtype == theirs.dtype
                         assert ours.grad.device == ours.device and not ours.grad.requires_grad
+                        assert ours.grad.numel() == theirs.numel() and ours.grad.dim() == theirs.dim()
+                        assert ours.grad.size() == theirs.size() and ours.grad.is_floating_point()
+                        assert not ours.grad.is_sparse and ours.grad.layout == theirs.layout
+                        assert ours.grad.nbytes == theirs.nbytes and ours.grad.element_size() == theirs.element_size()
+                        assert not theirs.dim() or len(ours.grad) == len(theirs)
                         assert repr(ours.grad)
         for (name, ours), theirs in zip(self.model.named_parameters(), self.plain.parameters(), strict=True):
             found = bmt.gather_grad(ours)
