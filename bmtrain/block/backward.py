@@ -204,11 +204,13 @@ class Backward:
         reduced, self._schedule.reduced = self._schedule.reduced, []
         if not reduced or self._schedule.ctx.world_size == 1:
             return
-        if self._told is not None:  # long there: it was begun when the backward before this one ended
+        if self._told is not None:  # long there: it was begun when a backward before this one ended
             self._told.require_same_steps()
         units = sorted(set(reduced), key=lambda unit: unit.index)  # pipelines reduce in an order of each stage's own
         gradients = [flat.gradient for unit in units for flat in unit.flats if flat.gradient.present]
-        self._told = tell(self._schedule.ctx, gradients, self.steps)
+        news = [gradient for gradient in gradients if not gradient.is_all_used]  # as all ranks know
+        if news:
+            self._told = tell(self._schedule.ctx, news, self.steps)
 
 
 def _is_within(frame: Frame, outer: Frame) -> bool:

@@ -29,7 +29,7 @@ class ShardGradient:
     Attributes:
         present: whether anything was reduced since ``clear``; the same on all ranks.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
-        told: what ranks have told each other of that since the last reduction, and where in it the first parameter is.
+        told: what ranks have told each other of that since ``clear``, and where in it the first parameter is.
         dropped: parameters whose gradient user code has dropped since the last reduction.
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
@@ -72,7 +72,7 @@ class ShardGradient:
     def receive(self, whole: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Where this rank's part of the ranks' sum of ``whole`` goes, and what to do once it is there."""
         weight = 1.0 / self._divisor
-        self._begins_anew()
+        self._changes()
         if not self.present:
             self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return self._fitting(whole.dtype), None
@@ -97,7 +97,7 @@ class ShardGradient:
 
     def add_elsewhere(self) -> None:
         """The ranks of another stage of a pipeline, which keep all of it, have added to it."""
-        self._begins_anew()
+        self._changes()
         if not self.present:
             self._fitting(self._dtype)
             self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor
@@ -191,6 +191,14 @@ class ShardGradient:
         told, first = self.told
         return told.is_used(first + index)
 
+    @property
+    def is_all_used(self) -> bool:
+        """Whether ranks have told each other that some rank has a gradient for each parameter.
+
+        The same on all ranks; waits as ``is_used`` does.
+        """
+        return self.told is not None and self.told[0].are_used(self.told[1], len(self.touched))
+
     def used(self) -> list[bool]:
         """The same of all parameters."""
         if self.present and all(self.touched):
@@ -244,7 +252,8 @@ class ShardGradient:
         """Forget the gradient; its memory stays for the next one."""
         for index in [*self._shown, *self._shown_whole]:
             self._leave(index)
-        self._begins_anew()
+        self._changes()
+        self.told = None
         self.present, self.factor = False, None
         self.touched = [False] * len(self.touched)
         if self._room is not None:
@@ -256,10 +265,11 @@ class ShardGradient:
         """Its values are about to change."""
         self._pools.outer.whole_gradients.forget()
 
-    def _begins_anew(self) -> None:
-        """What is known of it does not hold any more."""
-        self.dropped.clear()
-        self.told = None
+    def _changes(self) -> None:
+        """More is added: to what was dropped, too, of which nothing is known then."""
+        if self.dropped:
+            self.dropped.clear()
+            self.told = None
         self.note_write()
 
     def _zeros(self) -> torch.Tensor:

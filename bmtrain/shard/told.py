@@ -29,6 +29,10 @@ class Told:
         """Whether any rank has a gradient for parameter ``number``."""
         return bool(self._come()[number])
 
+    def are_used(self, first: int, count: int) -> bool:
+        """The same of so many parameters from ``first`` on: whether of all."""
+        return all(self._come()[first : first + count])
+
     def require_same_steps(self) -> None:
         """Raises RankDivergenceError unless all ranks had made as many optimizer steps."""
         self._come()

@@ -467,7 +467,7 @@ def test_nobody_waits_for_other_ranks_while_all_stays() -> None:
             for name in exchanges:
                 delattr(control, name)
         assert run.stay
-    assert calls == ["start_all_reduce"] * 9, "one for what is short of memory in a step, one for each backward"
+    assert calls == ["start_all_reduce"] * 4, "in each step who is short of memory, and once which gradients there are"
 
 
 # ---- refusals

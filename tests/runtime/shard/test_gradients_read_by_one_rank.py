@@ -341,3 +341,35 @@ def test_whole_gradients_go_when_something_changes() -> None:
     gather()
     manager.zero_grad()
     assert not pools.whole_gradients._kept
+
+
+@on_ranks(2, 3)
+def test_ranks_tell_each_other_once_of_gradients_that_all_have() -> None:
+    pair = Pair()
+    oracle.assert_same_grads(pair.model, pair.plain)
+    control: Any = context().control
+    inner, count = control.start_all_reduce, [0]
+
+    def start(tensor: torch.Tensor, op: Any = "sum") -> Callable[[], None]:
+        count[0] += tensor.dtype == torch.int32
+        return inner(tensor, op)  # type: ignore[no-any-return]
+
+    control.start_all_reduce = start
+    try:
+        for step in range(3):
+            pair.backward(step, (0,), (1,))
+        assert count[0] == 3, "the root has a branch that nobody uses"
+        for step in range(3):
+            pair.model.zero_grad()
+            count[0] = 0
+            for part in range(3):
+                x = models.share(oracle.inputs(3 * step + part))
+                for layer in pair.model.body:
+                    x = layer(x)
+                oracle.mean(x).backward()  # type: ignore[no-untyped-call]
+            assert count[0] == 1
+            pair.model.body[0].weight.grad = None
+            oracle.mean(pair.model.body[1](oracle.inputs(step))).backward()  # type: ignore[no-untyped-call]
+            assert count[0] == 1 and pair.model.body[0].weight.grad is None
+    finally:
+        del control.start_all_reduce
