@@ -107,21 +107,6 @@ def on_all_ranks(ctx: Context, things: Sequence[T | None], most: int) -> list[T]
     return [thing for thing, there in zip(things, here.tolist(), strict=False) if thing is not None and there]
 
 
-def on_any_rank(ctx: Context, flags: Sequence[bool]) -> list[bool]:
-    """Which of ``flags`` are true on some rank.  Collective.
-
-    A rank on which all are true knows the answer without waiting for its device.
-    """
-    if ctx.world_size == 1 or not flags:
-        return list(flags)
-    whole, device = all(flags), ctx.device.torch_device
-    shared = torch.ones(len(flags), dtype=torch.uint8, device=device) if whole else torch.tensor(
-        flags, dtype=torch.uint8, device=device
-    )  # fmt: skip
-    ctx.world.all_reduce(shared, "max")
-    return list(flags) if whole else [bool(flag) for flag in shared.tolist()]
-
-
 def require_same(
     what: str, kind: str, values: Mapping[str, torch.Tensor], others: Sequence[str], advice: str, noun: str = "values"
 ) -> None:

@@ -473,7 +473,7 @@ class Device:
     def watch_shared_draws(self, watched: bool) -> SharedDraws | None:
         """Look at what is drawn from the shared stream of what layers draw from, or no more."""
         own = self._own_random[0]
-        own.watched = SharedDraws(self.generator) if watched else None
+        own.watched = SharedDraws(self.generator, is_paused=own.depth > 0) if watched else None
         return own.watched
 
     def watch_host_draws(self, watched: bool) -> HostDraws | None:

@@ -81,8 +81,8 @@ class SharedDraws:
         is_paused: whether the generator is at another stream.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self.found, self.is_paused = generator, False, False
+    def __init__(self, generator: torch.Generator, is_paused: bool = False) -> None:
+        self._generator, self.found, self.is_paused = generator, False, is_paused
         self._seed, self._position = 0, b""
 
     def begin_here(self) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from ..autograd import ScriptsAsWritten, backward_id, runs_as_written, saves_with, when_backward_ends
 from ..device import Device
+from ..shard.gradient import tell
+from ..shard.told import Told
 from ..shard.unit import ShardUnit, unit_of_flat, wait_to_be_reduced
 from .frame import Frame
 from .of_no_module import OfNoModule
@@ -37,6 +39,7 @@ class Backward:
         recomputes: how many blocks are being run again, one inside the other.
         peeks: whether somebody looks at what was saved, before a backward needs it.
         watch: who is told of the first backwards; None once that is over.
+        steps: how many optimizer steps this rank has begun.
     """
 
     def __init__(self, schedule: Schedule, of_no_module: OfNoModule) -> None:
@@ -48,6 +51,8 @@ class Backward:
         self.peeks = False
         self.watch: Watch | None = None
         self.first_graphs = FirstGraphs()
+        self.steps = 0
+        self._told: Told | None = None
         self._begun: list[Frame] = []
         self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again
         self._id: int | None = None
@@ -119,7 +124,7 @@ class Backward:
         self._schedule.ctx.diary.is_apart = False
         for unit in units:
             if not unit.pools.is_here:
-                unit.reduced_elsewhere()
+                self._schedule.reduced_elsewhere(unit)
 
     def _finish(self, frame: Frame) -> None:
         frame.finished = True
@@ -191,7 +196,21 @@ class Backward:
         if self._whole.idle:
             self.kept = None
             self._whole.let_go_of_all()
+        self._tell()
         self._schedule.pools.tidy()
+
+    def _tell(self) -> None:
+        """Let ranks tell each other what has got a gradient, for whoever asks of them alone whether there is one."""
+        reduced, self._schedule.reduced = self._schedule.reduced, []
+        if not reduced or self._schedule.ctx.world_size == 1:
+            return
+        if self._told is not None:  # long there: it was begun when a backward before this one ended
+            self._told.require_same_steps()
+        units = sorted(set(reduced), key=lambda unit: unit.index)  # pipelines reduce in an order of each stage's own
+        gradients = [flat.gradient for unit in units for flat in unit.flats if flat.gradient.present]
+        news = [gradient for gradient in gradients if not gradient.is_all_used]  # as all ranks know
+        if news:
+            self._told = tell(self._schedule.ctx, news, self.steps)
 
 
 def _is_within(frame: Frame, outer: Frame) -> bool:

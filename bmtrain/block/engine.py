@@ -28,6 +28,7 @@ from .first_draws import FirstDraws
 from .first_hooks import FirstHooks
 from .first_leaves import FirstLeaves, leaves_of_no_module
 from .first_losses import FirstLosses
+from .first_steps import FirstSteps
 from .frame import Frame
 from .graphs import Graphs
 from .host_time import HostTime
@@ -67,12 +68,13 @@ class Engine:
         self.plan = MemoryPlan(ctx, WATCHED_STEPS if ctx.device.is_cuda and not ctx.graphs else 0)
         self.of_no_module = OfNoModule(ctx)
         self.backward = Backward(self.schedule, self.of_no_module)
-        self.first_batches = FirstBatches(ctx)
+        self.first_steps = FirstSteps()
+        self.first_batches = FirstBatches(ctx, self.first_steps)
         self.first_buffers = FirstBuffers(ctx)
-        self.first_draws = FirstDraws(ctx)
-        self.first_hooks = FirstHooks(ctx)
+        self.first_draws = FirstDraws(ctx, self.first_steps)
+        self.first_hooks = FirstHooks(ctx, self.first_steps)
         self.first_leaves = FirstLeaves(ctx, self.of_no_module)
-        self.first_losses = FirstLosses(ctx, self.backward)
+        self.first_losses = FirstLosses(ctx, self.backward, self.first_steps)
         self.backward.watch = self if self.first_leaves.wanted else None
         may_record = ctx.graphs is not False and ctx.device.records and (ctx.graphs or ctx.world_size > 1)
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
@@ -100,9 +102,7 @@ class Engine:
             if not unit.moves:
                 self.schedule.register(unit)  # nothing is gathered, so that code may use it without our noticing
         arenas.watch(module, partial(self._give_up, [weakref.ref(unit) for unit in units]))
-        self.backward.first_graphs, self.first_buffers = FirstGraphs(), FirstBuffers(self.ctx)
-        self.first_hooks, self.first_leaves = FirstHooks(self.ctx), FirstLeaves(self.ctx, self.of_no_module)
-        self.backward.watch = self if self.first_leaves.wanted else None
+        self.first_steps.sharded()
 
     def _give_up(self, references: Sequence[weakref.ref[ShardUnit]]) -> None:
         """No rank has the model any more: what was whole last, or is on its way, is not waited for."""
@@ -209,11 +209,22 @@ class Engine:
             self._forwards += 1
             if self.meter is not None and module.training:
                 self.meter.note_forward(module, (args, kwargs))
-            if self.first_buffers.wanted:
-                self.first_buffers.note(module)
-            if self.first_hooks.wanted:
-                self.first_hooks.note(module)
+            age, is_new = self.first_steps.note(module)
+            if is_new:
+                self._look_anew()
+            self.first_buffers.note(module, age)
+            self.first_hooks.note(module, age)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
+
+    def _look_anew(self) -> None:
+        """A model, or a part of one, that was not there before begins to train."""
+        self.backward.first_graphs = FirstGraphs()
+        self.first_leaves = FirstLeaves(self.ctx, self.of_no_module)
+        self.backward.watch = self if self.first_leaves.wanted else None
+        self.first_batches.renew()
+        self.first_draws.renew()
+        self.first_hooks.renew()
+        self.first_losses.renew()
 
     def latest_runs(self) -> LatestRuns:
         """The forwards since the last optimizer step, a few, without their graphs."""
@@ -338,8 +349,13 @@ class Engine:
         if self.replicas is not None:
             self.replicas.ask()
 
+    def note_step(self) -> None:
+        """An optimizer begins a step on sharded parameters, on all ranks."""
+        self.backward.steps += 1
+
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""
+        self.first_steps.updated(units)
         self.schedule.updated(units)
 
     def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
@@ -364,8 +380,8 @@ class Engine:
         self.first_batches.optimizer_stepped()
         self.first_buffers.optimizer_stepped()
         self.first_draws.optimizer_stepped()
-        self.first_hooks.optimizer_stepped()
         self.first_losses.optimizer_stepped()
+        self.first_steps.optimizer_stepped()
         if self.meter is not None:
             self.meter.optimizer_stepped()
 

@@ -1,4 +1,4 @@
-"""Whether the ranks train on different batches, asked once at the start."""
+"""Whether the ranks train on different batches, asked once at the start of a model's training."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from torch.utils._pytree import tree_leaves
 from ..alike import digest
 from ..context import Context
 from ..users_code import users_line
+from .first_steps import FirstSteps
 
 _BATCHES, _STEPS = 2, 3
-"""How many batches are compared, at which optimizer step: two optimizers have made two by then."""
+"""How many batches are compared, at which optimizer step of a model."""
 
 
 class FirstBatches:
     """Digests of the latest training batches, compared at one of the first optimizer steps."""
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx = ctx
+    def __init__(self, ctx: Context, first_steps: FirstSteps) -> None:
+        self._ctx, self._first_steps = ctx, first_steps
         self._digests: deque[torch.Tensor] = deque(maxlen=_BATCHES)
-        self._steps, self._place = 0, ""
-        self.wanted = ctx.topology.data_size > 1
+        self._place, self._is_over = "", False
+
+    def renew(self) -> None:
+        """A model begins to train."""
+        self._is_over = False
+
+    @property
+    def wanted(self) -> bool:
+        """Whether batches are looked at now."""
+        return self._ctx.topology.data_size > 1 and not self._is_over and self._first_steps.age < _STEPS
 
     def note(self, inputs: object) -> None:
         """An outermost forward is about to train on ``inputs``, of which the first tensor counts."""
@@ -35,10 +44,9 @@ class FirstBatches:
 
     def optimizer_stepped(self) -> None:
         """Warn if all ranks have had the same batches.  Collective once."""
-        self._steps += 1
-        if not self.wanted or self._steps < _STEPS:
+        if not self.wanted or self._first_steps.age < _STEPS - 1:
             return
-        self.wanted = False
+        self._is_over = True
         here = [int(one) for one in self._digests] if len(self._digests) == _BATCHES else [self._ctx.rank] * _BATCHES
         bounds = torch.tensor([*here, *(~number for number in here)], device="cpu")
         self._ctx.control.all_reduce(bounds, "max")

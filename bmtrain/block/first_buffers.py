@@ -16,7 +16,7 @@ from ..shard.sharded_tensor import ShardedTensor
 from ..users_code import users_line
 
 _STEPS = 3
-"""At which optimizer step they are compared."""
+"""At which optimizer step of a model they are compared."""
 _MOST = 5  # names in a warning
 _MOST_MODELS = 32
 
@@ -35,22 +35,21 @@ class FirstBuffers:
     """Those of models that train, compared once: a forward may write into them what its samples have given."""
 
     def __init__(self, ctx: Context) -> None:
-        self._ctx, self._steps, self._place = ctx, 0, ""
+        self._ctx, self._place = ctx, ""
         self._models: list[weakref.ref[nn.Module]] = []  # whose ids others may have later
-        self.wanted = ctx.topology.data_size > 1
 
-    def note(self, model: nn.Module) -> None:
-        """An outermost forward is about to train ``model``."""
+    def note(self, model: nn.Module, age: int) -> None:
+        """An outermost forward is about to train ``model``, which has made ``age`` steps."""
+        if age != _STEPS - 1 or self._ctx.topology.data_size == 1:
+            return
         if len(self._models) < _MOST_MODELS and not any(known() is model for known in self._models):
             self._models.append(weakref.ref(model))
         self._place = users_line()
 
     def optimizer_stepped(self) -> None:
-        """Warn of buffers that differ.  Collective once."""
-        self._steps += 1
-        if not self.wanted or self._steps < _STEPS:
+        """Warn of buffers that differ.  Collective if there are models in that step."""
+        if not self._models:
             return
-        self.wanted = False
         roots = on_all_ranks(self._ctx, [known() for known in self._models], _MOST_MODELS)
         self._models = []
         found = differing_ranks(self._ctx, {name: (b, ("replicate", "shard")) for name, b in buffers_of(roots)})

@@ -6,9 +6,10 @@ import warnings
 
 from ..context import Context
 from ..users_code import users_line
+from .first_steps import FirstSteps
 
 _STEPS = 4
-"""How many optimizer steps are looked at."""
+"""How many optimizer steps of a model are looked at."""
 
 _OFTEN = 2
 """What is drawn in so many steps before the forward is drawn for a batch."""
@@ -22,17 +23,32 @@ class FirstDraws:
     at, too, in layers as well, for which they have no streams of their own.
     """
 
-    def __init__(self, ctx: Context) -> None:
+    def __init__(self, ctx: Context, first_steps: FirstSteps) -> None:
         split = ctx.tensor_group.world_size > 1 or ctx.topology.mesh.size("pipe") > 1  # whose streams are others
-        wanted = ctx.topology.data_size > 1 and ctx.random != "shared" and not split
-        self._ctx, self._steps, self._before, self._place = ctx, 0, 0, ""
-        self._draws, self._hosts = ctx.device.watch_shared_draws(wanted), ctx.device.watch_host_draws(wanted)
+        self._can_differ = ctx.topology.data_size > 1 and ctx.random != "shared" and not split
+        self._ctx, self._first_steps, self._before, self._place = ctx, first_steps, 0, ""
+        self._is_over = False
+        self._draws, self._hosts = ctx.device.watch_shared_draws(False), ctx.device.watch_host_draws(False)
         self._between = False  # whether no forward has begun since a step
+
+    def renew(self) -> None:
+        """A model begins to train."""
+        self._is_over, self._before = False, 0
 
     def forward_starts(self) -> None:
         """An outermost forward begins that is to train."""
-        if self._draws is None:
+        if not self._can_differ or self._is_over or self._first_steps.age >= _STEPS:
+            if self._draws is not None:
+                self._end()
             return
+        if self._draws is None:
+            self._draws, self._hosts = (
+                self._ctx.device.watch_shared_draws(True),
+                self._ctx.device.watch_host_draws(True),
+            )
+            self._between = False
+            assert self._draws is not None
+            self._draws.begin_here()
         self._draws.look()
         if self._draws.found and self._between and self._ctx.device.decides_apart:
             self._before += 1
@@ -61,14 +77,12 @@ class FirstDraws:
         """What is drawn from here on is for another batch."""
         if self._draws is None:
             return
-        self._steps += 1
         self._draws.begin_here()
         self._draws.found, self._between = False, True
-        if self._steps == _STEPS:
-            self._end()
 
     def _warn(self, where: str, place: str) -> None:
         self._end()
+        self._is_over = True
         if self._ctx.rank == 0:
             warnings.warn(
                 f"Random numbers are drawn {where} ({place}): the same on all ranks, which is right for what decides "

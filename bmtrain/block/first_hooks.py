@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from ..context import Context
 from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter
+from .first_steps import FirstSteps
 from .linearity import watched
 
 _CALLS = 3
-"""So many of each hook are looked at."""
+"""So many of each hook are looked at, and those that a model has in so many of its first steps."""
 
 Hooks = MutableMapping[int, Callable[..., Any]]
 
@@ -27,16 +28,29 @@ class FirstHooks:
 
     Attributes:
         watches: whether hooks are looked at where they are registered.
-        wanted: whether models are still to be looked at, which may have had hooks before they were sharded.
     """
 
-    def __init__(self, ctx: Context) -> None:
-        self._ctx, self._steps = ctx, 0
+    def __init__(self, ctx: Context, first_steps: FirstSteps) -> None:
+        self._ctx, self._first_steps = ctx, first_steps
         self._said: set[str] = set()
-        self.watches = self.wanted = ctx.topology.data_size > 1 and ctx.rank == 0
+        self.watches = ctx.topology.data_size > 1 and ctx.rank == 0
 
-    def note(self, model: nn.Module) -> None:
-        """An outermost forward is about to train ``model``."""
+    def renew(self) -> None:
+        """A model begins to train."""
+        self._said.clear()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether hooks are looked for now, which may have been there before their model was sharded."""
+        return self.watches and self._first_steps.age < _CALLS
+
+    def note(self, model: nn.Module, age: int) -> None:
+        """An outermost forward is about to train ``model``, which has made ``age`` steps.
+
+        Hooks of modules that are registered after some steps are not looked at.
+        """
+        if not self.watches or age >= _CALLS:
+            return
         for module in model.modules():
             for hooks in (module._backward_hooks, module._backward_pre_hooks):
                 if hooks:
@@ -83,11 +97,6 @@ class FirstHooks:
             "gives.",
             stacklevel=2,
         )
-
-    def optimizer_stepped(self) -> None:
-        """Hooks of modules that are registered after some steps are not looked at."""
-        self._steps += 1
-        self.wanted = self.wanted and self._steps < _CALLS
 
 
 Given = Callable[[tuple[Any, ...]], list[torch.Tensor]]

@@ -16,18 +16,19 @@ from ..context import Context
 from ..users_code import users_line
 from .across_samples import AcrossSamples
 from .backward import Backward
+from .first_steps import FirstSteps
 from .frame import NotKeptError
 from .no_mean import NoMean
 from .summary import first_tensor
 
 _STEPS = 3
-"""How many optimizer steps are looked at."""
+"""How many optimizer steps of a model are looked at."""
 
 _MOST = 16
 """A loss that divides more often than this is put together from samples, each with a count of its own."""
 
 _LOOKS = 8
-"""So many losses are followed through their whole graphs, which costs the host some microseconds for each node."""
+"""So many losses of a model are followed through their whole graphs: some microseconds of the host for each node."""
 
 _FEW = 2
 """A sum of no more numbers than this is not taken for one of samples: so few terms may be anything."""
@@ -49,17 +50,26 @@ class FirstLosses:
     that average.
     """
 
-    def __init__(self, ctx: Context, backward: Backward) -> None:
-        self._ctx, self._backward = ctx, backward
+    def __init__(self, ctx: Context, backward: Backward, first_steps: FirstSteps) -> None:
+        self._ctx, self._backward, self._first_steps = ctx, backward, first_steps
         self._counts: list[torch.Tensor] = []
-        self._steps, self._place, self._samples = 0, "", 0
+        self._place, self._samples = "", 0
         self._gives_number = False  # whether a model has returned one in this step
         self._no_mean: tuple[str, str] | None = None
-        self._said_no_mean = self._said_across = False
-        self._looks_left = _LOOKS
+        self._said: set[str] = set()  # where counts differ, which other models may come to with other numbers
+        self.renew()
         self._is_noted = False  # whether the loss whose backward comes next was looked at
         self._is_batch_first = self._is_single = False
-        self.wanted = ctx.topology.data_size > 1
+
+    def renew(self) -> None:
+        """A model begins to train."""
+        self._is_over = self._said_no_mean = self._said_across = False
+        self._looks_left = _LOOKS
+
+    @property
+    def wanted(self) -> bool:
+        """Whether losses are looked at now."""
+        return self._ctx.topology.data_size > 1 and not self._is_over and self._first_steps.age < _STEPS
 
     @property
     def samples(self) -> int:
@@ -167,8 +177,6 @@ class FirstLosses:
             return
         self._gives_number = False
         self._warn_of_no_mean()
-        self._steps += 1
-        self.wanted = self._steps < _STEPS
         here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
         here[0] = len(self._counts)
         for i, count in enumerate(self._counts[:_MOST], 1):
@@ -178,8 +186,9 @@ class FirstLosses:
         found = _difference(rows.tolist())
         if found is None:
             return
-        self.wanted = False
-        if self._ctx.rank == 0:
+        self._is_over = True
+        if self._ctx.rank == 0 and self._place not in self._said:
+            self._said.add(self._place)
             first, other, there = found
             warnings.warn(
                 f"The loss is a mean over different counts ({self._place}): it was divided by {first:.6g} "

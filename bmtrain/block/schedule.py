@@ -23,6 +23,7 @@ class Schedule:
     Attributes:
         units: those that there are still, by their place in the order.
         registered: how many there have been.
+        reduced: those whose gradients were summed since ranks last told each other which parameters have one.
     """
 
     def __init__(self, ctx: Context) -> None:
@@ -33,6 +34,7 @@ class Schedule:
         self.trace = Trace(ctx, ctx.timeout if ctx.watchdog is not None else min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
         self.registered = 0
+        self.reduced: list[ShardUnit] = []
 
     def register(self, unit: ShardUnit) -> None:
         """Give ``unit`` its place in the order; the same on all ranks, since all use units in the same order."""
@@ -51,6 +53,8 @@ class Schedule:
 
     def run_starts(self, unit: ShardUnit, grad: bool, operation: str = "") -> None:
         """An outermost forward begins, of ``unit``'s module; or, outside of any, an ``operation``."""
+        if not operation:
+            self.pools.whole_gradients.forget()
         if self.pools.moves:
             self.register(unit)
             phase: Phase = "operation" if operation else "forward"
@@ -136,6 +140,7 @@ class Schedule:
         """Sum the gradients of ``unit`` over ranks.  Collective."""
         if unit.pools.is_here:
             unit.reduce_grads()
+            self.reduced.append(unit)
         elif unit.has_raw_grads():
             raise UnsupportedError(
                 f"Parameters of {unit.name}, a block of a pipeline, got a gradient from outside of it, as from a "
@@ -143,8 +148,14 @@ class Schedule:
                 "the loss, or write to their .data under torch.no_grad(), as weight decay does."
             )
 
+    def reduced_elsewhere(self, unit: ShardUnit) -> None:
+        """The ranks of another stage have done so."""
+        unit.reduced_elsewhere()
+        self.reduced.append(unit)
+
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """``units`` have new values: gather meanwhile those that stay whole, or with which the next step begins."""
+        self.pools.whole_gradients.forget()
         opening = self.trace.opening() if self.ctx.device.overlaps else ()
         wanted: list[tuple[ShardUnit, torch.dtype | None]] = []
         for unit in units:

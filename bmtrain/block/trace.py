@@ -11,6 +11,7 @@ from typing import Literal
 from ..context import Context
 from ..errors import CommunicationError, RankDivergenceError
 from ..watch.place import place_of_thread
+from ..watch.watchdog import VALUES
 
 Phase = Literal["forward", "backward", "operation"]
 Step = tuple[int, Phase]
@@ -234,4 +235,4 @@ def _difference(here: int, said: str, rank: int, other: str) -> str:
         more = int(said.split(" ", 1)[0]) - int(other.split(" ", 1)[0])
         steps = f"{abs(more)} {'step' if abs(more) == 1 else 'steps'} {'fewer' if more > 0 else 'more'}"
         text += f" after {steps} (a step: one use of a block, or one thing that all ranks do together)"
-    return f"{text}. {_ADVICE}"
+    return f"{text}. {_ADVICE}{VALUES}"

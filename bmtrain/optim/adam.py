@@ -27,8 +27,8 @@ from .old import HoldsLossScale
 from .pieces import (
     Home,
     Piece,
-    agree_on_touched,
     all_params,
+    begin_step,
     finish_gradients,
     flats_of,
     gather_state,
@@ -202,7 +202,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         """By key of home: what is to be updated, with the number of its group and of this step."""
         due: _Due = {}
         self._counted = {}
-        for home, touched in zip(homes, agree_on_touched(homes), strict=True):
+        for home, touched in zip(homes, begin_step(homes), strict=True):
             groups = self._holdings.groups.get(home.key, {})
             chosen = [index for index in groups if touched[index]]
             if not chosen:

@@ -95,6 +95,7 @@ def scale_grads_(chosen: Chosen, factor: float | torch.Tensor) -> None:
             flat.gradient.scale_(factor)
             continue
         part = flat.gradient.settled()
+        flat.gradient.note_write()
         for index in indices:
             flat.local(part, index).mul_(factor)
     for home in chosen.replicated:

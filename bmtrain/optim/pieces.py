@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..alike import on_any_rank
-from ..context import Context, context
+from ..context import Context
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of
 from ..shard.pools import views_of
@@ -95,21 +94,19 @@ def params_of(groups: Any) -> list[Any]:
     return [p for item in items for p in (item["params"] if isinstance(item, dict) else [item])]
 
 
-def agree_on_touched(flats: Sequence[Home]) -> list[list[bool]]:
-    """For each parameter of each home, whether any rank has a gradient for it.  Collective.
+def begin_step(homes: Sequence[Home]) -> list[list[bool]]:
+    """An optimizer is about to step on ``homes``: for each parameter of each, whether any rank has a gradient for it.
 
-    Ranks may differ: an expert may have had tokens on one rank only.  A rank that has all gradients knows the answer
-    without waiting for its device.
+    All ranks call it alike, after ``finish_gradients``.  What they have may differ, as an expert may have had tokens on
+    one rank only; a rank that has all gradients waits for nobody.
     """
-    flags = on_any_rank(context(), [t and f.gradient.present for f in flats for t in f.gradient.touched])
-    out, at = [], 0
-    for flat in flats:
-        out.append(flags[at : at + len(flat.params)])
-        if isinstance(flat, FlatShard):
-            flat.gradient.used = list(out[-1])
-        if isinstance(flat, FlatShard) and flat.gradient.reached is not None:
-            flat.warn_of_untrained(out[-1])
-        at += len(flat.params)
+    out = [home.gradient.used() for home in homes]
+    flats = [(home, used) for home, used in zip(homes, out, strict=True) if isinstance(home, FlatShard)]
+    if flats:
+        engine().note_step()
+    for flat, used in flats:
+        if flat.gradient.reached is not None:
+            flat.warn_of_untrained(used)
     return out
 
 

@@ -78,7 +78,6 @@ class ReplicatedGradient:
 
     factor: torch.Tensor | None = None
     weight = 1.0
-    reached: set[int] | None = None
 
     def __init__(self, home: Replicated) -> None:
         self._home = home
@@ -89,9 +88,8 @@ class ReplicatedGradient:
         """Whether there is one."""
         return self._home.parameter.grad is not None
 
-    @property
-    def touched(self) -> list[bool]:
-        """The same for each parameter."""
+    def used(self) -> list[bool]:
+        """The same for each parameter; ``average`` gives one to all ranks if any has one."""
         return [self.present]
 
     def values(self) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -28,8 +28,8 @@ from ..shard.state_copies import StateTensor, without_links
 from ..shard.unit import unit_of_flat
 from .fit import CheckEntry, number_problem, require_fit, shape_in_state, tensor_problem
 from .pieces import (
-    agree_on_touched,
     all_params,
+    begin_step,
     finish_gradients,
     flats_of,
     follow,
@@ -109,7 +109,7 @@ class View:
         params = all_params(optimizer.param_groups)
         finish_gradients(params)
         flats = flats_of(params)
-        touched = agree_on_touched(flats)
+        touched = begin_step(flats)
         self._groups = [group["params"] for group in optimizer.param_groups]
         own = {id(p) for p in params}
         for flat, used in zip(flats, touched, strict=True):

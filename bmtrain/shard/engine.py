@@ -98,6 +98,9 @@ class Engine(Protocol):
     def latest_runs(self) -> LatestRuns:
         """The forwards since the last optimizer step, a few, without their graphs."""
 
+    def note_step(self) -> None:
+        """An optimizer begins a step on sharded parameters, on all ranks."""
+
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""
 

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch._guards import TracingContext
 
-from ..alike import on_any_rank
 from ..autograd import backward_id
 from ..context import Context
 from ..device import Event
@@ -476,26 +475,19 @@ class FlatShard:
             return None
         if self.unit.ctx.world_size == 1:
             return gradient.whole(index) if gradient.touched[index] else None
-        if not gradient.touched[index] and (index in gradient.dropped or not self._trains(index)):
+        if index in gradient.dropped:
             return None
         if TracingContext.try_get() is not None and not self.unit.ctx.engine.idle:
             return None  # the code of a module is being compiled, which asks its inputs for all that they have
         # Not `touched`, which ranks may differ in: what user code does next is done by all of them.
-        if backward_id() is None and not self._used()[index]:
+        if backward_id() is None and not gradient.is_used(index):
             return None
         return ShardedTensor(gradient.part(index, self.place_of(index)))
 
-    def _used(self) -> list[bool]:
-        """Of each parameter, whether any rank has a gradient for it.  Collective, once after a reduction."""
-        gradient = self.gradient
-        if gradient.used is None:
-            self.unit.ctx.engine.comes_to(f"the gradients of {self.names[0]!r} and what lies beside it")
-            gradient.used = on_any_rank(self.unit.ctx, gradient.touched)
-        return gradient.used
-
-    def _trains(self, index: int) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():
-            return self.params[index].requires_grad
+    def gather_grad(self, part: torch.Tensor) -> torch.Tensor:
+        """(numel,) the whole flat gradient, of which each rank gives its ``part``.  Collective in the shard group."""
+        self.unit.ctx.engine.comes_to(f"bmt.gather_grad of {self.names[0]!r} and what lies beside it")
+        return self.whole_of(part)
 
     def warn_of_untrained(self, touched: Sequence[bool]) -> None:
         """At the first step: ``touched`` says of each parameter whether any rank has a gradient for it."""

@@ -15,7 +15,7 @@ from ..errors import ConfigurationError
 from .engine import engine
 from .flat import FlatShard, flat_of
 from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_of
-from .slices import joined, own_slice, whole_shape
+from .slices import own_slice, whole_shape
 from .unit import ShardUnit, unit_of_flat
 
 Gatherable = nn.Module | nn.Parameter | Iterable[nn.Parameter]
@@ -102,23 +102,23 @@ def gather_grad(parameter: nn.Parameter, join: bool = False) -> torch.Tensor | N
     """The whole reduced gradient, in fp32 for low precision; None if no rank has one.  Collective.
 
     Shape: the parameter's, of a slice the slice's; with ``join`` that of all tensor-parallel ranks' slices together, in
-    the order of the whole layer.  Call it between backward and the optimizer's step.
+    the order of the whole layer.  Call it between backward and the optimizer's step.  In a loop over parameters those
+    that lie together are gathered together: the whole gradients of one unit stay until something changes.
     """
     flat = flat_of(parameter)
     if flat is None:
         return parameter.grad
     engine().finish_backward()
     assert isinstance(parameter, DistributedParameter)
-    index = parameter._index
-    ctx = flat.unit.ctx
-    touched = torch.tensor([int(flat.gradient.touched[index])], device="cpu")
-    ctx.control.all_reduce(touched, "max")
-    if not int(touched) or not flat.gradient.present:
+    index, gradient = parameter._index, flat.gradient
+    if not gradient.is_used(index):
         return None
-    whole = flat.whole_of(flat.gradient.settled())
+    whole = gradient.settled()
+    if flat.unit.ctx.world_size > 1:
+        whole = flat.unit.pools.outer.whole_gradients.of(flat.unit, flat.key, whole, flat.gather_grad)
     slot = flat.layout.slots[index]
     own = whole[slot.start : slot.end].view(slot.shape)
-    return joined(ctx, own, split_of(parameter)).clone() if join else own.clone()
+    return flat.joined(index, own).clone() if join else own.clone()
 
 
 def grouped_parameters(model: nn.Module) -> Iterator[tuple[str | None, list[nn.Parameter]]]:

@@ -11,11 +11,13 @@ import torch
 
 from .. import kernels
 from ..comm import Communicator
+from ..context import Context
 from ..device import Event
 from .arenas import Arena
 from .layout import Layout
 from .place import Part, Place
 from .pools import Buffer, Pools
+from .told import Told
 
 
 class ShardGradient:
@@ -27,7 +29,7 @@ class ShardGradient:
     Attributes:
         present: whether anything was reduced since ``clear``; the same on all ranks.
         touched: for each parameter, whether this rank contributed to it; ranks may differ (experts without tokens).
-        used: for each parameter, whether any rank did; None until somebody has asked since.
+        told: what ranks have told each other of that since ``clear``, and where in it the first parameter is.
         dropped: parameters whose gradient user code has dropped since the last reduction.
         reached: parameters that the first backwards were about to give a gradient; None once that was compared.
         factor: a pending multiplier, 0-d on the device, that whoever reads ``values`` has to apply.
@@ -43,7 +45,7 @@ class ShardGradient:
         self.reduce, self._divisor = reduce, divisor
         self.present = False
         self.touched = [False] * len(layout.slots)
-        self.used: list[bool] | None = None
+        self.told: tuple[Told, int] | None = None
         self.dropped: set[int] = set()
         self.reached: set[int] | None = set()
         self._shown: dict[int, weakref.ref[Part]] = {}  # what user code may hold: parts, or, on one rank, all
@@ -70,8 +72,7 @@ class ShardGradient:
     def receive(self, whole: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Where this rank's part of the ranks' sum of ``whole`` goes, and what to do once it is there."""
         weight = 1.0 / self._divisor
-        self.dropped.clear()
-        self.used = None
+        self._changes()
         if not self.present:
             self.present, self._wide, self.factor, self.weight = True, False, None, weight
             return self._fitting(whole.dtype), None
@@ -96,8 +97,7 @@ class ShardGradient:
 
     def add_elsewhere(self) -> None:
         """The ranks of another stage of a pipeline, which keep all of it, have added to it."""
-        self.dropped.clear()
-        self.used = None
+        self._changes()
         if not self.present:
             self._fitting(self._dtype)
             self.present, self._wide, self.factor, self.weight = True, False, None, 1.0 / self._divisor
@@ -161,15 +161,13 @@ class ShardGradient:
 
     def scale_(self, factor: torch.Tensor) -> None:
         """Multiply by ``factor``, 0-d float32 on the device, when it is next read."""
+        self.note_write()
         self.factor = factor if self.factor is None else self.factor * factor
 
     def set(self, index: int, part: torch.Tensor | None) -> None:
         """Replace this rank's part of one parameter's gradient, or drop it."""
         self._leave(index)
-        if not self.present:
-            self.used = [False] * len(self.touched)
-        if self.used is not None:
-            self.used[index] = part is not None  # as on all ranks
+        self.note_write()
         place = self._layout.local(index, self._pools.ctx.shard_rank).shard
         if part is not None:
             self._zeros()[place].copy_(part)
@@ -180,6 +178,32 @@ class ShardGradient:
             if len(self.dropped) == len(self.touched):
                 self.clear()  # also what a factor that is not finite has made of the gaps
         self.touched[index] = part is not None
+
+    def is_used(self, index: int) -> bool:
+        """Whether any rank has a gradient for one parameter.
+
+        Not collective, though it may wait until the other ranks' hosts are through with the last backward.
+        """
+        if self.touched[index]:
+            return self.present
+        if not self.present or self.told is None or index in self.dropped:
+            return False
+        told, first = self.told
+        return told.is_used(first + index)
+
+    @property
+    def is_all_used(self) -> bool:
+        """Whether ranks have told each other that some rank has a gradient for each parameter.
+
+        The same on all ranks; waits as ``is_used`` does.
+        """
+        return self.told is not None and self.told[0].are_used(self.told[1], len(self.touched))
+
+    def used(self) -> list[bool]:
+        """The same of all parameters."""
+        if self.present and all(self.touched):
+            return list(self.touched)
+        return [self.is_used(index) for index in range(len(self.touched))]
 
     def part(self, index: int, place: Place) -> Part:
         """This rank's part of one parameter's gradient, as user code holds it.  Nothing is read yet."""
@@ -228,13 +252,25 @@ class ShardGradient:
         """Forget the gradient; its memory stays for the next one."""
         for index in [*self._shown, *self._shown_whole]:
             self._leave(index)
-        self.dropped.clear()
+        self._changes()
+        self.told = None
         self.present, self.factor = False, None
-        self.touched, self.used = [False] * len(self.touched), None
+        self.touched = [False] * len(self.touched)
         if self._room is not None:
             self._arena, self._sum, self._is_lent = None, None, False
             if not self._room.give_up_memory():
                 self._room = None
+
+    def note_write(self) -> None:
+        """Its values are about to change."""
+        self._pools.outer.whole_gradients.forget()
+
+    def _changes(self) -> None:
+        """More is added: to what was dropped, too, of which nothing is known then."""
+        if self.dropped:
+            self.dropped.clear()
+            self.told = None
+        self.note_write()
 
     def _zeros(self) -> torch.Tensor:
         """Become a gradient of zeros, to be written."""
@@ -291,6 +327,18 @@ def add_all(gradients: Sequence[ShardGradient], wholes: Sequence[torch.Tensor]) 
             then()
 
 
+def tell(ctx: Context, gradients: Sequence[ShardGradient], steps: int) -> Told:
+    """Let ranks tell each other which parameters have ``gradients``, after so many optimizer ``steps``.
+
+    All ranks call it alike.  Nobody waits for it who does not ask.
+    """
+    told, first = Told(ctx, [touched for one in gradients for touched in one.touched], steps), 0
+    for one in gradients:
+        one.told = told, first
+        first += len(one.touched)
+    return told
+
+
 class _OfGradient:
     """Where one parameter's gradient is."""
 
@@ -316,4 +364,5 @@ class _OfGradient:
     @contextmanager
     def writing(self) -> Iterator[torch.Tensor]:
         """(n,) the present values, which the body may change in place."""
+        self._gradient.note_write()
         yield self.read()

@@ -231,9 +231,8 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
     def grad(self) -> torch.Tensor | None:
         """The gradient: whole while autograd holds it and at world size 1; a ShardedTensor once it is reduced.
 
-        In fp32 for parameters in low precision.  None if no rank has one, which the ranks ask each other at the first
-        look after a backward: collective.  Until it is cleared or replaced it is what the optimizer steps on, writes
-        included.
+        In fp32 for parameters in low precision.  None if no rank has one, which each rank knows by itself.  Until it is
+        cleared or replaced it is what the optimizer steps on, writes included.
         """
         raw: torch.Tensor | None = _raw_grad.__get__(self)
         if raw is not None or self._flat is None:

@@ -19,6 +19,7 @@ from ..context import Context
 from ..device import Device, Event
 from .arenas import Arena, Arenas
 from .layout import Layout, make_layout
+from .whole_gradients import WholeGradients
 
 
 def views_of(flat: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
@@ -146,6 +147,7 @@ class Pools:
         collectives: what moves the buffers.
         moves: whether any unit is made whole by gathers.
         copies: units copied from others, which the schedule does not know yet.
+        whole_gradients: what was gathered of gradients.
         changes: how often a buffer of whole parameters was taken, written anew or given back.
         regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
@@ -158,6 +160,7 @@ class Pools:
         self.moves = ctx.world_size > 1
         self.copies: list[weakref.ref[object]] = []
         self.regrouped = False
+        self.whole_gradients = WholeGradients()
         self.changes = self._keys = 0
         self.arenas = arenas = Arenas(ctx, of_stage=stage is not None)
         gather, reduce = self.collectives.gather, self.collectives.reduce

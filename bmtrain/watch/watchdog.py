@@ -326,7 +326,7 @@ class Watchdog:
         what = f"rank {rank} to {what_of(theirs)}, rank {self.rank} to {what_of(mine)}"
         return (
             f"Rank {rank} differs from rank {self.rank}: at collective {theirs.number} of the job {said} "
-            f"({what}). Now {self._everyone(own)}. {_ADVICE}"
+            f"({what}). Now {self._everyone(own)}. {_ADVICE}{VALUES if 'order' in (mine.group, theirs.group) else ''}"
         )
 
     def _ask_for_ends(self) -> None:
@@ -501,6 +501,10 @@ def _in_words(error: BaseException) -> str:
 _ADVICE = (
     "All ranks must do the same in the same order: take the same batches, run the same blocks, step, evaluate and save "
     "together. Decide what differs by bmt.agree(...), or from a generator that is seeded alike on all ranks."
+)
+VALUES = (
+    " What one rank prints of values that all have parts of, every rank computes: norm = p.grad.norm(), and then "
+    "`if bmt.rank() == 0: print(norm)`."
 )
 
 

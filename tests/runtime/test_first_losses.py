@@ -212,7 +212,7 @@ def said(where: str, names: list[str], words: str = "different counts") -> dict[
     found, ctx = {}, context()
     engine: Any = ctx.engine
     for name in names:
-        engine.first_losses = FirstLosses(ctx, engine.backward)  # as in a new job
+        engine.first_losses = FirstLosses(ctx, engine.backward, engine.first_steps)  # as in a new job
         loss = (SAID | A_MEAN | NO_MEAN)[name]
         model = _model(where, loss)
         manager = bmt.optim.OptimManager()
@@ -279,7 +279,7 @@ def penalised(kind: str) -> list[str]:
     """What is said where sums of parameters are added to a mean."""
     model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(4, 12), nn.Linear(12, 6)))
     ctx: Any = context()
-    ctx.engine.first_losses = FirstLosses(ctx, ctx.engine.backward)
+    ctx.engine.first_losses = FirstLosses(ctx, ctx.engine.backward, ctx.engine.first_steps)
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     first, second = model[0].weight, model[1].weight  # 12 and 6 rows: multiples of the samples

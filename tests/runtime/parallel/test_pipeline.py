@@ -279,7 +279,11 @@ def test_two_pipelines_in_a_model() -> None:
         loss.backward()
         oracle.assert_close(bmt.sum_loss(loss.detach()), whole.detach(), "the loss")
         oracle.assert_same_grads(model, reference)
-        # What all ranks see of a gradient that one stage has.
+        # What all ranks see of a gradient that one stage has, each by itself.
+        for rank in range(bmt.world_size()):
+            if bmt.rank() == rank:
+                found = {name for name, p in model.named_parameters() if p.grad is None}
+                assert found == {name for name, q in reference.named_parameters() if q.grad is None}
         for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None), name
             if q.grad is not None:
