@@ -52,6 +52,8 @@ class Connector:
     """Watches what is connected from then on."""
     _on_device: list[Communicator] = field(default_factory=list)
     """What another thread may end; gloo waits until its connections end."""
+    _first_on_host: GlooCommunicator | None = None
+    """The first for CPU tensors, whose port the others share."""
     _groups: list[tuple[list[int], Communicator]] = field(default_factory=list)
 
     def abort(self) -> None:
@@ -105,7 +107,9 @@ class Connector:
         return WatchedCommunicator(made, name, self.diary, self.watchdog, self.device.waits, ranks)
 
     def _gloo(self, name: str, place: str, rank: int, size: int) -> Communicator:
-        return GlooCommunicator(PrefixStore(place, self.store), rank, size, self.timeout)
+        made = GlooCommunicator(PrefixStore(place, self.store), rank, size, self.timeout, self._first_on_host)
+        self._first_on_host = self._first_on_host or made
+        return made
 
     def _nccl(self, name: str, place: str, rank: int, size: int) -> Communicator:
         from .comm.nccl import NcclCommunicator, Policy

@@ -5,6 +5,7 @@ With ``--files`` every test file is named when its first test begins.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -15,6 +16,12 @@ import pytest
 
 # More threads make nothing here faster, but wait for their next part by looking for it; before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Whoever is woken waits for who runs to stop by itself. Else a rank that sends is interrupted by the one that receives
+# while it holds a lock of gloo's, and a thread of gloo's looks for that lock to be free until it runs again.
+if hasattr(os, "SCHED_BATCH"):
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

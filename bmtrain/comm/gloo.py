@@ -32,9 +32,17 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 class GlooCommunicator(Communicator):
     """Ranks on CPUs.  A private process group: torch.distributed's default one stays the user's to create."""
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout: timedelta, beside: GlooCommunicator | None = None
+    ) -> None:
+        """Meet the other ranks at ``store``; on the port of ``beside``, with the thread that listens there."""
         super().__init__(rank, world_size)
-        self._open: Any = dist.ProcessGroupGloo(store, rank, world_size, timeout)
+        options: Any = timeout
+        if beside is not None:
+            same = beside._group.options
+            options = type(same)()
+            options._devices, options._threads, options._timeout = same._devices, same._threads, timeout
+        self._open: Any = dist.ProcessGroupGloo(store, rank, world_size, options)
         _alive.add(self)
 
     @property

@@ -11,8 +11,6 @@ from trains_alike import assert_trains_alike
 
 import bmtrain as bmt
 from bmtrain.errors import ConfigurationError
-from rewriter.convert import convert_text
-from rewriter.plan import Options
 from tests.rewriting.split_models import STYLES, source
 
 NOISE = ("key.bias", "k_proj.bias")
@@ -30,11 +28,23 @@ def without_dropout(style: str) -> str:
     return source(STYLES[style]).replace("0.1", "0.0")
 
 
+def converted(text: str) -> str:
+    """Before ranks are asked, which so need not load the converter."""
+    from rewriter.convert import convert_text
+    from rewriter.plan import Options
+
+    return convert_text(text, Options(tensor_parallel=True)).after.decode()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, tuple[str, str]]:
+    """Of each style the text of its model, and the same converted."""
+    return {style: (text, converted(text)) for style in STYLES for text in [without_dropout(style)]}
+
+
 @on_ranks(4, long=(2,), init={"tp_size": 2})
-def test_converted_models_are_the_plain_ones() -> None:
-    for style in STYLES:
-        text = without_dropout(style)
-        changed = convert_text(text, Options(tensor_parallel=True)).after.decode()
+def test_converted_models_are_the_plain_ones(models: dict[str, tuple[str, str]]) -> None:
+    for style, (text, changed) in models.items():
         plain, model = built(text), built(changed)
         named = [(name, p) for name, p in model.named_parameters() if name.endswith("weight")]
         split = [name for name, p in named if getattr(p, "_tp_mode", False)]
@@ -46,16 +56,15 @@ def test_converted_models_are_the_plain_ones() -> None:
 
 
 @on_ranks(2, init={"tp_size": 2})
-def test_heads_that_cannot_be_divided_are_named() -> None:
+def test_heads_that_cannot_be_divided_are_named(models: dict[str, tuple[str, str]]) -> None:
     for style, config, message in (
         ("nanogpt", {"width": 24, "heads": 3}, "Attention.n_head is 3: so many heads cannot be divided over 2"),
         ("llama", {"heads": 4, "kv_heads": 1}, "Attention.num_key_value_heads is 1"),
         ("qwen3", {"heads": 4, "kv_heads": 1}, "self_attn.k_proj has 1 heads of 4 features"),
         ("vit", {"width": 24, "heads": 3}, "Attention.num_heads is 3"),
     ):
-        text = convert_text(source(STYLES[style]), Options(tensor_parallel=True)).after.decode()
         with pytest.raises(ConfigurationError, match=message):
-            built(text, **config)
+            built(models[style][1], **config)
 
 
 @on_ranks(2, init={"tp_size": 2})

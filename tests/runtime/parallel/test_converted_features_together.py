@@ -8,11 +8,8 @@ import pytest
 import torch
 from covering import Row, covering_rows
 from ranks import run_ranks
-from test_converted import NOISE, built, without_dropout
+from test_converted import NOISE, built, converted, without_dropout
 from test_split_features_together import MESHES, wrong_beside
-
-from rewriter.convert import convert_text
-from rewriter.plan import Options
 
 INIT = "        self.head = nn.Linear(config.width, 14)\n"
 KINDS = {
@@ -58,10 +55,8 @@ def text_of(cell: Row) -> str:
     return text
 
 
-def wrong_in(cell: Row) -> list[str]:
+def wrong_in(cell: Row, text: str, changed: str) -> list[str]:
     torch._dynamo.reset()
-    text = text_of(cell)
-    changed = convert_text(text, Options(tensor_parallel=True)).after.decode()
     block = "bmt.CheckpointBlock(Block(config))"
     assert block in changed, changed
     changed = changed.replace(block, f"bmt.Block(Block(config), use_checkpoint={cell['recompute']})")
@@ -72,11 +67,11 @@ def wrong_in(cell: Row) -> list[str]:
     return wrong_beside(cell, reference, model, noise)
 
 
-def wrong_cells(cells: list[Row]) -> list[tuple[Row, list[str]]]:
+def wrong_cells(cells: list[tuple[Row, str, str]]) -> list[tuple[Row, list[str]]]:
     found = []
-    for cell in cells:
+    for cell, text, changed in cells:
         try:
-            wrong = wrong_in(cell)
+            wrong = wrong_in(cell, text, changed)
         except Exception as error:
             raise AssertionError(str(cell)) from error
         if wrong:
@@ -90,5 +85,6 @@ def test_features_together(mesh: tuple[int, int | None], policy: str | None) -> 
     chosen = [c for c in CELLS if c["mesh"] == mesh and (c["precision"] == "precision bf16") == (policy is not None)]
     assert chosen
     init = {"tp_size": 2, "shard_size": mesh[1]} | ({"precision": policy} if policy else {})
-    for found in run_ranks(mesh[0], wrong_cells, chosen, init=init, timeout=280):
+    models = [(cell, text, converted(text)) for cell in chosen for text in [text_of(cell)]]
+    for found in run_ranks(mesh[0], wrong_cells, models, init=init, timeout=280):
         assert not found, "\n".join(f"{cell}\n    " + "\n    ".join(wrong[:8]) for cell, wrong in found)
