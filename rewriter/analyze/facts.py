@@ -22,6 +22,7 @@ from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepsp
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.padded import Padded
+from rewriter.analyze.training.paired import Paired
 from rewriter.analyze.training.read_back import ReadBack
 from rewriter.analyze.training.saves import Saves
 from rewriter.analyze.training.scripts import Scripts
@@ -91,6 +92,10 @@ class Facts:
     @cached_property
     def padded(self) -> Padded:
         return Padded(self.scripts)
+
+    @cached_property
+    def paired(self) -> Paired:
+        return Paired(self.padded)
 
     @cached_property
     def read_back(self) -> ReadBack:

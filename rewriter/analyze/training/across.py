@@ -11,7 +11,7 @@ from typing import TypeGuard
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
 
-_LOSSES = re.compile(
+LOSSES = re.compile(
     r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
     r"criterion|loss(?:_?fn|_?func(?:tion)?)?$|^ce$",
     re.I,
@@ -403,7 +403,7 @@ class Flow:
             match node:
                 case ast.Call(func=func, args=args):
                     method = isinstance(func, ast.Attribute) and of(func.value)
-                    if _LOSSES.search(_name(node)) and (method or any(map(of, args))):
+                    if LOSSES.search(_name(node)) and (method or any(map(of, args))):
                         return True
                     if method and _name(node) == "backward":
                         return True

@@ -2,8 +2,9 @@
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
 script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
-each other or take a root or a norm of its mean, models that look at the padding of a batch, and hooks that clamp
-gradients are reported.
+each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix by
+``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, and hooks that clamp gradients are
+reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -35,6 +36,13 @@ _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _PADDED = (
     "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
     "mask it, or pad to one length"
+)
+_PAIRED = (
+    "samples of a batch are paired with each other: a rank pairs those of its share only. To pair as one process does, "
+    "move the batch of all ranks and keep this rank's share, as bmt.shard_batch(bmt.gather_batch(x).flip(0))"
+)
+_MIXERS = re.compile(
+    r"torchvision\.transforms\.v2\.(?:MixUp|CutMix)$|timm\.data\.(?:mixup\.)?(?:Mixup|FastCollateMixup)$"
 )
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
@@ -96,6 +104,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     curved = {node.lineno for node in across.curved()} - compared - ratios
     left_out = {node.lineno for node in _left_out(file)}
     counted = {node.lineno for node in across.weighed()} - ratios | left_out
+    mixed = set[int]()
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
@@ -111,6 +120,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             compared.add(call.lineno)
+        elif _MIXERS.match(name):
+            mixed.add(call.lineno)
     for call in facts.scripts.adding_items(file):
         message = (
             "the loss adds up what may be the items of the batch, of which a rank has a share: if it does, times "
@@ -147,6 +158,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "another. Do it between backward and step, where p.grad is the average"
         )
         yield Remark(RULE.code, call.lineno, message, differs=True)
+    for line in sorted(mixed | {node.lineno for node in facts.paired.of(file)} - compared):
+        yield Remark(RULE.code, line, _PAIRED, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)
