@@ -18,6 +18,7 @@ _MODEL_NAMES = re.compile(
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 _LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
+_SCHEDULES = re.compile(r"sched|warm_?up|lr|scaler|anneal|profil", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
@@ -129,22 +130,60 @@ class Roles:
     def steps(self) -> bool:
         """Whether an optimizer is used here, or an object that has one is made here."""
         made = (v for v, value, _, part in self.assignments if isinstance(value, ast.Call) and not part)
-        return bool(self._named_optimizers) or any(map(self._steps_inside, made))
+        return bool(self._named_optimizers or self.packaged) or any(map(self._steps_inside, made))
+
+    @cached_property
+    def packaged(self) -> list[tuple[str, ast.Call]]:
+        """Optimizers of other packages, by name, that make one inside: ``SAM(net.parameters(), torch.optim.SGD)``."""
+        found: list[tuple[str, ast.Call]] = []
+        for variable, value, _, part in self.assignments:
+            if part or not isinstance(value, ast.Call):
+                continue
+            name = self.project.external(self.file, value.func)
+            given = [*value.args, *(keyword.value for keyword in value.keywords)]
+            stepped = any("step" in method for method in self.methods_called.get(variable, set()))
+            if name and not name.startswith(("torch.", "bmtrain.")) and stepped:
+                found += [(name, value)] if any(map(self._is_optimizer_class, given)) else []
+        return found
+
+    def _is_optimizer_class(self, node: ast.expr) -> bool:
+        variable = self.var(node)
+        named = [value for other, value, _, _ in self.assignments if variable is not None and other == variable]
+        return any(is_optimizer_name(self.project.external(self.file, item)) for item in (node, *named))
 
     def _steps_inside(self, variable: Var) -> bool:
         """Whether a variable's object has a method with ``self.optimizer.step()``."""
         held = self._class_held(self.file, variable)
-        methods = held.methods.values() if held is not None and not self.classes.is_module(held) else ()
-        return any(
+        if held is None or self.classes.is_module(held):
+            return False
+        return any(map(is_optimizer_name, self.classes.external_bases(held))) or any(
             isinstance(node, ast.Call) and _OWN_STEP.match(dotted(node.func) or "")
-            for method in methods
+            for method in held.methods.values()
             for node in walk(method)
         )
 
+    def _held_by(self, info: ClassInfo) -> set[str]:
+        """The attributes of an optimizer of the project's (SAM, Lookahead) with the optimizer that it steps inside."""
+        if not any(map(is_optimizer_name, self.classes.external_bases(info))):
+            return set()
+        return {
+            path
+            for above in (info, *self.classes.ancestors(info))
+            for method in above.methods.values()
+            for node in walk(method)
+            if isinstance(node, ast.Call)
+            and (path := (dotted(node.func) or "").removesuffix(".step")) != dotted(node.func)
+            and path.startswith("self.")
+            and path.count(".") == 1
+            and not _SCHEDULES.search(path[5:])
+        }
+
     def _holds_optimizer(self, variable: Var) -> bool:
         held = self._class_held(self.file, variable)
-        if held is None or not self.classes.external_bases(held) <= {"object", "abc.ABC"}:
+        if held is None:
             return False
+        if not self.classes.external_bases(held) <= {"object", "abc.ABC"}:
+            return bool(self._held_by(held))
         return self.classes.method(held, "step") is not None
 
     @cached_property
@@ -158,6 +197,7 @@ class Roles:
                 named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods
             ):
                 found.add(variable)
+        found |= {(info.node, path) for info in self.classes.all(self.file) for path in self._held_by(info)}
         for node in self.file.calls:
             if isinstance(node.func, ast.Attribute) and node.func.attr == "step":
                 if node.args and self.var(node.func.value) in self.scalers:

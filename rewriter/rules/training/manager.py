@@ -3,11 +3,11 @@
 What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the optimizer; a GradScaler becomes the manager
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
-optimizer inside (``NoamOpt(Adam(...))``) stays as it is: the optimizer that it holds gets the manager.
+optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
-Refuses when: ``step`` gets a closure. A step in the ``forward`` of a module is reported. A learning-rate scheduler that
-the script steps stays the script's.
+Refuses when: ``step`` gets a closure; another package's optimizer makes one inside. A step in the ``forward`` of a
+module is reported. A learning-rate scheduler that the script steps stays the script's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
@@ -33,6 +33,10 @@ _HARMLESS = {
 }  # fmt: skip
 """Calls that look at no gradient, or that the manager makes instead."""
 _SEVERAL = "{} is one optimizer of several, of which each needs a name of its own: write a.step(), b.step()"
+_INSIDE = (
+    "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
+    "project, and it is converted"
+)
 _CLOSURE = (
     "step with a closure cannot be converted, as the optimizer would run backward itself: where it calls the closure "
     "once, call it before, loss = closure(), and step without it"
@@ -48,6 +52,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
     if not reasons:
         yield from _of_several(file, facts, managers)
+    for name, call in managers.roles.packaged:
+        yield Refusal(RULE.code, call.lineno, _INSIDE.format(name.split(".")[-1]))
     yield from _in_forwards(file, facts, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
     calls: list[Change] = []
@@ -135,6 +141,8 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
             return f"{path} is not made in this file, so where its manager would be made is not known"
     if manager.scaler is not None:
         for optimizer in manager.optimizers:
+            if optimizer in managers.roles.optimizer_holders:
+                return f"{optimizer[1]} steps another optimizer inside, which would not know of the loss scale"
             place = _last_assignment(managers.file, managers, optimizer)
             if _made_again(managers.file, managers, optimizer, place):
                 return f"{optimizer[1]} is made again while its scaler stays: make both anew, or neither"
@@ -328,11 +336,15 @@ def _may_be_none(variable: Var) -> bool:
     function, name = variable
     if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
+    return _has_default_none(function, name) or any(_asks_for_none(node, name) for node in walk(function))
+
+
+def _has_default_none(function: Function, name: str) -> bool:
     given = function.args
     positional = [*given.posonlyargs, *given.args]
     defaults = dict(zip((a.arg for a in reversed(positional)), reversed(given.defaults), strict=False))
     defaults.update((a.arg, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None)
-    return (name in defaults and _is_none(defaults[name])) or any(_asks_for_none(node, name) for node in walk(function))
+    return name in defaults and _is_none(defaults[name])
 
 
 def _asks_for_none(node: ast.AST, name: str) -> bool:
@@ -467,7 +479,7 @@ def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Re
             elif manager is not None and variable == manager.scaler:
                 yield from _scaler(file, facts, managers, manager, node, node.func)
             elif manager is not None and variable in manager.optimizers:
-                yield from _optimizer(file, managers, manager, node, node.func)
+                yield from _optimizer(file, facts, managers, manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
                 if seen is not None and not seen.existing:
@@ -541,15 +553,39 @@ def _scaler(
 
 
 def _optimizer(
-    file: File, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
+    file: File, facts: Facts, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
 ) -> Iterator[Change | Remark | Refusal]:
     several = len(manager.optimizers) > 1
     if func.attr == "step":
-        if node.args or node.keywords:
+        if (node.args or node.keywords) and not _gets_none(file, facts, node):
             yield Refusal(RULE.code, node.lineno, _CLOSURE)
         yield from _step(file, managers, manager, node, func.value if several else None)
     elif func.attr == "zero_grad" and not several:  # an optimizer of several clears its own
         yield replace(node, f"{manager.name}.zero_grad()")
+
+
+def _gets_none(file: File, facts: Facts, step: ast.Call) -> bool:
+    """Whether ``self.optimizer.step(closure)`` hands on an argument that no call gives: it is None."""
+    function = file.names.function_of(step)
+    given = [*step.args, *(keyword.value for keyword in step.keywords)]
+    if len(given) != 1 or not isinstance(given[0], ast.Name) or function is None:
+        return False
+    if not _has_default_none(function, given[0].id):
+        return False
+    for other, value in facts.scripts.collectives.instances.given(file, function, given[0].id):
+        call = next(parent for parent in other.names.ancestors(value) if isinstance(parent, ast.Call))
+        holder = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        passed_on = call is step or facts.scripts.roles[other].var(holder) in facts.scripts.roles[other].scalers
+        if not passed_on and not _is_none(value) and not _is_schedule(other, facts, holder):
+            return False
+    return True
+
+
+def _is_schedule(file: File, facts: Facts, holder: ast.expr) -> bool:
+    roles = facts.scripts.roles[file]
+    made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(holder)]
+    names = [facts.project.external(file, value.func) for value in made if isinstance(value, ast.Call)]
+    return bool(names) and all(name.startswith("torch.optim.lr_scheduler.") for name in names)
 
 
 def _step(
