@@ -104,13 +104,13 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     curved = {node.lineno for node in across.curved()} - compared - ratios
     left_out = {node.lineno for node in _left_out(file)}
     counted = {node.lineno for node in across.weighed()} - ratios | left_out
-    mixed = set[int]()
+    counted_sums, mixed = across.counted_sums(), set[int]()
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
         if (
-            call in facts.scripts.summed | facts.scripts.divided
+            call in facts.scripts.summed | facts.scripts.divided | counted_sums
             or _is_divided(file, call)
             or _only_evaluates(file, facts, call)
         ):
@@ -131,13 +131,13 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     for line in sorted(counted):
         message = (
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
-            "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
+            "bmt.distributed.all_reduce(count.float(), 'avg'), the count of a rank on average"
         )
         if line in left_out:
             message = (
                 "the mean over what counts is taken over each rank's share, which may have more labels of -100 than "
                 "another's: bmt.loss.mean_over_ranks(F.cross_entropy) counts each label once, and models of "
-                "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count, 'avg')"
+                "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count.float(), 'avg')"
             )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(ratios):
