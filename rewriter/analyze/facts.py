@@ -17,12 +17,12 @@ from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
+from rewriter.analyze.training.batch_flow import BatchFlow
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.padded import Padded
-from rewriter.analyze.training.paired import Paired
 from rewriter.analyze.training.read_back import ReadBack
 from rewriter.analyze.training.saves import Saves
 from rewriter.analyze.training.scripts import Scripts
@@ -94,8 +94,8 @@ class Facts:
         return Padded(self.scripts)
 
     @cached_property
-    def paired(self) -> Paired:
-        return Paired(self.padded)
+    def batch_flow(self) -> BatchFlow:
+        return BatchFlow(self.padded)
 
     @cached_property
     def read_back(self) -> ReadBack:

@@ -53,7 +53,7 @@ class Padded:
         for function in self.collating()[0]:
             if function.file is file:
                 for item in walk(function.node):
-                    if isinstance(item, ast.Call) and _pads(item):
+                    if isinstance(item, ast.Call) and pads(item):
                         yield item
 
     def collating(self) -> tuple[list[FunctionInfo], bool]:
@@ -90,7 +90,7 @@ def _called(value: ast.expr) -> ast.expr:
     return value.args[0] if last == "partial" and value.args else value.func
 
 
-def _pads(call: ast.Call) -> bool:
+def pads(call: ast.Call) -> bool:
     """``pad_sequence(items)``, ``max(len(item) for item in items)``."""
     name = (dotted(call.func) or "").split(".")[-1]
     if name == "pad_sequence":

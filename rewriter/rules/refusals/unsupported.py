@@ -3,8 +3,8 @@
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
 script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
 each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix by
-``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, and hooks that clamp gradients are
-reported.
+``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are a mean over it, and
+hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -40,6 +40,10 @@ _PADDED = (
 _PAIRED = (
     "samples of a batch are paired with each other: a rank pairs those of its share only. To pair as one process does, "
     "move the batch of all ranks and keep this rank's share, as bmt.shard_batch(bmt.gather_batch(x).flip(0))"
+)
+_AVERAGED = (
+    "each batch is padded to its longest, a rank's share of it less, and this mean is taken over the padding as well: "
+    "leave it out (ignore_index, or a mask with the sum of each item), or pad to one length"
 )
 _MIXERS = re.compile(
     r"torchvision\.transforms\.v2\.(?:MixUp|CutMix)$|timm\.data\.(?:mixup\.)?(?:Mixup|FastCollateMixup)$"
@@ -158,8 +162,10 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "another. Do it between backward and step, where p.grad is the average"
         )
         yield Remark(RULE.code, call.lineno, message, differs=True)
-    for line in sorted(mixed | {node.lineno for node in facts.paired.of(file)} - compared):
+    for line in sorted(mixed | {node.lineno for node in facts.batch_flow.told(file, "paired")} - compared):
         yield Remark(RULE.code, line, _PAIRED, differs=True)
+    for line in sorted({node.lineno for node in facts.batch_flow.told(file, "averaged")} - counted):
+        yield Remark(RULE.code, line, _AVERAGED, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)
@@ -196,7 +202,7 @@ def _left_out(file: File) -> Iterator[ast.expr]:
         match node:
             case ast.Assign(targets=[ast.Subscript()], value=value) if _is_ignored(value):
                 yield value
-            case ast.Call(func=ast.Attribute(attr=attr)) if attr in _FILLING:
+            case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr)) if attr in _FILLING:
                 yield from (a for a in (*node.args, *(k.value for k in node.keywords)) if _is_ignored(a))
             case ast.BinOp(left=ast.List(elts=[only]), op=ast.Mult()) if _is_ignored(only):
                 yield only

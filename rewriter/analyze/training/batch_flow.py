@@ -1,8 +1,9 @@
-"""Batches whose items are paired with each other: ``lam * x + (1 - lam) * x.flip(0)``; of a share, in other pairs.
+"""What becomes of a batch that is another on a share of it: pairs of its samples, means over what pads them.
 
 A loop is followed statement by statement, through the functions and models of the project that it calls.  What is
 known of a value are *marks*: that its rows are the samples of a batch, in their order or in another.  Where both meet,
-samples are paired; that is told of if a loss comes of it.
+samples are paired, ``lam * x + (1 - lam) * x.flip(0)``.  Others are padded to the longest of the batch; a loss that is
+their mean is one over the padding, too.  Both are told of if a loss comes of it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, item_of, names_in, walk
 from rewriter.analyze.training.across import LOSSES
-from rewriter.analyze.training.padded import Padded
+from rewriter.analyze.training.padded import Padded, pads
 
 _DEEP = 5
 _TURNS = {"t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "rearrange", "T", "mT"}
@@ -23,7 +24,7 @@ _REDUCES = {
     "mean", "sum", "max", "min", "amax", "amin", "argmax", "argmin", "norm", "var", "std", "prod", "logsumexp",
     "median", "any", "all", "nanmean", "nansum", "vector_norm",
 }  # fmt: skip
-_NUMBERS = {"item", "tolist", "len", "dim", "numel", "nelement", "print", "isinstance", "type", "float", "int", "str"}
+_NUMBERS = {"item", "tolist", "len", "dim", "numel", "nelement", "print", "isinstance"}
 _CUTS = {"chunk", "split", "tensor_split", "array_split"}
 _JOINS = {"cat", "concat", "concatenate", "vstack"}
 _COUNTS = {"arange", "range"}
@@ -32,6 +33,15 @@ _NOISE = {"rand", "randn", "random", "rand_like", "uniform"}
 _SHUFFLES = {"shuffle", "shuffle_"}
 _STACKS = {"stack", "tensor", "as_tensor", "array", "from_numpy", "pad_sequence", "LongTensor", "FloatTensor"}
 _GROWS = {"append", "extend", "update", "add"}
+_KEPT = ("paired", "averaged")
+"""What stays known of a value, whatever is made of it."""
+_MAKES = {
+    "zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "tensor", "as_tensor", "LongTensor", "array",
+    "pad",
+}  # fmt: skip
+_LISTS = {"list", "tuple", "append", "to"}
+_LEAVES_OUT = {"ignore_index", "reduction", "reduce", "size_average"}
+_LONGEST = (True, "longest")
 _BATCH_SIZE = re.compile(r"(?:^|[._])(?:batch_?size|bsz?|B|n)$")
 _MODULES = ("torch.", "numpy.", "random.", "math.", "bmtrain.", "torchvision.")
 
@@ -44,7 +54,8 @@ class _Mark:
     """One thing that is known of a value.
 
     ``batch``: what a loader gave; ``rows``: samples in their order; ``moved``, ``part``: in another, or some of them,
-    ``key`` says which; ``cuts``: several parts; ``paired``: made of pairs; ``items``: a list of samples; ``size``: how
+    ``key`` says which; ``cuts``: several parts; ``paired``: made of pairs; ``longest``: the length of the longest;
+    ``padded``: filled up to it; ``averaged``: made of a mean over such; ``items``: a list of samples; ``size``: how
     many there are; ``shape``; ``order``, ``identity``, ``noise``: positions, and what they are sorted by.
     """
 
@@ -60,46 +71,57 @@ _BATCH, _ROWS = frozenset({_Mark("batch")}), frozenset({_Mark("rows")})
 _SIZE, _IDENTITY = frozenset({_Mark("size")}), frozenset({_Mark("identity")})
 
 
-class Paired:
+class BatchFlow:
     """Answers for all files of a project."""
 
     def __init__(self, padded: Padded) -> None:
         self.padded, self.scripts = padded, padded.scripts
         self.project = self.scripts.project
-        self._found: dict[File, set[ast.expr]] | None = None
+        self._found: dict[tuple[File, str], set[ast.expr]] | None = None
 
-    def of(self, file: File) -> set[ast.expr]:
-        """Where a file puts the samples of a batch in another order, or cuts them in parts, and pairs are made so."""
+    def told(self, file: File, kind: str) -> set[ast.expr]:
+        """Where a file moves or cuts samples so that they are ``paired``, or takes the mean of padded ones."""
         if self._found is None:
             self._found = {}
-            for other, origin in self._all():
-                self._found.setdefault(other, set()).add(origin)
-        return self._found.get(file, set())
+            for mark in self._all():
+                if mark.where is not None:
+                    self._found.setdefault((mark.where[0], mark.kind), set()).add(mark.where[1])
+        return self._found.get((file, kind), set())
 
-    def _all(self) -> Iterator[tuple[File, ast.expr]]:
+    def _all(self) -> Iterator[_Mark]:
         collating, known = self.padded.collating()
+        given: list[_Value] = []
         for file, made in self._lambdas():
             run = _Run(self, file, 0)
             run.env.update((argument.arg, frozenset({_Mark("items")})) for argument in made.args.args)
-            yield from _places(run.value(made.body))
+            given.append(run.value(made.body))
+            yield from _told(given[-1])
         for function in collating:
             run = _Run(self, function.file, 0)
             run.env.update((name, frozenset({_Mark("items")})) for name in function.parameters[-1:])
             run.block(function.node.body)
-            yield from run.found | _places(run.returned)
-        if not known or any(map(_turns, collating)):
-            return  # samples may be columns
+            given.append(run.returned)
+            yield from run.found | _told(run.returned)
+        rows = known and not any(map(_turns, collating))  # else samples may be columns
+        batch = _given(given, _ROWS if rows else _NONE) if self._all_collate() and len(given) == 1 else None
+        batch = batch or (_BATCH if rows else _NONE)
         for file in self.scripts.training:
             for place, held in self.scripts.handed.of(file).items():
                 run = _Run(self, file, 0)
                 if isinstance(place, ast.For):
-                    run.bind(item_of(place), _BATCH)
+                    run.bind(item_of(place), batch)
                 else:
-                    run.env.update((name, _BATCH) for name in held.names if isinstance(place, Function))
-                run.held = held.names
+                    whole = _BATCH if rows else _NONE
+                    run.env.update((name, whole) for name in held.names if isinstance(place, Function))
+                run.batch, run.held = batch, held.names if rows else set()
                 run.block(place.body)
                 run.block(place.body)
                 yield from run.found
+
+    def _all_collate(self) -> bool:
+        """Whether every loader has a function of its own that makes batches."""
+        loaders = self.project.calls_of(self.scripts.training, {"torch.utils.data.DataLoader"})
+        return all(any(k.arg == "collate_fn" for k in call.keywords) for _, call in loaders)
 
     def _lambdas(self) -> Iterator[tuple[File, ast.Lambda]]:
         """``collate_fn=lambda items: mix(*default_collate(items))``."""
@@ -112,13 +134,14 @@ class Paired:
 class _Run:
     """Goes through the statements of a loop or function; ``env`` is what is known of its names."""
 
-    def __init__(self, paired: Paired, file: File, deep: int, around: frozenset[ast.AST] = frozenset()) -> None:
-        self.paired, self.file, self.deep, self.around = paired, file, deep, around
-        self.scripts = paired.scripts
+    def __init__(self, flow: BatchFlow, file: File, deep: int, around: frozenset[ast.AST] = frozenset()) -> None:
+        self.flow, self.file, self.deep, self.around = flow, file, deep, around
+        self.scripts = flow.scripts
         self.env: dict[str, _Value] = {}
         self.held: set[str] = set()
+        self.batch: _Value = _BATCH
         self.returned: _Value = _NONE
-        self.found: set[Where] = set()
+        self.found: set[_Mark] = set()
 
     # Statements ------------------------------------------------------------------------------------------------
 
@@ -153,7 +176,7 @@ class _Run:
             case ast.For(iter=iterated, body=body, orelse=orelse):
                 items = self.items(iterated)
                 if node in self.scripts.handed.of(self.file):
-                    self.bind(item_of(node), _BATCH)
+                    self.bind(item_of(node), self.batch)
                 else:
                     self.bind(node.target, items)
                 for _ in range(2):
@@ -184,15 +207,16 @@ class _Run:
             case ast.Subscript(value=inner, slice=ast.Constant(value=str())):
                 self.env[ast.unparse(target)] = value
                 if isinstance(inner, ast.Name):
-                    self.env[inner.id] = _flat(self.env.get(inner.id, _NONE)) | _only(value, "paired")
+                    self.env[inner.id] = _flat(self.env.get(inner.id, _NONE)) | _only(value, *_KEPT)
             case ast.Subscript(value=inner):
                 if dotted(inner):
-                    self.bind(inner, self.combine(self.value(target), value))
+                    filled = _only(self.value(inner), "padded")
+                    self.bind(inner, self.combine(self.value(target), value) | filled)
 
     def _entry(self, value: _Value, index: int, nested: bool, length: int) -> _Value:
         """What a target at ``index`` gets of a value that is taken apart."""
         if isinstance(value, tuple):
-            return value[index] if len(value) == length else _only(value, "paired")
+            return value[index] if len(value) == length else _only(value, *_KEPT)
         kinds = {mark.kind: mark for mark in value}
         if "batch" in kinds:
             return _BATCH if nested else _ROWS
@@ -202,7 +226,7 @@ class _Run:
             return _SIZE if index == 0 else _NONE
         if "items" in kinds:
             return value
-        return value if index == 0 else _only(value, "paired")
+        return value if index == 0 else _only(value, *_KEPT)
 
     # Expressions -----------------------------------------------------------------------------------------------
 
@@ -215,12 +239,12 @@ class _Run:
             if last == "zip":
                 return tuple(self.items(a.value if isinstance(a, ast.Starred) else a) for a in node.args)
             if last in {"items", "values"} and isinstance(node.func, ast.Attribute):
-                each = _ROWS if _has(self.value(node.func.value), "batch") else _only(self.value(node), "paired")
+                each = _ROWS if _has(self.value(node.func.value), "batch") else _only(self.value(node), *_KEPT)
                 return (_NONE, each) if last == "items" else each
         value = self.value(node)
         if isinstance(value, tuple):
             return _join(*value) if value else _NONE
-        return _ROWS if _has(value, "batch") else value if _has(value, "items") else _only(value, "paired")
+        return _ROWS if _has(value, "batch") else value if _has(value, "items") else _only(value, *_KEPT)
 
     def value(self, node: ast.expr) -> _Value:
         match node:
@@ -232,7 +256,7 @@ class _Run:
                 value = self.value(inner)
                 if attr == "shape":
                     return frozenset({_Mark("shape")}) if _samples(value) else _NONE
-                return _only(value, "paired") if attr in _TURNS else _ROWS if _has(value, "batch") else value
+                return _only(value, *_KEPT, "padded") if attr in _TURNS else _ROWS if _has(value, "batch") else value
             case ast.Subscript():
                 return self.env.get(ast.unparse(node)) or self._subscript(node)
             case ast.Call():
@@ -273,17 +297,31 @@ class _Run:
         self.env = before
         if counted and isinstance(elt, (ast.BinOp, ast.UnaryOp)):
             return frozenset({_Mark("order", ast.unparse(elt))})  # [n - 1 - i for i in range(n)]
-        return _BATCH | _only(value, "paired") if _has(value, "rows") else _flat(value)
+        return _BATCH | _only(value, *_KEPT) if _has(value, "rows") else _flat(value)
 
     def _subscript(self, node: ast.Subscript) -> _Value:
-        value, index = self.value(node.value), node.slice
+        value = self.value(node.value)
+        taken = self._taken(node, value)
+        if isinstance(value, tuple) and taken in value:
+            return taken
+        cut = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        slices = [part for part in cut if isinstance(part, ast.Slice)]
+        made = _without(taken, "padded")
+        if len(slices) == len(cut) or isinstance(getattr(node.slice, "value", None), str):
+            made |= _only(value, "padded")
+        if any(part.upper is not None and _has(self.value(part.upper), "longest") for part in slices[1:]):
+            made |= {_Mark("padded", where=(self.file, node))}
+        return made
+
+    def _taken(self, node: ast.Subscript, value: _Value) -> _Value:
+        index = node.slice
         first = index.elts[0] if isinstance(index, ast.Tuple) and index.elts else index
         number = first.operand if isinstance(first, ast.UnaryOp) else first
         if isinstance(value, tuple):
             if isinstance(first, ast.Constant) and isinstance(first.value, int) and first.value < len(value):
                 return value[first.value]
             value = _flat(value)
-        kept = _only(value, "paired")
+        kept = _only(value, *_KEPT)
         if _has(value, "shape"):
             return _SIZE if isinstance(first, ast.Constant) and first.value == 0 else _NONE
         if _has(value, "cuts") and isinstance(first, ast.Constant):
@@ -319,11 +357,11 @@ class _Run:
         for mark in _flat(at):
             if mark.kind == "order":
                 return self._moved(value, mark.key, node)
-        return _flat(value) if _has(at, "identity") else _only(value, "paired")
+        return _flat(value) if _has(at, "identity") else _only(value, *_KEPT)
 
     def _moved(self, value: _Value, key: str, node: ast.expr) -> _Value:
         """Samples in another order; what was moved before may be back in its own."""
-        kinds, kept = _kinds(value), _only(value, "paired")
+        kinds, kept = _kinds(value), _only(value, *_KEPT)
         if kinds & {"identity", "order"}:
             return frozenset({_Mark("order", key)})
         if kinds & {"moved", "part"} or not _samples(value):
@@ -349,7 +387,7 @@ class _Run:
 
     def _call(self, node: ast.Call) -> _Value:
         func = node.func
-        external = self.paired.project.external(self.file, func)
+        external = self.flow.project.external(self.file, func)
         name = func.attr if isinstance(func, ast.Attribute) else getattr(func, "id", "")
         method = isinstance(func, ast.Attribute) and not external.startswith(_MODULES)
         base = self.value(func.value) if isinstance(func, ast.Attribute) and method else _NONE
@@ -360,15 +398,18 @@ class _Run:
         if external == "bmtrain.shard_batch":
             return _ROWS
         if name == "backward":
-            self.found |= _places(_join(base, *given, *named.values()))
+            self.found |= _told(_join(base, *given, *named.values()))
             return _NONE
         instances = self.scripts.collectives.instances
         functions = self._functions(node) if self.deep < _DEEP else []
+        if self._averages(node, external, name) and any(_has_any(item, "padded") for item in (*given, *named.values())):
+            told = _told(_join(*given, *named.values()))
+            return frozenset(told | {_Mark("averaged", where=(self.file, node))})
         if functions:
             return _join(*(self._enter(function, node, given, named) for function in functions))
         for other, function in instances.given_to(self.file, func) if isinstance(func, ast.Name) else ():
             if other is self.file and isinstance(function, ast.Lambda) and function not in self.around:
-                run = _Run(self.paired, other, self.deep + 1, self.around | {function})
+                run = _Run(self.flow, other, self.deep + 1, self.around | {function})
                 run.env = {**self.env, **dict(zip((a.arg for a in function.args.args), given, strict=False)), **named}
                 made = run.value(function.body)
                 self.found |= run.found
@@ -393,26 +434,53 @@ class _Run:
             found = [] if forward is None else [forward[0].file.function_info(forward[1])]
         else:
             found = instances.called(self.file, func)
-            if not found and not isinstance(self.paired.project.resolve(self.file, func), ClassInfo):
+            if not found and not isinstance(self.flow.project.resolve(self.file, func), ClassInfo):
                 found = self.scripts.feeds.functions(self.file, node)
         return [function for function in found if function.node not in self.around]
 
     def _enter(self, function: FunctionInfo, node: ast.Call, given: list[_Value], named: dict[str, _Value]) -> _Value:
-        run = _Run(self.paired, function.file, self.deep + 1, self.around | {function.node})
+        run = _Run(self.flow, function.file, self.deep + 1, self.around | {function.node})
         run.env.update(zip(function.parameters, given, strict=False))
         run.env.update(named)
         if any(isinstance(a, ast.Starred) and _has(v, "batch") for a, v in zip(node.args, given, strict=True)):
             run.env.update((name, _ROWS) for name in function.parameters[len(given) - 1 :])
         run.block(function.node.body)
         self.found |= run.found
-        return run.returned
+        owner = function.file.names.class_of(function.node)
+        of_model = owner is not None and self.scripts.classes.is_module(function.file.class_info(owner))
+        return _without(run.returned, "padded") if of_model and not isinstance(run.returned, tuple) else run.returned
+
+    def _averages(self, node: ast.Call, external: str, name: str) -> bool:
+        """Whether a call is that of a loss function, which takes the mean over all that it is given."""
+        made = [node]
+        if external.startswith("torch.nn.functional."):
+            if not LOSSES.search(name):
+                return False
+        else:
+            held = [value for _, value in self.scripts.collectives.instances.given_to(self.file, node.func)]
+            made = [value for value in held if isinstance(value, ast.Call)]
+            names = [self.flow.project.external(self.file, value.func) for value in made]
+            if not made or not all(known.startswith("torch.nn.") and known.endswith("Loss") for known in names):
+                return False
+        return not any(keyword.arg in _LEAVES_OUT for call in made for keyword in call.keywords)
 
     def _known(self, call: _Call) -> _Value:
         """What a call of torch, numpy, Python or of the unknown gives."""
         name, operands = call.name, call.operands
         value = operands[0] if operands else _NONE
         every = self.combine(*operands, *call.named.values())
-        kept = _only(every, "paired")
+        kept = _only(every, *_KEPT)
+        if not call.external.startswith(_MODULES) and not _kinds(value) & {"padded", "longest"} and name not in _LISTS:
+            every = _without(every, "padded")  # what a model makes of it
+        longest = any(k.arg == "padding" and getattr(k.value, "value", None) in _LONGEST for k in call.node.keywords)
+        if longest or name == "pad_sequence":
+            return self._filled(call, every)
+        if pads(call.node) or (name in {"max", "amax"} and not call.rest and not call.named and _samples(value)):
+            return kept | {_Mark("longest")}
+        if name in _MAKES and _has_any(every, "longest"):
+            every = _without(every, "longest") | {_Mark("padded", where=(self.file, call.node))}
+        if name == "mean" and not call.rest and not call.named and _has(value, "padded"):
+            return kept | {_Mark("averaged", where=(self.file, call.node))}
         if name in _COUNTS:
             return _order(call.node, "reversed") if _counts_down(call.node) else _IDENTITY
         if name in _DRAWS and (call.external or not _samples(value)):
@@ -440,17 +508,25 @@ class _Run:
             return _SIZE if len(call.rest) == 1 and _integer(call.rest[0]) == 0 else frozenset({_Mark("shape")})
         if name == "len":
             return _SIZE if _samples(value) else _NONE
-        if name in _NUMBERS:
-            return _NONE
-        if name in _REDUCES and call.over_first(always=True, every=True):
-            return kept
+        if name in _NUMBERS or (isinstance(call.node.func, ast.Name) and name in {"float", "int", "str", "type"}):
+            return _only(every, "longest")
+        if name in _REDUCES:
+            return kept if call.over_first(always=True, every=True) else _without(every, "padded")
         if name in _TURNS | {"unbind"} or (name in {"unsqueeze", "squeeze", "flatten"} and call.over_first(every=True)):
-            return kept
+            return kept | _only(value, "padded")
         if name in {"view", "reshape", "expand", "repeat", "tile"}:
             return self._shaped(call, value)
         if LOSSES.search(name) and "reduction" not in call.named:
             return kept
         return every
+
+    def _filled(self, call: _Call, every: _Marks) -> _Value:
+        """``pad_sequence(xs, batch_first=True)``, ``tokenizer(texts, padding=True)``."""
+        words = {keyword.arg: keyword.value for keyword in call.node.keywords}
+        rows = _ROWS if getattr(words.get("batch_first", words.get("padding")), "value", False) else _NONE
+        if "padding_value" in words and _integer(words["padding_value"]) == -100:
+            return rows  # left out, and told of elsewhere
+        return rows | _only(every, *_KEPT) | {_Mark("padded", where=(self.file, call.node))}
 
     def _joined(self, call: _Call, value: _Value, every: _Marks) -> _Value:
         """``torch.cat([a, b], dim)``."""
@@ -472,7 +548,7 @@ class _Run:
         same = _integer(first) == 1 if several else _integer(first) == -1 or _has(self.value(first), "size")
         named = not several and bool(_BATCH_SIZE.search(dotted(first) or ""))
         whole = isinstance(first, (ast.Attribute, ast.Call)) and _has(self.value(first), "shape")
-        return value if same or named or whole else _only(value, "paired")
+        return value if same or named or whole else _only(value, *_KEPT, "padded")
 
 
 @dataclass(frozen=True)
@@ -539,6 +615,10 @@ def _has(value: _Value, kind: str) -> bool:
     return not isinstance(value, tuple) and any(mark.kind == kind for mark in value)
 
 
+def _has_any(value: _Value, kind: str) -> bool:
+    return any(mark.kind == kind for mark in _flat(value))
+
+
 def _samples(value: _Value) -> bool:
     return bool(_kinds(value) & {"rows", "batch", "moved", "part"})
 
@@ -559,8 +639,18 @@ def _join(*values: _Value) -> _Value:
     return _NONE.union(*map(_flat, known))
 
 
-def _places(value: _Value) -> set[Where]:
-    return {mark.where for mark in _flat(value) if mark.kind == "paired" and mark.where is not None}
+def _told(value: _Value) -> set[_Mark]:
+    return {mark for mark in _flat(value) if mark.kind in _KEPT}
+
+
+def _given(returned: list[_Value], rows: _Marks) -> _Value:
+    """What a loop gets of a function that makes batches, if it pads."""
+    value = returned[0]
+    if not any(mark.kind == "padded" for mark in _flat(value)):
+        return _NONE
+    if isinstance(value, tuple):
+        return tuple(rows | _only(item, "padded") for item in value)
+    return (_BATCH if rows else _NONE) | _only(value, "padded")
 
 
 def _order(node: ast.expr, key: str = "") -> _Marks:
