@@ -183,6 +183,8 @@ def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
     if knows_shards(optimizer):
         return
     params = all_params(optimizer.param_groups)
+    if _steps_by_driven(optimizer, params):
+        return
     flats = flats_of(params)
     if not flats and is_initialized():
         _warn_of_unaveraged(optimizer, params)
@@ -198,6 +200,13 @@ def _refuse_unmanaged(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) 
             f"{type(optimizer).__name__}, which steps inside another optimizer's step, has hooks that would see what "
             "this rank steps on. Register them on the outer optimizer, which was given to add_optimizer."
         )
+
+
+def _steps_by_driven(optimizer: torch.optim.Optimizer, params: list[Any]) -> bool:
+    """Whether others that an optimizer holds (Lookahead, SAM) step on its parameters, and managers drive those."""
+    held = (one for one in vars(optimizer).values() if isinstance(one, torch.optim.Optimizer) and one is not optimizer)
+    driven = [one for one in held if knows_shards(one) or "_bmt_in_parts" in vars(one)]
+    return bool(driven) and {*map(id, params)} <= {id(p) for one in driven for p in all_params(one.param_groups)}
 
 
 register_optimizer_step_pre_hook(_refuse_unmanaged)

@@ -17,6 +17,7 @@ from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.accelerators import Accelerators, scripts_with_accelerators
+from rewriter.analyze.training.batch_flow import BatchFlow
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
 from rewriter.analyze.training.managers import Managers
@@ -91,6 +92,10 @@ class Facts:
     @cached_property
     def padded(self) -> Padded:
         return Padded(self.scripts)
+
+    @cached_property
+    def batch_flow(self) -> BatchFlow:
+        return BatchFlow(self.padded)
 
     @cached_property
     def read_back(self) -> ReadBack:

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TypeGuard
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
+from rewriter.analyze.read.nodes import Function, dotted, names_in, walk, walk_own
 
-_LOSSES = re.compile(
+LOSSES = re.compile(
     r"cross_entropy|nll_loss|log_softmax|logsumexp|kl_div|mse_loss|smooth_l1|binary_cross|hinge|margin|"
     r"criterion|loss(?:_?fn|_?func(?:tion)?)?$|^ce$",
     re.I,
@@ -84,6 +84,25 @@ class Across:
             if any(k.arg in _REDUCTIONS for k in node.value.keywords)
             for target in node.targets
         }
+
+    @cached_property
+    def of_sums(self) -> dict[str, ast.Call]:
+        """Names of loss functions that give a sum, each with the call that makes it."""
+        return {
+            _name(target): node.value
+            for node in self.file.nodes
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _is_summed(node.value)
+            for target in node.targets
+        }
+
+    def counted_sums(self) -> set[ast.AST]:
+        """The losses that are sums and are divided by a count of what is in the batch, and the calls that make them."""
+        found: set[ast.AST] = set()
+        for flow in self.flows:
+            for node in flow.reaching(flow.weighs):
+                made = [value for name, value in flow.assigned if name in names_in(node)]
+                found |= {item for whole in (node, *made) for item in walk(whole)}
+        return found | {self.of_sums[name] for item in found if (name := _name_of(item)) in self.of_sums}
 
     @cached_property
     def flows(self) -> list[Flow]:
@@ -296,14 +315,20 @@ class Flow:
     def _sums(self, node: ast.expr) -> bool:
         """Whether a number is a sum over all of a batch, or made of one."""
         for item in walk(node):
-            if isinstance(item, ast.Call) and _is_total(item) and self.is_batch(item):
+            if isinstance(item, ast.Call) and self._is_total(item) and self.is_batch(item):
                 return True
             if isinstance(item, ast.Name) and any(
-                name == item.id and any(_is_total(part) and self.is_batch(part) for part in walk(value))
+                name == item.id
+                and any(
+                    isinstance(part, ast.Call) and self._is_total(part) and self.is_batch(part) for part in walk(value)
+                )
                 for name, value in self.assigned
             ):
                 return True
         return False
+
+    def _is_total(self, call: ast.Call) -> bool:
+        return _is_total(call) or _is_summed(call) or _name(call) in self.across.of_sums
 
     def _is_number(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether no gradient comes of a value: ``x.sum().item()``, and what such numbers are added up in."""
@@ -403,7 +428,7 @@ class Flow:
             match node:
                 case ast.Call(func=func, args=args):
                     method = isinstance(func, ast.Attribute) and of(func.value)
-                    if _LOSSES.search(_name(node)) and (method or any(map(of, args))):
+                    if LOSSES.search(_name(node)) and (method or any(map(of, args))):
                         return True
                     if method and _name(node) == "backward":
                         return True
@@ -499,6 +524,15 @@ def _is_mean(node: ast.AST) -> bool:
 def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
     """``x.sum()``: one number of all."""
     return _is_mean(node) and isinstance(node, ast.Call) and _name(node) == "sum"
+
+
+def _is_summed(call: ast.Call) -> bool:
+    """``F.cross_entropy(out, y, reduction="sum")``."""
+    return any(k.arg == "reduction" and getattr(k.value, "value", None) == "sum" for k in call.keywords)
+
+
+def _name_of(node: ast.AST) -> str:
+    return _name(node) if isinstance(node, ast.Call) else ""
 
 
 def _is_lookup(node: ast.expr) -> bool:

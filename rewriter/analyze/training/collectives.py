@@ -206,7 +206,7 @@ class Collectives:
             return True
         if name == "backward" or self.saves_pretrained(file, call):
             return True
-        if receiver in roles.optimizers or receiver in roles.managers:
+        if receiver in roles.optimizers or receiver in roles.managers or roles.list_of(func.value) is not None:
             return name in {"state_dict", "load_state_dict", "step", "clip_grad_norm", "backward"}
         if roles.is_model(func.value):
             if name in _COLLECTIVE_METHODS:

@@ -22,6 +22,8 @@ class Manager:
     name: str
     optimizers: list[Var] = field(default_factory=list)
     scaler: Var | None = None
+    several: Var | None = None
+    """The list or dict in which the optimizers are that it steps."""
     existing: bool = False
 
 
@@ -36,6 +38,7 @@ class Managers:
         self._existing()
         if not any(manager.existing for manager in self.all):
             self._from_scalers()
+            self._from_lists()
             self._new()
 
     def _existing(self) -> None:
@@ -64,6 +67,37 @@ class Managers:
                 manager.optimizers.extend(v for v in beside if not self.is_argument(v))
                 self.of.update(dict.fromkeys(manager.optimizers, manager))
 
+    def _from_lists(self) -> None:
+        """One manager for all of a list of which a loop, or an index, steps each."""
+        stepped = {node.func.value for node in self.file.calls if _receiver(node, "step")}  # type: ignore[attr-defined]
+        by_list: dict[Var, list[ast.expr]] = {}
+        for node in stepped:
+            several = self.roles.list_of(node)
+            if several is not None and self.roles.var(node) not in self.of:
+                by_list.setdefault(several, []).append(node)
+        for several in sorted(by_list, key=_position):
+            alone = sum(other[0] is several[0] for other in by_list) == 1
+            base = "optim_manager" if alone else several[1].split(".")[-1] + "_manager"
+            manager = Manager(self._free(several, base), several=several)
+            self.all.append(manager)
+            items = {variable for node in by_list[several] if (variable := self.roles.var(node)) is not None}
+            items |= self.roles.listed(several) & self.roles.optimizers
+            items |= {v for v in self.roles.optimizers if v in self._loop_names(several)}
+            self.of.update(dict.fromkeys({several, *items}, manager))
+
+    def _loop_names(self, several: Var) -> set[Var]:
+        """The names by which loops have a list's optimizers."""
+        names = (node for node in self.file.nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load))
+        return {v for name in names if self.roles.list_of(name) == several and (v := self.roles.var(name)) is not None}
+
+    def by(self, node: ast.expr) -> Manager | None:
+        """The manager of the optimizer, or the scaler, that an expression is."""
+        variable = self.roles.var(node)
+        found = self.of.get(variable) if variable is not None else None
+        if found is None and (several := self.roles.list_of(node)) is not None:
+            found = self.of.get(several)
+        return found
+
     def _scaler_name(self, scaler: Var) -> str:
         """The manager's name: the scaler's own where it is handed around, else ``optim_manager``."""
         for node in self.file.nodes:
@@ -85,7 +119,8 @@ class Managers:
     def _new(self) -> None:
         fresh = [v for v in sorted(self.roles.optimizers, key=_position) if v not in self.of and self._used(v)]
         for variable in fresh:
-            alone = sum(other[0] is variable[0] for other in fresh) == 1
+            lists = [manager.several for manager in self.all if manager.several is not None]
+            alone = sum(other[0] is variable[0] for other in (*fresh, *lists)) == 1
             base = "optim_manager" if alone else variable[1].split(".")[-1] + "_manager"
             manager = Manager(self._free(variable, base), [variable])
             self.all.append(manager)
@@ -127,10 +162,8 @@ class Managers:
     def _steps(self, manager: Manager) -> Iterator[int]:
         for node in self.file.nodes:
             found = _receiver(node, "step")
-            if found is not None:
-                variable = self.roles.var(found[1])
-                if variable is not None and self.of.get(variable) is manager:
-                    yield found[0].lineno
+            if found is not None and self.by(found[1]) is manager:
+                yield found[0].lineno
 
 
 def _receiver(node: ast.AST, method: str) -> tuple[ast.Call, ast.expr] | None:

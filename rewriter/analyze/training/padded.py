@@ -16,6 +16,8 @@ _TIME = {1, -2}
 _POOLS = re.compile(r"^(?:adaptive_(?:avg|max)_pool1d|AdaptiveAvgPool1d|AdaptiveMaxPool1d)$")
 _ATTENDS = {"MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer", "scaled_dot_product_attention"}
 _PRODUCTS = {"matmul", "bmm", "einsum"}
+_KNOWN = re.compile(r"(?:torch|torchvision|timm|transformers)\.")
+"""Packages whose functions make batches of which each row is a sample."""
 _RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
@@ -48,32 +50,47 @@ class Padded:
                 return
 
     def _padding(self, file: File) -> Iterator[ast.Call]:
-        for function in self._collating(file):
+        for function in self.collating()[0]:
             if function.file is file:
                 for item in walk(function.node):
-                    if isinstance(item, ast.Call) and _pads(item):
+                    if isinstance(item, ast.Call) and pads(item):
                         yield item
 
-    def _collating(self, file: File) -> Iterator[FunctionInfo]:
-        """The functions that make batches of items, for loaders of whichever file."""
+    def collating(self) -> tuple[list[FunctionInfo], bool]:
+        """The functions that make batches of items, for loaders of whichever file, and whether all such are seen."""
+        functions: list[FunctionInfo] = []
+        known = True
         for other in self.scripts.training:
             for keyword in (k for call in other.calls for k in call.keywords if k.arg == "collate_fn"):
-                value = keyword.value
-                if isinstance(value, ast.Call):  # partial(collate, ...), Collate(...)
-                    last = (dotted(value.func) or "").split(".")[-1]
-                    value = value.args[0] if last == "partial" and value.args else value.func
-                if isinstance(value, ast.Lambda):
-                    value = value.body.func if isinstance(value.body, ast.Call) else value
-                found = self.project.resolve(other, value)
-                if isinstance(found, FunctionInfo):
-                    yield found
-                elif isinstance(found, ClassInfo) and "__call__" in found.methods:
-                    yield found.file.function_info(found.methods["__call__"])
-                elif isinstance(value, ast.Attribute):
-                    yield from self.scripts.collectives.instances.methods(other, value)
+                found = list(self._made_by(other, keyword.value))
+                functions += found
+                known &= bool(found) or bool(_KNOWN.match(self.project.external(other, _called(keyword.value))))
+        return functions, known
+
+    def _made_by(self, file: File, value: ast.expr) -> Iterator[FunctionInfo]:
+        value = _called(value)
+        if isinstance(value, ast.Lambda):
+            value = value.body.func if isinstance(value.body, ast.Call) else value
+        found = self.project.resolve(file, value)
+        if isinstance(found, FunctionInfo):
+            yield found
+        elif isinstance(found, ClassInfo) and "__call__" in found.methods:
+            yield found.file.function_info(found.methods["__call__"])
+        elif isinstance(value, ast.Attribute):
+            yield from self.scripts.collectives.instances.methods(file, value)
+        elif isinstance(value, ast.Name):
+            yield from self.scripts.collectives.instances.called(file, value)
 
 
-def _pads(call: ast.Call) -> bool:
+def _called(value: ast.expr) -> ast.expr:
+    """What makes batches, of ``partial(collate, ...)`` and ``Collate(...)``."""
+    if not isinstance(value, ast.Call):
+        return value
+    last = (dotted(value.func) or "").split(".")[-1]
+    return value.args[0] if last == "partial" and value.args else value.func
+
+
+def pads(call: ast.Call) -> bool:
     """``pad_sequence(items)``, ``max(len(item) for item in items)``."""
     name = (dotted(call.func) or "").split(".")[-1]
     if name == "pad_sequence":

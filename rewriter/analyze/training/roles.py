@@ -18,6 +18,8 @@ _MODEL_NAMES = re.compile(
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 _LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
+_DEEP = 3
+_SCHEDULES = re.compile(r"sched|warm_?up|lr|scaler|anneal|profil", re.I)
 _REDUCTIONS = {"mean", "sum", "float", "double", "to", "squeeze", "backward", "detach", "clone", "cpu"}
 _WRAPPERS = {
     "torch.compile", "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "bmtrain.compile",
@@ -129,22 +131,60 @@ class Roles:
     def steps(self) -> bool:
         """Whether an optimizer is used here, or an object that has one is made here."""
         made = (v for v, value, _, part in self.assignments if isinstance(value, ast.Call) and not part)
-        return bool(self._named_optimizers) or any(map(self._steps_inside, made))
+        return bool(self._named_optimizers or self.packaged or self.lists) or any(map(self._steps_inside, made))
+
+    @cached_property
+    def packaged(self) -> list[tuple[str, ast.Call]]:
+        """Optimizers of other packages, by name, that make one inside: ``SAM(net.parameters(), torch.optim.SGD)``."""
+        found: list[tuple[str, ast.Call]] = []
+        for variable, value, _, part in self.assignments:
+            if part or not isinstance(value, ast.Call):
+                continue
+            name = self.project.external(self.file, value.func)
+            given = [*value.args, *(keyword.value for keyword in value.keywords)]
+            stepped = any("step" in method for method in self.methods_called.get(variable, set()))
+            if name and not name.startswith(("torch.", "bmtrain.")) and stepped:
+                found += [(name, value)] if any(map(self._is_optimizer_class, given)) else []
+        return found
+
+    def _is_optimizer_class(self, node: ast.expr) -> bool:
+        variable = self.var(node)
+        named = [value for other, value, _, _ in self.assignments if variable is not None and other == variable]
+        return any(is_optimizer_name(self.project.external(self.file, item)) for item in (node, *named))
 
     def _steps_inside(self, variable: Var) -> bool:
         """Whether a variable's object has a method with ``self.optimizer.step()``."""
         held = self._class_held(self.file, variable)
-        methods = held.methods.values() if held is not None and not self.classes.is_module(held) else ()
-        return any(
+        if held is None or self.classes.is_module(held):
+            return False
+        return any(map(is_optimizer_name, self.classes.external_bases(held))) or any(
             isinstance(node, ast.Call) and _OWN_STEP.match(dotted(node.func) or "")
-            for method in methods
+            for method in held.methods.values()
             for node in walk(method)
         )
 
+    def _held_by(self, info: ClassInfo) -> set[str]:
+        """The attributes of an optimizer of the project's (SAM, Lookahead) with the optimizer that it steps inside."""
+        if not any(map(is_optimizer_name, self.classes.external_bases(info))):
+            return set()
+        return {
+            path
+            for above in (info, *self.classes.ancestors(info))
+            for method in above.methods.values()
+            for node in walk(method)
+            if isinstance(node, ast.Call)
+            and (path := (dotted(node.func) or "").removesuffix(".step")) != dotted(node.func)
+            and path.startswith("self.")
+            and path.count(".") == 1
+            and not _SCHEDULES.search(path[5:])
+        }
+
     def _holds_optimizer(self, variable: Var) -> bool:
         held = self._class_held(self.file, variable)
-        if held is None or not self.classes.external_bases(held) <= {"object", "abc.ABC"}:
+        if held is None:
             return False
+        if not self.classes.external_bases(held) <= {"object", "abc.ABC"}:
+            return bool(self._held_by(held))
         return self.classes.method(held, "step") is not None
 
     @cached_property
@@ -158,6 +198,7 @@ class Roles:
                 named and "step" in methods and "zero_grad" not in methods and "param_groups" not in methods
             ):
                 found.add(variable)
+        found |= {(info.node, path) for info in self.classes.all(self.file) for path in self._held_by(info)}
         for node in self.file.calls:
             if isinstance(node.func, ast.Attribute) and node.func.attr == "step":
                 if node.args and self.var(node.func.value) in self.scalers:
@@ -215,6 +256,102 @@ class Roles:
                 for node in walk(found.node)
             )
         return isinstance(found, External) and is_optimizer_name(found.name)
+
+    # Lists of optimizers ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def lists(self) -> set[Var]:
+        """Variables with several optimizers, in a list, a tuple or a dict."""
+        found = {v for v, value, _, part in self.assignments if not part and self._lists_optimizers(value)}
+        found |= {variable for variable, item in self._put if self._is_one(item)} | self._gone_through
+        for _ in range(_DEEP):
+            found |= {to for to, given in self.handed_on if given in found}
+            found |= {v for v, value, _, part in self.assignments if not part and self.var(value) in found}
+        return found
+
+    @cached_property
+    def _put(self) -> list[tuple[Var, ast.expr]]:
+        """What is put into lists and dicts: ``optimizers.append(Adam(...))``, ``optimizers["a"] = Adam(...)``."""
+        found: list[tuple[Var, ast.expr]] = []
+        for node in self.file.nodes:
+            match node:
+                case (
+                    ast.Call(func=ast.Attribute(value=held, attr="append"), args=[item])
+                    | ast.Assign(targets=[ast.Subscript(value=held)], value=item)
+                ):
+                    found += [(variable, item)] if (variable := self.var(held)) is not None else []
+        return found
+
+    @cached_property
+    def _gone_through(self) -> set[Var]:
+        """Variables that a loop goes through which clears and steps each item."""
+        found: set[Var] = set()
+        for node in self.file.nodes:
+            if isinstance(node, (ast.For, ast.comprehension)):
+                for name, held in _gone_through(node.target, node.iter):
+                    variable, several = self.var(name), self.var(held)
+                    called = self.methods_called.get(variable, set()) if variable is not None else set()
+                    if several is not None and {"step", "zero_grad"} <= called:
+                        found.add(several)
+        return found
+
+    def holds_others(self, several: Var) -> bool:
+        """Whether a list has something beside optimizers: ``{"model": net, "optimizer": optimizer}``."""
+        return several not in self._gone_through and not all(map(self._is_one, self._items(several)))
+
+    def list_of(self, node: ast.expr) -> Var | None:
+        """The list that an expression is one optimizer of: ``optimizers[0]``, ``o`` of a loop over them."""
+        if isinstance(node, ast.Subscript):
+            variable = self.var(node.value)
+            return variable if variable in self.lists else None
+        if not isinstance(node, ast.Name) or not self.lists:
+            return None
+        for parent in self.file.names.ancestors(node):
+            loops = [parent] if isinstance(parent, ast.For) else list(getattr(parent, "generators", ()))
+            for loop in loops:
+                for name, held in _gone_through(loop.target, loop.iter):
+                    if name.id == node.id and self.var(held) in self.lists:
+                        return self.var(held)
+        variable = self.var(node)
+        given = [value for other, value, _, _ in self.assignments if other == variable]
+        sources = {self.var(v.value if isinstance(v, ast.Subscript) else v) for v in given}
+        return next(iter(sources)) if len(sources) == 1 and sources <= self.lists and variable not in sources else None
+
+    def listed(self, several: Var) -> set[Var]:
+        """The names that optimizers of a list have beside it."""
+        return {named for item in self._items(several) if (named := self.var(item)) is not None}
+
+    def _items(self, several: Var) -> list[ast.expr]:
+        """What is written or put into a list."""
+        items = [item for variable, item in self._put if variable == several]
+        for variable, value, _, part in self.assignments:
+            if variable == several and not part:
+                items += value.values if isinstance(value, ast.Dict) else getattr(value, "elts", [])
+        return items
+
+    def _lists_optimizers(self, value: ast.expr, deep: int = 0) -> bool:
+        match value:
+            case ast.Name() if deep:
+                held = [
+                    given for variable, given, _, part in self.assignments if variable == self.var(value) and not part
+                ]
+                return deep < _DEEP and any(self._lists_optimizers(given, deep + 1) for given in held)
+            case ast.List(elts=items) | ast.Tuple(elts=items) | ast.Dict(values=items):
+                return any(map(self._is_one, items))
+            case ast.ListComp(elt=item) | ast.DictComp(value=item):
+                return self._is_one(item)
+            case ast.Call(func=ast.Name(id="dict"), keywords=keywords):
+                return any(self._is_one(keyword.value) for keyword in keywords)
+            case ast.Call():
+                found = self.project.resolve(self.file, value.func)
+                if isinstance(found, FunctionInfo) and deep < _DEEP:
+                    roles = self if self._others is None or found.file is self.file else self._others[found.file]
+                    given = [node.value for node in walk(found.node) if isinstance(node, ast.Return) and node.value]
+                    return any(roles._lists_optimizers(item, deep + 1) for item in given)
+        return False
+
+    def _is_one(self, value: ast.expr) -> bool:
+        return self._is_optimizer(value) or self.var(value) in self._named_optimizers
 
     @cached_property
     def scalers(self) -> set[Var]:
@@ -495,6 +632,24 @@ def _is_nothing(value: ast.expr | None) -> bool:
 def _is_number(node: ast.expr) -> bool:
     """Whether an expression holds a ``.item()``: with it a sum is no tensor, or not only of this rank."""
     return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
+
+
+def _gone_through(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.Name, ast.expr]]:
+    """The names of a loop, each with the list or dict of which it is an item in turn."""
+    if isinstance(target, ast.Name) and isinstance(iterated, (ast.Name, ast.Attribute)):
+        yield target, iterated
+    if not isinstance(iterated, ast.Call):
+        return
+    called = iterated.func.attr if isinstance(iterated.func, ast.Attribute) else getattr(iterated.func, "id", "")
+    parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
+    if isinstance(iterated.func, ast.Attribute) and called in {"values", "items"} and not iterated.args:
+        if isinstance(parts[-1], ast.Name):
+            yield parts[-1], iterated.func.value
+    elif called in {"enumerate", "reversed", "list", "tuple"} and iterated.args:
+        yield from _gone_through(parts[-1], iterated.args[0])
+    elif called == "zip" and len(parts) == len(iterated.args):
+        for part, item in zip(parts, iterated.args, strict=True):
+            yield from _gone_through(part, item)
 
 
 def is_optimizer_name(name: str) -> bool:

@@ -2,8 +2,9 @@
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
 script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
-each other or take a root or a norm of its mean, models that look at the padding of a batch, and hooks that clamp
-gradients are reported.
+each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix by
+``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are a mean over it, and
+hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -35,6 +36,17 @@ _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _PADDED = (
     "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
     "mask it, or pad to one length"
+)
+_PAIRED = (
+    "samples of a batch are paired with each other: a rank pairs those of its share only. To pair as one process does, "
+    "move the batch of all ranks and keep this rank's share, as bmt.shard_batch(bmt.gather_batch(x).flip(0))"
+)
+_AVERAGED = (
+    "each batch is padded to its longest, a rank's share of it less, and this mean is taken over the padding as well: "
+    "leave it out (ignore_index, or a mask with the sum of each item), or pad to one length"
+)
+_MIXERS = re.compile(
+    r"torchvision\.transforms\.v2\.(?:MixUp|CutMix)$|timm\.data\.(?:mixup\.)?(?:Mixup|FastCollateMixup)$"
 )
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
@@ -96,12 +108,13 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     curved = {node.lineno for node in across.curved()} - compared - ratios
     left_out = {node.lineno for node in _left_out(file)}
     counted = {node.lineno for node in across.weighed()} - ratios | left_out
+    counted_sums, mixed = across.counted_sums(), set[int]()
     for call in file.calls:
         name = facts.project.external(file, call.func)
         given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
         summed = _is_sum(call) or given.get("reduction") == "sum"
         if (
-            call in facts.scripts.summed | facts.scripts.divided
+            call in facts.scripts.summed | facts.scripts.divided | counted_sums
             or _is_divided(file, call)
             or _only_evaluates(file, facts, call)
         ):
@@ -111,6 +124,8 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, call.lineno, message, differs=True)
         elif name == "torch.arange" and len(call.args) == 1 and _numbers_batch(file, call):
             compared.add(call.lineno)
+        elif _MIXERS.match(name):
+            mixed.add(call.lineno)
     for call in facts.scripts.adding_items(file):
         message = (
             "the loss adds up what may be the items of the batch, of which a rank has a share: if it does, times "
@@ -120,13 +135,13 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     for line in sorted(counted):
         message = (
             "the mean over what counts is taken over each rank's share, and the ranks count alike: divide by "
-            "bmt.distributed.all_reduce(count, 'avg'), the count of a rank on average"
+            "bmt.distributed.all_reduce(count.float(), 'avg'), the count of a rank on average"
         )
         if line in left_out:
             message = (
                 "the mean over what counts is taken over each rank's share, which may have more labels of -100 than "
                 "another's: bmt.loss.mean_over_ranks(F.cross_entropy) counts each label once, and models of "
-                "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count, 'avg')"
+                "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count.float(), 'avg')"
             )
         yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(ratios):
@@ -147,6 +162,10 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "another. Do it between backward and step, where p.grad is the average"
         )
         yield Remark(RULE.code, call.lineno, message, differs=True)
+    for line in sorted(mixed | {node.lineno for node in facts.batch_flow.told(file, "paired")} - compared):
+        yield Remark(RULE.code, line, _PAIRED, differs=True)
+    for line in sorted({node.lineno for node in facts.batch_flow.told(file, "averaged")} - counted):
+        yield Remark(RULE.code, line, _AVERAGED, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)
@@ -183,7 +202,7 @@ def _left_out(file: File) -> Iterator[ast.expr]:
         match node:
             case ast.Assign(targets=[ast.Subscript()], value=value) if _is_ignored(value):
                 yield value
-            case ast.Call(func=ast.Attribute(attr=attr)) if attr in _FILLING:
+            case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr)) if attr in _FILLING:
                 yield from (a for a in (*node.args, *(k.value for k in node.keywords)) if _is_ignored(a))
             case ast.BinOp(left=ast.List(elts=[only]), op=ast.Mult()) if _is_ignored(only):
                 yield only

@@ -3,11 +3,13 @@
 What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the optimizer; a GradScaler becomes the manager
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
-optimizer inside (``NoamOpt(Adam(...))``) stays as it is: the optimizer that it holds gets the manager.
+optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
+Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
-Refuses when: ``step`` gets a closure. A step in the ``forward`` of a module is reported. A learning-rate scheduler that
-the script steps stays the script's.
+Refuses when: ``step`` gets a closure; another package's optimizer makes one inside; a list of optimizers goes where it
+is not followed, holds more than these, or has a loss scale. A step in the ``forward`` of a module is reported. A
+learning-rate scheduler that the script steps stays the script's.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.training.managers import Manager, Managers
-from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.roles import Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -33,6 +35,14 @@ _HARMLESS = {
 }  # fmt: skip
 """Calls that look at no gradient, or that the manager makes instead."""
 _SEVERAL = "{} is one optimizer of several, of which each needs a name of its own: write a.step(), b.step()"
+_OF_LISTS = {"append", "values", "items", "keys"}
+_GOES_THROUGH = {"enumerate", "zip", "len", "reversed", "list", "tuple", "isinstance", "print", "range", "bool"}
+_ELSEWHERE = "the optimizers of {} go where they are not followed here, so that a step of theirs may have no manager"
+_MIXED = "{} has more than optimizers, of which each then needs a name of its own: write a.step(), b.step()"
+_INSIDE = (
+    "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
+    "project, and it is converted"
+)
 _CLOSURE = (
     "step with a closure cannot be converted, as the optimizer would run backward itself: where it calls the closure "
     "once, call it before, loss = closure(), and step without it"
@@ -46,8 +56,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     reasons = [(manager, reason) for manager in managers.all if (reason := _reason_against(managers, manager))]
     for manager, reason in reasons:
         yield Refusal(RULE.code, _first_use(file, managers, manager), reason)
-    if not reasons:
-        yield from _of_several(file, facts, managers)
+    for several in (manager.several for manager in managers.all if manager.several is not None):
+        if managers.roles.holds_others(several):
+            line = next(s.lineno for v, _, s, _ in managers.roles.assignments if v == several)
+            yield Refusal(RULE.code, line, _MIXED.format(several[1]))
+        node = _misunderstood(file, facts, managers, several)
+        if node is not None:
+            yield Refusal(RULE.code, node.lineno, _ELSEWHERE.format(several[1]))  # type: ignore[attr-defined]
+    for name, call in managers.roles.packaged:
+        yield Refusal(RULE.code, call.lineno, _INSIDE.format(name.split(".")[-1]))
     yield from _in_forwards(file, facts, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
     calls: list[Change] = []
@@ -62,37 +79,103 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
 
 
-def _of_several(file: File, facts: Facts, managers: Managers) -> Iterator[Refusal]:
-    """``optimizers[0].step()``, ``[o.step() for o in optimizers]``: none of them has a name that a manager goes by."""
-    roles = managers.roles
-    held: set[Var] = set()
-    for variable, value, _, part in roles.assignments:
-        items = value.values if isinstance(value, ast.Dict) else getattr(value, "elts", [])
-        if not part and any(_is_optimizer(file, facts, roles, item) for item in items):
-            held.add(variable)
-    for call in file.calls if held else ():
-        match call:
-            case ast.Call(func=ast.Attribute(value=ast.Subscript(value=several), attr="step")):
-                found = roles.var(several) in held
-            case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr="step")):
-                found = any(
-                    isinstance(loop.target, ast.Name) and loop.target.id == name and roles.var(loop.iter) in held
-                    for parent in file.names.ancestors(call)
-                    for loop in ([parent] if isinstance(parent, ast.For) else getattr(parent, "generators", ()))
+def _misunderstood(file: File, facts: Facts, managers: Managers, several: Var) -> ast.AST | None:
+    """Where a list of optimizers goes that is not followed."""
+    for node in file.nodes:
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Load):
+            if managers.roles.var(node) == several and not _is_followed(file, facts, node):
+                return node
+    return None
+
+
+def _is_followed(file: File, facts: Facts, node: ast.expr) -> bool:
+    parent = file.names.parents[node]
+    match parent:
+        case ast.Subscript(value=held) if held is node:
+            return not isinstance(parent.ctx, ast.Del) and not isinstance(parent.slice, ast.Slice)
+        case ast.Attribute(attr=attr):
+            return attr in _OF_LISTS
+        case ast.For(iter=iterated) | ast.comprehension(iter=iterated):
+            return iterated is node
+        case ast.Call(func=func, args=args) if node in args:
+            if isinstance(func, ast.Name) and func.id in _GOES_THROUGH:
+                return True
+            found = facts.project.resolve(file, func)
+            if isinstance(found, FunctionInfo) and args.index(node) < len(found.parameters):
+                roles, name = facts.scripts.roles[found.file], found.parameters[args.index(node)]
+                return (found.node, name) in roles.lists or not any(
+                    isinstance(item, ast.Name) and item.id == name for item in walk(found.node)
                 )
+        case ast.Assign(value=value):
+            return value is node
+        case ast.Compare() | ast.If() | ast.IfExp() | ast.Return() | ast.BoolOp():
+            return True
+        case ast.Tuple():
+            return isinstance(file.names.parents[parent], ast.Return)
+    return False
+
+
+def _tells_all(file: File, managers: Managers, manager: Manager) -> Iterator[Change]:
+    """Where a manager is made that drives the optimizers of a list, and where it is told each of them."""
+    assert manager.several is not None
+    several = manager.several
+    name, made = several[1], f"{manager.name} = {_UNSCALED}"
+    given = [value for v, value, *_ in managers.roles.assignments if v == several and not _is_none(value)]
+    each, scope = "each", file.names.scopes.get(several[0])
+    while scope is not None and each in scope.bindings:
+        each += "_"
+    loop = [f"for {each} in {name}{'.values()' if _is_dict(file, managers, several) else ''}:"]
+    loop.append(f"    {manager.name}.add_optimizer({each})")
+    place = _last_assignment(file, managers, several)
+    if place is None:
+        first = _first_statement(several)
+        if first is not None:
+            yield insert_before(first, made, *loop)
+        return
+    yield insert_behind(place, made, *(() if all(map(_is_empty, given)) else loop))
+    for node in file.nodes:
+        match node:
+            case ast.Call(func=ast.Attribute(value=held, attr="append"), args=[_]) if (
+                managers.roles.var(held) == several
+            ):
+                told = f"{name}[-1]"
+            case ast.Assign(targets=[ast.Subscript(value=held) as target]) if managers.roles.var(held) == several:
+                told = file.source.code(target)
             case _:
                 continue
-        if found:
-            yield Refusal(RULE.code, call.lineno, _SEVERAL.format(file.source.code(call.func.value)))  # type: ignore[attr-defined]
-            return
+        yield insert_behind(file.names.statement_of(node), f"{manager.name}.add_optimizer({told})")
 
 
-def _is_optimizer(file: File, facts: Facts, roles: Roles, node: ast.expr) -> bool:
-    """Whether a value is an optimizer that is made here, or has a name."""
-    if isinstance(node, ast.Call):
-        name = facts.project.external(file, node.func)
-        return name.startswith("torch.optim.") and name.count(".") == 2
-    return roles.var(node) in roles.optimizers
+def _is_empty(value: ast.expr) -> bool:
+    """``[]``, ``{}``, ``dict()``, ``[None] * 2``: what is put there comes later."""
+    match value:
+        case ast.List(elts=[]) | ast.Dict(values=[]) | ast.BinOp():
+            return True
+        case ast.Call(func=func, args=args, keywords=[]):
+            last = (dotted(func) or "").split(".")[-1]
+            return (last in {"list", "dict", "OrderedDict"} and not args) or last == "defaultdict"
+    return False
+
+
+def _is_dict(file: File, managers: Managers, several: Var) -> bool:
+    """Whether the optimizers are in a dict."""
+    roles = managers.roles
+    values = [value for variable, value, _, _ in roles.assignments if variable == several]
+    named = any(isinstance(v, (ast.Dict, ast.DictComp)) or dotted(getattr(v, "func", v)) == "dict" for v in values)
+    return named or any(
+        (
+            isinstance(node, ast.Attribute)
+            and node.attr in {"values", "items", "keys"}
+            and roles.var(node.value) == several
+        )
+        or (
+            isinstance(node, ast.Subscript)
+            and isinstance(node.slice, ast.Constant)
+            and isinstance(node.slice.value, str)
+            and roles.var(node.value) == several
+        )
+        for node in file.nodes
+    )
 
 
 def _in_forwards(file: File, facts: Facts, managers: Managers) -> Iterator[Finding]:
@@ -119,6 +202,11 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
     """Why a manager's optimizer or scaler is not understood well enough to convert the file."""
     if manager.existing:
         return ""
+    if manager.several is not None:
+        path = manager.several[1]
+        made = _last_assignment(managers.file, managers, manager.several) is not None
+        if ("." in path and path.split(".")[0] != "self") or not (made or managers.is_argument(manager.several)):
+            return f"{path} is not made in this file, so where its manager would be made is not known"
     for variable in (*manager.optimizers, *([manager.scaler] if manager.scaler else [])):
         path = variable[1]
         if "." in path and path.split(".")[0] not in {"self", "cls"}:
@@ -135,6 +223,8 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
             return f"{path} is not made in this file, so where its manager would be made is not known"
     if manager.scaler is not None:
         for optimizer in manager.optimizers:
+            if optimizer in managers.roles.optimizer_holders:
+                return f"{optimizer[1]} steps another optimizer inside, which would not know of the loss scale"
             place = _last_assignment(managers.file, managers, optimizer)
             if _made_again(managers.file, managers, optimizer, place):
                 return f"{optimizer[1]} is made again while its scaler stays: make both anew, or neither"
@@ -148,7 +238,7 @@ def _reason_against(managers: Managers, manager: Manager) -> str:
 
 
 def _first_use(file: File, managers: Managers, manager: Manager) -> int:
-    variables = {*manager.optimizers, manager.scaler}
+    variables = {*manager.optimizers, manager.scaler, manager.several}
     lines = [
         n.lineno for n in file.nodes if isinstance(n, (ast.Name, ast.Attribute)) and managers.roles.var(n) in variables
     ]
@@ -168,6 +258,8 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
         yield insert_before(branch, f"{manager.name} = {_UNSCALED}")
     if manager.scaler is not None:
         yield from _scaler_creation(file, managers, manager)
+    if manager.several is not None:
+        yield from _tells_all(file, managers, manager)
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
         place = place or _inherited_place(managers, optimizer)
@@ -328,11 +420,15 @@ def _may_be_none(variable: Var) -> bool:
     function, name = variable
     if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
+    return _has_default_none(function, name) or any(_asks_for_none(node, name) for node in walk(function))
+
+
+def _has_default_none(function: Function, name: str) -> bool:
     given = function.args
     positional = [*given.posonlyargs, *given.args]
     defaults = dict(zip((a.arg for a in reversed(positional)), reversed(given.defaults), strict=False))
     defaults.update((a.arg, d) for a, d in zip(given.kwonlyargs, given.kw_defaults, strict=True) if d is not None)
-    return (name in defaults and _is_none(defaults[name])) or any(_asks_for_none(node, name) for node in walk(function))
+    return name in defaults and _is_none(defaults[name])
 
 
 def _asks_for_none(node: ast.AST, name: str) -> bool:
@@ -461,13 +557,13 @@ def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Re
             yield from _clip(file, facts, managers, node)
         elif isinstance(node.func, ast.Attribute):
             variable = managers.roles.var(node.func.value)
-            manager = managers.of.get(variable) if variable is not None else None
+            manager = managers.by(node.func.value)
             if node.func.attr == "backward":
                 yield from _backward(file, facts, managers, node, node.func)
-            elif manager is not None and variable == manager.scaler:
+            elif manager is not None and manager.scaler is not None and variable == manager.scaler:
                 yield from _scaler(file, facts, managers, manager, node, node.func)
-            elif manager is not None and variable in manager.optimizers:
-                yield from _optimizer(file, managers, manager, node, node.func)
+            elif manager is not None and (variable in manager.optimizers or _is_listed(managers, manager, node.func)):
+                yield from _optimizer(file, facts, managers, manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
                 if seen is not None and not seen.existing:
@@ -541,15 +637,44 @@ def _scaler(
 
 
 def _optimizer(
-    file: File, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
+    file: File, facts: Facts, managers: Managers, manager: Manager, node: ast.Call, func: ast.Attribute
 ) -> Iterator[Change | Remark | Refusal]:
-    several = len(manager.optimizers) > 1
+    several = len(manager.optimizers) > 1 or manager.several is not None
     if func.attr == "step":
-        if node.args or node.keywords:
+        if (node.args or node.keywords) and not _gets_none(file, facts, node):
             yield Refusal(RULE.code, node.lineno, _CLOSURE)
         yield from _step(file, managers, manager, node, func.value if several else None)
     elif func.attr == "zero_grad" and not several:  # an optimizer of several clears its own
         yield replace(node, f"{manager.name}.zero_grad()")
+
+
+def _is_listed(managers: Managers, manager: Manager, func: ast.Attribute) -> bool:
+    """Whether a method is called on an optimizer of the manager's list."""
+    return manager.several is not None and managers.roles.var(func.value) != manager.several
+
+
+def _gets_none(file: File, facts: Facts, step: ast.Call) -> bool:
+    """Whether ``self.optimizer.step(closure)`` hands on an argument that no call gives: it is None."""
+    function = file.names.function_of(step)
+    given = [*step.args, *(keyword.value for keyword in step.keywords)]
+    if len(given) != 1 or not isinstance(given[0], ast.Name) or function is None:
+        return False
+    if not _has_default_none(function, given[0].id):
+        return False
+    for other, value in facts.scripts.collectives.instances.given(file, function, given[0].id):
+        call = next(parent for parent in other.names.ancestors(value) if isinstance(parent, ast.Call))
+        holder = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        passed_on = call is step or facts.scripts.roles[other].var(holder) in facts.scripts.roles[other].scalers
+        if not passed_on and not _is_none(value) and not _is_schedule(other, facts, holder):
+            return False
+    return True
+
+
+def _is_schedule(file: File, facts: Facts, holder: ast.expr) -> bool:
+    roles = facts.scripts.roles[file]
+    made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(holder)]
+    names = [facts.project.external(file, value.func) for value in made if isinstance(value, ast.Call)]
+    return bool(names) and all(name.startswith("torch.optim.lr_scheduler.") for name in names)
 
 
 def _step(

@@ -7,10 +7,12 @@ from typing import Any
 
 import models
 import oracle
+import pytest
 import torch
 from ranks import on_ranks
 
 import bmtrain as bmt
+from bmtrain.errors import ConfigurationError
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -72,3 +74,37 @@ def test_one_that_torch_has_not_set_up() -> None:
     train(model, own, plain, reference)
     shapes = {number: tuple(state["slow"].shape) for number, state in own.state_dict()["state"].items()}
     assert shapes == {number: tuple(p.shape) for number, p in enumerate(plain.parameters())}
+
+
+class Hooked(Lookahead):
+    """The same with torch's hooks, by which a step that no manager drives is found out."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        torch.optim.Optimizer.__init__(self, optimizer.param_groups, {})
+        super().__init__(optimizer)
+
+
+@on_ranks(1, 2)
+def test_one_whose_inner_optimizer_a_manager_drives_steps_by_itself() -> None:
+    model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
+    inner = torch.optim.SGD(model.parameters(), 0.1)
+    outer, same = Hooked(inner), Hooked(torch.optim.SGD(plain.parameters(), 0.1))
+    bmt.optim.OptimManager(loss_scale=None).add_optimizer(inner)
+    for step in range(3):
+        batch = models.batch("gpt", step)
+        model.zero_grad()
+        plain.zero_grad()
+        model(*batch).backward()
+        plain(*batch).backward()
+        outer.step()
+        same.step()
+    oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(2)
+def test_one_whose_inner_optimizer_nobody_drives_is_refused() -> None:
+    model = models.build("gpt", models.sharded())
+    outer = Hooked(torch.optim.SGD(model.parameters(), 0.1))
+    model(*models.batch("gpt", 0)).backward()
+    with pytest.raises(ConfigurationError, match="OptimManager drives it"):
+        outer.step()

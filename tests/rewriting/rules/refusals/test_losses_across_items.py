@@ -7,6 +7,9 @@ import textwrap
 import pytest
 
 from rewriter.convert import convert_text
+from tests.runtime.ranks import run_ranks
+
+from ...helpers import converted
 
 HEAD = """import torch
 import torch.nn.functional as F
@@ -139,6 +142,10 @@ WEIGHED = {
     "labels made": "y = torch.full_like(b, -100)\nreturn F.cross_entropy(a, y)",
     "labels chosen": "y = torch.where(mask, b, -100)\nreturn F.cross_entropy(a, y)",
     "a count as a number": "count = mask.sum().item()\nloss = (a * mask).sum() / count\nreturn loss",
+    "a sum of torch's": "return F.cross_entropy(a, b, reduction='sum') / mask.sum()",
+    "a sum of torch's, div": "return F.cross_entropy(a, b, reduction='sum').div(mask.sum())",
+    "a sum of torch's, named": "n = mask.sum()\nloss = F.nll_loss(a, b, reduction='sum')\nloss = loss / n\nreturn loss",
+    "a sum that is made": "crit = nn.MSELoss(reduction='sum')\nloss = crit(a, b) / (b != 0).sum()\nreturn loss",
     "labels in lists": "y = b + [-100] * 3\nreturn F.cross_entropy(a, y)",
 }
 
@@ -147,6 +154,13 @@ WEIGHED = {
 def test_a_mean_over_what_a_mask_leaves(function: str) -> None:
     found = counted(function)
     assert found and found[0] <= function.count("\n") + 1
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHED if "a sum" in name])
+def test_a_sum_that_is_divided_by_a_count_is_told_of_once(name: str) -> None:
+    text = f"{HEAD}def objective(a, b, mask):\n{textwrap.indent(WEIGHED[name], '    ')}\n"
+    text += LOOP.format(loss="objective(model(a), b, b != 0)")
+    assert not [item for item in convert_text(text).reported if "times bmt.world_size()" in item.message]
 
 
 ALIKE = {
@@ -317,3 +331,39 @@ def test_a_gradient_by_hand_is_no_loss(name: str, said: bool) -> None:
     text += "        slope = torch.sum(grad * state)\n        return state * (torch.sum(state) / slope)\n\n"
     found = convert_text(text + LOOP.format(loss="model(a).mean()")).reported
     assert any(finding.code == "BMT091" for finding in found) == said
+
+
+# On two ranks: what is told to be written gives what one process gives ---------------------------------------------
+
+COUNTED = """import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 3)
+opt = torch.optim.SGD(net.parameters(), lr=0.5)
+labels = torch.tensor([1, 0, 0, 2, 2, 1, 2, 1, 2, 0, 0, 1])
+for x, y in DataLoader(TensorDataset(torch.randn(12, 4), labels), batch_size=6):
+    count = (y != 0).sum()
+    loss = F.cross_entropy(net(x), y, ignore_index=0, reduction="sum") / count
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+
+
+def play(text: str) -> float:
+    given = {"__name__": "__main__"}
+    exec(compile(text, "program.py", "exec"), given)
+    return float(sum(value.double().square().sum() for value in given["net"].state_dict().values()))  # type: ignore[attr-defined]
+
+
+def test_a_count_that_is_averaged_as_it_is_told() -> None:
+    (message,) = [found.message for found in convert_text(COUNTED).reported]
+    written = "bmt.distributed.all_reduce(count.float(), 'avg')"
+    assert written in message
+    after = converted(COUNTED)
+    (one,) = run_ranks(1, play, COUNTED, initialize=False, fresh=True)
+    assert run_ranks(2, play, after, initialize=False, fresh=True)[0] != pytest.approx(one, rel=1e-4)
+    after = after.replace("/ count", f"/ {written}")
+    assert run_ranks(2, play, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-5)
