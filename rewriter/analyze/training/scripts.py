@@ -17,6 +17,7 @@ from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
+from rewriter.analyze.training.opened import with_givers
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
@@ -439,14 +440,15 @@ class Scripts:
         return self._steps[node]
 
     def opened_guards(self, file: File) -> dict[ast.If, Guard]:
-        """Rank guards with a collective inside, or a gradient that is read: every rank must enter them."""
+        """Rank guards that every rank enters: for a collective or gradient inside, or for what such guards need."""
         if file not in self._unguarded:
-            self._unguarded[file] = {
+            opened = {
                 guard.node: guard
                 for guard in guards(file)
                 if any(self.collectives.inside(file, statement) for statement in guard.node.body)
                 or (file in self.training and any(map(self.collectives.gradient_read, guard.node.body)))
             }
+            self._unguarded[file] = with_givers(file, opened)
         return self._unguarded[file]
 
     def kept_guards(self, file: File) -> list[ast.If]:
