@@ -334,8 +334,11 @@ class Scripts:
         module = self.project.find_module(node.module or "", file, node.level)
         if module is not None:
             found.append(module)
-        for alias in node.names:
-            name = f"{node.module}.{alias.name}" if node.module else alias.name
+        names = [alias.name for alias in node.names]
+        if names == ["*"] and module is not None:
+            names = _listed(module)
+        for listed in names:
+            name = f"{node.module}.{listed}" if node.module else listed
             module = self.project.find_module(name, file, node.level)
             if module is not None:
                 found.append(module)
@@ -485,6 +488,15 @@ class _Roles(dict[File, Roles]):
     def __missing__(self, file: File) -> Roles:
         self[file] = Roles(file, self._classes, self._instances.class_held, self)
         return self[file]
+
+
+def _listed(module: File) -> list[str]:
+    """What ``__all__`` names, which ``import *`` brings, modules of a package among it."""
+    for node in module.tree.body if module.mentions("__all__") else ():
+        match node:
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List(elts=elts) | ast.Tuple(elts=elts)):
+                return [item.value for item in elts if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+    return []
 
 
 def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:
