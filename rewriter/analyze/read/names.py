@@ -81,6 +81,11 @@ class Names:
             current = current.parent
         return None
 
+    def values_of(self, node: ast.Name) -> list[ast.expr]:
+        """The expressions that a name is assigned, where it is seen from."""
+        found = self.lookup(node.id, self.scope_of(node))
+        return [b.value for b in found[1] if isinstance(b.value, ast.expr)] if found is not None else []
+
     def enclosing(self, node: ast.AST, kinds: tuple[type[ast.AST], ...]) -> ast.AST | None:
         current = self.parents.get(node)
         while current is not None and not isinstance(current, kinds):

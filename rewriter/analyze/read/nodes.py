@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -63,17 +63,27 @@ def positional(function: Function) -> list[str]:
     return [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
 
 
-def item_of(loop: ast.For) -> ast.expr:
-    """What a loop calls an item, without the number that ``enumerate`` or ``zip(range(9), items)`` gives it."""
-    target, iterated = loop.target, loop.iter
-    if not isinstance(iterated, ast.Call) or not isinstance(target, ast.Tuple):
+def item_of(loop: ast.For, given: Callable[[ast.Name], list[ast.expr]] | None = None) -> ast.expr:
+    """What a loop calls an item, without the number that ``enumerate`` or ``zip(range(9), items)`` gives it.
+
+    ``given`` says which values a name has got: ``bar = tqdm(enumerate(loader))``, and then ``for i, x in bar``.
+    """
+    target = loop.target
+    if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
         return target
-    called = (dotted(iterated.func) or "").split(".")[-1]
-    if called == "enumerate" and len(target.elts) == 2:
-        return target.elts[1]
-    if called == "zip" and len(target.elts) == len(iterated.args) == 2 and _numbers(iterated.args[0]):
-        return target.elts[1]
-    return target
+    return target.elts[1] if _numbers_items(loop.iter, given, 0) else target
+
+
+def _numbers_items(node: ast.expr, given: Callable[[ast.Name], list[ast.expr]] | None, deep: int) -> bool:
+    """Whether an iterable gives items with their numbers in front."""
+    if isinstance(node, ast.Name) and given is not None and deep < 4:
+        return any(_numbers_items(value, given, deep + 1) for value in given(node))
+    if not isinstance(node, ast.Call) or not node.args:
+        return False
+    called = (dotted(node.func) or "").split(".")[-1]
+    if called in {"tqdm", "iter", "list", "track"}:
+        return _numbers_items(node.args[0], given, deep)
+    return called == "enumerate" or (called == "zip" and len(node.args) == 2 and _numbers(node.args[0]))
 
 
 def _numbers(node: ast.expr) -> bool:

@@ -117,7 +117,7 @@ class Batches:
         for parent in other.names.ancestors(node):
             if isinstance(parent, ast.For) and child is parent.iter:
                 if other is file:
-                    found.setdefault(parent, set()).update(names_in(item_of(parent)))
+                    found.setdefault(parent, set()).update(names_in(item_of(parent, file.names.values_of)))
                 return
             if isinstance(parent, (ast.For, ast.While)) and not _yields(parent):
                 if other is file:

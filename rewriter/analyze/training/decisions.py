@@ -293,7 +293,7 @@ class Decisions:
         if handed.of(file)[place].known or self.scripts.shares_data(file):
             return place
         # Nothing shares out the data yet; that the user is asked to will make this a test of a share.
-        direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place))
+        direct = isinstance(place, ast.For) and names_in(test) & names_in(item_of(place, file.names.values_of))
         return place if direct else None
 
     def _judge_made(self, file: File, test: ast.expr, verdict: Verdict) -> None:

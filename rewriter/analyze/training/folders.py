@@ -94,3 +94,13 @@ def refusals_to_go_on(file: File) -> Iterator[ast.If | ast.While]:
             ends = isinstance(call, ast.Call) and (dotted(call.func) or "").split(".")[-1] in {"exit", "error"}
             if ends or isinstance(last, ast.Raise):
                 yield node
+
+
+def asked_by_all(file: File, block: list[ast.stmt]) -> Iterator[ast.While]:
+    """``while exists(path): number += 1`` where every rank comes to it once: where a script starts, in no loop."""
+    for node in refusals_to_go_on(file):
+        for parent in (node, *file.names.ancestors(node)):
+            if not isinstance(node, ast.While) or (parent is not node and not isinstance(parent, ast.If)):
+                break
+            if any(parent is statement for statement in block):
+                yield node

@@ -118,7 +118,9 @@ class Handed:
                 for other, call in self.instances.calls(file, generator) if generator is not None else ():
                     loop = _loop_over(other, call)
                     if loop is not None:
-                        names = {n for n, value in _yielded(loop, node.value) if self._is_batch(kinds, own, value)}
+                        names = {
+                            n for n, value in _yielded(other, loop, node.value) if self._is_batch(kinds, own, value)
+                        }
                         yield from self._note(other, loop, names, self.of(file)[place].known)
 
     def _known(self, function: FunctionInfo, file: File, place: Place) -> bool:
@@ -197,9 +199,9 @@ def _loop_over(file: File, call: ast.Call) -> ast.For | None:
     return parent if isinstance(parent, ast.For) and parent.iter is child else None
 
 
-def _yielded(loop: ast.For, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+def _yielded(file: File, loop: ast.For, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
     """The names of a loop over a generator, each with what is yielded for it."""
-    target = item_of(loop)
+    target = item_of(loop, file.names.values_of)
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
         for part, given in zip(target.elts, value.elts, strict=True):
             yield from ((name, given) for name in _bound(part))

@@ -57,6 +57,9 @@ class Moments(Varying):
         self._found: dict[File, list[Moment]] = {}
         self._held_in: dict[File, list[Held]] = {}
         self._of_clock: dict[Setting, bool] = {}
+        self._of_paths: dict[ast.expr, list[tuple[File, ast.expr]]] = {}
+        self._shared_in: dict[File, set[Var]] = {}
+        self._imported: dict[File, dict[str, tuple[ast.ImportFrom, str]]] = {}
 
     def folders(self, file: File) -> list[Moment]:
         """The folders with such names that a file makes."""
@@ -69,7 +72,7 @@ class Moments(Varying):
     def _folders(self, file: File, block: list[ast.stmt]) -> Iterator[Moment]:
         for call in file.calls:
             path = _made(self.project.external(file, call.func), call)
-            sources = self.sources(file, path) if path is not None else []
+            sources = self._of_path_given(file, path) if path is not None else []
             if path is None or not sources:
                 continue
             settings = [found for other, source in sources if (found := self._setting(other, source)) is not None]
@@ -97,7 +100,7 @@ class Moments(Varying):
                     path = _made(self.project.external(file, call.func), call)
                     if path is None or self.scripts.in_kept_guard(file, call):
                         continue
-                    for other, source in self.sources(file, path):
+                    for other, source in self._of_path_given(file, path):
                         setting = self._setting(other, source)
                         held = self.settings.held(program, setting) if setting is not None else None
                         if held is not None:
@@ -160,6 +163,12 @@ class Moments(Varying):
                     stack.append(following)
         return sorted(found, key=lambda item: item[1].lineno)
 
+    def _of_path_given(self, file: File, path: ast.expr) -> list[tuple[File, ast.expr]]:
+        """``sources`` of a path that a call is given, sought once: many programs may reach it."""
+        if path not in self._of_paths:
+            self._of_paths[path] = self.sources(file, path)
+        return self._of_paths[path]
+
     def _is_source(self, file: File, node: ast.AST | Var, only_none: bool) -> bool:
         if isinstance(node, (ast.Attribute, ast.Subscript)) and not only_none:
             return self._setting(file, node) is not None
@@ -191,26 +200,36 @@ class Moments(Varying):
 
     def _shared(self, file: File) -> set[Var]:
         """Variables that are rank 0's already: ``run = bmt.store.broadcast_object(run)``."""
-        return {
-            variable
-            for variable, value, _, _ in self.roles[file].assignments
-            if isinstance(value, ast.Call)
-            and self.project.external(file, value.func) == "bmtrain.store.broadcast_object"
-        }
+        if file not in self._shared_in:
+            self._shared_in[file] = {
+                variable
+                for variable, value, _, _ in self.roles[file].assignments
+                if isinstance(value, ast.Call)
+                and self.project.external(file, value.func) == "bmtrain.store.broadcast_object"
+            }
+        return self._shared_in[file]
 
     def _elsewhere(self, file: File, node: ast.Name | ast.Attribute) -> tuple[File | None, str]:
         """Where ``settings.NOW``, or a name that is imported, is given its value."""
         if isinstance(node, ast.Attribute):
             owner = self.project.resolve(file, node.value)
             return (owner.file, node.attr) if isinstance(owner, ModuleRef) else (None, "")
-        for found in file.nodes:
-            if isinstance(found, ast.ImportFrom) and not isinstance(
-                self.project.resolve(file, node), (ClassInfo, FunctionInfo, External, ModuleRef)
-            ):
-                for alias in found.names:
-                    if (alias.asname or alias.name) == node.id:
-                        return self.project.find_module(found.module or "", file, found.level), alias.name
-        return None, ""
+        found = self._names_imported(file).get(node.id)
+        if found is None or isinstance(
+            self.project.resolve(file, node), (ClassInfo, FunctionInfo, External, ModuleRef)
+        ):
+            return None, ""
+        statement, name = found
+        return self.project.find_module(statement.module or "", file, statement.level), name
+
+    def _names_imported(self, file: File) -> dict[str, tuple[ast.ImportFrom, str]]:
+        """The statements that import names from modules, and what the names are there."""
+        if file not in self._imported:
+            statements = [node for node in file.nodes if isinstance(node, ast.ImportFrom)]
+            self._imported[file] = {
+                alias.asname or alias.name: (node, alias.name) for node in reversed(statements) for alias in node.names
+            }
+        return self._imported[file]
 
 
 def _made(name: str, call: ast.Call) -> ast.expr | None:

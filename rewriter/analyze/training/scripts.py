@@ -17,6 +17,7 @@ from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
+from rewriter.analyze.training.opened import with_givers
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
@@ -333,8 +334,11 @@ class Scripts:
         module = self.project.find_module(node.module or "", file, node.level)
         if module is not None:
             found.append(module)
-        for alias in node.names:
-            name = f"{node.module}.{alias.name}" if node.module else alias.name
+        names = [alias.name for alias in node.names]
+        if names == ["*"] and module is not None:
+            names = _listed(module)
+        for listed in names:
+            name = f"{node.module}.{listed}" if node.module else listed
             module = self.project.find_module(name, file, node.level)
             if module is not None:
                 found.append(module)
@@ -439,14 +443,15 @@ class Scripts:
         return self._steps[node]
 
     def opened_guards(self, file: File) -> dict[ast.If, Guard]:
-        """Rank guards with a collective inside, or a gradient that is read: every rank must enter them."""
+        """Rank guards that every rank enters: for a collective or gradient inside, or for what such guards need."""
         if file not in self._unguarded:
-            self._unguarded[file] = {
+            opened = {
                 guard.node: guard
                 for guard in guards(file)
                 if any(self.collectives.inside(file, statement) for statement in guard.node.body)
                 or (file in self.training and any(map(self.collectives.gradient_read, guard.node.body)))
             }
+            self._unguarded[file] = with_givers(file, opened)
         return self._unguarded[file]
 
     def kept_guards(self, file: File) -> list[ast.If]:
@@ -483,6 +488,15 @@ class _Roles(dict[File, Roles]):
     def __missing__(self, file: File) -> Roles:
         self[file] = Roles(file, self._classes, self._instances.class_held, self)
         return self[file]
+
+
+def _listed(module: File) -> list[str]:
+    """What ``__all__`` names, which ``import *`` brings, modules of a package among it."""
+    for node in module.tree.body if module.mentions("__all__") else ():
+        match node:
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List(elts=elts) | ast.Tuple(elts=elts)):
+                return [item.value for item in elts if isinstance(item, ast.Constant) and isinstance(item.value, str)]
+    return []
 
 
 def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:

@@ -953,7 +953,7 @@ def _exact(node: ast.expr) -> ast.expr:
 def taken_by(loop: ast.For, roles: Roles) -> set[str]:
     """The names that a loop gives what it goes through, if that is no number."""
     listed = isinstance(loop.iter, (ast.List, ast.Tuple, ast.Constant))
-    return set() if listed or _counts(loop.iter, roles) else names_in(item_of(loop))
+    return set() if listed or _counts(loop.iter, roles) else names_in(item_of(loop, roles.file.names.values_of))
 
 
 def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:

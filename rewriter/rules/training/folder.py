@@ -8,8 +8,9 @@ the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``. So is an
 the time where it is not given: ``args.out = bmt.store.broadcast_object(args.out)``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
-Refuses when: the call has ``exist_ok=True`` or its error is caught; only one rank reaches it. Names chosen by what is
-there are reported.
+Names counted up, ``while os.path.exists(run): ...``, are counted by what rank 0 finds.
+Refuses when: the call has ``exist_ok=True`` or its error is caught; only one rank reaches it. Other names chosen by
+what is there are reported.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.folders import fails_if_there, is_asked_for, refusals_to_go_on
+from rewriter.analyze.training.folders import asked_by_all, fails_if_there, is_asked_for, refusals_to_go_on
 from rewriter.changes import Arguments, Change, Import, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import ONE_RANK
 from rewriter.rules.rule import Example, Rule
@@ -52,8 +53,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             changes = tuple(_allowed(file, facts, call, "{bmt}.world_size() > 1"))
             message = "every rank makes this folder: on several, one that is there already is no error"
             yield Conversion(RULE.code, call.lineno, message, changes)
+    asked = set(asked_by_all(file, facts.scripts.entries.get(file, []))) if made else set()
     for test in refusals_to_go_on(file) if made else ():
-        if not facts.scripts.in_kept_guard(file, test):
+        agreed = isinstance(test.test, ast.Call) and facts.project.external(file, test.test.func) == "bmtrain.agree"
+        if agreed or facts.scripts.in_kept_guard(file, test):
+            continue
+        if test in asked:
+            changes = (wrap(test.test, "{bmt}.agree({it})"),)
+            yield Conversion(RULE.code, test.lineno, "what rank 0 finds there decides for all", changes)
+        else:
             message = "what is there decides here, and another rank may just have made it: let one rank decide"
             yield Remark(RULE.code, test.lineno, message)
 

@@ -25,6 +25,7 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.analyze.training.draws import acts_by_draws
+from rewriter.analyze.training.folders import asked_by_all
 from rewriter.analyze.training.moments import contains
 from rewriter.analyze.training.torch_distributed import calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
@@ -87,6 +88,7 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
     entry = scripts.entry
     named = [s for moment in facts.moments.folders(file) for s in moment.statements(file)]
     named += [held.where for held in facts.moments.shared(file)]
+    named += asked_by_all(file, block)
     needing = (s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s) or contains(s, named))
     first = next(needing, None)
     return statements[0] if first is None and statements and scripts.drives(file) else first

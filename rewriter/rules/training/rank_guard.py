@@ -2,7 +2,8 @@
 
 What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a forward or ``p.grad`` goes;
 ``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
-``if not parallel or (parallel and rank == 0):``. What only one rank may do inside (writing
+``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
+values. What only one rank may do inside (writing
 files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
@@ -33,7 +34,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         collectives = facts.scripts.collectives
         call = next((c for s in guard.node.body if (c := collectives.inside(file, s)) is not None), None)
         read = next(filter(None, map(collectives.gradient_read, guard.node.body)), None)
-        what = f"{file.source.code(call.func)}(...)" if call is not None else file.source.code(read or guard.node.test)
+        if call is not None:
+            what = f"{file.source.code(call.func)}(...)"
+        elif read is not None:
+            what = file.source.code(read)
+        else:
+            what = "what it gives a name to"
         reason = _reason_against(file, facts, guard)
         if reason:
             message = f"{what} is for all ranks, but {reason}"

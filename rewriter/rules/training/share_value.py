@@ -319,7 +319,7 @@ def _compares(call: ast.Call, given: list[ast.expr]) -> bool:
 def _shown(file: File, facts: Facts, loop: ast.For, call: ast.Call) -> bool:
     """Whether ``x.item()``, or ``float(x)`` of what comes of a loop's batch, is of no loss, no norm and no sum."""
     match call:
-        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]) if not _comes_of_batch(loop, value):
+        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]) if not _comes_of_batch(file, loop, value):
             return False
         case (
             ast.Call(func=ast.Attribute(value=value, attr="item"), args=[])
@@ -357,12 +357,12 @@ def _is_whole_where_read(file: File, facts: Facts, call: ast.Call, made: Mapping
     return False
 
 
-def _comes_of_batch(loop: ast.For, value: ast.expr) -> bool:
+def _comes_of_batch(file: File, loop: ast.For, value: ast.expr) -> bool:
     """Whether a value is a tensor, or an entry of some, that was made of a loop's batch."""
     read = {item.attr for item in ast.walk(value) if isinstance(item, ast.Attribute)}
     if not isinstance(_bare(value), (ast.Name, ast.Subscript)) or read & (_COUNTS | _VALUES | {"shape"}):
         return False
-    held = names_in(item_of(loop))
+    held = names_in(item_of(loop, file.names.values_of))
     for statement in loop.body:
         for node in ast.walk(statement):
             if isinstance(node, ast.Assign) and names_in(node.value) & held:

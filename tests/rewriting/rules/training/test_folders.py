@@ -92,13 +92,29 @@ def test_where_others_may_come_too_a_folder_may_be_there_on_several_ranks() -> N
 @pytest.mark.parametrize(
     "text",
     [
-        "while os.path.exists(d):\n    d += '1'\nos.makedirs(d)\n",
+        "for d in ds:\n    while os.path.exists(d):\n        d += '1'\n    os.makedirs(d)\n",
         "if os.path.exists(d):\n    raise ValueError(d)\nos.makedirs(d)\n",
     ],
 )
 def test_what_one_rank_must_decide_is_reported(text: str) -> None:
     result = convert_text(HEAD + text + TRAIN)
     assert any(finding.code == "BMT038" for finding in result.reported)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "while os.path.exists(d):\n    d += '1'\nos.makedirs(d)\n",
+        "if d:\n    while os.path.exists(d):\n        d += '1'\n    os.mkdir(d)\n",
+        "while Path(d).is_dir():\n    d += '1'\nPath(d).mkdir()\n",
+    ],
+)
+def test_a_name_that_is_counted_up_is_the_one_that_rank_0_finds(text: str) -> None:
+    result = convert_text(HEAD + text + TRAIN)
+    after = result.after.decode()
+    assert "while bmt.agree(" in after and after.index("bmt.init_distributed(") < after.index("bmt.agree(")
+    assert not [finding for finding in result.reported if finding.code == "BMT038"]
+    assert convert_text(after).after.decode() == after
 
 
 @pytest.mark.parametrize("given", ["there", "self.there", "flags['there']"])

@@ -96,3 +96,17 @@ def test_a_subclass_of_torchs_gets_one_itself() -> None:
     own = "class Sign(torch.optim.Optimizer):\n    def step(self):\n        pass\n\n\n"
     text = HEAD.replace("model =", own + "model =", 1) + "opt = Sign(model.parameters(), {})\n"
     assert "optim_manager.add_optimizer(opt)" in converted(text + LOOP.format(zero="opt.zero_grad()", name="opt"))
+
+
+def test_a_holder_in_a_module_that_a_star_import_brings(tmp_path: Path) -> None:
+    package = tmp_path / "parts"
+    package.mkdir()
+    (package / "__init__.py").write_text('__all__ = ["schedule"]\n')
+    (package / "schedule.py").write_text(HOLDER)
+    (tmp_path / "train.py").write_text(
+        "import torch\nfrom parts import *\n\nnet = torch.nn.Linear(4, 1)\nopt = schedule.Noam(net.parameters())\n"
+        "for x in batches:\n    opt.zero_grad()\n    net(x).mean().backward()\n    opt.step()\n"
+    )
+    results = convert_paths(sorted(tmp_path.rglob("*.py")), Options(), [tmp_path])
+    (held,) = [result for result in results if result.path.name == "schedule.py"]
+    assert "self.optim_manager.step()" in held.after.decode()

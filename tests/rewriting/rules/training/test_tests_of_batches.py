@@ -161,3 +161,35 @@ def test_a_step_of_another_file(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(f"{HEAD}from engine import step\n\n{MAKE}{train}")
     results = convert_paths([tmp_path / "engine.py", tmp_path / "train.py"], Options(), [tmp_path])
     assert b"if bmt.total(len(x)) < 2:" in results[0].after
+
+
+NUMBERED = """net = torch.nn.Linear(4, 1)
+opt = torch.optim.Adam(net.parameters())
+train_loader = DataLoader(data, batch_size=8, shuffle=True)
+last = -1
+{named}for i, (x, y) in {iterated}:
+    loss = F.mse_loss(net(x), y)
+    loss.backward()
+    if i - last >= every:
+        opt.step()
+        opt.zero_grad()
+        last = i
+"""
+BARS = {
+    "in a bar": ("", "tqdm(enumerate(train_loader))"),
+    "by a name": ("bar = enumerate(train_loader)\n", "bar"),
+    "by a name that a bar gets": ("bar = enumerate(train_loader)\nif show:\n    bar = tqdm(bar)\n", "bar"),
+    "by a name of a bar": ("bar = tqdm(enumerate(train_loader), total=9)\n", "bar"),
+}
+
+
+@pytest.mark.parametrize(("named", "iterated"), BARS.values(), ids=BARS.keys())
+def test_the_number_of_a_batch_is_no_share_of_it(named: str, iterated: str) -> None:
+    source = HEAD + "from tqdm import tqdm\n" + NUMBERED.format(named=named, iterated=iterated)
+    assert "optim_manager.step()\n" in converted(source)
+
+
+def test_a_value_of_a_batch_in_a_named_loop_is_a_share_of_it() -> None:
+    source = HEAD + NUMBERED.format(named="bar = enumerate(train_loader)\n", iterated="bar")
+    result = convert_text(source.replace("i - last >= every", "x[0, 0] > 0"))
+    assert any("this test is of the batch" in f.message for f in result.reported)
