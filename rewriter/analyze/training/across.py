@@ -382,7 +382,7 @@ class Flow:
         return False
 
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
-        """``a @ b.T``: all rows of one with all rows of the other; so ``a @ b.mT`` where items are the second dimension."""
+        """``a @ b.T``: all rows of one with all of the other; so ``a @ b.mT`` where items are the second dimension."""
         turned = _turned(right)
         if turned is None and self._is_swapped(left):
             turned = _turned_inside(right)
