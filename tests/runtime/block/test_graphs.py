@@ -1098,3 +1098,50 @@ def lines_said(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     lines: list[str] = []
     patch.setattr("bmtrain.block.host_time.say", lines.append)
     yield lines
+
+
+def with_another_later(graphs: bool) -> tuple[list[Any], bool]:
+    """Losses and values of a model whose blocks are recorded when another begins to train, whose first steps show."""
+    context().memory = "auto"
+    made, seen = fresh_graphs(PLENTY, graphs), list[Any]()
+    torch.manual_seed(5)
+    device = context().device.torch_device
+
+    class Model(bmt.DistributedModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.block = torch.nn.Linear(3, 4), bmt.Block(Plain(), use_checkpoint=False)
+            self.extra = torch.nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, branch: bool) -> torch.Tensor:
+            x = self.block(self.first(x))
+            return (self.extra(x) if branch else x).square().mean()
+
+    models = [Model(), Model()]
+    managers = [bmt.optim.OptimManager(loss_scale=None) for _ in models]
+    for model, manager in zip(models, managers, strict=True):
+        manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2))
+    is_recorded = False
+    with replays():
+        for step in range(18):
+            for model, manager in zip(models[: 1 + (step > 9)], managers, strict=False):
+                for part in range(2):
+                    torch.manual_seed(2 * step + part)
+                    branch = part == bmt.rank()
+                    loss = model(torch.randn(4, 3, device=device), branch)
+                    manager.backward(loss)
+                    seen.append(float(loss.detach()))
+                    if bmt.rank() == 0:
+                        seen.append([p.grad is None for p in model.parameters()])
+                manager.step()
+                manager.zero_grad()
+            is_recorded |= step == 9 and graphs and recorded(made)
+    values = [value.clone() for model in models for value in model.state_dict().values()]
+    return [*seen, *values], is_recorded
+
+
+@on_ranks(1, 2, init=INIT)
+def test_another_model_that_begins_to_train() -> None:
+    (as_written, _), (replayed, is_recorded) = with_another_later(False), with_another_later(True)
+    assert is_recorded
+    torch.testing.assert_close(replayed, as_written, rtol=0, atol=0)

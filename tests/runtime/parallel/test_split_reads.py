@@ -78,7 +78,28 @@ def test_torch_clips_by_the_norm_of_the_whole_model() -> None:
     for most, (order, foreach) in zip(MOST, ORDERS, strict=True):
         found = clip(model.parameters(), most, norm_type=order, foreach=foreach)
         oracle.assert_close(found, clip(reference.parameters(), most, norm_type=order), "the norm", 1e-4)
-    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
-        grad = bmt.gather_grad(p, join=True)
-        assert grad is not None and q.grad is not None
-        oracle.assert_close(grad, q.grad, f"the gradient of {name}", 1e-3)
+    for factor in (1, 2, 3):
+        for kind in (model, reference):
+            with torch.no_grad():
+                for parameter in kind.parameters():
+                    parameter.grad.mul_(factor)
+        for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+            grad = bmt.gather_grad(p, join=True)
+            assert grad is not None and q.grad is not None
+            oracle.assert_close(grad, q.grad, f"the gradient of {name}", 1e-3)
+
+
+@on_ranks(2, 4, init={"tp_size": 2})
+def test_one_rank_may_look_whether_a_slice_has_a_gradient() -> None:
+    reference, model = both()
+    for rank in range(bmt.world_size()):
+        if bmt.rank() == rank:
+            assert all(p.grad is None for p in model.parameters())
+    backward(reference, model)
+    for rank in range(bmt.world_size()):
+        if bmt.rank() == rank:
+            assert [p.grad is None for p in model.parameters()] == [q.grad is None for q in reference.parameters()]
+            assert all(p.grad.shape == p.shape for p in model.parameters())
+    model.zero_grad()
+    if bmt.rank() == 0:
+        assert all(p.grad is None for p in model.parameters())
