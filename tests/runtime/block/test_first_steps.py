@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import oracle
@@ -115,6 +116,8 @@ def test_a_second_model_is_looked_at_as_the_first(when: str) -> None:
     for kind in WORDS:
         if kind == "leaves" and when == "made beside":
             continue
+        if kind == "draws" and os.environ.get("BMTRAIN_TEST_DEVICE") == "cuda":
+            continue  # there a whole forward's draws are each rank's own
         (before, later), other = run_ranks(2, said_later, kind, when, fresh=kind == "counts")
         assert not before and len(later) == 1, (kind, before, later)
         assert other == [before, later if kind == "untrained" else []], kind
