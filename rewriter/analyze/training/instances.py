@@ -90,6 +90,15 @@ class Instances:
         method = self.classes.method(owner, "__call__") if owner is not None else None
         return [method[0].file.function_info(method[1])] if method is not None else []
 
+    def signal_handlers(self, file: File) -> Iterator[tuple[ast.Call, list[FunctionInfo]]]:
+        """The calls ``signal.signal(signal.SIGTERM, handler)`` of a file, each with the handlers that are seen."""
+        for call in file.calls if b"signal" in file.source.data else ():
+            if self.project.external(file, call.func) == "signal.signal" and len(call.args) == 2:
+                handler = call.args[1]
+                found = self.project.resolve(file, handler)
+                named = [found] if isinstance(found, FunctionInfo) else []
+                yield call, named + (self.methods(file, handler) if isinstance(handler, ast.Attribute) else [])
+
     def given_to(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.expr]]:
         """What a variable is assigned, goes through in a loop, holds as a list, or gets as a parameter."""
         if isinstance(node, ast.Attribute):

@@ -58,6 +58,7 @@ class Varying:
         self._alike: set[tuple[ast.AST | Var, bool, object]] = set()
         self._varies: set[ast.AST] = set()
         self._made_equal: dict[File, set[Var]] = {}
+        self._signalled: dict[File, set[Var]] = {}
 
     def varies(self, file: File, node: ast.expr) -> bool:
         """Whether an expression may have another value on another rank, as far as can be seen."""
@@ -101,9 +102,29 @@ class Varying:
             made_equal = isinstance(value, ast.Call) and self.project.external(file, value.func).startswith("bmtrain.")
             yield from () if made_equal else walk(value)
 
+    def _of_signals(self, file: File) -> set[Var]:
+        """The variables that a handler of signals sets: a rank gets its signal between other steps than another."""
+        if file not in self._signalled:
+            found = self._signalled[file] = set[Var]()
+            roles = self.roles[file]
+            for _, handlers in self.instances.signal_handlers(file):
+                for item in (item for handler in handlers if handler.file is file for item in walk(handler.node)):
+                    match item:
+                        case ast.Assign(targets=[ast.Subscript(value=held) | (ast.Name() | ast.Attribute() as held)]):
+                            pass
+                        case ast.Call(func=ast.Attribute(value=held, attr="set")):
+                            pass
+                        case _:
+                            continue
+                    if (variable := roles.var(held)) is not None:
+                        found.add(variable)
+        return self._signalled[file]
+
     # Where values come from ------------------------------------------------------------------------------------
 
     def _is_source(self, file: File, node: ast.AST | Var, only_none: bool) -> bool:
+        if isinstance(node, tuple) and node in self._of_signals(file):
+            return True
         if isinstance(node, tuple):
             return not only_none and node in self.roles[file].losses and node not in self._equal(file)
         if isinstance(node, ast.Call):

@@ -2,13 +2,15 @@
 
 What: ``if not os.path.exists(path):`` above ``bmt.save_checkpoint(...)`` becomes ``if not
 bmt.agree(os.path.exists(path)):``, and so do tests of the clock, of random numbers, of environment variables and of
-what a model gave, in ``if``, ``while``, conditional expressions and ``and``/``or``, also where a ``continue``,
-``break`` or ``return`` under them leads past the call. A loop over a list of files goes through rank 0's list. Counts
+what a model gave, of flags that a handler of signals sets, in ``if``, ``while``, conditional expressions and
+``and``/``or``, also where a ``continue``, ``break`` or ``return`` under them leads past the call. A
+loop over a list of files goes through rank 0's list. Counts
 and means of a rank's share of a batch become the batch's: ``if len(x) < 2:`` is ``if bmt.total(len(x)) < 2:``; in a
 script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``. What holds for a
 batch if it does on any rank, or on all, is asked of all ranks: ``if bmt.total(torch.isnan(out).any()):``, ``if
 bmt.total(not torch.isfinite(out).all()):``. Other tests of what a model makes of a share are rank 0's, and reported.
-An ``except`` around training in which a rank would go on alone begins with ``if bmt.world_size() > 1: raise``.
+A handler of signals that saves is reported. An ``except`` around training in which a rank would go on alone begins with
+``if bmt.world_size() > 1: raise``.
 Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
 does not make the call, and the others wait for it forever.
 Refuses when: the test is of other values of a rank's share of a batch (``x.max() > 9``), or of one of which it is not
@@ -33,12 +35,22 @@ _INTERRUPTED = (
     "Ctrl-C, or an error, meets each rank at another place, and {where} needs all of them: with several ranks it may "
     "end the job instead, saying so; what is to be kept has to be saved in the loop"
 )
+_SIGNALLED = (
+    "a signal meets each rank at another place, and line {line} needs all of them: set a flag here, and do that where "
+    "the loop tests it"
+)
 _RAISED = "with several ranks an error ends the job here: a rank that goes on alone would leave the others waiting"
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
+    for call, handlers in facts.scripts.collectives.instances.signal_handlers(file):
+        bodies: list[tuple[File, ast.AST]] = [(one.file, item) for one in handlers for item in one.node.body]
+        bodies += [(file, call.args[1].body)] if isinstance(call.args[1], ast.Lambda) else []
+        places = [place for other, body in bodies if (place := facts.scripts.collectives.inside(other, body))]
+        if places:
+            yield Remark(RULE.code, call.lineno, _SIGNALLED.format(line=places[0].lineno), differs=True)
     made: set[ast.expr] = set()
     refused: set[int] = set()
     for verdict in facts.decisions.verdicts(file):
