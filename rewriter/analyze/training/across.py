@@ -63,6 +63,16 @@ class Across:
         for flow in self.flows:
             yield from flow.reaching(flow.bends)
 
+    def kept(self) -> Iterator[ast.Call]:
+        """Statistics of a batch in forwards that write such into what their module holds: batch norms by hand."""
+        for flow in self.flows:
+            owner = self.file.names.class_of(flow.function)
+            if owner is None or not isinstance(flow.function, Function) or flow.function.name != "forward":
+                continue
+            held = _held_by(owner)
+            if held and any(_writes(node, held) for node in flow.nodes):
+                yield from (node for node in flow.nodes if isinstance(node, ast.Call) and flow.is_statistic(node))
+
     def hooked(self) -> Iterator[ast.Call]:
         """``p.register_hook(lambda g: g.clamp(-1, 1))``: gradients changed otherwise than by a factor or a term."""
         functions = {node.name: node for node in self.file.nodes if isinstance(node, Function)}
@@ -174,6 +184,15 @@ class Flow:
                 if self._reaches(node):
                     yield node
 
+    def is_statistic(self, call: ast.Call) -> bool:
+        """``x.mean(0)``, ``torch.var(x, dim=[0, 2, 3])``."""
+        if _name(call) not in _SPREADS | {"mean", "var_mean", "std_mean"}:
+            return False
+        values, *rest = _operands(call)
+        dims = [*rest[:1], *(k.value for k in call.keywords if k.arg in {"dim", "axis"})]
+        numbers = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims[:1]
+        return self.is_batch(values) and any(_integer(item) == 0 for item in numbers)
+
     def compares(self, node: ast.expr) -> bool:
         match node:
             case ast.BinOp(left=left, op=ast.MatMult(), right=right):
@@ -183,9 +202,9 @@ class Flow:
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 return self._are_picked(left, right)
             case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr), args=args):
-                if isinstance(node.func, ast.Attribute) and attr in {"mm", "matmul"} and len(args) == 1:
+                if isinstance(node.func, ast.Attribute) and attr in {"mm", "matmul", "bmm"} and len(args) == 1:
                     return self._are_rows(node.func.value, args[0])
-                if attr in {"mm", "matmul"} and len(args) == 2:
+                if attr in {"mm", "matmul", "bmm"} and len(args) == 2:
                     return self._are_rows(*args)
                 if attr == "einsum":
                     return len(args) == 3 and _crosses(args[0]) and all(map(self.is_batch, args[1:]))
@@ -338,9 +357,16 @@ class Flow:
         return False
 
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
-        """``a @ b.T``: all rows of one with all rows of the other."""
+        """``a @ b.T``: all rows of one with all of the other; ``a @ b.mT`` where items are the second dimension."""
         turned = _turned(right)
+        if turned is None and self._is_swapped(left):
+            turned = _turned_inside(right)
         return turned is not None and self.is_batch(left) and self.is_batch(turned)
+
+    def _is_swapped(self, node: ast.expr) -> bool:
+        """Whether the items of a batch have been made the second dimension: ``z = z.transpose(0, 1)``."""
+        made = [value for name, value in self.assigned if isinstance(node, ast.Name) and name == node.id]
+        return any(_swaps(value) for value in (node, *made))
 
     def _are_crossed(self, left: ast.expr, right: ast.expr) -> bool:
         """``a[:, None]`` with ``b[None]``."""
@@ -416,6 +442,38 @@ class Flow:
         return False
 
 
+def _held_by(owner: ast.ClassDef) -> set[str]:
+    """The names of the buffers and parameters that a class makes."""
+    found: set[str] = set()
+    for node in walk(owner):
+        match node:
+            case ast.Call(func=ast.Attribute(attr="register_buffer"), args=[ast.Constant(value=str(name)), *_]):
+                found.add(name)
+            case ast.Assign(targets=[ast.Attribute(value=ast.Name(id="self"), attr=name)], value=ast.Call() as made):
+                if _name(made) in {"Parameter", "Buffer"}:
+                    found.add(name)
+    return found
+
+
+def _writes(node: ast.AST, held: set[str]) -> bool:
+    """``self.running.mul_(0.9)``, ``self.running = ...``, ``self.bias.data.copy_(...)``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr.endswith("_") and not attr.startswith("_"):
+            written = value.value if isinstance(value, ast.Attribute) and value.attr == "data" else value
+        case ast.Attribute(ctx=ast.Store(), attr="data", value=value):
+            written = value
+        case ast.Attribute(ctx=ast.Store()):
+            written = node
+        case ast.Subscript(ctx=ast.Store(), value=value):
+            written = value
+        case _:
+            return False
+    match written:
+        case ast.Attribute(value=ast.Name(id="self"), attr=name):
+            return name in held
+    return False
+
+
 def _bends_last(function: ast.Lambda | Function) -> bool:
     """Whether a hook gives a root, a norm or a clamped value of its gradient."""
     given = function.args.args[-1].arg if function.args.args else ""
@@ -455,6 +513,27 @@ def _turned(node: ast.expr) -> ast.expr | None:
             places = {getattr(first, "value", None), getattr(second, "value", None)}
             return value if places == {0, 1} else None
     return None
+
+
+def _turned_inside(node: ast.expr) -> ast.expr | None:
+    """The tensor under ``.mT``, ``.transpose(1, 2)`` or ``.transpose(-2, -1)``."""
+    match node:
+        case ast.Attribute(value=value, attr="mT"):
+            return value
+        case ast.Call(func=ast.Attribute(value=value, attr="transpose"), args=[first, second]):
+            return value if {_integer(first), _integer(second)} in ({1, 2}, {-1, -2}) else None
+        case ast.Call(func=ast.Attribute(value=value, attr="permute"), args=[first, second, third]):
+            return value if [_integer(item) for item in (first, second, third)] == [0, 2, 1] else None
+    return None
+
+
+def _swaps(node: ast.expr) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="transpose" | "swapaxes"), args=[first, second]):
+            return {_integer(first), _integer(second)} == {0, 1}
+        case ast.Call(func=ast.Attribute(attr="permute"), args=[first, second, *_]):
+            return _integer(first) == 1 and _integer(second) == 0
+    return False
 
 
 def _placed(node: ast.expr) -> str:

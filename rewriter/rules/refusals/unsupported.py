@@ -1,9 +1,9 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms, losses that are sums over the batch, or may be, compare its items with
-each other or take a root or a norm of its mean, models that look at the padding of a batch, and hooks that clamp
-gradients are reported.
+script; embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be,
+compare its items with each other or take a root or a norm of its mean, models that look at the padding of a batch, and
+hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -147,6 +147,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "another. Do it between backward and step, where p.grad is the average"
         )
         yield Remark(RULE.code, call.lineno, message, differs=True)
+    for call in next(([node] for node in across.kept()), []):
+        message = (
+            "statistics of the batch are of a rank's share here, and what is kept of them is each rank's own: give all "
+            "ranks the same, bmt.distributed.all_reduce(x.mean(0), 'avg')"
+        )
+        yield Remark(RULE.code, call.lineno, message)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)

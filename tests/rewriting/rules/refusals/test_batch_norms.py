@@ -44,3 +44,55 @@ def test_a_batch_norm_is_reported(model: str) -> None:
 @pytest.mark.parametrize("model", ["models.vit_b_16()", "models.vgg11()", "torch.nn.LayerNorm(4)"])
 def test_other_models_have_none(model: str) -> None:
     assert reported(model) == []
+
+
+BY_HAND = """import torch
+from torch import nn
+
+
+class Norm(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(n))
+        self.register_buffer("seen", torch.zeros(n))
+
+    def forward(self, x):
+        {read}
+        {written}
+        return (x - value) * self.scale
+
+
+model = nn.Sequential(nn.Linear(4, 4), Norm(4))
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for x in torch.utils.data.DataLoader(data, batch_size=4):
+    loss = model(x).mean()
+    loss.backward()
+    opt.step()
+"""
+KEPT = {
+    "a running mean": ("value = x.mean(0)", "self.seen.mul_(0.9).add_(value.data * 0.1)"),
+    "of pictures": ("value = x.mean(dim=[0, 2, 3])", "self.seen = 0.9 * self.seen + 0.1 * value"),
+    "a spread": ("value = torch.std(x, 0)", "self.seen.copy_(value)"),
+    "a first batch": ("value = x.mean(dim=0, keepdim=True)", "self.scale.data.copy_(value)"),
+    "a part": ("value = x.var((0, 2))", "self.seen[:] = value"),
+}
+ITEMS = {
+    "of each item": ("value = x.mean(1)", "self.seen.copy_(value)"),
+    "with nothing kept": ("value = x.mean(0)", "self.last = value"),
+    "a count": ("value = 1", "self.seen += 1"),
+}
+
+
+def by_hand(read: str, written: str) -> list[int]:
+    result = convert_text(BY_HAND.format(read=read, written=written))
+    return [finding.line for finding in result.reported if "statistics of the batch" in finding.message]
+
+
+@pytest.mark.parametrize(("read", "written"), KEPT.values(), ids=KEPT.keys())
+def test_a_batch_norm_by_hand_is_reported(read: str, written: str) -> None:
+    assert by_hand(read, written) == [12]
+
+
+@pytest.mark.parametrize(("read", "written"), ITEMS.values(), ids=ITEMS.keys())
+def test_other_layers_by_hand_are_not(read: str, written: str) -> None:
+    assert by_hand(read, written) == []

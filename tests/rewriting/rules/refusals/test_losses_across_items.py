@@ -72,6 +72,8 @@ COMPARED = {
     "pairs that are found": "p = chosen(a, b); far = a[p[:, 0]] - a[p[:, 1]]\nreturn far.pow(2).sum(1).mean()",
     "triplets' angles": "t = mined(a, b); near = F.cosine_similarity(a[t[:, 0]], a[t[:, 2]])\nreturn near.mean()",
     "pairs' products": "p = chosen(a, b); near = a[p[:, 0]] * a[p[:, 1]]\nreturn near.sum(1).mean()",
+    "at each time": "z = a.transpose(0, 1); s = torch.matmul(z, z.transpose(1, 2))\nreturn F.log_softmax(s, -1).mean()",
+    "at each time, by bmm": "z = a.permute(1, 0, 2); s = z.bmm(z.mT)\nreturn F.log_softmax(s, -1).mean()",
     "a mask of pairs": "mask = torch.eye(len(a))\nreturn (mask * a.sum()).mean()",
 }
 
