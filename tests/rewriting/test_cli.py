@@ -285,6 +285,13 @@ LEFT_TRAINING = {
         "for p in net.parameters():\n    p.register_post_accumulate_grad_hook(lambda p: opts[p].step())\n"
         "net(torch.ones(1, 4)).mean().backward()\n"
     ),
+    "a step in a function that is a hook": (
+        "import torch\n\nnet = torch.nn.Linear(4, 1)\n"
+        "opts = {p: torch.optim.SGD([p], lr=0.1) for p in net.parameters()}\n\n\n"
+        "def step(p):\n    opts[p].step()\n    opts[p].zero_grad()\n\n\n"
+        "for p in net.parameters():\n    p.register_post_accumulate_grad_hook(step)\n"
+        "net(torch.ones(1, 4)).mean().backward()\n"
+    ),
     "a trainer": "from transformers import Trainer\n\ntrainer = Trainer(model)\ntrainer.train()\n",
     "lightning": (
         "import lightning\n\n\nclass Net(lightning.LightningModule):\n    pass\n\n\nlightning.Trainer().fit(Net())\n"

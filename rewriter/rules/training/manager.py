@@ -38,6 +38,7 @@ _SEVERAL = "{} is one optimizer of several, of which each needs a name of its ow
 _OF_LISTS = {"append", "values", "items", "keys"}
 _GOES_THROUGH = {"enumerate", "zip", "len", "reversed", "list", "tuple", "isinstance", "print", "range", "bool"}
 _ELSEWHERE = "the optimizers of {} go where they are not followed here, so that a step of theirs may have no manager"
+_IN_HOOKS = "the optimizers of {} step in hooks, while a backward runs, when gradients are not reduced yet"
 _MIXED = "{} has more than optimizers, of which each then needs a name of its own: write a.step(), b.step()"
 _INSIDE = (
     "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
@@ -60,6 +61,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if managers.roles.holds_others(several):
             line = next(s.lineno for v, _, s, _ in managers.roles.assignments if v == several)
             yield Refusal(RULE.code, line, _MIXED.format(several[1]))
+        step = _stepped_in_hook(file, managers, several)
+        if step is not None:
+            yield Refusal(RULE.code, step.lineno, _IN_HOOKS.format(several[1]))
         node = _misunderstood(file, facts, managers, several)
         if node is not None:
             yield Refusal(RULE.code, node.lineno, _ELSEWHERE.format(several[1]))  # type: ignore[attr-defined]
@@ -77,6 +81,25 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _stepped_in_hook(file: File, managers: Managers, several: Var) -> ast.Call | None:
+    """Where an optimizer of a list steps while a backward runs: in a lambda, or in a function that is a hook."""
+    hooks = {
+        item.id
+        for call in file.calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr.endswith("hook")
+        for item in call.args
+        if isinstance(item, ast.Name)
+    }
+    for call in file.calls:
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "step":
+            if managers.roles.list_of(call.func.value) == several and any(
+                isinstance(parent, ast.Lambda) or (isinstance(parent, Function) and parent.name in hooks)
+                for parent in file.names.ancestors(call)
+            ):
+                return call
+    return None
 
 
 def _misunderstood(file: File, facts: Facts, managers: Managers, several: Var) -> ast.AST | None:
