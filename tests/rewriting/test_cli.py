@@ -285,6 +285,18 @@ LEFT_TRAINING = {
         "for p in net.parameters():\n    p.register_post_accumulate_grad_hook(lambda p: opts[p].step())\n"
         "net(torch.ones(1, 4)).mean().backward()\n"
     ),
+    "one optimizer's step in a hook": (
+        "import torch\n\nnet = torch.nn.Linear(4, 1)\nopt = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+        "net.weight.register_post_accumulate_grad_hook(lambda p: opt.step())\n"
+        "net(torch.ones(1, 4)).mean().backward()\n"
+    ),
+    "one optimizer's step in a method that is a hook": (
+        "import torch\n\n\nclass Steps:\n    def __init__(self, net):\n"
+        "        self.opt = torch.optim.SGD(net.parameters(), lr=0.1)\n"
+        "        net.weight.register_post_accumulate_grad_hook(self.step)\n\n"
+        "    def step(self, p):\n        self.opt.step()\n\n\n"
+        "net = torch.nn.Linear(4, 1)\nsteps = Steps(net)\nnet(torch.ones(1, 4)).mean().backward()\n"
+    ),
     "a step in a function that is a hook": (
         "import torch\n\nnet = torch.nn.Linear(4, 1)\n"
         "opts = {p: torch.optim.SGD([p], lr=0.1) for p in net.parameters()}\n\n\n"

@@ -7,9 +7,9 @@ optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the op
 Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
-Refuses when: ``step`` gets a closure; another package's optimizer makes one inside; a list of optimizers goes where it
-is not followed, holds more than these, or has a loss scale. A step in the ``forward`` of a module is reported. A
-learning-rate scheduler that the script steps stays the script's.
+Refuses when: ``step`` gets a closure, or is called in a hook; another package's optimizer makes one inside; a list of
+optimizers goes where it is not followed, holds more than these, or has a loss scale. A step in the ``forward`` of a
+module is reported. A learning-rate scheduler that the script steps stays the script's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SEVERAL = "{} is one optimizer of several, of which each needs a name of its ow
 _OF_LISTS = {"append", "values", "items", "keys"}
 _GOES_THROUGH = {"enumerate", "zip", "len", "reversed", "list", "tuple", "isinstance", "print", "range", "bool"}
 _ELSEWHERE = "the optimizers of {} go where they are not followed here, so that a step of theirs may have no manager"
-_IN_HOOKS = "the optimizers of {} step in hooks, while a backward runs, when gradients are not reduced yet"
+_IN_HOOKS = "{} steps in a hook, while a backward runs, when gradients are not reduced yet: step after it"
 _MIXED = "{} has more than optimizers, of which each then needs a name of its own: write a.step(), b.step()"
 _INSIDE = (
     "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
@@ -61,15 +61,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if managers.roles.holds_others(several):
             line = next(s.lineno for v, _, s, _ in managers.roles.assignments if v == several)
             yield Refusal(RULE.code, line, _MIXED.format(several[1]))
-        step = _stepped_in_hook(file, managers, several)
-        if step is not None:
-            yield Refusal(RULE.code, step.lineno, _IN_HOOKS.format(several[1]))
         node = _misunderstood(file, facts, managers, several)
         if node is not None:
             yield Refusal(RULE.code, node.lineno, _ELSEWHERE.format(several[1]))  # type: ignore[attr-defined]
     for name, call in managers.roles.packaged:
         yield Refusal(RULE.code, call.lineno, _INSIDE.format(name.split(".")[-1]))
     yield from _in_forwards(file, facts, managers)
+    yield from _in_hooks(file, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
     calls: list[Change] = []
     for item in _calls(file, facts, managers):
@@ -83,23 +81,26 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
 
 
-def _stepped_in_hook(file: File, managers: Managers, several: Var) -> ast.Call | None:
-    """Where an optimizer of a list steps while a backward runs: in a lambda, or in a function that is a hook."""
-    hooks = {
-        item.id
+def _in_hooks(file: File, managers: Managers) -> Iterator[Refusal]:
+    """Where optimizers step in functions that are given as hooks.  In whatever lambda, if they are of a list: which of
+    them it has when it is called is not followed.
+    """
+    hooks = [
+        item
         for call in file.calls
         if isinstance(call.func, ast.Attribute) and call.func.attr.endswith("hook")
         for item in call.args
-        if isinstance(item, ast.Name)
-    }
+    ]
+    names = {(dotted(item) or "").split(".")[-1] for item in hooks}
     for call in file.calls:
         if isinstance(call.func, ast.Attribute) and call.func.attr == "step":
-            if managers.roles.list_of(call.func.value) == several and any(
-                isinstance(parent, ast.Lambda) or (isinstance(parent, Function) and parent.name in hooks)
+            manager = managers.by(call.func.value)
+            if manager is not None and any(
+                (isinstance(parent, Function) and parent.name in names)
+                or (isinstance(parent, ast.Lambda) and (parent in hooks or manager.several is not None))
                 for parent in file.names.ancestors(call)
             ):
-                return call
-    return None
+                yield Refusal(RULE.code, call.lineno, _IN_HOOKS.format(file.source.code(call.func.value)))
 
 
 def _misunderstood(file: File, facts: Facts, managers: Managers, several: Var) -> ast.AST | None:
