@@ -193,7 +193,7 @@ class MemoryPlan:
                 break
             self._spare -= self._bytes[index]
             self._kept.add(index)
-        self._run.include(self._seen)
+        self._run.include(self._seen)  # larger ones that come before units stay take more than was measured
 
     def _let_units_stay(self, units: Mapping[int, ShardUnit]) -> None:
         """As many as fit, if that saves time.  Collective."""
@@ -216,7 +216,6 @@ class MemoryPlan:
         if self._staying:
             self._ctx.device.empty_cache()  # transports take their memory from the device itself
         self._spare -= whole
-        self._run.include(self._seen)
         self._retries = self._ctx.device.allocation_retries()
         sizes, self._bytes = self._bytes, {}
         if self._ctx.rank == 0 and (sizes or candidates):

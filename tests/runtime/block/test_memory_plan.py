@@ -356,11 +356,13 @@ class Watched:
 
 
 @contextmanager
-def watched_training(patch: pytest.MonkeyPatch, times: list[Watched]) -> Iterator[tuple[Training, list[str]]]:
+def watched_training(
+    patch: pytest.MonkeyPatch, times: list[Watched], memory: Memory = PLENTY
+) -> Iterator[tuple[Training, list[str]]]:
     """Of the forwards that are timed ``times`` are said, one after the other; and what the plan says."""
     said: list[str] = []
     patch.setattr("bmtrain.block.memory.say", said.append)
-    with training(PLENTY) as run:
+    with training(memory) as run:
         run.plan._watches = len(times)
         watches, waits = iter(times), iter(times)
         patch.setattr(context().device, "stopwatch", lambda: next(watches, None))  # others may time, too
@@ -397,6 +399,19 @@ def test_of_steps_with_several_forwards_one_is_timed_each() -> None:
             assert not any(watched.is_on for watched in times[: max(0, step - 2)])
             run.steps(1)
         assert not run.stay and run.plan._kept
+
+
+@on_ranks(2)
+def test_larger_inputs_of_steps_that_are_timed_are_none_that_were_measured() -> None:
+    times = [Watched(0.1, 1.0) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch, watched_training(patch, times, memory_of(4)) as (run, _):
+        run.steps(3)
+        run.steps(3, rows=40)
+        loss = run.forward(rows=40)
+        assert run.stay and run.plan._is_short, "what a step of so many rows takes is not known"
+        run.manager.backward(loss)
+        run.manager.step()
+        assert not run.stay
 
 
 @on_ranks(2)
