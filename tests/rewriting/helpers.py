@@ -5,6 +5,21 @@ from __future__ import annotations
 from rewriter.convert import convert_text
 from rewriter.plan import Options
 
+IMPORTS = """import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+"""
+NET = """class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 8)
+        self.b = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+"""
+
 
 def converted(text: str, **options: object) -> str:
     """The text after conversion, checked to be stable under a second one."""
@@ -16,3 +31,10 @@ def converted(text: str, **options: object) -> str:
     assert not again.error, again.error
     assert again.after.decode() == after
     return after
+
+
+def weights_after(text: str) -> float:
+    """The sum of what ``net`` weighs when a program has run; for a rank."""
+    given = {"__name__": "__main__"}
+    exec(compile(text, "program.py", "exec"), given)
+    return float(sum(value.double().sum() for value in given["net"].state_dict().values()))  # type: ignore[attr-defined]

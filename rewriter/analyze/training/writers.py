@@ -257,11 +257,9 @@ def is_open_file(file: File, target: ast.expr | None) -> bool:
         if isinstance(parent, (ast.With, ast.AsyncWith)):
             if any(isinstance(i.optional_vars, ast.Name) and i.optional_vars.id == target.id for i in parent.items):
                 return True
-    found = file.names.lookup(target.id, file.names.scope_of(target))
-    values = [binding.value for binding in found[1]] if found is not None else []
     return any(
         isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in {"open", "BytesIO"}
-        for value in values
+        for value in file.names.values_of(target)
     )
 
 

@@ -11,23 +11,11 @@ from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
 from tests.runtime.ranks import run_ranks
 
-from ...helpers import converted
+from ...helpers import IMPORTS, NET, converted, weights_after
 
-SCRIPT = """import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+SCRIPT = """{imports}
 
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 8)
-        self.b = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.b(self.a(x).relu())
-
+{net}
 
 {head}
 
@@ -72,7 +60,7 @@ TRAINER = (
 
 def script(made: str, body: str = EACH, head: str = "") -> str:
     lines = "".join(f"    {line}\n" for line in body.splitlines())
-    return SCRIPT.format(head=head, made=made, body=lines)
+    return SCRIPT.format(imports=IMPORTS, net=NET, head=head, made=made, body=lines)
 
 
 TRAIN = "def train(net, opts, loader):\n    for x, y in loader:\n" + "".join(
@@ -143,18 +131,12 @@ CONVERTED = {
 }
 
 
-def play(text: str) -> float:
-    given = {"__name__": "__main__"}
-    exec(compile(text, "program.py", "exec"), given)
-    return float(sum(value.double().sum() for value in given["net"].state_dict().values()))  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("text", CONVERTED.values(), ids=CONVERTED.keys())
 def test_two_ranks_train_as_one_process(text: str) -> None:
     after = converted(text)
     assert "_manager.step(" in after and "_manager.add_optimizer(" in after
-    (one,) = run_ranks(1, play, text, initialize=False, fresh=True)
-    assert run_ranks(2, play, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-6)
+    (one,) = run_ranks(1, weights_after, text, initialize=False, fresh=True)
+    assert run_ranks(2, weights_after, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-6)
 
 
 def reasons(text: str) -> list[str]:

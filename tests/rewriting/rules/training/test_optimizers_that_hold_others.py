@@ -8,7 +8,7 @@ from rewriter.convert import convert_text
 from rewriter.plan import Options
 from tests.runtime.ranks import run_ranks
 
-from ...helpers import converted
+from ...helpers import IMPORTS, NET, converted, weights_after
 
 SAM = """class Sharp(torch.optim.Optimizer):
     def __init__(self, params, base, rho=0.05, **kwargs):
@@ -79,23 +79,11 @@ OWN = """class Sharp(torch.optim.Optimizer):
                 p.add_(p.grad, alpha=-g["lr"])
         self.zero_grad()
 """
-SCRIPT = """import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
+SCRIPT = """{imports}
 
 {cls}
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(4, 8)
-        self.b = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.b(self.a(x).relu())
-
+{net}
 
 torch.manual_seed(0)
 net = Net()
@@ -122,7 +110,7 @@ SLOWLY = "opt = Slow(torch.optim.Adam(net.parameters(), 0.05))"
 
 def script(cls: str, made: str, body: str, inner: str = "optimizer", closure: str = "") -> str:
     text = cls if cls is OWN else cls.format(inner=inner, closure=closure)
-    return SCRIPT.format(cls=text, made=made, body=body)
+    return SCRIPT.format(imports=IMPORTS, net=NET, cls=text, made=made, body=body)
 
 
 WORKING = {
@@ -148,18 +136,12 @@ WORKING = {
 }
 
 
-def play(text: str) -> float:
-    given = {"__name__": "__main__"}
-    exec(compile(text, "program.py", "exec"), given)
-    return float(sum(value.double().sum() for value in given["net"].state_dict().values()))  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("text", WORKING.values(), ids=WORKING.keys())
 def test_two_ranks_train_as_one_process(text: str) -> None:
     after = converted(text)
     assert "add_optimizer(opt)" not in after
-    (one,) = run_ranks(1, play, text, initialize=False, fresh=True)
-    assert run_ranks(2, play, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-6)
+    (one,) = run_ranks(1, weights_after, text, initialize=False, fresh=True)
+    assert run_ranks(2, weights_after, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-6)
 
 
 def reasons(text: str) -> list[str]:
@@ -171,7 +153,7 @@ def reasons(text: str) -> list[str]:
 def test_one_of_another_package_that_makes_its_own_is_refused() -> None:
     package = "from sharpness import Sharp\n"
     for made in (SHARP, f"base = torch.optim.SGD\n{SHARP.replace('torch.optim.SGD', 'base')}"):
-        (reason,) = reasons(SCRIPT.format(cls=package, made=made, body=TWICE))
+        (reason,) = reasons(SCRIPT.format(imports=IMPORTS, net=NET, cls=package, made=made, body=TWICE))
         assert "Sharp is a package's and makes another optimizer inside" in reason
 
 
