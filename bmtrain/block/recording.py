@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any, NamedTuple
@@ -231,7 +231,7 @@ class Recording:
             )
 
     def run_again(
-        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+        self, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], frame: Frame | None
     ) -> list[torch.Tensor | None]:
         """As ``backward``, from a second run of the block's Python with the same inputs.
 
@@ -246,7 +246,7 @@ class Recording:
                 "bmt.init_distributed)."
             )
         args, kwargs = Inputs([], self.rest).with_tensors(inputs)
-        with torch.enable_grad(), in_autocast_regions(self._forward_regions):
+        with torch.enable_grad(), in_autocast_regions(self._forward_regions), _saved_by(frame):
             out = self._call(*args, **kwargs)
         results = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         given = [gradient for gradient, counts in zip(gradients, self.differentiable, strict=True) if counts]
@@ -285,7 +285,8 @@ class Recording:
         for source, tensor, needed in zip(self._sources, tensors, self._needed or repeat(True), strict=False):
             if source is not None and needed:
                 use.read.append((tensor.detach(), tensor._version))
-        outputs = _Replay.apply(use, len(tensors), *tensors, *self.parameters)  # type: ignore[no-untyped-call]
+        with _saved_by(frame):
+            outputs = _Replay.apply(use, len(tensors), *tensors, *self.parameters)  # type: ignore[no-untyped-call]
         leaves = [outputs[leaf.number] if isinstance(leaf, _Number) else leaf for leaf in self._leaves]
         assert self._spec is not None
         return leaves[0] if self._spec.is_leaf() else tree_unflatten(leaves, self._spec)
@@ -378,9 +379,16 @@ class _Replay(torch.autograd.Function):
         if use.frame is not None:
             use.frame.reach()
         if use.is_over or not use.recording.is_as_recorded():
-            return (None, None, *use.recording.run_again(ctx.saved_tensors, gradients))
+            return (None, None, *use.recording.run_again(ctx.saved_tensors, gradients, use.frame))
         use.ends()
         return (None, None, *use.recording.backward(gradients))
+
+
+def _saved_by(frame: Frame | None) -> AbstractContextManager[object]:
+    """What autograd saves inside is the block's, not that of a module around it, as where the block runs as it is
+    written: another rank may have it do so, and what is saved says what ranks do together in the backward.
+    """
+    return nullcontext() if frame is None else frame.hooks()
 
 
 def _alias(parameter: DistributedParameter) -> DistributedParameter:

@@ -858,6 +858,25 @@ def test_a_second_backward_runs_the_forward_again() -> None:
     assert recorded(recordings[2]) == 1
 
 
+@contextmanager
+def garbage_goes(after: int | None) -> Iterator[None]:
+    """So many objects later; None: not at all."""
+    before = gc.get_threshold()
+    gc.set_threshold(*(0 if after is None else after, 1, 1))
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+@pytest.mark.parametrize("after", [(None, 30), (30, None)])
+@on_ranks(2, init=INIT)
+def test_a_rank_whose_garbage_is_there_longer_does_the_same_as_written(after: tuple[int | None, int | None]) -> None:
+    """It holds results of a backward that can be differentiated, so that the block is not queued there."""
+    with garbage_goes(after[bmt.rank()]):
+        steps_of(Plain, again, True)
+
+
 @pytest.mark.parametrize("kind", [Drops, BatchNorm])
 @on_ranks(1, 2, init=INIT)
 def test_a_second_backward_is_refused_where_a_second_forward_is_another(kind: type[Plain]) -> None:
