@@ -325,7 +325,7 @@ def init_distributed(
             same up to rounding, and checkpoints fit any. All ranks say the same.
         graphs: True lets blocks run as CUDA graphs, where that is possible: their Python runs in the first steps only,
             and then the host queues a block's forward, and its backward, by one call each (see
-            ``bmtrain.block.graphs``). The results are the same. False: never. None: as BMTRAIN_GRAPHS in the
+            ``bmtrain.block.graphs.blocks``). The results are the same. False: never. None: as BMTRAIN_GRAPHS in the
             environment says (0 or 1); without it on several ranks whose GPUs wait for their hosts, and only blocks
             of which all that their Python reads can be compared.
 

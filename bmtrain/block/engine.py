@@ -22,16 +22,16 @@ from ..shard.flat import FlatShard
 from ..shard.unit import ShardUnit
 from .assign_units import shard_module
 from .backward import Backward
-from .first_batches import FirstBatches
-from .first_buffers import FirstBuffers
-from .first_draws import FirstDraws
-from .first_hooks import FirstHooks
-from .first_leaves import FirstLeaves, leaves_of_no_module
-from .first_losses import FirstLosses
-from .first_steps import FirstSteps
+from .first_steps.batches import FirstBatches
+from .first_steps.buffers import FirstBuffers
+from .first_steps.draws import FirstDraws
+from .first_steps.hooks import FirstHooks
+from .first_steps.leaves import FirstLeaves, leaves_of_no_module
+from .first_steps.losses import FirstLosses
+from .first_steps.steps import FirstSteps
 from .frame import Frame
-from .graphs import Graphs
-from .host_time import HostTime
+from .graphs.blocks import Graphs
+from .graphs.host_time import HostTime
 from .memory import WATCHED_STEPS, MemoryPlan
 from .of_no_module import OfNoModule
 from .outside_forward import OutsideForward

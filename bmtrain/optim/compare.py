@@ -8,7 +8,7 @@ import torch
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ..alike import differing_ranks, on_all_ranks
-from ..block.first_buffers import buffers_of
+from ..block.first_steps.buffers import buffers_of
 from ..context import context
 from ..errors import RankDivergenceError
 from ..shard.engine import MOST_RUNS, Run

@@ -58,7 +58,7 @@ class ShardUnit:
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
         keeps_buffers: recorded work reads its whole values where they lay, so that they are to lie there again.
-        recorded: what is known of recording its block (``bmtrain.block.graphs``); None until that is looked at.
+        recorded: what is known of recording its block (``bmtrain.block.graphs.blocks``); None until that is looked at.
         is_settled: which parameter lies in which flat shard does not change any more.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bmtrain.block.graphs import Graphs
+from bmtrain.block.graphs.blocks import Graphs
 from bmtrain.block.memory import MemoryPlan
 from bmtrain.context import context
 from bmtrain.device import Memory

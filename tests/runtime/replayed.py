@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bmtrain.block.recording import Recording
+from bmtrain.block.graphs.recording import Recording
 from bmtrain.context import context
 
 

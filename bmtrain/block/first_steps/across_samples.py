@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import BackwardCFunction
 
-from ..autograd import Node, is_output
+from ...autograd import Node, is_output
 
 _MOST = 3000
 """So many of autograd's nodes are looked at, those nearest to the loss."""

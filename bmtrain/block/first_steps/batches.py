@@ -8,10 +8,10 @@ from collections import deque
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..alike import digest
-from ..context import Context
-from ..users_code import users_line
-from .first_steps import FirstSteps
+from ...alike import digest
+from ...context import Context
+from ...users_code import users_line
+from .steps import FirstSteps
 
 _BATCHES, _STEPS = 2, 3
 """How many batches are compared, at which optimizer step of a model."""

@@ -10,13 +10,13 @@ from types import FrameType
 import torch
 from torch.autograd.graph import GradientEdge
 
-from ..alike import differing_ranks, on_all_ranks
-from ..autograd import is_accumulated, leaves_behind
-from ..context import Context
-from ..shard.flat import flat_of
-from ..topology import Dimension
-from ..users_code import users_line
-from .of_no_module import OfNoModule
+from ...alike import differing_ranks, on_all_ranks
+from ...autograd import is_accumulated, leaves_behind
+from ...context import Context
+from ...shard.flat import flat_of
+from ...topology import Dimension
+from ...users_code import users_line
+from ..of_no_module import OfNoModule
 
 _BACKWARDS = 8
 """How many of the first backwards are looked at."""

@@ -10,16 +10,16 @@ from types import FrameType
 import torch
 from torch.autograd.graph import GradientEdge
 
-from ..alike import from_all
-from ..autograd import Node, mark_output
-from ..context import Context
-from ..users_code import users_line
+from ...alike import from_all
+from ...autograd import Node, mark_output
+from ...context import Context
+from ...users_code import users_line
+from ..backward import Backward
+from ..frame import NotKeptError
+from ..summary import first_tensor
 from .across_samples import AcrossSamples
-from .backward import Backward
-from .first_steps import FirstSteps
-from .frame import NotKeptError
 from .no_mean import NoMean
-from .summary import first_tensor
+from .steps import FirstSteps
 
 _STEPS = 3
 """How many optimizer steps of a model are looked at."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 
-from ..context import Context
-from ..users_code import users_line
-from .first_steps import FirstSteps
+from ...context import Context
+from ...users_code import users_line
+from .steps import FirstSteps
 
 _STEPS = 4
 """How many optimizer steps of a model are looked at."""

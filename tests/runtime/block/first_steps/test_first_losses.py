@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import bmtrain as bmt
-from bmtrain.block.first_losses import FirstLosses
+from bmtrain.block.first_steps.losses import FirstLosses
 from bmtrain.context import context
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.block.linearity import watched
+from bmtrain.block.first_steps.linearity import watched
 
 Hook = Callable[[torch.Tensor], Any]
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..context import Context
-from ..shard.flat import flat_of
-from ..shard.parameter import DistributedParameter
-from .first_steps import FirstSteps
+from ...context import Context
+from ...shard.flat import flat_of
+from ...shard.parameter import DistributedParameter
 from .linearity import watched
+from .steps import FirstSteps
 
 _CALLS = 3
 """So many of each hook are looked at, and those that a model has in so many of its first steps."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ..shard.gathered import units_of
-from ..shard.unit import ShardUnit
+from ...shard.gathered import units_of
+from ...shard.unit import ShardUnit
 
 _MOST = 4
 """At no more steps of a model anybody looks."""

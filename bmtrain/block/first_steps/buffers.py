@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ..alike import differing_ranks, on_all_ranks
-from ..context import Context
-from ..shard.sharded_tensor import ShardedTensor
-from ..users_code import users_line
+from ...alike import differing_ranks, on_all_ranks
+from ...context import Context
+from ...shard.sharded_tensor import ShardedTensor
+from ...users_code import users_line
 
 _STEPS = 3
 """At which optimizer step of a model they are compared."""

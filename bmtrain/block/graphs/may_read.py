@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..own_random import generator_state, is_generator
+from ...own_random import generator_state, is_generator
 
 CONSTANTS = (bool, int, float, str, bytes, type(None), torch.dtype)
 CONTAINERS = (dict, list, set, deque)

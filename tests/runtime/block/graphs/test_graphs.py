@@ -26,18 +26,29 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import test_memory_plan as plan
 import torch
 import torch.nn.functional as F
+from between_steps import (
+    BETWEEN,
+    Amid,
+    Between,
+    computes_twice,
+    evaluates_otherwise,
+    goes_on,
+    nothing,
+    trained,
+    writes_amid,
+    writes_whole_amid,
+)
 from fresh import PLENTY, fresh_graphs
 from ranks import on_ranks, run_ranks
 from replayed import replays
 
 import bmtrain as bmt
-from bmtrain.block.facts import Facts
-from bmtrain.block.host_time import HostTime
+from bmtrain.block.graphs.facts import Facts
+from bmtrain.block.graphs.host_time import HostTime
+from bmtrain.block.graphs.recording import Inputs
 from bmtrain.block.record import unit_of
-from bmtrain.block.recording import Inputs
 from bmtrain.context import context
 from bmtrain.device import Memory
 from bmtrain.errors import ConfigurationError
@@ -53,9 +64,7 @@ def reasons(graphs: Any) -> list[str]:
     return sorted({block.reason for block in graphs.blocks() if block.reason is not None})
 
 
-def check_same(
-    between: plan.Between, steps: int, precision: str, amid: plan.Amid = plan.goes_on
-) -> tuple[int, list[str]]:
+def check_same(between: Between, steps: int, precision: str, amid: Amid = goes_on) -> tuple[int, list[str]]:
     """How many blocks are recorded in the end, and why others are not; numbers are those of blocks as written."""
     made: list[Any] = []
     results = []
@@ -65,7 +74,7 @@ def check_same(
             made.append(fresh_graphs(memory, graphs))
 
         with replays():
-            results.append(plan.trained(PLENTY, between, steps, precision, False, True, amid, forget))
+            results.append(trained(PLENTY, between, steps, precision, False, True, amid, forget))
     as_written, recordings = results
     assert as_written[0] == recordings[0]
     assert all(torch.equal(as_written[1][key], recordings[1][key]) for key in as_written[1])
@@ -75,7 +84,7 @@ def check_same(
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "fp16"])
 @on_ranks(1, 2, init=INIT)
 def test_recordings_change_no_number(precision: str) -> None:
-    assert check_same(plan.nothing, 12, precision) == (2, [])
+    assert check_same(nothing, 12, precision) == (2, [])
 
 
 SETTINGS: list[dict[str, Any]] = [
@@ -88,23 +97,23 @@ SETTINGS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_recordings_change_no_number_under_other_settings(settings: dict[str, Any]) -> None:
-    for found in run_ranks(2, check_same, plan.nothing, 12, "autocast", init=INIT | settings):
+    for found in run_ranks(2, check_same, nothing, 12, "autocast", init=INIT | settings):
         assert found == (2, [])
 
 
-@pytest.mark.parametrize("between", plan.BETWEEN)
+@pytest.mark.parametrize("between", BETWEEN)
 @on_ranks(1, 2, init=INIT)
-def test_what_else_is_done_to_a_model_counts(between: plan.Between) -> None:
+def test_what_else_is_done_to_a_model_counts(between: Between) -> None:
     check_same(between, 9, "autocast")
 
 
-AMID = [plan.evaluates_otherwise, plan.writes_amid, plan.writes_whole_amid, plan.computes_twice]
+AMID = [evaluates_otherwise, writes_amid, writes_whole_amid, computes_twice]
 
 
 @pytest.mark.parametrize("amid", AMID)
 @on_ranks(1, 2, init=INIT)
-def test_what_is_done_before_the_backward_counts(amid: plan.Amid) -> None:
-    check_same(plan.nothing, 8, "autocast", amid)
+def test_what_is_done_before_the_backward_counts(amid: Amid) -> None:
+    check_same(nothing, 8, "autocast", amid)
 
 
 # -- who is recorded ----------------------------------------------------------------------------------------------
@@ -723,6 +732,8 @@ def steps_of(
     model = Model()
     if keep is not None:
         keep.append(model)
+    elif made is not None:
+        made.model = model  # whose blocks are asked for later
     if compiled:
         bmt.compile(model, backend="aot_eager")
     manager = bmt.optim.OptimManager(loss_scale=None)
@@ -1115,7 +1126,7 @@ def test_a_host_that_is_the_limit_is_told_once(times: tuple[float, float] | None
 @contextmanager
 def lines_said(patch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     lines: list[str] = []
-    patch.setattr("bmtrain.block.host_time.say", lines.append)
+    patch.setattr("bmtrain.block.graphs.host_time.say", lines.append)
     yield lines
 
 

@@ -26,23 +26,23 @@ from torch import nn
 from torch.nn.modules import module as all_modules
 from torch.utils._pytree import tree_flatten
 
-from ..autograd import backward_id, runs_as_written
-from ..context import Context
-from ..device import AutocastRegions, autocast_regions
-from ..errors import ConfigurationError
-from ..log import say
-from ..shard.flat import flat_of
-from ..shard.unit import ShardUnit, unit_of_flat
+from ...autograd import backward_id, runs_as_written
+from ...context import Context
+from ...device import AutocastRegions, autocast_regions
+from ...errors import ConfigurationError
+from ...log import say
+from ...shard.flat import flat_of
+from ...shard.unit import ShardUnit, unit_of_flat
+from ..first_steps.losses import FirstLosses
+from ..frame import Frame
+from ..linear import leave_to_autograd
+from ..memory import MemoryPlan
+from ..record import has_hooks, unit_of
+from ..state import State
 from .doings import Doings
 from .facts import Facts
-from .first_losses import FirstLosses
-from .frame import Frame
-from .linear import leave_to_autograd
 from .may_read import CONSTANTS, Executed
-from .memory import MemoryPlan
-from .record import has_hooks, unit_of
 from .recording import Inputs, Observed, Outputs, Recording, trained_by
-from .state import State
 
 T = TypeVar("T")
 

@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..autograd import runs_as_written
-from ..context import Context
-from ..device import AutocastRegions, autocast_regions, in_autocast_regions
-from ..errors import ConfigurationError
-from ..shard.parameter import DistributedParameter, like, raw_data
-from ..shard.unit import ShardUnit
+from ...autograd import runs_as_written
+from ...context import Context
+from ...device import AutocastRegions, autocast_regions, in_autocast_regions
+from ...errors import ConfigurationError
+from ...shard.parameter import DistributedParameter, like, raw_data
+from ...shard.unit import ShardUnit
+from ..frame import Frame
+from ..surroundings import Surroundings
 from .facts import Facts
-from .frame import Frame
 from .may_read import CONSTANTS, CONTAINERS
-from .surroundings import Surroundings
 
 
 class Inputs(NamedTuple):

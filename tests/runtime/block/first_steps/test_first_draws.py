@@ -18,7 +18,7 @@ from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.block.first_draws import FirstDraws
+from bmtrain.block.first_steps.draws import FirstDraws
 from bmtrain.context import context
 from bmtrain.device import Device
 

@@ -7,8 +7,8 @@ from math import prod
 
 import torch
 
-from ..autograd import Node, is_output
-from .frame import NotKeptError
+from ...autograd import Node, is_output
+from ..frame import NotKeptError
 
 _MOST = 1000
 """So many of autograd's nodes are looked at."""

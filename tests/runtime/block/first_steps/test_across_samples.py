@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from bmtrain.autograd import mark_output
-from bmtrain.block.across_samples import AcrossSamples
+from bmtrain.block.first_steps.across_samples import AcrossSamples
 
 B = 6
 Make = Callable[[torch.Tensor], torch.Tensor]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..context import Context
-from ..device import Stopwatch
-from ..log import say
+from ...context import Context
+from ...device import Stopwatch
+from ...log import say
 
 _FROM, _UNTIL = 7, 11  # steps whose last forward is measured; by then it is settled what stays (``memory``)
 _SHARE = 0.9  # of the device's time

@@ -1,0 +1,1 @@
+"""Blocks as CUDA graphs: which can be recorded, the recordings, and what is compared before each replay."""
