@@ -48,6 +48,8 @@ from .untrained import FirstGraphs
 T = TypeVar("T")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
+_LITTLE = 0.1
+"""Of a step's peak of memory on one rank: so much more is worth it where the host is the limit."""
 _Noted = tuple[weakref.ref[nn.Module], Args, Kwargs, torch.dtype | None]  # a Run of a module that may go
 
 
@@ -76,10 +78,9 @@ class Engine:
         self.first_leaves = FirstLeaves(ctx, self.of_no_module)
         self.first_losses = FirstLosses(ctx, self.backward, self.first_steps)
         self.backward.watch = self if self.first_leaves.wanted else None
-        may_record = ctx.graphs is not False and ctx.device.records and (ctx.graphs or ctx.world_size > 1)
+        may_record = ctx.graphs is not False and ctx.device.records
         self.graphs = Graphs(ctx, self.plan, self.first_losses) if may_record else None
-        begin = None if self.graphs is None else self.graphs.begin
-        self.host_time = HostTime(ctx, begin) if ctx.device.is_cuda and ctx.graphs is None else None
+        self.host_time = HostTime(ctx, self._begin_recording) if ctx.device.is_cuda and ctx.graphs is None else None
         self.meter = None if ctx.meter is None else StepMeter(ctx, ctx.meter)
         self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step
@@ -293,6 +294,14 @@ class Engine:
             if isinstance(tensor, torch.Tensor) and tensor.requires_grad and tensor.grad_fn is not None:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
                 self.first_losses.note_output(tensor)
+
+    def _begin_recording(self) -> bool:
+        """Let blocks run as CUDA graphs. On one rank only if that takes little: there nothing else spares memory."""
+        blocks = [unit for unit in self.schedule.units.values() if unit.is_block]
+        if self.graphs is None or (self.ctx.world_size == 1 and self.plan.part_in_recordings(blocks) > _LITTLE):
+            return False
+        self.graphs.begin()
+        return True
 
     @property
     def recompute_note(self) -> Callable[[torch.Tensor], object] | None:

@@ -18,7 +18,7 @@ which all give up together; until then it recomputes all blocks.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -56,6 +56,7 @@ class MemoryPlan:
         self._steps = self._peak = self._plans = 0
         self._is_planned = self._is_over = False  # which activations are kept is decided; all is
         self._bytes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # of all blocks that were measured, for good
         self._inputs: dict[int, int] = {}
         self._kept: set[int] = set()
         self._staying: list[weakref.ref[ShardUnit]] = []  # not emptied as models go, which ranks see at other times
@@ -100,6 +101,16 @@ class MemoryPlan:
             return False
         self._look()
         return self._budget()[0] > 0
+
+    def part_in_recordings(self, blocks: Sequence[ShardUnit]) -> float:
+        """What recordings of ``blocks`` would keep for good, of a step's peak: activations and gradients of each.
+
+        Of those whose activations were measured; infinite if none's were.
+        """
+        measured = [(unit, self._sizes[unit.index]) for unit in blocks if unit.index in self._sizes]
+        if not measured or not self._peak:
+            return float("inf")
+        return sum(size + unit.whole_bytes(at_rest=True) for unit, size in measured) / self._peak
 
     # -- the plan ---------------------------------------------------------------------------------------------------
 
@@ -188,6 +199,7 @@ class MemoryPlan:
         free, self._reserve, *agreed = facts.tolist()
         self._free = self._spare = -free
         self._bytes = {i: size for i, size in enumerate(agreed) if size}
+        self._sizes |= self._bytes
         for index in sorted(self._bytes, reverse=True):  # the last blocks' activations are held for the shortest time
             if self._bytes[index] > self._spare:
                 break

@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("size", nargs="?", default="tiny", choices=plain.SIZES)
     parser.add_argument("--batch", type=int, default=8, help="sequences of each rank")
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--compile", action="store_true", help="as torch.compile(model) does, and is converted to")
     parser.add_argument("--rounds", type=int, default=10, help="how often each takes its turn of ten steps")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -139,6 +140,9 @@ def main() -> None:
         converted = module_at(Path(folder) / "gpt" / "gpt.py", "gpt_converted")
     layers, width, heads, vocabulary = plain.SIZES[options.size]
     models = [made.GPT(layers, width, heads, vocabulary, options.length).to(device) for made in (plain, converted)]
+    if options.compile:
+        models[0].compile()
+        bmt.compile(models[1])
     sides: dict[str, ByHand | Converted] = {
         "DDP" if RANKS > 1 else "plain": ByHand(models[0]),
         "converted": Converted(models[1]),
@@ -152,7 +156,8 @@ def main() -> None:
         for name, side in sides.items():
             found[name] += timed(side, tokens, 10)
     if RANK == 0:
-        print(f"{options.size}:{options.batch}, {RANKS} rank{'s' * (RANKS > 1)}, median (10th percentile), ms")
+        kind = f"{options.size}:{options.batch}{', compiled' * options.compile}"
+        print(f"{kind}, {RANKS} rank{'s' * (RANKS > 1)}, median (10th percentile), ms")
         print(f"{'':20}" + "".join(f"{name:>20}" for name in found))
         for number, phase in enumerate(PHASES):
             columns = [sorted(row[number] for row in rows) for rows in found.values()]

@@ -11,7 +11,7 @@ that is to be differentiated, runs the forward as it is written once more.  A bl
 said, when its first runs show what a recording would miss: Python state that moves, numbers drawn by the host, waits
 for the device, hooks, whatever else is done beside (``facts``).
 
-Where nobody has said whether to, it begins on several ranks when the device waits for the host (``host_time``), and
+Where nobody has said whether to, it begins when the device waits for the host (``host_time``) and memory allows, and
 leaves blocks alone whose Python may read what cannot be seen.
 """
 
@@ -79,7 +79,7 @@ class Graphs:
         self, unit: ShardUnit, call: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[Frame | None], T] | None:
         """What runs this forward of ``unit``'s block from a recording, made now if need be; None: nothing does."""
-        self.plan.may_record = True
+        self.plan.may_record = self.ctx.world_size > 1 or not self.is_automatic
         block = self._block(unit, call)
         return None if block is None else block.replay_for(call, args, kwargs)
 

@@ -14,13 +14,16 @@ _WORTH = 0.5  # of it: backward and optimizer ask more of the host than the forw
 
 
 class HostTime:
-    """Measures some forwards; if the host takes long enough, calls ``begin`` once, or says so if there is none.
+    """Measures some forwards; if the host takes long enough, calls ``begin`` once, or says so if it is refused.
+
+    Args:
+        begin: lets blocks be recorded and returns True, or returns False.
 
     Attributes:
         wanted: whether a forward that begins is to be measured.
     """
 
-    def __init__(self, ctx: Context, begin: Callable[[], None] | None) -> None:
+    def __init__(self, ctx: Context, begin: Callable[[], bool]) -> None:
         self._ctx, self._begin = ctx, begin
         self._watch: Stopwatch | None = None
         self._found: list[tuple[float, float]] = []
@@ -52,10 +55,9 @@ class HostTime:
         if not self._found or not has_blocks:
             return
         host, device = sorted(self._found, key=lambda pair: pair[0] / max(pair[1], 1e-9))[len(self._found) // 2]
-        if self._begin is not None:
-            if host >= _WORTH * device:
-                self._begin()
-        elif self._ctx.rank == 0 and host >= _SHARE * device:
+        if host < _WORTH * device or self._begin():
+            return
+        if self._ctx.rank == 0 and host >= _SHARE * device:
             say(
                 f"the GPU waits for the host, which takes {1e3 * host:.1f} ms of a forward's {1e3 * device:.1f} ms: "
                 "BMTRAIN_GRAPHS=1 lets blocks run as CUDA graphs, which are queued at once (docs/training.md)."

@@ -1078,11 +1078,23 @@ def test_names_and_slots_that_go_and_come_count() -> None:
 @on_ranks(1, 2, init={"schedule": "stress"})
 def test_nothing_is_recorded_before_a_host_was_the_limit() -> None:
     engine: Any = context().engine
-    assert (engine.graphs is None) == (context().world_size == 1)
-    if engine.graphs is not None:
-        assert engine.graphs.is_automatic and not engine.graphs.is_on
-        engine.graphs.begin()
-        assert engine.graphs.is_on
+    assert engine.graphs.is_automatic and not engine.graphs.is_on
+    engine.graphs.begin()
+    assert engine.graphs.is_on
+
+
+@pytest.mark.parametrize("free", [0.0, PLENTY.peak])
+@on_ranks(1, init={"schedule": "stress"})
+def test_one_rank_records_where_that_takes_little(free: float) -> None:
+    """A block of 64 bytes of parameters and as much again that was measured, of two GiB or of nothing to speak of."""
+    engine: Any = context().engine
+    fresh_graphs(None, True, automatic=True).is_on = False
+    model = bmt.DistributedModule()
+    model.block = bmt.Block(torch.nn.Linear(4, 4, bias=False))
+    engine.shard(model)
+    assert not engine._begin_recording() and not engine.graphs.is_on  # nothing was measured
+    engine.plan._peak, engine.plan._sizes = 1000 + free, {unit_of(model.block).index: 64}  # type: ignore[union-attr]
+    assert engine._begin_recording() == engine.graphs.is_on == (free > 0)
 
 
 @on_ranks(1, 2, init={"schedule": "stress", "graphs": False})
@@ -1110,7 +1122,12 @@ class Watch:
 def test_a_host_that_is_the_limit_is_told_once(times: tuple[float, float] | None, found: int, automatic: bool) -> None:
     ctx = context()
     begun: list[bool] = []
-    time = HostTime(ctx, (lambda: begun.append(True)) if automatic else None)
+
+    def begin() -> bool:
+        begun.extend([True] * automatic)
+        return automatic
+
+    time = HostTime(ctx, begin)
     with pytest.MonkeyPatch.context() as patch, lines_said(patch) as lines:
         patch.setattr(ctx.device, "stopwatch", lambda: Watch(times))
         for step in range(12):
