@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +14,8 @@ from ..context import context
 from ..shard.engine import engine
 from .block import Block
 from .linear import land_compiled
+from .memory import Size
+from .record import has_hooks, record_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -27,7 +28,8 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     ``options`` are torch.compile's; of modes that record CUDA graphs the rest is done.  Blocks of one class and equal
     shapes share their compiled code; a block inside another is compiled by itself.  ``fullgraph`` holds for blocks:
     code around them ends where one is called.  On several ranks, what is outside of blocks runs as it is written while
-    the first losses are compared.
+    the first losses are compared.  On one rank, blocks that keep their activations, compute in the dtype of their
+    parameters and have no hooks are part of the code around them, as in plain torch, from the second run of a size on.
     """
     mode = options.get("mode")
     if mode in _WITHOUT_GRAPHS and context().device.is_cuda:
@@ -45,7 +47,7 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
         land_compiled(model)
         _compile(model, options | {"fullgraph": False} if blocks else options)
         whole: Any = model
-        whole._compiled_call_impl = partial(_run, weakref.ref(whole), whole._compiled_call_impl)
+        whole._compiled_call_impl = _Around(whole, blocks)
     return model
 
 
@@ -66,7 +68,43 @@ def _calls(call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _run(reference: weakref.ref[Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    module: Any = reference()
-    as_written = torch.is_grad_enabled() and engine().looks_at_losses
-    return (module._call_impl if as_written else compiled)(*args, **kwargs)
+class _Around:
+    """Runs a compiled module that has blocks, or is around none.
+
+    Engine's work at a block is no part of compiled code, which ends there.  On one rank there is none where the block
+    keeps its activations, so that blocks become part of the code around them, as in plain torch.  Whether all of them
+    do is seen in a run of that code as it is written, as are the first losses on several ranks.
+    """
+
+    def __init__(self, module: Any, blocks: Sequence[nn.Module]) -> None:
+        self._module, self._blocks = weakref.ref(module), [weakref.ref(block) for block in blocks]
+        self._compiled = module._compiled_call_impl
+        self._tried, self._kept = Size(), Size()  # the largest inputs run so; those of which blocks kept activations
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self._module()
+        runs = engine()
+        if not torch.is_grad_enabled():
+            return self._run(runs.may_inline, args, kwargs)
+        if runs.looks_at_losses:
+            return module._call_impl(*args, **kwargs)
+        if not runs.may_inline or not self._blocks:
+            return self._run(False, args, kwargs)
+        size = Size.of(args, kwargs)
+        if size.growth_over(self._tried) > 1:
+            out, all_kept = runs.whether_all_kept(lambda: module._call_impl(*args, **kwargs))
+            if all_kept is not None:
+                self._tried.include(size)
+            if all_kept:
+                self._kept.include(size)
+            return out
+        return self._run(size.growth_over(self._kept) <= 1, args, kwargs)
+
+    def _run(self, inlined: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for reference in self._blocks:
+            block = reference()
+            record = None if block is None else record_of(block)
+            if block is not None and record is not None and record.unit is not None:
+                # Compiled code would not notice hooks that come later.
+                record.inlined = inlined and not record.unit.precision.casts and not has_hooks(block)
+        return self._compiled(*args, **kwargs)

@@ -84,6 +84,7 @@ class Engine:
         self.meter = None if ctx.meter is None else StepMeter(ctx, ctx.meter)
         self._runs: deque[_Noted] = deque(maxlen=MOST_RUNS)
         self._forwards = 0  # of this step
+        self._recomputed = 0  # forwards of blocks so far that were to be recomputed
         self.outside = OutsideForward(self.schedule, self.backward, self.plan)
         self.replicas = Replicas(self.schedule) if ctx.replicate_group.world_size > 1 else None
 
@@ -251,6 +252,7 @@ class Engine:
         if recompute is None:
             # Of a stage's blocks the forward of every micro-batch is kept until its backward.
             recompute = unit is not None and (unit.stage is not None or self.plan.recomputes(unit, args, kwargs))
+        self._recomputed += bool(recompute)
         if self.graphs is not None and unit is not None and unit.is_block and not recompute and unit.stage is None:
             replay = self.graphs.replay_for(unit, call, args, kwargs)
             if replay is not None:
@@ -323,6 +325,18 @@ class Engine:
     def looks_at_losses(self) -> bool:
         """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
         return self.first_losses.wanted
+
+    @property
+    def may_inline(self) -> bool:
+        """Whether blocks that keep their activations may be run without the engine: nothing moves on one rank."""
+        records = self.graphs is not None and self.graphs.is_on
+        return self.ctx.world_size == 1 and not self.schedule.pools.moves and not records
+
+    def whether_all_kept(self, call: Callable[[], T]) -> tuple[T, bool | None]:
+        """What ``call`` returns, and whether no block in it is recomputed; None as long as that is being decided."""
+        before, measuring = self._recomputed, self.plan.measuring
+        out = call()
+        return out, None if measuring else self._recomputed == before
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""

@@ -60,8 +60,8 @@ class MemoryPlan:
         self._inputs: dict[int, int] = {}
         self._kept: set[int] = set()
         self._staying: list[weakref.ref[ShardUnit]] = []  # not emptied as models go, which ranks see at other times
-        self._run = _Size()  # the largest inputs of whole forwards, when that was planned
-        self._seen = _Size()  # the same since then
+        self._run = Size()  # the largest inputs of whole forwards, when that was planned
+        self._seen = Size()  # the same since then
         self._free = self._spare = self._reserve = 0  # for all that is kept; beside it; to be left for larger steps
         self._moving = self._retries = 0  # what a step takes beside what always stays
         self._is_short = self._was_short = False  # this forward needs more than that; any since the others were told
@@ -155,7 +155,7 @@ class MemoryPlan:
         """A forward begins that will train on these.  Collective if anything stays: ranks tell who is short."""
         if not self._measures and not self._staying:
             return
-        size = _Size.of(args, kwargs)
+        size = Size.of(args, kwargs)
         self._seen.include(size)
         if not self._staying:
             return
@@ -288,14 +288,14 @@ def _tensors(args: tuple[object, ...], kwargs: dict[str, object]) -> list[torch.
     return found
 
 
-class _Size:
+class Size:
     """How large the inputs of a forward are: elements in all, and along the longest axis."""
 
     def __init__(self, numel: int = 0, longest: int = 0) -> None:
         self.numel, self.longest = numel, longest
 
     @classmethod
-    def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> _Size:
+    def of(cls, args: tuple[object, ...], kwargs: dict[str, object]) -> Size:
         """Of these inputs."""
         size = cls()
         for tensor in _tensors(args, kwargs):
@@ -303,11 +303,11 @@ class _Size:
             size.longest = max(size.longest, *tensor.shape, 0)
         return size
 
-    def include(self, other: _Size) -> None:
+    def include(self, other: Size) -> None:
         """Become at least as large."""
         self.numel, self.longest = max(self.numel, other.numel), max(self.longest, other.longest)
 
-    def growth_over(self, other: _Size) -> float:
+    def growth_over(self, other: Size) -> float:
         """How many times as much memory a step may take as with ``other``; attention may grow with the square."""
         numel, longest = self.numel / max(other.numel, 1), self.longest / max(other.longest, 1)
         return max(numel, 1.0) * max(longest, 1.0)

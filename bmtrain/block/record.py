@@ -24,6 +24,7 @@ class Record:
         has_statistics: whether there are running statistics to level among the ranks; None until that was looked up.
         trained: whether they have moved since the ranks last had the same.
         has_blocks: whether a module inside owns a unit too.
+        inlined: whether compiled code that calls the module takes it in, as one call of many, without the engine.
         draws_checked: whether every random number was drawn from the right stream (``SplitRandom``).
         state: what of its own the module's forward moves, so that a second run starts where the first did.
     """
@@ -38,6 +39,7 @@ class Record:
     has_statistics: bool | None = None
     trained: bool = False
     has_blocks: bool = False
+    inlined: bool = False
     draws_checked: bool = False
     state: State = field(default_factory=State)
 

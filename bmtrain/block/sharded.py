@@ -51,9 +51,11 @@ class ShardedModule(nn.Module):
     last_bases: ClassVar[tuple[type, ...]] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():
-            return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         record = record_of(self)
+        if torch.compiler.is_dynamo_compiling():
+            if record is not None and record.inlined:
+                return super().__call__(*args, **kwargs)
+            return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         if record is None or record.unit is None:  # still being built
             if record is not None and record.pipes:
                 raise ConfigurationError(

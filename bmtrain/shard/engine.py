@@ -71,6 +71,13 @@ class Engine(Protocol):
         """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
 
     @property
+    def may_inline(self) -> bool:
+        """Whether blocks that keep their activations may be run without the engine: nothing moves on one rank."""
+
+    def whether_all_kept(self, call: Callable[[], T]) -> tuple[T, bool | None]:
+        """What ``call`` returns, and whether no block in it is recomputed; None as long as that is being decided."""
+
+    @property
     def meter(self) -> StepMeter | None:
         """What measures the steps; None where BMTRAIN_METER does not ask for it."""
 

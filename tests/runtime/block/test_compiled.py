@@ -263,7 +263,8 @@ def layers_of_torchs_own(number: int, recompute: bool) -> None:
     for _ in range(5):
         model.zero_grad()
         model(x).square().mean().backward()
-    assert 1 <= len(graphs) <= 2  # for all three, with an input that has a gradient and without
+    most = 2 if recompute or bmt.world_size() > 1 else 3  # on one rank the whole model is one, in the end
+    assert 1 <= len(graphs) <= most  # for all three, with an input that has a gradient and without
     reference(x).square().mean().backward()
     for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
         oracle.assert_close(bmt.gather_grad(ours), theirs.grad, name)
