@@ -45,9 +45,10 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
         _compile(module, options)
     if model not in blocks:
         land_compiled(model)
-        _compile(model, options | {"fullgraph": False} if blocks else options)
+        around = options | {"fullgraph": False} if blocks else options
+        _compile(model, around)
         whole: Any = model
-        whole._compiled_call_impl = _Around(whole, blocks)
+        whole._compiled_call_impl = _Around(whole, blocks, around)
     return model
 
 
@@ -68,17 +69,28 @@ def _calls(call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _whole(reference: weakref.ref[Any]) -> Callable[..., Any]:
+    # A function of its own: where code ended at a block in a loop once, torch.compile does not look at it again.
+    def run_whole(*args: Any, **kwargs: Any) -> Any:
+        module: Any = reference()
+        return module._call_impl(*args, **kwargs)
+
+    return run_whole
+
+
 class _Around:
     """Runs a compiled module that has blocks, or is around none.
 
     Engine's work at a block is no part of compiled code, which ends there.  On one rank there is none where the block
     keeps its activations, so that blocks become part of the code around them, as in plain torch.  Whether all of them
-    do is seen in a run of that code as it is written, as are the first losses on several ranks.
+    do is seen in a run of its own; until then blocks alone are compiled, of which equal ones share their code.
+    On several ranks the code around them runs as it is written in the first steps, where losses are looked at.
     """
 
-    def __init__(self, module: Any, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, module: Any, blocks: Sequence[nn.Module], options: dict[str, Any]) -> None:
         self._module, self._blocks = weakref.ref(module), [weakref.ref(block) for block in blocks]
-        self._compiled = module._compiled_call_impl
+        self._apart = module._compiled_call_impl
+        self._as_one = torch.compile(_whole(self._module), **options)
         self._tried, self._kept = Size(), Size()  # the largest inputs run so; those of which blocks kept activations
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +104,7 @@ class _Around:
             return self._run(False, args, kwargs)
         size = Size.of(args, kwargs)
         if size.growth_over(self._tried) > 1:
-            out, all_kept = runs.whether_all_kept(lambda: module._call_impl(*args, **kwargs))
+            out, all_kept = runs.whether_all_kept(lambda: self._run(False, args, kwargs))
             if all_kept is not None:
                 self._tried.include(size)
             if all_kept:
@@ -107,4 +119,4 @@ class _Around:
             if block is not None and record is not None and record.unit is not None:
                 # Compiled code would not notice hooks that come later.
                 record.inlined = inlined and not record.unit.precision.casts and not has_hooks(block)
-        return self._compiled(*args, **kwargs)
+        return (self._as_one if inlined else self._apart)(*args, **kwargs)
