@@ -334,9 +334,10 @@ class Engine:
 
     def whether_all_kept(self, call: Callable[[], T]) -> tuple[T, bool | None]:
         """What ``call`` returns, and whether no block in it is recomputed; None as long as that is being decided."""
-        before, measuring = self._recomputed, self.plan.measuring
+        before = self._recomputed
         out = call()
-        return out, None if measuring else self._recomputed == before
+        all_kept = self._recomputed == before
+        return out, None if self.plan.measuring and not all_kept else all_kept
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""

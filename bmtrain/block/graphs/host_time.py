@@ -8,7 +8,7 @@ from ...context import Context
 from ...device import Stopwatch
 from ...log import say
 
-_FROM, _UNTIL = 7, 11  # steps whose last forward is measured; by then it is settled what stays (``memory``)
+_FROM, _UNTIL = 6, 8  # steps whose last forward is measured; by then it is settled what stays (``memory``)
 _SHARE = 0.9  # of the device's time
 _WORTH = 0.5  # of it: backward and optimizer ask more of the host than the forward, whose last operation is a long one
 
@@ -54,7 +54,7 @@ class HostTime:
         self._is_over = True
         if not self._found or not has_blocks:
             return
-        host, device = sorted(self._found, key=lambda pair: pair[0] / max(pair[1], 1e-9))[len(self._found) // 2]
+        host, device = min(self._found, key=lambda pair: pair[0] / max(pair[1], 1e-9))  # not one that was late once
         if host < _WORTH * device or self._begin():
             return
         if self._ctx.rank == 0 and host >= _SHARE * device:
