@@ -6,6 +6,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import TracebackType
 
 OLDEST = (2, 9)
 PRIVATE = (
@@ -75,6 +76,15 @@ def _of_command() -> str:
     return name if name in ("bmt", "bmt-checkpoint", "bmt-doctor") else ""
 
 
+def _interrupted(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print(f"\n{_of_command()}: interrupted; nothing was done", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, traceback)
+
+
+if _of_command():
+    sys.excepthook = _interrupted  # what a command loads takes seconds; later it sees to that itself
 try:
     check()
 except ImportError as problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,22 @@ def test_commands_say_it_without_a_traceback(tmp_path: Path, command: str) -> No
     assert done.stderr == (
         f"{name}: bmtrain trains with torch 2.9 or later, and this is torch 2.8.1: pip install --upgrade torch\n"
     )
+
+
+@pytest.mark.parametrize("command", ["bmt", "-m bmtrain", "train.py"])
+def test_a_command_that_is_interrupted_while_torch_loads_says_so_in_a_line(tmp_path: Path, command: str) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    entry = tmp_path / command
+    entry.write_text("import bmtrain")
+    given = command.split() if command.startswith("-m") else [str(entry)]
+    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, *given, "plot", "run.jsonl"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == -signal.SIGINT and done.stdout == ""  # what a shell calls 130
+    if command == "train.py":
+        assert "Traceback" in done.stderr  # the script's own affair
+    else:
+        assert done.stderr == "\nbmt: interrupted; nothing was done\n"
 
 
 def test_scripts_get_an_error_that_they_can_catch(tmp_path: Path) -> None:
