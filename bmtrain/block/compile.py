@@ -103,6 +103,8 @@ class _Around:
         if not runs.may_inline or not self._blocks:
             return self._run(False, args, kwargs)
         size = Size.of(args, kwargs)
+        if not size.numel:  # of objects whose size nobody knows
+            return self._run(False, args, kwargs)
         if size.growth_over(self._tried) > 1:
             out, all_kept = runs.whether_all_kept(lambda: self._run(False, args, kwargs))
             if all_kept is not None:

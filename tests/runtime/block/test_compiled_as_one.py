@@ -46,6 +46,8 @@ class Net(nn.Module):
 def pair(recompute: bool | None, **how: Any) -> tuple[Net, Any, Graphs]:
     """A plain model, the same with blocks and compiled, and what was compiled so far."""
     torch._dynamo.reset()
+    engine: Any = context().engine
+    engine.schedule.pools.moves = bmt.world_size() > 1  # not what other tests' models in this process did
     torch.manual_seed(2)
     plain = Net()
     model: Any = copy.deepcopy(plain)
@@ -172,6 +174,25 @@ def test_where_memory_is_scarce_they_stay_apart() -> None:
         manager.step()
     assert max(map(layers_in, graphs)) == 1
     fresh_plan(None)
+
+
+class Batch:
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+@on_ranks(1)
+def test_what_is_given_in_an_object_says_nothing_of_its_size() -> None:
+    fresh_plan(None)
+    plain, model, graphs = pair(False)
+    for net in (plain, model):
+        net.forward = lambda batch, forward=net.forward: forward(batch.x)
+    for _ in range(3):
+        for net in (plain, model):
+            net.zero_grad()
+            net(Batch(data())).backward()
+        oracle.assert_close(bmt.gather_grad(model.enter.weight), plain.enter.weight.grad, "enter")
+    assert max(map(layers_in, graphs)) == 1
 
 
 def evaluates(plain: nn.Module, model: Any) -> None:
