@@ -218,6 +218,11 @@ class Engine:
             self.first_hooks.note(module, age)
             self._runs.append((weakref.ref(module), args, kwargs, self.ctx.device.autocast()))
 
+    def note_beside(self, module: nn.Module) -> None:
+        """``module``, which has no parameters, is called outside of any other."""
+        if torch.is_grad_enabled() and module.training:
+            self.first_buffers.note_beside(module)
+
     def _look_anew(self) -> None:
         """A model, or a part of one, that was not there before begins to train."""
         self.backward.first_graphs = FirstGraphs()

@@ -68,10 +68,16 @@ class ShardedModule(nn.Module):
         if outermost and unit.ctx.world_size > 1:
             note_run(self, record)
         with _random_numbers(self, record, unit.ctx, outermost), _split_random(self, record, unit.ctx):
+            if precision.casts:
+                args, kwargs = precision.cast_arguments((args, kwargs))
+            if not (unit.flats or record.is_block or record.has_blocks):  # as a loss, which one rank may call alone
+                if outermost:
+                    runs.note_beside(self)
+                out = super().__call__(*args, **kwargs)
+            else:
+                out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
             if not precision.casts:
-                return runs.forward(unit, record.recompute, super().__call__, args, kwargs)
-            args, kwargs = precision.cast_arguments((args, kwargs))
-            out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
+                return out
         # Inside a model that computes in one precision, the model's output dtype would not fit what comes next.
         return precision.cast_result(out) if outermost or not unit.inherits_precision else out
 

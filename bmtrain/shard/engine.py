@@ -66,6 +66,9 @@ class Engine(Protocol):
     ) -> T:
         """Run one module's forward with its unit whole."""
 
+    def note_beside(self, module: nn.Module) -> None:
+        """``module``, which has no parameters, is called outside of any other."""
+
     @property
     def looks_at_losses(self) -> bool:
         """Whether what autograd keeps of the first losses is looked at, which compiled code would hide."""
