@@ -47,10 +47,10 @@ def _load(path: Path) -> Any:
             from safetensors.torch import load_file  # only where a project's own packages bring it
 
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint, whatever its suffix
         if path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
-        if zipfile.is_zipfile(path):
-            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint without a suffix
     except (AttributeError, ModuleNotFoundError):
         return None  # an object of a class of the script's own
     finally:
