@@ -41,7 +41,8 @@ CLIPS = {
     "each in a step": ("Own(net.parameters())", "pass"),
     "each": (SGD, "for p in net.parameters():\n        clip_grad_norm_(p, 0.1)"),
     "by name": (
-        SGD, 'for name, p in net.named_parameters():\n        if "weight" in name:\n            clip_grad_norm_(p, 0.1)',
+        SGD,
+        'for name, p in net.named_parameters():\n        if "weight" in name:\n            clip_grad_norm_(p, 0.1)',
     ),
     "one": (SGD, "clip_grad_norm_(net.a.weight, 0.1)"),
     "one of a list": (SGD, "clip_grad_norm_(params[0], 0.1)"),
