@@ -77,6 +77,8 @@ def _values(one: Any, two: Any, place: str) -> list[str]:
     if isinstance(one, torch.Tensor | numpy.ndarray):
         if type(one) is not type(two) or one.shape != two.shape:
             return [f"{place} has another shape"]
+        if isinstance(one, numpy.ndarray) and one.dtype.kind not in "biufc":
+            return _values(one.tolist(), two.tolist(), place)
         a, b = torch.as_tensor(one).double(), torch.as_tensor(two).double()
         near = torch.allclose(a, b, rtol=_NEAR, atol=_NEAR, equal_nan=True)
         return [] if near else [f"{place} is off by {(a - b).abs().max():.2g}"]
