@@ -248,7 +248,7 @@ class Collectives:
             isinstance(value, ast.Call)
             and not isinstance(self.project.resolve(other, value.func), (ClassInfo, FunctionInfo))
             and (dotted(value.func) or "self").split(".")[0] not in {"self", "cls"}
-            and not self.project.external(other, value.func).startswith((*_WITHOUT_MODELS, "bmtrain."))
+            and not self.project.external(other, value.func).startswith(_OTHERWISE_SEEN)
             and any(map(self.roles[other].is_model, [*value.args, *(keyword.value for keyword in value.keywords)]))
             for other, value in made
         )
@@ -327,6 +327,16 @@ class Collectives:
         return self._functions[node]
 
 
+_OTHERWISE_SEEN = (
+    "torch.",
+    "bmtrain.",
+    "deepspeed.",
+    "accelerate.",
+    "lightning.",
+    "pytorch_lightning.",
+    "transformers.",
+)
+"""What these make is asked for otherwise."""
 _WITHOUT_MODELS = ("torch.", "os.", "pathlib.", "shutil.", "glob.", "logging.", "json.", "yaml.")
 """Where functions run no model that they are given; what is called a model may also be its folder."""
 _DIST_COLLECTIVES = {
