@@ -21,6 +21,8 @@ _IMPORTED = re.compile(
     re.M,
 )
 _NAME = re.compile(rb"(?:^|[(,])\s*(\w+)")
+_PART = "part of "
+"""How the reason begins of a file that stays because a script does which it is part of."""
 _IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
@@ -135,7 +137,7 @@ def _calls(method: str, text: bytes) -> bool:
 
 def _is_script(finding: Finding) -> bool:
     """Whether a file is refused for the engine that trains in it, and not for the script that it is part of."""
-    return isinstance(finding, Refusal) and not finding.spared and not finding.message.startswith("part of ")
+    return isinstance(finding, Refusal) and not finding.spared and not finding.message.startswith(_PART)
 
 
 def _line(result: Result, finding: Finding) -> str:
@@ -163,9 +165,10 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     failed = next((result for result in results if result.error and _matters(result, results)), None)
     if failed is not None:
         return f"not ready to launch: {failed.error}"
-    left = next((result for result in results if left_training(result)), None)
-    if left is not None:
-        return f"not ready to launch: {left.path} trains, and was left as it is: {left_training(left)}"
+    stay = [(result, reason) for result in results if (reason := left_training(result))]
+    if stay:  # a reason of its own says more than that of the script which it is part of
+        left, reason = next((item for item in stay if not item[1].startswith(_PART)), stay[0])
+        return f"not ready to launch: {left.path} trains, and was left as it is: {reason}"
     started = _started(results)
     trained = [result.path for result in results if _calls("backward", result.after) and b"bmtrain" in result.after]
     if not started:

@@ -215,6 +215,17 @@ def test_a_file_that_trains_and_stays_is_an_error_line(
     assert lines[-1].startswith("not ready to launch: ") and reason in lines[-1]
 
 
+def test_the_last_line_has_the_cause_and_no_file_that_is_part_of_it(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = "def more(net, optimizer, x):\n    net(x).sum().backward()\n    optimizer.step()\n"
+    (project / "a_part.py").write_text(steps)
+    (project / "train.py").write_text("import a_part\n" + TRAIN.replace("optim.SGD", "optim.LBFGS"))
+    lines = listed(project, capsys)
+    assert any(f"{project / 'a_part.py'}: error: trains" in line and "part of " in line for line in lines)
+    assert lines[-1].startswith(f"not ready to launch: {project / 'train.py'} trains") and "LBFGS" in lines[-1]
+
+
 def test_nothing_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert listed(project, capsys, "--unsafe")[-1] == f"next: bmt-convert {project} --unsafe --write"
     assert listed_by(["--write"], project, capsys)[-3:] == [

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os.path
 from collections.abc import Container, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 from rewriter.analyze.read.file import (
@@ -16,6 +18,7 @@ from rewriter.analyze.read.file import (
     canonical,
 )
 from rewriter.analyze.read.names import Binding, Import, Scope
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.read.source import Source
 from rewriter.types import InputError
 
@@ -23,6 +26,7 @@ from rewriter.types import InputError
 _UNBOUND = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional"}
 # Packages whose names the rules know; they are never looked up as files.
 _NEVER_PROJECT = {"torch", "bmtrain"}
+_ADDING = {"sys.path.append", "sys.path.insert"}
 
 
 class Project:
@@ -71,9 +75,27 @@ class Project:
                 top = top.parent
             above = [parent for parent in top.parents if any(parent.is_relative_to(root) for root in self.roots)]
             self._directories[folder] = tuple(
-                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots), *above])
+                dict.fromkeys([top, folder, *self.roots, *(r.parent for r in self.roots), *above, *self._added])
             )
         return self._directories[folder]
+
+    @cached_property
+    def _added(self) -> tuple[Path, ...]:
+        """The folders of the project that its files put on the path: ``sys.path.append("core")``."""
+        found: dict[Path, None] = {}
+        known = {folder for path in self.files for folder in path.parents}
+        for file in self:
+            if b"sys.path" not in file.source.data:
+                continue
+            for call in (item for item in file.calls if dotted(item.func) in _ADDING):
+                named = "/".join(
+                    item.value for item in walk(call) if isinstance(item, ast.Constant) and isinstance(item.value, str)
+                )
+                for start in (file.folder, *self.roots) if named else ():
+                    folder = Path(os.path.normpath(start / named.lstrip("/")))
+                    if folder in known:
+                        found[folder] = None
+        return tuple(found)
 
     def find_module(self, name: str, origin: File, level: int = 0) -> File | None:
         """The project's file that an import of ``name`` in another file reaches."""

@@ -33,6 +33,7 @@ _NORMS = {"norm", "vector_norm"}
 _ALL_ITEMS = {"max", "min", "amax", "amin", "logsumexp", "softmax"}
 """Of the losses of items they make one that is no mean."""
 _OUTSIDE = {"no_grad", "inference_mode"}
+_TURNING = {"permute", "transpose", "swapaxes", "movedim", "t", "rearrange", "view", "reshape"}
 
 
 class Across:
@@ -64,14 +65,19 @@ class Across:
             yield from flow.reaching(flow.bends)
 
     def kept(self) -> Iterator[ast.Call]:
-        """Statistics of a batch in forwards that write such into what their module holds: batch norms by hand."""
+        """Statistics of a batch in forwards that write such into what their module holds: batch norms by hand.
+
+        So do methods that forwards call to set parameters by the first batch, as ActNorm does.
+        """
         for flow in self.flows:
             owner = self.file.names.class_of(flow.function)
-            if owner is None or not isinstance(flow.function, Function) or flow.function.name != "forward":
+            if owner is None or not isinstance(flow.function, Function):
                 continue
-            held = _held_by(owner)
+            sets = flow.function.name != "forward"
+            held = _held_by(owner) if not sets or _forward_calls(owner, flow.function.name) else set()
             if held and any(_writes(node, held) for node in flow.nodes):
-                yield from (node for node in flow.nodes if isinstance(node, ast.Call) and flow.is_statistic(node))
+                calls = (node for node in flow.nodes if isinstance(node, ast.Call))
+                yield from (call for call in calls if flow.is_statistic(call, turned=sets))
 
     def hooked(self) -> Iterator[ast.Call]:
         """``p.register_hook(lambda g: g.clamp(-1, 1))``: gradients changed otherwise than by a factor or a term."""
@@ -203,14 +209,25 @@ class Flow:
                 if self._reaches(node):
                     yield node
 
-    def is_statistic(self, call: ast.Call) -> bool:
-        """``x.mean(0)``, ``torch.var(x, dim=[0, 2, 3])``."""
+    def is_statistic(self, call: ast.Call, turned: bool = False) -> bool:
+        """``x.mean(0)``, ``torch.var(x, dim=[0, 2, 3])``; ``x.std()``, and ``x.mean(1)`` of what is ``turned``."""
         if _name(call) not in _SPREADS | {"mean", "var_mean", "std_mean"}:
             return False
         values, *rest = _operands(call)
         dims = [*rest[:1], *(k.value for k in call.keywords if k.arg in {"dim", "axis"})]
         numbers = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims[:1]
-        return self.is_batch(values) and any(_integer(item) == 0 for item in numbers)
+        over = any(_integer(item) == 0 for item in numbers) or (turned and (not dims or self._is_turned(values)))
+        return self.is_batch(values) and over
+
+    def _is_turned(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether dimensions of a value have changed places: ``x.permute(1, 0, 2, 3).reshape(channels, -1)``."""
+        for item in walk(node):
+            if isinstance(item, ast.Call) and _name(item) in _TURNING:
+                return True
+            if isinstance(item, ast.Name) and deep < 3:
+                if any(self._is_turned(value, deep + 1) for name, value in self.assigned if name == item.id):
+                    return True
+        return False
 
     def compares(self, node: ast.expr) -> bool:
         match node:
@@ -465,6 +482,13 @@ class Flow:
                     if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
                         return True
         return False
+
+
+def _forward_calls(owner: ast.ClassDef, method: str) -> bool:
+    """Whether a class's forward calls one of its methods."""
+    forwards = (node for node in owner.body if isinstance(node, Function) and node.name == "forward")
+    calls = (item for forward in forwards for item in walk(forward) if isinstance(item, ast.Call))
+    return any(dotted(call.func) == f"self.{method}" for call in calls)
 
 
 def _held_by(owner: ast.ClassDef) -> set[str]:

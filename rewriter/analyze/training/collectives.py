@@ -35,6 +35,7 @@ _LOCAL_METHODS = {
     "get_input_embeddings", "get_output_embeddings", "num_parameters", "get_nb_trainable_parameters",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
+_SAVING = re.compile(r"^save(?!\w*image)|^checkpoint$|_checkpoint$")
 _MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
 _LOCAL_BMT = {
     "bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0",
@@ -229,6 +230,29 @@ class Collectives:
             return True
         return self._may_run(file, func)
 
+    def saves_for_package(self, file: File, call: ast.Call) -> bool:
+        """``saver.save_checkpoint(epoch)`` of an object that a package makes of the model, such as timm's."""
+        func = call.func
+        if not isinstance(func, ast.Attribute) or not _SAVING.search(func.attr):
+            return False
+        if not isinstance(func.value, (ast.Name, ast.Attribute)) or self.roles[file].is_model(func.value):
+            return False
+        made = [(file, func.value), *self.instances.given_to(file, func.value)]
+        made += [
+            (other, value)
+            for other, holder in list(made)
+            for variable, value, _, _ in self.roles[other].assignments
+            if variable == self.roles[other].var(holder)
+        ]
+        return any(
+            isinstance(value, ast.Call)
+            and not isinstance(self.project.resolve(other, value.func), (ClassInfo, FunctionInfo))
+            and (dotted(value.func) or "self").split(".")[0] not in {"self", "cls"}
+            and not self.project.external(other, value.func).startswith(_OTHERWISE_SEEN)
+            and any(map(self.roles[other].is_model, [*value.args, *(keyword.value for keyword in value.keywords)]))
+            for other, value in made
+        )
+
     def saves_pretrained(self, file: File, call: ast.Call) -> bool:
         """Whether a call is the ``save_pretrained`` of a package, and of what may be a model: no tokenizer, say."""
         func, roles = call.func, self.roles[file]
@@ -303,6 +327,16 @@ class Collectives:
         return self._functions[node]
 
 
+_OTHERWISE_SEEN = (
+    "torch.",
+    "bmtrain.",
+    "deepspeed.",
+    "accelerate.",
+    "lightning.",
+    "pytorch_lightning.",
+    "transformers.",
+)
+"""What these make is asked for otherwise."""
 _WITHOUT_MODELS = ("torch.", "os.", "pathlib.", "shutil.", "glob.", "logging.", "json.", "yaml.")
 """Where functions run no model that they are given; what is called a model may also be its folder."""
 _DIST_COLLECTIVES = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
-from rewriter.analyze.read.names import Import
+from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
@@ -26,7 +27,17 @@ _DRAWS = {
 }  # fmt: skip
 """What makes data at random, or orders or divides them so: all ranks are to have the same."""
 _GIVEN_SEED = {"generator", "random_state"}
+_KEEPING = {"register", "register_module", "update", "setdefault", "keys", "items", "values", "pop", "copy"}
 _NEEDS = {"torch.save", "torch.utils.data.DataLoader", "torch.multiprocessing.spawn", "torch.amp.GradScaler"}
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Where models get names to be made by: in a name of a file, an object of a class, or any table of a file."""
+
+    names: set[tuple[File, str]]
+    owners: set[ast.ClassDef]
+    files: set[File]
 
 
 class Entries:
@@ -43,6 +54,7 @@ class Entries:
         self._light: dict[ast.AST, bool] = {}
         self._models: dict[File, bool] = {}
         self._told: dict[File, set[Var]] = {}
+        self._found: Registered | None = None
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
@@ -156,7 +168,9 @@ class Entries:
                 if isinstance(found, ClassInfo):
                     if self.classes.is_module(found):
                         return True
-                    if any(self._function_constructs(found.file, method) for method in found.methods.values()):
+                    if found.node not in self._registries().owners and any(
+                        self._function_constructs(found.file, method) for method in found.methods.values()
+                    ):
                         return True
                 elif isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node):
                     return True
@@ -165,8 +179,8 @@ class Entries:
     def _takes_by_name(self, file: File, node: ast.AST) -> bool:
         """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``.
 
-        So is one of several things under a name, ``MODELS[name][1]``, and one that a method makes a model of,
-        ``MODELS[name].from_pretrained(path)``.
+        So is one of several things under a name, ``MODELS[name][1]``, one that a method makes a model of,
+        ``MODELS[name].from_pretrained(path)``, and one that a registry makes, ``MODELS.build(options)``.
         """
         taken: ast.expr | None = None
         if isinstance(node, ast.Call):
@@ -194,11 +208,13 @@ class Entries:
                 ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder)
                 | ast.Call(func=ast.Attribute(value=(ast.Name() | ast.Attribute()) as holder, attr="get"))
             ):
-                return any(
+                return self._is_registry(file, holder) or any(
                     self._is_model(self.project.resolve(other, choice))
                     for other, table in self._tables(file, holder)
                     for choice in _things(table)
                 )
+            case ast.Name() | ast.Attribute() if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                return taken is node.func.value and node.func.attr not in _KEEPING and self._is_registry(file, taken)
         return False
 
     def _reads_model(self, file: File, node: ast.AST) -> bool:
@@ -232,6 +248,14 @@ class Entries:
 
     def _tables(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.Dict]]:
         """The dictionaries that a name, or a name of a module of the project, may stand for, each with its file."""
+        for other, _, bindings in self._bindings(file, node):
+            for binding in bindings:
+                statement = other.names.parents.get(binding.node)
+                if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Dict):
+                    yield other, statement.value
+
+    def _bindings(self, file: File, node: ast.expr) -> Iterator[tuple[File, str, list[Binding]]]:
+        """Where a name is bound: here, and in the files that it is imported from, the last of which makes it."""
         name = node.id if isinstance(node, ast.Name) else ""
         if isinstance(node, ast.Attribute):
             owner = self.project.resolve(file, node.value)
@@ -244,17 +268,77 @@ class Entries:
             found = file.names.lookup(name, scope)
             if found is None:
                 return
+            yield file, name, found[1]
             sources: list[tuple[File, str]] = []
             for binding in found[1]:
-                statement = file.names.parents.get(binding.node)
-                if isinstance(statement, (ast.Assign, ast.AnnAssign)) and isinstance(statement.value, ast.Dict):
-                    yield file, statement.value
-                elif isinstance(binding.value, Import) and binding.value.name:
+                if isinstance(binding.value, Import) and binding.value.name:
                     module = self.project.find_module(binding.value.module, file, binding.value.level)
                     sources += [(module, binding.value.name)] if module is not None else []
             if not sources:
                 return
             (file, name), scope = sources[0], sources[0][0].names.module
+
+    def _is_registry(self, file: File, node: ast.expr) -> bool:
+        """Whether models of the project are put under names of their own into what a node stands for."""
+        owner = file.names.class_of(node)
+        if isinstance(node, ast.Attribute) and dotted(node.value) in {"self", "cls"} and owner is not None:
+            return owner in self._registries().owners
+        known = self._registries()
+        found = list(self._bindings(file, node)) if known.names or known.files else []
+        if not found:
+            return False
+        made, name, _ = found[-1]
+        return (made, name) in known.names or (
+            made in known.files and any(_keeps(made, item, name) for item in made.nodes)
+        )
+
+    def _registries(self) -> Registered:
+        """Where models are registered: by decorators (``@register("net")``), and by ``MODELS["net"] = Net``."""
+        if self._found is not None:
+            return self._found
+        found = self._found = Registered(set(), set(), set())
+        for file in self.project:
+            for node in file.nodes:
+                match node:
+                    case ast.ClassDef(decorator_list=[_, *_]) if self.classes.is_module(file.class_info(node)):
+                        self._decorated(file, node.decorator_list, found)
+                    case ast.FunctionDef(decorator_list=[_, *_]) if file.names.class_of(
+                        node
+                    ) is None and self._function_constructs(file, node):
+                        self._decorated(file, node.decorator_list, found)
+                    case ast.Assign(targets=[ast.Subscript(value=table)], value=(ast.Name() | ast.Attribute()) as kept):
+                        if self._is_model(self.project.resolve(file, kept)):
+                            found.names.update((other, name) for other, name, _ in self._bindings(file, table))
+                    case ast.Call(
+                        func=ast.Attribute(value=ast.Name() as table, attr="update" | "register"), args=given
+                    ):
+                        values = [item for part in given for item in _things(part)]
+                        values += [item for keyword in node.keywords for item in _things(keyword.value)]
+                        if any(self._is_model(self.project.resolve(file, item)) for item in values):
+                            found.names.update((other, name) for other, name, _ in self._bindings(file, table))
+        return found
+
+    def _decorated(self, file: File, decorators: list[ast.expr], found: Registered) -> None:
+        for decorator in decorators:
+            by = decorator.func if isinstance(decorator, ast.Call) else decorator
+            called = self.project.resolve(file, by)
+            if isinstance(called, FunctionInfo):
+                owner = called.file.names.class_of(called.node)
+                found.owners.update([owner] if owner is not None else [])
+                found.files.update([called.file] if owner is None else [])
+                continue
+            holder = by.value if isinstance(by, ast.Attribute) else by
+            kind = self.project.resolve(file, holder)
+            if isinstance(kind, ClassInfo):
+                found.owners.add(kind.node)
+            for other, name, bindings in self._bindings(file, holder):
+                found.names.add((other, name))
+                for binding in bindings:
+                    statement = other.names.parents.get(binding.node)
+                    made = statement.value if isinstance(statement, (ast.Assign, ast.AnnAssign)) else None
+                    kind = self.project.resolve(other, made.func) if isinstance(made, ast.Call) else None
+                    if isinstance(kind, ClassInfo):
+                        found.owners.add(kind.node)
 
     def _holds_models(self, file: File, deep: int = 0) -> bool:
         """Whether a name of a module is a model, or a function that makes one."""
@@ -300,7 +384,8 @@ class Entries:
         if isinstance(found, ClassInfo):
             if self.classes.is_module(found):
                 return True
-            return any(self._function_needs(found.file, method) for method in found.methods.values())
+            methods = found.methods.values() if found.node not in self._registries().owners else ()
+            return any(self._function_needs(found.file, method) for method in methods)
         if isinstance(found, FunctionInfo):
             return self._function_needs(found.file, found.node)
         if any(self._function_needs(run.file, run.node) for run in self._functions_run(file, call)):
@@ -391,6 +476,15 @@ def _things(held: ast.expr) -> Iterator[ast.expr]:
                 yield from _things(part)
         case _:
             yield held
+
+
+def _keeps(file: File, node: ast.AST, name: str) -> bool:
+    """``MODELS[key] = cls``, in a function that registers what it is given."""
+    match node:
+        case ast.Assign(targets=[ast.Subscript(value=ast.Name(id=table))], value=ast.Name(id=kept)) if table == name:
+            function = file.names.function_of(node)
+            return function is not None and kept in file.function_info(function).parameters
+    return False
 
 
 def _is_main_test(test: ast.expr) -> bool:

@@ -87,7 +87,8 @@ class ReadBack:
             return
         function = file.names.function_of(whole)
         if other is not file or other.names.function_of(call) is not function:
-            if key[0] is None and not _stays_open(file, whole) and not self._is_for_another_run(file, whole):
+            known = key[0] is None or isinstance(key[0], ast.ClassDef)
+            if known and not _stays_open(file, whole) and not self._is_for_another_run(file, whole):
                 top = _in_block_of(file, whole, function)
                 yield self._waiting(other, call, file, top)
             return
@@ -161,6 +162,7 @@ class ReadBack:
         """A node with a path; where that is a parameter, also the calls of its function with what they give."""
         path = _bare(path)
         yield file, node, self._key(file, path)
+        yield from ((file, node, key) for key in _kept(file, node, path))
         function = file.names.function_of(node)
         if isinstance(path, ast.Name) and function is not None and deep < _DEEP:
             for other, given in self.scripts.collectives.instances.given(file, function, path.id):
@@ -205,6 +207,38 @@ class ReadBack:
             if call.func.attr in _READING_METHODS or (call.func.attr == "open" and not opens_for_writing(call)):
                 return call.func.value
         return None
+
+
+def _kept(file: File, node: ast.AST, path: ast.expr) -> Iterator[Key]:
+    """Where an object keeps a path that is written or read: ``self.files.append(path)``, ``self.files[i]``."""
+    owner, function = file.names.class_of(node), file.names.function_of(node)
+    if owner is None or function is None:
+        return
+    sources = [path]
+    if isinstance(path, ast.Name):
+        found = file.names.lookup(path.id, file.names.scope_of(path))
+        sources = [binding.value for binding in (found[1] if found else ()) if isinstance(binding.value, ast.expr)]
+        for item in walk(function):
+            match item:
+                case ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[ast.Name(id=name)]) if (
+                    name == path.id and (kept := _of_self(holder))
+                ):
+                    yield owner, kept
+                case ast.Assign(targets=[ast.Subscript(value=holder)], value=ast.Name(id=name)) if name == path.id and (
+                    kept := _of_self(holder)
+                ):
+                    yield owner, kept
+                case ast.For(target=ast.Name(id=name), iter=holder) if name == path.id and (kept := _of_self(holder)):
+                    yield owner, kept
+    for source in sources:
+        if isinstance(source, ast.Subscript) and (kept := _of_self(source.value)):
+            yield owner, kept
+
+
+def _of_self(node: ast.expr) -> str:
+    """``self.files``; empty for what is no attribute of the object."""
+    named = dotted(node) or ""
+    return named if named.startswith("self.") and named.count(".") == 1 else ""
 
 
 def _bare(path: ast.expr) -> ast.expr:

@@ -61,14 +61,18 @@ def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place],
     """Expressions over a rank's share of the data whose values leave the loop, or function, that has it.
 
     ``places`` says of each whether its data are known to be shares; where they may also be whole, the loader tells.
+    Where none can be named, means in a loop that trains are averaged in any case: of whole data they are all the same.
     """
     found: dict[ast.expr, Share] = {}
     for place, known in places.items():
         loader = None if known or not isinstance(place, ast.For) else loop_over(place)
-        if not known and loader is None:
+        only_means = not known and loader is None
+        if only_means and not (isinstance(place, ast.For) and _runs_backward(place)):
             continue
         kinds = kinds_of(place)
         for expression, kind in kinds.leaving():
+            if only_means and not (kind == "mean" and _reads_number(expression)):
+                continue
             expression = expression if kind == "samples" else _exact(expression)
             kind = kind if kinds.comes_once(expression) else "unknown"
             if not any(parent in found for parent in (expression, *file.names.ancestors(expression))):
@@ -309,6 +313,8 @@ class Kinds:
                 yield from self._put_behind(node)
             case ast.Assign(targets=[ast.Subscript() as target], value=value):
                 yield from self._put_at(target, value)
+            case ast.Dict(values=parts) if any(map(self._is_mean_read, parts)):
+                yield from ((part, "mean") for part in parts if self._is_mean_read(part))
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                 if not self._bound_inside(holder):
                     yield from self._collected(attr, value)
@@ -365,8 +371,10 @@ class Kinds:
                 yield value, kind
 
     def _put_at(self, target: ast.Subscript, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
-        """``values[step] = x.mean()``."""
+        """``values[step] = x.mean()``, ``logs["a"] = x.mean().item()``."""
         kept, place = target.value, target.slice
+        if isinstance(place, ast.Constant) and self._is_mean_read(value):
+            yield value, "mean"
         if self._bound_inside(kept) or isinstance(place, ast.Constant):
             return
         kind = self.kind(value)
@@ -376,6 +384,10 @@ class Kinds:
             yield target, "unknown"
         elif kind in {"mean", "total"} and not self._holds_inside(kept):
             yield value, kind
+
+    def _is_mean_read(self, value: ast.expr) -> bool:
+        """``x.mean().item()``: the number of a mean, which becomes that of all ranks where it is read."""
+        return self.kind(value) == "mean" and _reads_number(value) and self.comes_once(value)
 
     def _collected(self, attr: str, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``values.append(x.mean())``, ``labels.extend(y.tolist())``."""
@@ -444,7 +456,9 @@ class Kinds:
         """``print(len(x))``."""
         for value in self._shown(node):
             kind = self.kind(value)
-            if kind in {"total", "mean"}:
+            if isinstance(value, ast.Dict) and kind == "unknown":
+                yield from self._of_row(value)
+            elif kind in {"total", "mean"}:
                 yield value, kind
             elif kind == "mixed":
                 yield from self._split(value)
@@ -686,7 +700,10 @@ class Kinds:
             case ast.Compare():
                 return "samples"
             case ast.Dict(values=held) | ast.Tuple(elts=held) | ast.List(elts=held):
-                return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
+                if all(self._is_read_loss(value, deep) for value in held):
+                    return "loss"
+                whole = isinstance(node, ast.Dict) and all(self._is_whole_number(value, deep) for value in held)
+                return "" if whole else "unknown"
         return "unknown"
 
     def _is_crossed(self, node: ast.expr, deep: int = 0, names: int = 0) -> bool:
@@ -712,6 +729,10 @@ class Kinds:
             return kind in {"", "loss"} and all(self._is_read_loss(value, deep + 1) for value, _ in self.made[node.id])
         read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
         return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
+
+    def _is_whole_number(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is a number of all ranks by the time that it is kept, or nothing of the batch."""
+        return deep < 8 and (self._is_read_loss(node, deep) or self._is_mean_read(node))
 
     def _reads_loss(self, call: ast.Call) -> bool:
         """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
@@ -871,6 +892,14 @@ def _blends(node: ast.expr) -> bool:
     if isinstance(node, ast.IfExp):
         return any(isinstance(side, ast.BinOp) for side in (node.body, node.orelse))
     return isinstance(node, ast.BinOp) or _is_extreme(node)
+
+
+def _reads_number(node: ast.expr) -> bool:
+    """``x.item()`` and ``float(x)``, alone."""
+    match node:
+        case ast.Call(func=ast.Attribute(attr="item"), args=[]) | ast.Call(func=ast.Name(id="float"), args=[_]):
+            return True
+    return False
 
 
 def _is_extreme(node: ast.expr) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.project import Project
@@ -22,6 +23,18 @@ _HARMLESS = {
     "is_torchelastic_launched",
     "is_backend_available",
 }
+_PACKAGES = {
+    "accelerate", "apex", "catalyst", "composer", "detectron2", "fairscale", "fairseq", "fvcore", "ignite", "lightly",
+    "mmcv", "mmdet", "mmengine", "mmseg", "monai", "open_clip", "pytorch_metric_learning", "speechbrain",
+    "timm", "torcheval", "torchmetrics", "transformers", "ultralytics", "webdataset",
+}  # fmt: skip
+"""Packages with functions that use torch's process group where there is one."""
+
+
+def calls_of_packages(files: Iterable[File], project: Project) -> bool:
+    """Whether a program that makes torch's process group also calls packages that may use it."""
+    found = [project.external(file, call.func) for file in files for call in file.calls]
+    return not GROUP.isdisjoint(found) and any(name.split(".")[0] in _PACKAGES for name in found)
 
 
 def calls_that_stay(file: File, project: Project) -> list[ast.Call]:

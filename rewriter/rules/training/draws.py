@@ -6,7 +6,8 @@ everything else that draws as many numbers as the batch has: ``torch.rand(len(x)
 Why: outside of models all ranks draw the same numbers, so that they agree on data and weights. N ranks that draw alike
 for their shares have 1/N as many different numbers for the batch of the unconverted script.
 Refuses when: the statement does more than compute with tensors (reported); the size is not taken from a batch; it is
-drawn without gradients, or by a generator of its own. Layers of models in training draw apart without this.
+drawn without gradients, or by a generator of its own; nothing shares out the batches, so that all ranks do the same
+work (BMT023 says so). Layers of models in training draw apart without this.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _WORDS = re.compile(rb"rand|normal|uniform|bernoulli|exponential|poisson|dropout
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or not _WORDS.search(file.source.data):
+    if file not in facts.scripts.training or not _WORDS.search(file.source.data) or _all_have_the_same(file, facts):
         return
     runs: list[list[ast.stmt]] = []
     for call in sorted(drawn_for_a_batch(file, facts.scripts), key=lambda node: (node.lineno, node.col_offset)):
@@ -45,6 +46,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     for statements in runs:
         change = Under(tuple(statements), template("with {bmt}.own_random():"))
         yield Conversion(RULE.code, statements[0].lineno, "every rank draws its own numbers for its share", (change,))
+
+
+def _all_have_the_same(file: File, facts: Facts) -> bool:
+    """Whether all ranks train on the same batches: they draw the same for them, as one process does."""
+    scripts = facts.scripts
+    if scripts.was_parallel(file) or scripts.shares_data(file):
+        return False
+    programs = [program for program in scripts.programs if file in scripts.reach(program)] or [file]
+    files = set().union(*map(scripts.reach, programs)) | {file}
+    return not any(scripts.batches.of(other).left for other in files & scripts.training)
 
 
 def _follows(file: File, first: ast.stmt, second: ast.stmt) -> bool:
@@ -66,7 +77,7 @@ bmt.init_distributed()
 model = torch.nn.Linear(8, 8)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-for x in batches:
+for x in bmt.shard_loader(loader):
     level = torch.rand(len(x), 1)
     noise = torch.randn_like(x)
     loss = (model(x + level * noise) - noise).pow(2).mean()
@@ -80,7 +91,7 @@ bmt.init_distributed()
 model = torch.nn.Linear(8, 8)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-for x in batches:
+for x in bmt.shard_loader(loader):
     with bmt.own_random():
         level = torch.rand(len(x), 1)
         noise = torch.randn_like(x)

@@ -3,8 +3,8 @@
 What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when nothing before it needs the ranks;
 otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does, or that draws data, an
 order or a division of the data (``random_split``) without a seed of its own. A seed that the script
-draws at random is rank 0's on all ranks. Where calls of torch.distributed stay as they are, torch's process group is
-registered behind it.
+draws at random is rank 0's on all ranks. Where calls of torch.distributed stay as they are, or a script that made
+torch's process group calls packages that use it (``timm.utils.reduce_tensor``), one is registered behind it.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
 Where every rank acts in an environment by what the forward of a model draws, and nothing shares out the work, ranks are
@@ -27,7 +27,7 @@ from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.analyze.training.draws import acts_by_draws
 from rewriter.analyze.training.folders import asked_by_all
 from rewriter.analyze.training.moments import contains
-from rewriter.analyze.training.torch_distributed import calls_that_stay
+from rewriter.analyze.training.torch_distributed import calls_of_packages, calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -51,7 +51,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     alike = 'random="shared"' if acts_by_draws(file, facts.scripts) else ""
     seeded = _SEEDED.replace(")", f", {alike})") if alike else _SEEDED
     bare = f"{{bmt}}.init_distributed({alike})"
-    group = [_GROUP] if any(calls_that_stay(f, facts.project) for f in scripts.reach(file) & scripts.training) else []
+    reached = scripts.reach(file) & scripts.training
+    stay = any(calls_that_stay(f, facts.project) for f in reached) or calls_of_packages(reached, facts.project)
+    group = [_GROUP] if stay else []
     seed = _seed(file, facts, block)
     drawn = _drawn(file, facts, seed[1].args[0], block) if seed is not None else None
     if seed is not None and drawn is not None:

@@ -780,6 +780,12 @@ def _looks_at_gradients(file: File, managers: Managers, manager: Manager, statem
         statement = parent
 
 
+def _is_of_optimizer(file: File, node: ast.AST) -> bool:
+    """Whether a node stands in a class of optimizers."""
+    owner = file.names.class_of(node)
+    return owner is not None and any((dotted(base) or "").split(".")[-1].endswith("Optimizer") for base in owner.bases)
+
+
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Change | Remark | Refusal]:
     manager = managers.for_call(node)
     values = {keyword.arg: keyword.value for keyword in node.keywords}
@@ -789,8 +795,12 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
         yield Refusal(RULE.code, node.lineno, "clip_grad_norm_ with arguments that are not understood")
         return
     holes = {"limit": limit}
+    if _is_of_optimizer(file, node):
+        return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
     if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
         groups = f"{manager.optimizers[0][1]}.param_groups"
+    elif isinstance(parameters, (ast.Name, ast.Attribute, ast.Subscript)):
+        groups, holes["parameters"] = "{parameters}", parameters  # some, or a single one
     else:
         called = dotted(parameters.func) if isinstance(parameters, ast.Call) else ""
         listed = isinstance(parameters, ast.List) or called == "list"

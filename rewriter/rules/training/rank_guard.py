@@ -7,7 +7,8 @@ values. What only one rank may do inside (writing
 files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
-collective: then the file stays as it is.
+collective: then the file stays as it is. So it does where an object of a package saves the model
+(``timm.utils.CheckpointSaver``): one rank alone cannot, and all ranks would write the same files.
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
     yield from _early_exits(file, facts)
+    for call in file.calls:
+        if facts.scripts.collectives.saves_for_package(file, call):
+            message = (
+                f"{file.source.code(call.func)}(...) is a package's, and saves the model: one rank alone cannot, and "
+                "all would write the same files; save it in the script, torch.save(model.state_dict(), path)"
+            )
+            yield Refusal(RULE.code, call.lineno, message)
 
 
 def _reason_against(file: File, facts: Facts, guard: Guard) -> str:

@@ -34,6 +34,7 @@ from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _OVER_ALL = re.compile(r"reduce|gather|sync|across|over_ranks", re.I)
+_NUMBER_OF_RANKS = re.compile(r"world_?size$|^num_(?:ranks|replicas|processes)$", re.I)
 _DEEP = 3
 _LOADER = re.compile(r"^train(?:ing)?_?(?:data_?)?(?:loader|dl|dataloader|iter|iterator)$", re.I)
 _COUNTS = {"size", "numel", "nelement", "__len__"}
@@ -67,7 +68,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             told.add(value.lineno)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
     counted: set[Var] = set()
-    for value in facts.scripts.collectives.unclear(file):
+    losses = facts.scripts.collectives.readings(file)
+    for value in (item for item in facts.scripts.collectives.unclear(file) if item not in losses):
         statement = file.names.statement_of(value)
         if isinstance(statement, ast.AugAssign):
             variable = facts.scripts.roles[file].var(statement.target)
@@ -90,6 +92,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                         counted.add(v)
                 elif (
                     isinstance(item, ast.Call)
+                    and item not in losses
                     and _shown(file, facts, node, item)
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
@@ -212,10 +215,17 @@ def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Findi
 
 
 def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: int = 0) -> bool:
-    """Whether a value, or what it is made of, comes of a call over all ranks, or is handed to one."""
+    """Whether a value, or what it is made of, comes of a call over all ranks, or is handed to one.
+
+    So does ``len(x) * world_size``, the batch's size of a script that counts on ranks.
+    """
     if _is_of_all_ranks(file, facts, value):
         return True
     for item in ast.walk(value):
+        if isinstance(item, ast.BinOp) and isinstance(item.op, ast.Mult):
+            sides = (side.func if isinstance(side, ast.Call) else side for side in (item.left, item.right))
+            if any(_NUMBER_OF_RANKS.search((dotted(side) or "").split(".")[-1]) for side in sides):
+                return True
         if isinstance(item, ast.Call) and _OVER_ALL.search((dotted(item.func) or "").split(".")[-1]):
             return True
         if isinstance(item, (ast.Name, ast.Attribute)):

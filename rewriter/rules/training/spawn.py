@@ -4,10 +4,13 @@ What: ``mp.spawn(worker, nprocs=n, args=(n, options))`` becomes ``worker(int(os.
 and so does a loop that starts ``mp.Process(target=worker, args=(rank, n))``; the loop that joins them goes. ``n`` is
 the number of processes that torchrun started on this machine, also where a test of it decides whether the script starts
 processes at all (``if n > 1: mp.spawn(worker, ...)``, ``else: worker(0, ...)``); another test is reported.
-``os.environ["MASTER_PORT"] = ...`` and the like give way to what torchrun has set.
+``os.environ["MASTER_PORT"] = ...`` and the like give way to what torchrun has set. ``os.environ["CUDA_VISIBLE_DEVICES"]
+= options.gpu`` holds where it names a GPU for each of the ranks on a machine; where it names fewer, ranks take those of
+the launch (``CUDA_VISIBLE_DEVICES=2,3 torchrun ...``).
 Why: bmtrain's ranks are torchrun's processes, one a GPU, on any number of machines. One process runs without torchrun.
 Refuses when: the result of ``mp.spawn`` is used, or its arguments are not seen; ``mp.Process`` is started in another
-way: then the file stays as it is.
+way: then the file stays as it is. Where the script reads ``os.environ["CUDA_VISIBLE_DEVICES"]`` again, or sets it in
+another way, the line stays, and is reported.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from rewriter.changes import (
     Replace,
     ReplaceStatement,
     Template,
+    Under,
     insert_before,
     replace,
     template,
@@ -35,6 +39,8 @@ from rewriter.types import Conversion, Finding, Refusal, Remark
 _RANK = 'int(os.environ.get("LOCAL_RANK", 0))'
 _COUNT = 'int(os.environ.get("LOCAL_WORLD_SIZE", 1))'
 _GIVEN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NO_GPU = {"", "-1"}
 _QUEUES = {"Queue", "SimpleQueue", "JoinableQueue", "Pipe"}
 _PROCESSES = {"torch.multiprocessing.Process", "multiprocessing.Process"}
 
@@ -63,6 +69,74 @@ def _variables(file: File, facts: Facts) -> Iterator[Finding]:
                 line = template("{environ}.setdefault({name}, {value})", environ=environ, name=name, value=value)
                 message = f"torchrun's {key} is taken, if there is one"
                 yield Conversion(RULE.code, node.lineno, message, (ReplaceStatement(node, line),))
+    if _VISIBLE.encode() in file.source.data:
+        yield from _visible_gpus(file, facts)
+
+
+def _visible_gpus(file: File, facts: Facts) -> Iterator[Finding]:
+    """``os.environ["CUDA_VISIBLE_DEVICES"] = "0"`` would leave all ranks but the first without a GPU."""
+    read = any(_reads_visible(other, facts) for other in facts.scripts.reach(file))
+    for node in file.nodes:
+        match node:
+            case ast.Assign(targets=[ast.Subscript(value=environ, slice=ast.Constant(value=key))], value=value):
+                pass
+            case ast.Expr(
+                value=ast.Call(
+                    func=ast.Attribute(value=environ, attr="setdefault"), args=[ast.Constant(value=key), value]
+                )
+            ):
+                pass
+            case _:
+                continue
+        if key != _VISIBLE or facts.project.external(file, environ) != "os.environ" or _is_counted(file, node):
+            continue
+        named = value.value if isinstance(value, ast.Constant) else None
+        if isinstance(named, str) and named.strip() in _NO_GPU:
+            continue
+        count, given = str(named.count(",") + 1) if isinstance(named, str) else "", file.source.code(value)
+        if not count and "\n" not in given and _is_the_same_twice(value):
+            simple = isinstance(value, (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.JoinedStr))
+            quote = "'" if '"' in given else '"'
+            count = f"len({given if simple else f'({given})'}.split({quote},{quote}))"
+        if read or not count or not file.source.owns_lines(node):
+            message = (
+                "each rank needs a GPU of its own: name as many here as there are ranks, or leave this to the launch, "
+                f"{_VISIBLE}=0,1 torchrun ..."
+            )
+            yield Remark(RULE.code, node.lineno, message, differs=True)
+            continue
+        head = f'if int({file.source.code(environ)}.get("LOCAL_WORLD_SIZE", 1)) <= {count}:'
+        message = "these GPUs are taken where there is one for each rank; else the launch names them"
+        yield Conversion(RULE.code, node.lineno, message, (Under((node,), template(head)),))
+
+
+def _is_counted(file: File, node: ast.AST) -> bool:
+    """Whether a test around a statement compares with the number of ranks on a machine."""
+    tests = (parent.test for parent in file.names.ancestors(node) if isinstance(parent, ast.If))
+    return any(isinstance(item, ast.Constant) and item.value == "LOCAL_WORLD_SIZE" for t in tests for item in walk(t))
+
+
+def _is_the_same_twice(value: ast.expr) -> bool:
+    """Whether a value only names what is there: another call may choose a GPU, and another one the second time."""
+    calls = (item.func for item in walk(value) if isinstance(item, ast.Call))
+    return all(
+        func.id in {"str", "map", "repr"}
+        if isinstance(func, ast.Name)
+        else isinstance(func, ast.Attribute) and func.attr in {"join", "format", "strip", "replace"}
+        for func in calls
+    )
+
+
+def _reads_visible(file: File, facts: Facts) -> bool:
+    """``len(os.environ["CUDA_VISIBLE_DEVICES"].split(","))``, which fails where the variable is not set."""
+    return any(
+        isinstance(node, ast.Subscript)
+        and isinstance(node.ctx, ast.Load)
+        and isinstance(node.slice, ast.Constant)
+        and node.slice.value == _VISIBLE
+        and facts.project.external(file, node.value) == "os.environ"
+        for node in (file.nodes if _VISIBLE.encode() in file.source.data else ())
+    )
 
 
 def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:

@@ -10,11 +10,12 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]*[a-zA-Z_])|\bnan\b|\binf\b")
-_CLOCK = re.compile(
+_LEFT_OUT = re.compile(
     r"\d+:\d\d(?::\d\d(?:\.\d+)?)?"  # of the day, or what is left
     r"|\d{4}-\d\d-\d\d"
     r"|[\d.]+ ?(?:s|ms|us|secs?|seconds?|mins?|minutes?|it/s|s/it|\w+/s(?:ec)?)\b"
-    r"|\b(?:time|elapsed|took|eta|duration|speed|pid)\b\W{0,4}[\d.]+",
+    r"|\b(?:time|elapsed|took|eta|duration|speed|pid)\b\W{0,4}[\d.]+"
+    r"|, grad_fn=<\w+>",  # the last step of a loss is a mean over the ranks
     re.IGNORECASE,
 )
 
@@ -74,17 +75,17 @@ def _origins(ours: list[str], theirs: list[str]) -> Iterator[int]:
 def compare_lines(
     ours: Sequence[str], theirs: Sequence[str], tolerance: float, again: Sequence[str] | None = None
 ) -> Lines:
-    """Text must be the same, numbers nearly; what is said of the time is left out.
+    """Text must be the same, numbers nearly; what is said of the time, or of a graph, is left out.
 
     ``again`` is the text of the original's second run: numbers that it does not repeat are not compared either.
     """
     different, largest, compared = [], 0.0, 0
-    for one, other in _paired([_without_clock(line) for line in ours], [_without_clock(line) for line in theirs]):
+    for one, other in _paired([_to_compare(line) for line in ours], [_to_compare(line) for line in theirs]):
         if one is None or other is None:
             different.append(Differing(one if one is not None else len(ours), _line(ours, one), _line(theirs, other)))
             continue
-        repeated = _without_clock(again[one]) if again is not None and one < len(again) else None
-        distance = _distance(_without_clock(ours[one]), _without_clock(theirs[other]), tolerance, repeated)
+        repeated = _to_compare(again[one]) if again is not None and one < len(again) else None
+        distance = _distance(_to_compare(ours[one]), _to_compare(theirs[other]), tolerance, repeated)
         if distance > tolerance:
             different.append(Differing(one, ours[one], theirs[other]))
         else:
@@ -110,8 +111,8 @@ def _paired(ours: list[str], theirs: list[str]) -> Iterator[tuple[int | None, in
             )
 
 
-def _without_clock(line: str) -> str:
-    return _CLOCK.sub("@", line)
+def _to_compare(line: str) -> str:
+    return _LEFT_OUT.sub("@", line)
 
 
 def _distance(ours: str, theirs: str, tolerance: float, again: str | None) -> float:

@@ -47,10 +47,10 @@ def _load(path: Path) -> Any:
             from safetensors.torch import load_file  # only where a project's own packages bring it
 
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint, whatever its suffix
         if path.suffix == ".pkl":
             return pickle.loads(path.read_bytes())
-        if zipfile.is_zipfile(path):
-            return torch.load(path, weights_only=False, map_location="cpu")  # a checkpoint without a suffix
     except (AttributeError, ModuleNotFoundError):
         return None  # an object of a class of the script's own
     finally:
@@ -77,6 +77,8 @@ def _values(one: Any, two: Any, place: str) -> list[str]:
     if isinstance(one, torch.Tensor | numpy.ndarray):
         if type(one) is not type(two) or one.shape != two.shape:
             return [f"{place} has another shape"]
+        if isinstance(one, numpy.ndarray) and one.dtype.kind not in "biufc":
+            return _values(one.tolist(), two.tolist(), place)
         a, b = torch.as_tensor(one).double(), torch.as_tensor(two).double()
         near = torch.allclose(a, b, rtol=_NEAR, atol=_NEAR, equal_nan=True)
         return [] if near else [f"{place} is off by {(a - b).abs().max():.2g}"]

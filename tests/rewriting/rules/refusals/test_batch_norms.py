@@ -96,3 +96,58 @@ def test_a_batch_norm_by_hand_is_reported(read: str, written: str) -> None:
 @pytest.mark.parametrize(("read", "written"), ITEMS.values(), ids=ITEMS.keys())
 def test_other_layers_by_hand_are_not(read: str, written: str) -> None:
     assert by_hand(read, written) == []
+
+
+SET_ONCE = """import torch
+from torch import nn
+
+
+class ActNorm(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(n))
+        self.register_buffer("done", torch.tensor(0))
+
+    def start(self, x):
+        with torch.no_grad():
+            {read}
+            {written}
+
+    def forward(self, x):
+        if self.done.item() == 0:
+            {called}
+            self.done.fill_(1)
+        return x * self.scale
+
+
+model = nn.Sequential(nn.Linear(4, 4), ActNorm(4))
+opt = torch.optim.SGD(model.parameters(), 0.1)
+for x in torch.utils.data.DataLoader(data, batch_size=4):
+    loss = model(x).mean()
+    loss.backward()
+    opt.step()
+"""
+FIRST = {
+    "over the batch": ("value = x.std(0)", "self.scale.data.copy_(value)"),
+    "of turned values": ("flat = x.permute(1, 0).reshape(4, -1); value = flat.std(1)", "self.scale.data.copy_(value)"),
+    "over all": ("value = x.std()", "self.scale.data.fill_(value)"),
+    "of transposed values": ("value = x.transpose(0, 1).mean(1)", "self.scale.copy_(value)"),
+    "assigned": ("value = torch.mean(x, dim=0)", "self.scale.data = value"),
+}
+
+
+def set_once(read: str, written: str, called: str = "self.start(x)") -> int:
+    result = convert_text(SET_ONCE.format(read=read, written=written, called=called))
+    return sum("statistics of the batch" in finding.message for finding in result.reported)
+
+
+@pytest.mark.parametrize(("read", "written"), FIRST.values(), ids=FIRST.keys())
+def test_parameters_that_the_first_batch_sets_are_reported(read: str, written: str) -> None:
+    assert set_once(read, written) == 1
+
+
+def test_other_methods_that_set_parameters_are_not() -> None:
+    read, written = FIRST["over the batch"]
+    assert set_once(read, written, "pass") == 0  # nothing calls it
+    assert set_once("value = x.mean(1)", written) == 0
+    assert set_once("value = torch.ones(4)", written) == 0

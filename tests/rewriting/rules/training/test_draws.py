@@ -276,3 +276,45 @@ def test_positions_that_are_shared_out_are_drawn_alike(pick: str) -> None:
     """Each rank would take its share of another batch."""
     after = converted(PICKING.format(pick=pick))
     assert "shard_batch(" in after and "own_random" not in after
+
+
+WHOLE = """import numpy as np
+import torch
+from torch import nn
+
+torch.manual_seed(3)
+features = torch.randn(8, 4)
+labels = torch.randn(8, 4)
+model = nn.Linear(4, 4)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+{loop}
+{body}
+    loss = (model(x) - labels).pow(2).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+"""
+LOOPS = ["for epoch in range(3):", "for x in batches_of(features):", "while True:"]
+DRAWN = {
+    "rows": "x = features[torch.randperm(features.size(0))]",
+    "rows by numpy": "x = features[np.random.permutation(features.shape[0])]",
+    "noise": "x = features + torch.randn_like(features)",
+    "a mask": "x = features * (torch.rand(features.shape) > 0.5)",
+    "a mask of rows": "n = len(features)\nx = features * torch.rand(n, 1)",
+}
+
+
+@pytest.mark.parametrize("head", LOOPS)
+@pytest.mark.parametrize("body", DRAWN.values(), ids=DRAWN)
+def test_ranks_that_train_on_the_same_draw_the_same(head: str, body: str) -> None:
+    text = WHOLE.format(loop=head, body=textwrap.indent(body, "    "))
+    result = convert_text(text)
+    assert "own_random" not in converted(text)
+    assert not any("draw the same numbers" in finding.message for finding in result.reported)
+    assert any("all ranks train on the same batches" in finding.message for finding in result.reported)
+
+
+@pytest.mark.parametrize("body", DRAWN.values(), ids=DRAWN)
+def test_ranks_that_share_a_batch_draw_apart(body: str) -> None:
+    head = "for features, labels in torch.utils.data.DataLoader(data, batch_size=8):"
+    assert "own_random" in converted(WHOLE.format(loop=head, body=textwrap.indent(body, "    ")))

@@ -283,3 +283,74 @@ def test_a_slow_writer_is_waited_for(tmp_path: Path) -> None:
 def test_a_database_that_all_ranks_write_is_reported(line: str, count: int) -> None:
     result = convert_text("import h5py\nimport lmdb\nimport sqlite3\n" + filled(line))
     assert sum("opens this database" in finding.message for finding in result.reported) == count
+
+
+HOLDS_PATHS = """import os
+import pickle
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Cached(Dataset):
+    def __init__(self, names):
+        self.files = []
+        self.table = {{}}
+        for number, name in enumerate(names):
+            path = name + ".pkl"
+            if not os.path.exists(path):
+                with open(path, "wb") as file:
+                    pickle.dump(read(name), file)
+            {kept}
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        {read}
+
+
+net = torch.nn.Linear(4, 4)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for x in DataLoader(Cached(names), batch_size=4):
+    loss = net(x).mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+PATHS_HELD = {
+    "a list": (
+        "self.files.append(path)",
+        "with open(self.files[index], 'rb') as file:\n            return pickle.load(file)",
+    ),
+    "by a name": (
+        "self.files.append(path)",
+        "one = self.files[index % 9]\n        return pickle.load(open(one, 'rb'))",
+    ),
+    "a table": ("self.table[number] = path", "return torch.load(self.table[index])"),
+    "by number": ("self.table[number] = path", "one = self.table[index]\n        return torch.load(one)"),
+    "each": (
+        "self.files.append(path)",
+        "return [torch.load(one) for one in self.files]\n\n    def all(self):\n        for one in self.files:\n            torch.load(one)",
+    ),
+}
+PATHS_APART = {
+    "another list": ("self.files.append(path)", "return torch.load(self.others[index])"),
+    "not kept": ("pass", "return torch.load(self.files[index])"),
+    "another path": ("self.files.append(number)", "return torch.load(self.files[index])"),
+}
+
+
+def waits(kept: str, read: str) -> bool:
+    result = convert_text(HOLDS_PATHS.format(kept=kept, read=read))
+    said = any("may read it too early" in finding.message for finding in result.reported)
+    return said or b"synchronize" in result.after
+
+
+@pytest.mark.parametrize("name", PATHS_HELD)
+def test_files_whose_paths_an_object_keeps(name: str) -> None:
+    assert waits(*PATHS_HELD[name])
+
+
+@pytest.mark.parametrize("name", PATHS_APART)
+def test_files_whose_paths_an_object_keeps_elsewhere(name: str) -> None:
+    assert not waits(*PATHS_APART[name])

@@ -31,6 +31,96 @@ MAKERS: dict[str, object] = {"small": small}
 PAIRS = {"net": (dict, Net), "other": (dict, Net)}
 PARTS = {"net": {"config": dict, "model": Net}}
 """
+REGISTRIES = """TABLE = {}
+PLAIN = dict()
+STORED = {}
+UPDATED = {}
+NUMBERS = {}
+
+
+def register(name):
+    def keep(kind):
+        TABLE[name] = kind
+        return kind
+
+    return keep
+
+
+def plain(kind):
+    PLAIN[kind.__name__] = kind
+    return kind
+
+
+def make(name, **given):
+    return TABLE[name](**given)
+
+
+def number(name):
+    return NUMBERS[name](1)
+
+
+NUMBERS["abs"] = abs
+
+
+class Registry:
+    def __init__(self):
+        self.kinds = {}
+
+    def register(self, name):
+        def keep(kind):
+            self.kinds[name] = kind
+            return kind
+
+        return keep
+
+    def get(self, name):
+        return self.kinds[name]
+
+    def build(self, name, **given):
+        return self.kinds[name](**given)
+
+
+class Factory:
+    kinds = {}
+
+    @classmethod
+    def register(cls, name):
+        return lambda kind: cls.kinds.setdefault(name, kind)
+
+    @classmethod
+    def create(cls, name):
+        return cls.kinds[name]()
+
+
+OWN = Registry()
+"""
+REGISTERED = """from torch import nn
+from fvcore.common.registry import Registry as Foreign
+import registries
+from registries import Factory, OWN, STORED, UPDATED, plain, register
+
+FOREIGN = Foreign("models")
+
+
+@register("net")
+@plain
+@OWN.register("net")
+@FOREIGN.register()
+@Factory.register("net")
+class Registered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 2)
+
+
+@register("made")
+def made():
+    return Registered()
+
+
+STORED["net"] = Registered
+UPDATED.update(net=Registered)
+"""
 TRAIN = """import torch
 from nets import Net
 
@@ -77,6 +167,16 @@ BY_NAME = {
     "one of its parts": ("import nets", "model = nets.PARTS[name]['model']()"),
     "unpacked": ("from nets import PAIRS", "config, kind = PAIRS[name]\n    model = kind.load(path)"),
     "package": ("import kinds", "model = kinds.__dict__[name]()"),
+    "registered": ("import registries", "model = registries.make(name)"),
+    "registered, from its table": ("from registries import TABLE", "model = TABLE[name]()"),
+    "registered as it is": ("import registries", "model = registries.PLAIN[name]()"),
+    "stored": ("from registries import STORED", "model = STORED[name]()"),
+    "updated": ("from registries import UPDATED", "model = UPDATED.get(name)()"),
+    "by an object": ("from registries import OWN", "model = OWN.get(name)()"),
+    "built by an object": ("from registries import OWN", "model = OWN.build(name)"),
+    "by an object of a package": ("from registered import FOREIGN", "model = FOREIGN.get(name)()"),
+    "created by a class": ("from registries import Factory", "model = Factory.create(name)"),
+    "kept from a table": ("from registries import TABLE", "kind = TABLE[name]\n    model = kind()"),
 }
 FROM_A_FILE = {
     "whole": "model = torch.load(path)",
@@ -88,11 +188,14 @@ NO_MODEL = {
     "a table of numbers": ("sizes = {'a': abs}", "model = sizes[name]()"),
     "a table of pairs of numbers": ("sizes = {'a': (abs, 1)}", "model = sizes[name][0]()"),
     "of an object": ("import torch", "model = getattr(torch, name)()"),
+    "a registered number": ("import registries", "model = registries.number(name)"),
+    "registered numbers": ("from registries import NUMBERS", "model = NUMBERS[name]()"),
 }
 
 
 def evaluation(tmp_path: Path, imports: str, made: str) -> str:
     files = {"nets.py": NETS, "train.py": TRAIN, "kinds/__init__.py": "from nets import *\n"}
+    files |= {"registries.py": REGISTRIES, "registered.py": REGISTERED}
     files["evaluate.py"] = EVALUATE.format(imports=imports, made=made)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -93,3 +93,28 @@ main(2, True)
 """)
     (line,) = (finding.line for finding in result.reported if "take themselves for rank 0" in finding.message)
     assert line == 17
+
+
+PACKAGES = {
+    "a function": ("from timm.utils import reduce_tensor", "reduce_tensor(loss, 2)"),
+    "of a module": ("import timm.utils", "timm.utils.distribute_bn(model, 2, True)"),
+    "a loader": ("from timm.data import create_loader", "create_loader(data, 4, distributed=True)"),
+    "a metric": ("import torchmetrics", "torchmetrics.Accuracy()(out, y)"),
+}
+ALONE = "import torch\n\nmodel = torch.nn.Linear(4, 1)\nopt = torch.optim.SGD(model.parameters(), 0.1)\n"
+STEPS = "for x in torch.utils.data.DataLoader(data, batch_size=4):\n    model(x).mean().backward()\n    opt.step()\n"
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_find_the_process_group_that_the_script_made(tmp_path: Path, name: str) -> None:
+    imported, call = PACKAGES[name]
+    main = MAIN.format(seed="").replace("import comm", imported).replace("comm.everybodys(loss)", call)
+    after, _, _ = converted(tmp_path, main, REDUCES)
+    assert "bmt.init_distributed()\nbmt.distributed.register_process_group()\n" in after
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_packages_of_a_script_without_one_go_on_without(tmp_path: Path, name: str) -> None:
+    imported, call = PACKAGES[name]
+    after, _, _ = converted(tmp_path, f"{imported}\n{ALONE}{STEPS}    print({call})\n", REDUCES)
+    assert "register_process_group" not in after

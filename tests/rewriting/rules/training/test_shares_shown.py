@@ -50,6 +50,116 @@ def test_other_lengths(line: str) -> None:
     assert told(f"{HEAD}{FOR}    {line}\n", "size of this rank's share") == 0
 
 
+@pytest.mark.parametrize(
+    "count",
+    ["len(x) * args.world_size", "world_size * x.size(0)", "x.size(0) * args.world_size / seconds", "len(x) * n"],
+)
+def test_a_size_times_the_number_of_ranks_is_that_of_the_batch(count: str) -> None:
+    text = f"{HEAD}{DDP}{FOR}    print('{{:.1f}}'.format({count}))\n"
+    assert told(text, "of this rank's share") == ("* n" in count)
+
+
+@pytest.mark.parametrize("held", ['state["loss"]', "state[name]", "self.loss", "total"])
+@pytest.mark.parametrize("read", ["out.loss.item()", "float(out.loss)"])
+def test_a_loss_that_is_the_mean_over_the_ranks_is_not_reported(held: str, read: str) -> None:
+    step = STEP.replace("loss = F.mse_loss(net(x), y)", "out = net(x, y)").replace("loss.backward", "out.loss.backward")
+    text = f"{HEAD}state = {{'loss': 0}}\nfor x, y in train_loader:\n{step}    {held} += {read}\n    print({held})\n"
+    assert "bmt.sum_loss(out.loss)" in convert_text(text).after.decode()
+    assert told(text, "share of the data") == 0
+
+
+KEPT = {
+    "in a dict": ('logs["a"] = part.item()', 'logs["a"] = bmt.sum_loss(part.item())'),
+    "by a name": ("logs[name] = part.item()", "logs[name] = bmt.sum_loss(part.item())"),
+    "as a number": ('logs["a"] = float(part)', 'logs["a"] = bmt.sum_loss(float(part))'),
+    "now and then": (
+        'if i % 9 == 0:\n        logs["a"] = part.item()',
+        'if i % 9 == 0:\n        logs["a"] = bmt.sum_loss(part.item())',
+    ),
+    "a display": ("kept = {'a': part.item()}\n    print(kept)", "kept = {'a': bmt.sum_loss(part.item())}"),
+    "shown": ("print({'a': part.item()})", "bmt.print_rank({'a': bmt.sum_loss(part.item())})"),
+    "shown with a size": (
+        "print({'a': part.item(), 'n': len(x)})",
+        "bmt.print_rank({'a': bmt.sum_loss(part.item()), 'n': bmt.total(len(x))})",
+    ),
+    "handed on": ("note({'a': part.item()}, i)", "note({'a': bmt.sum_loss(part.item())}, i)"),
+    "updated": ("logs.update({'a': part.item()})", "logs.update({'a': bmt.sum_loss(part.item())})"),
+    "of an object": ('self.logs["a"] = part.item()', 'self.logs["a"] = bmt.sum_loss(part.item())'),
+    "of what comes out": ('logs["a"] = out.mean().item()', 'logs["a"] = bmt.sum_loss(out.mean().item())'),
+    "with a loss": ("note({'a': loss.item(), 'b': part.item()})", "{'a': bmt.sum_loss(loss).item(), 'b': bmt.sum_loss"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_means_that_a_dict_takes_are_those_of_all_ranks(name: str) -> None:
+    line, expected = KEPT[name]
+    part = "    out = net(x)\n    part = torch.mean(torch.abs(out - y))\n    loss = F.mse_loss(out, y) + part\n"
+    step = STEP.replace("    loss = F.mse_loss(net(x), y)\n", part)
+    text = f"{HEAD}logs = {{}}\nfor i, (x, y) in enumerate(train_loader):\n{step}    {line}\n"
+    result = convert_text(text)
+    assert expected in result.after.decode()
+    assert not any("share of" in finding.message for finding in result.reported)
+
+
+@pytest.mark.parametrize("line", ['logs["a"] = out.sum().item()', "logs['a'] = float(out[0])"])
+def test_what_is_no_mean_is_reported_where_a_dict_takes_it(line: str) -> None:
+    step = STEP.replace("loss = F.mse_loss(net(x), y)", "out = net(x)\n    loss = F.mse_loss(out, y)")
+    assert told(f"{HEAD}logs = {{}}\nfor x, y in train_loader:\n{step}    {line}\n", "share of the data") == 1
+
+
+def test_means_are_averaged_where_the_loader_may_serve_a_test_too() -> None:
+    text = """import torch
+from torch.utils.data import DataLoader
+
+
+class Solver:
+    def __init__(self, loader):
+        self.loader = loader
+        self.net = torch.nn.Linear(4, 1)
+        self.opt = torch.optim.Adam(self.net.parameters())
+
+    def train(self):
+        loader = self.loader
+        it = iter(loader)
+        for i in range(9):
+            try:
+                x, y = next(it)
+            except:
+                it = iter(loader)
+                x, y = next(it)
+            real = -torch.mean(self.net(x))
+            fake = torch.mean(self.net(y))
+            loss = real + fake
+            self.opt.zero_grad()
+            loss.backward()
+            self.opt.step()
+            logs = {}
+            logs["real"] = real.item()
+            logs["fake"] = fake.item()
+            print(logs)
+
+    def test(self):
+        with torch.no_grad():
+            for i, (x, y) in enumerate(self.loader):
+                print(self.net(x))
+
+
+def get(mode):
+    return DataLoader(data, batch_size=8, shuffle=(mode == "train"))
+
+
+solver = Solver(get(config.mode))
+if config.mode == "train":
+    solver.train()
+else:
+    solver.test()
+"""
+    result = convert_text(text)
+    assert 'logs["real"] = bmt.sum_loss(real.item())' in result.after.decode()
+    assert 'logs["fake"] = bmt.sum_loss(fake.item())' in result.after.decode()
+    assert not any("item() is of this rank's share" in finding.message for finding in result.reported)
+
+
 CALLBACK = """class Log:
     def on_step(self, i, loss):
         print(i, {shown})

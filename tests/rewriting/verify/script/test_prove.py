@@ -316,6 +316,8 @@ def test_origins(tmp_path: Path) -> None:
         ("step 12", "epoch 12", 1),
         ("took 3.2 s, 0.1", "took 9.7 s, 0.1", 0),
         ("[12:30:01] 5 it/s", "[12:31:59] 7 it/s", 0),
+        ("Loss: tensor(0.5, grad_fn=<MeanBackward0>)", "Loss: tensor(0.5, grad_fn=<_AllReduceBackward>)", 0),
+        ("Loss: tensor(0.5, grad_fn=<MeanBackward0>)", "Loss: tensor(0.7, grad_fn=<_AllReduceBackward>)", 1),
         ("loss nan", "loss 1.0", 1),
         ("layer1 0.5", "layer2 0.5", 1),
     ],
