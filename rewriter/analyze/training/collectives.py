@@ -27,6 +27,8 @@ _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
     re.I,
 )
+_ARE_FIRST = (ast.Eq, ast.In, ast.LtE, ast.Lt, ast.Is)
+_ARE_OTHERS = (ast.NotEq, ast.NotIn, ast.Gt, ast.GtE, ast.IsNot)
 _LOCAL_METHODS = {
     "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
     "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
@@ -377,17 +379,54 @@ def is_rank_test(file: File, test: ast.expr) -> bool:
     """Whether an expression is true on one rank (of a node) only."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.Or):
         return any(is_rank_test(file, value) for value in test.values)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1:
-        right = test.comparators[0]
-        values = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
-        zeros = all(_integer(value) in {0, -1} for value in values)
-        return zeros and isinstance(test.ops[0], (ast.Eq, ast.In, ast.LtE, ast.Is)) and is_rank(file, test.left)
+    if isinstance(test, ast.Compare):
+        compared = _compared(file, test)
+        return compared is not None and isinstance(compared[0], _ARE_FIRST) and _ends_at_first(*compared)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return is_rank(file, test.operand)
+        compared = _compared(file, test.operand)
+        other = compared is not None and isinstance(compared[0], _ARE_OTHERS) and _ends_at_first(*compared)
+        return other or is_rank(file, test.operand)
     if isinstance(test, ast.Call):
         return bool(_MAIN_NAME.search((dotted(test.func) or "").split(".")[-1]))
     path = dotted(test)
     return path is not None and (bool(_MAIN_NAME.search(path.split(".")[-1])) or path in rank_flags(file))
+
+
+def asks_for_launcher(file: File, test: ast.expr) -> bool:
+    """``RANK == -1``, ``RANK >= 0``: whether a launcher has started the process; all ranks have the same answer."""
+    compared = _compared(file, test)
+    if compared is None:
+        return False
+    operator, numbers = compared
+    if isinstance(operator, (ast.Lt, ast.GtE)):
+        return numbers == {0}
+    return numbers == {-1}
+
+
+def _compared(file: File, test: ast.expr) -> tuple[ast.cmpop, set[int]] | None:
+    """How a test compares a rank with numbers, the rank on the left."""
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
+        return None
+    left, operator, right = test.left, test.ops[0], test.comparators[0]
+    if not is_rank(file, left) and is_rank(file, right):
+        left, right = right, left
+        turned: dict[type[ast.cmpop], ast.cmpop] = {
+            ast.Lt: ast.Gt(), ast.Gt: ast.Lt(), ast.LtE: ast.GtE(), ast.GtE: ast.LtE(),
+        }  # fmt: skip
+        operator = turned.get(type(operator), operator)
+    if not is_rank(file, left):
+        return None
+    values = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
+    numbers = {_integer(value) for value in values if not (isinstance(value, ast.Constant) and value.value is None)}
+    known = {number for number in numbers if number is not None}
+    return (operator, known) if known == numbers and known else None
+
+
+def _ends_at_first(operator: ast.cmpop, numbers: set[int]) -> bool:
+    """Whether a comparison tells rank 0, and what no launcher started, from all others."""
+    if isinstance(operator, (ast.Lt, ast.GtE)):
+        return numbers == {1}
+    return 0 in numbers and numbers <= {0, -1}
 
 
 def rank_flags(file: File) -> dict[str, bool]:
@@ -400,7 +439,7 @@ def rank_flags(file: File) -> dict[str, bool]:
                 if isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And):
                     if any(is_rank_test(file, operand) for operand in value.values):
                         file.rank_flags[path] = True
-                elif isinstance(value, (ast.Compare, ast.Call)) and is_rank_test(file, value):
+                elif isinstance(value, (ast.Compare, ast.Call, ast.BoolOp, ast.UnaryOp)) and is_rank_test(file, value):
                     file.rank_flags.setdefault(path, False)
     return file.rank_flags
 
@@ -409,8 +448,12 @@ def is_other_rank_test(file: File, test: ast.expr) -> bool:
     """Whether an expression is true on all ranks but one."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return is_rank_test(file, test.operand)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn)):
-        return is_rank(file, test.left)
+    if isinstance(test, ast.Compare):
+        compared = _compared(file, test)
+        if compared is not None and (_ends_at_first(*compared) or asks_for_launcher(file, test)):
+            return isinstance(compared[0], _ARE_OTHERS) and _ends_at_first(*compared)
+        unlike = len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn))
+        return unlike and is_rank(file, test.left)
     return is_rank(file, test)
 
 
@@ -440,6 +483,8 @@ def varies_by_rank(file: File, node: ast.expr) -> bool:
 
 
 def _integer(node: ast.expr) -> int | None:
+    if isinstance(node, ast.Constant) and node.value in {"0", "-1"}:
+        return int(str(node.value))  # of the environment
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         return -node.operand.value if isinstance(node.operand.value, int) else None
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int) else None

@@ -10,7 +10,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.caught import EXITS, Caught, caught_names, leaves
-from rewriter.analyze.training.collectives import as_guard, is_rank_test
+from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, Share, loop_over
@@ -246,7 +246,7 @@ class Decisions:
         elif isinstance(test, ast.BoolOp):
             for value in test.values:
                 self._judge_test(file, value, verdict)
-        elif is_rank_test(file, test):
+        elif is_rank_test(file, test) or asks_for_launcher(file, test):
             return
         elif of_rank(file, test):
             verdict.reason = verdict.reason or "every rank has another answer here"

@@ -7,7 +7,8 @@ values. What only one rank may do inside (writing
 files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
-collective: then the file stays as it is.
+collective: then the file stays as it is. ``if rank == -1:`` is no guard but what no launcher has started, and false on
+every rank: where the script was not for several ranks, it is reported.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags, rest_of
+from rewriter.analyze.training.collectives import Guard, asks_for_launcher, is_other_rank_test, rank_flags, rest_of
 from rewriter.changes import Change, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Conversion, Finding, Refusal
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 
@@ -48,6 +49,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
     yield from _early_exits(file, facts)
+    if not facts.scripts.was_parallel(file) and not facts.scripts.started:
+        yield from _launcher_asked(file)
 
 
 def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
@@ -94,6 +97,15 @@ def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
                 message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
                 yield Refusal(RULE.code, node.lineno, message)
                 break
+
+
+def _launcher_asked(file: File) -> Iterator[Remark]:
+    """``if rank == -1:`` in a script that nobody has run on several ranks."""
+    for node in file.nodes:
+        if isinstance(node, ast.Compare) and asks_for_launcher(file, node):
+            asked = file.source.code(node)
+            message = f"{asked} has the other answer under torchrun, on every rank: see that this is meant"
+            yield Remark(RULE.code, node.lineno, message, differs=True)
 
 
 RULE = Rule(
