@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.changes import Arguments, insert_before, template, wrap
+from rewriter.changes import Arguments, Change, insert_before, template, wrap
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
@@ -57,6 +57,7 @@ def _from_environment(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         named = {keyword.arg: keyword.value for keyword in call.keywords}
         default = named.get("default")
+        changes: tuple[Change, ...]
         if not isinstance(call.func, ast.Attribute) or call.func.attr != "add_argument" or None in named:
             continue
         if default is None:

@@ -294,12 +294,18 @@ def _own(file: File, facts: Facts, loop: ast.For) -> Iterator[ast.AST]:
 
 def _goes_through_other_data(file: File, facts: Facts, loop: ast.For, iterated: ast.expr) -> bool:
     """Whether a comprehension takes what a loop neither binds nor trains on: ``sum(loss(b) for b in valid)``."""
-    roles = facts.scripts.roles[file]
-    read = {variable for name in ast.walk(iterated) if (variable := roles.var(name)) is not None}
     bound = {name.id for name in walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
     taken = [place.iter for place in facts.scripts.handed.of(file) if isinstance(place, ast.For)]
-    trained = {variable for it in taken for name in ast.walk(it) if (variable := roles.var(name)) is not None}
+    read, trained = _variables(file, facts, [iterated]), _variables(file, facts, taken)
     return bool(read) and not read & trained and not names_in(iterated) & bound
+
+
+def _variables(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
+    """What the project's own names in values are, and not what ``enumerate`` is."""
+    roles = facts.scripts.roles[file]
+    names = [item for value in values for item in ast.walk(value) if isinstance(item, (ast.Name, ast.Attribute))]
+    own = [n for n in names if isinstance(n, ast.Attribute) or file.names.lookup(n.id, file.names.scope_of(n))]
+    return {variable for name in own if (variable := roles.var(name)) is not None}
 
 
 def _is_loader(node: ast.AST) -> bool:
