@@ -54,6 +54,7 @@ class Collectives:
         roles: dict[File, Roles],
         files: Callable[[], Iterable[File]],
         shares: Callable[[File], dict[ast.expr, Share]],
+        gives_mean: Callable[[File, ast.Call, int], bool],
     ) -> None:
         self.classes = classes
         self.project = classes.project
@@ -65,7 +66,7 @@ class Collectives:
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
         self._shares: dict[File, dict[ast.expr, Share]] = {}
         self._unclear: dict[File, list[ast.expr]] = {}
-        self._find_shares = shares
+        self._find_shares, self._gives_mean = shares, gives_mean
 
     def values(self, file: File) -> Values:
         if file not in self._values:
@@ -81,7 +82,11 @@ class Collectives:
         if file not in self._readings:
             counted = {item for value in self.shares(file) for item in walk(value)}
             found = readings(
-                file, self.roles[file], self._held_losses, lambda call: self._left_with_objects(file, call)
+                file,
+                self.roles[file],
+                self._held_losses,
+                lambda call: self._left_with_objects(file, call),
+                lambda call, place: self._gives_mean(file, call, place),
             )
             self._readings[file] = {
                 reading: loss

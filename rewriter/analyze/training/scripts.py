@@ -42,7 +42,7 @@ class Scripts:
         self.classes = classes
         self.project = classes.project
         self.roles: dict[File, Roles] = _Roles(classes)
-        self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares)
+        self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares, self._gives_mean)
         self.feeds = Feeds(self.collectives)
         self.batches = Batches(self.collectives, self.feeds, self._is_fed)
         self.handed = Handed(self.collectives, self.feeds, self._taking, self._kinds)
@@ -87,7 +87,8 @@ class Scripts:
         return taken_by(place, self.roles[file]) if isinstance(place, ast.For) else set()
 
     def _kinds(self, file: File, place: Place, held: set[str]) -> Kinds:
-        return Kinds(file, self.roles[file], place, self.sums(file).of, held, self.collectives.keepers)
+        sums = self.sums(file)
+        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, self.collectives.keepers)
 
     def _taking(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take a rank's share of each batch and train on it."""
@@ -117,6 +118,10 @@ class Scripts:
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
         return self._sums.setdefault(file, Sums(file, self.classes, self.roles, self.collectives.instances))
+
+    def _gives_mean(self, file: File, call: ast.Call, place: int) -> bool:
+        """Whether a model or function of the project gives a mean over a batch, at a place of what it returns."""
+        return self.sums(file).looks_into(call) and self.sums(file).in_parts(call, place) == "mean"
 
     @cached_property
     def summed(self) -> set[ast.Call]:
