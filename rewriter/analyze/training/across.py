@@ -200,7 +200,7 @@ class Flow:
         """Values of some kind from which a loss is made in this function."""
         for node in self.nodes:
             if isinstance(node, ast.expr) and asked(node) and not self.without_gradients(node):
-                if self._reaches(node):
+                if not _is_read(node) and self._reaches(node):
                     yield node
 
     def is_statistic(self, call: ast.Call) -> bool:
@@ -465,6 +465,12 @@ class Flow:
                     if self.weighs(source) or any(_is_mean(item) and of(item) for item in walk(value)):
                         return True
         return False
+
+
+def _is_read(node: ast.expr) -> bool:
+    """Whether a value is made of numbers that were read out of the graph: ``hits.sum().item() / n``."""
+    made = node.left if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else node
+    return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist", "numpy"} for item in walk(made))
 
 
 def _held_by(owner: ast.ClassDef) -> set[str]:

@@ -13,7 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
-from rewriter.analyze.training.readings import readings
+from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.values import Values, names_of_parameters
@@ -109,13 +109,38 @@ class Collectives:
 
     @cached_property
     def _held_losses(self) -> set[str]:
-        """Attributes that backward is called on: ``self.loss.backward()``."""
-        return {
-            loss.attr
-            for file in self.instances.files()
-            for call in file.calls
-            if isinstance(loss := loss_of(call), ast.Attribute)
-        }
+        """Attributes that hold a loss, and entries of dicts that they hold: ``self.loss``, ``self.outputs["loss"]``."""
+        found: set[str] = set()
+        for file in self.instances.files():
+            found |= {loss.attr for call in file.calls if isinstance(loss := loss_of(call), ast.Attribute)}
+            for node in file.nodes:
+                for path, value, place in _kept_in_attributes(node):
+                    found |= {f"{path}{entry}" for entry in self._entries_of_losses(file, value, place)}
+        return found
+
+    def _entries_of_losses(self, file: File, value: ast.expr, place: int | None = None, deep: int = 0) -> Iterator[str]:
+        """Empty for what is a loss itself, ``[loss]`` for a dict that has one by this name; ``place`` is a tuple's."""
+        match value:
+            case ast.Tuple(elts=elts) if place is not None and place < len(elts):
+                yield from self._entries_of_losses(file, elts[place], None, deep)
+            case ast.Call(func=ast.Attribute(value=inner, attr="detach"), args=[]):
+                yield from self._entries_of_losses(file, inner, place, deep)
+            case ast.Call(func=func) if deep < 1 and not self.project.external(file, func):
+                found = self.project.resolve(file, func)
+                functions = [found] if isinstance(found, FunctionInfo) else []
+                functions += self.instances.methods(file, func) if isinstance(func, ast.Attribute) else []
+                for function in functions:
+                    for node in (node for statement in function.node.body for node in walk_own(statement)):
+                        if isinstance(node, ast.Return) and node.value is not None:
+                            yield from self._entries_of_losses(function.file, node.value, place, deep + 1)
+            case _ if place is not None:
+                return
+            case ast.Dict(keys=keys, values=values):
+                for key, item in zip(keys, values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        yield from (f"[{key.value}]{e}" for e in self._entries_of_losses(file, item, None, deep))
+            case ast.Name() if self.roles[file].var(value) in self.roles[file].losses:
+                yield ""
 
     def shares(self, file: File) -> dict[ast.expr, Share]:
         """Values of a rank's share of a batch that become the whole batch's, which every rank must help to make."""
@@ -332,6 +357,17 @@ def of_own_state(call: ast.Call) -> ast.keyword | None:
 
 
 # Rank guards --------------------------------------------------------------------------------------------------
+
+
+def _kept_in_attributes(node: ast.AST) -> Iterator[tuple[str, ast.expr, int | None]]:
+    """Where a statement keeps something in an attribute, or in a dict that is one, and what: at a place of a tuple."""
+    match node:
+        case ast.Assign(targets=[ast.Tuple(elts=targets)], value=value):
+            yield from ((path, value, place) for place, item in enumerate(targets) if (path := held_path(item)))
+        case ast.Assign(targets=[target], value=value) if path := held_path(target):
+            yield path, value, None
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(path)), value]):
+            yield path, value, None
 
 
 @dataclass(frozen=True, eq=False)

@@ -190,6 +190,7 @@ class Decisions:
         """Tests under which a ``continue``, ``break``, ``return`` or an exit leads past a call that is for all."""
         for node in file.nodes:
             leaves = isinstance(node, ast.Return) or (isinstance(node, ast.Call) and (dotted(node.func) or "") in EXITS)
+            leaves = leaves or (isinstance(node, ast.Raise) and self._ends(file, node))
             if not leaves and not isinstance(node, (ast.Break, ast.Continue)):
                 continue
             above: list[ast.If | ast.While] = []
@@ -210,6 +211,15 @@ class Decisions:
                 if isinstance(parent, (ast.If, ast.While)) and child is not parent.test:
                     above.append(parent)
                 child = parent
+
+    def _ends(self, file: File, node: ast.Raise) -> bool:
+        """``raise SystemExit``, ``raise StopTraining()`` of the project: what is raised to leave, and no mistake."""
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        if raised is None:
+            return False
+        return dotted(raised) in {"SystemExit", "KeyboardInterrupt"} or isinstance(
+            self.project.resolve(file, raised), ClassInfo
+        )
 
     # Judging ---------------------------------------------------------------------------------------------------
 

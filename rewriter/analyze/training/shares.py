@@ -434,7 +434,8 @@ class Kinds:
         while isinstance(func, ast.Attribute):
             func = func.value
         return isinstance(func, ast.Name) and all(
-            part == _SOME and not self.of_batch(value) for value, part in self.made.get(func.id, [(func, None)])
+            part is not None and part < 0 and not self.of_batch(value)
+            for value, part in self.made.get(func.id, [(func, None)])
         )
 
     def _is_table(self, node: ast.expr) -> bool:
