@@ -222,6 +222,7 @@ def test_a_quotient_of_sums_over_the_batch_is_reported(function: str, line: int)
         "both = (a * b).sum(dim=(-1, -2))\nreturn 1 - (both / (a.sum((-1, -2)) + b.sum((-1, -2)))).mean()",
         "both = (a * b).flatten(1).sum(1)\nreturn 1 - (both / (a.flatten(1).sum(1) + b.flatten(1).sum(1))).mean()",
         "return (a * b).sum(1).mean() / 2",
+        "hits = (a == b)\nreturn (a[hits].sum().item() - 1) / (hits.sum() + (~hits).sum())",
     ],
 )
 def test_a_quotient_for_each_item_is_not(function: str) -> None:

@@ -232,6 +232,15 @@ def test_labels_that_torch_leaves_out_are_told_by_any_name() -> None:
     assert any("more labels of -100" in message for message in found)
 
 
+def test_labels_that_every_loss_counts_are_not() -> None:
+    counts = ALL.replace("flatten())", "flatten(), ignore_index=-100)")
+    found = [finding.message for finding in convert_text(script(counts, IGNORED)).reported]
+    assert not any("more labels of -100" in message for message in found)
+    plain = counts + "\nloss = loss + F.cross_entropy(net(x)[:, 0], y[:, 0])"
+    found = [finding.message for finding in convert_text(script(plain, IGNORED)).reported]
+    assert any("more labels of -100" in message for message in found)
+
+
 # On two ranks: what is told is so ----------------------------------------------------------------------------------
 
 

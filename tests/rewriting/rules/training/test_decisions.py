@@ -78,6 +78,10 @@ DECIDED = {
         "score = evaluate(net) if os.path.exists('x') else 0", "score = evaluate(net) if bmt.agree(os.path.exists('x')) else 0",
     ),
     "a short circuit": ("os.path.exists('x') or evaluate(net)", "bmt.agree(os.path.exists('x')) or evaluate(net)"),
+    "an exit that is raised": ("if os.path.exists('x'):\n    raise SystemExit(0)", "if bmt.agree(os.path.exists('x')):"),
+    "an end of the project's": (
+        "class Stop(Exception):\n    pass\nif os.path.exists('x'):\n    raise Stop('enough')", "if bmt.agree(os.path.exists('x')):",
+    ),
     "a while": ("while time.time() - start < 1:\n    evaluate(net)", "while bmt.agree(time.time() - start < 1):"),
     "an elif": (f"if step > 9:\n    pass\nelif os.path.exists('x'):\n    {SAVE}", "elif bmt.agree(os.path.exists('x')):"),
     "a list of files": (
@@ -101,6 +105,7 @@ def test_rank_0_decides(text: str, wanted: str) -> None:
 ALIKE = {
     "an epoch": f"if step % 10 == 0:\n    {SAVE}",
     "an argument": f"if args.save:\n    {SAVE}",
+    "a mistake": "if os.path.exists('x'):\n    raise ValueError('x')",
     "a setting": f"if config['save']:\n    {SAVE}",
     "a loss as a number": f"value = loss.item()\nif value < best:\n    best = value\n    {SAVE}",
     "no call of all": "if os.path.exists('x'):\n    count = 1",
