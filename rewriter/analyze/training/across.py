@@ -137,7 +137,8 @@ class Flow:
     def __init__(self, across: Across, function: ast.Module | Function) -> None:
         self.across, self.file, self.function = across, across.file, function
         self.parameters: set[str] = set()
-        self.nodes = [item for statement in function.body for item in walk_own(statement)]
+        own = [item for item in function.body if not isinstance(item, (Function, ast.ClassDef))]
+        self.nodes = [item for statement in own for item in walk_own(statement)]
         self.batch: set[str] = set()
         self.sizes: set[str] = set()
         if isinstance(function, Function):

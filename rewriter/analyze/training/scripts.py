@@ -35,6 +35,9 @@ _OF_MODELS = {
 _TRAINS = re.compile(rb"\.backward\(")
 
 
+_LOADER = "torch.utils.data.DataLoader"
+
+
 class Scripts:
     """Training scripts of a project and everything they import."""
 
@@ -190,9 +193,22 @@ class Scripts:
         return found
 
     def _makes_loader(self, file: File) -> Iterator[ast.Call]:
-        for call in file.calls if b"DataLoader" in file.source.data else ():
-            if self.project.external(file, call.func) == "torch.utils.data.DataLoader":
-                yield call
+        yield from (call for call in file.calls if self.is_loader(file, call))
+
+    def is_loader(self, file: File, call: ast.Call) -> bool:
+        """Whether a call makes a DataLoader, also by what a ``partial`` has of one."""
+        if b"DataLoader" not in file.source.data:
+            return False
+        if self.project.external(file, call.func) == _LOADER:
+            return True
+        made = file.names.values_of(call.func) if isinstance(call.func, ast.Name) else []
+        return bool(made) and all(
+            isinstance(value, ast.Call)
+            and self.project.external(file, value.func) == "functools.partial"
+            and bool(value.args)
+            and self.project.external(file, value.args[0]) == _LOADER
+            for value in made
+        )
 
     @cached_property
     def entries(self) -> dict[File, list[ast.stmt]]:
