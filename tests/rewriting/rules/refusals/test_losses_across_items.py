@@ -374,6 +374,7 @@ def test_a_count_that_is_averaged_as_it_is_told() -> None:
 
 def test_numbers_of_an_evaluation_are_no_loss() -> None:
     score = "@torch.no_grad()\ndef score(pred, y):\n    tp = int(((pred == 1) & (y == 1)).sum())\n"
-    score += "    p, r = tp / max(1, int(pred.sum())), tp / max(1, int(y.sum()))\n    return 2 * p * r / max(1e-8, p + r)\n\n\n"
+    score += "    p, r = tp / max(1, int(pred.sum())), tp / max(1, int(y.sum()))\n"
+    score += "    return 2 * p * r / max(1e-8, p + r)\n\n\n"
     result = convert_text(HEAD + score + LOOP.format(loss="F.mse_loss(model(a), b)"))
     assert result.changed and not any("quotient" in f.message or "what counts" in f.message for f in result.reported)
