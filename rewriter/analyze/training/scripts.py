@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
-from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import dotted, is_backward, loss_of, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
@@ -196,11 +196,14 @@ class Scripts:
         yield from (call for call in file.calls if self.is_loader(file, call))
 
     def is_loader(self, file: File, call: ast.Call) -> bool:
-        """Whether a call makes a DataLoader, also by what a ``partial`` has of one."""
-        if b"DataLoader" not in file.source.data:
+        """Whether a call makes a DataLoader, by a class of the project or a ``partial``, too."""
+        if b"oader" not in file.source.data:
             return False
-        if self.project.external(file, call.func) == _LOADER:
-            return True
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, External):
+            return found.name == _LOADER
+        if isinstance(found, ClassInfo):
+            return any(self.project.external(found.file, base) == _LOADER for base in found.node.bases)
         made = file.names.values_of(call.func) if isinstance(call.func, ast.Name) else []
         return bool(made) and all(
             isinstance(value, ast.Call)

@@ -43,7 +43,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started:
         return
     yield from _in_parts(file, facts)
-    if b"DataLoader" not in file.source.data:
+    if b"oader" not in file.source.data:
         return
     if not facts.scripts.feeds_training(file):
         return

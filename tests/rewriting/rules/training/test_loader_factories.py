@@ -246,3 +246,14 @@ def test_loaders_of_training_and_evaluation_that_are_made_alike_are_said(made: s
     result = convert_text(HEAD + made + loop)
     assert b"bmt.shard_loader(DataLoader(" in result.after
     assert any("without training as well" in finding.message for finding in result.reported), result.reported
+
+
+def test_loaders_of_the_project_are_loaders(tmp_path: Path) -> None:
+    own = "from torch.utils.data import DataLoader\n\n\nclass Feeder(DataLoader):\n"
+    own += "    def __init__(self, data, mix=False):\n        super().__init__(data, 8, mix)\n"
+    loop = LOOP.replace("make(", "Feeder(").format(train="a, True", val="b")
+    (tmp_path / "loaders.py").write_text(own)
+    (tmp_path / "train.py").write_text(f"import torch\nfrom loaders import Feeder\n{loop}")
+    results = convert_paths([tmp_path / "loaders.py", tmp_path / "train.py"], Options(), [tmp_path])
+    after = results[1].after.decode()
+    assert "for x in bmt.shard_loader(Feeder(a, True)):" in after and after.count("shard_loader") == 1
