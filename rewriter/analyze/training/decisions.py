@@ -10,7 +10,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.caught import EXITS, Caught, caught_names, leaves
-from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_rank_test
+from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_other_rank_test, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, Share, loop_over
@@ -266,12 +266,21 @@ class Decisions:
                 self._judge_test(file, value, verdict)
         elif is_rank_test(file, test) or asks_for_launcher(file, test):
             return
+        elif is_other_rank_test(file, test):
+            if not self._is_barrier(file, verdict.decision.call):
+                verdict.reason = verdict.reason or "every rank but one comes here"
+                verdict.as_before = self.scripts.was_parallel(file)
         elif of_rank(file, test):
             verdict.reason = verdict.reason or "every rank has another answer here"
         elif (place := self._share_asked(file, test)) is not None:
             self._judge_share(file, test, place, verdict)
         elif self.varying.varies(file, test):
             self._judge_made(file, test, verdict)
+
+    def _is_barrier(self, file: File, call: ast.expr | ast.stmt) -> bool:
+        """Whether it is a barrier, which scripts pair up: ``if rank != 0: dist.barrier()``."""
+        name = self.project.external(file, call.func) if isinstance(call, ast.Call) else ""
+        return name in {"torch.distributed.barrier", "bmtrain.synchronize"}
 
     def _listed(self, file: File, iterated: ast.expr) -> Iterator[ast.expr]:
         """The list of files, or other list that may differ, that a loop goes through."""

@@ -476,7 +476,9 @@ class Roles:
                     found.add(variable)
             for node in self.file.nodes:
                 found |= self._losses_in_tuple(node, found)
-                if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
+                if isinstance(node, ast.AugAssign) and (
+                    self._loss_value(node.value, found, False) or self.gives_loss(node.value, found)
+                ):
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)

@@ -17,7 +17,7 @@ from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
-from rewriter.analyze.training.opened import with_givers
+from rewriter.analyze.training.opened import goes_on, with_givers
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
@@ -476,7 +476,24 @@ class Scripts:
                 or (file in self.training and any(map(self.collectives.gradient_read, guard.node.body)))
             }
             self._unguarded[file] = with_givers(file, opened)
+            if averaging := self._averaging(file):
+                self._unguarded[file] = with_givers(file, {**self._unguarded[file], **averaging})
         return self._unguarded[file]
+
+    def _averaging(self, file: File) -> dict[ast.If, Guard]:
+        """Rank guards under which a loss is averaged over steps, that is read as that of all ranks outside of them."""
+        roles, read = self.roles[file], self.collectives.readings(file).values()
+        found: dict[ast.If, Guard] = {}
+        for guard in guards(file) if read else ():
+            body = [item for statement in guard.node.body for item in walk_own(statement)]
+            if guard.node in self._unguarded[file] or guard.either or not goes_on(guard.node):
+                continue
+            bound = {roles.var(t) for item in body if isinstance(item, ast.Assign) for t in item.targets}
+            inside = set(body)
+            others = (loss for loss in read if loss not in inside and not self.in_kept_guard(file, loss))
+            if any(roles.var(loss) in bound for loss in others):
+                found[guard.node] = guard
+        return found
 
     def kept_guards(self, file: File) -> list[ast.If]:
         """Rank guards that one rank alone enters after conversion."""

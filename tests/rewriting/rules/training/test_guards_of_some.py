@@ -105,3 +105,32 @@ def test_a_model_that_is_wrapped_without_a_launcher_is_that_of_all_ranks() -> No
         + SAVE
     )
     assert "\nnet.eval()\nbmt.save_checkpoint" in converted(text)
+
+
+def test_a_copy_that_one_rank_makes_is_made_by_all() -> None:
+    average = "class Average:\n    def __init__(self, model):\n        self.model = copy.deepcopy(model).eval()\n\n\n"
+    text = f"import copy\n{HEAD}{average}ema = Average(net) if RANK in {{-1, 0}} else None\n"
+    text += "name = 'a' if rank == 0 else None\n"
+    after = converted(text + "if RANK in {-1, 0}:" + SAVE.replace("net.", "ema.model."))
+    assert "\nema = Average(net)\n" in after and "name = 'a' if rank == 0 else None\n" in after
+    assert converted(after) == after
+
+
+def test_a_loss_that_one_rank_averages_is_averaged_by_all() -> None:
+    head, _, step = HEAD.partition("for x in")
+    keeps = "    if RANK in {-1, 0}:\n        kept = 0.9 * kept + 0.1 * loss.detach()\n        print(x.shape)\n"
+    after = converted(
+        f"{head}kept = torch.zeros(1)\nfor x in{step}{keeps}if RANK in {{-1, 0}}:\n    print(kept.item()){SAVE}"
+    )
+    assert "    kept = 0.9 * kept + 0.1 * loss.detach()\n    bmt.print_rank(x.shape)\n" in after
+    assert "bmt.print_rank(bmt.sum_loss(kept).item())" in after
+
+
+@pytest.mark.parametrize("test", ["rank not in [-1, 0]", "rank != 0", "RANK > 0"])
+def test_barriers_of_all_but_one_are_paired(test: str) -> None:
+    first = f"def first(rank):\n    if {test}:\n        dist.barrier()\n    yield\n"
+    first += "    if rank == 0:\n        dist.barrier()\n"
+    assert (
+        f"    if {test}:\n        bmt.synchronize()\n    yield\n    if rank == 0:\n        bmt.synchronize()\n"
+        in converted(HEAD + first)
+    )
