@@ -657,6 +657,8 @@ class Kinds:
         match node:
             case ast.Call() if self._reads_loss(node):
                 return ""
+            case ast.Call() if self.roles.gives_loss(node, self.roles.losses):
+                return "loss"
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
