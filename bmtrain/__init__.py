@@ -8,6 +8,7 @@ from .context import deterministic, init_distributed, is_initialized, mesh, own_
 from .data import shard_batch, shard_loader, to_device
 from .loss import gather_batch, mean
 from .meter import Meter
+from .optim.interrupts import interrupted_together
 from .parallel import parallelize_module
 from .precision import Precision
 from .published import (
@@ -76,6 +77,7 @@ __all__ = [
     "init_distributed",
     "init_parameters",
     "inspect",
+    "interrupted_together",
     "is_initialized",
     "layer",
     "load",

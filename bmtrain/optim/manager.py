@@ -25,6 +25,7 @@ from .adam import clear_grads
 from .adapt import adapt, check_adapted
 from .compare import compare
 from .driven import CheckingOptimizer, knows_shards, skips_on_device
+from .interrupts import after_step
 from .loss_scale import LossScale, Overflow, ScheduleStep
 from .nonfinite import NonFinite, OnNonFinite, Pending, StepFacts
 from .norm import clip_, find_overflow, scale_grads_
@@ -281,6 +282,7 @@ class OptimManager:
         meter = engine().meter
         with nullcontext() if meter is None else meter.managed_step(None if self._scale is None else self._scale.value):
             self._step(optimizer)
+        after_step()
 
     def _step(self, optimizer: torch.optim.Optimizer | None) -> None:
         engine().finish_backward()

@@ -143,7 +143,8 @@ class Flow:
     def __init__(self, across: Across, function: ast.Module | Function) -> None:
         self.across, self.file, self.function = across, across.file, function
         self.parameters: set[str] = set()
-        self.nodes = [item for statement in function.body for item in walk_own(statement)]
+        own = [item for item in function.body if not isinstance(item, (Function, ast.ClassDef))]
+        self.nodes = [item for statement in own for item in walk_own(statement)]
         self.batch: set[str] = set()
         self.sizes: set[str] = set()
         if isinstance(function, Function):
@@ -206,7 +207,7 @@ class Flow:
         """Values of some kind from which a loss is made in this function."""
         for node in self.nodes:
             if isinstance(node, ast.expr) and asked(node) and not self.without_gradients(node):
-                if self._reaches(node):
+                if not _is_read(node) and self._reaches(node):
                     yield node
 
     def is_statistic(self, call: ast.Call, turned: bool = False) -> bool:
@@ -489,6 +490,12 @@ def _forward_calls(owner: ast.ClassDef, method: str) -> bool:
     forwards = (node for node in owner.body if isinstance(node, Function) and node.name == "forward")
     calls = (item for forward in forwards for item in walk(forward) if isinstance(item, ast.Call))
     return any(dotted(call.func) == f"self.{method}" for call in calls)
+
+
+def _is_read(node: ast.expr) -> bool:
+    """Whether a value is made of numbers that were read out of the graph: ``hits.sum().item() / n``."""
+    made = node.left if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) else node
+    return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist", "numpy"} for item in walk(made))
 
 
 def _held_by(owner: ast.ClassDef) -> set[str]:

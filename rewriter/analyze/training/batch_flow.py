@@ -40,6 +40,11 @@ _MAKES = {
     "pad",
 }  # fmt: skip
 _LISTS = {"list", "tuple", "append", "to"}
+_SAME = {
+    "list", "tuple", "to", "cuda", "cpu", "pin_memory", "tree_map", "map_structure", "to_device", "send_to_device",
+    "move_to_device", "move_data_to_device", "batch_to_device", "to_cuda", "deepcopy", "copy",
+}  # fmt: skip
+"""What gives the parts of a batch as many parts, of the same kind."""
 _LEAVES_OUT = {"ignore_index", "reduction", "reduce", "size_average"}
 _LONGEST = (True, "longest")
 _BATCH_SIZE = re.compile(r"(?:^|[._])(?:batch_?size|bsz?|B|n)$")
@@ -55,8 +60,9 @@ class _Mark:
 
     ``batch``: what a loader gave; ``rows``: samples in their order; ``moved``, ``part``: in another, or some of them,
     ``key`` says which; ``cuts``: several parts; ``paired``: made of pairs; ``longest``: the length of the longest;
-    ``padded``: filled up to it; ``averaged``: made of a mean over such; ``items``: a list of samples; ``size``: how
-    many there are; ``shape``; ``order``, ``identity``, ``noise``: positions, and what they are sorted by.
+    ``padded``: filled up to it, ``key`` says which entry of a dict; ``averaged``: made of a mean over such; ``items``:
+    a list of samples; ``size``: how many there are; ``shape``; ``order``, ``identity``, ``noise``: positions, and what
+    they are sorted by.
     """
 
     kind: str
@@ -138,6 +144,7 @@ class _Run:
         self.flow, self.file, self.deep, self.around = flow, file, deep, around
         self.scripts = flow.scripts
         self.env: dict[str, _Value] = {}
+        self.keys: dict[str, str] = {}
         self.held: set[str] = set()
         self.batch: _Value = _BATCH
         self.returned: _Value = _NONE
@@ -219,7 +226,7 @@ class _Run:
             return value[index] if len(value) == length else _only(value, *_KEPT)
         kinds = {mark.kind: mark for mark in value}
         if "batch" in kinds:
-            return _BATCH if nested else _ROWS
+            return (_BATCH if nested else _ROWS) | _only(value, *_KEPT, "padded")
         if "cuts" in kinds:
             return frozenset({_Mark("part", f"{index}", kinds["cuts"].where)})
         if "shape" in kinds:
@@ -239,12 +246,13 @@ class _Run:
             if last == "zip":
                 return tuple(self.items(a.value if isinstance(a, ast.Starred) else a) for a in node.args)
             if last in {"items", "values"} and isinstance(node.func, ast.Attribute):
-                each = _ROWS if _has(self.value(node.func.value), "batch") else _only(self.value(node), *_KEPT)
+                held = self.value(node.func.value)
+                each = _each(held) if _has(held, "batch") else _only(self.value(node), *_KEPT)
                 return (_NONE, each) if last == "items" else each
         value = self.value(node)
         if isinstance(value, tuple):
             return _join(*value) if value else _NONE
-        return _ROWS if _has(value, "batch") else value if _has(value, "items") else _only(value, *_KEPT)
+        return _each(value) if _has(value, "batch") else value if _has(value, "items") else _only(value, *_KEPT)
 
     def value(self, node: ast.expr) -> _Value:
         match node:
@@ -280,8 +288,9 @@ class _Run:
                 return _join(self.value(body), self.value(orelse))
             case ast.Tuple(elts=elts) | ast.List(elts=elts):
                 return tuple(map(self.value, elts))
-            case ast.Dict(values=values):
-                return _NONE.union(*(_flat(self.value(item)) for item in values))
+            case ast.Dict(keys=keys, values=values):
+                pairs = zip(keys, values, strict=True)
+                return _NONE.union(*(_named(self.value(item), getattr(key, "value", "")) for key, item in pairs))
             case ast.ListComp(elt=elt, generators=made) | ast.GeneratorExp(elt=elt, generators=made):
                 return self._comprehended(elt, made)
             case ast.DictComp(value=elt, generators=made):
@@ -289,6 +298,9 @@ class _Run:
         return _NONE
 
     def _comprehended(self, elt: ast.expr, generators: Sequence[ast.comprehension]) -> _Value:
+        parts = self._each_part(elt, generators)
+        if parts is not None:
+            return parts
         before = dict(self.env)
         for generator in generators:
             self.bind(generator.target, self.items(generator.iter))
@@ -297,7 +309,25 @@ class _Run:
         self.env = before
         if counted and isinstance(elt, (ast.BinOp, ast.UnaryOp)):
             return frozenset({_Mark("order", ast.unparse(elt))})  # [n - 1 - i for i in range(n)]
-        return _BATCH | _only(value, *_KEPT) if _has(value, "rows") else _flat(value)
+        return _BATCH | _only(value, *_KEPT, "padded") if _has(value, "rows") else _flat(value)
+
+    def _each_part(self, elt: ast.expr, generators: Sequence[ast.comprehension]) -> _Value | None:
+        """``[x.to(device) for x in batch]``, ``(batch[key] for key in ("a", "b"))``: each part by itself."""
+        if len(generators) != 1 or generators[0].ifs:
+            return None
+        iterated, target = generators[0].iter, generators[0].target
+        given = self.value(iterated)
+        if not isinstance(given, tuple) or not given:
+            return None
+        keys = [getattr(item, "value", None) for item in getattr(iterated, "elts", ())]
+        before, known, made = dict(self.env), dict(self.keys), list[_Value]()
+        for index, item in enumerate(given):
+            self.bind(target, item)
+            if isinstance(target, ast.Name) and index < len(keys) and isinstance(keys[index], str):
+                self.keys[target.id] = str(keys[index])
+            made.append(self.value(elt))
+        self.env, self.keys = before, known
+        return tuple(made)
 
     def _subscript(self, node: ast.Subscript) -> _Value:
         value = self.value(node.value)
@@ -307,7 +337,10 @@ class _Run:
         cut = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
         slices = [part for part in cut if isinstance(part, ast.Slice)]
         made = _without(taken, "padded")
-        if len(slices) == len(cut) or isinstance(getattr(node.slice, "value", None), str):
+        key = self.keys.get(node.slice.id) if isinstance(node.slice, ast.Name) else getattr(node.slice, "value", None)
+        if isinstance(key, str):
+            made |= _entry_of(value, key)
+        elif len(slices) == len(cut):
             made |= _only(value, "padded")
         if any(part.upper is not None and _has(self.value(part.upper), "longest") for part in slices[1:]):
             made |= {_Mark("padded", where=(self.file, node))}
@@ -402,6 +435,11 @@ class _Run:
             return _NONE
         instances = self.scripts.collectives.instances
         functions = self._functions(node) if self.deep < _DEEP else []
+        if functions and all(function.node in self.around for function in functions):
+            return given[0] if given else _NONE
+        functions = [function for function in functions if function.node not in self.around]
+        if isinstance(func, ast.Name) and name == "map" and len(node.args) == 2:
+            return self._mapped(node)
         if self._averages(node, external, name) and any(_has_any(item, "padded") for item in (*given, *named.values())):
             told = _told(_join(*given, *named.values()))
             return frozenset(told | {_Mark("averaged", where=(self.file, node))})
@@ -436,12 +474,31 @@ class _Run:
             found = instances.called(self.file, func)
             if not found and not isinstance(self.flow.project.resolve(self.file, func), ClassInfo):
                 found = self.scripts.feeds.functions(self.file, node)
-        return [function for function in found if function.node not in self.around]
+        return found
+
+    def _mapped(self, node: ast.Call) -> _Value:
+        """``map(lambda x: x.to(device), batch)`` is ``(x.to(device) for x in batch)``."""
+        function, iterated = node.args
+        item = ast.Name("_mapped", ctx=ast.Load())
+        target = ast.Name("_mapped", ctx=ast.Store())
+        if isinstance(function, ast.Lambda) and len(function.args.args) == 1:
+            target.id = function.args.args[0].arg
+            elt: ast.expr = function.body
+        elif function in self.file.names.parents and self._functions(called := ast.Call(function, [item], [])):
+            elt = called
+        else:
+            elt = item
+        return self._comprehended(elt, [ast.comprehension(target, iterated, [], 0)])
 
     def _enter(self, function: FunctionInfo, node: ast.Call, given: list[_Value], named: dict[str, _Value]) -> _Value:
         run = _Run(self.flow, function.file, self.deep + 1, self.around | {function.node})
-        run.env.update(zip(function.parameters, given, strict=False))
+        placed: list[_Value] = []
+        for argument, value in zip(node.args, given, strict=True):
+            placed += value if isinstance(argument, ast.Starred) and isinstance(value, tuple) else [value]
+        run.env.update(zip(function.parameters, placed, strict=False))
         run.env.update(named)
+        if _has(entries := named.get("", _NONE), "batch"):
+            run.env.update((n, _ROWS | _entry_of(entries, n)) for n in function.parameters if n not in run.env)
         if any(isinstance(a, ast.Starred) and _has(v, "batch") for a, v in zip(node.args, given, strict=True)):
             run.env.update((name, _ROWS) for name in function.parameters[len(given) - 1 :])
         run.block(function.node.body)
@@ -468,6 +525,12 @@ class _Run:
         """What a call of torch, numpy, Python or of the unknown gives."""
         name, operands = call.name, call.operands
         value = operands[0] if operands else _NONE
+        parts = next((item for item in operands if isinstance(item, tuple)), None)
+        if parts is not None and (name in _SAME or isinstance(call.node.func, ast.Call)):
+            return parts
+        if name in {"get", "pop"} and call.rest and isinstance(getattr(call.rest[0], "value", None), str):
+            if _has(value, "batch"):
+                return _ROWS | _only(value, *_KEPT) | _entry_of(value, str(getattr(call.rest[0], "value", "")))
         every = self.combine(*operands, *call.named.values())
         kept = _only(every, *_KEPT)
         if not call.external.startswith(_MODULES) and not _kinds(value) & {"padded", "longest"} and name not in _LISTS:
@@ -636,7 +699,28 @@ def _join(*values: _Value) -> _Value:
     known = [value for value in values if value]
     if known and all(isinstance(value, tuple) and len(value) == len(known[0]) for value in known):
         return tuple(_join(*items) for items in zip(*known, strict=True))
+    parts = [value for value in known if isinstance(value, tuple)]
+    if parts and all(len(value) == len(parts[0]) for value in parts):
+        kept = _NONE.union(*(_only(value, *_KEPT) for value in known if not isinstance(value, tuple)))
+        made = [_join(*items) for items in zip(*parts, strict=True)]
+        return tuple(_flat(item) | kept if kept else item for item in made)
     return _NONE.union(*map(_flat, known))
+
+
+def _each(batch: _Value) -> _Marks:
+    """What each part of a batch is."""
+    return _ROWS | _only(batch, *_KEPT, "padded")
+
+
+def _named(value: _Value, key: object) -> _Marks:
+    """What is known of a dict's entry, which only it is padded for."""
+    kept = {mark for mark in _flat(value) if mark.kind != "padded"}
+    return frozenset(kept | {_Mark("padded", str(key or ""), mark.where) for mark in _only(value, "padded")})
+
+
+def _entry_of(value: _Value, key: str) -> _Marks:
+    """What fills up the entry of a dict."""
+    return frozenset(_Mark("padded", "", m.where) for m in _only(value, "padded") if m.key in ("", key))
 
 
 def _told(value: _Value) -> set[_Mark]:

@@ -482,11 +482,22 @@ class Batches:
         return "it is under a test here" if tested else ""
 
     def _loop_use(self, file: File, loop: Loop, fed: bool = False) -> str:
-        if not self._trains_itself(file, loop):
+        if not self._trains_itself(file, loop) or (isinstance(loop, ast.For) and self._makes_data(file, loop)):
             return "no"
         if not fed and any(self.fed(parent) for parent in (loop, *file.names.ancestors(loop))):
             return "no"
         return ""
+
+    def _makes_data(self, file: File, loop: ast.For) -> bool:
+        """Whether a loop makes loaders of what it goes through, such as the folds of a cross-validation."""
+        held = names_in(item_of(loop, file.names.values_of))
+        for item in (item for statement in loop.body for item in walk_own(statement)):
+            if isinstance(item, ast.Assign) and names_in(item.value) & held:
+                held |= _stored(item)
+            elif isinstance(item, ast.Call) and names_in(item) & held:
+                if self.project.external(file, item.func) == "torch.utils.data.DataLoader":
+                    return True
+        return False
 
     def _trains_itself(self, file: File, around: Loop | Function) -> bool:
         """Whether a loop or function trains, and no loop in it does so by itself."""

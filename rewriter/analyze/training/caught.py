@@ -44,6 +44,19 @@ class Caught:
             blocks += list(_behind(file, node))
         return next((item for block in blocks for item in block if self._holds([item], for_all)), None)
 
+    def stopped_by_hand(self, file: File, node: ast.Try) -> bool:
+        """Whether Ctrl-C is caught around training, whose ranks can take it after the same step."""
+        return self._trains(file, node.body) and any(
+            "KeyboardInterrupt" in caught_names(handler) for handler in node.handlers
+        )
+
+    def is_stopped_together(self, file: File, node: ast.Try) -> bool:
+        """``try: with bmt.interrupted_together(): ...``"""
+        match node.body:
+            case [ast.With(items=[ast.withitem(context_expr=ast.Call(func=func)), *_])]:
+                return self.project.external(file, func).endswith(".interrupted_together")
+        return False
+
     def in_handler(self, file: File, node: ast.AST) -> bool:
         """Whether a node is reached by an error that a rank may have met alone while it trained."""
         child = node

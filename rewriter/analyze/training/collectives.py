@@ -13,7 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
-from rewriter.analyze.training.readings import readings
+from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
 from rewriter.analyze.training.values import Values, names_of_parameters
@@ -27,6 +27,8 @@ _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
     re.I,
 )
+_ARE_FIRST = (ast.Eq, ast.In, ast.LtE, ast.Lt, ast.Is)
+_ARE_OTHERS = (ast.NotEq, ast.NotIn, ast.Gt, ast.GtE, ast.IsNot)
 _LOCAL_METHODS = {
     "train", "eval", "parameters", "named_parameters", "buffers", "named_buffers", "modules", "named_modules",
     "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
@@ -53,6 +55,7 @@ class Collectives:
         roles: dict[File, Roles],
         files: Callable[[], Iterable[File]],
         shares: Callable[[File], dict[ast.expr, Share]],
+        gives_mean: Callable[[File, ast.Call, int], bool],
     ) -> None:
         self.classes = classes
         self.project = classes.project
@@ -64,7 +67,7 @@ class Collectives:
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
         self._shares: dict[File, dict[ast.expr, Share]] = {}
         self._unclear: dict[File, list[ast.expr]] = {}
-        self._find_shares = shares
+        self._find_shares, self._gives_mean = shares, gives_mean
 
     def values(self, file: File) -> Values:
         if file not in self._values:
@@ -80,7 +83,11 @@ class Collectives:
         if file not in self._readings:
             counted = {item for value in self.shares(file) for item in walk(value)}
             found = readings(
-                file, self.roles[file], self._held_losses, lambda call: self._left_with_objects(file, call)
+                file,
+                self.roles[file],
+                self._held_losses,
+                lambda call: self._left_with_objects(file, call),
+                lambda call, place: self._gives_mean(file, call, place),
             )
             self._readings[file] = {
                 reading: loss
@@ -103,13 +110,38 @@ class Collectives:
 
     @cached_property
     def _held_losses(self) -> set[str]:
-        """Attributes that backward is called on: ``self.loss.backward()``."""
-        return {
-            loss.attr
-            for file in self.instances.files()
-            for call in file.calls
-            if isinstance(loss := loss_of(call), ast.Attribute)
-        }
+        """Attributes that hold a loss, and entries of dicts that they hold: ``self.loss``, ``self.outputs["loss"]``."""
+        found: set[str] = set()
+        for file in self.instances.files():
+            found |= {loss.attr for call in file.calls if isinstance(loss := loss_of(call), ast.Attribute)}
+            for node in file.nodes:
+                for path, value, place in _kept_in_attributes(node):
+                    found |= {f"{path}{entry}" for entry in self._entries_of_losses(file, value, place)}
+        return found
+
+    def _entries_of_losses(self, file: File, value: ast.expr, place: int | None = None, deep: int = 0) -> Iterator[str]:
+        """Empty for what is a loss itself, ``[loss]`` for a dict that has one by this name; ``place`` is a tuple's."""
+        match value:
+            case ast.Tuple(elts=elts) if place is not None and place < len(elts):
+                yield from self._entries_of_losses(file, elts[place], None, deep)
+            case ast.Call(func=ast.Attribute(value=inner, attr="detach"), args=[]):
+                yield from self._entries_of_losses(file, inner, place, deep)
+            case ast.Call(func=func) if deep < 1 and not self.project.external(file, func):
+                found = self.project.resolve(file, func)
+                functions = [found] if isinstance(found, FunctionInfo) else []
+                functions += self.instances.methods(file, func) if isinstance(func, ast.Attribute) else []
+                for function in functions:
+                    for node in (node for statement in function.node.body for node in walk_own(statement)):
+                        if isinstance(node, ast.Return) and node.value is not None:
+                            yield from self._entries_of_losses(function.file, node.value, place, deep + 1)
+            case _ if place is not None:
+                return
+            case ast.Dict(keys=keys, values=values):
+                for key, item in zip(keys, values, strict=True):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        yield from (f"[{key.value}]{e}" for e in self._entries_of_losses(file, item, None, deep))
+            case ast.Name() if self.roles[file].var(value) in self.roles[file].losses:
+                yield ""
 
     def shares(self, file: File) -> dict[ast.expr, Share]:
         """Values of a rank's share of a batch that become the whole batch's, which every rank must help to make."""
@@ -361,6 +393,17 @@ def of_own_state(call: ast.Call) -> ast.keyword | None:
 # Rank guards --------------------------------------------------------------------------------------------------
 
 
+def _kept_in_attributes(node: ast.AST) -> Iterator[tuple[str, ast.expr, int | None]]:
+    """Where a statement keeps something in an attribute, or in a dict that is one, and what: at a place of a tuple."""
+    match node:
+        case ast.Assign(targets=[ast.Tuple(elts=targets)], value=value):
+            yield from ((path, value, place) for place, item in enumerate(targets) if (path := held_path(item)))
+        case ast.Assign(targets=[target], value=value) if path := held_path(target):
+            yield path, value, None
+        case ast.Call(func=ast.Name(id="setattr"), args=[_, ast.Constant(value=str(path)), value]):
+            yield path, value, None
+
+
 @dataclass(frozen=True, eq=False)
 class Guard:
     """An ``if`` that lets one rank in. ``rest`` holds the operands of its ``and`` that are not about ranks.
@@ -411,17 +454,54 @@ def is_rank_test(file: File, test: ast.expr) -> bool:
     """Whether an expression is true on one rank (of a node) only."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.Or):
         return any(is_rank_test(file, value) for value in test.values)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1:
-        right = test.comparators[0]
-        values = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
-        zeros = all(_integer(value) in {0, -1} for value in values)
-        return zeros and isinstance(test.ops[0], (ast.Eq, ast.In, ast.LtE, ast.Is)) and is_rank(file, test.left)
+    if isinstance(test, ast.Compare):
+        compared = _compared(file, test)
+        return compared is not None and isinstance(compared[0], _ARE_FIRST) and _ends_at_first(*compared)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        return is_rank(file, test.operand)
+        compared = _compared(file, test.operand)
+        other = compared is not None and isinstance(compared[0], _ARE_OTHERS) and _ends_at_first(*compared)
+        return other or is_rank(file, test.operand)
     if isinstance(test, ast.Call):
         return bool(_MAIN_NAME.search((dotted(test.func) or "").split(".")[-1]))
     path = dotted(test)
     return path is not None and (bool(_MAIN_NAME.search(path.split(".")[-1])) or path in rank_flags(file))
+
+
+def asks_for_launcher(file: File, test: ast.expr) -> bool:
+    """``RANK == -1``, ``RANK >= 0``: whether a launcher has started the process; all ranks have the same answer."""
+    compared = _compared(file, test)
+    if compared is None:
+        return False
+    operator, numbers = compared
+    if isinstance(operator, (ast.Lt, ast.GtE)):
+        return numbers == {0}
+    return numbers == {-1}
+
+
+def _compared(file: File, test: ast.expr) -> tuple[ast.cmpop, set[int]] | None:
+    """How a test compares a rank with numbers, the rank on the left."""
+    if not isinstance(test, ast.Compare) or len(test.ops) != 1:
+        return None
+    left, operator, right = test.left, test.ops[0], test.comparators[0]
+    if not is_rank(file, left) and is_rank(file, right):
+        left, right = right, left
+        turned: dict[type[ast.cmpop], ast.cmpop] = {
+            ast.Lt: ast.Gt(), ast.Gt: ast.Lt(), ast.LtE: ast.GtE(), ast.GtE: ast.LtE(),
+        }  # fmt: skip
+        operator = turned.get(type(operator), operator)
+    if not is_rank(file, left):
+        return None
+    values = right.elts if isinstance(right, (ast.Tuple, ast.List, ast.Set)) else [right]
+    numbers = {_integer(value) for value in values if not (isinstance(value, ast.Constant) and value.value is None)}
+    known = {number for number in numbers if number is not None}
+    return (operator, known) if known == numbers and known else None
+
+
+def _ends_at_first(operator: ast.cmpop, numbers: set[int]) -> bool:
+    """Whether a comparison tells rank 0, and what no launcher started, from all others."""
+    if isinstance(operator, (ast.Lt, ast.GtE)):
+        return numbers == {1}
+    return 0 in numbers and numbers <= {0, -1}
 
 
 def rank_flags(file: File) -> dict[str, bool]:
@@ -434,7 +514,7 @@ def rank_flags(file: File) -> dict[str, bool]:
                 if isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And):
                     if any(is_rank_test(file, operand) for operand in value.values):
                         file.rank_flags[path] = True
-                elif isinstance(value, (ast.Compare, ast.Call)) and is_rank_test(file, value):
+                elif isinstance(value, (ast.Compare, ast.Call, ast.BoolOp, ast.UnaryOp)) and is_rank_test(file, value):
                     file.rank_flags.setdefault(path, False)
     return file.rank_flags
 
@@ -443,8 +523,12 @@ def is_other_rank_test(file: File, test: ast.expr) -> bool:
     """Whether an expression is true on all ranks but one."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
         return is_rank_test(file, test.operand)
-    if isinstance(test, ast.Compare) and len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn)):
-        return is_rank(file, test.left)
+    if isinstance(test, ast.Compare):
+        compared = _compared(file, test)
+        if compared is not None and (_ends_at_first(*compared) or asks_for_launcher(file, test)):
+            return isinstance(compared[0], _ARE_OTHERS) and _ends_at_first(*compared)
+        unlike = len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn))
+        return unlike and is_rank(file, test.left)
     return is_rank(file, test)
 
 
@@ -474,6 +558,8 @@ def varies_by_rank(file: File, node: ast.expr) -> bool:
 
 
 def _integer(node: ast.expr) -> int | None:
+    if isinstance(node, ast.Constant) and node.value in {"0", "-1"}:
+        return int(str(node.value))  # of the environment
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and isinstance(node.operand, ast.Constant):
         return -node.operand.value if isinstance(node.operand.value, int) else None
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, int) else None

@@ -10,15 +10,21 @@ from functools import cached_property
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import dotted, item_of, names_in, walk_own
 from rewriter.analyze.training.caught import EXITS, Caught, caught_names, leaves
-from rewriter.analyze.training.collectives import as_guard, is_rank_test
+from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_other_rank_test, is_rank_test
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place, Share, loop_over
 from rewriter.analyze.training.truths import Truths
 from rewriter.analyze.training.varying import Varying, of_rank, strides_by_rank
+from rewriter.analyze.training.writers import is_open_file, opens_for_writing
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
+_PLAIN = (
+    ast.Name, ast.Attribute, ast.Constant, ast.JoinedStr, ast.FormattedValue, ast.BinOp, ast.operator, ast.expr_context,
+    ast.Subscript,
+)  # fmt: skip
+_OF_PATHS = {"join", "Path", "str", "fspath", "expanduser", "abspath"}
 _OF_FILES = {"OSError", "IOError", "FileNotFoundError", "EnvironmentError"}
 _READS = {"open", "torch.load", "numpy.load", "pickle.load", "json.load"}
 _MAKING = {"torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.compile"}
@@ -52,6 +58,8 @@ class Verdict:
     unjoined: ast.expr | None = None
     """A test of a rank's share of the batch that rank 0 alone decides."""
     listed: list[ast.expr] = field(default_factory=list)
+    missed: list[ast.expr] = field(default_factory=list)
+    """Paths of files that are read where one that is not there is caught: all ranks are to find it, or none."""
     raised: list[ast.ExceptHandler] = field(default_factory=list)
     """Handlers in which a rank would go on alone: with more ranks than one, errors are to pass them."""
     interrupted: ast.stmt | None = None
@@ -85,8 +93,8 @@ class Decisions:
         """The decisions of a file on which ranks may differ."""
         for decision in self.of(file).values():
             verdict = self._judge(file, decision)
-            found = (verdict.tests, verdict.shares, verdict.joined, verdict.listed, verdict.raised, verdict.interrupted)
-            if verdict.reason or any(found):
+            found = (verdict.tests, verdict.shares, verdict.joined, verdict.listed, verdict.raised, verdict.missed)
+            if verdict.reason or verdict.interrupted is not None or any(found):
                 yield verdict
 
     # Finding ---------------------------------------------------------------------------------------------------
@@ -182,6 +190,7 @@ class Decisions:
         """Tests under which a ``continue``, ``break``, ``return`` or an exit leads past a call that is for all."""
         for node in file.nodes:
             leaves = isinstance(node, ast.Return) or (isinstance(node, ast.Call) and (dotted(node.func) or "") in EXITS)
+            leaves = leaves or (isinstance(node, ast.Raise) and self._ends(file, node))
             if not leaves and not isinstance(node, (ast.Break, ast.Continue)):
                 continue
             above: list[ast.If | ast.While] = []
@@ -202,6 +211,15 @@ class Decisions:
                 if isinstance(parent, (ast.If, ast.While)) and child is not parent.test:
                     above.append(parent)
                 child = parent
+
+    def _ends(self, file: File, node: ast.Raise) -> bool:
+        """``raise SystemExit``, ``raise StopTraining()`` of the project: what is raised to leave, and no mistake."""
+        raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        if raised is None:
+            return False
+        return dotted(raised) in {"SystemExit", "KeyboardInterrupt"} or isinstance(
+            self.project.resolve(file, raised), ClassInfo
+        )
 
     # Judging ---------------------------------------------------------------------------------------------------
 
@@ -246,14 +264,23 @@ class Decisions:
         elif isinstance(test, ast.BoolOp):
             for value in test.values:
                 self._judge_test(file, value, verdict)
-        elif is_rank_test(file, test):
+        elif is_rank_test(file, test) or asks_for_launcher(file, test):
             return
+        elif is_other_rank_test(file, test):
+            if not self._is_barrier(file, verdict.decision.call):
+                verdict.reason = verdict.reason or "every rank but one comes here"
+                verdict.as_before = self.scripts.was_parallel(file)
         elif of_rank(file, test):
             verdict.reason = verdict.reason or "every rank has another answer here"
         elif (place := self._share_asked(file, test)) is not None:
             self._judge_share(file, test, place, verdict)
         elif self.varying.varies(file, test):
             self._judge_made(file, test, verdict)
+
+    def _is_barrier(self, file: File, call: ast.expr | ast.stmt) -> bool:
+        """Whether it is a barrier, which scripts pair up: ``if rank != 0: dist.barrier()``."""
+        name = self.project.external(file, call.func) if isinstance(call, ast.Call) else ""
+        return name in {"torch.distributed.barrier", "bmtrain.synchronize"}
 
     def _listed(self, file: File, iterated: ast.expr) -> Iterator[ast.expr]:
         """The list of files, or other list that may differ, that a loop goes through."""
@@ -269,16 +296,26 @@ class Decisions:
 
     def _judge_caught(self, file: File, node: ast.Try, verdict: Verdict) -> None:
         """An error that one rank alone catches would leave the others waiting."""
-        calls = [item for s in node.body for item in walk_own(s) if isinstance(item, ast.Call)]
-        reads = any(self.project.external(file, call.func) in _READS or dotted(call.func) in _READS for call in calls)
-        for handler in node.handlers if reads else ():
-            if caught_names(handler) & _OF_FILES and not leaves(handler.body):
+        if any(caught_names(handler) & _OF_FILES and not leaves(handler.body) for handler in node.handlers):
+            paths = [path for s in node.body for item in walk_own(s) for path in self._read_at(file, item)]
+            if all(path is not None and _is_plain(path) for path in paths):
+                verdict.missed = [path for path in paths if path is not None and not _is_agreed(file, node, path)]
+            else:
                 verdict.reason = (
                     "a rank that does not find the file goes on alone: test bmt.agree(os.path.exists(...)) instead"
                 )
         for_all = self._for_all_of[file]
         verdict.raised = list(self.caught.alone(file, node, for_all))
         verdict.interrupted = self.caught.interrupted(file, node, for_all)
+
+    def _read_at(self, file: File, item: ast.AST) -> Iterator[ast.expr | None]:
+        """The path that a call reads a file at; None where that is not seen."""
+        if not isinstance(item, ast.Call):
+            return
+        name = self.project.external(file, item.func) or dotted(item.func) or ""
+        if name not in _READS or (item.args and is_open_file(file, item.args[0])):
+            return
+        yield item.args[0] if item.args and not opens_for_writing(item) else None
 
     # Batches ---------------------------------------------------------------------------------------------------
 
@@ -369,6 +406,25 @@ def _is_only_tested(file: File, node: ast.expr) -> bool:
             return False
         child = parent
     return False
+
+
+def _is_plain(path: ast.expr) -> bool:
+    """Whether a path may be computed twice."""
+    return all(
+        isinstance(item, _PLAIN)
+        or (isinstance(item, ast.Call) and (dotted(item.func) or "").split(".")[-1] in _OF_PATHS)
+        for item in ast.walk(path)
+    )
+
+
+def _is_agreed(file: File, node: ast.Try, path: ast.expr) -> bool:
+    """Whether ``if not bmt.agree(os.path.exists(path)): raise`` stands in front, in the block that is tried."""
+    wanted = f"agree(os.path.exists({ast.unparse(path)}))"
+    return any(
+        isinstance(item, ast.If) and wanted in ast.unparse(item.test) and isinstance(item.body[0], ast.Raise)
+        for statement in node.body
+        for item in walk_own(statement)
+    )
 
 
 def _is_of_kind(test: ast.expr) -> bool:

@@ -15,6 +15,7 @@ _PASSED_ON = {
 }  # fmt: skip
 _ENDLESS = ("cycle", "infinite", "inf_", "endless", "shard_loader")
 _DEEP = 8
+_EVERY = -1  # each place of what holds several
 _CALLS = 100
 """Through how many functions, each called by the one before, a backward is looked for."""
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -87,6 +88,11 @@ class Feeds:
                 go(parent, elts.index(node) if place is None else place)  # type: ignore[arg-type]
             case ast.IfExp() | ast.Starred() | ast.NamedExpr():
                 go(parent)
+            case ast.ListComp(elt=elt) | ast.GeneratorExp(elt=elt) if node is elt:
+                feed.direct = False
+                go(parent, _EVERY)
+            case ast.Lambda(body=body) if node is body:
+                self._given_by_lambda(file, parent, place, feed, seen, deep)
             case ast.Dict(keys=keys, values=values) if node in values:
                 feed.names.append(str(getattr(keys[values.index(node)], "value", "")))
                 feed.lost = True
@@ -113,6 +119,25 @@ class Feeds:
                 pass
             case None | ast.stmt() | ast.Compare() | ast.BoolOp() | ast.UnaryOp():
                 pass
+            case _:
+                feed.lost = True
+
+    def _given_by_lambda(
+        self, file: File, made: ast.Lambda, place: int | None, feed: Feed, seen: set[object], deep: int
+    ) -> None:
+        """``make = lambda d: DataLoader(d)``, where it is called; ``map(lambda d: DataLoader(d), sets)``."""
+        match file.names.parents[made]:
+            case ast.Assign(targets=[target]):
+                roles = self.collectives.roles[file]
+                variable = roles.var(target)
+                calls = [call for call in file.calls if variable is not None and roles.var(call.func) == variable]
+                feed.direct &= len(calls) == 1 and not any(_is_repeated(file, call) for call in calls)
+                feed.lost |= not calls
+                for call in calls:
+                    self._follow(file, call, place, feed, seen, deep + 1)
+            case ast.Call(func=ast.Name(id="map")) as call:
+                feed.direct = False
+                self._follow(file, call, _EVERY, feed, seen, deep + 1)
             case _:
                 feed.lost = True
 
@@ -167,7 +192,10 @@ class Feeds:
 
     def _held(self, file: File, target: ast.AST, place: int | None, feed: Feed, seen: set[object], deep: int) -> None:
         if isinstance(target, (ast.Tuple, ast.List)):
-            if place is None or any(isinstance(item, ast.Starred) for item in target.elts):
+            if place == _EVERY:
+                for item in target.elts:
+                    self._held(file, item, None, feed, seen, deep)
+            elif place is None or any(isinstance(item, ast.Starred) for item in target.elts):
                 feed.lost = True
             elif place < len(target.elts):
                 self._held(file, target.elts[place], None, feed, seen, deep)

@@ -94,10 +94,13 @@ class Instances:
         """The calls ``signal.signal(signal.SIGTERM, handler)`` of a file, each with the handlers that are seen."""
         for call in file.calls if b"signal" in file.source.data else ():
             if self.project.external(file, call.func) == "signal.signal" and len(call.args) == 2:
-                handler = call.args[1]
-                found = self.project.resolve(file, handler)
-                named = [found] if isinstance(found, FunctionInfo) else []
-                yield call, named + (self.methods(file, handler) if isinstance(handler, ast.Attribute) else [])
+                yield call, self.functions(file, call.args[1])
+
+    def functions(self, file: File, node: ast.expr) -> list[FunctionInfo]:
+        """The function, or methods, that an expression is a name of."""
+        found = self.project.resolve(file, node)
+        functions = [found] if isinstance(found, FunctionInfo) else []
+        return functions + (self.methods(file, node) if isinstance(node, ast.Attribute) else [])
 
     def given_to(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.expr]]:
         """What a variable is assigned, goes through in a loop, holds as a list, or gets as a parameter."""

@@ -40,7 +40,7 @@ def _givers(file: File, opened: ast.If, kept: dict[ast.If, Guard]) -> Iterator[a
             within = [_kept_around(file, binding, kept) for binding in bindings if binding not in inside]
             givers = [guard for guard in within if guard is not None]
             if len(givers) == len(within):
-                yield from (guard for guard in givers if _goes_on(guard))
+                yield from (guard for guard in givers if goes_on(guard))
 
 
 def _read_by_all(statement: ast.stmt) -> Iterator[ast.Name | ast.Attribute]:
@@ -110,6 +110,6 @@ def _kept_around(file: File, node: ast.AST, kept: dict[ast.If, Guard]) -> ast.If
     return None
 
 
-def _goes_on(guard: ast.If) -> bool:
+def goes_on(guard: ast.If) -> bool:
     """Whether a guard can be opened: it has one side, and does not leave the code around it."""
     return not guard.orelse and not any(isinstance(node, _LEAVES) for item in guard.body for node in walk(item))

@@ -6,7 +6,7 @@ import ast
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk_own
-from rewriter.analyze.training.collectives import as_guard, is_other_rank_test
+from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_other_rank_test
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.varying import of_rank, strides_by_rank
@@ -48,6 +48,8 @@ class Reached:
         """Whether ranks may answer a test differently."""
         if isinstance(node, ast.If) and as_guard(file, node) is not None:
             return node not in self.scripts.opened_guards(file)
+        if asks_for_launcher(file, node.test):
+            return False
         if is_other_rank_test(file, node.test) or of_rank(file, node.test) or "rank" in ast.unparse(node.test).lower():
             return True
         return node not in self.decisions.of(file) and self.decisions.varying.varies(file, node.test)

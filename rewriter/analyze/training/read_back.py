@@ -83,9 +83,9 @@ class ReadBack:
 
     def _race(self, writes: Place, reads: Place, whole: ast.AST) -> Iterator[Race]:
         (file, _, key), (other, call, _) = writes, reads
-        if self.scripts.in_kept_guard(other, call):
-            return
         function = file.names.function_of(whole)
+        if self.scripts.in_kept_guard(other, call) or self._is_of_another_program(file, function, other):
+            return
         if other is not file or other.names.function_of(call) is not function:
             known = key[0] is None or isinstance(key[0], ast.ClassDef)
             if known and not _stays_open(file, whole) and not self._is_for_another_run(file, whole):
@@ -114,6 +114,13 @@ class ReadBack:
             yield Race(other, call, file, front=two, reached=self.reached.by_all(file, two))
         else:
             yield self._waiting(other, call, file, one if block is not None else None)
+
+    def _is_of_another_program(self, file: File, function: Function | None, other: File) -> bool:
+        """Whether no program that writes a file comes to the one that reads it."""
+        instances = self.scripts.collectives.instances
+        callers = {caller for caller, _ in instances.calls(file, function)} if function is not None else set()
+        writing = [p for p in self.scripts.programs if self.scripts.reach(p) & (callers or {file})]
+        return bool(writing) and not any(other in self.scripts.reach(program) for program in writing)
 
     def _waiting(self, other: File, call: ast.expr, file: File, behind: ast.stmt | None) -> Race:
         if behind is None or any(isinstance(item, _LEAVES) for item in _own_jumps(behind)):

@@ -6,13 +6,14 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import walk_own
+from rewriter.analyze.read.nodes import assigned_by, dotted, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
 _NUMBERS = {"float", "str", "repr"}
+_FILLED = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like"}
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
 _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
@@ -24,11 +25,12 @@ def readings(
     roles: Roles,
     attributes: Set[str] = frozenset(),
     kept: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
+    gives_mean: Callable[[ast.Call, int], bool] = lambda call, place: False,
 ) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
-    ``attributes`` are names under which objects of the project hold a loss: ``learner.loss``; ``kept`` tells what a
-    call leaves with an object that adds it up.
+    ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
+    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
@@ -37,12 +39,40 @@ def readings(
         for reading in (*candidates(roles, node), *_tested(file, roles, node), *given):
             loss = viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
-            known = known or (isinstance(loss, ast.Attribute) and loss.attr in attributes and _reads(reading))
+            known = known or (_reads(reading) and held_path(loss) in attributes)
+            known = known or (_reads(reading) and _is_given(loss, gives_mean))
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
                 found[reading] = loss
                 taken.add(loss)
+        match node:
+            case ast.AugAssign(target=target, op=ast.Add(), value=value) if _is_given(value, gives_mean):
+                if roles.var(target) not in roles.trained:
+                    found[value] = value
         found |= {name: name for name in (*_returned(file, roles, node), *_watched(roles, node)) if name not in taken}
     return found
+
+
+def held_path(node: ast.expr) -> str:
+    """``loss`` for ``learner.loss``, ``outputs[loss]`` for ``runner.outputs["loss"]`` and ``outputs.get("loss")``."""
+    match node:
+        case ast.Attribute(attr=attr):
+            return attr
+        case (
+            ast.Subscript(value=inner, slice=ast.Constant(value=str(key)))
+            | ast.Call(func=ast.Attribute(value=inner, attr="get"), args=[ast.Constant(value=str(key)), *_])
+        ) if path := held_path(inner):
+            return f"{path}[{key}]"
+    return ""
+
+
+def _is_given(loss: ast.expr, gives_mean: Callable[[ast.Call, int], bool]) -> bool:
+    """``model(x, y)[1]``, ``loss_of(batch)``: the mean over a batch that a model or function of the project gives."""
+    match loss:
+        case ast.Subscript(value=ast.Call() as call, slice=ast.Constant(value=int(place))) if place >= 0:
+            return gives_mean(call, place)
+        case ast.Call():
+            return gives_mean(loss, -1)
+    return False
 
 
 def _watched(roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
@@ -119,6 +149,9 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield node
         case ast.Call(args=[value]) if roles.project.external(roles.file, node.func) in _OF_NUMPY:
             yield value
+        case ast.Assign(targets=[ast.Subscript(value=holder)], value=value):
+            if roles.var(viewed(value)) in roles.losses and _is_of_numbers(roles, holder):
+                yield value
         case ast.FormattedValue(value=value):
             yield value
         case ast.Call(func=ast.Name(id="print"), args=values):
@@ -134,6 +167,16 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield from (part for value in given for part in _parts(value))
         case _ if isinstance(node, ast.Call) and roles.project.external(roles.file, node.func) == "wandb.log":
             yield from (part for value in node.args for part in _parts(value))
+
+
+def _is_of_numbers(roles: Roles, holder: ast.expr) -> bool:
+    """``losses`` of ``losses = torch.zeros(n)``, which takes a loss's value."""
+    variable = roles.var(holder)
+    given = (pair for node in roles.file.nodes if isinstance(node, ast.Assign) for pair in assigned_by(node))
+    made = [value for target, value in given if variable is not None and roles.var(target) == variable]
+    return bool(made) and all(
+        isinstance(value, ast.Call) and (dotted(value.func) or "").split(".")[-1] in _FILLED for value in made
+    )
 
 
 def _tested(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.expr]:

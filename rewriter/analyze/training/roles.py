@@ -288,7 +288,7 @@ class Roles:
         found: set[Var] = set()
         for node in self.file.nodes:
             if isinstance(node, (ast.For, ast.comprehension)):
-                for name, held in _gone_through(node.target, node.iter):
+                for name, held in gone_through(node.target, node.iter):
                     variable, several = self.var(name), self.var(held)
                     called = self.methods_called.get(variable, set()) if variable is not None else set()
                     if several is not None and {"step", "zero_grad"} <= called:
@@ -309,7 +309,7 @@ class Roles:
         for parent in self.file.names.ancestors(node):
             loops = [parent] if isinstance(parent, ast.For) else list(getattr(parent, "generators", ()))
             for loop in loops:
-                for name, held in _gone_through(loop.target, loop.iter):
+                for name, held in gone_through(loop.target, loop.iter):
                     if name.id == node.id and self.var(held) in self.lists:
                         return self.var(held)
         variable = self.var(node)
@@ -476,7 +476,9 @@ class Roles:
                     found.add(variable)
             for node in self.file.nodes:
                 found |= self._losses_in_tuple(node, found)
-                if isinstance(node, ast.AugAssign) and self._loss_value(node.value, found, False):
+                if isinstance(node, ast.AugAssign) and (
+                    self._loss_value(node.value, found, False) or self.gives_loss(node.value, found)
+                ):
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)
@@ -634,9 +636,10 @@ def _is_number(node: ast.expr) -> bool:
     return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
 
 
-def _gone_through(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.Name, ast.expr]]:
-    """The names of a loop, each with the list or dict of which it is an item in turn."""
-    if isinstance(target, ast.Name) and isinstance(iterated, (ast.Name, ast.Attribute)):
+def gone_through(target: ast.expr, iterated: ast.expr, displays: bool = False) -> Iterator[tuple[ast.Name, ast.expr]]:
+    """The names of a loop, each with the list or dict of which it is an item in turn; with ``displays`` ``(a, b)``."""
+    held = (ast.Name, ast.Attribute, ast.Tuple, ast.List) if displays else (ast.Name, ast.Attribute)
+    if isinstance(target, ast.Name) and isinstance(iterated, held):
         yield target, iterated
     if not isinstance(iterated, ast.Call):
         return
@@ -646,10 +649,10 @@ def _gone_through(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.Na
         if isinstance(parts[-1], ast.Name):
             yield parts[-1], iterated.func.value
     elif called in {"enumerate", "reversed", "list", "tuple"} and iterated.args:
-        yield from _gone_through(parts[-1], iterated.args[0])
+        yield from gone_through(parts[-1], iterated.args[0], displays)
     elif called == "zip" and len(parts) == len(iterated.args):
         for part, item in zip(parts, iterated.args, strict=True):
-            yield from _gone_through(part, item)
+            yield from gone_through(part, item, displays)
 
 
 def is_optimizer_name(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Set
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
-from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo, ModuleRef
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef
 from rewriter.analyze.read.nodes import dotted, is_backward, loss_of, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
@@ -17,7 +17,7 @@ from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
-from rewriter.analyze.training.opened import with_givers
+from rewriter.analyze.training.opened import goes_on, with_givers
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
@@ -35,6 +35,9 @@ _OF_MODELS = {
 _TRAINS = re.compile(rb"\.backward\(")
 
 
+_LOADER = "torch.utils.data.DataLoader"
+
+
 class Scripts:
     """Training scripts of a project and everything they import."""
 
@@ -42,7 +45,7 @@ class Scripts:
         self.classes = classes
         self.project = classes.project
         self.roles: dict[File, Roles] = _Roles(classes)
-        self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares)
+        self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares, self._gives_mean)
         self.feeds = Feeds(self.collectives)
         self.batches = Batches(self.collectives, self.feeds, self._is_fed)
         self.handed = Handed(self.collectives, self.feeds, self._taking, self._kinds)
@@ -87,7 +90,8 @@ class Scripts:
         return taken_by(place, self.roles[file]) if isinstance(place, ast.For) else set()
 
     def _kinds(self, file: File, place: Place, held: set[str]) -> Kinds:
-        return Kinds(file, self.roles[file], place, self.sums(file).of, held, self.collectives.keepers)
+        sums = self.sums(file)
+        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, self.collectives.keepers)
 
     def _taking(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take a rank's share of each batch and train on it."""
@@ -117,6 +121,10 @@ class Scripts:
     def sums(self, file: File) -> Sums:
         """Which losses of a file are sums over the batch."""
         return self._sums.setdefault(file, Sums(file, self.classes, self.roles, self.collectives.instances))
+
+    def _gives_mean(self, file: File, call: ast.Call, place: int) -> bool:
+        """Whether a model or function of the project gives a mean over a batch, at a place of what it returns."""
+        return self.sums(file).looks_into(call) and self.sums(file).in_parts(call, place) == "mean"
 
     @cached_property
     def summed(self) -> set[ast.Call]:
@@ -185,9 +193,25 @@ class Scripts:
         return found
 
     def _makes_loader(self, file: File) -> Iterator[ast.Call]:
-        for call in file.calls if b"DataLoader" in file.source.data else ():
-            if self.project.external(file, call.func) == "torch.utils.data.DataLoader":
-                yield call
+        yield from (call for call in file.calls if self.is_loader(file, call))
+
+    def is_loader(self, file: File, call: ast.Call) -> bool:
+        """Whether a call makes a DataLoader, by a class of the project or a ``partial``, too."""
+        if b"oader" not in file.source.data:
+            return False
+        found = self.project.resolve(file, call.func)
+        if isinstance(found, External):
+            return found.name == _LOADER
+        if isinstance(found, ClassInfo):
+            return any(self.project.external(found.file, base) == _LOADER for base in found.node.bases)
+        made = file.names.values_of(call.func) if isinstance(call.func, ast.Name) else []
+        return bool(made) and all(
+            isinstance(value, ast.Call)
+            and self.project.external(file, value.func) == "functools.partial"
+            and bool(value.args)
+            and self.project.external(file, value.args[0]) == _LOADER
+            for value in made
+        )
 
     @cached_property
     def entries(self) -> dict[File, list[ast.stmt]]:
@@ -452,7 +476,24 @@ class Scripts:
                 or (file in self.training and any(map(self.collectives.gradient_read, guard.node.body)))
             }
             self._unguarded[file] = with_givers(file, opened)
+            if averaging := self._averaging(file):
+                self._unguarded[file] = with_givers(file, {**self._unguarded[file], **averaging})
         return self._unguarded[file]
+
+    def _averaging(self, file: File) -> dict[ast.If, Guard]:
+        """Rank guards under which a loss is averaged over steps, that is read as that of all ranks outside of them."""
+        roles, read = self.roles[file], self.collectives.readings(file).values()
+        found: dict[ast.If, Guard] = {}
+        for guard in guards(file) if read else ():
+            body = [item for statement in guard.node.body for item in walk_own(statement)]
+            if guard.node in self._unguarded[file] or guard.either or not goes_on(guard.node):
+                continue
+            bound = {roles.var(t) for item in body if isinstance(item, ast.Assign) for t in item.targets}
+            inside = set(body)
+            others = (loss for loss in read if loss not in inside and not self.in_kept_guard(file, loss))
+            if any(roles.var(loss) in bound for loss in others):
+                found[guard.node] = guard
+        return found
 
     def kept_guards(self, file: File) -> list[ast.If]:
         """Rank guards that one rank alone enters after conversion."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
-from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _SIZES = {"size", "numel", "nelement", "__len__"}
@@ -32,6 +32,7 @@ _ALL = {"bmtrain.gather_result", "bmtrain.sum_loss", "bmtrain.mean", "bmtrain.to
 _REDUCED = {"sum": "total", "mean": "mean"}
 _COMES_OF_IT = {"total", "mean", "samples", "unknown"}
 _SOME = -1  # a part of a value, it is not known which
+_EACH = -2  # one after another of what a value holds
 Loop = ast.For | ast.While
 Place = ast.For | ast.While | ast.FunctionDef | ast.AsyncFunctionDef
 """A loop that takes batches, or a function that one hands them to."""
@@ -99,7 +100,8 @@ class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``.
 
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
-    function makes whether it is a ``sum`` or a ``mean``.
+    function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
+    value in a collection.
     """
 
     def __init__(
@@ -108,10 +110,12 @@ class Kinds:
         roles: Roles,
         loop: Place,
         reduced: Callable[[ast.expr], str],
+        in_parts: Callable[[ast.expr, int | None], str],
         held: set[str],
         keepers: Keepers,
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
+        self.in_parts = in_parts
         self.nodes = list(_own(loop))
         self.batch = set(held)
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
@@ -129,9 +133,12 @@ class Kinds:
                             place = None if part is target else index
                             self.made.setdefault(part.id, []).append((node.value, place))
         for node in self.nodes:
-            for item in walk(node.target) if isinstance(node, ast.For) else ():
-                if isinstance(item, ast.Name) and isinstance(node, ast.For):
-                    self.made.setdefault(item.id, []).append((node.iter, _SOME))
+            if isinstance(node, (ast.For, ast.comprehension)):
+                held_in = dict(gone_through(node.target, node.iter, displays=True))
+                for item in walk(node.target):
+                    if isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
+                        place = _EACH if item in held_in else _SOME
+                        self.made.setdefault(item.id, []).append((held_in.get(item, node.iter), place))
         self.added, self.of_items = self._added_anew()
         self.grown = self._growing()
         for name in {
@@ -217,7 +224,7 @@ class Kinds:
     def _is_drawn(self, value: ast.expr, part: int | None) -> bool:
         """Whether a part of what a function of the project gives comes of nothing that it is given of the batch."""
         found = self.roles.project.resolve(self.file, value.func) if isinstance(value, ast.Call) else None
-        if not isinstance(found, FunctionInfo) or not isinstance(value, ast.Call) or part is None or part == _SOME:
+        if not isinstance(found, FunctionInfo) or not isinstance(value, ast.Call) or part is None or part < 0:
             return False
         listed = positional(found.node)
         held = {name for name, given in zip(listed, value.args, strict=False) if self.of_batch(given)}
@@ -392,7 +399,9 @@ class Kinds:
     def _collected(self, attr: str, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``values.append(x.mean())``, ``labels.extend(y.tolist())``."""
         kind = self.kind(value)
-        if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
+        if isinstance(value, (ast.DictComp, ast.ListComp)) and all(map(self._goes_through_parts, value.generators)):
+            yield from self._collected("append", value.value if isinstance(value, ast.DictComp) else value.elt)
+        elif isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
             yield from self._of_row(value)
         elif kind in {"total", "mean"} and attr == "append":
             yield value, kind
@@ -437,7 +446,8 @@ class Kinds:
         while isinstance(func, ast.Attribute):
             func = func.value
         return isinstance(func, ast.Name) and all(
-            part == _SOME and not self.of_batch(value) for value, part in self.made.get(func.id, [(func, None)])
+            part is not None and part < 0 and not self.of_batch(value)
+            for value, part in self.made.get(func.id, [(func, None)])
         )
 
     def _is_table(self, node: ast.expr) -> bool:
@@ -539,13 +549,29 @@ class Kinds:
         for parent in self.file.names.ancestors(node):
             if parent is self.loop:
                 return True
-            if isinstance(parent, (ast.For, ast.While, ast.Try, ast.comprehension, ast.Lambda, ast.BoolOp)):
-                return False
             if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
+                if not all(map(self._goes_through_parts, parent.generators)):
+                    return False
+            elif isinstance(parent, ast.For) and self._goes_through_parts(parent):
+                continue
+            if isinstance(parent, (ast.For, ast.While, ast.Try, ast.comprehension, ast.Lambda, ast.BoolOp)):
                 return False
             if isinstance(parent, (ast.If, ast.IfExp)) and self._asks_of_items(parent.test):
                 return False
         return False
+
+    def _is_key(self, loop: ast.For | ast.comprehension, name: ast.Name, held_in: Mapping[ast.Name, ast.expr]) -> bool:
+        """Whether a name is that of what a function collects, in ``for name, loss in losses.items()``."""
+        of_items = isinstance(loop.iter, ast.Call) and getattr(loop.iter.func, "attr", "") == "items"
+        return of_items and name not in held_in and any(self.in_parts(holder, None) for holder in held_in.values())
+
+    def _goes_through_parts(self, loop: ast.For | ast.comprehension) -> bool:
+        """Whether it goes through what is written out, or what a function collects: ``losses.items()``."""
+        holders = [holder for _, holder in gone_through(loop.target, loop.iter, displays=True)]
+        of_batch = [holder for holder in holders if self.of_batch(holder)]
+        return bool(of_batch) and all(
+            isinstance(holder, (ast.Tuple, ast.List)) or self.in_parts(holder, None) for holder in of_batch
+        )
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
         """What a node shows, without the texts that it is joined with."""
@@ -557,7 +583,7 @@ class Kinds:
             case ast.FormattedValue(value=value):
                 yield value
             case ast.Call(func=ast.Name(id="print"), args=values):
-                yield from values
+                yield from (value.value if isinstance(value, ast.DictComp) else value for value in values)
             case ast.Call(
                 func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values, keywords=named
             ):
@@ -577,7 +603,8 @@ class Kinds:
             if parent is self.loop or (isinstance(parent, ast.For) and _runs_backward(parent)):
                 return ""
             asked = parent.iter if isinstance(parent, ast.For) else getattr(parent, "test", None)
-            if asked is not None and self._asks_of_items(asked):
+            named = isinstance(parent, ast.For) and self._goes_through_parts(parent)
+            if asked is not None and not named and self._asks_of_items(asked):
                 return "unknown"
         return ""
 
@@ -644,6 +671,8 @@ class Kinds:
         match node:
             case ast.Call() if self._reads_loss(node):
                 return ""
+            case ast.Call() if self.roles.gives_loss(node, self.roles.losses):
+                return "loss"
             case ast.Name(id=name):
                 if name not in self.made:
                     return "samples"
@@ -663,6 +692,11 @@ class Kinds:
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
+            case ast.Call(
+                func=ast.Attribute(attr="stack" | "tensor"), args=[ast.List(elts=held) | ast.Tuple(elts=held)]
+            ):
+                kinds = {self.kind(item, deep + 1) for item in held}
+                return "mean" if kinds <= {"mean", "loss"} else "unknown" if "unknown" in kinds else "samples"
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
                 return "total" if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
             case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=keywords):
@@ -694,6 +728,10 @@ class Kinds:
                 return self._joined(self.kind(left, deep + 1), self.kind(right, deep + 1), op)
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Name() | ast.Constant(value=str())) if (
+                each := _REDUCED.get(self.in_parts(value, None))
+            ):
+                return each
             case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
                 kind = _REDUCED.get(self.reduced(node)) or self.kind(value, deep + 1)
                 return kind if kind in {"mean", "total"} else "unknown"
@@ -768,8 +806,14 @@ class Kinds:
 
     def _part(self, value: ast.expr, part: int | None, name: str, deep: int) -> str:
         """What a name is that gets a value, or a part of it."""
+        if part == _EACH and isinstance(value, (ast.Tuple, ast.List)):
+            kinds = {self.kind(item, deep + 1) for item in value.elts}
+            return "mean" if kinds and kinds <= {"mean", "loss"} else "unknown"
         if part is not None:
-            return "mean" if _NAMED_MEANS.match(name) else "unknown"
+            given = ""
+            if part == _EACH or (part >= 0 and isinstance(value, ast.Call)):
+                given = _REDUCED.get(self.in_parts(value, None if part == _EACH else part), "")
+            return given or ("mean" if _NAMED_MEANS.match(name) else "unknown")
         kind = self.kind(value, deep + 1)
         return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) else kind
 

@@ -26,6 +26,7 @@ class Sums:
         self._instances = instances
         self.all_roles = roles
         self.sources: set[ast.Call] = set()
+        self._looks_into = False
 
     def is_sum(self, node: ast.expr) -> bool:
         """Whether a loss is a sum over the batch, however weighed by what is the same on all ranks."""
@@ -43,6 +44,29 @@ class Sums:
         """``sum`` or ``mean`` for what a loss function makes of a batch, also as one of several values; else empty."""
         found = self._kind(self.file, node, None, 0, set())
         return found if found in {"sum", "mean"} else ""
+
+    def in_parts(self, node: ast.expr, place: int | None) -> str:
+        """``sum`` or ``mean`` for what a call gives at a place, or, without one, for each value in a collection.
+
+        Other than for a loss that is trained on, models and what functions collect are looked into.
+        """
+        before, self._looks_into = self._looks_into, True
+        try:
+            if place is None:
+                found = self._elements(self.file, node, 0, set()) or ""
+            else:
+                found = self._kind(self.file, node, place if place >= 0 else None, 0, set())
+        finally:
+            self._looks_into = before
+        return found if found in {"sum", "mean"} else ""
+
+    def looks_into(self, call: ast.Call) -> bool:
+        """Whether the code that a call runs is the project's."""
+        before, self._looks_into = self._looks_into, True
+        try:
+            return self._criterion(self.file, call) is None and self._function(self.file, call) is not None
+        finally:
+            self._looks_into = before
 
     def may_add_items(self, node: ast.expr) -> bool:
         """Whether a loss adds up what may be the items of the batch, or one of its terms does."""
@@ -138,6 +162,9 @@ class Sums:
                 return self._elements(file, inner, deep + 1, sources)
             case ast.Call(func=func, args=[inner, *_]) if (dotted(func) or "").split(".")[-1] in _COLLECTS:
                 return self._elements(file, inner, deep + 1, sources)
+            case ast.Call() if self._looks_into and (function := self._function(file, node)) is not None:
+                given = {self._elements(function.file, value, deep + 1, sources) for value in _returned(function)}
+                return given.pop() if len(given) == 1 else None
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
                 found = [self._elements(file, side, deep + 1, sources) for side in (left, right)]
                 known = [kind for kind in found if kind not in {None, "same"}]
@@ -197,13 +224,8 @@ class Sums:
         function = self._function(file, node)
         if function is None:
             return ""
-        returned = [
-            item.value
-            for statement in function.node.body
-            for item in walk_own(statement)
-            if isinstance(item, ast.Return) and item.value is not None
-        ]
-        kinds = {self._kind(function.file, value, part, deep + 1, sources) for value in returned}
+        kinds = {self._kind(function.file, value, part, deep + 1, sources) for value in _returned(function)}
+        kinds -= {"same"} if self._looks_into and len(kinds) > 1 else set()
         return kinds.pop() if len(kinds) == 1 else ""
 
     def _criterion(self, file: File, node: ast.Call, deep: int = 0) -> ast.Call | None:
@@ -242,8 +264,23 @@ class Sums:
             else:
                 owner = self.all_roles[file].model_class(node.func.value)
             method = self.classes.method(owner, node.func.attr) if owner is not None else None
+            if method is not None or not self._looks_into:
+                return method[0].file.function_info(method[1]) if method is not None else None
+        owner = self._instances.class_of(file, node.func) if self._looks_into else None
+        if owner is not None:
+            name = "forward" if self.classes.is_module(owner) else "__call__"
+            method = self.classes.method(owner, name)
             return method[0].file.function_info(method[1]) if method is not None else None
         return None
+
+
+def _returned(function: FunctionInfo) -> list[ast.expr]:
+    return [
+        item.value
+        for statement in function.node.body
+        for item in walk_own(statement)
+        if isinstance(item, ast.Return) and item.value is not None
+    ]
 
 
 def _moves(value: ast.expr, name: ast.expr) -> bool:
@@ -315,6 +352,7 @@ def _reduction(call: ast.Call) -> str:
     if given.get("size_average") is False:
         return "sum"
     found = given.get("reduction", "mean")
+    found = "mean" if found == "batchmean" else found
     return found if found in {"sum", "mean"} else ""
 
 
@@ -334,6 +372,8 @@ def _joined(left: str, right: str, op: ast.operator, by_size: bool) -> str:
     if isinstance(op, (ast.Add, ast.Sub)):
         kinds = {left, right} - {"same"} if "same" in {left, right} and left != right else {left, right}
         return kinds.pop() if len(kinds) == 1 else ""
+    if isinstance(op, ast.Pow):
+        return "same" if left == right == "same" else ""
     if isinstance(op, ast.Mult):
         return right if left == "same" else left if right == "same" else ""
     if isinstance(op, ast.Div):

@@ -42,10 +42,8 @@ LOG_FILES = {
     "logging.handlers.WatchedFileHandler", "logging.basicConfig", "loguru.logger.add",
 }  # fmt: skip
 _STREAMS = {"sys.stdout", "sys.stderr", "sys.__stdout__", "sys.__stderr__"}
-CONFIGURED_ONCE = {"logging.config.dictConfig", "logging.config.fileConfig", "loguru.logger.configure"}
+CONFIGURED_ONCE = {"logging.config.dictConfig", "logging.config.fileConfig"}
 """Calls that make handlers, of files and of what is printed, from settings."""
-LOGURU_CALLS = {f"loguru.logger.{name}" for name in ("trace", "debug", "info", "success", "log")}
-"""Calls that log what is no warning."""
 UPLOADING_METHODS = {
     "push_to_hub", "upload_folder", "upload_file", "upload_large_folder", "create_repo", "create_commit", "create_tag",
     "git_push",

@@ -32,6 +32,10 @@ _RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
 _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
 }  # fmt: skip
+_ENTROPIES = {
+    "torch.nn.functional.cross_entropy", "torch.nn.functional.nll_loss", "torch.nn.CrossEntropyLoss",
+    "torch.nn.NLLLoss",
+}  # fmt: skip
 _WITHOUT_GRADIENTS = {"torch.no_grad", "torch.inference_mode"}
 _PADDED = (
     "each batch is padded to its longest here, a rank's share of it less, and {name} looks at the padding ({where}): "
@@ -106,7 +110,7 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
     compared = {node.lineno for node in across.compared()}
     ratios = {node.lineno for node in across.ratios()}
     curved = {node.lineno for node in across.curved()} - compared - ratios
-    left_out = {node.lineno for node in _left_out(file)}
+    left_out = {node.lineno for node in _left_out(file)} if not _counts_labels(facts) else set()
     counted = {node.lineno for node in across.weighed()} - ratios | left_out
     counted_sums, mixed = across.counted_sums(), set[int]()
     for call in file.calls:
@@ -198,6 +202,29 @@ def _only_evaluates(file: File, facts: Facts, call: ast.Call) -> bool:
         ):
             return True
     return False
+
+
+def _counts_labels(facts: Facts) -> bool:
+    """Whether every cross entropy of the scripts is, or becomes, the mean over what counts on all ranks."""
+    found = False
+    for file in facts.scripts.training:
+        for node in file.nodes:
+            if isinstance(node, ast.Attribute) and node.attr == "loss" and isinstance(node.ctx, ast.Load):
+                if dotted(node) != "bmt.loss":
+                    return False  # a model's own
+        for call in file.calls:
+            name = facts.project.external(file, call.func)
+            if name.endswith(".mean_over_ranks"):
+                found = True
+            elif name in _ENTROPIES:
+                parent = file.names.parents[call]
+                outer = facts.project.external(file, parent.func) if isinstance(parent, ast.Call) else ""
+                if not outer.endswith(".mean_over_ranks") and all(k.arg != "ignore_index" for k in call.keywords):
+                    return False
+                found = True
+            elif name.startswith("transformers."):
+                return False
+    return found
 
 
 def _left_out(file: File) -> Iterator[ast.expr]:

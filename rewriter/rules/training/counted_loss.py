@@ -30,7 +30,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     packs = b"pack_padded_sequence" in file.source.data or b"pack_sequence" in file.source.data
     for call in file.calls:
         name = facts.project.external(file, call.func)
-        if name not in _FUNCTIONS | _MODULES:
+        if name not in _FUNCTIONS | _MODULES or _is_counted(file, facts, call):
             continue
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         reduced = given.get("reduction")
@@ -44,6 +44,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if packs or weighs or "ignore_index" in given or any(map(_is_selected, call.args[:of_values])):
             change = wrap(call if name in _MODULES else call.func, "{bmt}.loss.mean_over_ranks({it})")
             yield Conversion(RULE.code, call.lineno, "the loss is the mean over what counts on all ranks", (change,))
+
+
+def _is_counted(file: File, facts: Facts, call: ast.Call) -> bool:
+    parent = file.names.parents[call]
+    named = facts.project.external(file, parent.func) if isinstance(parent, ast.Call) else ""
+    return named.endswith(".mean_over_ranks")
 
 
 def _is_selected(value: ast.expr) -> bool:

@@ -9,13 +9,18 @@ and means of a rank's share of a batch become the batch's: ``if len(x) < 2:`` is
 script for DDP, whose samplers give all ranks as many samples, it is ``if bmt.agree(len(x) < 2):``. What holds for a
 batch if it does on any rank, or on all, is asked of all ranks: ``if bmt.total(torch.isnan(out).any()):``, ``if
 bmt.total(not torch.isfinite(out).all()):``. Other tests of what a model makes of a share are rank 0's, and reported.
-A handler of signals that saves is reported. An ``except`` around training in which a rank would go on alone begins with
+A file that is read where ``except FileNotFoundError`` catches that it is not there is there for all ranks or for none:
+``if not bmt.agree(os.path.exists(path)): raise FileNotFoundError(path)`` stands in front.
+A handler of signals that saves is reported, and so is what saves at exit. What ``except KeyboardInterrupt:`` is around,
+where what follows is for all ranks, goes under ``with bmt.interrupted_together():``, from which Ctrl-C leads after the
+same step on all ranks. An ``except`` around training in which a rank would go on alone begins with
 ``if bmt.world_size() > 1: raise``.
 Why: rank 0 may write a file before rank 1 asks for it, and no two clocks are the same; a rank that decides otherwise
 does not make the call, and the others wait for it forever.
 Refuses when: the test is of other values of a rank's share of a batch (``x.max() > 9``), or of one of which it is not
 seen whether it is a share; it compares a rank with something; one rank alone would leave (a remark, if the script had
-ranks before); a file that one rank may not find is caught, or any error is suppressed: then the file stays as it is.
+ranks before); a file whose path is not seen is caught if it is not there, or any error is suppressed: then the file
+stays as it is.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.training.decisions import Verdict
-from rewriter.changes import Change, insert_before, wrap
+from rewriter.changes import Change, Under, insert_before, template, wrap
+from rewriter.rules.imports import imports
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -38,6 +44,10 @@ _INTERRUPTED = (
 _SIGNALLED = (
     "a signal meets each rank at another place, and line {line} needs all of them: set a flag here, and do that where "
     "the loop tests it"
+)
+_AT_EXIT = (
+    "all ranks do at the end what line {line} needs them for, but Ctrl-C or an error meets each at another place: it "
+    "may end the job instead, saying so; except KeyboardInterrupt: around training is for that"
 )
 _RAISED = "with several ranks an error ends the job here: a rank that goes on alone would leave the others waiting"
 
@@ -51,6 +61,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         places = [place for other, body in bodies if (place := facts.scripts.collectives.inside(other, body))]
         if places:
             yield Remark(RULE.code, call.lineno, _SIGNALLED.format(line=places[0].lineno), differs=True)
+    yield from _at_exit(file, facts)
     made: set[ast.expr] = set()
     refused: set[int] = set()
     for verdict in facts.decisions.verdicts(file):
@@ -84,9 +95,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if listed not in made:
                 made.add(listed)
                 changes.append(wrap(listed, "{bmt}.store.broadcast_object(list({it}))"))
+        for path in verdict.missed:
+            if path not in made and file.source.is_exact(path):
+                made.add(path)
+                lines = ("if not {bmt}.agree(os.path.exists({path})):", "    raise FileNotFoundError({path})")
+                changes += [*imports(file, "os"), insert_before(file.names.statement_of(path), *lines, path=path)]
         if verdict.interrupted is not None:
-            line = verdict.interrupted.lineno
-            yield Remark(RULE.code, node.lineno, _INTERRUPTED.format(where=f"line {line}"))
+            yield from _interrupted(file, facts, verdict, verdict.interrupted)
         for handler in verdict.raised:
             raises = insert_before(handler.body[0], "if {bmt}.world_size() > 1:", "    raise")
             yield Conversion(RULE.code, handler.lineno, _RAISED, (raises,))
@@ -94,6 +109,34 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             whole = (verdict.shares or verdict.joined) and not verdict.tests
             message = f"{'the whole batch' if whole else 'rank 0'} decides for all: {what} is for all ranks"
             yield Conversion(RULE.code, node.lineno, message, tuple(changes))
+
+
+def _at_exit(file: File, facts: Facts) -> Iterator[Finding]:
+    """``atexit.register(save)``, which runs behind errors as well."""
+    collectives = facts.scripts.collectives
+    for _, call in facts.project.calls_of([file], {"atexit.register"}) if b"atexit" in file.source.data else ():
+        given = call.args[0] if call.args else None
+        bodies: list[tuple[File, ast.AST]] = [(file, given.body)] if isinstance(given, ast.Lambda) else []
+        if isinstance(given, (ast.Name, ast.Attribute)):
+            bodies += [
+                (one.file, item) for one in collectives.instances.functions(file, given) for item in one.node.body
+            ]
+        place = next((found for other, body in bodies if (found := collectives.inside(other, body))), None)
+        if place is not None:
+            yield Remark(RULE.code, call.lineno, _AT_EXIT.format(line=place.lineno))
+
+
+def _interrupted(file: File, facts: Facts, verdict: Verdict, what: ast.stmt) -> Iterator[Finding]:
+    """What is for all ranks behind Ctrl-C: they take it after the same step, where it is caught."""
+    node, caught = verdict.decision.node, facts.decisions.caught
+    if not isinstance(node, ast.Try) or not caught.stopped_by_hand(file, node):
+        yield Remark(RULE.code, node.lineno, _INTERRUPTED.format(where=f"line {what.lineno}"))
+    elif not caught.is_stopped_together(file, node):
+        if all(file.source.owns_lines(statement) for statement in node.body):
+            under = Under(tuple(node.body), template("with {bmt}.interrupted_together():"))
+            yield Conversion(RULE.code, node.lineno, "Ctrl-C meets all ranks after the same step", (under,))
+        else:
+            yield Remark(RULE.code, node.lineno, _INTERRUPTED.format(where=f"line {what.lineno}"))
 
 
 def _of_all_ranks(file: File, test: ast.expr, ranks: str) -> Change:
@@ -151,6 +194,44 @@ for step, x in enumerate(batches):
     if step % 10 == 0 and bmt.agree(time.time() - start > 600):
         bmt.save(model, "last.pt")
         break
+""",
+        ),
+        Example(
+            """import torch
+import bmtrain as bmt
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+try:
+    model.load_state_dict(torch.load(path))
+except FileNotFoundError:
+    pass
+try:
+    for x in batches:
+        optim_manager.backward(model(x).mean())
+except KeyboardInterrupt:
+    torch.save(model.state_dict(), path)
+""",
+            """import torch
+import bmtrain as bmt
+import os
+
+bmt.init_distributed()
+model = bmt.BMTrainModelWrapper(torch.nn.Linear(8, 1))
+optim_manager = bmt.optim.OptimManager(loss_scale=None)
+try:
+    if not bmt.agree(os.path.exists(path)):
+        raise FileNotFoundError(path)
+    model.load_state_dict(torch.load(path))
+except FileNotFoundError:
+    pass
+try:
+    with bmt.interrupted_together():
+        for x in batches:
+            optim_manager.backward(model(x).mean())
+except KeyboardInterrupt:
+    bmt.save(model, path)
 """,
         ),
     ),

@@ -4,7 +4,8 @@ What: ``torch.manual_seed(n)`` becomes ``bmt.init_distributed(seed=n)`` when not
 otherwise ``bmt.init_distributed(seed=n)`` is put in front of the first statement that does, or that draws data, an
 order or a division of the data (``random_split``) without a seed of its own. A seed that the script
 draws at random is rank 0's on all ranks. Where calls of torch.distributed stay as they are, or a script that made
-torch's process group calls packages that use it (``timm.utils.reduce_tensor``), one is registered behind it.
+torch's process group calls packages that use it (``timm.utils.reduce_tensor``), one is registered behind it. So is what
+keeps loguru and structlog to one rank, where no line of the script says where they print: other ranks warn.
 Why: models, output and data all depend on the ranks. init_distributed seeds torch the same way on every rank, so the
 initial weights are those of the unconverted script.
 Where every rank acts in an environment by what the forward of a model draws, and nothing shares out the work, ranks are
@@ -24,11 +25,13 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.default_sinks import QUIETED, default_sinks
 from rewriter.analyze.training.draws import acts_by_draws
 from rewriter.analyze.training.folders import asked_by_all
 from rewriter.analyze.training.moments import contains
 from rewriter.analyze.training.torch_distributed import calls_of_packages, calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
@@ -54,6 +57,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     reached = scripts.reach(file) & scripts.training
     stay = any(calls_that_stay(f, facts.project) for f in reached) or calls_of_packages(reached, facts.project)
     group = [_GROUP] if stay else []
+    more: list[Change] = []
+    for package in () if scripts.was_parallel(file) or scripts.started else default_sinks(reached, facts.project):
+        modules, quiet = QUIETED[package]
+        group += quiet
+        more += imports(file, *modules)
     seed = _seed(file, facts, block)
     drawn = _drawn(file, facts, seed[1].args[0], block) if seed is not None else None
     if seed is not None and drawn is not None:
@@ -61,11 +69,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if drawn.lineno < first.lineno:
             lines.append("{seed} = {bmt}.store.broadcast_object({seed})")
         start = insert_before(first, *lines, seed=seed[1].args[0])
-        yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
+        yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start, *more), key="init")
         return
     if seed is not None and seed[0] is first and len(first_calls(first)) == 1:
         call = seed[1]
-        changes: list[Change] = [replace(call, seeded, seed=call.args[0])]
+        changes: list[Change] = [*more, replace(call, seeded, seed=call.args[0])]
         if group:
             changes.append(insert_behind(first, *group))
         yield Conversion(RULE.code, first.lineno, "the seed starts the ranks", tuple(changes), key="init")
@@ -79,7 +87,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         start = insert_before(first, seeded, *group, seed=value)
     elif seed is None and imported is not None:
         start = insert_before(first, seeded.replace("{seed}", str(imported)), *group)
-    yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start,), key="init")
+    yield Conversion(RULE.code, first.lineno, "the script starts the ranks", (start, *more), key="init")
 
 
 def _first(file: File, facts: Facts) -> ast.stmt | None:

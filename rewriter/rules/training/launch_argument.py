@@ -1,9 +1,11 @@
 """A script bears the argument that torch.distributed.launch adds.
 
-What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``.
+What: ``parser.add_argument("--local-rank", ...)`` in front of ``parser.parse_args()``. Where the script has such an
+argument and reads it, its default is what torchrun says, ``int(os.environ.get("LOCAL_RANK", -1))``.
 Why: ``python -m torch.distributed.launch`` still passes ``--local-rank=N`` to every rank, which a parser that does not
 know it ends with an error. torchrun passes nothing; both set the environment that bmt.init_distributed reads. Where
-nothing is passed, the options that are read are the script's, so that ``print(args)`` and files made of them stay.
+nothing is passed, the options that are read are the script's, so that ``print(args)`` and files made of them stay. A
+script that reads the argument would take every rank for the one that no launcher has started.
 Refuses when: some parser of the file or of a file that it imports knows the argument, or the parser is not a plain
 argparse.ArgumentParser.
 """
@@ -15,7 +17,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.changes import insert_before
+from rewriter.changes import Arguments, Change, insert_before, template, wrap
+from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding
 
@@ -24,9 +27,13 @@ _SIMPLE = (ast.Assign, ast.AnnAssign, ast.Expr, ast.Return)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
-    if file not in facts.scripts.training or b"parse_args" not in file.source.data:
+    if file not in facts.scripts.training:
+        return
+    if b"parse_args" not in file.source.data:
+        yield from _from_environment(file, facts)
         return
     if any(_knows(other) for other in facts.scripts.reach(file)):  # add_launch_arguments(parser), parents=[...]
+        yield from _from_environment(file, facts)
         return
     for statement in file.nodes:
         if not isinstance(statement, _SIMPLE) or statement.value is None:
@@ -39,6 +46,35 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = f'{parser}.add_argument("--local-rank", "--local_rank", type=int, {hidden})'
         change = insert_before(statement, line)
         yield Conversion(RULE.code, statement.lineno, "the parser takes the launcher's argument", (change,))
+
+
+def _from_environment(file: File, facts: Facts) -> Iterator[Finding]:
+    """``parser.add_argument("--local_rank", type=int, default=-1)``, which torchrun does not pass."""
+    if not any(b".local_rank" in other.source.data for other in facts.scripts.training):
+        return
+    for call in file.calls:
+        if not any(isinstance(given, ast.Constant) and given.value in _KNOWN for given in call.args):
+            continue
+        named = {keyword.arg: keyword.value for keyword in call.keywords}
+        default = named.get("default")
+        changes: tuple[Change, ...]
+        if not isinstance(call.func, ast.Attribute) or call.func.attr != "add_argument" or None in named:
+            continue
+        if default is None:
+            added = template('default=int(os.environ.get("LOCAL_RANK", 0))')
+            changes = (*imports(file, "os"), Arguments(call, added=(added,)))
+        elif isinstance(_number(default), int):
+            changes = (*imports(file, "os"), wrap(default, 'int(os.environ.get("LOCAL_RANK", {it}))'))
+        else:
+            continue
+        yield Conversion(RULE.code, call.lineno, "the launcher says which rank of its node a process is", changes)
+
+
+def _number(node: ast.expr) -> object:
+    match node:
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)) | ast.Constant(value=value):
+            return value
+    return None
 
 
 def _parsed(value: ast.expr) -> str | None:

@@ -43,12 +43,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started:
         return
     yield from _in_parts(file, facts)
-    if b"DataLoader" not in file.source.data:
+    if b"oader" not in file.source.data:
         return
     if not facts.scripts.feeds_training(file):
         return
     for node in file.calls:
-        if facts.project.external(file, node.func) != "torch.utils.data.DataLoader":
+        if not facts.scripts.is_loader(file, node):
             continue
         parent = file.names.parents[node]
         if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_loader":
@@ -65,6 +65,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if _is_other_case(file, facts, node):
             continue
         case = _case(file, node) or _case_of_argument(file, facts, node)
+        if case is None and feed.trained and feed.read:
+            case = _case_of_calls(file, facts, node)
         code = "{bmt}.shard_loader({loader})"
         if case is not None:
             code += f" if {case.text} else {{loader}}"
@@ -152,6 +154,30 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
         if tested and not words and _TRAINS.match(name):
             return template(name)
         if tested and not words and _EVALUATION_WORD.match(re.sub("^(?:is|for|do)_", "", name)):
+            return template(f"not {name}")
+    return None
+
+
+def _case_of_calls(file: File, facts: Facts, node: ast.Call) -> Template | None:
+    """``shuffle`` where a function is called with True for what is trained on, and with False for all else."""
+    function = file.names.function_of(node)
+    if function is None:
+        return None
+    given = function.args
+    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    feeds = facts.scripts.feeds
+    calls = [(other, call, feeds.of(other, place)) for other, place, call in _calls_of(file, facts, function)]
+    if any(feed.trained == feed.only_read for *_, feed in calls):
+        return None
+    for name in (name for name in parameters if name not in stored):
+        values = {
+            (feed.trained, *_constants(other, facts, _given(call, parameters, name) or _default(given, name)))
+            for other, call, feed in calls
+        }
+        if values == {(True, True), (False, False)}:
+            return template(name)
+        if values == {(True, False), (False, True)}:
             return template(f"not {name}")
     return None
 
@@ -320,10 +346,20 @@ def _is_other_case(file: File, facts: Facts, node: ast.Call) -> bool:
     )
 
 
+def _around(file: File, node: ast.expr) -> Iterator[ast.AST]:
+    """What stands around an expression in its statement."""
+    for parent in file.names.ancestors(node):
+        if isinstance(parent, ast.stmt):
+            return
+        yield parent
+
+
 def _is_evaluated(file: File, facts: Facts, node: ast.Call, feed: Feed) -> bool:
     """Whether a loader's batches are only evaluated: by what the loops over them do, else by its names."""
     if feed.trained:
-        return not feed.direct and _for_evaluation(file, facts, node)
+        made = (ast.ListComp, ast.GeneratorExp, ast.Lambda)
+        several = feed.read and any(isinstance(parent, made) for parent in _around(file, node))
+        return not feed.direct and not several and _for_evaluation(file, facts, node)
     if feed.only_read:
         return True
     if _for_evaluation(file, facts, node):

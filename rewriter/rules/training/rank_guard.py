@@ -3,12 +3,15 @@
 What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a forward or ``p.grad`` goes;
 ``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
 ``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
-values. What only one rank may do inside (writing
+values, or in which a loss is averaged that is read as that of all ranks. ``Average(model) if rank == 0 else None`` is
+made by all. What only one rank may do inside (writing
 files, logging) gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
 collective: then the file stays as it is. So it does where an object of a package saves the model
-(``timm.utils.CheckpointSaver``): one rank alone cannot, and all ranks would write the same files.
+(``timm.utils.CheckpointSaver``): one rank alone cannot, and all ranks would write the same files. ``if rank == -1:`` is
+no guard but what no launcher has started, and false on every rank: where the script was not for several ranks, it is
+reported.
 """
 
 from __future__ import annotations
@@ -19,11 +22,18 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
-from rewriter.analyze.training.collectives import Guard, is_other_rank_test, rank_flags, rest_of
+from rewriter.analyze.training.collectives import (
+    Guard,
+    asks_for_launcher,
+    is_other_rank_test,
+    is_rank_test,
+    rank_flags,
+    rest_of,
+)
 from rewriter.changes import Change, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Conversion, Finding, Refusal
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 
@@ -48,6 +58,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
+    yield from _chosen(file, facts)
     yield from _early_exits(file, facts)
     for call in file.calls:
         if facts.scripts.collectives.saves_for_package(file, call):
@@ -56,6 +67,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 "all would write the same files; save it in the script, torch.save(model.state_dict(), path)"
             )
             yield Refusal(RULE.code, call.lineno, message)
+    if not facts.scripts.was_parallel(file) and not facts.scripts.started:
+        yield from _launcher_asked(file)
 
 
 def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
@@ -88,6 +101,21 @@ def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Change]:
         yield from guarded_inside(file, facts, statement)
 
 
+def _chosen(file: File, facts: Facts) -> Iterator[Finding]:
+    """``ema = Average(model) if rank == 0 else None``."""
+    for node in file.nodes:
+        if not isinstance(node, ast.IfExp) or not is_rank_test(file, node.test):
+            continue
+        nothing = isinstance(node.orelse, ast.Constant) and node.orelse.value is None
+        roles = facts.scripts.roles[file]
+        copies = any(roles.is_model(item) for item in ast.walk(node.body) if isinstance(item, ast.expr))
+        if nothing and (copies or facts.scripts.collectives.inside(file, node.body) is not None):
+            what = file.source.code(node.body).partition("\n")[0]
+            if file.source.is_exact(node):
+                message = f"every rank makes what is for all ranks: {what}"
+                yield Conversion(RULE.code, node.lineno, message, (replace(node, "{made}", made=node.body),))
+
+
 def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
     """``if rank != 0: return`` in front of a collective."""
     for node in file.nodes:
@@ -102,6 +130,15 @@ def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
                 message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
                 yield Refusal(RULE.code, node.lineno, message)
                 break
+
+
+def _launcher_asked(file: File) -> Iterator[Remark]:
+    """``if rank == -1:`` in a script that nobody has run on several ranks."""
+    for node in file.nodes:
+        if isinstance(node, ast.Compare) and asks_for_launcher(file, node):
+            asked = file.source.code(node)
+            message = f"{asked} has the other answer under torchrun, on every rank: see that this is meant"
+            yield Remark(RULE.code, node.lineno, message, differs=True)
 
 
 RULE = Rule(

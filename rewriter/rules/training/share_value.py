@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.shares import Kinds, Share
 from rewriter.rules.of_shares import made_whole
@@ -50,6 +50,7 @@ _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_b
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
 _NAMED = (ast.Name, ast.Tuple, ast.List)
+_COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -84,7 +85,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
-            for item in _own(node):
+            for item in _own(file, facts, node):
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
@@ -288,14 +289,33 @@ def _trains(facts: Facts, file: File, loop: ast.For) -> bool:
     return any(is_backward(item) for statement in loop.body for item in walk_own(statement))
 
 
-def _own(loop: ast.For | ast.While) -> Iterator[ast.AST]:
+def _own(file: File, facts: Facts, loop: ast.For) -> Iterator[ast.AST]:
     """The nodes of a loop's body without those of loops in it: they are looked at by themselves."""
     stack: list[ast.AST] = list(loop.body)
     while stack:
         item = stack.pop()
-        if not isinstance(item, (ast.For, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-            yield item
-            stack.extend(ast.iter_child_nodes(item))
+        if isinstance(item, (ast.For, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+            continue
+        if isinstance(item, _COMPREHENSIONS) and _goes_through_other_data(file, facts, loop, item.generators[0].iter):
+            continue
+        yield item
+        stack.extend(ast.iter_child_nodes(item))
+
+
+def _goes_through_other_data(file: File, facts: Facts, loop: ast.For, iterated: ast.expr) -> bool:
+    """Whether a comprehension takes what a loop neither binds nor trains on: ``sum(loss(b) for b in valid)``."""
+    bound = {name.id for name in walk(loop) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+    taken = [place.iter for place in facts.scripts.handed.of(file) if isinstance(place, ast.For)]
+    read, trained = _variables(file, facts, [iterated]), _variables(file, facts, taken)
+    return bool(read) and not read & trained and not names_in(iterated) & bound
+
+
+def _variables(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
+    """What the project's own names in values are, and not what ``enumerate`` is."""
+    roles = facts.scripts.roles[file]
+    names = [item for value in values for item in ast.walk(value) if isinstance(item, (ast.Name, ast.Attribute))]
+    own = [n for n in names if isinstance(n, ast.Attribute) or file.names.lookup(n.id, file.names.scope_of(n))]
+    return {variable for name in own if (variable := roles.var(name)) is not None}
 
 
 def _is_loader(node: ast.AST) -> bool:

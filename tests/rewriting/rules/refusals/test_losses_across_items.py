@@ -222,6 +222,7 @@ def test_a_quotient_of_sums_over_the_batch_is_reported(function: str, line: int)
         "both = (a * b).sum(dim=(-1, -2))\nreturn 1 - (both / (a.sum((-1, -2)) + b.sum((-1, -2)))).mean()",
         "both = (a * b).flatten(1).sum(1)\nreturn 1 - (both / (a.flatten(1).sum(1) + b.flatten(1).sum(1))).mean()",
         "return (a * b).sum(1).mean() / 2",
+        "hits = (a == b)\nreturn (a[hits].sum().item() - 1) / (hits.sum() + (~hits).sum())",
     ],
 )
 def test_a_quotient_for_each_item_is_not(function: str) -> None:
@@ -369,3 +370,11 @@ def test_a_count_that_is_averaged_as_it_is_told() -> None:
     assert run_ranks(2, play, after, initialize=False, fresh=True)[0] != pytest.approx(one, rel=1e-4)
     after = after.replace("/ count", f"/ {written}")
     assert run_ranks(2, play, after, initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-5)
+
+
+def test_numbers_of_an_evaluation_are_no_loss() -> None:
+    score = "@torch.no_grad()\ndef score(pred, y):\n    tp = int(((pred == 1) & (y == 1)).sum())\n"
+    score += "    p, r = tp / max(1, int(pred.sum())), tp / max(1, int(y.sum()))\n"
+    score += "    return 2 * p * r / max(1e-8, p + r)\n\n\n"
+    result = convert_text(HEAD + score + LOOP.format(loss="F.mse_loss(model(a), b)"))
+    assert result.changed and not any("quotient" in f.message or "what counts" in f.message for f in result.reported)

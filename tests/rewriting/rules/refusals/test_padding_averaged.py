@@ -106,6 +106,108 @@ NOT_TOLD = {
     ),
 }
 
+MOVED = {
+    "list comp to": script(f"x, y = [t.to(device) for t in batch]\n{ALL}", names="batch"),
+    "gen comp": script(f"x, y = (t.to(device) for t in batch)\n{ALL}", names="batch"),
+    "tuple(map)": script(f"x, y = tuple(map(lambda t: t.to(device), batch))\n{ALL}", names="batch"),
+    "map": script(f"x, y = map(lambda t: t.to(device), batch)\n{ALL}", names="batch"),
+    "map method": script(f"x, y = map(torch.Tensor.long, batch)\n{ALL}", names="batch"),
+    "dict comp": script(
+        f"b = {{k: v.to(device) for k, v in b.items()}}\nx, y = b['x'], b['y']\n{ALL}", KEYS, names="b"
+    ),
+    "dict(gen)": script(
+        f"b = dict((k, v.to(device)) for k, v in b.items())\nx, y = b['x'], b['y']\n{ALL}", KEYS, names="b"
+    ),
+    "dict comp if": script(
+        f"b = {{k: v.to(device) if torch.is_tensor(v) else v for k, v in b.items()}}\nx, y = b['x'], b['y']\n{ALL}",
+        KEYS,
+        names="b",
+    ),
+    "dict loop": script(f"for k in b:\n    b[k] = b[k].to(device)\nx, y = b['x'], b['y']\n{ALL}", KEYS, names="b"),
+    "helper": script(
+        f"x, y = to_device(batch, device)\n{ALL}",
+        names="batch",
+        more="def to_device(batch, device):\n    return [t.to(device) for t in batch]\n",
+    ),
+    "helper rec": script(
+        f"b = to_device(b, device)\nx, y = b['x'], b['y']\n{ALL}",
+        KEYS,
+        names="b",
+        more="def to_device(obj, device):\n    if isinstance(obj, dict):\n        return {k: to_device(v, device) for k, v in obj.items()}\n    if isinstance(obj, (list, tuple)):\n        return type(obj)(to_device(v, device) for v in obj)\n    return obj.to(device)\n",
+    ),
+    "helper rec list": script(
+        f"x, y = to_device(batch, device)\n{ALL}",
+        names="batch",
+        more="def to_device(obj, device):\n    if isinstance(obj, dict):\n        return {k: to_device(v, device) for k, v in obj.items()}\n    if isinstance(obj, (list, tuple)):\n        return [to_device(v, device) for v in obj]\n    return obj.to(device)\n",
+    ),
+    "star": script(
+        "loss = step(*batch)",
+        names="batch",
+        more="def step(x, y):\n    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n",
+    ),
+    "star moved": script(
+        "loss = step(*[t.to(device) for t in batch])",
+        names="batch",
+        more="def step(x, y):\n    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n",
+    ),
+    "kw star": script(
+        "loss = step(**{k: v.to(device) for k, v in b.items()})",
+        KEYS,
+        names="b",
+        more="def step(x, y):\n    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n",
+    ),
+    "kw star plain": script(
+        "loss = step(**b)",
+        KEYS,
+        names="b",
+        more="def step(x, y):\n    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n",
+    ),
+    "get": script(f"y = b.get('y')\nx = b.get('x')\n{ALL}", KEYS, names="b"),
+    "zip keys": script(f"x, y = [b[k].to(device) for k in ('x', 'y')]\n{ALL}", KEYS, names="b"),
+    "values": script(f"x, y = b.values()\n{ALL}", KEYS, names="b"),
+    "values comp": script(f"x, y = [v.cuda() for v in b.values()]\n{ALL}", KEYS, names="b"),
+    "itemgetter": script(f"x, y = itemgetter('x', 'y')(b)\n{ALL}", KEYS, names="b"),
+    "tree_map": script(f"x, y = tree_map(lambda t: t.to(device), batch)\n{ALL}", names="batch"),
+    "method": script(
+        f"x, y = tool.move(batch)\n{ALL}",
+        names="batch",
+        more="class Tool:\n    def move(self, batch):\n        return [t.to(device) for t in batch]\n\n\ntool = Tool()\n",
+    ),
+    "in step fn": script(
+        "loss = step(batch)",
+        names="batch",
+        more="def step(batch):\n    x, y = [t.to(device) for t in batch]\n    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())\n",
+    ),
+}
+NOT_MOVED = {
+    "labels moved": script(
+        "x, y = [t.to(device) for t in batch]\nloss = F.cross_entropy(net(x)[:, 0], y)", LABELS, names="batch"
+    ),
+    "labels moved dict": script(
+        "b = {k: v.to(device) for k, v in b.items()}\nloss = F.cross_entropy(net(b['x'])[:, 0], b['y'])",
+        KEYS.replace("pad_sequence(ys, batch_first=True)", "torch.stack([t[0] for t in ys])"),
+        names="b",
+    ),
+    "left out moved": script(
+        "x, y = [t.to(device) for t in batch]\n" + ALL.replace("flatten())", "flatten(), ignore_index=0)"),
+        names="batch",
+    ),
+    "labels map": script(
+        "x, y = map(lambda t: t.to(device), batch)\nloss = F.cross_entropy(net(x)[:, 0], y)", LABELS, names="batch"
+    ),
+    "labels helper": script(
+        "x, y = to_device(batch, device)\nloss = F.cross_entropy(net(x)[:, 0], y)",
+        LABELS,
+        names="batch",
+        more="def to_device(batch, device):\n    return [t.to(device) for t in batch]\n",
+    ),
+    "one length moved": script(f"x, y = [t.to(device) for t in batch]\n{ALL}", "", FIXED, names="batch"),
+    "item mean": script(
+        "x, y = [t.to(device) for t in batch]\n" + f"{EACH}loss = ((each * mask).sum(1) / mask.sum(1)).mean()",
+        names="batch",
+    ),
+}
+
 
 def told(text: str) -> list[str]:
     result = convert_text(text, Options())
@@ -114,19 +216,28 @@ def told(text: str) -> list[str]:
     return [lines[f.line - 1].strip() for f in result.reported if "padded to its longest" in f.message]
 
 
-@pytest.mark.parametrize("text", TOLD.values(), ids=TOLD.keys())
+@pytest.mark.parametrize("text", (TOLD | MOVED).values(), ids=(TOLD | MOVED).keys())
 def test_a_mean_over_padding_is_told(text: str) -> None:
     (line,) = told(text)
     assert "cross_entropy(" in line or "criterion(" in line or "mse_loss(" in line or "mean()" in line
 
 
-@pytest.mark.parametrize("text", NOT_TOLD.values(), ids=NOT_TOLD.keys())
+@pytest.mark.parametrize("text", (NOT_TOLD | NOT_MOVED).values(), ids=(NOT_TOLD | NOT_MOVED).keys())
 def test_what_is_no_mean_over_padding_is_not(text: str) -> None:
     assert not told(text)
 
 
 def test_labels_that_torch_leaves_out_are_told_by_any_name() -> None:
     found = [finding.message for finding in convert_text(script(ALL, IGNORED)).reported]
+    assert any("more labels of -100" in message for message in found)
+
+
+def test_labels_that_every_loss_counts_are_not() -> None:
+    counts = ALL.replace("flatten())", "flatten(), ignore_index=-100)")
+    found = [finding.message for finding in convert_text(script(counts, IGNORED)).reported]
+    assert not any("more labels of -100" in message for message in found)
+    plain = counts + "\nloss = loss + F.cross_entropy(net(x)[:, 0], y[:, 0])"
+    found = [finding.message for finding in convert_text(script(plain, IGNORED)).reported]
     assert any("more labels of -100" in message for message in found)
 
 

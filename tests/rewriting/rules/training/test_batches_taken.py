@@ -230,6 +230,39 @@ def test_what_is_not_shared_out_is_said_at_the_end(draw: str, before: str) -> No
     assert line.startswith(FIRST) and "BMT023" in {found.code for found in result.reported}
 
 
+FOLDS = """import torch
+from torch.utils.data import DataLoader, Subset
+
+torch.manual_seed(0)
+
+
+def folds(n):
+    order = torch.randperm(n).tolist()
+    for i in range(3):
+        held = order[i * 4:(i + 1) * 4]
+        yield [j for j in order if j not in held], held
+
+
+def fit(train, test):
+    model = torch.nn.Linear(6, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in train:
+        loss = model(x).mean()
+        loss.backward()
+        optimizer.step()
+
+
+for k, (a, b) in enumerate(folds(12)):
+    fit(DataLoader(Subset(data, a), batch_size=4), DataLoader(Subset(data, b)))
+"""
+
+
+def test_folds_are_no_batches() -> None:
+    result = convert_text(FOLDS)
+    assert b"shard_batch" not in result.after and b"bmt.shard_loader(DataLoader(Subset(data, a)" in result.after
+    assert not any("shard_batch" in finding.message for finding in result.reported)
+
+
 def test_slices_of_data_in_their_order_are_said() -> None:
     result, line = last(epochs("pass", "for i in range(0, n, b):\n        xb, yb = x[i : i + b], y[i : i + b]"))
     (found,) = [found for found in result.reported if found.code == "BMT023"]

@@ -78,6 +78,10 @@ DECIDED = {
         "score = evaluate(net) if os.path.exists('x') else 0", "score = evaluate(net) if bmt.agree(os.path.exists('x')) else 0",
     ),
     "a short circuit": ("os.path.exists('x') or evaluate(net)", "bmt.agree(os.path.exists('x')) or evaluate(net)"),
+    "an exit that is raised": ("if os.path.exists('x'):\n    raise SystemExit(0)", "if bmt.agree(os.path.exists('x')):"),
+    "an end of the project's": (
+        "class Stop(Exception):\n    pass\nif os.path.exists('x'):\n    raise Stop('enough')", "if bmt.agree(os.path.exists('x')):",
+    ),
     "a while": ("while time.time() - start < 1:\n    evaluate(net)", "while bmt.agree(time.time() - start < 1):"),
     "an elif": (f"if step > 9:\n    pass\nelif os.path.exists('x'):\n    {SAVE}", "elif bmt.agree(os.path.exists('x')):"),
     "a list of files": (
@@ -101,6 +105,7 @@ def test_rank_0_decides(text: str, wanted: str) -> None:
 ALIKE = {
     "an epoch": f"if step % 10 == 0:\n    {SAVE}",
     "an argument": f"if args.save:\n    {SAVE}",
+    "a mistake": "if os.path.exists('x'):\n    raise ValueError('x')",
     "a setting": f"if config['save']:\n    {SAVE}",
     "a loss as a number": f"value = loss.item()\nif value < best:\n    best = value\n    {SAVE}",
     "no call of all": "if os.path.exists('x'):\n    count = 1",
@@ -121,7 +126,8 @@ REFUSED = {
     "a share of the items": "for i in range(rank, 9, world_size):\n    evaluate(net)",
     "every nth item": "for y in kept[rank::world_size]:\n    net(y)",
     "the size of a batch": "if x.size(0) < 8:\n    break",
-    "no file": "try:\n    net.load_state_dict(torch.load('x'))\nexcept FileNotFoundError:\n    pass",
+    "no file of many": "try:\n    net.load_state_dict(torch.load(newest()))\nexcept FileNotFoundError:\n    pass",
+    "no file to write": "try:\n    with open('x', 'w') as f:\n        f.write(str(evaluate(net)))\nexcept OSError:\n    pass",
     "a value that is used": "score = os.path.getsize('x') or evaluate(net)",
     "one rank that leaves": "if rank == 0:\n    if step > 3:\n        break",
 }
@@ -132,6 +138,25 @@ def test_refused(text: str) -> None:
     lines = "".join(f"    {line}\n" for line in text.splitlines())
     result = convert_text(HEAD + MAKE + LOOP + lines)
     assert not result.changed and [f.code for f in result.reported] == ["BMT039"]
+
+
+FOUND = {
+    "at once": ("net.load_state_dict(torch.load('x'))", "'x'"),
+    "a path that is made": ("kept = torch.load(os.path.join(args.out, f'{name}.pt'))\nnet.load_state_dict(kept)", "os.path.join(args.out, f'{name}.pt')"),
+    "an open file": ("with open(path, 'rb') as f:\n    kept = torch.load(f)\nnet.load_state_dict(kept)", "path"),
+    "under a test": ("if resume:\n    net.load_state_dict(torch.load(folder / 'a.pt'))", "folder / 'a.pt'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "path"), FOUND.values(), ids=FOUND.keys())
+@pytest.mark.parametrize("caught", ["FileNotFoundError", "(OSError, KeyError)", "IOError as error"])
+def test_a_file_that_may_not_be_there_is_there_for_all_ranks(text: str, path: str, caught: str) -> None:
+    tried = "".join(f"    {line}\n" for line in text.splitlines())
+    after = converted(f"{HEAD}{MAKE}try:\n{tried}except {caught}:\n    print('none')\n{LOOP}")
+    agreed = f"if not bmt.agree(os.path.exists({path})):"
+    indent = after.split(agreed)[0].rpartition("\n")[2]
+    assert f"{indent}{agreed}\n{indent}    raise FileNotFoundError({path})\n{indent}" in after
+    assert after.count("bmt.agree") == 1 and converted(after) == after
 
 
 def test_a_stopper_of_another_file(tmp_path: Path) -> None:

@@ -98,23 +98,50 @@ def test_what_is_said_of_an_error_is_not_left_to_one_rank() -> None:
     )
 
 
-INTERRUPTED = {
-    "saved": (tried(LOOP, "except KeyboardInterrupt:\n" + indent(SAVE, "    ")), 17),
-    "saved at last": (tried(LOOP, "finally:\n" + indent(SAVE, "    ")), 17),
-    "saved behind": (tried(LOOP, "except KeyboardInterrupt:\n    pass\n") + SAVE, 18),
-    "tested behind": (tried(LOOP, "except KeyboardInterrupt:\n    pass\n") + "print(model(kept))\n", 18),
-    "an end that saves": (
-        tried(LOOP, "except (KeyboardInterrupt, SystemExit):\n" + indent(SAVE, "    ") + "    raise\n"),
-        17,
+SAVES = "except KeyboardInterrupt:\n" + indent(SAVE, "    ")
+STOPPED = {
+    "saved": tried(LOOP, SAVES),
+    "saved behind": tried(LOOP, "except KeyboardInterrupt:\n    pass\n") + SAVE,
+    "tested behind": tried(LOOP, "except KeyboardInterrupt:\n    pass\n") + "print(model(kept))\n",
+    "saved at last": tried(LOOP, "except KeyboardInterrupt:\n    print('stopped')\nfinally:\n" + indent(SAVE, "    ")),
+    "an end that saves": tried(
+        LOOP, "except (KeyboardInterrupt, SystemExit):\n" + indent(SAVE, "    ") + "    raise\n"
     ),
+    "an epoch": "for epoch in range(2):\n" + indent(tried(LOOP, SAVES + "    break\n"), "    "),
+    "a function": "def fit():\n" + indent(LOOP, "    ") + "\n\n" + tried("fit()\n", SAVES),
+    "a trainer": "class Trainer:\n    def fit(self):\n"
+    + indent(tried(LOOP, SAVES), "        ")
+    + "\n\nTrainer().fit()\n",
 }
 
 
-@pytest.mark.parametrize(("text", "line"), INTERRUPTED.values(), ids=INTERRUPTED.keys())
-def test_an_interruption_that_needs_all_ranks_is_said(text: str, line: int) -> None:
+@pytest.mark.parametrize("text", STOPPED.values(), ids=STOPPED.keys())
+def test_ranks_take_an_interruption_that_needs_them_after_the_same_step(text: str) -> None:
     result = convert_text(HEAD + text)
+    after = result.after.decode()
+    assert after.count("with bmt.interrupted_together():") == 1 and converted(after) == after
+    assert not [finding for finding in result.reported if "Ctrl-C" in finding.message]
+    first = text[: text.index("try:")].count("\n") + HEAD.count("\n") + 1
+    assert any(found.line == first and "Ctrl-C" in found.message for found in result.applied)
+
+
+def test_an_end_of_any_error_that_needs_all_ranks_is_said() -> None:
+    result = convert_text(HEAD + tried(LOOP, "finally:\n" + indent(SAVE, "    ")))
     (said,) = [finding for finding in result.reported if "Ctrl-C" in finding.message]
-    assert result.changed and f"and line {line} needs all of them" in said.message
+    assert result.changed and "and line 17 needs all of them" in said.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"def keep():\n{indent(SAVE, '    ')}\n\natexit.register(keep)\n{LOOP}", 1),
+        (f"atexit.register(lambda: torch.save(model.state_dict(), 'm.pt'))\n{LOOP}", 1),
+        (f"def keep():\n    print('end')\n\n\natexit.register(keep)\n{LOOP}", 0),
+    ],
+)
+def test_what_saves_at_exit_is_said(text: str, said: int) -> None:
+    result = convert_text(f"import atexit\n{HEAD}{text}")
+    assert result.changed and sum("at the end" in finding.message for finding in result.reported) == said
 
 
 @pytest.mark.parametrize(

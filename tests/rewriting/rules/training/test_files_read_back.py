@@ -137,6 +137,17 @@ def test_what_another_file_calls_is_reported(tmp_path: Path) -> None:
     assert [r.path.name for r in results for finding in r.reported if "too early" in finding.message] == ["data.py"]
 
 
+def test_what_another_program_reads_is_not(tmp_path: Path) -> None:
+    reads = "\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
+    (tmp_path / "data.py").write_text(TWO + reads)
+    (tmp_path / "predict.py").write_text('from data import read\n\nprint(read("a.txt"), open("a.txt").read())\n')
+    (tmp_path / "train.py").write_text("from data import write\n" + filled('write("a.txt")\n'))
+    files = [tmp_path / name for name in ("data.py", "predict.py", "train.py")]
+    results = convert_paths(files, Options(), [tmp_path])
+    said = [finding for result in results for finding in result.reported if "predict.py" in finding.message]
+    assert results[2].changed and not said
+
+
 # Mended -----------------------------------------------------------------------------------------------------------
 
 GUARDED = f"if bmt.rank() == 0:\n{indented(TEXT)}bmt.synchronize()\n"

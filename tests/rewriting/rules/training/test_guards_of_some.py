@@ -73,3 +73,64 @@ def test_the_other_way_in_must_be_equal_on_all_ranks(test: str) -> None:
 def test_the_folder_of_a_model_is_no_model(line: str) -> None:
     function = f"\n\ndef keep(model_folder):\n    if rank == 0:\n        {line}\n\n\nkeep('out')\n"
     assert function in converted("import os\nimport shutil\n" + HEAD + function)
+
+
+FIRST = [
+    "RANK in {-1, 0}", "RANK in (0, -1)", "LOCAL_RANK <= 0", "RANK < 1", "0 == RANK or -1 == RANK", "0 >= RANK",
+    "not RANK > 0", "not LOCAL_RANK >= 1", "os.environ.get('RANK', '0') == '0'", "rank in (None, 0)", "leads",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("test", FIRST)
+def test_what_no_launcher_started_is_the_first_rank_too(test: str) -> None:
+    head = HEAD + "RANK = int(os.getenv('RANK', -1))\nleads = RANK == -1 or RANK == 0\n"
+    after = converted(f"{head}if {test}:{SAVE}if {test}:\n    print(1)\n")
+    assert after.endswith(f"\nbmt.save_checkpoint({{'m': net.state_dict()}}, 'x.pt')\nif {test}:\n    print(1)\n")
+
+
+@pytest.mark.parametrize("test", ["RANK == -1", "RANK < 0", "RANK != -1", "LOCAL_RANK > -1", "0 <= RANK", "-1 == RANK"])
+def test_whether_there_is_a_launcher_is_no_guard_of_one_rank(test: str) -> None:
+    text = f"{HEAD}if {test} and step:{SAVE}"
+    assert f"if {test} and step:\n    bmt.save_checkpoint" in converted(text)
+    assert not any("launcher" in found.message or "torchrun" in found.message for found in convert_text(text).reported)
+    alone = "import torch\nnet = torch.nn.Linear(4, 1)\n" + text[text.index("opt =") :]
+    said = [found for found in convert_text(alone).reported if f"{test} has the other answer" in found.message]
+    assert [found.code for found in said] == ["BMT031"]
+
+
+def test_a_model_that_is_wrapped_without_a_launcher_is_that_of_all_ranks() -> None:
+    text = (
+        HEAD
+        + "if cuda and RANK == -1:\n    net = torch.nn.DataParallel(net)\nif RANK in {-1, 0}:\n    net.eval()"
+        + SAVE
+    )
+    assert "\nnet.eval()\nbmt.save_checkpoint" in converted(text)
+
+
+def test_a_copy_that_one_rank_makes_is_made_by_all() -> None:
+    average = "class Average:\n    def __init__(self, model):\n        self.model = copy.deepcopy(model).eval()\n\n\n"
+    text = f"import copy\n{HEAD}{average}ema = Average(net) if RANK in {{-1, 0}} else None\n"
+    text += "name = 'a' if rank == 0 else None\n"
+    after = converted(text + "if RANK in {-1, 0}:" + SAVE.replace("net.", "ema.model."))
+    assert "\nema = Average(net)\n" in after and "name = 'a' if rank == 0 else None\n" in after
+    assert converted(after) == after
+
+
+def test_a_loss_that_one_rank_averages_is_averaged_by_all() -> None:
+    head, _, step = HEAD.partition("for x in")
+    keeps = "    if RANK in {-1, 0}:\n        kept = 0.9 * kept + 0.1 * loss.detach()\n        print(x.shape)\n"
+    after = converted(
+        f"{head}kept = torch.zeros(1)\nfor x in{step}{keeps}if RANK in {{-1, 0}}:\n    print(kept.item()){SAVE}"
+    )
+    assert "    kept = 0.9 * kept + 0.1 * loss.detach()\n    bmt.print_rank(x.shape)\n" in after
+    assert "bmt.print_rank(bmt.sum_loss(kept).item())" in after
+
+
+@pytest.mark.parametrize("test", ["rank not in [-1, 0]", "rank != 0", "RANK > 0"])
+def test_barriers_of_all_but_one_are_paired(test: str) -> None:
+    first = f"def first(rank):\n    if {test}:\n        dist.barrier()\n    yield\n"
+    first += "    if rank == 0:\n        dist.barrier()\n"
+    assert (
+        f"    if {test}:\n        bmt.synchronize()\n    yield\n    if rank == 0:\n        bmt.synchronize()\n"
+        in converted(HEAD + first)
+    )

@@ -10,6 +10,8 @@ import pytest
 from rewriter.convert import convert_paths
 from rewriter.plan import Options
 
+from ...helpers import converted
+
 SCRIPT = """import argparse
 import torch
 {imported}
@@ -77,3 +79,20 @@ def test_options_that_are_read_are_the_scripts(tmp_path: Path, given: list[str],
     parser = argparse.ArgumentParser()
     exec(added, {"parser": parser, "argparse": argparse})
     assert vars(parser.parse_args(given)) == ({} if local is None else {"local_rank": local})
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("type=int, default=-1", 'type=int, default=int(os.environ.get("LOCAL_RANK", -1))'),
+        ("default=0, type=int", 'default=int(os.environ.get("LOCAL_RANK", 0)), type=int'),
+        ("type=int", 'type=int, default=int(os.environ.get("LOCAL_RANK", 0))'),
+        ("default=int(os.environ['LOCAL_RANK'])", "default=int(os.environ['LOCAL_RANK'])"),
+    ],
+)
+def test_torchrun_says_what_the_script_s_own_argument_is(given: str, wanted: str) -> None:
+    argument = 'parser.add_argument("--local_rank", {})\n'
+    text = SCRIPT.format(imported="import os", given="", added=argument.format(given))
+    after = converted(text + "if args.local_rank in [-1, 0]:\n    print(1)\n")
+    assert argument.format(wanted) in after and converted(after) == after
+    assert argument.format(given) in converted(text)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.convert import convert_paths
+from rewriter.convert import convert_paths, convert_text
 from rewriter.plan import Options
 
 from ...helpers import converted
@@ -66,6 +66,21 @@ CASES = {
         ('"train"', '"dev"'),
         "if split in ('extra', 'train') else",
     ),
+    "an option that is tested": (
+        "def make(mix):\n    data = a if mix else b\n    return DataLoader(data)\n",
+        ("True", "False"),
+        "if mix else",
+    ),
+    "the order": (
+        "def make(data, shuffle=False):\n    return DataLoader(data, 8, shuffle)\n",
+        ("a, True", "b"),
+        "if shuffle else",
+    ),
+    "kept in order": (
+        "def make(data, fixed=True):\n    return DataLoader(data)\n",
+        ("a, fixed=False", "b"),
+        "if not fixed else",
+    ),
     "a keyword": (
         "def make(size, *, mode):\n    return DataLoader(load(mode), size)\n",
         ('4, mode="train"', '4, mode="eval"'),
@@ -89,7 +104,7 @@ SHARED = {
     "words of data sets": ("def make(name):\n    return DataLoader(load(name))\n", ('"wiki"', '"books"')),
     "an option that is tested": (
         "def make(mix):\n    data = a if mix else b\n    return DataLoader(data)\n",
-        ("True", "False"),
+        ("True", "True"),
     ),
 }
 
@@ -209,3 +224,36 @@ def test_a_long_chain_of_calls_is_followed_no_further_than_python_goes() -> None
         "    model(x).mean().backward()\n    optimizer.step()\n"
     )
     assert "bmt.shard_loader(" in converted(text)
+
+
+def test_what_a_partial_makes_is_a_loader() -> None:
+    make = "from functools import partial\nmake = partial(DataLoader, batch_size=8)\n"
+    after = converted(HEAD + make + LOOP.format(train="a, shuffle=True", val="b"))
+    assert "bmt.shard_loader(make(a, shuffle=True))" in after and after.count("shard_loader") == 1
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "make = lambda d: DataLoader(d, 8)\ntrain, val = make(a), make(b)\n",
+        "train, val = [DataLoader(d, 8) for d in (a, b)]\n",
+        "train, val = map(lambda d: DataLoader(d, 8), (a, b))\n",
+    ],
+)
+def test_loaders_of_training_and_evaluation_that_are_made_alike_are_said(made: str) -> None:
+    loop = LOOP.format(train="", val="").replace("for x in make()):", "for x in train:")
+    loop = loop.replace("for x in make():", "for x in train:").replace("for x in make()))", "for x in val))")
+    result = convert_text(HEAD + made + loop)
+    assert b"bmt.shard_loader(DataLoader(" in result.after
+    assert any("without training as well" in finding.message for finding in result.reported), result.reported
+
+
+def test_loaders_of_the_project_are_loaders(tmp_path: Path) -> None:
+    own = "from torch.utils.data import DataLoader\n\n\nclass Feeder(DataLoader):\n"
+    own += "    def __init__(self, data, mix=False):\n        super().__init__(data, 8, mix)\n"
+    loop = LOOP.replace("make(", "Feeder(").format(train="a, True", val="b")
+    (tmp_path / "loaders.py").write_text(own)
+    (tmp_path / "train.py").write_text(f"import torch\nfrom loaders import Feeder\n{loop}")
+    results = convert_paths([tmp_path / "loaders.py", tmp_path / "train.py"], Options(), [tmp_path])
+    after = results[1].after.decode()
+    assert "for x in bmt.shard_loader(Feeder(a, True)):" in after and after.count("shard_loader") == 1

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from rewriter.convert import convert_text
 from tests.runtime.ranks import run_ranks
 
 from ...helpers import converted
@@ -40,6 +39,8 @@ KEPT = [
     "if rank == 0:\n    log = logging.FileHandler('x')",
     "import logging.config\nif rank == 0:\n    logging.config.dictConfig(d)",
     "from loguru import logger\nlogger.remove()\nlogger.add(sys.stderr, level='ERROR')",
+    "import structlog\nstructlog.configure(logger_factory=structlog.stdlib.LoggerFactory())",
+    "import structlog\nstructlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))",
     "from rich.console import Console\nconsole = Console(quiet=args.quiet)",
     "class Shown(logging.Handler):\n    def emit(self, record):\n        print(self.format(record))",
     "from tqdm import tqdm\nclass Shown(logging.StreamHandler):\n    def emit(self, record):\n        tqdm.write(self.format(record))",
@@ -52,6 +53,8 @@ def test_kept(text: str) -> None:
 
 
 ONE = "bmt.rank() == 0 else"
+WARNED = '[{"sink": sys.stderr, "level": "WARNING"}]'
+FILTER = "structlog.make_filtering_bound_logger"
 PRINTED = "logging.getLogger().addHandler(logging.StreamHandler())\n"
 CASES = {
     "levels": ("logging.basicConfig(level=logging.INFO)", f"level=logging.INFO if {ONE} logging.WARNING)"),
@@ -72,7 +75,14 @@ CASES = {
     "loguru by keyword": ("import loguru\nloguru.logger.add(sink=d)", f"(sink=d if {ONE} os.devnull)"),
     "loguru printed": ("from loguru import logger\nlogger.add(sys.stderr)", f'(sys.stderr, level="DEBUG" if {ONE} "WARNING")'),
     "loguru's level": ("from loguru import logger\nlogger.add(sys.stdout, level='INFO')", f"level='INFO' if {ONE} \"WARNING\")"),
-    "loguru's settings": ("from loguru import logger\nlogger.configure(handlers=d)", "bmt.on_rank_0(logger.configure)(handlers=d)"),
+    "loguru's settings": ("from loguru import logger\nlogger.configure(handlers=d, extra=e)", f"(handlers=d if {ONE} {WARNED}, extra=e)"),
+    "loguru's settings in a dict": ("import loguru\nloguru.logger.configure(**d)", f'(**{{**d, **({{}} if {ONE} {{"handlers": {WARNED}}})}})'),
+    "structlog's settings": ("import structlog\nstructlog.configure(processors=d)", f"(processors=d, wrapper_class={FILTER}(logging.NOTSET if {ONE} logging.WARNING))"),
+    "structlog's class": ("import structlog as s\ns.configure(wrapper_class=s.BoundLogger)", f"=s.BoundLogger if {ONE} {FILTER}(logging.WARNING))"),
+    "structlog's level": ("from structlog import configure, make_filtering_bound_logger as f\nb = f(20)\nconfigure(wrapper_class=b)", f"b = f(20 if {ONE} logging.WARNING)\nconfigure(wrapper_class=b)"),
+    "structlog's settings in a dict": ("import structlog\nstructlog.configure(**d)", f"structlog.configure(**d)\nif bmt.rank() != 0:\n    structlog.configure(wrapper_class={FILTER}(logging.WARNING))"),
+    "structlog's own settings": ("import structlog\nstructlog.stdlib.recreate_defaults()", f"recreate_defaults(log_level=logging.NOTSET if {ONE} logging.WARNING)"),
+    "a logger of structlog's": ("import structlog\nlog = structlog.wrap_logger(a, d, structlog.BoundLogger)", f"(a, d, structlog.BoundLogger if {ONE} {FILTER}(logging.WARNING))"),
     "absl": ("from absl import logging as log\nlog.set_verbosity(log.INFO)", f"(log.INFO if {ONE} log.WARNING)"),
     "coloured": ("import coloredlogs\ncoloredlogs.install()", f'install(level="INFO" if {ONE} "WARNING")'),
     "a console": ("from rich.console import Console\nout = Console(width=80)", "out = Console(width=80, quiet=bmt.rank() != 0)"),
@@ -96,11 +106,19 @@ def test_logging_is_imported_where_only_its_names_were() -> None:
     assert f"setLevel(INFO if {ONE} logging.WARNING)" in after and "\nimport logging\n" in after
 
 
-def test_loguru_s_own_sink_is_reported() -> None:
-    text = HEAD + "from loguru import logger\nlogger.info('starts')\nlogger.info('goes on')\n" + TRAIN
-    assert [found.code for found in convert_text(text).reported if "own sink" in found.message] == ["BMT046"]
-    removed = text.replace("logger.info('starts')", "logger.remove()\nlogger.add(sys.stderr)")
-    assert not any("own sink" in found.message for found in convert_text(removed).reported)
+@pytest.mark.parametrize(
+    ("text", "set_up", "wanted"),
+    [
+        ("from loguru import logger\nlogger.info('starts')", "logger.remove()", f"loguru.logger.configure(handlers={WARNED})"),
+        ("from loguru import logger\nlogger.info('starts')", "logger.configure(handlers=[])", f"loguru.logger.configure(handlers={WARNED})"),
+        ("import structlog\nlog = structlog.get_logger()", "structlog.configure()", f"structlog.configure(wrapper_class={FILTER}(logging.WARNING))"),
+    ],
+)  # fmt: skip
+def test_what_prints_by_itself_is_one_rank_s(text: str, set_up: str, wanted: str) -> None:
+    after = converted(f"{HEAD}{text}\n{TRAIN}")
+    assert f"\nbmt.init_distributed()\nif bmt.rank() != 0:\n    {wanted}\n" in after
+    assert converted(after) == after
+    assert "!= 0" not in converted(f"{HEAD}{text}\n{set_up}\n{TRAIN}")
 
 
 def test_the_ranks_are_there_before_a_log_file_is_opened() -> None:
@@ -153,3 +171,23 @@ def test_one_rank_writes_the_file_and_the_other_warns(setup: str, tmp_path: Path
     (file, said), (other_file, other_said) = run_ranks(2, play, text, str(tmp_path), initialize=False, fresh=True)
     assert "a line" in file and not other_file
     assert other_said.count("a bad thing") == 1 and "a line" not in other_said and "a bad thing" not in said
+
+
+PACKAGES = {
+    "loguru": ("loguru", "from loguru import logger as log"),
+    "loguru's sinks": ("loguru", "from loguru import logger as log\nlog.configure(handlers=[{'sink': sys.stderr}])"),
+    "structlog": ("structlog", "import structlog\nstructlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))\nlog = structlog.get_logger()"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("package", "setup"), PACKAGES.values(), ids=PACKAGES.keys())
+def test_packages_that_log_do_so_on_one_rank(package: str, setup: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
+    text = (
+        HEAD
+        + setup
+        + "\nlog.info('a line')\nif bad:\n    log.warning('a bad thing')\nloader = [torch.ones(2, 4)]\n"
+        + TRAIN
+    )
+    (_, said), (_, other_said) = run_ranks(2, play, converted(text), str(tmp_path), initialize=False, fresh=True)
+    assert said.count("a line") == 1 and "a line" not in other_said and other_said.count("a bad thing") == 1

@@ -323,6 +323,12 @@ def test_what_counts_on_all_ranks(made: str, changes: bool) -> None:
     assert wanted in converted(HEAD + LOOP.replace("F.cross_entropy(out, y)", called))
 
 
+def test_what_counts_on_all_ranks_already() -> None:
+    text = f"{HEAD}criterion = bmt.loss.mean_over_ranks(torch.nn.CrossEntropyLoss(ignore_index=0))\n"
+    text += LOOP.replace("F.cross_entropy(", "criterion(")
+    assert converted("import bmtrain as bmt\n" + text).count("mean_over_ranks") == 1
+
+
 CALLED = {
     "weights": ("(out, y, weight=w)", True),
     "weights by place": ("(out, y, w)", True),

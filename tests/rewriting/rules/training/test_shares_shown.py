@@ -280,3 +280,11 @@ def test_how_many_kinds_there_are_is_no_sum(loop: str) -> None:
 def test_a_mean_that_is_made_whole_wherever_it_is_read(uses: str, said: int) -> None:
     text = f"{HEAD}{FOR}    out = net(x)\n    D_x = out.sigmoid().mean().item()\n{uses}"
     assert told(text, "is of this rank's share of the data") == said
+
+
+@pytest.mark.parametrize(("data", "said"), [("valid", 0), ("enumerate(valid)", 0), ("parts", 1)])
+def test_a_comprehension_over_other_data_is_of_no_share(data: str, said: int) -> None:
+    loop = "".join(f"    {line}\n" for line in FOR.splitlines())
+    shown = f"        parts = x.chunk(2)\n    print(sum(F.l1_loss(net(a), a).item() for a in {data}))\n"
+    text = f"{HEAD}valid = DataLoader(rest)\nfor epoch in range(2):\n{loop}{shown}"
+    assert told(text, "is of this rank's share of the data") == said

@@ -1,0 +1,101 @@
+"""Ctrl-C that all ranks take after the same step, so that what ``except KeyboardInterrupt:`` does may be for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ..comm import Communicator
+from ..context import context, is_initialized, world_size
+
+_TIMEOUT = timedelta(hours=2)
+
+
+class _Block:
+    """Asks all ranks, one step later, so that nobody waits for the answer."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self._comm: Communicator | None = None
+        self._asker = ThreadPoolExecutor(1, "interrupts")
+        self._asked: Future[bool] | None = None
+
+    def handle(self, number: int, frame: Any) -> None:
+        self.came = True
+
+    def after_step(self) -> None:
+        """Raises KeyboardInterrupt on every rank if some had been interrupted when asked last.  Collective."""
+        if self._comm is None:
+            self._comm = context().host_group("interrupts", _TIMEOUT)
+        if self._asked is not None and self._asked.result():
+            self._asked = None
+            raise KeyboardInterrupt
+        self._asked = self._asker.submit(_any, self._comm, self.came)
+
+    def at_end(self) -> None:
+        """As ``after_step``, of what came since the last step.  Collective."""
+        came = self._asked is not None and self._asked.result()
+        if came or (self.came if self._comm is None else _any(self._comm, self.came)):
+            raise KeyboardInterrupt
+
+    def close(self) -> None:
+        self._asker.shutdown(wait=False)
+
+
+_blocks: list[_Block] = []
+
+
+def _any(comm: Communicator, came: bool) -> bool:
+    found = torch.tensor([came], dtype=torch.uint8, device="cpu")
+    comm.all_reduce(found, "max")
+    return bool(found)
+
+
+@contextmanager
+def interrupted_together() -> Iterator[None]:
+    """Ctrl-C ends the block on all ranks after the same step: ``with bmt.interrupted_together():`` around training.
+
+        try:
+            with bmt.interrupted_together():
+                train(model, optim_manager)
+        except KeyboardInterrupt:
+            bmt.save(model, "interrupted.pt")
+
+    The KeyboardInterrupt comes from ``optim_manager.step()``, of the step after Ctrl-C or the one after that, on every
+    rank, so that what follows may be what all ranks do.  torchrun ends ranks half a minute after Ctrl-C at the latest.
+    On one rank the block is as it is without.  Collective.
+    """
+    ranks = world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks == 1 or _blocks:
+        yield
+        return
+    block = _Block()
+    listens = threading.current_thread() is threading.main_thread()  # only there Python lets handlers be set
+    before = signal.signal(signal.SIGINT, block.handle) if listens else None
+    _blocks.append(block)
+    after: Any = before
+    try:
+        yield
+        block.at_end()
+    except KeyboardInterrupt:
+        after = signal.SIG_IGN  # a launcher that ends the job sends it again, while this rank still does what follows
+        raise
+    finally:
+        _blocks.remove(block)
+        block.close()
+        if listens:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if after is None else after)
+
+
+def after_step() -> None:
+    """What a step of an optimizer ends with: KeyboardInterrupt on every rank, if it is time for it."""
+    for block in _blocks:
+        block.after_step()
