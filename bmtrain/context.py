@@ -326,8 +326,8 @@ def init_distributed(
         graphs: True lets blocks run as CUDA graphs, where that is possible: their Python runs in the first steps only,
             and then the host queues a block's forward, and its backward, by one call each (see
             ``bmtrain.block.graphs.blocks``). The results are the same. False: never. None: as BMTRAIN_GRAPHS in the
-            environment says (0 or 1); without it on several ranks whose GPUs wait for their hosts, and only blocks
-            of which all that their Python reads can be compared.
+            environment says (0 or 1); without it where GPUs wait for their hosts (on one rank if that takes little
+            memory), and only blocks of which all that their Python reads can be compared.
 
     Raises ConfigurationError, DeviceError, CommunicationError.
     """

@@ -50,9 +50,6 @@ class _Block:
         self._asker.shutdown(wait=False)
 
 
-_blocks: list[_Block] = []
-
-
 def _any(comm: Communicator, came: bool) -> bool:
     found = torch.tensor([came], dtype=torch.uint8, device="cpu")
     comm.all_reduce(found, "max")
@@ -74,14 +71,11 @@ def interrupted_together() -> Iterator[None]:
     On one rank the block is as it is without.  Collective.
     """
     ranks = world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks == 1 or _blocks:
-        yield
+    if ranks == 1 or _running() is not None or threading.current_thread() is not threading.main_thread():
+        yield  # only in the main thread Python lets handlers be set
         return
     block = _Block()
-    listens = threading.current_thread() is threading.main_thread()  # only there Python lets handlers be set
-    before = signal.signal(signal.SIGINT, block.handle) if listens else None
-    _blocks.append(block)
-    after: Any = before
+    after: Any = signal.signal(signal.SIGINT, block.handle)
     try:
         yield
         block.at_end()
@@ -89,13 +83,18 @@ def interrupted_together() -> Iterator[None]:
         after = signal.SIG_IGN  # a launcher that ends the job sends it again, while this rank still does what follows
         raise
     finally:
-        _blocks.remove(block)
         block.close()
-        if listens:
-            signal.signal(signal.SIGINT, signal.SIG_DFL if after is None else after)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if after is None else after)
 
 
 def after_step() -> None:
     """What a step of an optimizer ends with: KeyboardInterrupt on every rank, if it is time for it."""
-    for block in _blocks:
+    block = _running()
+    if block is not None:
         block.after_step()
+
+
+def _running() -> _Block | None:
+    """Whose handler the process has."""
+    block = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    return block if isinstance(block, _Block) else None
