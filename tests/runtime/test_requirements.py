@@ -39,17 +39,22 @@ def test_one_line_says_what_to_do(tmp_path: Path, content: str | None, message: 
     assert "During handling" not in done.stderr
 
 
+def run_command(folder: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """``command``, as a script of that name or a module, with the torch that stands in ``folder``."""
+    entry = folder / command
+    entry.write_text("import bmtrain")
+    given = command.split() if command.startswith("-m") else [str(entry)]
+    line = [sys.executable, *given, "plot", "--help"]
+    environment = {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+
+
 @pytest.mark.parametrize(
     "command", ["bmt", "bmt-doctor", "bmt-checkpoint", "-m bmtrain", "-mbmtrain", "-m bmtrain.checkpoint"]
 )
 def test_commands_say_it_without_a_traceback(tmp_path: Path, command: str) -> None:
     (tmp_path / "torch.py").write_text("__version__ = '2.8.1'")
-    entry = tmp_path / command
-    entry.write_text("import bmtrain")
-    given = command.split() if command.startswith("-m") else [str(entry)]
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    line = [sys.executable, *given, "plot", "--help"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    done = run_command(tmp_path, command)
     name = "bmt" if command.startswith("-m") else command
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
@@ -60,12 +65,7 @@ def test_commands_say_it_without_a_traceback(tmp_path: Path, command: str) -> No
 @pytest.mark.parametrize("command", ["bmt", "-m bmtrain", "train.py"])
 def test_a_command_that_is_interrupted_while_torch_loads_says_so_in_a_line(tmp_path: Path, command: str) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    entry = tmp_path / command
-    entry.write_text("import bmtrain")
-    given = command.split() if command.startswith("-m") else [str(entry)]
-    environment = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    line = [sys.executable, *given, "plot", "run.jsonl"]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    done = run_command(tmp_path, command)
     assert done.returncode == -signal.SIGINT and done.stdout == ""  # what a shell calls 130
     if command == "train.py":
         assert "Traceback" in done.stderr  # the script's own affair

@@ -133,10 +133,7 @@ def _case_of_argument(file: File, facts: Facts, node: ast.Call) -> Template | No
     function = file.names.function_of(node)
     if function is None:
         return None
-    given = function.args
-    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
-    for name in (name for name in parameters if name not in stored):
+    for name in _kept_parameters(function):
         words, tested = _words(function, name)
         values = list(_values_given(file, facts, function, name, 0))
         for value in values:
@@ -163,17 +160,13 @@ def _case_of_calls(file: File, facts: Facts, node: ast.Call) -> Template | None:
     function = file.names.function_of(node)
     if function is None:
         return None
-    given = function.args
-    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
     feeds = facts.scripts.feeds
     calls = [(other, call, feeds.of(other, place)) for other, place, call in _calls_of(file, facts, function)]
     if any(feed.trained == feed.only_read for *_, feed in calls):
         return None
-    for name in (name for name in parameters if name not in stored):
+    for name in _kept_parameters(function):
         values = {
-            (feed.trained, *_constants(other, facts, _given(call, parameters, name) or _default(given, name)))
-            for other, call, feed in calls
+            (feed.trained, *_constants(other, facts, _value_given(function, call, name))) for other, call, feed in calls
         }
         if values == {(True, True), (False, False)}:
             return template(name)
@@ -182,12 +175,24 @@ def _case_of_calls(file: File, facts: Facts, node: ast.Call) -> Template | None:
     return None
 
 
+def _kept_parameters(function: Function) -> list[str]:
+    """Names of parameters that hold in the whole function what they were given."""
+    stored = {item.id for item in walk(function) if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
+    return [name for name in _parameters(function.args) if name not in stored]
+
+
+def _parameters(given: ast.arguments) -> list[str]:
+    return [argument.arg for argument in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+
+
+def _value_given(function: Function, call: ast.Call, name: str) -> ast.expr | None:
+    return _given(call, _parameters(function.args), name) or _default(function.args, name)
+
+
 def _values_given(file: File, facts: Facts, function: Function, name: str, deep: int) -> Iterator[object]:
     """The constants that calls give for a parameter, also through functions that hand theirs on."""
-    given = function.args
-    parameters = [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
     for other, place, call in _calls_of(file, facts, function):
-        value = _given(call, parameters, name) or _default(given, name)
+        value = _value_given(function, call, name)
         known = list(_constants(other, facts, value)) or _looped_over(other, facts, place, value)
         yield from known
         if not known and isinstance(value, ast.Name) and deep < _HANDED_ON:
@@ -262,7 +267,7 @@ def _given_to_lambda(file: File, facts: Facts, call: ast.Call, name: str) -> Ite
     """The constants that ``get = lambda part: make(part)`` is called with."""
     for parent in file.names.ancestors(call):
         if isinstance(parent, ast.Lambda):
-            parameters = [a.arg for a in (*parent.args.posonlyargs, *parent.args.args, *parent.args.kwonlyargs)]
+            parameters = _parameters(parent.args)
             if name in parameters:
                 for use in _calls_of_held(file, facts, parent):
                     yield from _constants(file, facts, _given(use, parameters, name) or _default(parent.args, name))
