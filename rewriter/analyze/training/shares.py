@@ -392,9 +392,9 @@ class Kinds:
         elif kind in {"mean", "total"} and not self._holds_inside(kept):
             yield value, kind
 
-    def _is_mean_read(self, value: ast.expr) -> bool:
+    def _is_mean_read(self, value: ast.expr, deep: int = 0) -> bool:
         """``x.mean().item()``: the number of a mean, which becomes that of all ranks where it is read."""
-        return self.kind(value) == "mean" and _reads_number(value) and self.comes_once(value)
+        return self.kind(value, deep) == "mean" and _reads_number(value) and self.comes_once(value)
 
     def _collected(self, attr: str, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``values.append(x.mean())``, ``labels.extend(y.tolist())``."""
@@ -770,7 +770,7 @@ class Kinds:
 
     def _is_whole_number(self, node: ast.expr, deep: int) -> bool:
         """Whether a value is a number of all ranks by the time that it is kept, or nothing of the batch."""
-        return deep < 8 and (self._is_read_loss(node, deep) or self._is_mean_read(node))
+        return deep < 8 and (self._is_read_loss(node, deep) or self._is_mean_read(node, deep + 1))
 
     def _reads_loss(self, call: ast.Call) -> bool:
         """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
