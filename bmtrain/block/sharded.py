@@ -70,7 +70,8 @@ class ShardedModule(nn.Module):
         with _random_numbers(self, record, unit.ctx, outermost), _split_random(self, record, unit.ctx):
             if precision.casts:
                 args, kwargs = precision.cast_arguments((args, kwargs))
-            if not (unit.flats or record.is_block or record.has_blocks):  # as a loss, which one rank may call alone
+            # As a loss, which one rank may call alone.  Running statistics are levelled by all together.
+            if not (unit.flats or record.is_block or record.has_blocks or record.has_statistics):
                 if outermost:
                     runs.note_beside(self)
                 out = super().__call__(*args, **kwargs)
