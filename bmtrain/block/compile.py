@@ -121,4 +121,6 @@ class _Around:
             if block is not None and record is not None and record.unit is not None:
                 # Compiled code would not notice hooks that come later.
                 record.inlined = inlined and not record.unit.precision.casts and not has_hooks(block)
+                # The run that was looked at may have left it out, or not have trained it.
+                record.keeps = engine().keeps(record.unit, record.recompute)
         return (self._as_one if inlined else self._apart)(*args, **kwargs)

@@ -53,7 +53,7 @@ class ShardedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = record_of(self)
         if torch.compiler.is_dynamo_compiling():
-            if record is not None and record.inlined:
+            if record is not None and record.inlined and (record.keeps or not torch.is_grad_enabled()):
                 return super().__call__(*args, **kwargs)
             return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         if record is None or record.unit is None:  # still being built
