@@ -39,6 +39,8 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
             stacklevel=2,
         )
         options["mode"] = _WITHOUT_GRAPHS[mode]
+    # Else equal blocks would share code whatever hooks modules in them have, of which the first one's alone would run.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks:
         land_compiled(module)

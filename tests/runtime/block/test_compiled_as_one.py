@@ -296,3 +296,18 @@ def test_blocks_that_a_first_run_did_not_train_are_recomputed(how: str, recomput
             graphs.clear()
         step(plain, model)
     assert max(map(layers_in, graphs), default=1) == 1
+
+
+@on_ranks(1, 2)
+def test_hooks_inside_of_one_of_equal_blocks_are_its_own() -> None:
+    fresh_plan(None)
+    plain, model, _ = pair(False)
+    handles = [net.layers[1].up.register_forward_hook(lambda module, args, out: 2 * out) for net in (plain, model)]
+    for number in range(9):
+        if number == 5:
+            for handle in handles:
+                handle.remove()
+        if number == 7:
+            for net in (plain, model):
+                net.layers[2].up.register_forward_hook(lambda module, args, out: 3 * out)
+        step(plain, model)
