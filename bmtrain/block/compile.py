@@ -39,6 +39,8 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
             stacklevel=2,
         )
         options["mode"] = _WITHOUT_GRAPHS[mode]
+    # Else equal blocks would share code whatever hooks modules in them have, of which the first one's alone would run.
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks:
         land_compiled(module)
@@ -121,4 +123,6 @@ class _Around:
             if block is not None and record is not None and record.unit is not None:
                 # Compiled code would not notice hooks that come later.
                 record.inlined = inlined and not record.unit.precision.casts and not has_hooks(block)
+                # The run that was looked at may have left it out, or not have trained it.
+                record.keeps = engine().keeps(record.unit, record.recompute)
         return (self._as_one if inlined else self._apart)(*args, **kwargs)

@@ -337,6 +337,10 @@ class Engine:
         records = self.graphs is not None and self.graphs.is_on
         return self.ctx.world_size == 1 and not self.schedule.pools.moves and not records
 
+    def keeps(self, unit: ShardUnit, recompute: bool | None) -> bool:
+        """Whether a block that was told ``recompute`` keeps its activations, unless inputs are larger."""
+        return self.plan.keeps(unit) if recompute is None else not recompute
+
     def whether_all_kept(self, call: Callable[[], T]) -> tuple[T, bool | None]:
         """What ``call`` returns, and whether no block in it is recomputed; None as long as that is being decided."""
         before = self._recomputed

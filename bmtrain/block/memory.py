@@ -91,6 +91,10 @@ class MemoryPlan:
         # What was measured says nothing of larger inputs.
         return unit.index not in self._kept or size > self._inputs.get(unit.index, 0)
 
+    def keeps(self, unit: ShardUnit) -> bool:
+        """Whether activations of ``unit``'s block are kept, of inputs as large as were measured."""
+        return unit.index in self._kept
+
     def measured(self, unit: ShardUnit, kept: int) -> None:
         """A forward of ``unit`` would have kept so many bytes."""
         self._bytes[unit.index] = max(kept, self._bytes.get(unit.index, 0))

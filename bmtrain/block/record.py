@@ -25,6 +25,7 @@ class Record:
         trained: whether they have moved since the ranks last had the same.
         has_blocks: whether a module inside owns a unit too.
         inlined: whether compiled code that calls the module takes it in, as one call of many, without the engine.
+        keeps: whether it may do so while gradients are computed, too, as the module's activations are kept.
         draws_checked: whether every random number was drawn from the right stream (``SplitRandom``).
         state: what of its own the module's forward moves, so that a second run starts where the first did.
     """
@@ -40,6 +41,7 @@ class Record:
     trained: bool = False
     has_blocks: bool = False
     inlined: bool = False
+    keeps: bool = False
     draws_checked: bool = False
     state: State = field(default_factory=State)
 

@@ -53,7 +53,7 @@ class ShardedModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         record = record_of(self)
         if torch.compiler.is_dynamo_compiling():
-            if record is not None and record.inlined:
+            if record is not None and record.inlined and (record.keeps or not torch.is_grad_enabled()):
                 return super().__call__(*args, **kwargs)
             return outside_of_compiled_code(self, *args, **kwargs)  # the engine's work is no part of a graph
         if record is None or record.unit is None:  # still being built
@@ -70,7 +70,8 @@ class ShardedModule(nn.Module):
         with _random_numbers(self, record, unit.ctx, outermost), _split_random(self, record, unit.ctx):
             if precision.casts:
                 args, kwargs = precision.cast_arguments((args, kwargs))
-            if not (unit.flats or record.is_block or record.has_blocks):  # as a loss, which one rank may call alone
+            # As a loss, which one rank may call alone.  Running statistics are levelled by all together.
+            if not (unit.flats or record.is_block or record.has_blocks or record.has_statistics):
                 if outermost:
                     runs.note_beside(self)
                 out = super().__call__(*args, **kwargs)

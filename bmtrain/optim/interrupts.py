@@ -33,18 +33,21 @@ class _Block:
 
     def after_step(self) -> None:
         """Raises KeyboardInterrupt on every rank if some had been interrupted when asked last.  Collective."""
-        if self._comm is None:
-            self._comm = context().host_group("interrupts", _TIMEOUT)
         if self._asked is not None and self._asked.result():
-            self._asked = None
+            self._asked, self.came = None, False  # a script may catch it inside of the block, and go on
             raise KeyboardInterrupt
-        self._asked = self._asker.submit(_any, self._comm, self.came)
+        self._asked = self._asker.submit(_any, self._connected(), self.came)
 
     def at_end(self) -> None:
         """As ``after_step``, of what came since the last step.  Collective."""
         came = self._asked is not None and self._asked.result()
-        if came or (self.came if self._comm is None else _any(self._comm, self.came)):
+        if came or (_any(self._connected(), self.came) if is_initialized() else self.came):
             raise KeyboardInterrupt
+
+    def _connected(self) -> Communicator:
+        if self._comm is None:
+            self._comm = context().host_group("interrupts", _TIMEOUT)
+        return self._comm
 
     def close(self) -> None:
         self._asker.shutdown(wait=False)

@@ -77,6 +77,9 @@ class Engine(Protocol):
     def may_inline(self) -> bool:
         """Whether blocks that keep their activations may be run without the engine: nothing moves on one rank."""
 
+    def keeps(self, unit: ShardUnit, recompute: bool | None) -> bool:
+        """Whether a block that was told ``recompute`` keeps its activations, unless inputs are larger."""
+
     def whether_all_kept(self, call: Callable[[], T]) -> tuple[T, bool | None]:
         """What ``call`` returns, and whether no block in it is recomputed; None as long as that is being decided."""
 

@@ -43,13 +43,13 @@ class Net(nn.Module):
         return self.leave(x).square().mean()  # type: ignore[no-any-return]
 
 
-def pair(recompute: bool | None, **how: Any) -> tuple[Net, Any, Graphs]:
+def pair(recompute: bool | None, make: Callable[[], Net] = Net, **how: Any) -> tuple[Any, Any, Graphs]:
     """A plain model, the same with blocks and compiled, and what was compiled so far."""
     torch._dynamo.reset()
     engine: Any = context().engine
     engine.schedule.pools.moves = bmt.world_size() > 1  # not what other tests' models in this process did
     torch.manual_seed(2)
-    plain = Net()
+    plain = make()
     model: Any = copy.deepcopy(plain)
     model.layers = bmt.TransformerBlockList([bmt.Block(one, use_checkpoint=recompute, **how) for one in model.layers])
     graphs: Graphs = []
@@ -268,3 +268,46 @@ def test_accumulated_under_autocast_with_clipping_and_two_models() -> None:
             manager.clip_grad_norm(model.parameters(), 0.1)
             manager.step()
             manager.zero_grad()
+
+
+class Skips(Net):
+    """The layers run without gradients at first, or not at all."""
+
+    how = "skips"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        with torch.set_grad_enabled(self.how != "evaluates"):
+            for layer in self.layers if self.how != "skips" else ():
+                x = layer(x, scale=0.5)
+        return self.leave(x).square().mean()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("how", ["skips", "evaluates"])
+@pytest.mark.parametrize("recompute", [True, None])
+@on_ranks(1)
+def test_blocks_that_a_first_run_did_not_train_are_recomputed(how: str, recompute: bool | None) -> None:
+    fresh_plan(None)
+    plain, model, graphs = pair(recompute, Skips)
+    for number in range(5):
+        for net in (plain, model):
+            net.how = how if number < 3 else "trains"
+        if number == 3:
+            graphs.clear()
+        step(plain, model)
+    assert max(map(layers_in, graphs), default=1) == 1
+
+
+@on_ranks(1, 2)
+def test_hooks_inside_of_one_of_equal_blocks_are_its_own() -> None:
+    fresh_plan(None)
+    plain, model, _ = pair(False)
+    handles = [net.layers[1].up.register_forward_hook(lambda module, args, out: 2 * out) for net in (plain, model)]
+    for number in range(9):
+        if number == 5:
+            for handle in handles:
+                handle.remove()
+        if number == 7:
+            for net in (plain, model):
+                net.layers[2].up.register_forward_hook(lambda module, args, out: 3 * out)
+        step(plain, model)

@@ -13,6 +13,7 @@ from torch import nn
 
 import bmtrain as bmt
 from bmtrain.context import context
+from tests.runtime.ranks import RanksFailed, run_ranks
 
 
 class Loss(bmt.DistributedModule):
@@ -122,3 +123,30 @@ def test_its_buffers_are_looked_at_once(alone: bool) -> None:
                 other(x, x)
     assert len(found) == (bmt.rank() == 0 and not alone)
     assert all("Center.center" in words for words in found)
+
+
+class Statistics(bmt.DistributedModule):
+    """Running statistics, of which the ranks are to have the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4, affine=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)  # type: ignore[no-any-return]
+
+
+def trains_statistics(alone: bool) -> torch.Tensor:
+    norm, model = Statistics(), bmt.BMTrainModelWrapper(Net())
+    x = (1 + bmt.rank()) * on_this_device(3, 4)
+    if not alone or bmt.rank() == 0:
+        norm(x)
+    model(x)
+    return norm.state_dict()["norm.running_mean"]  # type: ignore[no-any-return]
+
+
+def test_running_statistics_are_of_all_ranks() -> None:
+    for found in run_ranks(2, trains_statistics, False):
+        torch.testing.assert_close(found, torch.full((4,), 0.15))
+    with pytest.raises(RanksFailed, match=r"rank 0 to the forward of (the root|Statistics)"):
+        run_ranks(2, trains_statistics, True, timeout=60)

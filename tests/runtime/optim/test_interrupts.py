@@ -50,6 +50,45 @@ def test_ranks_stop_after_the_same_step(stops: dict[int, int]) -> None:
         torch.testing.assert_close(weights, alone)
 
 
+def before_any_step() -> bool:
+    """Whether this rank was stopped, of which rank 1 gets Ctrl-C in a script that has nothing left to train."""
+    try:
+        with bmt.interrupted_together():
+            if bmt.rank() == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_without_any_step() -> None:
+    assert run_ranks(2, before_any_step) == [True, True]
+
+
+def goes_on(steps: int) -> list[int]:
+    """At which steps a script is interrupted that catches it inside of the block."""
+    model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 1))
+    manager = bmt.optim.OptimManager(loss_scale=None)
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    found = []
+    with bmt.interrupted_together():
+        for step in range(steps):
+            try:
+                manager.zero_grad()
+                manager.backward(model(torch.ones(2, 4)).square().mean())
+                manager.step()
+            except KeyboardInterrupt:
+                found.append(step)
+            if step == 2 and bmt.rank() == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+    return found
+
+
+def test_caught_inside_of_the_block() -> None:
+    one, other = run_ranks(2, goes_on, 9)
+    assert one == other and len(one) == 1
+
+
 def test_behind_the_last_step() -> None:
     one, other = run_ranks(2, train, 3, {1: 2})
     assert one[2] and other[2] and one[0] == other[0] == 3
