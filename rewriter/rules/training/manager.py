@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
@@ -366,7 +367,7 @@ def _runs_base(statement: ast.stmt) -> bool:
 def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.stmt | None:
     """The ``if`` under which alone the scaler is made, where code behind it runs also without: it needs a manager."""
     makers = [statement for statement, _ in _makers(managers, manager)]
-    branches = [_outermost_branch(file, made) for made in makers]
+    branches = [_outermost_branch(file, made, managers, manager) for made in makers]
     if not branches or any(branch is not branches[0] for branch in branches):
         return None  # made in any case, or by several statements of which one is the other's default
     branch = branches[0]
@@ -382,15 +383,27 @@ def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.s
     return branch if used else None
 
 
-def _outermost_branch(file: File, statement: ast.stmt) -> ast.stmt | None:
-    """The outermost ``if``, ``try`` or ``match`` around a statement in its block of a function, class or loop."""
+def _outermost_branch(file: File, statement: ast.stmt, managers: Managers, manager: Manager) -> ast.stmt | None:
+    """The outermost ``if``, ``try`` or ``match`` around a statement in its block of a function, class or loop.
+
+    One that makes all the optimizers, too, is none: without it nothing steps (``if __name__ == "__main__":``).
+    """
+    places = [_last_assignment(file, managers, optimizer) for optimizer in manager.optimizers]
     found = None
     for parent in file.names.ancestors(statement):
         if isinstance(parent, (ast.If, ast.Try, ast.Match)):
+            if is_main_test(parent) or _holds_all(parent, places):
+                break
             found = parent
         elif isinstance(parent, ast.stmt) and not isinstance(parent, ast.With):
             break
     return found
+
+
+def _holds_all(branch: ast.stmt, places: list[ast.stmt | None]) -> bool:
+    """Whether statements stand in a branch, and none is the branch itself."""
+    within = set(walk(branch)) - {branch}
+    return bool(places) and all(place in within for place in places)
 
 
 def _makes(statement: ast.stmt, makers: list[ast.stmt]) -> bool:
