@@ -603,8 +603,8 @@ def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Re
                 yield from _optimizer(file, facts, managers, manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
-                if seen is not None and not seen.existing:
-                    yield replace(node, f"{seen.name}.zero_grad()")
+                if seen is not None and not seen.existing and managers.is_only(seen, node):
+                    yield replace(node, f"{seen.name}.zero_grad()")  # of several, each clears what no other does
 
 
 def _backward(
@@ -810,7 +810,8 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
     holes = {"limit": limit}
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
-    if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
+    alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
+    if manager is not None and alone and _whole(file, managers, parameters):
         groups = f"{manager.optimizers[0][1]}.param_groups"
     elif isinstance(parameters, (ast.Name, ast.Attribute, ast.Subscript)):
         groups, holes["parameters"] = "{parameters}", parameters  # some, or a single one
@@ -834,12 +835,32 @@ def _unscales(file: File) -> bool:
     return any(isinstance(call.func, ast.Attribute) and call.func.attr == "unscale_" for call in file.calls)
 
 
-def _whole(managers: Managers, node: ast.expr) -> bool:
-    """Whether an expression is all parameters of the model."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters":
-        path = (dotted(node.func.value) or "").removeprefix("self.")
-        return "." not in path and managers.roles.is_model(node.func.value) and not node.args
-    return False
+def _whole(file: File, managers: Managers, node: ast.expr) -> bool:
+    """Whether an expression is all parameters of the model, where no other has any that may be its optimizer's."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=held, attr="parameters"), args=[]):
+            path, model = (dotted(held) or "").removeprefix("self."), _model(managers, held)
+        case _:
+            return False
+    if model is None or "." in path or not managers.roles.is_model(held):
+        return False
+    others = {_model(managers, _holder(call)) for call in file.calls}
+    return not any(other is not None and other != model and other[0] is model[0] for other in others)
+
+
+def _holder(node: ast.expr) -> ast.expr | None:
+    """What a call takes the parameters of."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=held, attr="parameters" | "named_parameters")):
+            return held
+    return None
+
+
+def _model(managers: Managers, node: ast.expr | None) -> Var | None:
+    """The model that a node is, or is a part of; any name that has parameters counts as one."""
+    while isinstance(node, ast.Attribute) and not managers.roles.is_model(node):
+        node = node.value
+    return managers.roles.var(node) if node is not None else None
 
 
 RULE = Rule(
