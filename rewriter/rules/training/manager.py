@@ -453,11 +453,39 @@ def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
 
 
 def _may_be_none(variable: Var) -> bool:
-    """Whether an argument is None by default, or the function asks whether it is."""
+    """Whether an argument is None by default, or the function asks whether it, or what goes with it, is."""
     function, name = variable
     if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
-    return _has_default_none(function, name) or any(_asks_for_none(node, name) for node in walk(function))
+    return (
+        _has_default_none(function, name)
+        or any(_asks_for_none(node, name) for node in walk(function))
+        or _steps_only_beside_another(function, name)
+    )
+
+
+def _steps_only_beside_another(function: Function, name: str) -> bool:
+    """Whether all that is done with an argument stands under ``if other is not None:`` or ``if train:`` of another."""
+    others = {argument.arg for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)}
+    uses = {node for node in walk(function) if isinstance(node, ast.Name) and node.id == name}
+    guarded = {
+        inner
+        for node in walk(function)
+        if isinstance(node, ast.If)
+        and any(_asks_for_none(part, other) or dotted(part) == other for part in _parts(node.test) for other in others)
+        for statement in node.body
+        for inner in walk(statement)
+    }
+    return bool(uses) and uses <= guarded
+
+
+def _parts(test: ast.expr) -> Iterator[ast.expr]:
+    """The conditions of which a test is made."""
+    if isinstance(test, ast.BoolOp):
+        for value in test.values:
+            yield from _parts(value)
+    else:
+        yield test.operand if isinstance(test, ast.UnaryOp) else test
 
 
 def _has_default_none(function: Function, name: str) -> bool:
