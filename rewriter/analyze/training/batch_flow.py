@@ -262,6 +262,8 @@ class _Run:
                 if (path := dotted(node)) in self.env:
                     return self.env[path or ""]
                 value = self.value(inner)
+                if attr in {"device", "dtype"}:
+                    return _NONE
                 if attr == "shape":
                     return frozenset({_Mark("shape")}) if _samples(value) else _NONE
                 return _only(value, *_KEPT, "padded") if attr in _TURNS else _ROWS if _has(value, "batch") else value
@@ -426,6 +428,10 @@ class _Run:
         base = self.value(func.value) if isinstance(func, ast.Attribute) and method else _NONE
         given = [self.value(argument) for argument in node.args]
         named = {keyword.arg or "": self.value(keyword.value) for keyword in node.keywords}
+        if method and name in {"to", "type_as"}:
+            given, named = [], {}  # where the result is, and of what kind
+        elif method and name == "new_tensor":
+            base = _NONE
         if external == "bmtrain.gather_batch":
             return _NONE
         if external == "bmtrain.shard_batch":

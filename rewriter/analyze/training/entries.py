@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
@@ -58,7 +59,7 @@ class Entries:
 
     def block(self, file: File) -> list[ast.stmt]:
         """The statement list in which the script's set-up belongs; empty if the file is not run."""
-        guarded = [s for s in file.tree.body if isinstance(s, ast.If) and _is_main_test(s.test)]
+        guarded = [s for s in file.tree.body if is_main_test(s)]
         body = [s for s in file.tree.body if not isinstance(s, DEFINITIONS) and s not in guarded]
         packaged = file.path.exists() and (file.path.parent / "__init__.py").exists()
         library = packaged and not self._trains(file, [*body, *guarded])
@@ -77,7 +78,7 @@ class Entries:
 
     def runs_at_import(self, file: File) -> bool:
         """Whether a file's own statements are what starts in it, and another file imports it."""
-        guarded = any(isinstance(s, ast.If) and _is_main_test(s.test) for s in file.tree.body)
+        guarded = any(is_main_test(s) for s in file.tree.body)
         return not guarded and any(self._needs_ranks(file, s) for s in file.tree.body) and self._is_imported(file)
 
     def seed_at_import(self, file: File) -> int | None:
@@ -487,11 +488,13 @@ def _keeps(file: File, node: ast.AST, name: str) -> bool:
     return False
 
 
-def _is_main_test(test: ast.expr) -> bool:
-    return (
-        isinstance(test, ast.Compare)
-        and any(isinstance(side, ast.Name) and side.id == "__name__" for side in (test.left, *test.comparators))
-        and any(isinstance(side, ast.Constant) and side.value == "__main__" for side in (test.left, *test.comparators))
+def is_main_test(node: ast.AST) -> TypeGuard[ast.If]:
+    """``if __name__ == "__main__":``."""
+    if not isinstance(node, ast.If) or not isinstance(node.test, ast.Compare):
+        return False
+    sides = (node.test.left, *node.test.comparators)
+    return any(isinstance(side, ast.Name) and side.id == "__name__" for side in sides) and any(
+        isinstance(side, ast.Constant) and side.value == "__main__" for side in sides
     )
 
 

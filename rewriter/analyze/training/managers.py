@@ -152,6 +152,11 @@ class Managers:
         following = [(step, manager) for manager in seen for step in self._steps(manager) if step >= line]
         return min(following, key=lambda pair: pair[0])[1] if following else seen[-1]
 
+    def is_only(self, manager: Manager, node: ast.AST) -> bool:
+        """Whether code at a node sees no other manager, and this one steps one optimizer."""
+        others = any(self._visible(other, node) for other in self.all if other is not manager)
+        return not others and manager.several is None and len(manager.optimizers) < 2
+
     def _visible(self, manager: Manager, node: ast.AST) -> bool:
         variables = [v for v, found in self.of.items() if found is manager]
         around = {node, *self.file.names.ancestors(node)}

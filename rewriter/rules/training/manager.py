@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
@@ -366,7 +367,7 @@ def _runs_base(statement: ast.stmt) -> bool:
 def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.stmt | None:
     """The ``if`` under which alone the scaler is made, where code behind it runs also without: it needs a manager."""
     makers = [statement for statement, _ in _makers(managers, manager)]
-    branches = [_outermost_branch(file, made) for made in makers]
+    branches = [_outermost_branch(file, made, managers, manager) for made in makers]
     if not branches or any(branch is not branches[0] for branch in branches):
         return None  # made in any case, or by several statements of which one is the other's default
     branch = branches[0]
@@ -382,15 +383,27 @@ def _branch_of_scaler(file: File, managers: Managers, manager: Manager) -> ast.s
     return branch if used else None
 
 
-def _outermost_branch(file: File, statement: ast.stmt) -> ast.stmt | None:
-    """The outermost ``if``, ``try`` or ``match`` around a statement in its block of a function, class or loop."""
+def _outermost_branch(file: File, statement: ast.stmt, managers: Managers, manager: Manager) -> ast.stmt | None:
+    """The outermost ``if``, ``try`` or ``match`` around a statement in its block of a function, class or loop.
+
+    One that makes all the optimizers, too, is none: without it nothing steps (``if __name__ == "__main__":``).
+    """
+    places = [_last_assignment(file, managers, optimizer) for optimizer in manager.optimizers]
     found = None
     for parent in file.names.ancestors(statement):
         if isinstance(parent, (ast.If, ast.Try, ast.Match)):
+            if is_main_test(parent) or _holds_all(parent, places):
+                break
             found = parent
         elif isinstance(parent, ast.stmt) and not isinstance(parent, ast.With):
             break
     return found
+
+
+def _holds_all(branch: ast.stmt, places: list[ast.stmt | None]) -> bool:
+    """Whether statements stand in a branch, and none is the branch itself."""
+    within = set(walk(branch)) - {branch}
+    return bool(places) and all(place in within for place in places)
 
 
 def _makes(statement: ast.stmt, makers: list[ast.stmt]) -> bool:
@@ -440,11 +453,39 @@ def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
 
 
 def _may_be_none(variable: Var) -> bool:
-    """Whether an argument is None by default, or the function asks whether it is."""
+    """Whether an argument is None by default, or the function asks whether it, or what goes with it, is."""
     function, name = variable
     if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return False
-    return _has_default_none(function, name) or any(_asks_for_none(node, name) for node in walk(function))
+    return (
+        _has_default_none(function, name)
+        or any(_asks_for_none(node, name) for node in walk(function))
+        or _steps_only_beside_another(function, name)
+    )
+
+
+def _steps_only_beside_another(function: Function, name: str) -> bool:
+    """Whether all that is done with an argument stands under ``if other is not None:`` or ``if train:`` of another."""
+    others = {argument.arg for argument in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)}
+    uses = {node for node in walk(function) if isinstance(node, ast.Name) and node.id == name}
+    guarded = {
+        inner
+        for node in walk(function)
+        if isinstance(node, ast.If)
+        and any(_asks_for_none(part, other) or dotted(part) == other for part in _parts(node.test) for other in others)
+        for statement in node.body
+        for inner in walk(statement)
+    }
+    return bool(uses) and uses <= guarded
+
+
+def _parts(test: ast.expr) -> Iterator[ast.expr]:
+    """The conditions of which a test is made."""
+    if isinstance(test, ast.BoolOp):
+        for value in test.values:
+            yield from _parts(value)
+    else:
+        yield test.operand if isinstance(test, ast.UnaryOp) else test
 
 
 def _has_default_none(function: Function, name: str) -> bool:
@@ -590,8 +631,8 @@ def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Re
                 yield from _optimizer(file, facts, managers, manager, node, node.func)
             elif node.func.attr == "zero_grad" and managers.roles.is_model(node.func.value):
                 seen = managers.for_call(node)
-                if seen is not None and not seen.existing:
-                    yield replace(node, f"{seen.name}.zero_grad()")
+                if seen is not None and not seen.existing and managers.is_only(seen, node):
+                    yield replace(node, f"{seen.name}.zero_grad()")  # of several, each clears what no other does
 
 
 def _backward(
@@ -797,7 +838,8 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
     holes = {"limit": limit}
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
-    if manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1 and _whole(managers, parameters):
+    alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
+    if manager is not None and alone and _whole(file, managers, parameters):
         groups = f"{manager.optimizers[0][1]}.param_groups"
     elif isinstance(parameters, (ast.Name, ast.Attribute, ast.Subscript)):
         groups, holes["parameters"] = "{parameters}", parameters  # some, or a single one
@@ -821,12 +863,32 @@ def _unscales(file: File) -> bool:
     return any(isinstance(call.func, ast.Attribute) and call.func.attr == "unscale_" for call in file.calls)
 
 
-def _whole(managers: Managers, node: ast.expr) -> bool:
-    """Whether an expression is all parameters of the model."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "parameters":
-        path = (dotted(node.func.value) or "").removeprefix("self.")
-        return "." not in path and managers.roles.is_model(node.func.value) and not node.args
-    return False
+def _whole(file: File, managers: Managers, node: ast.expr) -> bool:
+    """Whether an expression is all parameters of the model, where no other has any that may be its optimizer's."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=held, attr="parameters"), args=[]):
+            path, model = (dotted(held) or "").removeprefix("self."), _model(managers, held)
+        case _:
+            return False
+    if model is None or "." in path or not managers.roles.is_model(held):
+        return False
+    others = {_model(managers, _holder(call)) for call in file.calls}
+    return not any(other is not None and other != model and other[0] is model[0] for other in others)
+
+
+def _holder(node: ast.expr) -> ast.expr | None:
+    """What a call takes the parameters of."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=held, attr="parameters" | "named_parameters")):
+            return held
+    return None
+
+
+def _model(managers: Managers, node: ast.expr | None) -> Var | None:
+    """The model that a node is, or is a part of; any name that has parameters counts as one."""
+    while isinstance(node, ast.Attribute) and not managers.roles.is_model(node):
+        node = node.value
+    return managers.roles.var(node) if node is not None else None
 
 
 RULE = Rule(

@@ -137,6 +137,13 @@ ALONE = {
     "of all": "loss = F.cross_entropy(net(torch.cat([x, x.flip(1)])), torch.cat([y, y]))",
     "two views": "v = torch.cat([x, x * 2])\na, b = net(v).chunk(2)\nloss = F.mse_loss(a, b)",
     "weights": "w = net[0].weight\nz = x + (w - w.flip(0)).pow(2).mean()",
+    "a table where the batch is": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.to(x.device)[t][:, None]",
+    "a table of its kind": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.to(device=x.device, dtype=x.dtype)[t][:, None]",
+    "a table like it": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.to(x)[t][:, None]",
+    "a table typed as it": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.type_as(x)[t][:, None]",
+    "a new table": "t = torch.randint(0, 2, (x.size(0),)); z = x * x.new_tensor([1.0, 2.0])[t][:, None]",
+    "a table made there": "t = torch.randint(0, 2, (x.size(0),)); z = x * torch.linspace(0, 1, 2, device=x.device)[t][:, None]",
+    "a table by index_select": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.to(x.device).index_select(0, t)[:, None]",
 }
 MIXUP = """class RandomMixup(torch.nn.Module):
     def __init__(self, p=0.5):
