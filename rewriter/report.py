@@ -246,15 +246,20 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
         named = (module.parts for module in imports[by] if not module.suffix)
         return any(parts[-len(own) :] == own[-len(parts) :] for parts in named)
 
+    guarded = {result.path for result in results if b"__main__" in result.after}
+
     def is_imported(path: Path) -> bool:
-        return any(imported(path, other) for other in imports if other != path)
+        by = [other for other in imports if other != path and imported(path, other)]
+        if path in trained and path in guarded and _LAUNCHED.fullmatch(path.stem):
+            by = [other for other in by if _LAUNCHED.fullmatch(other.stem)]  # evaluate.py may take its parts
+        return bool(by)
 
     def order(path: Path) -> tuple[bool, ...]:
         trains = path in trained or any(imported(other, path) for other in trained)
         named = not _LAUNCHED.match(path.stem), not _LAUNCHED.fullmatch(path.stem)
         return path.stem == "__init__", is_imported(path), not trains, *named
 
-    runs = {result.path for result in results if b"__main__" in result.after or result.path in trained}
+    runs = guarded | {result.path for result in results if result.path in trained}
     all_imported = all(map(is_imported, started))
     run = [path for path in imports if path in runs or all_imported]
     return min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)

@@ -162,6 +162,17 @@ def test_a_module_that_is_imported_from_its_package_is_not_launched(
     assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'work.py'}")
 
 
+@pytest.mark.parametrize("other, launched", [("evaluate", "train"), ("run", "run")])
+def test_a_training_script_of_which_another_takes_parts_is_launched(
+    project: Path, capsys: pytest.CaptureFixture[str], other: str, launched: str
+) -> None:
+    body = "    " + TRAIN.partition("\n\n")[2].replace("\n", "\n    ").rstrip() + "\n"
+    guard = "\n\nif __name__ == '__main__':\n    fit([])\n"
+    (project / "train.py").write_text(f"import torch\n\n\ndef fit(data):\n{body}{guard}")
+    (project / f"{other}.py").write_text(f"import torch\nfrom train import fit\n\ntorch.manual_seed(0)\n{guard}")
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / launched}.py")
+
+
 @pytest.mark.parametrize("imports", ["", "from steps import train\n"])
 def test_a_script_whose_name_says_so_alone_is_launched(
     project: Path, capsys: pytest.CaptureFixture[str], imports: str
