@@ -872,8 +872,20 @@ def _whole(file: File, managers: Managers, node: ast.expr) -> bool:
             return False
     if model is None or "." in path or not managers.roles.is_model(held):
         return False
-    others = {_model(managers, _holder(call)) for call in file.calls}
+    others = {_model(managers, _holder(call)) for call in file.calls} - _made_of(file, managers, model)
     return not any(other is not None and other != model and other[0] is model[0] for other in others)
+
+
+def _made_of(file: File, managers: Managers, model: Var) -> set[Var | None]:
+    """What a model is another name for, or is given when it is made, and then holds: ``ddp = DDP(net)``."""
+    found: set[Var | None] = set()
+    for node in file.nodes:
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Name)):
+            if model in {managers.roles.var(item) for target in node.targets for item in walk(target)}:
+                call = node.value if isinstance(node.value, ast.Call) else None
+                given = [node.value] if call is None else [*call.args, *(word.value for word in call.keywords)]
+                found |= set(map(managers.roles.var, given))
+    return found - {None, model}
 
 
 def _holder(node: ast.expr) -> ast.expr | None:

@@ -59,3 +59,10 @@ def test_the_only_model_is_clipped_by_the_groups_of_its_optimizer(made: str) -> 
     text = f"{IMPORTS}\n\n{NET}\n\nnet = Net()\nopt = torch.optim.SGD({made}, lr=0.5)\n"
     text += "for x in xs:\n    net(x).mean().backward()\n    nn.utils.clip_grad_norm_(net.parameters(), 1.0)\n"
     assert "clip_grad_norm(opt.param_groups, 1.0)" in converted(text + "    opt.step()\n    opt.zero_grad()\n")
+
+
+@pytest.mark.parametrize("made", ["wrapped = Wrapped(net)", "wrapped = net", "wrapped, rest = prepare(net, loader)"])
+def test_a_model_that_holds_the_other_is_clipped_by_the_groups_of_its_optimizer(made: str) -> None:
+    text = f"{IMPORTS}\n\n{NET}\n\nnet = Net()\n{made}\nopt = torch.optim.SGD(net.parameters(), lr=0.5)\n"
+    text += "for x in xs:\n    wrapped(x).mean().backward()\n    nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)\n"
+    assert "clip_grad_norm(opt.param_groups, 1.0)" in converted(text + "    opt.step()\n    opt.zero_grad()\n")
