@@ -117,12 +117,12 @@ class _Around:
         return self._run(size.growth_over(self._kept) <= 1, args, kwargs)
 
     def _run(self, inlined: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for reference in self._blocks:
-            block = reference()
-            record = None if block is None else record_of(block)
-            if block is not None and record is not None and record.unit is not None:
-                # Compiled code would not notice hooks that come later.
+        runs = engine()
+        for block in filter(None, [reference() for reference in self._blocks]):
+            record = record_of(block)
+            if record is not None and record.unit is not None:
+                # Hooks may come and go: the code of the whole would be made anew each time.
                 record.inlined = inlined and not record.unit.precision.casts and not has_hooks(block)
                 # The run that was looked at may have left it out, or not have trained it.
-                record.keeps = engine().keeps(record.unit, record.recompute)
+                record.keeps = runs.keeps(record.unit, record.recompute)
         return (self._as_one if inlined else self._apart)(*args, **kwargs)

@@ -77,10 +77,9 @@ class ShardedModule(nn.Module):
                 out = super().__call__(*args, **kwargs)
             else:
                 out = runs.forward(unit, record.recompute, super().__call__, args, kwargs)
-            if not precision.casts:
-                return out
         # Inside a model that computes in one precision, the model's output dtype would not fit what comes next.
-        return precision.cast_result(out) if outermost or not unit.inherits_precision else out
+        cast = precision.casts and (outermost or not unit.inherits_precision)
+        return precision.cast_result(out) if cast else out
 
     # -- whole values in and out ----------------------------------------------------------------------------------
 

@@ -8,13 +8,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-import torch
-
-from ..comm import Communicator
+from ..comm import AskedLater, Communicator
 from ..errors import ConfigurationError
 from ..log import say
 
@@ -44,24 +41,20 @@ class Preemption:
 
     def __init__(self, exit_after: timedelta | str | None, connect: Callable[[], Communicator]) -> None:
         self._deadline = None if exit_after is None else time.monotonic() + seconds(exit_after)
-        self._connect = connect
-        self._comm: Communicator | None = None
-        self._asker = ThreadPoolExecutor(1, "preemption")
-        self._asked: Future[list[bool]] | None = None
+        self._later, self._is_connected = AskedLater("preemption", connect), False
         self._before: dict[signal.Signals, Any] = {}
         self._came, self._process = threading.Event(), os.getpid()
 
     def agreed(self, failed: bool) -> tuple[bool, bool]:
         """Whether some rank had to stop, and whether something had failed on some, when asked last.  Collective."""
-        comm = self._comm
-        if comm is None:
-            comm = self._comm = self._connect()
+        if not self._is_connected:
+            self._later.connected()
+            self._is_connected = True
             self._listen()
-        answer = [False, False] if self._asked is None else self._asked.result()
+        had_to_stop, had_failed = self._later.answer() or (False, False)
         late = self._deadline is not None and time.monotonic() >= self._deadline
-        flags = [self._came.is_set() or late, failed]
-        self._asked = self._asker.submit(_any, comm, flags)
-        return answer[0], answer[1]
+        self._later.ask([self._came.is_set() or late, failed])
+        return had_to_stop, had_failed
 
     def ask(self) -> None:
         """Stop at the next step."""
@@ -85,16 +78,10 @@ class Preemption:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before.clear()
-        self._asker.shutdown()
+        self._later.close(wait=True)
 
     def leave(self, rank: int, step: int) -> None:
         """End this process."""
         if rank == 0:
             say(f"saved at step {step} to make room; exit code {PREEMPTED}.")
         raise SystemExit(PREEMPTED)
-
-
-def _any(comm: Communicator, flags: list[bool]) -> list[bool]:
-    found = torch.tensor(flags, dtype=torch.uint8, device="cpu")
-    comm.all_reduce(found, "max")
-    return [bool(flag) for flag in found.tolist()]

@@ -1,5 +1,6 @@
 """Communication: one interface, three transports."""
 
+from .asked_later import AskedLater
 from .base import Communicator, ReduceOp
 from .gloo import GlooCommunicator, let_others_speak_first
 from .launcher import Launcher
@@ -9,6 +10,7 @@ from .replicated import ReplicatedCommunicator
 from .watched import WatchedCommunicator
 
 __all__ = [
+    "AskedLater",
     "Communicator",
     "GlooCommunicator",
     "Launcher",

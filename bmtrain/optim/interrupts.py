@@ -6,14 +6,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch
-
-from ..comm import Communicator
+from ..comm import AskedLater
 from ..context import context, is_initialized, world_size
 
 _TIMEOUT = timedelta(hours=2)
@@ -24,39 +21,25 @@ class _Block:
 
     def __init__(self) -> None:
         self.came = False
-        self._comm: Communicator | None = None
-        self._asker = ThreadPoolExecutor(1, "interrupts")
-        self._asked: Future[bool] | None = None
+        self._later = AskedLater("interrupts", lambda: context().host_group("interrupts", _TIMEOUT))
 
     def handle(self, number: int, frame: Any) -> None:
         self.came = True
 
     def after_step(self) -> None:
         """Raises KeyboardInterrupt on every rank if some had been interrupted when asked last.  Collective."""
-        if self._asked is not None and self._asked.result():
-            self._asked, self.came = None, False  # a script may catch it inside of the block, and go on
+        if any(self._later.answer()):
+            self.came = False  # a script may catch it inside of the block, and go on
             raise KeyboardInterrupt
-        self._asked = self._asker.submit(_any, self._connected(), self.came)
+        self._later.ask([self.came])
 
     def at_end(self) -> None:
         """As ``after_step``, of what came since the last step.  Collective."""
-        came = self._asked is not None and self._asked.result()
-        if came or (_any(self._connected(), self.came) if is_initialized() else self.came):
+        if any(self._later.answer()) or any(self._later.now([self.came]) if is_initialized() else [self.came]):
             raise KeyboardInterrupt
 
-    def _connected(self) -> Communicator:
-        if self._comm is None:
-            self._comm = context().host_group("interrupts", _TIMEOUT)
-        return self._comm
-
     def close(self) -> None:
-        self._asker.shutdown(wait=False)
-
-
-def _any(comm: Communicator, came: bool) -> bool:
-    found = torch.tensor([came], dtype=torch.uint8, device="cpu")
-    comm.all_reduce(found, "max")
-    return bool(found)
+        self._later.close(wait=False)
 
 
 @contextmanager
