@@ -13,20 +13,14 @@ _LOGURU = "loguru.logger."
 QUIETED = {
     "loguru": (
         ("loguru", "sys"),
-        (
-            "if {bmt}.rank() != 0:",
-            '    loguru.logger.configure(handlers=[{"sink": sys.stderr, "level": "WARNING"}])',
-        ),
+        'loguru.logger.configure(handlers=[{"sink": sys.stderr, "level": "WARNING"}])',
     ),
     "structlog": (
         ("logging", "structlog"),
-        (
-            "if {bmt}.rank() != 0:",
-            "    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))",
-        ),
+        "structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))",
     ),
 }
-"""By package what it takes that only warnings are printed on other ranks: modules, and lines."""
+"""By package what it takes that only warnings are printed on other ranks: modules, and a line."""
 
 
 def default_sinks(files: Iterable[File], project: Project) -> list[str]:

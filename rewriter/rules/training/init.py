@@ -60,7 +60,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     more: list[Change] = []
     for package in () if scripts.was_parallel(file) or scripts.started else default_sinks(reached, facts.project):
         modules, quiet = QUIETED[package]
-        group += quiet
+        group += ["if {bmt}.rank() != 0:", f"    {quiet}"]
         more += imports(file, *modules)
     seed = _seed(file, facts, block)
     drawn = _drawn(file, facts, seed[1].args[0], block) if seed is not None else None
