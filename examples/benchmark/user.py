@@ -4,9 +4,10 @@
     python examples/benchmark/user.py 350m:8 1.5b:4:compile 350m:8:accum=8 --ranks 1 2 --json rows.json
     python examples/benchmark/user.py nano:2 --ranks 1 2 --length 32         # also works without a GPU
 
-A workload is SIZE:BATCH, with BATCH sequences per GPU; sizes are in gpt/gpt.py. The script (gpt/train.py) runs plain on
-one GPU, and converted by bmt-convert; gpt/by_hand.py has DDP and FSDP2.  All train the same model on the same data, and
-a row whose losses do not agree with those of plain torch (on several GPUs: DDP's) has failed, however fast it was.
+A workload is SIZE:BATCH, with BATCH sequences per GPU; sizes are in gpt/gpt.py. With memory=8 the converted script is
+allowed 8 GiB; the others know no limit. The script (gpt/train.py) runs plain on one GPU, and converted by bmt-convert;
+gpt/by_hand.py has DDP and FSDP2.  All train the same model on the same data, and a row whose losses do not agree with
+those of plain torch (on several GPUs: DDP's) has failed, however fast it was.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WARMUP = 6  # steps: by then everything is measured, allocated and compiled
+SPELLING = "SIZE:BATCH[:accum=N][:compile][:memory=GIB]"
 DEFAULT_WORKLOADS = ["tiny:8", "350m:8", "350m:8:compile", "1.5b:4"]
 
 
@@ -56,22 +59,25 @@ class Workload:
     batch: int
     accum: int = 1
     compiled: bool = False
+    memory: int = 0
 
     @staticmethod
     def parse(text: str) -> Workload:
         size, batch, *rest = [*text.split(":"), ""]
-        accum, compiled = 1, False
+        accum, compiled, memory = 1, False, 0
         for flag in filter(None, rest):
             name, _, value = flag.partition("=")
             if name == "accum" and value.isdigit():
                 accum = int(value)
+            elif name == "memory" and value.isdigit():
+                memory = int(value)
             elif flag == "compile":
                 compiled = True
             else:
                 batch = ""
         if not batch.isdigit():
-            sys.exit(f"{text!r} is not SIZE:BATCH[:accum=N][:compile]")
-        return Workload(text, size, int(batch), accum, compiled)
+            sys.exit(f"{text!r} is not {SPELLING}")
+        return Workload(text, size, int(batch), accum, compiled, memory)
 
     def arguments(self, ranks: int, options: argparse.Namespace) -> list[str]:
         given = [f"--size={self.size}", f"--batch={self.batch * ranks}", f"--accum={self.accum}"]
@@ -81,7 +87,7 @@ class Workload:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="*", default=DEFAULT_WORKLOADS, metavar="SIZE:BATCH[:accum=N][:compile]")
+    parser.add_argument("workloads", nargs="*", default=DEFAULT_WORKLOADS, metavar=SPELLING)
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of GPUs, 1 and all by default")
     parser.add_argument("--engines", nargs="+", default=["plain", "ddp", "converted", "fsdp2"])
     parser.add_argument("--steps", type=int, default=16, help=f"of which {WARMUP} are not counted")
@@ -113,6 +119,15 @@ def convert(target: Path) -> Path:
     return target
 
 
+def limited(converted: Path, memory: int) -> Path:
+    """The same, in a folder beside it, but for what it allows itself."""
+    target = converted.with_name(f"{converted.name}-{memory}")
+    shutil.copytree(converted, target, dirs_exist_ok=True)
+    script = target / "train.py"
+    script.write_text(script.read_text().replace("init_distributed(", f"init_distributed(memory={memory}, ", 1))
+    return target
+
+
 def environment(tree: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))}
 
@@ -139,6 +154,8 @@ def measure(
     seconds: float,
 ) -> None:
     """Fill in ``row``, in so many seconds at most."""
+    if workload.memory:
+        converted = limited(converted, workload.memory)
     script = [str((converted if engine == "converted" else HERE / "gpt") / "train.py")]
     if engine in ("ddp", "fsdp2"):
         script = [str(HERE / "gpt" / "by_hand.py"), engine]
