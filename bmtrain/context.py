@@ -318,7 +318,7 @@ def init_distributed(
         memory: "auto" spends what the first steps leave free on a GPU to save time: blocks that were not told keep
             their activations, parameters stay whole from step to step; what stays is given up when memory becomes
             scarce. A number: the same within so many GiB for each process. "lean": nothing is kept. The results are
-            the same. On a CPU nothing is kept. All ranks say the same.
+            the same. On a CPU nothing is measured, and "auto" keeps activations after two steps. Alike on all ranks.
         shard_size: spread parameters, gradients and optimizer states over groups of this many ranks that follow each
             other, as those of one host do. Every group keeps all of them; gathers stay inside, and gradients are summed
             inside and then over the groups. None: one group of all ranks, which takes least memory. Results are the

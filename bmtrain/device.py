@@ -399,8 +399,8 @@ class Device:
 
     @property
     def overlaps(self) -> bool:
-        """Whether collectives may run beside computation."""
-        return self.is_cuda
+        """Whether collectives may run beside computation; on a CPU none do, but under "stress" they begin as early."""
+        return self.is_cuda or self.schedule == "stress"
 
     @property
     def reuses_memory(self) -> bool:

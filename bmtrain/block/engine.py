@@ -346,7 +346,7 @@ class Engine:
         before = self._recomputed
         out = call()
         all_kept = self._recomputed == before
-        return out, None if self.plan.measuring and not all_kept else all_kept
+        return out, None if self.plan.is_open and not all_kept else all_kept
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""

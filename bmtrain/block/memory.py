@@ -41,7 +41,9 @@ _TO_RECORD = 0.6  # needed by the host, where blocks may run as CUDA graphs: wit
 class MemoryPlan:
     """Decides which blocks keep their activations, and which units stay whole.
 
-    Where memory cannot be measured (on a CPU) nothing is kept, as with ``init_distributed(memory="lean")``.
+    Where memory cannot be measured (on a CPU) every block keeps its activations after as many steps of its own, as in
+    the script that was converted, and no units stay; with a number of GiB nothing is kept, as with
+    ``init_distributed(memory="lean")``.
 
     Args:
         watches: steps of which a forward is timed before units stay; 0: they stay wherever they fit.
@@ -55,6 +57,7 @@ class MemoryPlan:
         self.may_record = False
         self._steps = self._peak = self._plans = 0
         self._is_planned = self._is_over = False  # which activations are kept is decided; all is
+        self._first: dict[int, int] = {}  # the step in which a block ran first, where these are counted
         self._bytes: dict[int, int] = {}
         self._sizes: dict[int, int] = {}  # of all blocks that were measured, for good
         self._inputs: dict[int, int] = {}
@@ -78,10 +81,22 @@ class MemoryPlan:
         """Whether a plan is to be made."""
         return not self._is_over and self._ctx.device.measures_memory and self._ctx.memory != "lean"
 
+    @property
+    def _counts(self) -> bool:
+        """Whether blocks keep their activations after so many steps, as nobody can say what that takes or leaves."""
+        return self._ctx.memory == "auto" and not self._ctx.device.measures_memory
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks that are recomputed now may come to keep their activations."""
+        return self.measuring or self._counts
+
     # -- activations ------------------------------------------------------------------------------------------------
 
     def recomputes(self, unit: ShardUnit, args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
         """Whether this forward of ``unit``'s block is to be recomputed."""
+        if self._counts:
+            return not self.keeps(unit)
         if self._is_short or not (self._plans or self._measures):
             return True
         size = sum([t.numel() for t in _tensors(args, kwargs)])
@@ -93,6 +108,8 @@ class MemoryPlan:
 
     def keeps(self, unit: ShardUnit) -> bool:
         """Whether activations of ``unit``'s block are kept, of inputs as large as were measured."""
+        if self._counts:
+            return self._steps >= self._first.setdefault(unit.index, self._steps) + _MEASURED_STEPS
         return unit.index in self._kept
 
     def measured(self, unit: ShardUnit, kept: int) -> None:
@@ -124,7 +141,9 @@ class MemoryPlan:
         if answer is not None and answer():
             self._give_up()
             return True
-        if self._measures:
+        if self._counts:
+            self._steps += 1
+        elif self._measures:
             self._steps += 1
             self._look()
         return False

@@ -45,8 +45,9 @@ def summary(
     if batch:
         yield batch
     memory = ctx.memory if isinstance(ctx.memory, str) else f"at most {ctx.memory:g} GiB"
-    decides = ctx.device.measures_memory and ctx.memory != "lean"
-    plan = "to be decided in the first steps" if decides else "nothing is kept"
+    measured = ctx.device.measures_memory and ctx.memory != "lean"
+    otherwise = "activations are kept from the third step on" if ctx.memory == "auto" else "nothing is kept"
+    plan = "to be decided in the first steps" if measured else otherwise
     ops = ("compiled" if kernels.compiled() else "not compiled") if ctx.device.is_cuda else "torch's on a CPU"
     yield f"precision {words(ctx.precision)}; memory {memory}: {plan}; kernels: {ops}"
 

@@ -79,7 +79,7 @@ class DistributedModule(nn.Module, metaclass=_ShardWhenBuilt):
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         # A part of a model called by itself: what it needs is gathered on demand.  Not so where a checkpoint of torch's
-        # runs it again in the backward, and is to see what it saves; nor of what holds nothing, which one rank may call.
+        # runs it again in the backward, and is to see what it saves; nor where it needs nothing: one rank may do that.
         if _no_forward_runs() and next(self.parameters(), None) is not None:
             return engine().forward(None, False, super().__call__, args, kwargs)
         return super().__call__(*args, **kwargs)

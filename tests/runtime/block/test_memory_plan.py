@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,7 @@ from between_steps import (
 )
 from fresh import GIB, PLENTY, fresh_plan, memory_of
 from ranks import on_ranks, run_ranks
+from torch import nn
 
 import bmtrain as bmt
 from bmtrain.context import context
@@ -334,6 +336,47 @@ def test_nobody_waits_for_other_ranks_while_all_stays() -> None:
                 delattr(control, name)
         assert run.stay
     assert calls == ["start_all_reduce"] * 4, "in each step who is short of memory, and once which gradients there are"
+
+
+RUNS: Counter[str] = Counter()
+
+
+class Counted(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner, self.name = nn.Linear(4, 4), name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        RUNS[self.name] += 1
+        return torch.tanh(self.inner(x))
+
+
+def runs_of_a_step(steps: int) -> list[list[int]]:
+    """How often each of two blocks ran in each step: the second one joins in the third step."""
+    blocks = [bmt.Block(Counted(name)) for name in "ab"]
+    model = bmt.BMTrainModelWrapper(nn.ModuleList(blocks))
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    found = []
+    for step in range(steps):
+        RUNS.clear()
+        x = torch.ones(2, 4)
+        for block in blocks[: 1 + (step >= 2)]:
+            x = block(x)
+        manager.backward(x.square().mean())
+        manager.step()
+        manager.zero_grad()
+        found.append([RUNS["a"], RUNS["b"]])
+    return found
+
+
+def test_what_a_cpu_cannot_measure_is_kept_from_the_third_step_of_a_block_on() -> None:
+    kept = [[2, 0], [2, 0], [1, 2], [1, 2], [1, 1], [1, 1]]
+    for ranks in (1, 2):
+        assert run_ranks(ranks, runs_of_a_step, 6) == [kept] * ranks
+        for memory in ("lean", 8):
+            always = run_ranks(ranks, runs_of_a_step, 6, init={"memory": memory})
+            assert always == [[[2, 0]] * 2 + [[2, 2]] * 4] * ranks
 
 
 # ---- refusals
