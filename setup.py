@@ -4,7 +4,7 @@ BMTRAIN_EXTENSION says what is built; the package uses torch operations instead 
 
 - ``auto``, or unset: all that can be, where an NVIDIA driver is; elsewhere nothing, and no compiler is asked
 - ``0``: nothing; the wheel is pure Python, and installing it takes seconds
-- ``cpp``: the NCCL bindings and the CPU's references, without nvcc
+- ``cpp``: the NCCL bindings and what runs on a CPU, without nvcc
 - ``1``: all that can be: CUDA kernels, too, if nvcc is on PATH
 
 BMTRAIN_ARCHITECTURES says for which GPUs the kernels are compiled, 8.0 and later: "9.0", "8.0;9.0+PTX".
@@ -27,7 +27,8 @@ from setuptools.command.build_ext import build_ext
 
 ARCHITECTURES = "8.0;9.0+PTX"  # the PTX is for what comes after
 CHOICES = ("auto", "0", "cpp", "1")
-HOST_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+# What is written as a product and a sum is not fused: a CPU rounds as the kernels do.
+HOST_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"]
 
 
 def chosen() -> str:

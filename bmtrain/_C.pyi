@@ -104,6 +104,18 @@ class _Reference(ModuleType):
         row_gradients: int,
     ) -> None: ...
 
+class _Cpu(ModuleType):
+    @staticmethod
+    def adamw(
+        *,
+        runs: Sequence[tuple[int, ...]],
+        gradient_type: int,
+        out_type: int,
+        adamw: _AdamW,
+        factor: float,
+        threads: int,
+    ) -> None: ...
+
 class _Kernels(ModuleType):
     @staticmethod
     def adamw(
@@ -160,4 +172,5 @@ class _Kernels(ModuleType):
 
 nccl: _Nccl
 reference: _Reference
+cpu: _Cpu
 kernels: _Kernels

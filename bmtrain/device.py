@@ -5,6 +5,7 @@ On a CPU every operation is finished when its call returns, so streams and event
 
 from __future__ import annotations
 
+import os
 import re
 import time
 import warnings
@@ -299,6 +300,10 @@ class Device:
             return None
         return torch.cuda.Stream(self.torch_device, priority=-1)  # type: ignore[no-untyped-call]
 
+    def copy_stream(self) -> torch.cuda.Stream | None:
+        """A new one, for copies between device and host."""
+        return self._side_stream()
+
     def event(self) -> Event:
         """A new event, not yet recorded."""
         return Event(self.is_cuda, self.waits, self.schedule == "stress")
@@ -565,6 +570,11 @@ class Gpu:
     total: int
     free: int
     capability: tuple[int, int]
+
+
+def processors() -> int:
+    """How many of the host's this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[Gpu]:

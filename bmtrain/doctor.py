@@ -23,7 +23,7 @@ import torch
 
 from . import __version__, kernels
 from .comm import nccl_library
-from .device import visible_gpus
+from .device import processors, visible_gpus
 from .errors import CommunicationError
 from .log import interruptible
 
@@ -88,15 +88,11 @@ def _lines(finding: Finding) -> Iterator[str]:
 
 def examine(bandwidth: bool = True) -> Iterator[Finding]:
     """All findings, in order; ``bandwidth`` starts two or more processes for some seconds."""
-    yield Finding("python", "ok", f"{platform.python_version()}, {platform.platform()}, {_cpus()} CPUs")
+    yield Finding("python", "ok", f"{platform.python_version()}, {platform.platform()}, {processors()} CPUs")
     for look in (_torch, _gpus, _links, _nccl, _compiled, _rendezvous, _ports, _shared_memory, _limits, _environment):
         yield from look()
     if bandwidth:
         yield from _bandwidth()
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _torch() -> Iterator[Finding]:

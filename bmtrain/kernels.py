@@ -1,7 +1,8 @@
 """Fused operations on flat tensors: one pass over memory each, in fp32 arithmetic.
 
-CUDA tensors take the compiled kernels (csrc/kernels) when this installation has them.  Everything else takes torch
-operations that give the same results in more passes.  Nothing here waits for the device.
+CUDA tensors take the compiled kernels (csrc/kernels) when this installation has them; AdamW of states that are kept
+beside a GPU takes a compiled loop over the CPU's memory (csrc/cpu).  Everything else takes torch operations that give
+the same results in more passes.  Nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def adamw_(
     grad_scale: float = 1.0,
     clip: torch.Tensor | None = None,
     skip: torch.Tensor | None = None,
+    threads: int | None = None,
 ) -> None:
     """One step of AdamW (decoupled decay, torch.optim.AdamW's order of operations), in place; few launches for all.
 
@@ -73,6 +75,8 @@ def adamw_(
         grad_scale, clip: gradients are multiplied by them; clip is one float32 element on the same device, or None for
             1.
         skip: one float32 element on the same device; unless it is 0, nothing is changed.
+        threads: let so many on a CPU compute with the kernels' arithmetic; None: torch operations on a CPU, which give
+            what torch.optim.AdamW gives to the bit.
     """
     numbers = _AdamWNumbers(
         1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5, beta1, beta2, eps, grad_scale
@@ -84,7 +88,7 @@ def adamw_(
             run.master.get_device(), run.grad.dtype, torch.float32 if run.out is None else run.out.dtype,
             run.remainder is not None,
         )  # fmt: skip
-        if not _fits(run.master, kind.grad, kind.out):
+        if not _fits(run.master, kind.grad, kind.out) and (threads is None or not _fits_cpu(run, kind)):
             _adamw_by_torch(run, numbers, clip, skip)
             continue
         master, exp_avg, exp_avg_sq, grad, out, remainder, start, end = run
@@ -94,13 +98,19 @@ def adamw_(
             numel=end - start,
         ))  # fmt: skip
     for kind, addresses in alike.items():
-        _C.kernels.adamw(
-            **_queue(kind.device), runs=addresses, gradient_type=_SCALARS[kind.grad], out_type=_SCALARS[kind.out],
-            is_split=kind.is_split, adamw=_C.reference.AdamW(
-                decay=numbers.decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2, step_size=numbers.step_size,
-                correction2_sqrt=numbers.correction2_sqrt, eps=eps,
-            ), scale=grad_scale, clip=_address(clip), skip=_address(skip),
+        types = {"gradient_type": _SCALARS[kind.grad], "out_type": _SCALARS[kind.out]}
+        adamw = _C.reference.AdamW(
+            decay=numbers.decay, beta2=beta2, weight1=1 - beta1, weight2=1 - beta2, step_size=numbers.step_size,
+            correction2_sqrt=numbers.correction2_sqrt, eps=eps,
         )  # fmt: skip
+        if kind.device >= 0:
+            _C.kernels.adamw(
+                **types, **_queue(kind.device), runs=addresses, is_split=kind.is_split, adamw=adamw, scale=grad_scale,
+                clip=_address(clip), skip=_address(skip),
+            )  # fmt: skip
+        elif skip is None or not skip:
+            factor = grad_scale if clip is None else float(clip * grad_scale)
+            _C.cpu.adamw(**types, runs=addresses, adamw=adamw, factor=factor, threads=threads or 1)
 
 
 class _AdamWNumbers(NamedTuple):
@@ -141,7 +151,7 @@ def _adamw_by_torch(
 
 
 class _AdamWAddresses(NamedTuple):
-    """A run as the kernel takes it, in its order."""
+    """A run as the kernel and the loop on a CPU take it, in their order."""
 
     master: int
     remainder: int
@@ -307,6 +317,17 @@ def cross_entropy_backward_(
 def _fits(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
     """Whether the compiled kernels can take these dtypes on the tensor's device."""
     return tensor.is_cuda and _built_for(tensor.get_device()) and all(dtype in _SCALARS for dtype in dtypes)
+
+
+def _fits_cpu(run: AdamWRun, kind: _AdamWKind) -> bool:
+    """Whether the compiled loop over host memory can take it."""
+    return (
+        _extension is not None
+        and run.remainder is None
+        and all(tensor is None or tensor.device.type == "cpu" for tensor in run[:5])
+        and kind.grad in _SCALARS
+        and kind.out in _SCALARS
+    )
 
 
 @lru_cache

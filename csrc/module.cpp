@@ -8,6 +8,7 @@ namespace py = pybind11;
 namespace bmt {
 void bind_nccl(py::module_& module);
 void bind_reference(py::module_& module);
+void bind_cpu(py::module_& module);
 #ifdef BMT_WITH_CUDA
 void bind_kernels(py::module_& module);
 #endif
@@ -40,6 +41,8 @@ PYBIND11_MODULE(_C, module) {
     bmt::bind_nccl(nccl);
     py::module_ reference = module.def_submodule("reference", "CPU references of the kernels.");
     bmt::bind_reference(reference);
+    py::module_ cpu = module.def_submodule("cpu", "Fast loops over host memory.");
+    bmt::bind_cpu(cpu);
 #ifdef BMT_WITH_CUDA
     py::module_ kernels = module.def_submodule("kernels", "CUDA kernels on raw device pointers.");
     bmt::bind_kernels(kernels);

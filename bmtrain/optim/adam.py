@@ -10,6 +10,7 @@ import torch
 
 from .. import kernels
 from ..context import context
+from ..device import processors
 from ..errors import ConfigurationError
 from ..shard.engine import engine
 from ..shard.flat import FlatShard
@@ -17,7 +18,7 @@ from ..shard.fp32_values import drop_remainder
 from ..shard.in_parts import part_at
 from ..shard.place import Place
 from ..shard.state_copies import StateTensor
-from ..shard.unit import unit_of_flat
+from ..shard.unit import ShardUnit, unit_of_flat
 from .adam_state import FlatState
 from .adam_view import AdamView, OfParameter, StepShown, take_steps
 from .delta import Delta
@@ -39,6 +40,7 @@ from .pieces import (
     replicated_of,
 )  # fmt: skip
 from .replicated import Replicated, adopt
+from .staging import Staging
 
 _TORCH_EXTRAS = {
     "amsgrad": False, "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
@@ -117,6 +119,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 
     _bmtrain_optimizer = True
     skips_on_device = True
+    _threads: int | None = None
 
     def __init__(
         self,
@@ -143,6 +146,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._holdings = _Holdings([])
         self._runs: dict[int, _Runs] = {}
         self._overflow: Overflow | None = None
+        self._brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # numbers of this step, to where states are
         adopt(replicated_of(all_params(self.param_groups)))
 
     def _state_device(self, flat: Home) -> torch.device:
@@ -170,7 +174,7 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._uncount()
         if self._steps_shown:
             take_steps(self._steps_shown)
-        self._overflow = overflow
+        self._overflow, self._brought = overflow, {}
         unscale = Unscale(self.scale if scale is None else scale)
         loss = None
         if closure is not None:
@@ -186,12 +190,32 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         # the rest of them its gather.
         first, others = units[:2], units[2:]
         half = len(others) // 2
-        for together in in_batches([*others[:half], *first, *others[half:]]):
+        for together in self._in_turn(list(in_batches([*others[:half], *first, *others[half:]]))):
             self._update([flat for unit in together for flat in unit.flats], due, unscale)
             engine().updated(together)
         self._update(replicated, due, unscale)
         engine().optimizer_stepped(self._state_bytes)
         return loss
+
+    def _in_turn(self, batches: Sequence[list[ShardUnit]]) -> Iterable[list[ShardUnit]]:
+        """What is updated one after the other."""
+        return batches
+
+    def _gradient(self, home: Home) -> torch.Tensor:
+        """The gradient of ``home``, where its state is."""
+        return home.gradient.values()[0]
+
+    def _beside(self, home: Home, out: torch.Tensor | None) -> torch.Tensor | None:
+        """Where a step puts values for ``out``, to be copied to it; None if ``out`` itself is where states are."""
+        return None
+
+    def _there(self, number: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+        """``number``, which is of this step, on ``device``; brought once."""
+        if number is None:
+            return None
+        if id(number) not in self._brought:
+            self._brought[id(number)] = (number, number.to(device))
+        return self._brought[id(number)][1]
 
     def _state_bytes(self) -> int:
         return sum(state.nbytes for state in self._states.values()) + sum(
@@ -244,18 +268,18 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
                 continue
             state = self._state_of(home)
             values, out, remainder = state.operands(home)
-            grad, factor = home.gradient.values()[0].to(values.device), unscale.with_factor(home.gradient.factor)
+            grad, factor = self._gradient(home), unscale.with_factor(home.gradient.factor)
             if factor is not None:
                 factors[id(factor)] = factor
-            direct = out is not None and out.device == values.device
+            beside = self._beside(home, out)
             for piece, (group, step) in due[home.key]:
                 numbers = _Numbers(group, step, home.gradient.weight, id(factor), values.device)
                 alike.setdefault(numbers, []).append(kernels.AdamWRun(
-                    values, state.exp_avg, state.exp_avg_sq, grad, out if direct else None, remainder, piece.start,
-                    piece.end,
+                    values, state.exp_avg, state.exp_avg_sq, grad, out if beside is None else beside, remainder,
+                    piece.start, piece.end,
                 ))  # fmt: skip
-                if out is not None and not direct:
-                    copies.append((out[piece.start : piece.end], values[piece.start : piece.end]))
+                if out is not None and beside is not None:
+                    copies.append((out[piece.start : piece.end], beside[piece.start : piece.end]))
                 if remainder is None and home.remainder is not None:  # of an optimizer on another device, to which
                     home.remainder[piece.start : piece.end].zero_()  # this step is a write like others
             state.stepped(home, self._counted[home.key][1])
@@ -266,11 +290,13 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
             kernels.adamw_(
                 runs, lr=0.0 if numbers.step <= self._hold_steps else float(options["lr"]), beta1=beta1, beta2=beta2,
                 eps=options["eps"], weight_decay=options["weight_decay"], step=numbers.step,
-                grad_scale=unscale.on_host * numbers.weight, clip=None if clip is None else clip.to(numbers.device),
-                skip=None if skip is None else skip.to(numbers.device),
+                grad_scale=unscale.on_host * numbers.weight, clip=self._there(clip, numbers.device),
+                skip=self._there(skip, numbers.device), threads=self._threads,
             )  # fmt: skip
+        if copies and skip is not None and bool(self._there(skip, torch.device("cpu"))):
+            return  # nothing is beside
         for out, values in copies:
-            out.copy_(values)
+            out.copy_(values, non_blocking=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients."""
@@ -430,6 +456,9 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
 class AdamOffloadOptimizer(AdamOptimizer):
     """AdamOptimizer with masters and moments in host memory: 12 bytes a parameter less on the GPU, slower steps.
 
+    All processors of the host compute, each rank's as many; meanwhile gradients of what is next come to the host, and
+    parameters go back.  Numbers are AdamOptimizer's on the same GPU, to the bit.
+
     ``record_delta`` keeps of each step by how much it changed the parameters: see ``get_avg_delta``.
     """
 
@@ -447,9 +476,22 @@ class AdamOffloadOptimizer(AdamOptimizer):
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, hold_steps, scale=scale)
         self._delta = Delta() if record_delta else None
+        ctx = context()
+        self._staging = Staging(ctx.device) if ctx.device.is_apart else None
+        if self._staging is not None:
+            self._threads = max(1, processors() // ctx.topology.local_size)
 
     def _state_device(self, flat: Home) -> torch.device:
         return torch.device("cpu")
+
+    def _in_turn(self, batches: Sequence[list[ShardUnit]]) -> Iterable[list[ShardUnit]]:
+        return batches if self._staging is None else self._staging.each(batches, self._counted)
+
+    def _gradient(self, home: Home) -> torch.Tensor:
+        return super()._gradient(home) if self._staging is None else self._staging.gradient(home)
+
+    def _beside(self, home: Home, out: torch.Tensor | None) -> torch.Tensor | None:
+        return None if self._staging is None or out is None else self._staging.out(home)
 
     def step(  # type: ignore[override]
         self,

@@ -122,7 +122,7 @@ def prepare_blocks(model: Decoder, options: Namespace) -> None:
             model.blocks[i] = checkpoint_wrapper(block, preserve_rng_state=False)
 
 
-def bmtrain(options: Namespace, device: torch.device, rests_in_fp32: bool = False) -> Step:
+def bmtrain(options: Namespace, device: torch.device, rests_in_fp32: bool = False, offloads: bool = False) -> Step:
     import bmtrain as bmt
 
     # Either a model in options.dtype with fp32 masters, or an fp32 model that is gathered in options.dtype.
@@ -134,7 +134,8 @@ def bmtrain(options: Namespace, device: torch.device, rests_in_fp32: bool = Fals
         bmt.Block(block, use_checkpoint={"full": True, "none": False, "auto": None}[options.recompute])
     if options.compile:
         model = bmt.compile(model)
-    optimizer = bmt.optim.AdamOptimizer(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    adam = bmt.optim.AdamOffloadOptimizer if offloads else bmt.optim.AdamOptimizer
+    optimizer = adam(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(optimizer)
 
@@ -154,6 +155,7 @@ ENGINES: dict[str, Callable[[Namespace, torch.device], Step]] = {
     "floor": floor,
     "bmtrain": bmtrain,
     "bmtrain-fp32-model": partial(bmtrain, rests_in_fp32=True),
+    "bmtrain-offload": partial(bmtrain, offloads=True),
     "fsdp2": fsdp2,
     "fsdp2-bf16-reduce": partial(fsdp2, reduce_dtype=torch.bfloat16),
     "deepspeed": deepspeed,

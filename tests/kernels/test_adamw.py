@@ -240,3 +240,59 @@ def test_many_runs_go_as_each_alone(device: torch.device, split_too: bool) -> No
     assert not torch.equal(runs[5].exp_avg, torch.zeros_like(runs[5].exp_avg))
     outside = [*range(runs[5].start), *range(runs[5].end, len(runs[5].exp_avg))]
     assert not runs[5].exp_avg[outside].any() and not runs[5].exp_avg_sq[outside].any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16, None])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_loop_on_a_cpu_equals_the_reference_bit_for_bit(
+    grad_dtype: torch.dtype, out_dtype: torch.dtype | None, threads: int
+) -> None:
+    pytest.importorskip("bmtrain._C")
+    for count in (1, 7, 8, 50_021, 300_001):
+        torch.manual_seed(count)
+        states = new_states(count + 1, torch.device("cpu"), 1)
+        grad = states[3].to(grad_dtype)
+        expected = [*map(torch.clone, states[:3]), grad.float()]
+        out = None if out_dtype is None else torch.empty(count + 1, dtype=out_dtype)
+        for step in (1, 2, 3):
+            reference_step(expected, step)
+            step_(*states[:3], grad, out, step=step, grad_scale=0.5, threads=threads, **HYPER)
+        for wanted, actual in zip(expected[:3], states[:3], strict=True):
+            assert torch.equal(wanted, actual)
+        assert out is None or torch.equal(out, states[0].to(out.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loop_on_a_cpu_rounds_as_torch_does(dtype: torch.dtype) -> None:
+    pytest.importorskip("bmtrain._C")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    exact = every.float()
+    ordered = exact[exact.isfinite()].sort().values
+    middles = (ordered[1:].double() + ordered[:-1].double()).div(2).float()
+    beyond = torch.tensor(
+        [65504.0, 65519.99, 65520.0, 3.39e38, 3.4e38, float("inf"), -float("inf"), float("nan"), -0.0]
+    )
+    values = torch.cat([exact, middles, middles.nextafter(beyond[5]), middles.nextafter(beyond[6]), beyond])
+    out, zeros = torch.empty(len(values), dtype=dtype), torch.zeros(3, len(values))
+    still = {"lr": 0.0, "beta1": 0.9, "beta2": 0.9, "eps": 1.0, "weight_decay": 0.0, "step": 1, "threads": 2}
+    step_(values.clone(), zeros[0], zeros[1], zeros[2], out, **still)
+    torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+    count = len(every)
+    finite = torch.where(every.isfinite(), every, 0)
+    moments = torch.zeros(3, count)
+    step_(moments[0], moments[1], moments[2], finite, None, **{**still, "beta1": 0.0})
+    assert torch.equal(moments[1], finite.float())
+
+
+def test_the_loop_on_a_cpu_skips_and_clips() -> None:
+    pytest.importorskip("bmtrain._C")
+    states = new_states(50_021, torch.device("cpu"))
+    before, expected = [state.clone() for state in states], [state.clone() for state in states]
+    numbers = {"step": 1, "grad_scale": 0.5, **HYPER}
+    step_(*states, None, skip=torch.tensor(1.0), threads=2, **numbers)
+    assert all(map(torch.equal, states, before))
+    step_(*states, None, skip=torch.tensor(0.0), clip=torch.tensor(0.25), threads=2, **numbers)
+    step_(*expected, None, clip=torch.tensor(0.25), **numbers)
+    for actual, wanted in zip(states[:3], expected[:3], strict=True):
+        assert in_units_of_last_place(actual, wanted) <= ROUNDINGS
