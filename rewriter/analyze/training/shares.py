@@ -389,7 +389,7 @@ class Kinds:
             yield value, "unknown"
         elif self.of_batch(place) and not self._holds_inside(kept):
             yield target, "unknown"
-        elif kind in {"mean", "total"} and not self._holds_inside(kept):
+        elif (kind in {"mean", "total"} or (kind and _counts_distinct(value))) and not self._holds_inside(kept):
             yield value, kind
 
     def _is_mean_read(self, value: ast.expr, deep: int = 0) -> bool:
@@ -475,7 +475,7 @@ class Kinds:
             elif kind == "unknown" and self._is_entry(value):
                 yield value, kind
             elif kind in {"samples", "unknown"} and self._is_cut(value):
-                if not (_tells_shape(value) or _is_text(value)):
+                if _counts_distinct(value) or not (_tells_shape(value) or _is_text(value)):
                     yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
@@ -633,7 +633,7 @@ class Kinds:
 
     def _is_cut(self, node: ast.expr) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
-        if self._without_gradients:
+        if self._without_gradients or _counts_distinct(node):
             return True
         if isinstance(node, ast.Name):
             made = self.made.get(node.id)
@@ -688,7 +688,7 @@ class Kinds:
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
-            case ast.Call(func=ast.Name(id="len"), args=[value]) if _is_set(value):
+            case ast.expr() if _counts_distinct(node):
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
@@ -952,14 +952,28 @@ def _is_extreme(node: ast.expr) -> bool:
     return called in {"max", "min", "maximum", "minimum", "fmax", "fmin"}
 
 
+def _counts_distinct(node: ast.expr) -> bool:
+    """``len(set(y))``, ``y.unique().numel()``: how many there are on all ranks is no sum of how many on each."""
+    match node:
+        case (
+            ast.Call(func=ast.Name(id="len"), args=[value])
+            | ast.Call(func=ast.Attribute(value=value, attr="size" | "numel" | "nelement"))
+            | ast.Subscript(value=ast.Attribute(value=value, attr="shape"))
+        ):
+            return _is_set(value)
+    return False
+
+
 def _is_set(node: ast.expr) -> bool:
-    """``set(y)``, ``torch.unique(y)``: how many there are on all ranks is no sum of how many there are on each."""
+    """``set(y)``, ``torch.unique(y)``: of equal items it has one."""
     called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
     return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
 
 
 def _is_no_mean(node: ast.expr) -> bool:
     """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+    if _counts_distinct(node):
+        return True
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
         node = node.func.value
     return (
