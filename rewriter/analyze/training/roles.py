@@ -648,7 +648,7 @@ def gone_through(target: ast.expr, iterated: ast.expr, displays: bool = False) -
     if isinstance(iterated.func, ast.Attribute) and called in {"values", "items"} and not iterated.args:
         if isinstance(parts[-1], ast.Name):
             yield parts[-1], iterated.func.value
-    elif called in {"enumerate", "reversed", "list", "tuple"} and iterated.args:
+    elif called in {"enumerate", "reversed", "sorted", "list", "tuple"} and iterated.args:
         yield from gone_through(parts[-1], iterated.args[0], displays)
     elif called == "zip" and len(parts) == len(iterated.args):
         for part, item in zip(parts, iterated.args, strict=True):
