@@ -53,6 +53,7 @@ def script(options: str = "", imports: str = "", **at: str) -> str:
 
 
 REFUSED = {
+    "a model that is not named": script(behind="accelerator.unwrap_model(*models)"),
     "a plugin": script("deepspeed_plugin=plugin"),
     "fsdp": script("fsdp_plugin=FullyShardedDataParallelPlugin()"),
     "a compiler": script("dynamo_backend='inductor'"),
@@ -164,6 +165,13 @@ def test_every_rank_evaluates_all(text: str, wanted: str) -> None:
 
 
 BEHIND = {
+    "a model by its name": ("net = accelerator.unwrap_model(model=model, keep_fp32_wrapper=False)", "net = model\n"),
+    "its state by its name": ("s = accelerator.get_state_dict(model=model)", "s = model.state_dict()\n"),
+    "a signature": (
+        "names = inspect.signature(accelerator.unwrap_model(model).forward).parameters",
+        "names = inspect.signature(model.forward).parameters\n",
+    ),
+    "a function": ("nets = map(accelerator.unwrap_model, nets)", "nets = map((lambda model, **_: model), nets)\n"),
     "a model's own": ("net = accelerator.unwrap_model(model)", "net = model\n"),
     "saved under a guard": ("if accelerator.is_main_process:\n    torch.save(accelerator.get_state_dict(model), p)", "\nbmt.save(model, p)\n"),
     "saved": ("accelerator.save(accelerator.unwrap_model(model).state_dict(), p)", "\nbmt.save(model, p)\n"),
