@@ -19,6 +19,7 @@ from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.opened import goes_on, with_givers
 from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.settings_files import modules_in_settings
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
 
@@ -319,10 +320,13 @@ class Scripts:
         return found
 
     def _imports(self, file: File) -> set[File]:
-        """The project files that a file imports itself."""
+        """The project files that a file imports itself, or by what its settings name."""
         if file not in self._imported_by:
             nodes = (node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
-            self._imported_by[file] = {t for node in nodes for t in self._imported(file, node) if t.convert}
+            found = {target for node in nodes for target in self._imported(file, node)}
+            named = (self.project.find_module(name, file) for name in set(modules_in_settings(file)))
+            found |= {target for target in named if target is not None}
+            self._imported_by[file] = {target for target in found if target.convert}
         return self._imported_by[file]
 
     def only_behind(self, stopped: list[File]) -> dict[File, File]:
