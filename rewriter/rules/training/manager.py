@@ -289,10 +289,10 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
         place = place or _inherited_place(managers, optimizer)
-        add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
-            yield from _joined(managers, manager, place, add, branch)
+            yield from _joined(file, managers, manager, optimizer, place, branch)
             continue
+        add = f"{manager.name}.add_optimizer({optimizer[1]})"
         lines = [f"{manager.name} = {_UNSCALED}", add]
         for made in _by_functions(file, managers, optimizer):
             yield insert_behind(made, f"global {manager.name}", *lines)
@@ -424,12 +424,15 @@ def _one_makes(block: list[ast.stmt], makers: list[ast.stmt]) -> bool:
 
 
 def _joined(
-    managers: Managers, manager: Manager, place: ast.stmt | None, add: str, branch: ast.stmt | None
+    file: File, managers: Managers, manager: Manager, optimizer: Var, place: ast.stmt | None, branch: ast.stmt | None
 ) -> Iterator[Change]:
     """Tell a manager its optimizer wherever the later of the two is made."""
+    add = f"{manager.name}.add_optimizer({optimizer[1]})"
     makers = [statement for statement, _ in _makers(managers, manager)]
-    if place is None:
-        return  # the optimizer comes from outside: whoever made it joins the two
+    if place is None:  # the optimizer comes from outside: whoever made it joins the two, if it is not done here
+        if managers.is_argument(optimizer) and all(file.names.function_of(made) is optimizer[0] for made in makers):
+            yield from (insert_behind(statement, add) for statement in ([branch] if branch is not None else makers))
+        return
     if branch is not None:
         yield insert_behind(place if place.lineno > branch.lineno and place not in walk(branch) else branch, add)
         return
