@@ -71,6 +71,7 @@ def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place],
         if only_means and not (isinstance(place, ast.For) and _runs_backward(place)):
             continue
         kinds = kinds_of(place)
+        kinds.totals_become_whole = not only_means
         for expression, kind in kinds.leaving():
             if only_means and not (kind == "mean" and _reads_number(expression)):
                 continue
@@ -116,6 +117,7 @@ class Kinds:
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.in_parts = in_parts
+        self.totals_become_whole = False
         self.nodes = list(_own(loop))
         self.batch = set(held)
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
@@ -270,8 +272,16 @@ class Kinds:
                 case ast.Return(value=ast.expr() as value) if not isinstance(self.loop, (ast.For, ast.While)):
                     found = ((part, self.kind(part)) for part in self._given_back(value) if self._is_number(part))
                 case _:
-                    found = self._shown_there(node)
+                    found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
+
+    def _entries_shown(self, value: ast.expr, kind: str) -> Iterator[tuple[ast.expr, str]]:
+        """What is shown, or what a dict holds that is shown by its name."""
+        if kind == "unknown" and isinstance(value, ast.Name) and self._is_written_out(value):
+            held = [part for made, _ in self.made[value.id] for part in _entries(made) or ()]
+            yield from ((part, self.kind(part)) for part in held)
+        else:
+            yield value, kind
 
     def _is_number(self, node: ast.expr) -> bool:
         """Whether a value is read out of the graph, as what is only told is: a loss that is returned is no such."""
@@ -405,7 +415,8 @@ class Kinds:
         if self._is_mean_read(value, deep):
             return True
         return (
-            self.kind(value, deep) == "total"
+            self.totals_become_whole
+            and self.kind(value, deep) == "total"
             and (_reads_number(value) or self.is_size(value))
             and self.comes_once(value)
         )

@@ -71,3 +71,12 @@ def test_a_dict_of_anything_else_is_reported_where_it_is_shown(made: str, used: 
 def test_a_dict_of_data_is_left() -> None:
     line = "logs = {'x': x, 'n': len(x)}\n    history.append(net(logs['x']).argmax(1).tolist())\n"
     assert "'n': len(x)}" in convert_text(f"{HEAD}    {line}").after.decode()
+
+
+def test_a_size_is_reported_where_the_loader_has_no_name() -> None:
+    head = HEAD.replace("train_loader = DataLoader(", "def get():\n    return DataLoader(").replace(
+        "(train_loader)", "(get())"
+    )
+    result = convert_text(f"{head}    logs = {{'loss': loss.item(), 'n': len(x)}}\n    print(logs)\n")
+    assert "'n': len(x)" in result.after.decode()
+    assert any("len(x) is the size of this rank's share" in finding.message for finding in result.reported)
