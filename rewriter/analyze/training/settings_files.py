@@ -1,4 +1,4 @@
-"""What files of settings name, of which hydra makes objects: ``_target_: trainer.Trainer``."""
+"""What files of settings name, of which hydra makes objects: ``_target_: trainer.Trainer``, once ``class:``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
 
-_TARGET = re.compile(rb"""^\s*(?:-\s*)?["']?_target_["']?\s*:\s*["']?([A-Za-z_][\w.]*)""", re.MULTILINE)
+_TARGET = re.compile(rb"""^\s*(?:-\s*)?["']?(?:_target_|class)["']?\s*:\s*["']?([A-Za-z_][\w.]*)""", re.MULTILINE)
 _MOST = 1000
 """Files of settings that are looked into."""
 
@@ -21,6 +21,8 @@ def modules_in_settings(file: File) -> Iterator[str]:
                 given = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "config_path")]
                 folders = [item.value for item in given if isinstance(item, ast.Constant)]
                 for folder in (item for item in folders if isinstance(item, str)):
-                    for path in sorted((file.folder / folder).glob("**/*.yaml"))[:_MOST]:
+                    place = file.folder / folder
+                    place = place.parent if place.suffix == ".yaml" else place  # as hydra had it before 1.0
+                    for path in sorted(place.glob("**/*.yaml"))[:_MOST]:
                         names = _TARGET.findall(path.read_bytes()) if path.is_file() else []
                         yield from (name.decode().rpartition(".")[0] for name in names)

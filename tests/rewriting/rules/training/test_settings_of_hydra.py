@@ -82,6 +82,7 @@ def converted(folder: Path, main: str, **settings: str) -> dict[str, str]:
         "trainer:\n  '_target_': 'trainer.Trainer'\n",
         "trainers:\n  - _target_: trainer.Trainer\n",
         '_target_: "trainer.Trainer"\n',
+        "trainer:\n  class: trainer.Trainer\n",
     ],
 )
 def test_a_trainer_that_settings_name_is_started(tmp_path: Path, target: str) -> None:
@@ -90,6 +91,12 @@ def test_a_trainer_that_settings_name_is_started(tmp_path: Path, target: str) ->
     assert "self.optim_manager.add_optimizer(self.opt)" in after["trainer.py"]
     assert "class Net(bmt.DistributedModule)" in after["parts/net.py"]
     assert "init_distributed()" not in after["said"]
+
+
+def test_a_script_may_name_a_file_of_settings(tmp_path: Path) -> None:
+    main = MAIN.replace('config_path="conf", config_name="config"', 'config_path="conf/trainer.yaml"')
+    after = converted(tmp_path, main, trainer="trainer:\n  class: trainer.Trainer\n")
+    assert "    bmt.init_distributed(seed=0)\n    instantiate(cfg.trainer)" in after["main.py"]
 
 
 def test_a_trainer_that_none_names_is_reported(tmp_path: Path) -> None:
