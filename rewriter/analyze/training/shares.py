@@ -1065,9 +1065,9 @@ def _named(node: ast.AST) -> set[str]:
 
 
 def _entries(node: ast.AST) -> list[ast.expr] | None:
-    """The values of a dict that is written out with its keys."""
+    """The values of a dict that is written out with its keys, and other dicts that go into it."""
     match node:
-        case ast.Dict(keys=keys, values=values) if None not in keys:
+        case ast.Dict(values=values):
             return values
         case ast.DictComp(value=value):
             return [value]

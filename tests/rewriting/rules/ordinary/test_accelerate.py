@@ -343,7 +343,10 @@ def test_a_trainer_in_another_file(tmp_path: Path) -> None:
     assert "self.optim_manager.backward(loss / self.accelerator.gradient_accumulation_steps)\n" in after
     assert 'bmt.synchronize()\n    bmt.save(model, "x.pt")\n' in after and "save(self.accelerator, self.model)" in after
     assert "bmt.init_distributed()" in main_after and "bmt.shard_loader(DataLoader" in main_after
-    for text in (TRAINER.replace("wait_for_everyone()", "set_trigger()"), TRAINER.replace(".step()", ".step(), KFAC(1)")):
+    for text in (
+        TRAINER.replace("wait_for_everyone()", "set_trigger()"),
+        TRAINER.replace(".step()", ".step(), KFAC(1)"),
+    ):
         (tmp_path / "trainer.py").write_text(text)
         results = convert_paths(paths, Options(), [tmp_path])
         assert not any(result.changed for result in results)
