@@ -29,6 +29,7 @@ from ..shard.flat import flat_of
 from ..shard.place import Place
 from .driven import knows_shards
 from .fit import require_fit
+from .interrupts import after_step
 from .pieces import all_params, flats_of, replicated_of
 from .replicated import adopt
 from .shown_state import own_place
@@ -142,6 +143,8 @@ def _stepping(view: View, step: Callable[..., Any]) -> Callable[..., Any]:
             view.enter_sharded(optimizer)
         hooks.after(args, kwargs)
         engine().optimizer_stepped(functools.partial(view.state_bytes, optimizer))
+        if closure is not None:  # no manager's step is around it
+            after_step()
         return out
 
     return around

@@ -212,7 +212,7 @@ def test_the_last_line_names_what_to_see_to_first(project: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (TRAIN.replace("optim.SGD", "optim.LBFGS"), "LBFGS runs the model itself"),
+        (TRAIN.replace("torch.optim.SGD", "KFAC"), "KFAC runs the model itself"),
         (TRAIN.replace("optimizer", "engine").replace("engine = torch.optim.SGD(net.parameters(), lr=0.1)", ""), ""),
         ("from accelerate import Accelerator\n" + TRAIN.replace("loss.backward()", "Accelerator().backward(loss)"), ""),
     ],
@@ -231,10 +231,10 @@ def test_the_last_line_has_the_cause_and_no_file_that_is_part_of_it(
 ) -> None:
     steps = "def more(net, optimizer, x):\n    net(x).sum().backward()\n    optimizer.step()\n"
     (project / "a_part.py").write_text(steps)
-    (project / "train.py").write_text("import a_part\n" + TRAIN.replace("optim.SGD", "optim.LBFGS"))
+    (project / "train.py").write_text("import a_part\n" + TRAIN.replace("torch.optim.SGD", "KFAC"))
     lines = listed(project, capsys)
     assert any(f"{project / 'a_part.py'}: error: trains" in line and "part of " in line for line in lines)
-    assert lines[-1].startswith(f"not ready to launch: {project / 'train.py'} trains") and "LBFGS" in lines[-1]
+    assert lines[-1].startswith(f"not ready to launch: {project / 'train.py'} trains") and "KFAC" in lines[-1]
 
 
 def test_nothing_to_launch(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,8 +61,8 @@ class _Mark:
     ``batch``: what a loader gave; ``rows``: samples in their order; ``moved``, ``part``: in another, or some of them,
     ``key`` says which; ``cuts``: several parts; ``paired``: made of pairs; ``longest``: the length of the longest;
     ``padded``: filled up to it, ``key`` says which entry of a dict; ``averaged``: made of a mean over such; ``items``:
-    a list of samples; ``size``: how many there are; ``shape``; ``order``, ``identity``, ``noise``: positions, and what
-    they are sorted by.
+    a list of samples; ``stacked``: batches one behind the other, of which halves are no pairs; ``size``: how many there
+    are; ``shape``; ``order``, ``identity``, ``noise``: positions, and what they are sorted by.
     """
 
     kind: str
@@ -377,6 +377,8 @@ class _Run:
                 return value
             if ast.unparse(first) == "::-1":
                 return self._moved(value, "reversed", node)
+            if _has_any(value, "stacked"):
+                return kept | _ROWS
             return (
                 kept | {_Mark("part", ast.unparse(first), (self.file, node))}
                 if not _kinds(value) & {"moved", "part"}
@@ -566,6 +568,8 @@ class _Run:
             return self._picked(value, operands[-1], call.node) if call.over_first() else every
         if name in _CUTS:
             first = call.over_first(at=1, always=True) and _samples(value)
+            if first and _has_any(every, "stacked"):
+                return kept | _BATCH
             return kept | {_Mark("cuts", where=(self.file, call.node))} if first else every
         if name in _STACKS and _has(every, "items"):
             return _ROWS
@@ -606,7 +610,8 @@ class _Run:
         if len(parts) == len(inner) == 2 and parts[0].key.endswith(":") and parts[1].key.startswith(":"):
             return frozenset({_Mark("moved", f"roll {parts[1].key}", (self.file, call.node))})  # cat([x[1:], x[:1]])
         each = [self.combine(item) for item in inner]
-        return _NONE.union(*(_only(item, "paired", "items") for item in each))
+        stacked = {_Mark("stacked")} if _samples(value) and len(inner) != 1 else set[_Mark]()
+        return _NONE.union(stacked, *(_only(item, "paired", "items") for item in each))
 
     def _shaped(self, call: _Call, value: _Value) -> _Value:
         """``x.view(len(x), -1)``: samples stay rows where the first size is theirs, or is not said."""
@@ -707,7 +712,7 @@ def _join(*values: _Value) -> _Value:
         return tuple(_join(*items) for items in zip(*known, strict=True))
     parts = [value for value in known if isinstance(value, tuple)]
     if parts and all(len(value) == len(parts[0]) for value in parts):
-        kept = _NONE.union(*(_only(value, *_KEPT) for value in known if not isinstance(value, tuple)))
+        kept = _NONE.union(*(_only(value, *_KEPT, "stacked") for value in known if not isinstance(value, tuple)))
         made = [_join(*items) for items in zip(*parts, strict=True)]
         return tuple(_flat(item) | kept if kept else item for item in made)
     return _NONE.union(*map(_flat, known))

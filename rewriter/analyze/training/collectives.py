@@ -442,6 +442,54 @@ def as_guard(file: File, node: ast.If) -> Guard | None:
     return None
 
 
+@dataclass(frozen=True, eq=False)
+class Exit:
+    """An ``if`` by which all ranks but one leave a loop or a function, and the statements that one goes on to.
+
+    ``rest`` holds the operands of its ``or`` that are not about ranks: ``if rank != 0 or epoch % 2: continue``;
+    ``alone`` says that there is nothing else in it, so that it may go.
+    """
+
+    node: ast.If
+    rest: tuple[ast.expr, ...]
+    behind: tuple[ast.stmt, ...]
+    alone: bool
+
+
+def exits(file: File) -> Iterator[Exit]:
+    for node in file.nodes if re.search(rb"rank|master|main|primary|RANK", file.source.data) else ():
+        if isinstance(node, ast.If) and isinstance(node.body[-1], (ast.Return, ast.Continue, ast.Break)):
+            operands = [node.test]
+            if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.Or):
+                operands = node.test.values
+            rest = tuple(operand for operand in operands if not _lets_first_pass(file, operand))
+            if len(rest) < len(operands):
+                behind, looped = _behind(file, node, isinstance(node.body[-1], ast.Return))
+                alone = not node.orelse and len(node.body) == 1
+                yield Exit(node, rest, behind, alone and looped == isinstance(node.body[-1], ast.Continue))
+
+
+def _behind(file: File, node: ast.stmt, returns: bool) -> tuple[tuple[ast.stmt, ...], bool]:
+    """What follows a statement in its loop, or in its function if it returns; and whether it stands in a loop."""
+    found: list[ast.stmt] = []
+    looped, child = False, node
+    for parent in file.names.ancestors(node):
+        block = file.names.siblings(child)
+        found += block[block.index(child) + 1 :]
+        looped = looped or isinstance(parent, (ast.For, ast.While))
+        if (looped and not returns) or not isinstance(parent, ast.stmt) or isinstance(parent, _SEPARATE):
+            break
+        child = parent
+    return tuple(found), looped
+
+
+def _lets_first_pass(file: File, test: ast.expr) -> bool:
+    """Whether a test is true on other ranks than the first only: ``rank > 0``, ``launched and rank != 0``."""
+    if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+        return any(_lets_first_pass(file, value) for value in test.values)
+    return is_other_rank_test(file, test)
+
+
 def rest_of(file: File, test: ast.expr) -> list[ast.expr]:
     """What ``parallel and rank == 0`` asks beside the rank; empty for what asks for no rank."""
     if not isinstance(test, ast.BoolOp) or not isinstance(test.op, ast.And):

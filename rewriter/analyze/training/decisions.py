@@ -226,6 +226,9 @@ class Decisions:
     def _judge(self, file: File, decision: Decision) -> Verdict:
         verdict = Verdict(decision)
         match decision.node:
+            case ast.If() as node if (lifted := self.scripts.lifted_exits(file).get(node)) is not None:
+                for operand in lifted.rest:
+                    self._judge_test(file, operand, verdict)
             case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
                 if isinstance(decision.node, ast.If) and as_guard(file, decision.node) is not None:
                     self._judge_guard(file, decision, verdict)

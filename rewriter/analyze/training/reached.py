@@ -50,6 +50,8 @@ class Reached:
             return node not in self.scripts.opened_guards(file)
         if asks_for_launcher(file, node.test):
             return False
+        if isinstance(node, ast.If) and (lifted := self.scripts.lifted_exits(file).get(node)) is not None:
+            return any(self.decisions.varying.varies(file, operand) for operand in lifted.rest)
         if is_other_rank_test(file, node.test) or of_rank(file, node.test) or "rank" in ast.unparse(node.test).lower():
             return True
         return node not in self.decisions.of(file) and self.decisions.varying.varies(file, node.test)

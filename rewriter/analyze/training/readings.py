@@ -239,9 +239,14 @@ def viewed(node: ast.expr) -> ast.expr:
 
 
 def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
-    """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own."""
+    """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own.
+
+    The 0 that a loss starts as, to which its parts are added before backward is called on it, is no such number.
+    """
     made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(loss)]
-    return any(_is_number(value) for value in made)
+    if roles.var(loss) in roles.trained:
+        made = [value for value in made if not (isinstance(value, ast.Constant) and value.value == 0)]
+    return any(map(_is_number, made))
 
 
 def _is_number(node: ast.expr) -> bool:

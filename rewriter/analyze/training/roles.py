@@ -554,9 +554,17 @@ class Roles:
     ) -> bool:
         """Whether a function or method of the project returns the loss that it has called backward on.
 
-        Where it leaves early it may return None. ``place`` is the loss's in a tuple.
+        Where it leaves early it may return None. ``place`` is the loss's in a tuple. So does an optimizer's step that
+        is given such a function as its closure.
         """
-        function = self._function(value.func) if isinstance(value, ast.Call) else None
+        function = None
+        match value:
+            case ast.Call(func=ast.Attribute(value=stepped, attr="step"), args=[closure]) if (
+                self.var(stepped) in self.optimizers
+            ):
+                function = self._function(closure)
+            case ast.Call(func=func):
+                function = self._function(func)
         if function is None or (function.file is not self.file and self._others is None):
             return False
         there = self if self._others is None or function.file is self.file else self._others[function.file]
@@ -648,7 +656,7 @@ def gone_through(target: ast.expr, iterated: ast.expr, displays: bool = False) -
     if isinstance(iterated.func, ast.Attribute) and called in {"values", "items"} and not iterated.args:
         if isinstance(parts[-1], ast.Name):
             yield parts[-1], iterated.func.value
-    elif called in {"enumerate", "reversed", "list", "tuple"} and iterated.args:
+    elif called in {"enumerate", "reversed", "sorted", "list", "tuple"} and iterated.args:
         yield from gone_through(parts[-1], iterated.args[0], displays)
     elif called == "zip" and len(parts) == len(iterated.args):
         for part, item in zip(parts, iterated.args, strict=True):

@@ -12,13 +12,14 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, 
 from rewriter.analyze.read.nodes import dotted, is_backward, loss_of, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.batches import Batches
-from rewriter.analyze.training.collectives import Collectives, Guard, as_guard, guards
+from rewriter.analyze.training.collectives import Collectives, Exit, Guard, as_guard, exits, guards
 from rewriter.analyze.training.entries import DEFINITIONS, Entries
 from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.opened import goes_on, with_givers
 from rewriter.analyze.training.roles import Roles
+from rewriter.analyze.training.settings_files import modules_in_settings
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
 from rewriter.analyze.training.sums import Sums
 
@@ -56,6 +57,7 @@ class Scripts:
         self._programs_of: dict[File, set[File]] = {}
         self._is_parallel: dict[File, bool] = {}
         self._unguarded: dict[File, dict[ast.If, Guard]] = {}
+        self._lifted: dict[File, dict[ast.If, Exit]] = {}
         self._sums: dict[File, Sums] = {}
         self._across: dict[File, Across] = {}
 
@@ -318,10 +320,13 @@ class Scripts:
         return found
 
     def _imports(self, file: File) -> set[File]:
-        """The project files that a file imports itself."""
+        """The project files that a file imports itself, or by what its settings name."""
         if file not in self._imported_by:
             nodes = (node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
-            self._imported_by[file] = {t for node in nodes for t in self._imported(file, node) if t.convert}
+            found = {target for node in nodes for target in self._imported(file, node)}
+            named = (self.project.find_module(name, file) for name in set(modules_in_settings(file)))
+            found |= {target for target in named if target is not None}
+            self._imported_by[file] = {target for target in found if target.convert}
         return self._imported_by[file]
 
     def only_behind(self, stopped: list[File]) -> dict[File, File]:
@@ -480,6 +485,16 @@ class Scripts:
                 self._unguarded[file] = with_givers(file, {**self._unguarded[file], **averaging})
         return self._unguarded[file]
 
+    def lifted_exits(self, file: File) -> dict[ast.If, Exit]:
+        """Where all ranks but one leave in front of a collective, and none is to."""
+        if file not in self._lifted:
+            self._lifted[file] = {
+                found.node: found
+                for found in exits(file)
+                if found.alone and any(self.collectives.inside(file, statement) for statement in found.behind)
+            }
+        return self._lifted[file]
+
     def _averaging(self, file: File) -> dict[ast.If, Guard]:
         """Rank guards under which a loss is averaged over steps, that is read as that of all ranks outside of them."""
         roles, read = self.roles[file], self.collectives.readings(file).values()
@@ -501,9 +516,11 @@ class Scripts:
         return [guard.node for guard in guards(file) if guard.node not in opened and not guard.either]
 
     def in_opened_guard(self, file: File, node: ast.AST) -> bool:
-        """Whether a node stands in a rank guard that every rank is to enter."""
+        """Whether a node stands in a rank guard that every rank is to enter, or behind an exit that none is to take."""
         opened = self.opened_guards(file)
-        return any(parent in opened for parent in file.names.ancestors(node))
+        behind = {statement for found in self.lifted_exits(file).values() for statement in found.behind}
+        around = (node, *file.names.ancestors(node)) if behind else file.names.ancestors(node)
+        return any(parent in opened or parent in behind for parent in around)
 
     def in_kept_guard(self, file: File, node: ast.AST) -> bool:
         """Whether only one rank reaches a node, after conversion."""

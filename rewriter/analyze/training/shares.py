@@ -71,6 +71,7 @@ def shares(file: File, places: Mapping[Place, bool], kinds_of: Callable[[Place],
         if only_means and not (isinstance(place, ast.For) and _runs_backward(place)):
             continue
         kinds = kinds_of(place)
+        kinds.totals_become_whole = not only_means
         for expression, kind in kinds.leaving():
             if only_means and not (kind == "mean" and _reads_number(expression)):
                 continue
@@ -116,6 +117,7 @@ class Kinds:
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.in_parts = in_parts
+        self.totals_become_whole = False
         self.nodes = list(_own(loop))
         self.batch = set(held)
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
@@ -270,8 +272,16 @@ class Kinds:
                 case ast.Return(value=ast.expr() as value) if not isinstance(self.loop, (ast.For, ast.While)):
                     found = ((part, self.kind(part)) for part in self._given_back(value) if self._is_number(part))
                 case _:
-                    found = self._shown_there(node)
+                    found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
+
+    def _entries_shown(self, value: ast.expr, kind: str) -> Iterator[tuple[ast.expr, str]]:
+        """What is shown, or what a dict holds that is shown by its name."""
+        if kind == "unknown" and isinstance(value, ast.Name) and self._is_written_out(value):
+            held = [part for made, _ in self.made[value.id] for part in _entries(made) or ()]
+            yield from ((part, self.kind(part)) for part in held)
+        else:
+            yield value, kind
 
     def _is_number(self, node: ast.expr) -> bool:
         """Whether a value is read out of the graph, as what is only told is: a loss that is returned is no such."""
@@ -320,8 +330,8 @@ class Kinds:
                 yield from self._put_behind(node)
             case ast.Assign(targets=[ast.Subscript() as target], value=value):
                 yield from self._put_at(target, value)
-            case ast.Dict(values=parts) if any(map(self._is_mean_read, parts)):
-                yield from ((part, "mean") for part in parts if self._is_mean_read(part))
+            case ast.Dict() | ast.Call() if (parts := _entries(node)) and any(map(self._is_number_read, parts)):
+                yield from ((part, self.kind(part)) for part in parts if self._is_made_whole(part))
             case ast.Call(func=ast.Attribute(value=holder, attr="append" | "extend" as attr), args=[value]):
                 if not self._bound_inside(holder):
                     yield from self._collected(attr, value)
@@ -389,12 +399,45 @@ class Kinds:
             yield value, "unknown"
         elif self.of_batch(place) and not self._holds_inside(kept):
             yield target, "unknown"
-        elif kind in {"mean", "total"} and not self._holds_inside(kept):
+        elif (kind in {"mean", "total"} or (kind and _counts_distinct(value))) and not self._holds_inside(kept):
             yield value, kind
 
     def _is_mean_read(self, value: ast.expr, deep: int = 0) -> bool:
         """``x.mean().item()``: the number of a mean, which becomes that of all ranks where it is read."""
         return self.kind(value, deep) == "mean" and _reads_number(value) and self.comes_once(value)
+
+    def _is_number_read(self, value: ast.expr, deep: int = 0) -> bool:
+        """``loss.item()``, ``x.mean().item()``: what tells that a dict is of numbers to show or keep."""
+        return self._is_mean_read(value, deep) or (self.kind(value, deep) == "loss" and self._is_read_loss(value, deep))
+
+    def _is_made_whole(self, value: ast.expr, deep: int = 0) -> bool:
+        """Whether an entry beside such a number becomes that of all ranks where it is written."""
+        if self._is_mean_read(value, deep):
+            return True
+        return (
+            self.totals_become_whole
+            and self.kind(value, deep) == "total"
+            and (_reads_number(value) or self.is_size(value))
+            and self.comes_once(value)
+        )
+
+    def _is_written_out(self, node: ast.expr) -> bool:
+        """Whether a name holds a dict that each pass of the loop writes out, so that its keys are none of the batch."""
+        if not isinstance(node, ast.Name):
+            return False
+        later = [value for _, value in self._growth.get(node.id, ())]
+        values = [value for value, part in self.made.get(node.id, []) if value not in later and part is None]
+        return bool(values) and all(_entries(value) is not None for value in values)
+
+    def _holds_whole_numbers(self, name: str, deep: int) -> bool:
+        """Whether all that such a dict is given, at once or later, is of all ranks, or nothing of the batch."""
+        later = [value for _, value in self._growth.get(name, ())]
+        return deep < 8 and all(
+            self._is_read_loss(value, deep) or self._is_mean_read(value, deep + 1)
+            if value in later
+            else self.kind(value, deep + 1) in {"", "loss"}
+            for value, _ in self.made[name]
+        )
 
     def _collected(self, attr: str, value: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``values.append(x.mean())``, ``labels.extend(y.tolist())``."""
@@ -472,10 +515,10 @@ class Kinds:
                 yield value, kind
             elif kind == "mixed":
                 yield from self._split(value)
-            elif kind == "unknown" and self._is_entry(value):
+            elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
             elif kind in {"samples", "unknown"} and self._is_cut(value):
-                if not (_tells_shape(value) or _is_text(value)):
+                if _counts_distinct(value) or not (_tells_shape(value) or _is_text(value)):
                     yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
@@ -486,8 +529,11 @@ class Kinds:
         following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
         anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
         for value in (value for item in following for value in self._shown(item)):
-            if not _named(value) & anew and self.kind(value) in {"total", "mean"} and not self._holds_loss(value):
+            kind = "" if _named(value) & anew else self.kind(value)
+            if kind in {"total", "mean"} and not self._holds_loss(value):
                 yield value, "unknown"
+            elif kind == "unknown" and self._is_written_out(value):
+                yield value, kind
 
     def _holds_loss(self, node: ast.expr) -> bool:
         """Whether a name in a value holds a loss's number, which is read as that of all ranks."""
@@ -562,6 +608,10 @@ class Kinds:
 
     def _is_key(self, loop: ast.For | ast.comprehension, name: ast.Name, held_in: Mapping[ast.Name, ast.expr]) -> bool:
         """Whether a name is that of what a function collects, in ``for name, loss in losses.items()``."""
+        if self._is_written_out(loop.iter) or (
+            name not in held_in and any(map(self._is_written_out, held_in.values()))
+        ):
+            return True
         of_items = isinstance(loop.iter, ast.Call) and getattr(loop.iter.func, "attr", "") == "items"
         return of_items and name not in held_in and any(self.in_parts(holder, None) for holder in held_in.values())
 
@@ -633,7 +683,7 @@ class Kinds:
 
     def _is_cut(self, node: ast.expr) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
-        if self._without_gradients:
+        if self._without_gradients or _counts_distinct(node):
             return True
         if isinstance(node, ast.Name):
             made = self.made.get(node.id)
@@ -669,6 +719,10 @@ class Kinds:
         if variable is not None and variable in self.roles.losses:
             return "total" if self.reduced(node) == "sum" else "loss"
         match node:
+            case ast.Dict() | ast.DictComp() | ast.Call() if (held := _entries(node)) is not None:
+                if all(self._is_read_loss(value, deep) for value in held):
+                    return "loss"
+                return "" if self._is_of_whole_numbers(held, deep) else "unknown"
             case ast.Call() if self._reads_loss(node):
                 return ""
             case ast.Call() if self.roles.gives_loss(node, self.roles.losses):
@@ -678,6 +732,8 @@ class Kinds:
                     return "samples"
                 if name in self.of_items:
                     return "unknown"
+                if self._is_written_out(node) and self._holds_whole_numbers(name, deep):
+                    return ""
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
                 if name in self._growth and len(kinds) > 1:
                     kinds -= {""}  # what it is before anything is added
@@ -688,7 +744,7 @@ class Kinds:
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
-            case ast.Call(func=ast.Name(id="len"), args=[value]) if _is_set(value):
+            case ast.expr() if _counts_distinct(node):
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return "total" if self._first_dimension(node) else ""
@@ -729,6 +785,10 @@ class Kinds:
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Name() | ast.Constant(value=str())) if (
+                self._is_written_out(value) and not self.kind(value, deep + 1)
+            ):
+                return ""
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Name() | ast.Constant(value=str())) if (
                 each := _REDUCED.get(self.in_parts(value, None))
             ):
                 return each
@@ -737,11 +797,8 @@ class Kinds:
                 return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
-            case ast.Dict(values=held) | ast.Tuple(elts=held) | ast.List(elts=held):
-                if all(self._is_read_loss(value, deep) for value in held):
-                    return "loss"
-                whole = isinstance(node, ast.Dict) and all(self._is_whole_number(value, deep) for value in held)
-                return "" if whole else "unknown"
+            case ast.Tuple(elts=held) | ast.List(elts=held):
+                return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
 
     def _is_crossed(self, node: ast.expr, deep: int = 0, names: int = 0) -> bool:
@@ -768,9 +825,13 @@ class Kinds:
         read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
         return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
 
-    def _is_whole_number(self, node: ast.expr, deep: int) -> bool:
-        """Whether a value is a number of all ranks by the time that it is kept, or nothing of the batch."""
-        return deep < 8 and (self._is_read_loss(node, deep) or self._is_mean_read(node, deep + 1))
+    def _is_of_whole_numbers(self, held: list[ast.expr], deep: int) -> bool:
+        """Whether the entries of a dict are numbers of all ranks by the time it is kept, or none of the batch."""
+        return (
+            deep < 8
+            and any(not self.kind(value, deep + 1) or self._is_number_read(value, deep + 1) for value in held)
+            and all(self._is_read_loss(value, deep) or self._is_made_whole(value, deep + 1) for value in held)
+        )
 
     def _reads_loss(self, call: ast.Call) -> bool:
         """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
@@ -806,6 +867,8 @@ class Kinds:
 
     def _part(self, value: ast.expr, part: int | None, name: str, deep: int) -> str:
         """What a name is that gets a value, or a part of it."""
+        if part == _EACH and self._is_written_out(value) and not self.kind(value, deep + 1):
+            return ""
         if part == _EACH and isinstance(value, (ast.Tuple, ast.List)):
             kinds = {self.kind(item, deep + 1) for item in value.elts}
             return "mean" if kinds and kinds <= {"mean", "loss"} else "unknown"
@@ -939,8 +1002,12 @@ def _blends(node: ast.expr) -> bool:
 
 
 def _reads_number(node: ast.expr) -> bool:
-    """``x.item()`` and ``float(x)``, alone."""
+    """``x.item()`` and ``float(x)``, alone, rounded, or by a number: ``100 * x.item()``."""
     match node:
+        case ast.Call(func=ast.Name(id="round"), args=[inner, *_]):
+            return _reads_number(inner)
+        case ast.BinOp(left=left, op=ast.Mult() | ast.Div(), right=right):
+            return _reads_number(left) != _reads_number(right)
         case ast.Call(func=ast.Attribute(attr="item"), args=[]) | ast.Call(func=ast.Name(id="float"), args=[_]):
             return True
     return False
@@ -952,14 +1019,28 @@ def _is_extreme(node: ast.expr) -> bool:
     return called in {"max", "min", "maximum", "minimum", "fmax", "fmin"}
 
 
+def _counts_distinct(node: ast.expr) -> bool:
+    """``len(set(y))``, ``y.unique().numel()``: how many there are on all ranks is no sum of how many on each."""
+    match node:
+        case (
+            ast.Call(func=ast.Name(id="len"), args=[value])
+            | ast.Call(func=ast.Attribute(value=value, attr="size" | "numel" | "nelement"))
+            | ast.Subscript(value=ast.Attribute(value=value, attr="shape"))
+        ):
+            return _is_set(value)
+    return False
+
+
 def _is_set(node: ast.expr) -> bool:
-    """``set(y)``, ``torch.unique(y)``: how many there are on all ranks is no sum of how many there are on each."""
+    """``set(y)``, ``torch.unique(y)``: of equal items it has one."""
     called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
     return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
 
 
 def _is_no_mean(node: ast.expr) -> bool:
     """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+    if _counts_distinct(node):
+        return True
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
         node = node.func.value
     return (
@@ -981,6 +1062,18 @@ def _tells_shape(node: ast.expr) -> bool:
 
 def _named(node: ast.AST) -> set[str]:
     return {item.id for item in walk(node) if isinstance(item, ast.Name)}
+
+
+def _entries(node: ast.AST) -> list[ast.expr] | None:
+    """The values of a dict that is written out with its keys, and other dicts that go into it."""
+    match node:
+        case ast.Dict(values=values):
+            return values
+        case ast.DictComp(value=value):
+            return [value]
+        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
+            return [keyword.value for keyword in keywords] if all(keyword.arg for keyword in keywords) else None
+    return None
 
 
 def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:

@@ -270,6 +270,8 @@ class _Uses:
         elif node.attr == "save" and isinstance(call, ast.keyword):
             if not self._is_dropped(node):
                 yield from self._code(node, "torch.save")
+        elif node.attr == "unwrap_model":  # handed on as a function
+            yield replace(node, "(lambda model, **_: model)")
         elif node.attr == "state" and isinstance(call, ast.Call) and self._alone(call):
             yield Remove(self.file.names.statement_of(call))  # a line of the log about the engine
         else:
@@ -393,10 +395,18 @@ class _Uses:
         yield replace(call.func, "print")
 
     def _unwrap_model_call(self, call: ast.Call) -> Iterator[Change]:
-        yield replace(call, "{model}", model=call.args[0])
+        yield from self._of_model(call, "{model}")
 
     def _get_state_dict_call(self, call: ast.Call) -> Iterator[Change]:
-        yield replace(call, "{model}.state_dict()", model=call.args[0])
+        yield from self._of_model(call, "{model}.state_dict()")
+
+    def _of_model(self, call: ast.Call, text: str) -> Iterator[Change]:
+        """What is made of the model that a call is given; what it is told of wrappers means nothing without one."""
+        models = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "model")]
+        if len(models) != 1 or isinstance(models[0], ast.Starred) or any(k.arg is None for k in call.keywords):
+            self.refuse(call, "a model that is not named")
+        else:
+            yield replace(call, text, model=models[0])
 
     def _skip_first_batches_call(self, call: ast.Call) -> Iterator[Change]:
         given = {keyword.arg: keyword.value for keyword in call.keywords}

@@ -1,6 +1,6 @@
 """What cannot work on shards is refused or reported.
 
-What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
+What: optimizers that run the model themselves or look into its layers (KFAC, Sophia) stop the conversion of the
 script; embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be,
 compare its items with each other or take a root or a norm of its mean, samples that are paired with others of the batch
 (mixup and cutmix by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are
@@ -27,7 +27,7 @@ _NORMALISES = re.compile(
     r"torch\.nn\.BatchNorm|torchvision\.models\.(?:__dict__$|(?:\w+\.)?(?:resne|wide_resnet|densenet|mobilenet|mnasnet|"
     r"efficientnet|inception|googlenet|shufflenet|regnet|vgg\d+_bn))"
 )
-_RUNS_MODEL = re.compile(r"^(?:LBFGS|KFAC|Sophia\w*)$")
+_RUNS_MODEL = re.compile(r"^(?:KFAC|Sophia\w*)$")
 
 _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
@@ -271,7 +271,8 @@ RULE = Rule(
     find=find,
     examples=(
         Example(
-            "import torch\n\nmodel = torch.nn.Linear(8, 1)\noptimizer = torch.optim.LBFGS(model.parameters())\n"
+            "import torch\nfrom kfac import KFAC\n\nmodel = torch.nn.Linear(8, 1)\n"
+            "optimizer = KFAC(model.parameters())\n"
             "model(x).mean().backward()\noptimizer.step()\n"
         ),
     ),

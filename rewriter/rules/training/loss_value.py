@@ -28,29 +28,24 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
-    told: set[int] = set()
     for loss in facts.scripts.collectives.readings(file).values():
-        told.add(loss.lineno)
         if not facts.scripts.in_kept_guard(file, loss) and file.source.is_exact(loss):
             change = wrap(loss, "{bmt}.sum_loss({it})")
             yield Conversion(RULE.code, loss.lineno, "the loss is averaged over the ranks", (change,))
-    yield from _in_callbacks(file, facts, told)
+    yield from _in_callbacks(file, facts)
 
 
-def _in_callbacks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+def _in_callbacks(file: File, facts: Facts) -> Iterator[Finding]:
     """``loss.item()`` in a method that a loop hands its loss to, by the method's name: it is not seen whose it is."""
+    told = set(facts.scripts.collectives.readings(file))
     for cls in (node for node in file.nodes if isinstance(node, ast.ClassDef)):
         for method in (item for item in cls.body if isinstance(item, ast.FunctionDef)):
             names = [argument.arg for argument in method.args.args[1:]]
             roles = facts.scripts.roles[file]
             shown = [(node, viewed(node)) for item in ast.walk(method) for node in candidates(roles, item)]
             for node, name in ((node, loss.id) for node, loss in shown if isinstance(loss, ast.Name)):
-                if (
-                    name in names
-                    and node.lineno not in told
-                    and _gets_loss(facts, method.name, names.index(name), name)
-                ):
-                    told.add(node.lineno)
+                if name in names and node not in told and _gets_loss(facts, method.name, names.index(name), name):
+                    told.add(node)
                     message = (
                         f"{name} in {cls.name}.{method.name} is of this rank's share of the batch: bmt.sum_loss({name})"
                     )

@@ -4,12 +4,13 @@ What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the opt
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
 optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
-Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``.
+Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``. A step that gets a
+closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
-Refuses when: ``step`` gets a closure, or is called in a hook; another package's optimizer makes one inside; a list of
-optimizers goes where it is not followed, holds more than these, or has a loss scale. A step in the ``forward`` of a
-module is reported. A learning-rate scheduler that the script steps stays the script's.
+Refuses when: ``step`` gets a closure beside a loss scale, or is called in a hook; another package's optimizer makes one
+inside; a list of optimizers goes where it is not followed, holds more than these, or has a loss scale. A step in the
+``forward`` of a module is reported. A learning-rate scheduler that the script steps stays the script's.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ _INSIDE = (
     "project, and it is converted"
 )
 _CLOSURE = (
-    "step with a closure cannot be converted, as the optimizer would run backward itself: where it calls the closure "
-    "once, call it before, loss = closure(), and step without it"
+    "step with a closure and a loss scale cannot be converted, as the optimizer would read gradients that are scaled: "
+    "where it calls the closure once, call it before, loss = closure(), and step without it"
 )
 
 
@@ -288,10 +289,10 @@ def _creation(file: File, managers: Managers, manager: Manager) -> Iterator[Chan
     for optimizer in manager.optimizers:
         place = _last_assignment(file, managers, optimizer) or _owner_place(file, managers, optimizer)
         place = place or _inherited_place(managers, optimizer)
-        add = f"{manager.name}.add_optimizer({optimizer[1]})"
         if manager.scaler is not None:
-            yield from _joined(managers, manager, place, add, branch)
+            yield from _joined(file, managers, manager, optimizer, place, branch)
             continue
+        add = f"{manager.name}.add_optimizer({optimizer[1]})"
         lines = [f"{manager.name} = {_UNSCALED}", add]
         for made in _by_functions(file, managers, optimizer):
             yield insert_behind(made, f"global {manager.name}", *lines)
@@ -423,12 +424,15 @@ def _one_makes(block: list[ast.stmt], makers: list[ast.stmt]) -> bool:
 
 
 def _joined(
-    managers: Managers, manager: Manager, place: ast.stmt | None, add: str, branch: ast.stmt | None
+    file: File, managers: Managers, manager: Manager, optimizer: Var, place: ast.stmt | None, branch: ast.stmt | None
 ) -> Iterator[Change]:
     """Tell a manager its optimizer wherever the later of the two is made."""
+    add = f"{manager.name}.add_optimizer({optimizer[1]})"
     makers = [statement for statement, _ in _makers(managers, manager)]
-    if place is None:
-        return  # the optimizer comes from outside: whoever made it joins the two
+    if place is None:  # the optimizer comes from outside: whoever made it joins the two, if it is not done here
+        if managers.is_argument(optimizer) and all(file.names.function_of(made) is optimizer[0] for made in makers):
+            yield from (insert_behind(statement, add) for statement in ([branch] if branch is not None else makers))
+        return
     if branch is not None:
         yield insert_behind(place if place.lineno > branch.lineno and place not in walk(branch) else branch, add)
         return
@@ -707,7 +711,9 @@ def _optimizer(
     several = len(manager.optimizers) > 1 or manager.several is not None
     if func.attr == "step":
         if (node.args or node.keywords) and not _gets_none(file, facts, node):
-            yield Refusal(RULE.code, node.lineno, _CLOSURE)
+            if manager.scaler is not None:
+                yield Refusal(RULE.code, node.lineno, _CLOSURE)
+            return  # the optimizer runs the closure, whose backward is the manager's, and steps on what that leaves
         yield from _step(file, managers, manager, node, func.value if several else None)
     elif func.attr == "zero_grad" and not several:  # an optimizer of several clears its own
         yield replace(node, f"{manager.name}.zero_grad()")

@@ -4,14 +4,14 @@ What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a 
 ``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
 ``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
 values, or in which a loss is averaged that is read as that of all ranks. ``Average(model) if rank == 0 else None`` is
-made by all. What only one rank may do inside (writing
-files, logging) gets a guard of its own.
+made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well. What only one rank may do
+inside, or behind it (writing files, logging), gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
-Refuses when: the guard has an else branch, or sends the other ranks away (``if rank != 0: return``) before a
-collective: then the file stays as it is. So it does where an object of a package saves the model
-(``timm.utils.CheckpointSaver``): one rank alone cannot, and all ranks would write the same files. ``if rank == -1:`` is
-no guard but what no launcher has started, and false on every rank: where the script was not for several ranks, it is
-reported.
+Refuses when: the guard has an else branch, or sends the other ranks away before a collective with more to do
+(``if rank != 0: dist.barrier(); return``), or out of a loop: then the file stays as it is. So it does where an object
+of a package saves the model (``timm.utils.CheckpointSaver``): one rank alone cannot, and all ranks would write the same
+files. ``if rank == -1:`` is no guard but what no launcher has started, and false on every rank: where the script was
+not for several ranks, it is reported.
 """
 
 from __future__ import annotations
@@ -23,19 +23,18 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.collectives import (
+    Exit,
     Guard,
     asks_for_launcher,
-    is_other_rank_test,
+    exits,
     is_rank_test,
     rank_flags,
     rest_of,
 )
-from rewriter.changes import Change, Unblock, replace
+from rewriter.changes import Change, Remove, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
-
-_LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -71,10 +70,31 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield from _launcher_asked(file)
 
 
+def _lift(file: File, facts: Facts, found: Exit, what: str) -> Finding:
+    """No rank leaves in front of a collective; what only one may do behind it gets a guard of its own."""
+    reason = _mixed_flag(file, found.node.test)
+    if not reason and not found.rest and not file.source.code(found.node).startswith("if"):
+        reason = "the other ranks leave in an elif"
+    if not reason and any(writes_by_all(file, facts, statement) is not None for statement in found.behind):
+        reason = "it is called while one rank has a file open to write"
+    if reason:
+        return Refusal(RULE.code, found.node.lineno, f"{what} is for all ranks, but {reason}")
+    holes = {f"operand_{number}": operand for number, operand in enumerate(found.rest)}
+    kept = " or ".join(f"{{{name}}}" for name in holes)
+    changes: list[Change] = [replace(found.node.test, kept, **holes) if holes else Remove(found.node)]
+    for statement in found.behind:
+        changes += guarded_inside(file, facts, statement)
+    return Conversion(RULE.code, found.node.lineno, f"no rank leaves here: {what} is for all ranks", tuple(changes))
+
+
+def _mixed_flag(file: File, test: ast.expr) -> str:
+    mixed = (dotted(node) for node in ast.walk(test) if rank_flags(file).get(dotted(node) or ""))
+    return next((f"{name} is true on one rank only, and not on that account alone" for name in mixed), "")
+
+
 def _reason_against(file: File, facts: Facts, guard: Guard) -> str:
-    for node in ast.walk(guard.node.test):
-        if rank_flags(file).get(dotted(node) or ""):
-            return f"{dotted(node)} is true on one rank only, and not on that account alone"
+    if reason := _mixed_flag(file, guard.node.test):
+        return reason
     if guard.node.orelse:
         return "the rank guard around it has an else branch"
     if not guard.rest and not file.source.code(guard.node).startswith("if"):
@@ -118,18 +138,14 @@ def _chosen(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
     """``if rank != 0: return`` in front of a collective."""
-    for node in file.nodes:
-        if not isinstance(node, ast.If) or not isinstance(node.body[-1], _LEAVES):
-            continue
-        if not is_other_rank_test(file, node.test) or isinstance(node.body[-1], ast.Raise):
-            continue
-        block = file.names.siblings(node)
-        for statement in block[block.index(node) + 1 :]:
-            call = facts.scripts.collectives.inside(file, statement)
-            if call is not None:
-                message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
-                yield Refusal(RULE.code, node.lineno, message)
-                break
+    for found in exits(file):
+        calls = (facts.scripts.collectives.inside(file, statement) for statement in found.behind)
+        call = next(filter(None, calls), None)
+        if call is not None and found.alone:
+            yield _lift(file, facts, found, f"{file.source.code(call.func)}(...)")
+        elif call is not None:
+            message = f"{file.source.code(call.func)}(...) is for all ranks, but only one gets past this line"
+            yield Refusal(RULE.code, found.node.lineno, message)
 
 
 def _launcher_asked(file: File) -> Iterator[Remark]:

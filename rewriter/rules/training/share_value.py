@@ -53,30 +53,46 @@ _NAMED = (ast.Name, ast.Tuple, ast.List)
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
 
 
+class _Told:
+    """The values of which something is said or done; what stands in one, or around one, needs no more.
+
+    It goes by value, not by line: of ``print(len(x), out.norm().item())`` the first is made whole, the other is not.
+    """
+
+    def __init__(self, file: File) -> None:
+        self._file, self._values = file, set[ast.AST]()
+
+    def add(self, value: ast.AST) -> None:
+        self._values.add(value)
+
+    def __contains__(self, value: ast.AST) -> bool:
+        return not self._values.isdisjoint((*ast.walk(value), *self._file.names.ancestors(value)))
+
+
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training or facts.scripts.started:
         return
     if facts.scripts.is_parallel(file):
-        yield from _shown_of_shares(file, facts, set())
+        yield from _shown_of_shares(file, facts, _Told(file))
         return
     if b"backward" in file.source.data and not facts.scripts.shares_data(file):
         return
-    told: set[int] = set()
     made = facts.scripts.collectives.shares(file)
+    losses = facts.scripts.collectives.readings(file)
+    told = _Told(file)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
     for value, share in made.items():
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
-            told.add(value.lineno)
+            told.add(value)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
     counted: set[Var] = set()
-    losses = facts.scripts.collectives.readings(file)
     for value in (item for item in facts.scripts.collectives.unclear(file) if item not in losses):
         statement = file.names.statement_of(value)
         if isinstance(statement, ast.AugAssign):
             variable = facts.scripts.roles[file].var(statement.target)
             counted |= {variable} if variable is not None else set()
-        if value.lineno not in told:
-            told.add(value.lineno)
+        if value not in told:
+            told.add(value)
             told_of = value
             if isinstance(statement, ast.AugAssign) and isinstance(value, ast.Constant):
                 told_of = statement.target  # what counts by 1
@@ -89,7 +105,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 message = ""
                 if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
-                    if item.lineno not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
+                    if item not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
                         counted.add(v)
                 elif (
                     isinstance(item, ast.Call)
@@ -100,10 +116,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     and not _is_whole_where_read(file, facts, item, made)
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
-                line = getattr(item, "lineno", 0)
-                if message and line not in told:
-                    told.add(line)
-                    yield Remark(RULE.code, line, message, differs=True)
+                if isinstance(item, (ast.AugAssign, ast.Call)) and message and item not in told:
+                    told.add(item)
+                    yield Remark(RULE.code, item.lineno, message, differs=True)
         elif isinstance(node, ast.Call) and _evaluates(file, facts, node):
             name = file.source.code(node.func)
             message = f"{name}(...) gets the training data, of which every rank sees its share"
@@ -195,7 +210,7 @@ def _is_met_by_shares(file: File, facts: Facts, statement: ast.Assign, held: set
     )
 
 
-def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+def _shown_of_shares(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
     """``history.append({"seen": len(x)})`` and other totals and means of a share that are shown or kept."""
     handed = facts.scripts.handed
     made = facts.scripts.collectives.shares(file)
@@ -203,11 +218,11 @@ def _shown_of_shares(file: File, facts: Facts, told: set[int]) -> Iterator[Findi
     for place in handed.of(file):
         kinds = handed.kinds(file, place)
         for value, kind in kinds.shown():
-            if value in made or value.lineno in told or _is_reduced(file, facts, kinds, value):
+            if value in made or value in told or _is_reduced(file, facts, kinds, value):
                 continue
             if not losses.isdisjoint(ast.walk(value)):
                 continue
-            told.add(value.lineno)
+            told.add(value)
             code = file.source.code(value)
             what = "the size" if kinds.is_size(value) else "a count" if kind == "total" else "a mean"
             call = f"bmt.total({code})" if kind == "total" else f"bmt.sum_loss({code})"
@@ -238,7 +253,7 @@ def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: i
     return False
 
 
-def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
+def _in_hooks(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
     """Numbers that hooks of modules make of what a forward or backward has in hand."""
     hooks = [
         call.args[0]
@@ -254,9 +269,9 @@ def _in_hooks(file: File, facts: Facts, told: set[int]) -> Iterator[Finding]:
             body = found.node
         for item in ast.walk(body) if body is not None else ():
             match item:
-                case ast.Call(func=ast.Attribute(attr=attr), args=[]) if attr in _VALUES and item.lineno not in told:
+                case ast.Call(func=ast.Attribute(attr=attr), args=[]) if attr in _VALUES and item not in told:
                     if not _is_of_all_ranks(file, facts, item):
-                        told.add(item.lineno)
+                        told.add(item)
                         message = (
                             f"{file.source.code(item)} in a hook is of this rank's share of the data: see bmt.sum_loss"
                         )

@@ -53,6 +53,7 @@ def script(options: str = "", imports: str = "", **at: str) -> str:
 
 
 REFUSED = {
+    "a model that is not named": script(behind="accelerator.unwrap_model(*models)"),
     "a plugin": script("deepspeed_plugin=plugin"),
     "fsdp": script("fsdp_plugin=FullyShardedDataParallelPlugin()"),
     "a compiler": script("dynamo_backend='inductor'"),
@@ -94,7 +95,7 @@ REFUSED = {
     "no GPU": script("cpu=True"),
     "no name": SCRIPT.replace("accelerator = Accelerator()", "fit(Accelerator())"),
     "data not known to be evaluated": script(evaluated="out = accelerator.gather_for_metrics(out)").replace("eval_loader", "second_loader"),
-    "what the others refuse": script().replace("optimizer.step()", "optimizer.step(closure)"),
+    "what the others refuse": script().replace("torch.optim.SGD", "KFAC"),
 }  # fmt: skip
 
 
@@ -164,6 +165,13 @@ def test_every_rank_evaluates_all(text: str, wanted: str) -> None:
 
 
 BEHIND = {
+    "a model by its name": ("net = accelerator.unwrap_model(model=model, keep_fp32_wrapper=False)", "net = model\n"),
+    "its state by its name": ("s = accelerator.get_state_dict(model=model)", "s = model.state_dict()\n"),
+    "a signature": (
+        "names = inspect.signature(accelerator.unwrap_model(model).forward).parameters",
+        "names = inspect.signature(model.forward).parameters\n",
+    ),
+    "a function": ("nets = map(accelerator.unwrap_model, nets)", "nets = map(lambda model, **_: model, nets)\n"),
     "a model's own": ("net = accelerator.unwrap_model(model)", "net = model\n"),
     "saved under a guard": ("if accelerator.is_main_process:\n    torch.save(accelerator.get_state_dict(model), p)", "\nbmt.save(model, p)\n"),
     "saved": ("accelerator.save(accelerator.unwrap_model(model).state_dict(), p)", "\nbmt.save(model, p)\n"),
@@ -335,7 +343,10 @@ def test_a_trainer_in_another_file(tmp_path: Path) -> None:
     assert "self.optim_manager.backward(loss / self.accelerator.gradient_accumulation_steps)\n" in after
     assert 'bmt.synchronize()\n    bmt.save(model, "x.pt")\n' in after and "save(self.accelerator, self.model)" in after
     assert "bmt.init_distributed()" in main_after and "bmt.shard_loader(DataLoader" in main_after
-    for text in (TRAINER.replace("wait_for_everyone()", "set_trigger()"), TRAINER.replace(".step()", ".step(closure)")):
+    for text in (
+        TRAINER.replace("wait_for_everyone()", "set_trigger()"),
+        TRAINER.replace(".step()", ".step(), KFAC(1)"),
+    ):
         (tmp_path / "trainer.py").write_text(text)
         results = convert_paths(paths, Options(), [tmp_path])
         assert not any(result.changed for result in results)

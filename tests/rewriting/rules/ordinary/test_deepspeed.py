@@ -139,7 +139,7 @@ REFUSED = {
     "its loader without data": script(behind="for x in _loader:\n    pass").replace("optimizer, _,", "optimizer, _loader,"),
     "data without its loader": script(given="training_data=train_set"),
     "data without sizes": script(given="training_data=train_set", config="{'optimizer': {'type': 'Adam'}}").replace("optimizer, _,", "optimizer, loader,").replace("loader = DataLoader(train_set, batch_size=8)\n", ""),
-    "what the others refuse": script(behind="while True:\n    if rank != 0:\n        continue\n    state = net.state_dict()"),
+    "what the others refuse": script(behind="while True:\n    if rank != 0:\n        break\n    state = net.state_dict()"),
 }  # fmt: skip
 
 

@@ -117,6 +117,43 @@ ELSEWHERE = {  # what the script has in front, and what its loop does
     "a library's": ("from torchvision.transforms import v2\nmix = v2.MixUp(num_classes=3)\n", "z, y = mix(x, y)"),
     "timm's": ("from timm.data import Mixup\nmix = Mixup(num_classes=3)\n", "z, y = mix(x, y)"),
 }
+ENCODER = """class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(4, 8)
+        self.two = nn.Linear(8, 3)
+
+    def forward(self, x):
+        is_list = isinstance(x, (tuple, list))
+        if is_list:
+            n = x[0].shape[0]
+            x = torch.cat(x, dim=0)
+        x = torch.relu(self.one(x))
+        x = self.two(x)
+        if is_list:
+            x = {split}
+        return x
+
+
+class Flow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, one, two):
+        a, b = self.encoder([one, two])
+        return a - {b}
+
+
+flow = Flow()
+"""
+SPLITS = [
+    "torch.split(x, [n, n], dim=0)",
+    "torch.split(x, n)",
+    "x.chunk(2)",
+    "torch.chunk(x, 2, dim=0)",
+    "x[:n], x[n:]",
+]
 ALONE = {
     "flip -1": "z = x + x.flip(-1)",
     "flip 1": "z = x + torch.flip(x, [1])",
@@ -135,6 +172,9 @@ ALONE = {
     "a mask": "z = x\nkeep = y == 1\nloss = F.cross_entropy(net(x)[keep], y[keep]) if keep.any() else net(x).sum() * 0",
     "two parts": "loss = F.cross_entropy(net(x[:4]), y[:4]) + F.cross_entropy(net(x[4:]), y[4:])",
     "of all": "loss = F.cross_entropy(net(torch.cat([x, x.flip(1)])), torch.cat([y, y]))",
+    "two views that may be one": "v, both = x, True\nif both:\n    v = torch.cat([x, x * 2])\nv = net(v)\nif both:\n    a, b = v.chunk(2)\nelse:\n    a = b = v\nloss = F.mse_loss(a, b)",
+    "two views that may be one, split": "v, both = [x, x * 2], True\nn = len(x)\nif both:\n    v = torch.cat(v, dim=0)\nv = net(v)\nif both:\n    v = torch.split(v, [n, n], dim=0)\nloss = F.mse_loss(v[0], v[1])",
+    "two views that may be one, sliced": "v, both = x, True\nn = len(x)\nif both:\n    v = torch.cat([x, x * 2], 0)\nv = net(v)\nif both:\n    loss = F.mse_loss(v[:n], v[n:])\nelse:\n    loss = v.mean()",
     "two views": "v = torch.cat([x, x * 2])\na, b = net(v).chunk(2)\nloss = F.mse_loss(a, b)",
     "weights": "w = net[0].weight\nz = x + (w - w.flip(0)).pow(2).mean()",
     "a table where the batch is": "t = torch.randint(0, 2, (x.size(0),)); z = x * table.to(x.device)[t][:, None]",
@@ -257,3 +297,11 @@ def test_the_ranks_agree_where_nothing_is_told(name: str) -> None:
     text = script(ALONE[name])
     (one,) = run_ranks(1, play, text, initialize=False, fresh=True)
     assert run_ranks(2, play, converted(text), initialize=False, fresh=True) == pytest.approx([one] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_images_that_go_through_an_encoder_together_are_not_paired(split: str) -> None:
+    body = "out = flow(x, 2 * x)\nloss = out.pow(2).mean()"
+    assert not told(script(body, ENCODER.format(split=split, b="b")))
+    (line,) = told(script(body, ENCODER.format(split=split, b="b.flip(0)")))
+    assert "b.flip(0)" in line

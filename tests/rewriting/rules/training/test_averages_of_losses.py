@@ -68,7 +68,13 @@ def test_a_table_of_losses(table: str) -> None:
     assert not remarks and "bmt.sum_loss(loss)" in after
 
 
-@pytest.mark.parametrize("value", ["(out.argmax(1) == y).sum().item()", "len(x)", "out.std().item()"])
+@pytest.mark.parametrize("value", ["(out.argmax(1) == y).sum().item()", "len(x)"])
+def test_a_count_in_a_table_is_that_of_all_ranks(value: str) -> None:
+    after, remarks = said(f'logs = {{"loss": loss.item(), "hits": {value}}}\nbar.set_postfix(**logs)')
+    assert not remarks and f'"hits": bmt.total({value})' in after
+
+
+@pytest.mark.parametrize("value", ["out.max().item()", "out.std().item()"])
 def test_a_table_of_anything_else_is_reported(value: str) -> None:
     _, remarks = said(f'logs = {{"loss": loss.item(), "hits": {value}}}\nbar.set_postfix(**logs)')
     assert any("this rank's share of the data" in remark for remark in remarks)

@@ -179,3 +179,25 @@ def test_what_a_loss_decides_may_be_counted() -> None:
         text = f"{loader}{HEAD}    value = loss.item()\n    if {test}:\n        skipped += 1\n"
         found = [f.message for f in convert_text(text).reported if f.code == "BMT037"]
         assert len(found) == said and all(message.startswith("skipped may be of") for message in found)
+
+
+@pytest.mark.parametrize("start", ["0", "0.0", "0."])
+@pytest.mark.parametrize("grown", ["loss += part", "loss = loss + part"])
+@pytest.mark.parametrize(
+    ("shown", "wanted"),
+    [
+        ("print('%.4f' % loss)", "bmt.print_rank('%.4f' % bmt.sum_loss(loss))"),
+        ("print(f'{loss:.4f}')", "bmt.print_rank(f'{bmt.sum_loss(loss):.4f}')"),
+        ("history.append(loss.item())", "history.append(bmt.sum_loss(loss).item())"),
+    ],
+)
+def test_a_loss_that_starts_from_nothing_is_one(start: str, grown: str, shown: str, wanted: str) -> None:
+    parts = f"    loss = {start}\n    for part in (net(x).mean(), net(y).mean()):\n        {grown}\n"
+    text = HEAD.replace("    loss = torch.nn.functional.mse_loss(net(x), y)\n", parts) + f"    {shown}\n"
+    assert wanted in converted(text)
+
+
+@pytest.mark.parametrize("start", ["None", "1.0"])
+def test_a_loss_that_may_be_another_number_stays(start: str) -> None:
+    text = HEAD.replace("for x, y", f"loss = {start}\nfor x, y") + "print(loss)\n"
+    assert "sum_loss" not in converted(text)

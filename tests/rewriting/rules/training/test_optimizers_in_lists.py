@@ -125,6 +125,10 @@ CONVERTED = {
         f"opts = {LIST}\nschedules = [torch.optim.lr_scheduler.StepLR(o, 1, 0.5) for o in opts]",
         EACH + "for s in schedules: s.step()\n",
     ),
+    "with a closure": script(
+        f"opts = {LIST}",
+        f"def closure():\n    opts[0].zero_grad()\n    {LOSS}\nopts[0].step(closure)\n{CLEAR}{LOSS}opts[1].step()\n",
+    ),
     "beside one with a name": script(
         f"c = torch.optim.SGD(net.parameters(), 0.01)\nopts = {LIST}", f"c.zero_grad()\n{LOSS}c.step()\n{EACH}"
     ),
@@ -164,7 +168,6 @@ def reasons(text: str) -> list[str]:
             EACH.replace("in opts:\n    o.step", "in opts[:1]:\n    o.step"),
             "o is one optimizer of several",
         ),
-        (f"opts = {LIST}", f"{LOSS}opts[0].step(closure)\n", "step with a closure cannot be converted"),
         (
             f"opts = {LIST}\nscaler = torch.amp.GradScaler()",
             f"{CLEAR}scaler.scale(F.cross_entropy(net(x), y)).backward()\nfor o in opts:\n    scaler.step(o)\nscaler.update()\n",

@@ -47,6 +47,17 @@ def in_function(made: str) -> str:
     return f"import torch\n\n\ndef train(net, xs, amp, kind, gpu, warned):\n{body}"
 
 
+GIVEN = {
+    name: MADE[name].replace(OPT, "") for name in ("under if", "under elif", "deeper", "where it can be", "in a block")
+}
+GIVEN |= {
+    "at once": "scaler = torch.amp.GradScaler(enabled=amp)\n",
+    "or none": "scaler = torch.amp.GradScaler() if amp else None\n",
+    "after none": IN_ANY_CASE["after none"].replace(OPT, ""),
+}
+"""The optimizer is the function's argument."""
+
+
 class Manager:
     def __init__(self, loss_scale: float | None) -> None:
         self.loss_scale, self.optimizers, self.steps = loss_scale, 0, 0
@@ -133,3 +144,20 @@ class Trainer:
             self.optim_manager = bmt.optim.OptimManager(loss_scale=2**16)
         self.optim_manager.add_optimizer(self.opt)
 """ in converted(text)
+
+
+@pytest.mark.parametrize("made", GIVEN.values(), ids=GIVEN.keys())
+def test_a_manager_that_a_function_makes_is_told_the_optimizer_that_it_is_given(made: str) -> None:
+    after = converted(in_function(made).replace("def train(net,", "def train(net, opt,"))
+    assert after.count("optim_manager.add_optimizer(opt)") == 1 + ("scaler = None" in made)
+
+
+def test_one_of_two_functions_makes_a_scaler() -> None:
+    steps = ("opt.zero_grad()", "net(x).mean().backward()", "opt.step()\n")
+    plain = "def train(net, opt, xs):\n    for x in xs:\n        " + "\n        ".join(steps)
+    scaled = plain.replace("train(", "train_amp(").replace("    for", "    scaler = torch.amp.GradScaler()\n    for")
+    scaled = scaled.replace("net(x).mean().backward()", "scaler.scale(net(x).mean()).backward()")
+    scaled = scaled.replace("opt.step()", "scaler.step(opt)\n        scaler.update()")
+    calls = f"net = torch.nn.Linear(4, 1)\n{OPT}if amp:\n    train_amp(net, opt, xs)\nelse:\n    train(net, opt, xs)\n"
+    after = converted(f"import torch\n\n\n{scaled}\n\n{plain}\n\n{calls}")
+    assert after.count("    optim_manager.add_optimizer(opt)\n    for x in xs:") == 2

@@ -46,10 +46,9 @@ REFUSED = {
     "ignite": "from ignite.engine import create_supervised_trainer\ntrainer = create_supervised_trainer(Net(), 1, 2)\ntrainer.run(1)\n",
     "trl": "from trl import SFTTrainer\nSFTTrainer(Net()).train()\n",
     "mmengine": "from mmengine.runner import Runner\nRunner(Net()).train()\n",
-    "lbfgs": LOOP.replace("torch.optim.SGD", "torch.optim.LBFGS"),
-    "closure": LOOP.replace("optimizer.step()", "optimizer.step(closure)"),
+    "kfac": "from kfac import KFAC\n" + LOOP.replace("torch.optim.SGD", "KFAC"),
     "spawn": "import torch.multiprocessing as mp\nstarted = mp.spawn(run, nprocs=2, join=False)\n" + LOOP,
-    "others leave first": LOOP + "while True:\n    if rank != 0:\n        continue\n    state = model.state_dict()\n",
+    "others leave first": LOOP + "while True:\n    if rank != 0:\n        break\n    state = model.state_dict()\n",
     "else of a guard": LOOP + "if rank == 0:\n    model.state_dict()\nelse:\n    wait()\n",
     "a flag of more than ranks": LOOP
     + "saves = logging and is_main(args)\nif saves:\n    torch.save(model.state_dict(), 'x')\n",

@@ -288,3 +288,38 @@ def test_a_comprehension_over_other_data_is_of_no_share(data: str, said: int) ->
     shown = f"        parts = x.chunk(2)\n    print(sum(F.l1_loss(net(a), a).item() for a in {data}))\n"
     text = f"{HEAD}valid = DataLoader(rest)\nfor epoch in range(2):\n{loop}{shown}"
     assert told(text, "is of this rank's share of the data") == said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "print(len(x), out.norm().item())",
+        "seen += len(x); top += out.max().item()",
+        "print((out.argmax(1) == y).float().mean().item(), out.median().item())",
+        "print(f'{len(x)} {out.std().item():.4f}')",
+        "history.append((len(x), out.max().item()))",
+        "print('%d %.3f' % (x.size(0), out.max().item()))",
+    ],
+)
+def test_what_stands_on_a_line_with_a_value_that_is_made_whole_is_reported(line: str) -> None:
+    step = STEP.replace("loss = F.mse_loss(net(x), y)", "out = net(x)\n    loss = F.mse_loss(out, y)")
+    text = f"{HEAD}top = seen = 0\nfor x, y in train_loader:\n{step}    {line}\n"
+    assert told(text, "share of the data") == 1
+    assert "bmt.total(" in (after := convert_text(text).after.decode()) or "bmt.sum_loss((out.argmax" in after
+
+
+@pytest.mark.parametrize(
+    "count", ["len(set(y.tolist()))", "len(y.unique())", "y.unique().numel()", "y.unique().size(0)"]
+)
+@pytest.mark.parametrize("line", ["print(len(x), {})", "seen += {}", "history.append({})", "logs[i] = {}", "print({})"])
+def test_how_many_distinct_items_a_share_has_is_reported(count: str, line: str) -> None:
+    text = f"{HEAD}seen, logs = 0, {{}}\n{FOR}    {line.format(count)}\n"
+    assert told(text, f"{count} may be of this rank's share of the data") == 1
+    assert "len(x)" not in line or "bmt.total(len(x))" in convert_text(text).after.decode()
+
+
+def test_losses_of_a_callback_are_reported_one_by_one() -> None:
+    shown = "class Shown:\n    def end(self, loss, other):\n        print(loss.item(), other.item())\n\n\n"
+    step = STEP.replace("    loss = ", "    other = F.mse_loss(net(x), y)\n    loss = other + ")
+    text = f"{HEAD}{shown}for x, y in train_loader:\n{step}    callback.end(loss, other)\n"
+    assert told(text, "in Shown.end is of this rank's share") == 2
