@@ -150,8 +150,18 @@ class Batches:
             if (_batch_sized(node) or self._picks_a_batch(file, node)) and isinstance(
                 parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)
             ):
-                if not _has_the_size_of_another(file, node, _first_size(node)) and not self._is_whole(file, node):
+                if not self._has_the_size_of_another(file, _first_size(node)) and not self._is_whole(file, node):
                     yield node
+
+    def _has_the_size_of_another(self, file: File, size: ast.expr | None, deep: int = 0) -> bool:
+        """Whether the size is read from a tensor, ``batch, length = x.shape``, here or where this function is called.
+
+        What is drawn goes with that one's share.
+        """
+        if size is None or any(map(_reads_size, walk(size))):
+            return size is not None
+        values = list(self.instances.given_to(file, size)) if isinstance(size, ast.Name) and deep <= _DEEP else []
+        return any(self._has_the_size_of_another(other, value, deep + 1) for other, value in values)
 
     @staticmethod
     def _is_whole(file: File, call: ast.Call) -> bool:
@@ -213,7 +223,7 @@ class Batches:
             node, size = self._many(file, call, name, generator is not None)
             if size is None or self._in_model(file, call) or self._is_shared(file, call):
                 continue
-            if _has_the_size_of_another(file, call, size) or not (_is_several(size)):
+            if self._has_the_size_of_another(file, size) or not (_is_several(size)):
                 continue
             values = name in _VALUES
             if not (self._is_batch_by_name(size) if values else self._is_position(file, node)):
@@ -578,19 +588,6 @@ def _yields(node: ast.AST) -> bool:
 
 def _is_several(size: ast.expr) -> bool:
     return not isinstance(size, ast.Constant) or (isinstance(size.value, int) and size.value > 1)
-
-
-def _has_the_size_of_another(file: File, call: ast.Call, size: ast.expr | None) -> bool:
-    """Whether the size is read from a tensor, ``batch, length = x.shape``: what is drawn goes with that one's share."""
-    if size is not None and any(_reads_size(item) for item in walk(size)):
-        return True
-    found = file.names.lookup(size.id, file.names.scope_of(call)) if isinstance(size, ast.Name) else None
-    for binding in found[1] if found is not None else ():
-        made = file.names.statement_of(binding.node) if isinstance(binding.node, ast.expr) else binding.node
-        value = made.value if isinstance(made, (ast.Assign, ast.AnnAssign)) else None
-        if value is not None and any(_reads_size(item) for item in walk(value)):
-            return True
-    return False
 
 
 def _reads_size(node: ast.AST) -> bool:

@@ -604,7 +604,8 @@ class Roles:
                 return True
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
-            name = dotted(value.func) or ""
+            made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
+            name = dotted(made) or ""
             return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
                 ("estimate", "eval")
             )
