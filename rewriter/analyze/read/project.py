@@ -165,7 +165,11 @@ class Project:
         if isinstance(node, ast.Subscript):
             return self.resolve(file, node.value, depth + 1)
         if isinstance(node, ast.Name):
-            return self._name(file, node.id, file.names.scope_of(node), depth)
+            scope = file.names.scope_of(node)
+            found = file.names.lookup(node.id, scope)
+            if found is not None and found[0] is scope and len(found[1]) > 1:
+                return self._bound(file, _made_before(file, node, found[1]), depth)
+            return self._name(file, node.id, scope, depth)
         if isinstance(node, ast.Attribute):
             return self._member(self.resolve(file, node.value, depth + 1), node.attr, depth)
         return None
@@ -272,6 +276,21 @@ class Project:
             return None
         found = self._module_at(package.folder, [name])
         return ModuleRef(found) if found is not None else None
+
+
+def _made_before(file: File, name: ast.Name, bindings: list[Binding]) -> list[Binding]:
+    """What a name is bound to in front of where it is used, in the same scope; all, if a loop comes back to it."""
+    place = _place(name)
+    later = [binding for binding in bindings if place != (0, 0) and _place(binding.node) > place]
+    above = {parent for parent in file.names.ancestors(name) if isinstance(parent, (ast.For, ast.While))}
+    if len(later) == len(bindings) or any(not above.isdisjoint(file.names.ancestors(b.node)) for b in later):
+        return bindings
+    return [binding for binding in bindings if binding not in later]
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    """Where a node stands; (0, 0) if it was made by no file."""
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
 
 
 def _put_on_path(node: ast.AST) -> list[ast.expr]:
