@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, same, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds, is_without_gradients
@@ -32,6 +32,7 @@ _AS_FUNCTION = {"permutation": "numpy.random.permutation", "shuffle": "random.sh
 _METHODS = {"integers", "choice", "randint", "sample", "choices"}
 _PARTS = {"split", "chunk", "array_split", "reshape", "view", "tensor_split"}
 _AS = {"list", "tensor", "as_tensor", "from_numpy", "LongTensor", "array", "asarray", "sorted", "sort"}
+_ROOM = {"range", "arange", "zeros", "ones", "empty", "full"}
 _AS_METHODS = {"tolist", "to", "cuda", "cpu", "long", "numpy", "astype"}
 _LOADED = {"__getitem__", "__iter__", "__next__", "__len__"}
 _DEEP = 2
@@ -39,6 +40,7 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 
 _WRITE = "write bmt.shard_batch({code}) where it is a batch of samples"
 _COMPARED = "its items are compared with each other in line {line}: if it is, write bmt.gather_batch(...) there"
+_FILLED = "a batch of the whole size is filled by it: write bmt.shard_batch(...) around what is made of it"
 _SEED = "its generator has other numbers on every rank: give it a seed, such as {code}(0)"
 
 
@@ -231,7 +233,7 @@ class Batches:
             use = self._use(file, node, fed=values)
             if use == "no":
                 continue
-            reason = use or self._unseeded(file, generator)
+            reason = use or self._unseeded(file, generator) or (_FILLED if _fills_whole(file, node, size) else "")
             if reason:
                 taken.left.append((node, reason))
             else:
@@ -588,6 +590,20 @@ def _yields(node: ast.AST) -> bool:
 
 def _is_several(size: ast.expr) -> bool:
     return not isinstance(size, ast.Constant) or (isinstance(size.value, int) and size.value > 1)
+
+
+def _fills_whole(file: File, node: ast.expr, size: ast.expr) -> bool:
+    """Whether a function that draws positions counts them, ``for i in range(size)``, or makes room for them.
+
+    A rank's share of them would be too few.
+    """
+    function = file.names.function_of(node)
+    return any(
+        isinstance(item, ast.Call)
+        and (dotted(item.func) or "").split(".")[-1] in _ROOM
+        and any(same(given, size) for given in (*item.args, *(p for a in item.args for p in getattr(a, "elts", ()))))
+        for item in (walk(function) if function is not None else ())
+    )
 
 
 def _reads_size(node: ast.AST) -> bool:

@@ -149,3 +149,46 @@ def test_what_picks_a_batch_of_any_size_is_shared(text: tuple[str, str]) -> None
 )
 def test_what_picks_something_else_stays(text: tuple[str, str]) -> None:
     assert "shard_batch" not in picked(*text)
+
+
+FILLED = """import numpy as np
+import torch
+
+np.random.seed(0)
+rows = np.random.randn(100, 4)
+
+
+def batch(n):
+    {lines}
+
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(net.parameters(), 0.1)
+for step in range(10):
+    x = batch(8)
+    opt.zero_grad()
+    net(torch.from_numpy(x).float()).pow(2).mean().backward()
+    opt.step()
+"""
+DRAW = "at = np.random.randint(100, size=n)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        f"x = np.zeros([n, 4])\n    {DRAW}\n    for i in range(n):\n        x[i] = rows[at[i]]\n    return x",
+        f"{DRAW}\n    return np.stack([rows[at[i]] for i in range(n)])",
+        f"x = np.empty((n, 4))\n    {DRAW}\n    for i, j in enumerate(at):\n        x[i] = rows[j]\n    return x",
+        f"{DRAW}\n    x = rows[at]\n    for i in range(0, n):\n        x[i] *= np.random.rand()\n    return x",
+    ],
+)
+def test_positions_that_a_whole_batch_is_filled_by_stay(lines: str) -> None:
+    assert "shard_batch(np.random.randint" not in converted(FILLED.format(lines=lines))
+
+
+@pytest.mark.parametrize(
+    "lines", [f"{DRAW}\n    return rows[at]", f"{DRAW}\n    return np.stack([rows[i] for i in at])"]
+)
+def test_positions_that_a_batch_is_made_of_are_shared(given: str) -> None:
+    after = converted(FILLED.format(lines=f"{DRAW}\n    return {given}"))
+    assert f"at = bmt.shard_batch({DRAW[5:]})" in after
