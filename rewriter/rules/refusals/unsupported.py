@@ -1,10 +1,11 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (LBFGS, KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be,
-compare its items with each other or take a root or a norm of its mean, samples that are paired with others of the batch
-(mixup and cutmix by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are
-a mean over it, and hooks that clamp gradients are reported.
+script; an LBFGS that is one of several to choose from is reported, as its step fails without a closure; embeddings that
+are resized, batch norms (also those by hand), losses that are sums over the batch, or may be, compare its items with
+each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix by
+``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are a mean over it, and
+hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always.
 """
@@ -19,6 +20,7 @@ from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.completed import completing
+from rewriter.analyze.training.roles import is_optimizer_name
 from rewriter.analyze.training.sums import is_size
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Finding, Refusal, Remark
@@ -70,13 +72,30 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         name = (dotted(call.func) or "").split(".")[-1]
         if _RUNS_MODEL.match(name) and (call.args or call.keywords):
             message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
-            yield Refusal(RULE.code, call.lineno, message)
+            if name == "LBFGS" and _is_one_of_several(file, facts, call):
+                yield Remark(RULE.code, call.lineno, f"where it is chosen, training stops: {message}")
+            else:
+                yield Refusal(RULE.code, call.lineno, message)
     if facts.scripts.shares_data(file) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     if not facts.scripts.started and not facts.scripts.was_parallel(file):
         for call, module, place in facts.padded.seen(file):
             where = f"{module.file.path.name}:{getattr(place, 'lineno', 0)}"
             yield Remark(RULE.code, call.lineno, _PADDED.format(name=module.name, where=where), differs=True)
+
+
+def _is_one_of_several(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether an optimizer is made under a test, or in a table, where others may be made instead."""
+    function = file.names.function_of(call)
+    chosen = False
+    for parent in file.names.ancestors(call):
+        if parent is function:
+            break
+        chosen |= isinstance(parent, (ast.If, ast.IfExp, ast.match_case, ast.Dict))
+    names = (
+        facts.project.external(file, item.func) for item in walk(function or file.tree) if isinstance(item, ast.Call)
+    )
+    return chosen and any(is_optimizer_name(name) and not name.endswith(".LBFGS") for name in names)
 
 
 def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr) -> bool:
