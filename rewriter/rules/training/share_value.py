@@ -168,7 +168,7 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             if _is_one(roles, value, sizes - {None}) and call.lineno not in told:
                 told.add(call.lineno)
                 whole = f"{file.source.code(call.func)} makes tensors of {file.source.code(value)} items"
-                message = f"{whole}, and a rank's share of a batch has fewer: take the size from what it gets, x.size(0)"
+                message = f"{whole}, and a rank's share of a batch has fewer: take the size from what it gets"
                 yield Remark(RULE.code, call.lineno, message, differs=True)
     for statement in file.nodes if sizes else ():
         if isinstance(statement, ast.Assign) and statement.lineno not in told:
