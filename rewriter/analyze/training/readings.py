@@ -239,8 +239,19 @@ def viewed(node: ast.expr) -> ast.expr:
 
 
 def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
-    """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own."""
-    made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(loss)]
+    """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own.
+
+    What losses are added up in is none, though it starts at 0: ``total = 0.0``, and then ``total += loss.detach()``.
+    """
+    total = roles.var(loss)
+    made = [value for variable, value, _, _ in roles.assignments if variable == total]
+    added = [
+        node.value
+        for node in roles.file.nodes
+        if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and roles.var(node.target) == total
+    ]
+    if added and all(roles.var(viewed(value)) in roles.losses and not _is_number(value) for value in added):
+        made = [value for value in made if not isinstance(value, ast.Constant)]
     return any(_is_number(value) for value in made)
 
 
