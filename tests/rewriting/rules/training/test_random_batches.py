@@ -186,9 +186,7 @@ def test_positions_that_a_whole_batch_is_filled_by_stay(lines: str) -> None:
     assert "shard_batch(np.random.randint" not in converted(FILLED.format(lines=lines))
 
 
-@pytest.mark.parametrize(
-    "lines", [f"{DRAW}\n    return rows[at]", f"{DRAW}\n    return np.stack([rows[i] for i in at])"]
-)
+@pytest.mark.parametrize("given", ["rows[at]", "np.stack([rows[i] for i in at])"])
 def test_positions_that_a_batch_is_made_of_are_shared(given: str) -> None:
     after = converted(FILLED.format(lines=f"{DRAW}\n    return {given}"))
     assert f"at = bmt.shard_batch({DRAW[5:]})" in after
