@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,8 +255,19 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
             by = [other for other in by if _LAUNCHED.fullmatch(other.stem)]  # evaluate.py may take its parts
         return bool(by)
 
+    @cache
+    def reached(path: Path) -> set[Path]:
+        """What a file imports, and what that does in turn."""
+        found, queue = {path}, [path]
+        while queue:
+            by = queue.pop()
+            fresh = [other for other in imports if other not in found and imported(other, by)]
+            found.update(fresh)
+            queue.extend(fresh)
+        return found
+
     def order(path: Path) -> tuple[bool, ...]:
-        trains = path in trained or any(imported(other, path) for other in trained)
+        trains = not reached(path).isdisjoint(trained)
         named = not _LAUNCHED.match(path.stem), not _LAUNCHED.fullmatch(path.stem)
         return path.stem == "__init__", is_imported(path), not trains, *named
 

@@ -26,6 +26,7 @@ from rewriter.analyze.training.padded import Padded
 from rewriter.analyze.training.read_back import ReadBack
 from rewriter.analyze.training.saves import Saves
 from rewriter.analyze.training.scripts import Scripts
+from rewriter.analyze.training.several_ranks import SeveralRanks
 from rewriter.analyze.training.values import Values
 from rewriter.types import Refusal
 
@@ -100,6 +101,10 @@ class Facts:
     @cached_property
     def read_back(self) -> ReadBack:
         return ReadBack(self.scripts, self.decisions)
+
+    @cached_property
+    def several_ranks(self) -> SeveralRanks:
+        return SeveralRanks(self.scripts)
 
     @cached_property
     def saves(self) -> Saves:

@@ -173,6 +173,21 @@ def test_a_training_script_of_which_another_takes_parts_is_launched(
     assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / launched}.py")
 
 
+def test_a_script_that_comes_to_the_loop_by_a_file_between_is_launched(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What checks a layer runs backward, too, and stands first."""
+    body = "    " + TRAIN.partition("\n\n")[2].replace("\n", "\n    ").rstrip() + "\n"
+    (project / "engine.py").write_text(f"import torch\n\n\ndef fit(data):\n{body}")
+    (project / "table.py").write_text("from engine import fit\n\nENGINES = {'a': fit}\n")
+    (project / "main.py").write_text(
+        "import torch\nfrom table import ENGINES\n\nif __name__ == '__main__':\n"
+        "    torch.manual_seed(0)\n    ENGINES['a'](data)\n"
+    )
+    (project / "a_check.py").write_text(f"{TRAIN}\nif __name__ == '__main__':\n    pass\n")
+    assert listed(project, capsys)[-1].endswith(f"torchrun --nproc_per_node=N {project / 'main.py'}")
+
+
 @pytest.mark.parametrize("imports", ["", "from steps import train\n"])
 def test_a_script_whose_name_says_so_alone_is_launched(
     project: Path, capsys: pytest.CaptureFixture[str], imports: str

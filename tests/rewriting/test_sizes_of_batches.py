@@ -49,3 +49,75 @@ def test_a_share_is_smaller(before: str, inside: str) -> None:
 @pytest.mark.parametrize(("before", "inside", "behind"), AS_LARGE.values(), ids=AS_LARGE.keys())
 def test_no_share_meets_it(before: str, inside: str, behind: str) -> None:
     assert not told(before, inside, behind)
+
+
+MADE = """import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+
+class Rays({base}):
+    def __init__(self, size, width=4):
+        {super}
+        {made}
+
+    def forward(self, x):
+        return x + self.held
+
+
+class Trainer:
+    def __init__(self, args):
+        self.args = args
+        self.net = nn.Linear(4, 1)
+        self.opt = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        self.loader = {loader}
+        self.rays = {call}
+
+    def fit(self):
+        for x, y in self.loader:
+            self.opt.zero_grad()
+            loss = nn.functional.mse_loss(self.net(self.rays.forward(x)), y)
+            loss.backward()
+            self.opt.step()
+
+
+if __name__ == "__main__":
+    Trainer(args).fit()
+"""
+MODULE, PLAIN = ("nn.Module", "super().__init__()"), ("object", "pass")
+BY_NAME, BY_PLACE = "DataLoader(data, batch_size=self.args.size)", "DataLoader(data, self.args.size, True)"
+BUFFER = 'self.register_buffer("held", torch.zeros(size, width))'
+KEPT = "self.size = size\n        self.held = nn.Parameter(torch.ones(self.size, width), requires_grad=False)"
+FORWARD = "\n\n    def turned(self, x):\n        return x.view(self.size, 4)"
+REPEATED = "self.held = torch.arange(width).unsqueeze(0).repeat(size, 1)"
+CLASSES = {
+    "a buffer": (*MODULE, BUFFER, BY_NAME, "Rays(self.args.size)"),
+    "a loader by place": (*MODULE, BUFFER, BY_PLACE, "Rays(self.args.size, 4)"),
+    "by its name": (*MODULE, BUFFER, BY_NAME, "Rays(width=4, size=self.args.size)"),
+    "a parameter of what is kept": (*MODULE, KEPT, BY_PLACE, "Rays(self.args.size)"),
+    "repeated": (*MODULE, REPEATED, BY_NAME, "Rays(self.args.size)"),
+    "in its forward": (*MODULE, KEPT.replace("ones(self.size", "ones(1") + FORWARD, BY_NAME, "Rays(self.args.size)"),
+    "no module": (*PLAIN, "self.held = torch.zeros((size, width))", BY_NAME, "Rays(self.args.size)"),
+}
+OTHERS = {
+    "another size": (*MODULE, BUFFER, BY_NAME, "Rays(1)"),
+    "another argument": (*MODULE, BUFFER.replace("size, width", "1, width"), BY_NAME, "Rays(self.args.size)"),
+    "kept alone": (*PLAIN, "self.size, self.held = size, 0", BY_NAME, "Rays(self.args.size)"),
+}
+
+
+def told_of(base: str, super_: str, made: str, loader: str, call: str) -> bool:
+    text = MADE.replace("{super}", super_)
+    for name, code in {"base": base, "made": made, "loader": loader, "call": call}.items():
+        text = text.replace(f"{{{name}}}", code)
+    return any("makes tensors of self.args.size items" in said.message for said in convert_text(text).reported)
+
+
+@pytest.mark.parametrize("parts", CLASSES.values(), ids=CLASSES.keys())
+def test_an_object_that_is_made_for_whole_batches_is_reported(parts: tuple[str, str, str, str, str]) -> None:
+    assert told_of(*parts)
+
+
+@pytest.mark.parametrize("parts", OTHERS.values(), ids=OTHERS.keys())
+def test_an_object_of_another_size_is_not(parts: tuple[str, str, str, str, str]) -> None:
+    assert not told_of(*parts)

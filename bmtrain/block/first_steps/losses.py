@@ -287,4 +287,4 @@ def _factor(node: Node) -> float | None:
         return None
     if not isinstance(factor, torch.Tensor) or factor.dim() or not factor.is_cpu:  # which would be waited for
         return None
-    return float(factor)
+    return float(factor.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -62,6 +63,11 @@ class FunctionInfo:
         listed = positional(self.node)
         method = isinstance(self.file.names.parents.get(self.node), ast.ClassDef)
         return listed[1:] if method and listed[:1] in (["self"], ["cls"]) else listed
+
+    def given(self, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
+        """The parameters, each with what a call gives for it."""
+        yield from zip(self.parameters, call.args, strict=False)
+        yield from ((keyword.arg, keyword.value) for keyword in call.keywords if keyword.arg)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import ast
 import os.path
 from collections.abc import Container, Iterable, Iterator
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 from rewriter.analyze.read.file import (
@@ -18,7 +19,7 @@ from rewriter.analyze.read.file import (
     canonical,
 )
 from rewriter.analyze.read.names import Binding, Import, Scope
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.read.source import Source
 from rewriter.types import InputError
 
@@ -26,7 +27,8 @@ from rewriter.types import InputError
 _UNBOUND = {"torch": "torch", "nn": "torch.nn", "F": "torch.nn.functional"}
 # Packages whose names the rules know; they are never looked up as files.
 _NEVER_PROJECT = {"torch", "bmtrain"}
-_ADDING = {"sys.path.append", "sys.path.insert"}
+_ADDING = {"sys.path.append", "sys.path.insert", "sys.path.extend", "site.addsitedir"}
+_DEEP = 6
 
 
 class Project:
@@ -85,13 +87,10 @@ class Project:
         found: dict[Path, None] = {}
         known = {folder for path in self.files for folder in path.parents}
         for file in self:
-            if b"sys.path" not in file.source.data:
+            if b"sys.path" not in file.source.data and b"addsitedir" not in file.source.data:
                 continue
-            for call in (item for item in file.calls if dotted(item.func) in _ADDING):
-                named = "/".join(
-                    item.value for item in walk(call) if isinstance(item, ast.Constant) and isinstance(item.value, str)
-                )
-                for start in (file.folder, *self.roots) if named else ():
+            for named in {text for node in file.nodes for value in _put_on_path(node) for text in _paths(file, value)}:
+                for start in (file.folder, file.folder.parent, *self.roots) if named else ():
                     folder = Path(os.path.normpath(start / named.lstrip("/")))
                     if folder in known:
                         found[folder] = None
@@ -166,7 +165,11 @@ class Project:
         if isinstance(node, ast.Subscript):
             return self.resolve(file, node.value, depth + 1)
         if isinstance(node, ast.Name):
-            return self._name(file, node.id, file.names.scope_of(node), depth)
+            scope = file.names.scope_of(node)
+            found = file.names.lookup(node.id, scope)
+            if found is not None and found[0] is scope and len(found[1]) > 1:
+                return self._bound(file, _made_before(file, node, found[1]), depth)
+            return self._name(file, node.id, scope, depth)
         if isinstance(node, ast.Attribute):
             return self._member(self.resolve(file, node.value, depth + 1), node.attr, depth)
         return None
@@ -273,3 +276,62 @@ class Project:
             return None
         found = self._module_at(package.folder, [name])
         return ModuleRef(found) if found is not None else None
+
+
+def _made_before(file: File, name: ast.Name, bindings: list[Binding]) -> list[Binding]:
+    """What a name is bound to in front of where it is used, in the same scope; all, if a loop comes back to it."""
+    place = _place(name)
+    later = [binding for binding in bindings if place != (0, 0) and _place(binding.node) > place]
+    above = {parent for parent in file.names.ancestors(name) if isinstance(parent, (ast.For, ast.While))}
+    if len(later) == len(bindings) or any(not above.isdisjoint(file.names.ancestors(b.node)) for b in later):
+        return bindings
+    return [binding for binding in bindings if binding not in later]
+
+
+def _place(node: ast.AST) -> tuple[int, int]:
+    """Where a node stands; (0, 0) if it was made by no file."""
+    return getattr(node, "lineno", 0), getattr(node, "col_offset", 0)
+
+
+def _put_on_path(node: ast.AST) -> list[ast.expr]:
+    """What Python is to find modules in, too: ``sys.path.insert(0, folder)``, ``sys.path += [folder]``."""
+    match node:
+        case ast.Call(func=func, args=[*_, value]) if dotted(func) in _ADDING:
+            return [value]
+        case ast.Assign(targets=[target], value=value) | ast.AugAssign(target=target, value=value):
+            return (
+                [value] if dotted(target.value if isinstance(target, ast.Subscript) else target) == "sys.path" else []
+            )
+    return []
+
+
+def _paths(file: File, node: ast.AST, deep: int = 0) -> set[str]:
+    """The paths that an expression may be, without what comes in front: ``lib`` for ``join(here, "lib")``."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return {text}
+        case ast.Attribute(attr="pardir"):
+            return {".."}
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return set().union(*(_paths(file, item, deep + 1) for item in items))
+        case ast.Name() if deep < _DEEP:
+            return set().union(*(_paths(file, value, deep + 1) for value in _given(file, node)))
+        case ast.Call() | ast.BinOp() | ast.Attribute() | ast.JoinedStr() | ast.FormattedValue() | ast.Subscript():
+            parts = [_paths(file, child, deep + 1) or {""} for child in ast.iter_child_nodes(node)]
+            return {"/".join(filter(None, chosen)) for chosen in product(*parts)} - {""}
+    return set()
+
+
+def _given(file: File, name: ast.Name) -> list[ast.expr]:
+    """What a name is assigned, goes through in a loop, or is given as a parameter where its function is called."""
+    found = file.names.lookup(name.id, file.names.scope_of(name))
+    values = file.names.values_of(name)
+    for binding in found[1] if found is not None else ():
+        match file.names.parents.get(binding.node), binding.node:
+            case ast.For(iter=iterated, target=target), target_:
+                values += [iterated] if target is target_ else []
+            case ast.arguments(args=listed), ast.arg():
+                function = file.names.function_of(binding.node)
+                calls = [call for call in file.calls if function is not None and dotted(call.func) == function.name]
+                values += [call.args[listed.index(binding.node)] for call in calls if len(call.args) == len(listed)]
+    return values

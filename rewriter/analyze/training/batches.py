@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, item_of, names_in, same, walk, walk_own
 from rewriter.analyze.training.across import Across
 from rewriter.analyze.training.collectives import Collectives
 from rewriter.analyze.training.feeds import Feeds, is_without_gradients
@@ -32,6 +32,7 @@ _AS_FUNCTION = {"permutation": "numpy.random.permutation", "shuffle": "random.sh
 _METHODS = {"integers", "choice", "randint", "sample", "choices"}
 _PARTS = {"split", "chunk", "array_split", "reshape", "view", "tensor_split"}
 _AS = {"list", "tensor", "as_tensor", "from_numpy", "LongTensor", "array", "asarray", "sorted", "sort"}
+_ROOM = {"range", "arange", "zeros", "ones", "empty", "full"}
 _AS_METHODS = {"tolist", "to", "cuda", "cpu", "long", "numpy", "astype"}
 _LOADED = {"__getitem__", "__iter__", "__next__", "__len__"}
 _DEEP = 2
@@ -39,6 +40,7 @@ _BATCH = re.compile(r"^(?:\w*batch(?:_?size)?|bs|bsz|B|n_?batch)$")
 
 _WRITE = "write bmt.shard_batch({code}) where it is a batch of samples"
 _COMPARED = "its items are compared with each other in line {line}: if it is, write bmt.gather_batch(...) there"
+_FILLED = "a batch of the whole size is filled by it: write bmt.shard_batch(...) around what is made of it"
 _SEED = "its generator has other numbers on every rank: give it a seed, such as {code}(0)"
 
 
@@ -150,8 +152,18 @@ class Batches:
             if (_batch_sized(node) or self._picks_a_batch(file, node)) and isinstance(
                 parent, (ast.Assign, ast.AnnAssign, ast.Call, ast.Attribute)
             ):
-                if not _has_the_size_of_another(file, node, _first_size(node)) and not self._is_whole(file, node):
+                if not self._has_the_size_of_another(file, _first_size(node)) and not self._is_whole(file, node):
                     yield node
+
+    def _has_the_size_of_another(self, file: File, size: ast.expr | None, deep: int = 0) -> bool:
+        """Whether the size is read from a tensor, ``batch, length = x.shape``, here or where this function is called.
+
+        What is drawn goes with that one's share.
+        """
+        if size is None or any(map(_reads_size, walk(size))):
+            return size is not None
+        values = list(self.instances.given_to(file, size)) if isinstance(size, ast.Name) and deep <= _DEEP else []
+        return any(self._has_the_size_of_another(other, value, deep + 1) for other, value in values)
 
     @staticmethod
     def _is_whole(file: File, call: ast.Call) -> bool:
@@ -213,7 +225,7 @@ class Batches:
             node, size = self._many(file, call, name, generator is not None)
             if size is None or self._in_model(file, call) or self._is_shared(file, call):
                 continue
-            if _has_the_size_of_another(file, call, size) or not (_is_several(size)):
+            if self._has_the_size_of_another(file, size) or not (_is_several(size)):
                 continue
             values = name in _VALUES
             if not (self._is_batch_by_name(size) if values else self._is_position(file, node)):
@@ -221,7 +233,7 @@ class Batches:
             use = self._use(file, node, fed=values)
             if use == "no":
                 continue
-            reason = use or self._unseeded(file, generator)
+            reason = use or self._unseeded(file, generator) or (_FILLED if _fills_whole(file, node, size) else "")
             if reason:
                 taken.left.append((node, reason))
             else:
@@ -580,17 +592,18 @@ def _is_several(size: ast.expr) -> bool:
     return not isinstance(size, ast.Constant) or (isinstance(size.value, int) and size.value > 1)
 
 
-def _has_the_size_of_another(file: File, call: ast.Call, size: ast.expr | None) -> bool:
-    """Whether the size is read from a tensor, ``batch, length = x.shape``: what is drawn goes with that one's share."""
-    if size is not None and any(_reads_size(item) for item in walk(size)):
-        return True
-    found = file.names.lookup(size.id, file.names.scope_of(call)) if isinstance(size, ast.Name) else None
-    for binding in found[1] if found is not None else ():
-        made = file.names.statement_of(binding.node) if isinstance(binding.node, ast.expr) else binding.node
-        value = made.value if isinstance(made, (ast.Assign, ast.AnnAssign)) else None
-        if value is not None and any(_reads_size(item) for item in walk(value)):
-            return True
-    return False
+def _fills_whole(file: File, node: ast.expr, size: ast.expr) -> bool:
+    """Whether a function that draws positions counts them, ``for i in range(size)``, or makes room for them.
+
+    A rank's share of them would be too few.
+    """
+    function = file.names.function_of(node)
+    return any(
+        isinstance(item, ast.Call)
+        and (dotted(item.func) or "").split(".")[-1] in _ROOM
+        and any(same(given, size) for given in (*item.args, *(p for a in item.args for p in getattr(a, "elts", ()))))
+        for item in (walk(function) if function is not None else ())
+    )
 
 
 def _reads_size(node: ast.AST) -> bool:

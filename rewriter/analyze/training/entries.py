@@ -29,6 +29,8 @@ _DRAWS = {
 """What makes data at random, or orders or divides them so: all ranks are to have the same."""
 _GIVEN_SEED = {"generator", "random_state"}
 _KEEPING = {"register", "register_module", "update", "setdefault", "keys", "items", "values", "pop", "copy"}
+_KNOWN_BEFORE = {"bmtrain.rank"}
+"""What ranks can ask before they are started."""
 _NEEDS = {"torch.save", "torch.utils.data.DataLoader", "torch.multiprocessing.spawn", "torch.amp.GradScaler"}
 
 
@@ -396,7 +398,7 @@ class Entries:
             return (
                 name in SEEDS
                 or name in _NEEDS
-                or name.startswith(("torch.distributed.", "bmtrain."))
+                or (name.startswith(("torch.distributed.", "bmtrain.")) and name not in _KNOWN_BEFORE)
                 or is_optimizer_name(name)
                 or external_kind(name) == "leaf"
                 or name.split(".")[0] in {"tqdm", "wandb"}

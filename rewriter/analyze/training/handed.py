@@ -111,7 +111,7 @@ class Handed:
             if isinstance(node, ast.Call):
                 for function in self.feeds.functions(file, node):
                     if self.feeds.steps(function):
-                        names = {name for name, value in _given(function, node) if self._is_batch(kinds, own, value)}
+                        names = {name for name, value in function.given(node) if self._is_batch(kinds, own, value)}
                         yield from self._note(function.file, function.node, names, self._known(function, file, place))
             elif isinstance(node, ast.Yield) and node.value is not None:
                 generator = file.names.function_of(node)
@@ -183,12 +183,6 @@ def _assigned(node: ast.AST) -> Iterator[tuple[set[str], ast.expr]]:
 def _bound(target: ast.expr) -> set[str]:
     """The names that a target binds."""
     return {node.id for node in walk(target) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-
-
-def _given(function: FunctionInfo, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
-    """The parameters of a function with what a call gives for each."""
-    yield from zip(function.parameters, call.args, strict=False)
-    yield from ((keyword.arg, keyword.value) for keyword in call.keywords if keyword.arg)
 
 
 def _loop_over(file: File, call: ast.Call) -> ast.For | None:

@@ -241,10 +241,19 @@ def viewed(node: ast.expr) -> ast.expr:
 def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
     """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own.
 
-    The 0 that a loss starts as, to which its parts are added before backward is called on it, is no such number.
+    The 0 that a loss starts as, to which its parts are added before backward is called on it, is no such number; nor is
+    the start of what losses are added up in: ``total = 0.0``, and then ``total += loss.detach()``.
     """
-    made = [value for variable, value, _, _ in roles.assignments if variable == roles.var(loss)]
-    if roles.var(loss) in roles.trained:
+    total = roles.var(loss)
+    made = [value for variable, value, _, _ in roles.assignments if variable == total]
+    added = [
+        node.value
+        for node in roles.file.nodes
+        if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and roles.var(node.target) == total
+    ]
+    if added and all(roles.var(viewed(value)) in roles.losses and not _is_number(value) for value in added):
+        made = [value for value in made if not isinstance(value, ast.Constant)]
+    elif total in roles.trained:
         made = [value for value in made if not (isinstance(value, ast.Constant) and value.value == 0)]
     return any(map(_is_number, made))
 

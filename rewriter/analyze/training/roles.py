@@ -9,7 +9,8 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, loss_of, positional, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.project import Project
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
@@ -208,7 +209,18 @@ class Roles:
         for variable, given in self.handed_on:
             if given in found and "step" in self.methods_called.get(variable, set()):
                 found.add(variable)
+        for call in self.file.calls if self.scalers else ():
+            found |= set(self._stepped_by_scaler(call))
         return found - self.managers - self.scalers
+
+    def _stepped_by_scaler(self, call: ast.Call) -> Iterator[Var]:
+        """What a call hands on beside a scaler that steps it in the function: ``fit(model, optimizer, scaler)``."""
+        function = self.project.resolve(self.file, call.func)
+        if isinstance(function, FunctionInfo):
+            given = dict(function.given(call))
+            scalers = {name for name, value in given.items() if self.var(value) in self.scalers}
+            handed = (given[name] for name in _stepped_by(self.project, function, scalers) if name in given)
+            yield from (variable for value in handed if (variable := self.var(value)) is not None)
 
     @cached_property
     def _stepped_bare(self) -> set[Var]:
@@ -237,11 +249,8 @@ class Roles:
             function = self.project.resolve(self.file, call.func) if call.args or call.keywords else None
             if not isinstance(function, FunctionInfo) or function.file is not self.file:
                 continue
-            pairs = [
-                *zip(positional(function.node), call.args, strict=False),
-                *((k.arg, k.value) for k in call.keywords if k.arg),
-            ]
-            found += [((function.node, name), held) for name, value in pairs if (held := self.var(value)) is not None]
+            given = function.given(call)
+            found += [((function.node, name), held) for name, value in given if (held := self.var(value)) is not None]
         return found
 
     def _is_optimizer(self, value: ast.expr) -> bool:
@@ -603,7 +612,8 @@ class Roles:
                 return True
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
-            name = dotted(value.func) or ""
+            made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
+            name = dotted(made) or ""
             return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
                 ("estimate", "eval")
             )
@@ -633,6 +643,20 @@ def _bare(node: ast.expr) -> ast.expr:
                 node = value
             case _:
                 return node
+
+
+def _stepped_by(project: Project, function: FunctionInfo, scalers: set[str], deep: int = 0) -> Iterator[str]:
+    """The names of what scalers step in a function, and in those that it hands them on to."""
+    for node in walk(function.node) if scalers and deep < _DEEP else ():
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id=name), attr="step"), args=[ast.Name(id=stepped), *_]
+            ) if name in scalers:
+                yield stepped
+            case ast.Call() if isinstance(found := project.resolve(function.file, node.func), FunctionInfo):
+                given = {name: value.id for name, value in found.given(node) if isinstance(value, ast.Name)}
+                handed = {name for name, value in given.items() if value in scalers}
+                yield from (given[name] for name in _stepped_by(project, found, handed, deep + 1) if name in given)
 
 
 def _is_nothing(value: ast.expr | None) -> bool:

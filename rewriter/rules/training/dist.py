@@ -5,6 +5,8 @@ What: ``get_rank``, ``get_world_size``, ``barrier``, ``is_initialized`` and in-p
 Why: bmtrain has its own communicators and needs no process group.
 Refuses when: the project uses other collectives of torch.distributed, or groups: these stay, and the script registers
 torch's process group behind ``bmt.init_distributed()``. A script that reduces gradients itself would do it twice.
+Where a flag of the user's decides whether a script joins the others (``if args.distributed:``), which torchrun does not
+set, it is reported: without it every rank takes itself for the only one.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}
     others = calls_that_stay(file, facts.project)
     registered = any(file in facts.scripts.reach(program) for program in facts.scripts.programs)
+    for test in facts.several_ranks.unanswered(file):
+        message = (
+            f"{file.source.code(test)} decides whether ranks share the work: without, each does all of it as rank 0"
+        )
+        yield Remark(RULE.code, test.lineno, message, differs=True)
     for call in others if not registered else ():
         yield Remark(RULE.code, call.lineno, f"{names[call]} keeps using torch's process group", differs=True)
     for call, name in distributed.items():

@@ -11,6 +11,7 @@ it is read or made, rank 0 answers for all: ``if bmt.agree(os.path.exists(path))
 come there, it is reported.
 Why: several ranks that write one file destroy it; one that reads it meanwhile finds a part of it, or nothing; a
 collective that one rank alone enters waits forever.
+A picture of the model's layers (``writer.add_graph(model, x)``) is left out on several ranks, as none has all of it.
 An archive that is opened to write, and an object whose own ``save(path)`` is not seen, are reported.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
 """
@@ -19,10 +20,11 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.collectives import of_own_state
 from rewriter.analyze.training.effects import changes_state, functions
 from rewriter.analyze.training.writers import (
@@ -61,6 +63,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(node, ast.stmt) and _uploads_model(file, facts, node):
             joined.update(walk(node))
             yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
+            continue
+        if _draws_model(node):
+            if _is_alone(file, node):
+                continue
+            joined.update(walk(node))
+            alone = Under((node,), template("if {bmt}.world_size() == 1:"))
+            yield Conversion(RULE.code, node.lineno, "several ranks draw no model: none has all of it", (alone,))
             continue
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
             continue
@@ -127,6 +136,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif _is_renamed(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank makes this file, and one rank's gets its name: the others' stay; name it by its path"
             yield Remark(RULE.code, call.lineno, f'{message} instead, path + ".tmp"')
+
+
+def _draws_model(node: ast.AST) -> TypeGuard[ast.Expr]:
+    """``writer.add_graph(model, x)``, which traces a forward: what it gathers from other ranks cannot be traced."""
+    match node:
+        case ast.Expr(value=ast.Call(func=ast.Attribute(attr="add_graph"))):
+            return True
+    return False
+
+
+def _is_alone(file: File, node: ast.stmt) -> bool:
+    """Whether ``if bmt.world_size() == 1:`` stands around a statement."""
+    above = (parent for parent in file.names.ancestors(node) if isinstance(parent, ast.If))
+    return any(
+        isinstance(item, ast.Call) and (dotted(item.func) or "").endswith("world_size")
+        for parent in above
+        for item in walk(parent.test)
+    )
 
 
 def _records(file: File, facts: Facts, call: ast.Call) -> bool:
@@ -324,7 +351,7 @@ def _followers(file: File, facts: Facts, node: ast.stmt) -> Iterator[ast.stmt]:
     for follower in block[block.index(node) + 1 :]:
         if not isinstance(follower, ast.Expr) or follower.lineno != (last.end_lineno or 0) + 1:
             return
-        if follower.lineno in file.source.skips or not writes(file, facts.project, follower):
+        if follower.lineno in file.source.skips or not writes(file, facts.project, follower) or _draws_model(follower):
             return
         guard = guarded(file, facts, follower)
         if guard is None or guard.hoisted:

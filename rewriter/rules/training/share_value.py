@@ -25,7 +25,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.shares import Kinds, Share
@@ -159,11 +159,11 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
     """``torch.ones(batch_size, 1)`` in a loop over shares, where ``batch_size`` is that of the loader."""
     roles, told = facts.scripts.roles[file], set[int]()
     sizes = {
-        roles.var(keyword.value)
+        roles.var(size)
         for call in file.calls
         if facts.project.external(file, call.func) == "torch.utils.data.DataLoader"
-        for keyword in call.keywords
-        if keyword.arg == "batch_size" and isinstance(keyword.value, (ast.Name, ast.Attribute))
+        for size in (*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "batch_size"))
+        if isinstance(size, (ast.Name, ast.Attribute))
     }
     taken = facts.scripts.batches.of(file)
     shared = {item for node in taken.whole for item in ast.walk(node)}
@@ -178,6 +178,13 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
             name = file.source.code(size)
             message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
             yield Remark(RULE.code, call.lineno, message, differs=True)
+    for call in file.calls if sizes else ():
+        for value in _sizes_of_tensors(facts, file, call):
+            if _is_one(roles, value, sizes - {None}) and call.lineno not in told:
+                told.add(call.lineno)
+                whole = f"{file.source.code(call.func)} makes tensors of {file.source.code(value)} items"
+                message = f"{whole}, and a rank's share of a batch has fewer: take the size from what it gets"
+                yield Remark(RULE.code, call.lineno, message, differs=True)
     for statement in file.nodes if sizes else ():
         if isinstance(statement, ast.Assign) and statement.lineno not in told:
             size = _sized(file, roles, statement.value, sizes - {None})
@@ -186,6 +193,29 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
                 told.add(statement.lineno)
                 message = f"this has {file.source.code(size)} items, and a rank's share of a batch has fewer: "
                 yield Remark(RULE.code, statement.lineno, message + "make it as large as x.size(0)", differs=True)
+
+
+def _sizes_of_tensors(facts: Facts, file: File, call: ast.Call) -> Iterator[ast.expr]:
+    """What a call gives a project's class for sizes of tensors that it makes: ``Rays(batch_size, 32)``."""
+    made = facts.project.resolve(file, call.func) if call.args or call.keywords else None
+    method = facts.classes.method(made, "__init__") if isinstance(made, ClassInfo) else None
+    if method is None:
+        return
+    constructor = method[0].file.function_info(method[1])
+    held = {
+        dotted(target): node.value.id
+        for node in walk(constructor.node)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name)
+        for target in node.targets
+    }
+    sizes: set[str | None] = set()
+    for item in (inner for each in method[0].methods.values() for inner in walk(each)):
+        name = (dotted(item.func) or "").split(".")[-1] if isinstance(item, ast.Call) else ""
+        if isinstance(item, ast.Call) and (getattr(item.func, "attr", name) in _SHAPED or name.endswith("Tensor")):
+            first = item.args[:1]
+            first = list(getattr(first[0], "elts", first))[:1] if first else []
+            sizes |= {held.get(dotted(value), dotted(value)) for value in first}
+    yield from (value for name, value in constructor.given(call) if name in sizes)
 
 
 def _sized(file: File, roles: Roles, value: ast.expr, sizes: set[Var | None]) -> ast.expr | None:

@@ -60,6 +60,18 @@ ADDED = {
     "a path": 'sys.path.insert(0, str(Path(__file__).parent / "core"))',
     "an f-string": 'here = os.getcwd()\nsys.path.append(f"{here}/core")',
     "with a dot": 'sys.path.append("./core/")',
+    "by a name": 'HERE = os.path.dirname(__file__)\nCORE = os.path.join(HERE, "core")\nsys.path.insert(0, CORE)',
+    "by a function": 'def add(path):\n    if path not in sys.path:\n        sys.path.insert(0, path)\n\nadd("core")',
+    "by a function and a name": "HERE = os.path.dirname(__file__)\n\n\ndef add(path):\n    sys.path.insert(0, path)\n\n"
+    'core = os.path.join(HERE, ".", "core")\nadd(core)',
+    "in a loop": 'for folder in ("data", "core"):\n    sys.path.append(folder)',
+    "several": 'sys.path.extend(["data", "core"])',
+    "added": 'sys.path += ["core"]',
+    "set": 'sys.path = [os.path.join(os.getcwd(), "core")] + sys.path',
+    "by its place": 'sys.path[0:0] = ["core"]',
+    "above": 'sys.path.append(os.path.join("core", os.pardir, "core"))',
+    "a path by a name": 'CORE = Path(__file__).resolve().parent / "core"\nsys.path.append(str(CORE))',
+    "as a site": 'import site\n\nsite.addsitedir("core")',
     "from beside": 'sys.path.append("../project/core")',
 }
 

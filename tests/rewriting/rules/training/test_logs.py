@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from rewriter.convert import convert_paths
+from rewriter.plan import Options
 from tests.runtime.ranks import run_ranks
 
 from ...helpers import converted
@@ -191,3 +193,21 @@ def test_packages_that_log_do_so_on_one_rank(package: str, setup: str, tmp_path:
     )
     (_, said), (_, other_said) = run_ranks(2, play, converted(text), str(tmp_path), initialize=False, fresh=True)
     assert said.count("a line") == 1 and "a line" not in other_said and other_said.count("a bad thing") == 1
+
+
+def test_a_logger_that_another_file_makes_starts_no_ranks(tmp_path: Path) -> None:
+    """``bmt.rank()`` of its level is known before; a second conversion finds nothing to start."""
+    (tmp_path / "logger.py").write_text(
+        "import logging\n\nlogging.basicConfig(level=logging.DEBUG)\nlog = logging.getLogger()\n"
+    )
+    (tmp_path / "train.py").write_text(
+        "import torch\nfrom logger import log\n\n\ndef train(net, opt, batches):\n    for x in batches:\n"
+        "        opt.zero_grad()\n        net(x).mean().backward()\n        opt.step()\n        log.info('step')\n\n\n"
+        "if __name__ == '__main__':\n    torch.manual_seed(0)\n    net = torch.nn.Linear(4, 1)\n"
+        "    train(net, torch.optim.SGD(net.parameters(), lr=0.1), batches)\n"
+    )
+    paths = [tmp_path / "logger.py", tmp_path / "train.py"]
+    for result in convert_paths(paths, Options(), [tmp_path]):
+        result.path.write_bytes(result.after)
+    assert "level=logging.DEBUG if bmt.rank() == 0" in paths[0].read_text()
+    assert not any(result.changed for result in convert_paths(paths, Options(), [tmp_path]))

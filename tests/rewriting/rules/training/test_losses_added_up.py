@@ -141,3 +141,35 @@ def test_what_each_batch_counts_anew(code: str, wanted: str) -> None:
     )
     found = [finding.message for finding in result.reported if finding.code == "BMT037"]
     assert any(wanted in message for message in found) if wanted else not found
+
+
+TOTAL = """import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+loader = DataLoader(TensorDataset(torch.randn(16, 4), torch.randn(16, 1)), batch_size=4)
+total = 0.0
+for i, (x, y) in enumerate(loader):
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    total += {added}
+{behind}
+"""
+TOTALS = {
+    "divided in place": ("loss", "total /= i + 1\nprint(total)", "print_rank(bmt.sum_loss(total))"),
+    "beside a text": ("loss", "print('loss', total, i)", "print_rank('loss', bmt.sum_loss(total), i)"),
+    "detached": ("loss.detach()", "total /= 4\nprint(total)", "print_rank(bmt.sum_loss(total))"),
+    "its data": ("loss.data", "total *= 0.25\nprint(total)", "print_rank(bmt.sum_loss(total))"),
+    "as a number": ("loss.item()", "print(total)", "print_rank(total)"),
+    "weighed": ("loss * len(x)", "print(total)", "print_rank(total)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("added", "behind", "wanted"), TOTALS.values(), ids=TOTALS.keys())
+def test_a_total_of_loss_tensors_that_starts_at_a_number_is_the_batchs(added: str, behind: str, wanted: str) -> None:
+    assert wanted in converted(TOTAL.format(added=added, behind=behind))

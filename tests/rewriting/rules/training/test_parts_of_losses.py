@@ -44,10 +44,12 @@ for step, (x, y) in enumerate(loader):
 """
 STEP = "    opt.zero_grad()\n    loss.backward()\n    opt.step()\n"
 MEANS, SUMS = "a, b = means(out, y)\n    loss = a + b", "a, b = sums(out, y)\n    loss = a + b"
+MADE = "a = torch.nn.NLLLoss()(F.log_softmax(out, -1), y)\n    b = torch.nn.MSELoss()(out, y)\n    loss = a + b"
 LITERAL = "a, b = F.mse_loss(out, y, reduction='sum'), out.sum()\n    loss = a + 0.5 * b"
 SHOWN = {
     "means added up": (MEANS, "t += a.item()", "t += bmt.sum_loss(a"),
     "means shown": (MEANS, "print(a.item(), b.item())", "bmt.sum_loss(b"),
+    "means of losses that are made there": (MADE, "t += a.item()", "t += bmt.sum_loss(a"),
     "sums added up": (SUMS, "t += b.item()", "t += bmt.total(b.item())"),
     "sums shown": (SUMS, "print(a.item(), b.item())", "bmt.print_rank(bmt.total(a.item()), bmt.total(b.item()))"),
     "named together": (LITERAL, "print(b.item())", "bmt.total(b.item())"),

@@ -74,3 +74,20 @@ def test_what_writes_nothing_stays(body: str) -> None:
 def test_an_environment_that_records(call: str, said: bool) -> None:
     found = convert_text(SCRIPT.format(body=f"env = {call}")).reported
     assert any("every rank records to this place" in remark.message for remark in found) is said
+
+
+GRAPHS = {
+    "a statement": "writer.add_graph(net, x)\n",
+    "of an object": "log.writer.add_graph(net, (x,), verbose=False)\n",
+    "in a guard of the script's": "if rank == 0:\n    writer.add_graph(net, x)\n",
+    "beside what is logged": 'writer.add_scalar("a", 1, 0)\nwriter.add_graph(net, x)\n',
+}
+
+
+@pytest.mark.parametrize("text", GRAPHS.values(), ids=GRAPHS.keys())
+def test_a_picture_of_the_model_is_drawn_where_one_rank_has_all_of_it(text: str) -> None:
+    after = converted(SCRIPT.format(body=text))
+    above, drawn = next(
+        (a.strip(), b) for a, b in zip(after.splitlines(), after.splitlines()[1:], strict=False) if "add_graph" in b
+    )
+    assert above == "if bmt.world_size() == 1:" and drawn.startswith("    ")

@@ -42,6 +42,50 @@ def test_what_has_the_size_of_a_tensor_keeps_it(size: str, drawn: str) -> None:
     assert f"return {drawn} < 0.5" in after and "x = bmt.shard_batch(torch.randn(batch_size, 4))" in after
 
 
+HANDED = """import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+
+def pick(kept, bs, y=None):
+    index = torch.randint(0, len(kept), (bs,))
+    return kept[index]
+
+
+def noise(bs):
+    return torch.rand(bs, 4)
+
+
+def samples(kept, y=None):
+    {size}
+    return pick(kept, {given}) + noise(bs)
+
+
+model = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(model.parameters(), 0.1)
+kept = torch.randn(40, 4)
+for x, y in DataLoader(data, batch_size=options.batch_size):
+    opt.zero_grad()
+    F.mse_loss(model(x + samples(kept, y)), y).backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "given"),
+    [
+        ("bs = y.size(0)", "bs"),
+        ("bs = y.size(0)", "bs=bs, y=y"),
+        ("bs = options.batch_size if y is None else y.size(0)", "bs"),
+        ("bs = len(y)", "bs=bs"),
+        ("bs = y.shape[0]", "y.shape[0]"),
+    ],
+)
+def test_what_a_function_is_given_the_size_of_a_tensor_for_keeps_it(size: str, given: str) -> None:
+    after = converted(HANDED.format(size=size, given=given))
+    assert "index = torch.randint(0, len(kept), (bs,))" in after and "return torch.rand(bs, 4)" in after
+
+
 def test_what_has_a_size_of_its_own_is_shared() -> None:
     after = converted(SCRIPT.format(size="pass", drawn="torch.rand(batch, 1).float()"))
     assert "bmt.shard_batch(torch.rand(batch, 1)).float() < 0.5" in after
@@ -105,3 +149,44 @@ def test_what_picks_a_batch_of_any_size_is_shared(text: tuple[str, str]) -> None
 )
 def test_what_picks_something_else_stays(text: tuple[str, str]) -> None:
     assert "shard_batch" not in picked(*text)
+
+
+FILLED = """import numpy as np
+import torch
+
+np.random.seed(0)
+rows = np.random.randn(100, 4)
+
+
+def batch(n):
+    {lines}
+
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(net.parameters(), 0.1)
+for step in range(10):
+    x = batch(8)
+    opt.zero_grad()
+    net(torch.from_numpy(x).float()).pow(2).mean().backward()
+    opt.step()
+"""
+DRAW = "at = np.random.randint(100, size=n)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        f"x = np.zeros([n, 4])\n    {DRAW}\n    for i in range(n):\n        x[i] = rows[at[i]]\n    return x",
+        f"{DRAW}\n    return np.stack([rows[at[i]] for i in range(n)])",
+        f"x = np.empty((n, 4))\n    {DRAW}\n    for i, j in enumerate(at):\n        x[i] = rows[j]\n    return x",
+        f"{DRAW}\n    x = rows[at]\n    for i in range(0, n):\n        x[i] *= np.random.rand()\n    return x",
+    ],
+)
+def test_positions_that_a_whole_batch_is_filled_by_stay(lines: str) -> None:
+    assert "shard_batch(np.random.randint" not in converted(FILLED.format(lines=lines))
+
+
+@pytest.mark.parametrize("given", ["rows[at]", "np.stack([rows[i] for i in at])"])
+def test_positions_that_a_batch_is_made_of_are_shared(given: str) -> None:
+    after = converted(FILLED.format(lines=f"{DRAW}\n    return {given}"))
+    assert f"at = bmt.shard_batch({DRAW[5:]})" in after
