@@ -146,7 +146,8 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         self._holdings = _Holdings([])
         self._runs: dict[int, _Runs] = {}
         self._overflow: Overflow | None = None
-        self._brought: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # numbers of this step, to where states are
+        # Numbers of this step, to where states are.
+        self._brought: dict[tuple[int, torch.device], tuple[torch.Tensor, torch.Tensor]] = {}
         adopt(replicated_of(all_params(self.param_groups)))
 
     def _state_device(self, flat: Home) -> torch.device:
@@ -210,12 +211,12 @@ class AdamOptimizer(HoldsLossScale, torch.optim.Optimizer):
         return None
 
     def _there(self, number: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-        """``number``, which is of this step, on ``device``; brought once."""
+        """``number``, which is of this step, on ``device``; brought there once."""
         if number is None:
             return None
-        if id(number) not in self._brought:
-            self._brought[id(number)] = (number, number.to(device))
-        return self._brought[id(number)][1]
+        if (id(number), device) not in self._brought:
+            self._brought[id(number), device] = (number, number.to(device))
+        return self._brought[id(number), device][1]
 
     def _state_bytes(self) -> int:
         return sum(state.nbytes for state in self._states.values()) + sum(

@@ -317,6 +317,10 @@ class View:
 
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         """Cut what the constructor (Adagrad's) has made whole, or user code has put there."""
+        if not isinstance(optimizer.state, ShownState):
+            for parameter, entry in optimizer.state.items():
+                if isinstance(entry, dict):
+                    entry.update(_as_stepped_on(flat_of(parameter), entry))
         self.keep_state(optimizer)
         self.show_state(optimizer)
 
@@ -548,6 +552,17 @@ class TensorView(View):
     def cut_present(self, optimizer: torch.optim.Optimizer) -> None:
         self._owner(optimizer)
         super().cut_present(optimizer)
+
+
+def _as_stepped_on(flat: FlatShard | None, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """States that torch was given to load: of their own, and in the dtype of steps, where torch has rounded them."""
+    own = without_links(dict(entry))
+    return {
+        name: value.to(flat.gradient.dtype)
+        if flat is not None and isinstance(value, torch.Tensor) and name not in _SCALARS and value.dtype == flat.dtype
+        else value
+        for name, value in own.items()
+    }
 
 
 def _original(parameter: Any, kept: Mapping[str, Any], name: str) -> OfState:

@@ -62,6 +62,16 @@ def gathered(what: Gatherable, write: bool = False) -> Iterator[None]:
         finally:
             for flat in flats:
                 flat.forget_writes()
+            if isinstance(what, nn.Module):
+                _give_memory(what)
+
+
+def _give_memory(module: nn.Module) -> None:
+    """Let parameters and buffers that are views of whole values, as old weight norms make them, have their own."""
+    for inner in module.modules():
+        for made in (*inner._parameters.values(), *inner._buffers.values()):
+            if made is not None and flat_of(made) is None and engine().whole_flat(made) is not None:
+                made.data = made.data.clone()
 
 
 def _follow_rank_0(flats: list[FlatShard]) -> None:

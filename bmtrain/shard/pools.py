@@ -44,12 +44,15 @@ class Buffer:
                     view.fill_(float("nan"))
 
     def give_up_memory(self) -> bool:
-        """Free the memory and keep the views, for ``allocate``; False, and nothing, if views of others need it."""
+        """Free the memory and keep the views, for ``allocate``; False, and nothing, if views of others need it.
+
+        So do those that are no tensors: torch leaves a storage as it is for good once numpy has seen it.
+        """
         if self._bytes:
             return True
         storage = self.tensor.untyped_storage()
         own = 2 + sum(len(views) for views in self._views.values())  # the flat tensor and ``storage`` itself
-        if torch._C._storage_Use_Count(storage._cdata) > own:
+        if torch._C._storage_Use_Count(storage._cdata) > own or not storage.resizable():
             return False
         self._bytes = storage.nbytes()
         storage.resize_(0)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -132,7 +133,14 @@ void adamw(const std::vector<AdamWRun>& runs, Scalar gradient, Scalar out, const
     // Each thread always has the same part, so that its memory is near its processor.
     const size_t shares = std::clamp<size_t>(pieces.size() / 4, 1, std::max(threads, 1));
     std::vector<std::thread> others;
-    for (size_t i = 1; i < shares; ++i) others.emplace_back(work, pieces.size() * i / shares, pieces.size() * (i + 1) / shares);
+    for (size_t i = 1; i < shares; ++i) {
+        const size_t from = pieces.size() * i / shares, to = pieces.size() * (i + 1) / shares;
+        try {
+            others.emplace_back(work, from, to);
+        } catch (const std::system_error&) {  // the host lets this process start no more
+            work(from, to);
+        }
+    }
     work(0, pieces.size() / shares);
     for (std::thread& other : others) other.join();
 }

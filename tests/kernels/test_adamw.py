@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -296,3 +298,25 @@ def test_the_loop_on_a_cpu_skips_and_clips() -> None:
     step_(*expected, None, clip=torch.tensor(0.25), **numbers)
     for actual, wanted in zip(states[:3], expected[:3], strict=True):
         assert in_units_of_last_place(actual, wanted) <= ROUNDINGS
+
+
+_WITHOUT_THREADS = """
+import resource, torch
+from bmtrain import kernels
+
+count = 200_000
+master, exp_avg, exp_avg_sq, grad = torch.ones(count), torch.zeros(count), torch.zeros(count), torch.ones(count)
+run = kernels.AdamWRun(master, exp_avg, exp_avg_sq, grad, None, None, 0, count)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))  # a thread's stack is larger
+kernels.adamw_([run], lr=0.5, beta1=0.9, beta2=0.9, eps=0.0, weight_decay=0.0, step=1, threads=6)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+torch.testing.assert_close(master, torch.full((count,), 0.5))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what this process takes")
+def test_the_loop_on_a_cpu_does_without_threads_that_do_not_start() -> None:
+    pytest.importorskip("bmtrain._C")
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_THREADS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -263,7 +263,7 @@ def means_are_printed(k: User):
 def gradients_as_numpy(k: User):
     """`p.grad.cpu().numpy()` for a histogram"""
     model, seen = k.net(), {}
-    for _ in k.after_backward(model, k.sgd(model), steps=1):
+    for _ in k.after_backward(model, k.sgd(model)):
         seen = {n: float((p.grad.cpu().numpy() ** 2).sum()) for n, p in model.named_parameters()}
     return {"seen": seen}
 

@@ -59,6 +59,30 @@ def test_optimizers_of_the_same_parameters_follow_each_other(dtype: torch.dtype,
         )
 
 
+@on_ranks(1, 2)
+@pytest.mark.parametrize("way", ["shards", "tensors", "whole"])
+@pytest.mark.parametrize("kind", ["adam", "offload", "torch"])
+def test_states_that_were_loaded_before_a_manager_came_are_of_fp32_values(kind: str, way: Any) -> None:
+    model, later, seen = make(torch.bfloat16), torch.optim.AdamW, list[torch.Tensor]()
+    optimizer = OURS[kind](model.parameters())
+    manager = managed(optimizer)
+    for step in range(4):
+        if step == 2:
+            state = optimizer.state_dict()
+            optimizer, manager = later(model.parameters(), lr=1e-2, weight_decay=0.0), bmt.optim.OptimManager()
+            optimizer.load_state_dict(state)  # torch rounds it to what the parameters show
+            manager.add_optimizer(optimizer, step_on=way)
+        for parameter, grad in zip(model.parameters(), gradients(model, step), strict=True):
+            parameter.grad = grad
+        manager.step()
+        manager.zero_grad()
+        seen = [state["exp_avg"] for state in optimizer.state_dict()["state"].values()]
+    assert {value.dtype for value in seen} == {torch.float32}
+    for value, *grads in zip(seen, *(gradients(model, step) for step in range(4)), strict=True):
+        expected = sum(0.1 * 0.9 ** (3 - step) * grad for step, grad in enumerate(grads))
+        torch.testing.assert_close(value, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("kinds", [("adam", "adam"), ("sgd", "adam"), ("torch", "sgd")])
 @on_ranks(2)
 def test_optimizers_share_digits_on_several_ranks(kinds: tuple[str, str]) -> None:

@@ -76,3 +76,13 @@ def test_all_processors_work() -> None:
     with mock.patch("bmtrain.optim.adam.processors", return_value=6):
         optimizer = bmt.optim.AdamOffloadOptimizer(bmt.BMTrainModelWrapper(nn.Linear(3, 3)).parameters())
     assert optimizer._threads == 6
+
+
+@on_ranks(1)
+def test_numbers_of_a_step_go_wherever_states_are() -> None:
+    """As for a parameter of no module that is on a CPU beside a model on a GPU."""
+    optimizer, number = bmt.optim.AdamOptimizer([nn.Parameter(torch.ones(2))]), torch.ones((), device="cpu")
+    for name in ("meta", "cpu", "meta"):
+        brought = optimizer._there(number, torch.device(name))
+        assert brought is not None and brought.device.type == name
+        assert brought is optimizer._there(number, torch.device(name))

@@ -306,3 +306,31 @@ def test_views_follow_the_parameter() -> None:
     for ours, theirs in zip(*seen, strict=True):
         assert torch.equal(ours, theirs) and type(ours) is torch.Tensor
     oracle.assert_same_weights(model, plain, exact=True)
+
+
+def with_made_of_values(name: str, layer: nn.Linear) -> None:
+    """What a layer gets that is made of its weight's values."""
+    if name == "parameter":
+        layer.more = nn.Parameter(layer.weight.data[:2])
+    elif name == "buffer":
+        layer.register_buffer("more", layer.weight.detach())
+    else:
+        layer.more = nn.ParameterList([layer.weight.data, layer.bias.data])
+
+
+@on_ranks(1, 2, init={"schedule": "stress"})
+@pytest.mark.parametrize("name", ["parameter", "buffer", "list"])
+def test_what_a_module_gets_in_gathered_keeps_its_values(name: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    with_made_of_values(name, model[1])
+    expected = {key: value.clone() for key, value in model.state_dict().items() if "more" in key}
+    torch.manual_seed(0)
+    model = bmt.BMTrainModelWrapper(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)))
+    with bmt.gathered(model):
+        with_made_of_values(name, model[1])
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+    made = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for key, value in expected.items():
+        assert torch.equal(made[key].detach().cpu(), value), key
