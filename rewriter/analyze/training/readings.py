@@ -158,7 +158,10 @@ def _totals(roles: Roles, counted: Set[ast.AST]) -> set[Var]:
         if all(
             value not in counted
             and not _is_number(value)
-            and any(roles.var(name) in roles.losses for name in _whole(value))
+            and (
+                any(roles.var(name) in roles.losses for name in _whole(value))
+                or roles.gives_loss(viewed(value), roles.losses)
+            )
             for value in values
         )
     }

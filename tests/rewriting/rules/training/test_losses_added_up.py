@@ -215,3 +215,43 @@ TRAINED = {
 def test_what_backward_is_called_on_stays_this_ranks(lines: str) -> None:
     text = TOTAL.replace("    loss.backward()\n", "    " + lines + "\n").replace("    total += {added}\n{behind}", "")
     assert "sum_loss" not in converted(text.replace("{behind}", ""))
+
+
+ENGINE = """import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Engine:
+    def __init__(self):
+        self.model = torch.nn.Linear(4, 1)
+        self.opt = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def train_batch(self, x):
+        self.opt.zero_grad()
+        loss = self.model(x).pow(2).mean()
+        loss.backward()
+        self.opt.step()
+        {read}
+        return loss
+
+    def train(self, loader):
+        total = 0
+        for (x,) in loader:
+            total += self.train_batch(x)
+        print(total)
+
+
+torch.manual_seed(0)
+Engine().train(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
+"""
+READ = {
+    "item": ("loss = loss.item()", "print_rank(total)"),
+    "float": ("loss = float(loss)", "print_rank(total)"),
+    "a tensor": ("loss = loss.detach()", "print_rank(bmt.sum_loss(total))"),
+}
+
+
+@pytest.mark.parametrize(("read", "wanted"), READ.values(), ids=READ.keys())
+def test_numbers_that_a_method_returns_are_averaged_once(read: str, wanted: str) -> None:
+    after = converted(ENGINE.replace("{read}", read))
+    assert wanted in after and after.count("sum_loss") == 1
