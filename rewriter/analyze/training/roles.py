@@ -585,8 +585,7 @@ class Roles:
         trained = {
             there.var(name) for item in own if (loss := loss_of(item)) is not None for name in there._terms(loss)
         }
-        read = {there.var(item.targets[0]) for item in own if isinstance(item, ast.Assign) and _is_read(item.value)}
-        held = (trained & known if there is self else trained) - read
+        held = trained & known if there is self else trained
         return bool(given) and all(item is not None and there.var(_bare(item)) in held for item in given)
 
     def _function(self, func: ast.expr) -> FunctionInfo | None:
@@ -670,11 +669,6 @@ def _is_nothing(value: ast.expr | None) -> bool:
 def _is_number(node: ast.expr) -> bool:
     """Whether an expression holds a ``.item()``: with it a sum is no tensor, or not only of this rank."""
     return any(isinstance(item, ast.Attribute) and item.attr in {"item", "tolist"} for item in walk(node))
-
-
-def _is_read(value: ast.expr) -> bool:
-    """Whether a value is a number that is read: ``loss = loss.item()``, ``loss = float(loss)``."""
-    return _is_number(value) or (isinstance(value, ast.Call) and getattr(value.func, "id", "") == "float")
 
 
 def gone_through(target: ast.expr, iterated: ast.expr, displays: bool = False) -> Iterator[tuple[ast.Name, ast.expr]]:

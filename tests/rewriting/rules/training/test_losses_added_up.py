@@ -231,7 +231,7 @@ class Engine:
         loss = self.model(x).pow(2).mean()
         loss.backward()
         self.opt.step()
-        {read}
+        loss = loss.detach()
         return loss
 
     def train(self, loader):
@@ -244,14 +244,8 @@ class Engine:
 torch.manual_seed(0)
 Engine().train(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
 """
-READ = {
-    "item": ("loss = loss.item()", "print_rank(total)"),
-    "float": ("loss = float(loss)", "print_rank(total)"),
-    "a tensor": ("loss = loss.detach()", "print_rank(bmt.sum_loss(total))"),
-}
 
 
-@pytest.mark.parametrize(("read", "wanted"), READ.values(), ids=READ.keys())
-def test_numbers_that_a_method_returns_are_averaged_once(read: str, wanted: str) -> None:
-    after = converted(ENGINE.replace("{read}", read))
-    assert wanted in after and after.count("sum_loss") == 1
+def test_losses_that_a_method_returns_are_averaged_where_their_total_is_shown() -> None:
+    after = converted(ENGINE)
+    assert "print_rank(bmt.sum_loss(total))" in after and after.count("sum_loss") == 1
