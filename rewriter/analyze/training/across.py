@@ -29,6 +29,7 @@ _BENDS = {
     "sqrt", "rsqrt", "log", "log2", "log10", "log1p", "exp", "expm1", "pow", "square", "abs", "relu", "clamp", "clip",
     "clamp_min", "clamp_max", "sigmoid", "tanh", "softplus", "reciprocal", "minimum", "maximum",
 }  # fmt: skip
+_SAME_SHAPE = {"contiguous", "detach", "float", "half", "to", "clone"}
 _NORMS = {"norm", "vector_norm"}
 _ALL_ITEMS = {"max", "min", "amax", "amin", "logsumexp", "softmax"}
 """Of the losses of items they make one that is no mean."""
@@ -237,7 +238,7 @@ class Flow:
             case ast.BinOp(left=left, op=ast.Sub(), right=right):
                 return self._are_crossed(left, right) or self._is_centred(node) or self._are_picked(left, right)
             case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return self._are_picked(left, right)
+                return self._are_crossed(left, right) or self._are_picked(left, right)
             case ast.Call(func=ast.Attribute(attr=attr) | ast.Name(id=attr), args=args):
                 if isinstance(node.func, ast.Attribute) and attr in {"mm", "matmul", "bmm"} and len(args) == 1:
                     return self._are_rows(node.func.value, args[0])
@@ -249,12 +250,15 @@ class Flow:
                     return len(args) > 1 and all(map(self.is_batch, args[:2]))
                 if attr in {"cosine_similarity", "pairwise_distance"}:
                     return len(args) > 1 and (self._are_crossed(*args[:2]) or self._are_picked(*args[:2]))
+                if attr == "inner":
+                    return len(args) == 2 and all(map(self.is_batch, args))
                 if attr == "eye":
                     return bool(args) and self._counts_items(args[0])
                 if attr in _SPREADS:
                     return self._spreads(node)
                 if attr in _ORDERED:
                     return self._is_per_item(args[0] if dotted(node.func) == f"torch.{attr}" and args else node.func)
+                return len(args) == 2 and self._are_crossed(*args)  # nn.CosineSimilarity(dim=2), by its name
         return False
 
     def weighs(self, node: ast.expr) -> bool:
@@ -401,7 +405,8 @@ class Flow:
 
     def _are_rows(self, left: ast.expr, right: ast.expr) -> bool:
         """``a @ b.T``: all rows of one with all of the other; so ``a @ b.mT`` where items are the second dimension."""
-        turned = _turned(right)
+        made = [value for name, value in self.assigned if isinstance(right, ast.Name) and name == right.id]
+        turned = next(filter(None, map(_turned, (right, *made))), None)
         if turned is None and self._is_swapped(left):
             turned = _turned_inside(right)
         return turned is not None and self.is_batch(left) and self.is_batch(turned)
@@ -559,8 +564,14 @@ def _name(node: ast.expr) -> str:
 
 
 def _turned(node: ast.expr) -> ast.expr | None:
-    """The tensor under ``.T``, ``.t()`` or ``.transpose(0, 1)``."""
+    """The tensor under ``.T``, ``.t().contiguous()``, ``.transpose(0, 1)`` or ``torch.t(...)``."""
     match node:
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _SAME_SHAPE:
+            return _turned(value)
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="t"), args=[value]):
+            return value
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="transpose"), args=[value, first, second]):
+            return value if {_integer(first), _integer(second)} == {0, 1} else None
         case ast.Attribute(value=value, attr="T"):
             return value
         case ast.Call(func=ast.Attribute(value=value, attr="t"), args=[]):

@@ -88,6 +88,7 @@ class Collectives:
                 self._held_losses,
                 lambda call: self._left_with_objects(file, call),
                 lambda call, place: self._gives_mean(file, call, place),
+                counted,
             )
             self._readings[file] = {
                 reading: loss

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, walk_own
+from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, walk_own
 from rewriter.analyze.training.roles import Roles, Var
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -26,14 +26,17 @@ def readings(
     attributes: Set[str] = frozenset(),
     kept: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
     gives_mean: Callable[[ast.Call, int], bool] = lambda call, place: False,
+    counted: Set[ast.AST] = frozenset(),
 ) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
     what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
+    ``counted`` is what becomes that of all ranks where it is added up.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
+    totals = _totals(roles, counted)
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
         for reading in (*candidates(roles, node), *_tested(file, roles, node), *given):
@@ -41,14 +44,18 @@ def readings(
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             known = known or (_reads(reading) and held_path(loss) in attributes)
             known = known or (_reads(reading) and _is_given(loss, gives_mean))
-            if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, loss)):
+            if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, totals, loss)):
                 found[reading] = loss
                 taken.add(loss)
+            elif isinstance(loss, ast.BinOp):
+                parts = [name for name in _whole(loss) if roles.var(name) in roles.losses]
+                found |= {name: name for name in parts if not _may_be_number(roles, totals, name)}
         match node:
             case ast.AugAssign(target=target, op=ast.Add(), value=value) if _is_given(value, gives_mean):
                 if roles.var(target) not in roles.trained:
                     found[value] = value
-        found |= {name: name for name in (*_returned(file, roles, node), *_watched(roles, node)) if name not in taken}
+        told = (*_returned(file, roles, node), *_watched(roles, node), *_entered(roles, totals, node))
+        found |= {name: name for name in told if name not in taken}
     return found
 
 
@@ -103,17 +110,88 @@ def _returned(file: File, roles: Roles, node: ast.AST) -> Iterator[ast.Name]:
 
 def _added_to(file: File, roles: Roles, node: ast.AST) -> Var | None:
     """The loss that a statement of a loop adds to, as long as none calls backward on it."""
-    match node:
-        case ast.AugAssign(target=ast.Name() as target, op=ast.Add()):
-            pass
-        case ast.Assign(targets=[ast.Name() as target], value=ast.BinOp(op=ast.Add(), left=left, right=right)):
-            if target.id not in {getattr(left, "id", ""), getattr(right, "id", "")}:
-                return None
-        case _:
-            return None
+    target, _ = _addition(node)
     looped = any(isinstance(parent, (ast.For, ast.While)) for parent in file.names.ancestors(node))
-    variable = roles.var(target)
+    variable = roles.var(target) if isinstance(target, ast.Name) else None
     return variable if looped and variable in roles.losses - roles.trained else None
+
+
+def _addition(node: ast.AST) -> tuple[ast.expr | None, list[ast.expr]]:
+    """What a statement adds to, and what: ``a += x``, ``a = a + x``, ``a = x if first else a + x``."""
+    match node:
+        case ast.AugAssign(target=target, op=ast.Add(), value=value):
+            return target, [value]
+        case ast.Assign(targets=[target], value=ast.IfExp(body=one, orelse=other)):
+            sums = [_added(target, side) for side in (one, other)]
+            if sums.count(None) == 1:
+                return target, [given or side for given, side in zip(sums, (one, other), strict=True)]
+        case ast.Assign(targets=[target], value=value) if (given := _added(target, value)) is not None:
+            return target, [given]
+    return None, []
+
+
+def _added(target: ast.expr, value: ast.expr) -> ast.expr | None:
+    """``x`` of ``a + x``, and of ``0.9 * a + x``, for ``a``."""
+    match value:
+        case ast.BinOp(op=ast.Add(), left=left, right=right):
+            for side, other in ((left, right), (right, left)):
+                weighed = [side.left, side.right] if isinstance(side, ast.BinOp) else [side]
+                if any(_is_same(target, item) for item in weighed):
+                    return other
+    return None
+
+
+def _is_same(target: ast.expr, item: ast.expr) -> bool:
+    return ast.unparse(target) == ast.unparse(item)
+
+
+def _totals(roles: Roles, counted: Set[ast.AST]) -> set[Var]:
+    """Variables that only losses of this rank's shares are added to: ``total += loss.detach() * k``."""
+    added: dict[Var, list[ast.expr]] = {}
+    for node in roles.file.nodes:
+        target, values = _addition(node)
+        if values and target is not None and (variable := roles.var(target)) in roles.losses:
+            added.setdefault(variable, []).extend(values)
+    return {
+        variable
+        for variable, values in added.items()
+        if all(
+            value not in counted
+            and not _is_number(value)
+            and (
+                any(roles.var(name) in roles.losses for name in _whole(value))
+                or roles.gives_loss(viewed(value), roles.losses)
+            )
+            for value in values
+        )
+    }
+
+
+def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
+    """Losses that entries of a dict add up, and totals that become an entry: ``log["loss"] += loss.detach()``."""
+    target, values = _addition(node)
+    if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+        if not _is_trained(roles, target):
+            names = (name for value in values for name in _whole(value) if not _is_number(value))
+            yield from (name for name in names if roles.var(name) in roles.losses)
+        return
+    match node:
+        case ast.Assign(targets=[ast.Subscript(slice=ast.Constant())], value=value):
+            entries = [value]
+        case ast.Dict(values=entries):
+            pass
+        case _:
+            return
+    names = (name for value in entries for name in _whole(value) if roles.var(name) in totals - roles.trained)
+    yield from (name for name in names if not _may_be_number(roles, totals, name))
+
+
+def _is_trained(roles: Roles, entry: ast.Subscript) -> bool:
+    """Whether backward is called on an entry of a dict, or on what is made of the dict."""
+    held = roles.var(entry.value)
+    made = [value for variable, value, _, _ in roles.assignments if variable in roles.trained]
+    made += [value for call in roles.file.calls if (loss := loss_of(call)) for value in (loss, *call.args)]
+    return any(roles.var(item) == held for value in made for item in ast.walk(value) if isinstance(item, ast.Name))
 
 
 def _trains(roles: Roles, node: ast.AST) -> bool:
@@ -238,7 +316,7 @@ def viewed(node: ast.expr) -> ast.expr:
                 return node
 
 
-def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
+def _may_be_number(roles: Roles, totals: set[Var], loss: ast.expr) -> bool:
     """Whether a variable is given a number somewhere: then it has been averaged, or is no rank's own.
 
     The 0 that a loss starts as, to which its parts are added before backward is called on it, is no such number; nor is
@@ -246,12 +324,7 @@ def _may_be_number(roles: Roles, loss: ast.expr) -> bool:
     """
     total = roles.var(loss)
     made = [value for variable, value, _, _ in roles.assignments if variable == total]
-    added = [
-        node.value
-        for node in roles.file.nodes
-        if isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and roles.var(node.target) == total
-    ]
-    if added and all(roles.var(viewed(value)) in roles.losses and not _is_number(value) for value in added):
+    if total in totals:
         made = [value for value in made if not isinstance(value, ast.Constant)]
     elif total in roles.trained:
         made = [value for value in made if not (isinstance(value, ast.Constant) and value.value == 0)]

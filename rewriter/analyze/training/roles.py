@@ -478,7 +478,8 @@ class Roles:
             for variable, value, _, part in self.assignments:
                 if "." in variable[1] or isinstance(value, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.ListComp)):
                     continue
-                if "loss" in variable[1].lower() or (isinstance(value, ast.BinOp) and not self._has_entry(value)):
+                summed = isinstance(value, ast.BinOp) and not self._has_entry(value)
+                if "loss" in variable[1].lower() or summed or isinstance(value, ast.IfExp):
                     if self._loss_value(value, found, part):
                         found.add(variable)
                 if not part and self.gives_loss(value, found):
@@ -603,6 +604,8 @@ class Roles:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)
             return any(self._loss_value(side, known, part) for side in sides) and not any(map(_is_number, sides))
+        if isinstance(value, ast.IfExp):
+            return all(self._loss_value(side, known, part) for side in (value.body, value.orelse))
         if isinstance(value, ast.Name):
             return self.var(value) in known
         if isinstance(value, ast.Call):

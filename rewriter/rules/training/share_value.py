@@ -103,7 +103,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(node, ast.For) and _trains(facts, file, node):
             for item in _own(file, facts, node):
                 message = ""
-                if isinstance(item, ast.AugAssign) and isinstance(item.op, ast.Add) and _of_share(file, facts, item):
+                if (
+                    isinstance(item, ast.AugAssign)
+                    and isinstance(item.op, ast.Add)
+                    and _of_share(file, facts, node, item)
+                ):
                     message = f"{file.source.code(item.target)} adds up this rank's share of the data only"
                     if item not in told and (v := facts.scripts.roles[file].var(item.target)) is not None:
                         counted.add(v)
@@ -367,9 +371,10 @@ def _is_loader(node: ast.AST) -> bool:
     return isinstance(node, (ast.Name, ast.Attribute)) and bool(_LOADER.match((dotted(node) or "").split(".")[-1]))
 
 
-def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
-    """Whether what is added is a size, or a sum that is no loss."""
+def _of_share(file: File, facts: Facts, loop: ast.For, node: ast.AugAssign) -> bool:
+    """Whether what is added is a size, other than that of what the loop goes through, or a sum that is no loss."""
     roles = facts.scripts.roles[file]
+    iterated = {ast.dump(item) for item in ast.walk(loop.iter)}
     if _is_of_all_ranks(file, facts, node.value):
         return False
     for item in ast.walk(node.value):
@@ -380,6 +385,8 @@ def _of_share(file: File, facts: Facts, node: ast.AugAssign) -> bool:
                 shown = attr in _VALUES and roles.var(_bare(value)) not in roles.losses and _sums(value)
                 if attr in _COUNTS or shown:
                     return True
+            case ast.Call(func=ast.Name(id="len"), args=[held]) if ast.dump(held) in iterated:
+                pass
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True
     return False

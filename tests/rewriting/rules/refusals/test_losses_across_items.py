@@ -77,6 +77,12 @@ COMPARED = {
     "pairs' products": "p = chosen(a, b); near = a[p[:, 0]] * a[p[:, 1]]\nreturn near.sum(1).mean()",
     "at each time": "z = a.transpose(0, 1); s = torch.matmul(z, z.transpose(1, 2))\nreturn F.log_softmax(s, -1).mean()",
     "at each time, by bmm": "z = a.permute(1, 0, 2); s = z.bmm(z.mT)\nreturn F.log_softmax(s, -1).mean()",
+    "made contiguous": "s = torch.exp(torch.mm(a, a.t().contiguous()) / 0.5)\nreturn torch.log(s.sum(-1)).mean()",
+    "turned, and by its name": "t = b.t(); s = a @ t\nreturn F.log_softmax(s, -1).mean()",
+    "turned by torch": "return F.log_softmax(a.mm(torch.transpose(b, 0, 1)), -1).mean()",
+    "a module's cosine": "s = cosine(a.unsqueeze(1), b.unsqueeze(0)) / 0.1\nreturn F.log_softmax(s, -1).mean()",
+    "products of all": "s = (a[:, None] * b[None]).sum(-1)\nreturn F.log_softmax(s, -1).mean()",
+    "inner": "return F.log_softmax(torch.inner(a, b), -1).mean()",
     "a mask of pairs": "mask = torch.eye(len(a))\nreturn (mask * a.sum()).mean()",
 }
 
@@ -102,6 +108,9 @@ NOT_COMPARED = {
     "attention": "w = torch.softmax(a @ b.transpose(-2, -1), -1) @ b\nreturn w.pow(2).mean()",
     "attention by einsum": 'w = torch.einsum("bhid,bhjd->bhij", a, b).softmax(-1)\nreturn w.mean()',
     "weights": "out = a @ model.a.weight.T\nreturn F.cross_entropy(out, b)",
+    "weights, by their name": "w = model.a.weight.t()\nreturn F.cross_entropy(a @ w, b)",
+    "weights, each with each": "far = (a[:, None] * model.a.weight[None]).sum(-1)\nreturn far.mean()",
+    "one dimension more": "near = cosine(a.unsqueeze(1), b.unsqueeze(1))\nreturn near.mean()",
     "a codebook": "far = torch.cdist(a, model.codes)\nreturn far.mean()",
     "a fixed matrix": "basis = torch.randn(4, 4)\nout = a @ basis.T\nreturn F.mse_loss(out, b)",
     "a mean over items": "return (a - b).pow(2).mean(0).sum()",

@@ -211,3 +211,23 @@ def test_a_logger_that_another_file_makes_starts_no_ranks(tmp_path: Path) -> Non
         result.path.write_bytes(result.after)
     assert "level=logging.DEBUG if bmt.rank() == 0" in paths[0].read_text()
     assert not any(result.changed for result in convert_paths(paths, Options(), [tmp_path]))
+
+
+@pytest.mark.parametrize("line", ["print('on a CPU')", "tell('on a CPU')", "for _ in range(2): print('on a CPU')"])
+def test_what_another_file_prints_when_it_is_imported_starts_no_ranks(line: str, tmp_path: Path) -> None:
+    """Not in a second conversion either, where ``bmt.print_rank`` stands there."""
+    (tmp_path / "agent.py").write_text(
+        f"import torch\n\n\ndef tell(text):\n    print(text)\n\n\n{line}\n\n\n"
+        "class Agent:\n    def __init__(self):\n        self.net = torch.nn.Linear(4, 1)\n"
+        "        self.opt = torch.optim.SGD(self.net.parameters(), lr=0.1)\n\n    def learn(self, x):\n"
+        "        self.opt.zero_grad()\n        self.net(x).mean().backward()\n        self.opt.step()\n"
+    )
+    (tmp_path / "train.py").write_text(
+        "import torch\nfrom agent import Agent\n\n\ndef train():\n    agent = Agent()\n    for x in batches:\n"
+        "        agent.learn(x)\n    print('done')\n\n\nif __name__ == '__main__':\n    train()\n"
+    )
+    paths = [tmp_path / "agent.py", tmp_path / "train.py"]
+    for result in convert_paths(paths, Options(), [tmp_path]):
+        result.path.write_bytes(result.after)
+    assert "print_rank" in paths[0].read_text() and "init_distributed" not in paths[0].read_text()
+    assert not any(result.changed for result in convert_paths(paths, Options(), [tmp_path]))

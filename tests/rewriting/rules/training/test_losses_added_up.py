@@ -167,9 +167,85 @@ TOTALS = {
     "its data": ("loss.data", "total *= 0.25\nprint(total)", "print_rank(bmt.sum_loss(total))"),
     "as a number": ("loss.item()", "print(total)", "print_rank(total)"),
     "weighed": ("loss * len(x)", "print(total)", "print_rank(total)"),
+    "by a number": ("loss * 0.25", "print(total)", "print_rank(bmt.sum_loss(total))"),
+    "a number by it": ("0.5 * loss.detach()", "print(f'{total:.4f}')", "{bmt.sum_loss(total):.4f}"),
+    "divided as it is shown": ("loss", "print(total / (i + 1))", "print_rank(bmt.sum_loss(total) / (i + 1))"),
+    "divided and read": ("loss", "print((total / 16).item())", "(bmt.sum_loss(total) / 16).item()"),
+    "divided by the batches": ("loss / len(loader)", "print(float(total))", "float(bmt.sum_loss(total))"),
+    "kept in a dict": ("loss", "best = {}\nbest['a'] = total / 4\nprint(best)", "best['a'] = bmt.sum_loss(total) / 4"),
+    "in a dict that is shown": ("loss", "print({'a': total / 4})", "{'a': bmt.sum_loss(total) / 4}"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("added", "behind", "wanted"), TOTALS.values(), ids=TOTALS.keys())
 def test_a_total_of_loss_tensors_that_starts_at_a_number_is_the_batchs(added: str, behind: str, wanted: str) -> None:
-    assert wanted in converted(TOTAL.format(added=added, behind=behind))
+    result = convert_text(TOTAL.format(added=added, behind=behind))
+    assert wanted in result.after.decode()
+    assert not [finding for finding in result.reported if finding.code == "BMT037"]
+
+
+GROWN = {
+    "a sum": ("total = total + loss", "print(total / 4)", "print_rank(bmt.sum_loss(total) / 4)"),
+    "divided in a line of its own": ("total = total + loss", "total = total / 4\nprint(total)", "print_rank(bmt.sum_loss(total))"),
+    "smoothed": ("total = 0.9 * total + 0.1 * loss.detach()", "print(total)", "print_rank(bmt.sum_loss(total))"),
+    "smoothed by numbers": ("total = 0.9 * total + 0.1 * loss.item()", "print(total)", "print_rank(total)"),
+    "the first one": ("total = loss.detach() if i == 0 else total + loss.detach()", "print(total / 4)", "print_rank(bmt.sum_loss(total) / 4)"),
+    "an entry": ("log['train'] += loss.detach()", "print(log)", "log['train'] += bmt.sum_loss(loss).detach()"),
+    "an entry, in other words": ("log['train'] = log['train'] + loss.detach()", "print(log)", "+ bmt.sum_loss(loss).detach()"),
+    "an entry of numbers": ("log['train'] += loss.item()", "print(log)", "log['train'] += bmt.sum_loss(loss).item()"),
+    "an entry, weighed": ("log['train'] += loss.detach() * len(x)", "print(log)", "+= bmt.total(loss.detach() * len(x))"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "behind", "wanted"), GROWN.values(), ids=GROWN.keys())
+def test_what_adds_losses_up_is_the_batchs_where_it_is_shown(line: str, behind: str, wanted: str) -> None:
+    text = TOTAL.replace("total += {added}", line).replace("total = 0.0", "total, log = 0.0, {{'train': 0.0}}")
+    after = converted(text.format(behind=behind))
+    assert wanted in after and after.count("sum_loss") <= 1
+
+
+TRAINED = {
+    "an entry": "log = {'a': 0}\n    log['a'] += loss\n    log['a'].backward()",
+    "a dict's sum": "log = {'a': 0}\n    log['a'] += loss\n    total = sum(log.values())\n    total.backward()",
+    "a sum": "total = 0\n    total = total + loss\n    total.backward()",
+}
+
+
+@pytest.mark.parametrize("lines", TRAINED.values(), ids=TRAINED.keys())
+def test_what_backward_is_called_on_stays_this_ranks(lines: str) -> None:
+    text = TOTAL.replace("    loss.backward()\n", "    " + lines + "\n").replace("    total += {added}\n{behind}", "")
+    assert "sum_loss" not in converted(text.replace("{behind}", ""))
+
+
+ENGINE = """import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Engine:
+    def __init__(self):
+        self.model = torch.nn.Linear(4, 1)
+        self.opt = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def train_batch(self, x):
+        self.opt.zero_grad()
+        loss = self.model(x).pow(2).mean()
+        loss.backward()
+        self.opt.step()
+        loss = loss.detach()
+        return loss
+
+    def train(self, loader):
+        total = 0
+        for (x,) in loader:
+            total += self.train_batch(x)
+        print(total)
+
+
+torch.manual_seed(0)
+Engine().train(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
+"""
+
+
+def test_losses_that_a_method_returns_are_averaged_where_their_total_is_shown() -> None:
+    after = converted(ENGINE)
+    assert "print_rank(bmt.sum_loss(total))" in after and after.count("sum_loss") == 1
