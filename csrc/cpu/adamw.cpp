@@ -1,5 +1,5 @@
-// AdamW on host memory, by several threads: for states that are kept beside a GPU, and for training on CPUs.  It is the
-// kernels' arithmetic: results are those of a GPU to the bit, whichever thread and vector an element falls into.
+// AdamW on host memory, by several threads, for states that are kept beside a GPU.  It is the kernels' arithmetic: results
+// are those of a GPU to the bit, whichever thread and vector an element falls into.
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -97,7 +97,8 @@ inline void update(const AdamW* adamw, float factor, const float* __restrict gra
 const float* widened(const void* from, Scalar type, int64_t at, int64_t count, float* scratch) {
     if (type == Scalar::kFloat32) return static_cast<const float*>(from) + at;
     auto* narrow = static_cast<const uint16_t*>(from) + at;
-    type == Scalar::kFloat16 ? vectorised<widen_half>(narrow, scratch, count) : vectorised<widen_bf16>(narrow, scratch, count);
+    type == Scalar::kFloat16 ? vectorised<widen_half>(narrow, scratch, count)
+                             : vectorised<widen_bf16>(narrow, scratch, count);
     return scratch;
 }
 
@@ -107,7 +108,8 @@ void narrowed(const float* from, void* to, Scalar type, int64_t at, int64_t coun
         return;
     }
     auto* narrow = static_cast<uint16_t*>(to) + at;
-    type == Scalar::kFloat16 ? vectorised<narrow_half>(from, narrow, count) : vectorised<narrow_bf16>(from, narrow, count);
+    type == Scalar::kFloat16 ? vectorised<narrow_half>(from, narrow, count)
+                             : vectorised<narrow_bf16>(from, narrow, count);
 }
 
 struct Piece {
