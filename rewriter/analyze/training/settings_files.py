@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 from rewriter.analyze.read.file import File
 
 _TARGET = re.compile(rb"""^\s*(?:-\s*)?["']?(?:_target_|class)["']?\s*:\s*["']?([A-Za-z_][\w.]*)""", re.MULTILINE)
-_MOST = 1000
-"""Files of settings that are looked into."""
+_MOST = 10_000
+"""Files and folders among which settings are looked for: data may lie beside them."""
 
 
 def modules_in_settings(file: File) -> Iterator[str]:
@@ -23,6 +26,18 @@ def modules_in_settings(file: File) -> Iterator[str]:
                 for folder in (item for item in folders if isinstance(item, str)):
                     place = file.folder / folder
                     place = place.parent if place.suffix == ".yaml" else place  # as hydra had it before 1.0
-                    for path in sorted(place.glob("**/*.yaml"))[:_MOST]:
-                        names = _TARGET.findall(path.read_bytes()) if path.is_file() else []
-                        yield from (name.decode().rpartition(".")[0] for name in names)
+                    for path in _settings(place):
+                        with suppress(OSError):
+                            names = _TARGET.findall(path.read_bytes())
+                            yield from (name.decode().rpartition(".")[0] for name in names)
+
+
+def _settings(place: Path) -> Iterator[Path]:
+    seen = 0
+    for folder, inner, names in os.walk(place):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        paths = (Path(folder, name) for name in sorted(names) if name.endswith(".yaml"))
+        yield from (path for path in paths if path.is_file())  # no pipe
+        seen += len(inner) + len(names)
+        if seen > _MOST:
+            return

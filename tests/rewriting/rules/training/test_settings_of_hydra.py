@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from rewriter.analyze.training import settings_files
 from rewriter.convert import convert_paths
 from rewriter.plan import Options
 
@@ -102,6 +104,25 @@ def test_a_script_may_name_a_file_of_settings(tmp_path: Path) -> None:
 def test_a_trainer_that_none_names_is_reported(tmp_path: Path) -> None:
     after = converted(tmp_path, MAIN, config=SETTINGS)
     assert "no script here starts this training" in after["said"]
+
+
+def test_what_cannot_be_read_beside_settings_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "folder.yaml").mkdir(parents=True)
+    os.mkfifo(tmp_path / "conf" / "pipe.yaml")
+    (tmp_path / "conf" / "gone.yaml").symlink_to(tmp_path / "nowhere")
+    after = converted(tmp_path, MAIN, config=SETTINGS, trainer="_target_: trainer.Trainer\n")
+    assert "    bmt.init_distributed(seed=0)\n    instantiate(cfg.trainer)" in after["main.py"]
+
+
+def test_data_beside_settings_are_not_all_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_files, "_MOST", 3)
+    data = tmp_path / "conf" / "data"
+    data.mkdir(parents=True)
+    for number in range(9):
+        (data / f"{number}.bin").touch()
+    (data / "later").mkdir()
+    (data / "later" / "trainer.yaml").write_text("_target_: trainer.Trainer\n")
+    assert "no script here starts" in converted(tmp_path, MAIN, config=SETTINGS)["said"]
 
 
 def test_settings_elsewhere_are_not_the_scripts(tmp_path: Path) -> None:
