@@ -141,10 +141,8 @@ class MemoryPlan:
         if answer is not None and answer():
             self._give_up()
             return True
-        if self._counts:
-            self._steps += 1
-        elif self._measures:
-            self._steps += 1
+        self._steps += self._counts or self._measures
+        if self._measures:
             self._look()
         return False
 

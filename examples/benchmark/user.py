@@ -119,9 +119,8 @@ def convert(target: Path) -> Path:
     return target
 
 
-def limited(converted: Path, memory: int) -> Path:
-    """The same, in a folder beside it, but for what it allows itself."""
-    target = converted.with_name(f"{converted.name}-{memory}")
+def limited(converted: Path, target: Path, memory: int) -> Path:
+    """The same in ``target``, but for what it allows itself."""
     shutil.copytree(converted, target, dirs_exist_ok=True)
     script = target / "train.py"
     script.write_text(script.read_text().replace("init_distributed(", f"init_distributed(memory={memory}, ", 1))
@@ -154,8 +153,6 @@ def measure(
     seconds: float,
 ) -> None:
     """Fill in ``row``, in so many seconds at most."""
-    if workload.memory:
-        converted = limited(converted, workload.memory)
     script = [str((converted if engine == "converted" else HERE / "gpt") / "train.py")]
     if engine in ("ddp", "fsdp2"):
         script = [str(HERE / "gpt" / "by_hand.py"), engine]
@@ -220,6 +217,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         converted = options.converted or convert(Path(folder) / "converted")
         for workload in map(Workload.parse, options.workloads):
+            scripts = converted
+            if workload.memory:
+                scripts = limited(converted, Path(folder) / f"within-{workload.memory}", workload.memory)
             for ranks in options.ranks:
                 for name, engine, tree in engines(options, ranks):
                     row = Row(workload.text, name, ranks)
@@ -228,7 +228,7 @@ def main() -> int:
                     if seconds <= 0:
                         row.failure = "left out: no time left"
                     else:
-                        measure(row, workload, engine, tree, converted, options, seconds)
+                        measure(row, workload, engine, tree, scripts, options, seconds)
                         if row.losses:
                             compare(row, rows, options.tolerance)
                     print_row(row, rows)

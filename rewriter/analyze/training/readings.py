@@ -136,13 +136,9 @@ def _added(target: ast.expr, value: ast.expr) -> ast.expr | None:
         case ast.BinOp(op=ast.Add(), left=left, right=right):
             for side, other in ((left, right), (right, left)):
                 weighed = [side.left, side.right] if isinstance(side, ast.BinOp) else [side]
-                if any(_is_same(target, item) for item in weighed):
+                if ast.unparse(target) in map(ast.unparse, weighed):  # one is stored, the other loaded
                     return other
     return None
-
-
-def _is_same(target: ast.expr, item: ast.expr) -> bool:
-    return ast.unparse(target) == ast.unparse(item)
 
 
 def _totals(roles: Roles, counted: Set[ast.AST]) -> set[Var]:

@@ -509,6 +509,24 @@ class Roles:
             if isinstance(loss, (ast.Subscript, ast.Attribute)) and self.var(loss) not in self.managers
         }
 
+    @cached_property
+    def loss_dicts(self) -> set[Var]:
+        """Dicts of which backward is called on an entry, or on what the entries add up to."""
+        found: set[Var | None] = set()
+        for call in self.file.calls:
+            match loss_of(call):
+                case ast.Subscript(value=held, slice=ast.Constant(value=str())):
+                    found.add(self.var(held))
+        for item in (
+            item for variable, value, _, _ in self.assignments if variable in self.trained for item in walk(value)
+        ):
+            match item:
+                case ast.Call(func=ast.Name(id="sum"), args=[ast.Call(func=ast.Attribute(value=held, attr="values"))]):
+                    found.add(self.var(held))
+                case ast.Subscript(value=held, slice=ast.Constant(value=str())) if "loss" in ast.unparse(held).lower():
+                    found.add(self.var(held))
+        return {variable for variable in found if variable is not None}
+
     def _terms(self, node: ast.expr) -> Iterator[ast.Name]:
         """The losses that a sum, a part or a multiple of losses is made of, as far as names tell."""
         match node:

@@ -18,18 +18,21 @@ _MOST = 10_000
 
 def modules_in_settings(file: File) -> Iterator[str]:
     """The modules whose classes and functions are named under a script's ``@hydra.main(config_path="conf")``."""
+    for path in (path for folder in _folders(file) for path in _settings(folder)):
+        with suppress(OSError):
+            names = _TARGET.findall(path.read_bytes())
+            yield from (name.decode().rpartition(".")[0] for name in names)
+
+
+def _folders(file: File) -> Iterator[Path]:
     for call in file.calls if b"hydra" in file.source.data else ():
         match call.func:
             case ast.Attribute(value=ast.Name(id="hydra"), attr="main"):
                 given = [*call.args[:1], *(keyword.value for keyword in call.keywords if keyword.arg == "config_path")]
-                folders = [item.value for item in given if isinstance(item, ast.Constant)]
-                for folder in (item for item in folders if isinstance(item, str)):
-                    place = file.folder / folder
-                    place = place.parent if place.suffix == ".yaml" else place  # as hydra had it before 1.0
-                    for path in _settings(place):
-                        with suppress(OSError):
-                            names = _TARGET.findall(path.read_bytes())
-                            yield from (name.decode().rpartition(".")[0] for name in names)
+                for named in (item.value for item in given if isinstance(item, ast.Constant)):
+                    if isinstance(named, str):
+                        place = file.folder / named
+                        yield place.parent if place.suffix == ".yaml" else place  # as hydra had it before 1.0
 
 
 def _settings(place: Path) -> Iterator[Path]:

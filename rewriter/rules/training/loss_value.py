@@ -19,9 +19,8 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import loss_of
 from rewriter.analyze.training.readings import candidates, viewed
-from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.roles import gone_through
 from rewriter.changes import wrap
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -63,19 +62,14 @@ def _in_callbacks(file: File, facts: Facts) -> Iterator[Finding]:
 
 def _entries(method: ast.FunctionDef) -> dict[str, str]:
     """Names of what loops take out of dicts, and of the dicts: ``for k, v in losses.items()``."""
-    found = {}
-    for loop in ast.walk(method):
-        if isinstance(loop, (ast.For, ast.comprehension)):
-            match loop.target, loop.iter:
-                case (
-                    ast.Tuple(elts=[_, ast.Name(id=entry)]),
-                    ast.Call(func=ast.Attribute(value=ast.Name(id=held), attr="items")),
-                ) | (
-                    ast.Name(id=entry),
-                    ast.Call(func=ast.Attribute(value=ast.Name(id=held), attr="values")),
-                ):
-                    found[entry] = held
-    return found
+    loops = (node for node in ast.walk(method) if isinstance(node, (ast.For, ast.comprehension)))
+    return {
+        name.id: held.id
+        for loop in loops
+        if isinstance(loop.iter, ast.Call) and getattr(loop.iter.func, "attr", "") in {"items", "values"}
+        for name, held in gone_through(loop.target, loop.iter)
+        if isinstance(held, ast.Name)
+    }
 
 
 def _gets_loss(facts: Facts, method: str, place: int, name: str, as_dict: bool) -> bool:
@@ -86,38 +80,22 @@ def _gets_loss(facts: Facts, method: str, place: int, name: str, as_dict: bool) 
     for file in facts.scripts.training:
         for call in file.calls:
             if isinstance(call.func, ast.Attribute) and call.func.attr == method:
-                roles = facts.scripts.roles[file]
-                dicts = _dicts_of_losses(roles)
                 given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == name)]
-                readings = facts.scripts.collectives.readings(file)
-                averaged = {*readings, *readings.values()}
-                for item in given if as_dict else ():
-                    if roles.var(item) in dicts:
-                        return True
-                for item in () if as_dict else given:
-                    loss = viewed(item)
-                    is_loss = isinstance(item, ast.Name) and roles.var(item) in roles.losses
-                    is_entry = isinstance(loss, ast.Subscript) and roles.var(loss.value) in dicts
-                    if (is_loss or is_entry) and not averaged & {item, loss}:
-                        return True
+                roles = facts.scripts.roles[file]
+                if as_dict and any(roles.var(item) in roles.loss_dicts for item in given):
+                    return True
+                if not as_dict and any(_is_of_share(file, facts, item) for item in given):
+                    return True
     return False
 
 
-def _dicts_of_losses(roles: Roles) -> set[Var]:
-    """Those of which backward is called on an entry, or on what the entries add up to."""
-    found: set[Var | None] = set()
-    for call in roles.file.calls:
-        match loss_of(call):
-            case ast.Subscript(value=held, slice=ast.Constant(value=str())):
-                found.add(roles.var(held))
-    for value in (value for variable, value, _, _ in roles.assignments if variable in roles.trained):
-        for item in ast.walk(value):
-            match item:
-                case ast.Call(func=ast.Name(id="sum"), args=[ast.Call(func=ast.Attribute(value=held, attr="values"))]):
-                    found.add(roles.var(held))
-                case ast.Subscript(value=held, slice=ast.Constant(value=str())) if "loss" in ast.unparse(held).lower():
-                    found.add(roles.var(held))
-    return {variable for variable in found if variable is not None}
+def _is_of_share(file: File, facts: Facts, item: ast.expr) -> bool:
+    """Whether what a call gives is a loss, or one of a dict of them, that nobody averages there."""
+    roles, readings = facts.scripts.roles[file], facts.scripts.collectives.readings(file)
+    loss = viewed(item)
+    is_loss = isinstance(item, ast.Name) and roles.var(item) in roles.losses
+    is_entry = isinstance(loss, ast.Subscript) and roles.var(loss.value) in roles.loss_dicts
+    return (is_loss or is_entry) and {item, loss}.isdisjoint((*readings, *readings.values()))
 
 
 RULE = Rule(
