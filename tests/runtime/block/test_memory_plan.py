@@ -373,9 +373,9 @@ def runs_of_a_step(steps: int) -> list[list[int]]:
 def test_what_a_cpu_cannot_measure_is_kept_from_the_third_step_of_a_block_on() -> None:
     kept = [[2, 0], [2, 0], [1, 2], [1, 2], [1, 1], [1, 1]]
     for ranks in (1, 2):
-        assert run_ranks(ranks, runs_of_a_step, 6) == [kept] * ranks
+        assert run_ranks(ranks, runs_of_a_step, 6, init={"device": "cpu"}) == [kept] * ranks
         for memory in ("lean", 8):
-            always = run_ranks(ranks, runs_of_a_step, 6, init={"memory": memory})
+            always = run_ranks(ranks, runs_of_a_step, 6, init={"device": "cpu", "memory": memory})
             assert always == [[[2, 0]] * 2 + [[2, 2]] * 4] * ranks
 
 
