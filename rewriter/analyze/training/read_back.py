@@ -86,6 +86,8 @@ class ReadBack:
         function = file.names.function_of(whole)
         if self.scripts.in_kept_guard(other, call) or self._is_of_another_program(file, function, other):
             return
+        if other.names.function_of(call) is not function and self._is_for_others(other, call):
+            return
         if other is not file or other.names.function_of(call) is not function:
             known = key[0] is None or isinstance(key[0], ast.ClassDef)
             if known and not _stays_open(file, whole) and not self._is_for_another_run(file, whole):
@@ -121,6 +123,20 @@ class ReadBack:
         callers = {caller for caller, _ in instances.calls(file, function)} if function is not None else set()
         writing = [p for p in self.scripts.programs if self.scripts.reach(p) & (callers or {file})]
         return bool(writing) and not any(other in self.scripts.reach(program) for program in writing)
+
+    def _is_for_others(self, file: File, node: ast.AST) -> bool:
+        """Whether a node is in a function of a module that nothing in the project names: a notebook's, or nobody's."""
+        function = file.names.function_of(node)
+        if function is None or file.names.parents[function] is not file.tree or function.decorator_list:
+            return False
+        own = set(walk(function))
+        return not any(
+            _names(item, function.name)
+            for other in self.project
+            if other.mentions(function.name)
+            for item in other.nodes
+            if item not in own
+        )
 
     def _waiting(self, other: File, call: ast.expr, file: File, behind: ast.stmt | None) -> Race:
         if behind is None or any(isinstance(item, _LEAVES) for item in _own_jumps(behind)):
@@ -240,6 +256,16 @@ def _kept(file: File, node: ast.AST, path: ast.expr) -> Iterator[Key]:
     for source in sources:
         if isinstance(source, ast.Subscript) and (kept := _of_self(source.value)):
             yield owner, kept
+
+
+def _names(node: ast.AST, wanted: str) -> bool:
+    """Whether a node may stand for what is called so; a text that holds the word may."""
+    match node:
+        case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+            return name == wanted
+        case ast.Constant(value=str() as text):
+            return wanted in text
+    return False
 
 
 def _of_self(node: ast.expr) -> str:

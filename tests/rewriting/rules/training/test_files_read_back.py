@@ -365,3 +365,44 @@ def test_files_whose_paths_an_object_keeps(name: str) -> None:
 @pytest.mark.parametrize("name", PATHS_APART)
 def test_files_whose_paths_an_object_keeps_elsewhere(name: str) -> None:
     assert not waits(*PATHS_APART[name])
+
+
+SAVED = """def save(folder, names):
+    path = os.path.join(folder, "config.json")
+    with open(path, "w") as file:
+        json.dump(names, file)
+def settings(folder="runs"):
+    path = os.path.join(folder, "config.json")
+    with open(path) as file:
+        return json.load(file)
+"""
+SETTINGS = SAVED[SAVED.index("def settings") :]
+ASKED_FOR = {
+    "called": "settings()",
+    "with a folder": "names = settings('runs')",
+    "handed on": "run(settings)",
+    "by its name": "globals()['settings']()",
+    "in a table": "READERS = {'json': settings}",
+    "told of in a list": "__all__ = ['settings']",
+    "of a module": "import utils\nutils.settings()",
+}
+
+
+def seen_to(**parts: str) -> bool:
+    """Whether ranks wait, or are told to."""
+    return bool(told(**parts)) or b"synchronize" in convert_text(filled(**parts)).after
+
+
+@pytest.mark.parametrize("name", ASKED_FOR)
+def test_what_a_function_reads_that_somebody_asks_for(name: str) -> None:
+    assert seen_to(before=SAVED, behind=f"save('runs', {{}})\n{ASKED_FOR[name]}")
+
+
+def test_what_somebody_unseen_may_ask_for() -> None:
+    assert seen_to(before=SAVED.replace(SETTINGS, "@command\n" + SETTINGS), behind="save('runs', {})")
+
+
+@pytest.mark.parametrize("reader", [SETTINGS, SETTINGS.replace("(file)\n", "(file) or settings(folder + '/..')\n")])
+@pytest.mark.parametrize("behind", ["", "settings_of = 3", "# settings()"])
+def test_what_nobody_in_the_project_reads(reader: str, behind: str) -> None:
+    assert not seen_to(before=SAVED.replace(SETTINGS, reader), behind=f"save('runs', {{}})\n{behind}")
