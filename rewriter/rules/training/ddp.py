@@ -16,6 +16,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted, same
 from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.analyze.training.scripts import DATA_PARALLEL
+from rewriter.analyze.training.told_ranks import is_of_a_gpu
 from rewriter.changes import Arguments, Change, Remove, ReplaceStatement, replace, template
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
@@ -49,14 +50,16 @@ def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
             changes = (replace(node, "{model}", model=node.args[0]),)
         yield Conversion(RULE.code, node.lineno, "the model needs no wrapper", changes)
     elif name == "torch.utils.data.DistributedSampler":
-        given = {keyword.arg for keyword in node.keywords} | {"num_replicas", "rank"} & set(
-            ("", "num_replicas", "rank")[: len(node.args)]
-        )
-        options = {"num_replicas": "num_replicas={bmt}.world_size()", "rank": "rank={bmt}.rank()"}
-        added = tuple(template(option) for name, option in options.items() if name not in given)
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        given.update(zip(("dataset", "num_replicas", "rank"), node.args, strict=False))
+        options = {"num_replicas": "world_size", "rank": "rank"}
+        added = tuple(template(f"{key}={{bmt}}.{what}()") for key, what in options.items() if key not in given)
         if added and (node.args or node.keywords):
             change = Arguments(node, added=added)
             yield Conversion(RULE.code, node.lineno, "the sampler is told the ranks", (change,))
+        if "rank" in given and is_of_a_gpu(file, facts.scripts, given["rank"]):
+            changes = (replace(given["rank"], "{bmt}.rank()"),)
+            yield Conversion(RULE.code, node.lineno, "the sampler is told the ranks", changes)
     elif name == "torch.nn.SyncBatchNorm.convert_sync_batchnorm":
         yield Remark(RULE.code, node.lineno, "SyncBatchNorm needs a process group")
     elif isinstance(node.func, ast.Attribute) and node.func.attr == "no_sync" and not node.args:

@@ -1,7 +1,8 @@
 """torch.distributed's calls are bmtrain's.
 
 What: ``get_rank``, ``get_world_size``, ``barrier``, ``is_initialized`` and in-place ``all_reduce`` become bmtrain's;
-``init_process_group`` and ``destroy_process_group`` go.
+``init_process_group`` and ``destroy_process_group`` go; where the script told the process group a rank and a number of
+ranks and reads them elsewhere, these are what the launcher says: ``args.rank, args.world_size = ...``.
 Why: bmtrain has its own communicators and needs no process group.
 Refuses when: the project uses other collectives of torch.distributed, or groups: these stay, and the script registers
 torch's process group behind ``bmt.init_distributed()``. A script that reduces gradients itself would do it twice.
@@ -16,8 +17,9 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.training.told_ranks import names_to_set, tellings
 from rewriter.analyze.training.torch_distributed import GROUP, SIMPLE, calls_that_stay, from_rank, operation
-from rewriter.changes import Remove, replace
+from rewriter.changes import Insert, Remove, replace, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
@@ -40,6 +42,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         yield Remark(RULE.code, test.lineno, message, differs=True)
     for call in others if not registered else ():
         yield Remark(RULE.code, call.lineno, f"{names[call]} keeps using torch's process group", differs=True)
+    if registered or not others:
+        yield from _numbers(file, facts)
     for call, name in distributed.items():
         if call not in others and (registered or not (others and name in GROUP)):
             yield from _call(file, facts, call, name)
@@ -69,6 +73,20 @@ def _call(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[Findi
         reduction = f'{{bmt}}.distributed.all_reduce({{tensor}}, op="{operation(file, facts.project, call)}")'
         change = replace(call, f"{{tensor}}.copy_({reduction})", tensor=tensor)
         yield Conversion(RULE.code, call.lineno, "the reduction is bmtrain's", (change,))
+
+
+def _numbers(file: File, facts: Facts) -> Iterator[Finding]:
+    """What the process group is told, by whatever names, are the launcher's numbers."""
+    for call, told in tellings(file, facts.scripts):
+        names = names_to_set(file, facts.scripts, call, told)
+        statement = file.names.statement_of(call)
+        if not names or not isinstance(statement, ast.Expr) or statement.value is not call:
+            continue
+        targets = ", ".join(f"{{{what}}}" for what in names)
+        values = ", ".join(f"{{bmt}}.{what}()" for what in names)
+        line = template(f"{targets} = {values}", **names)
+        message = f"{' and '.join(map(file.source.code, names.values()))} as the launcher counts"
+        yield Conversion(RULE.code, call.lineno, message, (Insert(statement, (line,), behind=True),))
 
 
 RULE = Rule(
