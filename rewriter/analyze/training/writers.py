@@ -24,7 +24,7 @@ WRITERS = {
     "matplotlib.image.imsave", "skimage.io.imsave", "scipy.io.wavfile.write", "scipy.io.savemat",
     "scipy.sparse.save_npz", "soundfile.write", "librosa.output.write_wav", "torchaudio.save",
     "torchvision.io.write_png", "torchvision.io.write_jpeg", "torchvision.io.write_video", "numpy.savez_compressed",
-    "joblib.dump", "dill.dump", "cloudpickle.dump", "toml.dump",
+    "joblib.dump", "dill.dump", "cloudpickle.dump", "toml.dump", "torch.cuda.memory._dump_snapshot",
     "pprint.pprint", "pprint.pp", "rich.print", "click.echo", "click.secho", "termcolor.cprint",
     *(f"{module}.tqdm.write" for module in ("tqdm", "tqdm.auto", "tqdm.std", "tqdm.notebook", "tqdm.autonotebook")),
 }  # fmt: skip
@@ -53,6 +53,7 @@ WRITING_METHODS = {
     "savefig", "to_csv", "write_text", "write_bytes", "writerow", "writerows", "save_pretrained",
     "print_trainable_parameters", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_to_disk",
     "unlink", "rmdir", "symlink_to", "hardlink_to",
+    "export_chrome_trace", "export_stacks", "export_memory_timeline", "dump_stats",
     "tofile", "to_hdf", "to_html", "write_image", "write_html", "write_parquet", "write_csv", "save_word2vec_format",
     *UPLOADING_METHODS,
 }  # fmt: skip
@@ -80,9 +81,19 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     blocks = (parent for parent in file.names.ancestors(node) if isinstance(parent, ast.With))
     if any(opens_for_writing(item.context_expr) for block in blocks for item in block.items):
         return False
-    if project.external(file, node.value.func) in WRITERS | _OF_MODELS:
+    return _is_writer(file, project, node.value)
+
+
+def writes_when_called(file: File, project: Project, call: ast.Call) -> bool:
+    """Whether a call is all that a ``lambda`` does, and writes."""
+    made = file.names.parents[call]
+    return isinstance(made, ast.Lambda) and call is made.body and _is_writer(file, project, call)
+
+
+def _is_writer(file: File, project: Project, call: ast.Call) -> bool:
+    func = call.func
+    if project.external(file, func) in WRITERS | _OF_MODELS:
         return True
-    func = node.value.func
     if isinstance(func, ast.Attribute) and func.attr == "tofile":
         # The values of a parameter are for all ranks to read: one that did so alone would wait.
         return not any(
@@ -90,7 +101,7 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
         )
     return isinstance(func, ast.Attribute) and (
         func.attr in WRITING_METHODS
-        or _renames_path(node.value)
+        or _renames_path(call)
         or _writes_above_bar(file, project, func)
         or _saves_picture(file, project, func)
     )

@@ -39,6 +39,7 @@ from rewriter.analyze.training.writers import (
     takes_path,
     writes,
     writes_archive,
+    writes_when_called,
 )
 from rewriter.changes import Arguments, Change, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
@@ -116,6 +117,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if not isinstance(file.names.parents[call], ast.Expr):
                 change = wrap(call.func, "{bmt}.on_rank_0({it})")
                 yield Conversion(RULE.code, call.lineno, "one rank uploads", (change,))
+        elif writes_when_called(file, facts.project, call) and not facts.scripts.in_kept_guard(file, call):
+            change = wrap(call.func, "{bmt}.on_rank_0({it})")
+            yield Conversion(RULE.code, call.lineno, "one rank writes", (change,))
         elif _records(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank records to this place: give it one of its own, by bmt.rank()"
             yield Remark(RULE.code, call.lineno, message, differs=True)

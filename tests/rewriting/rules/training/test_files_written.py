@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """Files are written by one rank, however they are opened; what is read stays."""
 
 from __future__ import annotations
@@ -141,3 +142,39 @@ def test_temporary_files_that_other_ranks_leave_are_reported(body: str) -> None:
 @pytest.mark.parametrize("body", SCRATCH.values(), ids=SCRATCH.keys())
 def test_other_temporary_files_are_not(body: str) -> None:
     assert "the others' stay" not in left_of(body)
+
+
+PROFILED = {
+    "a trace": ('prof.export_chrome_trace("trace.json")', 'if bmt.rank() == 0:\n            prof.export_chrome_trace("trace.json")'),
+    "stacks": ('prof.export_stacks("stacks.txt", "self_cuda_time_total")', "if bmt.rank() == 0:\n            prof.export_stacks("),
+    "a timeline": ('prof.export_memory_timeline("memory.html")', "if bmt.rank() == 0:\n            prof.export_memory_timeline("),
+    "memory": ('torch.cuda.memory._dump_snapshot("memory.pickle")', "if bmt.rank() == 0:\n            torch.cuda.memory._dump_snapshot("),
+    "of Python": ('prof.dump_stats("calls.prof")', "if bmt.rank() == 0:\n            prof.dump_stats("),
+    "when it is ready": (
+        'with torch.profiler.profile(on_trace_ready=lambda p: p.export_chrome_trace(f"{p.step_num}.json")) as prof:\n    prof.step()',
+        'on_trace_ready=lambda p: bmt.on_rank_0(p.export_chrome_trace)(f"{p.step_num}.json")',
+    ),
+    "a table, later": ("done = lambda table: table.to_csv('a.csv')", "lambda table: bmt.on_rank_0(table.to_csv)('a.csv')"),
+    "a function": (
+        'def ready(p):\n    p.export_chrome_trace("trace.json")\nprof = torch.profiler.profile(on_trace_ready=ready)',
+        'def ready(p):\n            if bmt.rank() == 0:\n                p.export_chrome_trace("trace.json")',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_what_profilers_write_is_one_ranks(name: str) -> None:
+    before, after = PROFILED[name]
+    assert after in body(before)
+    assert body(before).count("bmt.rank() == 0") + body(before).count("on_rank_0") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'prof = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler("log"))',
+        "top = lambda p: p.key_averages().table()",
+    ],
+)
+def test_what_each_rank_writes_by_itself_stays(text: str) -> None:
+    assert text in body(text)
