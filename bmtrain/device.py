@@ -403,6 +403,11 @@ class Device:
             return True
 
     @property
+    def is_captured(self) -> bool:
+        """Whether what is queued now goes into a CUDA graph instead of being run."""
+        return self.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    @property
     def overlaps(self) -> bool:
         """Whether collectives may run beside computation; on a CPU none do, but under "stress" they begin as early."""
         return self.is_cuda or self.schedule == "stress"
