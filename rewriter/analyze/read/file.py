@@ -99,6 +99,7 @@ class File:
     notebook: Notebook | None = None
     original: Original | None = None
     rank_flags: dict[str, bool] | None = None
+    rank_holders: dict[tuple[ast.AST | None, str], bool] | None = None
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
+from rewriter.analyze.training.rank_names import is_rank
 from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
@@ -22,7 +23,6 @@ _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _DEEP = 5
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
 _BESIDE_MODEL = re.compile(r"token|process|config|extractor|sched|vocab|collat", re.I)
-_RANK_NAME = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
     re.I,
@@ -579,31 +579,6 @@ def is_other_rank_test(file: File, test: ast.expr) -> bool:
         unlike = len(test.ops) == 1 and isinstance(test.ops[0], (ast.NotEq, ast.Gt, ast.NotIn))
         return unlike and is_rank(file, test.left)
     return is_rank(file, test)
-
-
-def is_rank(file: File, node: ast.expr) -> bool:
-    """Whether an expression is a rank's number, in all or in its node (``rank % gpus``)."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod):
-        return not isinstance(node.right, ast.Constant) and is_rank(file, node.left)
-    if isinstance(node, ast.Call):
-        name = (dotted(node.func) or "").split(".")[-1]
-        if name == "int" and len(node.args) == 1:
-            return is_rank(file, node.args[0])
-        if name in {"get", "getenv"} and node.args and isinstance(node.args[0], ast.Constant):
-            return str(node.args[0].value).endswith("RANK")
-        return name == "rank" or name.endswith("_rank")
-    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-        return str(node.slice.value) in {"RANK", "LOCAL_RANK"}
-    path = dotted(node)
-    return path is not None and bool(_RANK_NAME.search(path.split(".")[-1]))
-
-
-def varies_by_rank(file: File, node: ast.expr) -> bool:
-    """Whether a seed is another one on every rank."""
-    return any(
-        isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
-        for item in walk(node)
-    )
 
 
 def _integer(node: ast.expr) -> int | None:

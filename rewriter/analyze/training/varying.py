@@ -8,7 +8,8 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, walk, walk_own
-from rewriter.analyze.training.collectives import Collectives, is_rank
+from rewriter.analyze.training.collectives import Collectives
+from rewriter.analyze.training.rank_names import is_rank
 from rewriter.analyze.training.roles import Roles, Var
 
 _HOST = {

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted, same
-from rewriter.analyze.training.collectives import varies_by_rank
+from rewriter.analyze.training.rank_names import varies_by_rank
 from rewriter.analyze.training.scripts import DATA_PARALLEL
 from rewriter.analyze.training.told_ranks import is_of_a_gpu
 from rewriter.changes import Arguments, Change, Remove, ReplaceStatement, replace, template

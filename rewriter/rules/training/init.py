@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
-from rewriter.analyze.training.collectives import varies_by_rank
 from rewriter.analyze.training.default_sinks import QUIETED, default_sinks
 from rewriter.analyze.training.draws import acts_by_draws
 from rewriter.analyze.training.folders import asked_by_all
 from rewriter.analyze.training.moments import contains
+from rewriter.analyze.training.rank_names import varies_by_rank
 from rewriter.analyze.training.torch_distributed import calls_of_packages, calls_that_stay
 from rewriter.changes import Change, insert_before, insert_behind, replace
 from rewriter.rules.imports import imports

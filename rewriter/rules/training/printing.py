@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
-from rewriter.analyze.training.collectives import is_rank
+from rewriter.analyze.training.rank_names import is_rank
 from rewriter.analyze.training.writers import handles_records
 from rewriter.changes import Change, replace
 from rewriter.rules.rule import Example, Rule

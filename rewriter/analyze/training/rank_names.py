@@ -1,0 +1,172 @@
+"""Which expressions are a rank's number: by their names, or by what they are given.
+
+``mp.spawn(worker)`` gives its worker one, a loop that starts processes does, and so does the environment; whoever is
+handed such a number, or keeps it, has one, whatever it is called (``gpu``, ``self.gpu_id``).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import Function, dotted, walk
+
+_NAMED = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
+_ROUNDS = 4
+_HINTS = (b"rank", b"RANK", b"spawn", b"Process")
+_STARTS = {"spawn", "start_processes"}
+_JOINS = "init_process_group"
+
+Holder = tuple[ast.AST | None, str]
+"""A name or attribute, with the function, class or file that it belongs to; None: of any object."""
+
+
+def is_rank(file: File, node: ast.expr) -> bool:
+    """Whether an expression is a rank's number, in all or in its node (``rank % gpus``)."""
+    match node:
+        case ast.BinOp(op=ast.Mod(), left=left, right=right):
+            return not isinstance(right, ast.Constant) and is_rank(file, left)
+        case ast.BinOp(op=ast.Add(), left=ast.BinOp(op=ast.Mult()), right=of_node):  # node * gpus + gpu
+            return is_rank(file, of_node)
+        case ast.BinOp(op=ast.Add(), left=of_node, right=ast.BinOp(op=ast.Mult())):
+            return is_rank(file, of_node)
+        case ast.Call(func=func, args=args):
+            name = (dotted(func) or "").split(".")[-1]
+            if name == "int" and len(args) == 1:
+                return is_rank(file, args[0])
+            if name in {"get", "getenv"} and args and isinstance(args[0], ast.Constant):
+                return str(args[0].value).endswith("RANK")
+            return name == "rank" or name.endswith("_rank")
+        case ast.Subscript(slice=ast.Constant(value=key)):
+            return str(key) in {"RANK", "LOCAL_RANK"}
+    path = dotted(node)
+    if path is None:
+        return False
+    return bool(_NAMED.search(path.split(".")[-1])) or _holds_rank(file, node, path)
+
+
+def _holds_rank(file: File, node: ast.expr, path: str) -> bool:
+    if file.rank_holders is None:
+        held: dict[Holder, bool] = {}
+        file.rank_holders = held
+        functions = _functions(file)
+        for _ in range(_ROUNDS if any(hint in file.source.data for hint in _HINTS) else 0):
+            before = held.copy()  # of those who hand on what they were given in the round before
+            held.update(dict.fromkeys(_given(file, functions), True))
+            held.update(dict.fromkeys(_given_another(file), False))
+            if held == before:
+                break
+    return any(file.rank_holders.get(holder, False) for holder in _holders(file, node, path))
+
+
+def _functions(file: File) -> dict[str, Function]:
+    """By the name that calls have, those of which there is one; of a class what makes its objects."""
+    found: dict[str, Function | None] = {}
+    for item in file.nodes:
+        function: ast.stmt | None
+        match item:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                function = item
+            case ast.ClassDef(name=name, body=body):
+                function = next((m for m in body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
+            case _:
+                continue
+        known = isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and name not in found
+        found[name] = function if known else None
+    return {name: function for name, function in found.items() if function is not None}
+
+
+def _holders(file: File, node: ast.expr, path: str) -> Iterator[Holder]:
+    """What an expression may stand for: of a name that of the closest function which binds it."""
+    if isinstance(node, ast.Attribute):
+        yield (file.names.class_of(node) if path.startswith("self.") else None), path
+        return
+    found = file.names.lookup(path, file.names.scope_of(node))
+    if found is not None:
+        yield found[0].node, path
+
+
+def _given(file: File, functions: dict[str, Function]) -> Iterator[Holder]:
+    """Who is given a rank, as far as is known by now."""
+    for call in file.calls:
+        name = (dotted(call.func) or "").split(".")[-1]
+        named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+        if name in _STARTS:
+            yield from _first(functions, named.get("fn", call.args[0] if call.args else None))
+        elif name == "Process":
+            yield from _of_process(file, functions, named)
+        elif name == _JOINS and "rank" in named:
+            yield from _holders(file, named["rank"], dotted(named["rank"]) or "")
+        elif name in functions:
+            yield from _handed(file, functions[name], call, named)
+    for node in file.nodes:
+        match node:
+            case ast.Assign(targets=[(ast.Name() | ast.Attribute()) as target], value=value) if is_rank(file, value):
+                yield from _holders(file, target, dotted(target) or "")
+
+
+def _given_another(file: File) -> Iterator[Holder]:
+    """Who is given another number than a rank, or than what stands for the only process."""
+    for node in file.nodes:
+        match node:
+            case ast.Assign(targets=targets, value=value):
+                single = len(targets) == 1 and (is_rank(file, value) or _is_of_one(value))
+                others = [] if single else targets
+            case ast.AugAssign(target=target) | ast.For(target=target):
+                others = [target]
+            case _:
+                continue
+        for target in others:
+            for item in walk(target):
+                if isinstance(item, (ast.Name, ast.Attribute)) and isinstance(item.ctx, ast.Store):
+                    yield from _holders(file, item, dotted(item) or "")
+
+
+def _first(functions: dict[str, Function], worker: ast.expr | None) -> Iterator[Holder]:
+    function = functions.get((dotted(worker) or "").split(".")[-1]) if worker is not None else None
+    if function is not None and (names := _positional(function)):
+        yield function, names[0]
+
+
+def _of_process(file: File, functions: dict[str, Function], named: dict[str, ast.expr]) -> Iterator[Holder]:
+    """``for i in range(n): Process(target=worker, args=(i, n))``: the number that the loop counts."""
+    worker, given = named.get("target"), named.get("args")
+    function = functions.get((dotted(worker) or "").split(".")[-1]) if worker is not None else None
+    if function is None or not isinstance(given, (ast.Tuple, ast.List)):
+        return
+    loop = file.names.enclosing(given, (ast.For,))
+    match loop:
+        case ast.For(target=ast.Name(id=number), iter=ast.Call(func=ast.Name(id="range"), args=[_])):
+            for name, value in zip(_positional(function), given.elts, strict=False):
+                if isinstance(value, ast.Name) and value.id == number:
+                    yield function, name
+
+
+def _handed(file: File, function: Function, call: ast.Call, named: dict[str, ast.expr]) -> Iterator[Holder]:
+    """A function's parameters that a call gives a rank."""
+    for name, value in (*zip(_positional(function), call.args, strict=False), *named.items()):
+        if is_rank(file, value):
+            yield function, name
+
+
+def _positional(function: Function) -> list[str]:
+    names = [item.arg for item in (*function.args.posonlyargs, *function.args.args)]
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+
+
+def _is_of_one(value: ast.expr) -> bool:
+    """What stands for the rank where there is one process: None, 0 or -1."""
+    match value:
+        case ast.Constant(value=None | 0) | ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)):
+            return True
+    return False
+
+
+def varies_by_rank(file: File, node: ast.expr) -> bool:
+    """Whether a seed is another one on every rank."""
+    return any(
+        isinstance(item, ast.expr) and (is_rank(file, item) or (isinstance(item, ast.Name) and "offset" in item.id))
+        for item in walk(node)
+    )
