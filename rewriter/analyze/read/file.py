@@ -100,6 +100,7 @@ class File:
     original: Original | None = None
     rank_flags: dict[str, bool] | None = None
     rank_holders: dict[tuple[ast.AST | None, str], bool] | None = None
+    given_ranks: set[tuple[ast.AST | None, str]] = field(default_factory=set)
     classes: dict[ast.ClassDef, ClassInfo] = field(default_factory=dict)
     functions: dict[ast.AST, FunctionInfo] = field(default_factory=dict)
 

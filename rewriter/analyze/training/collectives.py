@@ -13,7 +13,7 @@ from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
-from rewriter.analyze.training.rank_names import is_rank
+from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
 from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
@@ -418,9 +418,7 @@ class Guard:
 
 
 def guards(file: File) -> Iterator[Guard]:
-    if not re.search(rb"rank|master|main|primary|RANK", file.source.data):
-        return
-    for node in file.nodes:
+    for node in file.nodes if may_know_ranks(file) else ():
         if isinstance(node, ast.If):
             guard = as_guard(file, node)
             if guard is not None:
@@ -458,7 +456,7 @@ class Exit:
 
 
 def exits(file: File) -> Iterator[Exit]:
-    for node in file.nodes if re.search(rb"rank|master|main|primary|RANK", file.source.data) else ():
+    for node in file.nodes if may_know_ranks(file) else ():
         if isinstance(node, ast.If) and isinstance(node.body[-1], (ast.Return, ast.Continue, ast.Break)):
             operands = [node.test]
             if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.Or):

@@ -10,12 +10,13 @@ import ast
 import re
 from collections.abc import Iterator
 
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.project import Project
 
 _NAMED = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _ROUNDS = 4
-_HINTS = (b"rank", b"RANK", b"spawn", b"Process")
+_HINTS = (b"rank", b"RANK", b"spawn", b"Process", b"master", b"main", b"primary")
 _STARTS = {"spawn", "start_processes"}
 _JOINS = "init_process_group"
 
@@ -47,18 +48,65 @@ def is_rank(file: File, node: ast.expr) -> bool:
     return bool(_NAMED.search(path.split(".")[-1])) or _holds_rank(file, node, path)
 
 
+def hand_ranks_on(project: Project) -> None:
+    """Note who is given a rank by another file: workers that are started there, and whatever they call."""
+    files = {file for file in project if file.mentions("spawn") or file.mentions("Process")}
+    for _ in range(_ROUNDS):
+        reached: set[File] = set()
+        for file in files:
+            for call in file.calls:
+                for other, holder in _handed_to_others(project, file, call):
+                    if holder not in other.given_ranks:
+                        other.given_ranks.add(holder)
+                        other.rank_holders = None
+                        reached.add(other)
+        if not reached:
+            break
+        files |= reached
+
+
+def _handed_to_others(project: Project, file: File, call: ast.Call) -> Iterator[tuple[File, Holder]]:
+    name = (dotted(call.func) or "").split(".")[-1]
+    named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+    worker = named.get("fn", call.args[0] if call.args else None) if name in _STARTS else named.get("target")
+    starts = name in _STARTS or name == "Process"
+    callee = worker if starts else call.func
+    found = project.resolve(file, callee) if callee is not None else None
+    if isinstance(found, ClassInfo):
+        methods = [m for m in found.node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
+        owner, function = found.file, next(iter(methods), None)
+    elif isinstance(found, FunctionInfo) and isinstance(found.node, ast.FunctionDef):
+        owner, function = found.file, found.node
+    else:
+        return
+    if owner is file or function is None:
+        return
+    if name in _STARTS:
+        holders = _first({function.name: function}, ast.Name(function.name))
+    elif starts:
+        holders = _of_process(file, {function.name: function}, {**named, "target": ast.Name(function.name)})
+    else:
+        holders = _handed(file, function, call, named)
+    yield from ((owner, holder) for holder in holders)
+
+
 def _holds_rank(file: File, node: ast.expr, path: str) -> bool:
     if file.rank_holders is None:
         held: dict[Holder, bool] = {}
         file.rank_holders = held
         functions = _functions(file)
-        for _ in range(_ROUNDS if any(hint in file.source.data for hint in _HINTS) else 0):
+        for _ in range(_ROUNDS if may_know_ranks(file) else 0):
             before = held.copy()  # of those who hand on what they were given in the round before
-            held.update(dict.fromkeys(_given(file, functions), True))
+            held.update(dict.fromkeys((*file.given_ranks, *_given(file, functions)), True))
             held.update(dict.fromkeys(_given_another(file), False))
             if held == before:
                 break
     return any(file.rank_holders.get(holder, False) for holder in _holders(file, node, path))
+
+
+def may_know_ranks(file: File) -> bool:
+    """Whether anything in a file may be a rank, or say which one this is: a cheap question."""
+    return bool(file.given_ranks) or any(hint in file.source.data for hint in _HINTS)
 
 
 def _functions(file: File) -> dict[str, Function]:

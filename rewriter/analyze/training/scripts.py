@@ -18,6 +18,7 @@ from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.opened import goes_on, with_givers
+from rewriter.analyze.training.rank_names import hand_ranks_on
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.settings_files import modules_in_settings
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
@@ -45,6 +46,7 @@ class Scripts:
     def __init__(self, classes: Classes) -> None:
         self.classes = classes
         self.project = classes.project
+        hand_ranks_on(self.project)
         self.roles: dict[File, Roles] = _Roles(classes)
         self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares, self._gives_mean)
         self.feeds = Feeds(self.collectives)

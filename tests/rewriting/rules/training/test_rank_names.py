@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.convert import convert_text
+from rewriter.convert import convert_paths, convert_text
+from rewriter.plan import Options
 from tests.runtime.ranks import run_script
 
 HEAD = """import argparse
@@ -88,3 +89,40 @@ def test_what_is_no_rank_decides_for_all(name: str) -> None:
     tail = "model, optimizer, loader = made()\nfor x, y in loader:\n    loss = model(x).mean()\n    loss.backward()\n    optimizer.step()\nif gpu == 0:\n    torch.save(model.state_dict(), 'model.pt')\n"
     after = convert_text(HEAD + OTHERS[name] + tail).after.decode()
     assert "gpu == 0" in after
+
+
+WORKER = """import torch
+import torch.distributed as dist
+from common import made, setup
+
+
+def work(gpu, size):
+    setup(gpu, size)
+    train(gpu)
+
+
+def train(me):
+""" + EPOCHS.format(test="if me == 0:")
+COMMON = HEAD + "def setup(number, size):\n    " + JOIN.format("number", "size")
+STARTS = {
+    "spawn": "import os\nimport torch.multiprocessing as mp\nimport worker\n\n" + SPAWN.format("worker.work", "1,"),
+    "by name": "import os\nimport torch.multiprocessing as mp\nfrom worker import work\n\n" + SPAWN.format("work", "1,"),
+    "a loop": "import torch.multiprocessing as mp\nfrom worker import work\n\nif __name__ == '__main__':\n    started = []\n    for i in range(1):\n        p = mp.Process(target=work, args=(i, 1))\n        p.start()\n        started.append(p)\n    for p in started:\n        p.join()\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_workers_in_other_files(name: str, tmp_path: Path) -> None:
+    texts = {"common.py": COMMON, "worker.py": WORKER, "main.py": STARTS[name]}
+    for _ in range(2):  # a second conversion changes nothing
+        for file, text in texts.items():
+            (tmp_path / file).write_text(text)
+        results = convert_paths([tmp_path / file for file in texts], Options(), [tmp_path])
+        before, texts = texts, {result.path.name: result.after.decode() for result in results}
+    assert before == texts
+    printed = []
+    for ranks in (1, 2):
+        done = run_script(tmp_path / "main.py", ranks=ranks, folder=tmp_path)
+        assert all(rank.returncode == 0 for rank in done), done[0].stderr
+        printed.append([rank.stdout for rank in done])
+    assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
