@@ -11,6 +11,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
+from rewriter.analyze.training.picked import ALL, FIRST, Picked
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -100,6 +101,8 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``.
 
+    What is made of the batch's first items alone (``x[0].sum()``) is an ``item``, which rank 0 has as one process does.
+
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
     function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
     value in a collection.
@@ -119,7 +122,7 @@ class Kinds:
         self.in_parts = in_parts
         self.totals_become_whole = False
         self.nodes = list(_own(loop))
-        self.batch = set(held)
+        self.batch, self._held, self._asked = set(held), held, set[str]()
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -141,6 +144,8 @@ class Kinds:
                     if isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
                         place = _EACH if item in held_in else _SOME
                         self.made.setdefault(item.id, []).append((held_in.get(item, node.iter), place))
+        self.picked = Picked(roles, loop, self.nodes, self.made, self.of_batch, self.kind, reduced)
+        self.added, self.of_items = set[str](), set[str]()
         self.added, self.of_items = self._added_anew()
         self.grown = self._growing()
         for name in {
@@ -435,7 +440,7 @@ class Kinds:
         return deep < 8 and all(
             self._is_read_loss(value, deep) or self._is_mean_read(value, deep + 1)
             if value in later
-            else self.kind(value, deep + 1) in {"", "loss"}
+            else self.kind(value, deep + 1) in {"", "item", "loss"}
             for value, _ in self.made[name]
         )
 
@@ -517,8 +522,8 @@ class Kinds:
                 yield from self._split(value)
             elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and self._is_cut(value):
-                if _counts_distinct(value) or not (_tells_shape(value) or _is_text(value)):
+            elif kind in {"samples", "unknown"} and any(f(value) for f in (self._is_cut, self.is_size, _is_one_number)):
+                if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or _is_text(value)):
                     yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
@@ -713,11 +718,23 @@ class Kinds:
 
     def kind(self, node: ast.expr, deep: int = 0) -> str:
         """Empty for what does not come of the batch."""
+        if not isinstance(node, ast.Name):
+            return self._kind(node, deep)
+        if node.id in self._asked:  # ``x = x.to(device)``
+            return "samples" if node.id in self._held else ""
+        self._asked.add(node.id)
+        found = self._kind(node, deep)
+        self._asked.discard(node.id)
+        return found
+
+    def _kind(self, node: ast.expr, deep: int) -> str:
         if deep > 8 or not self.of_batch(node):
             return ""
         variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         if variable is not None and variable in self.roles.losses:
             return "total" if self.reduced(node) == "sum" else "loss"
+        if self.picked.items(node) == {FIRST}:
+            return "item"
         match node:
             case ast.Dict() | ast.DictComp() | ast.Call() if (held := _entries(node)) is not None:
                 if all(self._is_read_loss(value, deep) for value in held):
@@ -735,40 +752,45 @@ class Kinds:
                 if self._is_written_out(node) and self._holds_whole_numbers(name, deep):
                     return ""
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
-                if name in self._growth and len(kinds) > 1:
-                    kinds -= {""}  # what it is before anything is added
+                again = name in self._growth or any(name in _named(value) for value, _ in self.made[name])
+                if again and len(kinds) > 1:
+                    kinds -= {""}  # what it is before anything is added, or made of it
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
                 if kinds == {"loss"} and all(self._is_read_loss(value, deep) for value, _ in self.made[name]):
                     return "loss"  # a number, which is read as that of all ranks where it gets its name
+                if any(self._is_skewed(value, deep) for value, part in self.made[name] if part is None):
+                    return "unknown"
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.expr() if _counts_distinct(node):
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
-                return "total" if self._first_dimension(node) else ""
+                return self._total_of(node) if self._first_dimension(node) else ""
             case ast.Call(
                 func=ast.Attribute(attr="stack" | "tensor"), args=[ast.List(elts=held) | ast.Tuple(elts=held)]
             ):
                 kinds = {self.kind(item, deep + 1) for item in held}
                 return "mean" if kinds <= {"mean", "loss"} else "unknown" if "unknown" in kinds else "samples"
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
-                return "total" if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
+                return self._total_of(node) if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
             case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=keywords):
                 if attr in _SIZES:
-                    return "total" if self._first_dimension(node) else ""
+                    return self._total_of(node) if self._first_dimension(node) else ""
                 whole = not args and not keywords
                 if dotted(value) in {"torch", "np", "numpy"} and args:
                     whole, value = len(args) == 1 and not keywords, args[0]
                     args = args[1:]
                 whole = whole or _is_first_dimension([*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})])
-                if attr in {"sum", "mean"}:
-                    if self.kind(value, deep + 1) == "loss":
-                        return "loss"
-                    if self._is_crossed(value, deep + 1):
+                if attr in _REDUCED:
+                    if (inner := self.kind(value, deep + 1)) in {"loss", "mean", "total"}:
+                        return inner
+                    if self._is_crossed(value, deep + 1) or self._is_statistic(value) or not self._is_of_all(value):
                         return "unknown"
-                    return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
+                    if attr == "mean" and self._is_masked(value):
+                        return "unknown"
+                    return _REDUCED[attr] if whole else "samples"
                 if attr in _VIEWS:
                     return self.kind(value, deep + 1)
                 if attr == "tolist":
@@ -781,7 +803,9 @@ class Kinds:
             case ast.Attribute(value=value, attr="data"):
                 return self.kind(value, deep + 1)
             case ast.BinOp(left=left, op=op, right=right):
-                return self._joined(self.kind(left, deep + 1), self.kind(right, deep + 1), op)
+                return self._joined(
+                    self.kind(left, deep + 1), self.kind(right, deep + 1), op, self.is_size(_exact(right))
+                )
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Name() | ast.Constant(value=str())) if (
@@ -800,6 +824,40 @@ class Kinds:
             case ast.Tuple(elts=held) | ast.List(elts=held):
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
+
+    def _is_of_all(self, node: ast.expr) -> bool:
+        """Whether a value is made of no part of the batch that would be another part on another rank."""
+        return self.picked.items(node) == {ALL}
+
+    def _is_statistic(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is one of all items that is no sum of what each rank has: ``x.std(0)``, ``x.max()``."""
+        if isinstance(node, ast.Name):
+            made = [value for value, part in self.made.get(node.id, ()) if part is None]
+            return deep < 3 and any(self._is_statistic(value, deep + 1) for value in made)
+        return self.of_batch(node) and _is_no_mean(node, over_items=True)
+
+    def _is_skewed(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is a sum or mean that is neither of all items nor of the first ones, whatever its name."""
+        node = _viewed(node)
+        summed = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _REDUCED
+        return summed and self.kind(node, deep + 1) == "unknown"
+
+    def _is_masked(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is what a mask leaves of the batch, ``x[y == 1]``: ranks have more of it or fewer."""
+        node = _viewed(node)
+        match node:
+            case ast.Name(id=name) if deep < 3:
+                return any(self._is_masked(value, deep + 1) for value, part in self.made.get(name, ()) if part is None)
+            case ast.Call(func=ast.Attribute(attr="masked_select")):
+                return True
+            case ast.Subscript(slice=place):
+                made = [v for item in walk(place) if isinstance(item, ast.Name) for v, _ in self.made.get(item.id, ())]
+                return any(isinstance(item, ast.Compare) for value in (place, *made) for item in walk(value))
+        return False
+
+    def _total_of(self, node: ast.expr) -> str:
+        """What a number of items is that are the batch's, or some of it: ``len(x)``, ``len(x[:4])``."""
+        return "total" if self._is_of_all(node) else "unknown"
 
     def _is_crossed(self, node: ast.expr, deep: int = 0, names: int = 0) -> bool:
         """Whether samples are compared with what is made of all in the batch: ``x - x.mean(0)``, ``x / x.max()``."""
@@ -823,7 +881,8 @@ class Kinds:
         if isinstance(node, ast.Name) and node.id in self.made:
             return kind in {"", "loss"} and all(self._is_read_loss(value, deep + 1) for value, _ in self.made[node.id])
         read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
-        return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
+        read = read or (isinstance(node, ast.Call) and dotted(node.func) == "float")
+        return kind in {"", "item"} or (kind == "loss" and read)
 
     def _is_of_whole_numbers(self, held: list[ast.expr], deep: int) -> bool:
         """Whether the entries of a dict are numbers of all ranks by the time it is kept, or none of the batch."""
@@ -878,7 +937,7 @@ class Kinds:
                 given = _REDUCED.get(self.in_parts(value, None if part == _EACH else part), "")
             return given or ("mean" if _NAMED_MEANS.match(name) else "unknown")
         kind = self.kind(value, deep + 1)
-        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) else kind
+        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not self._is_skewed(value, deep) else kind
 
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):
@@ -900,7 +959,7 @@ class Kinds:
         return True
 
     @staticmethod
-    def _joined(left: str, right: str, op: ast.operator) -> str:
+    def _joined(left: str, right: str, op: ast.operator, by_size: bool) -> str:
         pair = {left or "same", right or "same"}
         if "mixed" in pair:
             scaled = isinstance(op, (ast.Mult, ast.Add, ast.Sub)) or not right
@@ -912,7 +971,7 @@ class Kinds:
                 return "mean"
         elif isinstance(op, (ast.Div, ast.FloorDiv)):
             if left == right == "total":
-                return "mean"
+                return "mean" if by_size else "mixed"
             if not right and left in {"total", "mean"}:
                 return left
         elif isinstance(op, (ast.Add, ast.Sub)):
@@ -1037,23 +1096,38 @@ def _is_set(node: ast.expr) -> bool:
     return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
 
 
-def _is_no_mean(node: ast.expr) -> bool:
-    """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+def _is_no_mean(node: ast.expr, over_items: bool = False) -> bool:
+    """``x.norm().item()``: a number of which the mean over ranks is not the batch's.
+
+    With ``over_items``, ``x.std(0)`` is such a value, too.
+    """
     if _counts_distinct(node):
         return True
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
-        node = node.func.value
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in _NO_MEANS
-        and not node.args
+    match _viewed(node):
+        case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _NO_MEANS:
+            dimensions = [*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})]
+            return not args if not over_items else not dimensions or _is_first_dimension(dimensions[:1])
+    return False
+
+
+def _is_one_number(node: ast.expr) -> bool:
+    """Whether a value is one number of many, though nothing reads it as such: ``x.max()``, ``x.sum()``."""
+    return _is_no_mean(node) or (
+        isinstance(node := _viewed(node), ast.Call) and getattr(node.func, "attr", "") in _REDUCED and not node.args
     )
 
 
+def _viewed(node: ast.expr) -> ast.expr:
+    """What is there before it is moved, cut or cast: ``x.max()`` of ``x.max().item()``."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
+        node = node.func.value
+    return node
+
+
 def _is_first_dimension(given: list[ast.expr]) -> bool:
-    """Whether ``x.sum(0)`` is over the batch."""
-    return len(given) == 1 and isinstance(given[0], ast.Constant) and given[0].value == 0
+    """Whether ``x.sum(0)``, or ``x.sum((0, 2))``, is over the batch."""
+    dimensions = given[0].elts if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)) else given
+    return len(given) == 1 and any(isinstance(item, ast.Constant) and item.value == 0 for item in dimensions)
 
 
 def _tells_shape(node: ast.expr) -> bool:

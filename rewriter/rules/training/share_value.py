@@ -101,8 +101,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
+            kinds = facts.scripts.handed.kinds(file, node) if node in facts.scripts.handed.of(file) else None
             for item in _own(file, facts, node):
                 message = ""
+                if kinds is not None and isinstance(item, (ast.AugAssign, ast.Call)) and _is_of_first(kinds, item):
+                    continue
                 if (
                     isinstance(item, ast.AugAssign)
                     and isinstance(item.op, ast.Add)
@@ -132,6 +135,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
+
+
+def _is_of_first(kinds: Kinds, node: ast.AugAssign | ast.Call) -> bool:
+    """Whether a value is made of the batch's first items alone, which rank 0 has as one process does."""
+    return kinds.kind(node.value if isinstance(node, ast.AugAssign) else node) == "item"
 
 
 def _collected(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
@@ -464,6 +472,9 @@ def _is_of_weights(file: File, facts: Facts, node: ast.expr) -> bool:
         return False
     if root is not node and roles.is_model(root):
         return True
+    if root is node and (made := [value for value in file.names.values_of(root) if value is not node]):
+        if all(isinstance(value, ast.Attribute) and _is_of_weights(file, facts, value) for value in made):
+            return True
     for parent in file.names.ancestors(node):
         loops: list[ast.For | ast.comprehension] = [parent] if isinstance(parent, ast.For) else []
         if isinstance(parent, (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)):
