@@ -590,9 +590,9 @@ class Roles:
             case ast.Call(func=ast.Attribute(value=stepped, attr="step"), args=[closure]) if (
                 self.var(stepped) in self.optimizers
             ):
-                function = self._function(closure)
+                function = self.function_called(closure)
             case ast.Call(func=func):
-                function = self._function(func)
+                function = self.function_called(func)
         if function is None or (function.file is not self.file and self._others is None):
             return False
         there = self if self._others is None or function.file is self.file else self._others[function.file]
@@ -606,7 +606,7 @@ class Roles:
         held = trained & known if there is self else trained
         return bool(given) and all(item is not None and there.var(_bare(item)) in held for item in given)
 
-    def _function(self, func: ast.expr) -> FunctionInfo | None:
+    def function_called(self, func: ast.expr) -> FunctionInfo | None:
         """The function of the project that a call runs, or the method of an object whose class is seen."""
         found = self.project.resolve(self.file, func)
         if isinstance(found, FunctionInfo) or not isinstance(func, ast.Attribute):

@@ -105,7 +105,7 @@ class Kinds:
 
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
     function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
-    value in a collection.
+    value in a collection. ``inside`` gives the same for a function that is called with something of the batch.
     """
 
     def __init__(
@@ -117,9 +117,11 @@ class Kinds:
         in_parts: Callable[[ast.expr, int | None], str],
         held: set[str],
         keepers: Keepers,
+        inside: Callable[[FunctionInfo, set[str]], Kinds | None] = lambda function, held: None,
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
-        self.in_parts = in_parts
+        self.in_parts, self._inside = in_parts, inside
+        self._within: dict[tuple[ast.AST, frozenset[str]], Kinds | None] = {}
         self.totals_become_whole = False
         self.nodes = list(_own(loop))
         self.batch, self._held, self._asked = set(held), held, set[str]()
@@ -140,8 +142,11 @@ class Kinds:
         for node in self.nodes:
             if isinstance(node, (ast.For, ast.comprehension)):
                 held_in = dict(gone_through(node.target, node.iter, displays=True))
+                columns = dict(_columns(node.target, node.iter))
                 for item in walk(node.target):
-                    if isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
+                    if isinstance(item, ast.Name) and item in columns:
+                        self.made.setdefault(item.id, []).extend((value, None) for value in columns[item])
+                    elif isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
                         place = _EACH if item in held_in else _SOME
                         self.made.setdefault(item.id, []).append((held_in.get(item, node.iter), place))
         self.picked = Picked(roles, loop, self.nodes, self.made, self.of_batch, self.kind, reduced)
@@ -269,13 +274,15 @@ class Kinds:
         yield from self._shown_after()
 
     def shown(self) -> Iterator[tuple[ast.expr, str]]:
-        """The totals and means that are shown or collected."""
+        """The totals and means that are shown or collected; of what is given back, all numbers of the batch."""
         for node in self.nodes:
             match node:
                 case ast.Call(func=ast.Attribute(attr="append" | "writerow"), args=[value]):
                     found = self._collected("append", value)
                 case ast.Return(value=ast.expr() as value) if not isinstance(self.loop, (ast.For, ast.While)):
-                    found = ((part, self.kind(part)) for part in self._given_back(value) if self._is_number(part))
+                    parts = [part for part in self._given_back(value) if self._is_number(part)]
+                    found = ((part, self.kind(part)) for part in parts)
+                    yield from ((part, "unknown") for part in parts if self._is_of_some(part))
                 case _:
                     found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
@@ -287,6 +294,11 @@ class Kinds:
             yield from ((part, self.kind(part)) for part in held)
         else:
             yield value, kind
+
+    def _is_of_some(self, node: ast.expr) -> bool:
+        """Whether a number that is read is neither a sum nor a mean over the batch: ``x.max().item()``."""
+        of_some = self.kind(node) in {"samples", "unknown"}
+        return of_some and _reads_number(node) and self._is_statistic(_viewed(_read(node)))
 
     def _is_number(self, node: ast.expr) -> bool:
         """Whether a value is read out of the graph, as what is only told is: a loss that is returned is no such."""
@@ -622,11 +634,21 @@ class Kinds:
 
     def _goes_through_parts(self, loop: ast.For | ast.comprehension) -> bool:
         """Whether it goes through what is written out, or what a function collects: ``losses.items()``."""
+        if any(column for _, column in _columns(loop.target, loop.iter)):
+            return True
         holders = [holder for _, holder in gone_through(loop.target, loop.iter, displays=True)]
         of_batch = [holder for holder in holders if self.of_batch(holder)]
         return bool(of_batch) and all(
-            isinstance(holder, (ast.Tuple, ast.List)) or self.in_parts(holder, None) for holder in of_batch
-        )
+            isinstance(holder, (ast.Tuple, ast.List)) or self._display(holder) is not None
+            or self.in_parts(holder, None) for holder in of_batch
+        )  # fmt: skip
+
+    def _display(self, holder: ast.expr) -> ast.Tuple | ast.List | None:
+        """``[a, b]`` where a name gets it, and nothing else."""
+        match self.made.get(holder.id, []) if isinstance(holder, ast.Name) else []:
+            case [((ast.Tuple() | ast.List()) as display, None)] if display.elts:
+                return display
+        return None
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
         """What a node shows, without the texts that it is joined with."""
@@ -740,8 +762,8 @@ class Kinds:
                 if all(self._is_read_loss(value, deep) for value in held):
                     return "loss"
                 return "" if self._is_of_whole_numbers(held, deep) else "unknown"
-            case ast.Call() if self._reads_loss(node):
-                return ""
+            case ast.Call() if (given := self._given(node)) != "unknown":
+                return given
             case ast.Call() if self.roles.gives_loss(node, self.roles.losses):
                 return "loss"
             case ast.Name(id=name):
@@ -759,6 +781,8 @@ class Kinds:
                     return ""
                 if kinds == {"loss"} and all(self._is_read_loss(value, deep) for value, _ in self.made[name]):
                     return "loss"  # a number, which is read as that of all ranks where it gets its name
+                if kinds == {"loss", "mean"}:
+                    return "mean"
                 if any(self._is_skewed(value, deep) for value, part in self.made[name] if part is None):
                     return "unknown"
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
@@ -816,13 +840,24 @@ class Kinds:
                 each := _REDUCED.get(self.in_parts(value, None))
             ):
                 return each
-            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
+            case ast.Subscript(value=ast.Name() as value) if not self.kind(value, deep + 1):
+                return ""
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int(place))):
+                if (given := self._given_at(value.id, place)) != "unknown":
+                    return given
                 kind = _REDUCED.get(self.reduced(node)) or self.kind(value, deep + 1)
                 return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
                 return "samples"
             case ast.Tuple(elts=held) | ast.List(elts=held):
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
+        return "unknown"
+
+    def _given_at(self, name: str, place: int) -> str:
+        """What the tuple has at a place that a name gets of a function: ``out = step(x)``, ``out[1]``."""
+        match self.made.get(name, []):
+            case [(ast.Call() as call, None)]:
+                return self._given(call, place)
         return "unknown"
 
     def _is_of_all(self, node: ast.expr) -> bool:
@@ -892,27 +927,26 @@ class Kinds:
             and all(self._is_read_loss(value, deep) or self._is_made_whole(value, deep + 1) for value in held)
         )
 
-    def _reads_loss(self, call: ast.Call) -> bool:
-        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
-        found = self.roles.project.resolve(self.file, call.func)
-        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
-        owner = self.file.names.class_of(call)
-        match call.func:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
-                function = self.file.class_info(owner).methods.get(name)
-        returned = [
-            node.value
-            for statement in (function.body if function is not None else ())
-            for node in walk_own(statement)
-            if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) or node.value is None)
-        ]
-        return bool(returned) and all(
-            isinstance(value, ast.Call)
-            and isinstance(value.func, ast.Attribute)
-            and value.func.attr == "item"
-            and self.roles.var(value.func.value) in self.roles.losses
-            for value in returned
-        )
+    def _given(self, call: ast.Call, part: int | None = None) -> str:
+        """What a call of a function of the project gives, or gives at a place; ``unknown`` where that is not seen.
+
+        A loss that is read there, and numbers of a dict that becomes whole there, are nothing of the batch any more.
+        """
+        function = self.roles.function_called(call.func)
+        held = {name for name, value in function.given(call) if self.of_batch(value)} if function is not None else set()
+        if function is None or not held:
+            return "unknown"
+        key = (function.node, frozenset(held))
+        if key not in self._within:
+            self._within[key] = self._inside(function, held)
+        inner, kinds = self._within[key], set[str]()
+        for value in _returned(function, part):
+            if inner is None or value is None or (_entries(value) is not None and not inner.totals_become_whole):
+                return "unknown"
+            kind = inner.kind(value)
+            kind = "" if kind == "loss" and inner._is_read_loss(value, 0) else kind
+            kinds.add("unknown" if kind in {"loss", "mixed"} or (not kind and _is_of_object(value)) else kind)
+        return kinds.pop() if len(kinds) == 1 else "unknown"
 
     def _asks_of_items(self, test: ast.expr) -> bool:
         """Whether a test may have another answer on another rank; one of a loss is made equal."""
@@ -930,7 +964,14 @@ class Kinds:
             return ""
         if part == _EACH and isinstance(value, (ast.Tuple, ast.List)):
             kinds = {self.kind(item, deep + 1) for item in value.elts}
+            if kinds == {"total"}:
+                return "total"
             return "mean" if kinds and kinds <= {"mean", "loss"} else "unknown"
+        if part == _EACH and isinstance(value, ast.Name) and (display := self._display(value)) is not None:
+            return self._part(display, part, name, deep + 1)
+        if part is not None and part >= 0 and isinstance(value, ast.Call):
+            if (given := self._given(value, part)) != "unknown":
+                return given
         if part is not None:
             given = ""
             if part == _EACH or (part >= 0 and isinstance(value, ast.Call)):
@@ -1070,6 +1111,40 @@ def _reads_number(node: ast.expr) -> bool:
         case ast.Call(func=ast.Attribute(attr="item"), args=[]) | ast.Call(func=ast.Name(id="float"), args=[_]):
             return True
     return False
+
+
+def _read(node: ast.expr) -> ast.expr:
+    """``x`` of ``float(x)``."""
+    match node:
+        case ast.Call(func=ast.Name(), args=[inner]):
+            return inner
+    return node
+
+
+def _is_of_object(node: ast.expr) -> bool:
+    """Whether a value is, or has, what an object holds: ``self.total``."""
+    called = {item.func for item in walk(node) if isinstance(item, ast.Call)}
+    return any(isinstance(item, ast.Attribute) and item not in called for item in walk(node))
+
+
+def _returned(function: FunctionInfo, part: int | None) -> list[ast.expr | None]:
+    """What a function returns, or has at a place of the tuples that it returns; None for what has no such place."""
+    own = [item for statement in function.node.body for item in walk_own(statement)]
+    if any(isinstance(item, (ast.Yield, ast.YieldFrom)) for item in own):
+        return [None]
+    given = [item.value for item in own if isinstance(item, ast.Return)]
+    told = [value for value in given if value is not None and not isinstance(value, ast.Constant)]
+    if part is None:
+        return [*told]
+    return [value.elts[part] if isinstance(value, ast.Tuple) and part < len(value.elts) else None for value in told]
+
+
+def _columns(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.expr, list[ast.expr]]]:
+    """The names of ``for name, value in (("a", a), ("b", b))``, each with the values that it has in turn."""
+    if isinstance(target, ast.Tuple) and isinstance(iterated, (ast.Tuple, ast.List)):
+        rows = [row.elts for row in iterated.elts if isinstance(row, (ast.Tuple, ast.List))]
+        if len(rows) == len(iterated.elts) and all(len(row) == len(target.elts) for row in rows):
+            yield from ((name, list(column)) for name, *column in zip(target.elts, *rows, strict=True))
 
 
 def _is_extreme(node: ast.expr) -> bool:

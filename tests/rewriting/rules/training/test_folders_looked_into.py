@@ -46,8 +46,10 @@ LOOKED_INTO = {
     "named as an argument": "writer = SummaryWriter(log_dir=log_dir)\n    names = os.listdir(log_dir)",
     "changed to": f"{WRITER}\n    os.chdir(log_dir)",
     "asserted": f"{WRITER}\n    assert os.path.isdir(log_dir)",
-    "a file in it": 'with open(os.path.join(log_dir, "a.json"), "w") as f:\n        json.dump({}, f)\n    names = os.listdir(log_dir)',
-}  # fmt: skip
+    "a file in it": """with open(os.path.join(log_dir, "a.json"), "w") as f:
+        json.dump({}, f)
+    names = os.listdir(log_dir)""",
+}
 
 
 def script(setup: str) -> str:
