@@ -101,7 +101,10 @@ class Scripts:
             kinds.totals_become_whole = self.handed.gets_shares(function.file, function.node)
             return kinds
 
-        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, keepers, inside)
+        def shown_by(call: ast.Call) -> list[ast.expr]:
+            return self.collectives.showing.given(file, call)
+
+        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, keepers, inside, shown_by)
 
     def _taking(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take a rank's share of each batch and train on it."""

@@ -118,9 +118,10 @@ class Kinds:
         held: set[str],
         keepers: Keepers,
         inside: Callable[[FunctionInfo, set[str]], Kinds | None] = lambda function, held: None,
+        shown_by: Callable[[ast.Call], list[ast.expr]] = lambda call: [],
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
-        self.in_parts, self._inside = in_parts, inside
+        self.in_parts, self._inside, self._shown_by_call = in_parts, inside, shown_by
         self._within: dict[tuple[ast.AST, frozenset[str]], Kinds | None] = {}
         self.totals_become_whole = False
         self.nodes = list(_own(loop))
@@ -355,6 +356,8 @@ class Kinds:
             case ast.Call() if (left := self.keepers.kept(self.file, node)) is not None:
                 if not self._holds_inside(node.func) or self._is_of_list(node.func):
                     yield from self._left_with_object(left)
+            case ast.Call() if given := self._shown_by_call(node):
+                yield from self._handed_to_show(given)
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
                 yield from self._handed_to_meter(node, attr)
             case _:
@@ -482,6 +485,15 @@ class Kinds:
                 yield value, kind
             elif kind in {"samples", "unknown"} and (attr == "update" or self._is_kept(call)):
                 yield value, "unknown"
+            elif kind == "mixed":
+                yield from self._split(value)
+
+    def _handed_to_show(self, given: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+        """``self.log({"accuracy": hits.mean()}, n=len(x))`` of a method of the project that only shows it."""
+        for value in _parts(given):
+            kind = self.kind(value)
+            if kind in {"total", "mean"}:
+                yield value, kind
             elif kind == "mixed":
                 yield from self._split(value)
 

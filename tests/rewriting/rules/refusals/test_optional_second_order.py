@@ -43,7 +43,7 @@ CHOSEN = {
     "the last of several": f"if args.opt == 'sgd':\n    opt = {ADAM}\nelif args.opt == 'adamw':\n    opt = {ADAM}\n"
     f"else:\n    opt = {KFAC}",
     "an expression": f"opt = {KFAC} if args.opt == 'kfac' else {ADAM}",
-    "a function": f"def make(name):\n    if name == 'kfac':\n        return {KFAC}\n    return {ADAM}\n\nopt = make('')",
+    "a function": f"def make(name):\n    if name == 'kfac':\n        return {KFAC}\n    return {ADAM}\nopt = make('')",
     "a match": f"match args.opt:\n    case 'kfac':\n        opt = {KFAC}\n    case _:\n        opt = {ADAM}",
     "later": f"opt = {ADAM}\nif args.opt == 'kfac':\n    opt = {KFAC}",
     "beside": f"opt, before = {ADAM}, None\nif args.second_order:\n    before = {KFAC}",
