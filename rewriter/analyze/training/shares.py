@@ -45,6 +45,8 @@ _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_",
 _AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
 _NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
 _OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
+_SUMS = {"count", "n", "num", "cnt", "total", "sum", "samples", "n_samples"}
+_COUNTED = {"bincount"}
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -355,7 +357,7 @@ class Kinds:
                     yield from self._collected(attr, value)
             case ast.Call() if (left := self.keepers.kept(self.file, node)) is not None:
                 if not self._holds_inside(node.func) or self._is_of_list(node.func):
-                    yield from self._left_with_object(left)
+                    yield from self._left_with_object(left, node.func)
             case ast.Call() if given := self._shown_by_call(node):
                 yield from self._handed_to_show(given)
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
@@ -437,7 +439,7 @@ class Kinds:
         return (
             self.totals_become_whole
             and self.kind(value, deep) == "total"
-            and (_reads_number(value) or self.is_size(value))
+            and (_reads_number(value) or self.is_size(value) or _is_whole_number(value))
             and self.comes_once(value)
         )
 
@@ -448,6 +450,15 @@ class Kinds:
         later = [value for _, value in self._growth.get(node.id, ())]
         values = [value for value, part in self.made.get(node.id, []) if value not in later and part is None]
         return bool(values) and all(_entries(value) is not None for value in values)
+
+    def _is_dict(self, node: ast.expr) -> bool:
+        """Whether a name holds a dict: one that is written out, or that gets entries by names."""
+        return self._is_written_out(node) or any(
+            isinstance(item, ast.Subscript) and isinstance(item.ctx, ast.Store)
+            and isinstance(item.slice, ast.Constant) and isinstance(item.slice.value, str)
+            and isinstance(node, ast.Name) and dotted(item.value) == node.id
+            for item in self.nodes
+        )  # fmt: skip
 
     def _holds_whole_numbers(self, name: str, deep: int) -> bool:
         """Whether all that such a dict is given, at once or later, is of all ranks, or nothing of the batch."""
@@ -471,7 +482,8 @@ class Kinds:
         elif kind == "mixed":
             yield from self._split(value)
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-            yield value, "unknown" if _is_no_mean(value) or self._is_crossed(value) else "samples"
+            no_list = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
+            yield value, "unknown" if no_list else "samples"
         elif kind in {"samples", "unknown"} and not _is_text(value):
             yield value, "unknown"
 
@@ -480,6 +492,7 @@ class Kinds:
         given = list(_parts([*call.args, *(keyword.value for keyword in call.keywords)]))
         kinds = [(value, self.kind(value)) for value in given]
         sizes_only = all(kind != "total" or self.is_size(value) for value, kind in kinds)
+        sizes_only = sizes_only and not self._shows_sum(call.func)
         for value, kind in kinds:
             if kind == "mean" or (kind == "total" and not sizes_only):
                 yield value, kind
@@ -487,6 +500,14 @@ class Kinds:
                 yield value, "unknown"
             elif kind == "mixed":
                 yield from self._split(value)
+
+    def _shows_sum(self, func: ast.expr) -> bool:
+        """Whether more is read of what adds up than its average: ``meter.count`` of ``meter.update(loss, len(x))``."""
+        holder = dotted(func.value) if isinstance(func, ast.Attribute) else dotted(func)
+        return holder is not None and any(
+            isinstance(item, ast.Attribute) and item.attr in _SUMS and dotted(item.value) == holder
+            for item in self.file.nodes
+        )
 
     def _handed_to_show(self, given: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
         """``self.log({"accuracy": hits.mean()}, n=len(x))`` of a method of the project that only shows it."""
@@ -497,10 +518,11 @@ class Kinds:
             elif kind == "mixed":
                 yield from self._split(value)
 
-    def _left_with_object(self, kept: Kept) -> Iterator[tuple[ast.expr, str]]:
+    def _left_with_object(self, kept: Kept, func: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))`` of an object of the project that adds up."""
         kinds = [(value, self.kind(value)) for value in kept.given]
         averages = all(kind in {"mean", "loss", ""} or self.is_size(value) for value, kind in kinds)
+        averages = averages and not self._shows_sum(func)
         for value, kind in kinds:
             if kind == "unknown" or (kind == "samples" and not (kept.seen and self._is_table(value))):
                 yield value, "unknown"
@@ -829,6 +851,8 @@ class Kinds:
                     return _REDUCED[attr] if whole else "samples"
                 if attr in _VIEWS:
                     return self.kind(value, deep + 1)
+                if attr in _COUNTED and any(k.arg == "minlength" for k in keywords):
+                    return self._total_of(node)
                 if attr == "tolist":
                     return "samples"
                 return self._named(attr, node)
@@ -1157,6 +1181,11 @@ def _columns(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.expr, l
         rows = [row.elts for row in iterated.elts if isinstance(row, (ast.Tuple, ast.List))]
         if len(rows) == len(iterated.elts) and all(len(row) == len(target.elts) for row in rows):
             yield from ((name, list(column)) for name, *column in zip(target.elts, *rows, strict=True))
+
+
+def _is_whole_number(node: ast.expr) -> bool:
+    """``int(x.sum())``."""
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "int"
 
 
 def _is_extreme(node: ast.expr) -> bool:

@@ -33,43 +33,45 @@ class Showing:
 
     def __init__(self, roles: dict[File, Roles]) -> None:
         self._roles = roles
-        self._only: dict[Function, set[str]] = {}
+        self._only: dict[tuple[Function, bool], set[str]] = {}
 
     def given(self, file: File, call: ast.Call) -> list[ast.expr]:
         """What a call gives a function that only shows, writes or keeps it."""
         if not isinstance(file.names.parents[call], ast.Expr):
             return []
         function = self._roles[file].function_called(call.func)
-        shown = self._shown_only(function) if function is not None else set()
-        if function is None or not shown:
+        if function is None:
             return []
-        rest = function.node.args.kwarg
-        named = {keyword.arg for keyword in call.keywords} - set(function.parameters)
-        found = [value for name, value in function.given(call) if name in shown]
-        if rest is not None and rest.arg in shown:
-            found += [keyword.value for keyword in call.keywords if keyword.arg in named and keyword.arg is not None]
-        return found
+        rest, given = function.node.args.kwarg, list(function.given(call))
+        if rest is not None:
+            given = [(name if name in function.parameters else rest.arg, value) for name, value in given]
+        shown = {number: self._shown_only(function, number) for number in (False, True)}
+        return [value for name, value in given if name in shown[_is_number(value)]]
 
-    def _shown_only(self, function: FunctionInfo) -> set[str]:
-        """The parameters of which nothing else becomes."""
-        if function.node not in self._only:
-            self._only[function.node] = set()  # while it is asked, if it calls itself
+    def _shown_only(self, function: FunctionInfo, number: bool) -> set[str]:
+        """The parameters of which nothing else becomes, if they are given tensors, or a ``number``."""
+        key = function.node, number
+        if key not in self._only:
+            self._only[key] = set()  # while it is asked, if it calls itself
             own = [item for statement in function.node.body for item in walk_own(statement)]
             if not any(map(_does_more, own)):
                 rest = function.node.args.kwarg
                 names = {*function.parameters, *([rest.arg] if rest is not None else [])} - {"self", "cls"}
-                self._only[function.node] = {name for name in names if self.only(function.file, own, name)}
-        return self._only[function.node]
+                self._only[key] = {name for name in names if self.only(function.file, own, name, number)}
+        return self._only[key]
 
-    def only(self, file: File, own: list[ast.AST], name: str, deep: int = 0) -> bool:
+    def only(self, file: File, own: list[ast.AST], name: str, number: bool = False, deep: int = 0) -> bool:
         """Whether what a name holds is shown, written or kept among the nodes of a function, and nothing else."""
         uses = [item for item in own if isinstance(item, ast.Name) and item.id == name]
         read = [item for item in uses if isinstance(item.ctx, ast.Load)]
-        return deep < _DEEP and bool(read) and all(self._ends_in_show(file, own, item, deep) for item in read)
+        return deep < _DEEP and bool(read) and all(self._ends_in_show(file, own, item, number, deep) for item in read)
 
-    def _ends_in_show(self, file: File, own: list[ast.AST], node: ast.AST, deep: int) -> bool:
-        """Whether what is made of a value is shown, written or kept, and nothing else."""
-        parents, cut = file.names.parents, False  # whether it is a number by then, that no gradient comes back to
+    def _ends_in_show(self, file: File, own: list[ast.AST], node: ast.AST, cut: bool, deep: int) -> bool:
+        """Whether what is made of a value is shown, written or kept, and nothing else.
+
+        ``cut`` says whether it is a number, that no gradient comes back to.
+        """
+        parents = file.names.parents
         while not isinstance(parent := parents[node], ast.stmt):
             match parent:
                 case ast.FormattedValue() | ast.Compare() | ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod()):
@@ -90,7 +92,7 @@ class Showing:
                 case ast.Lambda():
                     return False
                 case ast.comprehension():
-                    return all(self.only(file, own, name, deep + 1) for name in _items(parent))
+                    return all(self.only(file, own, name, cut, deep + 1) for name in _items(parent))
             node = parent
         match parent:
             case ast.Expr() | ast.If() | ast.Assert():
@@ -98,12 +100,12 @@ class Showing:
             case ast.AugAssign():
                 return cut
             case ast.For():
-                return all(self.only(file, own, name, deep + 1) for name in _items(parent))
+                return all(self.only(file, own, name, cut, deep + 1) for name in _items(parent))
             case ast.Assign(targets=[target]) if parent.value is node:
                 if not isinstance(target, (ast.Name, ast.Tuple)):
                     return cut
                 names = names_in(target)
-                return all(self.only(file, own, name, deep + 1) for name in names)
+                return all(self.only(file, own, name, cut, deep + 1) for name in names)
         return False
 
     def _takes(self, file: File, call: ast.Call, node: ast.AST) -> bool:
@@ -132,6 +134,18 @@ def _items(loop: ast.For | ast.comprehension) -> Iterator[str]:
         yield from names_in(loop.target.elts[-1])
     elif not keys:
         yield from names_in(loop.target)
+
+
+def _is_number(value: ast.expr) -> bool:
+    """Whether a value, or all in a dict that is written out, are read out of tensors: ``x.item()``, ``len(x)``."""
+    if isinstance(value, ast.Dict):
+        return bool(value.values) and all(map(_is_number, value.values))
+    called = {
+        getattr(item.func, "attr", getattr(item.func, "id", ""))
+        for item in ast.walk(value)
+        if isinstance(item, ast.Call)
+    }
+    return isinstance(value, ast.Constant) or bool(called & {"item", "tolist", "float", "int", "len", "size", "numel"})
 
 
 def _does_more(node: ast.AST) -> bool:

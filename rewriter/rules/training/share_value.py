@@ -121,11 +121,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 elif (
                     isinstance(item, ast.Call)
                     and item not in losses
-                    and _shown(file, facts, node, item)
+                    and (_shown(file, facts, node, item) or _is_handed_on(file, kinds, item))
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
                     and not _is_whole_where_read(file, facts, item, made)
                     and not _is_counted(file, facts, node, item)
+                    and not _adds_up_whole(file, facts, item, made)
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 if isinstance(item, (ast.AugAssign, ast.Call)) and message and item not in told:
@@ -491,6 +492,25 @@ def _reads(file: File, facts: Facts, name: ast.Name, nodes: list[ast.AST]) -> li
     variable = roles.var(name)
     names = [item for item in nodes if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load)]
     return [item for item in names if item.id == name.id and roles.var(item) == variable]
+
+
+def _is_handed_on(file: File, kinds: Kinds | None, call: ast.Call) -> bool:
+    """Whether a number of the batch is given to what is not seen: ``track(error=(out - y).abs().mean().item())``."""
+    given = file.names.parents[call]
+    reads = isinstance(call.func, ast.Attribute) and call.func.attr == "item" and not call.args
+    handed = isinstance(given, ast.keyword) or (isinstance(given, ast.Call) and call in given.args)
+    return kinds is not None and reads and handed and kinds.kind(call) in {"mean", "total"}
+
+
+def _adds_up_whole(file: File, facts: Facts, call: ast.Call, made: Mapping[ast.expr, Share]) -> bool:
+    """Whether a number is read out of what only totals of all ranks are added to: ``counts.sum().item()``."""
+    roles, bare = facts.scripts.roles[file], _bare(call)
+    added = [
+        item.value
+        for item in file.nodes
+        if isinstance(item, ast.AugAssign) and isinstance(bare, ast.Name) and roles.var(item.target) == roles.var(bare)
+    ]
+    return bool(added) and all(value in made for value in added)
 
 
 def _is_counted(file: File, facts: Facts, loop: ast.For, node: ast.expr, known: frozenset[Var] = frozenset()) -> bool:
