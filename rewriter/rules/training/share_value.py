@@ -6,16 +6,18 @@ What: in a loop over training data, sums that are added up (``correct += (out ==
 ranks; samples' values that are collected (``predictions.extend(out.argmax(1).tolist())``,
 ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the loop may also go
 through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
+Of ``a.sum() / b.sum()`` both are totals. What is made of the batch's first items alone (``out[0].sum()``) is rank 0's.
 What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
 number of it that a function which trains gives back (``return {"part": part.item()}``), and a tensor of the loader's
 batch size that is made in front of the loop.
-Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
-of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
-a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
-loader, and tests of such counts above calls that all ranks must make.
+Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; it is made of some items
+(``out[:4]``, ``out[-1]``), is a mean of what a mask leaves, or is made of a spread or an extreme of the batch; values
+are put at places of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last
+batch has left in a name is shown behind the loop: then the line is reported, as are functions of the project that are
+handed the training loader, and tests of such counts above calls that all ranks must make.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ RIGHT = {
     "sums of means": (ONE, 'm = x.mean(0)\n    print(f"{m.sum().item():.4f} {m.mean().item():.4f}")'),
     "several dimensions": (ONE, 'print(f"{out.mean((0, 1)).item():.4f} {out.sum(dim=(0, 1)).item():.4f}")'),
     "sums over what a mask leaves": (ONE, 'k = y > 0\n    print(f"{(out[:, 0] * k).sum().item() / k.sum():.4f}")'),
+    "counts by class": (ONE, "c = y.bincount(minlength=3)\n    print(c[0].item(), c.sum().item())"),
     "a precision": (ONE, 'print(f"{((out.argmax(1) == 1) & (y == 1)).sum() / (y == 1).sum():.4f}")'),
 }  # fmt: skip
 SOME = {
@@ -85,7 +86,7 @@ SOME = {
     "the largest, as it is": (ONE, "print(out.max())"),
     "a mean by a mask": (ONE, "print(out[y == 1].mean().item())"),
     "an accuracy by a mask": (ONE, "acc = (out.argmax(1) == y)[y > 0].float().mean()\n    print(acc.item())"),
-    "an entry of counts": (ONE, "counts = y.bincount(minlength=3)\n    print(counts[0].item(), counts.sum())"),
+    "an entry of counts": (ONE, "counts = y.bincount()\n    print(counts[0].item(), counts.sum())"),
 }
 
 
