@@ -124,7 +124,8 @@ class Kinds:
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
         self.in_parts, self._inside, self._shown_by_call = in_parts, inside, shown_by
-        self._within: dict[tuple[ast.AST, frozenset[str]], Kinds | None] = {}
+        self._within: dict[tuple[ast.AST, frozenset[str], frozenset[str]], Kinds | None] = {}
+        self._means = frozenset[str]()  # names that a function gets a mean or a loss by
         self.totals_become_whole = False
         self.nodes = list(_own(loop))
         self.batch, self._held, self._asked = set(held), held, set[str]()
@@ -388,7 +389,7 @@ class Kinds:
             kind = self.kind(value)
             if _is_extreme(node.value) and kind in _COMES_OF_IT:
                 yield value, "unknown"
-            elif kind in {"total", "mean"}:
+            elif kind in {"total", "mean"} or (kind == "unknown" and self._is_entry(value)):
                 yield value, kind
 
     def _put_in_place(self, attr: str, args: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
@@ -453,7 +454,10 @@ class Kinds:
 
     def _is_dict(self, node: ast.expr) -> bool:
         """Whether a name holds a dict: one that is written out, or that gets entries by names."""
-        return self._is_written_out(node) or any(
+        made = self.made.get(node.id, []) if isinstance(node, ast.Name) else []
+        if self._is_written_out(node) or any(self._gives_numbers(value) for value, _ in made):
+            return True
+        return any(
             isinstance(item, ast.Subscript) and isinstance(item.ctx, ast.Store)
             and isinstance(item.slice, ast.Constant) and isinstance(item.slice.value, str)
             and isinstance(node, ast.Name) and dotted(item.value) == node.id
@@ -517,6 +521,8 @@ class Kinds:
                 yield value, kind
             elif kind == "mixed":
                 yield from self._split(value)
+            elif kind == "unknown" and (self._is_entry(value) or _reads_number(value)):
+                yield value, kind
 
     def _left_with_object(self, kept: Kept, func: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))`` of an object of the project that adds up."""
@@ -751,7 +757,16 @@ class Kinds:
             return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
+        if self._gives_numbers(node):
+            return True
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
+
+    def _gives_numbers(self, node: ast.expr) -> bool:
+        """Whether a function of the project gives a dict that is written out, with numbers that it has read."""
+        function = self.roles.function_called(node.func) if isinstance(node, ast.Call) else None
+        return function is not None and any(
+            isinstance(value, ast.Dict) and any(map(_reads_number, value.values)) for value in _returned(function, None)
+        )
 
     @cached_property
     def _without_gradients(self) -> bool:
@@ -802,7 +817,7 @@ class Kinds:
                 return "loss"
             case ast.Name(id=name):
                 if name not in self.made:
-                    return "samples"
+                    return "mean" if name in self._means else "samples"
                 if name in self.of_items:
                     return "unknown"
                 if self._is_written_out(node) and self._holds_whole_numbers(name, deep):
@@ -878,6 +893,10 @@ class Kinds:
                 return each
             case ast.Subscript(value=ast.Name() as value) if not self.kind(value, deep + 1):
                 return ""
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key))) if (
+                given := self._given_at(name, key)
+            ) != "unknown":
+                return given
             case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int(place))):
                 if (given := self._given_at(value.id, place)) != "unknown":
                     return given
@@ -889,8 +908,8 @@ class Kinds:
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
 
-    def _given_at(self, name: str, place: int) -> str:
-        """What the tuple has at a place that a name gets of a function: ``out = step(x)``, ``out[1]``."""
+    def _given_at(self, name: str, place: int | str) -> str:
+        """What the tuple, or dict, has at a place that a name gets of a function: ``out = step(x)``, ``out[1]``."""
         match self.made.get(name, []):
             case [(ast.Call() as call, None)]:
                 return self._given(call, place)
@@ -963,8 +982,8 @@ class Kinds:
             and all(self._is_read_loss(value, deep) or self._is_made_whole(value, deep + 1) for value in held)
         )
 
-    def _given(self, call: ast.Call, part: int | None = None) -> str:
-        """What a call of a function of the project gives, or gives at a place; ``unknown`` where that is not seen.
+    def _given(self, call: ast.Call, part: int | str | None = None) -> str:
+        """What a call of a function of the project gives, or has at a place or by a key; ``unknown`` if it is not seen.
 
         A loss that is read there, and numbers of a dict that becomes whole there, are nothing of the batch any more.
         """
@@ -972,15 +991,20 @@ class Kinds:
         held = {name for name, value in function.given(call) if self.of_batch(value)} if function is not None else set()
         if function is None or not held:
             return "unknown"
-        key = (function.node, frozenset(held))
+        means = frozenset(name for name, value in function.given(call) if self.kind(value) in {"mean", "loss"})
+        key = (function.node, frozenset(held), means)
         if key not in self._within:
-            self._within[key] = self._inside(function, held)
+            inner = self._within[key] = self._inside(function, held)
+            if inner is not None:
+                inner._means = means
         inner, kinds = self._within[key], set[str]()
         for value in _returned(function, part):
             if inner is None or value is None or (_entries(value) is not None and not inner.totals_become_whole):
                 return "unknown"
             kind = inner.kind(value)
             kind = "" if kind == "loss" and inner._is_read_loss(value, 0) else kind
+            if isinstance(part, str) and inner.totals_become_whole and inner._is_made_whole(value):
+                kind = ""
             kinds.add("unknown" if kind in {"loss", "mixed"} or (not kind and _is_of_object(value)) else kind)
         return kinds.pop() if len(kinds) == 1 else "unknown"
 
@@ -1163,8 +1187,11 @@ def _is_of_object(node: ast.expr) -> bool:
     return any(isinstance(item, ast.Attribute) and item not in called for item in walk(node))
 
 
-def _returned(function: FunctionInfo, part: int | None) -> list[ast.expr | None]:
-    """What a function returns, or has at a place of the tuples that it returns; None for what has no such place."""
+def _returned(function: FunctionInfo, part: int | str | None) -> list[ast.expr | None]:
+    """What a function returns, or has at a place of the tuples, or by a key of the dicts, that it returns.
+
+    None for what has no such place.
+    """
     own = [item for statement in function.node.body for item in walk_own(statement)]
     if any(isinstance(item, (ast.Yield, ast.YieldFrom)) for item in own):
         return [None]
@@ -1172,7 +1199,16 @@ def _returned(function: FunctionInfo, part: int | None) -> list[ast.expr | None]
     told = [value for value in given if value is not None and not isinstance(value, ast.Constant)]
     if part is None:
         return [*told]
+    if isinstance(part, str):
+        return [_entry(value, part) for value in told]
     return [value.elts[part] if isinstance(value, ast.Tuple) and part < len(value.elts) else None for value in told]
+
+
+def _entry(node: ast.expr, key: str) -> ast.expr | None:
+    """What a dict that is written out has by a key."""
+    keys = node.keys if isinstance(node, ast.Dict) else []
+    places = [place for place, item in enumerate(keys) if isinstance(item, ast.Constant) and item.value == key]
+    return node.values[places[0]] if isinstance(node, ast.Dict) and len(places) == 1 else None
 
 
 def _columns(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.expr, list[ast.expr]]]:

@@ -111,7 +111,7 @@ class Showing:
     def _takes(self, file: File, call: ast.Call, node: ast.AST) -> bool:
         """Whether a call shows, writes or keeps what it is given."""
         match call.func:
-            case ast.Name(id="print" | "len"):
+            case ast.Name(id="print" | "len" | "isinstance" | "type" | "hasattr" | "callable"):
                 return True
             case ast.Attribute(attr=attr) if attr in _TAKING:
                 return True

@@ -140,6 +140,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, node.lineno, message, differs=True)
     yield from _shown_of_shares(file, facts, told)
     yield from _in_hooks(file, facts, told)
+    yield from _in_forwards(file, facts, told)
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
@@ -353,6 +354,26 @@ def _in_hooks(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
                             f"{file.source.code(item)} in a hook is of this rank's share of the data: see bmt.sum_loss"
                         )
                         yield Remark(RULE.code, item.lineno, message, differs=True)
+
+
+def _in_forwards(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
+    """Numbers that a module's forward makes of what it gets, and keeps: ``self.stats["mean"] = h.mean().item()``."""
+    losses = facts.scripts.collectives.readings(file)
+    for cls in facts.classes.all(file):
+        forward = cls.methods.get("forward") if facts.classes.is_module(cls) else None
+        for statement in (node for node in walk(forward) if isinstance(node, ast.Assign)) if forward else ():
+            kept = (dotted(t.value if isinstance(t, ast.Subscript) else t) or "" for t in statement.targets)
+            if not any(name.startswith("self.") for name in kept):
+                continue
+            for item in walk(statement.value):
+                match item:
+                    case ast.Call(func=ast.Attribute(value=value, attr="item"), args=[]) if item not in losses:
+                        whole = _is_of_all_ranks(file, facts, value) or _is_of_weights(file, facts, value)
+                        if item not in told and not whole and not (dotted(_bare(value)) or "").startswith("self."):
+                            told.add(item)
+                            code = file.source.code(item)
+                            message = f"{code} in a forward is of this rank's share of the data: see bmt.sum_loss"
+                            yield Remark(RULE.code, item.lineno, message, differs=True)
 
 
 def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:

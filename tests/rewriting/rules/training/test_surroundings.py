@@ -59,6 +59,7 @@ meter = Meter()
 tracker = Tracker()
 bar = Bar(loader)
 logs, seen = [], 0
+ema = None
 counts = torch.zeros(3, dtype=torch.long)
 for x, y in {loader}:
     out = net(x)
@@ -69,6 +70,24 @@ for x, y in {loader}:
     {use}
 {end}
 """
+GIVEN = """def summarize(out, y, loss):
+    return {"loss": loss.item(), "acc": (out.argmax(1) == y).float().mean().item(), "n": len(y), "first": y[0].item()}
+
+
+def show(text, **kw):
+    line = text + " ".join(f"{k}={v:.4f}" if isinstance(v, float) else f"{k}={v}" for k, v in kw.items())
+    print(line)
+
+
+torch.manual_seed"""
+FORWARD = """class Net(nn.Linear):
+    def forward(self, x):
+        h = super().forward(x)
+        self.act = {made}
+        return h
+
+
+torch.manual_seed"""
 CASES = {
     "a table by names": (
         "tracker.track(loss=loss.item(), error=(out - 1).abs().mean().item(), n=len(x))",
@@ -85,6 +104,11 @@ CASES = {
         'print([entry["n"] for entry in logs])',
     ),
     "counts by class": ("counts += torch.bincount(y, minlength=3)", "print(counts.tolist(), counts.sum().item())"),
+    "a dict of a function": (
+        's = summarize(out, y, loss)\n    ema = s["loss"] if ema is None else 0.8 * ema + 0.2 * s["loss"]\n'
+        '    show("step ", ema=ema, acc=s["acc"], n=len(x), m=s["n"], first=s["first"])',
+        "print(round(ema, 4))",
+    ),
     "an object that wraps the loader": ("seen += len(x)", "print(seen)"),
 }
 
@@ -92,7 +116,8 @@ CASES = {
 def script(name: str) -> str:
     use, end = CASES[name]
     loader = "bar" if "wraps" in name else "loader"
-    return HEAD.replace("{use}", use).replace("{end}", end).replace("{loader}", loader)
+    head = HEAD.replace("torch.manual_seed", GIVEN) if "summarize" in use else HEAD
+    return head.replace("{use}", use).replace("{end}", end).replace("{loader}", loader)
 
 
 def play(text: str) -> list[str]:
@@ -107,6 +132,18 @@ def test_a_dict_that_a_function_gives_is_told() -> None:
     text = HEAD.replace("{use}", use).replace("{end}", "print(logs)").replace("{loader}", "loader")
     assert "gather_samples(m)" not in converted(text)
     assert any("this rank's share" in finding.message for finding in convert_text(text).reported)
+
+
+@pytest.mark.parametrize(
+    ("made", "is_told"),
+    [("h.mean().item()", True), ("h.detach()", False), ("self.weight.norm().item()", False)],
+    ids=["a number of the batch", "a tensor", "a number of weights"],
+)
+def test_a_number_that_a_forward_keeps_is_told(made: str, is_told: bool) -> None:
+    text = HEAD.replace("torch.manual_seed", FORWARD.replace("{made}", made)).replace("nn.Linear(4, 3)", "Net(4, 3)")
+    text = text.replace("{use}", "print(net.act)").replace("{end}", "").replace("{loader}", "loader")
+    said = [finding.message for finding in convert_text(text).reported]
+    assert any("in a forward is of this rank's share" in message for message in said) == is_told
 
 
 def test_a_number_that_is_handed_to_what_is_not_seen_is_told() -> None:
