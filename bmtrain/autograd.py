@@ -42,6 +42,14 @@ def outside_of_compiled_code(call: Callable[P, T], *args: P.args, **kwargs: P.kw
     return call(*args, **kwargs)
 
 
+# What torch says where a script asks for one graph around it; a name of ours alone would tell nobody what to do.
+outside_of_compiled_code._torchdynamo_disable = True  # type: ignore[attr-defined]
+outside_of_compiled_code._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "bmtrain gathers parameters, and asks other ranks, between pieces of compiled code. Leave out fullgraph=True, or "
+    "compile the model by bmt.compile(model, fullgraph=True), which holds for each block"
+)
+
+
 def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
     """Decorator: ``call`` runs outside of compiled code, wherever it is called."""
 

@@ -7,16 +7,20 @@ over all ranks sees exactly what one step of the original sees.
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import GeneratorType
 from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from .context import context
@@ -27,6 +31,10 @@ from .topology import share
 T = TypeVar("T")
 BatchT = TypeVar("BatchT", bound=Tensor | Sequence[Any] | Mapping[Any, Any])
 LoaderT = TypeVar("LoaderT", bound=DataLoader[Any])
+_DEEP = 4
+_ITERATORS: tuple[type, ...] = (
+    enumerate, zip, map, filter, itertools.islice, itertools.chain, itertools.cycle, type(iter([])), type(iter(())),
+)  # fmt: skip
 
 
 def shard_batch(batch: BatchT) -> BatchT:
@@ -142,13 +150,38 @@ def shard_loader(loader: LoaderT) -> LoaderT:
 
 def is_sharded(loader: object) -> bool:
     """Whether a loader, or what wraps one (a progress bar, a prefetcher), gives each rank its share of each batch."""
-    for _ in range(4):
-        if isinstance(loader, DataLoader):
-            shares = (_ShareOfElement, _ShareOfSamples)
-            return isinstance(loader.batch_sampler, ShardedBatchSampler) or isinstance(loader.collate_fn, shares)
-        inner = (getattr(loader, name, None) for name in ("iterable", "loader", "dataloader", "data_loader", "_loader"))
-        loader = next((found for found in inner if found is not None), None)
-    return False
+    return _shares(loader, 0)
+
+
+def _shares(loader: object, deep: int) -> bool:
+    sampler: object = None
+    collate: object = None
+    if isinstance(loader, DataLoader):
+        sampler, collate = loader.batch_sampler, loader.collate_fn
+    elif isinstance(loader, _BaseDataLoaderIter):  # one that has been started
+        sampler, collate = loader._index_sampler, loader._collate_fn
+    if sampler is not None or collate is not None:
+        return isinstance(sampler, ShardedBatchSampler) or isinstance(collate, _ShareOfElement | _ShareOfSamples)
+    if deep >= _DEEP:
+        return False
+    inner = (getattr(loader, name, None) for name in ("iterable", "loader", "dataloader", "data_loader", "_loader"))
+    named = next((found for found in inner if found is not None), None)
+    return _shares(named, deep + 1) if named is not None else any(_shares(one, deep + 1) for one in _within(loader))
+
+
+def _within(loader: object) -> list[object]:
+    """What an object of a script's own, or an iterator of Python's, may go through."""
+    if isinstance(loader, GeneratorType):
+        held = list(loader.gi_frame.f_locals.values()) if loader.gi_frame is not None else []
+    elif isinstance(loader, _ITERATORS):
+        held = gc.get_referents(loader)
+    elif isinstance(loader, list | tuple):
+        held = list(loader[:_DEEP])
+    elif isinstance(loader, torch.Tensor | torch.nn.Module | Dataset):
+        held = []
+    else:
+        held = list(getattr(loader, "__dict__", {}).values())
+    return [one for one in held if hasattr(one, "__iter__") and not isinstance(one, str | bytes | dict | torch.Tensor)]
 
 
 def to_device(batch: T) -> T:

@@ -139,6 +139,9 @@ class _Fill(cst.CSTTransformer):
     def visit_Expr(self, node: cst.Expr) -> None:
         self._needed[node.value] = BARE
 
+    def visit_If(self, node: cst.If) -> None:
+        self._needed[node.test] = BARE
+
     def visit_WithItem(self, node: cst.WithItem) -> None:
         self._needed[node.item] = BARE
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy
@@ -58,6 +59,37 @@ def test_the_loader_tells_whether_batches_are_shares() -> None:
         iterable = bmt.shard_loader(loader)
 
     assert bmt.total(1, of=Bar()) == 2
+
+
+@on_ranks(2)
+def test_what_wraps_the_loader_tells_it_too() -> None:
+    class Wrapper:
+        def __init__(self, loader: object) -> None:
+            self.it, self.name = loader, "train"
+
+        def __iter__(self) -> object:
+            return iter(self.it)  # type: ignore[call-overload]
+
+    def endless(loader: DataLoader[int]) -> object:
+        while True:
+            yield from loader
+
+    whole = DataLoader(range(4), batch_size=2)
+    shared = bmt.shard_loader(whole)
+    wraps = {
+        "an object": Wrapper,
+        "two objects": lambda loader: Wrapper(Wrapper(loader)),
+        "enumerate": enumerate,
+        "zip": lambda loader: zip(range(9), loader, strict=False),
+        "iter": iter,
+        "enumerate of iter": lambda loader: enumerate(iter(loader)),
+        "islice": lambda loader: itertools.islice(loader, 1),
+        "chain": lambda loader: itertools.chain(loader, loader),
+        "map": lambda loader: map(tuple, loader),
+        "a generator": endless,
+    }
+    found = {name: (bmt.total(1, of=wrap(shared)), bmt.total(1, of=wrap(whole))) for name, wrap in wraps.items()}
+    assert found == dict.fromkeys(wraps, (2, 1))
 
 
 @on_ranks(2)

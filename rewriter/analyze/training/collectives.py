@@ -17,6 +17,7 @@ from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
 from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
+from rewriter.analyze.training.showing import Showing
 from rewriter.analyze.training.values import Values, names_of_parameters
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -62,6 +63,7 @@ class Collectives:
         self.roles = roles
         self.instances = Instances(classes, roles, files)
         self.keepers = Keepers(self.instances, roles)
+        self.showing = Showing(roles)
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
@@ -89,6 +91,8 @@ class Collectives:
                 lambda call: self._left_with_objects(file, call),
                 lambda call, place: self._gives_mean(file, call, place),
                 counted,
+                lambda call: self.showing.given(file, call),
+                lambda nodes, name: self.showing.only(file, nodes, name),
             )
             self._readings[file] = {
                 reading: loss

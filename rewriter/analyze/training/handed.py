@@ -55,6 +55,11 @@ class Handed:
         """What the values in a place are, as far as they come of its batch."""
         return self._kinds(file, place, self.of(file)[place].names)
 
+    def gets_shares(self, file: File, place: Place) -> bool:
+        """Whether a place is known, by now, to get shares of batches, and nothing else."""
+        held = self._found.get(file, {}).get(place)
+        return held is not None and held.known
+
     def around(self, file: File, node: ast.AST) -> Place | None:
         """The innermost place that a node stands in, within its function."""
         found = self.of(file)

@@ -1,4 +1,4 @@
-"""Files that one rank writes before all ranks read them, and where the ranks are to wait."""
+"""Files that one rank writes before all ranks read them, or look into their folder, and where the ranks are to wait."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.reached import Reached
 from rewriter.analyze.training.scripts import Scripts
-from rewriter.analyze.training.writers import opens_for_writing, takes_path
+from rewriter.analyze.training.writers import MADE_ONCE, opens_for_writing, takes_path
 
 _READERS = {
     "torch.load", "numpy.load", "numpy.loadtxt", "numpy.genfromtxt", "numpy.memmap", "numpy.fromfile",
@@ -34,6 +34,11 @@ _SAVING_METHODS = {
     "to_csv", "to_parquet", "to_pickle", "to_json", "to_feather", "to_excel", "save_pretrained", "save_to_disk",
 }  # fmt: skip
 _BARRIERS = {"barrier", "synchronize", "wait_for_everyone", "agree", "rank_0_first", "broadcast_object"}
+_LISTING = {"os.listdir", "os.scandir", "os.walk", "os.chdir", "glob.glob", "glob.iglob"}
+_ASKING = {"os.path.isdir", "os.path.exists"}
+_LISTING_METHODS = {"iterdir", "glob", "rglob"}
+_FOLDERS = {"log_dir", "logdir", "repo", "dir"}
+"""Names under which writers of logs are given a folder."""
 _AS_PATH = {"str", "Path", "fspath"}
 _LEAVES = (ast.Return, ast.Continue, ast.Break)
 _DEEP = 2
@@ -205,8 +210,17 @@ class ReadBack:
         return None, ast.dump(path)
 
     def _written(self, file: File, node: ast.AST) -> Iterator[tuple[ast.Call, ast.expr]]:
+        """The calls in a node that write, with the file that they write and the folder it is in."""
+        for call, path in self._written_files(file, node):
+            yield call, path
+            if (folder := _folder(path)) is not None:
+                yield call, folder
+
+    def _written_files(self, file: File, node: ast.AST) -> Iterator[tuple[ast.Call, ast.expr]]:
         for call in (item for item in walk(node) if isinstance(item, ast.Call)):
             name = self.project.external(file, call.func)
+            if name in MADE_ONCE:
+                yield from ((call, path) for path in _given_folder(call))
             method = call.func.attr if isinstance(call.func, ast.Attribute) and not name else ""
             opened = takes_path(call) and opens_for_writing(call) and not _appends(call)
             if isinstance(call.func, ast.Attribute) and (
@@ -222,11 +236,18 @@ class ReadBack:
         if takes_path(call):
             return call.args[0] if call.args and not opens_for_writing(call) else None
         name = self.project.external(file, call.func)
+        if name in _LISTING:
+            folder = _folder(call.args[0]) if call.args and name.startswith("glob.") else None
+            return folder if folder is not None else next(iter(call.args), None)
+        if name in _ASKING:
+            return call.args[0] if call.args and isinstance(file.names.statement_of(call), ast.Assert) else None
         if name in _READERS or name.split(".")[-1] in _LOADING_METHODS:
             return call.args[0] if call.args else None
         if isinstance(call.func, ast.Attribute) and not name:
             if call.func.attr in _LOADING_METHODS and call.args:
                 return call.args[0]
+            if call.func.attr in _LISTING_METHODS and len(call.args) == (call.func.attr != "iterdir"):
+                return call.func.value
             if call.func.attr in _READING_METHODS or (call.func.attr == "open" and not opens_for_writing(call)):
                 return call.func.value
         return None
@@ -280,6 +301,28 @@ def _bare(path: ast.expr) -> ast.expr:
         case ast.Call(func=func, args=[inner], keywords=[]) if (dotted(func) or "").split(".")[-1] in _AS_PATH:
             return _bare(inner)
     return path
+
+
+def _folder(path: ast.expr) -> ast.expr | None:
+    """``folder`` in ``os.path.join(folder, name)``, ``folder / name``, ``folder + "/a"`` and ``f"{folder}/{name}"``."""
+    match _bare(path):
+        case ast.Call(func=ast.Attribute(attr="join"), args=[folder, _]):
+            return folder
+        case ast.BinOp(left=folder, op=ast.Div()):
+            return folder
+        case ast.BinOp(left=folder, op=ast.Add(), right=ast.Constant(value=str(name))) if name.startswith("/"):
+            return folder
+        case ast.JoinedStr(values=[ast.FormattedValue(value=folder), ast.Constant(value=str(name)), *_]):
+            return folder if name.startswith("/") else None
+        case ast.Constant(value=str(name)) if "/" in name:
+            return ast.copy_location(ast.Constant(name.rpartition("/")[0]), path)
+    return None
+
+
+def _given_folder(call: ast.Call) -> Iterator[ast.expr]:
+    """The folder that a writer of logs is given."""
+    yield from (item for item in call.args[:1] if not isinstance(item, ast.Starred))
+    yield from (keyword.value for keyword in call.keywords if keyword.arg in _FOLDERS)
 
 
 def _of_one_rank(path: ast.expr) -> ast.expr:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, walk_own
-from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, walk, walk_own
+from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _READERS = {"item", "tolist", "numpy"}
 _VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
 _NUMBERS = {"float", "str", "repr"}
 _FILLED = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like"}
+_SUMS = (b'"sum"', b"'sum'", b"size_average")
+_COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
 _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
@@ -27,29 +30,37 @@ def readings(
     kept: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
     gives_mean: Callable[[ast.Call, int], bool] = lambda call, place: False,
     counted: Set[ast.AST] = frozenset(),
+    shown: Callable[[ast.Call], Iterable[ast.expr]] = lambda call: (),
+    only_shown: Callable[[list[ast.AST], str], bool] = lambda nodes, name: False,
 ) -> dict[ast.expr, ast.expr]:
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
     what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
-    ``counted`` is what becomes that of all ranks where it is added up.
+    ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells what a call gives a function of
+    the project that only shows it, ``only_shown`` whether that is so of a name among nodes.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
     totals = _totals(roles, counted)
     for node in file.nodes:
         given = kept(node) if isinstance(node, ast.Call) else ()
-        for reading in (*candidates(roles, node), *_tested(file, roles, node), *given):
+        handed = [part for value in shown(node) for part in _parts(value)] if isinstance(node, ast.Call) else []
+        found |= {value: held for value in handed if (held := _of_dict(roles, value)) is not None}
+        handed = [value for value in handed if roles.var(viewed(value)) not in roles.loss_dicts]
+        for reading in (*candidates(roles, node), *_tested(file, roles, node), *given, *handed):
             loss = viewed(reading)
             known = roles.var(loss) in roles.losses or ast.dump(loss) in roles.loss_parts
             known = known or (_reads(reading) and held_path(loss) in attributes)
             known = known or (_reads(reading) and _is_given(loss, gives_mean))
+            known = known or (isinstance(loss, ast.Subscript) and _of_dict(roles, loss) is not None)
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, totals, loss)):
                 found[reading] = loss
                 taken.add(loss)
             elif isinstance(loss, ast.BinOp):
                 parts = [name for name in _whole(loss) if roles.var(name) in roles.losses]
                 found |= {name: name for name in parts if not _may_be_number(roles, totals, name)}
+        found |= dict(_gone_through(file, roles, node, only_shown, counted))
         match node:
             case ast.AugAssign(target=target, op=ast.Add(), value=value) if _is_given(value, gives_mean):
                 if roles.var(target) not in roles.trained:
@@ -57,6 +68,55 @@ def readings(
         told = (*_returned(file, roles, node), *_watched(roles, node), *_entered(roles, totals, node))
         found |= {name: name for name in told if name not in taken}
     return found
+
+
+def _of_dict(roles: Roles, value: ast.expr) -> ast.expr | None:
+    """A dict of losses, or an entry of one, in ``losses``, ``losses["a"].cpu().data``.
+
+    None where they may be sums, or where it holds counts or outputs, too.
+    """
+    held = viewed(value)
+    owner = held.value if isinstance(held, ast.Subscript) else held
+    if roles.var(owner) not in roles.loss_dicts or "loss" not in (dotted(owner) or "").lower():
+        return None
+    keys = [
+        str(node.slice.value)
+        for node in roles.file.nodes
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)
+        and "loss" in (dotted(node.value) or "").lower()
+    ]  # fmt: skip
+    counts = any(map(_COUNTS.search, keys)) or any(word in roles.file.source.data for word in _SUMS)
+    return None if counts else held
+
+
+def _gone_through(
+    file: File,
+    roles: Roles,
+    node: ast.AST,
+    only_shown: Callable[[list[ast.AST], str], bool],
+    counted: Set[ast.AST],
+) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """What is shown in ``{k: v.item() for k, v in losses.items()}``, each with the dict of losses."""
+    if not isinstance(node, (ast.For, ast.comprehension)) or not isinstance(node.iter, ast.Call):
+        return
+    around = list(walk(node if isinstance(node, ast.For) else file.names.parents[node]))
+    for name, held in gone_through(node.target, node.iter):
+        if isinstance(held, ast.Name) and _of_dict(roles, held) is not None:
+            named = [item for item in around if isinstance(item, ast.Name) and item.id == name.id]
+            read = [_reading_of(file, item) for item in named if isinstance(item.ctx, ast.Load)]
+            if read and counted.isdisjoint(read) and (all(map(_reads, read)) or only_shown(around, name.id)):
+                yield from ((item, held) for item in read)
+
+
+def _reading_of(file: File, name: ast.Name) -> ast.expr:
+    """``v.item()``, ``float(v.detach())``, around a name; itself, if nothing reads it."""
+    node: ast.expr = name
+    for parent in file.names.ancestors(name):
+        if isinstance(parent, ast.Call) and viewed(parent) is name:
+            node = parent
+        elif not isinstance(parent, ast.Attribute):
+            break
+    return node
 
 
 def held_path(node: ast.expr) -> str:

@@ -17,7 +17,7 @@ _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
-_LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
+LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
 _DEEP = 3
 _SCHEDULES = re.compile(r"sched|warm_?up|lr|scaler|anneal|profil", re.I)
@@ -440,11 +440,11 @@ class Roles:
             return self._model_value(inner, known)
         found = self.project.resolve(self.file, value.func)
         if isinstance(found, ClassInfo):
-            return self.classes.is_module(found) and not _LOSS_CALL.search(found.name), found
+            return self.classes.is_module(found) and not LOSS_CALL.search(found.name), found
         if isinstance(found, External) and found.name in _WRAPPERS and value.args:
             return self._model_value(value.args[0], known)
         if isinstance(found, External) and external_kind(found.name) == "leaf":
-            return not _LOSS_CALL.search(found.name), None
+            return not LOSS_CALL.search(found.name), None
         if isinstance(value.func, ast.Attribute) and value.func.attr in _CHAINED:
             return self._model_value(value.func.value, known)
         return False, None
@@ -590,9 +590,9 @@ class Roles:
             case ast.Call(func=ast.Attribute(value=stepped, attr="step"), args=[closure]) if (
                 self.var(stepped) in self.optimizers
             ):
-                function = self._function(closure)
+                function = self.function_called(closure)
             case ast.Call(func=func):
-                function = self._function(func)
+                function = self.function_called(func)
         if function is None or (function.file is not self.file and self._others is None):
             return False
         there = self if self._others is None or function.file is self.file else self._others[function.file]
@@ -606,7 +606,7 @@ class Roles:
         held = trained & known if there is self else trained
         return bool(given) and all(item is not None and there.var(_bare(item)) in held for item in given)
 
-    def _function(self, func: ast.expr) -> FunctionInfo | None:
+    def function_called(self, func: ast.expr) -> FunctionInfo | None:
         """The function of the project that a call runs, or the method of an object whose class is seen."""
         found = self.project.resolve(self.file, func)
         if isinstance(found, FunctionInfo) or not isinstance(func, ast.Attribute):
@@ -635,7 +635,7 @@ class Roles:
                 return self._loss_value(value.func.value, known, part)
             made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
             name = dotted(made) or ""
-            return bool(_LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
+            return bool(LOSS_CALL.search(name.split(".")[-1])) and not name.split(".")[-1].startswith(
                 ("estimate", "eval")
             )
         if isinstance(value, ast.Attribute):

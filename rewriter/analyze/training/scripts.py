@@ -93,9 +93,20 @@ class Scripts:
             return held.names
         return taken_by(place, self.roles[file]) if isinstance(place, ast.For) else set()
 
-    def _kinds(self, file: File, place: Place, held: set[str]) -> Kinds:
-        sums = self.sums(file)
-        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, self.collectives.keepers)
+    def _kinds(self, file: File, place: Place, held: set[str], deep: int = 0) -> Kinds:
+        sums, keepers = self.sums(file), self.collectives.keepers
+
+        def inside(function: FunctionInfo, given: set[str]) -> Kinds | None:
+            if deep > 1 or function.file not in self.roles:
+                return None
+            kinds = self._kinds(function.file, function.node, given, deep + 1)
+            kinds.totals_become_whole = self.handed.gets_shares(function.file, function.node)
+            return kinds
+
+        def shown_by(call: ast.Call) -> list[ast.expr]:
+            return self.collectives.showing.given(file, call)
+
+        return Kinds(file, self.roles[file], place, sums.of, sums.in_parts, held, keepers, inside, shown_by)
 
     def _taking(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take a rank's share of each batch and train on it."""

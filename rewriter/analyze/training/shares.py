@@ -11,6 +11,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
+from rewriter.analyze.training.picked import ALL, FIRST, Picked
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -44,6 +45,8 @@ _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_",
 _AT = re.compile(r"^(?:np|numpy)\.\w+\.at$")
 _NO_MEANS = {"norm", "std", "var", "max", "min", "median", "amax", "amin"}
 _OF_SHAPE = {"shape", "size", "dtype", "device", "dim", "type"}
+_SUMS = {"count", "n", "num", "cnt", "total", "sum", "samples", "n_samples"}
+_COUNTED = {"bincount"}
 _METERS = {"update", "add", "log", "append_value", "record", "put"}
 
 
@@ -100,9 +103,11 @@ def loop_over(loop: ast.For) -> ast.expr | None:
 class Kinds:
     """What the values in one loop are, as far as they come of a batch: ``total``, ``mean``, ``samples``, ``loss``.
 
+    What is made of the batch's first items alone (``x[0].sum()``) is an ``item``, which rank 0 has as one process does.
+
     ``held`` are the names that the loop, or a function in its stead, gets its batch by; ``reduced`` says of what a loss
     function makes whether it is a ``sum`` or a ``mean``, and ``in_parts`` of what a call gives at a place, or of each
-    value in a collection.
+    value in a collection. ``inside`` gives the same for a function that is called with something of the batch.
     """
 
     def __init__(
@@ -114,12 +119,16 @@ class Kinds:
         in_parts: Callable[[ast.expr, int | None], str],
         held: set[str],
         keepers: Keepers,
+        inside: Callable[[FunctionInfo, set[str]], Kinds | None] = lambda function, held: None,
+        shown_by: Callable[[ast.Call], list[ast.expr]] = lambda call: [],
     ) -> None:
         self.file, self.roles, self.loop, self.reduced, self.keepers = file, roles, loop, reduced, keepers
-        self.in_parts = in_parts
+        self.in_parts, self._inside, self._shown_by_call = in_parts, inside, shown_by
+        self._within: dict[tuple[ast.AST, frozenset[str], frozenset[str]], Kinds | None] = {}
+        self._means = frozenset[str]()  # names that a function gets a mean or a loss by
         self.totals_become_whole = False
         self.nodes = list(_own(loop))
-        self.batch = set(held)
+        self.batch, self._held, self._asked = set(held), held, set[str]()
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
@@ -137,10 +146,15 @@ class Kinds:
         for node in self.nodes:
             if isinstance(node, (ast.For, ast.comprehension)):
                 held_in = dict(gone_through(node.target, node.iter, displays=True))
+                columns = dict(_columns(node.target, node.iter))
                 for item in walk(node.target):
-                    if isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
+                    if isinstance(item, ast.Name) and item in columns:
+                        self.made.setdefault(item.id, []).extend((value, None) for value in columns[item])
+                    elif isinstance(item, ast.Name) and not self._is_key(node, item, held_in):
                         place = _EACH if item in held_in else _SOME
                         self.made.setdefault(item.id, []).append((held_in.get(item, node.iter), place))
+        self.picked = Picked(roles, loop, self.nodes, self.made, self.of_batch, self.kind, reduced)
+        self.added, self.of_items = set[str](), set[str]()
         self.added, self.of_items = self._added_anew()
         self.grown = self._growing()
         for name in {
@@ -264,13 +278,15 @@ class Kinds:
         yield from self._shown_after()
 
     def shown(self) -> Iterator[tuple[ast.expr, str]]:
-        """The totals and means that are shown or collected."""
+        """The totals and means that are shown or collected; of what is given back, all numbers of the batch."""
         for node in self.nodes:
             match node:
                 case ast.Call(func=ast.Attribute(attr="append" | "writerow"), args=[value]):
                     found = self._collected("append", value)
                 case ast.Return(value=ast.expr() as value) if not isinstance(self.loop, (ast.For, ast.While)):
-                    found = ((part, self.kind(part)) for part in self._given_back(value) if self._is_number(part))
+                    parts = [part for part in self._given_back(value) if self._is_number(part)]
+                    found = ((part, self.kind(part)) for part in parts)
+                    yield from ((part, "unknown") for part in parts if self._is_of_some(part))
                 case _:
                     found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
@@ -282,6 +298,11 @@ class Kinds:
             yield from ((part, self.kind(part)) for part in held)
         else:
             yield value, kind
+
+    def _is_of_some(self, node: ast.expr) -> bool:
+        """Whether a number that is read is neither a sum nor a mean over the batch: ``x.max().item()``."""
+        of_some = self.kind(node) in {"samples", "unknown"}
+        return of_some and _reads_number(node) and self._is_statistic(_viewed(_read(node)))
 
     def _is_number(self, node: ast.expr) -> bool:
         """Whether a value is read out of the graph, as what is only told is: a loss that is returned is no such."""
@@ -337,7 +358,9 @@ class Kinds:
                     yield from self._collected(attr, value)
             case ast.Call() if (left := self.keepers.kept(self.file, node)) is not None:
                 if not self._holds_inside(node.func) or self._is_of_list(node.func):
-                    yield from self._left_with_object(left)
+                    yield from self._left_with_object(left, node.func)
+            case ast.Call() if given := self._shown_by_call(node):
+                yield from self._handed_to_show(given)
             case ast.Call(func=ast.Attribute(attr=attr)) if attr in _METERS:
                 yield from self._handed_to_meter(node, attr)
             case _:
@@ -366,7 +389,7 @@ class Kinds:
             kind = self.kind(value)
             if _is_extreme(node.value) and kind in _COMES_OF_IT:
                 yield value, "unknown"
-            elif kind in {"total", "mean"}:
+            elif kind in {"total", "mean"} or (kind == "unknown" and self._is_entry(value)):
                 yield value, kind
 
     def _put_in_place(self, attr: str, args: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
@@ -417,7 +440,7 @@ class Kinds:
         return (
             self.totals_become_whole
             and self.kind(value, deep) == "total"
-            and (_reads_number(value) or self.is_size(value))
+            and (_reads_number(value) or self.is_size(value) or _is_whole_number(value))
             and self.comes_once(value)
         )
 
@@ -429,13 +452,25 @@ class Kinds:
         values = [value for value, part in self.made.get(node.id, []) if value not in later and part is None]
         return bool(values) and all(_entries(value) is not None for value in values)
 
+    def _is_dict(self, node: ast.expr) -> bool:
+        """Whether a name holds a dict: one that is written out, or that gets entries by names."""
+        made = self.made.get(node.id, []) if isinstance(node, ast.Name) else []
+        if self._is_written_out(node) or any(self._gives_numbers(value) for value, _ in made):
+            return True
+        return any(
+            isinstance(item, ast.Subscript) and isinstance(item.ctx, ast.Store)
+            and isinstance(item.slice, ast.Constant) and isinstance(item.slice.value, str)
+            and isinstance(node, ast.Name) and dotted(item.value) == node.id
+            for item in self.nodes
+        )  # fmt: skip
+
     def _holds_whole_numbers(self, name: str, deep: int) -> bool:
         """Whether all that such a dict is given, at once or later, is of all ranks, or nothing of the batch."""
         later = [value for _, value in self._growth.get(name, ())]
         return deep < 8 and all(
             self._is_read_loss(value, deep) or self._is_mean_read(value, deep + 1)
             if value in later
-            else self.kind(value, deep + 1) in {"", "loss"}
+            else self.kind(value, deep + 1) in {"", "item", "loss"}
             for value, _ in self.made[name]
         )
 
@@ -451,7 +486,8 @@ class Kinds:
         elif kind == "mixed":
             yield from self._split(value)
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-            yield value, "unknown" if _is_no_mean(value) or self._is_crossed(value) else "samples"
+            no_list = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
+            yield value, "unknown" if no_list else "samples"
         elif kind in {"samples", "unknown"} and not _is_text(value):
             yield value, "unknown"
 
@@ -460,6 +496,7 @@ class Kinds:
         given = list(_parts([*call.args, *(keyword.value for keyword in call.keywords)]))
         kinds = [(value, self.kind(value)) for value in given]
         sizes_only = all(kind != "total" or self.is_size(value) for value, kind in kinds)
+        sizes_only = sizes_only and not self._shows_sum(call.func)
         for value, kind in kinds:
             if kind == "mean" or (kind == "total" and not sizes_only):
                 yield value, kind
@@ -468,10 +505,30 @@ class Kinds:
             elif kind == "mixed":
                 yield from self._split(value)
 
-    def _left_with_object(self, kept: Kept) -> Iterator[tuple[ast.expr, str]]:
+    def _shows_sum(self, func: ast.expr) -> bool:
+        """Whether more is read of what adds up than its average: ``meter.count`` of ``meter.update(loss, len(x))``."""
+        holder = dotted(func.value) if isinstance(func, ast.Attribute) else dotted(func)
+        return holder is not None and any(
+            isinstance(item, ast.Attribute) and item.attr in _SUMS and dotted(item.value) == holder
+            for item in self.file.nodes
+        )
+
+    def _handed_to_show(self, given: list[ast.expr]) -> Iterator[tuple[ast.expr, str]]:
+        """``self.log({"accuracy": hits.mean()}, n=len(x))`` of a method of the project that only shows it."""
+        for value in _parts(given):
+            kind = self.kind(value)
+            if kind in {"total", "mean"}:
+                yield value, kind
+            elif kind == "mixed":
+                yield from self._split(value)
+            elif kind == "unknown" and (self._is_entry(value) or _reads_number(value)):
+                yield value, kind
+
+    def _left_with_object(self, kept: Kept, func: ast.expr) -> Iterator[tuple[ast.expr, str]]:
         """``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))`` of an object of the project that adds up."""
         kinds = [(value, self.kind(value)) for value in kept.given]
         averages = all(kind in {"mean", "loss", ""} or self.is_size(value) for value, kind in kinds)
+        averages = averages and not self._shows_sum(func)
         for value, kind in kinds:
             if kind == "unknown" or (kind == "samples" and not (kept.seen and self._is_table(value))):
                 yield value, "unknown"
@@ -517,8 +574,8 @@ class Kinds:
                 yield from self._split(value)
             elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
-            elif kind in {"samples", "unknown"} and self._is_cut(value):
-                if _counts_distinct(value) or not (_tells_shape(value) or _is_text(value)):
+            elif kind in {"samples", "unknown"} and any(f(value) for f in (self._is_cut, self.is_size, _is_one_number)):
+                if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or _is_text(value)):
                     yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
@@ -617,11 +674,21 @@ class Kinds:
 
     def _goes_through_parts(self, loop: ast.For | ast.comprehension) -> bool:
         """Whether it goes through what is written out, or what a function collects: ``losses.items()``."""
+        if any(column for _, column in _columns(loop.target, loop.iter)):
+            return True
         holders = [holder for _, holder in gone_through(loop.target, loop.iter, displays=True)]
         of_batch = [holder for holder in holders if self.of_batch(holder)]
         return bool(of_batch) and all(
-            isinstance(holder, (ast.Tuple, ast.List)) or self.in_parts(holder, None) for holder in of_batch
-        )
+            isinstance(holder, (ast.Tuple, ast.List)) or self._display(holder) is not None
+            or self.in_parts(holder, None) for holder in of_batch
+        )  # fmt: skip
+
+    def _display(self, holder: ast.expr) -> ast.Tuple | ast.List | None:
+        """``[a, b]`` where a name gets it, and nothing else."""
+        match self.made.get(holder.id, []) if isinstance(holder, ast.Name) else []:
+            case [((ast.Tuple() | ast.List()) as display, None)] if display.elts:
+                return display
+        return None
 
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
         """What a node shows, without the texts that it is joined with."""
@@ -690,7 +757,16 @@ class Kinds:
             return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
+        if self._gives_numbers(node):
+            return True
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
+
+    def _gives_numbers(self, node: ast.expr) -> bool:
+        """Whether a function of the project gives a dict that is written out, with numbers that it has read."""
+        function = self.roles.function_called(node.func) if isinstance(node, ast.Call) else None
+        return function is not None and any(
+            isinstance(value, ast.Dict) and any(map(_reads_number, value.values)) for value in _returned(function, None)
+        )
 
     @cached_property
     def _without_gradients(self) -> bool:
@@ -713,64 +789,85 @@ class Kinds:
 
     def kind(self, node: ast.expr, deep: int = 0) -> str:
         """Empty for what does not come of the batch."""
+        if not isinstance(node, ast.Name):
+            return self._kind(node, deep)
+        if node.id in self._asked:  # ``x = x.to(device)``
+            return "samples" if node.id in self._held else ""
+        self._asked.add(node.id)
+        found = self._kind(node, deep)
+        self._asked.discard(node.id)
+        return found
+
+    def _kind(self, node: ast.expr, deep: int) -> str:
         if deep > 8 or not self.of_batch(node):
             return ""
         variable: Var | None = self.roles.var(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         if variable is not None and variable in self.roles.losses:
             return "total" if self.reduced(node) == "sum" else "loss"
+        if self.picked.items(node) == {FIRST}:
+            return "item"
         match node:
             case ast.Dict() | ast.DictComp() | ast.Call() if (held := _entries(node)) is not None:
                 if all(self._is_read_loss(value, deep) for value in held):
                     return "loss"
                 return "" if self._is_of_whole_numbers(held, deep) else "unknown"
-            case ast.Call() if self._reads_loss(node):
-                return ""
+            case ast.Call() if (given := self._given(node)) != "unknown":
+                return given
             case ast.Call() if self.roles.gives_loss(node, self.roles.losses):
                 return "loss"
             case ast.Name(id=name):
                 if name not in self.made:
-                    return "samples"
+                    return "mean" if name in self._means else "samples"
                 if name in self.of_items:
                     return "unknown"
                 if self._is_written_out(node) and self._holds_whole_numbers(name, deep):
                     return ""
                 kinds = {self._part(value, part, name, deep) for value, part in self.made[name]}
-                if name in self._growth and len(kinds) > 1:
-                    kinds -= {""}  # what it is before anything is added
+                again = name in self._growth or any(name in _named(value) for value, _ in self.made[name])
+                if again and len(kinds) > 1:
+                    kinds -= {""}  # what it is before anything is added, or made of it
                 if kinds == {""}:  # a function's loss, which is read there
                     return ""
                 if kinds == {"loss"} and all(self._is_read_loss(value, deep) for value, _ in self.made[name]):
                     return "loss"  # a number, which is read as that of all ranks where it gets its name
+                if kinds == {"loss", "mean"}:
+                    return "mean"
+                if any(self._is_skewed(value, deep) for value, part in self.made[name] if part is None):
+                    return "unknown"
                 if any(self._is_crossed(value, deep + 1) for value, part in self.made[name] if part is None):
                     return "samples" if kinds == {"samples"} else "unknown"
                 return _REDUCED.get(self.reduced(node)) or (kinds.pop() if len(kinds) == 1 else "unknown")
             case ast.expr() if _counts_distinct(node):
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
-                return "total" if self._first_dimension(node) else ""
+                return self._total_of(node) if self._first_dimension(node) else ""
             case ast.Call(
                 func=ast.Attribute(attr="stack" | "tensor"), args=[ast.List(elts=held) | ast.Tuple(elts=held)]
             ):
                 kinds = {self.kind(item, deep + 1) for item in held}
                 return "mean" if kinds <= {"mean", "loss"} else "unknown" if "unknown" in kinds else "samples"
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
-                return "total" if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
+                return self._total_of(node) if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
             case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=keywords):
                 if attr in _SIZES:
-                    return "total" if self._first_dimension(node) else ""
+                    return self._total_of(node) if self._first_dimension(node) else ""
                 whole = not args and not keywords
                 if dotted(value) in {"torch", "np", "numpy"} and args:
                     whole, value = len(args) == 1 and not keywords, args[0]
                     args = args[1:]
                 whole = whole or _is_first_dimension([*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})])
-                if attr in {"sum", "mean"}:
-                    if self.kind(value, deep + 1) == "loss":
-                        return "loss"
-                    if self._is_crossed(value, deep + 1):
+                if attr in _REDUCED:
+                    if (inner := self.kind(value, deep + 1)) in {"loss", "mean", "total"}:
+                        return inner
+                    if self._is_crossed(value, deep + 1) or self._is_statistic(value) or not self._is_of_all(value):
                         return "unknown"
-                    return {"sum": "total", "mean": "mean"}[attr] if whole else "samples"
+                    if attr == "mean" and self._is_masked(value):
+                        return "unknown"
+                    return _REDUCED[attr] if whole else "samples"
                 if attr in _VIEWS:
                     return self.kind(value, deep + 1)
+                if attr in _COUNTED and any(k.arg == "minlength" for k in keywords):
+                    return self._total_of(node)
                 if attr == "tolist":
                     return "samples"
                 return self._named(attr, node)
@@ -781,7 +878,9 @@ class Kinds:
             case ast.Attribute(value=value, attr="data"):
                 return self.kind(value, deep + 1)
             case ast.BinOp(left=left, op=op, right=right):
-                return self._joined(self.kind(left, deep + 1), self.kind(right, deep + 1), op)
+                return self._joined(
+                    self.kind(left, deep + 1), self.kind(right, deep + 1), op, self.is_size(_exact(right))
+                )
             case ast.UnaryOp(operand=value):
                 return self.kind(value, deep + 1)
             case ast.Subscript(value=ast.Name() as value, slice=ast.Name() | ast.Constant(value=str())) if (
@@ -792,7 +891,15 @@ class Kinds:
                 each := _REDUCED.get(self.in_parts(value, None))
             ):
                 return each
-            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int())):
+            case ast.Subscript(value=ast.Name() as value) if not self.kind(value, deep + 1):
+                return ""
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str(key))) if (
+                given := self._given_at(name, key)
+            ) != "unknown":
+                return given
+            case ast.Subscript(value=ast.Name() as value, slice=ast.Constant(value=int(place))):
+                if (given := self._given_at(value.id, place)) != "unknown":
+                    return given
                 kind = _REDUCED.get(self.reduced(node)) or self.kind(value, deep + 1)
                 return kind if kind in {"mean", "total"} else "unknown"
             case ast.Compare():
@@ -800,6 +907,47 @@ class Kinds:
             case ast.Tuple(elts=held) | ast.List(elts=held):
                 return "loss" if all(self._is_read_loss(value, deep) for value in held) else "unknown"
         return "unknown"
+
+    def _given_at(self, name: str, place: int | str) -> str:
+        """What the tuple, or dict, has at a place that a name gets of a function: ``out = step(x)``, ``out[1]``."""
+        match self.made.get(name, []):
+            case [(ast.Call() as call, None)]:
+                return self._given(call, place)
+        return "unknown"
+
+    def _is_of_all(self, node: ast.expr) -> bool:
+        """Whether a value is made of no part of the batch that would be another part on another rank."""
+        return self.picked.items(node) == {ALL}
+
+    def _is_statistic(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is one of all items that is no sum of what each rank has: ``x.std(0)``, ``x.max()``."""
+        if isinstance(node, ast.Name):
+            made = [value for value, part in self.made.get(node.id, ()) if part is None]
+            return deep < 3 and any(self._is_statistic(value, deep + 1) for value in made)
+        return self.of_batch(node) and _is_no_mean(node, over_items=True)
+
+    def _is_skewed(self, node: ast.expr, deep: int) -> bool:
+        """Whether a value is a sum or mean that is neither of all items nor of the first ones, whatever its name."""
+        node = _viewed(node)
+        summed = isinstance(node, ast.Call) and getattr(node.func, "attr", "") in _REDUCED
+        return summed and self.kind(node, deep + 1) == "unknown"
+
+    def _is_masked(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value is what a mask leaves of the batch, ``x[y == 1]``: ranks have more of it or fewer."""
+        node = _viewed(node)
+        match node:
+            case ast.Name(id=name) if deep < 3:
+                return any(self._is_masked(value, deep + 1) for value, part in self.made.get(name, ()) if part is None)
+            case ast.Call(func=ast.Attribute(attr="masked_select")):
+                return True
+            case ast.Subscript(slice=place):
+                made = [v for item in walk(place) if isinstance(item, ast.Name) for v, _ in self.made.get(item.id, ())]
+                return any(isinstance(item, ast.Compare) for value in (place, *made) for item in walk(value))
+        return False
+
+    def _total_of(self, node: ast.expr) -> str:
+        """What a number of items is that are the batch's, or some of it: ``len(x)``, ``len(x[:4])``."""
+        return "total" if self._is_of_all(node) else "unknown"
 
     def _is_crossed(self, node: ast.expr, deep: int = 0, names: int = 0) -> bool:
         """Whether samples are compared with what is made of all in the batch: ``x - x.mean(0)``, ``x / x.max()``."""
@@ -823,7 +971,8 @@ class Kinds:
         if isinstance(node, ast.Name) and node.id in self.made:
             return kind in {"", "loss"} and all(self._is_read_loss(value, deep + 1) for value, _ in self.made[node.id])
         read = any(isinstance(item, ast.Attribute) and item.attr == "item" for item in walk(node))
-        return not kind or (kind == "loss" and (read or (isinstance(node, ast.Call) and dotted(node.func) == "float")))
+        read = read or (isinstance(node, ast.Call) and dotted(node.func) == "float")
+        return kind in {"", "item"} or (kind == "loss" and read)
 
     def _is_of_whole_numbers(self, held: list[ast.expr], deep: int) -> bool:
         """Whether the entries of a dict are numbers of all ranks by the time it is kept, or none of the batch."""
@@ -833,27 +982,31 @@ class Kinds:
             and all(self._is_read_loss(value, deep) or self._is_made_whole(value, deep + 1) for value in held)
         )
 
-    def _reads_loss(self, call: ast.Call) -> bool:
-        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
-        found = self.roles.project.resolve(self.file, call.func)
-        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
-        owner = self.file.names.class_of(call)
-        match call.func:
-            case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
-                function = self.file.class_info(owner).methods.get(name)
-        returned = [
-            node.value
-            for statement in (function.body if function is not None else ())
-            for node in walk_own(statement)
-            if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) or node.value is None)
-        ]
-        return bool(returned) and all(
-            isinstance(value, ast.Call)
-            and isinstance(value.func, ast.Attribute)
-            and value.func.attr == "item"
-            and self.roles.var(value.func.value) in self.roles.losses
-            for value in returned
-        )
+    def _given(self, call: ast.Call, part: int | str | None = None) -> str:
+        """What a call of a function of the project gives, or has at a place or by a key; ``unknown`` if it is not seen.
+
+        A loss that is read there, and numbers of a dict that becomes whole there, are nothing of the batch any more.
+        """
+        function = self.roles.function_called(call.func)
+        held = {name for name, value in function.given(call) if self.of_batch(value)} if function is not None else set()
+        if function is None or not held:
+            return "unknown"
+        means = frozenset(name for name, value in function.given(call) if self.kind(value) in {"mean", "loss"})
+        key = (function.node, frozenset(held), means)
+        if key not in self._within:
+            inner = self._within[key] = self._inside(function, held)
+            if inner is not None:
+                inner._means = means
+        inner, kinds = self._within[key], set[str]()
+        for value in _returned(function, part):
+            if inner is None or value is None or (_entries(value) is not None and not inner.totals_become_whole):
+                return "unknown"
+            kind = inner.kind(value)
+            kind = "" if kind == "loss" and inner._is_read_loss(value, 0) else kind
+            if isinstance(part, str) and inner.totals_become_whole and inner._is_made_whole(value):
+                kind = ""
+            kinds.add("unknown" if kind in {"loss", "mixed"} or (not kind and _is_of_object(value)) else kind)
+        return kinds.pop() if len(kinds) == 1 else "unknown"
 
     def _asks_of_items(self, test: ast.expr) -> bool:
         """Whether a test may have another answer on another rank; one of a loss is made equal."""
@@ -871,14 +1024,21 @@ class Kinds:
             return ""
         if part == _EACH and isinstance(value, (ast.Tuple, ast.List)):
             kinds = {self.kind(item, deep + 1) for item in value.elts}
+            if kinds == {"total"}:
+                return "total"
             return "mean" if kinds and kinds <= {"mean", "loss"} else "unknown"
+        if part == _EACH and isinstance(value, ast.Name) and (display := self._display(value)) is not None:
+            return self._part(display, part, name, deep + 1)
+        if part is not None and part >= 0 and isinstance(value, ast.Call):
+            if (given := self._given(value, part)) != "unknown":
+                return given
         if part is not None:
             given = ""
             if part == _EACH or (part >= 0 and isinstance(value, ast.Call)):
                 given = _REDUCED.get(self.in_parts(value, None if part == _EACH else part), "")
             return given or ("mean" if _NAMED_MEANS.match(name) else "unknown")
         kind = self.kind(value, deep + 1)
-        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) else kind
+        return "mean" if kind == "unknown" and _NAMED_MEANS.match(name) and not self._is_skewed(value, deep) else kind
 
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):
@@ -900,7 +1060,7 @@ class Kinds:
         return True
 
     @staticmethod
-    def _joined(left: str, right: str, op: ast.operator) -> str:
+    def _joined(left: str, right: str, op: ast.operator, by_size: bool) -> str:
         pair = {left or "same", right or "same"}
         if "mixed" in pair:
             scaled = isinstance(op, (ast.Mult, ast.Add, ast.Sub)) or not right
@@ -912,7 +1072,7 @@ class Kinds:
                 return "mean"
         elif isinstance(op, (ast.Div, ast.FloorDiv)):
             if left == right == "total":
-                return "mean"
+                return "mean" if by_size else "mixed"
             if not right and left in {"total", "mean"}:
                 return left
         elif isinstance(op, (ast.Add, ast.Sub)):
@@ -1013,6 +1173,57 @@ def _reads_number(node: ast.expr) -> bool:
     return False
 
 
+def _read(node: ast.expr) -> ast.expr:
+    """``x`` of ``float(x)``."""
+    match node:
+        case ast.Call(func=ast.Name(), args=[inner]):
+            return inner
+    return node
+
+
+def _is_of_object(node: ast.expr) -> bool:
+    """Whether a value is, or has, what an object holds: ``self.total``."""
+    called = {item.func for item in walk(node) if isinstance(item, ast.Call)}
+    return any(isinstance(item, ast.Attribute) and item not in called for item in walk(node))
+
+
+def _returned(function: FunctionInfo, part: int | str | None) -> list[ast.expr | None]:
+    """What a function returns, or has at a place of the tuples, or by a key of the dicts, that it returns.
+
+    None for what has no such place.
+    """
+    own = [item for statement in function.node.body for item in walk_own(statement)]
+    if any(isinstance(item, (ast.Yield, ast.YieldFrom)) for item in own):
+        return [None]
+    given = [item.value for item in own if isinstance(item, ast.Return)]
+    told = [value for value in given if value is not None and not isinstance(value, ast.Constant)]
+    if part is None:
+        return [*told]
+    if isinstance(part, str):
+        return [_entry(value, part) for value in told]
+    return [value.elts[part] if isinstance(value, ast.Tuple) and part < len(value.elts) else None for value in told]
+
+
+def _entry(node: ast.expr, key: str) -> ast.expr | None:
+    """What a dict that is written out has by a key."""
+    keys = node.keys if isinstance(node, ast.Dict) else []
+    places = [place for place, item in enumerate(keys) if isinstance(item, ast.Constant) and item.value == key]
+    return node.values[places[0]] if isinstance(node, ast.Dict) and len(places) == 1 else None
+
+
+def _columns(target: ast.expr, iterated: ast.expr) -> Iterator[tuple[ast.expr, list[ast.expr]]]:
+    """The names of ``for name, value in (("a", a), ("b", b))``, each with the values that it has in turn."""
+    if isinstance(target, ast.Tuple) and isinstance(iterated, (ast.Tuple, ast.List)):
+        rows = [row.elts for row in iterated.elts if isinstance(row, (ast.Tuple, ast.List))]
+        if len(rows) == len(iterated.elts) and all(len(row) == len(target.elts) for row in rows):
+            yield from ((name, list(column)) for name, *column in zip(target.elts, *rows, strict=True))
+
+
+def _is_whole_number(node: ast.expr) -> bool:
+    """``int(x.sum())``."""
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "int"
+
+
 def _is_extreme(node: ast.expr) -> bool:
     """``max(best, x)``."""
     called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
@@ -1037,23 +1248,38 @@ def _is_set(node: ast.expr) -> bool:
     return called in {"set", "unique", "Counter", "dict"} or isinstance(node, (ast.Set, ast.SetComp, ast.DictComp))
 
 
-def _is_no_mean(node: ast.expr) -> bool:
-    """``x.norm().item()``: a number of which the mean over ranks is not the batch's."""
+def _is_no_mean(node: ast.expr, over_items: bool = False) -> bool:
+    """``x.norm().item()``: a number of which the mean over ranks is not the batch's.
+
+    With ``over_items``, ``x.std(0)`` is such a value, too.
+    """
     if _counts_distinct(node):
         return True
-    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
-        node = node.func.value
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr in _NO_MEANS
-        and not node.args
+    match _viewed(node):
+        case ast.Call(func=ast.Attribute(attr=attr), args=args, keywords=keywords) if attr in _NO_MEANS:
+            dimensions = [*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})]
+            return not args if not over_items else not dimensions or _is_first_dimension(dimensions[:1])
+    return False
+
+
+def _is_one_number(node: ast.expr) -> bool:
+    """Whether a value is one number of many, though nothing reads it as such: ``x.max()``, ``x.sum()``."""
+    return _is_no_mean(node) or (
+        isinstance(node := _viewed(node), ast.Call) and getattr(node.func, "attr", "") in _REDUCED and not node.args
     )
 
 
+def _viewed(node: ast.expr) -> ast.expr:
+    """What is there before it is moved, cut or cast: ``x.max()`` of ``x.max().item()``."""
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _VIEWS:
+        node = node.func.value
+    return node
+
+
 def _is_first_dimension(given: list[ast.expr]) -> bool:
-    """Whether ``x.sum(0)`` is over the batch."""
-    return len(given) == 1 and isinstance(given[0], ast.Constant) and given[0].value == 0
+    """Whether ``x.sum(0)``, or ``x.sum((0, 2))``, is over the batch."""
+    dimensions = given[0].elts if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)) else given
+    return len(given) == 1 and any(isinstance(item, ast.Constant) and item.value == 0 for item in dimensions)
 
 
 def _tells_shape(node: ast.expr) -> bool:

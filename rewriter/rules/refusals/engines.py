@@ -14,13 +14,13 @@ Refuses when: always, but for apex.amp and Horovod under a test; go back to an o
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.training.engine_lines import deepspeed_lines
 from rewriter.changes import ReplaceStatement, template
+from rewriter.rules.asked_for import under_test
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal
 
@@ -72,7 +72,6 @@ _OPTIONAL = {
 }
 """What a script may do without: what it says where it is asked for, and what its functions' names begin with."""
 _EVERYWHERE = {"apex.amp.master_params", "apex.amp.state_dict", "apex.amp.load_state_dict"}
-_ALWAYS = re.compile(r"cuda|__name__|is_initialized")
 _HINTS = (
     b"accelerate",
     b"deepspeed",
@@ -152,18 +151,8 @@ def _choice(file: File, facts: Facts, call: ast.AST, engine: str) -> ast.stmt | 
     statement = file.names.statement_of(call)
     names = [(c, facts.project.external(file, c.func)) for c in file.calls]
     used = [c for c, name in names if name.startswith(_OPTIONAL[engine][1]) and name not in _EVERYWHERE]
-    chosen = file.source.owns_lines(statement) and all(_under_test(file, item) for item in used)
+    chosen = file.source.owns_lines(statement) and all(under_test(file, item) for item in used)
     return statement if chosen else None
-
-
-def _under_test(file: File, node: ast.AST) -> bool:
-    """Whether a test decides if a node runs, and not one of what the machine has, or of how the file is run."""
-    for parent in file.names.ancestors(node):
-        if isinstance(parent, ast.If) and not _ALWAYS.search(file.source.code(parent.test)):
-            return True
-        if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            return False
-    return False
 
 
 def _definition(file: File, node: ast.AST) -> ast.stmt | None:

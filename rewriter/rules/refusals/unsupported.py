@@ -1,12 +1,13 @@
 """What cannot work on shards is refused or reported.
 
 What: optimizers that run the model themselves or look into its layers (KFAC, Sophia) stop the conversion of the
-script; embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be,
-compare its items with each other or take a root or a norm of its mean, samples that are paired with others of the batch
-(mixup and cutmix by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are
-a mean over it, and hooks that clamp gradients are reported.
+script; under a test that does not hold by default (``if args.kfac:``) they become an error that says so. Embeddings
+that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be, compare its items
+with each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix
+by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are a mean over it,
+and hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
-Refuses when: always.
+Refuses when: always, but for such optimizers under a test.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.completed import completing
 from rewriter.analyze.training.sums import is_size
+from rewriter.rules.asked_for import raised_instead
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Finding, Refusal, Remark
+from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _NORMALISES = re.compile(
     r"torch\.nn\.BatchNorm|torchvision\.models\.(?:__dict__$|(?:\w+\.)?(?:resne|wide_resnet|densenet|mobilenet|mnasnet|"
     r"efficientnet|inception|googlenet|shufflenet|regnet|vgg\d+_bn))"
 )
-_RUNS_MODEL = re.compile(r"^(?:KFAC|Sophia\w*)$")
+_RUNS_MODEL = re.compile(r"^(?:E?KFAC\w*|Sophia(?!G$)\w*)$")
 
 _FILLING = {
     "masked_fill", "masked_fill_", "full_like", "full", "new_full", "where", "fill_", "pad_sequence", "pad",
@@ -70,7 +72,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         name = (dotted(call.func) or "").split(".")[-1]
         if _RUNS_MODEL.match(name) and (call.args or call.keywords):
             message = f"{name} runs the model itself, or looks into its layers, and a rank holds only its share of them"
-            yield Refusal(RULE.code, call.lineno, message)
+            changes = raised_instead(file, call, f"{message}: choose another optimizer")
+            if changes:
+                said = f"{message}: where it is asked for, an error says so"
+                yield Conversion(RULE.code, call.lineno, said, changes)
+            else:
+                yield Refusal(RULE.code, call.lineno, message)
     if facts.scripts.shares_data(file) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     if not facts.scripts.started and not facts.scripts.was_parallel(file):

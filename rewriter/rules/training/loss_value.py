@@ -8,8 +8,9 @@ function that trains has added up and returns (``return total / count``). A loss
 project returns after it has called backward on it.
 Why: a rank's loss is that of its share of the batch; sum_loss gives the mean over all ranks, which is the loss of the
 whole batch. It is a collective, so every rank makes the call.
-Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call. A method that
-a loop hands its loss to, or a dict of losses, and that shows them, is reported.
+So is a loss, or a dict of losses, that a method is handed which only shows it: ``self.log(bmt.sum_loss(losses))``.
+Refuses when: the value does not come out of a model or a loss function; only one rank reaches the call. Other methods
+that a loop hands its loss to, or a dict of losses, and that show them, are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rewriter.types import Conversion, Finding, Remark
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     if file not in facts.scripts.training:
         return
-    for loss in facts.scripts.collectives.readings(file).values():
+    for loss in dict.fromkeys(facts.scripts.collectives.readings(file).values()):
         if not facts.scripts.in_kept_guard(file, loss) and file.source.is_exact(loss):
             change = wrap(loss, "{bmt}.sum_loss({it})")
             yield Conversion(RULE.code, loss.lineno, "the loss is averaged over the ranks", (change,))
@@ -82,7 +83,8 @@ def _gets_loss(facts: Facts, method: str, place: int, name: str, as_dict: bool) 
             if isinstance(call.func, ast.Attribute) and call.func.attr == method:
                 given = [*call.args[place : place + 1], *(k.value for k in call.keywords if k.arg == name)]
                 roles = facts.scripts.roles[file]
-                if as_dict and any(roles.var(item) in roles.loss_dicts for item in given):
+                readings = facts.scripts.collectives.readings(file)
+                if as_dict and any(roles.var(item) in roles.loss_dicts and item not in readings for item in given):
                     return True
                 if not as_dict and any(_is_of_share(file, facts, item) for item in given):
                     return True

@@ -3,6 +3,7 @@
 What: ``SummaryWriter(...)`` of TensorBoard, ``mlflow.start_run()`` and their like become
 ``bmt.on_rank_0(SummaryWriter)(...)``, which gives an object that does nothing on the other ranks, wherever it is handed
 on. ``wandb.init(...)`` is told ``mode="disabled"`` there.
+Where all ranks then look into its folder, or change to it, they wait for it: ``bmt.synchronize()`` behind it.
 Why: a writer of each rank writes the same log once more, and making their folder is a race that stops a rank.
 Refuses when: only one rank reaches the call. A class of the project that is such a writer and has methods for all ranks
 is reported, and so are values of a writer (``writer.log_dir``, ``wandb.run.id``), which are rank 0's.
@@ -19,6 +20,7 @@ from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.writers import CAN_BE_DISABLED, MADE_ONCE
 from rewriter.changes import Arguments, template, wrap
 from rewriter.rules.rule import Example, Rule
+from rewriter.rules.waits import waits
 from rewriter.types import Conversion, Finding, Remark
 
 _HINTS = (
@@ -41,6 +43,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield from _disabled(call)
         elif name in MADE_ONCE | CAN_BE_DISABLED:
             yield _made_once(call)
+            yield from waits(RULE.code, file, facts, (call,))
         elif (cls := _own_writer(file, facts, call)) is not None:
             if any(facts.scripts.collectives.function(cls.file, method) for method in cls.methods.values()):
                 message = f"every rank makes a {cls.name}, whose methods are for all ranks: one rank is to write"

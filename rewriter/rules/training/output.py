@@ -19,7 +19,7 @@ Refuses when: the statement gives a value that later code uses, or only one rank
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeGuard
 
 from rewriter.analyze.facts import Facts
@@ -41,9 +41,10 @@ from rewriter.analyze.training.writers import (
     writes_archive,
     writes_when_called,
 )
-from rewriter.changes import Arguments, Change, Under, insert_before, insert_behind, replace, template, wrap
+from rewriter.changes import Arguments, Change, Under, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
+from rewriter.rules.waits import waits
 from rewriter.types import Conversion, Finding, Remark
 
 _MAKES_TEMPORARY = {"tempfile.mkstemp", "tempfile.mkdtemp"}
@@ -99,17 +100,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             joined.update(item for statement in (node, *followers) for item in walk(statement))
             together = Under((node, *followers), guard.head, guard.hoisted)
             yield Conversion(RULE.code, node.lineno, "one rank writes", (together,))
-            yield from _read_back(file, facts, together.statements)
+            yield from waits(RULE.code, file, facts, together.statements)
         elif isinstance(node, ast.Expr) and _shares_line(file, facts, node):
             assert isinstance(node.value, ast.Call)
             change = wrap(node.value.func, "{bmt}.on_rank_0({it})")
             yield Conversion(RULE.code, node.lineno, "one rank writes", (change,))
-            yield from _read_back(file, facts, (node,))
+            yield from waits(RULE.code, file, facts, (node,))
         elif isinstance(node, ast.Expr):
             yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
     for test in facts.scripts.kept_guards(file):
         if not facts.read_back.waits_beside(file, test):
-            yield from _read_back(file, facts, test.body)
+            yield from waits(RULE.code, file, facts, test.body)
     for call in file.calls:
         if call not in joined and opens_for_writing(call) and not is_left_to_one(call):
             yield from _opened(file, facts, call)
@@ -280,39 +281,6 @@ def _pickled(file: File, facts: Facts, block: ast.With) -> ast.Call | None:
     return None
 
 
-def _read_back(file: File, facts: Facts, nodes: Sequence[ast.stmt | ast.Call]) -> Iterator[Finding]:
-    """The other ranks wait where they may read a file that rank 0 has not finished; else a word.
-
-    ``nodes`` are statements that one rank runs together, or a call that opens a file.
-    """
-    told: set[ast.AST] = set()
-    for race in (race for node in nodes for race in facts.read_back.races(file, node)):
-        where = f"line {race.call.lineno}" if race.file is race.where else f"{race.file.path.name}:{race.call.lineno}"
-        place = race.behind or race.front or race.test
-        if place in told:
-            continue
-        if place is not None:
-            told.add(place)
-        line = nodes[0].lineno
-        waits = f"all ranks wait for what one writes, and read it then ({where})"
-        if race.reached and race.where is file and race.behind is not None:
-            first = nodes[0]  # what stands behind the others goes with them to one rank
-            behind = first if race.behind in nodes and isinstance(first, ast.stmt) else race.behind
-            yield Conversion(RULE.code, line, waits, (insert_behind(behind, "{bmt}.synchronize()"),))
-        elif race.reached and race.where is file and race.front is not None:
-            yield Conversion(RULE.code, line, waits, (insert_before(race.front, "{bmt}.synchronize()"),))
-        elif race.reached and race.where is file and race.test is not None:
-            message = f"rank 0 decides for all whether a file is written or read ({where})"
-            yield Conversion(RULE.code, line, message, (wrap(race.test.test, "{bmt}.agree({it})"),))
-        else:
-            wait = "put bmt.synchronize() between the two"
-            if race.test is not None:
-                wait = f"let rank 0 decide for all, if bmt.agree({file.source.code(race.test.test)})"
-            message = f"one rank writes this file, and others may read it too early ({where}): {wait}"
-            yield Remark(RULE.code, line, message, differs=True)
-            return
-
-
 def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
     """A file that all ranks open, as what is written needs them or comes later: all but one write to nowhere."""
     held = isinstance(file.names.statement_of(call), (ast.Assign, ast.AnnAssign))
@@ -329,7 +297,7 @@ def _opened(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
     ):
         changes = written_once(file, call.args[0])
         yield Conversion(RULE.code, call.lineno, "one rank writes this file, the others write to nowhere", changes)
-        yield from _read_back(file, facts, (call,))
+        yield from waits(RULE.code, file, facts, (call,))
     else:
         yield Remark(RULE.code, call.lineno, "every rank writes this file: one rank is to open it", differs=True)
 

@@ -6,16 +6,18 @@ What: in a loop over training data, sums that are added up (``correct += (out ==
 ranks; samples' values that are collected (``predictions.extend(out.argmax(1).tolist())``,
 ``all = torch.cat([all, y])``) are ``bmt.gather_samples(...)``, in the order of the batch. Where the loop may also go
 through data that no rank shares, it names the loader: ``bmt.total(len(x), of=loaders[part])``.
+Of ``a.sum() / b.sum()`` both are totals. What is made of the batch's first items alone (``out[0].sum()``) is rank 0's.
 What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``counter.count(hits, len(y))``) is made
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
 number of it that a function which trains gives back (``return {"part": part.item()}``), and a tensor of the loader's
 batch size that is made in front of the loop.
-Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; values are put at places
-of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last batch has left in
-a name is shown behind the loop: then the line is reported, as are functions of the project that are handed the training
-loader, and tests of such counts above calls that all ranks must make.
+Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; it is made of some items
+(``out[:4]``, ``out[-1]``), is a mean of what a mask leaves, or is made of a spread or an extreme of the batch; values
+are put at places of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last
+batch has left in a name is shown behind the loop: then the line is reported, as are functions of the project that are
+handed the training loader, and tests of such counts above calls that all ranks must make.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
-from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.shares import Kinds, Share
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
@@ -49,6 +51,10 @@ _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
+_OF_NUMBERS = {
+    "torch.tensor", "torch.as_tensor", "torch.zeros", "torch.ones", "float", "int", "min", "max", "abs", "round",
+    "torch.sigmoid", "torch.exp", "torch.cos",
+}  # fmt: skip
 _NAMED = (ast.Name, ast.Tuple, ast.List)
 _COMPREHENSIONS = (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)
 
@@ -101,8 +107,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, value.lineno, message, differs=True)
     for node in file.nodes:
         if isinstance(node, ast.For) and _trains(facts, file, node):
+            kinds = facts.scripts.handed.kinds(file, node) if node in facts.scripts.handed.of(file) else None
             for item in _own(file, facts, node):
                 message = ""
+                if kinds is not None and isinstance(item, (ast.AugAssign, ast.Call)) and _is_of_first(kinds, item):
+                    continue
                 if (
                     isinstance(item, ast.AugAssign)
                     and isinstance(item.op, ast.Add)
@@ -114,10 +123,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 elif (
                     isinstance(item, ast.Call)
                     and item not in losses
-                    and _shown(file, facts, node, item)
+                    and (_shown(file, facts, node, item) or _is_handed_on(file, kinds, item))
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
                     and not _is_whole_where_read(file, facts, item, made)
+                    and not _is_counted(file, facts, node, item)
+                    and not _adds_up_whole(file, facts, item, made)
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 if isinstance(item, (ast.AugAssign, ast.Call)) and message and item not in told:
@@ -129,9 +140,15 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Remark(RULE.code, node.lineno, message, differs=True)
     yield from _shown_of_shares(file, facts, told)
     yield from _in_hooks(file, facts, told)
+    yield from _in_forwards(file, facts, told)
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
+
+
+def _is_of_first(kinds: Kinds, node: ast.AugAssign | ast.Call) -> bool:
+    """Whether a value is made of the batch's first items alone, which rank 0 has as one process does."""
+    return kinds.kind(node.value if isinstance(node, ast.AugAssign) else node) == "item"
 
 
 def _collected(file: File, facts: Facts, values: list[ast.expr]) -> set[Var]:
@@ -254,14 +271,41 @@ def _shown_of_shares(file: File, facts: Facts, told: _Told) -> Iterator[Finding]
         for value, kind in kinds.shown():
             if value in made or value in told or _is_reduced(file, facts, kinds, value):
                 continue
-            if not losses.isdisjoint(ast.walk(value)):
+            if not losses.isdisjoint(ast.walk(value)) or _is_made_whole_by_callers(file, facts, value):
                 continue
             told.add(value)
             code = file.source.code(value)
+            if kind == "unknown":
+                yield Remark(RULE.code, value.lineno, f"{code} is of this rank's share of the batch", differs=True)
+                continue
             what = "the size" if kinds.is_size(value) else "a count" if kind == "total" else "a mean"
             call = f"bmt.total({code})" if kind == "total" else f"bmt.sum_loss({code})"
             message = f"{code} is {what} of this rank's share of the batch: the batch's is {call}, made by every rank"
             yield Remark(RULE.code, value.lineno, message, differs=True)
+
+
+def _is_made_whole_by_callers(file: File, facts: Facts, value: ast.expr) -> bool:
+    """Whether all calls of a function name what it returns, and the batch's is made of it where it is read."""
+    function, returned = file.names.function_of(value), file.names.parents[value]
+    place = None
+    if isinstance(returned, ast.Tuple):
+        place, returned = returned.elts.index(value), file.names.parents[returned]
+    if function is None or not isinstance(returned, ast.Return):
+        return False
+    calls = list(facts.scripts.collectives.instances.calls(file, function))
+    for other, call in calls:
+        statement = other.names.parents[call]
+        target = statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if place is not None:
+            parts = target.elts if isinstance(target, ast.Tuple) else []
+            target = parts[place] if place < len(parts) else None
+        if not isinstance(target, ast.Name):
+            return False
+        made = facts.scripts.collectives.shares(other)
+        for item in _reads(other, facts, target, other.nodes):
+            if made.keys().isdisjoint((item, *other.names.ancestors(item))):
+                return False
+    return bool(calls)
 
 
 def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: int = 0) -> bool:
@@ -310,6 +354,26 @@ def _in_hooks(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
                             f"{file.source.code(item)} in a hook is of this rank's share of the data: see bmt.sum_loss"
                         )
                         yield Remark(RULE.code, item.lineno, message, differs=True)
+
+
+def _in_forwards(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
+    """Numbers that a module's forward makes of what it gets, and keeps: ``self.stats["mean"] = h.mean().item()``."""
+    losses = facts.scripts.collectives.readings(file)
+    for cls in facts.classes.all(file):
+        forward = cls.methods.get("forward") if facts.classes.is_module(cls) else None
+        for statement in (node for node in walk(forward) if isinstance(node, ast.Assign)) if forward else ():
+            kept = (dotted(t.value if isinstance(t, ast.Subscript) else t) or "" for t in statement.targets)
+            if not any(name.startswith("self.") for name in kept):
+                continue
+            for item in walk(statement.value):
+                match item:
+                    case ast.Call(func=ast.Attribute(value=value, attr="item"), args=[]) if item not in losses:
+                        whole = _is_of_all_ranks(file, facts, value) or _is_of_weights(file, facts, value)
+                        if item not in told and not whole and not (dotted(_bare(value)) or "").startswith("self."):
+                            told.add(item)
+                            code = file.source.code(item)
+                            message = f"{code} in a forward is of this rank's share of the data: see bmt.sum_loss"
+                            yield Remark(RULE.code, item.lineno, message, differs=True)
 
 
 def _decisions(file: File, facts: Facts, counted: set[Var]) -> Iterator[Finding]:
@@ -428,15 +492,104 @@ def _is_tested(file: File, facts: Facts, call: ast.Call) -> bool:
 
 
 def _is_whole_where_read(file: File, facts: Facts, call: ast.Call, made: Mapping[ast.expr, Share]) -> bool:
-    """Whether a value gets a name, and wherever that is read the batch's is made of it: ``print(hits)``."""
+    """Whether a value gets a name, and wherever that is read the batch's is made of it: ``print(hits)``.
+
+    So it is where it stands in ``[a, b]`` and a loop over that has the name: ``for v in values: print(v)``.
+    """
+    reads: list[ast.Name] = []
     match file.names.parents[call]:
         case ast.Assign(targets=[ast.Name() as target], value=value) if value is call:
-            roles = facts.scripts.roles[file]
-            variable = roles.var(target)
-            reads = [item for item in file.nodes if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load)]
-            of_it = [item for item in reads if item.id == target.id and roles.var(item) == variable]
-            return bool(of_it) and all(item in made for item in of_it)
+            reads = _reads(file, facts, target, file.nodes)
+        case (ast.Tuple() | ast.List()) as display:
+            for loop in (node for node in file.nodes if isinstance(node, (ast.For, ast.comprehension))):
+                for name, held in gone_through(loop.target, loop.iter, displays=True):
+                    if held is display or (isinstance(held, ast.Name) and file.names.values_of(held) == [display]):
+                        around = loop if isinstance(loop, ast.For) else file.names.parents[loop]
+                        reads += _reads(file, facts, name, list(walk(around)))
+    return bool(reads) and all(not made.keys().isdisjoint((item, *file.names.ancestors(item))) for item in reads)
+
+
+def _reads(file: File, facts: Facts, name: ast.Name, nodes: list[ast.AST]) -> list[ast.Name]:
+    """Where a variable is read among nodes."""
+    roles = facts.scripts.roles[file]
+    variable = roles.var(name)
+    names = [item for item in nodes if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load)]
+    return [item for item in names if item.id == name.id and roles.var(item) == variable]
+
+
+def _is_handed_on(file: File, kinds: Kinds | None, call: ast.Call) -> bool:
+    """Whether a number of the batch is given to what is not seen: ``track(error=(out - y).abs().mean().item())``."""
+    given = file.names.parents[call]
+    reads = isinstance(call.func, ast.Attribute) and call.func.attr == "item" and not call.args
+    handed = isinstance(given, ast.keyword) or (isinstance(given, ast.Call) and call in given.args)
+    return kinds is not None and reads and handed and kinds.kind(call) in {"mean", "total"}
+
+
+def _adds_up_whole(file: File, facts: Facts, call: ast.Call, made: Mapping[ast.expr, Share]) -> bool:
+    """Whether a number is read out of what only totals of all ranks are added to: ``counts.sum().item()``."""
+    roles, bare = facts.scripts.roles[file], _bare(call)
+    added = [
+        item.value
+        for item in file.nodes
+        if isinstance(item, ast.AugAssign) and isinstance(bare, ast.Name) and roles.var(item.target) == roles.var(bare)
+    ]
+    return bool(added) and all(value in made for value in added)
+
+
+def _is_counted(file: File, facts: Facts, loop: ast.For, node: ast.expr, known: frozenset[Var] = frozenset()) -> bool:
+    """Whether a value is made of numbers and counters alone, as a temperature is, or of data that nobody trains on."""
+    roles = facts.scripts.roles[file]
+
+    def are(nodes: list[ast.expr], more: frozenset[Var] = known) -> bool:
+        return all(_is_counted(file, facts, loop, item, more) for item in nodes)
+
+    match node:
+        case ast.Constant():
+            return True
+        case ast.BinOp(left=left, right=right):
+            return are([left, right])
+        case ast.UnaryOp(operand=inner) | ast.Call(func=ast.Attribute(value=inner, attr="item" | "clone" | "mean")):
+            return are([inner])
+        case ast.Call(func=func, args=args, keywords=[]):
+            name = facts.project.external(file, func) or (dotted(func) or "")
+            return (name.startswith("math.") or name in _OF_NUMBERS) and are(args)
+        case ast.Name() if (variable := roles.var(node)) is not None:
+            if variable in known:
+                return True
+            values: list[ast.expr] = []
+            for item in file.nodes:
+                if isinstance(item, ast.Name) and item.id == node.id and roles.var(item) == variable:
+                    given = _given(file, item)
+                    if given is None and not _is_filled_apart(file, facts, loop, item):
+                        return False
+                    values += given or []
+            return bool(values) and are(values, known | {variable})
     return False
+
+
+def _given(file: File, name: ast.Name) -> list[ast.expr] | None:
+    """What a variable gets where its name stands: nothing where it is only read; None where it is not seen."""
+    parent = file.names.parents[name]
+    if isinstance(name.ctx, ast.Load):
+        changed = isinstance(parent, ast.Subscript) and not isinstance(parent.ctx, ast.Load)
+        in_place = isinstance(parent, ast.Attribute) and parent.attr.endswith("_")
+        return None if changed or in_place else []
+    match parent:
+        case ast.Assign(value=value) | ast.AugAssign(value=value) | ast.AnnAssign(value=ast.expr() as value):
+            return [value]
+        case ast.For(iter=ast.Call(func=ast.Name(id="range"))):
+            return [ast.Constant(0)]
+        case ast.Tuple(elts=[first, *_]) if first is name:
+            loop = file.names.parents[parent]
+            numbered = isinstance(loop, ast.For) and item_of(loop, file.names.values_of) is not loop.target
+            return [ast.Constant(0)] if numbered else None
+    return None
+
+
+def _is_filled_apart(file: File, facts: Facts, loop: ast.For, name: ast.Name) -> bool:
+    """Whether an entry gets its value in a loop within ``loop`` over other data: ``losses[k] = loss(batch)``."""
+    inner = next((item for item in file.names.ancestors(name) if isinstance(item, ast.For)), None)
+    return inner is not None and inner is not loop and _goes_through_other_data(file, facts, loop, inner.iter)
 
 
 def _comes_of_batch(file: File, loop: ast.For, value: ast.expr) -> bool:
@@ -464,6 +617,9 @@ def _is_of_weights(file: File, facts: Facts, node: ast.expr) -> bool:
         return False
     if root is not node and roles.is_model(root):
         return True
+    if root is node and (made := [value for value in file.names.values_of(root) if value is not node]):
+        if all(isinstance(value, ast.Attribute) and _is_of_weights(file, facts, value) for value in made):
+            return True
     for parent in file.names.ancestors(node):
         loops: list[ast.For | ast.comprehension] = [parent] if isinstance(parent, ast.For) else []
         if isinstance(parent, (ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)):

@@ -131,3 +131,12 @@ def test_what_must_be_one_graph_is_refused_by_torch() -> None:
     model = bmt.BMTrainModelWrapper(Net())
     with pytest.raises(Exception, match=r"graph break|fullgraph|Unsupported|unsupported"):
         torch.compile(penalty, backend="aot_eager", fullgraph=True)(model)
+
+
+@on_ranks(1, 2)
+def test_a_model_in_one_graph_is_refused_with_what_to_do() -> None:
+    torch._dynamo.reset()
+    model = bmt.BMTrainModelWrapper(Net())
+    run = torch.compile(lambda x: model(x).sum(), backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="Leave out fullgraph=True"):
+        run(torch.ones(2, WIDTH, device=next(model.parameters()).device))

@@ -1,10 +1,11 @@
-"""Dicts of losses that a loop hands to a method which shows them: the method is told, as nobody averages them."""
+"""Losses, and dicts of them, that a loop hands to a method: one that only shows them gets those of all ranks."""
 
 from __future__ import annotations
 
 import pytest
 
 from rewriter.convert import convert_text
+from tests.rewriting.helpers import converted
 
 SCRIPT = """import torch
 from torch import nn
@@ -46,7 +47,7 @@ TOTALS = {
     "a sum": SCRIPT.replace("{total}", "loss = sum(losses.values())"),
     "added": SCRIPT.replace("{total}", 'loss = losses["l1"] + 0.5 * losses["l2"]'),
 }
-METHODS = {
+SHOWING = {
     "a loop": (
         "self.log(losses)",
         "def log(self, given):\n        for k, v in given.items():\n            self.writer.add_scalar(k, v, 1)",
@@ -61,15 +62,46 @@ METHODS = {
         "self.log(1, found=losses)",
         "def log(self, at, found):\n        print({k: v.item() for k, v in found.items()})",
     ),
+    "a sum of them": ("self.log(losses)", "def log(self, losses):\n        print(sum(losses.values()).item())"),
+    "kept": (
+        "self.log(losses)",
+        "def log(self, losses):\n        for k, v in losses.items():\n            self.weights[k] = v.item()",
+    ),
+    "handed on": (
+        "self.log(losses)",
+        "def log(self, losses):\n        self.show(losses)\n\n"
+        "    def show(self, losses):\n        print(losses['l1'].item())",
+    ),
     "one": ('self.log(losses["l2"].cpu().data)', 'def log(self, loss):\n        print("{:.3f}".format(loss))'),
     "a number": ('self.log(losses["l1"].item())', 'def log(self, loss):\n        print(f"{loss:.3f}")'),
-}
+}  # fmt: skip
+OTHERS = {
+    "one that is not seen": (
+        "self.logger.log(losses)",
+        "pass\n\n\nclass Logger:\n    def log(self, losses):\n        print({k: v.item() for k, v in losses.items()})",
+    ),
+    "one that changes them": (
+        "self.log(losses)",
+        "def log(self, losses):\n        losses['l1'] = losses['l1'] * 2\n        print(losses['l1'].item())",
+    ),
+    "one that gives them back": (
+        "losses = self.log(losses)",
+        "def log(self, losses):\n        print(losses['l1'].item())\n        return losses",
+    ),
+}  # fmt: skip
 QUIET = {
     "weights": ("self.log(self.weights)", "def log(self, found):\n        print([v for v in found.values()])"),
     "a count": ("self.log(self.step)", 'def log(self, loss):\n        print(f"{loss:.3f}")'),
     "averaged": ('self.log(losses["loss"].item())', 'def log(self, loss):\n        print(f"{loss:.3f}")'),
     "not shown": ("self.log(losses)", "def log(self, losses):\n        self.last = losses"),
 }
+INLINE = {
+    "a loop": "for k, v in losses.items():\n                print(k, v.item())",
+    "a loop that shows them": 'for k, v in losses.items():\n                self.writer.add_scalar(k, v, 1)',
+    "a dict": "print({k: round(v.item(), 4) for k, v in losses.items()})",
+    "a dict with a name": "logs = {k: v.item() for k, v in losses.items()}\n            self.step += len(logs)",
+    "a text": 'print(" ".join(f"{v:.4f}" for v in losses.values()))',
+}  # fmt: skip
 
 
 def told(script: str, hand: str, method: str) -> list[str]:
@@ -83,8 +115,54 @@ def test_what_is_no_loss_of_a_share_is_not_told(hand: str, method: str) -> None:
     assert told(ENTRY, hand, method) == []
 
 
+@pytest.mark.parametrize(("hand", "method"), OTHERS.values(), ids=OTHERS.keys())
+def test_a_method_that_does_more_is_told(hand: str, method: str) -> None:
+    (message, *_) = told(ENTRY, hand, method)
+    assert ".log" in message and "bmt.sum_loss(" in message
+
+
+@pytest.mark.parametrize("key", ["num", "correct"])
+def test_a_dict_with_counts_is_told(key: str) -> None:
+    text = ENTRY.replace(
+        "        return losses", f'        losses["{key}"] = torch.ones(()).sum()\n        return losses'
+    )
+    assert told(text, *SHOWING["a loop"])
+
+
+def test_sums_are_told() -> None:
+    text = ENTRY.replace("(out - y).abs().mean()", 'nn.functional.l1_loss(out, y, reduction="sum")')
+    assert told(text, *SHOWING["a loop"])
+
+
 @pytest.mark.parametrize("script", TOTALS.values(), ids=TOTALS.keys())
-@pytest.mark.parametrize(("hand", "method"), METHODS.values(), ids=METHODS.keys())
-def test_a_method_that_shows_losses_is_told(hand: str, method: str, script: str) -> None:
-    (message,) = told(script, hand, method)
-    assert "in Trainer.log" in message and "bmt.sum_loss(" in message
+@pytest.mark.parametrize(("hand", "method"), SHOWING.values(), ids=SHOWING.keys())
+def test_a_method_that_shows_losses_gets_those_of_all_ranks(hand: str, method: str, script: str) -> None:
+    assert told(script, hand, method) == []
+    assert "bmt.sum_loss(losses" in converted(script.format(hand=hand, method=method))
+
+
+@pytest.mark.parametrize("hand", INLINE.values(), ids=INLINE.keys())
+def test_a_loop_over_losses_goes_through_those_of_all_ranks(hand: str) -> None:
+    after = converted(ENTRY.format(hand=hand, method="pass"))
+    assert "in bmt.sum_loss(losses)." in after
+    assert not any("share of" in said.message for said in convert_text(ENTRY.format(hand=hand, method="pass")).reported)
+
+
+@pytest.mark.parametrize(
+    ("hand", "method", "wanted"),
+    [
+        (
+            'self.log({"loss": losses["loss"].item(), "part": (x - y).abs().mean()})',
+            "def log(self, found):\n        for k, v in found.items():\n            print(k, float(v))",
+            '"part": bmt.sum_loss((x - y).abs().mean())',
+        ),
+        (
+            "self.log(n=len(x))",
+            'def log(self, **found):\n        print(found["n"])',
+            "self.log(n=bmt.total(len(x)))",
+        ),
+    ],
+    ids=["a dict that is written out", "by name"],
+)
+def test_other_numbers_of_a_share(hand: str, method: str, wanted: str) -> None:
+    assert wanted in converted(ENTRY.format(hand=hand, method=method).replace("{{", "{").replace("}}", "}"))

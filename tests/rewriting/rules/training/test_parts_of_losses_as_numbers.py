@@ -30,7 +30,7 @@ OF_SHARE = {
     "in a dict": 'note({"a": float(parts["a"])})',
     "detached": "note(float(parts[0].detach().cpu()))",
     "whole": "note(int(parts))",
-    "by index": "note(float(out[0]))",
+    "by index": "note(float(out[-1]))",
 }
 OF_ALL = {
     "a loss": "note(float(loss))",

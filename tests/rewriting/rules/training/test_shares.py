@@ -67,6 +67,10 @@ MADE = {
     "in a bar": ("bar.set_postfix(seen=step * 8 + len(x))", "set_postfix(seen=step * 8 + bmt.total(len(x)))"),
     "logged": ("wandb.log({'seen': 8 * step + len(x)})", "{'seen': 8 * step + bmt.total(len(x))}"),
     "one more": ("n += 1 + (out.argmax(1) == y).sum().item()", "n += 1 + bmt.total((out.argmax(1) == y).sum().item())"),
+    "a table of counts": (
+        "n += torch.bincount(2 * y + out.argmax(1), minlength=4)",
+        "n += bmt.total(torch.bincount(2 * y + out.argmax(1), minlength=4))",
+    ),
     "weighed hits": (
         "n += 0.3 * (out.argmax(1) == y).sum() + 0.7 * (out.argmax(1) == y[p]).sum()",
         "n += bmt.total(0.3 * (out.argmax(1) == y).sum() + 0.7 * (out.argmax(1) == y[p]).sum())",
@@ -221,7 +225,7 @@ UNKNOWN = {
     "counts at two places": "n[y.numpy(), out.argmax(1).numpy()] += 1",
     "counts at places, by a function": "np.add.at(n, y.numpy(), 1)",
     "counts at places, in place": "n.index_add_(0, y, torch.ones(len(y)))",
-    "a matrix of counts": "n += torch.bincount(2 * y + out.argmax(1), minlength=4)",
+    "a matrix of counts": "n += torch.bincount(2 * y + out.argmax(1))",
     "a matrix, item by item": "for a, b in zip(y, out.argmax(1)):\n        n[a, b] += 1",
     "a flag for each": "seen[y] = True",
     "a set": "seen |= set(y.tolist())",
