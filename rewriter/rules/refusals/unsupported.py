@@ -1,13 +1,13 @@
 """What cannot work on shards is refused or reported.
 
-What: optimizers that run the model themselves or look into its layers (KFAC, Sophia) stop the conversion of the
-script; under a test that does not hold by default (``if args.kfac:``) they become an error that says so. Embeddings
-that are resized, batch norms (also those by hand), losses that are sums over the batch, or may be, compare its items
-with each other or take a root or a norm of its mean, samples that are paired with others of the batch (mixup and cutmix
-by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch, losses that are a mean over it,
-and hooks that clamp gradients are reported.
+What: optimizers that run the model themselves or look into its layers (KFAC, Sophia), and models that the script
+captures as a CUDA graph, stop its conversion; under a test that does not hold by default (``if args.kfac:``) an error
+says so there. Embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or
+may be, compare its items with each other or take a root or a norm of its mean, samples that are paired with others of
+the batch (mixup and cutmix by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch,
+losses that are a mean over it, and hooks that clamp gradients are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
-Refuses when: always, but for such optimizers under a test.
+Refuses when: always, but for what stands under a test.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted, is_backward, walk
 from rewriter.analyze.training.completed import completing
 from rewriter.analyze.training.sums import is_size
-from rewriter.rules.asked_for import raised_instead
+from rewriter.rules.asked_for import raised_instead, under_test
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
@@ -51,6 +51,12 @@ _AVERAGED = (
     "each batch is padded to its longest, a rank's share of it less, and this mean is taken over the padding as well: "
     "leave it out (ignore_index, or a mask with the sum of each item), or pad to one length"
 )
+_CAPTURING = {"torch.cuda.graph", "torch.cuda.graphs.graph"}
+_GRAPHED = {"torch.cuda.make_graphed_callables", "torch.cuda.graphs.make_graphed_callables"}
+_CAPTURED = (
+    "a CUDA graph of the script's own cannot hold what ranks decide and exchange in a step: take the capture out, and "
+    "launch with BMTRAIN_GRAPHS=1, by which blocks run as CUDA graphs of bmtrain's"
+)
 _MIXERS = re.compile(
     r"torchvision\.transforms\.v2\.(?:MixUp|CutMix)$|timm\.data\.(?:mixup\.)?(?:Mixup|FastCollateMixup)$"
 )
@@ -78,12 +84,33 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 yield Conversion(RULE.code, call.lineno, said, changes)
             else:
                 yield Refusal(RULE.code, call.lineno, message)
+        if _captures(file, facts, call):
+            if under_test(file, call):
+                yield Remark(
+                    RULE.code, call.lineno, f"{_CAPTURED}; an error says so where it is asked for", differs=True
+                )
+            else:
+                yield Refusal(RULE.code, call.lineno, _CAPTURED)
     if facts.scripts.shares_data(file) and not facts.scripts.was_parallel(file):
         yield from _whole_batch(file, facts)
     if not facts.scripts.started and not facts.scripts.was_parallel(file):
         for call, module, place in facts.padded.seen(file):
             where = f"{module.file.path.name}:{getattr(place, 'lineno', 0)}"
             yield Remark(RULE.code, call.lineno, _PADDED.format(name=module.name, where=where), differs=True)
+
+
+def _captures(file: File, facts: Facts, call: ast.Call) -> bool:
+    """Whether a call has the model, or its backward, captured as a CUDA graph."""
+    name, roles = facts.project.external(file, call.func), facts.scripts.roles[file]
+    if name in _GRAPHED:
+        return any(
+            isinstance(item, ast.expr) and roles.is_model(item) for given in call.args[:1] for item in walk(given)
+        )
+    block = file.names.parents[call]
+    if name not in _CAPTURING or not isinstance(block, ast.withitem):
+        return False
+    body = file.names.statement_of(call)
+    return any(is_backward(item) or (isinstance(item, ast.Call) and roles.is_model(item.func)) for item in walk(body))
 
 
 def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr) -> bool:
