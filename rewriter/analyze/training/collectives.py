@@ -16,6 +16,7 @@ from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.readings import held_path, readings
 from rewriter.analyze.training.roles import Roles, unwrapped
 from rewriter.analyze.training.shares import Share
+from rewriter.analyze.training.showers import Showers
 from rewriter.analyze.training.values import Values, names_of_parameters
 
 _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
@@ -62,6 +63,7 @@ class Collectives:
         self.roles = roles
         self.instances = Instances(classes, roles, files)
         self.keepers = Keepers(self.instances, roles)
+        self._showers = Showers(self.instances)
         self._functions: dict[ast.AST, bool] = {}
         self._values: dict[File, Values] = {}
         self._readings: dict[File, dict[ast.expr, ast.expr]] = {}
@@ -98,9 +100,9 @@ class Collectives:
         return self._readings[file]
 
     def _left_with_objects(self, file: File, call: ast.Call) -> Iterable[ast.expr]:
-        """What a call leaves with an object of a class that is seen, which adds it up."""
+        """What a call leaves with an object of a class that is seen, which adds it up, or with what only shows it."""
         kept = self.keepers.kept(file, call)
-        return kept.given if kept is not None and kept.seen else ()
+        return kept.given if kept is not None and kept.seen else self._showers.shown(file, call)
 
     def _is_made_whole(self, file: File, node: ast.expr) -> bool:
         """Whether a value stands in a call that makes it that of all ranks."""

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, walk_own
 from rewriter.analyze.training.roles import Roles, Var
+from rewriter.analyze.training.showers import NUMBERS, READERS, VIEWS
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
-_READERS = {"item", "tolist", "numpy"}
-_VIEWS = {"detach", "cpu", "float", "double", "mean", "clone", "to", "squeeze", "numpy"}
-_NUMBERS = {"float", "str", "repr"}
 _FILLED = {"zeros", "empty", "ones", "full", "zeros_like", "empty_like"}
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
@@ -31,7 +29,7 @@ def readings(
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
-    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
+    what a call leaves with an object that adds it up, or hands to a function that only shows it, ``gives_mean`` whether one gives a mean over a batch at a place.
     ``counted`` is what becomes that of all ranks where it is added up.
     """
     found: dict[ast.expr, ast.expr] = {}
@@ -208,7 +206,7 @@ def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
             yield from (name for part in parts for name in _whole(part))
         case ast.BinOp(left=left, right=right):
             yield from (*_whole(left), *_whole(right))
-        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _VIEWS:
+        case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in VIEWS:
             yield from _whole(value)
         case ast.Attribute(value=value, attr="data"):
             yield from _whole(value)
@@ -217,7 +215,7 @@ def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
 def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
     """What shows the value of a loss, if it holds one."""
     match node:
-        case ast.Call(func=ast.Attribute(attr=attr), args=[], keywords=[]) if attr in _READERS:
+        case ast.Call(func=ast.Attribute(attr=attr), args=[], keywords=[]) if attr in READERS:
             yield node
         case ast.Call(func=ast.Name(), args=[_]) if _is_number_type(node):
             yield node
@@ -286,13 +284,13 @@ def _parts(node: ast.expr) -> Iterator[ast.expr]:
 
 
 def _is_number_type(call: ast.Call) -> bool:
-    return isinstance(call.func, ast.Name) and call.func.id in _NUMBERS
+    return isinstance(call.func, ast.Name) and call.func.id in NUMBERS
 
 
 def _reads(node: ast.expr) -> bool:
     """Whether an expression makes a number of a tensor, so that it was a tensor before."""
     return isinstance(node, ast.Call) and (
-        _is_number_type(node) or (isinstance(node.func, ast.Attribute) and node.func.attr in _READERS)
+        _is_number_type(node) or (isinstance(node.func, ast.Attribute) and node.func.attr in READERS)
     )
 
 
@@ -300,11 +298,11 @@ def viewed(node: ast.expr) -> ast.expr:
     """The tensor under ``.detach()``, ``.cpu()``, ``.data`` and the like, in any order."""
     while True:
         match node:
-            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in _VIEWS:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr)) if attr in VIEWS:
                 node = value
-            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in _READERS:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in READERS:
                 node = value
-            case ast.Call(func=func, args=[value], keywords=[]) if isinstance(func, ast.Name) and func.id in _NUMBERS:
+            case ast.Call(func=func, args=[value], keywords=[]) if isinstance(func, ast.Name) and func.id in NUMBERS:
                 node = value
             case ast.Attribute(value=value, attr="data"):
                 node = value

@@ -833,17 +833,40 @@ class Kinds:
             and all(self._is_read_loss(value, deep) or self._is_made_whole(value, deep + 1) for value in held)
         )
 
-    def _reads_loss(self, call: ast.Call) -> bool:
-        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
+    def _function(self, call: ast.Call) -> FunctionInfo | None:
+        """The function, or method of this class, that a call runs."""
         found = self.roles.project.resolve(self.file, call.func)
-        function = found.node if isinstance(found, FunctionInfo) and found.file is self.file else None
         owner = self.file.names.class_of(call)
         match call.func:
             case ast.Attribute(value=ast.Name(id="self"), attr=name) if owner is not None:
-                function = self.file.class_info(owner).methods.get(name)
+                method = self.file.class_info(owner).methods.get(name)
+                return self.file.function_info(method) if method is not None else None
+        return found if isinstance(found, FunctionInfo) else None
+
+    def _gives_text(self, call: ast.Call) -> bool:
+        """Whether such a function gives text, in which it shows what it is handed."""
+        function = self._function(call)
+        own = [node for statement in (function.node.body if function else ()) for node in walk_own(statement)]
+        texts = {
+            target.id
+            for node in own
+            if isinstance(node, ast.Assign) and any(map(_spells, _joined_texts(node.value)))
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        returned = [node.value for node in own if isinstance(node, ast.Return) and node.value is not None]
+        return bool(returned) and all(
+            (isinstance(value, ast.Name) and value.id in texts) or any(map(_spells, _joined_texts(value)))
+            for value in returned
+        )
+
+    def _reads_loss(self, call: ast.Call) -> bool:
+        """Whether a function of this file gives the value of its loss, which is read as that of all ranks."""
+        function = self._function(call)
+        own = function.node.body if function is not None and function.file is self.file else ()
         returned = [
             node.value
-            for statement in (function.body if function is not None else ())
+            for statement in own
             for node in walk_own(statement)
             if isinstance(node, ast.Return) and not (isinstance(node.value, ast.Constant) or node.value is None)
         ]
@@ -883,6 +906,8 @@ class Kinds:
     def _named(self, name: str, call: ast.Call) -> str:
         if self.roles.is_model(call.func):
             return "samples"
+        if self._gives_text(call):
+            return ""
         if _NAMED_MEANS.match(name) and name not in {"acc", "prec"}:
             return "mean"
         return "samples" if name in {"argmax", "max", "eq", "softmax", "sigmoid", "log_softmax", "topk"} else "unknown"
