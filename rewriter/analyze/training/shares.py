@@ -275,6 +275,15 @@ class Kinds:
                     found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
 
+    def shown_inside(self) -> Iterator[tuple[ast.expr, str]]:
+        """The totals and means that a function shows of what it is handed, or puts into text that it gives back."""
+        for node in self.nodes:
+            if isinstance(node, ast.FormattedValue):
+                shown = [(node.value, self.kind(node.value))]
+            else:
+                shown = [pair for found in self._shown_there(node) for pair in self._entries_shown(*found)]
+            yield from ((_exact(value), kind) for value, kind in shown if kind in {"total", "mean"})
+
     def _entries_shown(self, value: ast.expr, kind: str) -> Iterator[tuple[ast.expr, str]]:
         """What is shown, or what a dict holds that is shown by its name."""
         if kind == "unknown" and isinstance(value, ast.Name) and self._is_written_out(value):

@@ -27,7 +27,7 @@ class Showers:
         self._found: dict[Function, set[str]] = {}
 
     def shown(self, file: File, call: ast.Call, deep: int = 0) -> Iterator[ast.expr]:
-        """What a call gives a function, or a method of a class that is seen, which shows it and does no more with it."""
+        """What a call gives a function, or a method of a class that is seen, which only shows it."""
         functions = self._instances.functions(file, call.func) if call.args or call.keywords else []
         if len(functions) == 1 and not any(isinstance(item, ast.Starred) for item in call.args):
             names = self._of(functions[0], deep)

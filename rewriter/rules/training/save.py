@@ -4,7 +4,7 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 ``bmt.save_checkpoint(...)``.
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
-An object of the project that holds an optimizer (``{"optimizer": self.wrapper}``) is reported: no file takes its manager.
+An object of the project that holds an optimizer (``{"optimizer": self.wrapper}``) is reported: no file takes it.
 Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
 an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
 """
@@ -84,7 +84,7 @@ def _held(file: File, what: ast.expr) -> Iterator[ast.expr]:
 
 
 def _optimizer_of(file: File, facts: Facts, held: ast.expr) -> str:
-    """The attribute by which an object of the project, that is no module, holds an optimizer; empty if there is none."""
+    """The attribute by which an object of the project, that is no module, holds an optimizer; empty without one."""
     cls = facts.scripts.collectives.instances.class_of(file, held)
     if cls is None or cls.file not in facts.scripts.training or facts.classes.is_module(cls):
         return ""

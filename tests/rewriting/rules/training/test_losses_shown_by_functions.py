@@ -1,4 +1,4 @@
-"""Losses that a loop hands to a function, or a method of its own, which shows them: what it gets is that of all ranks."""
+"""Losses that a loop hands to a function, or a method, which shows them: what it gets is that of all ranks."""
 
 from __future__ import annotations
 
@@ -85,6 +85,26 @@ SHOWN = {
 }
 
 
+SAVED = {
+    "there": 'torch.save({"at": i, "loss": loss}, "c.pt")',
+    "by its name": 'state = {"at": i, "loss": loss}\n        torch.save(state, "c.pt")',
+    "detached": 'torch.save({"at": i, "loss": loss.detach()}, "c.pt")',
+    "a number": 'torch.save({"at": i, "loss": loss.item()}, "c.pt")',
+    "added up": 'torch.save({"at": i, "loss": total / 2}, "c.pt")',
+}
+
+
+@pytest.mark.parametrize("call", SAVED.values(), ids=SAVED.keys())
+def test_a_checkpoint_has_that_of_all_ranks(call: str) -> None:
+    text = after("pass", call)
+    assert text.count('"loss": bmt.sum_loss(') == 1
+    assert convert_text(text).after.decode() == text
+
+
+def test_a_dict_that_is_not_written_has_the_loss_itself() -> None:
+    assert "sum_loss" not in after("pass", 'parts = {"loss": loss}')
+
+
 def after(define: str, call: str) -> str:
     result = convert_text(SCRIPT.format(define=define, call=call))
     assert not result.error and b"OptimManager" in result.after
@@ -122,7 +142,10 @@ def test_on_two_ranks() -> None:
 
 
 TEXTS = {
-    "returned": ("def accuracy(o, y):\n    a = (o - y).abs().mean()\n    return f'error {a}'", "print(accuracy(out, y))"),
+    "returned": (
+        "def accuracy(o, y):\n    a = (o - y).abs().mean()\n    return f'error {a}'",
+        "print(accuracy(out, y))",
+    ),
     "added": (
         "def accuracy(o, y):\n    return 'error ' + str((o - y).abs().mean())",
         "s = 'step '\n        s += accuracy(out, y)\n        print(s)",
