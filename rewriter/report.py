@@ -175,11 +175,12 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
         return f"not ready to launch: {left.path} trains, and was left as it is: {reason}"
     started = _started(results)
     trained = [result.path for result in results if _calls("backward", result.after) and b"bmtrain" in result.after]
-    if trained and (not started or all(map(_is_unstarted, results))):
+    script, trains = _script(started, trained, results) if started else (None, False)
+    if trained and (script is None or (not trains and all(map(_is_unstarted, results)))):
         return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
-    if not started:
+    if script is None:
         return "nothing to launch: no script here trains"
-    command = _command(at(_script(started, trained, results)))
+    command = _command(at(script))
     told = [(result, finding) for result in results for finding in result.reported]
     places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
@@ -248,8 +249,11 @@ def _command(script: Path) -> str:
     return f"jupyter nbconvert --to script {shlex.quote(str(script))}; {run}" if notebook else run
 
 
-def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
-    """What to launch: no other file imports it, it trains or imports what does, and its name says so."""
+def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> tuple[Path, bool]:
+    """What to launch: no other file imports it, it trains or imports what does, and its name says so.
+
+    Also whether it trains, or imports what does.
+    """
     imports = {result.path: set(_modules(result, [other.path for other in results])) for result in results}
 
     def imported(path: Path, by: Path) -> bool:
@@ -286,7 +290,8 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     runs = guarded | {result.path for result in results if result.path in trained}
     all_imported = all(map(is_imported, started))
     run = [path for path in imports if path in runs or all_imported]
-    return min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+    best = min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+    return best, not reached(best).isdisjoint(trained)
 
 
 def _modules(result: Result, paths: Sequence[Path]) -> Iterator[Path]:
