@@ -460,9 +460,20 @@ class Kinds:
         elif kind == "mixed":
             yield from self._split(value)
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-            yield value, "unknown" if _is_no_mean(value) or self._is_crossed(value) else "samples"
+            unclear = _is_no_mean(value) or self._is_crossed(value) or self._is_number_of_model(value)
+            yield value, "unknown" if unclear else "samples"
         elif kind in {"samples", "unknown"} and not _is_text(value):
             yield value, "unknown"
+
+    def _is_number_of_model(self, value: ast.expr) -> bool:
+        """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
+        if not _reads_number(value):
+            return False
+        names = [item.id for item in walk(value) if isinstance(item, ast.Name) and item.id in self.made]
+        made = [(given, part) for name in names for given, part in self.made[name]]
+        return len(names) == 1 and all(
+            part is not None and isinstance(given, ast.Call) and self.roles.is_model(given.func) for given, part in made
+        )
 
     def _handed_to_meter(self, call: ast.Call, attr: str) -> Iterator[tuple[ast.expr, str]]:
         """``meter.update(acc, len(x))``."""

@@ -90,3 +90,41 @@ def test_nothing_is_told(define: str, call: str) -> None:
 @pytest.mark.parametrize(("define", "call"), TOLD.values(), ids=TOLD.keys())
 def test_a_function_that_shows_a_number_of_a_share_is_told(define: str, call: str) -> None:
     assert len(told(define, call)) == 1
+
+
+BESIDE = """import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        out = self.inner(x)
+        return out, out.softmax(1).mean(0).max()
+
+
+model, kept = Model(), []
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for (x,) in DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=12):
+    optimizer.zero_grad()
+    out, used = model(x)
+    loss = (out - x).square().mean()
+    loss.backward()
+    optimizer.step()
+    kept.append({kept})
+"""
+
+
+@pytest.mark.parametrize("kept", ["used.item()", "float(used)", "100 * used.item()"])
+def test_a_number_that_a_model_gives_is_no_sample(kept: str) -> None:
+    result = convert_text(BESIDE.format(kept=kept))
+    assert b"gather_samples" not in result.after
+    assert any("may be of this rank's share" in said.message for said in result.reported)
+
+
+def test_what_a_model_gives_for_each_item_is_collected() -> None:
+    assert b"bmt.gather_samples(" in convert_text(BESIDE.format(kept="out.detach().numpy()")).after
