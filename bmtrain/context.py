@@ -31,6 +31,7 @@ from .device import (
     let_segments_grow,
 )
 from .errors import ConfigurationError, NotInitializedError
+from .log import warn
 from .precision import Precision, as_precision
 from .split_random import SplitRandom
 from .topology import Mesh, Topology
@@ -534,7 +535,7 @@ def _warn_of_names(env: Mapping[str, str]) -> None:
     for name in env:
         if name.upper().startswith("BMTRAIN") and name not in known and env.get("RANK", "0") == "0":
             for near in difflib.get_close_matches(name.upper(), known, 1, 0.9):
-                warnings.warn(f"{name} is in the environment, which nobody reads; did you mean {near}?", stacklevel=3)
+                warn(f"{name} is in the environment, which nobody reads; did you mean {near}?", stacklevel=3)
 
 
 def _meter_file(name: str, rank: int) -> Path | None:

@@ -11,7 +11,6 @@ import gc
 import itertools
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import GeneratorType
@@ -25,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from .context import context
 from .errors import ConfigurationError
+from .log import warn
 from .rng import Draws, capture, generators_of, restore, same
 from .topology import share
 
@@ -266,7 +266,7 @@ class ShardedBatchSampler(AlignedSampler):
 
 def _warn_of_uneven(length: int, ranks: int) -> None:
     if context().rank == 0:
-        warnings.warn(
+        warn(
             f"A batch of {length} does not divide evenly over {ranks} ranks. A mean over each rank's samples, averaged "
             "over ranks, weighs them slightly differently from one process. For exactly the same, compute the loss by "
             'bmt.mean(losses) from a loss with reduction="none" (or by bmt.loss.FusedCrossEntropy), or leave such '

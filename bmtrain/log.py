@@ -1,7 +1,8 @@
 """What the runtime says of itself: by ``logging``'s logger "bmtrain", mostly on rank 0; ``record.rank`` is the rank.
 
-It goes to stderr as "bmtrain: ...", not into the log of a script, unless that has given this logger a handler.  What is
-said while a job ends (by the watchdog, after Ctrl-C) goes to stderr past ``logging``, whose locks may be held.
+It goes to stderr as "bmtrain: ...", not into the log of a script, unless that has given this logger a handler.
+Warnings are Python's own, but where a script ignores all of those they are said like the rest.  What is said while a
+job ends (by the watchdog, after Ctrl-C) goes to stderr past ``logging``, whose locks may be held.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import ParamSpec
 
 P = ParamSpec("P")
 
 _LOGGER = logging.getLogger("bmtrain")
+_warned: set[str] = set()
 
 
 class _OnStderr(logging.Handler):
@@ -39,6 +42,27 @@ def say(text: str, rank: int = 0) -> None:
     if _LOGGER.level == logging.NOTSET:
         _LOGGER.setLevel(logging.INFO)
     _LOGGER.info("%s", text, extra={"rank": rank})
+
+
+def warn(text: str, stacklevel: int, category: type[Warning] = UserWarning) -> None:
+    """``warnings.warn``; once by ``say`` where the script ignores all warnings: it means those of its libraries.
+
+    Only a filter for this text, or for the module that ``stacklevel`` names, is about what we say.
+    """
+    if not _ignores_all(category):
+        warnings.warn(text, category, stacklevel + 1)
+    elif text not in _warned:
+        _warned.add(text)
+        say(f"warning: {text}")
+
+
+def _ignores_all(category: type[Warning]) -> bool:
+    if "warnings" not in warnings.warn.__module__:  # def warn(*args, **kwargs): pass
+        return True
+    for action, message, of, module, line in warnings.filters:
+        if message is None and module is None and not line and issubclass(category, of):
+            return action == "ignore"
+    return False
 
 
 def interruptible(name: str) -> Callable[[Callable[P, int]], Callable[P, int]]:

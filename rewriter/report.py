@@ -24,6 +24,8 @@ _IMPORTED = re.compile(
 _NAME = re.compile(rb"(?:^|[(,])\s*(\w+)")
 _PART = "part of "
 """How the reason begins of a file that stays because a script does which it is part of."""
+_NOT_STARTED = "no script here starts "
+"""How it is said of a file that trains and that is started by none."""
 _IMPORTS_BY_NAME = re.compile(rb"import_module|__import__|importlib|pkgutil|runpy|\bexec\(")
 _LAUNCHED = re.compile(r"(?:pre)?train|main|run", re.I)
 
@@ -166,17 +168,19 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     failed = next((result for result in results if result.error and _matters(result, results)), None)
     if failed is not None:
         return f"not ready to launch: {failed.error}"
-    stay = [(result, reason) for result in results if (reason := left_training(result))]
+    read = [result for result in results if not result.error or _matters(result, results)]
+    stay = [(result, reason) for result in read if (reason := left_training(result))]
     if stay:  # a reason of its own says more than that of the script which it is part of
         left, reason = next((item for item in stay if not item[1].startswith(_PART)), stay[0])
         return f"not ready to launch: {left.path} trains, and was left as it is: {reason}"
     started = _started(results)
     trained = [result.path for result in results if _calls("backward", result.after) and b"bmtrain" in result.after]
-    if not started:
-        if trained:
-            return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
+    script, trains = _script(started, trained, results) if started else (None, False)
+    if trained and (script is None or (not trains and all(map(_is_unstarted, results)))):
+        return f"not ready to launch: nothing here starts the training in {trained[0]}: call bmt.init_distributed()"
+    if script is None:
         return "nothing to launch: no script here trains"
-    command = _command(at(_script(started, trained, results)))
+    command = _command(at(script))
     told = [(result, finding) for result in results for finding in result.reported]
     places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
@@ -189,9 +193,18 @@ def _started(results: Sequence[Result]) -> list[Path]:
     return [result.path for result in results if b"init_distributed(" in result.after]
 
 
+def _is_unstarted(result: Result) -> bool:
+    """Whether a file does not train, or is said to be started by no script."""
+    return not _calls("backward", result.after) or any(
+        said.code == "BMT020" and said.message.startswith(_NOT_STARTED) for said in result.reported
+    )
+
+
 def _matters(failed: Result, results: Sequence[Result]) -> bool:
     """Whether a file that is not understood trains, or a script that starts the ranks may import it."""
     scripts = _started(results)
+    if failed.path.suffix == ".ipynb" and any(path.suffix == ".py" for path in scripts):
+        return False  # no script imports a notebook, and the scripts are what is launched
     if not scripts or _calls("backward", failed.before):
         return True
     importers = {result.path: result.after for result in results if not result.error}
@@ -236,8 +249,11 @@ def _command(script: Path) -> str:
     return f"jupyter nbconvert --to script {shlex.quote(str(script))}; {run}" if notebook else run
 
 
-def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> Path:
-    """What to launch: no other file imports it, it trains or imports what does, and its name says so."""
+def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[Result]) -> tuple[Path, bool]:
+    """What to launch: no other file imports it, it trains or imports what does, and its name says so.
+
+    Also whether it trains, or imports what does.
+    """
     imports = {result.path: set(_modules(result, [other.path for other in results])) for result in results}
 
     def imported(path: Path, by: Path) -> bool:
@@ -274,7 +290,8 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     runs = guarded | {result.path for result in results if result.path in trained}
     all_imported = all(map(is_imported, started))
     run = [path for path in imports if path in runs or all_imported]
-    return min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+    best = min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+    return best, not reached(best).isdisjoint(trained)
 
 
 def _modules(result: Result, paths: Sequence[Path]) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from ..alike import follow_rank_0
 from ..errors import ConfigurationError
+from ..log import warn
 from ..shard.flat import flat_of
 from ..shard.parameter import DistributedParameter, as_distributed, init_method_of, split_of
 from ..shard.pools import Pools
@@ -95,7 +95,7 @@ def _initial_values(root: nn.Module, groups: list[Group]) -> dict[str, torch.Ten
 
 def _warn_of_different_starts(rank: int, kind: str, names: list[str]) -> None:
     if names and rank == 0:
-        warnings.warn(
+        warn(
             f"The ranks built {kind} with different values ({', '.join(names[:5])}{' ...' if len(names) > 5 else ''}); "
             "rank 0's are used on all. Seed alike on every rank until the model is built.",
             stacklevel=2,

@@ -6,14 +6,13 @@ hold a collective. So before a model is evaluated or saved, every rank gets thei
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..comm import ops
 from ..context import context
+from ..log import warn
 from .record import Record
 
 
@@ -33,7 +32,7 @@ def _warn_of_lonely_sync(model: nn.Module) -> None:
     """SyncBatchNorm talks through torch's own process group, and without one it is silently an ordinary batch norm."""
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
     if synced and context().rank == 0 and not torch.distributed.is_initialized():
-        warnings.warn(
+        warn(
             "nn.SyncBatchNorm sees each rank's share of the batch only, as torch has no process group here. Call "
             'torch.distributed.init_process_group("nccl") beside bmt.init_distributed().',
             stacklevel=2,
@@ -49,7 +48,7 @@ def _warn_of_shares(model: nn.Module) -> None:
     ]
     if norms and context().rank == 0 and context().topology.data_size > 1:
         more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
-        warnings.warn(
+        warn(
             f"The batch norm {norms[0]}{more} normalises by each rank's share of the batch alone, not by the whole "
             "batch. nn.SyncBatchNorm.convert_sync_batchnorm(model) before it is sharded, with a process group of "
             "torch's on GPUs, sees the whole; layer and group norms, and batch norms in eval(), do not ask.",

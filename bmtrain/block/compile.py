@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from ..context import context
+from ..log import warn
 from ..shard.engine import engine
 from .block import Block
 from .linear import land_compiled
@@ -33,7 +33,7 @@ def compile(model: ModuleT, **options: Any) -> ModuleT:
     """
     mode = options.get("mode")
     if mode in _WITHOUT_GRAPHS and context().device.is_cuda:
-        warnings.warn(
+        warn(
             f"bmt.compile leaves out the CUDA graphs of mode={mode!r}: a later run, such as that of the next equal "
             f"block, would write over their results. mode={_WITHOUT_GRAPHS[mode]!r} says so.",
             stacklevel=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
@@ -19,7 +19,7 @@ from ..errors import ConfigurationError, UnsupportedError
 from ..log import say
 from ..shard.engine import MOST_RUNS, LatestRuns, Run
 from ..shard.flat import FlatShard
-from ..shard.unit import ShardUnit
+from ..shard.unit import ShardUnit, unit_of_flat
 from .assign_units import shard_module
 from .backward import Backward
 from .first_steps.batches import FirstBatches
@@ -46,6 +46,7 @@ from .trace import Phase
 from .untrained import FirstGraphs
 
 T = TypeVar("T")
+V = TypeVar("V")
 Args = tuple[object, ...]
 Kwargs = dict[str, object]
 _LITTLE = 0.1
@@ -288,11 +289,34 @@ class Engine:
     def _run_frame(self, frame: Frame, call: Callable[..., T], args: Args, kwargs: Kwargs) -> T:
         for other in frame.units[0].borrows if frame.units else ():
             frame.add(other)
+        inside = frame.parent is not None and bool(frame.units)
+        apart = inside and self.schedule.pools.moves and self.backward.kept is None
+        if apart:
+            copies: dict[int, torch.Tensor] = {}
+            args = tuple(self._of_its_own(value, frame.units, copies) for value in args)
+            kwargs = {name: self._of_its_own(value, frame.units, copies) for name, value in kwargs.items()}
         self.backward.frames.append(frame)
         try:
-            return frame.run(call, args, kwargs)
+            out = frame.run(call, args, kwargs)
         finally:
             self.backward.frames.pop()
+        if apart and isinstance(out, torch.Tensor):
+            return self._of_its_own(out, (), {})
+        return out
+
+    def _of_its_own(self, value: V, units: Collection[ShardUnit], copies: dict[int, torch.Tensor]) -> V:
+        """``value``, copied if it is a view of a parameter that none of ``units`` holds; one copy of the same tensor.
+
+        Whether a view or a copy is made of a parameter is up to the sizes that a rank sees: ``p.repeat(b, 1, 1)`` of a
+        batch of one is often a view. What a block saves of it would be gathered again in the backward, by that rank
+        alone. A copy is contiguous, so what is not, as the transpose of a tied weight, is a view on all ranks.
+        """
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or not value.is_contiguous():
+            return value
+        flat = self.whole.flat_at(value)
+        if flat is None or unit_of_flat(flat) in units:
+            return value
+        return copies.setdefault(id(value), value.clone())  # type: ignore[return-value]
 
     def _run_ends(self, out: object, grad: bool) -> None:
         if not grad:

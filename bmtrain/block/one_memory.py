@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..log import warn
 from ..shard.flat import flat_of
 
 
@@ -42,7 +41,7 @@ def tie(root: nn.Module, rank: int) -> None:
                 owner._parameters[key] = first
             tied.append(f"{name} = {its_name}")
     if tied and rank == 0:
-        warnings.warn(
+        warn(
             f"Different Parameters show the same memory and are one from now on ({', '.join(tied[:5])}"
             f"{' ...' if len(tied) > 5 else ''}): an optimizer steps it once, with the sum of both gradients.",
             stacklevel=2,

@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import uuid
-import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from ..alike import differing
 from ..comm import Communicator
 from ..context import context
 from ..errors import BMTrainError, CheckpointError, ConfigurationError
+from ..log import warn
 from ..objects import allgather_objects
 from ..rng import capture, restore
 from ..shard.flat import flat_of
@@ -274,7 +274,7 @@ class Checkpointer:
         except ConfigurationError as error:
             raise CheckpointError(f"{what}: {error}") from None
         if tree.of_rank_0 and self._rank == 0:
-            warnings.warn(
+            warn(
                 f"{', '.join(tree.of_rank_0[:5])}{' ...' if len(tree.of_rank_0) > 5 else ''} differ between ranks; "
                 "rank 0's are saved.",
                 stacklevel=3,
@@ -370,7 +370,7 @@ class Checkpointer:
         try:
             folders.prune(self.folder, staged.step, self._keep)
         except OSError as error:  # the new one is whole, and there is only more than was asked for
-            warnings.warn(f"An older checkpoint in {self.folder} could not be removed: {error}", stacklevel=2)
+            warn(f"An older checkpoint in {self.folder} could not be removed: {error}", stacklevel=2)
 
     # -- loading --------------------------------------------------------------------------------------------------
 
@@ -399,7 +399,7 @@ class Checkpointer:
                 raise CheckpointError(f"{self.folder} has no whole checkpoint of step {step}, only of {found}.")
             newer, found = [n for n in found if n > step], [n for n in found if n <= step]
             if newer and self._rank == 0:
-                warnings.warn(
+                warn(
                     f"Going on from step {step}, while {self.folder} has newer checkpoints, of steps {newer}, which "
                     "the next resume() would take. Remove them if they are not wanted.",
                     stacklevel=2,
@@ -413,7 +413,7 @@ class Checkpointer:
                     hint = "" if older is None else f" The next older one is whole: resume(step={older})."
                     raise CheckpointError(f"{error}{hint}") from error
                 if self._rank == 0:
-                    warnings.warn(f"{error} Going on from step {older} instead.", stacklevel=2)
+                    warn(f"{error} Going on from step {older} instead.", stacklevel=2)
         return 0
 
     def _load(self, step: int, generators: bool = True) -> None:

@@ -10,7 +10,6 @@ import io
 import os
 import shutil
 import uuid
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, MutableMapping
 from datetime import timedelta
@@ -25,7 +24,7 @@ from ..block.in_turn import comes_in_turn, named_state
 from ..comm import Communicator
 from ..context import Context, context, is_initialized
 from ..errors import CheckpointError
-from ..log import say
+from ..log import say, warn
 from ..objects import allgather_objects, broadcast_object
 from ..shard.in_parts import InParts, Owned, in_parts
 from ..shard.place import Place
@@ -162,7 +161,7 @@ def _recalled(ctx: Context) -> str | None:
     try:
         found = ctx.launcher.recall(_NEWEST)
     except RuntimeError as error:
-        warnings.warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=3)
+        warn(f"The launcher does not say where the newest checkpoint is: {error}", stacklevel=3)
         return None
     return found if found is not None and _is_ours(found) else None
 
@@ -174,7 +173,7 @@ def _take_down(path: Any, moved_from: Any = None) -> None:
         if moved_from is None or launcher.recall(_NEWEST) == str(Path(moved_from).absolute()):
             launcher.remember(_NEWEST, str(Path(path).absolute()))
     except RuntimeError as error:
-        warnings.warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=3)
+        warn(f"The launcher did not take down where the checkpoint is: {error}", stacklevel=3)
 
 
 def copy_sharded(src: Any, dst: Any) -> Any:
@@ -411,7 +410,7 @@ def _make_way(path: Path) -> str | None:
         if path.exists() and not path.is_dir():
             kept = path.with_name(path.name + ".plain")
             path.rename(kept)
-            warnings.warn(f"{path} becomes a folder; the file of that name is now {kept}.", stacklevel=3)
+            warn(f"{path} becomes a folder; the file of that name is now {kept}.", stacklevel=3)
     except OSError as error:
         return str(error)
     return None

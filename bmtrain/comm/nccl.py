@@ -7,7 +7,6 @@ old for them the same calls work, only slower; a warning says so once.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
@@ -17,6 +16,7 @@ from torch.utils.dlpack import from_dlpack
 
 from ..device import current_stream_handle
 from ..errors import CommunicationError, ConfigurationError, DeviceError
+from ..log import warn
 from . import nccl_library as library
 from .base import Communicator, ReduceOp
 from .nccl_library import arena_bytes, available, version
@@ -269,7 +269,7 @@ class NcclCommunicator(Communicator):
 
     def _say(self, text: str) -> None:
         if self.rank == 0:
-            warnings.warn(text, RuntimeWarning, stacklevel=4)
+            warn(text, 4, RuntimeWarning)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 
 import torch
 
 from ..comm import Communicator, ReduceOp, ops
 from ..context import context
+from ..log import warn
 from ..users_code import users_line
 from .nccl import recv as ncclRecv
 from .nccl import send as ncclSend
@@ -34,7 +34,7 @@ def all_gather(x: torch.Tensor, comm: Communicator | None = None) -> torch.Tenso
 
 
 def _say_what_comes_back(place: str, _: torch.Tensor) -> None:
-    warnings.warn(
+    warn(
         f"bmt.distributed.all_gather ({place}) passes back the gradient of this rank's part alone. For a loss over "
         "the rows of all ranks use bmt.gather_batch, whose gradient is whole, or multiply the loss by "
         "bmt.world_size() (if that is done, all is right).",
@@ -59,7 +59,7 @@ def all_reduce(x: torch.Tensor, op: ReduceOp = "sum", comm: Communicator | None 
 
 
 def _say_what_is_passed_on(op: ReduceOp, place: str, _: torch.Tensor) -> None:
-    warnings.warn(
+    warn(
         f'bmt.distributed.all_reduce(x, "{op}") ({place}) passes back the gradient as if parameters took the sum of '
         "the ranks' gradients, and they take the mean. For a loss of what all ranks have, bmt.mean(values) passes "
         "back what it needs; else multiply the loss by bmt.world_size() (if that is done, all is right).",

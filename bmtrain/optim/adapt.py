@@ -13,7 +13,6 @@ A state dict is the unsharded one: gathered on the way out and cut on the way in
 from __future__ import annotations
 
 import functools
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from types import MethodType
@@ -24,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..context import context, is_initialized
 from ..errors import ConfigurationError, UnsupportedError
+from ..log import warn
 from ..shard.engine import engine
 from ..shard.flat import flat_of
 from ..shard.place import Place
@@ -160,7 +160,7 @@ def _closure_of(args: Args, kwargs: Kwargs) -> tuple[Any, Args, Kwargs]:
 def _warn_of_whole(optimizer: torch.optim.Optimizer, params: list[Any]) -> None:
     if context().rank == 0:
         numel = sum(p.numel() for p in params if flat_of(p) is not None)
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__} may look at several tensors at once, so every rank makes all of its steps, "
             f"with all values, gradients and states: {numel / 2**28:.3g} GiB of each in fp32. If it treats each tensor "
             'by itself, say add_optimizer(..., step_on="tensors"), which shares the work out; if each element, '
@@ -173,7 +173,7 @@ def _warn_of_unaveraged(optimizer: torch.optim.Optimizer, params: list[Any]) -> 
     """Once for an optimizer, if it steps on what this rank's samples alone have given."""
     trained = [p for p in params if p.grad is not None]
     if trained and context().rank == 0 and engine().of_no_module.are_nobodys(trained):
-        warnings.warn(
+        warn(
             f"{type(optimizer).__name__} steps on gradients of this rank's samples alone: no distributed module holds "
             "its parameters, and no bmt.optim.OptimManager drives it. Call optim_manager.add_optimizer(optimizer) "
             "after making it, and gradients are averaged; where your own code averages them, nothing is wrong.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ import torch
 from ..autograd import never_compiled
 from ..context import context
 from ..errors import CheckpointError, ConfigurationError
+from ..log import warn
 from ..objects import allgather_objects
 from ..shard.engine import engine
 from ..shard.in_parts import in_parts
@@ -367,7 +367,7 @@ class OptimManager:
             what = f"the loss on rank {here} is {bad[0]}" if bad else "a loss or a gradient is infinite or NaN"
             if outcome.spike is not None and self._facts.spikes is not None:
                 what = self._facts.spikes.words(outcome.spike)
-            warnings.warn(f"Step {number} is left out: {what}.", stacklevel=3)
+            warn(f"Step {number} is left out: {what}.", stacklevel=3)
 
     def _count(self) -> int:
         return sum(len(group["params"]) for optimizer in self.optimizers for group in optimizer.param_groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 
@@ -11,6 +10,7 @@ import torch
 from ..alike import follow_rank_0
 from ..context import Context, context
 from ..errors import ConfigurationError
+from ..log import warn
 from ..shard.engine import engine
 from ..shard.layout import Layout, make_layout
 
@@ -125,13 +125,13 @@ def adopt(homes: Sequence[Replicated]) -> None:
     differing = follow_rank_0(ctx, "The optimizer", values)
     numel = sum(home.parameter.numel() for home in homes)
     if ctx.rank == 0 and differing:
-        warnings.warn(
+        warn(
             f"{len(differing)} parameters that no distributed module holds had other values on other ranks; rank 0's "
             "are used on all.",
             stacklevel=4,
         )
     if ctx.rank == 0 and numel >= _LARGE:
-        warnings.warn(
+        warn(
             f"Every rank keeps {numel:,} parameters of this optimizer whole, since no distributed module holds them. "
             "To shard them, let their module's class derive from bmt.DistributedModule, or call "
             "bmt.BMTrainModelWrapper(model), before the optimizer is made.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
@@ -16,6 +15,7 @@ from ..autograd import backward_id
 from ..context import Context
 from ..device import Event
 from ..errors import ConfigurationError, ShardedAccessError
+from ..log import warn
 from ..precision import Precision
 from .arenas import Arena
 from .gradient import ShardGradient
@@ -495,7 +495,7 @@ class FlatShard:
         with torch._C.DisableTorchFunctionSubclass():
             missing = [self.names[i] for i in sorted(reached) if not touched[i] and self.params[i].requires_grad]
         if missing:
-            warnings.warn(
+            warn(
                 f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''} took "
                 "part in the loss, but no rank got a gradient: they do not train. If an autograd function means to "
                 "give them none, or compiled code uses them detached only, say so with requires_grad_(False).",

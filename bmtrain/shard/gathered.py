@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from torch import nn
 from ..alike import follow_rank_0
 from ..context import Context, context
 from ..errors import ConfigurationError
+from ..log import warn
 from .engine import engine
 from .flat import FlatShard, flat_of
 from .parameter import DistributedParameter, group_of, init_method_of, raw_data, split_of
@@ -88,7 +88,7 @@ def keep_rank_0s(ctx: Context, what: str, written: Mapping[str, torch.Tensor], s
     """
     differing = follow_rank_0(ctx, what, written, slices)
     if differing and ctx.rank == 0:
-        warnings.warn(
+        warn(
             f"The ranks wrote different values into {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}; "
             "rank 0's are used on all. Seed alike on every rank before parameters are initialised.",
             stacklevel=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import ShardedAccessError
+from ..log import warn
 from .engine import engine
 from .flat import place_of
 from .gathered import keep_rank_0s
@@ -135,7 +135,7 @@ def _say_if_moved(read: Iterable[StateTensor]) -> None:
     moved = next((tensor for tensor in read if tensor._original.has_moved(tensor._copy)), None)
     if moved is not None:
         owner = moved._original.owner
-        warnings.warn(
+        warn(
             f"A state dict that was taken before the {owner}'s values changed is read: it holds the values of then, "
             f"where torch's would show those of now. For these, take it anew ({owner}.state_dict()); to keep those of "
             f"then and say so, copy.deepcopy({owner}.state_dict()).",

@@ -14,9 +14,10 @@ import selectors
 import socket
 import threading
 import uuid
-import warnings
 import weakref
 from typing import Any, Protocol
+
+from ..log import warn
 
 Message = dict[str, Any]
 
@@ -92,11 +93,11 @@ class Mesh:
         try:
             connection = socket.create_connection((host, int(port)), timeout=_PATIENCE)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"The watchdog of rank {self.rank} cannot reach that of rank {other} at {host}:{port} ({error}): if "
                 "one of the two dies or differs, the other may wait for it until the timeout.",
-                RuntimeWarning,
                 stacklevel=2,
+                category=RuntimeWarning,
             )
             return
         self._linked(connection, other).send({"rank": self.rank, "word": self._word}, must=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,5 +76,29 @@ def test_a_file_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_where_nothing_else_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "model.py").write_text("import torch\n\n\nclass A(torch.nn.Module):\n    pass\n")
     (tmp_path / "old.py").write_text(OLD)
+    assert main([str(tmp_path), "--write"]) == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("not ready to launch: ")
+
+
+def notebook(code: str) -> str:
+    cells = [{"cell_type": "code", "source": code, "metadata": {}, "outputs": [], "execution_count": None}]
+    return json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.mark.parametrize("code", ["2 files are read", "2 files are read\nloss.backward()\n"])
+@pytest.mark.parametrize("imported", ["", "import importlib\n\nshow = importlib.import_module(args.kind)"])
+def test_a_notebook_beside_scripts(
+    code: str, imported: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "train.py").write_text(TRAIN.format(imported=imported))
+    (tmp_path / "show.ipynb").write_text(notebook(code))
+    assert main([str(tmp_path), "--write"]) == 2
+    shown = capsys.readouterr()
+    assert "show.ipynb:cell 1:1: cannot parse" in shown.err
+    assert shown.out.splitlines()[-1].endswith(f"torchrun --nproc_per_node=N {tmp_path / 'train.py'}")
+
+
+def test_a_notebook_that_is_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "show.ipynb").write_text(notebook("2 files are read\nloss.backward()\n"))
     assert main([str(tmp_path), "--write"]) == 2
     assert capsys.readouterr().out.splitlines()[-1].startswith("not ready to launch: ")

@@ -66,3 +66,30 @@ def test_after_ctrl_c_a_command_says_one_line(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.endswith(": interrupted; no file was left half written\n")
     assert captured.err.count("\n") == 2
+
+
+WARN = "from bmtrain.log import warn; [warn('the loss', stacklevel=1) for _ in range(2)]"
+WARNED = "<string>:1: UserWarning: the loss\n"
+SAID_INSTEAD = "bmtrain: warning: the loss\n"
+
+
+@pytest.mark.parametrize(
+    "before, err",
+    [
+        ("", WARNED),
+        ("warnings.filterwarnings('once')", WARNED),
+        ("warnings.filterwarnings('ignore', message='the loss')", ""),  # that is about this one
+        ("warnings.filterwarnings('ignore', module='__main__')", ""),
+        ("warnings.filterwarnings('ignore', category=FutureWarning)", WARNED),
+        ("warnings.filterwarnings('ignore', message='something else')", WARNED),
+        ("warnings.filterwarnings('ignore')", SAID_INSTEAD),
+        ("warnings.simplefilter('ignore')", SAID_INSTEAD),
+        ("warnings.filterwarnings('ignore', category=UserWarning)", SAID_INSTEAD),
+        ("warnings.simplefilter('ignore'); warnings.simplefilter('default')", WARNED),
+        ("warnings.warn = lambda *a, **k: None", SAID_INSTEAD),
+    ],
+)
+def test_scripts_that_ignore_all_warnings_are_told_all_the_same(before: str, err: str) -> None:
+    code = f"import warnings; {before}\n{WARN}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert (done.stdout, done.stderr.replace("<string>:2", "<string>:1")) == ("", err)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 
 import torch
@@ -10,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...alike import digest
 from ...context import Context
+from ...log import warn
 from ...users_code import users_line
 from .steps import FirstSteps
 
@@ -52,7 +52,7 @@ class FirstBatches:
         self._ctx.control.all_reduce(bounds, "max")
         same = all(int(most) == ~int(least) for most, least in zip(bounds[:_BATCHES], bounds[_BATCHES:], strict=True))
         if same and self._ctx.rank == 0:
-            warnings.warn(
+            warn(
                 f"All ranks train on the same batches ({self._place}): each repeats the work of the others. Give every "
                 "rank its share: bmt.shard_loader(loader), or bmt.shard_batch(batch).",
                 stacklevel=2,

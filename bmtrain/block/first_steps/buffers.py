@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ...alike import differing_ranks, on_all_ranks
 from ...context import Context
+from ...log import warn
 from ...shard.sharded_tensor import ShardedTensor
 from ...users_code import users_line
 
@@ -66,7 +66,7 @@ class FirstBuffers:
         found = (self._differing(roots) or {}) | (self._differing(beside) or {})
         if found and self._ctx.rank == 0:
             more = " ..." if len(found) > _MOST else ""
-            warnings.warn(
+            warn(
                 f"Ranks have come to different buffers ({self._place}): {', '.join([*found][:_MOST])}{more}. Forwards "
                 "have written into them what each rank's own samples gave; a checkpoint holds rank 0's. Write what all "
                 "of them gave: bmt.distributed.all_reduce(value, 'avg'), or 'sum'.",

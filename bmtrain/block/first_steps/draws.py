@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 from ...context import Context
+from ...log import warn
 from ...users_code import users_line
 from .steps import FirstSteps
 
@@ -84,7 +83,7 @@ class FirstDraws:
         self._end()
         self._is_over = True
         if self._ctx.rank == 0:
-            warnings.warn(
+            warn(
                 f"Random numbers are drawn {where} ({place}): the same on all ranks, which is right for what decides "
                 "for all of them alike. Noise, masks or time steps of a rank's own samples should differ: draw them "
                 "inside `with bmt.own_random():`.",

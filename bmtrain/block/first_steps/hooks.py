@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ...context import Context
+from ...log import warn
 from ...shard.flat import flat_of
 from ...shard.parameter import DistributedParameter
 from .linearity import watched
@@ -79,7 +79,7 @@ class FirstHooks:
             say(name, place, function)
 
     def _say_of_parameter(self, name: str, place: str, function: str) -> None:
-        warnings.warn(
+        warn(
             f"A hook of {name} ({place}) makes something of the gradient that is not linear ({function}). It gets this "
             "rank's gradient, before the mean over the ranks, and what becomes of that is not what would become of "
             "the whole batch's. Change p.grad instead, which is the mean, after the backward and before the step: "
@@ -89,7 +89,7 @@ class FirstHooks:
 
     def _say_of_module(self, name: str, place: str, function: str) -> None:
         ranks = self._ctx.topology.data_size
-        warnings.warn(
+        warn(
             f"A backward hook of {name} ({place}) makes something of gradients that is not linear ({function}). It "
             "gets those of a mean over this rank's samples, before the mean over the ranks: of each sample "
             f"{ranks} times what it is in the whole batch. Where it treats each element by itself, as a clamp does, "

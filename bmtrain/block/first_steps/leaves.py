@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from types import FrameType
@@ -13,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from ...alike import differing_ranks, on_all_ranks
 from ...autograd import is_accumulated, leaves_behind
 from ...context import Context
+from ...log import warn
 from ...shard.flat import flat_of
 from ...topology import Dimension
 from ...users_code import users_line
@@ -69,7 +69,7 @@ class FirstLeaves:
         self.wanted = False
         if self._ctx.rank == 0 and self._of_no_module.are_nobodys(differing):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in differing[:3])
-            warnings.warn(
+            warn(
                 f"A tensor that belongs to no module (of shape {shapes}; {self._place}) "
                 "has come to differ between ranks: its gradient is that of this rank's samples alone. Before it is "
                 "stepped on, write tensor.grad = bmt.distributed.all_reduce(tensor.grad, 'avg'), or give the tensor to "

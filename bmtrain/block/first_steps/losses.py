@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from math import prod
 from types import FrameType
@@ -13,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 from ...alike import from_all
 from ...autograd import Node, mark_output
 from ...context import Context
+from ...log import warn
 from ...users_code import users_line
 from ..backward import Backward
 from ..frame import NotKeptError
@@ -109,7 +109,7 @@ class FirstLosses:
         self._said_across = True
         function, compares = found
         what = "compares the samples of a batch" if compares else "is made of a batch's statistics"
-        warnings.warn(
+        warn(
             f"The loss {what} ({function}; {place}): each rank has its own samples alone for that, one in "
             f"{self._ctx.topology.data_size} of the whole batch's. Let it have those of all ranks: x = "
             "bmt.gather_batch(x), before they are put together, with which every rank computes the whole batch's loss.",
@@ -190,7 +190,7 @@ class FirstLosses:
         if self._ctx.rank == 0 and self._place not in self._said:
             self._said.add(self._place)
             first, other, there = found
-            warnings.warn(
+            warn(
                 f"The loss is a mean over different counts ({self._place}): it was divided by {first:.6g} "
                 f"on rank 0, and by {there:.6g} on rank {other}. The mean over ranks of such a loss is "
                 "not the whole batch's. Average over what all ranks count: bmt.loss.mean_over_ranks(F.cross_entropy)("
@@ -212,7 +212,7 @@ class FirstLosses:
                 if what.startswith("a sum")
                 else "others than the whole batch's. Take bmt.mean(losses), a mean over all ranks' samples, in it."
             )
-            warnings.warn(
+            warn(
                 f"The loss is not a mean over this rank's samples but {what} ({place}): gradients are means over the "
                 f"ranks, here {to_do}",
                 stacklevel=3,

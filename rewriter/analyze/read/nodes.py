@@ -64,31 +64,35 @@ def positional(function: Function) -> list[str]:
 
 
 def item_of(loop: ast.For, given: Callable[[ast.Name], list[ast.expr]] | None = None) -> ast.expr:
-    """What a loop calls an item, without the number that ``enumerate`` or ``zip(range(9), items)`` gives it.
+    """What a loop calls an item, without the number that ``enumerate`` or a ``zip`` with ``range(9)`` gives it.
 
     ``given`` says which values a name has got: ``bar = tqdm(enumerate(loader))``, and then ``for i, x in bar``.
     """
     target = loop.target
     if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
         return target
-    return target.elts[1] if _numbers_items(loop.iter, given, 0) else target
+    place = _beside_numbers(loop.iter, given, 0)
+    return target if place is None else target.elts[place]
 
 
-def _numbers_items(node: ast.expr, given: Callable[[ast.Name], list[ast.expr]] | None, deep: int) -> bool:
-    """Whether an iterable gives items with their numbers in front."""
+def _beside_numbers(node: ast.expr, given: Callable[[ast.Name], list[ast.expr]] | None, deep: int) -> int | None:
+    """The place of the items in what an iterable gives with their numbers; ``None`` if it gives no numbers."""
     if isinstance(node, ast.Name) and given is not None and deep < 4:
-        return any(_numbers_items(value, given, deep + 1) for value in given(node))
+        places = (_beside_numbers(value, given, deep + 1) for value in given(node))
+        return next((place for place in places if place is not None), None)
     if not isinstance(node, ast.Call) or not node.args:
-        return False
+        return None
     called = (dotted(node.func) or "").split(".")[-1]
     if called in {"tqdm", "iter", "list", "track"}:
-        return _numbers_items(node.args[0], given, deep)
-    return called == "enumerate" or (called == "zip" and len(node.args) == 2 and _numbers(node.args[0]))
+        return _beside_numbers(node.args[0], given, deep)
+    if called == "zip" and len(node.args) == 2:
+        return next((1 - place for place, part in enumerate(node.args) if _numbers(part)), None)
+    return 1 if called == "enumerate" else None
 
 
 def _numbers(node: ast.expr) -> bool:
     called = (dotted(node.func) or "").split(".")[-1] if isinstance(node, ast.Call) else ""
-    return called in {"range", "trange", "count"}
+    return called in {"range", "trange", "count", "arange"}
 
 
 def walk_own(node: ast.AST) -> Iterator[ast.AST]:

@@ -20,6 +20,7 @@ _MADE = re.compile(r"^(?:arange|zeros|ones|eye|full|linspace|rand\w*|tensor|as_t
 _NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
 _SPREADS = {"std", "var", "cov", "corrcoef"}
 _ORDERED = {"topk", "sort", "kthvalue", "quantile", "median", "argsort"}
+_CHOOSES = {"topk", "sort", "argsort", "argmax", "argmin", "kthvalue"}
 _SIZES = re.compile(r"^len\(|\.shape\[0\]$|\.size\(0\)$|^(?:self\.)?(?:batch_size|bsz?)$|^(?:2 \* )?[bBnN]$")
 _AVERAGES = re.compile(r"^(?:\w*cross_entropy\w*|nll_loss|\w*(?:mse|l1|huber|bce)\w*loss|criterion|loss_fn)$", re.I)
 _MODULES = re.compile(r"^(?:torch(?:\.\w+)*|F|nn\.functional|math|np|numpy)$")
@@ -64,6 +65,19 @@ class Across:
         """Functions of means over the batch that are no multiples of them (roots, powers) and reach a loss."""
         for flow in self.flows:
             yield from flow.reaching(flow.bends)
+
+    def chosen(self) -> Iterator[ast.Call]:
+        """``torch.topk(scores.mean(0), 3)`` in a model: a batch chooses together, by what it is on average."""
+        calls = {
+            _name(call)
+            for cls in (node for node in self.file.nodes if isinstance(node, ast.ClassDef))
+            for call in walk(cls)
+            if isinstance(call, ast.Call)
+        }
+        for flow in self.flows:
+            function = flow.function
+            if isinstance(function, Function) and (self.file.names.class_of(function) or function.name in calls):
+                yield from (node for node in flow.nodes if isinstance(node, ast.Call) and flow.chooses(node))
 
     def kept(self) -> Iterator[ast.Call]:
         """Statistics of a batch in forwards that write such into what their module holds: batch norms by hand.
@@ -220,6 +234,21 @@ class Flow:
         numbers = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims[:1]
         over = any(_integer(item) == 0 for item in numbers) or (turned and (not dims or self._is_turned(values)))
         return self.is_batch(values) and over
+
+    def chooses(self, call: ast.Call) -> bool:
+        """Whether a call takes the largest of statistics of the batch, or their order."""
+        return _name(call) in _CHOOSES and self._is_made_of_statistic(_operands(call)[0])
+
+    def _is_made_of_statistic(self, node: ast.expr, deep: int = 0) -> bool:
+        return any(
+            (isinstance(item, ast.Call) and self.is_statistic(item))
+            or (
+                isinstance(item, ast.Name)
+                and deep < 3
+                and any(self._is_made_of_statistic(value, deep + 1) for name, value in self.assigned if name == item.id)
+            )
+            for item in walk(node)
+        )
 
     def _is_turned(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether dimensions of a value have changed places: ``x.permute(1, 0, 2, 3).reshape(channels, -1)``."""

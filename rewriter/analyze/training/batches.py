@@ -162,8 +162,19 @@ class Batches:
         """
         if size is None or any(map(_reads_size, walk(size))):
             return size is not None
-        values = list(self.instances.given_to(file, size)) if isinstance(size, ast.Name) and deep <= _DEEP else []
+        if not isinstance(size, ast.Name) or deep > _DEEP:
+            return False
+        values = [*self.instances.given_to(file, size), *((file, value) for value in self._unpacked(file, size))]
         return any(self._has_the_size_of_another(other, value, deep + 1) for other, value in values)
+
+    def _unpacked(self, file: File, name: ast.Name) -> Iterator[ast.expr]:
+        """What a name gets a part of, ``x.shape`` of ``batch, length = x.shape``, or its own in ``a, b = 1, 2``."""
+        roles = self.roles[file]
+        variable = roles.var(name)
+        for statement in (node for other, _, node, part in roles.assignments if part and other == variable is not None):
+            for target, value in assigned_by(statement) if isinstance(statement, ast.Assign) else ():
+                if any(roles.var(part) == variable for part in walk(target) if isinstance(part, ast.Name)):
+                    yield value
 
     @staticmethod
     def _is_whole(file: File, call: ast.Call) -> bool:

@@ -41,6 +41,7 @@ class Handed:
         self._taking, self._kinds = taking, kinds
         self._found: dict[File, dict[Place, Held]] = {}
         self._parts: dict[Place, set[str]] = {}
+        self._showing: dict[File, dict[Function, tuple[FunctionInfo, set[str]]]] | None = None
 
     def of(self, file: File) -> dict[Place, Held]:
         """The loops of a file that take batches, and the functions and loops that batches are handed to."""
@@ -59,6 +60,33 @@ class Handed:
         """Whether a place is known, by now, to get shares of batches, and nothing else."""
         held = self._found.get(file, {}).get(place)
         return held is not None and held.known
+
+    def showing(self, file: File) -> list[tuple[FunctionInfo, Kinds]]:
+        """The functions of a file, no models, that a loop over shares hands what it made of its batch, and no more."""
+        if self._showing is None:
+            self._showing = {}
+            for other in self.instances.files():
+                for place in (place for place, held in list(self.of(other).items()) if held.known):
+                    for function, names in self._showing_for(self.kinds(other, place)):
+                        found = self._showing.setdefault(function.file, {})
+                        if function.node not in self.of(function.file):
+                            found.setdefault(function.node, (function, set()))[1].update(names)
+        return [
+            (function, self._kinds(file, function.node, names))
+            for function, names in self._showing.get(file, {}).values()
+        ]
+
+    def _showing_for(self, kinds: Kinds) -> Iterator[tuple[FunctionInfo, set[str]]]:
+        for node in kinds.nodes:
+            if isinstance(node, ast.Call) and kinds.of_batch(node):
+                for function in self.feeds.functions(kinds.file, node):
+                    owner = function.file.names.class_of(function.node)
+                    if owner is not None and self.instances.classes.is_module(function.file.class_info(owner)):
+                        continue
+                    given = function.given(node) if not self.feeds.steps(function) else ()
+                    names = {n for n, v in given if kinds.of_batch(v) and kinds.kind(v) in {"samples", "unknown"}}
+                    if names:
+                        yield function, names
 
     def around(self, file: File, node: ast.AST) -> Place | None:
         """The innermost place that a node stands in, within its function."""

@@ -36,9 +36,10 @@ def readings(
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
-    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
-    ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells what a call gives a function of
-    the project that only shows it, ``only_shown`` whether that is so of a name among nodes.
+    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a
+    mean over a batch at a place.  ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells
+    what a call gives a function of the project that only shows it, ``only_shown`` whether that is so of a name among
+    nodes.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()
@@ -301,6 +302,9 @@ def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
             yield from (part for value in given for part in _parts(value))
         case _ if isinstance(node, ast.Call) and roles.project.external(roles.file, node.func) == "wandb.log":
             yield from (part for value in node.args for part in _parts(value))
+        case ast.Call(args=[what, _, *_]) if roles.project.external(roles.file, node.func) == "torch.save":
+            written = [what, *(roles.file.names.values_of(what) if isinstance(what, ast.Name) else ())]
+            yield from (part for value in written if isinstance(value, ast.Dict) for part in _parts(value))
 
 
 def _is_of_numbers(roles: Roles, holder: ast.expr) -> bool:

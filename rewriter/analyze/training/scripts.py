@@ -35,6 +35,7 @@ _OF_MODELS = {
     "to", "half", "cpu", "cuda", "float",
 }  # fmt: skip
 _TRAINS = re.compile(rb"\.backward\(")
+_FOLDER = re.compile(r"(?:\.{1,2}/)?[A-Za-z_]\w*(?:[./][A-Za-z_]\w*)*[./]?")
 
 
 _LOADER = "torch.utils.data.DataLoader"
@@ -333,14 +334,27 @@ class Scripts:
         return found
 
     def _imports(self, file: File) -> set[File]:
-        """The project files that a file imports itself, or by what its settings name."""
+        """The project files that a file imports itself, by what its settings name, or by names made at run time."""
         if file not in self._imported_by:
             nodes = (node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom)))
             found = {target for node in nodes for target in self._imported(file, node)}
             named = (self.project.find_module(name, file) for name in set(modules_in_settings(file)))
-            found |= {target for target in named if target is not None}
+            found |= {target for target in named if target is not None} | self._imported_by_name(file)
             self._imported_by[file] = {target for target in found if target.convert}
         return self._imported_by[file]
+
+    def _imported_by_name(self, file: File) -> set[File]:
+        """``importlib.import_module(f"models.{name}")``: the files, and those of folders, that it has names of."""
+        if b"import_module" not in file.source.data:
+            return set()
+        texts = (n.value for n in file.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        folders = {tuple(filter(None, re.split(r"[./]", text))) for text in texts if _FOLDER.fullmatch(text)} - {()}
+        return {
+            other
+            for other in self.project
+            for path in (other.path.parent, other.path.with_suffix(""))
+            if any(path.parts[-len(folder) :] == folder for folder in folders)
+        }
 
     def only_behind(self, stopped: list[File]) -> dict[File, File]:
         """Files that only scripts which cannot be converted use, each with one such script."""

@@ -13,6 +13,7 @@ from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, 
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
 from rewriter.analyze.training.roles import Roles, Var, gone_through
+from rewriter.analyze.training.showing import gives_text, is_text, joined_texts
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
 _SIZES = {"size", "numel", "nelement", "__len__"}
@@ -291,6 +292,15 @@ class Kinds:
                     found = (pair for shown in self._shown_there(node) for pair in self._entries_shown(*shown))
             yield from ((_exact(value), kind) for value, kind in found if kind in {"total", "mean"})
 
+    def shown_inside(self) -> Iterator[tuple[ast.expr, str]]:
+        """The totals and means that a function shows of what it is handed, or puts into text that it gives back."""
+        for node in self.nodes:
+            if isinstance(node, ast.FormattedValue):
+                shown = [(node.value, self.kind(node.value))]
+            else:
+                shown = [pair for found in self._shown_there(node) for pair in self._entries_shown(*found)]
+            yield from ((_exact(value), kind) for value, kind in shown if kind in {"total", "mean"})
+
     def _entries_shown(self, value: ast.expr, kind: str) -> Iterator[tuple[ast.expr, str]]:
         """What is shown, or what a dict holds that is shown by its name."""
         if kind == "unknown" and isinstance(value, ast.Name) and self._is_written_out(value):
@@ -485,11 +495,21 @@ class Kinds:
             yield value, kind
         elif kind == "mixed":
             yield from self._split(value)
-        elif kind in {"samples", "unknown"} and self._is_cut(value) and not _is_text(value):
-            no_list = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
-            yield value, "unknown" if no_list else "samples"
-        elif kind in {"samples", "unknown"} and not _is_text(value):
+        elif kind in {"samples", "unknown"} and self._is_cut(value) and not is_text(value):
+            unclear = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
+            yield value, "unknown" if unclear or self._is_number_of_model(value) else "samples"
+        elif kind in {"samples", "unknown"} and not is_text(value):
             yield value, "unknown"
+
+    def _is_number_of_model(self, value: ast.expr) -> bool:
+        """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
+        if not _reads_number(value):
+            return False
+        names = [item.id for item in walk(value) if isinstance(item, ast.Name) and item.id in self.made]
+        made = [(given, part) for name in names for given, part in self.made[name]]
+        return len(names) == 1 and all(
+            part is not None and isinstance(given, ast.Call) and self.roles.is_model(given.func) for given, part in made
+        )
 
     def _handed_to_meter(self, call: ast.Call, attr: str) -> Iterator[tuple[ast.expr, str]]:
         """``meter.update(acc, len(x))``."""
@@ -575,7 +595,7 @@ class Kinds:
             elif kind == "unknown" and (self._is_entry(value) or self._is_written_out(value)):
                 yield value, kind
             elif kind in {"samples", "unknown"} and any(f(value) for f in (self._is_cut, self.is_size, _is_one_number)):
-                if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or _is_text(value)):
+                if _counts_distinct(value) or self.is_size(value) or not (_tells_shape(value) or is_text(value)):
                     yield value, "unknown"
 
     def _shown_after(self) -> Iterator[tuple[ast.expr, str]]:
@@ -640,7 +660,7 @@ class Kinds:
         for value in row.values if isinstance(row, ast.Dict) else row.elts:
             if isinstance(value, (ast.Tuple, ast.List, ast.Dict)):
                 yield from self._of_row(value)
-            elif not _is_text(value):
+            elif not is_text(value):
                 kind = self.kind(value)
                 if kind in {"total", "mean"}:
                     yield value, kind
@@ -693,7 +713,7 @@ class Kinds:
     def _shown(self, node: ast.AST) -> Iterator[ast.expr]:
         """What a node shows, without the texts that it is joined with."""
         for value in self._shown_by(node):
-            yield from _joined_texts(value)
+            yield from joined_texts(value)
 
     def _shown_by(self, node: ast.AST) -> Iterator[ast.expr]:
         match node:
@@ -988,6 +1008,8 @@ class Kinds:
         A loss that is read there, and numbers of a dict that becomes whole there, are nothing of the batch any more.
         """
         function = self.roles.function_called(call.func)
+        if function is not None and gives_text(function):
+            return ""
         held = {name for name, value in function.given(call) if self.of_batch(value)} if function is not None else set()
         if function is None or not held:
             return "unknown"
@@ -1306,33 +1328,6 @@ def _parts(values: list[ast.expr]) -> Iterator[ast.expr]:
     """Values, and those in dicts among them."""
     for value in values:
         yield from value.values if isinstance(value, ast.Dict) else [value]
-
-
-def _is_text(node: ast.expr) -> bool:
-    """Whether a value is text, whose parts are looked at where it shows them."""
-    match node:
-        case ast.JoinedStr() | ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod()):
-            return True
-        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()))):
-            return True
-    return False
-
-
-def _joined_texts(node: ast.expr) -> Iterator[ast.expr]:
-    """The parts of ``"accuracy " + str(x)``; anything else as it is."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        parts = [part for side in (node.left, node.right) for part in _joined_texts(side)]
-        if any(map(_spells, parts)):
-            yield from parts
-            return
-    yield node
-
-
-def _spells(node: ast.expr) -> bool:
-    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    return (
-        constant or _is_text(node) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"str", "repr"})
-    )
 
 
 def _exact(node: ast.expr) -> ast.expr:

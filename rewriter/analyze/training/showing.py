@@ -37,10 +37,8 @@ class Showing:
 
     def given(self, file: File, call: ast.Call) -> list[ast.expr]:
         """What a call gives a function that only shows, writes or keeps it."""
-        if not isinstance(file.names.parents[call], ast.Expr):
-            return []
         function = self._roles[file].function_called(call.func)
-        if function is None:
+        if function is None or not (isinstance(file.names.parents[call], ast.Expr) or gives_text(function)):
             return []
         rest, given = function.node.args.kwarg, list(function.given(call))
         if rest is not None:
@@ -54,7 +52,7 @@ class Showing:
         if key not in self._only:
             self._only[key] = set()  # while it is asked, if it calls itself
             own = [item for statement in function.node.body for item in walk_own(statement)]
-            if not any(map(_does_more, own)):
+            if not any(map(_trains if gives_text(function) else _does_more, own)):
                 rest = function.node.args.kwarg
                 names = {*function.parameters, *([rest.arg] if rest is not None else [])} - {"self", "cls"}
                 self._only[key] = {name for name in names if self.only(function.file, own, name, number)}
@@ -82,6 +80,8 @@ class Showing:
                     cut = cut or attr in _CUTS
                 case ast.Call(func=ast.Name(id="float" | "int" | "round")):
                     cut = True
+                case ast.Call(func=ast.Name(id="str" | "repr" | "format")):
+                    return True
                 case ast.Call() if parent.func is not node and not _passes(parent):
                     keeps = isinstance(parent.func, ast.Attribute) and parent.func.attr in _KEEPING
                     return cut if keeps else self._takes(file, parent, node)
@@ -155,6 +155,50 @@ def _does_more(node: ast.AST) -> bool:
             return value is not None and not (isinstance(value, ast.Constant) and value.value is None)
         case ast.Yield() | ast.YieldFrom() | ast.Await() | ast.Global() | ast.Nonlocal():
             return True
-        case ast.Call(func=ast.Attribute(attr=attr)):
-            return attr in _TRAINS
+    return _trains(node)
+
+
+def _trains(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _TRAINS
+
+
+def gives_text(function: FunctionInfo) -> bool:
+    """Whether a function gives text, in which it shows what it is handed."""
+    own = [node for statement in function.node.body for node in walk_own(statement)]
+    texts = {
+        target.id
+        for node in own
+        if isinstance(node, ast.Assign) and any(map(spells, joined_texts(node.value)))
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    returned = [node.value for node in own if isinstance(node, ast.Return) and node.value is not None]
+    return bool(returned) and all(
+        (isinstance(value, ast.Name) and value.id in texts) or any(map(spells, joined_texts(value)))
+        for value in returned
+    )
+
+
+def joined_texts(node: ast.expr) -> Iterator[ast.expr]:
+    """The parts of ``"accuracy " + str(x)``; anything else as it is."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [part for side in (node.left, node.right) for part in joined_texts(side)]
+        if any(map(spells, parts)):
+            yield from parts
+            return
+    yield node
+
+
+def spells(node: ast.expr) -> bool:
+    constant = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return constant or is_text(node) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"str", "repr"})
+
+
+def is_text(node: ast.expr) -> bool:
+    """Whether a value is text, whose parts are looked at where it shows them."""
+    match node:
+        case ast.JoinedStr() | ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod()):
+            return True
+        case ast.Call(func=ast.Attribute(value=ast.Constant(value=str()))):
+            return True
     return False

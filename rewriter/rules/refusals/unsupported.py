@@ -210,6 +210,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "ranks the same, bmt.distributed.all_reduce(x.mean(0), 'avg')"
         )
         yield Remark(RULE.code, call.lineno, message)
+    for call in across.chosen():
+        message = (
+            "a batch chooses together here, by what it is on average, and a rank's share may choose otherwise: choose "
+            "by the mean over all ranks, bmt.distributed.all_reduce(x.mean(0), 'avg')"
+        )
+        yield Remark(RULE.code, call.lineno, message, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)

@@ -4,6 +4,7 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 ``bmt.save_checkpoint(...)``.
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
+An object of the project that holds an optimizer (``{"optimizer": self.wrapper}``) is reported: no file takes it.
 Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
 an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
 """
@@ -15,10 +16,11 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.writers import is_open_file, opened_for
 from rewriter.changes import Change, Keep, Unblock, replace
 from rewriter.rules.rule import Example, Rule
-from rewriter.types import Conversion, Finding
+from rewriter.types import Conversion, Finding, Remark
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -54,6 +56,41 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             alone = Keep(block, block.body[0]) if len(block.body) == 1 else Unblock(block)
             changes = (*changes, replace(node.args[1], "{path}", path=path), alone)
         yield Conversion(RULE.code, node.lineno, "all ranks give the checkpoint, one writes it", changes)
+        for held in _held(file, what) if what is not None else ():
+            optimizer = _optimizer_of(file, facts, held)
+            if optimizer:
+                code = file.source.code(held)
+                state = f"{code}.{optimizer}.state_dict()"
+                message = f"{code} holds an optimizer, of which ranks have parts, and cannot be written: save {state}"
+                yield Remark(RULE.code, held.lineno, message, differs=True)
+
+
+def _held(file: File, what: ast.expr) -> Iterator[ast.expr]:
+    """What goes into a file: the entries of a dict that is written out, there or where its name is given it."""
+    match what:
+        case ast.Dict(values=values) | ast.Tuple(elts=values) | ast.List(elts=values):
+            for value in values:
+                yield from _held(file, value)
+        case ast.Call(func=ast.Name(id="dict"), keywords=keywords):
+            for keyword in keywords:
+                yield from _held(file, keyword.value)
+        case ast.Name():
+            yield what
+            for value in file.names.values_of(what):
+                if isinstance(value, (ast.Dict, ast.Call)):
+                    yield from _held(file, value)
+        case ast.Attribute():
+            yield what
+
+
+def _optimizer_of(file: File, facts: Facts, held: ast.expr) -> str:
+    """The attribute by which an object of the project, that is no module, holds an optimizer; empty without one."""
+    cls = facts.scripts.collectives.instances.class_of(file, held)
+    if cls is None or cls.file not in facts.scripts.training or facts.classes.is_module(cls):
+        return ""
+    roles = facts.scripts.roles[cls.file]
+    held_ones = (node for node in ast.walk(cls.node) if isinstance(node, ast.Attribute))
+    return next((n.attr for n in held_ones if dotted(n) == f"self.{n.attr}" and roles.var(n) in roles.optimizers), "")
 
 
 RULE = Rule(

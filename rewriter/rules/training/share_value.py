@@ -11,8 +11,9 @@ What an object of the project adds up or lists (``metric(out.argmax(1), y)``, ``
 the batch's where it is given, if its class is seen and nothing that it is given is unclear.
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
-number of it that a function which trains gives back (``return {"part": part.item()}``), and a tensor of the loader's
-batch size that is made in front of the loop.
+number of it that a function which trains gives back (``return {"part": part.item()}``), one that a function shows to
+which the loop hands its outputs (``show(out, y)``), and a tensor of the loader's batch size that is made in front of
+the loop.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; it is made of some items
 (``out[:4]``, ``out[-1]``), is a mean of what a mask leaves, or is made of a spread or an extreme of the batch; values
 are put at places of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last
@@ -266,9 +267,10 @@ def _shown_of_shares(file: File, facts: Facts, told: _Told) -> Iterator[Finding]
     handed = facts.scripts.handed
     made = facts.scripts.collectives.shares(file)
     losses = set(facts.scripts.collectives.readings(file).values())
-    for place in handed.of(file):
-        kinds = handed.kinds(file, place)
-        for value, kind in kinds.shown():
+    places = [(kinds, kinds.shown()) for kinds in (handed.kinds(file, place) for place in handed.of(file))]
+    places += [(kinds, kinds.shown_inside()) for _, kinds in handed.showing(file)]
+    for kinds, shown in places:
+        for value, kind in shown:
             if value in made or value in told or _is_reduced(file, facts, kinds, value):
                 continue
             if not losses.isdisjoint(ast.walk(value)) or _is_made_whole_by_callers(file, facts, value):

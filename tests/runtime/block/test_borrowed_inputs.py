@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from ranks import on_ranks
+from ranks import on_ranks, run_ranks
 from torch import Tensor, nn
 
 import bmtrain as bmt
@@ -70,3 +70,72 @@ def test_views_of_parameters_as_inputs(nested: bool) -> None:
             gradient = bmt.gather_grad(q)
             assert p.grad is not None and gradient is not None
             assert torch.allclose(p.grad, gradient, atol=1e-7), name
+
+
+class Prompt(nn.Module):
+    """Learned tokens, once for each sentence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.randn(1, 5, 8))
+
+    def forward(self, batch: int) -> Tensor:
+        return torch.broadcast_to(self.tokens, (batch, 5, 8)).reshape(batch * 5, 8)
+
+
+class Repeated(nn.Module):
+    """Views of parameters where the batch is one, and copies elsewhere, in the ways that ``kind`` names."""
+
+    def __init__(self, kind: str, recompute: bool) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Parameter(torch.randn(1, 5, 8))
+        self.prompt = bmt.Block(Prompt()) if kind == "returned by a block" else None
+        self.layer = bmt.Block(Part(), use_checkpoint=recompute)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = len(x)
+        if self.prompt is not None:
+            table = self.prompt(batch)
+        elif self.kind == "reshaped":
+            table = self.table.expand(batch, 5, 8).reshape(batch * 5, 8)
+        else:
+            table = self.table.expand(batch, 5, 8).contiguous().view(-1, 8)
+        if self.kind == "first input":
+            return self.head(self.layer(table, x.flatten(0, 1)))
+        if self.kind == "by name":
+            return self.head(self.layer(x.flatten(0, 1), shift=table))
+        if self.kind == "outside of blocks":
+            return self.head(self.layer(x.flatten(0, 1), x.flatten(0, 1)) * table)
+        if self.kind == "twice":
+            return self.head(self.layer(table, table) * x.flatten(0, 1))
+        return self.head(self.layer(x.flatten(0, 1) * table, table))
+
+
+KINDS = ["reshaped", "contiguous", "first input", "by name", "twice", "returned by a block", "outside of blocks"]
+
+
+def with_a_batch_of_one(kind: str, recompute: bool) -> dict[str, Tensor]:
+    """Weights after steps on three items, of which rank 0 has two and the last rank one."""
+    torch.manual_seed(1)
+    model = bmt.BMTrainModelWrapper(Repeated(kind, recompute))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(optimizer)
+    for step in range(3):
+        x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(step))
+        share = x.tensor_split(bmt.world_size())[bmt.rank()] if step else x
+        manager.zero_grad()
+        manager.backward(model(share).square().sum() / 9 * bmt.world_size() / (1 if step else bmt.world_size()))
+        manager.step()
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rank_with_a_batch_of_one_sees_views_of_parameters(kind: str, recompute: bool) -> None:
+    (expected,) = run_ranks(1, with_a_batch_of_one, kind, recompute)
+    for got in run_ranks(2, with_a_batch_of_one, kind, recompute):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)

@@ -190,3 +190,44 @@ def test_positions_that_a_whole_batch_is_filled_by_stay(lines: str) -> None:
 def test_positions_that_a_batch_is_made_of_are_shared(given: str) -> None:
     after = converted(FILLED.format(lines=f"{DRAW}\n    return {given}"))
     assert f"at = bmt.shard_batch({DRAW[5:]})" in after
+
+
+LOADED = """import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+batch = 8
+data = TensorDataset(torch.randn(32, 6, 3), torch.randn(32, 6, 3))
+loader = DataLoader(data, batch_size=batch, shuffle=True)
+model = torch.nn.Linear(3, 3)
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+for x, y in loader:
+    {size}
+    noise = {drawn}
+    loss = (model(x + noise) - y).square().mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("size", "drawn"),
+    [
+        ("B, T, N = x.shape", "torch.rand((B, T, N))"),
+        ("B, T, N = x.size()", "torch.randn(B, T, N)"),
+        ("B, *rest = x.shape", "torch.randn(B, *rest)"),
+        ("shape = x.shape\n    B, T, N = shape", "torch.randn(B, T, N)"),
+        ("B, T, N = list(x.shape)", "torch.randn(B, T, N)"),
+        ("B, T = len(x), 6", "torch.randn(B, T, 3)"),
+        ("batch_size, length, _ = x.shape", "torch.randn(batch_size, length, 3)"),
+        ("x = x.float()\n    B, T, N = x.shape", "torch.rand((B, T, N)).to(x.device)"),
+    ],
+)
+def test_noise_has_the_size_of_a_share(size: str, drawn: str) -> None:
+    after = converted(LOADED.format(size=size, drawn=drawn))
+    assert "shard_batch" not in after and "shard_loader" in after
+
+
+def test_noise_of_a_size_beside_one_that_is_read() -> None:
+    after = converted(LOADED.format(size="B, T = 8, x.shape[1]", drawn="torch.randn(B, T, 3)"))
+    assert "noise = bmt.shard_batch(torch.randn(B, T, 3))" in after
