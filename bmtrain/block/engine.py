@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..autograd import backward_id, in_function_transform, outside_function_transforms, running_backward
 from ..context import Context, engine_factory
-from ..errors import ConfigurationError, UnsupportedError
+from ..errors import ConfigurationError
 from ..log import say
 from ..shard.engine import MOST_RUNS, LatestRuns, Run
 from ..shard.flat import FlatShard
@@ -173,12 +173,6 @@ class Engine:
         self, unit: ShardUnit | None, grad: bool, call: Callable[..., object] | None, args: Args, kwargs: Kwargs
     ) -> None:
         """An outermost forward begins; ``call`` is None inside a transform of torch.func."""
-        if self.ctx.device.is_captured:
-            raise UnsupportedError(
-                "A distributed model is captured as a CUDA graph (torch.cuda.graph, make_graphed_callables), which "
-                "cannot hold what ranks decide and exchange in a step. Take the capture out, and let blocks run as "
-                "CUDA graphs of bmtrain's: BMTRAIN_GRAPHS=1."
-            )
         self.ctx.diary.is_apart = False
         if unit is not None and unit.stage is not None:
             self._require_stage_runs(unit)

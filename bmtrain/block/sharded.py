@@ -65,6 +65,12 @@ class ShardedModule(nn.Module):
             return super().__call__(*args, **kwargs)
         unit, runs = record.unit, engine()
         precision, outermost = unit.precision, runs.idle
+        if outermost and unit.ctx.device.is_captured:
+            raise UnsupportedError(
+                "A distributed model is captured as a CUDA graph (torch.cuda.graph, make_graphed_callables), which "
+                "cannot hold what ranks decide and exchange in a step. Take the capture out, and let blocks run as "
+                "CUDA graphs of bmtrain's: BMTRAIN_GRAPHS=1."
+            )
         if outermost and unit.ctx.world_size > 1:
             note_run(self, record)
         with _random_numbers(self, record, unit.ctx, outermost), _split_random(self, record, unit.ctx):

@@ -214,7 +214,7 @@ def language_losses(compiled: bool) -> tuple[list[float], list[int]]:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_what_is_outside_of_blocks_is_compiled_too(world_size: int) -> None:
     expected, _ = language_losses(compiled=False)
-    for losses, products in run_ranks(world_size, language_losses, True):
+    for losses, products in run_ranks(world_size, language_losses, True, init={"device": "cpu"}):
         assert losses == pytest.approx(expected, rel=1e-5)
         assert sorted(set(products) - {13}) == [0, 1, 4], "the table, the head with the loss, and a block"
         assert (13 in products) == (world_size == 1), "all in one piece, once the blocks keep their activations"
