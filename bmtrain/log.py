@@ -17,7 +17,7 @@ from typing import ParamSpec
 P = ParamSpec("P")
 
 _LOGGER = logging.getLogger("bmtrain")
-_warned: set[str] = set()
+_warned: set[str] = set()  # of the process, as the warnings that Python has shown are
 
 
 class _OnStderr(logging.Handler):
