@@ -21,7 +21,7 @@ _STARTS = {"spawn", "start_processes"}
 _JOINS = "init_process_group"
 
 Holder = tuple[ast.AST | None, str]
-"""A name or attribute, with the function, class or file that it belongs to; None: of any object."""
+"""A name or attribute, with the function, class or file that it belongs to; ``(None, ".gpu")``: of any object."""
 
 
 def is_rank(file: File, node: ast.expr) -> bool:
@@ -49,20 +49,28 @@ def is_rank(file: File, node: ast.expr) -> bool:
 
 
 def hand_ranks_on(project: Project) -> None:
-    """Note who is given a rank by another file: workers that are started there, and whatever they call."""
-    files = {file for file in project if file.mentions("spawn") or file.mentions("Process")}
+    """Note who is given a rank by another file: workers that are started there, whatever they call, and attributes."""
+    files = {file for file in project if any(map(file.mentions, ("spawn", "Process", "LOCAL_RANK")))}
     for _ in range(_ROUNDS):
         reached: set[File] = set()
-        for file in files:
-            for call in file.calls:
-                for other, holder in _handed_to_others(project, file, call):
-                    if holder not in other.given_ranks:
-                        other.given_ranks.add(holder)
-                        other.rank_holders = None
-                        reached.add(other)
+        given = [pair for file in files for call in file.calls for pair in _handed_to_others(project, file, call)]
+        for other, holder in (*given, *_attributes_elsewhere(project, files)):
+            if holder not in other.given_ranks:
+                other.given_ranks.add(holder)
+                other.rank_holders = None
+                reached.add(other)
         if not reached:
             break
         files |= reached
+
+
+def _attributes_elsewhere(project: Project, files: set[File]) -> Iterator[tuple[File, Holder]]:
+    """Where ``args.gpu`` is read that another file gives a rank, and none another number."""
+    found = [(file, *item) for file in files for item in _held(file).items() if item[0][0] is None]
+    other = {holder for _, holder, only in found if not only}
+    for file, holder, _ in found:
+        if holder not in other:
+            yield from ((one, holder) for one in project if one is not file and one.mentions(holder[1]))
 
 
 def _handed_to_others(project: Project, file: File, call: ast.Call) -> Iterator[tuple[File, Holder]]:
@@ -91,6 +99,11 @@ def _handed_to_others(project: Project, file: File, call: ast.Call) -> Iterator[
 
 
 def _holds_rank(file: File, node: ast.expr, path: str) -> bool:
+    return any(_held(file).get(holder, False) for holder in _holders(file, node, path))
+
+
+def _held(file: File) -> dict[Holder, bool]:
+    """What is given a rank in a file; False for what is given something else as well."""
     if file.rank_holders is None:
         held: dict[Holder, bool] = {}
         file.rank_holders = held
@@ -101,7 +114,7 @@ def _holds_rank(file: File, node: ast.expr, path: str) -> bool:
             held.update(dict.fromkeys(_given_another(file), False))
             if held == before:
                 break
-    return any(file.rank_holders.get(holder, False) for holder in _holders(file, node, path))
+    return file.rank_holders
 
 
 def may_know_ranks(file: File) -> bool:
@@ -129,7 +142,8 @@ def _functions(file: File) -> dict[str, Function]:
 def _holders(file: File, node: ast.expr, path: str) -> Iterator[Holder]:
     """What an expression may stand for: of a name that of the closest function which binds it."""
     if isinstance(node, ast.Attribute):
-        yield (file.names.class_of(node) if path.startswith("self.") else None), path
+        own = isinstance(node.value, ast.Name) and node.value.id == "self"
+        yield (file.names.class_of(node), path) if own else (None, f".{node.attr}")
         return
     found = file.names.lookup(path, file.names.scope_of(node))
     if found is not None:

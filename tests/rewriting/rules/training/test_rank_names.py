@@ -126,3 +126,49 @@ def test_workers_in_other_files(name: str, tmp_path: Path) -> None:
         assert all(rank.returncode == 0 for rank in done), done[0].stderr
         printed.append([rank.stdout for rank in done])
     assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
+
+
+GIVEN = "import os\nimport torch.distributed as dist\n\n\ndef start(args):\n    args.gpu = int(os.environ['LOCAL_RANK'])\n    {more}\n    dist.init_process_group('gloo')\n"
+READ = (
+    HEAD
+    + "import given\n\n\ndef run(options):\n    given.start(options)\n"
+    + EPOCHS
+    + "run(argparse.Namespace(gpu=None))\n"
+)
+HELD = READ.replace(
+    "def run(options):\n    given.start(options)\n",
+    "class Job:\n  def run(self, options):\n    self.options = options\n    given.start(options)\n",
+).replace("run(argparse", "Job().run(argparse")
+
+
+@pytest.mark.parametrize(
+    "test", ["options.gpu == 0", "not options.gpu", "options.gpu in (0, None)", "self.options.gpu == 0"]
+)
+def test_attributes_that_another_file_gives_a_rank(test: str, tmp_path: Path) -> None:
+    texts = {
+        "given.py": GIVEN.format(more="pass"),
+        "main.py": (HELD if "self" in test else READ).format(test=f"if {test}:"),
+    }
+    for _ in range(2):
+        for file, text in texts.items():
+            (tmp_path / file).write_text(text)
+        results = convert_paths([tmp_path / file for file in texts], Options(), [tmp_path])
+        before, texts = texts, {result.path.name: result.after.decode() for result in results}
+    assert before == texts
+    printed = []
+    for ranks in (1, 2):
+        done = run_script(tmp_path / "main.py", ranks=ranks, folder=tmp_path)
+        assert all(rank.returncode == 0 for rank in done), done[0].stderr
+        printed.append([rank.stdout for rank in done])
+    assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
+
+
+def test_attributes_that_somebody_gives_another_number(tmp_path: Path) -> None:
+    texts = {
+        "given.py": GIVEN.format(more="args.gpu = args.gpus[0]"),
+        "main.py": READ.format(test="if options.gpu == 0:"),
+    }
+    for file, text in texts.items():
+        (tmp_path / file).write_text(text)
+    results = convert_paths([tmp_path / file for file in texts], Options(), [tmp_path])
+    assert b"if options.gpu == 0:" in results[1].after
