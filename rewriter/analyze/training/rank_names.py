@@ -16,9 +16,10 @@ from rewriter.analyze.read.project import Project
 
 _NAMED = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
 _ROUNDS = 4
-_HINTS = (b"rank", b"RANK", b"spawn", b"Process", b"master", b"main", b"primary")
+_HINTS = (b"rank", b"RANK", b"SLURM_", b"current_device", b"spawn", b"Process", b"master", b"main", b"primary")
 _STARTS = {"spawn", "start_processes"}
 _JOINS = "init_process_group"
+_OTHER_LAUNCHERS = ("SLURM_PROCID", "SLURM_LOCALID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 Holder = tuple[ast.AST | None, str]
 """A name or attribute, with the function, class or file that it belongs to; ``(None, ".gpu")``: of any object."""
@@ -38,10 +39,10 @@ def is_rank(file: File, node: ast.expr) -> bool:
             if name == "int" and len(args) == 1:
                 return is_rank(file, args[0])
             if name in {"get", "getenv"} and args and isinstance(args[0], ast.Constant):
-                return str(args[0].value).endswith("RANK")
-            return name == "rank" or name.endswith("_rank")
+                return str(args[0].value).endswith(("RANK", *_OTHER_LAUNCHERS))
+            return name in {"rank", "current_device"} or name.endswith("_rank")
         case ast.Subscript(slice=ast.Constant(value=key)):
-            return str(key) in {"RANK", "LOCAL_RANK"}
+            return str(key) in {"RANK", "LOCAL_RANK", *_OTHER_LAUNCHERS}
     path = dotted(node)
     if path is None:
         return False

@@ -55,6 +55,8 @@ SCRIPTS = {
     "handed on by name": "def work(gpu, size):\n    " + JOIN.format("gpu", "size") + "    train(me=gpu)\n\n\ndef train(me=None):\n" + EPOCHS.format(test="if me in (0, None):") + SPAWN.format("work", "1,"),
     "of the environment": PLAIN + 'device_id = int(os.environ["LOCAL_RANK"])\nif True:\n' + EPOCHS.format(test="if device_id == 0:"),
     "started by a loop": "def work(who, size):\n    " + JOIN.format("who", "size") + EPOCHS.format(test="if who == 0:") + 'if __name__ == "__main__":\n    processes = []\n    for i in range(1):\n        p = mp.Process(target=work, args=(i, 1))\n        p.start()\n        processes.append(p)\n    for p in processes:\n        p.join()\n',
+    "of another launcher": PLAIN + 'number = int(os.environ.get("SLURM_PROCID", 0))\nif True:\n' + EPOCHS.format(test="if number == 0:"),
+    "the current device": PLAIN + "if True:\n" + EPOCHS.format(test="if torch.cuda.current_device() == 0:"),
     "an object's": PLAIN + 'class Trainer:\n    def __init__(self, gpu_id):\n        self.gpu_id = gpu_id\n        self.model, self.optimizer, self.loader = made()\n\n    def run(self):\n        for epoch in range(2):\n            for x, y in self.loader:\n                loss = (self.model(x) - y).square().mean()\n                self.optimizer.zero_grad()\n                loss.backward()\n                self.optimizer.step()\n            if self.gpu_id == 0 and epoch % 1 == 0:\n                print(epoch, f"{loss.item():.5f}")\n                torch.save(self.model.module.state_dict(), "model.pt")\n\n\nTrainer(int(os.environ["LOCAL_RANK"])).run()\n',
 }  # fmt: skip
 
