@@ -305,10 +305,10 @@ class Engine:
         batch of one is often a view. What a block saves of it would be gathered again in the backward, by that rank
         alone. A copy is contiguous, so what is not, as the transpose of a tied weight, is a view on all ranks.
         """
-        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter) or not value.is_contiguous():
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
             return value
         flat = self.whole.flat_at(value)
-        if flat is None or unit_of_flat(flat) in units:
+        if flat is None or unit_of_flat(flat) in units or not value.is_contiguous():
             return value
         return copies.setdefault(id(value), value.clone())  # type: ignore[return-value]
 
