@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from .context import context
@@ -158,8 +157,8 @@ def _shares(loader: object, deep: int) -> bool:
     collate: object = None
     if isinstance(loader, DataLoader):
         sampler, collate = loader.batch_sampler, loader.collate_fn
-    elif isinstance(loader, _BaseDataLoaderIter):  # one that has been started
-        sampler, collate = loader._index_sampler, loader._collate_fn
+    else:  # one that has been started
+        sampler, collate = getattr(loader, "_index_sampler", None), getattr(loader, "_collate_fn", None)
     if sampler is not None or collate is not None:
         return isinstance(sampler, ShardedBatchSampler) or isinstance(collate, _ShareOfElement | _ShareOfSamples)
     if deep >= _DEEP:
