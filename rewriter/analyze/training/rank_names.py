@@ -19,6 +19,7 @@ _ROUNDS = 4
 _HINTS = (b"rank", b"RANK", b"SLURM_", b"current_device", b"spawn", b"Process", b"master", b"main", b"primary")
 _STARTS = {"spawn", "start_processes"}
 _JOINS = "init_process_group"
+_SOURCES = ("spawn(", "start_processes(", "Process(", "LOCAL_RANK")
 _OTHER_LAUNCHERS = ("SLURM_PROCID", "SLURM_LOCALID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 
 Holder = tuple[ast.AST | None, str]
@@ -51,7 +52,7 @@ def is_rank(file: File, node: ast.expr) -> bool:
 
 def hand_ranks_on(project: Project) -> None:
     """Note who is given a rank by another file: workers that are started there, whatever they call, and attributes."""
-    files = {file for file in project if any(map(file.mentions, ("spawn", "Process", "LOCAL_RANK")))}
+    files = {file for file in project if any(map(file.mentions, _SOURCES))}
     for _ in range(_ROUNDS):
         reached: set[File] = set()
         given = [pair for file in files for call in file.calls for pair in _handed_to_others(project, file, call)]
@@ -79,6 +80,8 @@ def _handed_to_others(project: Project, file: File, call: ast.Call) -> Iterator[
     named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
     worker = named.get("fn", call.args[0] if call.args else None) if name in _STARTS else named.get("target")
     starts = name in _STARTS or name == "Process"
+    if not starts and not any(is_rank(file, value) for value in (*call.args, *named.values())):
+        return
     callee = worker if starts else call.func
     found = project.resolve(file, callee) if callee is not None else None
     if isinstance(found, ClassInfo):
