@@ -15,6 +15,7 @@ from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.read.project import Project
 
 _NAMED = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
+_OF_NODES = re.compile(r"node|machine|host|(?:^|_)(?:nr|rank)$", re.I)
 _ROUNDS = 4
 _HINTS = (b"rank", b"RANK", b"SLURM_", b"current_device", b"spawn", b"Process", b"master", b"main", b"primary")
 _STARTS = {"spawn", "start_processes"}
@@ -31,10 +32,10 @@ def is_rank(file: File, node: ast.expr) -> bool:
     match node:
         case ast.BinOp(op=ast.Mod(), left=left, right=right):
             return not isinstance(right, ast.Constant) and is_rank(file, left)
-        case ast.BinOp(op=ast.Add(), left=ast.BinOp(op=ast.Mult()), right=of_node):  # node * gpus + gpu
-            return is_rank(file, of_node)
-        case ast.BinOp(op=ast.Add(), left=of_node, right=ast.BinOp(op=ast.Mult())):
-            return is_rank(file, of_node)
+        case ast.BinOp(op=ast.Add(), left=ast.BinOp(op=ast.Mult()) as nodes, right=of_node):  # node * gpus + gpu
+            return _counts_nodes(nodes) and is_rank(file, of_node)
+        case ast.BinOp(op=ast.Add(), left=of_node, right=ast.BinOp(op=ast.Mult()) as nodes):
+            return _counts_nodes(nodes) and is_rank(file, of_node)
         case ast.Call(func=func, args=args):
             name = (dotted(func) or "").split(".")[-1]
             if name == "int" and len(args) == 1:
@@ -48,6 +49,12 @@ def is_rank(file: File, node: ast.expr) -> bool:
     if path is None:
         return False
     return bool(_NAMED.search(path.split(".")[-1])) or _holds_rank(file, node, path)
+
+
+def _counts_nodes(product: ast.BinOp) -> bool:
+    """Whether a product is the ranks of the nodes before; ``step * world_size + rank`` counts samples."""
+    named = [(dotted(side) or "").split(".")[-1] for side in (product.left, product.right)]
+    return any(map(_OF_NODES.search, named))
 
 
 def hand_ranks_on(project: Project) -> None:

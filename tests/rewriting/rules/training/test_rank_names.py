@@ -83,6 +83,7 @@ OTHERS = {
     "added to": "gpu = 0\ngpu += 1\n",
     "another function's": "def work(gpu):\n    pass\n\n\nmp.spawn(work, nprocs=1)\ngpu = options.gpu\n",
     "an option": "gpu = options.gpu\n",
+    "a sample's": "gpu = 3 * dist.get_world_size() + dist.get_rank()\n",
 }
 
 
