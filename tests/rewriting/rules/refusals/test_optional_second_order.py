@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
 
 import pytest
 
 from rewriter.convert import convert_text
 from tests.rewriting.helpers import converted
-from tests.runtime.ranks import run_ranks
+from tests.runtime.ranks import RanksFailed, run_ranks
 
 SCRIPT = """import argparse
 import torch
@@ -105,11 +104,11 @@ def test_a_script_that_may_do_without(made: str) -> None:
     assert "optim_manager.backward(net(x).mean())" in after
 
 
-def test_where_it_is_asked_for_the_script_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_asked_for_the_script_says_so() -> None:
     text = converted(SCRIPT.format(made=CHOSEN["an expression"], pre="pass")).replace("from kfac import KFAC\n", "")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--opt", "kfac"])
-    with pytest.raises(RuntimeError, match="choose another optimizer"):
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
+    asked = "import sys\nsys.argv = ['train.py', '--opt', 'kfac']\n" + text
+    with pytest.raises(RanksFailed, match="choose another optimizer"):
+        run_ranks(1, play, asked, initialize=False, fresh=True)
 
 
 def play(text: str) -> list[str]:
