@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+
 from rewriter.convert import convert_text
 from rewriter.plan import Options
 
@@ -38,3 +41,10 @@ def weights_after(text: str) -> float:
     given = {"__name__": "__main__"}
     exec(compile(text, "program.py", "exec"), given)
     return float(sum(value.double().sum() for value in given["net"].state_dict().values()))  # type: ignore[attr-defined]
+
+
+def printed(text: str) -> list[str]:
+    """The lines that a program prints; for a rank."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
+    return output.getvalue().splitlines()

@@ -19,6 +19,7 @@ _OF_NODES = re.compile(r"node|machine|host|(?:^|_)(?:nr|rank)$", re.I)
 _ROUNDS = 4
 _HINTS = (b"rank", b"RANK", b"SLURM_", b"current_device", b"spawn", b"Process", b"master", b"main", b"primary")
 _STARTS = {"spawn", "start_processes"}
+_PROCESS = "Process"
 _JOINS = "init_process_group"
 _SOURCES = ("spawn(", "start_processes(", "Process(", "LOCAL_RANK")
 _OTHER_LAUNCHERS = ("SLURM_PROCID", "SLURM_LOCALID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
@@ -37,7 +38,7 @@ def is_rank(file: File, node: ast.expr) -> bool:
         case ast.BinOp(op=ast.Add(), left=of_node, right=ast.BinOp(op=ast.Mult()) as nodes):
             return _counts_nodes(nodes) and is_rank(file, of_node)
         case ast.Call(func=func, args=args):
-            name = (dotted(func) or "").split(".")[-1]
+            name = _last(func)
             if name == "int" and len(args) == 1:
                 return is_rank(file, args[0])
             if name in {"get", "getenv"} and args and isinstance(args[0], ast.Constant):
@@ -53,8 +54,7 @@ def is_rank(file: File, node: ast.expr) -> bool:
 
 def _counts_nodes(product: ast.BinOp) -> bool:
     """Whether a product is the ranks of the nodes before; ``step * world_size + rank`` counts samples."""
-    named = [(dotted(side) or "").split(".")[-1] for side in (product.left, product.right)]
-    return any(map(_OF_NODES.search, named))
+    return any(_OF_NODES.search(_last(side)) for side in (product.left, product.right))
 
 
 def hand_ranks_on(project: Project) -> None:
@@ -83,30 +83,16 @@ def _attributes_elsewhere(project: Project, files: set[File]) -> Iterator[tuple[
 
 
 def _handed_to_others(project: Project, file: File, call: ast.Call) -> Iterator[tuple[File, Holder]]:
-    name = (dotted(call.func) or "").split(".")[-1]
-    named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-    worker = named.get("fn", call.args[0] if call.args else None) if name in _STARTS else named.get("target")
-    starts = name in _STARTS or name == "Process"
-    if not starts and not any(is_rank(file, value) for value in (*call.args, *named.values())):
+    callee = _run_by(call)
+    given = (*call.args, *(keyword.value for keyword in call.keywords))
+    if callee is None or (callee is call.func and not any(is_rank(file, value) for value in given)):
         return
-    callee = worker if starts else call.func
-    found = project.resolve(file, callee) if callee is not None else None
+    found = project.resolve(file, callee)
     if isinstance(found, ClassInfo):
-        methods = [m for m in found.node.body if isinstance(m, ast.FunctionDef) and m.name == "__init__"]
-        owner, function = found.file, next(iter(methods), None)
-    elif isinstance(found, FunctionInfo) and isinstance(found.node, ast.FunctionDef):
-        owner, function = found.file, found.node
-    else:
-        return
-    if owner is file or function is None:
-        return
-    if name in _STARTS:
-        holders = _first({function.name: function}, ast.Name(function.name))
-    elif starts:
-        holders = _of_process(file, {function.name: function}, {**named, "target": ast.Name(function.name)})
-    else:
-        holders = _handed(file, function, call, named)
-    yield from ((owner, holder) for holder in holders)
+        made = found.methods.get("__init__")
+        found = found.file.function_info(made) if made is not None else None
+    if isinstance(found, FunctionInfo) and found.file is not file:
+        yield from ((found.file, holder) for holder in _handed(file, call, found))
 
 
 def _holds_rank(file: File, node: ast.expr, path: str) -> bool:
@@ -133,21 +119,20 @@ def may_know_ranks(file: File) -> bool:
     return bool(file.given_ranks) or any(hint in file.source.data for hint in _HINTS)
 
 
-def _functions(file: File) -> dict[str, Function]:
+def _functions(file: File) -> dict[str, FunctionInfo]:
     """By the name that calls have, those of which there is one; of a class what makes its objects."""
     found: dict[str, Function | None] = {}
     for item in file.nodes:
-        function: ast.stmt | None
+        function: Function | None
         match item:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
                 function = item
-            case ast.ClassDef(name=name, body=body):
-                function = next((m for m in body if isinstance(m, ast.FunctionDef) and m.name == "__init__"), None)
+            case ast.ClassDef(name=name):
+                function = file.class_info(item).methods.get("__init__")
             case _:
                 continue
-        known = isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and name not in found
-        found[name] = function if known else None
-    return {name: function for name, function in found.items() if function is not None}
+        found[name] = function if name not in found else None
+    return {name: file.function_info(function) for name, function in found.items() if function is not None}
 
 
 def _holders(file: File, node: ast.expr, path: str) -> Iterator[Holder]:
@@ -161,19 +146,14 @@ def _holders(file: File, node: ast.expr, path: str) -> Iterator[Holder]:
         yield found[0].node, path
 
 
-def _given(file: File, functions: dict[str, Function]) -> Iterator[Holder]:
+def _given(file: File, functions: dict[str, FunctionInfo]) -> Iterator[Holder]:
     """Who is given a rank, as far as is known by now."""
     for call in file.calls:
-        name = (dotted(call.func) or "").split(".")[-1]
-        named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
-        if name in _STARTS:
-            yield from _first(functions, named.get("fn", call.args[0] if call.args else None))
-        elif name == "Process":
-            yield from _of_process(file, functions, named)
-        elif name == _JOINS and "rank" in named:
-            yield from _holders(file, named["rank"], dotted(named["rank"]) or "")
-        elif name in functions:
-            yield from _handed(file, functions[name], call, named)
+        told = [keyword.value for keyword in call.keywords if keyword.arg == "rank"]
+        if _last(call.func) == _JOINS and told:
+            yield from _holders(file, told[0], dotted(told[0]) or "")
+        elif (function := functions.get(_last(_run_by(call)))) is not None:
+            yield from _handed(file, call, function)
     for node in file.nodes:
         match node:
             case ast.Assign(targets=[(ast.Name() | ast.Attribute()) as target], value=value) if is_rank(file, value):
@@ -197,36 +177,43 @@ def _given_another(file: File) -> Iterator[Holder]:
                     yield from _holders(file, item, dotted(item) or "")
 
 
-def _first(functions: dict[str, Function], worker: ast.expr | None) -> Iterator[Holder]:
-    function = functions.get((dotted(worker) or "").split(".")[-1]) if worker is not None else None
-    if function is not None and (names := _positional(function)):
-        yield function, names[0]
+def _run_by(call: ast.Call) -> ast.expr | None:
+    """What a call runs: the worker of ``spawn(worker)`` and ``Process(target=worker)``, else what it calls."""
+    named = {keyword.arg: keyword.value for keyword in call.keywords}
+    if _last(call.func) in _STARTS:
+        return named.get("fn", call.args[0] if call.args else None)
+    return named.get("target") if _last(call.func) == _PROCESS else call.func
 
 
-def _of_process(file: File, functions: dict[str, Function], named: dict[str, ast.expr]) -> Iterator[Holder]:
-    """``for i in range(n): Process(target=worker, args=(i, n))``: the number that the loop counts."""
-    worker, given = named.get("target"), named.get("args")
-    function = functions.get((dotted(worker) or "").split(".")[-1]) if worker is not None else None
-    if function is None or not isinstance(given, (ast.Tuple, ast.List)):
-        return
-    loop = file.names.enclosing(given, (ast.For,))
-    match loop:
+def _handed(file: File, call: ast.Call, function: FunctionInfo) -> Iterator[Holder]:
+    """The parameters of the function that a call runs which get a rank by it."""
+    if _last(call.func) in _STARTS:
+        names = function.parameters[:1]
+    elif _last(call.func) == _PROCESS:
+        names = [
+            name for name, value in zip(function.parameters, _arguments(call), strict=False) if _counts(file, value)
+        ]
+    else:
+        names = [name for name, value in function.given(call) if is_rank(file, value)]
+    yield from ((function.node, name) for name in names)
+
+
+def _arguments(call: ast.Call) -> list[ast.expr]:
+    """``[i, n]`` of ``Process(target=worker, args=(i, n))``."""
+    given = next((keyword.value for keyword in call.keywords if keyword.arg == "args"), None)
+    return given.elts if isinstance(given, (ast.Tuple, ast.List)) else []
+
+
+def _counts(file: File, node: ast.expr) -> bool:
+    """Whether a value is what the loop around counts: ``for i in range(n):``."""
+    match file.names.enclosing(node, (ast.For,)):
         case ast.For(target=ast.Name(id=number), iter=ast.Call(func=ast.Name(id="range"), args=[_])):
-            for name, value in zip(_positional(function), given.elts, strict=False):
-                if isinstance(value, ast.Name) and value.id == number:
-                    yield function, name
+            return isinstance(node, ast.Name) and node.id == number
+    return False
 
 
-def _handed(file: File, function: Function, call: ast.Call, named: dict[str, ast.expr]) -> Iterator[Holder]:
-    """A function's parameters that a call gives a rank."""
-    for name, value in (*zip(_positional(function), call.args, strict=False), *named.items()):
-        if is_rank(file, value):
-            yield function, name
-
-
-def _positional(function: Function) -> list[str]:
-    names = [item.arg for item in (*function.args.posonlyargs, *function.args.args)]
-    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+def _last(called: ast.expr | None) -> str:
+    return (dotted(called) or "").split(".")[-1] if called is not None else ""
 
 
 def _is_of_one(value: ast.expr) -> bool:

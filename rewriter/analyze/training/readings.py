@@ -36,10 +36,9 @@ def readings(
     """Expressions that give a loss's value away, each with the loss tensor in it.
 
     ``attributes`` are names under which objects of the project hold a loss, as ``held_path`` has them; ``kept`` tells
-    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a
-    mean over a batch at a place.  ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells
-    what a call gives a function of the project that only shows it, ``only_shown`` whether that is so of a name among
-    nodes.
+    what a call leaves with an object that adds it up, ``gives_mean`` whether one gives a mean over a batch at a place.
+    ``counted`` is what becomes that of all ranks where it is added up; ``shown`` tells what a call gives a function of
+    the project that only shows it, ``only_shown`` whether that is so of a name among nodes.
     """
     found: dict[ast.expr, ast.expr] = {}
     taken: set[ast.expr] = set()

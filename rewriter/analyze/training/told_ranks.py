@@ -10,7 +10,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted, same, walk
+from rewriter.analyze.read.nodes import assigned_by, dotted, same, walk
 from rewriter.analyze.training.scripts import Scripts
 
 JOIN = "torch.distributed.init_process_group"
@@ -98,25 +98,16 @@ def _values(scripts: Scripts, file: File, name: ast.expr) -> Iterator[ast.expr]:
         for node in other.nodes:
             if isinstance(name, ast.Name) and file.names.function_of(node) not in (function, None):
                 continue
-            yield from (value for target, value in _assigned(node) if _is_other_place_of(target, name))
-
-
-def _assigned(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What a statement assigns: targets with their values."""
-    match node:
-        case ast.Assign(targets=targets, value=value):
-            for target in targets:
-                match target, value:
-                    case ast.Tuple(elts=names), ast.Tuple(elts=values) if len(names) == len(values):
-                        yield from zip(names, values, strict=True)
-                    case ast.Tuple(elts=names), _:
-                        yield from ((name, value) for name in names)
-                    case _:
-                        yield target, value
-        case ast.AugAssign(target=target, value=value):
-            yield target, value
-        case ast.AnnAssign(target=target, value=ast.expr() as value):
-            yield target, value
+            match node:
+                case ast.Assign():
+                    pairs = list(assigned_by(node))
+                case ast.AugAssign(target=target, value=value):
+                    pairs = [(target, value)]
+                case ast.AnnAssign(target=target, value=ast.expr() as value):
+                    pairs = [(target, value)]
+                case _:
+                    continue
+            yield from (value for target, value in pairs if any(_is_stored(item, name) for item in walk(target)))
 
 
 def _is_other_place_of(node: ast.AST, name: ast.expr) -> bool:
@@ -147,12 +138,16 @@ def _is_read(scripts: Scripts, file: File, call: ast.Call, name: ast.expr) -> bo
     own = set(walk(call))
     if isinstance(name, ast.Name):
         around = file.names.function_of(name) or file.tree
-        return any(node not in own and _is_place_of(node, name) for node in walk(around))
-    return any(node not in own and _is_place_of(node, name) for other in scripts.training for node in other.nodes)
+        return any(node not in own and _is_loaded(node, name) for node in walk(around))
+    return any(node not in own and _is_loaded(node, name) for other in scripts.training for node in other.nodes)
 
 
-def _is_place_of(node: ast.AST, name: ast.expr) -> bool:
+def _is_loaded(node: ast.AST, name: ast.expr) -> bool:
     return _is_other_place_of(node, name) and isinstance(getattr(node, "ctx", None), ast.Load)
+
+
+def _is_stored(node: ast.AST, name: ast.expr) -> bool:
+    return _is_other_place_of(node, name) and isinstance(getattr(node, "ctx", None), ast.Store)
 
 
 def _is_argument(file: File, name: ast.expr) -> bool:
@@ -167,12 +162,10 @@ def _names_device(file: File, name: ast.expr) -> bool:
     """Whether a number is handed on as it is to what takes a device, or kept for that."""
     around = file.names.function_of(name) or file.tree
     for node in walk(around):
-        if not _is_place_of(node, name):
+        if not _is_loaded(node, name):
             continue
         match file.names.parents[node]:
-            case ast.Call(func=func) if (dotted(func) or "").split(".")[-1] in _ON_DEVICE:
-                return True
-            case ast.Call(func=ast.Attribute(attr=attr)) if attr in _ON_DEVICE:
+            case ast.Call(func=ast.Name(id=called) | ast.Attribute(attr=called)) if called in _ON_DEVICE:
                 return True
             case ast.IfExp(test=test) if node is not test:
                 return True

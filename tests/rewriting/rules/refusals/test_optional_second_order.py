@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
-from tests.rewriting.helpers import converted
+from tests.rewriting.helpers import converted, printed
 from tests.runtime.ranks import RanksFailed, run_ranks
 
 SCRIPT = """import argparse
@@ -108,17 +105,10 @@ def test_where_it_is_asked_for_the_script_says_so() -> None:
     text = converted(SCRIPT.format(made=CHOSEN["an expression"], pre="pass")).replace("from kfac import KFAC\n", "")
     asked = "import sys\nsys.argv = ['train.py', '--opt', 'kfac']\n" + text
     with pytest.raises(RanksFailed, match="choose another optimizer"):
-        run_ranks(1, play, asked, initialize=False, fresh=True)
-
-
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
+        run_ranks(1, printed, asked, initialize=False, fresh=True)
 
 
 def test_sophia_g_on_two_ranks() -> None:
-    wanted = play(SOPHIA)
-    first, second = run_ranks(2, play, converted(SOPHIA), initialize=False, fresh=True)
+    wanted = printed(SOPHIA)
+    first, second = run_ranks(2, printed, converted(SOPHIA), initialize=False, fresh=True)
     assert first == wanted and not second

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
-from tests.rewriting.helpers import converted
+from tests.rewriting.helpers import converted, printed
 from tests.runtime.ranks import run_ranks
 
 SCRIPT = """import torch
@@ -95,13 +92,6 @@ def script(made: tuple[str, str, str], shown: str) -> str:
     return text.replace("{shown}", shown)
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 @pytest.mark.parametrize(("made", "shown"), SOME.values(), ids=SOME.keys())
 def test_what_is_another_on_another_rank_is_said(made: tuple[str, str, str], shown: str) -> None:
     assert any(SAID in finding.message for finding in convert_text(script(made, shown)).reported)
@@ -115,6 +105,6 @@ def test_what_is_that_of_one_process_is_not_said(made: tuple[str, str, str], sho
 @pytest.mark.parametrize("made", [ONE, TUPLE], ids=["a tensor", "a tuple"])
 def test_on_two_ranks(made: tuple[str, str, str]) -> None:
     text = script(made, "\n    ".join(shown for kind, shown in RIGHT.values() if kind is made))
-    wanted = play(text)
-    first, second = run_ranks(2, play, converted(text), initialize=False, fresh=True)
+    wanted = printed(text)
+    first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
     assert first == wanted and not second

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
 from tests.runtime.ranks import run_ranks
 
-from ...helpers import converted
+from ...helpers import converted, printed
 
 SCRIPT = """import torch
 import torch.nn.functional as F
@@ -65,13 +62,6 @@ ADDED = {
 }  # fmt: skip
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 @pytest.mark.parametrize("sums", [False, True], ids=["means", "sums"])
 @pytest.mark.parametrize("code", ADDED.values(), ids=ADDED.keys())
 def test_the_loss_is_that_of_one_process(code: str, sums: bool) -> None:
@@ -85,8 +75,8 @@ def test_the_loss_is_that_of_one_process(code: str, sums: bool) -> None:
 def test_on_two_ranks(sums: bool) -> None:
     for code in (ADDED["a stack with weights"], ADDED["one of two values, added"]):
         text = script(code, sums).replace("lr=0.1", "lr=0.01")
-        (wanted,) = run_ranks(1, play, text, initialize=False, fresh=True)
-        first, second = run_ranks(2, play, converted(text), initialize=False, fresh=True)
+        (wanted,) = run_ranks(1, printed, text, initialize=False, fresh=True)
+        first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
         assert first == wanted and second == []
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
+from tests.rewriting.helpers import printed
 from tests.runtime.ranks import run_ranks
 
 SCRIPT = """import torch
@@ -128,20 +126,13 @@ def test_what_shows_it_gets_that_of_all_ranks(define: str, call: str, expected: 
     assert again.after.decode() == text
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 def test_on_two_ranks() -> None:
     (define, call), (other, text) = (SHOWN[name][:2] for name in ("added up", "text in parts"))
     script = SCRIPT.format(define=f"{define}\n\n\n{other}", call=f"{call}\n        {text}")
     script = script.replace('writer = SummaryWriter("logs")', "torch.manual_seed(0)")
     script = script.replace("from torch.utils.tensorboard import SummaryWriter\n", "")
-    (wanted,) = run_ranks(1, play, script, initialize=False, fresh=True)
-    first, second = run_ranks(2, play, convert_text(script).after.decode(), initialize=False, fresh=True)
+    (wanted,) = run_ranks(1, printed, script, initialize=False, fresh=True)
+    first, second = run_ranks(2, printed, convert_text(script).after.decode(), initialize=False, fresh=True)
     assert first == wanted and len(wanted) == 4 and second == []
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
-from tests.rewriting.helpers import converted
+from tests.rewriting.helpers import converted, printed
 from tests.runtime.ranks import run_ranks
 
 HEAD = """import torch
@@ -106,13 +103,6 @@ CASES = {
 }
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 @pytest.mark.parametrize("returned", ["loss.item(), out.max().item()", "loss.item(), float(out.std())"])
 def test_what_is_no_mean_is_said(returned: str) -> None:
     text = FUNCTION.replace("{returned}", returned).replace("{use}", f"a, b = {STEP}\n    print(a, b)")
@@ -127,6 +117,6 @@ def test_nothing_is_said_and_nothing_averaged_twice(text: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_on_two_ranks(name: str) -> None:
-    wanted = play(CASES[name])
-    first, second = run_ranks(2, play, converted(CASES[name]), initialize=False, fresh=True)
+    wanted = printed(CASES[name])
+    first, second = run_ranks(2, printed, converted(CASES[name]), initialize=False, fresh=True)
     assert first == wanted and not second

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
-from tests.rewriting.helpers import converted
+from tests.rewriting.helpers import converted, printed
 from tests.runtime.ranks import run_ranks
 
 SCRIPT = """import functools
@@ -88,13 +85,6 @@ def script(setup: str, loss: str) -> str:
     return SCRIPT.replace("{setup}", setup).replace("{loss}", loss)
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 @pytest.mark.parametrize(("setup", "loss"), STAYS.values(), ids=STAYS.keys())
 def test_what_may_be_one_graph_stays(setup: str, loss: str) -> None:
     text = script(setup, loss)
@@ -119,6 +109,6 @@ def test_a_model_that_compiles_itself_is_compiled_by_blocks() -> None:
 @pytest.mark.parametrize("name", IN_PIECES)
 def test_on_two_ranks(name: str) -> None:
     text = script(*IN_PIECES[name])
-    wanted = play(text)
-    first, second = run_ranks(2, play, converted(text), initialize=False, fresh=True)
+    wanted = printed(text)
+    first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
     assert first == wanted and not second

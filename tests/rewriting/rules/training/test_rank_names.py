@@ -43,7 +43,7 @@ EPOCHS = """    model, optimizer, loader = made()
 
 """
 JOIN = 'dist.init_process_group("gloo", init_method="env://", rank={0}, world_size={1})\n'
-SPAWN = 'if __name__ == "__main__":\n    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "127.0.0.1", "8888"\n    mp.spawn({0}, args=({1}), nprocs=1)\n'
+SPAWN = 'if __name__ == "__main__":\n    os.environ["MASTER_ADDR"] = "127.0.0.1"\n    os.environ["MASTER_PORT"] = "8888"\n    mp.spawn({0}, args=({1}), nprocs=1)\n'
 PLAIN = 'dist.init_process_group("gloo")\n'
 SCRIPTS = {
     "a worker's argument": "def work(gpu, size):\n    " + JOIN.format("gpu", "size") + EPOCHS.format(test="if gpu == 0:") + SPAWN.format("work", "1,"),
@@ -61,20 +61,27 @@ SCRIPTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_one_rank_prints_what_all_compute(name: str, tmp_path: Path) -> None:
-    text = convert_text(HEAD + SCRIPTS[name]).after.decode()
-    assert convert_text(text).after.decode() == text
-    path = tmp_path / "train.py"
-    path.write_text(text)
+def run_alike(texts: dict[str, str], program: str, folder: Path) -> None:
+    """Convert a project, which a second conversion leaves as it is: one rank of two prints what one process does."""
+    for _ in range(2):
+        for file, text in texts.items():
+            (folder / file).write_text(text)
+        results = convert_paths([folder / file for file in texts], Options(), [folder])
+        before, texts = texts, {result.path.name: result.after.decode() for result in results}
+    assert before == texts
     printed = []
     for ranks in (1, 2):
-        done = run_script(path, ranks=ranks, folder=tmp_path)
+        done = run_script(folder / program, ranks=ranks, folder=folder)
         assert all(rank.returncode == 0 for rank in done), done[0].stderr
         printed.append([rank.stdout for rank in done])
-        assert (tmp_path / "model.pt").exists()
-        (tmp_path / "model.pt").unlink()
+        assert (folder / "model.pt").exists()
+        (folder / "model.pt").unlink()
     assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_rank_prints_what_all_compute(name: str, tmp_path: Path) -> None:
+    run_alike({"train.py": HEAD + SCRIPTS[name]}, "train.py", tmp_path)
 
 
 OTHERS = {
@@ -116,19 +123,7 @@ STARTS = {
 
 @pytest.mark.parametrize("name", STARTS)
 def test_workers_in_other_files(name: str, tmp_path: Path) -> None:
-    texts = {"common.py": COMMON, "worker.py": WORKER, "main.py": STARTS[name]}
-    for _ in range(2):  # a second conversion changes nothing
-        for file, text in texts.items():
-            (tmp_path / file).write_text(text)
-        results = convert_paths([tmp_path / file for file in texts], Options(), [tmp_path])
-        before, texts = texts, {result.path.name: result.after.decode() for result in results}
-    assert before == texts
-    printed = []
-    for ranks in (1, 2):
-        done = run_script(tmp_path / "main.py", ranks=ranks, folder=tmp_path)
-        assert all(rank.returncode == 0 for rank in done), done[0].stderr
-        printed.append([rank.stdout for rank in done])
-    assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
+    run_alike({"common.py": COMMON, "worker.py": WORKER, "main.py": STARTS[name]}, "main.py", tmp_path)
 
 
 GIVEN = "import os\nimport torch.distributed as dist\n\n\ndef start(args):\n    args.gpu = int(os.environ['LOCAL_RANK'])\n    {more}\n    dist.init_process_group('gloo')\n"
@@ -148,22 +143,8 @@ HELD = READ.replace(
     "test", ["options.gpu == 0", "not options.gpu", "options.gpu in (0, None)", "self.options.gpu == 0"]
 )
 def test_attributes_that_another_file_gives_a_rank(test: str, tmp_path: Path) -> None:
-    texts = {
-        "given.py": GIVEN.format(more="pass"),
-        "main.py": (HELD if "self" in test else READ).format(test=f"if {test}:"),
-    }
-    for _ in range(2):
-        for file, text in texts.items():
-            (tmp_path / file).write_text(text)
-        results = convert_paths([tmp_path / file for file in texts], Options(), [tmp_path])
-        before, texts = texts, {result.path.name: result.after.decode() for result in results}
-    assert before == texts
-    printed = []
-    for ranks in (1, 2):
-        done = run_script(tmp_path / "main.py", ranks=ranks, folder=tmp_path)
-        assert all(rank.returncode == 0 for rank in done), done[0].stderr
-        printed.append([rank.stdout for rank in done])
-    assert printed == [[printed[0][0]], [printed[0][0], ""]] and printed[0][0].count("\n") == 2
+    main = (HELD if "self" in test else READ).format(test=f"if {test}:")
+    run_alike({"given.py": GIVEN.format(more="pass"), "main.py": main}, "main.py", tmp_path)
 
 
 def test_attributes_that_somebody_gives_another_number(tmp_path: Path) -> None:

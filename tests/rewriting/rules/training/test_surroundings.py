@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-
 import pytest
 
 from rewriter.convert import convert_text
-from tests.rewriting.helpers import converted
+from tests.rewriting.helpers import converted, printed
 from tests.runtime.ranks import run_ranks
 
 HEAD = """import torch
@@ -120,13 +117,6 @@ def script(name: str) -> str:
     return head.replace("{use}", use).replace("{end}", end).replace("{loader}", loader)
 
 
-def play(text: str) -> list[str]:
-    """What one rank prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        exec(compile(text, "train.py", "exec"), {"__name__": "__main__"})
-    return output.getvalue().splitlines()
-
-
 def test_a_dict_that_a_function_gives_is_told() -> None:
     use = 'm = metrics_of(out, y)\n    m["loss"] = loss.item()\n    logs.append(m)'
     text = HEAD.replace("{use}", use).replace("{end}", "print(logs)").replace("{loader}", "loader")
@@ -162,6 +152,6 @@ def test_averages_alone_need_no_count_of_all_ranks() -> None:
 def test_on_two_ranks(name: str) -> None:
     text = script(name)
     assert not any("share" in finding.message for finding in convert_text(text).reported)
-    wanted = play(text)
-    first, second = run_ranks(2, play, converted(text), initialize=False, fresh=True)
+    wanted = printed(text)
+    first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
     assert first == wanted and not any(second)
