@@ -25,15 +25,21 @@ class ScriptsAsWritten:
     """TorchScript functions run operation by operation inside the ``with``, every time alike.
 
     Its executor would otherwise profile, and save other tensors from the second or third call on; once it does, it
-    does so wherever the function is called.
+    does so wherever the function is called.  Holds for the thread that enters, which is the one to leave.
     """
 
     def __enter__(self) -> None:
+        self._thread = get_ident()
         self._optimizes = torch._C._get_graph_executor_optimize()
         torch._C._set_graph_executor_optimize(False)
 
     def __exit__(self, *_: object) -> None:
         torch._C._set_graph_executor_optimize(self._optimizes)
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether the thread that entered is this one."""
+        return get_ident() == self._thread
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]

@@ -181,7 +181,8 @@ class Backward:
         for frame in self._begun:
             frame.begun = frame.finished = False
         self._begun = []
-        if self._scripts is not None:
+        # A GPU's backward ends in a thread of autograd's: then whoever asks for the gradients comes here once more.
+        if self._scripts is not None and self._scripts.is_of_this_thread:
             self._scripts.__exit__()
             self._scripts = None
         self._schedule.register_copies()

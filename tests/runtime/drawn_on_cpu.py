@@ -55,7 +55,8 @@ def _made(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         if any(isinstance(one, torch.Tensor) for one in (*args, *kwargs.values())):  # torch.normal of tensors
             return make(*args, generator=generator, **kwargs)
         made = make(*args, generator=generator, **kwargs, device="cpu")
-        return made.to(torch.get_default_device()).requires_grad_(requires_grad)
+        made = made.to(torch.get_default_device())
+        return made.requires_grad_() if requires_grad else made  # torch.func allows no call of it
 
     return on_cpu
 

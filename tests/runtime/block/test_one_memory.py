@@ -108,7 +108,7 @@ def test_they_stay_tied(change: Callable[[Any], None]) -> None:
     assert any("are one from now on" in str(one.message) for one in said) == (bmt.rank() == 0)
     manager = bmt.optim.OptimManager(loss_scale=None)
     manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
-    theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
+    theirs = torch.optim.SGD(plain.parameters(), lr=0.1, foreach=False)  # at once, the ties would race on a GPU
     for step in range(3):
         theirs.zero_grad()
         oracle.mean(plain(oracle.inputs(step))).backward()  # type: ignore[no-untyped-call]

@@ -246,7 +246,7 @@ def test_values_that_are_initialised_later_may_differ_before() -> None:
     assert late.gather().eq(1).all()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 2, 3, drawn_on_cpu=False)
 def test_values_written_later_are_rank_0s_too() -> None:
     class Late(bmt.DistributedModule):
         def __init__(self) -> None:

@@ -34,7 +34,7 @@ def test_one_block_from_rank_0() -> None:
         assert not lines
         return
     first, second, batch, third, *plan = lines
-    assert len(plan) == context().device.is_apart and all("to spare" in line for line in plan)
+    assert len(plan) == context().device.is_apart and all("to spare" in line for line in plan), plan
     assert first.startswith("bmtrain: 481,601 parameters, 480,800 train, in ")
     assert (
         f"{bmt.world_size()} rank{'s' * (bmt.world_size() > 1)}, {context().topology.local_size} on this host" in first

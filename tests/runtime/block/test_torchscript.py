@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from oracle import WIDTH
 from ranks import on_ranks
 from torch import Tensor, nn
+
+import bmtrain as bmt
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -138,6 +141,21 @@ def test_a_script_that_blocks_share_with_code_outside_of_the_model() -> None:
 
     oracle.matches(sandwiched(False, False, False), run=run, steps=4, recompute=True)
     assert torch._C._get_graph_executor_optimize()
+
+
+@on_ranks(1, 2)
+def test_scripts_are_optimized_again_after_a_backward_of_another_thread() -> None:
+    """As every backward on a GPU ends in one of autograd's."""
+    model = oracle.pair(build, recompute=True)[1]
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(3):
+        thread = threading.Thread(target=oracle.mean(model(oracle.inputs(step))).backward)
+        thread.start()
+        thread.join()
+        manager.step()
+        assert torch._C._get_graph_executor_optimize()
+        manager.zero_grad()
 
 
 @on_ranks(1, 2)
