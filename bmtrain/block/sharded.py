@@ -100,10 +100,10 @@ class ShardedModule(nn.Module):
         # What was given and no more: the model's own method may take none of it.
         given = dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)) | kwargs
         others = set(given.get("destination") or ())  # of enclosing modules, which see to them
-        with _whole_for_state(self, given.get("destination") is None) as needed:
+        with _whole_for_state(self, given.get("destination") is None) as (needed, lent):
             out = super().state_dict(*args, **kwargs)
             if not given.get("keep_vars", False) and isinstance(out, MutableMapping):
-                _copy_out(out, needed, others)
+                _copy_out(out, needed, lent, others)
             return out
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -242,16 +242,20 @@ def owned_units(module: nn.Module) -> Iterator[ShardUnit]:
 
 
 @contextmanager
-def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[list[ShardUnit]]:
-    """Whole units for the state of ``module``, which owns one; gives those that are not whole anyway.  Collective."""
+def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[tuple[list[ShardUnit], list[ShardUnit]]]:
+    """Whole units for the state of ``module``, which owns one.  Collective.
+
+    Gives those whose values it is to copy, and those that are whole for somebody else, as an enclosing module.
+    """
     record, unit = record_of(module), unit_of(module)
     assert record is not None and unit is not None
     if outermost and unit.ctx.world_size > 1:
         engine().meet(f"state_dict of {type(module).__name__}")
         level(module, record)
-    needed = [other for other in (*unit.borrows, unit) if other is unit or not other.pins]
+    needed = [other for other in (*unit.borrows, unit) if outermost or other is unit or not other.pins]
+    lent = [other for other in engine().schedule.units.values() if other.pins and other not in needed]
     with engine().outside.pinned(needed):
-        yield needed
+        yield needed, lent
 
 
 def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[str, object]:
@@ -267,7 +271,7 @@ def whole_state(module: nn.Module, prefix: str = "", keep: bool = True) -> dict[
         engine().meet(f"the state of {type(module).__name__}")
     with engine().outside.pinned(outer):
         whole: dict[str, object] = _add_state(module, state, prefix, keep, outermost=True)
-        _copy_out(whole, outer, set(), keep)
+        _copy_out(whole, outer, [], set(), keep)
     return whole
 
 
@@ -320,10 +324,10 @@ def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost
     facts: dict[str, Any] = {"version": module._version}
     others = set(state)  # of enclosing modules, which see to them
     state._metadata[prefix[:-1]] = facts
-    owned: AbstractContextManager[list[ShardUnit]] = nullcontext([])
+    owned: AbstractContextManager[tuple[list[ShardUnit], list[ShardUnit]]] = nullcontext(([], []))
     if unit_of(module) is not None:
         owned = _whole_for_state(module, outermost)
-    with owned as needed:
+    with owned as (needed, lent):
         for before in module._state_dict_pre_hooks.values():
             before(module, prefix, False)
         module._save_to_state_dict(state, prefix, False)
@@ -334,14 +338,20 @@ def _add_state(module: nn.Module, state: Any, prefix: str, keep: bool, outermost
             replaced = after(module, state, prefix, facts)
             state = state if replaced is None else replaced  # which counts for the outermost alone, as in torch
         if needed:
-            _copy_out(state, needed, others, keep)
+            _copy_out(state, needed, lent, others, keep)
     return state
 
 
-def _copy_out(state: MutableMapping[str, object], units: list[ShardUnit], others: set[str], keep: bool = True) -> None:
+def _copy_out(
+    state: MutableMapping[str, object],
+    units: list[ShardUnit],
+    lent: list[ShardUnit],
+    others: set[str],
+    keep: bool = True,
+) -> None:
     """Replace views of these units' memory by copies; what was tied stays one tensor.  Buffers come along.
 
-    ``others`` are the keys that are somebody else's.
+    ``others`` are the keys that are somebody else's, as are views of the memory of ``lent`` units.
     """
     to_cpu, apart = context().save_param_to_cpu, context().device.is_apart
 
@@ -350,10 +360,10 @@ def _copy_out(state: MutableMapping[str, object], units: list[ShardUnit], others
             return torch.empty_like(value, device="meta")
         return StateTensor.of(value.detach().to("cpu" if to_cpu else None, copy=True), original)
 
-    own: dict[int, tuple[FlatShard, torch.Tensor]] = {}
-    for flat in [flat for unit in units for flat in unit.flats]:
+    places: dict[int, tuple[FlatShard, torch.Tensor]] = {}
+    for flat in [flat for unit in (*units, *lent) for flat in unit.flats]:
         memory = flat.buffer.tensor if flat.buffer is not None else flat.shard
-        own[memory.untyped_storage().data_ptr()] = (flat, memory)
+        places[memory.untyped_storage().data_ptr()] = (flat, memory)
     copies: dict[Any, torch.Tensor] = {}
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or key in others:
@@ -362,8 +372,10 @@ def _copy_out(state: MutableMapping[str, object], units: list[ShardUnit], others
             state[key] = copied(unsliced(value), OfBuffer(value))
             continue
         lies_in = (
-            own.get(value.untyped_storage().data_ptr()) if value.layout is torch.strided and value.numel() else None
+            places.get(value.untyped_storage().data_ptr()) if value.layout is torch.strided and value.numel() else None
         )
+        if lies_in is not None and lies_in[0].unit in lent:
+            continue
         if lies_in is not None:
             place = (value.data_ptr(), value.shape, value.stride())
             if place not in copies:

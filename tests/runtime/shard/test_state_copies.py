@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -13,6 +14,7 @@ import models
 import oracle
 import pytest
 import torch
+from oracle import WIDTH
 from ranks import RanksFailed, on_ranks, run_ranks
 from torch import nn
 
@@ -224,3 +226,66 @@ def test_buffers_that_were_just_loaded_are_read_without_a_warning() -> None:
     model.load_state_dict({**own, "mid.start": torch.zeros(6, 6)})
     with pytest.warns(UserWarning, match="values changed"):
         own["mid.start"].clone()
+
+
+class Sharing(bmt.DistributedModule):
+    """Blocks, one of them inside another module, whose parameters the model around them has, too."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        first, inner = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        if where == "before":
+            self.tied = first
+        self.blocks = bmt.TransformerBlockList([bmt.CheckpointBlock(nn.Sequential(first, nn.BatchNorm1d(WIDTH)))])
+        self.middle = bmt.BMTrainModelWrapper(nn.Sequential(bmt.CheckpointBlock(nn.Sequential(inner))))
+        self.own = bmt.DistributedParameter(torch.ones(3))
+        if where == "behind":
+            self.tied, self.deep = first, inner
+        elif where == "weights":
+            self.weight, self.deep = first.weight, nn.ParameterList([inner.bias])
+        elif where == "blocks":
+            self.others = bmt.TransformerBlockList([bmt.CheckpointBlock(nn.Sequential(first, inner))])
+
+
+@pytest.mark.parametrize("schedule", [None, "stress"])
+@pytest.mark.parametrize("where", ["before", "behind", "weights", "blocks"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_blocks_share_with_the_model_is_one_copy(world_size: int, where: str, schedule: str | None) -> None:
+    run_ranks(world_size, shares_copies, where, init={"schedule": schedule} if schedule else {})
+
+
+def shares_copies(where: str) -> None:
+    model = Sharing(where)
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    for inside in (False, True):
+        with bmt.gathered(model) if inside else contextlib.nullcontext():
+            state = model.state_dict()
+            block = model.blocks[0].state_dict()
+        places: dict[int, list[str]] = {}
+        for name, value in state.items():
+            places.setdefault(value.data_ptr(), []).append(name)
+            assert torch.equal(value, plain[name]), name
+        together = sorted(names for names in places.values() if len(names) > 1)
+        assert together == sorted(names for names in SHARED[where] if len(names) > 1), together
+        assert all(torch.equal(block[name], plain[f"blocks.0.{name}"]) for name in block)
+    for number, name in enumerate(("blocks.0.0.weight", "blocks.0.1.running_mean", "middle.0.0.bias", "own")):
+        state[name].fill_(3.0 + number)
+        assert model.state_dict()[name].eq(3.0 + number).all(), name
+    block["0.bias"].fill_(9.0)
+    assert model.state_dict()["blocks.0.0.bias"].eq(9.0).all()
+
+
+SHARED = {
+    "before": [["tied.weight", "blocks.0.0.weight"], ["tied.bias", "blocks.0.0.bias"]],
+    "behind": [
+        [f"{block}.{kind}", f"{name}.{kind}"]
+        for block, name in (("blocks.0.0", "tied"), ("middle.0.0", "deep"))
+        for kind in ("weight", "bias")
+    ],
+    "weights": [["weight", "blocks.0.0.weight"], ["middle.0.0.bias", "deep.0"]],
+    "blocks": [
+        [f"{block}.{kind}", f"{name}.{kind}"]
+        for block, name in (("blocks.0.0", "others.0.0"), ("middle.0.0", "others.0.1"))
+        for kind in ("weight", "bias")
+    ],
+}
