@@ -31,7 +31,7 @@ def test_refusals() -> None:
     patch.undo()
 
 
-@on_ranks(2, fresh=True)
+@on_ranks(2, fresh=True, env={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"})  # init_distributed has used a GPU already
 def test_training_goes_on_and_gives_equal_bits() -> None:
     bmt.deterministic()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8" and not torch.backends.cudnn.benchmark

@@ -60,7 +60,7 @@ def test_every_tensor_the_library_makes_names_its_device() -> None:
     assert found == []
 
 
-@on_ranks(1, 2)
+@on_ranks(1, 2, init={"device": "cpu"})
 @pytest.mark.parametrize("ours", [True, False])
 def test_steps_under_another_default_device(tmp_path: Path, ours: bool) -> None:
     """The meta device stands for a GPU: what is made there by mistake has no values."""

@@ -159,7 +159,7 @@ def diverge(kind: str, warm: int) -> str:
 @pytest.mark.parametrize(("kind", "warm"), [("skip", 2), ("exit", 2), ("order", 0), ("no recompute", 0)])
 def test_ranks_that_run_different_blocks_are_told(kind: str, warm: int) -> None:
     try:
-        said = run_ranks(2, diverge, kind, warm, timeout=40, fresh=True)
+        said = run_ranks(2, diverge, kind, warm, timeout=40, fresh=True, init={"device": "cpu"})
     except RanksFailed as failure:
         raise AssertionError(f"a rank hung or raised something else: {failure}") from None
     assert all("Rank" in text and "layers." in text for text in said), said

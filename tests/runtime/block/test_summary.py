@@ -24,7 +24,7 @@ def test_one_block_from_rank_0() -> None:
     manager.add_optimizer(bmt.optim.AdamOptimizer(model.parameters(), lr=1e-2))
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        for _ in range(3):
+        for _ in range(8):  # a GPU's plan measures some
             manager.zero_grad()
             for _ in range(3):
                 manager.backward(model(torch.ones(2, 600)).mean())

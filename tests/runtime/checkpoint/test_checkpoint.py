@@ -303,7 +303,8 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], **wrong: obj
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes], **wrong}
         at += tensor.nbytes
     text = json.dumps(header).encode()
-    data = b"".join(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    parts = (tensor.cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors.values())
+    data = b"".join(part.numpy().tobytes() for part in parts)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 

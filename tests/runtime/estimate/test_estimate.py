@@ -298,7 +298,7 @@ def autocast_gathers() -> int:
     forget_others()
     model = bmt.BMTrainModelWrapper(Net())
     tokens = torch.randint(256, (2, 16))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(context().device.torch_device.type, torch.bfloat16):
         loss = model(tokens, tokens)
     loss.backward()
     pools = model.embed.weight._flat.unit.pools

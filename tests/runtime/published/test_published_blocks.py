@@ -325,7 +325,8 @@ def test_recomputed_functions() -> None:
 
     torch.manual_seed(0)
     model = Net()
-    values = {n: v.clone().requires_grad_() for n, v in model.state_dict().items()}
+    device = torch.get_default_device()
+    values = {n: v.to(device, copy=True).requires_grad_() for n, v in model.state_dict().items()}
     for _ in range(2):
         calls.clear()
         x = torch.randn(2, WIDTH, requires_grad=True)

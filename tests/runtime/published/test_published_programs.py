@@ -52,7 +52,8 @@ def model_of(count: int = 3) -> Model:
 
 def plain(model: nn.Module) -> Any:
     """The same weights as ``model``, and its forward, in plain torch."""
-    values = {n: nn.Parameter(v.clone()) for n, v in model.state_dict().items()}
+    device = torch.get_default_device()
+    values = {n: nn.Parameter(v.clone().to(device)) for n, v in model.state_dict().items()}
     count = (len(values) - 2) // 2
 
     class Net(nn.Module):

@@ -213,7 +213,8 @@ def test_parallel_layers_of_one_tensor_parallel_rank() -> None:
     torch.manual_seed(0)
     model = Layers()
     bmt.init_parameters(model)
-    values = {n: v.clone().requires_grad_() for n, v in model.state_dict().items()}
+    device = torch.get_default_device()
+    values = {n: v.to(device, copy=True).requires_grad_() for n, v in model.state_dict().items()}
     tokens = torch.arange(8).view(2, 4)
     rows = tokens[bmt.rank() : bmt.rank() + 1] if bmt.world_size() == 2 else tokens
     loss = bmt.loss.FusedCrossEntropy(parallel=True)(model(rows).view(-1, 8), rows.reshape(-1))

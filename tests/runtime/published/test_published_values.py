@@ -75,7 +75,7 @@ def reference(model: Any, use: str, x: torch.Tensor) -> tuple[torch.Tensor, dict
     """The loss and every gradient in plain torch, of the model's values."""
     from types import SimpleNamespace
 
-    values = {n: v.clone().requires_grad_() for n, v in model.state_dict().items()}
+    values = {n: v.to(x.device, copy=True).requires_grad_() for n, v in model.state_dict().items()}
     layers = [SimpleNamespace(weight=values[f"layers.{i}.weight"], bias=values[f"layers.{i}.bias"]) for i in range(2)]
     for v in values.values():
         v.gather = lambda v=v: v  # type: ignore[method-assign]
