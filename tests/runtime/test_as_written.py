@@ -30,8 +30,9 @@ def original(text: str, folder: str) -> Seen:
     backward, losses = torch.Tensor.backward, []
 
     def watched(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        losses.append(float(self.detach()))
-        backward(self, *args, **kwargs)
+        with torch._C.DisableTorchFunction():  # another default device would call this once more
+            losses.append(float(self.detach()))
+            backward(self, *args, **kwargs)
 
     class OnTheCpu(torch.nn.parallel.DistributedDataParallel):
         def __init__(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:

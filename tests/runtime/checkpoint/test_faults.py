@@ -501,14 +501,14 @@ def killed_and_restarted(worlds: Callable[[int], int], kills: int, folder: Path,
         done += 1
         for step in folders.steps(folder):
             assert not list(storage.Stored(folders.path_of(folder, step)).problems())
-    results = run_ranks(worlds(done), to_the_end, str(folder), 0.0)
+    results = run_ranks(worlds(done), to_the_end, str(folder), 0.0, init={"device": "cpu"})
     assert all(first == results[0][0] > 0 for first, _ in results)
     return results[0][1]
 
 
 def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path: Path) -> None:
     """BMTRAIN_TEST_KILLS=200 for a long run."""
-    expected = run_ranks(2, to_the_end, str(tmp_path / "undisturbed"), 0.0)[0][1]
+    expected = run_ranks(2, to_the_end, str(tmp_path / "undisturbed"), 0.0, init={"device": "cpu"})[0][1]
     assert_same(killed_and_restarted(lambda kill: 2, KILLS, tmp_path / "same", 1), expected)
     found = killed_and_restarted(lambda kill: (2, 1, 3)[kill % 3], KILLS // 2, tmp_path / "other", 2)
     for name, value in expected["model"].items():

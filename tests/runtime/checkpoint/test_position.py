@@ -101,6 +101,9 @@ def all_of(folder: str, stop: int | None, resume: bool) -> dict[str, list[list[i
     return found
 
 
+CPU = {"device": "cpu"}  # workers collate numbers, and cannot put them on a GPU
+
+
 def joined(results: list[dict[str, list[list[int]]]], name: str) -> list[list[int]]:
     if name == "single":
         return results[0][name]
@@ -110,9 +113,9 @@ def joined(results: list[dict[str, list[list[int]]]], name: str) -> list[list[in
 
 @pytest.mark.parametrize(("before", "after", "stop"), [(2, 3, 2), pytest.param(1, 1, 8, marks=pytest.mark.long)])
 def test_the_next_batch_is_the_next_one(tmp_path: Path, before: int, after: int, stop: int) -> None:
-    straight = run_ranks(1, all_of, str(tmp_path / "straight"), None, False)
-    first = run_ranks(before, all_of, str(tmp_path / str(stop)), stop, False)
-    rest = run_ranks(after, all_of, str(tmp_path / str(stop)), stop, True)
+    straight = run_ranks(1, all_of, str(tmp_path / "straight"), None, False, init=CPU)
+    first = run_ranks(before, all_of, str(tmp_path / str(stop)), stop, False, init=CPU)
+    rest = run_ranks(after, all_of, str(tmp_path / str(stop)), stop, True, init=CPU)
     for name in LOADERS:
         assert joined(first, name) + joined(rest, name) == joined(straight, name), name
 

@@ -24,7 +24,7 @@ def right(k: User):
 @idiom
 def other_numbers(k: User):
     """Gives another number on the last rank"""
-    return {"number": 1.0 + 1e-3 * k.sharded * (k.rank == k.ranks - 1)}
+    return {"number": 1.0 + 1e-2 * k.sharded * (k.rank == k.ranks - 1)}
 
 
 @idiom(verdicts="said", says="divide by")

@@ -26,7 +26,7 @@ def test_each_verdict() -> None:
     found = verdicts("samples", 2, list(EXPECTED), again=False)
     assert {name: verdict.word for name, verdict in found.items()} == EXPECTED, found
     assert "head.bias was changed" in found["refuses_too_late"].detail
-    assert "rank 1: number differs by 1.00e-03" in found["other_numbers"].detail
+    assert "rank 1: number differs by 1.00e-02" in found["other_numbers"].detail
 
 
 def test_a_rank_that_waits_for_ever() -> None:

@@ -247,12 +247,12 @@ def test_one_module_twice() -> None:
     x = torch.randn(2, WIDTH)
     model(x).sum().backward()
     grad = bmt.gather_grad(model.layers[0].weight)
-    values = {n: v.clone().requires_grad_() for n, v in model.state_dict().items()}
+    values = {n: v.to(x.device, copy=True).requires_grad_() for n, v in model.state_dict().items()}
     out = x
     for i in (0, 1, 0):
         out = torch.tanh(F.linear(out, values[f"layers.{i}.weight"]) + values[f"layers.{i}.bias"])
     out.sum().backward()
-    assert grad is not None and torch.allclose(grad.cpu(), values["layers.0.weight"].grad, atol=1e-5)  # type: ignore[arg-type]
+    assert grad is not None and torch.allclose(grad, values["layers.0.weight"].grad, atol=1e-5)  # type: ignore[arg-type]
 
 
 # ---- whole by hand, and recomputed -----------------------------------------------------------------------------------

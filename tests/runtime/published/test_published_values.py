@@ -160,7 +160,7 @@ OUTSIDE: dict[str, Callable[[Any], Any]] = {
 def test_outside_of_any_forward() -> None:
     torch.manual_seed(2)
     model = Layer()
-    whole = model.state_dict()["weight"].clone()
+    whole = model.state_dict()["weight"].to(torch.get_default_device(), copy=True)
     for method in ("gather", "gather_all"):
         setattr(whole, method, lambda: whole)
     for name, read in OUTSIDE.items():
