@@ -53,6 +53,10 @@ class OutsideForward:
                 if not unit.pins and unit.moves:
                     self._whole.let_go(unit)
 
+    def all_pinned(self) -> list[ShardUnit]:
+        """The units that somebody has pinned."""
+        return [unit for unit in self._schedule.units.values() if unit.pins]
+
     def release(self, units: Iterable[ShardUnit]) -> None:
         """Give up whole values that no running forward has pinned."""
         for unit in units:

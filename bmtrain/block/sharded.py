@@ -253,7 +253,7 @@ def _whole_for_state(module: nn.Module, outermost: bool) -> Iterator[tuple[list[
         engine().meet(f"state_dict of {type(module).__name__}")
         level(module, record)
     needed = [other for other in (*unit.borrows, unit) if outermost or other is unit or not other.pins]
-    lent = [other for other in engine().schedule.units.values() if other.pins and other not in needed]
+    lent = [other for other in engine().outside.all_pinned() if other not in needed]
     with engine().outside.pinned(needed):
         yield needed, lent
 

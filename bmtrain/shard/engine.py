@@ -143,6 +143,9 @@ class OutsideForward(Protocol):
     def pinned(self, units: Iterable[ShardUnit]) -> AbstractContextManager[None]:
         """Whole units inside the ``with``, outside of any forward or in one.  Collective."""
 
+    def all_pinned(self) -> list[ShardUnit]:
+        """The units that somebody has pinned."""
+
     def release(self, units: Iterable[ShardUnit]) -> None:
         """Give up whole values that no running forward has pinned."""
 
