@@ -25,7 +25,7 @@ from ..block.in_turn import (
 from ..block.record import unit_of
 from ..block.sharded import ShardedModule, level_statistics, own_slices, require_same, whole_state
 from ..context import Context, context
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigurationError
 from ..objects import allgather_objects, broadcast_object
 from ..shard.engine import engine
 from ..written import replacing
@@ -46,6 +46,7 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
 
     Raises CheckpointError on every rank when rank 0 cannot write.
     """
+    _require_model(model, "bmt.save writes the state dict of a model", "bmt.save_checkpoint(obj, file)")
     own = any("state_dict" in methods_of(inner) for inner in model.modules())
     if not non_blocking and comes_in_turn(model):
         _save_in_turn(model, Path(file_name))
@@ -59,6 +60,11 @@ def save(model: nn.Module, file_name: str | os.PathLike[str], non_blocking: bool
     _finish_background()
     if context().rank == 0:
         context().writer = _Writer(state, Path(file_name))
+
+
+def _require_model(given: object, what: str, instead: str) -> None:
+    if not isinstance(given, nn.Module):
+        raise ConfigurationError(f"{what}, and was given a {type(given).__name__}. For anything else: {instead}.")
 
 
 def _save_in_turn(model: nn.Module, path: Path) -> None:
@@ -193,6 +199,9 @@ def load(model: nn.Module, file_name: str | os.PathLike[str], strict: bool = Tru
     Raises CheckpointError, on every rank, when rank 0 cannot read it, when its keys, shapes or kinds do not fit, or
     when files of this name differ between nodes; then nothing was loaded.
     """
+    _require_model(
+        model, "bmt.load(model, file) loads the state dict of a model", 'torch.load(file, map_location="cpu")'
+    )
     ctx = context()
     state, problem = _read(model, Path(file_name), weights_only)
     problems = allgather_objects(problem)

@@ -16,7 +16,7 @@ from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.errors import CheckpointError
+from bmtrain.errors import CheckpointError, ConfigurationError
 
 
 class Net(nn.Module):
@@ -72,6 +72,17 @@ VALUES: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
     "sparse": (lambda v: v.to_sparse(), "sparse"),
     "empty": (lambda v: v[:0], r"\(0, "),
 }
+
+
+@on_ranks(1, 2)
+def test_what_is_no_model_is_not_saved_or_loaded_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.pt"
+    for given in ({"step": 3}, Net().state_dict(), torch.ones(2), str(path)):
+        with pytest.raises(ConfigurationError, match=r"was given a \w+\. .* bmt\.save_checkpoint\(obj, file\)"):
+            bmt.save(given, path)  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match=r"torch\.load\(file, map_location"):
+            bmt.load(given, path)  # type: ignore[arg-type]
+    assert not path.exists()
 
 
 @on_ranks(1, 2)
