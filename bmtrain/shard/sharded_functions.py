@@ -78,10 +78,10 @@ def _unknown(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _view(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     source = args[0]
-    shape = func(torch.empty(source.shape, device="meta"), *args[1:], **kwargs).shape
-    if shape.numel() != source.numel():
+    seen = func(torch.empty(source.shape, dtype=source.dtype, device="meta"), *args[1:], **kwargs)
+    if seen.dtype != source.dtype or seen.numel() != source.numel():
         refuse(name, [source])
-    return ShardedTensor(source.part, shape)
+    return ShardedTensor(source.part, seen.shape)
 
 
 def _like(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -190,6 +190,7 @@ def test_what_needs_whole_values_is_refused() -> None:
             lambda w: w.requires_grad_(), lambda w: nn.Parameter(w), lambda w: pickle.dumps(w), lambda w: w.t().zero_(),
             lambda w: torch.save({"w": w}, io.BytesIO()), lambda w: [row.zero_() for row in w.unbind()],
             lambda w: torch.bernoulli(w.abs().clamp(max=1)), lambda w: w.item(), lambda w: w.fill_diagonal_(0),
+            lambda w: w.view(torch.int32), lambda w: w.view(dtype=torch.uint8),
         ]  # fmt: skip
         for number, attempt in enumerate(wrong):
             with pytest.raises(
