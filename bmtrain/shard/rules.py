@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -253,7 +253,7 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
     """As on ``.data``, with operands that are the same on all ranks."""
     target = args[0]
     if func is _T.copy_:
-        _require_shape(target, args[1])
+        _require_shape(target, [*args[1:2], *kwargs.values()])
     others, named = tree_map(lambda value: _operand(value, target, _what(func, [target])), (args[1:], kwargs))
     func(target.data, *others, **named)
     return target
@@ -271,13 +271,16 @@ def _operand(value: Any, target: ShardedParameter, what: str) -> Any:
     return value
 
 
-def _require_shape(parameter: DistributedParameter, value: torch.Tensor) -> None:
-    try:
-        torch.broadcast_to(value, parameter.shape) if value.shape != parameter.shape else None
-    except RuntimeError:
-        raise ShardedAccessError(
-            f"Parameter {_where(parameter)} has shape {tuple(parameter.shape)}; it cannot take {tuple(value.shape)}."
-        ) from None
+def _require_shape(parameter: DistributedParameter, values: Iterable[object]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+            try:
+                torch.broadcast_to(value, parameter.shape)
+            except RuntimeError:
+                raise ShardedAccessError(
+                    f"Parameter {_where(parameter)} has shape {tuple(parameter.shape)}; it cannot take "
+                    f"{tuple(value.shape)}."
+                ) from None
 
 
 def _parameters(tree: Any) -> list[ShardedParameter]:

@@ -105,6 +105,8 @@ def test_values_may_change_between_steps() -> None:
             w.clamp_(-1, 1)
             v.zero_()
             v.fill_(0.25)
+            m.layers[1][2].weight.copy_(3)
+            m.layers[0][2].bias.copy_(other=torch.arange(6.0))
             v.copy_(torch.arange(6.0))
             m.layers[0][0].weight.data = torch.full((9, 6), 0.125)
             m.layers[0][2].weight.lerp_(torch.ones(6, 9), 0.25)
