@@ -17,11 +17,11 @@ from ..shard.pools import Pools
 from ..shard.unit import ShardUnit, unit_of_flat
 from .autocast_switches import switches_autocast
 from .linear import LandingLinear, land_gradients
-from .max_norm import shorten_alike
 from .meta import make_buffers, materialise
 from .one_memory import tie
 from .record import record_of, unit_of
 from .sharded import ShardedModule, become
+from .used_rows import use_rows_alike
 
 
 @dataclass
@@ -72,7 +72,7 @@ def shard_module(pools: Pools, root: nn.Module) -> list[ShardUnit]:
     _note_borrowed(root)
     _note_blocks(root)
     land_gradients(root)
-    shorten_alike(root)
+    use_rows_alike(root)
     pools.ctx.device.empty_cache()  # what the whole parameters took is needed for buffers of other sizes
     for module in root.modules():
         for name, buffer in module._buffers.items():

@@ -745,6 +745,34 @@ def embedding_with_max_norm(k: User):
 
 
 @idiom
+def embedding_scaled_by_frequency(k: User):
+    """`nn.Embedding(scale_grad_by_freq=True)`, called twice, one row padding"""
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(9, 6, padding_idx=2, scale_grad_by_freq=True)
+
+        def forward(self, ids):
+            return self.words(ids) + self.words(ids.flip(1)).mean(1, keepdim=True)
+
+    model = k.shard(nn.Sequential(k.block(Words()), nn.Flatten(), nn.Linear(18, 5)))
+    manager = k.sgd(model)
+    for step in range(3):
+        y = k.share(k.randint(5, 12, seed=step))
+        k.step(manager, F.cross_entropy(model(k.share(k.randint(9, 12, 3, seed=step))), y))
+    return model
+
+
+@idiom(verdicts="right refused refused", says="EmbeddingBag")
+def bags_scaled_by_frequency(k: User):
+    """`nn.EmbeddingBag(scale_grad_by_freq=True)`"""
+    model = k.shard(nn.Sequential(nn.EmbeddingBag(9, 6, scale_grad_by_freq=True), Net()))
+    k.step(k.sgd(model), F.cross_entropy(model(k.share(k.randint(9, 12, 3))), k.share(k.randint(5, 12))))
+    return model
+
+
+@idiom
 def sparse_embedding(k: User):
     """`nn.Embedding(sparse=True)` with SGD"""
     model = k.shard(nn.Sequential(nn.Embedding(9, 6, sparse=True), Net()))
