@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import BackwardCFunction
 
 from ...autograd import Node, is_output
+from ..frame import NotKeptError
 
 _MOST = 3000
 """So many of autograd's nodes are looked at, those nearest to the loss."""
@@ -37,10 +38,13 @@ _LINEAR = {
     "IndexSelect", "Gather", "Diagonal", "Cat", "Stack", "Split", "Unbind", "Repeat", "Flip", "Roll", "Alias", "Triu",
     "Tril", "Trace", "MaskedFill", "MaskedSelect",
 } | _VIEWS | _ADDS | _SUMS  # fmt: skip
+_OF_NUMBERS = {"Mul", "Div", "Neg", "ToCopy", "Clone", "Alias", "Squeeze", "Sqrt", "Pow", "Exp", "Log"} | _ADDS | _VIEWS
+"""Through which a number comes into the loss."""
 _BETWEEN_RANKS = {"_GatherRows", "_AllGather", "_AllReduce", "_ReduceScatter", "_Broadcast"}
 _BENDS = {
     "Pow", "Abs", "Exp", "Log", "Log1P", "Sqrt", "Rsqrt", "Reciprocal", "Relu", "Sigmoid", "Tanh", "Softplus", "Clamp",
-    "ClampMin", "ClampMax", "Gelu", "Silu", "Xlogy", "Mul", "Div", "Mm", "Bmm",
+    "ClampMin", "ClampMax", "Gelu", "Silu", "Xlogy", "Mul", "Div", "Mm", "Bmm", "Logdet", "LinalgDet", "LinalgSlogdet",
+    "LinalgInvEx", "LinalgCholeskyEx", "LinalgEigh", "LinalgSvd", "LinalgSolveEx",
 } | _LOSSES | _SPREADS | _OVER | _CHOOSES  # fmt: skip
 """Not linear in something: of a batch's mean they are no mean."""
 
@@ -65,6 +69,7 @@ class _Other:
 _ALIKE, _UNKNOWN = _Other("no samples"), _Other("unknown")
 _MEANS = _Other("sums or means over samples")  # and what is linear in them
 _PAIRS = _Other("pairs of samples")
+_CENTRED = _Other("samples, with a mean over them added or taken off")
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class AcrossSamples:
     def __init__(self, samples: int, sure: bool, single: bool) -> None:
         self._samples, self._sure, self._single = samples, sure, single
         self._states: dict[Node, State] = {}
+        self._numbers: dict[Node, _Found] = {}  # those made of all that there is, which may be no part of the loss
         self._shapes: dict[tuple[Node, int], Shape] = {}
 
     def of(self, loss: Node) -> tuple[str, bool] | None:
@@ -101,12 +107,27 @@ class AcrossSamples:
         for node in _in_order(loss):
             try:
                 self._states[node] = self._after(node)
-            except (AttributeError, RuntimeError, IndexError, TypeError, ValueError):  # of another torch; without sizes
+            except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, NotKeptError):
+                # Of another torch; without sizes; freed, or to be recomputed.
                 self._states[node] = _UNKNOWN
         found = self._states.get(loss, _UNKNOWN)
         if found is _PAIRS:
             found = _Found("a product of samples", True)
+        if not isinstance(found, _Found):
+            found = next((self._numbers[node] for node in self._terms(loss) if node in self._numbers), found)
         return (found.function, found.compares) if isinstance(found, _Found) else None
+
+    def _terms(self, loss: Node) -> Iterator[Node]:
+        """The numbers that ``loss`` is a sum, a multiple or a quotient of, and itself."""
+        seen, waiting = {loss}, [loss]
+        while waiting:
+            node = waiting.pop()
+            yield node
+            if _name(node) in _OF_NUMBERS:
+                for other, number in node.next_functions:
+                    if other is not None and other not in seen and prod(self._shape(other, number)) == 1:
+                        seen.add(other)
+                        waiting.append(other)
 
     def _after(self, node: Node) -> State:
         state, shape = self._made(node), self._shape(node)
@@ -139,6 +160,8 @@ class AcrossSamples:
         if _UNKNOWN in states:
             return _UNKNOWN
         shapes = [shape for _, shape in edges]
+        if _CENTRED in states:
+            return self._of_centred(node, name, states)
         if _MEANS in states:
             return self._of_means(node, name, states, shapes, out)
         return self._of_rows(node, name, states, shapes, out)
@@ -195,10 +218,10 @@ class AcrossSamples:
             return _UNKNOWN
         if _PAIRS in (a, b):
             return _PAIRS if all(state in (_PAIRS, _ALIKE) for state in (a, b)) else _UNKNOWN
-        if _MEANS in (a, b):
-            if name in ("Mv", "Dot"):
-                return _UNKNOWN
-            return _MEANS if _ALIKE in (a, b) else _Found("a product of means", False)
+        if _MEANS in (a, b) or _CENTRED in (a, b):
+            if _ALIKE in (a, b):
+                return _UNKNOWN if name in ("Mv", "Dot") else _CENTRED if _CENTRED in (a, b) else _MEANS
+            return _UNKNOWN if name in ("Mv", "Dot") and _MEANS in (a, b) else _Found("a product of means", False)
         if name == "Dot":
             return _MEANS
         if name == "Mv":
@@ -237,6 +260,8 @@ class AcrossSamples:
     def _of_means(self, node: Node, name: str, states: Sequence[State], shapes: Sequence[Shape], out: Shape) -> State:
         means = [shape for state, shape in zip(states, shapes, strict=True) if state is _MEANS]
         others = [state for state in states if state not in (_MEANS, _ALIKE)]
+        if name in _ADDS and any(isinstance(state, _Rows) for state in others) and any(prod(s) > 1 for s in means):
+            return _CENTRED
         if name in _LINEAR:
             return _MEANS
         if name in ("Mul", "Div") and not others and len(means) == 1:
@@ -246,6 +271,20 @@ class AcrossSamples:
         if all(prod(shape) == 1 for shape in means):
             return _UNKNOWN if others else _MEANS  # numbers are looked at elsewhere
         return _Found(f"{name.lower()} of a mean", False) if name in _BENDS else _UNKNOWN
+
+    def _of_centred(self, node: Node, name: str, states: Sequence[State]) -> State:
+        """Linear as it is, and no longer once it meets what each sample has of its own."""
+        if name in _SUMS:
+            return _MEANS
+        if name in _LINEAR:
+            return _CENTRED
+        if name not in _BENDS:
+            return _UNKNOWN
+        if name in ("Mul", "Div") and all(state in (_CENTRED, _ALIKE) for state in states) and len(states) == 1:
+            other = getattr(node, "_saved_other", None)
+            if not isinstance(other, torch.Tensor) or not other.dim() or other.shape[0] != self._samples:
+                return _CENTRED
+        return _Found(f"{name.lower()} of what a mean was taken off", False)
 
     def _of_rows(self, node: Node, name: str, states: Sequence[State], shapes: Sequence[Shape], out: Shape) -> State:
         rows = [(state, shape) for state, shape in zip(states, shapes, strict=True) if isinstance(state, _Rows)]
@@ -300,11 +339,11 @@ class AcrossSamples:
             return _UNKNOWN
         if name in _SUMS:
             return _MEANS
-        if name in _CHOOSES and dims is None and len(shape) > 1:
-            return _UNKNOWN  # as what is taken off an exponent
-        if name in _SPREADS and dims is None:
-            return _UNKNOWN  # a number, looked at elsewhere
-        return _Found(f"{name.lower()} over samples", name in _CHOOSES | _OVER)
+        found = _Found(f"{name.lower()} over samples", name in _CHOOSES | _OVER)
+        if dims is None and (name in _SPREADS or (name in _CHOOSES and len(shape) > 1)):
+            self._numbers[node] = found
+            return _UNKNOWN  # as what is taken off an exponent, or what gradients are divided by
+        return found
 
 
 def _in_order(loss: Node) -> list[Node]:
@@ -365,7 +404,10 @@ def _moved(node: Any, name: str, state: _Rows, shape: Shape, out: Shape, samples
         grown = {d + more for d in range(ndim) if shape[d] == 1 and out[d + more] > 1} | set(range(more))
         grown |= {d + more for d in state.alike}
         return _Rows(dim + more, frozenset(grown), sure) if out[dim + more] == shape[dim] else _UNKNOWN
-    if name in ("Slice", "Split", "Flip", "Roll", "Clone", "ToCopy", "Alias", "MaskedFill"):
+    if name in ("Flip", "Roll"):
+        over = [_signed(d, ndim) for d in node._saved_dims] or list(range(ndim))
+        return _Found(f"{name.lower()} over samples", True) if dim in over and sure else state
+    if name in ("Slice", "Split", "Clone", "ToCopy", "Alias", "MaskedFill"):
         return state
     return None
 

@@ -122,9 +122,9 @@ class FirstLosses:
             return
         self.look(loss)
         self._is_noted = True
-        self._look_across(loss.grad_fn, users_line())
         self._backward.peeks = True
         try:
+            self._look_across(loss.grad_fn, users_line())
             found = NoMean(self._samples, self._ctx.topology.data_size, self._gives_number).of(loss.grad_fn)
         finally:
             self._backward.peeks = False

@@ -96,6 +96,13 @@ COMPARES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "views": lambda z: F.cross_entropy(z.view(2, B // 2, 8)[0] @ z.view(2, B // 2, 8)[1].T, torch.arange(B // 2)),
     "beside another": lambda z: F.cross_entropy(z, torch.zeros(B, dtype=torch.long)) + 0.1 * _infonce(z),
     "three dimensions": lambda z: _infonce(z.view(B, 2, 4).mean(1)),
+    "rolled": lambda z: F.mse_loss(z, z.roll(1, 0)),
+    "rolled as one": lambda z: (z - z.roll(3)).square().mean(),
+    "flipped": lambda z: F.mse_loss(z, z.flip(0)),
+    "flipped twice": lambda z: (z * z.flip([0, 1])).mean().tanh(),
+    "the worst": lambda z: z.abs().max(),
+    "the worst, beside another": lambda z: z.square().mean() + 0.1 * z.amax(),
+    "the median": lambda z: z.square().mean(1).median(),
 }  # fmt: skip
 STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "barlow": lambda z: _barlow(z, z.tanh()),
@@ -111,6 +118,19 @@ STATISTICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "norm over samples": lambda z: F.normalize(z, dim=0).tanh().sum(),
     "dice of classes": lambda z: 1 - (2 * (z.sigmoid() * 0.5).sum(0) / (z.sigmoid().sum(0) + 1)).mean(),
     "centred": lambda z: (z - z.mean()).square().mean(),
+    "centred by feature": lambda z: (z - z.mean(0)).square().mean(),
+    "centred, times what samples have": lambda z: ((z - z.mean(0)) * torch.randn(B, 8)).mean(),
+    "centred, beside itself": lambda z: ((z.mean(0) - z) * z).sum() / B,
+    "centred, then a layer": lambda z: ((z - z.mean(0)) @ torch.randn(8, 3)).relu().mean(),
+    "spread": lambda z: z.var(),
+    "spread, weighed": lambda z: z.square().mean() + 0.1 * (1 - z.std()),
+    "length": lambda z: z.norm(),
+    "length of an error": lambda z: torch.linalg.vector_norm(z - 1) / B,
+    "product": lambda z: (1 + z.mean(1) / 10).prod(),
+    "volume": lambda z: -torch.logdet(z.t() @ z / B + torch.eye(8)),
+    "sign and volume": lambda z: -torch.linalg.slogdet(z.t() @ z + torch.eye(8))[1],
+    "whitened": lambda z: torch.linalg.cholesky(z.t() @ z + torch.eye(8)).diagonal().log().sum(),
+    "rank": lambda z: torch.linalg.eigvalsh(z.t() @ z).add(1).log().sum(),
 }  # fmt: skip
 
 
@@ -406,6 +426,15 @@ ORDINARY: dict[str, tuple[Callable[[], Any], torch.Tensor, Callable[..., torch.T
     ),
     "weights decay": (_net, ROWS, lambda z: _classes(z) + (SQUARE @ SQUARE.T - torch.eye(B)).square().sum()),
     "a table of users": (lambda: nn.Embedding(9, 8), torch.arange(B), lambda z: z.square().sum(1).sigmoid().mean()),
+    "shifted before an exponent": (_net, ROWS, lambda z: (z - z.max()).exp().sum(1).log().mean()),
+    "mirrored pictures": (_Convolutions, IMAGES, lambda z: _classes(z + z.flip(1) + z.roll(1, -1))),
+    "moved windows": (
+        lambda: nn.Conv2d(3, 4, 3), IMAGES, lambda z: _pixels(z.roll((1, 1), (2, 3)).flip([2, 3]))
+    ),
+    "centred features": (_net, ROWS, lambda z: (z - z.mean(1, keepdim=True)).square().mean()),
+    "centred, linear": (_net, ROWS, lambda z: ((z - 0.5 * z.mean(0)) * torch.randn(8)).mean()),
+    "volume of each": (_net, ROWS, lambda z: torch.logdet(z[:, :, None] * z[:, None] + torch.eye(8)).mean()),
+    "length of weights": (_net, ROWS, lambda z: _classes(z) + SQUARE.norm() + SQUARE.max() + SQUARE.var()),
     "spread of features": (_net, ROWS, lambda z: (z.std(1) + z.norm(dim=1) + z.max(1)[0]).mean()),
     "sum and number": (_net, ROWS, lambda z: z.square().sum() / len(z) + z.mean(0).sum()),
     "top classes": (_net, ROWS, lambda z: z.topk(2, dim=-1)[0].softmax(-1).square().mean()),
