@@ -140,7 +140,8 @@ def misfit(given: object, shape: Sequence[int], dtype: torch.dtype, layout: torc
         return f"a {'quantized' if given.is_quantized else str(given.layout).removeprefix('torch.')} tensor given"
     if given.shape != torch.Size(shape) and not (len(shape) == 0 and given.shape == (1,)):
         return f"shape {tuple(given.shape)} given, {tuple(shape)} needed"
-    if _kind(given.dtype) != _kind(dtype):
+    is_counter = not shape and _kind(dtype) == "integer" and given.is_floating_point()  # averaged as all the rest was
+    if _kind(given.dtype) != _kind(dtype) and not is_counter:
         return f"{given.dtype} given, {dtype} needed".replace("torch.", "")
     return None
 

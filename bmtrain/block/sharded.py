@@ -154,6 +154,9 @@ class ShardedModule(nn.Module):
                     )
                 if shard.dtype != flat.dtype:
                     flat.convert(shard.to(device))
+                elif shard.device == flat.shard.device and shard.data_ptr() != flat.shard.data_ptr():
+                    flat.shard.copy_(shard)  # what changes values changes each by itself
+                    flat.changed()
         for parameter in self.parameters():
             if flat_of(parameter) is None:  # put in after the model was sharded
                 parameter.data = fn(parameter.data).to(device)

@@ -103,6 +103,23 @@ def test_values_of_another_kind_in_a_model() -> None:
                 assert torch.equal(value, before[key]), (name, key)
 
 
+@on_ranks(1, 2)
+def test_averages_of_a_whole_state_dict_load_as_in_torch() -> None:
+    """Counters among it are cut off."""
+    torch.manual_seed(0)
+    plain = Net()
+    model = bmt.BMTrainModelWrapper(copy.deepcopy(plain))
+    for net in (plain, model):
+        average = {k: v.clone() for k, v in net.state_dict().items()}
+        for _ in range(3):
+            net.train()
+            net(torch.ones(4, 6))
+            average = {k: 0.5 * v + 0.5 * net.state_dict()[k] for k, v in average.items()}
+        net.load_state_dict(average)
+    assert model.state_dict()["norm.num_batches_tracked"].dtype == torch.int64
+    oracle.assert_same_weights(model, plain)
+
+
 @on_ranks(1, 2, 3)
 def test_other_precisions_load() -> None:
     model = make()

@@ -120,6 +120,16 @@ def test_values_may_change_between_steps() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
+@on_ranks(1, 2)
+def test_a_function_for_all_tensors_changes_their_values() -> None:
+    plain = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7))
+    model = bmt.BMTrainModelWrapper(copy.deepcopy(plain))
+    for net in (plain, model):
+        net._apply(lambda tensor: tensor * 2 if tensor.is_floating_point() else tensor)
+    oracle.assert_same_weights(model, plain, exact=True)
+    assert torch.equal(model(torch.ones(3, 5)), plain(torch.ones(3, 5)))
+
+
 @on_ranks(1, 2, 3)
 def test_moving_averages_over_a_deep_copy() -> None:
     """The usual exponential moving average: a deep copy, updated in place after every step."""
