@@ -7,6 +7,7 @@ over all ranks sees exactly what one step of the original sees.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import itertools
 import random
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -40,14 +42,16 @@ def shard_batch(batch: BatchT) -> BatchT:
     """This rank's part of a global batch that every rank holds alike.
 
     ``batch`` is a tensor (cut along dimension 0, the result is a view), a sequence of samples, or several of these that
-    belong together, each cut: in a tuple, in a mapping (the result is a dict), or in a list whose tensors differ in
-    dtype or number of dimensions.  Every rank calls this equally often: a rank that takes a batch more is found out at
-    the next collective.  Raises ConfigurationError when the length is not a multiple of the number of ranks, as parts
-    of different length would weigh their samples differently, and when a list of tensors could be either.
+    belong together, each cut: in a tuple, a mapping, a dataclass, or a list whose tensors differ in dtype or number of
+    dimensions.  Arrays of numpy in a tuple are cut so where they differ in these, and are samples where they do not.
+    Every rank calls this equally often: a rank that takes a batch more is found out at the next collective.
+
+    Raises ConfigurationError when the length is not a multiple of the number of ranks, as parts of different length
+    would weigh their samples differently, when a list of tensors could be either, and where rows cannot be taken.
     """
     context().diary.takes_batch()
     lengths: set[int] = set()
-    if isinstance(batch, tuple) and any(isinstance(entry, Tensor) for entry in batch):
+    if isinstance(batch, tuple) and any(isinstance(entry, Tensor) for entry in batch) and not _is_packed(batch):
         cut = _with_entries(batch, [_cut(entry, lengths) for entry in batch])
     else:
         cut = _cut(batch, lengths)
@@ -63,8 +67,11 @@ def shard_batch(batch: BatchT) -> BatchT:
 def _cut(value: Any, lengths: set[int]) -> Any:
     """The same for what is in a batch, noting its length; what has no length is for all ranks."""
     if isinstance(value, Mapping):
-        return {key: _cut(entry, lengths) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
+        return _with_items(value, {key: _cut(entry, lengths) for key, entry in value.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return dataclasses.replace(value, **{name: _cut(entry, lengths) for name, entry in own.items()})
+    if isinstance(value, list | tuple) and not _is_packed(value):
         tensors = [entry for entry in value if isinstance(entry, Tensor)]
         kinds = {(entry.dtype, entry.dim()) if isinstance(entry, Tensor) else type(entry) for entry in value}
         if tensors and len(kinds) == 1:
@@ -73,7 +80,8 @@ def _cut(value: Any, lengths: set[int]) -> Any:
                 "whose rows are the samples. bmt.shard_batch(tuple(batch)) cuts the rows of each; for samples, cut "
                 "their numbers: [batch[i] for i in bmt.shard_batch(range(len(batch)))]."
             )
-        of_columns = isinstance(value, tuple) and any(isinstance(entry, list | tuple) for entry in value)
+        of_columns = isinstance(value, tuple) and any(map(_is_column, value))
+        of_columns &= not all(map(_is_array, value)) or len({(a.dtype, a.ndim) for a in value}) > 1
         if tensors or of_columns:
             return _with_entries(value, [_cut(entry, lengths) for entry in value])
     if not hasattr(value, "__len__") or isinstance(value, str) or (isinstance(value, Tensor) and not value.dim()):
@@ -87,7 +95,46 @@ def _cut(value: Any, lengths: set[int]) -> Any:
             f"Use a batch size that is a multiple of {topology.data_size}."
         )
     part = share(length, topology.data_size, topology.data_rank)
-    return value[part.start : part.stop]
+    try:
+        return value[part.start : part.stop]
+    except (TypeError, RuntimeError):  # as a layout of torch's has no such operation
+        kind = f"{value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigurationError(
+            f"A batch holds a {kind}, whose rows cannot be taken. Call bmt.shard_batch before it is made, or with what "
+            "else belongs to the samples."
+        ) from None
+
+
+def _is_array(value: object) -> bool:
+    """One of numpy's, or of what is like it; no tensor."""
+    return not isinstance(value, Tensor) and hasattr(value, "dtype") and bool(getattr(value, "ndim", 0))
+
+
+def _is_column(value: object) -> bool:
+    return isinstance(value, list | tuple) or _is_array(value)
+
+
+def _is_packed(value: object) -> bool:
+    """Raises ConfigurationError for a PackedSequence."""
+    if isinstance(value, PackedSequence):
+        raise ConfigurationError(
+            "A PackedSequence lies time step by time step, so that its rows are no samples. Cut the padded tensor and "
+            "the lengths, and pack each rank's part."
+        )
+    return False
+
+
+def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A mapping like ``value`` with other values; a dict if none can be made."""
+    if type(value) is dict:
+        return items
+    try:
+        made: Any = copy.copy(value)
+        for key, entry in items.items():
+            made[key] = entry
+    except TypeError:
+        return items
+    return made
 
 
 def _with_entries(value: list[Any] | tuple[Any, ...], entries: list[Any]) -> Any:
@@ -192,7 +239,7 @@ def to_device(batch: T) -> T:
     if hasattr(batch, "to"):
         return batch.to(device)  # type: ignore[no-any-return]
     if isinstance(batch, Mapping):
-        return type(batch)({key: to_device(entry) for key, entry in batch.items()})  # type: ignore[call-arg]
+        return _with_items(batch, {key: to_device(entry) for key, entry in batch.items()})  # type: ignore[no-any-return]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(entry) for entry in batch))
     if isinstance(batch, list | tuple):
@@ -355,8 +402,8 @@ class _ShareOfElement:
         if isinstance(value, Tensor):
             return value if value.dim() == 0 else _part(value, self._rank, self._ranks)
         if isinstance(value, Mapping):
-            return {key: self._rows(entry) for key, entry in value.items()}
-        if isinstance(value, list | tuple):
+            return _with_items(value, {key: self._rows(entry) for key, entry in value.items()})
+        if isinstance(value, list | tuple) and not _is_packed(value):
             if hasattr(value, "_fields") or any(isinstance(entry, Tensor | Mapping | list | tuple) for entry in value):
                 return _with_entries(value, [self._rows(entry) for entry in value])
             return _part(value, self._rank, self._ranks)  # a column of plain values, such as strings

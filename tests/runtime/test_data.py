@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import random
 from collections.abc import Callable, Iterator
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy
@@ -337,8 +340,23 @@ def shares_of_several() -> list[Any]:
         "samples": [(X[0], 0), (X[1], 1)],
         "targets": [{"box": X}, {"box": X}],
         "0-d": {"x": X, "t": torch.tensor(3)},
+        "arrays": (X.numpy(), Y.numpy()),
+        "arrays that are samples": (X[0].numpy(), X[1].numpy()),
+        "beside an array": {"x": (X.numpy(), [1, 2, 3, 4])},
+        "dataclass": Scaled(X, [1, 2, 3, 4]),
+        "ordered": collections.OrderedDict(x=X, y=Y),
+        "with a default": collections.defaultdict(list, x=X),
+        "of the user": collections.UserDict(x=X),
+        "read only": MappingProxyType({"x": X}),
     }
     return [{name: bmt.shard_batch(batch) for name, batch in whole.items()}]
+
+
+@dataclasses.dataclass
+class Scaled:
+    x: torch.Tensor
+    y: list[int]
+    scale: float = 2.0
 
 
 def refused() -> None:
@@ -354,6 +372,14 @@ def refused() -> None:
     for batch in ((X[:3], Y[:3]), {"x": X[:3]}):
         with pytest.raises(ConfigurationError, match="batch of 3 cannot be split evenly"):
             bmt.shard_batch(batch)
+    other: Any
+    for other in (X.to_sparse(), {1, 2}, collections.deque([X, Y]), (X, {3, 4, 5, 6}), {"x": X, "y": X.to_sparse()}):
+        with pytest.raises(ConfigurationError, match="rows cannot be taken"):
+            bmt.shard_batch(other)
+    packed = torch.nn.utils.rnn.pack_sequence([X, X[:2]])
+    for other in (packed, (packed, Y[:2]), {"x": packed}):
+        with pytest.raises(ConfigurationError, match="PackedSequence"):
+            bmt.shard_batch(other)
 
 
 def test_what_belongs_together_is_cut_together() -> None:
@@ -370,6 +396,14 @@ def test_what_belongs_together_is_cut_together() -> None:
     assert [sample[1] for sample in first["samples"] + second["samples"]] == [0, 1]
     assert len(first["targets"]) == 1 and torch.equal(first["targets"][0]["box"], X)
     assert torch.equal(first["0-d"]["t"], torch.tensor(3)) and torch.equal(second["0-d"]["x"], X[2:])
+    assert [second["arrays"][0].tolist(), second["arrays"][1].tolist()] == [X[2:].tolist(), [2, 3]]
+    assert [part["arrays that are samples"][0].tolist() for part in (first, second)] == X[:2].tolist()
+    assert second["beside an array"]["x"][0].tolist() == X[2:].tolist() and second["beside an array"]["x"][1] == [3, 4]
+    assert second["dataclass"].y == [3, 4] and second["dataclass"].scale == 2 and second["dataclass"].x.shape == (2, 2)
+    kinds = {"ordered": collections.OrderedDict, "with a default": collections.defaultdict}
+    for name, kind in {**kinds, "of the user": collections.UserDict, "read only": dict}.items():
+        assert type(second[name]) is kind and torch.equal(second[name]["x"], X[2:]), name
+    assert second["with a default"]["new"] == []
 
 
 class Tokens:
