@@ -260,15 +260,17 @@ class Scripts:
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
         loops = {target for target in self.reach(file) if self.trains(target) and target not in self._run_alone}
-        return (
-            file not in loops
-            and bool(loops)
-            and not any(
-                any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
-                for other, block in self.entries.items()
-                if other is not file and other not in loops and not self._runs_on_import(file, other)
-            )
+        if file in loops or not loops:
+            return False
+        return self._starts(file) or not any(
+            self._starts(other) and loops & self.reach(other)
+            for other in self.entries
+            if other is not file and other not in loops and not self._runs_on_import(file, other)
         )
+
+    def _starts(self, file: File) -> bool:
+        """Whether a file that is run is seen to make a model, or what trains one."""
+        return self._builds_model(file) or self.entry.trains(file, self.entries[file])
 
     def _runs_on_import(self, file: File, other: File) -> bool:
         """Whether what another file does is done because a file imports it."""
