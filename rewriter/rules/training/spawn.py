@@ -191,7 +191,8 @@ def _visible_gpus(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(named, str) and named.strip() in _NO_GPU:
             continue
         count, given = str(named.count(",") + 1) if isinstance(named, str) else "", file.source.code(value)
-        if not count and "\n" not in given and _is_the_same_twice(value):
+        given = ast.unparse(value) if "\n" in given else given
+        if not count and _is_the_same_twice(value):
             simple = isinstance(value, (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.JoinedStr))
             quote = "'" if '"' in given else '"'
             count = f"len({given if simple else f'({given})'}.split({quote},{quote}))"
