@@ -147,6 +147,16 @@ def same(left: ast.AST | None, right: ast.AST | None) -> bool:
     return ast.dump(left) == ast.dump(right)
 
 
+def held_in(node: ast.expr) -> Iterator[ast.expr]:
+    """What a display holds, whatever it is held in; else the value itself."""
+    match node:
+        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
+            for part in parts:
+                yield from held_in(part)
+        case _:
+            yield node
+
+
 def assigned_by(statement: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
     """Each target and what it is given, also in ``a, b = x, y``."""
     for target in statement.targets:

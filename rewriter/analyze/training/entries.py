@@ -10,7 +10,7 @@ from typing import TypeGuard
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
 from rewriter.analyze.read.names import Binding, Import
-from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, held_in, is_backward, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
 from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
@@ -217,7 +217,7 @@ class Entries:
                 return self._is_registry(file, holder) or any(
                     self._is_chosen(self.project.resolve(other, choice))
                     for other, table in self._tables(file, holder)
-                    for choice in _things(table)
+                    for choice in held_in(table)
                 )
             case ast.Name() | ast.Attribute() if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 return taken is node.func.value and node.func.attr not in _KEEPING and self._is_registry(file, taken)
@@ -323,8 +323,8 @@ class Entries:
                     case ast.Call(
                         func=ast.Attribute(value=ast.Name() as table, attr="update" | "register"), args=given
                     ):
-                        values = [item for part in given for item in _things(part)]
-                        values += [item for keyword in node.keywords for item in _things(keyword.value)]
+                        values = [item for part in given for item in held_in(part)]
+                        values += [item for keyword in node.keywords for item in held_in(keyword.value)]
                         if any(self._is_model(self.project.resolve(file, item)) for item in values):
                             found.names.update((other, name) for other, name, _ in self._bindings(file, table))
         return found
@@ -497,16 +497,6 @@ def _names_table(node: ast.expr) -> bool:
     return (
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"vars", "globals", "locals"}
     )
-
-
-def _things(held: ast.expr) -> Iterator[ast.expr]:
-    """What a display holds, whatever it is held in."""
-    match held:
-        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
-            for part in parts:
-                yield from _things(part)
-        case _:
-            yield held
 
 
 def _keeps(file: File, node: ast.AST, name: str) -> bool:
