@@ -58,6 +58,8 @@ WRITING_METHODS = {
     *UPLOADING_METHODS,
 }  # fmt: skip
 
+COMMANDS = {"os.system", "subprocess.run", "subprocess.call", "subprocess.check_call"}
+"""Calls that run a command of the system and wait for it."""
 _OF_MODELS = {"safetensors.torch.save_model"}
 """Calls that write values of a model themselves."""
 _PICTURES = ("PIL.Image.", "matplotlib.animation.")
@@ -82,6 +84,15 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if any(opens_for_writing(item.context_expr) for block in blocks for item in block.items):
         return False
     return _is_writer(file, project, node.value)
+
+
+def runs_command(file: File, project: Project, node: ast.AST) -> bool:
+    """Whether a statement runs a command and uses nothing that it gives: it is there for what it leaves behind."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and project.external(file, node.value.func) in COMMANDS
+    )
 
 
 def writes_when_called(file: File, project: Project, call: ast.Call) -> bool:
