@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rewriter.analyze.read.file import File, FunctionInfo
@@ -12,17 +12,21 @@ from rewriter.analyze.training.collectives import is_rank_test, lets_first_pass
 from rewriter.analyze.training.rank_names import may_know_ranks
 from rewriter.analyze.training.scripts import Scripts
 
-_FIRST = "bmtrain.rank_0_first"
+_IN_TURN = {
+    "bmtrain.rank_0_first", "filelock.FileLock", "filelock.SoftFileLock", "filelock.UnixFileLock",
+    "fasteners.InterProcessLock", "portalocker.Lock",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """Statements that the first rank runs before the others do.
+    """Statements that ranks run one after the other, each with its file.
 
-    The tests with barriers around them are ``waits``, or they are the body of ``block``.
+    The tests with barriers around them are ``waits``, or they are the body of ``block``, or of a ``with`` for which
+    a generator holds ``block`` open.
     """
 
-    body: tuple[ast.stmt, ...]
+    body: tuple[tuple[File, ast.stmt], ...]
     waits: tuple[ast.If, ast.If] | None = None
     block: ast.With | None = None
 
@@ -31,13 +35,29 @@ def turns(file: File, scripts: Scripts) -> Iterator[Turn]:
     """``if rank not in [-1, 0]: barrier()``, statements, ``if rank == 0: barrier()``; ``with first_alone(rank):``."""
     for node in file.nodes:
         match node:
-            case ast.With(items=[ast.withitem(context_expr=ast.Call() as call, optional_vars=None)], body=body):
-                if _is_manager(file, scripts, call):
-                    yield Turn(tuple(body), block=node)
+            case ast.With(items=[ast.withitem(context_expr=entered, optional_vars=None)], body=body):
+                made = file.names.values_of(entered) if isinstance(entered, ast.Name) else [entered]
+                if any(isinstance(call, ast.Call) and _is_manager(file, scripts, call) for call in made):
+                    yield Turn((*_with(file, body), *_held_open(file, scripts, node)), block=node)
             case ast.If():
                 found = _paired(file, scripts, node)
                 if found is not None:
-                    yield Turn(tuple(found[0]), waits=(node, found[1]))
+                    yield Turn(tuple(_with(file, found[0])), waits=(node, found[1]))
+
+
+def _with(file: File, statements: Iterable[ast.stmt]) -> Iterator[tuple[File, ast.stmt]]:
+    yield from ((file, statement) for statement in statements)
+
+
+def _held_open(file: File, scripts: Scripts, block: ast.With) -> Iterator[tuple[File, ast.stmt]]:
+    """What runs where a generator of the project, entered by ``with``, stands at a ``yield`` in a block."""
+    function = file.names.function_of(block)
+    if function is None or not function.decorator_list or not any(isinstance(n, ast.Yield) for n in walk(block)):
+        return
+    for other, call in scripts.collectives.instances.calls(file, function):
+        entered = other.names.enclosing(call, (ast.With,))
+        if isinstance(entered, ast.With) and any(call is item.context_expr for item in entered.items):
+            yield from _with(other, entered.body)
 
 
 def _paired(file: File, scripts: Scripts, node: ast.If) -> tuple[list[ast.stmt], ast.If] | None:
@@ -64,8 +84,8 @@ def _only_waits(file: File, scripts: Scripts, node: ast.If) -> bool:
 
 
 def _is_manager(file: File, scripts: Scripts, call: ast.Call) -> bool:
-    """Whether a ``with`` is around what the first rank does first: bmtrain's, or a generator of the project."""
-    if scripts.project.external(file, call.func) == _FIRST:
+    """Whether a ``with`` lets one rank through at a time: bmtrain's, a generator of the project, a lock on a file."""
+    if scripts.project.external(file, call.func) in _IN_TURN:
         return True
     found = scripts.project.resolve(file, call.func)
     if not isinstance(found, FunctionInfo) or not found.node.decorator_list:

@@ -174,6 +174,17 @@ def writes_archive(file: File, project: Project, call: ast.Call) -> bool:
     return name in _ARCHIVES and bool(set(mode.split("|")[0].split(":")[0]) & set("wax"))
 
 
+def maps_to_write(project: Project, file: File, call: ast.Call) -> bool:
+    """Whether a call maps a file to memory to write it: ``np.memmap(path, mode="w+")``."""
+    name = project.external(file, call.func)
+    if name not in {"numpy.memmap", "numpy.lib.format.open_memmap"}:
+        return False
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    modes += call.args[2:3] if name == "numpy.memmap" else call.args[1:2]
+    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else None
+    return mode in {"w+", "r+"} or not modes
+
+
 def gives_count(file: File, call: ast.Call) -> bool:
     """``return path.write_text(text)``: how much is written is used later."""
     used = not isinstance(file.names.parents[call], ast.Expr)

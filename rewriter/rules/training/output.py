@@ -36,6 +36,7 @@ from rewriter.analyze.training.writers import (
     gives_count,
     handles_records,
     is_left_to_one,
+    maps_to_write,
     opens_for_writing,
     runs_command,
     saves_itself,
@@ -138,7 +139,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif (
             call not in joined
             and (
-                writes_archive(file, facts.project, call) or gives_count(file, call) or _saves_itself(file, facts, call)
+                writes_archive(file, facts.project, call)
+                or maps_to_write(facts.project, file, call)
+                or gives_count(file, call)
+                or _saves_itself(file, facts, call)
             )
             and not facts.scripts.in_kept_guard(file, call)
         ):

@@ -6,7 +6,8 @@ What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a 
 values, or in which a loss is averaged that is read as that of all ranks. ``Average(model) if rank == 0 else None`` is
 made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the barriers
 by which the first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around what is
-for all ranks. What only one rank may do inside, or behind it (writing files, logging), gets a guard of its own.
+for all ranks, and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or behind it
+(writing files, logging), gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away before a collective with more to do
 (``if rank != 0: dist.barrier(); return``), or out of a loop: then the file stays as it is. So it does where an object
@@ -128,10 +129,11 @@ def _together(file: File, facts: Facts) -> Iterator[Finding]:
     """What the first rank does before the others is done by all at once, where it is for all ranks."""
     scripts = facts.scripts
     for turn in turns(file, scripts):
-        call = next(filter(None, (scripts.collectives.needs_all(file, item) for item in turn.body)), None)
-        if call is not None:
-            what = f"{file.source.code(call.func)}(...) is for all ranks"
-        elif any(scripts.entry.constructs(file, item) for item in turn.body):
+        calls = ((where, scripts.collectives.needs_all(where, item)) for where, item in turn.body)
+        found = next(((where, call) for where, call in calls if call is not None), None)
+        if found is not None:
+            what = f"{found[0].source.code(found[1].func)}(...) is for all ranks"
+        elif any(scripts.entry.constructs(where, item) for where, item in turn.body):
             what = "a model is made by all ranks"
         else:
             continue
