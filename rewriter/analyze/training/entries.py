@@ -13,7 +13,7 @@ from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import dotted, held_in, is_backward, walk, walk_own
 from rewriter.analyze.training.folders import fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
-from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
+from rewriter.analyze.training.writers import COMMANDS, WRITERS, WRITING_METHODS, log_file, opens_for_writing
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
@@ -441,8 +441,10 @@ class Entries:
         return False
 
     def makes_files(self, file: File, statement: ast.AST) -> bool:
-        """Whether a statement opens a file to write or makes a folder, itself or in a function of the project."""
+        """Whether a statement opens a file to write, makes a folder, or runs a command, itself or in a function."""
         for call in (node for node in walk_own(statement) if isinstance(node, ast.Call)):
+            if self.project.external(file, call.func) in COMMANDS:
+                return True
             if opens_for_writing(call) or log_file(file, self.project, call) is not None:
                 return True
             if fails_if_there(file, self.project, call) and not is_asked_for(file, call):

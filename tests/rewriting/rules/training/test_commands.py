@@ -90,6 +90,13 @@ def test_a_command_with_a_result_waits_for_its_file() -> None:
     assert "f.write('12345')\n    bmt.synchronize()\n" in after
 
 
+def test_the_ranks_are_started_before_it() -> None:
+    text = HEAD.format(function="def start():\n    os.system('cp train.py backup.py')\n\n\n", command="pass")
+    after = converted(text.replace("torch.manual_seed(1)\n", "").replace("\ntrain()", "\nstart()\ntrain()"))
+    assert after.index("bmt.init_distributed()") < after.index("\nstart()")
+    assert "    if bmt.rank() == 0:\n        os.system('cp train.py backup.py')\n    bmt.synchronize()\n" in after
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_one_rank_runs_it_and_all_read_what_it_wrote(name: str, tmp_path: Path) -> None:
     function, command = COMMANDS[name]
