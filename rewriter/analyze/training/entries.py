@@ -11,7 +11,7 @@ from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
 from rewriter.analyze.read.names import Binding, Import
 from rewriter.analyze.read.nodes import dotted, held_in, is_backward, walk, walk_own
-from rewriter.analyze.training.folders import fails_if_there, is_asked_for
+from rewriter.analyze.training.folders import done_when_made, fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
 from rewriter.analyze.training.writers import COMMANDS, WRITERS, WRITING_METHODS, log_file, opens_for_writing
 
@@ -447,8 +447,9 @@ class Entries:
                 return True
             if opens_for_writing(call) or log_file(file, self.project, call) is not None:
                 return True
-            if fails_if_there(file, self.project, call) and not is_asked_for(file, call):
-                return True
+            if fails_if_there(file, self.project, call):
+                if not is_asked_for(file, call) or done_when_made(file, self.project, call) is not None:
+                    return True
             found = self.project.resolve(file, call.func)
             if isinstance(found, ClassInfo) and "__init__" in found.methods:
                 found = found.file.function_info(found.methods["__init__"])
