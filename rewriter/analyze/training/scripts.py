@@ -394,7 +394,7 @@ class Scripts:
             found.append(module)
         names = [alias.name for alias in node.names]
         if names == ["*"] and module is not None:
-            names = _listed(module)
+            names = _listed(module) or self._looked_up(module)
         for listed in names:
             name = f"{node.module}.{listed}" if node.module else listed
             module = self.project.find_module(name, file, node.level)
@@ -405,6 +405,13 @@ class Scripts:
             if isinstance(target, (ClassInfo, FunctionInfo, ModuleRef)):
                 found.append(target.file)
         return found
+
+    def _looked_up(self, package: File) -> list[str]:
+        """The modules of a package whose ``__all__`` is made of the files in its folder, which ``import *`` brings."""
+        looks = any(package.mentions(word) for word in ("glob", "listdir", "iter_modules", "iterdir", "scandir"))
+        if package.path.name != "__init__.py" or not looks or not package.mentions("__all__"):
+            return []
+        return [file.path.stem for file in self.project if file.folder == package.folder and file is not package]
 
     def shares_data(self, file: File) -> bool:
         """Whether anything in a file's programs is known to give ranks other data, or can be made to."""

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - tables of code are easier to read on one line
 """A script that makes a class which trains is a program, however it names the class, and whoever else imports it."""
 
 from __future__ import annotations
@@ -83,3 +84,25 @@ def test_the_script_starts_the_ranks(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "bmt.init_distributed()" in (tmp_path / "run.py").read_text()
     if other != "nobody":
         assert ("bmt." in (tmp_path / "predict.py").read_text()) == (other == "one that makes it")
+
+
+LISTED = {
+    "glob": "from os.path import basename, dirname, join\nimport glob\n\n__all__ = [basename(f)[:-3] for f in glob.glob(join(dirname(__file__), '*.py'))]\n",
+    "a list": "import os\n\n__all__ = []\nfor name in os.listdir(os.path.dirname(__file__)):\n    __all__.append(name[:-3])\n",
+    "modules": "import pkgutil\n\n__all__ = [m.name for m in pkgutil.iter_modules(__path__)]\n",
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_modules_that_a_package_finds_in_its_folder_are_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    run = "from work import *\nimport sys\n\nif __name__ == '__main__':\n    kind = eval('{0}.{1}'.format(*sys.argv[1:]))\n    kind('first').train()\n"
+    for path, text in {**FILES, "work/__init__.py": LISTED[name], "run.py": run}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    main([".", "--write"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("ready") and last.endswith("run.py")
+    assert "bmt.init_distributed()" in (tmp_path / "run.py").read_text()
