@@ -115,7 +115,7 @@ def _more(first: Result, others: Sequence[tuple[Result, Finding]]) -> str:
 def left_training(result: Result) -> str:
     """Why a file that trains stays as it is; empty if it does not train, or is converted."""
     engine = next((f for f in result.reported if f.code == "BMT090" and _is_script(f)), None)
-    if engine is not None and not result.changed:
+    if engine is not None and not result.changed and not _only_asks_accelerate(engine, result.before):
         return f"{engine.message} ({_line(result, engine)})"
     if result.changed or not _calls("backward", result.before) or b"bmtrain" in result.before:
         return ""
@@ -125,6 +125,11 @@ def left_training(result: Result) -> str:
     if refused:
         return f"{refused[0].message} ({_line(result, refused[0])})"
     return "no optimizer was found that it steps" if _calls("step", result.before) else ""
+
+
+def _only_asks_accelerate(engine: Finding, text: bytes) -> bool:
+    """Whether a file has an accelerator for its ranks alone, as an evaluation does: nothing is prepared or trained."""
+    return "for accelerate" in engine.message and not _calls("prepare", text) and not _calls("backward", text)
 
 
 def _calls(method: str, text: bytes) -> bool:

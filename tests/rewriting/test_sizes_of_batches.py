@@ -121,3 +121,53 @@ def test_an_object_that_is_made_for_whole_batches_is_reported(parts: tuple[str, 
 @pytest.mark.parametrize("parts", OTHERS.values(), ids=OTHERS.keys())
 def test_an_object_of_another_size_is_not(parts: tuple[str, str, str, str, str]) -> None:
     assert not told_of(*parts)
+
+
+HANDED = {
+    "by name": "loss = net(x, net.init_hidden(size=args.batch_size)).mean()",
+    "to a manager of the model": f"with net.memories(batch_size=args.batch_size) as held:\n        {LOSS}",
+    "to a method of the model": "loss = net(x, net.start(args.batch_size)).mean()",
+    "to a function": "loss = net(x, memories(batch_size=args.batch_size)).mean()",
+}
+NOT_HANDED = {
+    "another number": "loss = net(x, net.start(args.width)).mean()",
+    "the batch's": "loss = net(x, net.start(batch_size=x.size(0))).mean()",
+    "for a log": f"note(size=args.batch_size)\n    {LOSS}",
+}
+TAKEN = """import torch
+from torch.utils.data import DataLoader
+
+
+def cycle(loader):
+    while True:
+        for item in loader:
+            yield item
+
+
+net = torch.nn.Linear(4, 1)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+loader = cycle(DataLoader(data, batch_size=args.batch_size))
+for _ in range(4):
+    x, y = next(loader)
+    {inside}
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+"""
+
+
+def handed(text: str, inside: str) -> bool:
+    found = convert_text(text.format(before="", inside=inside, behind="")).reported
+    return any("has fewer than args.batch_size items" in said.message for said in found)
+
+
+@pytest.mark.parametrize("text", [SCRIPT, TAKEN], ids=["a loop", "next"])
+@pytest.mark.parametrize("name", NOT_HANDED)
+def test_other_numbers_in_the_loop_are_not_reported(name: str, text: str) -> None:
+    assert not handed(text, NOT_HANDED[name])
+
+
+@pytest.mark.parametrize("text", [SCRIPT, TAKEN], ids=["a loop", "next"])
+@pytest.mark.parametrize("name", HANDED)
+def test_the_size_of_whole_batches_that_is_handed_on_is_reported(name: str, text: str) -> None:
+    assert handed(text, HANDED[name])

@@ -71,3 +71,42 @@ def test_it_is_ready_where_a_script_starts_one(
 ) -> None:
     last = last_line(tmp_path, {"trainer.py": TRAINER, "train.py": STARTS, **others}, capsys)
     assert last.endswith(f"torchrun --nproc_per_node=N {tmp_path / 'train.py'}")
+
+
+EVALUATES = """from accelerate import Accelerator
+from unknown import run
+
+
+def evaluate(args):
+    accelerator = Accelerator(kwargs_handlers=[args])
+    for item in args.items:
+        run(item, accelerator)
+        accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    evaluate(None)
+"""
+TRAINS = """import torch
+
+net = torch.nn.Linear(4, 4)
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+for x in torch.utils.data.DataLoader(torch.ones(8, 4), batch_size=4):
+    opt.zero_grad()
+    net(x).mean().backward()
+    opt.step()
+"""
+
+
+def test_a_script_of_accelerate_that_only_evaluates_holds_nothing_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = last_line(tmp_path, {"train.py": TRAINS, "evaluation.py": EVALUATES}, capsys)
+    assert said.startswith("ready") and said.endswith("train.py")
+
+
+@pytest.mark.parametrize("line", ["net = accelerator.prepare(item)", "accelerator.backward(item)"])
+def test_one_that_trains_does(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    text = EVALUATES.replace("accelerator.wait_for_everyone()", line)
+    said = last_line(tmp_path, {"train.py": TRAINS, "evaluation.py": text}, capsys)
+    assert said.startswith("not ready to launch")

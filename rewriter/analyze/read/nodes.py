@@ -46,16 +46,30 @@ def names_in(node: ast.AST) -> set[str]:
     return {item.id for item in walk(node) if isinstance(item, ast.Name)}
 
 
+_GRAPH = {"retain_graph", "create_graph"}
+
+
 def is_backward(node: ast.AST) -> bool:
     """``loss.backward(...)``, whatever ``loss`` is."""
     return loss_of(node) is not None
 
 
 def loss_of(node: ast.AST) -> ast.expr | None:
-    """What ``backward`` is called on, in ``loss.backward(...)``; None of every other node."""
+    """What ``backward`` is called on, in ``loss.backward(...)``; None of every other node.
+
+    ``torch.autograd.backward(loss)`` is that of a loss; with gradients, ``backward(y, dy)``, it is of none.
+    """
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "backward":
-        return node.func.value
+        if not is_of_autograd(node.func):
+            return node.func.value
+        gradients = any(keyword.arg not in _GRAPH for keyword in node.keywords)
+        return node.args[0] if len(node.args) == 1 and not gradients else None
     return None
+
+
+def is_of_autograd(func: ast.Attribute) -> bool:
+    """Whether ``backward`` is torch's function, ``torch.autograd.backward``."""
+    return dotted(func.value) in {"torch.autograd", "autograd"}
 
 
 def positional(function: Function) -> list[str]:
@@ -145,6 +159,16 @@ def same(left: ast.AST | None, right: ast.AST | None) -> bool:
     if left is None or right is None:
         return left is right
     return ast.dump(left) == ast.dump(right)
+
+
+def held_in(node: ast.expr) -> Iterator[ast.expr]:
+    """What a display holds, whatever it is held in; else the value itself."""
+    match node:
+        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
+            for part in parts:
+                yield from held_in(part)
+        case _:
+            yield node
 
 
 def assigned_by(statement: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:

@@ -137,7 +137,9 @@ class Across:
 
     @cached_property
     def flows(self) -> list[Flow]:
-        """What comes of what, for each function that may be part of training."""
+        """What comes of what, for each function that may be part of training: none that knows numpy's arrays only."""
+        if self.file.mentions("numpy") and not self.file.mentions("torch"):
+            return []
         functions = [node for node in self.file.nodes if isinstance(node, Function)]
         return [Flow(self, f) for f in (self.file.tree, *functions) if not self._is_outside_training(f)]
 

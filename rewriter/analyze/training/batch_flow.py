@@ -97,6 +97,7 @@ class BatchFlow:
     def _all(self) -> Iterator[_Mark]:
         collating, known = self.padded.collating()
         given: list[_Value] = []
+        own: dict[File, list[_Value]] = {}
         for file, made in self._lambdas():
             run = _Run(self, file, 0)
             run.env.update((argument.arg, frozenset({_Mark("items")})) for argument in made.args.args)
@@ -107,11 +108,15 @@ class BatchFlow:
             run.env.update((name, frozenset({_Mark("items")})) for name in function.parameters[-1:])
             run.block(function.node.body)
             given.append(run.returned)
+            own.setdefault(function.file, []).append(run.returned)
             yield from run.found | _told(run.returned)
         rows = known and not any(map(_turns, collating))  # else samples may be columns
-        batch = _given(given, _ROWS if rows else _NONE) if self._all_collate() and len(given) == 1 else None
-        batch = batch or (_BATCH if rows else _NONE)
+        every = self._all_collate()
         for file in self.scripts.training:
+            # Where several functions make batches, a file's loops get those of its own one.
+            made_here = given if len(given) == 1 else own.get(file, [])
+            batch = _given(made_here, _ROWS if rows else _NONE) if every and len(made_here) == 1 else None
+            batch = batch or (_BATCH if rows else _NONE)
             for place, held in self.scripts.handed.of(file).items():
                 run = _Run(self, file, 0)
                 if isinstance(place, ast.For):
@@ -522,12 +527,21 @@ class _Run:
             if not LOSSES.search(name):
                 return False
         else:
-            held = [value for _, value in self.scripts.collectives.instances.given_to(self.file, node.func)]
-            made = [value for value in held if isinstance(value, ast.Call)]
-            names = [self.flow.project.external(self.file, value.func) for value in made]
+            found = [(file, value) for file, value in self._held(self.file, node.func) if isinstance(value, ast.Call)]
+            made = [value for _, value in found if isinstance(value, ast.Call)]
+            names = [
+                self.flow.project.external(file, value.func) for file, value in found if isinstance(value, ast.Call)
+            ]
             if not made or not all(known.startswith("torch.nn.") and known.endswith("Loss") for known in names):
                 return False
         return not any(keyword.arg in _LEAVES_OUT for call in made for keyword in call.keywords)
+
+    def _held(self, file: File, node: ast.expr, deep: int = 0) -> Iterator[tuple[File, ast.expr]]:
+        """What a name is given, by whoever calls its function, too."""
+        for other, value in self.scripts.collectives.instances.given_to(file, node):
+            yield other, value
+            if isinstance(value, (ast.Name, ast.Attribute)) and deep < _DEEP:
+                yield from self._held(other, value, deep + 1)
 
     def _known(self, call: _Call) -> _Value:
         """What a call of torch, numpy, Python or of the unknown gives."""

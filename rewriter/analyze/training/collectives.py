@@ -10,7 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import children, dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import children, dotted, held_in, loss_of, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
@@ -39,6 +39,7 @@ _LOCAL_METHODS = {
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
 _SAVING = re.compile(r"^save(?!\w*image)|^checkpoint$|_checkpoint$")
+_BARRIERS = {"torch.distributed.barrier", "bmtrain.synchronize"}
 _MAKE_WHOLE = {"bmtrain.total", "bmtrain.sum_loss", "bmtrain.gather_samples"}
 _LOCAL_BMT = {
     "bmtrain.rank", "bmtrain.world_size", "bmtrain.print_rank", "bmtrain.is_initialized", "bmtrain.on_rank_0",
@@ -171,7 +172,7 @@ class Collectives:
         stack = [node]
         while stack:
             item = stack.pop()
-            if isinstance(item, ast.Call) and self.is_collective(file, item) and not self._is_barrier(file, item):
+            if isinstance(item, ast.Call) and self.is_collective(file, item) and not self.is_barrier(file, item):
                 yield item
                 continue
             if isinstance(item, ast.expr) and (item in self.readings(file) or item in self.shares(file)):
@@ -181,6 +182,11 @@ class Collectives:
                 child for child in reversed(list(ast.iter_child_nodes(item))) if not isinstance(child, _SEPARATE)
             )
 
+    def needs_all(self, file: File, node: ast.AST) -> ast.Call | None:
+        """A call in the node that every rank must make once the file is converted, ``torch.save`` among these."""
+        saving = (item for item in walk(node) if isinstance(item, ast.Call) and self._saves(file, item))
+        return self.inside(file, node) or next(saving, None)
+
     def gradient_read(self, node: ast.AST) -> ast.Attribute | None:
         """What a node reads of a parameter's ``grad``: the ranks ask each other, also whether there is one."""
         if isinstance(node, ast.Attribute) and node.attr == "grad" and isinstance(node.ctx, ast.Load):
@@ -188,8 +194,16 @@ class Collectives:
         below = (child for child in ast.iter_child_nodes(node) if not isinstance(child, _SEPARATE))
         return next((found for child in below if (found := self.gradient_read(child)) is not None), None)
 
-    def _is_barrier(self, file: File, call: ast.Call) -> bool:
-        return self.project.external(file, call.func) in {"torch.distributed.barrier", "bmtrain.synchronize"}
+    def is_barrier(self, file: File, call: ast.Call) -> bool:
+        """Whether a call only waits for the other ranks, itself or in a function of the project."""
+        if self.project.external(file, call.func) in _BARRIERS:
+            return True
+        found = self.project.resolve(file, call.func)
+        if not isinstance(found, FunctionInfo):
+            return False
+        calls = [item for item in walk(found.node) if isinstance(item, ast.Call)]
+        made = [item for item in calls if self.is_collective(found.file, item)]
+        return bool(made) and all(self.project.external(found.file, item.func) in _BARRIERS for item in made)
 
     def is_collective(self, file: File, call: ast.Call) -> bool:
         roles = self.roles[file]
@@ -203,6 +217,8 @@ class Collectives:
                 return found.name not in _LOCAL_BMT
             if found.name.startswith("torch.distributed.") and found.name.split(".")[-1] in _DIST_COLLECTIVES:
                 return True
+            if found.name == "torch.save":
+                return self._holds_model(file, call)
             if not found.name.startswith(_WITHOUT_MODELS):
                 return any(roles.is_model(argument) for argument in call.args)
             return False
@@ -211,6 +227,15 @@ class Collectives:
         if found is not None:
             return False
         return self._runs(self.instances.called(file, call.func)) or self._may_run(file, call.func)
+
+    def _holds_model(self, file: File, call: ast.Call) -> bool:
+        """Whether ``torch.save`` is given a whole model, or a part of one, by itself or in a list or table."""
+        roles, given = self.roles[file], [*call.args[:1], *(k.value for k in call.keywords if k.arg == "obj")]
+        return any(
+            roles.is_model(item) or (isinstance(item, ast.Attribute) and roles.is_model(item.value))
+            for held in given
+            for item in held_in(held)
+        )
 
     def _may_run(self, file: File, func: ast.expr, deep: int = 0) -> bool:
         """Whether one of the functions that a value may be, or is made of, makes a call that every rank must make.
@@ -465,7 +490,7 @@ def exits(file: File) -> Iterator[Exit]:
             operands = [node.test]
             if isinstance(node.test, ast.BoolOp) and isinstance(node.test.op, ast.Or):
                 operands = node.test.values
-            rest = tuple(operand for operand in operands if not _lets_first_pass(file, operand))
+            rest = tuple(operand for operand in operands if not lets_first_pass(file, operand))
             if len(rest) < len(operands):
                 behind, looped = _behind(file, node, isinstance(node.body[-1], ast.Return))
                 alone = not node.orelse and len(node.body) == 1
@@ -486,10 +511,10 @@ def _behind(file: File, node: ast.stmt, returns: bool) -> tuple[tuple[ast.stmt, 
     return tuple(found), looped
 
 
-def _lets_first_pass(file: File, test: ast.expr) -> bool:
+def lets_first_pass(file: File, test: ast.expr) -> bool:
     """Whether a test is true on other ranks than the first only: ``rank > 0``, ``launched and rank != 0``."""
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
-        return any(_lets_first_pass(file, value) for value in test.values)
+        return any(lets_first_pass(file, value) for value in test.values)
     return is_other_rank_test(file, test)
 
 

@@ -10,10 +10,10 @@ from typing import TypeGuard
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo, ModuleRef, Resolved
 from rewriter.analyze.read.names import Binding, Import
-from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
-from rewriter.analyze.training.folders import fails_if_there, is_asked_for
+from rewriter.analyze.read.nodes import dotted, held_in, is_backward, walk, walk_own
+from rewriter.analyze.training.folders import done_when_made, fails_if_there, is_asked_for
 from rewriter.analyze.training.roles import Roles, Var, is_optimizer_name
-from rewriter.analyze.training.writers import WRITERS, WRITING_METHODS, log_file, opens_for_writing
+from rewriter.analyze.training.writers import COMMANDS, WRITERS, WRITING_METHODS, log_file, opens_for_writing
 
 SEEDS = {
     "torch.manual_seed", "torch.cuda.manual_seed", "torch.cuda.manual_seed_all", "torch.seed", "random.seed",
@@ -51,7 +51,7 @@ class Entries:
         self.project = classes.project
         self.roles = roles
         self._needs: dict[ast.AST, bool] = {}
-        self._makes: dict[ast.AST, bool] = {}
+        self._constructing: dict[ast.AST, bool] = {}
         self._files: dict[ast.AST, bool] = {}
         self._backward: dict[ast.AST, bool] = {}
         self._light: dict[ast.AST, bool] = {}
@@ -64,7 +64,7 @@ class Entries:
         guarded = [s for s in file.tree.body if is_main_test(s)]
         body = [s for s in file.tree.body if not isinstance(s, DEFINITIONS) and s not in guarded]
         packaged = file.path.exists() and (file.path.parent / "__init__.py").exists()
-        library = packaged and not self._trains(file, [*body, *guarded])
+        library = packaged and not self.trains(file, [*body, *guarded])
         if not library and any(self.needs_init(file, s) for s in body):
             imported = self._is_imported(file)
             if not imported or (not guarded and any(self._needs_ranks(file, s) for s in body)):
@@ -164,20 +164,23 @@ class Entries:
         for item in walk_own(node):
             if self._takes_by_name(file, item) or self._reads_model(file, item):
                 return True
-            if isinstance(item, ast.Call):
+            if isinstance(item, ast.Call) and any(self._makes(found) for found in self._called(file, item.func)):
+                return True
+            if isinstance(item, ast.Call) and isinstance(item.func, ast.Attribute):
                 found = self.project.resolve(file, item.func)
-                if not isinstance(found, (ClassInfo, FunctionInfo)) and isinstance(item.func, ast.Attribute):
-                    found = self.project.resolve(file, item.func.value)  # Net.load(path)
-                if isinstance(found, ClassInfo):
-                    if self.classes.is_module(found):
+                if not isinstance(found, (ClassInfo, FunctionInfo)):
+                    if self._makes(self.project.resolve(file, item.func.value)):  # Net.load(path)
                         return True
-                    if found.node not in self._registries().owners and any(
-                        self._function_constructs(found.file, method) for method in found.methods.values()
-                    ):
-                        return True
-                elif isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node):
-                    return True
         return False
+
+    def _makes(self, found: Resolved) -> bool:
+        """Whether a call of something makes a model."""
+        if isinstance(found, ClassInfo):
+            if self.classes.is_module(found):
+                return True
+            methods = found.methods.values() if found.node not in self._registries().owners else ()
+            return any(self._function_constructs(found.file, method) for method in methods)
+        return isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node)
 
     def _takes_by_name(self, file: File, node: ast.AST) -> bool:
         """Whether a model's class is found by a name that the code does not have: ``MODELS[name](8)``.
@@ -208,17 +211,20 @@ class Entries:
             ):
                 return self._holds_models(file)
             case (
-                ast.Subscript(value=(ast.Name() | ast.Attribute()) as holder)
-                | ast.Call(func=ast.Attribute(value=(ast.Name() | ast.Attribute()) as holder, attr="get"))
+                ast.Subscript(value=(ast.Name() | ast.Attribute() | ast.Dict()) as holder)
+                | ast.Call(func=ast.Attribute(value=(ast.Name() | ast.Attribute() | ast.Dict()) as holder, attr="get"))
             ):
                 return self._is_registry(file, holder) or any(
-                    self._is_model(self.project.resolve(other, choice))
+                    self._is_chosen(self.project.resolve(other, choice))
                     for other, table in self._tables(file, holder)
-                    for choice in _things(table)
+                    for choice in held_in(table)
                 )
             case ast.Name() | ast.Attribute() if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 return taken is node.func.value and node.func.attr not in _KEEPING and self._is_registry(file, taken)
         return False
+
+    def _is_chosen(self, choice: Resolved) -> bool:
+        return self._holds_models(choice.file) if isinstance(choice, ModuleRef) else self._is_model(choice)
 
     def _reads_model(self, file: File, node: ast.AST) -> bool:
         """Whether a whole model comes out of a file: ``model = torch.load(path)["model"]``, and ``model.eval()``."""
@@ -251,6 +257,8 @@ class Entries:
 
     def _tables(self, file: File, node: ast.expr) -> Iterator[tuple[File, ast.Dict]]:
         """The dictionaries that a name, or a name of a module of the project, may stand for, each with its file."""
+        if isinstance(node, ast.Dict):
+            yield file, node
         for other, _, bindings in self._bindings(file, node):
             for binding in bindings:
                 statement = other.names.parents.get(binding.node)
@@ -315,8 +323,8 @@ class Entries:
                     case ast.Call(
                         func=ast.Attribute(value=ast.Name() as table, attr="update" | "register"), args=given
                     ):
-                        values = [item for part in given for item in _things(part)]
-                        values += [item for keyword in node.keywords for item in _things(keyword.value)]
+                        values = [item for part in given for item in held_in(part)]
+                        values += [item for keyword in node.keywords for item in held_in(keyword.value)]
                         if any(self._is_model(self.project.resolve(file, item)) for item in values):
                             found.names.update((other, name) for other, name, _ in self._bindings(file, table))
         return found
@@ -356,15 +364,31 @@ class Entries:
         return self._models[file]
 
     def _is_model(self, found: Resolved) -> bool:
+        """Whether something is a class of models, or makes one, or trains one."""
         if isinstance(found, ClassInfo):
-            return self.classes.is_module(found)
-        return isinstance(found, FunctionInfo) and self._function_constructs(found.file, found.node)
+            return self.classes.is_module(found) or self._class_trains(found)
+        if not isinstance(found, FunctionInfo):
+            return False
+        return self._function_constructs(found.file, found.node) or self._function_trains(found.file, found.node)
+
+    def _class_trains(self, found: ClassInfo) -> bool:
+        family = (found, *self.classes.ancestors(found))
+        return any(self._function_trains(info.file, method) for info in family for method in info.methods.values())
+
+    def _called(self, file: File, func: ast.expr) -> list[Resolved]:
+        """What a call may call, also by a name that is one thing or another: ``Exp = A if x else B``."""
+        found = self.project.resolve(file, func)
+        if found is not None or not isinstance(func, ast.Name):
+            return [found]
+        values = file.names.values_of(func)
+        parts = [part for v in values for part in ((v.body, v.orelse) if isinstance(v, ast.IfExp) else (v,))]
+        return [self.project.resolve(file, part) for part in parts if isinstance(part, (ast.Name, ast.Attribute))]
 
     def _function_constructs(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-        if node not in self._makes:
-            self._makes[node] = False
-            self._makes[node] = any(self.constructs(file, statement) for statement in node.body)
-        return self._makes[node]
+        if node not in self._constructing:
+            self._constructing[node] = False
+            self._constructing[node] = any(self.constructs(file, statement) for statement in node.body)
+        return self._constructing[node]
 
     def needs_init(self, file: File, statement: ast.AST) -> bool:
         """Whether a statement must come after ``init_distributed`` (models, output, seeds, anything about ranks)."""
@@ -383,14 +407,19 @@ class Entries:
         return False
 
     def _call_needs(self, file: File, call: ast.Call) -> bool:
-        found = self.project.resolve(file, call.func)
-        if isinstance(found, ClassInfo):
-            if self.classes.is_module(found):
+        called = self._called(file, call.func)
+        for found in called:
+            if isinstance(found, ClassInfo):
+                if self.classes.is_module(found):
+                    return True
+                methods = found.methods.values() if found.node not in self._registries().owners else ()
+                if any(self._function_needs(found.file, method) for method in methods):
+                    return True
+            if isinstance(found, FunctionInfo) and self._function_needs(found.file, found.node):
                 return True
-            methods = found.methods.values() if found.node not in self._registries().owners else ()
-            return any(self._function_needs(found.file, method) for method in methods)
-        if isinstance(found, FunctionInfo):
-            return self._function_needs(found.file, found.node)
+        if any(isinstance(found, (ClassInfo, FunctionInfo)) for found in called):
+            return False
+        found = called[0] if called else None
         if any(self._function_needs(run.file, run.node) for run in self._functions_run(file, call)):
             return True
         if isinstance(found, External):
@@ -412,12 +441,15 @@ class Entries:
         return False
 
     def makes_files(self, file: File, statement: ast.AST) -> bool:
-        """Whether a statement opens a file to write or makes a folder, itself or in a function of the project."""
+        """Whether a statement opens a file to write, makes a folder, or runs a command, itself or in a function."""
         for call in (node for node in walk_own(statement) if isinstance(node, ast.Call)):
+            if self.project.external(file, call.func) in COMMANDS:
+                return True
             if opens_for_writing(call) or log_file(file, self.project, call) is not None:
                 return True
-            if fails_if_there(file, self.project, call) and not is_asked_for(file, call):
-                return True
+            if fails_if_there(file, self.project, call):
+                if not is_asked_for(file, call) or done_when_made(file, self.project, call) is not None:
+                    return True
             found = self.project.resolve(file, call.func)
             if isinstance(found, ClassInfo) and "__init__" in found.methods:
                 found = found.file.function_info(found.methods["__init__"])
@@ -435,7 +467,7 @@ class Entries:
             self._needs[node] = any(self.needs_init(file, statement) for statement in node.body)
         return self._needs[node]
 
-    def _trains(self, file: File, statements: list[ast.stmt]) -> bool:
+    def trains(self, file: File, statements: list[ast.stmt]) -> bool:
         """Whether a module's own statements train, or call what does: then it is a script, wherever it lies."""
         return any(
             isinstance(node, ast.Call) and self._call_trains(file, node)
@@ -446,18 +478,17 @@ class Entries:
     def _call_trains(self, file: File, call: ast.Call) -> bool:
         if is_backward(call):
             return True
-        found = self.project.resolve(file, call.func)
-        functions = [found.node] if isinstance(found, FunctionInfo) else []
-        if isinstance(found, ClassInfo):
-            functions = list(found.methods.values())
-        if not isinstance(found, (FunctionInfo, ClassInfo)):
-            return False
-        return any(self._function_trains(found.file, function) for function in functions)
+        return any(
+            self._class_trains(found)
+            if isinstance(found, ClassInfo)
+            else isinstance(found, FunctionInfo) and self._function_trains(found.file, found.node)
+            for found in self._called(file, call.func)
+        )
 
     def _function_trains(self, file: File, node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
         if node not in self._backward:
             self._backward[node] = False
-            self._backward[node] = self._trains(file, node.body)
+            self._backward[node] = self.trains(file, node.body)
         return self._backward[node]
 
 
@@ -469,16 +500,6 @@ def _names_table(node: ast.expr) -> bool:
     return (
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in {"vars", "globals", "locals"}
     )
-
-
-def _things(held: ast.expr) -> Iterator[ast.expr]:
-    """What a display holds, whatever it is held in."""
-    match held:
-        case ast.Dict(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
-            for part in parts:
-                yield from _things(part)
-        case _:
-            yield held
 
 
 def _keeps(file: File, node: ast.AST, name: str) -> bool:

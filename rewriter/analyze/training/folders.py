@@ -55,6 +55,28 @@ def is_asked_for(file: File, call: ast.Call) -> bool:
     return False
 
 
+def done_when_made(file: File, project: Project, call: ast.Call) -> ast.If | None:
+    """The test for a folder by which more is done than to make it: ``if not exists(out): makedirs(out); note(out)``."""
+    statement = file.names.statement_of(call)
+    test = file.names.parents.get(statement)
+    if not isinstance(test, ast.If) or not asks(test.test) or not _is_negated(test.test):
+        return None
+    if not any(statement is item for item in test.body):
+        return None
+    more = (item for item in test.body if item is not statement and not _only_makes(file, project, item))
+    return test if any(True for _ in more) else None
+
+
+def _only_makes(file: File, project: Project, statement: ast.stmt) -> bool:
+    """Whether a statement makes or opens a folder, or only says nothing."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return isinstance(statement, ast.Pass)
+    call = statement.value
+    return project.external(file, call.func) in {"os.makedirs", "os.mkdir", "os.chmod"} or fails_if_there(
+        file, project, call
+    )
+
+
 def asks(test: ast.AST) -> bool:
     """Whether a test asks if a file or folder is there."""
     return any(

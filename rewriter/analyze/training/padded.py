@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.read.nodes import dotted, walk, walk_own
 from rewriter.analyze.training.scripts import Scripts
 
 _MASKS = re.compile(r"mask|lengths?$|lens$|pack_padded|causal|tril|triu|is_pad|no[nt]_?pad", re.I)
@@ -18,6 +18,7 @@ _ATTENDS = {"MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer
 _PRODUCTS = {"matmul", "bmm", "einsum"}
 _KNOWN = re.compile(r"(?:torch|torchvision|timm|transformers)\.")
 """Packages whose functions make batches of which each row is a sample."""
+_DEEP = 2
 _RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
@@ -62,13 +63,14 @@ class Padded:
         known = True
         for other in self.scripts.training:
             for keyword in (k for call in other.calls for k in call.keywords if k.arg == "collate_fn"):
-                found = list(self._made_by(other, keyword.value))
+                made = list(self._made_by(other, keyword.value))
+                found = [one for function in made for one in _returned_functions(function)]
                 functions += found
                 known &= bool(found) or bool(_KNOWN.match(self.project.external(other, _called(keyword.value))))
         return functions, known
 
-    def _made_by(self, file: File, value: ast.expr) -> Iterator[FunctionInfo]:
-        value = _called(value)
+    def _made_by(self, file: File, value: ast.expr, deep: int = 0) -> Iterator[FunctionInfo]:
+        value, instances = _called(value), self.scripts.collectives.instances
         if isinstance(value, ast.Lambda):
             value = value.body.func if isinstance(value.body, ast.Call) else value
         found = self.project.resolve(file, value)
@@ -77,9 +79,31 @@ class Padded:
         elif isinstance(found, ClassInfo) and "__call__" in found.methods:
             yield found.file.function_info(found.methods["__call__"])
         elif isinstance(value, ast.Attribute):
-            yield from self.scripts.collectives.instances.methods(file, value)
+            methods = instances.methods(file, value)
+            yield from methods
+            owners = (method.file.names.class_of(method.node) for method in methods)
+            family = {info.node for owner in owners if owner for info in self._below(methods[0].file, owner)}
+            named = instances.named(value.attr) if family else ()
+            yield from (method for method in named if method.file.names.class_of(method.node) in family)
         elif isinstance(value, ast.Name):
-            yield from self.scripts.collectives.instances.called(file, value)
+            called = instances.called(file, value)
+            yield from called
+            for other, given in instances.given_to(file, value) if not called and deep < _DEEP else ():
+                yield from self._made_by(other, given, deep + 1)
+
+    def _below(self, file: File, owner: ast.ClassDef) -> tuple[ClassInfo, ...]:
+        return self.classes.descendants(file.class_info(owner))
+
+
+def _returned_functions(function: FunctionInfo) -> list[FunctionInfo]:
+    """The functions that a function makes and returns, ``def made(vocab): def collate(items): ...``; else itself."""
+    inner = {item.name: item for item in function.node.body if isinstance(item, ast.FunctionDef)}
+    items = (item for statement in function.node.body for item in walk_own(statement))
+    returned = [item.value for item in items if isinstance(item, ast.Return)]
+    if returned and all(isinstance(value, ast.Constant) and value.value is None for value in returned):
+        return []  # to be overridden
+    named = [inner[value.id] for value in returned if isinstance(value, ast.Name) and value.id in inner]
+    return [function.file.function_info(item) for item in named] or [function]
 
 
 def _called(value: ast.expr) -> ast.expr:

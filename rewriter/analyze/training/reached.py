@@ -8,6 +8,7 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted, walk_own
 from rewriter.analyze.training.collectives import as_guard, asks_for_launcher, is_other_rank_test
 from rewriter.analyze.training.decisions import Decisions
+from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.varying import of_rank, strides_by_rank
 
@@ -33,7 +34,7 @@ class Reached:
                 return False
             if isinstance(parent, ast.FunctionDef):
                 return self._function(file, parent)
-            if isinstance(parent, _ALONE) or (isinstance(parent, ast.Try) and parent.handlers):
+            if isinstance(parent, _ALONE) or (isinstance(parent, ast.Try) and not all(map(_raises, parent.handlers))):
                 return False
             if isinstance(parent, ast.With) and any(_suppresses(item.context_expr) for item in parent.items):
                 return False
@@ -97,8 +98,20 @@ class Reached:
             return True
         if self._is_handed_on(function):
             return False
-        calls = list(self.scripts.collectives.instances.calls(file, function))
+        calls = [
+            (other, call)
+            for other, call in self.scripts.collectives.instances.calls(file, function)
+            if (other in self.scripts.programs or not any(map(is_main_test, other.names.ancestors(call))))
+            and not self._is_of_a_model(other, call, file, function)
+        ]
         return bool(calls) and all(self.by_all(other, call) for other, call in calls)
+
+    def _is_of_a_model(self, file: File, call: ast.Call, where: File, function: ast.FunctionDef) -> bool:
+        """Whether a call by a name is the model's, ``self.model.train()``, and the function is no model's."""
+        owner = where.names.class_of(function)
+        module = owner is not None and self.scripts.classes.is_module(where.class_info(owner))
+        func = call.func
+        return not module and isinstance(func, ast.Attribute) and self.scripts.roles[file].is_model(func.value)
 
     def _is_handed_on(self, function: Function) -> bool:
         """Whether a function, or a method of its name, is given to others to call, who may be one rank's workers."""
@@ -113,6 +126,11 @@ class Reached:
                 if named and not (isinstance(parent, ast.Call) and parent.func is node):
                     return True
         return False
+
+
+def _raises(handler: ast.ExceptHandler) -> bool:
+    """Whether an error goes on, as it is or as another: then no rank goes on behind it."""
+    return isinstance(handler.body[-1], ast.Raise)
 
 
 def _suppresses(expression: ast.expr) -> bool:

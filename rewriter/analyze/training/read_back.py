@@ -12,7 +12,7 @@ from rewriter.analyze.read.nodes import Function, dotted, walk, walk_own
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.reached import Reached
 from rewriter.analyze.training.scripts import Scripts
-from rewriter.analyze.training.writers import MADE_ONCE, opens_for_writing, takes_path
+from rewriter.analyze.training.writers import COMMANDS, MADE_ONCE, opens_for_writing, runs_command, takes_path
 
 _READERS = {
     "torch.load", "numpy.load", "numpy.loadtxt", "numpy.genfromtxt", "numpy.memmap", "numpy.fromfile",
@@ -20,6 +20,7 @@ _READERS = {
     "pandas.read_excel", "safetensors.torch.load_file", "joblib.load", "torchaudio.load", "datasets.load_from_disk",
     "PIL.Image.open",
 }  # fmt: skip
+_RUNNING = {"subprocess.check_output", "subprocess.getoutput", "subprocess.Popen", "os.popen"}
 _READING_METHODS = {"read_text", "read_bytes"}
 _LOADING_METHODS = {"from_pretrained", "load_from_disk", "from_file"}
 """Methods of classes that read the file or folder they are given."""
@@ -181,9 +182,9 @@ class ReadBack:
         found: dict[Key, list[Place]] = {}
         for file in self.scripts.training:
             for call in file.calls:
-                path = self._path_read(file, call)
-                for place in self._levels(file, call, path) if path is not None else ():
-                    found.setdefault(place[2], []).append(place)
+                for path in self._paths_read(file, call):
+                    for place in self._levels(file, call, path):
+                        found.setdefault(place[2], []).append(place)
         return found
 
     def _levels(self, file: File, node: ast.expr, path: ast.expr, deep: int = 0) -> Iterator[Place]:
@@ -231,6 +232,15 @@ class ReadBack:
                 yield call, _of_one_rank(call.args[0])
             elif len(call.args) > 1 and name in _SAVERS_BEHIND:
                 yield call, call.args[1]
+
+    def _paths_read(self, file: File, call: ast.Call) -> Iterator[ast.expr]:
+        if self.project.external(file, call.func) in _RUNNING | COMMANDS:
+            # A command whose result is used, so that all ranks run it; another is one rank's.
+            if not runs_command(file, self.project, file.names.statement_of(call)):
+                given = (item for argument in call.args for item in walk(argument))
+                yield from (item for item in given if isinstance(item, (ast.Name, ast.Attribute, ast.JoinedStr)))
+        elif (path := self._path_read(file, call)) is not None:
+            yield path
 
     def _path_read(self, file: File, call: ast.Call) -> ast.expr | None:
         if takes_path(call):

@@ -260,15 +260,17 @@ class Scripts:
     def drives(self, file: File) -> bool:
         """Whether a file that is run imports a training loop that no other file starts: it calls it by some name."""
         loops = {target for target in self.reach(file) if self.trains(target) and target not in self._run_alone}
-        return (
-            file not in loops
-            and bool(loops)
-            and not any(
-                any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
-                for other, block in self.entries.items()
-                if other is not file and other not in loops and not self._runs_on_import(file, other)
-            )
+        if file in loops or not loops:
+            return False
+        return self._starts(file) or not any(
+            self._starts(other) and loops & self.reach(other)
+            for other in self.entries
+            if other is not file and other not in loops and not self._runs_on_import(file, other)
         )
+
+    def _starts(self, file: File) -> bool:
+        """Whether a file that is run is seen to make a model, or what trains one."""
+        return self._builds_model(file) or self.entry.trains(file, self.entries[file])
 
     def _runs_on_import(self, file: File, other: File) -> bool:
         """Whether what another file does is done because a file imports it."""
@@ -392,7 +394,7 @@ class Scripts:
             found.append(module)
         names = [alias.name for alias in node.names]
         if names == ["*"] and module is not None:
-            names = _listed(module)
+            names = _listed(module) or self._looked_up(module)
         for listed in names:
             name = f"{node.module}.{listed}" if node.module else listed
             module = self.project.find_module(name, file, node.level)
@@ -403,6 +405,13 @@ class Scripts:
             if isinstance(target, (ClassInfo, FunctionInfo, ModuleRef)):
                 found.append(target.file)
         return found
+
+    def _looked_up(self, package: File) -> list[str]:
+        """The modules of a package whose ``__all__`` is made of the files in its folder, which ``import *`` brings."""
+        looks = any(package.mentions(word) for word in ("glob", "listdir", "iter_modules", "iterdir", "scandir"))
+        if package.path.name != "__init__.py" or not looks or not package.mentions("__all__"):
+            return []
+        return [file.path.stem for file in self.project if file.folder == package.folder and file is not package]
 
     def shares_data(self, file: File) -> bool:
         """Whether anything in a file's programs is known to give ranks other data, or can be made to."""

@@ -91,6 +91,8 @@ class SeveralRanks:
                     return True
                 case ast.Name() | ast.Attribute():
                     name = (dotted(item) or "").split(".")[-1]
+                    if deep == 0 and any(self._is_undone(f, v) for f, v in self._values(name)):
+                        return False
                     if name in _TOLD or (self.project.external(file, item) + ".").startswith(_KNOWN):
                         return True
                     if deep < _DEEP and any(self._is_answered(f, v, deep + 1) for f, v in self._values(name)):
@@ -100,6 +102,31 @@ class SeveralRanks:
                     if isinstance(found, FunctionInfo) and self._is_answered(found.file, found.node, deep + 1):
                         return True
         return False
+
+    def _is_undone(self, file: File, value: ast.expr) -> bool:
+        """Whether a number is set where an option has its default: ``if args.group == "": count = 1``."""
+        if not isinstance(value, ast.Constant):
+            return False
+        for parent in file.names.ancestors(value):
+            match parent:
+                case ast.If(test=ast.Compare(left=ast.Attribute(attr=name), ops=[ast.Eq()], comparators=[given])):
+                    if isinstance(given, ast.Constant) and given.value in self._defaults.get(name, ()):
+                        return any(value is item for statement in parent.body for item in walk(statement))
+        return False
+
+    @cached_property
+    def _defaults(self) -> dict[str, list[object]]:
+        """By name, the defaults of the command line's options."""
+        found: dict[str, list[object]] = {}
+        for call in (call for file in self.scripts.training for call in file.calls):
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+                names = [str(item.value).lstrip("-") for item in call.args if isinstance(item, ast.Constant)]
+                given = [
+                    k.value.value for k in call.keywords if k.arg == "default" and isinstance(k.value, ast.Constant)
+                ]
+                for name in names:
+                    found.setdefault(name.replace("-", "_"), []).extend(given)
+        return found
 
     def _values(self, name: str) -> list[tuple[File, ast.expr]]:
         return self._assigned.get(name, []) if name else []  # no name: what is no plain target

@@ -58,6 +58,8 @@ WRITING_METHODS = {
     *UPLOADING_METHODS,
 }  # fmt: skip
 
+COMMANDS = {"os.system", "subprocess.run", "subprocess.call", "subprocess.check_call"}
+"""Calls that run a command of the system and wait for it."""
 _OF_MODELS = {"safetensors.torch.save_model"}
 """Calls that write values of a model themselves."""
 _PICTURES = ("PIL.Image.", "matplotlib.animation.")
@@ -82,6 +84,15 @@ def writes(file: File, project: Project, node: ast.stmt) -> bool:
     if any(opens_for_writing(item.context_expr) for block in blocks for item in block.items):
         return False
     return _is_writer(file, project, node.value)
+
+
+def runs_command(file: File, project: Project, node: ast.AST) -> bool:
+    """Whether a statement runs a command and uses nothing that it gives: it is there for what it leaves behind."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and project.external(file, node.value.func) in COMMANDS
+    )
 
 
 def writes_when_called(file: File, project: Project, call: ast.Call) -> bool:
@@ -161,6 +172,17 @@ def writes_archive(file: File, project: Project, call: ast.Call) -> bool:
     modes = [k.value for k in call.keywords if k.arg == "mode"] + call.args[1:2]
     mode = str(getattr(modes[0], "value", "")) if modes else "w" if name == "pandas.ExcelWriter" else "r"
     return name in _ARCHIVES and bool(set(mode.split("|")[0].split(":")[0]) & set("wax"))
+
+
+def maps_to_write(project: Project, file: File, call: ast.Call) -> bool:
+    """Whether a call maps a file to memory to write it: ``np.memmap(path, mode="w+")``."""
+    name = project.external(file, call.func)
+    if name not in {"numpy.memmap", "numpy.lib.format.open_memmap"}:
+        return False
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    modes += call.args[2:3] if name == "numpy.memmap" else call.args[1:2]
+    mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else None
+    return mode in {"w+", "r+"} or not modes
 
 
 def gives_count(file: File, call: ast.Call) -> bool:

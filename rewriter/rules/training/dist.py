@@ -17,11 +17,34 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
 from rewriter.analyze.training.told_ranks import names_to_set, tellings
 from rewriter.analyze.training.torch_distributed import GROUP, SIMPLE, calls_that_stay, from_rank, operation
 from rewriter.changes import Insert, Remove, replace, template
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
+
+_REDUCING = {
+    "torch.distributed.all_reduce", "torch.distributed.reduce", "torch.distributed.all_reduce_coalesced",
+}  # fmt: skip
+_DEEP = 4
+_PARTS = (ast.expr, ast.comprehension, ast.keyword)
+_NUMBERS = {
+    "norm",
+    "vector_norm",
+    "sum",
+    "mean",
+    "max",
+    "min",
+    "isnan",
+    "isfinite",
+    "isinf",
+    "any",
+    "all",
+    "item",
+    "dot",
+}
+"""What makes numbers of gradients, which scripts may show."""
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -29,9 +52,12 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     names = {call: facts.project.external(file, call.func) for call in file.calls}
     for call, name in names.items():
-        if name == "torch.distributed.all_reduce" and _is_gradient(call):
+        if name in _REDUCING and any(_is_gradient(file, item) for item in _given(call)):
             message = "gradients are averaged by hand; bmtrain's are means over the ranks already: take these lines out"
-            yield Refusal(RULE.code, call.lineno, message)
+            if facts.scripts.trains(file):
+                yield Refusal(RULE.code, call.lineno, message)
+            else:
+                yield Remark(RULE.code, call.lineno, f"{message}, where they are called", differs=True)
     distributed = {call: name for call, name in names.items() if name.startswith("torch.distributed.")}
     others = calls_that_stay(file, facts.project)
     registered = any(file in facts.scripts.reach(program) for program in facts.scripts.programs)
@@ -49,9 +75,34 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield from _call(file, facts, call, name)
 
 
-def _is_gradient(call: ast.Call) -> bool:
-    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-    return any(isinstance(node, ast.Attribute) and node.attr == "grad" for a in arguments for node in ast.walk(a))
+def _given(call: ast.Call) -> list[ast.expr]:
+    return [*call.args, *(keyword.value for keyword in call.keywords)]
+
+
+def _is_gradient(file: File, value: ast.AST, deep: int = 0) -> bool:
+    """Whether a value is made of gradients: ``p.grad``, or a flat tensor of a list of them."""
+    if isinstance(value, ast.Call) and (dotted(value.func) or _attr(value.func)).split(".")[-1] in _NUMBERS:
+        return False
+    if isinstance(value, ast.Attribute) and value.attr == "grad":
+        return True
+    if isinstance(value, ast.Name) and deep < _DEEP:
+        held = [*file.names.values_of(value), *_appended(file, value)]
+        return any(_is_gradient(file, part, deep + 1) for part in held if part is not value)
+    return any(_is_gradient(file, part, deep) for part in ast.iter_child_nodes(value) if isinstance(part, _PARTS))
+
+
+def _attr(node: ast.expr) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def _appended(file: File, name: ast.Name) -> Iterator[ast.expr]:
+    """What is put into a list: ``grads.append(p.grad.data)``."""
+    function = file.names.function_of(name)
+    for call in file.calls:
+        match call:
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=held), attr="append" | "extend"), args=[given]):
+                if held == name.id and file.names.function_of(call) is function:
+                    yield given
 
 
 def _call(file: File, facts: Facts, call: ast.Call, name: str) -> Iterator[Finding]:

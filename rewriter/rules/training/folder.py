@@ -8,7 +8,8 @@ the time is rank 0's on all ranks: ``bmt.store.broadcast_object(...)``. So is an
 the time where it is not given: ``args.out = bmt.store.broadcast_object(args.out)``.
 Why: between the question and the call another rank makes the folder; the slower one would stop with FileExistsError,
 and the others would wait for it.
-Names counted up, ``while os.path.exists(run): ...``, are counted by what rank 0 finds.
+Where more is done than to make it (``if not os.path.exists(path): os.makedirs(path); print(path)``), what rank 0 finds
+decides for all. Names counted up, ``while os.path.exists(run): ...``, are counted by what rank 0 finds.
 Refuses when: the call has ``exist_ok=True`` or its error is caught; only one rank reaches it. Other names chosen by
 what is there are reported.
 """
@@ -20,7 +21,14 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.training.folders import asked_by_all, fails_if_there, is_asked_for, refusals_to_go_on
+from rewriter.analyze.read.nodes import walk
+from rewriter.analyze.training.folders import (
+    asked_by_all,
+    done_when_made,
+    fails_if_there,
+    is_asked_for,
+    refusals_to_go_on,
+)
 from rewriter.changes import Arguments, Change, Import, Under, insert_before, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import ONE_RANK
 from rewriter.rules.rule import Example, Rule
@@ -43,6 +51,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if is_asked_for(file, call):
             changes = tuple(_allowed(file, facts, call))
             yield Conversion(RULE.code, call.lineno, "another rank may have made this folder", changes)
+            yield from _more(file, facts, call)
             continue
         statement = file.names.statement_of(call)
         alone = isinstance(statement, ast.Expr) and statement.value is call and file.source.owns_lines(statement)
@@ -64,6 +73,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         else:
             message = "what is there decides here, and another rank may just have made it: let one rank decide"
             yield Remark(RULE.code, test.lineno, message)
+
+
+def _more(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
+    """What is done beside where a folder is made: rank 0 may find it made by another, and would leave that out."""
+    test = done_when_made(file, facts.project, call)
+    if test is None or test in facts.decisions.of(file) or _is_agreed(file, facts, test.test):
+        return
+    if facts.read_back.reached.by_all(file, test):
+        changes = (wrap(test.test, "{bmt}.agree({it})"),)
+        yield Conversion(RULE.code, test.lineno, "what rank 0 finds there decides for all", changes)
+    else:
+        message = "another rank may just have made this folder, and what else is done here is left out then"
+        yield Remark(RULE.code, test.lineno, f"{message}: let rank 0 decide for all, bmt.agree(...)")
+
+
+def _is_agreed(file: File, facts: Facts, test: ast.expr) -> bool:
+    calls = (item for item in walk(test) if isinstance(item, ast.Call))
+    return any(facts.project.external(file, item.func) == "bmtrain.agree" for item in calls)
 
 
 def _of_moments(file: File, facts: Facts) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, dotted, is_of_autograd, loss_of, walk
 from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.managers import Manager, Managers
 from rewriter.analyze.training.roles import Var
@@ -653,6 +653,11 @@ def _backward(
         return
     if function is not None and function.name in {"backward", "forward"}:
         return
+    if is_of_autograd(func):
+        given = loss_of(node)
+        if given is None:
+            return  # gradients by hand, as of a reversible layer: part of the backward of a loss
+        receiver = given
     loss, manager = receiver, managers.for_call(node)
     if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Attribute):
         scaling = roles.var(receiver.func.value)
@@ -666,7 +671,12 @@ def _backward(
     if manager is None and roles.scalers:
         message = "backward here does not know the loss scale of the scaler elsewhere in the file"
         yield Refusal(RULE.code, node.lineno, message)
-    if node.args or node.keywords:
+    if is_of_autograd(func):
+        whole = "sum({loss})" if isinstance(loss, (ast.List, ast.Tuple)) else "{loss}"
+        flags = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg is not None}
+        flagged = f".scale_loss({whole}).backward({', '.join(f'{flag}={{{flag}}}' for flag in flags)})"
+        yield replace(node, name + (flagged if flags else f".backward({whole})"), loss=loss, **flags)
+    elif node.args or node.keywords:
         yield replace(func, f"{name}.scale_loss({{loss}}).backward", loss=loss)
     else:
         yield replace(node, f"{name}.backward({{loss}})", loss=loss)

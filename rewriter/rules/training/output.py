@@ -11,6 +11,8 @@ it is read or made, rank 0 answers for all: ``if bmt.agree(os.path.exists(path))
 come there, it is reported.
 Why: several ranks that write one file destroy it; one that reads it meanwhile finds a part of it, or nothing; a
 collective that one rank alone enters waits forever.
+A command that all ranks would run for what it leaves behind (``os.system("perl score.pl > result.txt")``) is one
+rank's, and the others wait for it; where not all are known to come there, it is reported.
 A picture of the model's layers (``writer.add_graph(model, x)``) is left out on several ranks, as none has all of it.
 An archive that is opened to write, and an object whose own ``save(path)`` is not seen, are reported.
 Refuses when: the statement gives a value that later code uses, or only one rank reaches it already.
@@ -27,13 +29,16 @@ from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import dotted, walk
 from rewriter.analyze.training.collectives import of_own_state
 from rewriter.analyze.training.effects import changes_state, functions
+from rewriter.analyze.training.varying import of_rank
 from rewriter.analyze.training.writers import (
     UPLOADING_METHODS,
     WRITERS,
     gives_count,
     handles_records,
     is_left_to_one,
+    maps_to_write,
     opens_for_writing,
+    runs_command,
     saves_itself,
     saves_only,
     takes_path,
@@ -41,7 +46,7 @@ from rewriter.analyze.training.writers import (
     writes_archive,
     writes_when_called,
 )
-from rewriter.changes import Arguments, Change, Under, replace, template, wrap
+from rewriter.changes import Arguments, Change, Under, insert_behind, replace, template, wrap
 from rewriter.rules.one_rank import guarded, written_once
 from rewriter.rules.rule import Example, Rule
 from rewriter.rules.waits import waits
@@ -74,6 +79,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Conversion(RULE.code, node.lineno, "several ranks draw no model: none has all of it", (alone,))
             continue
         if not isinstance(node, (ast.Expr, ast.With)) or facts.scripts.in_kept_guard(file, node) or node in joined:
+            continue
+        if runs_command(file, facts.project, node) and not facts.scripts.in_opened_guard(file, node):
+            assert isinstance(node, ast.Expr)
+            yield _command(file, facts, node)
             continue
         if not writes(file, facts.project, node) or handles_records(file, facts.project, node):
             continue
@@ -130,7 +139,10 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif (
             call not in joined
             and (
-                writes_archive(file, facts.project, call) or gives_count(file, call) or _saves_itself(file, facts, call)
+                writes_archive(file, facts.project, call)
+                or maps_to_write(facts.project, file, call)
+                or gives_count(file, call)
+                or _saves_itself(file, facts, call)
             )
             and not facts.scripts.in_kept_guard(file, call)
         ):
@@ -141,6 +153,22 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         elif _is_renamed(file, facts, call) and not facts.scripts.in_kept_guard(file, call):
             message = "every rank makes this file, and one rank's gets its name: the others' stay; name it by its path"
             yield Remark(RULE.code, call.lineno, f'{message} instead, path + ".tmp"')
+
+
+def _command(file: File, facts: Facts, node: ast.Expr) -> Finding:
+    """``os.system(f"perl score.pl {answers} > result.txt")``: the others go on when it is through."""
+    varying = facts.decisions.varying
+    same = not any(varying.varies(file, item) or of_rank(file, item) for item in _given(node))
+    if same and facts.read_back.reached.by_all(file, node) and file.source.owns_lines(node):
+        changes = (Under((node,), template("if {bmt}.rank() == 0:")), insert_behind(node, "{bmt}.synchronize()"))
+        return Conversion(RULE.code, node.lineno, "one rank runs this command, the others wait for it", changes)
+    message = "every rank runs this command: where it writes a file, one rank is to, and all to wait, bmt.synchronize()"
+    return Remark(RULE.code, node.lineno, message)
+
+
+def _given(node: ast.Expr) -> list[ast.expr]:
+    assert isinstance(node.value, ast.Call)
+    return [*node.value.args, *(keyword.value for keyword in node.value.keywords)]
 
 
 def _draws_model(node: ast.AST) -> TypeGuard[ast.Expr]:

@@ -4,8 +4,10 @@ What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a 
 ``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
 ``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
 values, or in which a loss is averaged that is read as that of all ranks. ``Average(model) if rank == 0 else None`` is
-made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well. What only one rank may do
-inside, or behind it (writing files, logging), gets a guard of its own.
+made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the barriers
+by which the first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around what is
+for all ranks, and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or behind it
+(writing files, logging), gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away before a collective with more to do
 (``if rank != 0: dist.barrier(); return``), or out of a loop: then the file stays as it is. So it does where an object
@@ -31,6 +33,7 @@ from rewriter.analyze.training.collectives import (
     rank_flags,
     rest_of,
 )
+from rewriter.analyze.training.turns import turns
 from rewriter.changes import Change, Remove, Unblock, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
@@ -57,6 +60,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
+    yield from _together(file, facts)
     yield from _chosen(file, facts)
     yield from _early_exits(file, facts)
     for call in file.calls:
@@ -119,6 +123,25 @@ def _open(file: File, facts: Facts, guard: Guard) -> Iterator[Change]:
         yield Unblock(node)
     for statement in node.body:
         yield from guarded_inside(file, facts, statement)
+
+
+def _together(file: File, facts: Facts) -> Iterator[Finding]:
+    """What the first rank does before the others is done by all at once, where it is for all ranks."""
+    scripts = facts.scripts
+    for turn in turns(file, scripts):
+        calls = ((where, scripts.collectives.needs_all(where, item)) for where, item in turn.body)
+        found = next(((where, call) for where, call in calls if call is not None), None)
+        if found is not None:
+            what = f"{found[0].source.code(found[1].func)}(...) is for all ranks"
+        elif any(scripts.entry.constructs(where, item) for where, item in turn.body):
+            what = "a model is made by all ranks"
+        else:
+            continue
+        if turn.block is not None:
+            yield Conversion(RULE.code, turn.block.lineno, f"no rank goes first: {what}", (Unblock(turn.block),))
+        elif turn.waits is not None:
+            changes = tuple(Remove(statement) for statement in turn.waits)
+            yield Conversion(RULE.code, turn.waits[0].lineno, f"no rank waits here: {what}", changes)
 
 
 def _chosen(file: File, facts: Facts) -> Iterator[Finding]:

@@ -47,6 +47,7 @@ _MESSAGES = {
     "mean": "a mean over a share of the batch is averaged over the ranks",
     "samples": "what ranks have of their samples is collected from all",
 }
+_BATCH_SIZE = re.compile(r"^(?:batch_?size|bsz|n_?batch)$", re.I)
 _SHAPED = {"reshape", "view", "expand", "ones", "zeros", "full", "empty", "repeat", "eye", "arange", "init_hidden"}
 _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
@@ -192,10 +193,15 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
     for call in file.calls if sizes or taken.sizes else ():
         attr = call.func.attr if isinstance(call.func, ast.Attribute) else ""
         known = (sizes if attr in _SHAPED else set()) | (taken.sizes if attr in _SHAPED | _DRAWN else set())
+        of_model = isinstance(call.func, ast.Attribute) and roles.is_model(call.func.value)
+        named = [] if facts.scripts.is_loader(file, call) else call.keywords
+        by_name = [k.value for k in named if known or of_model or _BATCH_SIZE.match(k.arg or "")]
+        known |= sizes if of_model or by_name else set()
         made = bool(known) and call not in shared
         given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
+        given = [*(given if attr in _SHAPED | _DRAWN or of_model else ()), *by_name]
         size = next((item for item in given if _is_one(roles, item, known - {None})), None)
-        if made and size is not None and call.lineno not in told and facts.scripts.over_shares(file, call):
+        if made and size is not None and call.lineno not in told and _is_over_shares(file, facts, call):
             told.add(call.lineno)
             name = file.source.code(size)
             message = f"a rank's share of a batch has fewer than {name} items: take the size from the batch, x.size(0)"
@@ -215,6 +221,12 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
                 told.add(statement.lineno)
                 message = f"this has {file.source.code(size)} items, and a rank's share of a batch has fewer: "
                 yield Remark(RULE.code, statement.lineno, message + "make it as large as x.size(0)", differs=True)
+
+
+def _is_over_shares(file: File, facts: Facts, node: ast.AST) -> bool:
+    """Whether a node stands in a loop that takes shares of batches, by ``next(loader)``, too."""
+    loops = [parent for parent in file.names.ancestors(node) if isinstance(parent, (ast.For, ast.While))]
+    return facts.scripts.over_shares(file, node) or not facts.scripts.handed.of(file).keys().isdisjoint(loops)
 
 
 def _sizes_of_tensors(facts: Facts, file: File, call: ast.Call) -> Iterator[ast.expr]:

@@ -4,7 +4,8 @@ What: ``mp.spawn(worker, nprocs=n, args=(n, options))`` becomes ``worker(int(os.
 and so does a loop that starts ``mp.Process(target=worker, args=(rank, n))``; the loop that joins them goes. ``n`` is
 the number of processes that torchrun started on this machine, also where a test of it decides whether the script starts
 processes at all (``if n > 1: mp.spawn(worker, ...)``, ``else: worker(0, ...)``); another test is reported.
-``os.environ["MASTER_PORT"] = ...`` and the like give way to what torchrun has set. ``os.environ["CUDA_VISIBLE_DEVICES"]
+``os.environ["MASTER_PORT"] = ...`` and the like give way to what torchrun has set, also where several are assigned
+together, come by ``os.environ.update(...)``, or are named by a value. ``os.environ["CUDA_VISIBLE_DEVICES"]
 = options.gpu`` holds where it names a GPU for each of the ranks on a machine; where it names fewer, ranks take those of
 the launch (``CUDA_VISIBLE_DEVICES=2,3 torchrun ...``).
 Why: bmtrain's ranks are torchrun's processes, one a GPU, on any number of machines. One process runs without torchrun.
@@ -29,16 +30,21 @@ from rewriter.changes import (
     Template,
     Under,
     insert_before,
+    insert_behind,
     replace,
     template,
+    wrap,
 )
 from rewriter.rules.imports import imports
+from rewriter.rules.one_rank import unused_name
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
 _RANK = 'int(os.environ.get("LOCAL_RANK", 0))'
 _COUNT = 'int(os.environ.get("LOCAL_WORLD_SIZE", 1))'
-_GIVEN = {"MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+_GIVEN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_LISTED = str(_GIVEN).replace("'", '"')
+_READERS = {"get", "getenv", "pop", "putenv", "setdefault"}
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NO_GPU = {"", "-1"}
 _QUEUES = {"Queue", "SimpleQueue", "JoinableQueue", "Pipe"}
@@ -62,15 +68,106 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 def _variables(file: File, facts: Facts) -> Iterator[Finding]:
     """``os.environ["MASTER_PORT"] = "29500"`` would hide where torchrun's processes meet."""
     for node in file.nodes:
+        found: tuple[Change, ...] = ()
         match node:
-            case ast.Assign(
-                targets=[ast.Subscript(value=environ, slice=ast.Constant(value=key) as name)], value=value
-            ) if key in _GIVEN and facts.project.external(file, environ) == "os.environ":
-                line = template("{environ}.setdefault({name}, {value})", environ=environ, name=name, value=value)
-                message = f"torchrun's {key} is taken, if there is one"
-                yield Conversion(RULE.code, node.lineno, message, (ReplaceStatement(node, line),))
+            case ast.Assign(targets=[ast.Subscript(value=environ, slice=name) as target], value=value):
+                key = _key(file, facts, target)
+                if key in _GIVEN:
+                    line = template("{environ}.setdefault({name}, {value})", environ=environ, name=name, value=value)
+                    found = (ReplaceStatement(node, line),)
+                elif key == "" and dotted(name) and not _asks(value, environ, name) and _names_given(facts):
+                    text = f"{{environ}}.get({{name}}, {{value}}) if {{name}} in {_LISTED} else {{value}}"
+                    found = (replace(value, text, environ=environ, name=name, value=value),)
+            case ast.Assign(targets=targets):
+                found = tuple(_several(file, facts, node, [item for target in targets for item in walk(target)]))
+            case ast.Call(func=ast.Attribute(value=environ, attr="update"), args=args, keywords=keywords):
+                if _is_environ(facts, file, environ):
+                    pairs = [(item.arg, item.value) for item in keywords if item.arg is not None]
+                    found = (*_taken(environ, pairs), *(c for item in args for c in _table(file, facts, environ, item)))
+            case ast.AugAssign(target=ast.Attribute() as environ, op=ast.BitOr(), value=value):
+                found = tuple(_table(file, facts, environ, value)) if _is_environ(facts, file, environ) else ()
+            case _:
+                continue
+        if found:
+            message = "what torchrun says of its ranks is taken, if it says so"
+            yield Conversion(RULE.code, node.lineno, message, found)
     if _VISIBLE.encode() in file.source.data:
         yield from _visible_gpus(file, facts)
+
+
+def _is_environ(facts: Facts, file: File, node: ast.expr) -> bool:
+    return facts.project.external(file, node) == "os.environ"
+
+
+def _key(file: File, facts: Facts, target: ast.AST) -> str | None:
+    """The variable that an assignment sets, empty where it is named by a value; None for anything else."""
+    match target:
+        case ast.Subscript(value=environ, slice=name) if _is_environ(facts, file, environ):
+            return str(name.value) if isinstance(name, ast.Constant) else ""
+    return None
+
+
+def _several(file: File, facts: Facts, node: ast.Assign, targets: list[ast.AST]) -> Iterator[Change]:
+    """``os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = "localhost", "12355"``, or one value for both."""
+    set_here = [item for item in targets if isinstance(item, ast.Subscript) and _key(file, facts, item) in _GIVEN]
+    for number, target in enumerate(set_here):
+        name = unused_name(file, number, len(set_here))
+        yield Replace(target, Template(name))
+        line = f"{{environ}}.setdefault({{key}}, {name})"
+        yield insert_behind(node, line, environ=target.value, key=target.slice)
+
+
+def _taken(environ: ast.expr, pairs: list[tuple[str, ast.expr]]) -> Iterator[Change]:
+    for key, value in pairs:
+        if key in _GIVEN and not _asks(value, environ, ast.Constant(key)):
+            yield wrap(value, f'{{environ}}.get("{key}", {{it}})', environ=environ)
+
+
+def _asks(value: ast.expr, environ: ast.expr, name: ast.expr) -> bool:
+    """Whether a value is what the environment has under this name, if it has: ``os.environ.get(name, ...)``."""
+    return any(
+        isinstance(item, ast.Call)
+        and isinstance(item.func, ast.Attribute)
+        and dotted(item.func.value) == dotted(environ)
+        and any(same(given, name) for given in item.args)
+        for item in walk(value)
+    )
+
+
+def _table(file: File, facts: Facts, environ: ast.expr, table: ast.expr) -> Iterator[Change]:
+    """``os.environ.update({"MASTER_PORT": "29500"})``; a table that is not seen gives way where it has these names."""
+    match table:
+        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+            named = [
+                (key.value, value) for key, value in zip(keys, values, strict=True) if isinstance(key, ast.Constant)
+            ]
+            yield from _taken(environ, [(str(key), value) for key, value in named])
+        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords) if all(item.arg for item in keywords):
+            yield from _taken(environ, [(item.arg or "", item.value) for item in keywords])
+        case _ if _names_given(facts) and not any(dotted(i) == dotted(environ) for i in walk(table)):
+            text = f"{{**dict({{it}}), **{{name: {{environ}}[name] for name in {_LISTED} if name in {{environ}}}}}}"
+            yield wrap(table, text, environ=environ)
+
+
+def _names_given(facts: Facts) -> bool:
+    """Whether one of these names is a value of the scripts, given to a function or kept in a table."""
+    return any(_is_handed(file, node) for file in facts.scripts.training for node in _names(file))
+
+
+def _names(file: File) -> Iterator[ast.Constant | ast.keyword]:
+    for node in file.nodes if any(name.encode() in file.source.data for name in _GIVEN) else ():
+        match node:
+            case ast.Constant(value=str() as name) | ast.keyword(arg=str() as name) if name in _GIVEN:
+                yield node
+
+
+def _is_handed(file: File, node: ast.Constant | ast.keyword) -> bool:
+    match file.names.parents[node]:
+        case ast.Subscript() | ast.Compare():
+            return False
+        case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
+            return name not in _READERS
+    return True
 
 
 def _visible_gpus(file: File, facts: Facts) -> Iterator[Finding]:
@@ -94,7 +191,8 @@ def _visible_gpus(file: File, facts: Facts) -> Iterator[Finding]:
         if isinstance(named, str) and named.strip() in _NO_GPU:
             continue
         count, given = str(named.count(",") + 1) if isinstance(named, str) else "", file.source.code(value)
-        if not count and "\n" not in given and _is_the_same_twice(value):
+        given = ast.unparse(value) if "\n" in given else given
+        if not count and _is_the_same_twice(value):
             simple = isinstance(value, (ast.Name, ast.Attribute, ast.Subscript, ast.Call, ast.JoinedStr))
             quote = "'" if '"' in given else '"'
             count = f"len({given if simple else f'({given})'}.split({quote},{quote}))"

@@ -29,6 +29,10 @@ CHOICES = {
     "as a text": ('os.environ["CUDA_VISIBLE_DEVICES"] = str(args.gpu)', 3, ("3", "old", "old")),
     "formatted": ('os.environ["CUDA_VISIBLE_DEVICES"] = "%d" % args.gpu', 3, ("3", "old", "old")),
     "in an f-string": ("os.environ['CUDA_VISIBLE_DEVICES'] = f'{args.gpu}'", 3, ("3", "old", "old")),
+    "in an f-string of a name": ("gpu = args.gpu\nos.environ['CUDA_VISIBLE_DEVICES'] = f'{gpu}'", 3, ("3", "old", "old")),
+    "over lines": ('os.environ["CUDA_VISIBLE_DEVICES"] = str(\n    args.gpu) if args.gpu else args.gpu', 3, ("3", "old", "old")),
+    "over lines, with a remark": ('os.environ["CUDA_VISIBLE_DEVICES"] = ",".join([\n    str(i)  # one\n    for i in args.gpu\n])', [4, 5], ("4,5", "4,5", "old")),
+    "a text over lines": ('os.environ["CUDA_VISIBLE_DEVICES"] = """3""".strip(\n)', 3, ("3", "old", "old")),
     "as many": ('os.environ["CUDA_VISIBLE_DEVICES"] = "4,5"', None, ("4,5", "4,5", "old")),
     "as many, listed": (
         'os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in args.gpu)', [4, 5], ("4,5", "4,5", "old"),
