@@ -5,7 +5,8 @@ itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` a
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
 optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
 Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``. A step that gets a
-closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's.
+closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's. timm's
+``NativeScaler`` becomes bmtrain's; one of the project's, which each call gives the optimizer, tells its manager then.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure beside a loss scale, or is called in a hook; another package's optimizer makes one
@@ -36,6 +37,7 @@ _HARMLESS = {
     "isnan", "isinf", "append", "zero_grad", "get_scale", "get_last_lr", "format", "list",
 }  # fmt: skip
 """Calls that look at no gradient, or that the manager makes instead."""
+_NATIVE_SCALERS = {"timm.utils.NativeScaler", "timm.utils.cuda.NativeScaler"}
 _SEVERAL = "{} is one optimizer of several, of which each needs a name of its own: write a.step(), b.step()"
 _OF_LISTS = {"append", "values", "items", "keys"}
 _GOES_THROUGH = {"enumerate", "zip", "len", "reversed", "list", "tuple", "isinstance", "print", "range", "bool"}
@@ -429,9 +431,13 @@ def _joined(
     """Tell a manager its optimizer wherever the later of the two is made."""
     add = f"{manager.name}.add_optimizer({optimizer[1]})"
     makers = [statement for statement, _ in _makers(managers, manager)]
-    if place is None:  # the optimizer comes from outside: whoever made it joins the two, if it is not done here
-        if managers.is_argument(optimizer) and all(file.names.function_of(made) is optimizer[0] for made in makers):
+    if place is None:  # the optimizer comes from outside
+        first = _first_statement(optimizer) if managers.is_argument(optimizer) else None
+        if first is not None and all(file.names.function_of(made) is optimizer[0] for made in makers):
             yield from (insert_behind(statement, add) for statement in ([branch] if branch is not None else makers))
+        elif first is not None and _is_told_by_calls(file, managers, manager):
+            asked = f"if {optimizer[1]} not in {manager.name}.optimizers:"
+            yield insert_before(first, asked, f"    {add}")
         return
     if branch is not None:
         yield insert_behind(place if place.lineno > branch.lineno and place not in walk(branch) else branch, add)
@@ -441,6 +447,16 @@ def _joined(
     for made in makers:
         if made.lineno > place.lineno:
             yield insert_behind(made, add)
+
+
+def _is_told_by_calls(file: File, managers: Managers, manager: Manager) -> bool:
+    """Whether a scaler stays while functions are given the optimizers that it steps, as timm's NativeScaler does."""
+    return any(
+        managers.is_argument(optimizer)
+        and _last_assignment(file, managers, optimizer) is None
+        and any(file.names.function_of(made) is not optimizer[0] for made, _ in _makers(managers, manager))
+        for optimizer in manager.optimizers
+    )
 
 
 def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
@@ -622,8 +638,11 @@ def _first_statement(variable: Var) -> ast.stmt | None:
 def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Remark | Refusal]:
     """Changes of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
     for node in file.calls:
-        if facts.project.external(file, node.func) == "torch.nn.utils.clip_grad_norm_":
+        called = facts.project.external(file, node.func)
+        if called == "torch.nn.utils.clip_grad_norm_":
             yield from _clip(file, facts, managers, node)
+        elif called in _NATIVE_SCALERS:
+            yield replace(node.func, "{bmt}.optim.NativeScaler")
         elif isinstance(node.func, ast.Attribute):
             variable = managers.roles.var(node.func.value)
             manager = managers.by(node.func.value)
@@ -699,6 +718,9 @@ def _scaler(
         yield replace(node, f"{manager.name}.loss_scale")
     elif func.attr == "is_enabled":
         yield replace(node, f"({manager.name}.loss_scale is not None)")
+    elif func.attr in {"state_dict", "load_state_dict"} and _is_told_by_calls(file, managers, manager):
+        named = func.attr.replace("state", "scaler_state")
+        yield replace(func, f"{manager.name}.{named}")
     elif func.attr in {"state_dict", "load_state_dict"}:
         yield replace(func.value, manager.name)
         message = f"the scaler's {func.attr} is now the manager's, which has another layout"
