@@ -245,7 +245,19 @@ class Scripts:
     @cached_property
     def programs(self) -> list[File]:
         """Files that are run to train, or to do something else with a model."""
-        return [file for file in self.entries if file in self._loops or self._builds_model(file) or self.drives(file)]
+        found = [f for f in self.entries if f in self._loops or self._builds_model(f) or self.drives(f)]
+        return [file for file in found if not self.submits(file)]
+
+    def submits(self, file: File) -> bool:
+        """Whether a file hands a job that trains to submitit, which starts its processes, and another file is run."""
+        if b"submitit" not in file.source.data or file in self._loops:
+            return False
+        imported = [node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in imported if isinstance(node, ast.ImportFrom)}
+        return any(name.split(".")[0] == "submitit" for name in names) and any(
+            isinstance(call.func, ast.Attribute) and call.func.attr in {"submit", "map_array"} for call in file.calls
+        )
 
     @cached_property
     def _loops(self) -> set[File]:
@@ -267,6 +279,7 @@ class Scripts:
                 any(self.entry.needs_init(other, s) for s in block) and loops & self.reach(other)
                 for other, block in self.entries.items()
                 if other is not file and other not in loops and not self._runs_on_import(file, other)
+                if not self.submits(other)
             )
         )
 

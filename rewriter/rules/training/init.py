@@ -36,12 +36,19 @@ from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _SEEDED = "{bmt}.init_distributed(seed={seed})"
+_SUBMITTED = "each process of this job would train alone, as submitit tells it no rank: let the job run torchrun"
 _GROUP = "{bmt}.distributed.register_process_group()"
 _DRAWN = re.compile(r"random\.|numpy\.random\.|time\.|secrets\.|os\.(?:urandom|getpid)|torch\.(?:\w*seed|randint)")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
+    if scripts.submits(file) and scripts.reach(file) & scripts.training:
+        call = next(
+            c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr in {"submit", "map_array"}
+        )
+        yield Remark(RULE.code, call.lineno, _SUBMITTED)
+        return
     if file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
         return
     first = _first(file, facts)

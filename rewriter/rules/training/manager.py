@@ -24,7 +24,7 @@ from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, walk
 from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.managers import Manager, Managers
-from rewriter.analyze.training.roles import Var
+from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -672,6 +672,8 @@ def _backward(
         return
     if function is not None and function.name in {"backward", "forward"}:
         return
+    if _is_own_method(file, facts, roles, node, receiver):
+        return
     loss, manager = receiver, managers.for_call(node)
     if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Attribute):
         scaling = roles.var(receiver.func.value)
@@ -689,6 +691,21 @@ def _backward(
         yield replace(func, f"{name}.scale_loss({{loss}}).backward", loss=loss)
     else:
         yield replace(node, f"{name}.backward({{loss}})", loss=loss)
+
+
+def _is_own_method(file: File, facts: Facts, roles: Roles, node: ast.Call, receiver: ast.expr) -> bool:
+    """Whether an object that is no loss runs the backward, of what it is given: ``self.trainer.backward(loss)``."""
+    values = [value for variable, value, _, part in roles.assignments if not part and variable == roles.var(receiver)]
+    if isinstance(receiver, ast.Call):
+        values = [receiver]
+    for value in values:
+        found = facts.project.resolve(file, value.func) if isinstance(value, ast.Call) else None
+        if isinstance(found, ClassInfo) and facts.classes.method(found, "backward") is not None:
+            return True
+    owner = file.names.class_of(node) if dotted(receiver) == "self" else None
+    if owner is not None and facts.classes.method(file.class_info(owner), "backward") is not None:
+        return True
+    return bool(node.args) and roles.var(node.args[0]) in roles.losses
 
 
 def _called(node: ast.expr) -> ast.expr:
