@@ -429,6 +429,11 @@ class Scripts:
         """Whether a program that a file is part of puts a model into DistributedDataParallel or DataParallel."""
         return not self._wrapping.isdisjoint(self._beside(file))
 
+    @property
+    def wraps(self) -> bool:
+        """Whether a program of the project puts a model into DistributedDataParallel or DataParallel."""
+        return bool(self._wrapping)
+
     @cached_property
     def _wrapping(self) -> set[File]:
         return {
@@ -447,13 +452,13 @@ class Scripts:
         return any(b".module" in f.source.data and any(map(_stores_module, f.nodes)) for f in self.project)
 
     def is_of_models(self, name: str) -> bool:
-        """Whether a name is a method of models, torch's or the project's."""
+        """Whether a name is a method of models, torch's or the project's, or what the project's keep by it."""
         return name in _OF_MODELS or name in self._methods_of_models
 
     @cached_property
     def _methods_of_models(self) -> set[str]:
         infos = (info for file in self.project for info in self.classes.all(file) if self.classes.is_module(info))
-        return {name for info in infos for name in info.methods}
+        return {name for info in infos for name in (*info.methods, *_kept(info.node))}
 
     def _shares_itself(self, file: File) -> bool:
         if self.is_parallel(file) or any(mark in file.source.data for mark in _SHARING):
@@ -607,6 +612,15 @@ def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:
 
 def _has_sampler(loader: ast.Call) -> bool:
     return any(keyword.arg in {"sampler", "batch_sampler"} for keyword in loader.keywords)
+
+
+def _kept(cls: ast.ClassDef) -> set[str]:
+    """The attributes that a class gives its objects."""
+    return {
+        node.attr
+        for node in walk(cls)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and dotted(node.value) == "self"
+    }
 
 
 def _stores_module(node: ast.AST) -> bool:
