@@ -884,7 +884,7 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
     alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
-    if manager is not None and alone and _whole(file, managers, parameters):
+    if manager is not None and alone and _whole(file, managers, parameters) and not _has_free_parameters(facts):
         groups = f"{manager.optimizers[0][1]}.param_groups"
     elif isinstance(parameters, (ast.Name, ast.Attribute, ast.Subscript)):
         groups, holes["parameters"] = "{parameters}", parameters  # some, or a single one
@@ -919,6 +919,28 @@ def _whole(file: File, managers: Managers, node: ast.expr) -> bool:
         return False
     others = {_model(managers, _holder(call)) for call in file.calls} - _made_of(file, managers, model)
     return not any(other is not None and other != model and other[0] is model[0] for other in others)
+
+
+def _has_free_parameters(facts: Facts) -> bool:
+    """Whether the scripts make parameters that no module holds, which an optimizer may have beside a model's."""
+    return any(
+        _makes_parameter(file, facts, call) and file.names.class_of(call) is None
+        for file in facts.scripts.training
+        if any(mark in file.source.data for mark in (b"Parameter(", b"requires_grad=True", b"requires_grad_("))
+        for call in file.calls
+    )
+
+
+def _makes_parameter(file: File, facts: Facts, call: ast.Call) -> bool:
+    called = facts.project.external(file, call.func)
+    if called in {"torch.nn.Parameter", "torch.nn.parameter.Parameter"}:
+        return True
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "requires_grad_" and not call.args:
+        return isinstance(call.func.value, ast.Call)  # of a tensor that is made here
+    return called.startswith("torch.") and any(
+        keyword.arg == "requires_grad" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def _made_of(file: File, managers: Managers, model: Var) -> set[Var | None]:
