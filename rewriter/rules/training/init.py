@@ -121,7 +121,9 @@ def _is_called_elsewhere(file: File, facts: Facts, first: ast.stmt) -> bool:
     function = file.names.function_of(first)
     others = (other for other in facts.scripts.training if other is not file) if function is not None else ()
     return any(
-        isinstance(found := facts.project.resolve(other, call.func), FunctionInfo) and found.node is function
+        isinstance(found := facts.project.resolve(other, call.func), FunctionInfo)
+        and found.node is function
+        and _first(other, facts) is not None
         for other in others
         for call in other.calls
     )
