@@ -339,6 +339,7 @@ def init_distributed(
     _check_chosen(schedule, random, gradients, memory, num_micro_batches)
     env = os.environ
     _warn_of_names(env)
+    _refuse_tasks_alone(env)
     if tp_size is None:
         tp_size = _integer(env, "BMTRAIN_TP_SIZE", 1)
     topology = Topology(
@@ -511,6 +512,20 @@ def _check_alike(
         )
     if of_memory:
         raise ConfigurationError(f"memory must be the same on all ranks; it is {memory!r} on rank {topology.rank}.")
+
+
+def _refuse_tasks_alone(env: os._Environ[str]) -> None:
+    """Raises ConfigurationError where another launcher than torchrun has started several processes."""
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return
+    for name, launcher in (("SLURM_PROCID", "srun"), ("OMPI_COMM_WORLD_RANK", "mpirun"), ("PMI_RANK", "mpiexec")):
+        if _integer(env, name, 0) > 0:
+            raise ConfigurationError(
+                f"{launcher} started this process as number {env[name]}, which torchrun's RANK and WORLD_SIZE do not "
+                "tell: each process would train alone. Let it start one torchrun on each node (srun "
+                "--ntasks-per-node=1 torchrun --nnodes=... --nproc_per_node=... script.py), or set RANK, WORLD_SIZE, "
+                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT of each process before bmt.init_distributed()."
+            )
 
 
 def _integer(env: os._Environ[str], name: str, default: int) -> int:

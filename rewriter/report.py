@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from rewriter.types import Finding, Refusal, Remark, Result, place
 
+_SUBMITS = re.compile(rb"^\s*(?:import|from) submitit\b[\s\S]*\.(?:submit|map_array)\(", re.M)
 READY = "ready to launch: "
 FIRST = "before the launch, "
 _IMPORTED = re.compile(
@@ -269,9 +270,10 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
         return any(parts[-len(own) :] == own[-len(parts) :] for parts in named)
 
     guarded = {result.path for result in results if b"__main__" in result.after}
+    submits = {result.path for result in results if _SUBMITS.search(result.after) and result.path not in started}
 
     def is_imported(path: Path) -> bool:
-        by = [other for other in imports if other != path and imported(path, other)]
+        by = [other for other in imports if other != path and other not in submits and imported(path, other)]
         if path in trained and path in guarded and _LAUNCHED.fullmatch(path.stem):
             by = [other for other in by if _LAUNCHED.fullmatch(other.stem)]  # evaluate.py may take its parts
         return bool(by)
@@ -295,7 +297,8 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     runs = guarded | {result.path for result in results if result.path in trained}
     all_imported = all(map(is_imported, started))
     run = [path for path in imports if path in runs or all_imported]
-    best = min([*started, *(path for path in run if any(imported(other, path) for other in started))], key=order)
+    run = [path for path in run if path not in submits and any(imported(other, path) for other in started)]
+    best = min([*started, *run], key=order)
     return best, not reached(best).isdisjoint(trained)
 
 

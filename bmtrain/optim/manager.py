@@ -510,6 +510,35 @@ class OptimManager:
             "steps_since_last_scale": self.steps_since_last_scale,
         }
 
+    def scaler_state_dict(self) -> dict[str, Any]:
+        """The loss scale alone, as ``torch.amp.GradScaler.state_dict()`` gives it; {} where none follows overflows."""
+        if self._scale is None:
+            return {}
+        return {
+            "scale": self.loss_scale,
+            "growth_factor": self.loss_scale_factor,
+            "backoff_factor": 1 / self.loss_scale_factor,
+            "growth_interval": self.loss_scale_steps,
+            "_growth_tracker": self.steps_since_last_scale,
+        }
+
+    def load_scaler_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a loss scale that ``scaler_state_dict()``, or a GradScaler, gave; {} leaves the one that is there.
+
+        Raises CheckpointError when it is no such state.
+        """
+        if self._scale is None or not state:
+            return
+        names = {"scale", "growth_factor", "growth_interval", "_growth_tracker"}
+        if not names <= state.keys():
+            raise CheckpointError(
+                f"This is no state of a loss scale, which has {', '.join(sorted(names))}; it has "
+                f"{', '.join(map(str, state))}. Give it what scaler_state_dict(), or GradScaler.state_dict(), gave."
+            )
+        self._learn()
+        self._scale = LossScale(context(), state["scale"], state["_growth_tracker"])
+        self.loss_scale_factor, self.loss_scale_steps = state["growth_factor"], state["growth_interval"]
+
     def parts(self) -> dict[str, Any]:
         """As ``state_dict()``; each rank has its own part, without a copy (``shard.in_parts``)."""
         self._learn()

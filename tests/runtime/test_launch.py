@@ -134,3 +134,14 @@ def test_ranks_that_are_started_again_find_each_other(tmp_path: Path, rendezvous
     process = start(*run, str(script))
     output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0 and "rank 0 is through" in output and "rank 1 is through" in output, output
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
+def test_a_task_of_another_launcher_does_not_train_alone(name: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import bmtrain as bmt\nbmt.init_distributed(device='cpu')\nprint('alone')\n")
+    for number, fails in (("0", False), ("3", True)):
+        env = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}} | {name: number}
+        done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+        assert (done.returncode != 0) == fails, done.stderr
+        assert ("each process would train alone" in done.stderr) == fails

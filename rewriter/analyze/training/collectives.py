@@ -10,7 +10,7 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import children, dotted, held_in, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import children, dotted, held_in, loss_of, positional, walk, walk_own
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
@@ -211,7 +211,7 @@ class Collectives:
             return True
         found = self.project.resolve(file, call.func)
         if isinstance(found, FunctionInfo):
-            return self.function(found.file, found.node)
+            return self.function(found.file, found.node) or self._runs_given_model(file, call, found)
         if isinstance(found, External):
             if found.name.startswith("bmtrain."):
                 return found.name not in _LOCAL_BMT
@@ -235,6 +235,16 @@ class Collectives:
             roles.is_model(item) or (isinstance(item, ast.Attribute) and roles.is_model(item.value))
             for held in given
             for item in held_in(held)
+        )
+
+    def _runs_given_model(self, file: File, call: ast.Call, function: FunctionInfo) -> bool:
+        """Whether a function of the project runs a model that it is given: ``print_summary(net, inputs)``."""
+        given = dict(zip(positional(function.node), call.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg is not None}
+        models = {name for name, value in given.items() if self.roles[file].is_model(value)}
+        return bool(models) and any(
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in models
+            for node in walk(function.node)
         )
 
     def _may_run(self, file: File, func: ast.expr, deep: int = 0) -> bool:

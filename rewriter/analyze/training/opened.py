@@ -29,8 +29,28 @@ def with_givers(file: File, opened: dict[ast.If, Guard]) -> dict[ast.If, Guard]:
     return opened
 
 
+def told_by_one(file: File, opened: dict[ast.If, Guard]) -> Iterator[tuple[Guard, ast.Name | ast.Attribute, ast.AST]]:
+    """The guards that stay, a name that such a one alone gives a value to, and a place where an opened one reads it."""
+    kept = {guard.node: guard for guard in guards(file) if not guard.either and guard.node not in opened}
+    seen = set[tuple[ast.If, str]]()
+    for guard in opened if kept else ():
+        for node, givers in _unknown_to_others(file, guard, kept):
+            for giver in givers:
+                if (giver, ast.unparse(node)) not in seen:
+                    seen.add((giver, ast.unparse(node)))
+                    yield kept[giver], node, guard
+
+
 def _givers(file: File, opened: ast.If, kept: dict[ast.If, Guard]) -> Iterator[ast.If]:
     """The guards that alone give values to what an opened one reads."""
+    for _, givers in _unknown_to_others(file, opened, kept):
+        yield from (guard for guard in givers if goes_on(guard))
+
+
+def _unknown_to_others(
+    file: File, opened: ast.If, kept: dict[ast.If, Guard]
+) -> Iterator[tuple[ast.Name | ast.Attribute, list[ast.If]]]:
+    """What an opened guard reads that guards in ``kept`` alone give values to, with these."""
     for statement in opened.body:
         for node in _read_by_all(statement):
             bindings = _bindings(file, node)
@@ -39,8 +59,8 @@ def _givers(file: File, opened: ast.If, kept: dict[ast.If, Guard]) -> Iterator[a
                 continue
             within = [_kept_around(file, binding, kept) for binding in bindings if binding not in inside]
             givers = [guard for guard in within if guard is not None]
-            if len(givers) == len(within):
-                yield from (guard for guard in givers if goes_on(guard))
+            if givers and len(givers) == len(within):
+                yield node, givers
 
 
 def _read_by_all(statement: ast.stmt) -> Iterator[ast.Name | ast.Attribute]:

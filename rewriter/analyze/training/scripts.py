@@ -245,7 +245,19 @@ class Scripts:
     @cached_property
     def programs(self) -> list[File]:
         """Files that are run to train, or to do something else with a model."""
-        return [file for file in self.entries if file in self._loops or self._builds_model(file) or self.drives(file)]
+        found = [f for f in self.entries if f in self._loops or self._builds_model(f) or self.drives(f)]
+        return [file for file in found if not self.submits(file)]
+
+    def submits(self, file: File) -> bool:
+        """Whether a file hands a job that trains to submitit, which starts its processes, and another file is run."""
+        if b"submitit" not in file.source.data or file in self._loops:
+            return False
+        imported = [node for node in file.nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+        names = {alias.name for node in imported if isinstance(node, ast.Import) for alias in node.names}
+        names |= {node.module or "" for node in imported if isinstance(node, ast.ImportFrom)}
+        return any(name.split(".")[0] == "submitit" for name in names) and any(
+            isinstance(call.func, ast.Attribute) and call.func.attr in {"submit", "map_array"} for call in file.calls
+        )
 
     @cached_property
     def _loops(self) -> set[File]:
@@ -266,6 +278,7 @@ class Scripts:
             self._starts(other) and loops & self.reach(other)
             for other in self.entries
             if other is not file and other not in loops and not self._runs_on_import(file, other)
+            if not self.submits(other)
         )
 
     def _starts(self, file: File) -> bool:
@@ -425,6 +438,11 @@ class Scripts:
         """Whether a program that a file is part of puts a model into DistributedDataParallel or DataParallel."""
         return not self._wrapping.isdisjoint(self._beside(file))
 
+    @property
+    def wraps(self) -> bool:
+        """Whether a program of the project puts a model into DistributedDataParallel or DataParallel."""
+        return bool(self._wrapping)
+
     @cached_property
     def _wrapping(self) -> set[File]:
         return {
@@ -443,13 +461,13 @@ class Scripts:
         return any(b".module" in f.source.data and any(map(_stores_module, f.nodes)) for f in self.project)
 
     def is_of_models(self, name: str) -> bool:
-        """Whether a name is a method of models, torch's or the project's."""
+        """Whether a name is a method of models, torch's or the project's, or what the project's keep by it."""
         return name in _OF_MODELS or name in self._methods_of_models
 
     @cached_property
     def _methods_of_models(self) -> set[str]:
         infos = (info for file in self.project for info in self.classes.all(file) if self.classes.is_module(info))
-        return {name for info in infos for name in info.methods}
+        return {name for info in infos for name in (*info.methods, *_kept(info.node))}
 
     def _shares_itself(self, file: File) -> bool:
         if self.is_parallel(file) or any(mark in file.source.data for mark in _SHARING):
@@ -603,6 +621,15 @@ def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:
 
 def _has_sampler(loader: ast.Call) -> bool:
     return any(keyword.arg in {"sampler", "batch_sampler"} for keyword in loader.keywords)
+
+
+def _kept(cls: ast.ClassDef) -> set[str]:
+    """The attributes that a class gives its objects."""
+    return {
+        node.attr
+        for node in walk(cls)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and dotted(node.value) == "self"
+    }
 
 
 def _stores_module(node: ast.AST) -> bool:

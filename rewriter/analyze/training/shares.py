@@ -11,6 +11,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
+from rewriter.analyze.training.over_ranks import gives_whole
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.showing import gives_text, is_text, joined_texts
@@ -128,6 +129,7 @@ class Kinds:
         self._within: dict[tuple[ast.AST, frozenset[str], frozenset[str]], Kinds | None] = {}
         self._means = frozenset[str]()  # names that a function gets a mean or a loss by
         self.totals_become_whole = False
+        self._over_ranks: dict[ast.Call, bool] = {}
         self.nodes = list(_own(loop))
         self.batch, self._held, self._asked = set(held), held, set[str]()
         self.made: dict[str, list[tuple[ast.expr, int | None]]] = {}
@@ -262,15 +264,27 @@ class Kinds:
             for item in returned
         )
 
-    def of_batch(self, node: ast.AST) -> bool:
-        """Whether a value comes of the loop's batch and is not made the ranks' yet."""
-        if isinstance(node, ast.Call) and self.roles.project.external(self.file, node.func) in _ALL:
+    def of_batch(self, node: ast.AST, bound: frozenset[str] = frozenset()) -> bool:
+        """Whether a value comes of the loop's batch and is not made the ranks' yet; ``bound`` are names of its own."""
+        if isinstance(node, ast.Call) and self.is_of_all_ranks(node):
             return False
         if isinstance(node, ast.Name):
-            return node.id in self.batch and node.id not in self.added
+            return node.id in self.batch and node.id not in self.added and node.id not in bound
         if isinstance(node, ast.Attribute) and node.attr in {"dtype", "device", "ndim"}:
             return False
-        return any(self.of_batch(child) for child in ast.iter_child_nodes(node))
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            for one in node.generators:
+                if self.of_batch(one.iter, bound):
+                    return True
+                bound |= names_in(one.target)  # which hold nothing else here, whatever they do elsewhere
+        return any(self.of_batch(child, bound) for child in ast.iter_child_nodes(node))
+
+    def is_of_all_ranks(self, call: ast.Call) -> bool:
+        """Whether a call makes what it is given that of all ranks."""
+        if call not in self._over_ranks:
+            made = self.roles.project.external(self.file, call.func) in _ALL
+            self._over_ranks[call] = made or gives_whole(self.roles.project, self.file, call)
+        return self._over_ranks[call]
 
     def leaving(self) -> Iterator[tuple[ast.expr, str]]:
         """The expressions that are added up, collected, handed to meters or shown."""
@@ -749,9 +763,9 @@ class Kinds:
         """Whether a name is made anew for each batch."""
         return isinstance(target, ast.Name) and (target.id in self.made or target.id in self.batch)
 
-    def is_size(self, node: ast.expr) -> bool:
+    def is_size(self, node: ast.expr, deep: int = 0) -> bool:
         if isinstance(node, ast.Name):
-            return any(self.is_size(value) for value, _ in self.made.get(node.id, []))
+            return deep < 4 and any(self.is_size(value, deep + 1) for value, _ in self.made.get(node.id, []))
         match node:
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True
@@ -768,18 +782,20 @@ class Kinds:
         """Whether a place is counted up from batch to batch: ``values[seen : seen + len(x)]``."""
         return any(isinstance(item, ast.Name) and item.id in self.added for item in walk(place))
 
-    def _is_cut(self, node: ast.expr) -> bool:
+    def _is_cut(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether a value is outside of the graph, so that no gradient is lost when it is gathered."""
         if self._without_gradients or _counts_distinct(node):
             return True
         if isinstance(node, ast.Name):
-            made = self.made.get(node.id)
-            return any(self._is_cut(value) for value, _ in made) if made else node.id in self.batch
+            made = self.made.get(node.id) if deep < 4 else None  # of what is made of itself, ``y = y.cpu()``
+            return any(self._is_cut(value, deep + 1) for value, _ in made) if made else node.id in self.batch
         if any(isinstance(item, ast.Attribute) and item.attr in _CUTS for item in walk(node)):
             return True
         if self._gives_numbers(node):
             return True
-        return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value)
+        return (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_cut(node.func.value, deep)
+        )
 
     def _gives_numbers(self, node: ast.expr) -> bool:
         """Whether a function of the project gives a dict that is written out, with numbers that it has read."""

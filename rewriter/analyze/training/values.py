@@ -211,10 +211,22 @@ class Values:
             item, parent = parent, parents[parent]
             if isinstance(parent, ast.Call) and parent.func is item:
                 item, parent = parent, parents[parent]
-        if isinstance(parent, ast.Subscript):
+        if isinstance(parent, ast.Subscript) or self._is_written_by(parent):
             return False
         tests = (ast.Compare, ast.If, ast.BoolOp, ast.UnaryOp, ast.comprehension)
         return not isinstance(parent, (ast.Expr, ast.AugAssign, *tests))
+
+    def _is_written_by(self, call: ast.AST) -> bool:
+        """Whether what a call has gets the result: ``torch.nan_to_num(p.grad, out=p.grad)``, ``relu_(p.grad)``."""
+        if isinstance(call, ast.keyword):
+            return call.arg == "out"
+        if not isinstance(call, ast.Call):
+            return False
+        name = (dotted(call.func) or "").split(".")[-1]
+        return (name.endswith("_") and not name.endswith("__")) or any(
+            keyword.arg == "out" and isinstance(keyword.value, ast.Attribute) and keyword.value.attr in {"grad", "data"}
+            for keyword in call.keywords
+        )
 
     def _loop(self, node: ast.For) -> Iterator[ValueUse]:
         found = self._iterated(node.iter, node.target)

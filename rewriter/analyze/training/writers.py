@@ -294,6 +294,29 @@ def is_open_file(file: File, target: ast.expr | None) -> bool:
     )
 
 
+def is_in_memory(file: File, statement: ast.stmt) -> bool:
+    """Whether a statement's call writes to what lies in memory: ``picture.save(buffer, format="PNG")``."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    call = statement.value
+    held = [*call.args, *(keyword.value for keyword in call.keywords)]
+    held += [call.func.value] if isinstance(call.func, ast.Attribute) else []
+    return any(isinstance(item, ast.Name) and _is_memory(file, item) for item in held)
+
+
+def _is_memory(file: File, name: ast.Name) -> bool:
+    opened = [
+        item.context_expr
+        for parent in file.names.ancestors(name)
+        if isinstance(parent, ast.With)
+        for item in parent.items
+        if isinstance(item.optional_vars, ast.Name) and item.optional_vars.id == name.id
+    ]
+    values = opened or list(file.names.values_of(name))
+    made = [(dotted(value.func) or "").split(".")[-1] if isinstance(value, ast.Call) else "" for value in values]
+    return bool(made) and all(one in {"BytesIO", "StringIO"} for one in made)
+
+
 def _says(statement: ast.stmt, handle: str) -> bool:
     """Whether a statement prints or logs, and leaves an open file alone."""
     match statement:

@@ -5,7 +5,7 @@ captures as a CUDA graph, stop its conversion; under a test that does not hold b
 says so there. Embeddings that are resized, batch norms (also those by hand), losses that are sums over the batch, or
 may be, compare its items with each other or take a root or a norm of its mean, samples that are paired with others of
 the batch (mixup and cutmix by ``x.flip(0)``, ``x[index]`` or halves), models that look at the padding of a batch,
-losses that are a mean over it, and hooks that clamp gradients are reported.
+losses that are a mean over it, hooks that clamp gradients, and modules that pickle themselves are reported.
 Why: a rank holds only its share of every parameter and sees only its share of a batch.
 Refuses when: always, but for what stands under a test.
 """
@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, walk
 from rewriter.analyze.training.completed import completing
 from rewriter.analyze.training.sums import is_size
@@ -63,7 +63,16 @@ _MIXERS = re.compile(
 _LABELS = re.compile(r"label|target|ground_truth|^gt$", re.I)
 
 
+_PICKLED = (
+    "{name} pickles itself ({by}), which a model whose values are spread over ranks cannot: take that away here, and "
+    "save what state_dict() gives"
+)
+_PICKLING = {"__reduce__", "__reduce_ex__"}
+
+
 def find(file: File, facts: Facts) -> Iterator[Finding]:
+    if facts.scripts.training:
+        yield from _pickles_itself(file, facts)
     if file not in facts.scripts.training:
         return
     yield from _batch_norm(file, facts)
@@ -124,6 +133,22 @@ def _is_wrapped_later(file: File, facts: Facts, call: ast.Call, model: ast.expr)
         and statement.lineno < call.lineno
         and (last := completing(file, facts.project, roles, variable, statement)) is not None
     )
+
+
+def _pickles_itself(file: File, facts: Facts) -> Iterator[Remark]:
+    """Modules with a ``__reduce__`` of their own, or that a decorator of the project gives one."""
+    for info in facts.classes.all(file):
+        if not facts.classes.is_module(info):
+            continue
+        own = _PICKLING & info.methods.keys()
+        by = next(iter(sorted(own)), "")
+        for decorator in info.node.decorator_list:
+            called = facts.project.resolve(file, decorator.func if isinstance(decorator, ast.Call) else decorator)
+            inside = walk(called.node) if isinstance(called, FunctionInfo) else ()
+            if any(isinstance(node, ast.FunctionDef) and node.name in _PICKLING for node in inside):
+                by = f"@{file.source.code(decorator)}"
+        if by:
+            yield Remark(RULE.code, info.node.lineno, _PICKLED.format(name=info.node.name, by=by), differs=True)
 
 
 def _batch_norm(file: File, facts: Facts) -> Iterator[Finding]:

@@ -3,12 +3,14 @@
 What: ``model = DDP(model, ...)`` is removed, as is DataParallel, ``model.module`` is ``model`` (in
 other files, too), ``no_sync()`` is a null context, a DistributedSampler is told rank and number of ranks.
 Why: a converted model reduces its gradients itself. The sampler still gives every rank its share.
-Refuses when: SyncBatchNorm is asked for; it needs a process group.
+Refuses when: SyncBatchNorm is asked for; it needs a process group. Text like ``"module.encoder"``, which no name in a
+checkpoint begins with any more, is reported.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
@@ -22,10 +24,13 @@ from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
+_WRAPPED = re.compile(r"module\.[A-Za-z_][\w.]*$")
+_UNNAMED = 'no wrapper puts "module." before the names in checkpoints that are written now: {} is not found in them'
 _AVERAGES = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3", "ModelEMA"}
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
+    yield from _names(file, facts)
     if file not in facts.scripts.training:
         return
     for node in file.nodes:
@@ -37,6 +42,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             if node.targets[0].attr == "require_backward_grad_sync":
                 message = "gradients need no switch for their reduction"
                 yield Conversion(RULE.code, node.lineno, message, (Remove(node),))
+
+
+def _names(file: File, facts: Facts) -> Iterator[Remark]:
+    """Code that looks for the names which a wrapper's parameters have in checkpoints: ``"module.encoder"``."""
+    lines = set[int]()
+    for node in file.nodes if facts.scripts.wraps and b"module." in file.source.data else ():
+        match node:
+            case ast.Constant(value=str(text)) if _WRAPPED.match(text) and node.lineno not in lines:
+                lines.add(node.lineno)
+                yield Remark(RULE.code, node.lineno, _UNNAMED.format(file.source.code(node)), differs=True)
 
 
 def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:

@@ -10,7 +10,8 @@ Why: models, output and data all depend on the ranks. init_distributed seeds tor
 initial weights are those of the unconverted script.
 Where every rank acts in an environment by what the forward of a model draws, and nothing shares out the work, ranks are
 to draw alike in layers, too: ``random="shared"``.
-Of files that run when they are imported, the first that needs the ranks starts them; a seed or output needs none.
+Of files that run when they are imported, the first that needs the ranks starts them; a seed or output needs none. A
+function that another script calls, too, starts them where they are not started yet.
 Refuses when: the script already calls it; the file is a library that another script runs. A training loop that no
 script of the project starts is reported.
 """
@@ -22,7 +23,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, walk, walk_own
 from rewriter.analyze.training.default_sinks import QUIETED, default_sinks
 from rewriter.analyze.training.draws import acts_by_draws
@@ -36,12 +37,19 @@ from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
 
 _SEEDED = "{bmt}.init_distributed(seed={seed})"
+_SUBMITTED = "each process of this job would train alone, as submitit tells it no rank: let the job run torchrun"
 _GROUP = "{bmt}.distributed.register_process_group()"
 _DRAWN = re.compile(r"random\.|numpy\.random\.|time\.|secrets\.|os\.(?:urandom|getpid)|torch\.(?:\w*seed|randint)")
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
     scripts = facts.scripts
+    if scripts.submits(file) and scripts.reach(file) & scripts.training:
+        call = next(
+            c for c in file.calls if isinstance(c.func, ast.Attribute) and c.func.attr in {"submit", "map_array"}
+        )
+        yield Remark(RULE.code, call.lineno, _SUBMITTED)
+        return
     if file not in scripts.training or (b"init_distributed" in file.source.data and _present(file, facts)):
         return
     first = _first(file, facts)
@@ -83,7 +91,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         value = seed[1].args[0]
     start = insert_before(first, bare, *group)
     imported = _seed_at_import(file, facts)
-    if value is not None:
+    if _is_called_elsewhere(file, facts, first):
+        lines = [bare if value is None else seeded, *group]
+        holes = {} if value is None else {"seed": value}
+        start = insert_before(first, "if not {bmt}.is_initialized():", *(f"    {line}" for line in lines), **holes)
+    elif value is not None:
         start = insert_before(first, seeded, *group, seed=value)
     elif seed is None and imported is not None:
         start = insert_before(first, seeded.replace("{seed}", str(imported)), *group)
@@ -102,6 +114,19 @@ def _first(file: File, facts: Facts) -> ast.stmt | None:
     needing = (s for s in statements if entry.needs_init(file, s) or entry.makes_files(file, s) or contains(s, named))
     first = next(needing, None)
     return statements[0] if first is None and statements and scripts.drives(file) else first
+
+
+def _is_called_elsewhere(file: File, facts: Facts, first: ast.stmt) -> bool:
+    """Whether the function that starts the ranks is also called by another script, which has started them."""
+    function = file.names.function_of(first)
+    others = (other for other in facts.scripts.training if other is not file) if function is not None else ()
+    return any(
+        isinstance(found := facts.project.resolve(other, call.func), FunctionInfo)
+        and found.node is function
+        and _first(other, facts) is not None
+        for other in others
+        for call in other.calls
+    )
 
 
 def _without_script(file: File, facts: Facts) -> Iterator[Finding]:

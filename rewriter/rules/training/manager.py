@@ -5,7 +5,8 @@ itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` a
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
 optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
 Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``. A step that gets a
-closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's.
+closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's. timm's
+``NativeScaler`` becomes bmtrain's; one of the project's, which each call gives the optimizer, tells its manager then.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure beside a loss scale, or is called in a hook; another package's optimizer makes one
@@ -23,7 +24,7 @@ from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import Function, dotted, is_of_autograd, loss_of, walk
 from rewriter.analyze.training.entries import is_main_test
 from rewriter.analyze.training.managers import Manager, Managers
-from rewriter.analyze.training.roles import Var
+from rewriter.analyze.training.roles import Roles, Var
 from rewriter.changes import Change, Remove, anchor, insert_before, insert_behind, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
@@ -36,6 +37,7 @@ _HARMLESS = {
     "isnan", "isinf", "append", "zero_grad", "get_scale", "get_last_lr", "format", "list",
 }  # fmt: skip
 """Calls that look at no gradient, or that the manager makes instead."""
+_NATIVE_SCALERS = {"timm.utils.NativeScaler", "timm.utils.cuda.NativeScaler"}
 _SEVERAL = "{} is one optimizer of several, of which each needs a name of its own: write a.step(), b.step()"
 _OF_LISTS = {"append", "values", "items", "keys"}
 _GOES_THROUGH = {"enumerate", "zip", "len", "reversed", "list", "tuple", "isinstance", "print", "range", "bool"}
@@ -429,9 +431,13 @@ def _joined(
     """Tell a manager its optimizer wherever the later of the two is made."""
     add = f"{manager.name}.add_optimizer({optimizer[1]})"
     makers = [statement for statement, _ in _makers(managers, manager)]
-    if place is None:  # the optimizer comes from outside: whoever made it joins the two, if it is not done here
-        if managers.is_argument(optimizer) and all(file.names.function_of(made) is optimizer[0] for made in makers):
+    if place is None:  # the optimizer comes from outside
+        first = _first_statement(optimizer) if managers.is_argument(optimizer) else None
+        if first is not None and all(file.names.function_of(made) is optimizer[0] for made in makers):
             yield from (insert_behind(statement, add) for statement in ([branch] if branch is not None else makers))
+        elif first is not None and _is_told_by_calls(file, managers, manager):
+            asked = f"if {optimizer[1]} not in {manager.name}.optimizers:"
+            yield insert_before(first, asked, f"    {add}")
         return
     if branch is not None:
         yield insert_behind(place if place.lineno > branch.lineno and place not in walk(branch) else branch, add)
@@ -441,6 +447,16 @@ def _joined(
     for made in makers:
         if made.lineno > place.lineno:
             yield insert_behind(made, add)
+
+
+def _is_told_by_calls(file: File, managers: Managers, manager: Manager) -> bool:
+    """Whether a scaler stays while functions are given the optimizers that it steps, as timm's NativeScaler does."""
+    return any(
+        managers.is_argument(optimizer)
+        and _last_assignment(file, managers, optimizer) is None
+        and any(file.names.function_of(made) is not optimizer[0] for made, _ in _makers(managers, manager))
+        for optimizer in manager.optimizers
+    )
 
 
 def _scaler_argument(managers: Managers, manager: Manager) -> Iterator[Change]:
@@ -622,8 +638,11 @@ def _first_statement(variable: Var) -> ast.stmt | None:
 def _calls(file: File, facts: Facts, managers: Managers) -> Iterator[Change | Remark | Refusal]:
     """Changes of every backward, clip, step, zero_grad and scaler call of a file; remarks on those left."""
     for node in file.calls:
-        if facts.project.external(file, node.func) == "torch.nn.utils.clip_grad_norm_":
+        called = facts.project.external(file, node.func)
+        if called == "torch.nn.utils.clip_grad_norm_":
             yield from _clip(file, facts, managers, node)
+        elif called in _NATIVE_SCALERS:
+            yield replace(node.func, "{bmt}.optim.NativeScaler")
         elif isinstance(node.func, ast.Attribute):
             variable = managers.roles.var(node.func.value)
             manager = managers.by(node.func.value)
@@ -658,6 +677,8 @@ def _backward(
         if given is None:
             return  # gradients by hand, as of a reversible layer: part of the backward of a loss
         receiver = given
+    if _is_own_method(file, facts, roles, node, receiver):
+        return
     loss, manager = receiver, managers.for_call(node)
     if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Attribute):
         scaling = roles.var(receiver.func.value)
@@ -680,6 +701,21 @@ def _backward(
         yield replace(func, f"{name}.scale_loss({{loss}}).backward", loss=loss)
     else:
         yield replace(node, f"{name}.backward({{loss}})", loss=loss)
+
+
+def _is_own_method(file: File, facts: Facts, roles: Roles, node: ast.Call, receiver: ast.expr) -> bool:
+    """Whether an object that is no loss runs the backward, of what it is given: ``self.trainer.backward(loss)``."""
+    values = [value for variable, value, _, part in roles.assignments if not part and variable == roles.var(receiver)]
+    if isinstance(receiver, ast.Call):
+        values = [receiver]
+    for value in values:
+        found = facts.project.resolve(file, value.func) if isinstance(value, ast.Call) else None
+        if isinstance(found, ClassInfo) and facts.classes.method(found, "backward") is not None:
+            return True
+    owner = file.names.class_of(node) if dotted(receiver) == "self" else None
+    if owner is not None and facts.classes.method(file.class_info(owner), "backward") is not None:
+        return True
+    return bool(node.args) and roles.var(node.args[0]) in roles.losses
 
 
 def _called(node: ast.expr) -> ast.expr:
@@ -709,6 +745,9 @@ def _scaler(
         yield replace(node, f"{manager.name}.loss_scale")
     elif func.attr == "is_enabled":
         yield replace(node, f"({manager.name}.loss_scale is not None)")
+    elif func.attr in {"state_dict", "load_state_dict"} and _is_told_by_calls(file, managers, manager):
+        named = func.attr.replace("state", "scaler_state")
+        yield replace(func, f"{manager.name}.{named}")
     elif func.attr in {"state_dict", "load_state_dict"}:
         yield replace(func.value, manager.name)
         message = f"the scaler's {func.attr} is now the manager's, which has another layout"
@@ -855,7 +894,7 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
     alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
-    if manager is not None and alone and _whole(file, managers, parameters):
+    if manager is not None and alone and _whole(file, managers, parameters) and not _has_free_parameters(facts):
         groups = f"{manager.optimizers[0][1]}.param_groups"
     elif isinstance(parameters, (ast.Name, ast.Attribute, ast.Subscript)):
         groups, holes["parameters"] = "{parameters}", parameters  # some, or a single one
@@ -890,6 +929,28 @@ def _whole(file: File, managers: Managers, node: ast.expr) -> bool:
         return False
     others = {_model(managers, _holder(call)) for call in file.calls} - _made_of(file, managers, model)
     return not any(other is not None and other != model and other[0] is model[0] for other in others)
+
+
+def _has_free_parameters(facts: Facts) -> bool:
+    """Whether the scripts make parameters that no module holds, which an optimizer may have beside a model's."""
+    return any(
+        _makes_parameter(file, facts, call) and file.names.class_of(call) is None
+        for file in facts.scripts.training
+        if any(mark in file.source.data for mark in (b"Parameter(", b"requires_grad=True", b"requires_grad_("))
+        for call in file.calls
+    )
+
+
+def _makes_parameter(file: File, facts: Facts, call: ast.Call) -> bool:
+    called = facts.project.external(file, call.func)
+    if called in {"torch.nn.Parameter", "torch.nn.parameter.Parameter"}:
+        return True
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "requires_grad_" and not call.args:
+        return isinstance(call.func.value, ast.Call)  # of a tensor that is made here
+    return called.startswith("torch.") and any(
+        keyword.arg == "requires_grad" and isinstance(keyword.value, ast.Constant) and keyword.value.value is True
+        for keyword in call.keywords
+    )
 
 
 def _made_of(file: File, managers: Managers, model: Var) -> set[Var | None]:

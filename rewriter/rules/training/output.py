@@ -35,6 +35,7 @@ from rewriter.analyze.training.writers import (
     WRITERS,
     gives_count,
     handles_records,
+    is_in_memory,
     is_left_to_one,
     maps_to_write,
     opens_for_writing,
@@ -86,7 +87,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         if not writes(file, facts.project, node) or handles_records(file, facts.project, node):
             continue
-        if _keeps_state(file, facts, node):
+        if _keeps_state(file, facts, node) or is_in_memory(file, node):
             continue
         if _saves_pretrained(file, facts, node):  # also where a guard was opened for it
             assert isinstance(node, ast.Expr)
@@ -145,6 +146,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 or _saves_itself(file, facts, call)
             )
             and not facts.scripts.in_kept_guard(file, call)
+            and not is_in_memory(file, file.names.statement_of(call))
         ):
             message = (
                 "every rank writes this file: where it needs nothing of the others, if bmt.rank() == 0: is to do it"

@@ -3,11 +3,12 @@
 What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a forward or ``p.grad`` goes;
 ``if step % n == 0 and rank == 0:`` keeps its first half, as does each side of
 ``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
-values, or in which a loss is averaged that is read as that of all ranks. ``Average(model) if rank == 0 else None`` is
-made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the barriers
-by which the first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around what is
-for all ranks, and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or behind it
-(writing files, logging), gets a guard of its own.
+values, or in which a loss is averaged that is read as that of all ranks. Text, numbers and paths that a guard with an
+else branch gives names to are rank 0's on all ranks, where such a guard reads them. ``Average(model) if rank == 0 else
+None`` is made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the
+barriers by which the first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around
+what is for all ranks, and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or
+behind it (writing files, logging), gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away before a collective with more to do
 (``if rank != 0: dist.barrier(); return``), or out of a loop: then the file stays as it is. So it does where an object
@@ -33,11 +34,17 @@ from rewriter.analyze.training.collectives import (
     rank_flags,
     rest_of,
 )
+from rewriter.analyze.training.opened import told_by_one
 from rewriter.analyze.training.turns import turns
-from rewriter.changes import Change, Remove, Unblock, replace
+from rewriter.changes import Change, Remove, Unblock, insert_behind, replace
 from rewriter.rules.one_rank import guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
+
+_PLAIN = {
+    "join", "Path", "str", "int", "float", "len", "format", "strftime", "time", "abspath", "basename", "dirname",
+    "resolve", "replace", "round", "expanduser",
+}  # fmt: skip
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -61,6 +68,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
     yield from _together(file, facts)
+    yield from _told(file, facts)
     yield from _chosen(file, facts)
     yield from _early_exits(file, facts)
     for call in file.calls:
@@ -72,6 +80,43 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, call.lineno, message)
     if not facts.scripts.was_parallel(file) and not facts.scripts.started:
         yield from _launcher_asked(file)
+
+
+def _told(file: File, facts: Facts) -> Iterator[Finding]:
+    """Names that a guard which stays gives values to, and that all ranks read in one which goes."""
+    behind: dict[ast.If, list[str]] = {}
+    for guard, node, reader in told_by_one(file, facts.scripts.opened_guards(file)):
+        name = file.source.code(node)
+        values = [value for value in _given(guard.node, name) if value is not None]
+        plain = bool(values) and all(_is_plain(value) for value in values) and not guard.rest
+        if plain and guard.node.lineno < getattr(reader, "lineno", 0):
+            behind.setdefault(guard.node, []).append(name)
+        else:
+            message = f"{name} has a value on one rank only, and every rank reads it in line {node.lineno}"
+            yield Remark(RULE.code, guard.node.lineno, message, differs=True)
+    for owner, names in behind.items():
+        lines = [f"{name} = {{bmt}}.store.broadcast_object({name} if {{bmt}}.rank() == 0 else None)" for name in names]
+        message = f"all ranks are told {', '.join(names)}"
+        yield Conversion(RULE.code, owner.lineno, message, (insert_behind(owner, *lines),))
+
+
+def _given(guard: ast.If, name: str) -> Iterator[ast.expr | None]:
+    for statement in guard.body:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Assign) and name in map(dotted, node.targets):
+                yield node.value
+
+
+def _is_plain(value: ast.expr) -> bool:
+    """Whether a value is text, a number or a path, which another rank can be told."""
+    match value:
+        case ast.Constant() | ast.JoinedStr():
+            return True
+        case ast.BinOp(left=left, op=ast.Div() | ast.Add() | ast.Mod(), right=right):
+            return _is_plain(left) or _is_plain(right)
+        case ast.Call(func=func):
+            return (dotted(func) or "").split(".")[-1] in _PLAIN or getattr(func, "attr", "") in _PLAIN
+    return False
 
 
 def _lift(file: File, facts: Facts, found: Exit, what: str) -> Finding:

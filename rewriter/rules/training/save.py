@@ -5,7 +5,8 @@ What: ``torch.save(model.state_dict(), path)`` becomes ``bmt.save(model, path)``
 Why: ``state_dict()`` gathers the shards of all ranks, so every rank must call it; one then writes the file, whole or
 not at all. The file is what the unconverted script writes.
 An object of the project that holds an optimizer (``{"optimizer": self.wrapper}``) is reported: no file takes it.
-Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. It writes to
+Refuses when: only one rank reaches the call and nothing in it needs the others: then torch.save is right. So it is for
+what each rank writes to a file with its number in the name, which holds no state of a model. It writes to
 an open file: then that is left to one rank. ``with open(path, "wb") as f: torch.save(x, f)`` becomes one call.
 """
 
@@ -16,11 +17,18 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import dotted, walk
+from rewriter.analyze.training.rank_names import is_rank
 from rewriter.analyze.training.writers import is_open_file, opened_for
 from rewriter.changes import Change, Keep, Unblock, replace
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
+
+_DEEP = 3
+_OWN = (
+    "each rank wrote a file of its own name here, and the state is one now, which rank 0 writes by its name: name it "
+    "without the rank, and read it so"
+)
 
 
 def find(file: File, facts: Facts) -> Iterator[Finding]:
@@ -36,6 +44,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if opened is None and len(node.args) > 1 and is_open_file(file, node.args[1]):
             continue  # one rank writes, as BMT033 says, what all ranks give
         what = node.args[0] if node.args else None
+        path = node.args[1] if len(node.args) > 1 else None
+        if what is not None and path is not None and _names_rank(file, path):
+            if not _holds_state(file, facts, what):
+                continue  # each rank's own
+            yield Remark(RULE.code, node.lineno, _OWN, differs=True)
         if (
             len(node.args) == 2
             and not node.keywords
@@ -63,6 +76,32 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 state = f"{code}.{optimizer}.state_dict()"
                 message = f"{code} holds an optimizer, of which ranks have parts, and cannot be written: save {state}"
                 yield Remark(RULE.code, held.lineno, message, differs=True)
+
+
+def _names_rank(file: File, path: ast.expr, deep: int = 0) -> bool:
+    """Whether a path, or what it is made of, has a rank's number in it, so that each rank has a file of its own."""
+    return any(
+        is_rank(file, item)
+        or (
+            isinstance(item, ast.Name)
+            and deep < _DEEP
+            and any(_names_rank(file, value, deep + 1) for value in file.names.values_of(item))
+        )
+        for item in walk(path)
+        if isinstance(item, ast.expr)
+    )
+
+
+def _holds_state(file: File, facts: Facts, what: ast.expr) -> bool:
+    """Whether a file gets what ranks have parts of: a model, or the state of one or of an optimizer."""
+    roles = facts.scripts.roles[file]
+    held = [what, *(file.names.values_of(what) if isinstance(what, ast.Name) else ())]
+    return any(
+        (isinstance(item, ast.Attribute) and item.attr == "state_dict")
+        or (isinstance(item, ast.expr) and (roles.is_model(item) or roles.var(item) in roles.optimizers))
+        for part in held
+        for item in walk(part)
+    )
 
 
 def _held(file: File, what: ast.expr) -> Iterator[ast.expr]:

@@ -57,7 +57,7 @@ def _gone_through(file: File) -> Iterator[ast.expr]:
     for node in file.nodes:
         match node:
             case ast.Call(func=ast.Name(id=name), args=args) if name in _LISTS:
-                if not isinstance(file.names.parents[node], ast.Call) or not _is_unordered(file, node):
+                if not _is_unordered(file, node):
                     yield from args
             case ast.ListComp(generators=[first, *_]) | ast.DictComp(generators=[first, *_]):
                 if not _is_unordered(file, node):
@@ -81,8 +81,31 @@ def _is_unordered(file: File, node: ast.expr) -> bool:
     parent = file.names.parents[node]
     while isinstance(parent, ast.Call) and getattr(parent.func, "id", "") in _LISTS:
         parent = file.names.parents[parent]
+    if isinstance(parent, ast.Assign) and isinstance(node, ast.Call) and len(parent.targets) == 1:
+        target = parent.targets[0]
+        return isinstance(target, ast.Name) and _is_only_asked(file, target)
     called = (dotted(parent.func) or "").split(".")[-1] if isinstance(parent, ast.Call) else ""
     return called in {"sorted", "len", "set", "frozenset", "sum", "max", "min", "any", "all"}
+
+
+def _is_only_asked(file: File, target: ast.Name) -> bool:
+    """Whether a name of a function serves only to ask what is in it, or how much: ``if name in common``."""
+    function = file.names.function_of(target)
+    reads = [
+        node
+        for node in (walk(function) if function is not None else ())
+        if isinstance(node, ast.Name) and node.id == target.id and isinstance(node.ctx, ast.Load)
+    ]
+    return bool(reads) and all(_asks(file, node) for node in reads)
+
+
+def _asks(file: File, node: ast.Name) -> bool:
+    match file.names.parents[node]:
+        case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[held]):
+            return held is node
+        case ast.Call(func=ast.Name(id="len" | "set" | "sorted")):
+            return True
+    return False
 
 
 def _sets(file: File, node: ast.expr, deep: int = 0) -> list[ast.expr]:

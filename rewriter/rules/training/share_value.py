@@ -131,6 +131,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     and not _is_whole_where_read(file, facts, item, made)
                     and not _is_counted(file, facts, node, item)
                     and not _adds_up_whole(file, facts, item, made)
+                    and not (kinds is not None and not kinds.of_batch(item) and _is_reduced(file, facts, kinds, item))
                 ):
                     message = f"{file.source.code(item)} is of this rank's share of the data"
                 if isinstance(item, (ast.AugAssign, ast.Call)) and message and item not in told:
@@ -334,8 +335,9 @@ def _is_reduced(file: File, facts: Facts, kinds: Kinds, value: ast.expr, deep: i
             sides = (side.func if isinstance(side, ast.Call) else side for side in (item.left, item.right))
             if any(_NUMBER_OF_RANKS.search((dotted(side) or "").split(".")[-1]) for side in sides):
                 return True
-        if isinstance(item, ast.Call) and _OVER_ALL.search((dotted(item.func) or "").split(".")[-1]):
-            return True
+        if isinstance(item, ast.Call):
+            if _OVER_ALL.search((dotted(item.func) or "").split(".")[-1]) or kinds.is_of_all_ranks(item):
+                return True
         if isinstance(item, (ast.Name, ast.Attribute)):
             if facts.decisions.varying.is_made_equal(file, item):
                 return True

@@ -131,3 +131,45 @@ def test_a_module_of_something_else_stays(tmp_path: Path, rest: str) -> None:
 
 def test_without_a_wrapper_an_attribute_stays(tmp_path: Path) -> None:
     assert ".module.sizes" in of_two_files(tmp_path, "net = Net()", "print(net.module.sizes())")
+
+
+PARTS = {
+    "is set": "student.module.backbone.masked = False",
+    "is read": "kept = student.module.backbone.weight.shape",
+    "is called": "out = student.module.backbone(x)",
+}
+
+
+@pytest.mark.parametrize("line", PARTS.values(), ids=PARTS.keys())
+def test_what_a_models_class_keeps_is_the_models(line: str) -> None:
+    text = f"""import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+
+class Wrap(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+def epoch(student, opt, xs):
+    for x in xs:
+        {line}
+        student(x).mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def main(args):
+    student = Wrap(nn.Linear(4, 4))
+    student = DDP(student, broadcast_buffers=False) if args.swin else DDP(student)
+    epoch(student, torch.optim.SGD(student.parameters(), lr=0.1), [torch.ones(2, 4)])
+
+
+main(args)
+"""
+    assert line.replace(".module", "") in converted(text)

@@ -93,3 +93,26 @@ def test_processes_agree() -> None:
     code = script.replace("# here", line)
     environment = [{**os.environ, "PYTHONHASHSEED": str(seed)} for seed in range(4)]
     assert len({subprocess.check_output([sys.executable, "-c", code], env=env) for env in environment}) == 1
+
+
+ASKED = {
+    "in a comprehension": "order = list(set(data.things) & set(data.others))\nfound = [x for x in xs if x in order]",
+    "not in": "order = tuple(set(data.things))\nfound = [x for x in xs if x not in order]\nn = len(order)",
+    "sorted later": "order = list(set(data.things))\nfor x in sorted(order):\n    print(x)",
+}
+GONE_THROUGH = {
+    "also gone through": "order = list(set(data.things))\nif x in order:\n    f(x)\nfor x in order:\n    f(x)",
+    "handed on": "order = list(set(data.things))\nfound = [x for x in xs if x in order]\nf(order)",
+}
+
+
+@pytest.mark.parametrize("code", ASKED.values(), ids=ASKED.keys())
+def test_a_list_that_is_only_asked_has_no_order(code: str) -> None:
+    inside = "def keep():\n" + "".join(f"    {line}\n" for line in code.splitlines()) + "\nkeep()"
+    assert told(inside) == []
+
+
+@pytest.mark.parametrize("code", GONE_THROUGH.values(), ids=GONE_THROUGH.keys())
+def test_a_list_that_is_gone_through_has_one(code: str) -> None:
+    inside = "def keep():\n" + "".join(f"    {line}\n" for line in code.splitlines()) + "\nkeep()"
+    assert len(told(inside)) == 1
