@@ -677,7 +677,7 @@ def _backward(
         if given is None:
             return  # gradients by hand, as of a reversible layer: part of the backward of a loss
         receiver = given
-    if _is_own_method(file, facts, roles, node, receiver):
+    elif _is_own_method(file, facts, roles, node, receiver):
         return
     loss, manager = receiver, managers.for_call(node)
     if isinstance(receiver, ast.Call) and isinstance(receiver.func, ast.Attribute):
