@@ -6,6 +6,7 @@ BMTrainError
 ├── DeviceError           a device was asked for that this machine does not have      (RuntimeError)
 ├── CheckpointError       a checkpoint does not fit the model, or cannot be read      (RuntimeError)
 ├── ShardedAccessError    values of a sharded parameter were read or written in place (RuntimeError)
+├── InPlaceError          what gradients need was changed in place                    (RuntimeError)
 ├── RankDivergenceError   ranks ran different blocks                                  (RuntimeError)
 ├── CommunicationError    a collective failed or was called with unfit tensors        (RuntimeError)
 ├── NonFiniteError        a loss or a gradient is infinite or NaN                     (FloatingPointError)
@@ -37,6 +38,10 @@ class CheckpointError(BMTrainError, RuntimeError):
 
 class ShardedAccessError(BMTrainError, RuntimeError):
     """The values of a sharded parameter were used where only its shape is known."""
+
+
+class InPlaceError(BMTrainError, RuntimeError):
+    """A tensor that gradients need has been changed in place since, of which torch says the same on one process."""
 
 
 class RankDivergenceError(BMTrainError, RuntimeError):

@@ -136,6 +136,8 @@ class Backward:
     def rebuild(self, place: Place, autocast: torch.dtype | None) -> torch.Tensor:
         """A view of the re-gathered buffer."""
         flat = place.flat
+        if flat.steps != place.since:
+            flat.require_unchanged(place.numbers, place.since)
         if flat.buffer is None:
             self._schedule.use(unit_of_flat(flat), "backward", autocast)
         assert flat.buffer is not None

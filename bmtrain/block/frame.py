@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..alike import differ, sums_of
 from ..autograd import ScriptsAsWritten, running_node_saves_with, runs_as_written
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, InPlaceError
 from ..shard.flat import FlatShard
 from ..shard.parameter import DistributedParameter
 from ..shard.unit import ShardUnit
@@ -74,9 +74,10 @@ class Frame:
         self._facts: list[tuple[torch.Size, torch.dtype]] = []  # of what is to be made again
         self._sums: list[torch.Tensor] | None = None  # of the same, in a block's first runs
         self._plan, self._storages = plan, dict[int, int]()
-        self._made: dict[int, torch.Tensor] = {}
+        self._made: dict[int, tuple[torch.Tensor, int]] = {}
         self._again: Repeat | None = None
-        self._held: list[torch.Tensor] | None = None  # until it is known whether the block can run again
+        self._steps: list[tuple[FlatShard, int]] = []  # how many of each the forward came after
+        self._held: list[tuple[torch.Tensor, int]] | None = None  # until it is known whether the block can run again
         self._second: Frame | None = None  # of what nodes of the backward save, where that is differentiated
         if unit is not None:
             self.add(unit)
@@ -117,6 +118,7 @@ class Frame:
             out = call(*args, **kwargs)
         if again.first_run_is_over():
             self._held = None
+        self._steps = [(flat, flat.steps) for unit in self.units for flat in unit.flats]
         return out
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
@@ -127,22 +129,24 @@ class Frame:
     def _pack(self, tensor: torch.Tensor) -> Any:
         kept = self._kept
         if kept is not None and type(tensor) is torch.Tensor and kept.pools.changes == kept.changes:
-            return tensor  # without a look at what it is; a parameter would show something else by the backward
+            # Without a look at what it is; a parameter would show something else by the backward.
+            return tensor, tensor._version
         if type(tensor) is DistributedParameter:
             home = tensor._flat
             if isinstance(home, FlatShard) and home.buffer is not None:
-                return PlaceOfParameter(home, tensor._index, tensor.dtype)
+                return PlaceOfParameter(home, tensor._index, tensor.dtype, home.steps)
         strided = tensor.layout is torch.strided  # a sparse one is no part of a buffer
         flat = self._whole.get(tensor.untyped_storage().data_ptr()) if strided else None  # asked of all that is saved
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)
         if not self.recompute:
-            return tensor if kept is None else (tensor,)  # it may lie where a buffer lay when the forward began
+            # It may lie where a buffer lay when the forward began.
+            return (tensor, _version(tensor)) if kept is None else (tensor, _version(tensor), "no buffer's")
         if self._plan is not None and strided:
             storage = tensor.untyped_storage()
             self._storages[storage.data_ptr()] = storage.nbytes()
         if self._held is not None:
-            self._held.append(tensor.detach())
+            self._held.append((tensor.detach(), _version(tensor)))
         self._facts.append((tensor.shape, tensor.dtype))
         if self._sums is not None:
             self._sums.append(_sums(tensor))
@@ -155,13 +159,17 @@ class Frame:
                 return self._peek(packed)
             self.owner.reached(self)
         kept = self._kept
-        if kept is not None and type(packed) is torch.Tensor:
+        if type(packed) is tuple:
+            tensor: torch.Tensor = packed[0]
             flat = None
-            if torch.is_grad_enabled() or kept.pools.changes != kept.changes:
-                flat = kept.flats.get(packed.untyped_storage().data_ptr()) if packed.layout is torch.strided else None
+            if kept is not None and len(packed) == 2:
+                if torch.is_grad_enabled() or kept.pools.changes != kept.changes:
+                    flat = (
+                        kept.flats.get(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided else None
+                    )
             if flat is None:
-                return packed
-            packed = PlaceInFlat.of(packed, flat)
+                return self._unchanged(tensor, packed[1])
+            packed = PlaceInFlat.of(tensor, flat)
         if isinstance(packed, Place):
             if torch.is_grad_enabled():  # create_graph=True: what this node saves of the buffer is no more to be kept
                 if self._second is None:
@@ -169,36 +177,38 @@ class Frame:
                     self._second.autocast = self.autocast
                 running_node_saves_with(self._second._pack, self._second._unpack)
             return self.owner.rebuild(packed, self.autocast)
-        if isinstance(packed, torch.Tensor):
-            return packed
-        if type(packed) is tuple:
-            alone: torch.Tensor = packed[0]
-            return alone
         if self._held is not None:
-            held: torch.Tensor = self._held[packed]
-            return held
-        tensor = self._made.pop(packed, None)
-        if tensor is None:
+            return self._unchanged(*self._held[packed])
+        if packed not in self._made:
             self._recompute()
-            tensor = self._made.pop(packed)
+        return self._unchanged(*self._made.pop(packed))
+
+    def _unchanged(self, tensor: torch.Tensor, version: int) -> torch.Tensor:
+        if _version(tensor) != version:
+            block = (self.units and self.units[0].name) or "the model"
+            raise InPlaceError(
+                f"A tensor of shape {tuple(tensor.shape)} that the backward of {block} needs was changed in place "
+                "after it was used, as by x += y, x[0] = 0 or relu_(x). Write x = x + y, or change a copy (x.clone()): "
+                "torch says so, too, on one process."
+            )
         return tensor
 
     def _peek(self, packed: Any) -> torch.Tensor:
         tensor = packed[0] if type(packed) is tuple else packed
         if self._held is not None and isinstance(packed, int):
-            tensor = self._held[packed]
+            tensor = self._held[packed][0]
         if not isinstance(tensor, torch.Tensor):
             raise NotKeptError
         return tensor
 
     def _recompute(self) -> None:
-        made: dict[int, torch.Tensor] = {}
+        made: dict[int, tuple[torch.Tensor, int]] = {}
         sums: list[torch.Tensor] = []
 
         @runs_as_written
         def pack(tensor: torch.Tensor) -> Any:
             if self.owner.flat_at(tensor) is None:
-                made[len(made)] = tensor
+                made[len(made)] = tensor, _version(tensor)
                 if self._sums is not None:
                     sums.append(_sums(tensor))
                 if len(made) == len(self._facts):
@@ -206,6 +216,8 @@ class Frame:
             return None
 
         assert self._again is not None
+        for flat, since in self._steps:
+            flat.require_unchanged(range(len(flat.params)), since)
         try:
             with (
                 self.owner.recomputing(self, pack),
@@ -218,7 +230,7 @@ class Frame:
         except RuntimeError:  # what TorchScript makes of _Enough
             if len(made) < len(self._facts):
                 raise
-        if [(tensor.shape, tensor.dtype) for tensor in made.values()] != self._facts:
+        if [(tensor.shape, tensor.dtype) for tensor, _ in made.values()] != self._facts:
             raise ConfigurationError(
                 f"Recomputing {(self.units and self.units[0].name) or 'a block'} did not save the tensors that its "
                 f"forward saved ({len(made)} of {len(self._facts)}, or of other shapes): the block does not do the "
@@ -233,6 +245,11 @@ class Frame:
                 "has changed since. Make that an attribute or an argument, or use bmt.Block(..., use_checkpoint=False)."
             )
         self._made = made
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often an ordinary tensor was changed in place."""
+    return tensor._version if type(tensor) is torch.Tensor else 0
 
 
 @torch.no_grad()

@@ -21,11 +21,18 @@ class PlaceInFlat(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+    since: int
 
     @classmethod
     def of(cls, tensor: torch.Tensor, flat: FlatShard) -> PlaceInFlat:
         """Where ``tensor``, a part of ``flat``'s buffer, lies."""
-        return cls(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return cls(flat, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()), flat.steps)
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the parameters that it is a part of."""
+        slots = enumerate(self.flat.layout.slots)
+        return [number for number, slot in slots if slot.start <= self.offset < slot.end]
 
     def within(self, buffer: Buffer) -> torch.Tensor:
         """The view, made anew from a buffer that holds the values again."""
@@ -41,6 +48,12 @@ class PlaceOfParameter(NamedTuple):
     flat: FlatShard
     number: int
     dtype: torch.dtype
+    since: int
+
+    @property
+    def numbers(self) -> list[int]:
+        """That of the parameter."""
+        return [self.number]
 
     def within(self, buffer: Buffer) -> torch.Tensor:
         """The same of a buffer that holds the values again."""

@@ -125,6 +125,7 @@ class ShardedModule(nn.Module):
         for unit in owned_units(self):
             for flat in unit.flats:
                 flat.changed()
+                flat.step_on()
         if not renames:
             for name, value in named_state(self).items():
                 if isinstance(given.get(name), StateTensor):

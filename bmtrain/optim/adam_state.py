@@ -67,7 +67,13 @@ class FlatState:
 
     def stepped(self, flat: Home, indices: Iterable[int]) -> None:
         """A step has changed ``indices`` of ``operands``: the masters of other optimizers are to follow."""
-        flat.count_change(indices)
+        changed = list(indices)
+        flat.count_change(changed)
+        if isinstance(flat, FlatShard):
+            flat.step_on(changed)
+            if not flat.unit.moves:  # autograd has saved the parameters themselves, which were written from below
+                torch.autograd.graph.increment_version([flat.params[index] for index in changed])
+                flat.forget_writes()
         self._version = flat.version
 
     def load_master(self, flat: Home, index: int, values: torch.Tensor) -> None:

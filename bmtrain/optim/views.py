@@ -141,6 +141,7 @@ class View:
         for flat, values, shown in self._shown:
             self._bring_back(flat, values, shown)
         for flat, values, shown in self._shown:
+            flat.step_on(shown)
             if values is flat.shard:
                 flat.changed(shown)
             else:

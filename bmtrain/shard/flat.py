@@ -14,7 +14,7 @@ from torch._guards import TracingContext
 from ..autograd import backward_id
 from ..context import Context
 from ..device import Event
-from ..errors import ConfigurationError, ShardedAccessError
+from ..errors import ConfigurationError, InPlaceError, ShardedAccessError
 from ..log import warn
 from ..precision import Precision
 from .arenas import Arena
@@ -115,6 +115,7 @@ class FlatShard:
         self._places: dict[int, Place] = {}
         self._versions = [0] * len(self.params)  # how often each was changed when not all of them were
         self._of_all = 0  # how often all were
+        self.steps, self._stepped_at = 0, [0] * len(self.params)  # by which of these each was changed last
         self._writes = Writes(self.params)
 
     def _new_gradient(self) -> ShardGradient:
@@ -339,6 +340,22 @@ class FlatShard:
     def version_of(self, index: int) -> int:
         """Grows when values of parameter ``index`` may have changed."""
         return self._of_all + self._versions[index]
+
+    def step_on(self, indices: Iterable[int] | None = None) -> None:
+        """Parameters ``indices``, or all, are changed in place as torch counts it: by a step, not through .data."""
+        self.steps += 1
+        for index in range(len(self.params)) if indices is None else indices:
+            self._stepped_at[index] = self.steps
+
+    def require_unchanged(self, indices: Iterable[int], since: int) -> None:
+        """Raises InPlaceError if one of ``indices`` was changed in place after ``steps`` was ``since``."""
+        for index in indices:
+            if self._stepped_at[index] > since:
+                raise InPlaceError(
+                    f"Parameter {self.names[index]!r}, which a backward needs as it was in the forward, was changed in "
+                    "place since, as by an optimizer's step or load_state_dict. Call backward before, or run the "
+                    "forward again after it: torch says so, too, on one process."
+                )
 
     def count_change(self, indices: Iterable[int] | None = None) -> None:
         """Values of parameters ``indices`` changed, or of all; what was gathered of the old ones is no concern here."""

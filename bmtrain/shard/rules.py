@@ -241,6 +241,7 @@ def _fill(
     whole = flat.own_slice(index, whole)
     keep_rank_0s(flat.unit.ctx, what, {flat.names[index]: whole}, flat.slices)
     flat.write(index, whole)
+    flat.step_on([index])
     return target
 
 
@@ -256,6 +257,8 @@ def _elementwise(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         _require_shape(target, [*args[1:2], *kwargs.values()])
     others, named = tree_map(lambda value: _operand(value, target, _what(func, [target])), (args[1:], kwargs))
     func(target.data, *others, **named)
+    flat, index = place_of(target)
+    flat.step_on([index])
     return target
 
 
