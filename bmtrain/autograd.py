@@ -42,6 +42,11 @@ class ScriptsAsWritten:
         return get_ident() == self._thread
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was changed in place; 0 of one made in inference mode, of which torch does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @torch._disable_dynamo  # type: ignore[attr-defined]
 def outside_of_compiled_code(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """``call(*args, **kwargs)``, which is no part of a graph: in one it would happen when that is made, or never."""

@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..autograd import Node, backward_id, in_function_transform, will_run
+from ..autograd import Node, backward_id, in_function_transform, version_of, will_run
 from ..comm import Communicator
 from ..context import context
 from ..errors import ConfigurationError, RankDivergenceError
@@ -74,7 +74,7 @@ def count_of(batch: int, stages: int, asked: int | None) -> int:
 def _buffers_of(elements: Sequence[nn.Module]) -> list[tuple[str, torch.Tensor, int]]:
     """What state dicts take of ``elements`` beside parameters, as it is now."""
     return [
-        (f"{type(module).__name__}.{name}", buffer, buffer._version)
+        (f"{type(module).__name__}.{name}", buffer, version_of(buffer))
         for element in elements
         for module in element.modules()
         for name, buffer in module._buffers.items()
@@ -83,7 +83,7 @@ def _buffers_of(elements: Sequence[nn.Module]) -> list[tuple[str, torch.Tensor, 
 
 
 def _refuse_changes(buffers: Sequence[tuple[str, torch.Tensor, int]]) -> None:
-    changed = [name for name, buffer, version in buffers if buffer._version != version]
+    changed = [name for name, buffer, version in buffers if version_of(buffer) != version]
     if changed:
         raise ConfigurationError(
             f"A forward in a pipeline has changed the buffer {changed[0]}, which state dicts hold: only one stage "

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..autograd import version_of
 from ..errors import ConfigurationError
 from ..shard.unit import unit_of_flat
 from .record import record_of
@@ -40,7 +41,7 @@ class Repeat:
     ) -> None:
         self._buffers, self._device = buffers, buffers.device
         self._call, self._inputs = call, self._kept((args, kwargs))
-        self._versions = [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
+        self._versions = [version_of(t) for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]
         self._surroundings = Surroundings()
         module: Any = getattr(call, "__self__", None)
         self._module: nn.Module = module
@@ -65,7 +66,7 @@ class Repeat:
         return all(entry.can_return for entry in moved)
 
     def __call__(self) -> Any:
-        if self._versions != [t._version for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
+        if self._versions != [version_of(t) for t in tree_leaves(self._inputs) if isinstance(t, torch.Tensor)]:
             raise ConfigurationError(
                 "A recomputed block changed one of its inputs in place (or the input was changed after it ran), so it "
                 "cannot be run again from that input. Use bmt.Block(..., use_checkpoint=False) for it, or write "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..autograd import version_of
 from ..own_random import generator_state, is_generator, is_same_state, set_generator_state
 from ..shard.parameter import DistributedParameter
 
@@ -43,7 +44,7 @@ class Entry:
             content = copy.copy(value)
         elif copied and is_generator(value):
             content = generator_state(value)
-        return cls(holder, name, value, value._version if _is_plain(value) else 0, content)
+        return cls(holder, name, value, version_of(value) if _is_plain(value) else 0, content)
 
     @property
     def is_copied(self) -> bool:
@@ -60,14 +61,14 @@ class Entry:
         if not _is_plain(self.value):
             return self.content is not None and not _same(self.value, self.content)
         # Written through .data, it keeps its version.
-        return self.value._version != self.version or (
+        return version_of(self.value) != self.version or (
             self.content is not None and not torch.equal(self.content, self.value.detach())
         )
 
     @property
     def can_return(self) -> bool:
         """Whether it can become what it was."""
-        return self.is_copied or not _is_plain(self.value) or self.value._version == self.version
+        return self.is_copied or not _is_plain(self.value) or version_of(self.value) == self.version
 
     @contextmanager
     def rewound(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import oracle
+import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
@@ -260,3 +261,43 @@ def test_attributes_that_begin_late() -> None:
         for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(bmt.gather_grad(ours), theirs.grad, msg=lambda m, step=step: f"step {step}: {m}")
         assert (model[0].scale, model[0].seen, model[0].kind) == (plain[0].scale, plain[0].seen, plain[0].kind)
+
+
+class KeepsWhatItMade(nn.Module):
+    """As attention's weights for a picture, or keys for the next token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.kept = nn.Linear(WIDTH, WIDTH), None
+        self.register_buffer("last", torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.lin(x).softmax(-1)
+        if not self.training:
+            self.last = self.kept.mean(0)
+        return self.kept @ torch.eye(WIDTH)  # type: ignore[no-any-return]
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_an_evaluation_has_left_in_a_block(mode: Any) -> None:
+    torch.manual_seed(1)
+    plain = nn.Sequential(KeepsWhatItMade(), KeepsWhatItMade())
+    model = bmt.BMTrainModelWrapper(nn.Sequential(*(bmt.Block(m) for m in copy.deepcopy(plain))))
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(4):
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(step))
+        for net in (plain, model):
+            net.eval()
+            with mode():
+                net(x)
+            net.train()
+        sgd.zero_grad()
+        manager.zero_grad()
+        plain(x).square().mean().backward()
+        manager.backward(model(x).square().mean())
+        sgd.step()
+        manager.step()
+    oracle.assert_same_weights(model, plain, limit=1e-5)
