@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
+import re
 import sys
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +30,7 @@ class Place(NamedTuple):
 
 
 def place_of_thread(thread: int) -> Place:
-    """Where the thread with this identifier is now."""
+    """Where the thread with this identifier is now: the present one, or one that waits."""
     frame = sys._current_frames().get(thread)
     try:
         return Place("", "") if frame is None else _place(_code_of(frame))
@@ -35,26 +38,61 @@ def place_of_thread(thread: int) -> Place:
         return Place("", "")
 
 
+class RunningThreads:
+    """Where threads are while they go on.
+
+    Their frames may end while they are looked at, and those of code that torch compiled lead to freed memory then.
+    Here they are written down at once, by what does so after a crash.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the job
+
+    def line_of(self, thread: int) -> str:
+        """The line of user code that the thread with this identifier runs; empty if it runs none."""
+        self._file.seek(0)
+        self._file.truncate()
+        faulthandler.dump_traceback(self._file, all_threads=True)
+        self._file.seek(0)
+        frames = []
+        is_here = False
+        for text in self._file.read().decode("unicode_escape").splitlines():
+            if text.startswith(("Thread", "Current thread")):
+                is_here = f"0x{thread:016x}" in text
+            elif is_here and (found := _FRAME.match(text)):
+                frames.append((found["file"], found["name"], int(found["line"])))
+        return _place((file, name, line, None) for file, name, line in frames).line
+
+
+_FRAME = re.compile(r'  File "(?P<file>.*)", line (?P<line>\d+) in (?P<name>.*)')
+
+
 def place_of_error(error: BaseException) -> Place:
     """Where ``error`` was raised."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    lines = [line for _, line in traceback.walk_tb(error.__traceback__)]
-    return _place(reversed(list(zip(frames, lines, strict=True))))
+    frames = [_seen(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return _place(reversed(frames))
 
 
-def _code_of(frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
+_Seen = tuple[str, str, int, FrameType | None]
+"""The file, the function and the line of a frame, and itself, where that is known."""
+
+
+def _seen(frame: FrameType, line: int) -> _Seen:
+    return frame.f_code.co_filename, frame.f_code.co_name, line, frame
+
+
+def _code_of(frame: FrameType | None) -> Iterator[_Seen]:
     while frame is not None:
-        yield frame, frame.f_lineno
+        yield _seen(frame, frame.f_lineno)
         frame = frame.f_back
 
 
-def _place(frames: Iterable[tuple[FrameType, int]]) -> Place:
+def _place(frames: Iterable[_Seen]) -> Place:
     """Of ``frames``, the innermost first."""
     line = call = ""
-    for frame, number in frames:
-        file, name = frame.f_code.co_filename, frame.f_code.co_name
+    for file, name, number, frame in frames:
         if file.startswith(_OURS):
-            call = "" if line else _name(frame)
+            call = "" if line or frame is None else _name(frame)
         elif not _is_library(file):
             here = f"{Path(file).name}:{number}"
             if not line:

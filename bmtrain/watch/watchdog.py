@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..errors import BMTrainError, CommunicationError, RankDivergenceError
 from .diary import Diary, Entry
 from .mesh import Mesh, Message, Store
-from .place import Place, place_of_error, place_of_thread
+from .place import Place, RunningThreads, place_of_error, place_of_thread
 from .position import Position, difference, everyone, ranks, what_of
 from .timeouts import Timeouts
 
@@ -98,6 +98,7 @@ class Watchdog:
         self._missed: set[int] = set()
         self._failure: tuple[float, str] | None = None  # of a communicator: since when, and what it says
         self._process = os.getpid()
+        self._running, self._running_at = RunningThreads(), (0.0, "")  # when that was asked, and the answer
         self._aborting = threading.Thread(target=hooks.abort, name="bmtrain abort", daemon=True)
         self._thread = threading.Thread(target=self._run, name="bmtrain watchdog", daemon=True)
 
@@ -241,7 +242,6 @@ class Watchdog:
 
     def _position(self) -> Position:
         diary, now = self._diary, monotonic()
-        place = place_of_thread(diary.thread)
         entry = diary.entry(diary.count - 1)
         waits = 0.0
         if diary.is_inside:
@@ -249,6 +249,10 @@ class Watchdog:
             waits = max(now - max(begun, self._resumed), 0.001)
         elif now - self._moved[1] > _SLOW and self._hooks.is_busy():
             waits = now - max(self._moved[1], self._resumed)
+        stays = diary.is_inside and waits > _FAILED  # its frames, too, while they are looked at
+        if not stays and now - self._running_at[0] >= 1:
+            self._running_at = now, self._running.line_of(diary.thread)
+        place = place_of_thread(diary.thread) if stays else Place(self._running_at[1], "")
         line = place.line or (_END if self._stops else "")
         return Position(
             self.rank, diary.count, entry, waits, diary.pair, diary.peer, diary.saves > 0, line, place.call
