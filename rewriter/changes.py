@@ -135,6 +135,17 @@ class Unblock:
 
 
 @dataclass(frozen=True, slots=True)
+class Undecorate:
+    """A function loses one of its decorators."""
+
+    statement: ast.FunctionDef | ast.AsyncFunctionDef
+    decorator: ast.expr
+
+    def __str__(self) -> str:
+        return f"{_place(self.decorator)}: @{_code(self.decorator)} goes"
+
+
+@dataclass(frozen=True, slots=True)
 class Under:
     """Neighbouring statements go under the head of a compound statement, ``if {bmt}.rank() == 0:``.
 
@@ -160,7 +171,7 @@ class Import:
         return f"at the top: {self.line}"
 
 
-StatementChange = Insert | Remove | ReplaceStatement | Keep | Unblock | Under
+StatementChange = Insert | Remove | ReplaceStatement | Keep | Unblock | Undecorate | Under
 Change = Replace | Arguments | StatementChange | Import
 
 
@@ -207,6 +218,8 @@ def nodes(change: Change) -> Iterator[ast.stmt | ast.expr]:
             yield from (node for _, node in hoisted)
         case Keep(statement=statement, kept=kept):
             yield from (statement, kept)
+        case Undecorate(statement=statement, decorator=decorator):
+            yield from (statement, decorator)
         case _:
             node = anchor(change)
             if node is not None:

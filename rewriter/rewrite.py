@@ -13,7 +13,7 @@ import libcst as cst
 
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.source import Source
-from rewriter.changes import Arguments, Change, Insert, Replace, Under, anchor, nodes
+from rewriter.changes import Arguments, Change, Insert, Replace, Undecorate, Under, anchor, nodes
 from rewriter.plan import Plan
 from rewriter.transform import transformed
 from rewriter.types import ConflictError, InputError
@@ -212,7 +212,9 @@ def _lines(file: File, change: Change) -> Iterator[int]:
     statement = file.names.statement_of(node)
     assert statement.end_lineno is not None
     first, last = statement.lineno, statement.end_lineno
-    if isinstance(change, Insert):
+    if isinstance(change, Undecorate):
+        yield from range(change.decorator.lineno, (change.decorator.end_lineno or change.decorator.lineno) + 1)
+    elif isinstance(change, Insert):
         if not file.source.owns_lines(statement):
             yield from range(first, last + 1)
     elif isinstance(change, (Replace, Arguments)):

@@ -28,6 +28,7 @@ from rewriter.changes import (
     StatementChange,
     Template,
     Unblock,
+    Undecorate,
     Under,
     nodes,
 )
@@ -125,7 +126,7 @@ class _Apply(cst.CSTTransformer):
                 case Under(statements=(first, *_), hoisted=hoisted):
                     self._of_statements[links.statements[first]].append(change)
                     self._hoisted.update((links.expressions[node], name) for name, node in hoisted)
-                case Insert() | Remove() | ReplaceStatement() | Keep() | Unblock():
+                case Insert() | Remove() | ReplaceStatement() | Keep() | Unblock() | Undecorate():
                     self._of_statements[links.statements[change.statement]].append(change)
                 case Import():
                     raise AssertionError("the plan says where imports go")
@@ -308,12 +309,29 @@ class _Apply(cst.CSTTransformer):
                     piece.core, _ = self._made[self._links.lines[kept]].lines()
                 case Unblock():
                     piece.core, piece.left = _opened(updated)
+                case Undecorate(decorator=decorator):
+                    piece.core = [self._undecorated(unit, line, decorator) for line in piece.core]
                 case Under():
                     piece.under.append(change)
         if any(_may_lose_comments(change) for change in changes):
             stay = comments(*piece.core, *piece.left)
             self._with_lost(piece, comments(updated.with_changes(leading_lines=[])) - stay)
         return self._with_lost(piece, self._comments[original])
+
+    def _undecorated(self, original: cst.CSTNode, line: _Line, decorator: ast.expr) -> _Line:
+        """A function without the decorator that this expression is."""
+        assert isinstance(original, cst.FunctionDef)
+        gone = self._links.expressions[decorator]
+        assert isinstance(line, cst.FunctionDef)
+        kept, above = list[cst.Decorator](), list[cst.EmptyLine]()
+        for before, item in zip(original.decorators, line.decorators, strict=True):
+            above.extend(item.leading_lines)
+            if before.decorator is gone:
+                above.extend(cst.EmptyLine(comment=cst.Comment(text)) for text in comments(item.trailing_whitespace))
+            else:
+                kept.append(item.with_changes(leading_lines=above))
+                above = []
+        return line.with_changes(decorators=kept, lines_after_decorators=[*above, *line.lines_after_decorators])
 
     def _beside_shared(self, original: cst.SimpleStatementLine, updated: _Line) -> _Piece:
         """A line that statements share, with the lines that do not fit into it before and behind it."""

@@ -25,6 +25,7 @@ from ..alike import require_same as require_same_values
 from ..autograd import outside_of_compiled_code
 from ..context import Context, context
 from ..errors import BMTrainError, CheckpointError, ConfigurationError, DeviceError, UnsupportedError
+from ..log import warn
 from ..shard.engine import engine
 from ..shard.flat import FlatShard, flat_of, place_of
 from ..shard.gathered import gathered, units_of
@@ -39,6 +40,7 @@ from .record import Record, record_of, unit_of
 from .state import state_for_pickle
 
 ModuleT = TypeVar("ModuleT", bound="ShardedModule")
+_WRAPPER = "module."
 
 
 class ShardedModule(nn.Module):
@@ -109,9 +111,13 @@ class ShardedModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors, the same on every rank; each keeps its part.  Collective.
 
+        Of what DistributedDataParallel or DataParallel has saved, all names begin with "module.", which is left out,
+        with a warning.
+
         Raises CheckpointError that names every missing, unexpected and wrongly shaped key, every value of another kind,
         and what differs between ranks, and RankDivergenceError if another rank does not load; then nothing was loaded.
         """
+        state_dict = _without_wrapper(self, state_dict)
         if unit_of(self) is not None:
             require_same(self, state_dict)
         given, renames = state_dict, _renames(self)
@@ -429,6 +435,18 @@ def own_slices(module: nn.Module, state_dict: Mapping[str, object]) -> Mapping[s
             out[name] = flat.own_slice(place_of(value)[1], out[name])
         elif isinstance(value, ShardedTensor):
             out[name] = slice_for(value, out[name])
+    return out  # type: ignore[no-any-return]
+
+
+def _without_wrapper(module: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict under the model's own names where a wrapper of the model has saved it."""
+    if not state_dict or "module" in module._modules or not all(str(k).startswith(_WRAPPER) for k in state_dict):
+        return state_dict
+    text = f"The names that {type(module).__name__} loads begin with {_WRAPPER!r}, as a wrapper wrote them: left out."
+    warn(text, stacklevel=3)
+    out: Any = OrderedDict((name.removeprefix(_WRAPPER), value) for name, value in state_dict.items())
+    if (versions := getattr(state_dict, "_metadata", None)) is not None:
+        out._metadata = {key.removeprefix("module").removeprefix("."): value for key, value in versions.items()}
     return out  # type: ignore[no-any-return]
 
 

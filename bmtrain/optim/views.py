@@ -5,7 +5,7 @@ Three views, for the three ways of ``adapt``: ShardView, TensorView and WholeVie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -296,7 +296,7 @@ class View:
             for name, value in entry.items():
                 if not isinstance(value, torch.Tensor):
                     problems += [f"{name}: a str given"] if isinstance(value, str) else []
-                elif name in _SCALARS or value.numel() == 1:
+                elif (known and name in _SCALARS) or value.numel() == 1:
                     problems += number_problem(name, value)
                 elif known or (value.dim() == len(shape) and value.numel() == prod(shape)) or value.is_meta:
                     problems += tensor_problem(name, value, shape, dtype if known else value.dtype)
@@ -391,14 +391,14 @@ class ShardView(View):
             )
             for name, value in state.items()
             if isinstance(value, torch.Tensor)
-            and name not in _SCALARS
+            and not _is_scalar(name, value.shape)
             and tuple(value.shape) in (tuple(parameter.shape), place.whole_shape)
         }
 
     def part_at(
         self, optimizer: torch.optim.Optimizer, parameter: Any, name: tuple[Any, ...], shape: tuple[int, ...]
     ) -> Place | bool:
-        scalar = len(name) != 1 or name[0] in _SCALARS
+        scalar = len(name) != 1 or _is_scalar(name[0], shape)
         if scalar or flat_of(parameter) is None or shape != own_place(parameter).whole_shape:
             return True
         return own_place(parameter)
@@ -560,7 +560,10 @@ def _as_stepped_on(flat: FlatShard | None, entry: Mapping[str, Any]) -> dict[str
     own = without_links(dict(entry))
     return {
         name: value.to(flat.gradient.dtype)
-        if flat is not None and isinstance(value, torch.Tensor) and name not in _SCALARS and value.dtype == flat.dtype
+        if flat is not None
+        and isinstance(value, torch.Tensor)
+        and not _is_scalar(name, value.shape)
+        and value.dtype == flat.dtype
         else value
         for name, value in own.items()
     }
@@ -598,6 +601,11 @@ def _in_order(states: Mapping[Any, Any]) -> dict[Any, Any]:
 _OWNED = "owned by"
 _SCALARS = ("step", "eta", "mu", "mu_product")
 """States of torch's optimizers that are one number for a parameter, whatever its shape."""
+
+
+def _is_scalar(name: str, shape: Sequence[int]) -> bool:
+    """Whether a state is such a number; an optimizer of the script's own may call a momentum ``mu``."""
+    return name in _SCALARS and not shape
 
 
 def _moved(value: Any, device: torch.device) -> Any:

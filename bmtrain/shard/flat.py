@@ -484,6 +484,8 @@ class FlatShard:
         self.gradient.set(index, part)
         if whole is None:
             self.landing.forget(index)
+            if self.gradient.reached is not None:
+                self.gradient.reached.discard(index)  # who drops a gradient knows that it does not train
 
     def visible_grad(self, index: int) -> torch.Tensor | None:
         """What ``parameter.grad`` shows for a reduced gradient."""

@@ -11,6 +11,7 @@ from functools import cached_property
 from rewriter.analyze.read.classes import Classes
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.nodes import children, dotted, held_in, loss_of, positional, walk, walk_own
+from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.keepers import Keepers
 from rewriter.analyze.training.rank_names import is_rank, may_know_ranks
@@ -24,6 +25,7 @@ _SEPARATE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _DEEP = 5
 _SMALL_STATE = re.compile(r"sched|scaler|sampler|loader|lr_|tokenizer|metric|manager", re.I)
 _BESIDE_MODEL = re.compile(r"token|process|config|extractor|sched|vocab|collat", re.I)
+_ONE_RANK_ONLY = re.compile(r"^(?:rank_?zero|master|main|main_process|rank_?0)_only$|^on_main_process$")
 _MAIN_NAME = re.compile(
     r"(?:^|_)(?:is_)?(?:master|main|primary|rank_?0|rank_zero|main_process|master_process|is_main)(?:_(?:process|rank|proc|node))?$",
     re.I,
@@ -478,6 +480,18 @@ def as_guard(file: File, node: ast.If) -> Guard | None:
             others = [value for value, _ in found if value not in either]
             return Guard(node, (*others, *(item for _, rest in found for item in rest)), either)
     return None
+
+
+def lets_one_rank_in(file: File, project: Project, decorator: ast.expr) -> bool:
+    """Whether a decorator calls what it decorates on one rank only: ``@master_only``, ``@rank_zero_only``."""
+    func = decorator.func if isinstance(decorator, ast.Call) else decorator
+    found = project.resolve(file, func)
+    if not isinstance(found, FunctionInfo):
+        return bool(_ONE_RANK_ONLY.search((dotted(func) or "").split(".")[-1]))
+    inside = set(walk(found.node))
+    return any(guard.node in inside and not guard.rest for guard in guards(found.file)) or any(
+        leaves.node in inside and not leaves.rest for leaves in exits(found.file)
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -153,6 +153,12 @@ class Picked:
         return found
 
     @cached_property
+    def _taken_apart(self) -> set[str]:
+        """What is called where names are given the parts of what it gives: ``loss, out = model(x, y)``."""
+        made = [value for values in self.made.values() for value, part in values if part is not None and part >= 0]
+        return {ast.dump(value.func) for value in made if isinstance(value, ast.Call)}
+
+    @cached_property
     def _entries(self) -> set[str]:
         """``out["a"]`` and ``out.a`` of which something is asked that only a tensor has, or that losses get."""
         asked = [
@@ -225,6 +231,8 @@ class Picked:
             if isinstance(target, ast.Name) and self._is_one(item.value, layers)
         }
         if any(isinstance(v, _DISPLAYS) or (isinstance(v, ast.Name) and v.id in several) for v in returned):
+            return True
+        if not returned and ast.dump(value.func) in self._taken_apart:
             return True
         known = [self._is_one(v, layers) or (isinstance(v, ast.Name) and v.id in one) for v in returned]
         return False if known and all(known) else None

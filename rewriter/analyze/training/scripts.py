@@ -18,7 +18,7 @@ from rewriter.analyze.training.feeds import Feed, Feeds
 from rewriter.analyze.training.handed import Handed, Held
 from rewriter.analyze.training.instances import Instances
 from rewriter.analyze.training.opened import goes_on, with_givers
-from rewriter.analyze.training.rank_names import hand_ranks_on
+from rewriter.analyze.training.rank_names import hand_ranks_on, is_rank
 from rewriter.analyze.training.roles import Roles
 from rewriter.analyze.training.settings_files import modules_in_settings
 from rewriter.analyze.training.shares import Kinds, Loop, Place, Share, shares, taken_by
@@ -26,6 +26,9 @@ from rewriter.analyze.training.sums import Sums
 
 _PARALLEL = (b"DistributedDataParallel", b"init_process_group", b"DistributedSampler")
 _SHARING = (b"shard_batch", b"shard_loader")
+_SAMPLERS = 3
+_OF_RANKS = {"rank", "num_replicas", "world_size", "get_rank", "get_world_size"}
+"""What a sampler is told, or asks for, that takes a rank's part of the data."""
 DATA_PARALLEL = {
     "torch.nn.parallel.DistributedDataParallel", "torch.nn.DataParallel", "torch.nn.parallel.DataParallel",
 }  # fmt: skip
@@ -195,8 +198,8 @@ class Scripts:
     @cached_property
     def _sampled(self) -> list[Feed]:
         """Where the loaders go that share out their data already."""
-        made = ((file, call) for file in self.training if self.is_parallel(file) for call in self._makes_loader(file))
-        return [self.feeds.of(file, call) for file, call in made if _has_sampler(call)]
+        made = ((file, call) for file in self.training for call in self._makes_loader(file))
+        return [self.feeds.of(file, call) for file, call in made if self.has_shares(file, call)]
 
     @cached_property
     def _loaders(self) -> dict[File, list[Feed]]:
@@ -204,12 +207,38 @@ class Scripts:
         found: dict[File, list[Feed]] = {}
         for file in self.training:
             for call in self._makes_loader(file):
-                if not (self.is_parallel(file) and _has_sampler(call)):
+                if not self.has_shares(file, call):
                     found.setdefault(file, []).append(self.feeds.of(file, call))
         return found
 
     def _makes_loader(self, file: File) -> Iterator[ast.Call]:
         yield from (call for call in file.calls if self.is_loader(file, call))
+
+    def has_shares(self, file: File, loader: ast.Call) -> bool:
+        """Whether a loader gives each rank its own data already: by its sampler, in a program that has ranks."""
+        given = [keyword.value for keyword in loader.keywords if keyword.arg in {"sampler", "batch_sampler"}]
+        if not given or self.is_parallel(file):
+            return bool(given)
+        return self.was_parallel(file) and any(self._samples_for_ranks(file, value) for value in given)
+
+    def _samples_for_ranks(self, file: File, value: ast.expr, deep: int = 0) -> bool:
+        """Whether a sampler is told the ranks, or asks for them; so is one that is not seen, a parameter."""
+        made = file.names.values_of(value) if isinstance(value, ast.Name) else []
+        if deep > _SAMPLERS or (made and isinstance(value, ast.Name)):
+            return deep <= _SAMPLERS and any(self._samples_for_ranks(file, item, deep + 1) for item in made)
+        if isinstance(value, ast.IfExp):
+            return any(self._samples_for_ranks(file, item, deep + 1) for item in (value.body, value.orelse))
+        if not isinstance(value, ast.Call):
+            return not deep and not isinstance(value, ast.Constant)
+        found = self.project.resolve(file, value.func)
+        if isinstance(found, ClassInfo):
+            names = {item.arg if isinstance(item, ast.arg) else dotted(item) for item in walk(found.node)}
+            bases = {(dotted(base) or "").split(".")[-1] for base in found.node.bases}
+            if "DistributedSampler" in bases or not _OF_RANKS.isdisjoint(str(n).split(".")[-1] for n in names):
+                return True
+        given = [*value.args, *(keyword.value for keyword in value.keywords)]
+        named = any(keyword.arg in _OF_RANKS for keyword in value.keywords) or any(is_rank(file, v) for v in given)
+        return named or any(self._samples_for_ranks(file, item, deep + 1) for item in given)
 
     def is_loader(self, file: File, call: ast.Call) -> bool:
         """Whether a call makes a DataLoader, by a class of the project or a ``partial``, too."""
@@ -617,10 +646,6 @@ def _by_loop(feeds: Iterable[Feed]) -> dict[ast.For, list[Feed]]:
         for loop in feed.loops:
             found.setdefault(loop, []).append(feed)
     return found
-
-
-def _has_sampler(loader: ast.Call) -> bool:
-    return any(keyword.arg in {"sampler", "batch_sampler"} for keyword in loader.keywords)
 
 
 def _kept(cls: ast.ClassDef) -> set[str]:

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, External, File
 from rewriter.analyze.read.nodes import dotted, same
-from rewriter.analyze.training.rank_names import varies_by_rank
 from rewriter.analyze.training.scripts import DATA_PARALLEL
 from rewriter.analyze.training.told_ranks import is_of_a_gpu
-from rewriter.changes import Arguments, Change, Remove, ReplaceStatement, replace, template
+from rewriter.changes import Arguments, Change, Remove, replace, template
 from rewriter.rules.imports import imports
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -60,7 +59,7 @@ def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
     if name in DATA_PARALLEL and node.args:
         statement = file.names.statement_of(node)
         if isinstance(statement, ast.Assign) and statement.value is node and _same_code(file, statement, node.args[0]):
-            changes = tuple(_remove_wrapper(file, facts, statement))
+            changes = (Remove(statement),)
         else:
             changes = (replace(node, "{model}", model=node.args[0]),)
         yield Conversion(RULE.code, node.lineno, "the model needs no wrapper", changes)
@@ -86,28 +85,6 @@ def _call(file: File, facts: Facts, node: ast.Call) -> Iterator[Finding]:
 def _same_code(file: File, statement: ast.Assign, value: ast.expr) -> bool:
     target = statement.targets[0]
     return len(statement.targets) == 1 and file.source.code(target) == file.source.code(value)
-
-
-def _remove_wrapper(file: File, facts: Facts, statement: ast.Assign) -> Iterator[Change]:
-    """Remove ``model = DDP(model)``; a seed that differs by rank moves here, behind the model's initialisation."""
-    seed = _rank_seed(file, facts, statement)
-    if seed is None:
-        yield Remove(statement)
-        return
-    yield ReplaceStatement(statement, template("{seed}", seed=seed.value))
-    yield Remove(seed)
-
-
-def _rank_seed(file: File, facts: Facts, wrapper: ast.stmt) -> ast.Expr | None:
-    for node in file.nodes:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and node.lineno < wrapper.lineno:
-            call = node.value
-            if facts.project.external(file, call.func) == "torch.manual_seed" and call.args:
-                if varies_by_rank(file, call.args[0]) and file.names.function_of(node) is file.names.function_of(
-                    wrapper
-                ):
-                    return node
-    return None
 
 
 def _module(file: File, facts: Facts, node: ast.Attribute) -> Iterator[Finding]:

@@ -4,9 +4,9 @@ What: ``DataLoader(...)`` whose batches are trained on becomes ``bmt.shard_loade
 Why: together the ranks see the batches of the unconverted script, in the same order.
 A function that makes the loaders of training and evaluation shares out the former: ``if part == "train"``; where it is
 not seen what it is given, the usual words of evaluation stay whole.
-Refuses when: the loader has a DistributedSampler, which shares out the data already; its batches are not trained on:
-every rank then evaluates all of them, and sums and counts made from them are the unconverted script's. A loop that
-trains on parts of each batch, of which a share has fewer, is reported.
+Refuses when: the loader has a DistributedSampler, or one of the project's that knows the ranks, which shares out the
+data already; its batches are not trained on: every rank then evaluates all of them, and sums and counts made from them
+are the unconverted script's. A loop that trains on parts of each batch, of which a share has fewer, is reported.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         parent = file.names.parents[node]
         if isinstance(parent, ast.Call) and facts.project.external(file, parent.func) == "bmtrain.shard_loader":
             continue
-        if any(keyword.arg in {"sampler", "batch_sampler"} for keyword in node.keywords) and facts.scripts.is_parallel(
-            file
-        ):
+        if facts.scripts.has_shares(file, node):
             continue
         feed = facts.scripts.feeds.of(file, node)
         if _is_evaluated(file, facts, node, feed):

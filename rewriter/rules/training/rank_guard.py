@@ -5,10 +5,11 @@ What: ``if rank == 0:`` around ``state_dict()``, an evaluation, ``generate``, a 
 ``if not parallel or (parallel and rank == 0):``. So does a guard in which such a guard's names get their
 values, or in which a loss is averaged that is read as that of all ranks. Text, numbers and paths that a guard with an
 else branch gives names to are rank 0's on all ranks, where such a guard reads them. ``Average(model) if rank == 0 else
-None`` is made by all. ``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the
-barriers by which the first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around
-what is for all ranks, and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or
-behind it (writing files, logging), gets a guard of its own.
+None`` is made by all. A decorator that lets one rank alone into a function with a collective (``@master_only``) goes.
+``if rank != 0: continue`` (or ``return``) in front of a collective goes as well, and so do the barriers by which the
+first rank goes first (``if rank not in [-1, 0]: barrier()``, ``if rank == 0: barrier()``) around what is for all ranks,
+and locks on files around it (``with FileLock(path):``). What only one rank may do inside, or behind it (writing files,
+logging), gets a guard of its own.
 Why: a collective that one rank alone enters waits for the others forever.
 Refuses when: the guard has an else branch, or sends the other ranks away before a collective with more to do
 (``if rank != 0: dist.barrier(); return``), or out of a loop: then the file stays as it is. So it does where an object
@@ -24,20 +25,21 @@ from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.read.nodes import Function, dotted
 from rewriter.analyze.training.collectives import (
     Exit,
     Guard,
     asks_for_launcher,
     exits,
     is_rank_test,
+    lets_one_rank_in,
     rank_flags,
     rest_of,
 )
 from rewriter.analyze.training.opened import told_by_one
 from rewriter.analyze.training.turns import turns
-from rewriter.changes import Change, Remove, Unblock, insert_behind, replace
-from rewriter.rules.one_rank import guarded_inside, writes_by_all
+from rewriter.changes import Change, Remove, Unblock, Undecorate, insert_behind, replace
+from rewriter.rules.one_rank import guarded, guarded_inside, writes_by_all
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Refusal, Remark
 
@@ -67,6 +69,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             continue
         changes = tuple(_open(file, facts, guard))
         yield Conversion(RULE.code, guard.node.lineno, f"every rank enters: {what} is for all ranks", changes)
+    yield from _undecorated(file, facts)
     yield from _together(file, facts)
     yield from _told(file, facts)
     yield from _chosen(file, facts)
@@ -80,6 +83,19 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, call.lineno, message)
     if not facts.scripts.was_parallel(file) and not facts.scripts.started:
         yield from _launcher_asked(file)
+
+
+def _undecorated(file: File, facts: Facts) -> Iterator[Conversion]:
+    """Functions with a collective that a decorator keeps all ranks but one out of."""
+    for function in (node for node in file.nodes if isinstance(node, Function) and node.decorator_list):
+        calls = (facts.scripts.collectives.needs_all(file, statement) for statement in function.body)
+        call = next(filter(None, calls), None)
+        for decorator in function.decorator_list if call is not None else ():
+            if call is not None and lets_one_rank_in(file, facts.project, decorator):
+                message = f"every rank enters {function.name}: {file.source.code(call.func)}(...) is for all ranks"
+                changes = [change for statement in function.body for change in guarded_inside(file, facts, statement)]
+                alone = [change for change in changes if guarded(file, facts, change.statements[0]) is None]
+                yield Conversion(RULE.code, decorator.lineno, message, (Undecorate(function, decorator), *alone))
 
 
 def _told(file: File, facts: Facts) -> Iterator[Finding]:

@@ -24,7 +24,7 @@ class Layer(nn.Module):
         x = self.down(self.up(x).tanh())
         if kind == "detached":
             return x + self.extra(x).detach()
-        if kind == "one rank" and bmt.rank() == 0:
+        if kind == "dropped" or (kind == "one rank" and bmt.rank() == 0):
             return x + self.extra(x)
         if kind == "two outputs":
             return torch.stack([x, self.extra(x)])[0]
@@ -71,12 +71,15 @@ def said(kind: str, ours: bool, loses: bool = False, compiled: bool = False) -> 
                     manager.backward(loss)
             else:
                 manager.backward(loss)
+            if kind == "dropped":
+                for parameter in model[0].extra.parameters():
+                    parameter.grad = None
             manager.step()
     return [str(w.message) for w in caught if "took part in the loss" in str(w.message)]
 
 
 @pytest.mark.parametrize("ours", [True, False])
-@pytest.mark.parametrize("kind", ["unused", "frozen", "detached", "one rank", "two outputs", "penalty"])
+@pytest.mark.parametrize("kind", ["unused", "frozen", "detached", "one rank", "two outputs", "penalty", "dropped"])
 def test_legal_models_hear_nothing(kind: str, ours: bool) -> None:
     assert run_ranks(2, said, kind, ours) == [[], []]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,40 @@ def test_averages_of_a_whole_state_dict_load_as_in_torch() -> None:
         net.load_state_dict(average)
     assert model.state_dict()["norm.num_batches_tracked"].dtype == torch.int64
     oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
+def test_what_a_wrapper_has_saved_loads_under_the_names_of_the_model() -> None:
+    for kind in (Net, Renaming):
+        for strict in (True, False):
+            torch.manual_seed(3)
+            plain, model = Net(), make(kind)
+            with pytest.warns(UserWarning, match=r"'module\.'"):
+                found = model.load_state_dict(nn.DataParallel(plain).state_dict(), strict)
+            assert not found.missing_keys and not found.unexpected_keys
+            oracle.assert_same_weights(model, plain)
+
+
+@on_ranks(1, 2)
+def test_a_child_of_that_name_is_no_wrapper() -> None:
+    torch.manual_seed(3)
+    plain = nn.Sequential()
+    plain.module = Net()
+    model = bmt.BMTrainModelWrapper(copy.deepcopy(plain))
+    before = {k: v.clone() for k, v in plain.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict({k: v + 1 for k, v in before.items()})
+    assert all(torch.equal(v, before[k] + 1) for k, v in model.state_dict().items())
+
+
+@on_ranks(1, 2)
+def test_names_of_which_some_are_a_wrappers_are_refused() -> None:
+    model = make()
+    state = {k: v for k, v in model.state_dict().items() if "norm" in k}
+    state |= {f"module.{k}": v for k, v in model.state_dict().items() if "norm" not in k}
+    with pytest.raises(CheckpointError, match=r"module\.layers"):
+        model.load_state_dict(state)
 
 
 @on_ranks(1, 2, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import models
@@ -12,6 +13,7 @@ import torch
 from ranks import on_ranks
 
 import bmtrain as bmt
+from bmtrain.checkpoint import Sharded, load_sharded, load_state_dict, save_sharded
 from bmtrain.errors import ConfigurationError
 
 
@@ -33,14 +35,15 @@ class Lookahead(torch.optim.Optimizer):
 class Momentum(torch.optim.Optimizer):
     """SGD with momentum, written through ``.data``."""
 
-    def __init__(self, params: Any, lr: float) -> None:
+    def __init__(self, params: Any, lr: float, name: str = "momentum") -> None:
         super().__init__(params, {"lr": lr})
+        self.name = name
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p.data))
+                    momentum = self.state[p].setdefault(self.name, torch.zeros_like(p.data))
                     momentum.mul_(0.9).add_(p.grad.data)
                     p.data.mul_(1 - 1e-3).addcmul_(momentum, torch.ones_like(p.data), value=-group["lr"])
                     p.data[p.data > 100] = 0
@@ -65,6 +68,24 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, plain: torch
 def test_optimizers_that_write_data() -> None:
     model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
     train(model, Momentum(model.parameters(), 0.1), plain, Momentum(plain.parameters(), 0.1))
+
+
+@on_ranks(1, 2, 3)
+def test_a_momentum_may_have_the_name_of_a_number_of_torchs(tmp_path: Path) -> None:
+    """As LARS's ``mu``, which ASGD has one of for a parameter.  What is saved goes on, from one file or in parts."""
+    for name in ("mu", "eta", "step", "mu_product"):
+        model, plain = models.build("gpt", models.sharded()), models.build("gpt", models.plain())
+        own, same = (Momentum(m.parameters(), 0.1, name) for m in (model, plain))
+        train(model, own, plain, same)
+        save_sharded({"optimizer": Sharded(own)}, tmp_path / name)
+        bmt.synchronize()
+        for state in (own.state_dict(), same.state_dict(), load_sharded(tmp_path / name)["optimizer"]):
+            again = Momentum(model.parameters(), 0.1, name)
+            load_state_dict(again, state)
+            for one, other in zip(
+                again.state_dict()["state"].values(), same.state_dict()["state"].values(), strict=True
+            ):
+                torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
 
 
 @on_ranks(1, 2)

@@ -323,3 +323,20 @@ def test_losses_of_a_callback_are_reported_one_by_one() -> None:
     step = STEP.replace("    loss = ", "    other = F.mse_loss(net(x), y)\n    loss = other + ")
     text = f"{HEAD}{shown}for x, y in train_loader:\n{step}    callback.end(loss, other)\n"
     assert told(text, "in Shown.end is of this rank's share") == 2
+
+
+TAKEN_APART = f"""{HEAD.replace("torch.nn.Linear(4, 1)", "torch.nn.parallel.DistributedDataParallel(build())")}{DDP}
+for x, y in train_loader:
+    {{made}} = net(x, y)
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    right = ({{read}}.argmax(-1) == y).float().mean().item()
+    print(right)
+"""
+
+
+@pytest.mark.parametrize("read", ["net(x)[1]", "net(x, None)[1]", "net(x)[-1]"])
+def test_what_a_model_gives_that_is_not_seen_is_a_tuple_where_it_is_taken_apart(read: str) -> None:
+    assert told(TAKEN_APART.format(made="loss, out", read=read), "right is a mean of this rank's share") == 1
+    assert told(TAKEN_APART.format(made="loss", read=read), "right is a mean of this rank's share") == 0
