@@ -80,6 +80,35 @@ def test_on_two_ranks(sums: bool) -> None:
         assert first == wanted and second == []
 
 
+SCALES = """loss = 0
+fake, real = disc(out), disc(y)
+for (feats, score), (others, _) in zip(fake, real):
+    loss += F.mse_loss(score, y)
+    for one, other in zip(feats, others):
+        loss += F.l1_loss(one, other)"""
+OF_MODELS = {
+    "scales of two outputs": SCALES.replace("fake, real = disc(out), disc(y)", "fake = disc(out)\nreal = disc(y)"),
+    "called in the loop's head": SCALES.replace("zip(fake, real)", "zip(disc(out), disc(y))"),
+}
+
+
+def with_discriminator(code: str) -> str:
+    made = "disc = torch.nn.Sequential(torch.nn.Linear(4, 4))\nopt_d = torch.optim.SGD(disc.parameters(), lr=0.1)\nloader ="
+    return script(code, False).replace("loader =", made, 1)
+
+
+@pytest.mark.parametrize("code", OF_MODELS.values(), ids=OF_MODELS.keys())
+def test_what_a_model_lists_is_no_batch(code: str) -> None:
+    found = convert_text(with_discriminator(code)).reported
+    assert not any("adds up what may" in finding.message for finding in found)
+
+
+def test_what_a_model_lists_beside_the_batch_may_be_its_items() -> None:
+    code = "loss = 0\nouts = disc(x)\nfor o, t in zip(outs, y):\n    for p, q in zip(o, t):\n        loss += F.mse_loss(p, q)"
+    found = convert_text(with_discriminator(code)).reported
+    assert any("adds up what may" in finding.message for finding in found)
+
+
 ITEMS = {
     "a loop": "loss = 0\nfor o, t in zip(out, y):\n    loss += F.cross_entropy(o, t)",
     "a loop by number": "loss = 0\nfor i in range(len(x)):\n    loss = loss + F.cross_entropy(out[i], y[i])",
