@@ -268,3 +268,38 @@ Engine().train(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
 def test_losses_that_a_method_returns_are_averaged_where_their_total_is_shown() -> None:
     after = converted(ENGINE)
     assert "print_rank(bmt.sum_loss(total))" in after and after.count("sum_loss") == 1
+
+
+SIZES = {
+    "its length": ("loss.item() / len(x)", "bmt.sum_loss(loss).item() / bmt.total(len(x))"),
+    "its first dimension": ("float(loss) / y.size(0)", "float(bmt.sum_loss(loss)) / bmt.total(y.size(0))"),
+    "all labels": ("loss.item() / y.numel()", "bmt.sum_loss(loss).item() / bmt.total(y.numel())"),
+    "another dimension": ("loss.item() / x.shape[1]", "bmt.sum_loss(loss).item() / x.shape[1]"),
+    "a number": ("loss.item() / 8", "bmt.sum_loss(loss).item() / 8"),
+}
+
+
+def divided(code: str, sums: bool) -> str:
+    return script("loss = a", sums).replace("{loss.item():.4f}", "{" + code + ":.5f}")
+
+
+@pytest.mark.parametrize(("code", "after"), SIZES.values(), ids=SIZES.keys())
+def test_a_mean_is_divided_by_the_size_of_the_whole_batch(code: str, after: str) -> None:
+    assert after in converted(divided(code, False))
+
+
+def test_a_sum_is_divided_by_the_size_of_its_share() -> None:
+    assert "bmt.sum_loss(loss.item() / len(x))" in converted(divided("loss.item() / len(x)", True))
+
+
+def test_what_may_be_a_mean_is_told() -> None:
+    text = divided("loss.item() / len(x)", False).replace("loss = a", "loss = library.loss(out, y)")
+    (told,) = [said for said in convert_text(text).reported if "divides by the size" in said.message]
+    assert "bmt.total(len(x))" in told.message
+
+
+def test_a_mean_over_a_size_on_two_ranks() -> None:
+    text = divided("loss.item() / len(x)", False).replace("lr=0.1", "lr=0.01")
+    (wanted,) = run_ranks(1, printed, text, initialize=False, fresh=True)
+    first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
+    assert first == wanted and second == []
