@@ -49,6 +49,11 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         if step_on not in (None, "shards"):
             raise ConfigurationError(f"{type(optimizer).__name__} steps on shards; leave step_on out.")
         return
+    if not hasattr(optimizer, "register_state_dict_pre_hook"):
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer: give add_optimizer the one that it holds. What "
+            "it does to parameters and gradients around that one's step, do before optim_manager.step()."
+        )
     _complete(optimizer)
     if _view_of(optimizer) is not None:
         return

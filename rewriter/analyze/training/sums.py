@@ -139,9 +139,26 @@ class Sums:
     def _added(self, file: File, value: ast.expr, deep: int, sources: set[ast.Call]) -> str:
         """What is added to a loss: ``items`` in a loop that may go through the items of the batch."""
         kind = self._kind(file, value, None, deep + 1, sources)
-        batch = _batches(file, value)
+        batch = self._batches(file, value)
         loops = [p.iter for p in _around(file, value) if isinstance(p, ast.For) and _outer(file, p)]
         return "items" if kind != "same" and any(_over_items(loop, batch) for loop in loops) else kind
+
+    def _batches(self, file: File, node: ast.AST) -> set[str]:
+        """The names that the loops around a node take out of what they go through, if that is no output of a model."""
+        loops = [parent for parent in _around(file, node) if isinstance(parent, ast.For)]
+        named = [loop for loop in loops if not (isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "range")]
+        return {name for loop in named if not self._of_models(file, loop.iter) for name in names_in(loop.target)}
+
+    def _of_models(self, file: File, iterated: ast.expr) -> bool:
+        """Whether a loop goes through what models gave alone, as the scales of a discriminator: ``zip(fake, real)``."""
+        roles = self.all_roles[file]
+        if isinstance(iterated, ast.Call):
+            passed = isinstance(iterated.func, ast.Name) and iterated.func.id in {"zip", "enumerate"}
+            return roles.is_model(iterated.func) or (passed and all(self._of_models(file, a) for a in iterated.args))
+        variable = roles.var(iterated)
+        made = [(value, part) for other, value, _, part in roles.assignments if other == variable]
+        calls = [isinstance(v, ast.Call) and roles.is_model(v.func) and not part for v, part in made]
+        return bool(calls) and all(calls)
 
     def _elements(self, file: File, node: ast.expr, deep: int, sources: set[ast.Call]) -> str | None:
         """What each value in ``[a, b]``, ``torch.stack(x)``, ``x.values()`` is; None for what is no collection."""
@@ -154,7 +171,7 @@ class Sums:
                 kinds -= {"same"} if len(kinds) > 1 else set()
                 return "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
             case ast.ListComp(elt=elt, generators=made) | ast.GeneratorExp(elt=elt, generators=made):
-                batch = _batches(file, node)
+                batch = self._batches(file, node)
                 if any(_over_items(generator.iter, batch) for generator in made):
                     return "items"
                 return self._kind(file, elt, None, deep + 1, sources)
@@ -322,13 +339,6 @@ def _around(file: File, node: ast.AST) -> list[ast.AST]:
 
 def _outer(file: File, loop: ast.For) -> bool:
     return any(isinstance(parent, (ast.For, ast.While)) for parent in _around(file, loop))
-
-
-def _batches(file: File, node: ast.AST) -> set[str]:
-    """The names that the loops around a node take out of what they go through, but for the innermost one's."""
-    loops = [parent for parent in _around(file, node) if isinstance(parent, ast.For)]
-    named = [loop for loop in loops if not (isinstance(loop.iter, ast.Call) and dotted(loop.iter.func) == "range")]
-    return {name for loop in named for name in names_in(loop.target)}
 
 
 def _over_items(iterated: ast.expr, batch: set[str]) -> bool:

@@ -73,7 +73,7 @@ class ValueUse:
 
     ``data`` are ``p.data`` expressions that stand for ``p`` in element-wise updates; ``kept`` are values that code
     keeps, which must be copies; ``states`` are calls of ``state_dict()`` whose tensors must be the parameters. ``read``
-    are models that are not written.
+    are models that are not written; ``then`` are the statements behind ``node`` that need them, too.
     """
 
     node: ast.stmt
@@ -84,6 +84,7 @@ class ValueUse:
     kept: tuple[ast.expr, ...] = ()
     states: tuple[ast.Call, ...] = ()
     read: tuple[ast.expr, ...] = ()
+    then: tuple[ast.stmt, ...] = ()
 
 
 class Values:
@@ -127,11 +128,122 @@ class Values:
                 else:
                     break
             if self.is_parameter(item):
-                statement = self.file.names.statement_of(item)
-                around = {statement, *self.file.names.ancestors(statement)}
-                if not self._is_whole_there(statement) and not any(use.node in around for use in self.uses):
+                found.add(item)
+        return {item for item in found | self._one_read if not self._is_used(item)}
+
+    def _is_used(self, item: ast.expr) -> bool:
+        """Whether a parameter is whole where it stands, or will be."""
+        statement = self.file.names.statement_of(item)
+        around = {statement, *self.file.names.ancestors(statement)}
+        return self._is_whole_there(statement) or any(use.node in around for use in self.uses)
+
+    @cached_property
+    def _one(self) -> dict[ast.expr, Access]:
+        """Each ``model.head.weight`` of which ``.data`` or ``.detach()`` is taken, and what is done with that."""
+        found: dict[ast.expr, Access] = {}
+        parents = self.file.names.parents
+        for node in self.file.nodes:
+            if (
+                not isinstance(node, ast.Attribute)
+                or not isinstance(node.ctx, ast.Load)
+                or not self._is_one(node.value)
+            ):
+                continue
+            if node.attr == "data" or (node.attr == "detach" and isinstance(parents[node], ast.Call)):
+                found[node.value] = self._access(node.value)
+        return found
+
+    def _is_one(self, item: ast.expr) -> bool:
+        """Whether a value is a parameter, by a name that buffers and layers seldom have."""
+        if isinstance(item, ast.Attribute) and item.attr not in self._made() and item.attr not in {"weight", "bias"}:
+            return False
+        return self.is_parameter(item)
+
+    @cached_property
+    def _one_read(self) -> set[ast.expr]:
+        """Those that are read, and under no name by which they might be written, or be expected to change."""
+        found = {item for item, access in self._one.items() if access is Access.READ and not self._named(item)}
+        for item in self._one:
+            match self._named(item):
+                case ast.Assign(targets=[ast.Name(id=name)]) as statement if self._reads_soon(statement, name):
                     found.add(item)
         return found
+
+    @cached_property
+    def unclear(self) -> list[ast.Assign]:
+        """``w = model.head.weight.data`` of which parts are read where the parameter may have changed."""
+        found: list[ast.Assign] = []
+        for item in self._one:
+            match self._named(item):
+                case ast.Assign(targets=[ast.Name(id=name)]) as statement if self._uses_of(statement, name) is None:
+                    variable = self.roles.var(statement.targets[0])
+                    uses = [n for n in self.file.nodes if isinstance(n, ast.Name) and n.id == name]
+                    uses = [n for n in uses if isinstance(n.ctx, ast.Load) and self.roles.var(n) == variable]
+                    parents = map(self.file.names.parents.__getitem__, uses)
+                    parts = any(isinstance(p, ast.Subscript) or _is_product(p) for p in parents)
+                    if parts and not self._is_used(item):
+                        found.append(statement)
+        return found
+
+    def _named(self, item: ast.expr) -> ast.Assign | None:
+        """``w = model.head.weight.data``: the statement that gives a parameter's view a name."""
+        parents = self.file.names.parents
+        parent = parents[item]
+        while isinstance(parent, ast.expr):
+            view = isinstance(parent, ast.Attribute) and parent.attr in _VIEWS
+            if not view and not (isinstance(parent, ast.Call) and parent.func is item):
+                return None
+            item, parent = parent, parents[parent]
+        return parent if isinstance(parent, ast.Assign) and parent.value is item else None
+
+    def _uses_of(self, statement: ast.Assign, name: str) -> tuple[list[ast.stmt], list[ast.Name]] | None:
+        """This statement and those beside it up to the last that has what it gives the name, and its uses.
+
+        None where others may have it, or where a step may change it between.
+        """
+        variable = self.roles.var(statement.targets[0])
+        uses = [
+            n for n in self.file.nodes if isinstance(n, ast.Name) and n.id == name and self.roles.var(n) == variable
+        ]
+        body = self.file.names.siblings(statement)
+        after = body[body.index(statement) + 1 :]
+        again = next((i for i, part in enumerate(after) if _binds(part, name)), len(after))
+        having = [i for i, part in enumerate(after[: again + 1]) if any(item in uses for item in walk(part))]
+        reached = after[: having[-1] + 1] if having else []
+        inside = {item for part in reached for item in walk(part)}
+        targets = {target for part in (statement, *after[again : again + 1]) for target in getattr(part, "targets", ())}
+        mine = [use for use in uses if use in inside and use not in targets]
+        steps = any(isinstance(n, ast.Attribute) and n.attr in {"step", "backward"} for n in inside)
+        bound = any(not isinstance(use.ctx, ast.Load) and not self._adds(use) for use in mine)
+        others = (use for use in uses if use not in inside and use not in targets and isinstance(use.ctx, ast.Load))
+        shared = any(self._binding(use, name) in {None, statement} for use in others)
+        return None if steps or bound or shared or not mine else ([statement, *reached], mine)
+
+    def _binding(self, use: ast.Name, name: str) -> ast.stmt | None:
+        """The statement before a use, beside it or around, that gives its name a value."""
+        inner = self.file.names.statement_of(use)
+        for around in (inner, *self.file.names.ancestors(inner)):
+            if isinstance(around, ast.stmt):
+                body = self.file.names.siblings(around)
+                before = body[: body.index(around)]
+                if (found := next((part for part in reversed(before) if _binds(part, name)), None)) is not None:
+                    return found
+            if isinstance(around, (ast.For, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                return None
+        return None
+
+    def _adds(self, name: ast.Name) -> bool:
+        """``w /= n``."""
+        return isinstance(self.file.names.parents[name], ast.AugAssign)
+
+    def _named_accesses(self, uses: list[ast.Name]) -> set[Access]:
+        return {self._access(use) if isinstance(use.ctx, ast.Load) else Access.LOCAL for use in uses}
+
+    def _reads_soon(self, statement: ast.Assign, name: str) -> bool:
+        """Whether what a parameter's view is called is read, never written, and that before the next step."""
+        found = self._uses_of(statement, name)
+        accesses = self._named_accesses(found[1]) if found is not None else set()
+        return Access.READ in accesses and not accesses & {Access.WRITE, Access.LOCAL, Access.ASSIGN}
 
     def is_parameter(self, item: ast.expr) -> bool:
         """Whether a value is a parameter of a model, by its usual name or because a class makes it one."""
@@ -254,6 +366,22 @@ class Values:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             yield from self._averaging(node, node.value)
             yield from self._initialisation(node, node.value)
+        yield from self._written(node)
+
+    def _written(self, node: ast.stmt) -> Iterator[ValueUse]:
+        """``model.head.weight.data[0] = x``, or a name that ``model.head.weight.data`` gets and is written by."""
+        for item in walk_own(node):
+            if not isinstance(item, ast.expr) or self._one.get(item) is not Access.WRITE:
+                continue
+            named = self._named(item)
+            if named is None:
+                yield ValueUse(node, (item,), True)
+            elif isinstance(named.targets[0], ast.Name) and len(named.targets) == 1:
+                found = self._uses_of(named, named.targets[0].id)
+                accesses = self._named_accesses(found[1]) if found is not None else set()
+                by_all = accesses <= {Access.NONE, Access.LOCAL} or accesses <= {Access.NONE, Access.READ}
+                if found is not None and not by_all:
+                    yield ValueUse(node, (item,), True, then=tuple(found[0][1:]))
 
     def _averaging(self, node: ast.Expr, call: ast.Call) -> Iterator[ValueUse]:
         """``averaged.update_parameters(model)`` of torch.optim.swa_utils."""
@@ -395,7 +523,8 @@ class Values:
         if isinstance(parent, ast.Attribute):
             return self._method(parent)
         if isinstance(parent, ast.Subscript) and parent.value is item:
-            return Access.READ if isinstance(parent.ctx, ast.Load) else Access.WRITE
+            read = isinstance(parent.ctx, ast.Load) and not self._written_view(parent)
+            return Access.READ if read else Access.WRITE
         if isinstance(parent, ast.Call) and item in parent.args:
             return self._argument(parent, is_data)
         if isinstance(parent, (ast.BinOp, ast.UnaryOp)) or _formats(parent):
@@ -420,7 +549,9 @@ class Values:
     def _written_view(self, view: ast.expr) -> bool:
         """Whether a view is written to: ``p.detach().zero_()``."""
         parents = self.file.names.parents
-        while isinstance(view, ast.Attribute) and view.attr in {"data", "detach", "view", "t"}:
+        while isinstance(view, ast.Subscript) or (
+            isinstance(view, ast.Attribute) and view.attr in {"data", "detach", "view", "t"}
+        ):
             parent = parents[view]
             view = parents[parent] if isinstance(parent, ast.Call) and parent.func is view else parent  # type: ignore[assignment]
         in_place = isinstance(view, ast.Attribute) and view.attr.endswith("_") and not view.attr.startswith("_")
@@ -452,6 +583,17 @@ class Values:
         if isinstance(call.func, ast.Name) and name in {"float", "int"}:
             return Access.READ
         return Access.READ if is_data else Access.NONE
+
+
+def _binds(statement: ast.stmt, name: str) -> bool:
+    """``name = x``."""
+    return isinstance(statement, ast.Assign) and any(
+        isinstance(t, ast.Name) and t.id == name for t in statement.targets
+    )
+
+
+def _is_product(node: ast.AST) -> bool:
+    return isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult)
 
 
 def _joined(one: ValueUse, other: ValueUse) -> ValueUse:

@@ -96,9 +96,26 @@ def _is_of_share(file: File, facts: Facts, item: ast.expr) -> bool:
     """Whether what a call gives is a loss, or one of a dict of them, that nobody averages there."""
     roles, readings = facts.scripts.roles[file], facts.scripts.collectives.readings(file)
     loss = viewed(item)
-    is_loss = isinstance(item, ast.Name) and roles.var(item) in roles.losses
+    is_loss = isinstance(item, ast.Name) and roles.var(item) in roles.losses and not _is_averaged(file, facts, item)
     is_entry = isinstance(loss, ast.Subscript) and roles.var(loss.value) in roles.loss_dicts
     return (is_loss or is_entry) and {item, loss}.isdisjoint((*readings, *readings.values()))
+
+
+def _is_averaged(file: File, facts: Facts, item: ast.Name) -> bool:
+    """Whether the name was last given the number of a loss, which becomes the mean: ``loss = loss.item()``."""
+    roles, readings = facts.scripts.roles[file], facts.scripts.collectives.readings(file)
+    statement = file.names.statement_of(item)
+    around = [statement, *(parent for parent in file.names.ancestors(statement) if isinstance(parent, ast.stmt))]
+    before = [
+        (made.lineno, made, value)
+        for variable, value, made, _ in roles.assignments
+        if variable == roles.var(item) and made.lineno < item.lineno
+    ]
+    if not before:
+        return False
+    _, last, value = max(before, key=lambda found: found[0])
+    straight = any(last in file.names.siblings(inside) for inside in around)
+    return straight and value in readings and not isinstance(value, ast.Name)
 
 
 RULE = Rule(

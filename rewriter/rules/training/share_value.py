@@ -88,6 +88,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     made = facts.scripts.collectives.shares(file)
     losses = facts.scripts.collectives.readings(file)
     told = _Told(file)
+    yield from _divided_losses(file, facts, told)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
     for value, share in made.items():
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
@@ -297,6 +298,37 @@ def _shown_of_shares(file: File, facts: Facts, told: _Told) -> Iterator[Finding]
             call = f"bmt.total({code})" if kind == "total" else f"bmt.sum_loss({code})"
             message = f"{code} is {what} of this rank's share of the batch: the batch's is {call}, made by every rank"
             yield Remark(RULE.code, value.lineno, message, differs=True)
+
+
+def _divided_losses(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
+    """``loss.item() / len(x)`` of a loss that is a mean: the size is then the whole batch's, as in one process."""
+    scripts, readings = facts.scripts, facts.scripts.collectives.readings(file)
+    for node in file.nodes:
+        match node:
+            case ast.BinOp(left=left, op=ast.Div(), right=right) if left in readings:
+                place = scripts.handed.around(file, node)
+                if place is None or isinstance(file.names.statement_of(node), ast.AugAssign):
+                    continue
+                kinds = scripts.handed.kinds(file, place)
+                if kinds.kind(right) != "total" or not kinds.is_size(right):
+                    continue
+                reduced = scripts.sums(file).of(readings[left])
+                if reduced == "sum" or right in scripts.collectives.shares(file):
+                    continue
+                told.add(right)
+                guarded = scripts.in_kept_guard(file, node) or scripts.in_opened_guard(
+                    file, file.names.statement_of(node)
+                )
+                if reduced == "mean" and not guarded:
+                    change = made_whole(right, Share("total", None))
+                    yield Conversion(RULE.code, right.lineno, _MESSAGES["total"], (change,))
+                    continue
+                code = file.source.code(right)
+                message = (
+                    f"{file.source.code(node)} divides by the size of this rank's share of the batch: of a loss that "
+                    f"is a mean, the script's is divided by bmt.total({code}), made by every rank"
+                )
+                yield Remark(RULE.code, right.lineno, message, differs=True)
 
 
 def _is_made_whole_by_callers(file: File, facts: Facts, value: ast.expr) -> bool:

@@ -3,10 +3,14 @@
 What: a loop over ``model.parameters()`` (``named_parameters``, ``modules``) that reads or writes values, and an
 initialisation such as ``nn.init.zeros_(model.head.weight)``, are put in ``with bmt.gathered(model):``, with
 ``write=True`` if they write. Element-wise updates through ``p.data``, as of an averaged model, act on ``p`` itself
-under ``torch.no_grad()``. ``p.grad``, where such a loop reads it, becomes ``bmt.gather_grad(p)``.
+under ``torch.no_grad()``. ``model.head.weight.data`` and ``.detach()`` of one parameter, where they are read, are
+taken of ``model.head.weight.gather()``; where a name that stands for them is written, the statements that have it are
+put in ``with bmt.gathered(model.head.weight, write=True):``. ``p.grad``, where a loop over parameters reads it,
+becomes ``bmt.gather_grad(p)``.
 Why: outside a forward a rank holds only its share of every parameter. Element-wise updates need no more than that.
 Refuses when: only one rank reaches the code; it stands in a constructor, a forward or an initialisation method, where
-parameters are whole; it only looks at shapes, names or ``requires_grad``.
+parameters are whole; it only looks at shapes, names or ``requires_grad``. A name for ``p.data`` that is used after a
+step, too, is reported.
 """
 
 from __future__ import annotations
@@ -30,6 +34,13 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if not facts.scripts.in_kept_guard(file, shown):
             change = wrap(shown, "{it}.gather()")
             yield Conversion(RULE.code, shown.lineno, "all ranks give the values of a parameter", (change,))
+    for statement in facts.values(file).unclear:
+        code = file.source.code(statement.targets[0])
+        message = (
+            f"{code} follows the parameter, of which a rank holds its share: where parts of it are read, every rank is "
+            f"to take {code}.full_tensor() before"
+        )
+        yield Remark(RULE.code, statement.lineno, message, differs=True)
     for grad in facts.values(file).gradients:
         if not facts.scripts.in_kept_guard(file, grad):
             change = replace(grad, "{bmt}.gather_grad({parameter})", parameter=grad.value)
@@ -63,7 +74,7 @@ def _changes(file: File, facts: Facts, use: ValueUse) -> Iterator[Change]:
     for hole, code in zip(holes, models, strict=True):
         write = ", write=True" if use.writes and code not in read else ""
         contexts.append(f"{{bmt}}.gathered({{{hole}}}{write})")
-    yield Under((use.node,), template(f"with {', '.join(contexts)}:", **holes))
+    yield Under((use.node, *use.then), template(f"with {', '.join(contexts)}:", **holes))
 
 
 def _without_gradients(file: File, facts: Facts, node: ast.stmt) -> bool:

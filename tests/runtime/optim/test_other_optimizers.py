@@ -129,3 +129,20 @@ def test_one_whose_inner_optimizer_nobody_drives_is_refused() -> None:
     model(*models.batch("gpt", 0)).backward()
     with pytest.raises(ConfigurationError, match="OptimManager drives it"):
         outer.step()
+
+
+class Around:
+    """Has an optimizer's methods and is none, as apex's LARC."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optim, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+
+    def step(self) -> None:
+        self.optim.step()
+
+
+@on_ranks(2)
+def test_what_is_no_optimizer_is_named() -> None:
+    around: Any = Around(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(ConfigurationError, match=r"Around is no torch\.optim\.Optimizer: give add_optimizer the one"):
+        bmt.optim.OptimManager().add_optimizer(around)

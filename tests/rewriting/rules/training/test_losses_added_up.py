@@ -80,6 +80,35 @@ def test_on_two_ranks(sums: bool) -> None:
         assert first == wanted and second == []
 
 
+SCALES = """loss = 0
+fake, real = disc(out), disc(y)
+for (feats, score), (others, _) in zip(fake, real):
+    loss += F.mse_loss(score, y)
+    for one, other in zip(feats, others):
+        loss += F.l1_loss(one, other)"""
+OF_MODELS = {
+    "scales of two outputs": SCALES.replace("fake, real = disc(out), disc(y)", "fake = disc(out)\nreal = disc(y)"),
+    "called in the loop's head": SCALES.replace("zip(fake, real)", "zip(disc(out), disc(y))"),
+}
+
+
+def with_discriminator(code: str) -> str:
+    made = "disc = torch.nn.Sequential(torch.nn.Linear(4, 4))\nopt_d = torch.optim.SGD(disc.parameters(), lr=0.1)\nloader ="
+    return script(code, False).replace("loader =", made, 1)
+
+
+@pytest.mark.parametrize("code", OF_MODELS.values(), ids=OF_MODELS.keys())
+def test_what_a_model_lists_is_no_batch(code: str) -> None:
+    found = convert_text(with_discriminator(code)).reported
+    assert not any("adds up what may" in finding.message for finding in found)
+
+
+def test_what_a_model_lists_beside_the_batch_may_be_its_items() -> None:
+    code = "loss = 0\nouts = disc(x)\nfor o, t in zip(outs, y):\n    for p, q in zip(o, t):\n        loss += F.mse_loss(p, q)"
+    found = convert_text(with_discriminator(code)).reported
+    assert any("adds up what may" in finding.message for finding in found)
+
+
 ITEMS = {
     "a loop": "loss = 0\nfor o, t in zip(out, y):\n    loss += F.cross_entropy(o, t)",
     "a loop by number": "loss = 0\nfor i in range(len(x)):\n    loss = loss + F.cross_entropy(out[i], y[i])",
@@ -239,3 +268,38 @@ Engine().train(DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4))
 def test_losses_that_a_method_returns_are_averaged_where_their_total_is_shown() -> None:
     after = converted(ENGINE)
     assert "print_rank(bmt.sum_loss(total))" in after and after.count("sum_loss") == 1
+
+
+SIZES = {
+    "its length": ("loss.item() / len(x)", "bmt.sum_loss(loss).item() / bmt.total(len(x))"),
+    "its first dimension": ("float(loss) / y.size(0)", "float(bmt.sum_loss(loss)) / bmt.total(y.size(0))"),
+    "all labels": ("loss.item() / y.numel()", "bmt.sum_loss(loss).item() / bmt.total(y.numel())"),
+    "another dimension": ("loss.item() / x.shape[1]", "bmt.sum_loss(loss).item() / x.shape[1]"),
+    "a number": ("loss.item() / 8", "bmt.sum_loss(loss).item() / 8"),
+}
+
+
+def divided(code: str, sums: bool) -> str:
+    return script("loss = a", sums).replace("{loss.item():.4f}", "{" + code + ":.5f}")
+
+
+@pytest.mark.parametrize(("code", "after"), SIZES.values(), ids=SIZES.keys())
+def test_a_mean_is_divided_by_the_size_of_the_whole_batch(code: str, after: str) -> None:
+    assert after in converted(divided(code, False))
+
+
+def test_a_sum_is_divided_by_the_size_of_its_share() -> None:
+    assert "bmt.sum_loss(loss.item() / len(x))" in converted(divided("loss.item() / len(x)", True))
+
+
+def test_what_may_be_a_mean_is_told() -> None:
+    text = divided("loss.item() / len(x)", False).replace("loss = a", "loss = library.loss(out, y)")
+    (told,) = [said for said in convert_text(text).reported if "divides by the size" in said.message]
+    assert "bmt.total(len(x))" in told.message
+
+
+def test_a_mean_over_a_size_on_two_ranks() -> None:
+    text = divided("loss.item() / len(x)", False).replace("lr=0.1", "lr=0.01")
+    (wanted,) = run_ranks(1, printed, text, initialize=False, fresh=True)
+    first, second = run_ranks(2, printed, converted(text), initialize=False, fresh=True)
+    assert first == wanted and second == []

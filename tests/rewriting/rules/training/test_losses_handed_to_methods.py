@@ -115,6 +115,22 @@ def test_what_is_no_loss_of_a_share_is_not_told(hand: str, method: str) -> None:
     assert told(ENTRY, hand, method) == []
 
 
+LOGGER = "pass\n\n\nclass Logger:\n    def log(self, at, loss):\n        self.lines.add_scalar('loss', loss.item(), at)"
+
+
+@pytest.mark.parametrize(
+    ("hand", "count"),
+    [
+        ("loss = loss.item()\n            self.logger.log(1, loss)", 0),
+        ("loss = loss.item()\n            if self.step:\n                self.logger.log(1, loss)", 0),
+        ("if self.step:\n                loss = loss.item()\n            self.logger.log(1, loss)", 1),
+        ("self.logger.log(1, loss)\n            loss = loss.item()", 1),
+    ],
+)
+def test_a_number_that_takes_its_loss_s_name_is_whole(hand: str, count: int) -> None:
+    assert len(told(TOTALS["added"], hand, LOGGER)) == count
+
+
 @pytest.mark.parametrize(("hand", "method"), OTHERS.values(), ids=OTHERS.keys())
 def test_a_method_that_does_more_is_told(hand: str, method: str) -> None:
     (message, *_) = told(ENTRY, hand, method)
