@@ -117,7 +117,9 @@ def check(text: str, folder: Path, ranks: int) -> None:
 def _same_tensors(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, at=name: f"{at}: {text}")
+        torch.testing.assert_close(
+            second[name].cpu(), value.cpu(), rtol=2e-4, atol=2e-5, msg=lambda text, at=name: f"{at}: {text}"
+        )
 
 
 def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
