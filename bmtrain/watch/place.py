@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import re
 import sys
 import sysconfig
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 
@@ -46,7 +47,10 @@ class RunningThreads:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the job
+        if hasattr(os, "memfd_create"):  # which needs no disk
+            self._file: IO[bytes] = os.fdopen(os.memfd_create("places"), "w+b")
+        else:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - for as long as the job
 
     def line_of(self, thread: int) -> str:
         """The line of user code that the thread with this identifier runs; empty if it runs none."""
