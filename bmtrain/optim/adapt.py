@@ -49,7 +49,7 @@ def adapt(optimizer: torch.optim.Optimizer, step_on: StepOn | None = None) -> No
         if step_on not in (None, "shards"):
             raise ConfigurationError(f"{type(optimizer).__name__} steps on shards; leave step_on out.")
         return
-    if not hasattr(optimizer, "register_state_dict_pre_hook"):
+    if not hasattr(type(optimizer), "register_state_dict_pre_hook"):  # one may pass on what it is asked for
         raise ConfigurationError(
             f"{type(optimizer).__name__} is no torch.optim.Optimizer: give add_optimizer the one that it holds. What "
             "it does to parameters and gradients around that one's step, do before optim_manager.step()."

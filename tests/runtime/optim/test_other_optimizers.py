@@ -141,8 +141,16 @@ class Around:
         self.optim.step()
 
 
+class PassesOn(Around):
+    """And answers for the one that it holds."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optim"], name)
+
+
 @on_ranks(2)
-def test_what_is_no_optimizer_is_named() -> None:
-    around: Any = Around(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1))
-    with pytest.raises(ConfigurationError, match=r"Around is no torch\.optim\.Optimizer: give add_optimizer the one"):
+@pytest.mark.parametrize("kind", [Around, PassesOn])
+def test_what_is_no_optimizer_is_named(kind: type[Around]) -> None:
+    around: Any = kind(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1))
+    with pytest.raises(ConfigurationError, match=rf"{kind.__name__} is no torch\.optim\.Optimizer: give add_optimizer"):
         bmt.optim.OptimManager().add_optimizer(around)
