@@ -51,7 +51,8 @@ def shard_batch(batch: BatchT) -> BatchT:
     """
     context().diary.takes_batch()
     lengths: set[int] = set()
-    if isinstance(batch, tuple) and any(isinstance(entry, Tensor) for entry in batch) and not _is_packed(batch):
+    _refuse_packed(batch)
+    if isinstance(batch, tuple) and any(isinstance(entry, Tensor) for entry in batch):
         cut = _with_entries(batch, [_cut(entry, lengths) for entry in batch])
     else:
         cut = _cut(batch, lengths)
@@ -71,7 +72,8 @@ def _cut(value: Any, lengths: set[int]) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return dataclasses.replace(value, **{name: _cut(entry, lengths) for name, entry in own.items()})
-    if isinstance(value, list | tuple) and not _is_packed(value):
+    _refuse_packed(value)
+    if isinstance(value, list | tuple):
         tensors = [entry for entry in value if isinstance(entry, Tensor)]
         kinds = {(entry.dtype, entry.dim()) if isinstance(entry, Tensor) else type(entry) for entry in value}
         if tensors and len(kinds) == 1:
@@ -114,14 +116,13 @@ def _is_column(value: object) -> bool:
     return isinstance(value, list | tuple) or _is_array(value)
 
 
-def _is_packed(value: object) -> bool:
+def _refuse_packed(value: object) -> None:
     """Raises ConfigurationError for a PackedSequence."""
     if isinstance(value, PackedSequence):
         raise ConfigurationError(
             "A PackedSequence lies time step by time step, so that its rows are no samples. Cut the padded tensor and "
             "the lengths, and pack each rank's part."
         )
-    return False
 
 
 def _with_items(value: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -403,7 +404,8 @@ class _ShareOfElement:
             return value if value.dim() == 0 else _part(value, self._rank, self._ranks)
         if isinstance(value, Mapping):
             return _with_items(value, {key: self._rows(entry) for key, entry in value.items()})
-        if isinstance(value, list | tuple) and not _is_packed(value):
+        _refuse_packed(value)
+        if isinstance(value, list | tuple):
             if hasattr(value, "_fields") or any(isinstance(entry, Tensor | Mapping | list | tuple) for entry in value):
                 return _with_entries(value, [self._rows(entry) for entry in value])
             return _part(value, self._rank, self._ranks)  # a column of plain values, such as strings

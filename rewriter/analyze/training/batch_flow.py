@@ -527,11 +527,9 @@ class _Run:
             if not LOSSES.search(name):
                 return False
         else:
-            found = [(file, value) for file, value in self._held(self.file, node.func) if isinstance(value, ast.Call)]
-            made = [value for _, value in found if isinstance(value, ast.Call)]
-            names = [
-                self.flow.project.external(file, value.func) for file, value in found if isinstance(value, ast.Call)
-            ]
+            found = [(file, call) for file, call in self._held(self.file, node.func) if isinstance(call, ast.Call)]
+            made = [call for _, call in found]
+            names = [self.flow.project.external(file, call.func) for file, call in found]
             if not made or not all(known.startswith("torch.nn.") and known.endswith("Loss") for known in names):
                 return False
         return not any(keyword.arg in _LEAVES_OUT for call in made for keyword in call.keywords)

@@ -37,7 +37,9 @@ _LOCAL_METHODS = {
     "children", "to", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "zero_grad", "get_num_params",
     "register_buffer", "register_forward_hook", "compile", "share_memory", "print_trainable_parameters",
     "gradient_checkpointing_enable", "gradient_checkpointing_disable", "enable_input_require_grads", "tie_weights",
-    "get_input_embeddings", "get_output_embeddings", "num_parameters", "get_nb_trainable_parameters",
+    "get_input_embeddings", "get_output_embeddings", "num_parameters", "get_nb_trainable_parameters", "get_parameter",
+    "get_buffer", "get_submodule", "get_extra_state", "named_children", "register_parameter", "register_module",
+    "add_module", "extra_repr",
 }  # fmt: skip
 _COLLECTIVE_METHODS = {"state_dict", "load_state_dict", "forward", "generate", "sample", "predict", "__call__"}
 _SAVING = re.compile(r"^save(?!\w*image)|^checkpoint$|_checkpoint$")

@@ -24,7 +24,7 @@ import ast
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File, FunctionInfo
+from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import Function, dotted
 from rewriter.analyze.training.collectives import (
     Exit,
@@ -220,20 +220,11 @@ def _chosen(file: File, facts: Facts) -> Iterator[Finding]:
                 yield Conversion(RULE.code, node.lineno, message, (replace(node, "{made}", made=node.body),))
 
 
-def _is_unseen(file: File, facts: Facts, call: ast.Call) -> bool:
-    """Whether a call is of a method of the object's own that no class here has, so that nobody knows what it does."""
-    if (dotted(call.func) or "").count(".") != 1 or not (dotted(call.func) or "").startswith("self."):
-        return False
-    if isinstance(facts.project.resolve(file, call.func), FunctionInfo):
-        return False
-    return not facts.scripts.collectives.instances.called(file, call.func)
-
-
 def _early_exits(file: File, facts: Facts) -> Iterator[Finding]:
     """``if rank != 0: return`` in front of a collective."""
     for found in exits(file):
         calls = (facts.scripts.collectives.inside(file, statement) for statement in found.behind)
-        call = next((call for call in calls if call is not None and not _is_unseen(file, facts, call)), None)
+        call = next(filter(None, calls), None)
         if call is not None and found.alone:
             yield _lift(file, facts, found, f"{file.source.code(call.func)}(...)")
         elif call is not None:

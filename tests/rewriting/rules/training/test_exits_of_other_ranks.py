@@ -119,3 +119,42 @@ def test_one_out_of_a_loop_and_its_function_is_refused() -> None:
     indented = "".join(f"    {line}\n" for line in (LOOP + "    if RANK > 0:\n        return\n" + AFTER).splitlines())
     result = convert_text(f"{HEAD}def train():\n{indented}\n\ntrain()\n")
     assert not result.changed and any("only one gets past this line" in f.message for f in result.reported)
+
+
+LOOKS = {
+    "a parameter": "self.get_parameter('a.weight')",
+    "a buffer": "self.get_buffer('b')",
+    "a part": "self.get_submodule('a')",
+    "the parts": "list(self.named_children())",
+}
+
+
+@pytest.mark.parametrize("looks", LOOKS.values(), ids=LOOKS)
+def test_what_only_looks_at_a_model_is_not_for_all_ranks(looks: str) -> None:
+    model = f"""
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.Linear(4, 1)
+        self.register_buffer("b", torch.ones(1))
+
+    def pick(self):
+        return {looks}
+
+    def move(self, ready):
+        if ready and RANK > 0 and not self.training:
+            for name in "ab":
+                print(name)
+            return
+        print(type(self.pick()))
+
+    def forward(self, x):
+        return self.a(x)
+
+
+"""
+    text = f"{HEAD}{LOOP}".replace("dist.init", f"{model}dist.init").replace(
+        "torch.nn.Linear(4, 1))\nopt", "Net())\nopt"
+    )
+    result = convert_text(text)
+    assert result.changed and not any("only one gets past" in said.message for said in result.reported)
