@@ -5,6 +5,7 @@ On a CPU every operation is finished when its call returns, so streams and event
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import time
@@ -33,6 +34,7 @@ _PEAKS = {
     "A800": 312e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 _MARKS_KEPT = 1024  # pairs of events on their way; the oldest of so many has long been passed
+_NOT_INITIALIZED = 3  # CUDA_ERROR_NOT_INITIALIZED
 _STRESS_CYCLES = 2_000_000  # about a millisecond: longer than any kernel of a small test
 
 
@@ -287,6 +289,15 @@ class Device:
         self.reduce_stream = self._side_stream()
         self._recording_stream: torch.cuda.Stream | None = None
         self.waits, self.gather_waits = Waits(self), Waits(self)
+
+    def tell_where(self, error: RuntimeError) -> None:
+        """Add to torch's error about devices that differ which one is this rank's, and how batches get there."""
+        if "same device" in str(error) and hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(
+                f"bmtrain: this rank's model is on {self.torch_device}; batches get there by .to('cuda') or "
+                "bmt.to_device(batch). A script that names 'cuda:0' begins with `import bmtrain.own_gpu`; one that "
+                "trains on CPUs, with bmt.init_distributed(device='cpu')."
+            )
 
     def recording_stream(self) -> torch.cuda.Stream:
         """The one on which work is recorded: always the same, so that libraries have their memory for it once."""
@@ -616,25 +627,71 @@ def let_segments_grow() -> None:
     getattr(torch._C, name)("expandable_segments:True")
 
 
+_SEEN = "BMTRAIN_GPU"
+"""What ``see_own_gpu`` set CUDA_VISIBLE_DEVICES to: kept in the environment, which workers of loaders get, too."""
+
+
+def see_own_gpu() -> None:
+    """Hide all GPUs of this host from this process but that of its local rank, which is ``cuda:0`` from then on.
+
+    A script that names its GPU (``torch.device("cuda:0")``, ``.cuda(0)``) then names on each rank its own. Does nothing
+    where this process is alone on its host, where there are fewer GPUs than ranks, and a second time.
+
+    Raises DeviceError where CUDA was asked before which GPUs there are: that cannot be changed any more.
+    """
+    env = os.environ
+    local_rank, visible = int(env.get("LOCAL_RANK", "0")), env.get("CUDA_VISIBLE_DEVICES")
+    if _SEEN in env or torch.version.cuda is None or int(env.get("LOCAL_WORLD_SIZE", "1")) < 2:
+        return
+    started = _cuda_has_started()
+    if torch.cuda.device_count() <= local_rank:
+        return  # no GPUs, or too few: choose_device says so
+    if started or _cuda_has_started():
+        raise DeviceError(
+            "CUDA was used before this rank could choose its GPU: let `import bmtrain.own_gpu` be the first line of "
+            "the script that torchrun starts."
+        )
+    env[_SEEN] = env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local_rank].strip() if visible else str(local_rank)
+
+
+def _cuda_has_started() -> bool:
+    """Whether this process's CUDA has read the environment.  The driver says so; ``torch.cuda`` would start it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) != _NOT_INITIALIZED)
+
+
 def choose_device(asked: str | None, local_rank: int) -> torch.device:
     """The device of the process with this local rank: its GPU when there are GPUs, else the CPU.
 
-    Raises DeviceError when ``asked`` is "cuda" and no GPU is there for this local rank.
+    Raises DeviceError when ``asked`` is "cuda" and no GPU is there for this local rank, and when the GPU that
+    ``see_own_gpu`` chose was taken back.
     """
     if asked not in (None, "cpu", "cuda"):
         raise DeviceError(f"device must be 'cpu', 'cuda' or None, not {asked!r}.")
-    if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
+    if asked == "cpu":
+        return torch.device("cpu")
+    own, visible = os.environ.get(_SEEN), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if own is not None and own != visible:
+        raise DeviceError(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, but this rank's GPU is {own!r}: set it at the launch only, as in "
+            "CUDA_VISIBLE_DEVICES=2,3 torchrun ..."
+        )
+    if asked is None and not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DeviceError(
             "device='cuda' was asked for, but torch sees no GPU here. Leave device out to run on the CPU."
         )
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    index = local_rank if own is None else 0
+    if index >= count:
         raise DeviceError(
             f"Local rank {local_rank} has no GPU: this machine shows {count}. "
             f"Start at most {count} processes here, or pass device='cpu'."
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device

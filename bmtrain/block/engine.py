@@ -163,6 +163,10 @@ class Engine:
                         self.outside.hold([*unit.borrows, unit])
             framed = grad and not transformed
             out = self._framed(unit, recompute, call, args, kwargs) if framed else call(*args, **kwargs)
+        except RuntimeError as error:
+            if starts_run:
+                self.ctx.device.tell_where(error)
+            raise
         finally:
             self.whole.forward_ends()
         if starts_run:

@@ -20,6 +20,7 @@ from rewriter.analyze.training.accelerators import Accelerators, scripts_with_ac
 from rewriter.analyze.training.batch_flow import BatchFlow
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
+from rewriter.analyze.training.gpu_names import GpuNames
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
 from rewriter.analyze.training.padded import Padded
@@ -101,6 +102,10 @@ class Facts:
     @cached_property
     def read_back(self) -> ReadBack:
         return ReadBack(self.scripts, self.decisions)
+
+    @cached_property
+    def gpu_names(self) -> GpuNames:
+        return GpuNames(self.scripts)
 
     @cached_property
     def several_ranks(self) -> SeveralRanks:

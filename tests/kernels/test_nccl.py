@@ -32,6 +32,9 @@ ONLY_MOVED = [torch.int16, torch.complex64]
 
 RANKS = max(GPUS, 2)  # on one GPU they share it
 
+alone = pytest.mark.skipif(
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1, reason="other tests use the GPU's memory meanwhile"
+)
 own_gpus = pytest.mark.skipif(GPUS < 2, reason="depends on how NCCL moves bytes between GPUs, and needs two")
 
 
@@ -341,6 +344,7 @@ def test_bool(staged: bool) -> None:
 
 @pytest.mark.gpu
 @own_gpus
+@alone
 @pytest.mark.skipif(GPUS > 1 and nccl.available() and nccl.version() < 22700, reason="needs windows")
 def test_staged_collectives_need_little_memory() -> None:
     on_gpus(check_staged_memory)
@@ -357,6 +361,7 @@ def test_windows_equal_ordinary_memory(policy: nccl.Policy, dtype: torch.dtype, 
 
 @pytest.mark.gpu
 @own_gpus
+@alone
 def test_memory_returns() -> None:
     on_gpus(check_memory_returns)
 
@@ -406,6 +411,7 @@ def test_one_rank_is_a_group_too() -> None:
 
 
 @pytest.mark.gpu
+@alone
 def test_arena_lives_as_long_as_a_tensor_on_it() -> None:
     from bmtrain import _C
 

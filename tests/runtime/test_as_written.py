@@ -93,6 +93,8 @@ def _run(text: str, folder: str) -> Seen:
 
 
 def check(text: str, folder: Path, ranks: int) -> None:
+    if torch.cuda.is_available() and re.search("cuda:0|device='cpu'|GradScaler", text):
+        pytest.skip("it names a device, and ranks of tests see all; or other steps overflow than on one rank")
     before = as_written.HEAD + text
     result = convert_text(before)
     assert result.changed and not result.error

@@ -340,7 +340,7 @@ def shares_of_several() -> list[Any]:
         "samples": [(X[0], 0), (X[1], 1)],
         "targets": [{"box": X}, {"box": X}],
         "0-d": {"x": X, "t": torch.tensor(3)},
-        "arrays": (X.numpy(), Y.numpy()),
+        "arrays": (X.cpu().numpy(), Y.cpu().numpy()),
         "arrays that are samples": (X[0].numpy(), X[1].numpy()),
         "beside an array": {"x": (X.numpy(), [1, 2, 3, 4])},
         "dataclass": Scaled(X, [1, 2, 3, 4]),
@@ -376,7 +376,8 @@ def refused() -> None:
     for other in (X.to_sparse(), {1, 2}, collections.deque([X, Y]), (X, {3, 4, 5, 6}), {"x": X, "y": X.to_sparse()}):
         with pytest.raises(ConfigurationError, match="rows cannot be taken"):
             bmt.shard_batch(other)
-    packed = torch.nn.utils.rnn.pack_sequence([X, X[:2]])
+    with torch.device("cpu"):  # where torch wants the lengths
+        packed = torch.nn.utils.rnn.pack_sequence([X, X[:2]])
     for other in (packed, (packed, Y[:2]), {"x": packed}):
         with pytest.raises(ConfigurationError, match="PackedSequence"):
             bmt.shard_batch(other)

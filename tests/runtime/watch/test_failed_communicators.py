@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ class Mesh:
         self.said: queue.Queue[tuple[int, Any]] = queue.Queue()
 
     def receive(self, patience: float) -> list[tuple[int, Any]]:
-        try:
-            return [self.said.get(timeout=patience)] if patience else []
-        except queue.Empty:
-            return []
+        said: list[tuple[int, Any]] = []
+        with suppress(queue.Empty):
+            while patience:  # all that is there, as a mesh gives it
+                said.append(self.said.get(timeout=patience if not said else 0))
+        return said
 
     def send(self, message: Any, must: bool = False) -> None:
         pass

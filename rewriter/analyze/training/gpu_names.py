@@ -1,0 +1,103 @@
+"""Where scripts name a GPU by its number: ``torch.device("cuda:0")``, ``.cuda(args.gpu)``, ``set_device(0)``.
+
+Each rank has one GPU.  A program that knows of ranks names its own by what the launch says; any other names one and the
+same on all ranks.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rewriter.analyze.read.file import File
+from rewriter.analyze.read.nodes import dotted
+from rewriter.analyze.training.scripts import Scripts
+
+_NAMED = re.compile(r"cuda:(\d*)")
+_KNOWS_RANKS = ("LOCAL_RANK", "local_rank", "SLURM_LOCALID", "init_process_group", "spawn(", "start_processes(")
+_CHOOSING = {"torch.cuda.set_device", "torch.cuda.device"}
+_HOLDS_DEVICE = re.compile(r"(?:^|_)dev(?:ice)?$", re.I)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuName:
+    """A place that names a GPU, and its number where it is written there."""
+
+    node: ast.expr
+    number: int | None
+
+
+class GpuNames:
+    """Answers for all programs of a project."""
+
+    def __init__(self, scripts: Scripts) -> None:
+        self.scripts, self.project = scripts, scripts.project
+        self._found: dict[File, list[GpuName]] = {}
+
+    def of(self, file: File) -> list[GpuName]:
+        if file not in self._found:
+            self._found[file] = list(self._names(file)) if b"cuda" in file.source.data else []
+        return self._found[file]
+
+    def are_shared(self, program: File) -> bool:
+        """Whether a program names a GPU, and cannot know which one is its rank's."""
+        reached = self.scripts.reach(program)
+        if self.scripts.started or self.scripts.was_parallel(program):
+            return False
+        if any(file.mentions(word) for file in reached for word in _KNOWS_RANKS):
+            return False
+        return any(self.of(file) for file in reached)
+
+    def numbers(self, file: File) -> set[int]:
+        """The numbers written in the programs that a file is part of, where none of these knows of ranks."""
+        programs = [program for program in self.scripts.programs if file in self.scripts.reach(program)]
+        if not all(map(self.are_shared, programs)):
+            return set()
+        reached = {other for program in programs for other in self.scripts.reach(program)}
+        return {name.number for other in reached for name in self.of(other) if name.number is not None}
+
+    def _names(self, file: File) -> Iterator[GpuName]:
+        for node in file.nodes:
+            match node:
+                case ast.Constant(value=str(text)) if (found := _NAMED.match(text)) and " " not in text:
+                    whole = bool(found[1]) and found[0] == text
+                    yield GpuName(node, int(found[1]) if whole else None)
+                case ast.Call(func=ast.Attribute(attr="cuda"), args=[given]):
+                    yield from _by_number(given)
+                case ast.Call(func=ast.Attribute(attr="to"), args=[ast.Constant(value=int()) as given]):
+                    yield from _by_number(given)
+                case ast.Call():
+                    yield from self._by_call(file, node)
+
+    def _by_call(self, file: File, call: ast.Call) -> Iterator[GpuName]:
+        called = self.project.external(file, call.func)
+        if called in _CHOOSING and len(call.args) == 1:
+            yield from _by_number(call.args[0])
+        elif called == "torch.device" and call.args:
+            if len(call.args) == 2:
+                yield from _by_number(call.args[1])
+            elif not isinstance(call.args[0], ast.Constant):
+                yield from _by_option(call.args[0])
+            else:
+                yield from _by_number(call.args[0])
+
+
+def _by_number(given: ast.expr) -> Iterator[GpuName]:
+    """What is given as a number, or by a name that is none of a device, which is named where it is made."""
+    match given:
+        case ast.Constant(value=bool() | str() | None):
+            return
+        case ast.Constant(value=int(number)):
+            yield GpuName(given, number)
+        case ast.Name() | ast.Attribute() if _HOLDS_DEVICE.search((dotted(given) or "").split(".")[-1]):
+            return
+        case _:
+            yield GpuName(given, None)
+
+
+def _by_option(given: ast.expr) -> Iterator[GpuName]:
+    """``torch.device(args.device)``, which the launch may say."""
+    if isinstance(given, ast.Attribute):
+        yield GpuName(given, None)
