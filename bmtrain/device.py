@@ -292,7 +292,8 @@ class Device:
 
     def tell_where(self, error: RuntimeError) -> None:
         """Add to torch's error about devices that differ which one is this rank's, and how batches get there."""
-        if "same device" in str(error) and hasattr(error, "add_note"):  # Python 3.11
+        differ = re.search(r"same device|weight type \(torch\.cuda", str(error))
+        if differ and hasattr(error, "add_note"):  # Python 3.11
             error.add_note(
                 f"bmtrain: this rank's model is on {self.torch_device}; batches get there by .to('cuda') or "
                 "bmt.to_device(batch). A script that names 'cuda:0' begins with `import bmtrain.own_gpu`; one that "

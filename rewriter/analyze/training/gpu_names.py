@@ -18,15 +18,18 @@ from rewriter.analyze.training.scripts import Scripts
 _NAMED = re.compile(r"cuda:(\d*)")
 _KNOWS_RANKS = ("LOCAL_RANK", "local_rank", "SLURM_LOCALID", "init_process_group", "spawn(", "start_processes(")
 _CHOOSING = {"torch.cuda.set_device", "torch.cuda.device"}
+_OPTIONS = re.compile(r"^(?:.*_)?(?:arg|opt|option|config|conf|cfg|hparam|hp|param|flag|setting)s?$", re.I)
+_GPU = re.compile(r"(?:^|_)gpus?(?:_?(?:id|idx|index|num|no))?s?$", re.I)
 _HOLDS_DEVICE = re.compile(r"(?:^|_)dev(?:ice)?$", re.I)
 
 
 @dataclass(frozen=True, slots=True)
 class GpuName:
-    """A place that names a GPU, and its number where it is written there."""
+    """A place that names a GPU, its number where it is written there, and whether settings may name none at all."""
 
     node: ast.expr
     number: int | None
+    perhaps: bool = False
 
 
 class GpuNames:
@@ -38,7 +41,7 @@ class GpuNames:
 
     def of(self, file: File) -> list[GpuName]:
         if file not in self._found:
-            self._found[file] = list(self._names(file)) if b"cuda" in file.source.data else []
+            self._found[file] = list(self._names(file))
         return self._found[file]
 
     def are_shared(self, program: File) -> bool:
@@ -48,7 +51,10 @@ class GpuNames:
             return False
         if any(file.mentions(word) for file in reached for word in _KNOWS_RANKS):
             return False
-        return any(self.of(file) for file in reached)
+        names = [name for file in reached for name in self.of(file)]
+        if any(not name.perhaps for name in names):
+            return True
+        return bool(names) and not any(_says_cuda(file) for file in reached)
 
     def numbers(self, file: File) -> set[int]:
         """The numbers written in the programs that a file is part of, where none of these knows of ranks."""
@@ -64,11 +70,11 @@ class GpuNames:
                 case ast.Constant(value=str(text)) if (found := _NAMED.match(text)) and " " not in text:
                     whole = bool(found[1]) and found[0] == text
                     yield GpuName(node, int(found[1]) if whole else None)
-                case ast.Call(func=ast.Attribute(attr="cuda"), args=[given]):
+                case ast.Call(func=ast.Attribute(attr="cuda"), args=[given, *_]):
                     yield from _by_number(given)
-                case ast.Call(func=ast.Attribute(attr="to"), args=[ast.Constant(value=int()) as given]):
-                    yield from _by_number(given)
-                case ast.Call():
+                case ast.Call(func=ast.Attribute(attr="to"), args=[given, *_]) | ast.keyword("device", given):
+                    yield from _by_option(given)
+                case ast.Call(func=ast.Attribute(attr="device" | "set_device") | ast.Name(), args=[_, *_]):
                     yield from self._by_call(file, node)
 
     def _by_call(self, file: File, call: ast.Call) -> Iterator[GpuName]:
@@ -78,10 +84,13 @@ class GpuNames:
         elif called == "torch.device" and call.args:
             if len(call.args) == 2:
                 yield from _by_number(call.args[1])
-            elif not isinstance(call.args[0], ast.Constant):
-                yield from _by_option(call.args[0])
             else:
-                yield from _by_number(call.args[0])
+                yield from _by_option(call.args[0])
+
+
+def _says_cuda(file: File) -> bool:
+    """Whether a file names the kind of device alone, as settings do then: ``default="cuda"``."""
+    return any(isinstance(node, ast.Constant) and node.value == "cuda" for node in file.nodes)
 
 
 def _by_number(given: ast.expr) -> Iterator[GpuName]:
@@ -98,6 +107,13 @@ def _by_number(given: ast.expr) -> Iterator[GpuName]:
 
 
 def _by_option(given: ast.expr) -> Iterator[GpuName]:
-    """``torch.device(args.device)``, which the launch may say."""
-    if isinstance(given, ast.Attribute):
-        yield GpuName(given, None)
+    """A number, ``args.gpu``, and ``config["device"]``, which the launch or a file of settings may say."""
+    match given:
+        case ast.Constant():
+            yield from _by_number(given)
+        case ast.Attribute(value=holder, attr=name) | ast.Subscript(value=holder, slice=ast.Constant(value=str(name))):
+            root = (dotted(holder) or "").split(".")
+            if any(map(_OPTIONS.search, root)) and (_HOLDS_DEVICE.search(name) or _GPU.search(name)):
+                yield GpuName(given, None, perhaps=not _GPU.search(name))
+        case ast.Name(id=name) if _GPU.search(name):
+            yield GpuName(given, None)

@@ -1,7 +1,8 @@
 """A script that names its GPU by a number names its rank's.
 
 What: ``import bmtrain.own_gpu`` becomes the first line of a script which names a GPU (``torch.device("cuda:0")``,
-``.cuda(args.gpu)``, ``torch.cuda.set_device(0)``, ``torch.device(args.device)``), itself or in a file that it imports.
+``.cuda(args.gpu)``, ``torch.cuda.set_device(0)``), itself or in a file that it imports, or leaves the name to settings
+(``config["device"]``) and says "cuda" nowhere.
 Each rank then sees one GPU, its own, as ``cuda:0``. Where all places say another number, ``"cuda:3"`` becomes
 ``"cuda:0"``.
 Why: every rank of a host has another GPU. Named by one number, batches of all ranks would go to the same GPU, and
@@ -85,7 +86,7 @@ import bmtrain as bmt
 
 bmt.init_distributed(seed=0)
 device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-model = bmt.BMTrainModelWrapper(nn.Linear(4, 4)).to(device)
+model = bmt.BMTrainModelWrapper(nn.Linear(4, 4).to(device))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 optim_manager = bmt.optim.OptimManager(loss_scale=None)
 optim_manager.add_optimizer(optimizer)

@@ -17,8 +17,9 @@ the loop.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; it is made of some items
 (``out[:4]``, ``out[-1]``), is a mean of what a mask leaves, or is made of a spread or an extreme of the batch; values
 are put at places of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last
-batch has left in a name is shown behind the loop: then the line is reported, as are functions of the project that are
-handed the training loader, and tests of such counts above calls that all ranks must make.
+batch has left in a name is used behind the loop, and is no tensor of the batch itself, which is collected there
+(``x = bmt.gather_samples(x)``): then the line is reported, as are functions of the project that are handed the
+training loader, and tests of such counts above calls that all ranks must make.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.shares import Kinds, Share
+from rewriter.changes import insert_behind
 from rewriter.rules.of_shares import made_whole
 from rewriter.rules.rule import Example, Rule
 from rewriter.types import Conversion, Finding, Remark
@@ -94,8 +96,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
             told.add(value)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
+    yield from _left_behind(file, facts, told)
     counted: set[Var] = set()
     for value in (item for item in facts.scripts.collectives.unclear(file) if item not in losses):
+        if facts.left_behind.is_whole(file, value):
+            continue
         statement = file.names.statement_of(value)
         if isinstance(statement, ast.AugAssign):
             variable = facts.scripts.roles[file].var(statement.target)
@@ -126,6 +131,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 elif (
                     isinstance(item, ast.Call)
                     and item not in losses
+                    and not facts.left_behind.is_whole(file, item)
                     and (_shown(file, facts, node, item) or _is_handed_on(file, kinds, item))
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
@@ -148,6 +154,24 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     if counted:
         yield from _decisions(file, facts, counted)
     yield from _sizes(file, facts)
+
+
+def _left_behind(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
+    """``print(criterion(model(x), y))`` behind the loop that had ``x`` and ``y`` of its last batch."""
+    for left in facts.left_behind.of(file):
+        if left.whole and not facts.scripts.in_kept_guard(file, left.loop):
+            options = "" if left.loader is None else ", of={loader}"
+            lines = [f"{name} = {{bmt}}.gather_samples({name}{options})" for name in sorted(left.reads)]
+            holes = {} if left.loader is None else {"loader": left.loader}
+            message = "what the loop leaves of its last batch is collected from all ranks"
+            change = insert_behind(left.loop, *lines, **holes)
+            yield Conversion(RULE.code, left.loop.lineno, message, (change,))
+            continue
+        for name, reads in sorted(left.reads.items()):
+            if not any(read in told for read in reads):
+                told.add(reads[0])
+                message = f"{name} is of this rank's share of the loop's last batch: see bmt.gather_samples"
+                yield Remark(RULE.code, reads[0].lineno, message, differs=True)
 
 
 def _is_of_first(kinds: Kinds, node: ast.AugAssign | ast.Call) -> bool:

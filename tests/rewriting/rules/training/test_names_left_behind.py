@@ -1,0 +1,97 @@
+"""What a loop over shares leaves in its names is the whole last batch's where it is read behind the loop."""
+
+from __future__ import annotations
+
+import pytest
+
+from rewriter.convert import convert_text
+from rewriter.types import Remark
+
+from ...helpers import IMPORTS, NET, converted
+
+SCRIPT = (
+    IMPORTS
+    + NET
+    + """
+torch.manual_seed(0)
+net = Net()
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+loader = DataLoader(data, batch_size=8)
+for epoch in range(2):
+    for {target} in loader:
+{body}
+        opt.zero_grad()
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        opt.step()
+{behind}
+"""
+)
+
+
+def script(behind: str, target: str = "x, y", body: str = "pass") -> str:
+    return SCRIPT.format(target=target, body="        " + body.replace("\n", "\n        "), behind=behind)
+
+
+LEFT = {
+    "nothing is read": "",
+    "a loss's number": "print(loss.item())",
+    "another value before": "x, y = data[:4]\nprint(net(x))",
+    "another loop's": "for x, y in other:\n    print(net(x))",
+    "a comprehension's": "print([x.sum() for x in other])",
+    "a function's": "def f(x, y):\n    return net(x) - y",
+    "its kind": "print(x.device, x.dtype, type(y), isinstance(x, dict))",
+    "what is taken away": "del x, y",
+}
+
+
+@pytest.mark.parametrize("behind", LEFT.values(), ids=LEFT.keys())
+def test_other_reads_are_left(behind: str) -> None:
+    text = script(behind)
+    assert "gather_samples" not in converted(text)
+    assert not any("last batch" in item.message for item in convert_text(text).reported if isinstance(item, Remark))
+
+
+READS = {
+    "a loss": "print(F.cross_entropy(net(x), y).item())",
+    "in the loop around": "    print(F.cross_entropy(net(x), y).item())",
+    "under a test": "if verbose:\n    print(net(x).mean(), y)",
+    "in a with": "with torch.no_grad():\n    value = F.cross_entropy(net(x), y)",
+    "hits": "hits = (net(x).argmax(1) == y).sum().item()\nprint(hits)",
+    "sizes": "print(x.shape, len(y))",
+    "a file": 'torch.save((x, y), "batch.pt")',
+    "by itself": "x = x * 2\nprint(x, y)",
+    "after one branch": "if fresh:\n    x, y = data[:4]\nprint(x, y)",
+}
+
+
+@pytest.mark.parametrize("behind", READS.values(), ids=READS.keys())
+def test_tensors_of_the_batch_are_collected_behind_the_loop(behind: str) -> None:
+    after = converted(script(behind))
+    assert "        optim_manager.step()\n    x = bmt.gather_samples(x)\n    y = bmt.gather_samples(y)\n" in after
+    assert not any(item.code == "BMT037" for item in convert_text(script(behind)).reported)
+
+
+def test_what_a_pass_does_to_them_keeps_their_rows() -> None:
+    for body in ("x, y = x.to(device), y.cuda()", "x = x.view(x.size(0), -1)", "x = x.reshape(-1, 4).float()"):
+        assert "    x = bmt.gather_samples(x)\n" in converted(script("print(net(x))", body=body)), body
+    assert "    x = bmt.gather_samples(x)\n" in converted(script("print(net(x))", "i, (x, y)").replace(
+        "in loader", "in enumerate(loader)"
+    ))  # fmt: skip
+
+
+UNKNOWN = {
+    "made by the model": ("print(out.mean())", "x, y", "out = net(x)"),
+    "turned": ("print(net(x))", "x, y", "x = x.transpose(0, 1)"),
+    "a dict": ("print(batch)", "batch", 'x, y = batch["x"], batch["y"]'),
+    "a part of it": ("print(net(batch[0]))", "batch", "x, y = batch[0], batch[1]"),
+    "with its columns": ("print(x)", "x, y", "x = x[:, :4]"),
+}
+
+
+@pytest.mark.parametrize(("behind", "target", "body"), UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_what_may_have_no_rows_is_reported(behind: str, target: str, body: str) -> None:
+    text = script(behind, target, body)
+    assert "gather_samples" not in converted(text)
+    told = [item for item in convert_text(text).reported if isinstance(item, Remark) and "last batch" in item.message]
+    assert len(told) == 1 and told[0].differs
