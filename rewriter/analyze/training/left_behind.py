@@ -6,10 +6,10 @@ import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import item_of, names_in, walk, walk_own
 from rewriter.analyze.training.scripts import Scripts
-from rewriter.analyze.training.shares import Kinds, loop_over
+from rewriter.analyze.training.shares import Kinds, Loop, loop_over
 
 _OF_KIND = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "dim", "is_floating_point"}
 _ASKING = {"type", "isinstance"}
@@ -26,20 +26,21 @@ _KEEPS_ROWS = {
     "contiguous",
     "requires_grad_",
 }
+_TURNS = {"t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "rearrange"}
 _WRAPPING = {"Variable", "torch.autograd.Variable", "bmtrain.to_device"}
 
 
 @dataclass(frozen=True)
 class Left:
-    """The names of a loop's batch that are read behind it, each with the first place.
+    """The names of a loop's batch that are read behind it, with the places.
 
-    ``whole``: they hold tensors with a row for each sample, and can be made the batch's behind the loop; ``loader`` is
-    what tells whether they hold shares, where that is not known.
+    ``whole`` are those that hold tensors with a row for each sample, and can be made the batch's behind the loop;
+    ``loader`` is what tells whether they hold shares, where that is not known.
     """
 
-    loop: ast.For
+    loop: Loop
     reads: dict[str, list[ast.Name]]
-    whole: bool
+    whole: set[str]
     loader: ast.expr | None
 
 
@@ -57,35 +58,46 @@ class LeftBehind:
 
     def is_whole(self, file: File, value: ast.expr) -> bool:
         """Whether all that a value has of a batch was made whole before."""
-        made = {name for left in self.of(file) if left.whole for reads in left.reads.values() for name in reads}
+        made = {read for left in self.of(file) for name in left.whole for read in left.reads[name]}
         return any(item in made for item in walk(value))
 
     def _left(self, file: File) -> Iterator[Left]:
         handed = self.scripts.handed
         for loop, held in handed.of(file).items():
-            if not isinstance(loop, ast.For):
+            if not isinstance(loop, (ast.For, ast.While)):
                 continue
-            loader = None if held.known else loop_over(loop)
+            loader = None if held.known or isinstance(loop, ast.While) else loop_over(loop)
             if not held.known and loader is None:
                 continue
             kinds = handed.kinds(file, loop)
-            taken = names_in(item_of(loop, file.names.values_of)) & held.names
-            reads = self._reads(file, loop, kinds, taken | self._derived(file, kinds, held.names))
+            taken = held.names | _looked_up(kinds, held.names)
+            reads = self._reads(file, loop, kinds, taken | self._derived(file, kinds, taken))
+            whole = {name for name in reads.keys() & taken if self._has_rows(file, loop, kinds, name)}
+            together = [
+                {name for name, places in reads.items() if any(file.names.statement_of(p) is at for p in places)}
+                for at in {file.names.statement_of(place) for places in reads.values() for place in places}
+            ]
+            if any(names & whole and names - whole for names in together):
+                whole = set()  # rows of a batch beside rows of a share
             if reads:
-                whole = reads.keys() <= taken and all(self._has_rows(file, loop, kinds, name) for name in reads)
                 yield Left(loop, reads, whole, loader)
 
     def _derived(self, file: File, kinds: Kinds, held: set[str]) -> set[str]:
-        """The names of what a pass makes with a row for each sample: ``out = model(x)``."""
+        """The names of what a pass makes with a row for each sample: ``out = model(x)``, ``mean, std = model(x)``."""
         roles = self.scripts.roles[file]
+
+        def has_rows(value: ast.expr, part: int | None) -> bool:
+            of_model = isinstance(value, ast.Call) and roles.is_model(value.func) and kinds.of_batch(value)
+            return of_model if part is not None else kinds.kind(value) == "samples"
+
         return {
             name
             for name, values in kinds.made.items()
-            if name not in held and all(part is None and kinds.kind(value) == "samples" for value, part in values)
+            if name not in held and all(has_rows(*made) for made in values)
             if not any(roles.var(target) in roles.losses for target in _targets(kinds.nodes, name))
         }
 
-    def _reads(self, file: File, loop: ast.For, kinds: Kinds, names: set[str]) -> dict[str, list[ast.Name]]:
+    def _reads(self, file: File, loop: Loop, kinds: Kinds, names: set[str]) -> dict[str, list[ast.Name]]:
         found: dict[str, list[ast.Name]] = {}
         for read in _Behind(file, loop, names).reads:
             around = [item for item in file.names.ancestors(read) if isinstance(item, ast.expr)]
@@ -93,19 +105,30 @@ class LeftBehind:
                 found.setdefault(read.id, []).append(read)
         return found
 
-    def _has_rows(self, file: File, loop: ast.For, kinds: Kinds, name: str) -> bool:
+    def _has_rows(self, file: File, loop: Loop, kinds: Kinds, name: str) -> bool:
         """Whether a name of a batch holds a tensor with a row for each sample, as far as its uses show."""
+        taken = names_in(item_of(loop, file.names.values_of)) if isinstance(loop, ast.For) else set[str]()
         for value, part in kinds.made.get(name, ()):
-            if part is not None or not self._keeps_rows(file, value, name):
+            if name in names_in(value):
+                if part is not None or not self._keeps_rows(file, value, name):
+                    return False
+            elif name in taken or self._turns(file, value):
                 return False
         uses = [n for n in walk(loop) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load)]
         parents = [file.names.parents[use] for use in uses]
-        if any(isinstance(p, (ast.Subscript, ast.Starred, ast.keyword, ast.For, ast.comprehension)) for p in parents):
+        if any(isinstance(p, (ast.Starred, ast.keyword, ast.For, ast.comprehension)) for p in parents):
+            return False
+        if any(isinstance(p, ast.Subscript) and p.value in uses and not _is_cut(p.slice) for p in parents):
             return False
         model = self.scripts.roles[file].is_model
-        return isinstance(item_of(loop, file.names.values_of), ast.Tuple) or any(
-            isinstance(p, ast.Call) and model(p.func) for p in parents
-        )
+        single = isinstance(loop, ast.For) and taken == {name}
+        return not single or any(isinstance(p, ast.Call) and model(p.func) for p in parents)
+
+    def _turns(self, file: File, value: ast.expr) -> bool:
+        """Whether what makes a batch may put something else than samples in its rows: ``data[rows].t()``."""
+        found = self.scripts.project.resolve(file, value.func) if isinstance(value, ast.Call) else None
+        parts = [value, *([found.node] if isinstance(found, FunctionInfo) else [])]
+        return any(isinstance(item, ast.Attribute) and item.attr in _TURNS for part in parts for item in walk(part))
 
     def _keeps_rows(self, file: File, value: ast.expr, name: str) -> bool:
         """``x.to(device)``, ``x.view(x.size(0), -1)``, ``x.reshape(-1, 784)``, ``Variable(x)``."""
@@ -125,7 +148,7 @@ class LeftBehind:
 class _Behind:
     """The reads of names behind a loop, up to where they get other values, in its function or file."""
 
-    def __init__(self, file: File, loop: ast.For, names: set[str]) -> None:
+    def __init__(self, file: File, loop: Loop, names: set[str]) -> None:
         self.reads: list[ast.Name] = []
         alive, statement = set(names), ast.stmt()
         for parent in (loop, *file.names.ancestors(loop)):
@@ -170,10 +193,29 @@ class _Behind:
             self.reads += [item for item in names if item.id in alive - bound]
 
 
-def _targets(nodes: list[ast.AST], name: str) -> Iterator[ast.expr]:
+def _looked_up(kinds: Kinds, held: set[str]) -> set[str]:
+    """The names of rows that a batch of places gives: ``x, y = X[rows], Y[rows]``."""
+    return {
+        name
+        for name, values in kinds.made.items()
+        if all(
+            part is None and isinstance(value, ast.Subscript) and isinstance(value.slice, ast.Name)
+            and value.slice.id in held and not kinds.of_batch(value.value)
+            for value, part in values
+        )
+    }  # fmt: skip
+
+
+def _targets(nodes: list[ast.AST], name: str) -> Iterator[ast.Name]:
     for node in nodes:
         if isinstance(node, ast.Assign):
-            yield from (target for target in node.targets if isinstance(target, ast.Name) and target.id == name)
+            stored = (item for target in node.targets for item in walk(target) if isinstance(item, ast.Name))
+            yield from (item for item in stored if item.id == name)
+
+
+def _is_cut(index: ast.expr) -> bool:
+    """Whether what stands in brackets is for a tensor, and no key or place: ``x[:, 0]``."""
+    return isinstance(index, ast.Slice) or (isinstance(index, ast.Tuple) and any(map(_is_cut, index.elts)))
 
 
 def _asks_for_kind(around: list[ast.expr]) -> bool:

@@ -621,9 +621,9 @@ class Kinds:
         anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
         for value in (value for item in following for value in self._shown(item)):
             kind = "" if _named(value) & anew else self.kind(value)
-            if kind in {"total", "mean"} and not self._holds_loss(value):
-                yield value, "unknown"
-            elif kind == "unknown" and self._is_written_out(value):
+            if (kind in {"total", "mean"} and not self._holds_loss(value)) or (
+                kind == "unknown" and self._is_written_out(value)
+            ):
                 yield value, kind
 
     def _holds_loss(self, node: ast.expr) -> bool:
@@ -682,9 +682,10 @@ class Kinds:
                     yield value, "unknown"
 
     def comes_once(self, node: ast.AST) -> bool:
-        """Whether every rank comes to a value once for each batch, whatever its share holds."""
+        """Whether every rank comes to a value once for each batch, or behind the loop, whatever its share holds."""
+        block = self.file.names.parents[self.loop]
         for parent in self.file.names.ancestors(node):
-            if parent is self.loop:
+            if parent is self.loop or parent is block:
                 return True
             if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
                 if not all(map(self._goes_through_parts, parent.generators)):

@@ -93,6 +93,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     yield from _divided_losses(file, facts, told)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
     for value, share in made.items():
+        if facts.left_behind.is_whole(file, value):
+            continue
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
             told.add(value)
             yield Conversion(RULE.code, value.lineno, _MESSAGES[share.kind], (made_whole(value, share),))
@@ -159,16 +161,16 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 def _left_behind(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
     """``print(criterion(model(x), y))`` behind the loop that had ``x`` and ``y`` of its last batch."""
     for left in facts.left_behind.of(file):
-        if left.whole and not facts.scripts.in_kept_guard(file, left.loop):
+        whole = set() if facts.scripts.in_kept_guard(file, left.loop) else left.whole
+        if whole:
             options = "" if left.loader is None else ", of={loader}"
-            lines = [f"{name} = {{bmt}}.gather_samples({name}{options})" for name in sorted(left.reads)]
+            lines = [f"{name} = {{bmt}}.gather_samples({name}{options})" for name in sorted(whole)]
             holes = {} if left.loader is None else {"loader": left.loader}
             message = "what the loop leaves of its last batch is collected from all ranks"
             change = insert_behind(left.loop, *lines, **holes)
             yield Conversion(RULE.code, left.loop.lineno, message, (change,))
-            continue
         for name, reads in sorted(left.reads.items()):
-            if not any(read in told for read in reads):
+            if name not in whole and not any(read in told for read in reads):
                 told.add(reads[0])
                 message = f"{name} is of this rank's share of the loop's last batch: see bmt.gather_samples"
                 yield Remark(RULE.code, reads[0].lineno, message, differs=True)

@@ -82,6 +82,7 @@ def test_what_a_pass_does_to_them_keeps_their_rows() -> None:
 
 UNKNOWN = {
     "made by the model": ("print(out.mean())", "x, y", "out = net(x)"),
+    "one of what the model gives": ("print(mean.std())", "x, y", "mean, spread = net(x)"),
     "turned": ("print(net(x))", "x, y", "x = x.transpose(0, 1)"),
     "a dict": ("print(batch)", "batch", 'x, y = batch["x"], batch["y"]'),
     "a part of it": ("print(net(batch[0]))", "batch", "x, y = batch[0], batch[1]"),
@@ -95,3 +96,47 @@ def test_what_may_have_no_rows_is_reported(behind: str, target: str, body: str) 
     assert "gather_samples" not in converted(text)
     told = [item for item in convert_text(text).reported if isinstance(item, Remark) and "last batch" in item.message]
     assert len(told) == 1 and told[0].differs
+
+
+DRAWN = (
+    IMPORTS
+    + NET
+    + """
+torch.manual_seed(0)
+net = Net()
+opt = torch.optim.SGD(net.parameters(), lr=0.1)
+X, Y = torch.randn(64, 4), torch.randint(3, (64,))
+{taking}
+    opt.zero_grad()
+    loss = F.cross_entropy(net(x), y)
+    loss.backward()
+    opt.step()
+print(F.cross_entropy(net({read}), y).item())
+"""
+)
+TAKING = {
+    "drawn": "for i in range(9):\n    rows = torch.randperm(64)[:8]\n    x, y = X[rows], Y[rows]",
+    "by a function": "def draw():\n    rows = torch.randint(64, (8,))\n    return X[rows], Y[rows]\n\n\n"
+    "for i in range(9):\n    x, y = draw()",
+    "one by one": "batches = iter(DataLoader(data, batch_size=8))\nwhile more():\n    x, y = next(batches)",
+    "moved": "batches = iter(DataLoader(data, batch_size=8))\nfor i in range(9):\n    x, y = next(batches)\n"
+    "    x = x.to(device)",
+}
+
+
+@pytest.mark.parametrize("taking", TAKING.values(), ids=TAKING.keys())
+def test_batches_that_no_loop_goes_through(taking: str) -> None:
+    after = converted(DRAWN.format(taking=taking, read="x"))
+    assert "x = bmt.gather_samples(x)\ny = bmt.gather_samples(y)\n" in after
+
+
+def test_what_a_function_turns_is_reported() -> None:
+    text = DRAWN.format(taking=TAKING["by a function"].replace("X[rows], Y", "X[rows].t(), Y"), read="x")
+    assert "gather_samples" not in converted(text)
+    assert any("last batch" in item.message for item in convert_text(text).reported if isinstance(item, Remark))
+
+
+def test_means_and_sums_that_a_pass_makes_are_made_whole_where_they_are_shown() -> None:
+    body = "acc = (net(x).argmax(1) == y).float().mean().item()\nn = len(x)"
+    after = converted(script("    print(f'{acc:.3f}', n)", body=body))
+    assert "{bmt.sum_loss(acc):.3f}" in after and "bmt.total(n)" in after

@@ -139,10 +139,10 @@ def test_without_gradients_outputs_are_collected_too() -> None:
 
 def test_what_is_made_of_the_collected_is_not_reported() -> None:
     loop = "for epoch in range(2):\n    p = []\n    " + LOOP.replace("\n", "\n    ") + "    p.append(y)\n"
-    behind = "    all = torch.cat(p)\n    print(all.float().mean().item())\n    print(out.sum().item())\n"
+    behind = "    all = torch.cat(p)\n    print(all.float().mean().item())\n    print(out.std().item())\n"
     result = convert_text(HEAD + loop + behind)
     (line,) = [f.line for f in result.reported if f.code == "BMT037"]
-    assert result.before.decode().splitlines()[line - 1] == "    print(out.sum().item())"
+    assert result.before.decode().splitlines()[line - 1] == "    print(out.std().item())"
 
 
 MIX = """def mix(x, y, alpha=1.0):
@@ -181,15 +181,17 @@ def test_errors_of_a_function_are_means() -> None:
     assert "top.update(bmt.sum_loss(err1).item(), x.size(0))" in after or "bmt.sum_loss(err1.item())" in after
 
 
-LEFT_IN_NAMES = ["a = (out.argmax(1) == y).float().mean().item()", "a = (out.argmax(1) == y).sum()"]
+LEFT_IN_NAMES = {
+    "a = (out.argmax(1) == y).float().mean().item()": "bmt.sum_loss(a)",
+    "a = (out.argmax(1) == y).sum()": "bmt.total(a)",
+}
 
 
-@pytest.mark.parametrize("text", LEFT_IN_NAMES)
-def test_what_the_last_batch_has_left_is_reported_where_it_is_shown(text: str) -> None:
+@pytest.mark.parametrize(("text", "whole"), LEFT_IN_NAMES.items())
+def test_what_the_last_batch_has_left_is_made_whole_where_it_is_shown(text: str, whole: str) -> None:
     loop = "for epoch in range(2):\n    " + f"{LOOP}    {text}\n".replace("\n", "\n    ") + "print(a)\n"
-    result = convert_text(HEAD + loop)
-    (line,) = [f.line for f in result.reported if f.code == "BMT037"]
-    assert result.before.decode().splitlines()[line - 1] == "    print(a)"
+    assert f"    bmt.print_rank({whole})\n" in converted(HEAD + loop)
+    assert not [f for f in convert_text(HEAD + loop).reported if f.code == "BMT037"]
 
 
 def test_the_number_of_a_loss_that_is_left_in_a_name_is_of_all_ranks() -> None:
