@@ -21,6 +21,7 @@ from rewriter.analyze.training.batch_flow import BatchFlow
 from rewriter.analyze.training.decisions import Decisions
 from rewriter.analyze.training.deepspeeds import DeepSpeeds, scripts_with_deepspeed
 from rewriter.analyze.training.gpu_names import GpuNames
+from rewriter.analyze.training.kept_batches import KeptBatches
 from rewriter.analyze.training.left_behind import LeftBehind
 from rewriter.analyze.training.managers import Managers
 from rewriter.analyze.training.moments import Moments
@@ -107,6 +108,10 @@ class Facts:
     @cached_property
     def gpu_names(self) -> GpuNames:
         return GpuNames(self.scripts)
+
+    @cached_property
+    def kept_batches(self) -> KeptBatches:
+        return KeptBatches(self.scripts)
 
     @cached_property
     def left_behind(self) -> LeftBehind:

@@ -12,8 +12,8 @@ the batch's where it is given, if its class is seen and nothing that it is given
 Why: every rank sees its share of each batch, so such a sum or list is this rank's part of the unconverted script's.
 A size of a share that is kept in a list, a table or a dict (``history.append({"seen": len(x)})``) is reported; so is a
 number of it that a function which trains gives back (``return {"part": part.item()}``), one that a function shows to
-which the loop hands its outputs (``show(out, y)``), and a tensor of the loader's batch size that is made in front of
-the loop.
+which the loop hands its outputs (``show(out, y)``), a number that is read out of a batch which an object keeps
+(``self.out.mean().item()``), and a tensor of the loader's batch size that is made in front of the loop.
 Refuses when: it is not seen whether a value is a sum or a mean, or what the loop goes through; it is made of some items
 (``out[:4]``, ``out[-1]``), is a mean of what a mask leaves, or is made of a spread or an extreme of the batch; values
 are put at places of the batch (``matrix[y, p] += 1``, ``scores[index] = out``, sets and tables by item); what the last
@@ -151,6 +151,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             message = f"{name}(...) gets the training data, of which every rank sees its share"
             yield Remark(RULE.code, node.lineno, message, differs=True)
     yield from _shown_of_shares(file, facts, told)
+    for value in facts.kept_batches.numbers(file):
+        if value not in told and value not in losses and not _is_of_all_ranks(file, facts, value):
+            told.add(value)
+            message = f"{file.source.code(value)} is of this rank's share of a batch that the object keeps"
+            yield Remark(RULE.code, value.lineno, message, differs=True)
     yield from _in_hooks(file, facts, told)
     yield from _in_forwards(file, facts, told)
     if counted:
