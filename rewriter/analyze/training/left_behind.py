@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import item_of, names_in, walk, walk_own
@@ -77,10 +78,21 @@ class LeftBehind:
                 {name for name, places in reads.items() if any(file.names.statement_of(p) is at for p in places)}
                 for at in {file.names.statement_of(place) for places in reads.values() for place in places}
             ]
-            if any(names & whole and names - whole for names in together):
-                whole = set()  # rows of a batch beside rows of a share
+            if self._is_padded or any(names & whole and names - whole for names in together):
+                whole = set()  # ranks' rows may differ in length; rows of a batch beside rows of a share
             if reads:
                 yield Left(loop, reads, whole, loader)
+
+    @cached_property
+    def _is_padded(self) -> bool:
+        """Whether a loader puts batches together in a way of its own, in which rows get as long as their batch's."""
+        return any(
+            keyword.arg == "collate_fn"
+            and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is None)
+            for file in self.scripts.training
+            for call in file.calls
+            for keyword in call.keywords
+        )
 
     def _derived(self, file: File, kinds: Kinds, held: set[str]) -> set[str]:
         """The names of what a pass makes with a row for each sample: ``out = model(x)``, ``mean, std = model(x)``."""

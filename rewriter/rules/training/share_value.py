@@ -53,6 +53,9 @@ _BATCH_SIZE = re.compile(r"^(?:batch_?size|bsz|n_?batch)$", re.I)
 _SHAPED = {"reshape", "view", "expand", "ones", "zeros", "full", "empty", "repeat", "eye", "arange", "init_hidden"}
 _DRAWN = {"rand", "randn", "randint", "normal", "uniform"}
 _HOOKS = {"register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"}
+_KEEPING = {"append", "__setitem__", "setdefault", "update", "add", "extend", "put"}
+_PLACES = (ast.Name, ast.Attribute)
+_SCALELESS = {"sign", "sign_", "zero_", "shape", "size", "device", "dtype"}
 _OF_WEIGHTS = {"parameters", "named_parameters", "buffers", "named_buffers"}
 _VALUES = {"item", "tolist", "numpy"}
 _OF_NUMBERS = {
@@ -156,6 +159,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             told.add(value)
             message = f"{file.source.code(value)} is of this rank's share of a batch that the object keeps"
             yield Remark(RULE.code, value.lineno, message, differs=True)
+    yield from _gradients_of_inputs(file, facts, told)
     yield from _in_hooks(file, facts, told)
     yield from _in_forwards(file, facts, told)
     if counted:
@@ -433,6 +437,53 @@ def _in_hooks(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
                             f"{file.source.code(item)} in a hook is of this rank's share of the data: see bmt.sum_loss"
                         )
                         yield Remark(RULE.code, item.lineno, message, differs=True)
+        yield from _kept_by_hook(file, facts, body, told) if body is not None else ()
+
+
+def _kept_by_hook(file: File, facts: Facts, hook: ast.AST, told: _Told) -> Iterator[Finding]:
+    """``print(seen["h"].mean().item())``, where a hook has put what a module gave into ``seen``."""
+    given = {item.arg for item in walk(hook) if isinstance(item, ast.arg)}
+    kept: set[str] = set()
+    for item in walk(hook):
+        match item:
+            case ast.Assign(targets=[ast.Subscript(value=holder) | (ast.Attribute() as holder)], value=value):
+                kept |= {dotted(holder) or ""} if names_in(value) & given else set()
+            case ast.Call(func=ast.Attribute(value=holder, attr=attr), args=values) if attr in _KEEPING:
+                kept |= {dotted(holder) or ""} if any(names_in(value) & given for value in values) else set()
+    for call in file.calls if kept - {""} else ():
+        inside = call is hook or hook in file.names.ancestors(call)
+        match call:
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _VALUES:
+                read = value
+            case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
+                read = value
+            case _:
+                continue
+        if not inside and call not in told and any(dotted(n) in kept for n in walk(read) if isinstance(n, _PLACES)):
+            if not _is_of_all_ranks(file, facts, call):
+                told.add(call)
+                code = file.source.code(call)
+                message = f"{code} is of this rank's share of the data, which a hook has kept: see bmt.sum_loss"
+                yield Remark(RULE.code, call.lineno, message, differs=True)
+
+
+def _gradients_of_inputs(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
+    """``x.grad.abs().mean()`` of a batch: of a loss that is the mean over a share, which has fewer items."""
+    for place in facts.scripts.handed.of(file):
+        kinds = facts.scripts.handed.kinds(file, place)
+        for node in kinds.nodes:
+            match node:
+                case ast.Attribute(value=ast.Name() as name, attr="grad", ctx=ast.Load()) if kinds.of_batch(name):
+                    around = [item for item in file.names.ancestors(node) if isinstance(item, ast.expr)]
+                    if node not in told and not any(
+                        isinstance(n, ast.Attribute) and n.attr in _SCALELESS for n in around
+                    ):
+                        told.add(node)
+                        message = (
+                            f"{file.source.code(node)} is of the mean over this rank's share of the batch, "
+                            "bmt.world_size() times as large as of the mean over the batch"
+                        )
+                        yield Remark(RULE.code, node.lineno, message, differs=True)
 
 
 def _in_forwards(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
