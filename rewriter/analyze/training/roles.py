@@ -492,7 +492,20 @@ class Roles:
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)
-        return found - self.managers
+        return found - self.managers - (self._functions - self.trained)
+
+    @cached_property
+    def _functions(self) -> set[Var]:
+        """Names that are called, here or in a function of the project that is given them: no loss is."""
+        found = {v for call in self.file.calls if (v := self.var(call.func)) is not None}
+        for call in self.file.calls:
+            function = self.function_called(call.func)
+            given = function.given(call) if function is not None else ()
+            names = {name: v for name, value in given if (v := self.var(value)) is not None}
+            if function is not None and names:
+                inner = (item.func for item in walk(function.node) if isinstance(item, ast.Call))
+                found |= {names[func.id] for func in inner if isinstance(func, ast.Name) and func.id in names}
+        return found
 
     @cached_property
     def trained(self) -> set[Var]:
@@ -618,6 +631,12 @@ class Roles:
         method = self.classes.method(cls, func.attr) if cls is not None else None
         return method[0].file.function_info(method[1]) if method is not None else None
 
+    def _makes_object(self, func: ast.expr) -> bool:
+        """Whether a call makes an object of a class: ``nn.CrossEntropyLoss()``."""
+        found = self.project.resolve(self.file, func)
+        is_class = isinstance(found, External) and found.name.split(".")[-1][:1].isupper()
+        return isinstance(found, ClassInfo) or is_class
+
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)
@@ -631,6 +650,8 @@ class Roles:
                 return False
             if self.is_model(value.func):
                 return True
+            if self._makes_object(value.func):
+                return False
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
             made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)
