@@ -48,6 +48,10 @@ _INSIDE = (
     "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
     "project, and it is converted"
 )
+_CLIPS_BY = {"limit": "{limit}", "norm_type": "norm_type={norm_type}", "rest": "**{rest}"}
+_NOT_FINITE = (
+    "the manager's clipping raises no error for a norm that is not finite: look at what it gives, on all ranks the same"
+)
 _CLOSURE = (
     "step with a closure and a loss scale cannot be converted, as the optimizer would read gradients that are scaled: "
     "where it calls the closure once, call it before, loss = closure(), and step without it"
@@ -884,13 +888,15 @@ def _is_of_optimizer(file: File, node: ast.AST) -> bool:
 
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Change | Remark | Refusal]:
     manager = managers.for_call(node)
-    values = {keyword.arg: keyword.value for keyword in node.keywords}
-    values.update(zip(("parameters", "max_norm", "norm_type"), node.args, strict=False))
+    values = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+    values.update(zip(("parameters", "max_norm", "norm_type", "error_if_nonfinite"), node.args, strict=False))
+    settings = [keyword.value for keyword in node.keywords if keyword.arg is None]
     parameters, limit = values.get("parameters"), values.get("max_norm")
-    if parameters is None or limit is None:
+    spread = any(isinstance(item, ast.Starred) for item in node.args) or len(settings) > 1
+    if parameters is None or spread or (limit is None and not settings):
         yield Refusal(RULE.code, node.lineno, "clip_grad_norm_ with arguments that are not understood")
         return
-    holes = {"limit": limit}
+    holes: dict[str, ast.expr] = {}
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
     alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
@@ -903,14 +909,20 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
         listed = isinstance(parameters, ast.List) or called == "list"
         groups = '[{"params": {parameters}}]' if listed else '[{"params": list({parameters})}]'
         holes["parameters"] = parameters
-    norm_type = ""
-    if "norm_type" in values:
-        norm_type, holes["norm_type"] = ", norm_type={norm_type}", values["norm_type"]
+    given = {"limit": limit, "norm_type": values.get("norm_type"), "rest": next(iter(settings), None)}
+    others = "".join(f", {_CLIPS_BY[name]}" for name, value in given.items() if value is not None)
+    holes |= {name: value for name, value in given.items() if value is not None}
+    if not _is_false(values.get("error_if_nonfinite")):
+        yield Remark(RULE.code, node.lineno, _NOT_FINITE, differs=True)
     if manager is not None and manager.scaler is not None and not _unscales(file):
         message = "gradients are clipped with the loss scale on them here; the manager clips them without it"
         yield Remark(RULE.code, node.lineno, message)
     name = manager.name if manager is not None else _UNSCALED
-    yield replace(node, f"{name}.clip_grad_norm({groups}, {{limit}}{norm_type})", **holes)
+    yield replace(node, f"{name}.clip_grad_norm({groups}{others})", **holes)
+
+
+def _is_false(node: ast.expr | None) -> bool:
+    return node is None or (isinstance(node, ast.Constant) and not node.value)
 
 
 def _unscales(file: File) -> bool:
