@@ -115,6 +115,10 @@ class Roles:
                 variable = self.var(node.func.value)
                 if variable is not None:
                     found.setdefault(variable, set()).add(node.func.attr)
+        for name, items in self._displayed.items():
+            for item in items:
+                if (variable := self.var(item)) is not None:
+                    found.setdefault(variable, set()).update(found.get(name, set()))
         return found
 
     # Optimizers ------------------------------------------------------------------------------------------------
@@ -211,7 +215,37 @@ class Roles:
                 found.add(variable)
         for call in self.file.calls if self.scalers else ():
             found |= set(self._stepped_by_scaler(call))
-        return found - self.managers - self.scalers
+        found -= self.managers | self.scalers
+        return found - {name for name, items in self._displayed.items() if {self.var(item) for item in items} <= found}
+
+    @cached_property
+    def displayed(self) -> dict[Var, list[ast.expr]]:
+        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is nothing but cleared and stepped, with these two."""
+        return {v: held for v, held in self._displayed.items() if {self.var(item) for item in held} <= self.optimizers}
+
+    @cached_property
+    def _displayed(self) -> dict[Var, list[ast.expr]]:
+        found: dict[Var, list[ast.expr]] = {}
+        for loop in (node for node in self.file.nodes if isinstance(node, (ast.For, ast.comprehension))):
+            for name, held in gone_through(loop.target, loop.iter, displays=True):
+                variable = self.var(name)
+                if isinstance(held, (ast.Tuple, ast.List)) and variable is not None:
+                    found.setdefault(variable, []).extend(held.elts)
+        for node in self.file.nodes:
+            if isinstance(node, ast.Name) and (variable := self.var(node)) in found and variable is not None:
+                if isinstance(node.ctx, ast.Load) and not self._is_cleared_or_stepped(node):
+                    del found[variable]
+        assigned = {variable for variable, *_ in self.assignments}
+        named = {v for v, held in found.items() if all(isinstance(one, (ast.Name, ast.Attribute)) for one in held)}
+        return {v: found[v] for v in named - assigned}
+
+    def _is_cleared_or_stepped(self, node: ast.expr) -> bool:
+        parents = self.file.names.parents
+        match parents[node]:
+            case ast.Attribute(attr="zero_grad" | "step" as attr) as func:
+                call = parents[func]
+                return isinstance(call, ast.Call) and call.func is func and (attr == "zero_grad" or not call.args)
+        return False
 
     def _stepped_by_scaler(self, call: ast.Call) -> Iterator[Var]:
         """What a call hands on beside a scaler that steps it in the function: ``fit(model, optimizer, scaler)``."""

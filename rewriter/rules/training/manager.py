@@ -4,7 +4,8 @@ What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the opt
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
 optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
-Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``. A step that gets a
+Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``; those that a loop
+writes out, ``for o in (opt_a, opt_b)``, have managers of their own. A step that gets a
 closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's. timm's
 ``NativeScaler`` becomes bmtrain's; one of the project's, which each call gives the optimizer, tells its manager then.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
@@ -77,7 +78,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     yield from _in_forwards(file, facts, managers)
     yield from _in_hooks(file, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
-    calls: list[Change] = []
+    calls: list[Change] = [*_displayed(managers)]
     for item in _calls(file, facts, managers):
         if isinstance(item, (Remark, Refusal)):
             yield item
@@ -87,6 +88,17 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _displayed(managers: Managers) -> Iterator[Change]:
+    """``for o in (opt_a, opt_b): o.step()`` goes through their managers, which clear and step likewise."""
+    for name, items in managers.roles.displayed.items():
+        named = [(item, manager.name) for item in items if (manager := managers.by(item)) and not manager.existing]
+        yield from (replace(item, called) for item, called in named)
+        for call in managers.file.calls if named else ():
+            if isinstance(call.func, ast.Attribute) and managers.roles.var(call.func.value) == name:
+                if call.args or call.keywords:
+                    yield replace(call, f"{name[1]}.{call.func.attr}()")
 
 
 def _in_hooks(file: File, managers: Managers) -> Iterator[Refusal]:
