@@ -8,6 +8,8 @@ Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_
 writes out, ``for o in (opt_a, opt_b)``, have managers of their own. A step that gets a
 closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's. timm's
 ``NativeScaler`` becomes bmtrain's; one of the project's, which each call gives the optimizer, tells its manager then.
+An optimizer that another package's object makes for the model and steps inside, ``algo.optimizer``, has a manager, too,
+if the script reads it.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure beside a loss scale, or is called in a hook; another package's optimizer makes one
@@ -18,6 +20,7 @@ inside; a list of optimizers goes where it is not followed, holds more than thes
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
@@ -49,6 +52,8 @@ _INSIDE = (
     "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
     "project, and it is converted"
 )
+_OPTIMIZER = re.compile(r"^(?:optimizer|optimiser|optim|opt)$")
+_KNOWN = ("torch.", "bmtrain.", "transformers.", "accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.")
 _CLIPS_BY = {"limit": "{limit}", "norm_type": "norm_type={norm_type}", "rest": "**{rest}"}
 _NOT_FINITE = (
     "the manager's clipping raises no error for a norm that is not finite: look at what it gives, on all ranks the same"
@@ -75,6 +80,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, node.lineno, _ELSEWHERE.format(several[1]))  # type: ignore[attr-defined]
     for name, call in managers.roles.packaged:
         yield Refusal(RULE.code, call.lineno, _INSIDE.format(name.split(".")[-1]))
+    yield from _of_packages(file, facts, managers.roles)
     yield from _in_forwards(file, facts, managers)
     yield from _in_hooks(file, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
@@ -88,6 +94,32 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _of_packages(file: File, facts: Facts, roles: Roles) -> Iterator[Conversion]:
+    """``algo = torch_ac.PPOAlgo(envs, net)``, which steps ``algo.optimizer`` in its own code: that gets its manager."""
+    told = {
+        item
+        for call in file.calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_optimizer"
+        for item in map(dotted, call.args)
+    }
+    for variable, value, statement, part in roles.assignments:
+        name = facts.project.external(file, value.func) if isinstance(value, ast.Call) and not part else ""
+        if not isinstance(value, ast.Call) or not name or name.startswith(_KNOWN):
+            continue
+        if not any(map(roles.is_model, [*value.args, *(keyword.value for keyword in value.keywords)])):
+            continue
+        used = {
+            node.attr
+            for node in file.nodes
+            if isinstance(node, ast.Attribute) and _OPTIMIZER.match(node.attr) and roles.var(node.value) == variable
+        }
+        for attr in sorted(used):
+            if (path := f"{variable[1]}.{attr}") not in told:
+                change = insert_behind(statement, f"{_UNSCALED}.add_optimizer({path})")
+                message = "the optimizer that another package's object makes and steps has a manager"
+                yield Conversion(RULE.code, statement.lineno, message, (change,))
 
 
 def _displayed(managers: Managers) -> Iterator[Change]:

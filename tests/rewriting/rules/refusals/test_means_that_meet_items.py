@@ -47,7 +47,9 @@ GRAPH = """    def graph(self, x):
 OF_ALL = {
     "standardised": "x = (x - x.mean(0)) / x.std(0)",
     "a root": "x = x * torch.sqrt(x.var(0) + 1e-8).mean()",
-    "minibatch deviation": "y = x.view(2, -1, 8)\n        y = torch.sqrt(y.var(0, unbiased=False) + 1e-8)\n        x = x + y.mean()",
+    "minibatch deviation": (
+        "y = x.view(2, -1, 8)\n        y = torch.sqrt(y.var(0, unbiased=False) + 1e-8)\n        x = x + y.mean()"
+    ),
     "a gate": "x = x * x.mean(dim=0, keepdim=True).sigmoid()",
     "a product": "x = x @ torch.outer(x.mean(0), x.mean(0))",
     "a power": "x = x * x.mean(0) ** 2",
