@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from .errors import ConfigurationError
 P = ParamSpec("P")
 T = TypeVar("T")
 _LINE_WIDTH = 60
+_FOLDERS = ("log_dir", "logdir")
+"""What writers of logs call the folder that they are given."""
 
 
 def round_up(x: int, d: int) -> int:
@@ -45,8 +48,9 @@ def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
         writer = bmt.on_rank_0(SummaryWriter)("runs/now")
 
     For what exists once: writers of logs, trackers, dashboards.  Calls of the stand-in's methods do nothing, as do
-    ``with`` and ``x[key] = value``.  What they give, and its attributes (``writer.log_dir``), are known on rank 0 only:
-    a use of such a value raises ConfigurationError.  ``bmt.store.broadcast_object(writer.log_dir)`` gives it to all.
+    ``with`` and ``x[key] = value``.  What they give, and its attributes, are known on rank 0 only: a use of such a
+    value raises ConfigurationError.  ``bmt.store.broadcast_object(run.id)`` gives it to all.  The folder of logs that a
+    writer is given (``writer.log_dir``, ``writer.get_logdir()``) is known to all.
 
     No rank waits.  Before ``init_distributed`` a rank is what the launcher calls it (``RANK``).
     """
@@ -55,7 +59,9 @@ def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
     def made(*args: P.args, **kwargs: P.kwargs) -> T:
         if this_rank() == 0:
             return make(*args, **kwargs)
-        return cast(T, _OnRank0(getattr(make, "__name__", "value")))
+        folder = next((kwargs[name] for name in _FOLDERS if name in kwargs), args[0] if args else None)
+        known = folder if isinstance(folder, str | os.PathLike) else None
+        return cast(T, _OnRank0(getattr(make, "__name__", "value"), known))
 
     return made
 
@@ -63,12 +69,20 @@ def on_rank_0(make: Callable[P, T]) -> Callable[P, T]:
 class _OnRank0:
     """What stands on other ranks for an object of rank 0's."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
         self._known_as = name
+        self._folder = folder
 
-    def __getattr__(self, name: str) -> _ValueOnRank0:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if self._folder is not None:
+            if name in _FOLDERS:
+                return self._folder
+            if name == "get_logdir":
+                return lambda: os.fspath(self._folder)
+            if name == "file_writer":
+                return _OnRank0(f"{self._known_as}.{name}", self._folder)
         return _ValueOnRank0(f"{self._known_as}.{name}")
 
     def __call__(self, *args: Any, **kwargs: Any) -> _ValueOnRank0:

@@ -187,6 +187,9 @@ def launch(results: Sequence[Result], at: Callable[[Path], Path]) -> str:
     if script is None:
         return "nothing to launch: no script here trains"
     command = _command(at(script))
+    above = _imported_from(next(result for result in results if result.path == script), results)
+    if above is not None:
+        command = command.replace("torchrun ", f"PYTHONPATH={shlex.quote(str(at(above)))} torchrun ")
     told = [(result, finding) for result in results for finding in result.reported]
     places = [result.at(said.line) for result, said in told if isinstance(said, Remark) and said.differs]
     if places:
@@ -248,6 +251,21 @@ def _names_imported(path: Path, text: bytes) -> set[str]:
     return names
 
 
+def _imported_from(script: Result, results: Sequence[Result]) -> Path | None:
+    """The folder above a script's own in which its imports are: Python does not look there by itself."""
+    if b"sys.path" in script.after:
+        return None
+    known = {result.path.with_suffix("") for result in results}
+    known |= {above for path in known for above in path.parents}
+    names = [module.parts[0] for module in _modules(script, []) if not module.suffix and module.parts]
+    own, *further = script.path.parents
+    for name in (name for name in names if own / name not in known):
+        for above in further:
+            if above / name in known:
+                return above
+    return None
+
+
 def _command(script: Path) -> str:
     """How a script is launched; a notebook is made one first."""
     notebook = script.suffix == ".ipynb"
@@ -265,7 +283,7 @@ def _script(started: Sequence[Path], trained: Sequence[Path], results: Sequence[
     def imported(path: Path, by: Path) -> bool:
         if path in imports[by]:
             return True
-        own = path.with_suffix("").parts
+        own = path.absolute().with_suffix("").parts  # train.py here is not what package.train names
         named = (module.parts for module in imports[by] if not module.suffix)
         return any(parts[-len(own) :] == own[-len(parts) :] for parts in named)
 

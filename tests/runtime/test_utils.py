@@ -90,6 +90,36 @@ def test_on_rank_0(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_text() == "0\n" and (tmp_path / "log").read_text() == "0\nclosed\n"
 
 
+class LogWriter:
+    """As tensorboard's: it is told its folder, and says it in several ways."""
+
+    def __init__(self, log_dir: str | None = None, **more: object) -> None:
+        self.log_dir = self.logdir = str(log_dir or more.get("logdir") or "made up")
+        self.file_writer = self
+
+    def get_logdir(self) -> str:
+        return self.log_dir
+
+
+@pytest.mark.parametrize("named", ["log_dir", "logdir", ""])
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_folder_of_a_log_is_known_to_all(monkeypatch: pytest.MonkeyPatch, named: str, rank: str) -> None:
+    monkeypatch.setenv("RANK", rank)
+    make = bmt.on_rank_0(LogWriter)
+    writer = make(**{named: "runs/a"}) if named else make("runs/a")
+    told = {writer.log_dir, writer.logdir, writer.get_logdir(), writer.file_writer.get_logdir()}
+    assert told == {"runs/a"} and str(Path(writer.log_dir, "best.pt")) == "runs/a/best.pt"
+
+
+@pytest.mark.parametrize("given", [{}, {"log_dir": None}, {"comment": "a"}])
+def test_a_folder_that_is_made_up_is_not(monkeypatch: pytest.MonkeyPatch, given: dict[str, object]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    writer = bmt.on_rank_0(LogWriter)(**given)  # type: ignore[arg-type]
+    for value in (writer.log_dir, writer.get_logdir(), writer.file_writer.get_logdir()):
+        with pytest.raises(bmt.errors.ConfigurationError, match="rank 0 only"):
+            str(value)
+
+
 def test_on_rank_0_before_initialisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bmt.on_rank_0(Writer)(tmp_path).add("x") == tmp_path / "log"
     monkeypatch.setenv("RANK", "1")

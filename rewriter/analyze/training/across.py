@@ -34,6 +34,7 @@ _SAME_SHAPE = {"contiguous", "detach", "float", "half", "to", "clone"}
 _NORMS = {"norm", "vector_norm"}
 _ALL_ITEMS = {"max", "min", "amax", "amin", "logsumexp", "softmax"}
 """Of the losses of items they make one that is no mean."""
+_BATCH = re.compile(r"^(?:b|bs|bsz|bat|batch(?:_?size)?|n_batch|batches)$", re.I)
 _OUTSIDE = {"no_grad", "inference_mode"}
 _TURNING = {"permute", "transpose", "swapaxes", "movedim", "t", "rearrange", "view", "reshape"}
 
@@ -78,6 +79,15 @@ class Across:
             function = flow.function
             if isinstance(function, Function) and (self.file.names.class_of(function) or function.name in calls):
                 yield from (node for node in flow.nodes if isinstance(node, ast.Call) and flow.chooses(node))
+
+    def mixed(self) -> Iterator[ast.expr]:
+        """``x @ graph_of(x.mean(0))`` in a module whose first dimension is the batch: each item gets of all others."""
+        kept = {flow.function for flow in self.flows for call in self.kept() if call in flow.nodes}
+        for flow in self.flows:
+            owner = self.file.names.class_of(flow.function)
+            if owner is not None and flow.function not in kept and _is_module(owner) and _counts_batch(owner):
+                exprs = (node for node in flow.nodes if isinstance(node, ast.expr) and flow.mixes(node))
+                yield from (node for node in exprs if not flow.without_gradients(node))
 
     def kept(self) -> Iterator[ast.Call]:
         """Statistics of a batch in forwards that write such into what their module holds: batch norms by hand.
@@ -178,6 +188,7 @@ class Flow:
         loops = [node for node in self.nodes if isinstance(node, (ast.For, ast.While))]
         self.taken: set[str] = set().union(*(across.taken.get(loop, ()) for loop in loops))
         self.batch |= self.taken
+        self.taken_here = {*self.taken}  # and what loops go through
         for node in self.nodes:
             if isinstance(node, ast.For):
                 names = {item.id for item in walk(node.target) if isinstance(item, ast.Name)}
@@ -185,6 +196,7 @@ class Flow:
                     self.parameters |= names
                 if "parameters" not in ast.dump(node.iter) and not self._counts(node.iter):
                     self.batch |= names
+                    self.taken_here |= names
         for _ in range(3):
             for name, value in self.assigned:
                 if _SIZES.search(self.file.source.code(value)):
@@ -241,9 +253,24 @@ class Flow:
         """Whether a call takes the largest of statistics of the batch, or their order."""
         return _name(call) in _CHOOSES and self._is_made_of_statistic(_operands(call)[0])
 
+    def mixes(self, node: ast.expr) -> bool:
+        """Whether a value is no sum and no multiple of statistics of the batch, or of these and of each item."""
+        match node:
+            case ast.BinOp(left=left, op=ast.Pow()):
+                return self._is_made_of_statistic(left)
+            case ast.BinOp(op=ast.Div(), right=right):
+                return self._is_made_of_statistic(right)
+            case ast.BinOp(left=left, op=ast.MatMult(), right=right):
+                return self._is_made_of_statistic(left) or self._is_made_of_statistic(right)
+            case ast.Call() if _name(node) in _BENDS | {"softmax"}:
+                return self._is_made_of_statistic(_operands(node)[0])
+            case ast.Call(args=args) if _name(node) in {"mm", "matmul", "bmm", "einsum"}:
+                return any(map(self._is_made_of_statistic, args))
+        return False
+
     def _is_made_of_statistic(self, node: ast.expr, deep: int = 0) -> bool:
         return any(
-            (isinstance(item, ast.Call) and self.is_statistic(item))
+            (isinstance(item, ast.Call) and self.is_statistic(item) and not self._is_stacked(_operands(item)[0]))
             or (
                 isinstance(item, ast.Name)
                 and deep < 3
@@ -251,6 +278,13 @@ class Flow:
             )
             for item in walk(node)
         )
+
+    def _is_stacked(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether the first dimension of a value is that of a list: ``torch.stack(layers)``."""
+        if isinstance(node, ast.Name):
+            made = [value for name, value in self.assigned if name == node.id and value is not node]
+            return deep < 3 and any(self._is_stacked(value, deep + 1) for value in made)
+        return isinstance(node, ast.Call) and _name(node) == "stack"
 
     def _is_turned(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether dimensions of a value have changed places: ``x.permute(1, 0, 2, 3).reshape(channels, -1)``."""
@@ -324,7 +358,9 @@ class Flow:
                 return self._averages(right) and not self._sums(right)
             case ast.Call() if _name(node) in _NORMS:
                 values, *rest = _operands(node)
-                return len(rest) < 2 and {k.arg for k in node.keywords} <= {"p", "ord"} and self.is_batch(values)
+                is_norm = len(rest) < 2 and {k.arg for k in node.keywords} <= {"p", "ord"}
+                of_object = any(isinstance(one, ast.Name) and one.id in self.taken_here for one in rest)
+                return is_norm and self.is_batch(values) and not of_object  # normalizer.norm(x)
             case ast.Call() if _name(node) in _BENDS:
                 values, *_ = _operands(node)
                 return self._averages(values)
@@ -545,6 +581,33 @@ def _held_by(owner: ast.ClassDef) -> set[str]:
                 if _name(made) in {"Parameter", "Buffer"}:
                     found.add(name)
     return found
+
+
+def _is_module(owner: ast.ClassDef) -> bool:
+    return any((dotted(base) or "").split(".")[-1].endswith("Module") for base in owner.bases)
+
+
+def _counts_batch(owner: ast.ClassDef) -> bool:
+    """Whether a class calls a first dimension the batch's: ``b, n, d = x.shape``, ``batch_size = x.size(0)``."""
+    for node in walk(owner):
+        match node:
+            case ast.Assign(targets=[ast.Tuple(elts=[ast.Name(id=name), *_])], value=value):
+                shape = value.func if isinstance(value, ast.Call) and not value.args else value
+                if getattr(shape, "attr", "") in {"size", "shape"} and _BATCH.match(name):
+                    return True
+            case ast.Assign(targets=[ast.Name(id=name)], value=value) if _BATCH.match(name):
+                if _is_first_size(value):
+                    return True
+    return False
+
+
+def _is_first_size(node: ast.expr) -> bool:
+    match node:
+        case ast.Call(func=ast.Attribute(attr="size"), args=[place]):
+            return _integer(place) == 0
+        case ast.Subscript(value=ast.Attribute(attr="shape"), slice=place):
+            return _integer(place) == 0
+    return False
 
 
 def _writes(node: ast.AST, held: set[str]) -> bool:

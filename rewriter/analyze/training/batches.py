@@ -142,9 +142,10 @@ class Batches:
     # Draws of torch, by the name of their size -----------------------------------------------------------------
 
     def _random(self, file: File) -> Iterator[ast.Call]:
-        """Calls of torch that draw a batch at random, outside of models."""
+        """Calls of torch, and of distributions, that draw a batch at random, outside of models."""
         for node in file.calls:
-            if self.project.external(file, node.func) not in _DRAWS or self._in_model(file, node):
+            drawn = self.project.external(file, node.func) in _DRAWS or _samples_several(node)
+            if not drawn or self._in_model(file, node):
                 continue
             parent = file.names.parents[node]
             if self._is_shared(file, node):
@@ -643,6 +644,14 @@ def _is_index(file: File, around: ast.AST, name: str) -> bool:
         isinstance(item, ast.Subscript) and any(isinstance(n, ast.Name) and n.id in picked for n in walk(item.slice))
         for item in walk(around)
     )
+
+
+def _samples_several(call: ast.Call) -> bool:
+    """``distribution.sample((batch_size,))``: of a distribution, which is told a shape."""
+    match call:
+        case ast.Call(func=ast.Attribute(attr="sample" | "rsample"), args=[ast.Tuple() | ast.List()], keywords=[]):
+            return True
+    return False
 
 
 def _first_size(call: ast.Call) -> ast.expr | None:

@@ -115,6 +115,10 @@ class Roles:
                 variable = self.var(node.func.value)
                 if variable is not None:
                     found.setdefault(variable, set()).add(node.func.attr)
+        for name, items in self._displayed.items():
+            for item in items:
+                if (variable := self.var(item)) is not None:
+                    found.setdefault(variable, set()).update(found.get(name, set()))
         return found
 
     # Optimizers ------------------------------------------------------------------------------------------------
@@ -211,7 +215,37 @@ class Roles:
                 found.add(variable)
         for call in self.file.calls if self.scalers else ():
             found |= set(self._stepped_by_scaler(call))
-        return found - self.managers - self.scalers
+        found -= self.managers | self.scalers
+        return found - {name for name, items in self._displayed.items() if {self.var(item) for item in items} <= found}
+
+    @cached_property
+    def displayed(self) -> dict[Var, list[ast.expr]]:
+        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is nothing but cleared and stepped, with these two."""
+        return {v: held for v, held in self._displayed.items() if {self.var(item) for item in held} <= self.optimizers}
+
+    @cached_property
+    def _displayed(self) -> dict[Var, list[ast.expr]]:
+        found: dict[Var, list[ast.expr]] = {}
+        for loop in (node for node in self.file.nodes if isinstance(node, (ast.For, ast.comprehension))):
+            for name, held in gone_through(loop.target, loop.iter, displays=True):
+                variable = self.var(name)
+                if isinstance(held, (ast.Tuple, ast.List)) and variable is not None:
+                    found.setdefault(variable, []).extend(held.elts)
+        for node in self.file.nodes:
+            if isinstance(node, ast.Name) and (variable := self.var(node)) in found and variable is not None:
+                if isinstance(node.ctx, ast.Load) and not self._is_cleared_or_stepped(node):
+                    del found[variable]
+        assigned = {variable for variable, *_ in self.assignments}
+        named = {v for v, held in found.items() if all(isinstance(one, (ast.Name, ast.Attribute)) for one in held)}
+        return {v: found[v] for v in named - assigned}
+
+    def _is_cleared_or_stepped(self, node: ast.expr) -> bool:
+        parents = self.file.names.parents
+        match parents[node]:
+            case ast.Attribute(attr="zero_grad" | "step" as attr) as func:
+                call = parents[func]
+                return isinstance(call, ast.Call) and call.func is func and (attr == "zero_grad" or not call.args)
+        return False
 
     def _stepped_by_scaler(self, call: ast.Call) -> Iterator[Var]:
         """What a call hands on beside a scaler that steps it in the function: ``fit(model, optimizer, scaler)``."""
@@ -492,7 +526,20 @@ class Roles:
                     total = self.var(node.target)
                     if total is not None and "." not in total[1]:
                         found.add(total)
-        return found - self.managers
+        return found - self.managers - (self._functions - self.trained)
+
+    @cached_property
+    def _functions(self) -> set[Var]:
+        """Names that are called, here or in a function of the project that is given them: no loss is."""
+        found = {v for call in self.file.calls if (v := self.var(call.func)) is not None}
+        for call in self.file.calls:
+            function = self.function_called(call.func)
+            given = function.given(call) if function is not None else ()
+            names = {name: v for name, value in given if (v := self.var(value)) is not None}
+            if function is not None and names:
+                inner = (item.func for item in walk(function.node) if isinstance(item, ast.Call))
+                found |= {names[func.id] for func in inner if isinstance(func, ast.Name) and func.id in names}
+        return found
 
     @cached_property
     def trained(self) -> set[Var]:
@@ -618,6 +665,12 @@ class Roles:
         method = self.classes.method(cls, func.attr) if cls is not None else None
         return method[0].file.function_info(method[1]) if method is not None else None
 
+    def _makes_object(self, func: ast.expr) -> bool:
+        """Whether a call makes an object of a class: ``nn.CrossEntropyLoss()``."""
+        found = self.project.resolve(self.file, func)
+        is_class = isinstance(found, External) and found.name.split(".")[-1][:1].isupper()
+        return isinstance(found, ClassInfo) or is_class
+
     def _loss_value(self, value: ast.expr, known: set[Var], part: bool) -> bool:
         if isinstance(value, ast.BinOp):
             sides = (value.left, value.right)
@@ -631,6 +684,8 @@ class Roles:
                 return False
             if self.is_model(value.func):
                 return True
+            if self._makes_object(value.func):
+                return False
             if isinstance(value.func, ast.Attribute) and value.func.attr in _REDUCTIONS:
                 return self._loss_value(value.func.value, known, part)
             made = value.func.func if isinstance(value.func, ast.Call) else value.func  # nn.MSELoss()(out, y)

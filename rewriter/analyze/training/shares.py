@@ -22,8 +22,9 @@ _VIEWS = {
     "item", "float", "double", "int", "long", "detach", "cpu", "clone", "to", "squeeze", "numpy", "flatten", "view",
     "reshape", "half", "bool", "cuda", "type", "contiguous", "astype", "unsqueeze",
 }  # fmt: skip
-_NUMBERS = {"float", "int", "round", "abs", "sqrt", "str"}
-_SHOWN_AS = {"round", "str", "repr"}
+_NUMBERS = {"float", "int", "round", "abs", "sqrt"}
+_SPELLED = {"str", "repr", "format"}
+_SHOWN_AS = _SPELLED | {"round"}
 _CUTS = {"item", "tolist", "numpy", "detach", "argmax", "data"}
 _NAMED_MEANS = re.compile(
     r"^_?(?:\w+_)?(?:acc\d*|accuracy|prec\d*|precision|recall|top_?\d|iou|miou|dice|f1|psnr|ssim|mae|rmse|ppl|err\d+|error_rate)(?:_\w+)?$",
@@ -736,15 +737,50 @@ class Kinds:
                 yield value
             case ast.Call(func=ast.Name(id="print"), args=values):
                 yield from (value.value if isinstance(value, ast.DictComp) else value for value in values)
-            case ast.Call(
-                func=ast.Attribute(value=ast.Constant(value=str()), attr="format"), args=values, keywords=named
-            ):
-                yield from (*values, *(keyword.value for keyword in named))
-            case ast.BinOp(left=ast.Constant(value=str()), op=ast.Mod(), right=right):
-                yield from right.elts if isinstance(right, ast.Tuple) else [right]
+            case ast.Call() | ast.BinOp() if (held := self._put_into_text(node)) is not None:
+                is_spelled = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+                yield from (value for value in held if not is_spelled or self.kind(value) in {"total", "mean"})
             case ast.Call(func=ast.Attribute(attr=attr)):
                 if attr in SHOWING_METHODS or attr in {"write", "writelines"}:
                     yield from _parts([*node.args, *(keyword.value for keyword in node.keywords)])
+
+    def _put_into_text(self, node: ast.AST) -> list[ast.expr] | None:
+        """What ``f"{x}"``, ``form.format(x)``, ``form % x``, ``str(x)`` and ``" ".join([x])`` make a text of."""
+        match node:
+            case ast.JoinedStr(values=values):
+                return [part.value for part in values if isinstance(part, ast.FormattedValue)]
+            case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _SPELLED:
+                return [value]
+            case ast.Call(func=ast.Attribute(attr="format") as func, args=args, keywords=keywords):
+                is_text = self.roles.function_called(func) is None
+                return [*args, *(keyword.value for keyword in keywords)] if is_text else None
+            case ast.Call(func=ast.Attribute(attr="join", value=between), args=[joined]) if self._is_string(between):
+                return self._joined_values(joined)
+            case ast.BinOp(op=ast.Mod(), right=ast.Tuple(elts=held)):
+                return held
+            case ast.BinOp(left=left, op=ast.Mod(), right=right) if self._is_string(left):
+                return [right]
+        return None
+
+    def _joined_values(self, node: ast.expr) -> list[ast.expr] | None:
+        """``x, y`` of ``[x, y]``, ``map(str, (x, y))`` and, if each is something else, ``[str(v) for v in (x, y)]``."""
+        match node:
+            case ast.List(elts=held) | ast.Tuple(elts=held):
+                return held
+            case ast.Call(func=ast.Name(id="map"), args=[ast.Name(id=name), inner]) if name in _SPELLED:
+                return self._joined_values(inner)
+            case ast.ListComp(generators=[one]) | ast.GeneratorExp(generators=[one]):
+                alike = self._part(one.iter, _EACH, "", 0) != "unknown"  # then it is made whole where it is shown
+                return None if alike else self._joined_values(one.iter)
+        return None
+
+    def _is_string(self, node: ast.expr) -> bool:
+        made = self.file.names.values_of(node) if isinstance(node, ast.Name) else [node]
+        return bool(made) and all(isinstance(one, ast.Constant) and isinstance(one.value, str) for one in made)
+
+    def _is_whole_in_text(self, value: ast.expr, deep: int) -> bool:
+        """Whether a text has the number of all ranks where a value is put into it."""
+        return self._is_read_loss(value, deep) or self.kind(value, deep + 1) in {"", "total", "mean"}
 
     def _per_item(self, node: ast.AST) -> str:
         """``unknown`` for ``hits += 1`` in a loop over the items of a batch, or where they are as asked.
@@ -844,6 +880,8 @@ class Kinds:
         if self.picked.items(node) == {FIRST}:
             return "item"
         match node:
+            case ast.Call() | ast.JoinedStr() | ast.BinOp() if (held := self._put_into_text(node)) is not None:
+                return "" if all(self._is_whole_in_text(value, deep) for value in held) else "unknown"
             case ast.Dict() | ast.DictComp() | ast.Call() if (held := _entries(node)) is not None:
                 if all(self._is_read_loss(value, deep) for value in held):
                     return "loss"

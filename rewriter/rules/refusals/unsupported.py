@@ -241,6 +241,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
             "by the mean over all ranks, bmt.distributed.all_reduce(x.mean(0), 'avg')"
         )
         yield Remark(RULE.code, call.lineno, message, differs=True)
+    for node in next(([node] for node in across.mixed() if node.lineno not in compared | ratios | curved), []):
+        message = (
+            "what a mean over the batch makes meets each item here, and a rank has a share of the batch: take the mean "
+            "over all ranks, bmt.distributed.all_reduce(x.mean(0), 'avg')"
+        )
+        yield Remark(RULE.code, node.lineno, message, differs=True)
     for line in sorted(compared):
         message = "items of a batch are compared with each other: a rank sees its share of them only"
         yield Remark(RULE.code, line, message, differs=True)

@@ -4,9 +4,12 @@ What: ``optim_manager = bmt.optim.OptimManager(loss_scale=None)`` behind the opt
 itself, with ``loss_scale=2**16``; ``backward``, ``clip_grad_norm_``, ``step`` and ``zero_grad`` go through it, and so
 does ``unscale_`` where more than ``clip_grad_norm_`` looks at gradients. An object of the project's that steps an
 optimizer inside (``NoamOpt(Adam(...))``, SAM, Lookahead) stays as it is: the optimizer that it holds gets the manager.
-Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``. A step that gets a
+Optimizers in a list, a tuple or a dict get one manager, ``for o in opts: optim_manager.step(o)``; those that a loop
+writes out, ``for o in (opt_a, opt_b)``, have managers of their own. A step that gets a
 closure stays the optimizer's (LBFGS, or one that calls it once); the closure's backward is the manager's. timm's
 ``NativeScaler`` becomes bmtrain's; one of the project's, which each call gives the optimizer, tells its manager then.
+An optimizer that another package's object makes for the model and steps inside, ``algo.optimizer``, has a manager, too,
+if the script reads it.
 Why: the gradient of a rank is its share of the sum over all ranks; the manager makes it the mean, computes norms over
 all shards, and scales the loss for fp16.
 Refuses when: ``step`` gets a closure beside a loss scale, or is called in a hook; another package's optimizer makes one
@@ -17,6 +20,7 @@ inside; a list of optimizers goes where it is not followed, holds more than thes
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from rewriter.analyze.facts import Facts
@@ -48,6 +52,12 @@ _INSIDE = (
     "{} is a package's and makes another optimizer inside, which no manager could be told of: have its class in the "
     "project, and it is converted"
 )
+_OPTIMIZER = re.compile(r"^(?:optimizer|optimiser|optim|opt)$")
+_KNOWN = ("torch.", "bmtrain.", "transformers.", "accelerate.", "deepspeed.", "lightning.", "pytorch_lightning.")
+_CLIPS_BY = {"limit": "{limit}", "norm_type": "norm_type={norm_type}", "rest": "**{rest}"}
+_NOT_FINITE = (
+    "the manager's clipping raises no error for a norm that is not finite: look at what it gives, on all ranks the same"
+)
 _CLOSURE = (
     "step with a closure and a loss scale cannot be converted, as the optimizer would read gradients that are scaled: "
     "where it calls the closure once, call it before, loss = closure(), and step without it"
@@ -70,10 +80,11 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             yield Refusal(RULE.code, node.lineno, _ELSEWHERE.format(several[1]))  # type: ignore[attr-defined]
     for name, call in managers.roles.packaged:
         yield Refusal(RULE.code, call.lineno, _INSIDE.format(name.split(".")[-1]))
+    yield from _of_packages(file, facts, managers.roles)
     yield from _in_forwards(file, facts, managers)
     yield from _in_hooks(file, managers)
     made = [change for manager in managers.all if not manager.existing for change in _creation(file, managers, manager)]
-    calls: list[Change] = []
+    calls: list[Change] = [*_displayed(managers)]
     for item in _calls(file, facts, managers):
         if isinstance(item, (Remark, Refusal)):
             yield item
@@ -83,6 +94,43 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         line = file.names.statement_of(_anchor(made[0])).lineno if made else min(_anchor(c).lineno for c in calls)
         message = "an OptimManager runs backward and steps"
         yield Conversion(RULE.code, line, message, (*made, *calls), key="manager")
+
+
+def _of_packages(file: File, facts: Facts, roles: Roles) -> Iterator[Conversion]:
+    """``algo = torch_ac.PPOAlgo(envs, net)``, which steps ``algo.optimizer`` in its own code: that gets its manager."""
+    told = {
+        item
+        for call in file.calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_optimizer"
+        for item in map(dotted, call.args)
+    }
+    for variable, value, statement, part in roles.assignments:
+        name = facts.project.external(file, value.func) if isinstance(value, ast.Call) and not part else ""
+        if not isinstance(value, ast.Call) or not name or name.startswith(_KNOWN):
+            continue
+        if not any(map(roles.is_model, [*value.args, *(keyword.value for keyword in value.keywords)])):
+            continue
+        used = {
+            node.attr
+            for node in file.nodes
+            if isinstance(node, ast.Attribute) and _OPTIMIZER.match(node.attr) and roles.var(node.value) == variable
+        }
+        for attr in sorted(used):
+            if (path := f"{variable[1]}.{attr}") not in told:
+                change = insert_behind(statement, f"{_UNSCALED}.add_optimizer({path})")
+                message = "the optimizer that another package's object makes and steps has a manager"
+                yield Conversion(RULE.code, statement.lineno, message, (change,))
+
+
+def _displayed(managers: Managers) -> Iterator[Change]:
+    """``for o in (opt_a, opt_b): o.step()`` goes through their managers, which clear and step likewise."""
+    for name, items in managers.roles.displayed.items():
+        named = [(item, manager.name) for item in items if (manager := managers.by(item)) and not manager.existing]
+        yield from (replace(item, called) for item, called in named)
+        for call in managers.file.calls if named else ():
+            if isinstance(call.func, ast.Attribute) and managers.roles.var(call.func.value) == name:
+                if call.args or call.keywords:
+                    yield replace(call, f"{name[1]}.{call.func.attr}()")
 
 
 def _in_hooks(file: File, managers: Managers) -> Iterator[Refusal]:
@@ -884,13 +932,15 @@ def _is_of_optimizer(file: File, node: ast.AST) -> bool:
 
 def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Iterator[Change | Remark | Refusal]:
     manager = managers.for_call(node)
-    values = {keyword.arg: keyword.value for keyword in node.keywords}
-    values.update(zip(("parameters", "max_norm", "norm_type"), node.args, strict=False))
+    values = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
+    values.update(zip(("parameters", "max_norm", "norm_type", "error_if_nonfinite"), node.args, strict=False))
+    settings = [keyword.value for keyword in node.keywords if keyword.arg is None]
     parameters, limit = values.get("parameters"), values.get("max_norm")
-    if parameters is None or limit is None:
+    spread = any(isinstance(item, ast.Starred) for item in node.args) or len(settings) > 1
+    if parameters is None or spread or (limit is None and not settings):
         yield Refusal(RULE.code, node.lineno, "clip_grad_norm_ with arguments that are not understood")
         return
-    holes = {"limit": limit}
+    holes: dict[str, ast.expr] = {}
     if _is_of_optimizer(file, node):
         return  # torch's function, in the step of an optimizer: gradients are unscaled, and as one process has them
     alone = manager is not None and len(manager.optimizers) == 1 and len(managers.all) == 1
@@ -903,14 +953,20 @@ def _clip(file: File, facts: Facts, managers: Managers, node: ast.Call) -> Itera
         listed = isinstance(parameters, ast.List) or called == "list"
         groups = '[{"params": {parameters}}]' if listed else '[{"params": list({parameters})}]'
         holes["parameters"] = parameters
-    norm_type = ""
-    if "norm_type" in values:
-        norm_type, holes["norm_type"] = ", norm_type={norm_type}", values["norm_type"]
+    given = {"limit": limit, "norm_type": values.get("norm_type"), "rest": next(iter(settings), None)}
+    others = "".join(f", {_CLIPS_BY[name]}" for name, value in given.items() if value is not None)
+    holes |= {name: value for name, value in given.items() if value is not None}
+    if not _is_false(values.get("error_if_nonfinite")):
+        yield Remark(RULE.code, node.lineno, _NOT_FINITE, differs=True)
     if manager is not None and manager.scaler is not None and not _unscales(file):
         message = "gradients are clipped with the loss scale on them here; the manager clips them without it"
         yield Remark(RULE.code, node.lineno, message)
     name = manager.name if manager is not None else _UNSCALED
-    yield replace(node, f"{name}.clip_grad_norm({groups}, {{limit}}{norm_type})", **holes)
+    yield replace(node, f"{name}.clip_grad_norm({groups}{others})", **holes)
+
+
+def _is_false(node: ast.expr | None) -> bool:
+    return node is None or (isinstance(node, ast.Constant) and not node.value)
 
 
 def _unscales(file: File) -> bool:

@@ -6,7 +6,8 @@ on. ``wandb.init(...)`` is told ``mode="disabled"`` there.
 Where all ranks then look into its folder, or change to it, they wait for it: ``bmt.synchronize()`` behind it.
 Why: a writer of each rank writes the same log once more, and making their folder is a race that stops a rank.
 Refuses when: only one rank reaches the call. A class of the project that is such a writer and has methods for all ranks
-is reported, and so are values of a writer (``writer.log_dir``, ``wandb.run.id``), which are rank 0's.
+is reported, and so are values that a writer makes up (``wandb.run.id``, ``writer.log_dir`` where it was given none),
+which are rank 0's.
 """
 
 from __future__ import annotations
@@ -78,7 +79,11 @@ def _own_writer(file: File, facts: Facts, call: ast.Call) -> ClassInfo | None:
 def _values(file: File, facts: Facts) -> Iterator[Finding]:
     """Values of a writer that code reads: rank 0's, which other ranks do not know."""
     roles = facts.scripts.roles[file]
-    made = {v for v, value, _, _ in roles.assignments if any(_makes(file, facts, item) for item in ast.walk(value))}
+    made = {
+        v
+        for v, value, _, _ in roles.assignments
+        if any(_makes(file, facts, item) for item in ast.walk(value)) and not _is_given_folder(value)
+    }
     for node in file.nodes:
         if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
             continue
@@ -90,6 +95,15 @@ def _values(file: File, facts: Facts) -> Iterator[Finding]:
             read = file.source.code(parent if isinstance(parent, ast.Call) and parent.func is node else node)
             message = f"{read} is rank 0's: where all ranks need it, write bmt.store.broadcast_object({read})"
             yield Remark(RULE.code, node.lineno, message)
+
+
+def _is_given_folder(made: ast.expr) -> bool:
+    """``SummaryWriter(folder)``: what it says of its folder is what it was told, on every rank."""
+    if not isinstance(made, ast.Call):
+        return False
+    named = [keyword.value for keyword in made.keywords if keyword.arg in _VALUES]
+    folder = next(iter([*named, *made.args]), None)
+    return folder is not None and not (isinstance(folder, ast.Constant) and folder.value is None)
 
 
 def _makes(file: File, facts: Facts, node: ast.AST) -> bool:

@@ -116,7 +116,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             change = wrap(node.value.func, "{bmt}.on_rank_0({it})")
             yield Conversion(RULE.code, node.lineno, "one rank writes", (change,))
             yield from waits(RULE.code, file, facts, (node,))
-        elif isinstance(node, ast.Expr):
+        elif isinstance(node, ast.Expr) and not _is_own_method(file, facts, node):
             yield Remark(RULE.code, node.lineno, _for_all(file, node), differs=True)
     for test in facts.scripts.kept_guards(file):
         if not facts.read_back.waits_beside(file, test):
@@ -211,6 +211,14 @@ def _keeps_state(file: File, facts: Facts, node: ast.stmt) -> bool:
         case ast.Expr(value=ast.Call(func=ast.Attribute() as func)):
             instances = facts.scripts.collectives.instances
             return any(changes_state(info.file, instances, info.node) for info in functions(file, instances, func))
+    return False
+
+
+def _is_own_method(file: File, facts: Facts, node: ast.Expr) -> bool:
+    """``model.save_pretrained(path)`` of a class of the project: what it writes is looked at where it writes."""
+    match node.value:
+        case ast.Call(func=ast.Attribute() as func):
+            return any(functions(file, facts.scripts.collectives.instances, func))
     return False
 
 

@@ -263,7 +263,19 @@ def _spawn(file: File, facts: Facts, call: ast.Call) -> Iterator[Finding]:
         message = (
             f"all ranks that come here take themselves for rank 0: see that {test} sends them to line {call.lineno}"
         )
-        yield Remark(RULE.code, other.lineno, message, differs=True)
+        if not _is_told_its_rank(file, facts, other):
+            yield Remark(RULE.code, other.lineno, message, differs=True)
+
+
+def _is_told_its_rank(file: File, facts: Facts, call: ast.Call) -> bool:
+    """``worker(rank, n)`` where ``rank = int(os.environ["RANK"])``: what the launcher says of each."""
+    roles = facts.scripts.roles[file]
+    variable = roles.var(call.args[0]) if call.args else None
+    made = [value for other, value, _, part in roles.assignments if variable is not None and other == variable]
+    return bool(made) and all(
+        any(isinstance(item, ast.Constant) and item.value in {"RANK", "LOCAL_RANK"} for item in walk(value))
+        for value in made
+    )
 
 
 def _choice(file: File, start: ast.stmt, worker: ast.expr) -> ast.If | None:

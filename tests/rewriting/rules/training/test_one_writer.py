@@ -107,3 +107,10 @@ def test_a_helper_in_another_file(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("import log\n" + HEAD + "writer = log.make('runs')\n" + TRAIN)
     found = {r.path.name: r.after.decode() for r in convert_paths(sorted(tmp_path.iterdir()), Options(), [tmp_path])}
     assert f"return {ONE}(d)" in found["log.py"] and "writer = log.make('runs')\n" in found["train.py"]
+
+
+@pytest.mark.parametrize("made", ["SummaryWriter(d)", "SummaryWriter(log_dir=d)", "TBX(logdir=d)", "TBX('runs/a')"])
+@pytest.mark.parametrize("read", ["writer.log_dir", "writer.get_logdir()"])
+def test_a_folder_that_is_given_is_known_to_all(made: str, read: str) -> None:
+    result = convert_text(HEAD + f"writer = {made}\npath = {read}\n" + TRAIN)
+    assert not any("is rank 0's" in said.message for said in result.reported)

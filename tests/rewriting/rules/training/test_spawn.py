@@ -113,6 +113,23 @@ def test_a_flag_that_sends_all_ranks_elsewhere_is_reported(start: str) -> None:
     assert any("take themselves for rank 0" in finding.message for finding in result.reported)
 
 
+TOLD = {
+    "its rank": 'rank = int(os.environ["RANK"])',
+    "by get": 'rank = int(os.environ.get("RANK", 0))',
+    "of this machine": 'rank = int(os.getenv("LOCAL_RANK", "0"))',
+    "in settings": 'args.rank = int(os.environ["RANK"])',
+}
+
+
+@pytest.mark.parametrize("told", TOLD.values(), ids=TOLD.keys())
+@pytest.mark.parametrize("more", ["", "\nif args.one:\n    {rank} = 0"])
+def test_what_the_launcher_says_is_no_rank_0(told: str, more: str) -> None:
+    rank = told.split(" ")[0]
+    start = f"if args.ddp:\n    mp.spawn(worker, nprocs=n, args=(n,))\nelse:\n    worker({rank}, n)"
+    result = convert_text(HEAD + "import os\n" + WORKER + told + more.format(rank=rank) + "\n" + start + "\n")
+    assert any("take themselves for rank 0" in said.message for said in result.reported) == bool(more)
+
+
 LEFT = {
     "a context": "started = mp.spawn(worker, nprocs=2, join=False)",
     "arguments that are not seen": "mp.spawn(worker, nprocs=2, args=given)",
