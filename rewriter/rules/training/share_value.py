@@ -95,8 +95,9 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     told = _Told(file)
     yield from _divided_losses(file, facts, told)
     whole = _collected(file, facts, [value for value, share in made.items() if share.kind == "samples"])
+    yield from _gradients_of_inputs(file, facts, told)
     for value, share in made.items():
-        if facts.left_behind.is_whole(file, value):
+        if facts.left_behind.is_whole(file, value) or value in told:
             continue
         if not facts.scripts.in_kept_guard(file, value) and file.source.is_exact(value):
             told.add(value)
@@ -159,7 +160,6 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             told.add(value)
             message = f"{file.source.code(value)} is of this rank's share of a batch that the object keeps"
             yield Remark(RULE.code, value.lineno, message, differs=True)
-    yield from _gradients_of_inputs(file, facts, told)
     yield from _in_hooks(file, facts, told)
     yield from _in_forwards(file, facts, told)
     if counted:
@@ -473,7 +473,7 @@ def _gradients_of_inputs(file: File, facts: Facts, told: _Told) -> Iterator[Find
         kinds = facts.scripts.handed.kinds(file, place)
         for node in kinds.nodes:
             match node:
-                case ast.Attribute(value=ast.Name() as name, attr="grad", ctx=ast.Load()) if kinds.of_batch(name):
+                case ast.Attribute(value=ast.Name() as name, attr="grad", ctx=ast.Load()) if name.id in kinds.batch:
                     around = [item for item in file.names.ancestors(node) if isinstance(item, ast.expr)]
                     if node not in told and not any(
                         isinstance(n, ast.Attribute) and n.attr in _SCALELESS for n in around

@@ -140,3 +140,40 @@ def test_means_and_sums_that_a_pass_makes_are_made_whole_where_they_are_shown() 
     body = "acc = (net(x).argmax(1) == y).float().mean().item()\nn = len(x)"
     after = converted(script("    print(f'{acc:.3f}', n)", body=body))
     assert "{bmt.sum_loss(acc):.3f}" in after and "bmt.total(n)" in after
+
+
+def test_rows_that_a_loader_pads_are_reported() -> None:
+    text = script("print(x.shape)").replace("batch_size=8)", "batch_size=8, collate_fn=pad)")
+    assert "gather_samples" not in converted(text)
+    assert any("last batch" in item.message for item in convert_text(text).reported if isinstance(item, Remark))
+
+
+def told(text: str, words: str) -> list[str]:
+    return [item.message for item in convert_text(text).reported if isinstance(item, Remark) and words in item.message]
+
+
+GRADIENTS = {
+    "shown": ("x.requires_grad_()", "print(x.grad.abs().mean().item())", 1),
+    "added": ("x.requires_grad_()", "x = x + 0.1 * x.grad", 1),
+    "its sign": ("x.requires_grad_()", "x = x + 0.1 * x.grad.sign()", 0),
+    "cleared": ("x.requires_grad_()", "x.grad.zero_()", 0),
+    "a parameter's": ("pass", "print(net.a.weight.grad.norm().item())", 0),
+}
+
+
+@pytest.mark.parametrize(("body", "line", "count"), GRADIENTS.values(), ids=GRADIENTS.keys())
+def test_gradients_of_a_batch_are_of_a_share(body: str, line: str, count: int) -> None:
+    assert len(told(script("        " + line, body=body), "world_size() times")) == count
+
+
+HOOKS = {
+    "a lambda": "net.a.register_forward_hook(lambda m, i, o: seen.__setitem__('h', o))",
+    "a function": "def keep(module, given, out):\n    seen['h'] = out.detach()\n\n\nnet.a.register_forward_hook(keep)",
+    "a list": "net.a.register_forward_hook(lambda m, i, o: seen.append(o))",
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS.keys())
+def test_numbers_of_what_a_hook_has_kept_are_reported(hook: str) -> None:
+    text = script("print(float(other.mean()), seen)\nprint(seen['h'].mean().item())")
+    assert len(told(text.replace("opt = ", hook + "\nopt = ", 1), "a hook has kept")) == 1
