@@ -78,6 +78,7 @@ class Frame:
         self._again: Repeat | None = None
         self._steps: list[tuple[FlatShard, int]] = []  # how many of each the forward came after
         self._held: list[tuple[torch.Tensor, int]] | None = None  # until it is known whether the block can run again
+        self._keeps = False  # what is held, whatever the block could do
         self._second: Frame | None = None  # of what nodes of the backward save, where that is differentiated
         if unit is not None:
             self.add(unit)
@@ -87,6 +88,15 @@ class Frame:
         if unit not in self.units:
             self.units.append(unit)
             unit.open_uses += 1
+
+    def keep_saved(self) -> bool:
+        """Whether nothing that was saved so far is to be made by running again; what is to come is kept, too."""
+        if not self.recompute:
+            return True
+        self._keeps = self._keeps or self._held is not None or not self._facts
+        if self._keeps and self._held is None:
+            self._held = []
+        return self._keeps
 
     def reach(self) -> None:
         """The backward needs what this forward has saved elsewhere."""
@@ -116,7 +126,7 @@ class Frame:
         self.owner.will_repeat()
         with self.hooks():
             out = call(*args, **kwargs)
-        if again.first_run_is_over():
+        if again.first_run_is_over() and not self._keeps:
             self._held = None
         self._steps = [(flat, flat.steps) for unit in self.units for flat in unit.flats]
         return out
