@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -163,7 +164,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
 
         What is assigned is copied; what was taken from here before keeps the old values, as in torch.
         """
-        if self._flat is not None:
+        if self._flat is not None and not _is_torchs(sys._getframe(2)):
             self._flat.show_at_rest()
         if isinstance(self, ShardedParameter):
             return ShardedTensor(self._own_part())
@@ -402,6 +403,11 @@ def like(old: DistributedParameter, data: torch.Tensor) -> DistributedParameter:
     _adopt(made, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
     made._split = old._split
     return made  # type: ignore[no-any-return]
+
+
+def _is_torchs(caller: FrameType) -> bool:
+    """Whether torch itself asks, which runs compiled code with inputs as they were when it was made."""
+    return str(caller.f_globals.get("__name__", "")).startswith("torch._")
 
 
 def as_distributed(parameter: nn.Parameter) -> DistributedParameter:
