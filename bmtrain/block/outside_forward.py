@@ -77,9 +77,8 @@ class OutsideForward:
         if not unit.pins:
             self._whole.release(unit)
             return
-        for flat in unit.flats:
-            flat.autocasts = False
         self._whole.release(unit)
+        unit.never_cast()
         self._whole.gather(unit, unit.compute_dtype(None))
 
     # -- transforms of torch.func ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..autograd import is_for_edge
 from ..errors import ShardedAccessError
 from .chosen_gradients import backward, gradients
 from .engine import engine
@@ -18,6 +19,7 @@ from .gathered import gathered, keep_rank_0s
 from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter, raw_data
 from .sharded_tensor import written_by
+from .unit import unit_of_flat
 from .view import ViewOfSharded
 
 _T = torch.Tensor
@@ -81,11 +83,38 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return _write(func, args, kwargs, targets)
     parameters = _parameters((args, kwargs))
     outside = engine().outside
+    if func in (_T.view_as, _T.expand_as) and args[0] is args[-1] and torch.is_grad_enabled():
+        func, args = _leaf_of_graph(args[0]), args[:1]
     if engine().idle and func in _TO_HOST and not outside.is_near(parameters):
         raise ShardedAccessError(_advice(func, parameters))
     with outside.on_demand(parameters, func, _what(func, parameters)):
         out = func(*args, **kwargs)
         return _apart(func, args, kwargs, out, parameters) if engine().idle else out
+
+
+def _leaf_of_graph(parameter: ShardedParameter) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ``p.view_as(p)`` does: nobody wants that but for its place in autograd's graph, where hooks are put.
+
+    A copy is one step from it, too, and may be kept, which a view of a gather buffer may not.  The place is another for
+    each dtype that ``p`` is gathered in, so that from here on that is one.
+    """
+    flat, index = place_of(parameter)
+    name = repr(flat.names[index])
+    if is_for_edge():
+        raise ShardedAccessError(
+            f"A gradient edge of {name}, which is sharded, leads to the gradient of this rank's samples alone. Give "
+            "torch.autograd.grad the parameter itself: that is the mean over the ranks."
+        )
+    if flat.casts and not flat.autocasts:
+        raise ShardedAccessError(
+            f"{name} is gathered in the dtype of its precision policy, and has another place in autograd's graph each "
+            "time, so that a hook there (register_multi_grad_hook) is not called. Use parameter.register_hook."
+        )
+    if flat.autocasts and engine().idle:
+        unit = unit_of_flat(flat)
+        engine().outside.release([unit])
+        unit.never_cast()
+    return _T.clone
 
 
 def on_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
