@@ -13,7 +13,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..autograd import backward_id, in_function_transform, outside_function_transforms, running_backward
+from ..autograd import (
+    backward_id,
+    in_function_transform,
+    never_compiled,
+    outside_function_transforms,
+    running_backward,
+)
 from ..context import Context, engine_factory
 from ..errors import ConfigurationError, ShardedAccessError
 from ..log import say
@@ -275,6 +281,7 @@ class Engine:
         # The module's own hooks run once, outside of what is recomputed.
         outer, forward = Frame(self.backward, unit, parent, recompute=False), module.forward
 
+        @never_compiled
         def between_hooks(*args: object, **kwargs: object) -> object:
             return self._run_frame(Frame(self.backward, unit, outer, True, measured), forward, args, kwargs)
 
