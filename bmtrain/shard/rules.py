@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,6 +77,8 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return result
     if func is _T.__iter__:
         return iter(args[0].unbind(0))
+    if func in (_T.dim, _T.ndimension):
+        _refuse_of_slice(args[0])
     if _needs_no_values(func, args, kwargs):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -90,6 +94,29 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     with outside.on_demand(parameters, func, _what(func, parameters)):
         out = func(*args, **kwargs)
         return _apart(func, args, kwargs, out, parameters) if engine().idle else out
+
+
+def _refuse_of_slice(parameter: ShardedParameter, draws: bool = False) -> None:
+    """Functions of ``nn.init`` that ask for sizes, or draw again by what came out, would take a slice for its layer.
+
+    The others fill the layer's whole tensor.
+    """
+    flat, index = place_of(parameter)
+    at: FrameType | None = sys._getframe(1) if flat.is_slice else None
+    while at is not None and at.f_globals.get("__name__", "").startswith("bmtrain."):
+        at = at.f_back
+    if at is None or at.f_code.co_filename != nn.init.__file__:
+        return
+    if draws and not (at.f_code.co_name == "_no_grad_trunc_normal_" and "where" in at.f_code.co_names):
+        return
+    while at.f_back is not None and at.f_back.f_code.co_filename == nn.init.__file__:
+        at = at.f_back
+    raise ShardedAccessError(
+        f"nn.init.{at.f_code.co_name} goes by the sizes or values of {flat.names[index]!r}, of which the "
+        "tensor-parallel ranks have slices: it would take a slice for the layer. Initialise before "
+        "bmt.parallelize_module, or give the parameter an init_method, which bmt.init_parameters(model) calls with the "
+        "whole."
+    )
 
 
 def _leaf_of_graph(parameter: ShardedParameter) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -261,6 +288,7 @@ def _writing(parameters: list[Any], what: str, targets: list[Any] | None = None)
 def _fill(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: ShardedParameter
 ) -> torch.Tensor:
+    _refuse_of_slice(target, draws=True)
     flat, index = place_of(target)
     what = _what(func, [target])
     flat.unit.ctx.engine.comes_to(what)
