@@ -133,6 +133,11 @@ class Frame:
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Record what autograd saves inside the ``with``."""
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "A distributed model runs inside torch.autograd.graph.disable_saved_tensors_hooks, without which whole "
+                "parameters would stay until the backward. Leave it out around the model."
+            )
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     @runs_as_written
@@ -145,7 +150,8 @@ class Frame:
             home = tensor._flat
             if isinstance(home, FlatShard) and home.buffer is not None:
                 return PlaceOfParameter(home, tensor._index, tensor.dtype, home.steps)
-        strided = tensor.layout is torch.strided  # a sparse one is no part of a buffer
+        # A sparse one is no part of a buffer, nor is what forward-mode differentiation has for zeros.
+        strided = tensor.layout is torch.strided and not tensor._is_zerotensor()
         flat = self._whole.get(tensor.untyped_storage().data_ptr()) if strided else None  # asked of all that is saved
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)

@@ -85,6 +85,17 @@ def counted_after_accumulation(k: User):
     return {"count": len(count)}
 
 
+@idiom(verdicts="refused", says="Leave it out around the model")
+def saved_tensors_hooks_disabled(k: User):
+    """`torch.autograd.graph.disable_saved_tensors_hooks` around the forward"""
+    model = k.net()
+    x, y = k.batch()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        loss = F.cross_entropy(model(x), y)
+    k.step(k.sgd(model), loss)
+    return model
+
+
 @idiom
 def multi_grad_hook(k: User):
     """`torch.autograd.graph.register_multi_grad_hook` over all parameters, two of which get no gradient"""
