@@ -233,7 +233,7 @@ class Frame:
 
         assert self._again is not None
         for flat, since in self._steps:
-            flat.require_unchanged(range(len(flat.params)), since)
+            flat.require_unchanged(range(len(flat.params)), since, _AGAIN)
         try:
             with (
                 self.owner.recomputing(self, pack),
@@ -261,6 +261,12 @@ class Frame:
                 "has changed since. Make that an attribute or an argument, or use bmt.Block(..., use_checkpoint=False)."
             )
         self._made = made
+
+
+_AGAIN = (
+    ". A recomputed block needs all of its parameters for that, also those whose values torch would not keep; with "
+    "bmt.Block(..., use_checkpoint=False) it does not"
+)
 
 
 def _version(tensor: torch.Tensor) -> int:

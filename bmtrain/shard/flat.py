@@ -347,14 +347,14 @@ class FlatShard:
         for index in range(len(self.params)) if indices is None else indices:
             self._stepped_at[index] = self.steps
 
-    def require_unchanged(self, indices: Iterable[int], since: int) -> None:
+    def require_unchanged(self, indices: Iterable[int], since: int, more: str = "") -> None:
         """Raises InPlaceError if one of ``indices`` was changed in place after ``steps`` was ``since``."""
         for index in indices:
             if self._stepped_at[index] > since:
                 raise InPlaceError(
                     f"Parameter {self.names[index]!r}, which a backward needs as it was in the forward, was changed in "
                     "place since, as by an optimizer's step or load_state_dict. Call backward before, or run the "
-                    "forward again after it: torch says so, too, on one process."
+                    f"forward again after it{more or ': torch says so, too, on one process'}."
                 )
 
     def count_change(self, indices: Iterable[int] | None = None) -> None:
