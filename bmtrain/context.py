@@ -61,6 +61,9 @@ class Engine(Protocol):
     def note_hooks(self, parameter: torch.Tensor) -> None:
         """``parameter``, which is sharded, has got hooks on its gradient."""
 
+    def show_at_rest(self, parameter: torch.Tensor) -> None:
+        """Show ``parameter``, and what is gathered with it, in the dtype in which it rests, if that can be done now."""
+
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor, what: str) -> None:
         """``all_gather`` in the shard group as part of ``what``; raises RankDivergenceError as above."""
 

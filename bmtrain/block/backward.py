@@ -121,6 +121,9 @@ class Backward:
         for done in self._begun:
             if not done.finished and _is_within(done, frame):
                 self._finish(done)
+        for unit in units:
+            if unit.pools.is_here and unit.open_uses:  # a use that saved nothing for the backward was not reached
+                self._schedule.reduce(unit)
         self._schedule.ctx.diary.is_apart = False
         for unit in units:
             if not unit.pools.is_here:

@@ -13,12 +13,18 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..autograd import backward_id, in_function_transform, outside_function_transforms, running_backward
+from ..autograd import (
+    backward_id,
+    in_function_transform,
+    never_compiled,
+    outside_function_transforms,
+    running_backward,
+)
 from ..context import Context, engine_factory
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, ShardedAccessError
 from ..log import say
 from ..shard.engine import MOST_RUNS, LatestRuns, Run
-from ..shard.flat import FlatShard
+from ..shard.flat import FlatShard, place_of
 from ..shard.unit import ShardUnit, unit_of_flat
 from .assign_units import shard_module
 from .backward import Backward
@@ -171,6 +177,7 @@ class Engine:
             self.whole.forward_ends()
         if starts_run:
             self._run_ends(out, framed)
+            self._refuse_rounded()
         return out
 
     def _run_starts(
@@ -278,6 +285,7 @@ class Engine:
         # The module's own hooks run once, outside of what is recomputed.
         outer, forward = Frame(self.backward, unit, parent, recompute=False), module.forward
 
+        @never_compiled
         def between_hooks(*args: object, **kwargs: object) -> object:
             return self._run_frame(Frame(self.backward, unit, outer, True, measured), forward, args, kwargs)
 
@@ -330,6 +338,18 @@ class Engine:
                 tensor.register_hook(self.backward.output_is_reached)  # type: ignore[no-untyped-call]
                 self.first_losses.note_output(tensor)
 
+    def _refuse_rounded(self) -> None:
+        """Raises ShardedAccessError if code has written to parameters that were whole in lower precision."""
+        names, self.schedule.pools.rounded = self.schedule.pools.rounded, []
+        if names:
+            raise ShardedAccessError(
+                f"{', '.join(map(repr, names[:5]))}{' ...' if len(names) > 5 else ''} changed in place in a forward, "
+                "where autocast or a precision policy has gathered what its layer computes with, in lower precision: "
+                "the change would be rounded, and a slow one (a moving average) lost. Write through .data in the "
+                "forward, as p.data.lerp_(q.data, 0.01), which autocast does not round; or, under a policy, write "
+                "outside of the forward."
+            )
+
     def _begin_recording(self) -> bool:
         """Let blocks run as CUDA graphs. On one rank only if that takes little: there nothing else spares memory."""
         blocks = [unit for unit in self.schedule.units.values() if unit.is_block]
@@ -346,6 +366,10 @@ class Engine:
     def whole_flat(self, view: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``view`` is a part."""
         return self.whole.flat_at(view)
+
+    def show_at_rest(self, parameter: torch.Tensor) -> None:
+        """Show ``parameter``, and what is gathered with it, in the dtype in which it rests, if that can be done now."""
+        self.outside.show_at_rest(unit_of_flat(place_of(parameter)[0]))
 
     def note_hooks(self, parameter: torch.Tensor) -> None:
         """``parameter`` has got hooks on its gradient."""
@@ -407,6 +431,7 @@ class Engine:
             )
         self.outside.let_go()
         self.backward.finish()
+        self._refuse_rounded()
         if self.replicas is not None:
             self.replicas.ask()
 

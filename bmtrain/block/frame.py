@@ -78,6 +78,7 @@ class Frame:
         self._again: Repeat | None = None
         self._steps: list[tuple[FlatShard, int]] = []  # how many of each the forward came after
         self._held: list[tuple[torch.Tensor, int]] | None = None  # until it is known whether the block can run again
+        self._keeps = False  # what is held, whatever the block could do
         self._second: Frame | None = None  # of what nodes of the backward save, where that is differentiated
         if unit is not None:
             self.add(unit)
@@ -87,6 +88,15 @@ class Frame:
         if unit not in self.units:
             self.units.append(unit)
             unit.open_uses += 1
+
+    def keep_saved(self) -> bool:
+        """Whether nothing that was saved so far is to be made by running again; what is to come is kept, too."""
+        if not self.recompute:
+            return True
+        self._keeps = self._keeps or self._held is not None or not self._facts
+        if self._keeps and self._held is None:
+            self._held = []
+        return self._keeps
 
     def reach(self) -> None:
         """The backward needs what this forward has saved elsewhere."""
@@ -116,13 +126,18 @@ class Frame:
         self.owner.will_repeat()
         with self.hooks():
             out = call(*args, **kwargs)
-        if again.first_run_is_over():
+        if again.first_run_is_over() and not self._keeps:
             self._held = None
         self._steps = [(flat, flat.steps) for unit in self.units for flat in unit.flats]
         return out
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """Record what autograd saves inside the ``with``."""
+        if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+            raise ConfigurationError(
+                "A distributed model runs inside torch.autograd.graph.disable_saved_tensors_hooks, without which whole "
+                "parameters would stay until the backward. Leave it out around the model."
+            )
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     @runs_as_written
@@ -135,7 +150,8 @@ class Frame:
             home = tensor._flat
             if isinstance(home, FlatShard) and home.buffer is not None:
                 return PlaceOfParameter(home, tensor._index, tensor.dtype, home.steps)
-        strided = tensor.layout is torch.strided  # a sparse one is no part of a buffer
+        # A sparse one is no part of a buffer, nor is what forward-mode differentiation has for zeros.
+        strided = tensor.layout is torch.strided and not tensor._is_zerotensor()
         flat = self._whole.get(tensor.untyped_storage().data_ptr()) if strided else None  # asked of all that is saved
         if flat is not None:
             return PlaceInFlat.of(tensor, flat)
@@ -217,7 +233,7 @@ class Frame:
 
         assert self._again is not None
         for flat, since in self._steps:
-            flat.require_unchanged(range(len(flat.params)), since)
+            flat.require_unchanged(range(len(flat.params)), since, _AGAIN)
         try:
             with (
                 self.owner.recomputing(self, pack),
@@ -245,6 +261,12 @@ class Frame:
                 "has changed since. Make that an attribute or an argument, or use bmt.Block(..., use_checkpoint=False)."
             )
         self._made = made
+
+
+_AGAIN = (
+    ". A recomputed block needs all of its parameters for that, also those whose values torch would not keep; with "
+    "bmt.Block(..., use_checkpoint=False) it does not"
+)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -63,6 +63,24 @@ class OutsideForward:
             if unit.moves and not unit.pins:
                 self._whole.release(unit)
 
+    def show_at_rest(self, unit: ShardUnit) -> None:
+        """Show the parameters of ``unit``, which autocast has let be gathered cast, as they rest.  Collective.
+
+        If a running forward needs them whole, they are gathered uncast from here on: its code would read or write them
+        so each time.  A block that is to run again, and has given up what it saved, would not save the same: there they
+        stay as they are.
+        """
+        if any(unit in frame.units and not frame.keep_saved() for frame in self._backward.frames):
+            return
+        if not self._schedule.ctx.diary.is_apart:
+            self._schedule.trace.comes_to(f"the use of .data of parameters of {unit.name or 'the model'} in a forward")
+        if not unit.pins:
+            self._whole.release(unit)
+            return
+        self._whole.release(unit)
+        unit.never_cast()
+        self._whole.gather(unit, unit.compute_dtype(None))
+
     # -- transforms of torch.func ------------------------------------------------------------------------------------
 
     def hold(self, units: Iterable[ShardUnit]) -> None:

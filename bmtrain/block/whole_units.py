@@ -156,7 +156,9 @@ class WholeUnits:
 
     def flat_at(self, tensor: torch.Tensor) -> FlatShard | None:
         """The whole FlatShard (None if none) of whose gather buffer ``tensor`` is a part."""
-        return self.storages.get(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided else None
+        if tensor.layout is not torch.strided or tensor._is_zerotensor():
+            return None
+        return self.storages.get(tensor.untyped_storage().data_ptr())
 
     def _forget(self, unit: ShardUnit) -> None:
         for flat in unit.flats:

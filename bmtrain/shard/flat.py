@@ -347,14 +347,14 @@ class FlatShard:
         for index in range(len(self.params)) if indices is None else indices:
             self._stepped_at[index] = self.steps
 
-    def require_unchanged(self, indices: Iterable[int], since: int) -> None:
+    def require_unchanged(self, indices: Iterable[int], since: int, more: str = "") -> None:
         """Raises InPlaceError if one of ``indices`` was changed in place after ``steps`` was ``since``."""
         for index in indices:
             if self._stepped_at[index] > since:
                 raise InPlaceError(
                     f"Parameter {self.names[index]!r}, which a backward needs as it was in the forward, was changed in "
                     "place since, as by an optimizer's step or load_state_dict. Call backward before, or run the "
-                    "forward again after it: torch says so, too, on one process."
+                    f"forward again after it{more or ': torch says so, too, on one process'}."
                 )
 
     def count_change(self, indices: Iterable[int] | None = None) -> None:
@@ -376,9 +376,22 @@ class FlatShard:
 
     # -- writes into whole parameters -----------------------------------------------------------------------------
 
-    def expose(self) -> None:
-        """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
-        self._writes.expose()
+    def show_at_rest(self) -> None:
+        """In a forward that has gathered it cast, show the values as they rest, if that can be done now.
+
+        Autocast casts weights for the layers that use them; to all other code they are what they are.
+        """
+        if self.is_cast and self.autocasts and backward_id() is None:
+            self.unit.ctx.engine.show_at_rest(self.params[0])
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether the parameters show their values in another dtype than they rest in."""
+        return self.buffer is not None and self.buffer.tensor.dtype != self.dtype
+
+    def expose(self, shown: torch.Tensor | None = None) -> None:
+        """User code holds ``shown``, ``p.data`` of a whole parameter, and may write to it unseen."""
+        self._writes.expose(shown if self.is_cast else None)
 
     @property
     def may_be_written(self) -> bool:
@@ -395,6 +408,8 @@ class FlatShard:
     def keep_writes(self) -> None:
         """Keep what user code wrote into whole parameters in place, as in an unsharded model."""
         if self._writes.happened:
+            if self.is_cast and (written := self._writes.seen()):
+                self.unit.pools.outer.rounded += [self.names[index] for index in written]
             self.unit.is_written = True
             self.forget_writes()
             self.keep_whole_values()

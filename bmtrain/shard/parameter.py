@@ -17,6 +17,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -67,8 +68,11 @@ class Home(Protocol):
     def shape_of(self, index: int) -> tuple[int, ...]:
         """The whole shape."""
 
-    def expose(self) -> None:
-        """User code holds ``p.data`` of a whole parameter, and may write to it unseen."""
+    def show_at_rest(self) -> None:
+        """In a forward that has gathered it cast, show the values as they rest, if that can be done now."""
+
+    def expose(self, shown: torch.Tensor | None = None) -> None:
+        """User code holds ``shown``, ``p.data`` of a whole parameter, and may write to it unseen."""
 
     def place_of(self, index: int) -> Place:
         """Where this rank's part of a parameter is among all parts."""
@@ -160,11 +164,13 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
 
         What is assigned is copied; what was taken from here before keeps the old values, as in torch.
         """
+        if self._flat is not None and not _is_torchs(sys._getframe(2)):
+            self._flat.show_at_rest()
         if isinstance(self, ShardedParameter):
             return ShardedTensor(self._own_part())
         shown: torch.Tensor = _raw_data.__get__(self)
         if self._flat is not None and self._flat.is_whole:  # else an optimizer steps on this rank's part
-            self._flat.expose()
+            self._flat.expose(shown)
             self._taken = [taken for taken in self._taken if taken() is not None]
             self._taken.append(weakref.ref(shown))
         return shown
@@ -176,6 +182,7 @@ class DistributedParameter(PublishedFacts, nn.Parameter):
             _raw_data.__set__(self, value)
             return
         require_same(self, value)
+        self._flat.show_at_rest()
         for taken in [one() for one in self._taken]:
             if isinstance(taken, Part):
                 taken.leave_home()
@@ -396,6 +403,11 @@ def like(old: DistributedParameter, data: torch.Tensor) -> DistributedParameter:
     _adopt(made, old._init_method, old._group, old._tp_mode, old._tp_split_dim)
     made._split = old._split
     return made  # type: ignore[no-any-return]
+
+
+def _is_torchs(caller: FrameType) -> bool:
+    """Whether torch itself asks, which runs compiled code with inputs as they were when it was made."""
+    return str(caller.f_globals.get("__name__", "")).startswith("torch._")
 
 
 def as_distributed(parameter: nn.Parameter) -> DistributedParameter:

@@ -152,6 +152,7 @@ class Pools:
         copies: units copied from others, which the schedule does not know yet.
         whole_gradients: what was gathered of gradients.
         changes: how often a buffer of whole parameters was taken, written anew or given back.
+        rounded: names of parameters that code wrote to where they were whole in lower precision, and nobody has said.
         regrouped: whether parameters have changed their flat shards and left the old ones behind.
     """
 
@@ -162,6 +163,7 @@ class Pools:
         self._stages: dict[int, Pools] = {}
         self.moves = ctx.world_size > 1
         self.copies: list[weakref.ref[object]] = []
+        self.rounded: list[str] = []
         self.regrouped = False
         self.whole_gradients = WholeGradients()
         self.changes = self._keys = 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..autograd import is_for_edge
 from ..errors import ShardedAccessError
 from .chosen_gradients import backward, gradients
 from .engine import engine
@@ -18,6 +21,7 @@ from .gathered import gathered, keep_rank_0s
 from .on_parts import on_parts
 from .parameter import DistributedParameter, ShardedParameter, raw_data
 from .sharded_tensor import written_by
+from .unit import unit_of_flat
 from .view import ViewOfSharded
 
 _T = torch.Tensor
@@ -73,6 +77,8 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return result
     if func is _T.__iter__:
         return iter(args[0].unbind(0))
+    if func in (_T.dim, _T.ndimension):
+        _refuse_of_slice(args[0])
     if _needs_no_values(func, args, kwargs):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
@@ -81,11 +87,61 @@ def on_sharded(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return _write(func, args, kwargs, targets)
     parameters = _parameters((args, kwargs))
     outside = engine().outside
+    if func in (_T.view_as, _T.expand_as) and args[0] is args[-1] and torch.is_grad_enabled():
+        func, args = _leaf_of_graph(args[0]), args[:1]
     if engine().idle and func in _TO_HOST and not outside.is_near(parameters):
         raise ShardedAccessError(_advice(func, parameters))
     with outside.on_demand(parameters, func, _what(func, parameters)):
         out = func(*args, **kwargs)
         return _apart(func, args, kwargs, out, parameters) if engine().idle else out
+
+
+def _refuse_of_slice(parameter: ShardedParameter, draws: bool = False) -> None:
+    """Functions of ``nn.init`` that ask for sizes, or draw again by what came out, would take a slice for its layer.
+
+    The others fill the layer's whole tensor.
+    """
+    flat, index = place_of(parameter)
+    at: FrameType | None = sys._getframe(1) if flat.is_slice else None
+    while at is not None and at.f_globals.get("__name__", "").startswith("bmtrain."):
+        at = at.f_back
+    if at is None or at.f_code.co_filename != nn.init.__file__:
+        return
+    if draws and not (at.f_code.co_name == "_no_grad_trunc_normal_" and "where" in at.f_code.co_names):
+        return
+    while at.f_back is not None and at.f_back.f_code.co_filename == nn.init.__file__:
+        at = at.f_back
+    raise ShardedAccessError(
+        f"nn.init.{at.f_code.co_name} goes by the sizes or values of {flat.names[index]!r}, of which the "
+        "tensor-parallel ranks have slices: it would take a slice for the layer. Initialise before "
+        "bmt.parallelize_module, or give the parameter an init_method, which bmt.init_parameters(model) calls with the "
+        "whole."
+    )
+
+
+def _leaf_of_graph(parameter: ShardedParameter) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What ``p.view_as(p)`` does: nobody wants that but for its place in autograd's graph, where hooks are put.
+
+    A copy is one step from it, too, and may be kept, which a view of a gather buffer may not.  The place is another for
+    each dtype that ``p`` is gathered in, so that from here on that is one.
+    """
+    flat, index = place_of(parameter)
+    name = repr(flat.names[index])
+    if is_for_edge():
+        raise ShardedAccessError(
+            f"A gradient edge of {name}, which is sharded, leads to the gradient of this rank's samples alone. Give "
+            "torch.autograd.grad the parameter itself: that is the mean over the ranks."
+        )
+    if flat.casts and not flat.autocasts:
+        raise ShardedAccessError(
+            f"{name} is gathered in the dtype of its precision policy, and has another place in autograd's graph each "
+            "time, so that a hook there (register_multi_grad_hook) is not called. Use parameter.register_hook."
+        )
+    if flat.autocasts and engine().idle:
+        unit = unit_of_flat(flat)
+        engine().outside.release([unit])
+        unit.never_cast()
+    return _T.clone
 
 
 def on_view(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -232,6 +288,7 @@ def _writing(parameters: list[Any], what: str, targets: list[Any] | None = None)
 def _fill(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], target: ShardedParameter
 ) -> torch.Tensor:
+    _refuse_of_slice(target, draws=True)
     flat, index = place_of(target)
     what = _what(func, [target])
     flat.unit.ctx.engine.comes_to(what)

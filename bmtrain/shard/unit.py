@@ -121,6 +121,11 @@ class ShardUnit:
         for flat in self.flats:
             flat.enter_sharded()
 
+    def never_cast(self) -> None:
+        """From the next gather on, leave it to autocast to cast what layers compute with."""
+        for flat in self.flats:
+            flat.autocasts = False
+
     def compute_dtype(self, autocast: torch.dtype | None) -> torch.dtype | None:
         """What a forward under this autocast is to gather for."""
         return self.precision.param or autocast

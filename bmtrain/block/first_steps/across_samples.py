@@ -16,6 +16,8 @@ from ..frame import NotKeptError
 _MOST = 3000
 """So many of autograd's nodes are looked at, those nearest to the loss."""
 
+_MOST_BESIDE = 16
+
 Shape = tuple[int, ...]
 
 # By the first words of autograd's names.
@@ -88,6 +90,9 @@ class AcrossSamples:
 
     What is not known to be of several samples is not told of.  Only shapes and numbers that autograd keeps are read.
 
+    Attributes:
+        beside: rows without a gradient, maybe of samples, that all samples were compared with; and by what function.
+
     Args:
         samples: how many this rank has.
         sure: whether the first dimension of what the model was given counts them.
@@ -99,6 +104,8 @@ class AcrossSamples:
         self._states: dict[Node, State] = {}
         self._numbers: dict[Node, _Found] = {}  # those made of all that there is, which may be no part of the loss
         self._shapes: dict[tuple[Node, int], Shape] = {}
+        self.beside: list[tuple[str, torch.Tensor]] = []
+        self._compared: dict[Node, tuple[str, torch.Tensor]] = {}
 
     def of(self, loss: Node) -> tuple[str, bool] | None:
         """The function that makes ``loss`` one of several samples, and whether it compares them; None if nothing is."""
@@ -110,6 +117,10 @@ class AcrossSamples:
             except (AttributeError, RuntimeError, IndexError, TypeError, ValueError, NotKeptError):
                 # Of another torch; without sizes; freed, or to be recomputed.
                 self._states[node] = _UNKNOWN
+            if _name(node) not in ("Diagonal", "Trace"):  # of each with its own alone
+                compared = (self._compared.pop(other, None) for other, _ in node.next_functions if other is not None)
+                self.beside += [one for one in compared if one is not None]
+        self.beside = self.beside[-_MOST_BESIDE:]  # nearest to the loss
         found = self._states.get(loss, _UNKNOWN)
         if found is _PAIRS:
             found = _Found("a product of samples", True)
@@ -150,7 +161,7 @@ class AcrossSamples:
         if name in ("Mm", "Addmm", "Bmm", "Baddbmm", "Mv", "Dot"):
             return self._product(node, name, out)
         if name in ("Cdist", "EuclideanDist", "Pdist"):
-            return self._distances(name, states, [shape for _, shape in edges])
+            return self._distances(node, name, states, [shape for _, shape in edges])
         if name in _BETWEEN_RANKS or (len(node._input_metadata) > 1 and isinstance(node, BackwardCFunction)):
             return _UNKNOWN
         if _PAIRS in states:
@@ -228,6 +239,11 @@ class AcrossSamples:
             return a if isinstance(a, _Rows) and a.dim == 0 and b is _ALIKE else _UNKNOWN
         lead = len(out) - 2
         first, second = (state.dim - lead if isinstance(state, _Rows) else None for state in (a, b))
+        if prod(out[:-2]) == 1:
+            if first == 0 and edges[1][0] is None:
+                self._note_beside("a product", node, "_saved_mat2", -1)
+            if second == 1 and edges[0][0] is None:
+                self._note_beside("a product", node, "_saved_self", -2)
         sure = all(state.sure for state in (a, b) if isinstance(state, _Rows))
         if lead and 0 in (s.dim for s in (a, b) if isinstance(s, _Rows)):  # each sample by itself
             alone = all(s is _ALIKE or (isinstance(s, _Rows) and s.dim == 0) for s in (a, b))
@@ -243,17 +259,36 @@ class AcrossSamples:
             return _MEANS if sure else _UNKNOWN
         return _UNKNOWN
 
-    def _distances(self, name: str, states: Sequence[State], shapes: Sequence[Shape]) -> State:
+    def _distances(self, node: Node, name: str, states: Sequence[State], shapes: Sequence[Shape]) -> State:
         first = states[0]
         if name == "Pdist":
             return _Found("pdist", True) if isinstance(first, _Rows) and first.dim == 0 else _UNKNOWN
         dims = [state.dim if isinstance(state, _Rows) else None for state in states]
         ndim = len(shapes[0])
+        if len(states) == 1 and dims == [ndim - 2] and prod(shapes[0][:-2]) == 1:
+            is_first = node.next_functions[0][0] is not None
+            self._note_beside("cdist", node, "_saved_x2" if is_first else "_saved_x1", -2)
         if len(states) == 2 and dims == [ndim - 2, ndim - 2] and prod(shapes[0][:-2]) == 1:
             return _PAIRS if shapes[0][-2] == shapes[1][-2] else _UNKNOWN
         if all(dim == 0 for dim in dims if dim is not None) and (ndim > 2 or dims.count(None)) and dims[0] == 0:
             return first
         return _UNKNOWN
+
+    def _note_beside(self, function: str, node: Node, saved: str, dim: int) -> None:
+        """All samples meet all rows, counted along ``dim``, of what ``node`` has ``saved`` and needs no gradient.
+
+        Rows of samples lie one behind the other, and there are as many of them as samples, or some batches of them.
+        """
+        try:
+            rows = getattr(node, saved, None)
+        except (RuntimeError, NotKeptError):
+            return
+        if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.requires_grad:
+            return
+        if rows.dim() < 2 or not rows.shape[dim] or rows.shape[dim] % self._samples:
+            return
+        if rows.stride(dim) >= rows.stride(-3 - dim) > 0:
+            self._compared[node] = function, rows
 
     # -- what follows
 

@@ -56,6 +56,7 @@ class FirstLosses:
         self._place, self._samples = "", 0
         self._gives_number = False  # whether a model has returned one in this step
         self._no_mean: tuple[str, str] | None = None
+        self._beside: tuple[str, str, torch.Tensor] | None = None  # function, place, and what tells rows from others
         self._said: set[str] = set()  # where counts differ, which other models may come to with other numbers
         self.renew()
         self._is_noted = False  # whether the loss whose backward comes next was looked at
@@ -100,21 +101,31 @@ class FirstLosses:
 
     def _look_across(self, loss: Node, place: str) -> None:
         """Warn if ``loss`` is made of several samples together."""
-        if self._said_across or self._ctx.rank or not self._looks_left:
+        if self._said_across or not self._looks_left:
             return
         self._looks_left -= 1
-        found = AcrossSamples(self._samples, self._is_batch_first, self._is_single).of(loss)
+        across = AcrossSamples(self._samples, self._is_batch_first, self._is_single)
+        found = across.of(loss)
         if found is None:
+            if across.beside and self._beside is None:
+                sizes = [torch.linalg.vector_norm(r.detach(), 1, dtype=torch.float64).cpu() for _, r in across.beside]
+                self._beside = across.beside[-1][0], place, torch.stack(sizes).sum()
             return
-        self._said_across = True
         function, compares = found
-        what = "compares the samples of a batch" if compares else "is made of a batch's statistics"
-        warn(
-            f"The loss {what} ({function}; {place}): each rank has its own samples alone for that, one in "
-            f"{self._ctx.topology.data_size} of the whole batch's. Let it have those of all ranks: x = "
-            "bmt.gather_batch(x), before they are put together, with which every rank computes the whole batch's loss.",
-            stacklevel=2,
+        self._say_across(
+            "compares the samples of a batch" if compares else "is made of a batch's statistics", function, place
         )
+
+    def _say_across(self, what: str, function: str, place: str) -> None:
+        self._said_across = True
+        if self._ctx.rank == 0:
+            warn(
+                f"The loss {what} ({function}; {place}): each rank has its own samples alone for that, one in "
+                f"{self._ctx.topology.data_size} of the whole batch's. Let it have those of all ranks: x = "
+                "bmt.gather_batch(x), before they are put together, with which every rank computes the whole batch's "
+                "loss.",
+                stacklevel=3,
+            )
 
     def note_loss(self, loss: torch.Tensor) -> None:
         """Gradients of ``loss`` are to be computed."""
@@ -177,12 +188,17 @@ class FirstLosses:
             return
         self._gives_number = False
         self._warn_of_no_mean()
-        here = torch.zeros(1 + _MOST, dtype=torch.float64, device="cpu")
+        here = torch.zeros(2 + _MOST, dtype=torch.float64, device="cpu")
+        here[-1] = 0.0 if self._beside is None else self._beside[2]
         here[0] = len(self._counts)
         for i, count in enumerate(self._counts[:_MOST], 1):
             here[i] = count
         self._counts = []
         rows = from_all(self._ctx, here)
+        beside, self._beside = self._beside, None
+        sizes = rows[:, -1].tolist()
+        if beside is not None and all(sizes) and not all(_is_close(size, sizes[0]) for size in sizes):
+            self._say_across("compares samples with rows without a gradient, others on each rank,", *beside[:2])
         found = _difference(rows.tolist())
         if found is None:
             return

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import models
+import oracle
 import pytest
 import torch
 from oracle import WIDTH
-from ranks import run_ranks
+from ranks import on_ranks, run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -236,3 +238,28 @@ def two_optimizers(schedule: str | None) -> None:
 @pytest.mark.parametrize(("world_size", "schedule"), WORLDS)
 def test_steps_on_other_parameters(world_size: int, schedule: str | None) -> None:
     run_ranks(world_size, two_optimizers, schedule, init={"schedule": schedule} if schedule else {})
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_step_on_biases_alone_before_a_backward(recompute: bool) -> None:
+    """No backward of torch's needs the values of these; a recomputed block does."""
+    reference, model = oracle.pair(
+        lambda names: names.stack([nn.Linear(oracle.WIDTH, oracle.WIDTH) for _ in range(2)]), recompute=recompute
+    )
+    for net in (reference, model):
+        optimizer = torch.optim.SGD([layer.bias for layer in net], lr=0.1)
+        manager = bmt.optim.OptimManager()
+        x = oracle.inputs(0)
+        if net is model:
+            x = models.share(x)
+            manager.add_optimizer(optimizer)
+        first, second = (oracle.mean(net[1](net[0](x))) for _ in range(2))
+        first.backward()
+        (manager if net is model else optimizer).step()
+        if net is model and recompute:
+            with pytest.raises(InPlaceError, match=r"bias.*use_checkpoint=False\) it does not"):
+                second.backward()
+            return
+        second.backward()
+    oracle.assert_same_grads(model, reference)

@@ -398,3 +398,29 @@ def step_compiled_whole(how: str, recompute: bool, blocks: bool) -> None:
 def test_a_step_that_is_compiled_whole_trains_as_torchs(how: str, recompute: bool, blocks: bool) -> None:
     for ranks in (1, 2) if blocks else (2,):
         run_ranks(ranks, step_compiled_whole, how, recompute, blocks)
+
+
+HOOKS: dict[str, Any] = {
+    "forward": lambda block: block.register_forward_hook(lambda module, args, out: 1.5 * out),
+    "before": lambda block: block.register_forward_pre_hook(lambda module, args: (0.5 * args[0],)),
+    "backward": lambda block: block.register_full_backward_hook(lambda module, given, made: (0.5 * given[0],)),
+}
+
+
+@on_ranks(1, 2)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_of_a_recomputed_block_that_is_compiled(kind: str) -> None:
+    torch._dynamo.reset()
+    reference, model = build(), build()
+    for i, layer in enumerate(model):
+        model[i] = bmt.Block(layer, use_checkpoint=True)
+    bmt.BMTrainModelWrapper(model)
+    for net in (reference, model):
+        HOOKS[kind](net[1])
+    bmt.compile(model, backend="aot_eager")
+    for _ in range(2):
+        for net in (reference, model):
+            net.zero_grad()
+        reference(data()).square().mean().backward()
+        model(data().chunk(bmt.world_size())[bmt.rank()]).square().mean().backward()
+        oracle.assert_same_grads(model, reference)

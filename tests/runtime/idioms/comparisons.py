@@ -41,6 +41,18 @@ def in_batch_negatives_gathered(k: User):
     return _trained(k, lambda z, y: _contrast(*_rows(k, z, z.tanh())))
 
 
+@idiom(verdicts="right said said", says="compares samples with rows without a gradient")
+def keys_without_gradients(k: User):
+    """InfoNCE with keys that need no gradient: `z @ keys.detach().T`"""
+    return _trained(k, lambda z, y: _contrast(z, z.tanh().detach()))
+
+
+@idiom
+def keys_without_gradients_gathered(k: User):
+    """The same, of `bmt.gather_batch`"""
+    return _trained(k, lambda z, y: _contrast(*_rows(k, z, z.tanh().detach())))
+
+
 @idiom(verdicts="right said said", says="compares the samples of a batch")
 def two_views(k: User):
     """SimCLR: two views, `F.cosine_similarity(z[:, None], z[None])`"""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .registry import idiom
-from .user import User
+from .user import Net, User
 
 
 @idiom
@@ -83,6 +83,81 @@ def counted_after_accumulation(k: User):
         p.register_post_accumulate_grad_hook(lambda p: count.append(tuple(p.shape)))
     k.train(model, k.sgd(model))
     return {"count": len(count)}
+
+
+@idiom(verdicts="refused", says="Leave it out around the model")
+def saved_tensors_hooks_disabled(k: User):
+    """`torch.autograd.graph.disable_saved_tensors_hooks` around the forward"""
+    model = k.net()
+    x, y = k.batch()
+    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
+        loss = F.cross_entropy(model(x), y)
+    k.step(k.sgd(model), loss)
+    return model
+
+
+@idiom
+def multi_grad_hook(k: User):
+    """`torch.autograd.graph.register_multi_grad_hook` over all parameters, two of which get no gradient"""
+    plain = Net()
+    plain.unused = nn.Linear(2, 2)
+    model, seen = k.shard(plain), []
+    parameters = list(model.parameters())
+
+    def hook(grads):
+        seen.append([None if grad is None else k.average(grad) for grad in grads])
+
+    handle = torch.autograd.graph.register_multi_grad_hook(parameters, hook)
+    manager = k.sgd(model)
+    k.train(model, manager)
+    handle.remove()
+    k.train(model, manager)
+    return {"seen": seen, "weights": k.weights(model)}
+
+
+@idiom
+def multi_grad_hook_under_autocast(k: User):
+    """`register_multi_grad_hook` over each block's parameters, under autocast"""
+    model, seen = k.net(), []
+    for number, layer in enumerate(model.layers):
+        hook = lambda grads, number=number: seen.append([number, len(grads)])  # noqa: E731
+        torch.autograd.graph.register_multi_grad_hook(list(layer.parameters()), hook)
+    for x, y in k.batches():
+        with torch.autocast(k.device.type, torch.bfloat16):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+    return {"seen": seen}
+
+
+@idiom
+def multi_grad_hook_of_any(k: User):
+    """`register_multi_grad_hook(mode="any")` is called once a backward"""
+    model, seen = k.net(), []
+    torch.autograd.graph.register_multi_grad_hook(list(model.parameters()), lambda grad: seen.append(1), mode="any")
+    k.train(model, k.sgd(model))
+    return {"seen": seen}
+
+
+@idiom
+def nodes_of_parameters(k: User):
+    """`p.expand_as(p).grad_fn.next_functions[0][0].register_hook`, as data-parallel wrappers once did"""
+    model, seen, nodes = k.net(), [], []
+    for name, p in model.named_parameters():
+        node = p.expand_as(p).grad_fn.next_functions[0][0]
+        node.register_hook(lambda *_, name=name: seen.append(name))
+        nodes.append(node)
+    k.train(model, k.sgd(model))
+    return {"seen": sorted(seen)}
+
+
+@idiom(verdicts="right refused refused", says="Give torch.autograd.grad the parameter itself")
+def gradient_edge_of_a_parameter(k: User):
+    """`torch.autograd.graph.get_gradient_edge(p)`, of which autograd would give this rank's gradient"""
+    model = k.net()
+    x, y = k.batch()
+    loss = F.cross_entropy(model(x), y)
+    edges = [torch.autograd.graph.get_gradient_edge(p) for p in model.head.parameters()]
+    return {"grads": [k.average(grad) for grad in torch.autograd.grad(loss, edges)]}
 
 
 @idiom

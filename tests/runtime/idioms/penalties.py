@@ -314,6 +314,17 @@ def jacobian(k: User):
 
 
 @idiom
+def forward_mode(k: User):
+    """`torch.autograd.forward_ad`: the outputs' change along a direction of the inputs"""
+    model = k.net()
+    x, _ = k.batch()
+    with torch.autograd.forward_ad.dual_level():
+        out = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        value, change = torch.autograd.forward_ad.unpack_dual(out)
+    return {"value": k.gather(value), "change": k.gather(change)}
+
+
+@idiom
 def max_norm_projection(k: User):
     """After each step `p.data.renorm_` of the head's rows"""
     model = k.net()

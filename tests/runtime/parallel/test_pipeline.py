@@ -730,6 +730,40 @@ def test_a_loss_of_some_results() -> None:
             oracle.assert_same_grads(mine, theirs)
 
 
+class Bias(nn.Module):
+    """A backward needs nothing of what it computes with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.bias
+
+
+def numbered_after_blocks_that_save_nothing(calls: int) -> int:
+    blocks = [bmt.Block(Bias(), use_checkpoint=False, mode="PIPE") for _ in range(3)]
+    layers = bmt.PipelineTransformerBlockList(blocks)
+    x = torch.ones(4, WIDTH)
+    for _ in range(2):
+        layers.zero_grad()
+        out = x
+        for _ in range(calls):
+            out = layers(out)
+        out.square().mean().backward()
+        right = 2 / WIDTH * (x[0] + calls * 3 * torch.linspace(-1, 1, WIDTH)) * calls
+        for p in layers.parameters():
+            oracle.assert_close(bmt.gather_grad(p), right, "a gradient")
+    return context().diary.count
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_blocks_that_save_nothing(calls: int) -> None:
+    """Stages have other numbers of blocks, and what they do for themselves is not numbered as what all ranks do."""
+    numbered = run_ranks(4, numbered_after_blocks_that_save_nothing, calls, init={"pipe_size": 2})
+    assert len(set(numbered)) == 1
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from trains_alike import LENGTH, VOCABULARY, assert_trains_alike, batch, own_sli
 import bmtrain as bmt
 from bmtrain.alike import digest
 from bmtrain.checkpoint import Checkpointer
-from bmtrain.errors import CheckpointError, ConfigurationError, UnsupportedError
+from bmtrain.errors import CheckpointError, ConfigurationError, ShardedAccessError, UnsupportedError
 from bmtrain.objects import allgather_objects
 
 WIDTH, INNER = 6, 10
@@ -161,6 +161,38 @@ def test_refusals() -> None:
         between(torch.randn(4, WIDTH)).square().mean().backward()
         bmt.optim.OptimManager().add_optimizer(bmt.optim.AdamOptimizer(between.parameters()))
         bmt.gather_grad(between.norm.weight)
+
+
+DRAWS_AGAIN = (
+    "where" in nn.init._no_grad_trunc_normal_.__code__.co_names
+)  # what was cut off, which only some slices hold
+BY_SIZE: list[Any] = [
+    nn.init.xavier_uniform_, nn.init.xavier_normal_, nn.init.kaiming_normal_, nn.init.orthogonal_, nn.init.eye_,
+    lambda p: nn.init.sparse_(p, 0.5), *([nn.init.trunc_normal_] if DRAWS_AGAIN else []),
+]  # fmt: skip
+OF_THE_WHOLE: list[Any] = [
+    nn.init.kaiming_uniform_, nn.init.normal_, lambda p: p.data.uniform_(-1, 1),
+    *([] if DRAWS_AGAIN else [nn.init.trunc_normal_]),
+]  # fmt: skip
+
+
+@on_ranks(2, init={"tp_size": 2}, drawn_on_cpu=False)
+def test_slices_are_initialised_as_the_whole_or_not_at_all() -> None:
+    reference, model = pair()
+    slices = [p for layer in model.layers for p in (layer.up.weight, layer.down.weight)]
+    wholes = [p for layer in reference.layers for p in (layer.up.weight, layer.down.weight)]
+    for initialise in BY_SIZE:
+        for p in slices:
+            with pytest.raises(ShardedAccessError, match=r"nn\.init\.\w+ goes by the sizes or values.*init_method"):
+                initialise(p)
+        nn.init.xavier_uniform_(model.places)  # no slice
+    oracle.assert_same_weights(model.layers, reference.layers, exact=True)
+    for initialise in OF_THE_WHOLE:
+        for parameters in (slices, wholes):
+            torch.manual_seed(3)
+            for p in parameters:
+                initialise(p)
+        oracle.assert_same_weights(model.layers, reference.layers)
 
 
 # ---- what user code sees

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from ranks import run_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.errors import ShardedAccessError
 
 
 class Layer(nn.Module):
@@ -145,3 +148,116 @@ def test_writing_in_low_precision_rounds_only_what_is_written() -> None:
         weight = state["linear.weight"]
         assert (weight[0] == 0.25).all()
         assert (weight[1:] == torch.tensor(1 / 3)).all()
+
+
+MOMENTUM = 0.999  # in bf16 a change of a thousandth is none
+
+
+class Follower(nn.Module):
+    """A student and what follows it, as MoCo and BYOL write it: ``update`` is called in the forward."""
+
+    def __init__(self, update: str, when: str) -> None:
+        super().__init__()
+        self.update, self.when = update, when
+        self.student = nn.ModuleList([nn.Linear(6, 8), Layer(), nn.Linear(8, 6)])
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for p in self.teacher.parameters():
+            p.data.mul_(0.5)
+
+    def follow(self) -> None:
+        for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            if self.update == "assign":
+                slow.data = slow.data * MOMENTUM + fast.data * (1 - MOMENTUM)
+            elif self.update == "data":
+                slow.data.mul_(MOMENTUM).add_(fast.data, alpha=1 - MOMENTUM)
+            else:
+                slow.copy_(slow * MOMENTUM + fast.detach() * (1 - MOMENTUM))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.when == "first":
+            with torch.no_grad():
+                self.follow()
+        out = run_in_turn(self.student, x)
+        with torch.no_grad():
+            if self.when == "between":
+                self.follow()
+            target = run_in_turn(self.teacher, x)
+        return (out.float() - target.float()).square().mean()
+
+
+def run_in_turn(layers: nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def how_the_teacher_moved(update: str, when: str, is_sharded: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    model = Follower(update, when)
+    if is_sharded:
+        bmt.BMTrainModelWrapper(model)
+    first = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    manager = bmt.optim.OptimManager()
+    manager.add_optimizer(optimizer)
+    for step in range(3):
+        x = torch.randn(6, 6, generator=torch.Generator().manual_seed(step))
+        manager.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16):
+            loss = model(x)
+        manager.backward(loss)
+        manager.step()
+    return {name: value - first[name] for name, value in model.state_dict().items() if name.startswith("teacher")}
+
+
+@pytest.mark.parametrize("when", ["first", "between"])
+@pytest.mark.parametrize("update", ["assign", "data"])
+def test_averages_that_follow_in_a_forward_are_not_rounded(update: str, when: str) -> None:
+    (expected,) = run_ranks(1, how_the_teacher_moved, update, when, False)
+    for ranks, init in ((2, {}), (3, {"schedule": "stress"})):
+        for moved in run_ranks(ranks, how_the_teacher_moved, update, when, True, init=init):
+            for name, change in expected.items():
+                assert (moved[name] - change).abs().max() <= 0.02 * change.abs().max(), name
+
+
+def refused_in_place(precision: str | None) -> None:
+    with pytest.raises(ShardedAccessError, match=r"changed in place in a forward.*p\.data\.lerp_"):
+        how_the_teacher_moved("data" if precision else "in place", "first", True)
+
+
+def test_a_write_that_would_be_rounded_is_refused() -> None:
+    run_ranks(2, refused_in_place, None)
+    run_ranks(2, refused_in_place, "bf16", init={"precision": "bf16"})
+
+
+class ReadsData(Layer):
+    """Scales by the size of a weight in the middle of its forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(self.norm(x))
+        return x + self.gain * self.down(F.gelu(h)) / self.up.weight.data.norm()
+
+
+def gradients_of_a_block_that_reads_data(is_sharded: bool, recompute: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(7)
+    model = Net()
+    model.layers = nn.ModuleList([ReadsData() for _ in range(3)])
+    if is_sharded:
+        model.layers = bmt.TransformerBlockList([bmt.Block(one, use_checkpoint=recompute) for one in model.layers])
+        bmt.BMTrainModelWrapper(model)
+    tokens = torch.randint(11, (4, 6), generator=torch.Generator().manual_seed(3))
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            loss = model(tokens)
+        loss.backward()
+    read = bmt.gather_grad if is_sharded else lambda p: p.grad
+    return {name: read(p) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_block_that_reads_data_runs_again(recompute: bool) -> None:
+    (expected,) = run_ranks(1, gradients_of_a_block_that_reads_data, False, recompute)
+    for found in run_ranks(2, gradients_of_a_block_that_reads_data, True, recompute):
+        for name, grad in expected.items():
+            assert (found[name] - grad).norm() <= 0.03 * grad.norm(), name
