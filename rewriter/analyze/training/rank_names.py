@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import Function, dotted, walk
+from rewriter.analyze.read.nodes import Function, assigned_by, dotted, walk
 from rewriter.analyze.read.project import Project
 
 _NAMED = re.compile(r"(?:^|_)(?:rank|local_rank|global_rank)$", re.I)
@@ -155,8 +155,8 @@ def _given(file: File, functions: dict[str, FunctionInfo]) -> Iterator[Holder]:
         elif (function := functions.get(_last(_run_by(call)))) is not None:
             yield from _handed(file, call, function)
     for node in file.nodes:
-        match node:
-            case ast.Assign(targets=[(ast.Name() | ast.Attribute()) as target], value=value) if is_rank(file, value):
+        for target, value in assigned_by(node) if isinstance(node, ast.Assign) and len(node.targets) == 1 else ():
+            if isinstance(target, (ast.Name, ast.Attribute)) and is_rank(file, value):
                 yield from _holders(file, target, dotted(target) or "")
 
 
@@ -164,9 +164,10 @@ def _given_another(file: File) -> Iterator[Holder]:
     """Who is given another number than a rank, or than what stands for the only process."""
     for node in file.nodes:
         match node:
-            case ast.Assign(targets=targets, value=value):
-                single = len(targets) == 1 and (is_rank(file, value) or _is_of_one(value))
-                others = [] if single else targets
+            case ast.Assign(targets=[_]):
+                others = [t for t, value in assigned_by(node) if not (is_rank(file, value) or _is_of_one(value))]
+            case ast.Assign(targets=targets):
+                others = targets
             case ast.AugAssign(target=target) | ast.For(target=target):
                 others = [target]
             case _:

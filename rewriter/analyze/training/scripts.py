@@ -54,7 +54,7 @@ class Scripts:
         self.roles: dict[File, Roles] = _Roles(classes)
         self.collectives = Collectives(classes, self.roles, lambda: self.training, self._shares, self._gives_mean)
         self.feeds = Feeds(self.collectives)
-        self.batches = Batches(self.collectives, self.feeds, self._is_fed)
+        self.batches = Batches(self.collectives, self.feeds, self.is_fed)
         self.handed = Handed(self.collectives, self.feeds, self._taking, self._kinds)
         self.entry = Entries(classes, self.roles)
         self._steps: dict[ast.AST, bool] = {}
@@ -179,13 +179,13 @@ class Scripts:
     def over_shares(self, file: File, node: ast.AST) -> bool:
         """Whether a node stands in a loop that trains on a rank's share of each batch."""
         drawn = self._drawn(file)
-        return any(parent in drawn or self._is_fed(parent) for parent in file.names.ancestors(node))
+        return any(parent in drawn or self.is_fed(parent) for parent in file.names.ancestors(node))
 
     def _drawn(self, file: File) -> dict[Loop, set[str]]:
         """The loops that get shares of batches without a loader, and the names that hold them."""
         return {} if self.started or self.is_parallel(file) else self.batches.loops(file)
 
-    def _is_fed(self, node: ast.AST) -> bool:
+    def is_fed(self, node: ast.AST) -> bool:
         """Whether a node is a loop over a loader's batches that trains on them."""
         feeds = self._feeds_of.get(node, []) if isinstance(node, ast.For) else []
         return any(feed.trained or feed.maybe for feed in feeds)

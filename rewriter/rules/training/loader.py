@@ -78,7 +78,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
 def _in_parts(file: File, facts: Facts) -> Iterator[Finding]:
     """Loops that train on parts of a batch one after the other: a share has fewer, so that there are fewer steps."""
     for loop in file.nodes:
-        if not isinstance(loop, ast.For) or not facts.scripts.over_shares(file, loop):
+        if not isinstance(loop, ast.For) or facts.scripts.is_fed(loop) or not facts.scripts.over_shares(file, loop):
             continue
         if _goes_through_parts(file, loop) and facts.scripts.feeds.trains(file, loop):
             parts = f"this trains on parts of a batch, {file.source.code(loop.iter)}, of which a rank's share has fewer"

@@ -38,6 +38,8 @@ _WRAPPERS = ("bmtrain.", "torch.compile", "torch.nn.parallel.", "torch.nn.DataPa
 _EMPTY = {"Identity", "Dropout", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Softmax", "Flatten", "LogSoftmax"}
 _CHAINED = {"to", "cuda", "cpu", "train", "eval", "half", "float", "bfloat16", "double", "requires_grad_", "apply"}
 
+_SAME = {"torch.compile", "torch.nn.SyncBatchNorm.convert_sync_batchnorm"}
+
 _MODEL_OF_HUB = re.compile(
     r"(?:transformers|diffusers)\.(?:[\w.]+\.)?"
     r"(?!\w*(?:Config|Tokenizer|Processor|Scheduler|Pipeline))\w*(?:Model|For[A-Z]\w+|AutoencoderKL)"
@@ -56,7 +58,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
     wrapped = set[ast.stmt]()
     also: dict[Var, set[str]] = {}
     for variable, value, _, part in reversed(roles.assignments):  # engine = net; engine.parameters()
-        same = roles.var(value) if not part and isinstance(value, (ast.Name, ast.Attribute)) else None
+        held = _without_wrappers(file, facts, value)
+        same = roles.var(held) if not part and isinstance(held, (ast.Name, ast.Attribute)) else None
         if same is not None:
             also.setdefault(same, set()).update(roles.methods_called.get(variable, set()), also.get(variable, set()))
     for variable, value, statement, part in roles.assignments:
@@ -66,8 +69,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         owner = file.names.class_of(statement)
         if owner is not None and facts.classes.is_module(file.class_info(owner)):
             continue
-        while isinstance(value, ast.Call) and facts.project.external(file, value.func) in DATA_PARALLEL and value.args:
-            value = value.args[0]
+        value = _in_wrapper(file, facts, value)
         if statement in wrapped or not isinstance(value, ast.Call) or not _foreign(file, facts, value):
             continue
         last = completing(file, facts.project, roles, variable, statement)
@@ -78,6 +80,26 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
             wrapped.update(item for item in walk(last) if isinstance(item, ast.stmt))
             behind = insert_behind(last, "{model} = {bmt}.BMTrainModelWrapper({model})", model=_target(statement))
             yield Conversion(RULE.code, last.lineno, "the model is another package's, so it is wrapped here", (behind,))
+
+
+def _in_wrapper(file: File, facts: Facts, value: ast.expr) -> ast.expr:
+    """``net`` of ``DDP(net)``."""
+    while isinstance(value, ast.Call) and value.args and facts.project.external(file, value.func) in DATA_PARALLEL:
+        value = value.args[0]
+    return value
+
+
+def _without_wrappers(file: File, facts: Facts, value: ast.expr) -> ast.expr:
+    """``net`` of ``DDP(convert_sync_batchnorm(net.to(device)))``."""
+    while isinstance(value, ast.Call):
+        name = facts.project.external(file, value.func)
+        if value.args and (name in DATA_PARALLEL or name in _SAME):
+            value = value.args[0]
+        elif isinstance(value.func, ast.Attribute) and value.func.attr in _CHAINED:
+            value = value.func.value
+        else:
+            break
+    return value
 
 
 def _inside(file: File, facts: Facts) -> Iterator[Finding]:
