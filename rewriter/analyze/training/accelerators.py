@@ -333,7 +333,8 @@ class Accelerators:
         names = self._origins(file, self.loader(file, loop.iter))
         if names & self.trained_on:
             return True
-        return False if names and all(EVALUATED.search(name) for name in names) else None
+        seen = self.names_of("loader") if self.trained_on - {""} else set[str]()  # prepared, and others are trained on
+        return False if names and all(EVALUATED.search(name) or name in seen for name in names) else None
 
     def _origins(self, file: File, node: ast.expr, deep: int = 0) -> set[str]:
         """The last names of the loaders that a variable stands for: an argument is what the calls give for it."""

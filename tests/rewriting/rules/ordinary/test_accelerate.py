@@ -470,3 +470,9 @@ def test_batches_taken_one_by_one(prepared: str) -> None:
     assert "accelerate" not in after
     assert "x, y = bmt.to_device(next(batches))" in after and "bmt.to_device(next(val_batches))[0]" in after
     assert "\nloader = bmt.shard_loader(" in after and "\nval_loader = DataLoader(" in after
+
+
+def test_a_prepared_loader_that_nothing_trains_on_evaluates_whatever_it_is_called() -> None:
+    text = script(evaluated="a, b = accelerator.gather_for_metrics((out, y))").replace("eval_loader", "second")
+    after = converted(text)
+    assert "    a, b = (out, y)\n" in after and "accelerat" not in after
