@@ -94,7 +94,6 @@ REFUSED = {
     "asked before it adds up": script("gradient_accumulation_steps=2").replace("    loss = ", "    print(accelerator.sync_gradients)\n    with accelerator.accumulate(model):\n        pass\n    loss = "),
     "no GPU": script("cpu=True"),
     "no name": SCRIPT.replace("accelerator = Accelerator()", "fit(Accelerator())"),
-    "data not known to be evaluated": script(evaluated="out = accelerator.gather_for_metrics(out)").replace("eval_loader", "second_loader"),
     "what the others refuse": script().replace("torch.optim.SGD", "KFAC"),
 }  # fmt: skip
 
