@@ -443,7 +443,8 @@ class Kinds:
         if self._bound_inside(kept) or isinstance(place, ast.Constant):
             return
         kind = self.kind(value)
-        if kind in {"samples", "unknown"} and (self.of_batch(place) or self._counts(place)):
+        some = self.of_batch(place) or self._counts(place) or (_reads_number(value) and not self._holds_inside(kept))
+        if kind in {"samples", "unknown"} and some:
             yield value, "unknown"
         elif self.of_batch(place) and not self._holds_inside(kept):
             yield target, "unknown"

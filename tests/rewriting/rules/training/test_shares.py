@@ -575,3 +575,14 @@ def test_a_steps_number_is_no_share(loop: str) -> None:
     result = convert_text(f"from tqdm import tqdm, trange\n{HEAD}{drawn}{loop}{body}    print(step)\n")
     assert not result.error
     assert "BMT037" not in {finding.code for finding in result.reported}
+
+
+@pytest.mark.parametrize("key", ["(epoch, i)", "i", "f'{i}'", "x.size(0)"])
+def test_an_extreme_that_a_table_keeps_is_reported(key: str) -> None:
+    text = f"{HEAD}table = {{}}\n{LOOP}    table[{key}] = out.max().item()\nprint(table)\n"
+    assert [f.line for f in convert_text(text).reported if f.code == "BMT037"]
+
+
+def test_what_is_no_number_of_the_batch_may_be_kept_in_a_table() -> None:
+    text = f"{HEAD}table = {{}}\n{LOOP}    table[(0, 1)] = net.weight.abs().max().item()\nprint(table)\n"
+    assert not [f for f in convert_text(text).reported if f.code == "BMT037"]
