@@ -9,9 +9,11 @@ from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import item_of, names_in, walk, walk_own
+from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Kinds, Loop, loop_over
 
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _OF_KIND = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "dim", "is_floating_point"}
 _ASKING = {"type", "isinstance"}
 _KEEPS_ROWS = {
@@ -80,6 +82,10 @@ class LeftBehind:
             ]
             if self._is_padded or any(names & whole and names - whole for names in together):
                 whole = set()  # ranks' rows may differ in length; rows of a batch beside rows of a share
+            if any(self._is_beside_counts(file, kinds, place) for name in whole for place in reads[name]):
+                whole = set()
+            whole -= {name for name in whole if any(loop in file.names.ancestors(place) for place in reads[name])}
+            reads |= self._reads(file, loop, kinds, self._counted(file, kinds) - reads.keys())
             if reads:
                 yield Left(loop, reads, whole, loader)
 
@@ -94,11 +100,23 @@ class LeftBehind:
             for keyword in call.keywords
         )
 
+    def _is_beside_counts(self, file: File, kinds: Kinds, read: ast.Name) -> bool:
+        """Whether a number is made of a name, and of one that the loop's last pass has counted: ``hits / len(x)``."""
+        made: ast.AST = read
+        for parent in file.names.ancestors(read):
+            if not isinstance(parent, ast.expr) or isinstance(parent, (ast.Tuple, ast.List, ast.Dict, ast.JoinedStr)):
+                break
+            made = parent if isinstance(parent, (ast.BinOp, ast.Compare)) else made
+        counted = (kinds.made.get(item.id, ()) for item in walk(made) if isinstance(item, ast.Name))
+        return any(kinds.kind(value) in {"total", "mean", "mixed"} for values in counted for value, _ in values)
+
     def _derived(self, file: File, kinds: Kinds, held: set[str]) -> set[str]:
         """The names of what a pass makes with a row for each sample: ``out = model(x)``, ``mean, std = model(x)``."""
         roles = self.scripts.roles[file]
 
         def has_rows(value: ast.expr, part: int | None) -> bool:
+            if self._is_part(value, held):
+                return True
             of_model = isinstance(value, ast.Call) and roles.is_model(value.func) and kinds.of_batch(value)
             return of_model if part is not None else kinds.kind(value) == "samples"
 
@@ -109,9 +127,29 @@ class LeftBehind:
             if not any(roles.var(target) in roles.losses for target in _targets(kinds.nodes, name))
         }
 
+    def _counted(self, file: File, kinds: Kinds) -> set[str]:
+        """The names of counts and means of a share, which are not made the batch's where they are made."""
+        made, roles = self.scripts.collectives.shares(file), self.scripts.roles[file]
+        return {
+            name
+            for name, values in kinds.made.items()
+            if all(part is None and kinds.kind(value) in {"total", "mean"} for value, part in values)
+            if made.keys().isdisjoint(item for value, _ in values for item in walk(value))
+            if not any(roles.var(target) in roles.losses for target in _targets(kinds.nodes, name))
+        }
+
+    def _is_part(self, value: ast.expr, held: set[str]) -> bool:
+        """Whether it is one of a batch's parts: ``batch["x"].to(device)``, ``batch[0]``."""
+        while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _KEEPS_ROWS:
+            value = value.func.value
+        match value:
+            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=str())):
+                return name in held
+        return False
+
     def _reads(self, file: File, loop: Loop, kinds: Kinds, names: set[str]) -> dict[str, list[ast.Name]]:
         found: dict[str, list[ast.Name]] = {}
-        for read in _Behind(file, loop, names).reads:
+        for read in _Behind(self.scripts.project, file, loop, names).reads:
             around = [item for item in file.names.ancestors(read) if isinstance(item, ast.expr)]
             if not _asks_for_kind(around) and not any(kinds.kind(item) == "item" for item in around):
                 found.setdefault(read.id, []).append(read)
@@ -160,16 +198,29 @@ class LeftBehind:
 class _Behind:
     """The reads of names behind a loop, up to where they get other values, in its function or file."""
 
-    def __init__(self, file: File, loop: Loop, names: set[str]) -> None:
+    def __init__(self, project: Project, file: File, loop: Loop, names: set[str]) -> None:
         self.reads: list[ast.Name] = []
-        alive, statement = set(names), ast.stmt()
-        for parent in (loop, *file.names.ancestors(loop)):
-            if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)):
+        self._project, self._file, self._loop, self._called = project, file, loop, set[ast.AST]()
+        alive = self._run(loop.orelse, set(names))
+        statement: ast.stmt = loop
+        while not isinstance(statement, _SCOPES):
+            block = file.names.siblings(statement)
+            at = block.index(statement)
+            alive = self._run(block[at + 1 :], alive)
+            parent = file.names.parents[statement]
+            if isinstance(parent, (ast.ExceptHandler, ast.match_case)):
+                parent = file.names.parents[parent]
+            match parent:
+                case ast.For() | ast.While() if block is parent.body:
+                    again = alive - names_in(parent.target) if isinstance(parent, ast.For) else alive
+                    self._run(block[:at], again)  # in the next pass, in front of the loop
+                    alive = self._run(parent.orelse, alive)
+                case ast.Try():
+                    alive = self._run(parent.orelse, alive) if block is parent.body else alive
+                    alive = self._run(parent.finalbody, alive) if block is not parent.finalbody else alive
+            if not isinstance(parent, ast.stmt):
                 break
-            if isinstance(parent, ast.stmt):
-                statement = parent
-                block = file.names.siblings(statement)
-                alive = self._run(block[block.index(statement) + 1 :], alive)
+            statement = parent
 
     def _run(self, block: list[ast.stmt], alive: set[str]) -> set[str]:
         """Which names still hold what they held when the block is through."""
@@ -193,6 +244,8 @@ class _Behind:
                     alive = self._run(statement.finalbody, alive)
                 case _:
                     self._read([statement], alive)
+                    if isinstance(statement, ast.AugAssign) and isinstance(target := statement.target, ast.Name):
+                        self.reads += [target] if target.id in alive else []
                     stored = (item for item in walk_own(statement) if isinstance(item, ast.Name))
                     alive = alive - {item.id for item in stored if not isinstance(item.ctx, ast.Load)}
         return alive
@@ -203,6 +256,20 @@ class _Behind:
             bound = {name for item in own if isinstance(item, ast.comprehension) for name in names_in(item.target)}
             names = (item for item in own if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Load))
             self.reads += [item for item in names if item.id in alive - bound]
+            self._read_within([item for item in walk(node) if isinstance(item, ast.Lambda)], alive)
+            for call in (item for item in own if isinstance(item, ast.Call)):
+                found = self._project.resolve(self._file, call.func)
+                if isinstance(found, FunctionInfo) and found.file is self._file and found.node not in self._called:
+                    self._called.add(found.node)
+                    self._read_within([found.node], alive)
+
+    def _read_within(self, functions: Iterable[ast.AST], alive: set[str]) -> None:
+        """What functions read that is of the scope of the loop."""
+        names = self._file.names
+        for read in (item for function in functions for item in walk(function)):
+            if isinstance(read, ast.Name) and isinstance(read.ctx, ast.Load) and read.id in alive:
+                seen, held = (names.lookup(read.id, names.scope_of(node)) for node in (read, self._loop))
+                self.reads += [read] if seen is not None and held is not None and seen[0] is held[0] else []
 
 
 def _looked_up(kinds: Kinds, held: set[str]) -> set[str]:

@@ -42,6 +42,7 @@ Place = ast.For | ast.While | ast.FunctionDef | ast.AsyncFunctionDef
 """A loop that takes batches, or a function that one hands them to."""
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _KEEPS = {"add", "put", "insert", "appendleft"}
 """Methods by which a set or queue takes a value; a tensor's ``add`` gives another one."""
 _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
@@ -618,8 +619,12 @@ class Kinds:
         """What the last batch has left in names, where it is shown behind the loop."""
         if not isinstance(self.loop, (ast.For, ast.While)):
             return
-        block = self.file.names.siblings(self.loop)
-        following = [item for statement in block[block.index(self.loop) + 1 :] for item in walk_own(statement)]
+        following: list[ast.AST] = []
+        statement: ast.AST = self.loop
+        while isinstance(statement, ast.stmt) and not isinstance(statement, _SCOPES):
+            block = self.file.names.siblings(statement)
+            following += [item for other in block[block.index(statement) + 1 :] for item in walk_own(other)]
+            statement = self.file.names.parents[statement]
         anew = {item.id for item in following if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
         for value in (value for item in following for value in self._shown(item)):
             kind = "" if _named(value) & anew else self.kind(value)
@@ -685,9 +690,9 @@ class Kinds:
 
     def comes_once(self, node: ast.AST) -> bool:
         """Whether every rank comes to a value once for each batch, or behind the loop, whatever its share holds."""
-        block = self.file.names.parents[self.loop]
+        around = {self.loop, *self.file.names.ancestors(self.loop)}
         for parent in self.file.names.ancestors(node):
-            if parent is self.loop or parent is block:
+            if parent in around:
                 return True
             if isinstance(parent, (ast.ListComp, ast.GeneratorExp, ast.SetComp, ast.DictComp)):
                 if not all(map(self._goes_through_parts, parent.generators)):

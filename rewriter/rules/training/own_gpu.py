@@ -7,8 +7,8 @@ Each rank then sees one GPU, its own, as ``cuda:0``. Where all places say anothe
 ``"cuda:0"``.
 Why: every rank of a host has another GPU. Named by one number, batches of all ranks would go to the same GPU, and
 torch ends the first forward on the others, as their models are not there.
-Refuses when: the program knows of ranks by itself (DistributedDataParallel, LOCAL_RANK, processes that it starts), for
-it names its GPU by them. Places that name several GPUs are reported.
+Refuses when: the program knows of ranks by itself (DistributedDataParallel, LOCAL_RANK, processes that it starts, a
+name made of a rank), for it names its GPU by them. Places that name several GPUs are reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
         return
     numbers = names.numbers(file)
     if len(numbers) > 1:
-        other = next((name for name in names.of(file) if name.number not in {None, min(numbers)}), None)
+        put = (name for name in names.of(file) if not name.asks)
+        other = next((name for name in put if name.number not in {None, min(numbers)}), None)
         if other is not None:
             message = f"a rank has one GPU, cuda:0, and this names another: put what is on {_listed(numbers)} on one"
             yield Remark(RULE.code, other.node.lineno, message, differs=True)

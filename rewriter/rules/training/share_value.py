@@ -179,10 +179,12 @@ def _left_behind(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:
             change = insert_behind(left.loop, *lines, **holes)
             yield Conversion(RULE.code, left.loop.lineno, message, (change,))
         for name, reads in sorted(left.reads.items()):
-            if name not in whole and not any(read in told for read in reads):
-                told.add(reads[0])
-                message = f"{name} is of this rank's share of the loop's last batch: see bmt.gather_samples"
-                yield Remark(RULE.code, reads[0].lineno, message, differs=True)
+            untold = [read for read in reads if read not in told]
+            if name not in whole and untold:
+                told.add(untold[0])
+                seen = f"{name} is of this rank's share of the loop's last batch"
+                message = f"{seen}: see bmt.total, bmt.sum_loss, bmt.gather_samples"
+                yield Remark(RULE.code, untold[0].lineno, message, differs=True)
 
 
 def _is_of_first(kinds: Kinds, node: ast.AugAssign | ast.Call) -> bool:

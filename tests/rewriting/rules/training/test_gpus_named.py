@@ -63,6 +63,15 @@ RANKS = {
     "as text": script("import os\ndevice = f\"cuda:{os.environ['LOCAL_RANK']}\""),
     "an option of the launcher": script('device = torch.device("cuda:%d" % args.local_rank)'),
     "its own processes": script("device = f'cuda:{gpu}'\ntorch.distributed.init_process_group('nccl')"),
+    "a scheduler says it": script(
+        'import os\nrank = int(os.environ["SLURM_PROCID"])\ndevice = f"cuda:{rank % torch.cuda.device_count()}"'
+    ),
+    "an environment of ranks": script('import os\ndevice = torch.device("cuda", int(os.environ["RANK"]))'),
+    "asked of torch": script('import torch.distributed as dist\ndevice = "cuda:{}".format(dist.get_rank())'),
+    "asked of messages": script("gpu = MPI.COMM_WORLD.Get_rank() % 8\ntorch.cuda.set_device(gpu)", ".cuda()"),
+    "asked of a state": script('device = "cuda:" + str(PartialState().process_index)'),
+    "an option of a rank": script('device = torch.device("cuda:%d" % cfg.rank)'),
+    "its argument": script("", ".cuda(rank)", "x.cuda(rank), y.cuda(rank)"),
     "written for bmtrain": script("import bmtrain as bmt\nbmt.init_distributed()\ndevice = torch.device('cuda:0')"),
 }
 
@@ -77,6 +86,7 @@ NAMED = {
     "text": script('device = "cuda:0"'),
     "two arguments": script('device = torch.device("cuda", 0)'),
     "a number as a device": script("device = torch.device(0)"),
+    "by name": script('device = torch.device(type="cuda", index=0)'),
     "an option": script("", ".cuda(args.gpu)", "x.cuda(args.gpu), y.cuda(args.gpu)"),
     "an option in text": script('device = f"cuda:{args.gpu}"'),
     "formatted": script('device = "cuda:{}".format(args.gpu)'),
@@ -126,6 +136,37 @@ def test_another_number_becomes_that_of_the_only_one(text: str) -> None:
     after = after.removeprefix(LINE)
     assert not any(name in after for name in ("cuda:1", "cuda:3", "(2)"))
     assert ("cuda:0" in after) == ("cuda:" in text)
+
+
+ASKED = {
+    "how much it holds": ("torch.cuda.memory_allocated(1)", "torch.cuda.memory_allocated(0)"),
+    "its name": ("torch.cuda.get_device_name(1)", "torch.cuda.get_device_name(0)"),
+    "that it is done": ("torch.cuda.synchronize(device=1)", "torch.cuda.synchronize(device=0)"),
+    "another's name": ("torch.cuda.get_device_name(0)", "torch.cuda.get_device_name(0)"),
+    "no GPU": ("torch.cuda.manual_seed(1)", "torch.cuda.manual_seed(1)"),
+}
+
+
+@pytest.mark.parametrize(("asks", "then"), ASKED.values(), ids=ASKED.keys())
+def test_what_is_asked_of_a_gpu_is_asked_of_the_only_one(asks: str, then: str) -> None:
+    text = script(f'device = torch.device("cuda:1")\nprint({asks})')
+    after = converted(text)
+    assert then in after and '"cuda:0"' in after
+    assert not any(finding.code == "BMT048" for finding in convert_text(text).reported)
+
+
+SAME = {
+    "where a file's tensors were": 'device = "cuda:0"\nstate = torch.load("a.pt", map_location={"cuda:1": "cuda:0"})',
+    "what an option allows": 'parser.add_argument("--device", default="cuda:0", choices=["cuda:0", "cuda:1"])\n'
+    "device = parser.parse_args().device",
+}
+
+
+@pytest.mark.parametrize("made", SAME.values(), ids=SAME.keys())
+def test_one_that_is_used_and_others_that_are_not(made: str) -> None:
+    text = script(made)
+    assert made.splitlines()[-1] in converted(text) and "cuda:1" in converted(text)
+    assert not any(finding.code == "BMT048" for finding in convert_text(text).reported)
 
 
 def test_several_are_reported() -> None:

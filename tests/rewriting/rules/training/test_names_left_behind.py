@@ -33,6 +33,10 @@ def script(behind: str, target: str = "x, y", body: str = "pass") -> str:
     return SCRIPT.format(target=target, body="        " + body.replace("\n", "\n        "), behind=behind)
 
 
+def told(text: str, words: str) -> list[str]:
+    return [item.message for item in convert_text(text).reported if isinstance(item, Remark) and words in item.message]
+
+
 LEFT = {
     "nothing is read": "",
     "a loss's number": "print(loss.item())",
@@ -61,6 +65,9 @@ READS = {
     "sizes": "print(x.shape, len(y))",
     "a file": 'torch.save((x, y), "batch.pt")',
     "by itself": "x = x * 2\nprint(x, y)",
+    "added to": "x += 1\ny += 1\nprint(x, y)",
+    "by a function behind": "def show():\n    print(x.shape, len(y))\n\n\nshow()",
+    "by a nameless function": "show = lambda: print(x.shape, len(y))\nshow()",
     "after one branch": "if fresh:\n    x, y = data[:4]\nprint(x, y)",
 }
 
@@ -72,6 +79,110 @@ def test_tensors_of_the_batch_are_collected_behind_the_loop(behind: str) -> None
     assert not any(item.code == "BMT037" for item in convert_text(script(behind)).reported)
 
 
+NOT_THEIRS = {
+    "a function's own": "def show():\n    x = y = data[0]\n    print(x, y)\n\n\nshow()",
+    "given ones": "def show(x, y):\n    print(x, y)\n\n\nshow(1, 2)",
+    "a nameless function's": "show = lambda x, y: print(x, y)\nshow(1, 2)",
+    "never called": "def show():\n    print(x, y)",
+}
+
+
+@pytest.mark.parametrize("behind", NOT_THEIRS.values(), ids=NOT_THEIRS.keys())
+def test_names_of_functions_are_others(behind: str) -> None:
+    assert "gather_samples" not in converted(script(behind))
+    assert not told(script(behind), "last batch")
+
+
+TRIED = """    try:
+        for x, y in loader:
+            opt.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            opt.step()
+{ending}
+"""
+ENDINGS = {
+    "finally": "    finally:\n        print(x.mean())",
+    "else": "    except KeyboardInterrupt:\n        pass\n    else:\n        print(x.mean())",
+    "behind": "    except KeyboardInterrupt:\n        pass\n    print(x.mean())",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS.keys())
+def test_what_stands_behind_in_a_try(ending: str) -> None:
+    text = SCRIPT[: SCRIPT.index("    for {target}")] + TRIED.format(ending=ending)
+    assert "            optim_manager.step()\n        x = bmt.gather_samples(x)\n" in converted(text)
+
+
+def test_what_the_next_pass_reads_in_front_of_the_loop() -> None:
+    again = script("").replace("    for x, y", "    if epoch:\n        print(x.mean())\n    for x, y")
+    assert "    x = bmt.gather_samples(x)\n" in converted(again)
+    assert "gather_samples" not in converted(again.replace("    if epoch", "    x = data[0][0]\n    if epoch"))
+
+
+def test_what_the_loop_itself_reads_at_its_end_is_reported() -> None:
+    text = script("    else:\n        print(x.mean())\n    print(len(x))")
+    assert "gather_samples" not in converted(text)
+    assert len(told(text, "last batch")) == 1
+
+
+COUNTED = {
+    "a size": ("n = len(x)", "print(n / len(x))", "bmt.sum_loss(n / len(x))"),
+    "hits": ("hits = (net(x).argmax(1) == y).sum().item()", "print(hits / len(y))", "bmt.sum_loss(hits / len(y))"),
+}
+
+
+@pytest.mark.parametrize(("body", "behind", "after"), COUNTED.values(), ids=COUNTED.keys())
+def test_counts_of_a_share_beside_sizes_of_it(body: str, behind: str, after: str) -> None:
+    assert after in converted(script(behind, body=body))
+    assert "gather_samples" not in converted(script(behind, body=body))
+
+
+NUMBERS = "hits = (net(x).argmax(1) == y).sum().item()\nacc = hits / len(y)\nn = len(x)"
+SHOWN = {
+    "behind the loop": ("    print(hits, acc)", "print(bmt.total(hits), bmt.sum_loss(acc))"),
+    "behind the loop around": ("print(hits, acc)", "print(bmt.total(hits), bmt.sum_loss(acc))"),
+    "in a test": ("if verbose:\n    print(acc)", "print(bmt.sum_loss(acc))"),
+}
+
+
+@pytest.mark.parametrize(("behind", "after"), SHOWN.values(), ids=SHOWN.keys())
+def test_numbers_that_are_shown_behind_any_loop(behind: str, after: str) -> None:
+    assert after in converted(script(behind, body=NUMBERS)).replace("bmt.print_rank", "print")
+    assert not told(script(behind, body=NUMBERS), "last batch")
+
+
+USED = {
+    "kept": ("    history.append(acc)", 1),
+    "the best": ("    if acc > best:\n        best = acc\nprint(best)", 1),
+    "made to another": ("    percent = 100 * acc\nprint(percent)", 1),
+    "made anew": ("    acc = 0\n    history.append(acc)", 0),
+    "a loss's": ("    history.append(loss.item())", 0),
+}
+
+
+@pytest.mark.parametrize(("behind", "count"), USED.values(), ids=USED.keys())
+def test_numbers_that_are_used_behind_the_loop_are_reported(behind: str, count: int) -> None:
+    assert len(told(script(behind, body=NUMBERS), "last batch")) == count
+
+
+def test_what_was_made_whole_is_not_reported() -> None:
+    body = "seen += len(x)\nhits += (net(x).argmax(1) == y).sum().item()\nprint(len(x))"
+    text = script("    acc = hits / seen\n    history.append(acc)", body=body)
+    assert "seen += bmt.total(len(x))" in converted(text)
+    assert not told(text, "last batch")
+
+
+def test_parts_of_a_batch_are_reported() -> None:
+    text = script("print(net(x))", "batch", 'x = batch["x"].to(device)\ny = batch["y"]')
+    assert len(told(text, "last batch")) == 1
+
+
+def test_another_read_than_the_one_that_is_made_whole_is_reported() -> None:
+    text = script("print(pred.shape, (pred == y).sum().item())", body="pred = net(x).argmax(1)")
+    assert "bmt.total((pred == y).sum().item())" in converted(text)
+    assert len(told(text, "last batch")) == 1
+
+
 def test_what_a_pass_does_to_them_keeps_their_rows() -> None:
     for body in ("x, y = x.to(device), y.cuda()", "x = x.view(x.size(0), -1)", "x = x.reshape(-1, 4).float()"):
         assert "    x = bmt.gather_samples(x)\n" in converted(script("print(net(x))", body=body)), body
@@ -81,7 +192,7 @@ def test_what_a_pass_does_to_them_keeps_their_rows() -> None:
 
 
 UNKNOWN = {
-    "made by the model": ("print(out.mean())", "x, y", "out = net(x)"),
+    "made by the model": ("print(out.std())", "x, y", "out = net(x)"),
     "one of what the model gives": ("print(mean.std())", "x, y", "mean, spread = net(x)"),
     "turned": ("print(net(x))", "x, y", "x = x.transpose(0, 1)"),
     "a dict": ("print(batch)", "batch", 'x, y = batch["x"], batch["y"]'),
@@ -146,10 +257,6 @@ def test_rows_that_a_loader_pads_are_reported() -> None:
     text = script("print(x.shape)").replace("batch_size=8)", "batch_size=8, collate_fn=pad)")
     assert "gather_samples" not in converted(text)
     assert any("last batch" in item.message for item in convert_text(text).reported if isinstance(item, Remark))
-
-
-def told(text: str, words: str) -> list[str]:
-    return [item.message for item in convert_text(text).reported if isinstance(item, Remark) and words in item.message]
 
 
 GRADIENTS = {
