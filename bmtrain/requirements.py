@@ -21,6 +21,7 @@ PRIVATE = (
     "torch._guards.TracingContext",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.autograd.graph._engine_run_backward",
+    "torch.autograd.graph._get_grad_fn_or_grad_acc",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.modules.module._IncompatibleKeys",
