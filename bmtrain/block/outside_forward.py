@@ -74,12 +74,11 @@ class OutsideForward:
             return
         if not self._schedule.ctx.diary.is_apart:
             self._schedule.trace.comes_to(f"the use of .data of parameters of {unit.name or 'the model'} in a forward")
-        if not unit.pins:
-            self._whole.release(unit)
-            return
+        is_needed = bool(unit.pins)
         self._whole.release(unit)
-        unit.never_cast()
-        self._whole.gather(unit, unit.compute_dtype(None))
+        if is_needed:
+            unit.never_cast()
+            self._whole.gather(unit, unit.compute_dtype(None))
 
     # -- transforms of torch.func ------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import ast
 from collections.abc import Callable, Iterator
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Scope = Function | ast.ClassDef
 
 
 _NO_NODES = {"ctx", "id", "attr", "kind", "conversion", "level", "module", "type_comment", "lineno", "asname"}
@@ -179,3 +180,13 @@ def assigned_by(statement: ast.Assign) -> Iterator[tuple[ast.expr, ast.expr]]:
                 yield from zip(targets, values, strict=True)
             case _:
                 yield target, statement.value
+
+
+def read_out(node: ast.AST) -> ast.expr | None:
+    """``x`` where ``x.item()``, ``x.tolist()``, ``x.numpy()``, ``float(x)`` or ``int(x)`` reads numbers."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=value, attr="item" | "tolist" | "numpy"), args=[]):
+            return value
+        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
+            return value
+    return None

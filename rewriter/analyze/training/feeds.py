@@ -107,12 +107,9 @@ class Feeds:
                 function = file.names.function_of(node)
                 if function is not None:
                     self._returned(file, function, place, feed, seen, deep)
-            case ast.For(iter=(ast.Tuple(elts=elts) | ast.List(elts=elts)) as iterated, target=target) if (
-                node is iterated
-            ):
-                rows = any(
-                    isinstance(item, (ast.Tuple, ast.List)) for item in elts
-                )  # for name, data in (("a", a), ...)
+            case ast.For(iter=ast.Tuple(elts=elts) | ast.List(elts=elts), target=target) if node is parent.iter:
+                # for loader in (a, b), for name, loader in (("a", a), ("b", b))
+                rows = any(isinstance(item, (ast.Tuple, ast.List)) for item in elts)
                 self._held(file, target, place if rows else None, feed, seen, deep)
             case ast.For(iter=iterated, body=body) if node is iterated:
                 feed.loops.add(parent)

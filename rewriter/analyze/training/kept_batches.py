@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from rewriter.analyze.read.file import ClassInfo, File
-from rewriter.analyze.read.nodes import names_in, walk, walk_own
+from rewriter.analyze.read.nodes import names_in, read_out, walk, walk_own
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Place
 
-_READ = {"item", "tolist", "numpy"}
 _OF_KIND = {"device", "dtype", "ndim", "shape", "size"}
 _LOSS = re.compile(r"loss", re.I)
 _ROUNDS = 3
@@ -22,25 +21,23 @@ class KeptBatches:
     """Answers for all files of a project."""
 
     def __init__(self, scripts: Scripts) -> None:
-        self.scripts, self.project = scripts, scripts.project
+        self.scripts = scripts
 
     def numbers(self, file: File) -> Iterator[ast.expr]:
         """What a file reads out of batches that objects keep: ``(self.out > 0).float().mean().item()``."""
         names = {name for kept in self._kept.values() for name in kept}
         for node in file.nodes if any(map(file.mentions, names)) else ():
-            read = _read(node)
+            read = read_out(node)
             if read is not None and any(self._is_kept(file, item) for item in walk(read)):
                 assert isinstance(node, ast.expr)
                 yield node
 
     def _is_kept(self, file: File, node: ast.AST) -> bool:
-        if not isinstance(node, ast.Attribute):
+        if not isinstance(node, ast.Attribute) or not any(node.attr in kept for kept in self._kept.values()):
             return False
         owner = file.names.class_of(node) if _own(node) else None
-        info = file.class_info(owner) if owner is not None else None
-        if not any(node.attr in kept for kept in self._kept.values()):
-            return False
-        info = info or self.scripts.collectives.instances.class_of(file, node.value)
+        instances = self.scripts.collectives.instances
+        info = file.class_info(owner) if owner is not None else instances.class_of(file, node.value)
         if info is None or node.attr not in self._kept.get(info, ()):
             return False
         match file.names.parents[node]:
@@ -91,16 +88,6 @@ def _own(node: ast.expr) -> str:
         case ast.Attribute(value=ast.Name(id="self"), attr=attr):
             return attr
     return ""
-
-
-def _read(node: ast.AST) -> ast.expr | None:
-    """What ``x.item()`` and ``float(x)`` read as a number, or as numbers."""
-    match node:
-        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _READ:
-            return value
-        case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
-            return value
-    return None
 
 
 def _stored(method: ast.AST, names: set[str], kept: set[str]) -> dict[str, ast.expr]:

@@ -8,27 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Scope, item_of, names_in, walk, walk_own
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Kinds, Loop, loop_over
 
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _OF_KIND = {"dtype", "device", "ndim", "requires_grad", "is_cuda", "dim", "is_floating_point"}
 _ASKING = {"type", "isinstance"}
 _KEEPS_ROWS = {
-    "to",
-    "cuda",
-    "cpu",
-    "float",
-    "long",
-    "double",
-    "half",
-    "detach",
-    "clone",
-    "contiguous",
-    "requires_grad_",
-}
+    "to", "cuda", "cpu", "float", "long", "double", "half", "detach", "clone", "contiguous", "requires_grad_",
+}  # fmt: skip
 _TURNS = {"t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "rearrange"}
 _WRAPPING = {"Variable", "torch.autograd.Variable", "bmtrain.to_device"}
 
@@ -53,16 +42,17 @@ class LeftBehind:
     def __init__(self, scripts: Scripts) -> None:
         self.scripts = scripts
         self._found: dict[File, list[Left]] = {}
+        self._whole: dict[File, set[ast.Name]] = {}
 
     def of(self, file: File) -> list[Left]:
         if file not in self._found:
-            self._found[file] = list(self._left(file))
+            found = self._found[file] = list(self._left(file))
+            self._whole[file] = {read for left in found for name in left.whole for read in left.reads[name]}
         return self._found[file]
 
     def is_whole(self, file: File, value: ast.expr) -> bool:
         """Whether all that a value has of a batch was made whole before."""
-        made = {read for left in self.of(file) for name in left.whole for read in left.reads[name]}
-        return any(item in made for item in walk(value))
+        return bool(self.of(file)) and not self._whole[file].isdisjoint(walk(value))
 
     def _left(self, file: File) -> Iterator[Left]:
         handed = self.scripts.handed
@@ -76,11 +66,10 @@ class LeftBehind:
             taken = held.names | _looked_up(kinds, held.names)
             reads = self._reads(file, loop, kinds, taken | self._derived(file, kinds, taken))
             whole = {name for name in reads.keys() & taken if self._has_rows(file, loop, kinds, name)}
-            together = [
-                {name for name, places in reads.items() if any(file.names.statement_of(p) is at for p in places)}
-                for at in {file.names.statement_of(place) for places in reads.values() for place in places}
-            ]
-            if self._is_padded or any(names & whole and names - whole for names in together):
+            together: dict[ast.stmt, set[str]] = {}
+            for place in (place for places in reads.values() for place in places):
+                together.setdefault(file.names.statement_of(place), set()).add(place.id)
+            if self._is_padded or any(names & whole and names - whole for names in together.values()):
                 whole = set()  # ranks' rows may differ in length; rows of a batch beside rows of a share
             if any(self._is_beside_counts(file, kinds, place) for name in whole for place in reads[name]):
                 whole = set()
@@ -139,7 +128,7 @@ class LeftBehind:
         }
 
     def _is_part(self, value: ast.expr, held: set[str]) -> bool:
-        """Whether it is one of a batch's parts: ``batch["x"].to(device)``, ``batch[0]``."""
+        """Whether it is one of a batch's parts, by its name: ``batch["x"].to(device)``."""
         while isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr in _KEEPS_ROWS:
             value = value.func.value
         match value:
@@ -203,7 +192,7 @@ class _Behind:
         self._project, self._file, self._loop, self._called = project, file, loop, set[ast.AST]()
         alive = self._run(loop.orelse, set(names))
         statement: ast.stmt = loop
-        while not isinstance(statement, _SCOPES):
+        while not isinstance(statement, Scope):
             block = file.names.siblings(statement)
             at = block.index(statement)
             alive = self._run(block[at + 1 :], alive)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, positional, walk, walk_own
+from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, positional, walk, walk_own
 from rewriter.analyze.training.keepers import Keepers, Kept
 from rewriter.analyze.training.over_ranks import gives_whole
 from rewriter.analyze.training.picked import ALL, FIRST, Picked
@@ -42,7 +42,6 @@ Place = ast.For | ast.While | ast.FunctionDef | ast.AsyncFunctionDef
 """A loop that takes batches, or a function that one hands them to."""
 Grown = tuple[ast.expr, bool, ast.expr]
 """A variable, whether it gets something behind what it holds, and what."""
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _KEEPS = {"add", "put", "insert", "appendleft"}
 """Methods by which a set or queue takes a value; a tensor's ``add`` gives another one."""
 _IN_PLACE = {"add_", "sub_", "copy_", "index_add_", "index_copy_", "index_put_", "scatter_", "scatter_add_", "fill_"}
@@ -621,7 +620,7 @@ class Kinds:
             return
         following: list[ast.AST] = []
         statement: ast.AST = self.loop
-        while isinstance(statement, ast.stmt) and not isinstance(statement, _SCOPES):
+        while isinstance(statement, ast.stmt) and not isinstance(statement, Scope):
             block = self.file.names.siblings(statement)
             following += [item for other in block[block.index(statement) + 1 :] for item in walk_own(other)]
             statement = self.file.names.parents[statement]

@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, read_out, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.shares import Kinds, Share
 from rewriter.changes import insert_behind
@@ -454,14 +454,10 @@ def _kept_by_hook(file: File, facts: Facts, hook: ast.AST, told: _Told) -> Itera
                 kept |= {dotted(holder) or ""} if any(names_in(value) & given for value in values) else set()
     for call in file.calls if kept - {""} else ():
         inside = call is hook or hook in file.names.ancestors(call)
-        match call:
-            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[]) if attr in _VALUES:
-                read = value
-            case ast.Call(func=ast.Name(id="float" | "int"), args=[value]):
-                read = value
-            case _:
-                continue
-        if not inside and call not in told and any(dotted(n) in kept for n in walk(read) if isinstance(n, _PLACES)):
+        read = read_out(call)
+        if read is None or inside or call in told:
+            continue
+        if any(dotted(n) in kept for n in walk(read) if isinstance(n, _PLACES)):
             if not _is_of_all_ranks(file, facts, call):
                 told.add(call)
                 code = file.source.code(call)
