@@ -15,6 +15,8 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import GradientEdge, _engine_run_backward, _get_grad_fn_or_grad_acc, get_gradient_edge
 
+from .users_code import calling_frame
+
 Node = torch.autograd.graph.Node
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -123,10 +125,10 @@ _OUTPUT = "bmt_output"
 
 def is_for_edge() -> bool:
     """Whether torch.autograd.graph.get_gradient_edge waits for what runs now."""
-    at: FrameType | None = sys._getframe(1)
-    while at is not None and at.f_code is not _get_grad_fn_or_grad_acc.__code__:
-        at = at.f_back if at.f_globals.get("__name__", "").startswith("bmtrain.") else None
-    return at is not None and at.f_back is not None and at.f_back.f_code is get_gradient_edge.__code__
+    at = calling_frame()
+    if at is None or at.f_back is None or at.f_code is not _get_grad_fn_or_grad_acc.__code__:
+        return False
+    return at.f_back.f_code is get_gradient_edge.__code__
 
 
 def mark_output(node: Node) -> None:

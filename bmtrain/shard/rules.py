@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from ..autograd import is_for_edge
 from ..errors import ShardedAccessError
+from ..users_code import calling_frame
 from .chosen_gradients import backward, gradients
 from .engine import engine
 from .flat import place_of
@@ -102,9 +101,7 @@ def _refuse_of_slice(parameter: ShardedParameter, draws: bool = False) -> None:
     The others fill the layer's whole tensor.
     """
     flat, index = place_of(parameter)
-    at: FrameType | None = sys._getframe(1) if flat.is_slice else None
-    while at is not None and at.f_globals.get("__name__", "").startswith("bmtrain."):
-        at = at.f_back
+    at = calling_frame() if flat.is_slice else None
     if at is None or at.f_code.co_filename != nn.init.__file__:
         return
     if draws and not (at.f_code.co_name == "_no_grad_trunc_normal_" and "where" in at.f_code.co_names):

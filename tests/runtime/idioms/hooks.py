@@ -160,6 +160,13 @@ def gradient_edge_of_a_parameter(k: User):
     return {"grads": [k.average(grad) for grad in torch.autograd.grad(loss, edges)]}
 
 
+@idiom(verdicts="right refused refused", says="Give torch.autograd.grad the parameter itself")
+def gradient_edge_under_a_default_device(k: User):
+    """the same in a script that has set a default device"""
+    with k.batch()[0].device:
+        return gradient_edge_of_a_parameter(k)
+
+
 @idiom
 def features_by_a_hook(k: User):
     """`register_forward_hook` collects outputs of blocks; a loss uses them"""

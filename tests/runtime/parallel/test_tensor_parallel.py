@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -181,9 +183,10 @@ def test_slices_are_initialised_as_the_whole_or_not_at_all() -> None:
     reference, model = pair()
     slices = [p for layer in model.layers for p in (layer.up.weight, layer.down.weight)]
     wholes = [p for layer in reference.layers for p in (layer.up.weight, layer.down.weight)]
-    for initialise in BY_SIZE:
+    for initialise, default_device in itertools.product(BY_SIZE, (contextlib.nullcontext(), torch.device("cpu"))):
         for p in slices:
-            with pytest.raises(ShardedAccessError, match=r"nn\.init\.\w+ goes by the sizes or values.*init_method"):
+            refused = pytest.raises(ShardedAccessError, match=r"nn\.init\.\w+ goes by the sizes or values.*init_method")
+            with default_device, refused:
                 initialise(p)
         nn.init.xavier_uniform_(model.places)  # no slice
     oracle.assert_same_weights(model.layers, reference.layers, exact=True)
