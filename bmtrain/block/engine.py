@@ -444,6 +444,10 @@ class Engine:
         self.first_steps.updated(units)
         self.schedule.updated(units)
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes of the device's memory may be held beside a few steps."""
+        return self.plan.leaves(size)
+
     def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
         """An optimizer has updated all its parameters; ``state_bytes`` is what its states take on this rank."""
         self.ctx.diary.step += 1

@@ -118,10 +118,12 @@ class MemoryPlan:
 
     def has_room(self) -> bool:
         """Whether as much is free as a step takes beside what always stays."""
-        if not self._ctx.device.measures_memory:
-            return False
-        self._look()
-        return self._budget()[0] > 0
+        return self._measured_budget()[0] > 0
+
+    def leaves(self, size: int) -> bool:
+        """Whether a step of twice the size would leave so many bytes, and what is free is there to be used."""
+        free, moving = self._measured_budget()
+        return self._ctx.memory != "lean" and free - moving >= size
 
     def part_in_recordings(self, blocks: Sequence[ShardUnit]) -> float:
         """What recordings of ``blocks`` would keep for good, of a step's peak: activations and gradients of each.
@@ -287,6 +289,13 @@ class MemoryPlan:
             staying = len(self._staying)
             said.append(f"parameters of {staying} of {candidates} units stay whole ({whole / _GIB:.2f} GiB)")
         say(f"{'; '.join(said)}.")
+
+    def _measured_budget(self) -> tuple[int, int]:
+        """As ``_budget``; nothing is free where memory cannot be measured."""
+        if not self._ctx.device.measures_memory:
+            return 0, 0
+        self._look()
+        return self._budget()
 
     def _budget(self) -> tuple[int, int]:
         """Bytes that a step, as run so far, leaves free, and that it takes beside what is allocated between steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -24,10 +25,12 @@ import torch
 from ..alike import differing
 from ..comm import Communicator
 from ..context import context
+from ..device import Event, processors
 from ..errors import BMTrainError, CheckpointError, ConfigurationError
 from ..log import warn
 from ..objects import allgather_objects
 from ..rng import capture, restore
+from ..shard.engine import engine
 from ..shard.flat import flat_of
 from ..shard.in_parts import Owned, part_at
 from ..shard.place import Place
@@ -47,6 +50,9 @@ T = TypeVar("T")
 
 _SMALL = 1 << 20
 """Bytes of a whole tensor up to which rank 0 writes it."""
+_LARGE = 256 << 20
+"""Bytes of a rank's part from which on it is written to several files at a time."""
+_MOST_FILES = 4
 
 
 @dataclass
@@ -57,6 +63,8 @@ class _Staged:
     pieces: list[Piece]
     tensors: dict[str, tuple[list[int], str]]
     paths: dict[str, Any]
+    copied: Event  # when there are copies to write
+    size: int  # in bytes
 
 
 @dataclass
@@ -128,6 +136,8 @@ class Checkpointer:
             self._holders.update(holders(name, one))
         ctx = context()
         self._rank, self._world_size, self._device = ctx.rank, ctx.world_size, ctx.device
+        self._threads = min(_MOST_FILES, max(1, processors() // ctx.topology.local_size))
+        self._stream = self._device.copy_stream()
         self._comm = self._group(timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._pending: Future[None] | None = None
@@ -146,8 +156,10 @@ class Checkpointer:
         """Save what there is now as the state after ``step``.
 
         Args:
-            wait: False returns when this rank's part is copied, and writes it while training goes on.  The next
-                ``save``, ``resume`` or ``close`` waits for it; these or ``step`` raise its error.
+            wait: False returns when this rank's part is copied, and writes it while training goes on.  The copy is on
+                the device where a step of twice the size would leave as much free, unless memory is "lean"; else in
+                host memory.  The next ``save``, ``resume`` or ``close`` waits for it; these or ``step`` raise its
+                error.
 
         Raises CheckpointError on every rank, and the checkpoints that were whole stay, when some rank cannot write.
         """
@@ -289,11 +301,12 @@ class Checkpointer:
             data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             tensors[name], paths[name] = data, (name,)
             pieces += self._piece(name, Owned(self._rank, tuple(data.shape), data.dtype, data), [])
+        size = sum(piece.numel * piece.dtype.itemsize for piece in pieces)
         if not wait:
-            pieces = [self._copied(piece) for piece in pieces]
-            self._device.synchronize()
+            beside = engine().has_room(size)
+            pieces = [self._copied(piece, beside) for piece in pieces]
         known = {n: (list(_region_of(v).whole), str(v.dtype).removeprefix("torch.")) for n, v in tensors.items()}
-        return _Staged(step, pieces, known, paths)
+        return _Staged(step, pieces, known, paths, self._device.event_after(None), size)
 
     def _piece(self, name: str, value: Any, of_rank_0: list[str]) -> list[Piece]:
         """What this rank writes of one tensor, if anything."""
@@ -313,9 +326,13 @@ class Checkpointer:
             numel, read = numel if writer == self._rank else 0, partial(_flat, value.detach())
         return [Piece(name, region, value.dtype, start, numel, read)] if numel else []
 
-    def _copied(self, piece: Piece) -> Piece:
-        """The same from memory that training does not change."""
+    def _copied(self, piece: Piece, beside: bool) -> Piece:
+        """The same from memory that training does not change: where it is, ``beside`` it, or the host's."""
         values, key = piece.read(), (piece.name, piece.start)
+        if beside:
+            with contextlib.suppress(torch.OutOfMemoryError):  # what is free may be in pieces
+                copy = values.clone()
+                return replace(piece, read=lambda: copy)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != values.shape or buffer.dtype != values.dtype:
             buffer = self._device.host_buffer(values)
@@ -344,8 +361,10 @@ class Checkpointer:
                 f"{written}, which rank 0 has made, is not there. The folder must be on a file system that all ranks "
                 "share"
             )
-        pieces = (staged.pieces.pop(0) for _ in range(len(staged.pieces)))  # a copy goes when it is written
-        return storage.write_pieces(written, self._rank, pieces)
+        staged.copied.synchronize()
+        pieces = (staged.pieces.pop(0) for _ in range(len(staged.pieces)))
+        files = min(self._threads, 1 + staged.size // _LARGE)
+        return storage.write_pieces(written, self._rank, pieces, files, lambda: self._device.on(self._stream))
 
     def _begin(self, staged: _Staged) -> str:
         """Make the folder to write in; returns the word in its name."""

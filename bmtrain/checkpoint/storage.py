@@ -1,6 +1,7 @@
 """One checkpoint in a folder: the files of torch.distributed.checkpoint, and a checksum of every chunk beside them.
 
-    __0_0.distcp, __1_0.distcp ...   what each rank has written, chunk after chunk, each as torch.save writes a tensor
+    __0_0.distcp, __1_0.distcp ...   what each rank has written, chunk after chunk, each as torch.save writes a tensor;
+                                     a large part is in several, __0_0, __0_1 ...
     manifest.json                    sizes and checksums of all chunks and of .metadata, versions, the step
     .metadata                        torch.distributed.checkpoint's own; where it is missing, the rest is incomplete
 
@@ -15,10 +16,13 @@ import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from math import prod
 from pathlib import Path
+from threading import Event, Lock
 from typing import IO, Any, NamedTuple
 
 import torch
@@ -117,12 +121,46 @@ class _Summing:
         self.crc32 = 0
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Record]:
-    """Write one rank's file and sync it.  Beside pieces on the CPU nothing is taken, else memory for one chunk."""
-    name, records = f"__{rank}_0.distcp", []
+def write_pieces(
+    folder: Path,
+    rank: int,
+    pieces: Iterable[Piece],
+    files: int = 1,
+    reading: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[Record]:
+    """Write one rank's files and sync them.  Pieces on the CPU take no memory, others that for a chunk of each file.
+
+    Args:
+        files: how many are written at a time, each by a thread of its own where there are several.
+        reading: around what such a thread does.
+    """
+    rest, turn, failed = iter(pieces), Lock(), Event()
+
+    def next_piece() -> Piece | None:
+        with turn:
+            return None if failed.is_set() else next(rest, None)
+
+    def write(number: int) -> list[Record]:
+        try:
+            piece = next_piece()
+            with reading():
+                return [] if piece is None else _write(folder, f"__{rank}_{number}.distcp", piece, next_piece)
+        except BaseException:
+            failed.set()
+            raise
+
+    if files == 1:
+        return write(0)
+    with ThreadPoolExecutor(files, "checkpoint file") as pool:
+        return [record for written in pool.map(write, range(files)) for record in written]
+
+
+def _write(folder: Path, name: str, piece: Piece | None, next_piece: Callable[[], Piece | None]) -> list[Record]:
+    """One file, from ``piece`` on."""
+    records = []
     with open_file(folder / name, "wb") as file:
         out = _Summing(file)
-        for piece in pieces:
+        while piece is not None:
             values = piece.read().detach()
             most = max(1, _MOST // values.element_size())
             for box in piece.region.boxes(piece.start, piece.start + piece.numel, most):
@@ -137,7 +175,8 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> list[Recor
                         out.position - position, out.crc32,
                     )
                 )  # fmt: skip
-            del values
+            del values, piece  # a copy goes when it is written
+            piece = next_piece()
         _finish(file)
     return records
 

@@ -117,6 +117,9 @@ class Engine(Protocol):
     def updated(self, units: Sequence[ShardUnit]) -> None:
         """An optimizer has just changed all of ``units``.  Collective."""
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes of the device's memory may be held beside a few steps."""
+
     def optimizer_stepped(self, state_bytes: Callable[[], int]) -> None:
         """An optimizer has updated all its parameters; ``state_bytes`` is what its states take on this rank."""
 

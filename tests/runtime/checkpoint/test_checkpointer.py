@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import models
@@ -16,11 +17,13 @@ import numpy
 import oracle
 import pytest
 import torch
+from fresh import PLENTY, fresh_plan, memory_of
 from ranks import on_ranks, run_ranks
 from torch import nn
 
 import bmtrain as bmt
-from bmtrain.checkpoint import Checkpointer, storage
+from bmtrain.checkpoint import Checkpointer, checkpointer, storage
+from bmtrain.context import context
 from bmtrain.device import Device
 from bmtrain.errors import CheckpointError
 
@@ -381,9 +384,72 @@ def test_the_copy_of_a_background_save_goes_as_it_is_written(tmp_path: Path) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Device, "host_buffer", noted)
-        patch.setattr(storage, "write_pieces", lambda folder, rank, given: write_pieces(folder, rank, counted(given)))
+        patch.setattr(storage, "write_pieces", lambda f, r, given, *how: write_pieces(f, r, counted(given), *how))
         job = Job(tmp_path)
         job.train(0, 1)
         job.ckpt.save(1, wait=False)
         job.ckpt.close()
     assert alive[0] == len(made) > 10 and alive[-1] <= 2, (alive, len(made))
+
+
+@pytest.mark.parametrize(("free", "stays"), [(60, True), (0.9, False), (-1, False), (None, False)])
+@on_ranks(1, 2, init={"device": "cpu"})
+def test_the_copy_stays_on_the_device_where_a_larger_step_leaves_room(
+    free: float | None, stays: bool, tmp_path: Path
+) -> None:
+    """A step takes a GiB; one of twice the size, another."""
+    made: list[torch.Size] = []
+    job = Job(tmp_path)
+    job.train(0, 2)
+    engine = context().engine
+    plan = engine.plan  # type: ignore[attr-defined]
+    try:
+        fresh_plan(None if free is None else memory_of(free))
+        with pytest.MonkeyPatch.context() as patch:
+            host_buffer = Device.host_buffer
+            patch.setattr(Device, "host_buffer", lambda *of: (made.append(of[1].shape), host_buffer(*of))[1])
+            job.ckpt.save(2, wait=False)
+        assert bool(made) != stays
+    finally:
+        context().device.stand_in = None
+        engine.plan = engine.outside._plan = plan  # type: ignore[attr-defined]
+    expected = job.facts()
+    job.train(3, 4)
+    job.ckpt.resume()
+    found = job.facts()
+    for name in ("model", "optimizer", "seen"):
+        assert_same(found[name], expected[name], name)
+    job.ckpt.close()
+
+
+@on_ranks(2, init={"device": "cpu", "memory": "lean"})
+def test_a_lean_job_copies_to_the_host(tmp_path: Path) -> None:
+    context().device.stand_in = PLENTY
+    assert not context().engine.has_room(1)  # type: ignore[attr-defined]
+    context().device.stand_in = None
+
+
+@on_ranks(1, 2, init={"device": "cpu"})
+def test_a_large_part_is_in_several_files(tmp_path: Path) -> None:
+    open_file, begun = storage.open_file, Barrier(3)
+
+    def opened(path: Path, mode: str) -> Any:
+        if path.suffix == ".distcp" and mode == "wb":
+            begun.wait(30)
+        return open_file(path, mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "open_file", opened)
+        patch.setattr(checkpointer, "_LARGE", 1)
+        patch.setattr(checkpointer, "processors", lambda: 3 * bmt.world_size())
+        job = Job(tmp_path)
+        job.train(0, 1)
+        job.ckpt.save(1)
+    expected = job.facts()
+    assert len(list(tmp_path.glob(f"step-0000000001/__{bmt.rank()}_*.distcp"))) == 3
+    job.train(2, 3)
+    job.ckpt.resume()
+    found = job.facts()
+    for name in ("model", "optimizer", "seen"):
+        assert_same(found[name], expected[name], name)
+    job.ckpt.close()

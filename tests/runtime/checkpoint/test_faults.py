@@ -97,7 +97,7 @@ class Faulty:
 
 @contextmanager
 def fault(rank: int, where: str, how: str, at: int = 0) -> Iterator[None]:
-    """Files whose names end in ``where`` misbehave on ``rank``; or a function of the protocol fails there."""
+    """Files whose names match ``where`` misbehave on ``rank``; or a function of the protocol fails there."""
     if bmt.rank() != rank:
         yield
         return
@@ -115,7 +115,7 @@ def fault(rank: int, where: str, how: str, at: int = 0) -> Iterator[None]:
 
         def open_file(path: Path, mode: str) -> Any:
             file = opened(path, mode)
-            return Faulty(file, how, at) if str(path).endswith(where) and mode == "wb" else file
+            return Faulty(file, how, at) if path.match(where) and mode == "wb" else file
 
         patch.setattr(storage, "open_file", open_file)
     try:
@@ -128,14 +128,21 @@ def visible(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name != ".lock")
 
 
-@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize(("wait", "files"), [(True, 1), (False, 1), (False, 3)])
 @on_ranks(1, 2)
-def test_a_write_that_fails_anywhere_is_told_everywhere(wait: bool, tmp_path: Path) -> None:
+def test_a_write_that_fails_anywhere_is_told_everywhere(wait: bool, files: int, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpointer, "_LARGE", 1)
+        patch.setattr(checkpointer, "processors", lambda: files * bmt.world_size())
+        _fails_anywhere(wait, files, tmp_path)
+
+
+def _fails_anywhere(wait: bool, files: int, tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.train(1)
     job.ckpt.save(1)
     last = bmt.world_size() - 1
-    attacks = [(last, f"__{last}_0.distcp", "full", at) for at in (0, 1, 7, 30)]
+    attacks = [(last, f"__{last}_*.distcp", "full", at) for at in ((0, 1, 7, 30) if files == 1 else (0, 7))]
     attacks += [(0, "manifest.json", "full", 0), (0, ".metadata", "full", 0)]
     attacks += [(last, "os.fsync", "raise", 0), (0, "os.rename", "raise", 0), (0, "folders.commit", "raise", 0)]
     attacks += [(0, "storage.finish", "raise", 0), (last, "storage.write_pieces", "raise", 0)]
