@@ -404,6 +404,30 @@ class Device:
         """CPU memory for values like these, to which a GPU copies while it goes on."""
         return torch.empty(like.shape, dtype=like.dtype, device="cpu", pin_memory=self.is_cuda)
 
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Let this thread read from the device while others compute, on a stream of its own.
+
+        What is yielded gives values on the CPU, which last until it is called again.  They come through pinned memory:
+        while the driver copies to other memory, it may keep others from launching kernels.
+        """
+        buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+        def read(values: torch.Tensor) -> torch.Tensor:
+            nonlocal buffer
+            if not (values.is_cuda or self.schedule == "stress"):
+                return values
+            size = values.numel() * values.element_size()
+            if buffer.numel() < size:
+                buffer = self.host_buffer(torch.empty(size, dtype=torch.uint8, device="meta"))
+            out = buffer[:size].view(values.dtype).view(values.shape)
+            out.copy_(values, non_blocking=True)
+            self.event_after(None).synchronize()
+            return out
+
+        with self.on(self.copy_stream()):
+            yield read
+
     def is_busy(self) -> bool:
         """Whether queued device work is still to be done.  For any thread."""
         if not self.is_cuda:

@@ -65,6 +65,7 @@ class _Staged:
     paths: dict[str, Any]
     copied: Event  # when there are copies to write
     size: int  # in bytes
+    beside: bool  # written while training goes on: by one thread, as they take turns with it for the interpreter
 
 
 @dataclass
@@ -137,7 +138,6 @@ class Checkpointer:
         ctx = context()
         self._rank, self._world_size, self._device = ctx.rank, ctx.world_size, ctx.device
         self._threads = min(_MOST_FILES, max(1, processors() // ctx.topology.local_size))
-        self._stream = self._device.copy_stream()
         self._comm = self._group(timeout)
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._pending: Future[None] | None = None
@@ -303,10 +303,10 @@ class Checkpointer:
             pieces += self._piece(name, Owned(self._rank, tuple(data.shape), data.dtype, data), [])
         size = sum(piece.numel * piece.dtype.itemsize for piece in pieces)
         if not wait:
-            beside = engine().has_room(size)
-            pieces = [self._copied(piece, beside) for piece in pieces]
+            has_room = engine().has_room(size)
+            pieces = [self._copied(piece, has_room) for piece in pieces]
         known = {n: (list(_region_of(v).whole), str(v.dtype).removeprefix("torch.")) for n, v in tensors.items()}
-        return _Staged(step, pieces, known, paths, self._device.event_after(None), size)
+        return _Staged(step, pieces, known, paths, self._device.event_after(None), size, not wait)
 
     def _piece(self, name: str, value: Any, of_rank_0: list[str]) -> list[Piece]:
         """What this rank writes of one tensor, if anything."""
@@ -326,10 +326,10 @@ class Checkpointer:
             numel, read = numel if writer == self._rank else 0, partial(_flat, value.detach())
         return [Piece(name, region, value.dtype, start, numel, read)] if numel else []
 
-    def _copied(self, piece: Piece, beside: bool) -> Piece:
-        """The same from memory that training does not change: where it is, ``beside`` it, or the host's."""
+    def _copied(self, piece: Piece, has_room: bool) -> Piece:
+        """The same from memory that training does not change: where it is, if that ``has_room``, or the host's."""
         values, key = piece.read(), (piece.name, piece.start)
-        if beside:
+        if has_room:
             with contextlib.suppress(torch.OutOfMemoryError):  # what is free may be in pieces
                 copy = values.clone()
                 return replace(piece, read=lambda: copy)
@@ -363,8 +363,8 @@ class Checkpointer:
             )
         staged.copied.synchronize()
         pieces = (staged.pieces.pop(0) for _ in range(len(staged.pieces)))
-        files = min(self._threads, 1 + staged.size // _LARGE)
-        return storage.write_pieces(written, self._rank, pieces, files, lambda: self._device.on(self._stream))
+        files = 1 if staged.beside else min(self._threads, 1 + staged.size // _LARGE)
+        return storage.write_pieces(written, self._rank, pieces, files, self._device.reading)
 
     def _begin(self, staged: _Staged) -> str:
         """Make the folder to write in; returns the word in its name."""

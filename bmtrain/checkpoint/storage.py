@@ -51,6 +51,7 @@ _MOST = 16 << 20
 """Bytes of one chunk: what is copied at once, and verified at once."""
 
 _ALL = 1 << 62
+Read = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,13 +127,13 @@ def write_pieces(
     rank: int,
     pieces: Iterable[Piece],
     files: int = 1,
-    reading: Callable[[], AbstractContextManager[object]] = nullcontext,
+    reading: Callable[[], AbstractContextManager[Read]] = lambda: nullcontext(torch.Tensor.cpu),
 ) -> list[Record]:
     """Write one rank's files and sync them.  Pieces on the CPU take no memory, others that for a chunk of each file.
 
     Args:
         files: how many are written at a time, each by a thread of its own where there are several.
-        reading: around what such a thread does.
+        reading: around what such a thread does; gives what reads a tensor on any device, until it reads the next.
     """
     rest, turn, failed = iter(pieces), Lock(), Event()
 
@@ -143,8 +144,8 @@ def write_pieces(
     def write(number: int) -> list[Record]:
         try:
             piece = next_piece()
-            with reading():
-                return [] if piece is None else _write(folder, f"__{rank}_{number}.distcp", piece, next_piece)
+            with reading() as read:
+                return [] if piece is None else _write(folder, f"__{rank}_{number}.distcp", piece, next_piece, read)
         except BaseException:
             failed.set()
             raise
@@ -155,7 +156,9 @@ def write_pieces(
         return [record for written in pool.map(write, range(files)) for record in written]
 
 
-def _write(folder: Path, name: str, piece: Piece | None, next_piece: Callable[[], Piece | None]) -> list[Record]:
+def _write(
+    folder: Path, name: str, piece: Piece | None, next_piece: Callable[[], Piece | None], read: Read
+) -> list[Record]:
     """One file, from ``piece`` on."""
     records = []
     with open_file(folder / name, "wb") as file:
@@ -167,7 +170,7 @@ def _write(folder: Path, name: str, piece: Piece | None, next_piece: Callable[[]
                 chunk = values[box.start - piece.start : box.end - piece.start].view(box.sizes)
                 position = out.position
                 out.restart()
-                out.save(_alone(chunk))
+                out.save(_alone(read(chunk)))
                 dtype = str(piece.dtype).removeprefix("torch.")
                 records.append(
                     Record(
@@ -182,8 +185,8 @@ def _write(folder: Path, name: str, piece: Piece | None, next_piece: Callable[[]
 
 
 def _alone(chunk: torch.Tensor) -> torch.Tensor:
-    """``chunk`` on the CPU, without the rest of the memory it is a view of, all of which torch.save would write."""
-    flat = chunk.cpu().reshape(-1)
+    """The same without the rest of the memory it is a view of, all of which torch.save would write."""
+    flat = chunk.reshape(-1)
     return torch.frombuffer(flat.view(torch.uint8).numpy(), dtype=chunk.dtype).view(chunk.shape)
 
 

@@ -392,6 +392,18 @@ def test_the_copy_of_a_background_save_goes_as_it_is_written(tmp_path: Path) -> 
     assert alive[0] == len(made) > 10 and alive[-1] <= 2, (alive, len(made))
 
 
+@on_ranks(1, 2, init={"schedule": "stress"})
+def test_what_is_read_for_a_file_is_the_same_and_alone() -> None:
+    device = context().device
+    with device.reading() as read:
+        for values in (torch.arange(12).view(3, 4).t(), torch.ones(5, dtype=torch.bfloat16), torch.tensor(True)):
+            values = values.to(device.torch_device)
+            found = read(values)
+            assert torch.equal(found, values.cpu()) and found.dtype == values.dtype and found.device.type == "cpu"
+            assert found.data_ptr() != values.data_ptr()
+        assert not read(torch.empty(0, 3)).numel()
+
+
 @pytest.mark.parametrize(("free", "stays"), [(60, True), (0.9, False), (-1, False), (None, False)])
 @on_ranks(1, 2, init={"device": "cpu"})
 def test_the_copy_stays_on_the_device_where_a_larger_step_leaves_room(
@@ -429,7 +441,7 @@ def test_a_lean_job_copies_to_the_host(tmp_path: Path) -> None:
     context().device.stand_in = None
 
 
-@on_ranks(1, 2, init={"device": "cpu"})
+@on_ranks(1, 2, init={"device": "cpu", "schedule": "stress"})
 def test_a_large_part_is_in_several_files(tmp_path: Path) -> None:
     open_file, begun = storage.open_file, Barrier(3)
 
@@ -441,7 +453,8 @@ def test_a_large_part_is_in_several_files(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "open_file", opened)
         patch.setattr(checkpointer, "_LARGE", 1)
-        patch.setattr(checkpointer, "processors", lambda: 3 * bmt.world_size())
+        patch.setattr(checkpointer, "_MOST_FILES", 3)
+        patch.setattr(checkpointer, "processors", lambda: 64)
         job = Job(tmp_path)
         job.train(0, 1)
         job.ckpt.save(1)
