@@ -10,7 +10,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import ClassInfo, File
 from rewriter.analyze.read.nodes import names_in, read_out, walk, walk_own
 from rewriter.analyze.training.scripts import Scripts
-from rewriter.analyze.training.shares import Place
+from rewriter.analyze.training.shares import Place, assigned
 
 _OF_KIND = {"device", "dtype", "ndim", "shape", "size"}
 _LOSS = re.compile(r"loss", re.I)
@@ -69,10 +69,12 @@ class KeptBatches:
         kinds = self.scripts.handed.kinds(file, place)
         for node in kinds.nodes:
             match node:
-                case ast.Assign(targets=[target], value=value) if _own(target) and kinds.kind(value) == "samples":
+                case ast.Assign(targets=[target], value=value):
+                    pairs = assigned(target, value)
+                    names = {_own(part) for part, given in pairs if _own(part) and kinds.kind(given) == "samples"}
                     owner = file.names.class_of(node)
-                    if owner is not None:
-                        yield file.class_info(owner), {_own(target)}
+                    if owner is not None and names:
+                        yield file.class_info(owner), names
                 case ast.Call() if kinds.of_batch(node):
                     for function in self.scripts.feeds.functions(file, node):
                         given = [(n, v) for n, v in function.given(node) if kinds.of_batch(v)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter.analyze.read.file import File, FunctionInfo
-from rewriter.analyze.read.nodes import Scope, item_of, names_in, walk, walk_own
+from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.read.project import Project
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Kinds, Loop, loop_over
@@ -18,6 +18,7 @@ _ASKING = {"type", "isinstance"}
 _KEEPS_ROWS = {
     "to", "cuda", "cpu", "float", "long", "double", "half", "detach", "clone", "contiguous", "requires_grad_",
 }  # fmt: skip
+_LEAVES = (ast.Raise, ast.Return, ast.Break, ast.Continue)
 _TURNS = {"t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "rearrange"}
 _WRAPPING = {"Variable", "torch.autograd.Variable", "bmtrain.to_device"}
 
@@ -73,7 +74,7 @@ class LeftBehind:
                 whole = set()  # ranks' rows may differ in length; rows of a batch beside rows of a share
             if any(self._is_beside_counts(file, kinds, place) for name in whole for place in reads[name]):
                 whole = set()
-            whole -= {name for name in whole if any(loop in file.names.ancestors(place) for place in reads[name])}
+            whole -= {name for name in whole if any(self._is_left_early(file, loop, p) for p in reads[name])}
             reads |= self._reads(file, loop, kinds, self._counted(file, kinds) - reads.keys())
             if reads:
                 yield Left(loop, reads, whole, loader)
@@ -104,7 +105,7 @@ class LeftBehind:
         roles = self.scripts.roles[file]
 
         def has_rows(value: ast.expr, part: int | None) -> bool:
-            if self._is_part(value, held):
+            if self._is_part(value, held) or self._is_per_item(file, value):
                 return True
             of_model = isinstance(value, ast.Call) and roles.is_model(value.func) and kinds.of_batch(value)
             return of_model if part is not None else kinds.kind(value) == "samples"
@@ -113,8 +114,26 @@ class LeftBehind:
             name
             for name, values in kinds.made.items()
             if name not in held and all(has_rows(*made) for made in values)
-            if not any(roles.var(target) in roles.losses for target in _targets(kinds.nodes, name))
+            if all(self._is_per_item(file, value) for value, _ in values)
+            or not any(roles.var(target) in roles.losses for target in _targets(kinds.nodes, name))
         }
+
+    def _is_per_item(self, file: File, value: ast.expr) -> bool:
+        """``F.cross_entropy(out, y, reduction="none")``, or what such a criterion gives."""
+        if not isinstance(value, ast.Call):
+            return False
+        given = [k.value for k in value.keywords if k.arg == "reduction"]
+        called = (dotted(value.func) or "").split(".")[-1]
+        made = isinstance(given[0], ast.Constant) and given[0].value == "none" if given else False
+        return made or called in self.scripts.across(file).of_items
+
+    def _is_left_early(self, file: File, loop: Loop, read: ast.Name) -> bool:
+        """Whether a name is read where the loop has not come to its end: inside of it, or after an error."""
+        around = list(file.names.ancestors(read))
+        if loop in around or any(isinstance(item, ast.ExceptHandler) for item in around):
+            return True
+        tries = (item for item in file.names.ancestors(loop) if isinstance(item, ast.Try) and item not in around)
+        return any(not isinstance(handler.body[-1], _LEAVES) for item in tries for handler in item.handlers)
 
     def _counted(self, file: File, kinds: Kinds) -> set[str]:
         """The names of counts and means of a share, which are not made the batch's where they are made."""
@@ -190,6 +209,7 @@ class _Behind:
     def __init__(self, project: Project, file: File, loop: Loop, names: set[str]) -> None:
         self.reads: list[ast.Name] = []
         self._project, self._file, self._loop, self._called = project, file, loop, set[ast.AST]()
+        self._read_at_leaving(names)
         alive = self._run(loop.orelse, set(names))
         statement: ast.stmt = loop
         while not isinstance(statement, Scope):
@@ -205,11 +225,31 @@ class _Behind:
                     self._run(block[:at], again)  # in the next pass, in front of the loop
                     alive = self._run(parent.orelse, alive)
                 case ast.Try():
-                    alive = self._run(parent.orelse, alive) if block is parent.body else alive
+                    ends = [self._run(handler.body, alive) for handler in parent.handlers if block is parent.body]
+                    alive = self._run(parent.orelse, alive).union(*ends) if block is parent.body else alive
                     alive = self._run(parent.finalbody, alive) if block is not parent.finalbody else alive
             if not isinstance(parent, ast.stmt):
                 break
             statement = parent
+
+    def _read_at_leaving(self, names: set[str]) -> None:
+        """What a loop that trains gives back from inside, and what others read of its function's globals."""
+        own = [item for statement in self._loop.body for item in walk_own(statement)]
+        if any(map(is_backward, own)):
+            self._read((item for item in own if isinstance(item, (ast.Return, ast.Yield))), names)
+        function = self._file.names.function_of(self._loop)
+        for told in walk_own(function) if function is not None else ():
+            if isinstance(told, ast.Global):
+                self._read_elsewhere(names.intersection(told.names), function)
+
+    def _read_elsewhere(self, shared: set[str], function: ast.AST | None) -> None:
+        names = self._file.names
+        for read in self._file.nodes if shared else ():
+            if isinstance(read, ast.Name) and isinstance(read.ctx, ast.Load) and read.id in shared:
+                found = names.lookup(read.id, names.scope_of(read))
+                of_module = found is None or found[0] is names.module
+                if of_module and not any(around is function for around in names.ancestors(read)):
+                    self.reads.append(read)
 
     def _run(self, block: list[ast.stmt], alive: set[str]) -> set[str]:
         """Which names still hold what they held when the block is through."""

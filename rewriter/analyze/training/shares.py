@@ -22,6 +22,11 @@ _VIEWS = {
     "item", "float", "double", "int", "long", "detach", "cpu", "clone", "to", "squeeze", "numpy", "flatten", "view",
     "reshape", "half", "bool", "cuda", "type", "contiguous", "astype", "unsqueeze",
 }  # fmt: skip
+_FUNCTIONS = {"torch", "np", "numpy", "F", "nn.functional", "torch.nn.functional"}
+_ITEM_BY_ITEM = {
+    "one_hot", "relu", "gelu", "tanh", "exp", "log", "log10", "sign", "clamp", "clip", "ne", "ge", "le", "gt", "lt",
+    "masked_fill", "where",
+}  # fmt: skip
 _NUMBERS = {"float", "int", "round", "abs", "sqrt"}
 _SPELLED = {"str", "repr", "format"}
 _SHOWN_AS = _SPELLED | {"round"}
@@ -138,7 +143,7 @@ class Kinds:
             if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     parts = target.elts if isinstance(target, (ast.Tuple, ast.List)) else [target]
-                    if (pairs := list(_pairs(target, node.value)))[1:]:
+                    if (pairs := list(assigned(target, node.value)))[1:]:
                         for part, value in pairs:
                             if isinstance(part, ast.Name):
                                 self.made.setdefault(part.id, []).append((value, None))
@@ -815,6 +820,42 @@ class Kinds:
                 return attr in _SIZES
         return False
 
+    def counts_parts(self, node: ast.expr) -> bool:
+        """Whether ``len(batch)`` is how many tensors it has: ``x, y = batch``, ``[t.to(device) for t in batch]``."""
+        match node:
+            case ast.Call(func=ast.Name(id="len"), args=[ast.Name(id=name)]):
+                return name in self._in_parts
+        return False
+
+    @cached_property
+    def _in_parts(self) -> set[str]:
+        """The names of batches that are lists of tensors, as they are unpacked, read in two places, or moved."""
+        found, places = set(), dict[str, set[int]]()
+        for node in self.nodes:
+            match node:
+                case ast.Assign(targets=[ast.Tuple() | ast.List()], value=ast.Name(id=name)):
+                    found.add(name)
+                case ast.Assign(targets=[target], value=value):
+                    for _, given in assigned(target, value):
+                        match _viewed(given):
+                            case ast.Subscript(value=ast.Name(id=name), slice=ast.Constant(value=int(place))):
+                                places.setdefault(name, set()).add(place)
+                case ast.Call(args=args) if args and isinstance(args[-1], ast.Starred):
+                    found |= {args[-1].value.id} if isinstance(args[-1].value, ast.Name) else set()
+                case (
+                    ast.ListComp(
+                        elt=ast.Call(func=ast.Attribute(value=ast.Name(id=part), attr="to" | "cuda")),
+                        generators=[ast.comprehension(target=ast.Name(id=bound), iter=ast.Name(id=name))],
+                    )
+                    | ast.GeneratorExp(
+                        elt=ast.Call(func=ast.Attribute(value=ast.Name(id=part), attr="to" | "cuda")),
+                        generators=[ast.comprehension(target=ast.Name(id=bound), iter=ast.Name(id=name))],
+                    )
+                ) if part == bound:
+                    found.add(name)
+        found |= {name for name, seen in places.items() if len(seen) > 1}
+        return found & self.batch
+
     def _is_list(self, node: ast.expr) -> bool:
         called = node.func if isinstance(node, ast.Call) else None
         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
@@ -920,19 +961,25 @@ class Kinds:
             case ast.expr() if _counts_distinct(node):
                 return "unknown"
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
-                return self._total_of(node) if self._first_dimension(node) else ""
+                return self._total_of(node) if self._first_dimension(node) and not self.counts_parts(node) else ""
             case ast.Call(
                 func=ast.Attribute(attr="stack" | "tensor"), args=[ast.List(elts=held) | ast.Tuple(elts=held)]
             ):
                 kinds = {self.kind(item, deep + 1) for item in held}
                 return "mean" if kinds <= {"mean", "loss"} else "unknown" if "unknown" in kinds else "samples"
+            case ast.Call(
+                func=ast.Attribute(attr="cat" | "concat" | "concatenate"),
+                args=[ast.List(elts=held) | ast.Tuple(elts=held), *place],
+                keywords=keywords,
+            ) if any(_is_behind_first(item) for item in (*place, *(k.value for k in keywords))):
+                return "samples" if {self.kind(item, deep + 1) for item in held} == {"samples"} else "unknown"
             case ast.Call(func=ast.Name(id="sum"), args=[value]):
                 return self._total_of(node) if self.kind(value, deep + 1) in {"samples", "unknown"} else "unknown"
             case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args, keywords=keywords):
                 if attr in _SIZES:
                     return self._total_of(node) if self._first_dimension(node) else ""
                 whole = not args and not keywords
-                if dotted(value) in {"torch", "np", "numpy"} and args:
+                if dotted(value) in _FUNCTIONS and args:
                     whole, value = len(args) == 1 and not keywords, args[0]
                     args = args[1:]
                 whole = whole or _is_first_dimension([*args, *(k.value for k in keywords if k.arg in {"dim", "axis"})])
@@ -950,6 +997,8 @@ class Kinds:
                     return self._total_of(node)
                 if attr == "tolist":
                     return "samples"
+                if attr in _ITEM_BY_ITEM:
+                    return "samples" if self.kind(value, deep + 1) == "samples" else "unknown"
                 return self._named(attr, node)
             case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _NUMBERS:
                 return self.kind(value, deep + 1)
@@ -1176,12 +1225,12 @@ def _grown(node: ast.Assign) -> Iterator[Grown]:
     """
     if len(node.targets) > 1:
         return
-    for target, value in _pairs(node.targets[0], node.value):
+    for target, value in assigned(node.targets[0], node.value):
         if dotted(target) is not None:
             yield from _grown_by(target, value)
 
 
-def _pairs(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+def assigned(target: ast.expr, value: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
     """What each of several targets gets, where that is written out."""
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts):
         yield from zip(target.elts, value.elts, strict=True)
@@ -1362,6 +1411,16 @@ def _is_first_dimension(given: list[ast.expr]) -> bool:
     """Whether ``x.sum(0)``, or ``x.sum((0, 2))``, is over the batch."""
     dimensions = given[0].elts if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)) else given
     return len(given) == 1 and any(isinstance(item, ast.Constant) and item.value == 0 for item in dimensions)
+
+
+def _is_behind_first(place: ast.expr) -> bool:
+    """Whether it is the number of a dimension behind the first."""
+    match place:
+        case ast.Constant(value=int(number)):
+            return number > 0
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=1)):
+            return True
+    return False
 
 
 def _tells_shape(node: ast.expr) -> bool:

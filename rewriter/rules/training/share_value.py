@@ -567,6 +567,8 @@ def _of_share(file: File, facts: Facts, loop: ast.For, node: ast.AugAssign) -> b
     """Whether what is added is a size, other than that of what the loop goes through, or a sum that is no loss."""
     roles = facts.scripts.roles[file]
     iterated = {ast.dump(item) for item in ast.walk(loop.iter)}
+    place = facts.scripts.handed.around(file, node)
+    kinds = facts.scripts.handed.kinds(file, place) if place is not None else None
     if _is_of_all_ranks(file, facts, node.value):
         return False
     for item in ast.walk(node.value):
@@ -577,7 +579,9 @@ def _of_share(file: File, facts: Facts, loop: ast.For, node: ast.AugAssign) -> b
                 shown = attr in _VALUES and roles.var(_bare(value)) not in roles.losses and _sums(value)
                 if attr in _COUNTS or shown:
                     return True
-            case ast.Call(func=ast.Name(id="len"), args=[held]) if ast.dump(held) in iterated:
+            case ast.Call(func=ast.Name(id="len"), args=[held]) if ast.dump(held) in iterated or (
+                kinds is not None and kinds.counts_parts(item)
+            ):
                 pass
             case ast.Call(func=ast.Name(id="len")) | ast.Subscript(value=ast.Attribute(attr="shape")):
                 return True

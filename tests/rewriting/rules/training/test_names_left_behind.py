@@ -103,7 +103,7 @@ TRIED = """    try:
 ENDINGS = {
     "finally": "    finally:\n        print(x.mean())",
     "else": "    except KeyboardInterrupt:\n        pass\n    else:\n        print(x.mean())",
-    "behind": "    except KeyboardInterrupt:\n        pass\n    print(x.mean())",
+    "behind what no error reaches": "    except KeyboardInterrupt:\n        raise\n    print(x.mean())",
 }
 
 
@@ -111,6 +111,118 @@ ENDINGS = {
 def test_what_stands_behind_in_a_try(ending: str) -> None:
     text = SCRIPT[: SCRIPT.index("    for {target}")] + TRIED.format(ending=ending)
     assert "            optim_manager.step()\n        x = bmt.gather_samples(x)\n" in converted(text)
+
+
+AFTER_ERRORS = {
+    "where it is caught": ("    except KeyboardInterrupt:\n        print('stopped at', x)", 1),
+    "behind": ("    except KeyboardInterrupt:\n        pass\n    torch.save((x, y), 'batch.pt')", 2),
+    "nothing": ("    except KeyboardInterrupt:\n        print('stopped')", 0),
+    "what is new": ("    except KeyboardInterrupt:\n        x = y = 0\n        print(x, y)", 0),
+}
+
+
+@pytest.mark.parametrize(("ending", "count"), AFTER_ERRORS.values(), ids=AFTER_ERRORS.keys())
+def test_what_an_error_leaves(ending: str, count: int) -> None:
+    text = SCRIPT[: SCRIPT.index("    for {target}")] + TRIED.format(ending=ending)
+    assert "gather_samples" not in converted(text)
+    assert len(told(text, "last batch")) == count
+
+
+TRAINS = """
+
+def train():
+    for x, y in loader:
+        out = net(x)
+        loss = F.cross_entropy(out, y)
+        opt.zero_grad()
+        {step}
+        opt.step()
+        n = len(x)
+        {leaves}
+
+
+train()
+"""
+LEAVES = {
+    "a batch": ("return x, loss.item()", 1),
+    "outputs and targets": ("return out.detach(), y", 2),
+    "hits": ("return (out.argmax(1) == y).sum().item(), loss.item()", 2),
+    "a size": ("return n", 1),
+    "under a test": ("if n:\n            return x", 1),
+    "one by one": ("yield x", 1),
+    "a loss": ("return loss.item()", 0),
+    "its kind": ("return x.dtype, x.device", 0),
+    "nothing": ("return", 0),
+}
+
+
+@pytest.mark.parametrize(("leaves", "count"), LEAVES.values(), ids=LEAVES.keys())
+def test_what_a_loop_that_trains_gives_back_from_inside(leaves: str, count: int) -> None:
+    head = SCRIPT[: SCRIPT.index("for epoch")]
+    assert len(told(head + TRAINS.format(step="loss.backward()", leaves=leaves), "last batch")) == count
+
+
+def test_what_a_loop_gives_back_that_does_not_train_is_left() -> None:
+    head = SCRIPT[: SCRIPT.index("for epoch")]
+    assert not told(head + TRAINS.format(step="loss.item()", leaves="yield x, y"), "last batch")
+
+
+GLOBALS = {
+    "a batch": ("global x", "print(x.shape)", "    x = bmt.gather_samples(x)\n", 0),
+    "outputs": ("global out", "print(out.shape)", "", 1),
+    "by another function": ("global x", "def show():\n    return x", "    x = bmt.gather_samples(x)\n", 0),
+    "not read": ("global x", "print(1)", "", 0),
+    "another function's own": ("global x", "def show(x):\n    return x", "", 0),
+    "not global": ("pass", "print(x.shape)", "", 0),
+}
+
+
+@pytest.mark.parametrize(("first", "behind", "line", "count"), GLOBALS.values(), ids=GLOBALS.keys())
+def test_what_a_function_leaves_in_globals(first: str, behind: str, line: str, count: int) -> None:
+    text = (
+        SCRIPT[: SCRIPT.index("for epoch")] + "x = out = None\n" + TRAINS.format(step="loss.backward()", leaves="pass")
+    )
+    text = text.replace("def train():\n", f"def train():\n    {first}\n") + behind + "\n"
+    after = converted(text)
+    assert line in after and after.count("gather_samples") == bool(line)
+    assert len(told(text, "last batch")) == count
+
+
+ROWS = {
+    "one hot": "rows = F.one_hot(y, 3)",
+    "losses of items": 'rows = F.cross_entropy(net(x), y, reduction="none")',
+    "a criterion's": "rows = criterion(net(x), y)",
+    "chosen": "rows = torch.where(y == 0, x, y)",
+    "side by side": "rows = torch.cat([x, x], dim=1)",
+    "from the end": "rows = torch.cat((x, y), -1)",
+    "bounded": "rows = torch.clamp(x, 0, 1)",
+}
+
+
+@pytest.mark.parametrize("body", ROWS.values(), ids=ROWS.keys())
+def test_rows_that_a_pass_makes_are_reported(body: str) -> None:
+    made = 'criterion = nn.CrossEntropyLoss(reduction="none")\nfor epoch'
+    text = script("print(rows.shape)", body=body).replace("for epoch", made)
+    assert told(text, "rows is of this rank's share")
+
+
+PARTS = {
+    "unpacked": ("x, y = batch", ""),
+    "moved": ('batch = [b.to("cpu") for b in batch]\nx, y = batch', ""),
+    "moved to a tuple": ('batch = tuple(b.to("cpu") for b in batch)\nx, y = batch[0], batch[1]', ""),
+    "read in places": ("x = batch[0].float()\ny = batch[1]", ""),
+    "one tensor": ("x, y = batch, batch[:, 0]", "bmt.total(len(batch))"),
+}
+
+
+@pytest.mark.parametrize(("body", "whole"), PARTS.values(), ids=PARTS.keys())
+def test_how_many_parts_a_batch_has_is_no_size(body: str, whole: str) -> None:
+    text = script("", "batch", f"{body}\nprint(len(batch))\nseen += len(batch)").replace(
+        "for epoch", "seen = 0\nfor epoch"
+    )
+    after = converted(text)
+    assert (whole or "print_rank(len(batch))") in after and after.count("bmt.total(") == 2 * bool(whole)
+    assert not [item for item in convert_text(text).reported if item.code == "BMT037"]
 
 
 def test_what_the_next_pass_reads_in_front_of_the_loop() -> None:
