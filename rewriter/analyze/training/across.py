@@ -18,6 +18,8 @@ LOSSES = re.compile(
 )
 _MADE = re.compile(r"^(?:arange|zeros|ones|eye|full|linspace|rand\w*|tensor|as_tensor|empty|Parameter|len|range|int)$")
 _NO_BATCH = {"shape", "weight", "bias", "dtype", "device", "ndim"}
+_TALLIES = {"bincount", "histc", "histogram", "Counter", "value_counts"}
+_WEIGHTS = {"weight", "pos_weight", "class_weights"}
 _SPREADS = {"std", "var", "cov", "corrcoef"}
 _ORDERED = {"topk", "sort", "kthvalue", "quantile", "median", "argsort"}
 _CHOOSES = {"topk", "sort", "argsort", "argmax", "argmin", "kthvalue"}
@@ -56,6 +58,11 @@ class Across:
         """Means over what a mask leaves of a batch that reach a loss."""
         for flow in self.flows:
             yield from flow.reaching(flow.weighs)
+
+    def tallied(self) -> Iterator[ast.expr]:
+        """Weights of classes that are counted in a batch: ``F.cross_entropy(out, y, weight=1 / torch.bincount(y))``."""
+        for flow in self.flows:
+            yield from flow.weights_by_counts()
 
     def ratios(self) -> Iterator[ast.expr]:
         """Quotients of sums over the batch (Dice, IoU, Tversky) that reach a loss."""
@@ -339,6 +346,42 @@ class Flow:
             case ast.Call(func=ast.Attribute(value=ast.Call() as chosen, attr="mean"), args=[]):
                 return _name(chosen) == "masked_select" and self.is_batch(chosen)
         return False
+
+    def weights_by_counts(self) -> Iterator[ast.expr]:
+        """What weighs a loss's classes, ``weight=`` or ``w[y]``, and comes of how often they are in the batch."""
+        criteria = [(name, value) for name, value in self.assigned if isinstance(value, ast.Call)]
+        for node in self.nodes:
+            if isinstance(node, ast.Call):
+                makers = [value for name, value in criteria if name == _name(node)]
+                makers += [node.func] if isinstance(node.func, ast.Call) else []
+                is_loss = LOSSES.search(_name(node)) and not _name(node)[:1].isupper()  # which makes one
+                for call in (*([node] if is_loss else []), *makers):
+                    yield from (k.value for k in call.keywords if k.arg in _WEIGHTS and self._comes_of_counts(k.value))
+            elif isinstance(node, ast.Subscript) and self.is_batch(node.slice) and self._comes_of_counts(node.value):
+                if not self.without_gradients(node) and self._reaches(node):
+                    yield node
+
+    def _comes_of_counts(self, node: ast.expr, deep: int = 0) -> bool:
+        for item in walk(node):
+            if isinstance(item, ast.Call) and self._counts_classes(item):
+                return True
+            if isinstance(item, ast.Name) and deep < 4:
+                made = (value for name, value in self.assigned if name == item.id and value is not node)
+                if any(self._comes_of_counts(value, deep + 1) for value in made):
+                    return True
+        return False
+
+    def _counts_classes(self, call: ast.Call) -> bool:
+        """``torch.bincount(y)``, ``Counter(y.tolist())``, ``F.one_hot(y).sum(0)``, ``(y == c).sum()``."""
+        values, *_ = _operands(call)
+        if _name(call) == "unique":
+            return self.is_batch(values) and any(k.arg == "return_counts" for k in call.keywords)
+        if _name(call) == "sum":
+            made = [value for name, value in self.assigned if isinstance(values, ast.Name) and name == values.id]
+            parts = [item for value in (values, *made) for item in walk(value)]
+            marked = any(isinstance(item, ast.Compare) or _name_of(item) == "one_hot" for item in parts)
+            return marked and self.is_batch(values) and self._over_batch(call)
+        return _name(call) in _TALLIES and self.is_batch(values)
 
     def divides_sums(self, node: ast.expr) -> bool:
         """``2 * (a * b).sum(dims) / (a.sum(dims) + b.sum(dims))``, with dimensions that may be the batch's."""

@@ -207,6 +207,12 @@ def _whole_batch(file: File, facts: Facts) -> Iterator[Finding]:
                 "transformers do with num_items_in_batch=bmt.distributed.all_reduce(count.float(), 'avg')"
             )
         yield Remark(RULE.code, line, message, differs=True)
+    for line in sorted({node.lineno for node in across.tallied()} - counted):
+        message = (
+            "classes are weighed by how often they are in a rank's share of the batch: count them on all ranks, "
+            "bmt.distributed.all_reduce(counts.float(), 'sum')"
+        )
+        yield Remark(RULE.code, line, message, differs=True)
     for line in sorted(ratios):
         message = (
             "a quotient of sums over the batch is another one on a rank's share, and the mean of the ranks' is not the "
