@@ -15,6 +15,7 @@ _VIEWS = {
     "view", "reshape", "unsqueeze", "flatten",
 }  # fmt: skip
 _DEEP = 10
+_EACH = {"add": ast.Add(), "sub": ast.Sub(), "mul": ast.Mult(), "div": ast.Div()}
 _COLLECTS = {"stack", "cat", "concat", "hstack", "tensor", "list", "tuple", "as_tensor"}
 
 
@@ -179,18 +180,26 @@ class Sums:
                 return self._elements(file, inner, deep + 1, sources)
             case ast.Call(func=func, args=[inner, *_]) if (dotted(func) or "").split(".")[-1] in _COLLECTS:
                 return self._elements(file, inner, deep + 1, sources)
-            case ast.Call() if self._looks_into and (function := self._function(file, node)) is not None:
+            case ast.Call() if (function := self._function(file, node)) is not None:
                 given = {self._elements(function.file, value, deep + 1, sources) for value in _returned(function)}
                 return given.pop() if len(given) == 1 else None
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                found = [self._elements(file, side, deep + 1, sources) for side in (left, right)]
-                known = [kind for kind in found if kind not in {None, "same"}]
-                return known[0] if len(known) == 1 else "same" if "same" in found and not known else None
+            case ast.BinOp(left=left, op=op, right=right):
+                return self._each(file, left, op, right, deep, sources)
+            case ast.UnaryOp(operand=inner) | ast.Subscript(value=inner, slice=ast.Slice()):
+                return self._elements(file, inner, deep + 1, sources)
+            case ast.Call(func=ast.Attribute(value=inner, attr=attr), args=[other]) if attr in _EACH:
+                return self._each(file, inner, _EACH[attr], other, deep, sources)
+            case ast.Call(func=ast.Attribute(value=inner, attr=attr)) if attr in _VIEWS:
+                return self._elements(file, inner, deep + 1, sources)
+            case ast.Call(func=func, args=args):  # a root or an exponential of each
+                operands = [*args[:1], *([func.value] if isinstance(func, ast.Attribute) else [])]
+                collected = any(self._elements(file, value, deep + 1, sources) is not None for value in operands)
+                return "" if collected else None
             case ast.Name():
                 variable = roles.var(node)
                 kinds = set()
-                for other, value, _, part in roles.assignments:
-                    if other == variable and not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
+                for bound, value, _, part in roles.assignments:
+                    if bound == variable and not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
                         held = None if part else self._elements(file, value, deep + 1, sources)
                         if held is None:
                             return None
@@ -203,9 +212,37 @@ class Sums:
                         case ast.Assign(targets=[ast.Subscript(value=holder)], value=value):
                             if roles.var(holder) == variable:
                                 kinds.add(self._added(file, value, deep, sources))
+                if not kinds and variable is not None and isinstance(variable[0], Function):
+                    return self._elements_given(file, variable[0], variable[1], deep, sources)
                 kinds -= {"same"} if len(kinds) > 1 else set()
                 return None if not kinds else "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
         return None
+
+    def _elements_given(
+        self, file: File, function: Function, name: str, deep: int, sources: set[ast.Call]
+    ) -> str | None:
+        """The same of what all calls of a function give for one of its parameters."""
+        given = self._instances.given(file, function, name)
+        kinds = {self._elements(other, value, deep + 1, sources) for other, value in given}
+        return kinds.pop() if len(kinds) == 1 else "" if kinds else None
+
+    def _each(
+        self, file: File, left: ast.expr, op: ast.operator, right: ast.expr, deep: int, sources: set[ast.Call]
+    ) -> str | None:
+        """What each value is in ``torch.exp(-variances) * torch.stack([a, b]) + variances``."""
+        found = [self._elements(file, side, deep + 1, sources) for side in (left, right)]
+        if not {*found} - {None, "same"}:
+            return None if None in found else "same"
+        beside = [
+            self._kind(file, side, None, deep + 1, set()) if held is None else held
+            for side, held in zip((left, right), found, strict=True)
+        ]
+        # What meets a few values is as many, or one: a parameter's, and not those of a batch, unless it is reduced.
+        known = [
+            "same" if held is None and kind not in {"sum", "items"} else kind
+            for kind, held in zip(beside, found, strict=True)
+        ]
+        return _joined(known[0], known[1], op, is_size(right))
 
     def _call(self, file: File, node: ast.Call, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         name = self.project.external(file, node.func)

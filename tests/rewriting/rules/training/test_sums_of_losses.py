@@ -1,0 +1,95 @@
+"""A sum of a few losses, each a mean over the batch, is no sum over it: the ranks' mean is the batch's."""
+
+from __future__ import annotations
+
+import pytest
+
+from ...helpers import IMPORTS, NET, converted
+
+SCRIPT = (
+    IMPORTS
+    + NET
+    + """
+net = Net()
+variances = nn.Parameter(torch.zeros(2))
+opt = torch.optim.SGD([*net.parameters(), variances], lr=0.1)
+w = torch.tensor([1.0, 2.0])
+
+
+def weigh(losses):
+    {weigh}
+
+
+def make(out, y):
+    return torch.stack([F.cross_entropy(out, y), F.mse_loss(out, y)])
+
+
+for x, y in DataLoader(data, batch_size=8):
+    out = net(x)
+    a, b = F.cross_entropy(out, y), F.mse_loss(out, y)
+    {body}
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+)
+BOTH = "losses = torch.stack([a, b])\n    "
+
+
+def is_sum(body: str, weigh: str = "pass") -> bool:
+    after = converted(SCRIPT.format(body=body, weigh=weigh))
+    assert ("backward(loss)" in after) != ("backward(loss * bmt.world_size())" in after)
+    return "backward(loss * bmt.world_size())" in after
+
+
+MEANS = {
+    "by their uncertainty": BOTH + "loss = (torch.exp(-variances) * losses + variances).sum()",
+    "by torch": BOTH + "loss = torch.sum(torch.exp(-net.variances) * losses + net.variances)",
+    "halved": "loss = (0.5 * torch.exp(-variances) * torch.stack([a, b]) + 0.5 * variances).sum()",
+    "divided": BOTH + "loss = (losses / w).sum()",
+    "by squares": "loss = (torch.stack([a, b]) / (2 * variances**2) + torch.log(variances)).sum()",
+    "less something": "loss = (torch.stack([a, b]) - w).sum()",
+    "by methods": BOTH + "loss = losses.mul(torch.exp(-variances)).add(variances).sum()",
+    "negated": "loss = (-torch.stack([a, b]) * -w).sum()",
+    "some of them": BOTH + "loss = losses[:1].sum()",
+    "moved": BOTH + "loss = (losses.to(x.device) * w).sum()",
+    "of a function": "loss = torch.sum(make(out, y))",
+    "of a function, named": "losses = make(out, y)\n    loss = (losses * w).sum()",
+}
+
+
+@pytest.mark.parametrize("body", MEANS.values(), ids=MEANS.keys())
+def test_sums_of_means(body: str) -> None:
+    assert not is_sum(body)
+
+
+WEIGHING = {
+    "at once": "return losses.sum()",
+    "scaled": "return (losses / 2).sum()",
+    "by torch": "return torch.sum(losses)",
+    "named": "total = (losses * w).sum()\n    return total",
+    "by their uncertainty": "return (torch.exp(-variances) * losses + variances).sum()",
+}
+
+
+@pytest.mark.parametrize("weigh", WEIGHING.values(), ids=WEIGHING.keys())
+def test_what_a_function_is_given_tells_what_it_adds_up(weigh: str) -> None:
+    assert not is_sum("loss = weigh(torch.stack([a, b]))", weigh)
+    assert not is_sum(BOTH + "loss = weigh(losses)", weigh)
+    assert is_sum("loss = weigh(F.mse_loss(out, y, reduction='none'))", weigh)
+
+
+SUMS = {
+    "squares": "loss = ((out - y) ** 2).sum()",
+    "of items": "loss = F.mse_loss(out, y, reduction='none').sum()",
+    "weighed by column": "loss = (F.mse_loss(out, y, reduction='none') * w).sum()",
+    "divided by column": "loss = (((out - y) ** 2) / w).sum()",
+    "of sums": (
+        "loss = (torch.stack([F.mse_loss(out, y, reduction='sum'), F.l1_loss(out, y, reduction='sum')]) * w).sum()"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", SUMS.values(), ids=SUMS.keys())
+def test_sums_over_the_batch(body: str) -> None:
+    assert is_sum(body)
