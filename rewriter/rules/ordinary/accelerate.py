@@ -13,6 +13,7 @@ the reasons. Where an option names the tracker, it is TensorBoard, and another i
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -58,9 +59,10 @@ _HARMLESS_HANDLERS = {"DistributedDataParallelKwargs", "InitProcessGroupKwargs"}
 _PURE = {
     "DistributedType", "ProjectConfiguration", "DistributedDataParallelKwargs", "InitProcessGroupKwargs",
     "DataLoaderConfiguration", "GradientAccumulationPlugin", "send_to_device", "convert_outputs_to_fp32", "Accelerator",
-    "is_wandb_available", "is_tensorboard_available", "__version__", "check_min_version", "LoggerType",
+    "__version__", "check_min_version", "LoggerType",
 }  # fmt: skip
 """Names of accelerate that mean the same without an Accelerator."""
+_IS_THERE = re.compile(r"is_\w+_available")
 _CONSTANTS = {
     "num_processes": "1",
     "optimizer_step_was_skipped": "False",
@@ -318,7 +320,12 @@ class _Uses:
         return [n for n in self.file.nodes if isinstance(n, ast.Name) and n.id == "DistributedType"]
 
     def _left_out(self, call: ast.Call, instead: str) -> Iterator[Change]:
-        if not self._alone(call):
+        statement = self.file.names.statement_of(call)
+        code = self.file.source.code
+        into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is call else []
+        if into and [code(target) for target in into] == [code(item) for item in call.args]:
+            yield Remove(statement)  # the names of what they held are given something else, or end
+        elif not self._alone(call):
             self.refuse(call, f"{self.file.source.code(call.func)}(...) gives a value that is used")
         elif instead:
             yield replace(call, instead)
@@ -905,7 +912,8 @@ class _Uses:
         if not name.startswith("accelerate."):
             return
         call = self.file.names.parents[node]
-        if name in CLASSES or name.split(".")[-1] in _PURE or "DistributedType." in name:
+        last = name.split(".")[-1]
+        if name in CLASSES or last in _PURE or _IS_THERE.fullmatch(last) or "DistributedType." in name:
             return
         self.seen.append(node)
         if not isinstance(call, ast.Call) or call.func is not node:

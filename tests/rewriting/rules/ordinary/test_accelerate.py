@@ -94,6 +94,7 @@ REFUSED = {
     "a state in no folder": script(behind="accelerator.save_state()"),
     "a state whose place is used": script(behind="path = accelerator.save_state('out')"),
     "a state of elsewhere": script(behind="def save():\n    accelerator.save_state('out')"),
+    "set free under another name": script(behind="a, b = accelerator.free_memory(model, optimizer)"),
     "objects": script(imports="from accelerate.utils import gather_object\n", behind="a = gather_object([1])"),
     "a launcher": script(imports="from accelerate import notebook_launcher\n", behind="notebook_launcher(f)"),
     "big models": script(imports="from accelerate import dispatch_model\n", behind="m = dispatch_model(model)"),
@@ -206,6 +207,7 @@ BEHIND = {
     "split": ("with accelerator.split_between_processes(prompts) as part:\n    y = f(part)", "\npart = prompts\ny = f(part)\n"),
     "batches left out": ("for x, y in accelerator.skip_first_batches(eval_loader, 3):\n    out = model(x)", "for x, y in bmt.skip_batches(eval_loader, 3):\n    x, y = bmt.to_device((x, y))\n"),
     "ended": ("accelerator.end_training()\naccelerator.free_memory()\ndone = 1", "\ndone = 1\n"),
+    "set free": ("model, optimizer = accelerator.free_memory(model, optimizer)\ndone = 1", "    pass\ndone = 1\n"),
     "totals behind a loop": ("seen = accelerator.gather(loss)", "seen = bmt.gather_result(loss)\n"),
     "totals of evaluation": ("seen = accelerator.gather(out)", "seen = out\n"),
     "a pretrained model": (
@@ -313,6 +315,11 @@ if args.tracked:
 """
     assert asked in after and after.endswith("\nif tracker is not None:\n    tracker.close()\n")
     assert "tracker" not in converted(script("log_with=args.report_to"))
+
+
+def test_what_is_there_may_be_asked_for() -> None:
+    asked = "from accelerate.utils import is_xpu_available, is_wandb_available\nfast = is_xpu_available()\n"
+    assert asked in converted(script(imports=asked))
 
 
 SHOWN = {
