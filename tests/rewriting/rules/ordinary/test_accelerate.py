@@ -318,7 +318,7 @@ if args.tracked:
 
 
 def test_what_is_there_may_be_asked_for() -> None:
-    asked = "from accelerate.utils import is_xpu_available, is_wandb_available\nfast = is_xpu_available()\n"
+    asked = "from accelerate.utils import is_xpu_available\nfast = is_xpu_available()\n"
     assert asked in converted(script(imports=asked))
 
 
