@@ -5,7 +5,7 @@ from . import benchmark, checkpoint, debug, distributed, inspect, loss, lr_sched
 from .block import Block, BMTrainModelWrapper, CheckpointBlock, TransformerBlockList, compile, save_pretrained
 from .checkpoint import load, save, save_checkpoint
 from .context import deterministic, init_distributed, is_initialized, mesh, own_random, rank, shutdown, world_size
-from .data import shard_batch, shard_loader, to_device
+from .data import shard_batch, shard_loader, skip_batches, to_device
 from .loss import gather_batch, mean
 from .meter import Meter
 from .optim.interrupts import interrupted_together
@@ -108,6 +108,7 @@ __all__ = [
     "shard_batch",
     "shard_loader",
     "shutdown",
+    "skip_batches",
     "store",
     "sum_loss",
     "synchronize",

@@ -195,6 +195,51 @@ def shard_loader(loader: LoaderT) -> LoaderT:
     return sharded
 
 
+def skip_batches(loader: LoaderT, count: int) -> LoaderT:
+    """``loader`` without its first ``count`` batches, which are not loaded: the rest of an epoch that is resumed.
+
+    The order is drawn as for all of them.  ``loader`` may be one of ``shard_loader``, and stays as it is; ``len()`` of
+    the result is that of what is left.  An iterable dataset is read from its start.
+
+    Raises ConfigurationError where ``loader`` has no batches of its own (``batch_size=None``).
+    """
+    if loader.batch_sampler is None:
+        raise ConfigurationError(
+            "bmt.skip_batches() leaves out batches, and this DataLoader has none (batch_size=None): go through "
+            f"itertools.islice(loader, {count}, None), which loads what it leaves out."
+        )
+    rest = copy.copy(loader)
+    object.__setattr__(rest, "_iterator", None)
+    sampler: Any = loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset):
+        object.__setattr__(rest, "_get_iterator", lambda: itertools.islice(loader._get_iterator(), count, None))
+    elif isinstance(sampler, ShardedBatchSampler):
+        left = ShardedBatchSampler(_Rest(sampler.sampler, count), sampler.generators)
+        object.__setattr__(rest, "batch_sampler", left)
+        object.__setattr__(rest, "_get_iterator", partial(_iterator, rest, context().topology.data_rank))
+    else:
+        object.__setattr__(rest, "batch_sampler", _Rest(sampler, count))
+    return rest
+
+
+class _Rest(Sampler[Any]):
+    """What a sampler yields after its first ``count`` items.  Attributes not found here are the sampler's."""
+
+    def __init__(self, sampler: Any, count: int) -> None:
+        self.sampler, self._count = sampler, count
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(self.sampler, self._count, None)
+
+    def __len__(self) -> int:
+        return max(0, len(self.sampler) - self._count)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sampler":  # not there yet while a copy is being made
+            raise AttributeError(name)
+        return getattr(self.sampler, name)
+
+
 def is_sharded(loader: object) -> bool:
     """Whether a loader, or what wraps one (a progress bar, a prefetcher), gives each rank its share of each batch."""
     return _shares(loader, 0)
@@ -268,7 +313,7 @@ class AlignedSampler(Sampler[Any]):
     def __init__(self, sampler: Any, generators: Sequence[Generator] = ()) -> None:
         here = context()
         self.sampler = sampler
-        self._generators = generators
+        self.generators = generators
         here.samplers += 1
         self._number = here.samplers
         self._epoch = 0
@@ -284,7 +329,7 @@ class AlignedSampler(Sampler[Any]):
     def drawn(self) -> Iterator[tuple[Any, Draws]]:
         """Each item, and the epoch's draws, for what else the single process would draw there."""
         self._epoch += 1
-        draws = Draws(context(), f"{self._number}/{self._epoch}", self._generators)
+        draws = Draws(context(), f"{self._number}/{self._epoch}", self.generators)
         drawn = draws.run(lambda: iter(self.sampler))
         end = object()
         diary = context().diary

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
 
+from rewriter.imported import imported
 from rewriter.types import InputError
 
 SKIPPED_FOLDERS = {
     ".git", ".hg", ".svn", ".tox", ".nox", ".eggs", ".mypy_cache", ".ruff_cache", ".pytest_cache", "__pycache__",
     "node_modules", "site-packages", ".venv", "venv", ".ipynb_checkpoints", "build", "dist",
 }  # fmt: skip
+_BUILT = {"build", "dist"}
 SUFFIXES = {".py", ".ipynb"}
 Tell = Callable[[str, int, int], None]
 """Told of what is being done, how many are done, and of how many."""
@@ -78,27 +80,36 @@ def _is_pattern(line: str) -> bool:
 
 
 def walk(
-    root: Path, exclude: tuple[str, ...] = (), skip: Path | None = None, everything: bool = False
+    root: Path,
+    exclude: tuple[str, ...] = (),
+    skip: Path | None = None,
+    everything: bool = False,
+    left_out: list[Path] | None = None,
 ) -> Iterator[Path]:
     """Every file of a folder that is its project's own, in a stable order; no device or FIFO, and links to files only.
 
     ``everything`` includes what a copy needs: data and settings that ``.gitignore`` names, links to folders, and
-    folders in which there is nothing.
+    folders in which there is nothing. ``left_out`` is given what ``.gitignore`` names, and folders
+    for what is built.
     """
     ignored = _nothing if everything else Ignored(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         if everything:
             yield from (here / name for name in sorted(folders) if (here / name).is_symlink())
-        folders[:] = sorted(name for name in folders if _enters(here / name, ignored, exclude, root, skip))
+        inside = sorted(folders)
+        folders[:] = [name for name in inside if _enters(here / name, ignored, exclude, root, skip)]
+        if left_out is not None:
+            others = [here / name for name in inside if name not in folders and name not in SKIPPED_FOLDERS - _BUILT]
+            left_out += [place for place in others if _enters(place, _nothing, exclude, root, skip, _BUILT)]
         for name in sorted(files):
             path = here / name
-            if (
-                not ignored(path, False)
-                and not _excluded(path, exclude, root)
-                and (path.is_symlink() or path.is_file())
-            ):
+            if _excluded(path, exclude, root) or not (path.is_symlink() or path.is_file()):
+                continue
+            if not ignored(path, False):
                 yield path
+            elif left_out is not None and path.suffix == ".py":
+                left_out.append(path)
         if everything and not folders and not files and here != root:
             yield here
 
@@ -115,9 +126,16 @@ def leads_out(path: Path, root: Path) -> bool:
 
 
 def _enters(
-    folder: Path, ignored: Callable[[Path, bool], bool], exclude: tuple[str, ...], root: Path, skip: Path | None
+    folder: Path,
+    ignored: Callable[[Path, bool], bool],
+    exclude: tuple[str, ...],
+    root: Path,
+    skip: Path | None,
+    though: Collection[str] = (),
 ) -> bool:
-    if folder.name in SKIPPED_FOLDERS or folder.is_symlink() or (folder / "pyvenv.cfg").exists():
+    """Whether a folder is its project's own; ``though`` are names that do not speak against it here."""
+    skipped = folder.name in SKIPPED_FOLDERS and folder.name not in though
+    if skipped or folder.is_symlink() or (folder / "pyvenv.cfg").exists():
         return False
     if skip is not None and folder.resolve() == skip:
         return False
@@ -157,6 +175,9 @@ def sources(
 ) -> list[Path]:
     """The Python files and notebooks of a path, without links that lead out of it.
 
+    What is left out, as ``.gitignore`` names it or as it lies in a folder for what is built, belongs to it where files
+    of the path import it.
+
     Raises:
         InputError: the path is missing, is neither file nor folder, or holds no Python.
     """
@@ -166,12 +187,36 @@ def sources(
         raise InputError(f"{path}: no such file or folder")
     if not path.is_dir():
         raise InputError(f"{path}: neither a file nor a folder; give code from a pipe on standard input, by -")
+    left_out: list[Path] = []
     found = []
-    for item in walk(path, exclude, skip):
+    for item in walk(path, exclude, skip, left_out=left_out):
         if not leads_out(item, path) and (item.suffix in SUFFIXES or _says_python(item)):
             found.append(item)
             if tell is not None:
                 tell("looking for files", len(found), 0)
+    found += _asked_for(found, left_out, path, exclude, skip)
     if not found:
         raise InputError(f"{path}: no Python files in this folder")
     return found
+
+
+def _asked_for(
+    found: Sequence[Path], left_out: list[Path], root: Path, exclude: tuple[str, ...], skip: Path | None
+) -> list[Path]:
+    """The files among what was left out that those found import, and that these import in turn."""
+    more: list[Path] = []
+    new = list(found)
+    while left_out and (taken := imported(new, left_out, root)):
+        left_out = [place for place in left_out if place not in taken]
+        new = [file for place in taken for file in _code_in(place, exclude, root, skip) if not leads_out(file, root)]
+        more += new
+    return more
+
+
+def _code_in(place: Path, exclude: tuple[str, ...], root: Path, skip: Path | None) -> Iterator[Path]:
+    if place.is_file():
+        yield place
+    for folder, folders, files in os.walk(place):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if _enters(here / name, _nothing, exclude, root, skip))
+        yield from (here / name for name in sorted(files) if Path(name).suffix == ".py")

@@ -159,6 +159,11 @@ class _Apply(cst.CSTTransformer):
             self._updated[original_node] = current
         if original_node in self._hoisted:
             return cst.Name(self._hoisted[original_node])
+        if isinstance(original_node, cst.FormattedString):
+            assert isinstance(current, cst.FormattedString)
+            pairs = zip(original_node.parts, current.parts, strict=True)
+            parts = [part for one, other in pairs for part in _named_as_before(one, other, original_node.quote)]
+            current = current.with_changes(parts=parts)
         if isinstance(original_node, (cst.Module, cst.IndentedBlock)):
             assert isinstance(current, (cst.Module, cst.IndentedBlock))
             return self._block(original_node, current)
@@ -470,3 +475,24 @@ def _extended(given: Sequence[cst.Arg], new: Sequence[cst.Arg]) -> list[cst.Arg]
             argument = argument.with_changes(comma=last.comma, whitespace_after_arg=last.whitespace_after_arg)
         arguments.append(argument)
     return arguments
+
+
+def _named_as_before(
+    original: cst.BaseFormattedStringContent, updated: cst.BaseFormattedStringContent, quote: str
+) -> list[cst.BaseFormattedStringContent]:
+    """``{loss=}`` goes on saying "loss=", whatever stands in its place."""
+    write = cst.Module([]).code_for_node
+    if not isinstance(original, cst.FormattedStringExpression) or original.equal is None:
+        return [updated]
+    assert isinstance(updated, cst.FormattedStringExpression)
+    spaced = (original.whitespace_before_expression, original.expression, original.whitespace_after_expression)
+    name = "".join(map(write, (*spaced, original.equal)))
+    if write(original.expression) == write(updated.expression) or quote in name or "\\" in name or "\n" in name:
+        return [updated]
+    shown = updated.with_changes(
+        equal=None,
+        whitespace_before_expression=cst.SimpleWhitespace(""),
+        whitespace_after_expression=cst.SimpleWhitespace(""),
+        conversion="r" if updated.conversion is None and updated.format_spec is None else updated.conversion,
+    )
+    return [cst.FormattedStringText(name.replace("{", "{{").replace("}", "}}")), shown]

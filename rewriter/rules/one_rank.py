@@ -107,12 +107,14 @@ def _only_effects(file: File, node: ast.With) -> bool:
         return False
     stored = {item.id for item in items if isinstance(item, ast.Name) and isinstance(item.ctx, ast.Store)}
     around = file.names.function_of(node) or file.tree
-    inside = set(items)
+    inside, scope = set(items), file.names.scope_of(node)
     return not any(
         isinstance(item, ast.Name)
         and item.id in stored
         and isinstance(item.ctx, ast.Load)
         and item not in inside
+        and (found := file.names.lookup(item.id, file.names.scope_of(item))) is not None
+        and found[0] is scope
         and not _is_bound_since(file, item, node)
         for item in walk(around)
     )

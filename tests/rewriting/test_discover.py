@@ -111,3 +111,65 @@ def test_a_script_without_a_suffix(tmp_path: Path, first: str, capsys: pytest.Ca
     assert main([str(tmp_path), "--write"]) == 0
     assert f"torchrun --nproc_per_node=N {tmp_path / 'train'}\n" in capsys.readouterr().out
     assert "init_distributed" in (tmp_path / "train").read_text()
+
+
+IMPORTED = {
+    "a folder": ("models/", {"train.py": "from models import net", "models/net.py": "", "models/__init__.py": ""}),
+    "a folder without an init": ("models/", {"train.py": "import models.net", "models/net.py": ""}),
+    "one of its names": ("models/", {"train.py": "from models.net import Net as N", "models/net.py": ""}),
+    "by a file of it": (
+        "models/",
+        {"train.py": "import models.net", "models/net.py": "from . import b", "models/b.py": ""},
+    ),
+    "a file": ("net.py", {"train.py": "import net", "net.py": ""}),
+    "a file in a folder": ("lib/net.py", {"lib/train.py": "from .net import Net", "lib/net.py": ""}),
+    "relative to a folder above": ("nets/", {"a/train.py": "from ..nets import b", "nets/b.py": ""}),
+    "on the path": (
+        "lib/",
+        {"tools/train.py": "import sys\nsys.path.insert(0, '../lib')\nimport core.b", "lib/core/b.py": ""},
+    ),
+    "by a name": (
+        "models",
+        {"train.py": "import importlib as i\ni.import_module('models.{}'.format(name))", "models/b.py": ""},
+    ),
+    "what is built": ("", {"train.py": "from build import net", "build/net.py": ""}),
+    "in turn": ("/a\n/b\n", {"train.py": "import a.x", "a/x.py": "import b.y", "b/y.py": "import a.z", "a/z.py": ""}),
+    "under the folder above it": (
+        "/pkg/gen/",
+        {"train.py": "import pkg.gen.b", "pkg/__init__.py": "", "pkg/gen/b.py": ""},
+    ),
+}
+NOT_IMPORTED = {
+    "data": ("data/", {"train.py": "from torch.utils.data import DataLoader", "data/get.py": ""}),
+    "data of a package's name": ("datasets/", {"train.py": "from datasets import load", "datasets/raw/get.py": ""}),
+    "copies of the code": ("runs/", {"train.py": "import net", "net.py": "", "runs/net.py": "", "runs/1/train.py": ""}),
+    "a copy on the path of another": (
+        "runs/", {"train.py": "import sys, net\nsys.path.append('x')", "net.py": "", "runs/net.py": ""}
+    ),
+    "a file that is no Python": ("models/", {"train.py": "from models import net\nprint 1", "models/net.py": ""}),
+    "an environment": ("env/", {"train.py": "import env.b", "env/pyvenv.cfg": "", "env/b.py": ""}),
+    "a package that is built": ("", {"train.py": "import pkg", "pkg/__init__.py": "", "build/lib/pkg/__init__.py": ""}),
+    "a text": ("models/", {"train.py": "print('models.net')", "models/net.py": ""}),
+}  # fmt: skip
+
+
+def laid(folder: Path, patterns: str, texts: dict[str, str]) -> set[str]:
+    for name, text in {".gitignore": patterns, **texts}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return {path.relative_to(folder).as_posix() for path in sources(folder)}
+
+
+@pytest.mark.parametrize(("patterns", "texts"), IMPORTED.values(), ids=IMPORTED.keys())
+def test_what_is_imported_is_the_projects_own(patterns: str, texts: dict[str, str], tmp_path: Path) -> None:
+    assert laid(tmp_path, patterns, texts) == {*texts}
+
+
+@pytest.mark.parametrize(("patterns", "texts"), NOT_IMPORTED.values(), ids=NOT_IMPORTED.keys())
+def test_what_is_not_imported_stays_out(patterns: str, texts: dict[str, str], tmp_path: Path) -> None:
+    assert laid(tmp_path, patterns, texts) == {name for name in texts if "/" not in name or name == "pkg/__init__.py"}
+
+
+def test_what_is_excluded_stays_out_though_it_is_imported(tmp_path: Path) -> None:
+    laid(tmp_path, "models/", {"train.py": "import models.net", "models/net.py": ""})
+    assert sources(tmp_path, exclude=("models",)) == [tmp_path / "train.py"]

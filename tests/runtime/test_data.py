@@ -434,3 +434,59 @@ def test_to_device() -> None:
     assert isinstance(batch["named"], FirstAndSecond) and batch["named"].second is None
     for tensor in (batch["x"], batch["pair"][0], batch["pair"][1][0], batch["named"].first, only):
         assert tensor.tolist() == [0, 1, 2] and tensor.device == batch["x"].device
+
+
+def rest(kind: str, skip: int) -> tuple[list[Any], int, int, list[Any]]:
+    """What is left of a second epoch, its length, what is drawn behind it, and the samples that were loaded."""
+    torch.manual_seed(3)
+    loader: DataLoader[Any] = {
+        "shuffled": lambda: shuffled(),
+        "own generator": with_generator,
+        "drawn batches": lambda: DataLoader(Seen(100), batch_sampler=Drawing()),  # type: ignore[arg-type]
+        "workers": lambda: shuffled(num_workers=1),
+    }[kind]()
+    shared = bmt.shard_loader(loader)
+    list(shared)
+    Seen.loaded.clear()
+    left = bmt.skip_batches(shared, skip)
+    batches = [tokens[:, 0].tolist() for tokens, _ in left]
+    return batches, len(left), int(torch.randint(1000, ())), list(Seen.loaded)
+
+
+class Seen(Numbers):
+    loaded: list[int] = []  # noqa: RUF012 - looked at within one process
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        self.loaded.append(index)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "own generator", "drawn batches", "workers"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_rest_of_an_epoch(kind: str, ranks: int) -> None:
+    whole, *_ = run_ranks(1, rest, kind, 0)[0]
+    found = run_ranks(ranks, rest, kind, 2)
+    for number, batch in enumerate(whole[2:]):
+        assert list(chain.from_iterable(batches[number] for batches, *_ in found)) == batch
+    assert {length for _, length, *_ in found} == {len(whole) - 2}
+    if kind == "drawn batches" and ranks == 1:
+        assert found[0][3] == list(chain.from_iterable(whole[2:]))  # no other sample was loaded
+
+
+def look() -> tuple[list[list[int]], list[list[int]], int]:
+    plain, stream = shuffled(), DataLoader(Stream(), batch_size=4)
+    left = bmt.skip_batches(bmt.skip_batches(plain, 1), 2)
+    assert len(list(plain)) == 4 and len(list(left)) == 1 and len(bmt.skip_batches(plain, 9)) == 0
+    shared = bmt.skip_batches(bmt.shard_loader(stream), 1)
+    return [b.tolist() for b in bmt.skip_batches(stream, 1)], [b.tolist() for b in shared], len(left)
+
+
+def test_the_rest_of_an_epoch_of_what_is_not_shared_out_or_read_in_a_row() -> None:
+    one, two = run_ranks(2, look)
+    assert one[0] == two[0] == [[4, 5, 6, 7], [8, 9, 10]] and one[2] == 1
+    assert [a + b for a, b in zip(one[1], two[1], strict=True)] == one[0]
+
+
+def test_batches_of_a_loader_without_batches_are_not_left_out() -> None:
+    with pytest.raises(ConfigurationError, match="islice"):
+        bmt.skip_batches(DataLoader(Numbers(4), batch_size=None), 1)

@@ -12,6 +12,7 @@ from rewriter.analyze.training.roles import Var
 
 _PASSED_ON = {
     "enumerate", "iter", "zip", "list", "cycle", "islice", "tqdm", "trange", "chain", "Progbar", "track", "to_device",
+    "skip_batches", "skip_first_batches",
 }  # fmt: skip
 _ENDLESS = ("cycle", "infinite", "inf_", "endless", "shard_loader")
 _DEEP = 8

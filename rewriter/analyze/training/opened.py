@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rewriter.analyze.read.file import File
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.collectives import Guard, guards
+from rewriter.analyze.training.writers import opens_for_writing
 
 _LEAVES = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 _ALL_RANKS = {"print", "save"}
@@ -76,8 +77,12 @@ def _read_by_all(statement: ast.stmt) -> Iterator[ast.Name | ast.Attribute]:
                 yield from _read_by_all(inner)
         case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))):
             yield from _loads(statement) if name in _ALL_RANKS else ()
-        case ast.With():
-            return
+        case ast.With(items=items, body=body):
+            if not any(opens_for_writing(item.context_expr) for item in items):
+                for item in items:
+                    yield from _loads(item.context_expr)
+                for inner in body:
+                    yield from _read_by_all(inner)
         case _:
             yield from _loads(statement)
 

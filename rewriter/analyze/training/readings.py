@@ -19,6 +19,9 @@ _SUMS = (b'"sum"', b"'sum'", b"size_average")
 _COUNTS = re.compile(r"num|count|hits|correct|^n_|^n$|total_|tokens", re.I)
 _QUESTIONS = {"isnan", "isinf", "isfinite"}
 _OF_NUMBERS = {f"{module}.{name}" for module in ("math", "torch", "numpy") for name in _QUESTIONS}
+_BENT = {"exp", "expm1", "exp2", "sqrt", "rsqrt", "log", "log2", "log10", "log1p"}
+"""Functions of which the mean is another than that of what they are given: perplexities, roots of mean squares."""
+_MODULES = {"math", "torch", "np", "numpy"}
 _OF_OBJECTS = (ast.Is, ast.IsNot, ast.In, ast.NotIn)
 _OF_NUMPY = {"numpy.array", "numpy.asarray", "numpy.float32", "numpy.float64", "numpy.mean"}
 
@@ -57,7 +60,7 @@ def readings(
             if known and loss not in taken and (_reads(reading) or not _may_be_number(roles, totals, loss)):
                 found[reading] = loss
                 taken.add(loss)
-            elif isinstance(loss, ast.BinOp):
+            elif isinstance(loss, (ast.BinOp, ast.UnaryOp)):
                 parts = [name for name in _whole(loss) if roles.var(name) in roles.losses]
                 found |= {name: name for name in parts if not _may_be_number(roles, totals, name)}
         found |= dict(_gone_through(file, roles, node, only_shown, counted))
@@ -65,7 +68,12 @@ def readings(
             case ast.AugAssign(target=target, op=ast.Add(), value=value) if _is_given(value, gives_mean):
                 if roles.var(target) not in roles.trained:
                     found[value] = value
-        told = (*_returned(file, roles, node), *_watched(roles, node), *_entered(roles, totals, node))
+        told = (
+            *_returned(file, roles, node),
+            *_watched(roles, node),
+            *_entered(roles, totals, node),
+            *_bent_apart(roles, totals, node),
+        )
         found |= {name: name for name in told if name not in taken}
     return found
 
@@ -112,6 +120,8 @@ def _reading_of(file: File, name: ast.Name) -> ast.expr:
     """``v.item()``, ``float(v.detach())``, around a name; itself, if nothing reads it."""
     node: ast.expr = name
     for parent in file.names.ancestors(name):
+        if _reads(node):
+            break
         if isinstance(parent, ast.Call) and viewed(parent) is name:
             node = parent
         elif not isinstance(parent, ast.Attribute):
@@ -242,6 +252,43 @@ def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name
     yield from (name for name in names if not _may_be_number(roles, totals, name))
 
 
+def _bent_apart(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
+    """Losses of which a function is made that nothing is trained on: ``perplexity = torch.exp(total / count)``."""
+    inner = bent(node)
+    if inner is None:
+        return
+    names = [name for name in _whole(inner) if roles.var(name) in roles.losses]
+    assert isinstance(node, ast.Call)
+    if (dotted(node.func) or "").startswith("math.") or all(_is_apart(roles, totals, name) for name in names):
+        yield from (name for name in names if not _may_be_number(roles, totals, name))
+
+
+def _is_apart(roles: Roles, totals: set[Var], name: ast.Name, deep: int = 0) -> bool:
+    """Whether what a variable holds is cut off from its graph, or is what losses are added up to."""
+    variable = roles.var(name)
+    if variable in roles.trained or deep > 3:
+        return False
+    if variable in totals:
+        return True
+    made = [value for held, value, _, part in roles.assignments if held == variable and not part]
+    for value in (value for value in made if not isinstance(value, ast.Constant)):
+        parts = [part for part in _whole(value) if roles.var(part) in roles.losses]
+        if "detach" not in ast.unparse(value):
+            if not parts or not all(_is_apart(roles, totals, part, deep + 1) for part in parts):
+                return False
+    return bool(made)
+
+
+def bent(node: ast.AST) -> ast.expr | None:
+    """``x`` of ``math.exp(x)``, ``torch.sqrt(x)`` and ``x.log()``, of which a mean is another than that of ``x``."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=module), attr=attr), args=[value]) if module in _MODULES:
+            return value if attr in _BENT else None
+        case ast.Call(func=ast.Attribute(value=value, attr=attr), args=[], keywords=[]) if attr in _BENT:
+            return value
+    return None
+
+
 def _is_trained(roles: Roles, entry: ast.Subscript) -> bool:
     """Whether backward is called on an entry of a dict, or on what is made of the dict."""
     held = roles.var(entry.value)
@@ -272,6 +319,12 @@ def _whole(node: ast.expr | None) -> Iterator[ast.Name]:
             yield from _whole(value)
         case ast.Attribute(value=value, attr="data"):
             yield from _whole(value)
+        case ast.UnaryOp(operand=value):
+            yield from _whole(value)
+        case ast.Call(func=ast.Name(id="min" | "max"), args=[value, ast.Constant()]):
+            yield from _whole(value)
+        case ast.Call() if (inner := bent(node)) is not None:
+            yield from _whole(inner)
 
 
 def candidates(roles: Roles, node: ast.AST) -> Iterator[ast.expr]:
@@ -371,6 +424,12 @@ def viewed(node: ast.expr) -> ast.expr:
                 node = value
             case ast.Attribute(value=value, attr="data"):
                 node = value
+            case ast.Call(func=ast.Name(id="round"), args=[value, *_]):
+                node = value
+            case ast.Call(func=ast.Name(id="min" | "max"), args=[value, ast.Constant()]):
+                node = value
+            case ast.Call() if (inner := bent(node)) is not None:
+                node = inner
             case _:
                 return node
 

@@ -391,7 +391,9 @@ class Scripts:
         """``importlib.import_module(f"models.{name}")``: the files, and those of folders, that it has names of."""
         if b"import_module" not in file.source.data:
             return set()
-        texts = (n.value for n in file.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
+        texts = (
+            re.split("[{%]", n.value)[0] for n in file.nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        )
         folders = {tuple(filter(None, re.split(r"[./]", text))) for text in texts if _FOLDER.fullmatch(text)} - {()}
         return {
             other

@@ -5,13 +5,15 @@ convert: ``accelerator.backward(loss)`` is ``loss.backward()``, ``accumulate`` a
 step, ``prepare`` goes, ``save_state`` writes each state under accelerate's own file name, and so on.
 Why: such a script owns its loop; only the names differ. Every rank trains on its share of the batches that the script
 would see on one process, so batch sizes are those of all ranks together, and schedulers step once a step.
-Refuses when: anything that the script does with accelerate is not understood: a plugin, fp16, a tracker that is not
-named, values of other processes whose data are not known. Then the whole script stays as it is, with the reasons.
+Refuses when: anything that the script does with accelerate is not understood: a plugin, fp16, another tracker than
+TensorBoard and wandb, values of other processes whose data are not known. Then the whole script stays as it is, with
+the reasons. Where an option names the tracker, it is TensorBoard, and another is an error when it starts.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
@@ -57,9 +59,10 @@ _HARMLESS_HANDLERS = {"DistributedDataParallelKwargs", "InitProcessGroupKwargs"}
 _PURE = {
     "DistributedType", "ProjectConfiguration", "DistributedDataParallelKwargs", "InitProcessGroupKwargs",
     "DataLoaderConfiguration", "GradientAccumulationPlugin", "send_to_device", "convert_outputs_to_fp32", "Accelerator",
-    "is_wandb_available", "is_tensorboard_available", "__version__", "check_min_version", "LoggerType",
+    "__version__", "check_min_version", "LoggerType",
 }  # fmt: skip
 """Names of accelerate that mean the same without an Accelerator."""
+_IS_THERE = re.compile(r"is_\w+_available")
 _CONSTANTS = {
     "num_processes": "1",
     "optimizer_step_was_skipped": "False",
@@ -71,6 +74,8 @@ _CONSTANTS = {
 }
 _INDEX = {"process_index", "local_process_index"}
 _LEFT_OUT = {"wait_for_everyone": "{bmt}.synchronize()", "free_memory": "", "clear": "", "unscale_gradients": ""}
+_NO_LENGTH = {"islice", "iter", "cycle", "chain", "map", "filter", "zip", "enumerate"}
+"""What gives batches and does not know how many."""
 _STATES = {"model": "pytorch_model", "optimizer": "optimizer", "scheduler": "scheduler"}
 """What accelerate calls the files of a state."""
 _RANDOM_FILE = '"random_states_0.pkl"'
@@ -180,7 +185,7 @@ class _Uses:
             return f"mixed_precision={constant!r} needs a loss scale: use bf16, or a GradScaler in an ordinary loop"
         if name == "cpu" and constant is True:
             return "cpu=True: run the script with CUDA_VISIBLE_DEVICES= instead"
-        if name == "log_with" and constant not in {"tensorboard", "wandb"}:
+        if name == "log_with" and self._names_a_tracker(value) and constant not in {"tensorboard", "wandb"}:
             return 'log_with is not one of "tensorboard" and "wandb": name the one that is used'
         if name == "device_placement" and constant is not True:
             return "device_placement is not known: move batches with .to(device) in an ordinary loop"
@@ -196,6 +201,11 @@ class _Uses:
         if name == "step_scheduler_with_optimizer" and constant is not True:
             return "step_scheduler_with_optimizer is not known"
         return ""
+
+    @staticmethod
+    def _names_a_tracker(value: ast.expr) -> bool:
+        """Whether the code itself says where logs go; an option that does is looked at when the tracker starts."""
+        return not (isinstance(value, (ast.Name, ast.Attribute)) and not last_name(value).isupper())
 
     def _made_by(self, node: ast.Name) -> Iterator[str]:
         roles = self.facts.scripts.roles[self.file]
@@ -310,7 +320,12 @@ class _Uses:
         return [n for n in self.file.nodes if isinstance(n, ast.Name) and n.id == "DistributedType"]
 
     def _left_out(self, call: ast.Call, instead: str) -> Iterator[Change]:
-        if not self._alone(call):
+        statement = self.file.names.statement_of(call)
+        code = self.file.source.code
+        into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is call else []
+        if into and [code(target) for target in into] == [code(item) for item in call.args]:
+            yield Remove(statement)  # the names of what they held are given something else, or end
+        elif not self._alone(call):
             self.refuse(call, f"{self.file.source.code(call.func)}(...) gives a value that is used")
         elif instead:
             yield replace(call, instead)
@@ -415,7 +430,7 @@ class _Uses:
         if number is None or loader is None:
             self.refuse(call, "skip_first_batches with arguments that are not known")
             return
-        yield from self._code(call, "itertools.islice({loader}, {number}, None)", loader=loader, number=number)
+        yield replace(call, "{bmt}.skip_batches({loader}, {number})", loader=loader, number=number)
 
     # Blocks -----------------------------------------------------
 
@@ -518,7 +533,7 @@ class _Uses:
             inner = inner.args[0]
         if starts or not isinstance(inner, (ast.Name, ast.Attribute)):
             return None
-        if any(name in SKIPS for name in self._skipped(inner)):
+        if any(name in _NO_LENGTH for name in self._made_of(inner)):
             return None
         if not enumerated:
             return None if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate" else "index"
@@ -528,12 +543,12 @@ class _Uses:
         stored = any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in inside)
         return None if stored else name or None
 
-    def _skipped(self, node: ast.expr) -> Iterator[str]:
+    def _made_of(self, node: ast.expr) -> Iterator[str]:
+        """The names of the calls that give a variable its values."""
         roles = self.facts.scripts.roles[self.file]
         for variable, value, _, _ in roles.assignments:
             if variable == roles.var(node) and isinstance(value, ast.Call):
-                name = "accelerate.skip_first_batches" if last_name(value.func) == "skip_first_batches" else ""
-                yield name or self.project.external(self.file, value.func)
+                yield last_name(value.func)
 
     def _condition(self, loop: ast.For, node: ast.Attribute) -> str:
         """When gradients are complete: after so many batches, and at the end of the data."""
@@ -718,7 +733,9 @@ class _Uses:
     def _tracker(self) -> str:
         """The tracker that the script starts; empty if it starts none, in which case logs go nowhere."""
         found = self.held.option("log_with")
-        return str(getattr(found[1], "value", "?")) if found is not None and any(self._starts()) else ""
+        if found is None or not any(self._starts()):
+            return ""
+        return str(found[1].value) if isinstance(found[1], ast.Constant) else "tensorboard"
 
     def _starts(self) -> Iterator[tuple[File, ast.Call]]:
         """The calls of ``init_trackers``."""
@@ -730,8 +747,11 @@ class _Uses:
 
     @cached_property
     def _is_conditional(self) -> bool:
-        """Whether there may be no tracker: it is started under a test of something else than the rank."""
-        return any(
+        """Whether there may be no tracker: an option says so, or it is started under a test of something else than
+        the rank.
+        """
+        found = self.held.option("log_with")
+        return (found is not None and not isinstance(found[1], ast.Constant)) or any(
             isinstance(parent, ast.If) and as_guard(file, parent) is None and not _is_main(parent)
             for file, call in self._starts()
             for parent in file.names.ancestors(call)
@@ -763,13 +783,33 @@ class _Uses:
         inside = {n.id for n in walk(place) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         if guards and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
             self.refuse(call, "the name of the trackers is made on one rank")
+        lines = [f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"]
+        hparams = [] if config is None else ["tracker.add_hparams({config}, {})"]
         if self._is_conditional:
-            yield insert_before(tests[-1], "tracker = None")
+            yield insert_before(tests[-1] if tests else statement, "tracker = None")
+        asked = self._asked_tracker(call)
+        if asked is not None:
+            lines = [
+                f'if {asked} not in (None, "tensorboard"):',
+                f"    raise ValueError(f\"{{{asked}}} is no tracker of this script: say 'tensorboard'\")",
+                f"if {asked} is not None:",
+                *(f"    {line}" for line in lines),
+            ]
+            hparams = ["if tracker is not None:", *(f"    {line}" for line in hparams)] if hparams else []
         # What closes it stands outside of the guard.
-        yield insert_before(place, f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))", name=name)
+        yield insert_before(place, *lines, name=name)
         if config is not None:
-            yield insert_before(statement, "tracker.add_hparams({config}, {})", config=config)
+            yield insert_before(statement, *hparams, config=config)
         yield Remove(statement)
+
+    def _asked_tracker(self, call: ast.Call) -> str | None:
+        """The code of the option that says where logs go; None where the script itself says it."""
+        found = self.held.option("log_with")
+        if found is None or isinstance(found[1], ast.Constant):
+            return None
+        if not self.held.is_known("log_with", self.file, call):
+            self.refuse(call, "the option that names the tracker is not known here: make the writer in the script")
+        return found[0].source.code(found[1])
 
     def _folder(self, node: ast.Attribute) -> str:
         """Where logs go, as code."""
@@ -800,15 +840,44 @@ class _Uses:
             lines = []
             for number, (key, value) in enumerate(zip(values.keys, values.values, strict=True)):
                 assert key is not None
-                text = isinstance(value, ast.JoinedStr) or last_name(getattr(value, "func", value)) == "str"
-                lines.append(
-                    f"tracker.{'add_text' if text else 'add_scalar'}({{key_{number}}}, {{value_{number}}}{at})"
-                )
+                lines += self._to_show(value, f"{{key_{number}}}", f"{{value_{number}}}", at)
                 holes |= {f"key_{number}": key, f"value_{number}": value}
         else:
-            lines = ["for name, value in {values}.items():", f"    tracker.add_scalar(name, value{at})"]
+            lines = ["for name, value in {values}.items():"]
+            lines += [f"    {line}" for line in _by_kind("name", "value", at)]
             holes["values"] = values
         yield from self._to_tracker(call, lines, holes)
+
+    def _to_show(self, value: ast.expr, key: str, code: str, at: str) -> list[str]:
+        """Lines that show a value under its key, as accelerate's tracker does: by what it is."""
+        if isinstance(value, ast.JoinedStr) or last_name(getattr(value, "func", value)) == "str":
+            return [f"tracker.add_text({key}, {code}{at})"]
+        if self._is_number(value):
+            return [f"tracker.add_scalar({key}, {code}{at})"]
+        if all(isinstance(item, (ast.Name, ast.Attribute, ast.Load)) for item in walk(value)):
+            return _by_kind(key, code, at)
+        return [f"value = {code}", *_by_kind(key, "value", at)]
+
+    def _is_number(self, value: ast.expr, deep: int = 0) -> bool:
+        """Whether an expression is a number by all that is seen of it."""
+        match value:
+            case ast.Constant():
+                return isinstance(value.value, (int, float))
+            case ast.Call():
+                return last_name(value.func) in {"item", "float", "int", "len", "round", "exp"}
+            case ast.BinOp(op=ast.Div() | ast.FloorDiv() | ast.Sub() | ast.Pow()):
+                return True
+            case ast.BinOp(left=left, right=right):
+                return self._is_number(left, deep) or self._is_number(right, deep)
+            case ast.Subscript(value=ast.Call(func=func)):
+                return last_name(func) == "get_last_lr"
+            case ast.Name() if deep < 4:
+                roles = self.facts.scripts.roles[self.file]
+                given = [(v, part) for var, v, _, part in roles.assignments if var == roles.var(value)]
+                counts = any(_counts(node, value.id) for node in self.file.nodes if isinstance(node, ast.For))
+                if all(not part and self._is_number(v, deep + 1) for v, part in given):
+                    return bool(given) or counts
+        return False
 
     def _to_tracker(self, call: ast.Call, lines: list[str], holes: dict[str, ast.expr]) -> Iterator[Change]:
         """Lines for a tracker, if there is one."""
@@ -843,7 +912,8 @@ class _Uses:
         if not name.startswith("accelerate."):
             return
         call = self.file.names.parents[node]
-        if name in CLASSES or name.split(".")[-1] in _PURE or "DistributedType." in name:
+        last = name.split(".")[-1]
+        if name in CLASSES or last in _PURE or _IS_THERE.fullmatch(last) or "DistributedType." in name:
             return
         self.seen.append(node)
         if not isinstance(call, ast.Call) or call.func is not node:
@@ -863,9 +933,10 @@ class _Uses:
         statement = self.file.names.statement_of(call)
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         seed = call.args[0] if call.args else given.pop("seed", None)
+        given.pop("device_specific", None)  # what is drawn apart on the ranks is drawn from other seeds anyway
         plain = all(isinstance(v, ast.Constant) and v.value is False for v in given.values())
         if seed is None or len(call.args) > 1 or not plain or not self._alone(call) or not _is_repeatable(seed):
-            self.refuse(call, "a seed of each process, or with arguments that are not known")
+            self.refuse(call, "a seed with arguments that are not known")
             return
         yield from imports(self.file, "random", "numpy", "torch")
         yield insert_behind(statement, "random.seed({seed})", "numpy.random.seed({seed})", seed=seed)
@@ -958,6 +1029,30 @@ def _is_made(value: ast.expr | None) -> bool:
 def _is_main(node: ast.AST) -> bool:
     """``if __name__ == "__main__":``."""
     return isinstance(node, ast.If) and any(getattr(n, "id", "") == "__name__" for n in walk(node.test))
+
+
+def _counts(loop: ast.For, name: str) -> bool:
+    """Whether a loop counts in a variable."""
+    if not isinstance(loop.iter, ast.Call):
+        return False
+    match loop.target:
+        case ast.Name(id=found) | ast.Tuple(elts=[ast.Name(id=found), *_]) if found == name:
+            return last_name(loop.iter.func) in (
+                {"range", "trange"} if isinstance(loop.target, ast.Name) else {"enumerate"}
+            )
+    return False
+
+
+def _by_kind(key: str, value: str, at: str) -> list[str]:
+    """Lines that show a value of a kind that is not known."""
+    return [
+        f"if isinstance({value}, dict):",
+        f"    tracker.add_scalars({key}, {value}{at})",
+        f"elif isinstance({value}, str):",
+        f"    tracker.add_text({key}, {value}{at})",
+        "else:",
+        f"    tracker.add_scalar({key}, {value}{at})",
+    ]
 
 
 def _operand(code: str) -> str:

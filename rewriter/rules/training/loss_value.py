@@ -52,9 +52,9 @@ def _in_callbacks(file: File, facts: Facts) -> Iterator[Finding]:
                 if isinstance(loss, ast.Subscript) and isinstance(loss.value, ast.Name):
                     held = loss.value.id
                 given = held or name
-                if given in names and node not in told:
+                if given in names and told.isdisjoint((node, loss)):
                     if _gets_loss(facts, method.name, names.index(given), given, as_dict=bool(held)):
-                        told.add(node)
+                        told |= {node, loss}
                         shown, advice = ast.unparse(loss), f"bmt.sum_loss({ast.unparse(loss)})"
                         if held:
                             advice = f"give it {{k: bmt.sum_loss(v) for k, v in {held}.items()}}"

@@ -31,6 +31,7 @@ from collections.abc import Iterator, Mapping
 from rewriter.analyze.facts import Facts
 from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
 from rewriter.analyze.read.nodes import dotted, is_backward, item_of, names_in, read_out, walk, walk_own
+from rewriter.analyze.training.readings import viewed
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.shares import Kinds, Share
 from rewriter.changes import insert_behind
@@ -138,6 +139,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                     isinstance(item, ast.Call)
                     and item not in losses
                     and not facts.left_behind.is_whole(file, item)
+                    and not _is_made_of_averaged(file, facts, item)
                     and (_shown(file, facts, node, item) or _is_handed_on(file, kinds, item))
                     and not _uses(file, facts, item, whole)
                     and not _is_tested(file, facts, item)
@@ -311,6 +313,14 @@ def _is_met_by_shares(file: File, facts: Facts, statement: ast.Assign, held: set
         for use in file.nodes
         if isinstance(use, (ast.Name, ast.Attribute))
     )
+
+
+def _is_made_of_averaged(file: File, facts: Facts, value: ast.expr) -> bool:
+    """``psnr.item()`` where ``psnr = -10 * torch.log10(error)``, in which the error is that of all ranks."""
+    averaged = set(facts.scripts.collectives.readings(file).values())
+    read = viewed(value)
+    made = file.names.values_of(read) if isinstance(read, ast.Name) else []
+    return bool(made) and all(not averaged.isdisjoint(ast.walk(item)) for item in made)
 
 
 def _shown_of_shares(file: File, facts: Facts, told: _Told) -> Iterator[Finding]:

@@ -52,6 +52,18 @@ def script(options: str = "", imports: str = "", **at: str) -> str:
     return text
 
 
+def accumulating(steps: str, text: str = SCRIPT) -> str:
+    block = text[text.index("    loss = ") : text.index("    # in the loop")]
+    inside = "    with accelerator.accumulate(model):\n" + block.replace("    ", "        ")
+    return text.replace(block, inside).replace("Accelerator()", f"Accelerator(gradient_accumulation_steps={steps})")
+
+
+def accumulating_over(batches: str) -> str:
+    """Gradients are added up over what a variable holds, which is the loader itself on another way."""
+    made = f"active = train_loader\nif resume:\n    active = {batches}\nfor step, (x, y) in enumerate(active):"
+    return accumulating("2").replace("for step, (x, y) in enumerate(train_loader):", made)
+
+
 REFUSED = {
     "a model that is not named": script(behind="accelerator.unwrap_model(*models)"),
     "a plugin": script("deepspeed_plugin=plugin"),
@@ -63,10 +75,14 @@ REFUSED = {
     "options with a name that is not seen": script("**options", "options = {name: 1}\n"),
     "options under a test": script("**options", "options = {}\nif half:\n    options['mixed_precision'] = 'bf16'\n"),
     "a plugin in options": script("**options", "options = {'fsdp_plugin': plugin}\n"),
-    "a tracker in options": script("**options", "options = {'log_with': args.report_to}\n"),
     "a loss scale": script("mixed_precision='fp16'"),
-    "all trackers": script("log_with='all'"),
-    "a tracker in a variable": script("log_with=args.report_to"),
+    "all trackers": script("log_with='all'", behind="accelerator.init_trackers('run')"),
+    "a tracker by its name": script("log_with=LoggerType.COMETML", behind="accelerator.init_trackers('run')"),
+    "trackers": script("log_with=['wandb', 'aim']", behind="accelerator.init_trackers('run')"),
+    "a tracker that is not known where it starts": script("log_with=kind", imports="def start(accelerator):\n    accelerator.init_trackers('run')\n\n"),
+    "a seed and kernels": script(imports="from accelerate.utils import set_seed\nset_seed(1, deterministic=True)\n"),
+    "batches without a number": accumulating_over("itertools.islice(train_loader, 3)"),
+    "batches left out in the loop": accumulating_over("train_loader").replace("enumerate(active)", "enumerate(accelerator.skip_first_batches(active, 2))"),
     "its own names for states": script("project_config=ProjectConfiguration(automatic_checkpoint_naming=True)"),
     "a handler": script("kwargs_handlers=[FP8RecipeKwargs()]"),
     "a handler in a variable": script("kwargs_handlers=[made]", behind="made = GradScalerKwargs()"),
@@ -78,7 +94,7 @@ REFUSED = {
     "a state in no folder": script(behind="accelerator.save_state()"),
     "a state whose place is used": script(behind="path = accelerator.save_state('out')"),
     "a state of elsewhere": script(behind="def save():\n    accelerator.save_state('out')"),
-    "a seed a process": script(imports="from accelerate.utils import set_seed\nset_seed(1, device_specific=True)\n"),
+    "set free under another name": script(behind="a, b = accelerator.free_memory(model, optimizer)"),
     "objects": script(imports="from accelerate.utils import gather_object\n", behind="a = gather_object([1])"),
     "a launcher": script(imports="from accelerate import notebook_launcher\n", behind="notebook_launcher(f)"),
     "big models": script(imports="from accelerate import dispatch_model\n", behind="m = dispatch_model(model)"),
@@ -189,8 +205,9 @@ BEHIND = {
     "no reduction at times": ("c = accelerator.no_sync(model) if x else d", "c = contextlib.nullcontext() if x else d\n"),
     "without precision": ("with accelerator.autocast():\n    y = 1", "\ny = 1\n"),
     "split": ("with accelerator.split_between_processes(prompts) as part:\n    y = f(part)", "\npart = prompts\ny = f(part)\n"),
-    "batches left out": ("for x, y in accelerator.skip_first_batches(eval_loader, 3):\n    out = model(x)", "for x, y in itertools.islice(eval_loader, 3, None):\n    x, y = bmt.to_device((x, y))\n"),
+    "batches left out": ("for x, y in accelerator.skip_first_batches(eval_loader, 3):\n    out = model(x)", "for x, y in bmt.skip_batches(eval_loader, 3):\n    x, y = bmt.to_device((x, y))\n"),
     "ended": ("accelerator.end_training()\naccelerator.free_memory()\ndone = 1", "\ndone = 1\n"),
+    "set free": ("model, optimizer = accelerator.free_memory(model, optimizer)\ndone = 1", "    pass\ndone = 1\n"),
     "totals behind a loop": ("seen = accelerator.gather(loss)", "seen = bmt.gather_result(loss)\n"),
     "totals of evaluation": ("seen = accelerator.gather(out)", "seen = out\n"),
     "a pretrained model": (
@@ -208,12 +225,6 @@ def test_behind_the_loop(text: str, wanted: str) -> None:
     assert wanted in after and "accelerat" not in after
 
 
-def accumulating(steps: str, text: str = SCRIPT) -> str:
-    block = text[text.index("    loss = ") : text.index("    # in the loop")]
-    inside = "    with accelerator.accumulate(model):\n" + block.replace("    ", "        ")
-    return text.replace(block, inside).replace("Accelerator()", f"Accelerator(gradient_accumulation_steps={steps})")
-
-
 def test_gradients_are_added_up() -> None:
     after = converted(accumulating("2"))
     assert "optim_manager.backward(loss / 2)\n" in after
@@ -225,6 +236,14 @@ def test_gradients_are_added_up() -> None:
     assert "for (index, (x, y)) in enumerate(train_loader):\n    x, y = bmt.to_device((x, y))\n" in counted
     assert "if (index + 1) % args.n == 0 or index + 1 == len(train_loader):\n" in counted
     assert "loss / args.n" in counted
+
+
+@pytest.mark.parametrize("skip", ["accelerator.skip_first_batches", "skip_first_batches"])
+def test_the_rest_of_an_epoch_adds_up_by_its_own_length(skip: str) -> None:
+    after = converted(f"from accelerate import skip_first_batches\n{accumulating_over(f'{skip}(train_loader, done)')}")
+    assert "    active = bmt.skip_batches(train_loader, done)\nfor step, (x, y) in enumerate(active):\n" in after
+    assert "    if (step + 1) % 2 == 0 or step + 1 == len(active):\n        optim_manager.step()" in after
+    assert "accelerat" not in after
 
 
 def test_schedulers_follow_the_optimizer() -> None:
@@ -274,6 +293,52 @@ def test_trackers() -> None:
     )
     assert asked.endswith("\nif tracker is not None:\n    tracker.close()\n")
     assert "\nif True:" not in asked and "tracker" not in converted(text.replace(made, "pass\n"))
+
+
+def test_a_tracker_that_an_option_names() -> None:
+    options = (
+        "options = {}\nif args.tracked:\n    options['log_with'] = args.report\n    options['project_dir'] = folder\n"
+    )
+    text = script("**options", options, behind="if args.tracked:\n    accelerator.init_trackers('run', vars(args))")
+    start = text.index("if args.tracked:\n    accelerator.init")
+    text = text[:start].replace("for step", text[start:] + "for step") + "accelerator.end_training()\n"
+    after = converted(text)
+    asked = """tracker = None
+if args.tracked:
+    if args.report not in (None, "tensorboard"):
+        raise ValueError(f"{args.report} is no tracker of this script: say 'tensorboard'")
+    if args.report is not None:
+        tracker = bmt.on_rank_0(SummaryWriter)(os.path.join(folder, 'run'))
+    if tracker is not None:
+        if bmt.rank() == 0:
+            tracker.add_hparams(vars(args), {})
+"""
+    assert asked in after and after.endswith("\nif tracker is not None:\n    tracker.close()\n")
+    assert "tracker" not in converted(script("log_with=args.report_to"))
+
+
+def test_what_is_there_may_be_asked_for() -> None:
+    asked = "from accelerate.utils import is_xpu_available\nfast = is_xpu_available()\n"
+    assert asked in converted(script(imports=asked))
+
+
+SHOWN = {
+    "a number": ("{'n': 3}", "tracker.add_scalar('n', 3, step)\n"),
+    "a count": ("{'n': step}", "tracker.add_scalar('n', step, step)\n"),
+    "a rate": ("{'n': done / 2}", "tracker.add_scalar('n', done / 2, step)\n"),
+    "a text": ("{'n': f'{step}'}", "tracker.add_text('n', f'{step}', step)\n"),
+    "of a kind that is not known": ("{'n': scores}", "tracker.add_scalars('n', scores, step)\n"),
+    "given by a function": ("{'n': metric.compute()}", "tracker.add_scalars('n', value, step)\n"),
+    "all that there is": ("scores", "tracker.add_scalars(name, value, step)\n"),
+}
+
+
+@pytest.mark.parametrize(("values", "wanted"), SHOWN.values(), ids=SHOWN.keys())
+def test_values_are_shown_by_what_they_are(values: str, wanted: str) -> None:
+    text = script("log_with='tensorboard', project_dir='x'", in_the_loop=f"accelerator.log({values}, step=step)")
+    after = converted(text.replace("for step", "accelerator.init_trackers('run')\nfor step"))
+    assert wanted in after and ("add_scalars" in after) == ("add_scalars" in wanted)
+    assert ("isinstance" in after) == ("add_scalars" in wanted)
 
 
 def test_precision() -> None:

@@ -178,3 +178,18 @@ def test_what_profilers_write_is_one_ranks(name: str) -> None:
 )
 def test_what_each_rank_writes_by_itself_stays(text: str) -> None:
     assert text in body(text)
+
+
+def test_a_function_inside_has_names_of_its_own() -> None:
+    """What a block binds is not read by a nested function, or by a list, that binds the name itself."""
+    inner = "    def scores(found):\n        for key in found:\n            print(key)\n        return [key for key in found]\n\n"
+    text = HEAD.replace("    for x", inner + "    for x") + "    if rank == 0:\n        value = loss.item()\n"
+    text += '        with open("one.txt", "w") as out:\n            for key in [value]:\n                out.write(str(key))\n'
+    head = "import torch.distributed as dist\ndist.init_process_group('gloo')\nrank = dist.get_rank()\n"
+    after = converted(head + text + TAIL)
+    assert "    value = bmt.sum_loss(loss).item()\n    if bmt.rank() == 0:\n        with open(" in after
+    read = text.replace("return [key for key in found]", "return key").replace("for key in found:", "if found:")
+    result = convert_text(
+        head + read.replace("            print(key)\n        return", "            pass\n        return") + TAIL
+    )
+    assert any("has a file open to write" in finding.message for finding in result.reported)

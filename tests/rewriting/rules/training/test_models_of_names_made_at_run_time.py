@@ -39,6 +39,8 @@ NAMES = {
     "formatted": 'module = importlib.import_module(f"nets.{args.name}")',
     "added": 'module = importlib.import_module("nets." + args.name)',
     "by format": 'module = importlib.import_module("{}.{}".format("nets", args.name))',
+    "in a text for format": 'module = importlib.import_module("nets.{}".format(args.name))',
+    "in a text for %": 'module = importlib.import_module("nets.%s" % args.name)',
     "relative": 'module = importlib.import_module("." + args.name, "nets")',
     "from a table": 'TABLE = {"net": "nets.net"}\nmodule = importlib.import_module(TABLE[args.name])',
     "from the folder": (
