@@ -153,17 +153,17 @@ class _Apply(cst.CSTTransformer):
             return current
         if isinstance(original_node, _HOLDERS):
             self._comments[original_node] = self._lost.pop()
+        if isinstance(original_node, cst.FormattedString):
+            assert isinstance(current, cst.FormattedString)
+            pairs = zip(original_node.parts, current.parts, strict=True)
+            parts = [part for one, other in pairs for part in _named_as_before(one, other, original_node.quote)]
+            current = current.with_changes(parts=parts)
         for change in self._of_expressions.get(original_node, ()):
             current = self._changed(original_node, current, change)
         if original_node in self._wanted:
             self._updated[original_node] = current
         if original_node in self._hoisted:
             return cst.Name(self._hoisted[original_node])
-        if isinstance(original_node, cst.FormattedString):
-            assert isinstance(current, cst.FormattedString)
-            pairs = zip(original_node.parts, current.parts, strict=True)
-            parts = [part for one, other in pairs for part in _named_as_before(one, other, original_node.quote)]
-            current = current.with_changes(parts=parts)
         if isinstance(original_node, (cst.Module, cst.IndentedBlock)):
             assert isinstance(current, (cst.Module, cst.IndentedBlock))
             return self._block(original_node, current)

@@ -205,6 +205,8 @@ class Kinds:
                 self.made[name] += [(value, None) for _, value in growth]
             else:
                 added |= {name} if any(isinstance(node, ast.AugAssign) for node, _ in growth) else set()
+                if all(_is_nothing(value) for value, _ in self.made.get(name, ())):
+                    self.made.pop(name, None)  # it begins again: ``if i % 10 == 0: print(hits); hits = 0``
         return added, anew
 
     def _is_made_before(self, name: str, node: ast.AST) -> bool:
@@ -1411,6 +1413,11 @@ def _is_first_dimension(given: list[ast.expr]) -> bool:
     """Whether ``x.sum(0)``, or ``x.sum((0, 2))``, is over the batch."""
     dimensions = given[0].elts if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)) else given
     return len(given) == 1 and any(isinstance(item, ast.Constant) and item.value == 0 for item in dimensions)
+
+
+def _is_nothing(node: ast.expr) -> bool:
+    """``0``, ``0.0``, ``[]``: what adding up begins with."""
+    return (isinstance(node, ast.Constant) and node.value == 0) or (isinstance(node, ast.List) and not node.elts)
 
 
 def _is_behind_first(place: ast.expr) -> bool:
