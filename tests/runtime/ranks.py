@@ -36,6 +36,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import OrderedDict
@@ -138,6 +139,59 @@ def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subproces
                 print(code, file=sys.stderr)
                 code = 1
     return subprocess.CompletedProcess(sys.argv, int(code), out.getvalue(), err.getvalue())
+
+
+def run_launched(
+    path: Path,
+    *arguments: str,
+    ranks: int,
+    restarts: int = 0,
+    folder: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --max-restarts`` does and all its ranks write together; they, too, have loaded torch already.
+
+    Ranks may end as they like, and are started again.  They begin in ``folder``.
+    """
+    where = str(folder or os.getcwd())
+    (done,) = run_ranks(
+        1, _launch, str(path), arguments, ranks, restarts, where, initialize=False, fresh=True, default_device=False,
+        env=env,
+    )  # fmt: skip
+    assert isinstance(done, subprocess.CompletedProcess)
+    return done
+
+
+def _launch(
+    path: str, arguments: tuple[str, ...], ranks: int, restarts: int, folder: str
+) -> subprocess.CompletedProcess[str]:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    config = LaunchConfig(
+        1, 1, ranks, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
+        start_method="fork",
+    )  # fmt: skip
+    code = 0
+    with tempfile.TemporaryFile("w+") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        try:
+            elastic_launch(config, _launched)(path, arguments)
+        except ChildFailedError as error:
+            code = 1
+            print(error, file=sys.stderr, flush=True)
+        output.seek(0)
+        return subprocess.CompletedProcess([path, *arguments], code, output.read())
+
+
+def _launched(path: str, arguments: tuple[str, ...]) -> None:
+    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(path))
+    runpy.run_path(path, run_name="__main__")
+    _say_goodbye()
 
 
 def on_ranks(
