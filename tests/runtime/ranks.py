@@ -113,7 +113,12 @@ def run_ranks(
 
 
 def run_script(
-    path: Path, *arguments: str, ranks: int = 1, folder: Path | None = None, env: dict[str, str] | None = None
+    path: Path,
+    *arguments: str,
+    ranks: int = 1,
+    folder: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> list[subprocess.CompletedProcess[str]]:
     """What each rank of ``torchrun path arguments`` does and writes, in processes that have loaded torch already.
 
@@ -121,8 +126,9 @@ def run_script(
     """
     where = str(folder or os.getcwd())
     return run_ranks(
-        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env
-    )
+        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env,
+        timeout=timeout,
+    )  # fmt: skip
 
 
 def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subprocess.CompletedProcess[str]:
