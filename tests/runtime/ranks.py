@@ -314,13 +314,16 @@ class _Group:
 def start_fork_server() -> None:
     """Start what ranks are forked from; whoever else forks in this process of the tests then does so from there."""
     # What a backward or torch.compile imports, and the converter where a test's module does, every rank that is started
-    # would import again, for seconds.  Inductor asks what GPUs there are, and who has asked that cannot be forked into
+    # would import again, for seconds; and this module, by whatever name tests have it, for milliseconds.  Inductor asks what GPUs there are, and who has asked that cannot be forked into
     # processes that use them.
     compiler = ["torch._dynamo"]
     if os.environ.get("BMTRAIN_TEST_DEVICE") != "cuda":
         compiler += ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common"]
         compiler += ["torch._inductor.compile_fx", "torch._inductor.debug"]
-    forkserver.set_forkserver_preload([*compiler, "bmtrain", "pytest", "rewriter.convert"])
+    here = [f"{package}{name}" for package in ("", "tests.runtime.") for name in ("ranks", "drawn_on_cpu")]
+    helpers = ["rewriting.helpers", "tests.rewriting.helpers"]
+    later = ["torch.profiler._cupti_monitor", "torch.utils.serialization.config", "encodings.idna", "encodings.latin_1"]
+    forkserver.set_forkserver_preload([*compiler, "bmtrain", "pytest", "rewriter.convert", *later, *here, *helpers])
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
     try:
