@@ -314,8 +314,8 @@ class _Group:
 def start_fork_server() -> None:
     """Start what ranks are forked from; whoever else forks in this process of the tests then does so from there."""
     # What a backward or torch.compile imports, and the converter where a test's module does, every rank that is started
-    # would import again, for seconds; and this module, by whatever name tests have it, for milliseconds.  Inductor asks what GPUs there are, and who has asked that cannot be forked into
-    # processes that use them.
+    # would import again, for seconds; and this module, by whatever name tests have it, for milliseconds.  Inductor asks
+    # what GPUs there are, and who has asked that cannot be forked into processes that use them.
     compiler = ["torch._dynamo"]
     if os.environ.get("BMTRAIN_TEST_DEVICE") != "cuda":
         compiler += ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common"]
