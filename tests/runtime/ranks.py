@@ -193,7 +193,7 @@ def _launch(
 
 
 def _launched(path: str, arguments: tuple[str, ...]) -> None:
-    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # ranks write into one file
     sys.argv = [path, *arguments]
     sys.path.insert(0, os.path.dirname(path))
     runpy.run_path(path, run_name="__main__")

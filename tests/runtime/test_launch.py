@@ -109,13 +109,14 @@ def dies(folder: Path, rank: int) -> Path:
     script.write_text(
         "import os\n"
         "import bmtrain as bmt, torch\n"
+        "count = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
         "bmt.init_distributed(device='cpu')\n"
         "model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))\n"
         "for step in range(3):\n"
         "    model(torch.ones(1, 4)).sum().backward()\n"
-        f"    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and bmt.rank() == {rank}:\n"
+        f"    if count == '0' and bmt.rank() == {rank}:\n"
         "        os._exit(3)\n"
-        "print(f'rank {bmt.rank()} is through', os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "print(f'rank {bmt.rank()} is through {count}')\n"
     )
     return script
 
