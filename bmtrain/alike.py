@@ -162,6 +162,8 @@ def digest(value: torch.Tensor) -> torch.Tensor:
     else:  # the fewer words, the faster
         words = (flat.clone() if flat.storage_offset() * size % 8 else flat).view(torch.int64)
     weights = torch.arange(1, 2 * min(words.numel(), _AT_ONCE) + 1, 2, device=value.device)
+    if words.numel() <= _AT_ONCE:
+        return (words * weights).sum()
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     for part in torch.split(words, _AT_ONCE):
         total = total * _FACTOR + (part * weights[: part.numel()]).sum()

@@ -63,9 +63,20 @@ outside_of_compiled_code._torchdynamo_disable_msg = (  # type: ignore[attr-defin
 )
 
 
+def runs_as_written(call: CallT) -> CallT:
+    """Decorator for what ends in a collective, or is called by autograd, between pieces of compiled code.
+
+    torch.compile leaves its frames alone, and those of what it calls; it would look for code to compile in each.
+    """
+    function: Any = call
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return call
+
+
 def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
     """Decorator: ``call`` runs outside of compiled code, wherever it is called."""
 
+    @runs_as_written
     @functools.wraps(call)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_dynamo_compiling():
@@ -73,13 +84,6 @@ def never_compiled(call: Callable[P, T]) -> Callable[P, T]:
         return call(*args, **kwargs)
 
     return run
-
-
-def runs_as_written(call: CallT) -> CallT:
-    """Decorator for what autograd calls while compiled code runs: torch.compile leaves its frames alone."""
-    function: Any = call
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
-    return call
 
 
 def constant_in_compiled_code(call: CallT) -> CallT:

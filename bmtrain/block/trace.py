@@ -44,7 +44,8 @@ class Trace:
         self._expected_loose: set[int] = set()
         self._position = 0
         self._count = 0
-        self._asked: list[str] = []
+        self._asked = 0  # how often all ranks have agreed
+        self._said: list[tuple[int, str]] = []  # at which of them this rank has said where it is, and under which key
         self._event: Event = None  # the last thing done, and what came after each when it was done before
         self._then: dict[Event, Event] = {}
 
@@ -172,25 +173,32 @@ class Trace:
             raise CommunicationError(f"The ranks could not agree on {what}: {error}") from error
 
     def _compare_all(self, what: str, patience: timedelta) -> None:
-        # Asked by all ranks at the same step or not at all; at another one, its number tells.
-        store, key, said = self._ctx.store, f"order/{len(self._asked)}", f"{self._count} {what}"
-        store.set(f"{key}/{self._ctx.rank}", f"{said}\n{place_of_thread(threading.get_ident()).line}")
+        # Asked by all ranks at the same step or not at all; at another one, its number tells.  The last to come goes on
+        # at once, and who waits says nothing more as long as the others are nearly there.
+        store, key, said = self._ctx.store, f"order/{self._asked}", f"{self._count} {what}"
         done = f"{key}/done"
         if store.add(f"{key}/{zlib.crc32(said.encode())}", 1) == self._ctx.world_size:
             store.set(done, "1")
+        else:
+            self._wait_for(done, key, said, patience)
+        self._asked += 1
+        while self._said and self._said[0][0] < self._asked - 2:  # every rank is past the one before the last
+            store.delete_key(self._said.pop(0)[1])
+
+    def _wait_for(self, done: str, key: str, said: str, patience: timedelta) -> None:
+        store, watchdog, own = self._ctx.store, self._ctx.watchdog, f"{key}/{self._ctx.rank}"
         deadline = time.monotonic() + patience.total_seconds()
         pause = 0.0
-        watchdog = self._ctx.watchdog
         while not store.check([done]):
             if watchdog is not None:
                 watchdog.raise_verdict()
-            if pause > 0.003:  # it costs two questions a rank, and the others are mostly nearly there
+            if pause > 0.003:  # two questions a rank
+                if not self._said or self._said[-1][1] != own:
+                    store.set(own, f"{said}\n{place_of_thread(threading.get_ident()).line}")
+                    self._said.append((self._asked, own))
                 self._compare(key, said, patience if time.monotonic() > deadline else None)
             time.sleep(pause)
             pause = min(pause + 0.001, 0.5)
-        self._asked.append(f"{key}/{self._ctx.rank}")
-        if len(self._asked) > 2:  # every rank is past the one before the last
-            store.delete_key(self._asked[-3])
 
     def _compare(self, key: str, said: str, passed: timedelta | None) -> None:
         """Raise RankDivergenceError if a rank has not ``said`` the same, or nothing when the time has ``passed``."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..autograd import never_compiled, outside_of_compiled_code
+from ..autograd import never_compiled, outside_of_compiled_code, runs_as_written
 from ..device import Waits
 from ..errors import CommunicationError
 from ..watch import Diary, Watchdog
@@ -36,12 +36,15 @@ class WatchedCommunicator(Communicator):
         self._ranks = ranks or range(inner.world_size)
         self._next = self._ranks[(self.rank + 1) % self.world_size]
 
+    @runs_as_written
     def all_gather(self, shard: torch.Tensor, whole: torch.Tensor) -> None:
         self._counted("all_gather", shard, self.inner.all_gather, shard, whole)
 
+    @runs_as_written
     def reduce_scatter(self, whole: torch.Tensor, shard: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._counted("reduce_scatter", shard, self.inner.reduce_scatter, whole, shard, op)
 
+    @runs_as_written
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> None:
         self._counted("all_reduce", tensor, self.inner.all_reduce, tensor, op)
 
@@ -60,9 +63,11 @@ class WatchedCommunicator(Communicator):
 
         return wait_watched
 
+    @runs_as_written
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         self._counted("broadcast", tensor, self.inner.broadcast, tensor, root)
 
+    @runs_as_written
     def barrier(self) -> None:
         self._counted("barrier", 0, self.inner.barrier)
 
@@ -100,6 +105,7 @@ class WatchedCommunicator(Communicator):
     def abort(self) -> None:
         self.inner.abort()
 
+    @runs_as_written
     def _counted(self, operation: str, moved: torch.Tensor | int, call: Callable[..., Any], *args: Any) -> Any:
         """``call(*args)``, with a tensor that it moves, or how many bytes."""
         if torch.compiler.is_dynamo_compiling():

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from ..autograd import runs_as_written
 from ..comm import Communicator
 from ..context import context
 from ..errors import ConfigurationError
@@ -20,6 +21,7 @@ from .group import tensor_group
 ReduceType = Literal["all_reduce", "reduce_scatter"]
 
 
+@runs_as_written
 def parallel_linear(
     input: torch.Tensor,
     weight: torch.Tensor,
@@ -67,6 +69,7 @@ class OpParallelLinear:
     """``parallel_linear`` over the tensor-parallel group, with the published name and positional arguments."""
 
     @staticmethod
+    @runs_as_written
     def apply(
         input: torch.Tensor,
         weight: torch.Tensor,
@@ -90,6 +93,7 @@ class OpParallelLinear:
         )
 
 
+@runs_as_written
 def apply_over(function: type[torch.autograd.Function], x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     if comm.world_size == 1:
         return x
@@ -97,6 +101,7 @@ def apply_over(function: type[torch.autograd.Function], x: torch.Tensor, comm: C
     return result
 
 
+@runs_as_written
 def drawn_for(x: torch.Tensor, comm: Communicator, split: bool, joins: bool = False) -> torch.Tensor:
     """``x``; random numbers that are drawn next are for what is split over the ranks, as it is, or for what is not.
 
@@ -108,18 +113,21 @@ def drawn_for(x: torch.Tensor, comm: Communicator, split: bool, joins: bool = Fa
     return x
 
 
+@runs_as_written
 def _summed(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     result = x.clone(memory_format=torch.contiguous_format)
     comm.all_reduce(result, "sum")
     return result
 
 
+@runs_as_written
 def _gathered(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     whole = x.new_empty((comm.world_size * x.shape[0], *x.shape[1:]))
     comm.all_gather(x.contiguous(), whole)
     return whole
 
 
+@runs_as_written
 def _scattered(x: torch.Tensor, comm: Communicator) -> torch.Tensor:
     if x.shape[0] % comm.world_size:
         raise ConfigurationError(
@@ -134,6 +142,7 @@ class Copy(torch.autograd.Function):
     """Nothing forward, all-reduce backward."""
 
     @staticmethod
+    @runs_as_written
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         ctx.comm = comm
         return x.view_as(x)
@@ -145,6 +154,7 @@ class Copy(torch.autograd.Function):
 
 class ReduceOutput(torch.autograd.Function):
     @staticmethod
+    @runs_as_written
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         return _summed(x, comm)
 
@@ -155,6 +165,7 @@ class ReduceOutput(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
+    @runs_as_written
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         ctx.comm = comm
         return _gathered(x, comm)
@@ -166,6 +177,7 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
+    @runs_as_written
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         ctx.comm = comm
         return _scattered(x, comm)
@@ -177,6 +189,7 @@ class _Scatter(torch.autograd.Function):
 
 class _GatherFeatures(torch.autograd.Function):
     @staticmethod
+    @runs_as_written
     def forward(ctx: Any, x: torch.Tensor, comm: Communicator) -> torch.Tensor:
         ctx.comm = comm
         parts = _gathered(x.unsqueeze(0), comm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..autograd import runs_as_written
 from ..shard import DistributedModule
 from .functional import OpParallelLinear, ReduceType
 from .group import slice_of
@@ -44,6 +45,7 @@ class ColumnParallelLinear(DistributedModule):
         self.weight = xavier_weight(self.out_features_per_partition, in_features, dtype, split_dim=0)
         self.register_parameter("bias", zero_bias(self.out_features_per_partition, dtype, 0) if bias else None)
 
+    @runs_as_written
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` (..., in_features) to (..., out_features), or to this rank's slice of the last dimension."""
         return OpParallelLinear.apply(input, self.weight, self.bias, self.gather_input, self.gather_output)
@@ -89,6 +91,7 @@ class RowParallelLinear(DistributedModule):
         self.weight = xavier_weight(out_features, self.in_features_per_partition, dtype, split_dim=1)
         self.register_parameter("bias", zero_bias(out_features, dtype) if bias else None)
 
+    @runs_as_written
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input`` (..., in_features), or this rank's slice of the last dimension, to (..., out_features)."""
         reduce_type: ReduceType = "all_reduce" if self.all_reduce_output else "reduce_scatter"

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,9 +18,10 @@ BENCHMARK = ROOT / "examples" / "benchmark"
 
 
 def run(*arguments: str, script: str = "run.py") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(BENCHMARK / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    (done,) = run_script(
+        BENCHMARK / script, *arguments, env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}, timeout=300
+    )
+    return done
 
 
 @pytest.fixture(name="streams", scope="module")

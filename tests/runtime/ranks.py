@@ -36,6 +36,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import OrderedDict
@@ -112,7 +113,12 @@ def run_ranks(
 
 
 def run_script(
-    path: Path, *arguments: str, ranks: int = 1, folder: Path | None = None, env: dict[str, str] | None = None
+    path: Path,
+    *arguments: str,
+    ranks: int = 1,
+    folder: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout: float = DEFAULT_TIMEOUT,
 ) -> list[subprocess.CompletedProcess[str]]:
     """What each rank of ``torchrun path arguments`` does and writes, in processes that have loaded torch already.
 
@@ -120,8 +126,9 @@ def run_script(
     """
     where = str(folder or os.getcwd())
     return run_ranks(
-        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env
-    )
+        ranks, _run_script, str(path), arguments, where, initialize=False, fresh=True, default_device=False, env=env,
+        timeout=timeout,
+    )  # fmt: skip
 
 
 def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subprocess.CompletedProcess[str]:
@@ -138,6 +145,59 @@ def _run_script(path: str, arguments: tuple[str, ...], folder: str) -> subproces
                 print(code, file=sys.stderr)
                 code = 1
     return subprocess.CompletedProcess(sys.argv, int(code), out.getvalue(), err.getvalue())
+
+
+def run_launched(
+    path: Path,
+    *arguments: str,
+    ranks: int,
+    restarts: int = 0,
+    folder: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --max-restarts`` does and all its ranks write together; they, too, have loaded torch already.
+
+    Ranks may end as they like, and are started again.  They begin in ``folder``.
+    """
+    where = str(folder or os.getcwd())
+    (done,) = run_ranks(
+        1, _launch, str(path), arguments, ranks, restarts, where, initialize=False, fresh=True, default_device=False,
+        env=env,
+    )  # fmt: skip
+    assert isinstance(done, subprocess.CompletedProcess)
+    return done
+
+
+def _launch(
+    path: str, arguments: tuple[str, ...], ranks: int, restarts: int, folder: str
+) -> subprocess.CompletedProcess[str]:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.chdir(folder)
+    config = LaunchConfig(
+        1, 1, ranks, run_id="tests", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=restarts,
+        start_method="fork",
+    )  # fmt: skip
+    code = 0
+    with tempfile.TemporaryFile("w+") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        try:
+            elastic_launch(config, _launched)(path, arguments)
+        except ChildFailedError as error:
+            code = 1
+            print(error, file=sys.stderr, flush=True)
+        output.seek(0)
+        return subprocess.CompletedProcess([path, *arguments], code, output.read())
+
+
+def _launched(path: str, arguments: tuple[str, ...]) -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # ranks write into one file
+    sys.argv = [path, *arguments]
+    sys.path.insert(0, os.path.dirname(path))
+    runpy.run_path(path, run_name="__main__")
+    _say_goodbye()
 
 
 def on_ranks(
@@ -254,13 +314,16 @@ class _Group:
 def start_fork_server() -> None:
     """Start what ranks are forked from; whoever else forks in this process of the tests then does so from there."""
     # What a backward or torch.compile imports, and the converter where a test's module does, every rank that is started
-    # would import again, for seconds.  Inductor asks what GPUs there are, and who has asked that cannot be forked into
-    # processes that use them.
+    # would import again, for seconds; and this module, by whatever name tests have it, for milliseconds.  Inductor asks
+    # what GPUs there are, and who has asked that cannot be forked into processes that use them.
     compiler = ["torch._dynamo"]
     if os.environ.get("BMTRAIN_TEST_DEVICE") != "cuda":
         compiler += ["torch._dynamo.repro.after_dynamo", "torch._dynamo.backends.common"]
         compiler += ["torch._inductor.compile_fx", "torch._inductor.debug"]
-    forkserver.set_forkserver_preload([*compiler, "bmtrain", "pytest", "rewriter.convert"])
+    here = [f"{package}{name}" for package in ("", "tests.runtime.") for name in ("ranks", "drawn_on_cpu")]
+    helpers = ["rewriting.helpers", "tests.rewriting.helpers"]
+    later = ["torch.profiler._cupti_monitor", "torch.utils.serialization.config", "encodings.idna", "encodings.latin_1"]
+    forkserver.set_forkserver_preload([*compiler, "bmtrain", "pytest", "rewriter.convert", *later, *here, *helpers])
     given = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server looks nowhere else, and takes no path before 3.13
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import free_port
+from ranks import RanksFailed, free_port, run_launched, run_script
 
 SCRIPT = str(Path(__file__).parent / "launched.py")
 ROOT = Path(__file__).parents[2]
@@ -99,49 +99,55 @@ def test_a_failing_rank_ends_the_job(tmp_path: Path) -> None:
         "    raise KeyError('the reason')\n"
         "model(torch.ones(1, 4)).sum().backward()\n"
     )
-    process = start("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", str(script))
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode != 0 and "the reason" in output
+    done = run_launched(script, ranks=2)
+    assert done.returncode != 0 and "KeyError: 'the reason'" in done.stdout
+
+
+def dies(folder: Path, rank: int) -> Path:
+    """A script of three steps, in the first of which ``rank`` ends where it is not started again."""
+    script = folder / "dies.py"
+    script.write_text(
+        "import os\n"
+        "import bmtrain as bmt, torch\n"
+        "count = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "bmt.init_distributed(device='cpu')\n"
+        "model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))\n"
+        "for step in range(3):\n"
+        "    model(torch.ones(1, 4)).sum().backward()\n"
+        f"    if count == '0' and bmt.rank() == {rank}:\n"
+        "        os._exit(3)\n"
+        "print(f'rank {bmt.rank()} is through {count}')\n"
+    )
+    return script
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_started_again_find_each_other(tmp_path: Path, rank: int) -> None:
+    done = run_launched(dies(tmp_path, rank), ranks=2, restarts=1)
+    assert done.returncode == 0, done.stdout
+    assert "rank 0 is through 1" in done.stdout and "rank 1 is through 1" in done.stdout, done.stdout
 
 
 RESTARTS = {"static": [], "c10d": ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]}
 
 
-@pytest.mark.parametrize(
-    ("rendezvous", "rank"),
-    [
-        ("c10d", 0),
-        pytest.param("static", 1, marks=pytest.mark.long),
-        pytest.param("static", 0, marks=pytest.mark.long),
-        pytest.param("c10d", 1, marks=pytest.mark.long),
-    ],
-)
-def test_ranks_that_are_started_again_find_each_other(tmp_path: Path, rendezvous: str, rank: int) -> None:
-    script = tmp_path / "dies.py"
-    script.write_text(
-        "import os\n"
-        "import bmtrain as bmt, torch\n"
-        "bmt.init_distributed(device='cpu')\n"
-        "model = bmt.BMTrainModelWrapper(torch.nn.Linear(4, 4))\n"
-        "for step in range(3):\n"
-        "    model(torch.ones(1, 4)).sum().backward()\n"
-        f"    if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and bmt.rank() == {rank}:\n"
-        "        os._exit(3)\n"
-        "print(f'rank {bmt.rank()} is through')\n"
-    )
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rendezvous", RESTARTS)
+def test_as_torchrun_starts_them_again(tmp_path: Path, rendezvous: str, rank: int) -> None:
     where = RESTARTS[rendezvous] or [f"--master_port={free_port()}"]
     run = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1", *where]
-    process = start(*run, str(script))
+    process = start(*run, str(dies(tmp_path, rank)))
     output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0 and "rank 0 is through" in output and "rank 1 is through" in output, output
+    assert process.returncode == 0 and "rank 0 is through 1" in output and "rank 1 is through 1" in output, output
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"])
 def test_a_task_of_another_launcher_does_not_train_alone(name: str, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text("import bmtrain as bmt\nbmt.init_distributed(device='cpu')\nprint('alone')\n")
-    for number, fails in (("0", False), ("3", True)):
-        env = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}} | {name: number}
-        done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
-        assert (done.returncode != 0) == fails, done.stderr
-        assert ("each process would train alone" in done.stderr) == fails
+    alone = "import os; del os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+    script.write_text(f"{alone}import bmtrain as bmt\nbmt.init_distributed(device='cpu')\nprint('alone')\n")
+    (done,) = run_script(script, env={name: "0"})
+    assert (done.returncode, done.stdout) == (0, "alone\n"), done.stderr
+    with pytest.raises(RanksFailed, match="each process would train alone"):
+        run_script(script, env={name: "3"})

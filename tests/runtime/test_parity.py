@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 import bmtrain as bmt
 
-STEPS = 15
+STEPS = 8
 LEARNING_RATE = 1e-2
 FP32 = 1e-5  # of the loss, and of a gradient's largest entry
 # bfloat16 keeps 8 bits: one rounding is 2^-9 of a value, and a backward rounds some dozen times on the way.
@@ -167,7 +167,7 @@ def compare(run: Run, expected: Run) -> None:
     compare_grads(run.last, expected.last, FP32)
     for key, value in expected.final.items():
         if not key.endswith(MOVED_BY_NOISE):
-            assert relative(run.final[key], value) <= 1e-3, f"{key} after {STEPS} steps"
+            assert relative(run.final[key], value) <= 2e-4, f"{key} after {STEPS} steps"
 
 
 def check(
@@ -259,7 +259,7 @@ def train_bf16(device: str, recompute: bool) -> dict[str, Any]:
     manager = bmt.optim.OptimManager()
     manager.add_optimizer(optimizer)
     losses, errors = [], {}
-    for step in range(STEPS):
+    for step in range(15):
         tokens, targets = (x.to(device) for x in models.batch("gpt", step))
         whole = plain.model(tokens, targets)
         whole.backward()

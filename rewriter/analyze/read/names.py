@@ -58,10 +58,17 @@ class Names:
         self.nodes: list[ast.AST] = []
         self.scopes: dict[ast.AST, Scope] = {tree: Scope(tree, None)}
         self.module = self.scopes[tree]
+        self._scope_of: dict[ast.AST, Scope] = {}
         self._collect(tree)
 
     def scope_of(self, node: ast.AST) -> Scope:
         """The scope in which the node's names are looked up."""
+        found = self._scope_of.get(node)
+        if found is None:
+            found = self._scope_of[node] = self._find_scope(node)
+        return found
+
+    def _find_scope(self, node: ast.AST) -> Scope:
         child, current = node, self.parents.get(node)
         while current is not None:
             if isinstance(current, _SCOPES) and not self._evaluated_outside(child, current):

@@ -17,6 +17,7 @@ _FIELDS = {
     if isinstance(kind, type) and issubclass(kind, ast.AST)
 }
 _FIELDS[ast.Constant] = ()
+_BACKWARDS = {kind: fields[::-1] for kind, fields in _FIELDS.items()}
 
 
 def children(node: ast.AST) -> list[ast.AST]:
@@ -25,8 +26,8 @@ def children(node: ast.AST) -> list[ast.AST]:
     for name in _FIELDS[node.__class__]:
         value = getattr(node, name, None)
         if value.__class__ is list:
-            found += [item for item in value if isinstance(item, ast.AST)]
-        elif isinstance(value, ast.AST):
+            found += [item for item in value if item.__class__ in _FIELDS]
+        elif value.__class__ in _FIELDS:
             found.append(value)
     return found
 
@@ -34,12 +35,16 @@ def children(node: ast.AST) -> list[ast.AST]:
 def walk(node: ast.AST) -> Iterator[ast.AST]:
     """A node and all nodes under it in source order; a faster ``ast.walk``."""
     stack = [node]
-    pop = stack.pop
+    pop, push = stack.pop, stack.append
     while stack:
         current = pop()
         yield current
-        if _FIELDS[current.__class__]:
-            stack += reversed(children(current))
+        for name in _BACKWARDS[current.__class__]:  # as children() has them, which is asked too often here
+            value = getattr(current, name, None)
+            if value.__class__ is list:
+                stack += [item for item in value[::-1] if item.__class__ in _BACKWARDS]
+            elif value.__class__ in _BACKWARDS:
+                push(value)
 
 
 def names_in(node: ast.AST) -> set[str]:

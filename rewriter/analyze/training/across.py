@@ -89,7 +89,8 @@ class Across:
 
     def mixed(self) -> Iterator[ast.expr]:
         """``x @ graph_of(x.mean(0))`` in a module whose first dimension is the batch: each item gets of all others."""
-        kept = {flow.function for flow in self.flows for call in self.kept() if call in flow.nodes}
+        statistics = set(self.kept())
+        kept = {flow.function for flow in self.flows if not statistics.isdisjoint(flow.nodes)}
         for flow in self.flows:
             owner = self.file.names.class_of(flow.function)
             if owner is not None and flow.function not in kept and _is_module(owner) and _counts_batch(owner):

@@ -66,7 +66,7 @@ class Keepers:
     def _is_made(self, file: File, holder: ast.expr) -> bool:
         """Whether it is seen what a name holds, and that is no object of the project."""
         variable = self._roles[file].var(holder)
-        values = [value for other, value, _, part in self._roles[file].assignments if other == variable and not part]
+        values = [value for value, _, part in self._roles[file].assigned(variable) if not part]
         return variable is None or any(not isinstance(value, (ast.Name, ast.Attribute)) for value in values)
 
     def _way(self, info: FunctionInfo, deep: int = 0) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
@@ -45,9 +45,15 @@ class Roles:
         self.project = classes.project
         self._class_held = class_held if class_held is not None else lambda file, variable: None
         self._others = others
+        self._vars: dict[ast.AST, Var | None] = {}
 
     def var(self, node: ast.AST) -> Var | None:
         """The variable that a name, or an attribute of a name, stands for."""
+        if node not in self._vars:
+            self._vars[node] = self._find_var(node)
+        return self._vars[node]
+
+    def _find_var(self, node: ast.AST) -> Var | None:
         path = dotted(node)
         if path is None:
             return None
@@ -92,6 +98,26 @@ class Roles:
                         variable = self.var(part)
                         if variable is not None:
                             found.append((variable, node.value, node, part is not target))
+        return found
+
+    @cached_property
+    def _assigned(self) -> dict[Var, list[tuple[ast.expr, ast.stmt, bool]]]:
+        found: dict[Var, list[tuple[ast.expr, ast.stmt, bool]]] = {}
+        for variable, value, statement, part in self.assignments:
+            found.setdefault(variable, []).append((value, statement, part))
+        return found
+
+    def assigned(self, variable: Var | None) -> Sequence[tuple[ast.expr, ast.stmt, bool]]:
+        """``assignments`` to one variable: value, statement, whether it gets only a part of the value."""
+        return self._assigned.get(variable, ()) if variable is not None else ()
+
+    @cached_property
+    def augmented(self) -> dict[Var, list[ast.AugAssign]]:
+        """The statements ``x += y`` that change a variable."""
+        found: dict[Var, list[ast.AugAssign]] = {}
+        for node in self.file.nodes:
+            if isinstance(node, ast.AugAssign) and (variable := self.var(node.target)) is not None:
+                found.setdefault(variable, []).append(node)
         return found
 
     @cached_property

@@ -1473,7 +1473,7 @@ def _counts(iterated: ast.expr, roles: Roles, deep: int = 0) -> bool:
     """Whether a loop goes through numbers, which a bar or a name may hold."""
     if isinstance(iterated, (ast.Name, ast.Attribute)) and deep < _BARS:
         variable = roles.var(iterated)
-        made = [value for other, value, _, part in roles.assignments if other == variable and not part]
+        made = [value for value, _, part in roles.assigned(variable) if not part]
         made += [
             item.context_expr
             for item in roles.file.nodes

@@ -104,7 +104,7 @@ class Sums:
         """``n`` where it is ``x.size(0)`` and nothing else."""
         roles = self.all_roles[file]
         variable = roles.var(node) if isinstance(node, ast.Name) else None
-        values = [value for other, value, _, part in roles.assignments if other == variable is not None and not part]
+        values = [value for value, _, part in roles.assigned(variable) if not part]
         return bool(values) and all(map(is_size, values))
 
     def _variable(self, file: File, node: ast.expr, part: int | None, deep: int, sources: set[ast.Call]) -> str:
@@ -114,22 +114,20 @@ class Sums:
             return ""
         kinds: set[str] = set()
         divided = False
-        for other, value, statement, is_part in roles.assignments:
-            if other == variable:
-                if (again := _changed(roles, value, variable)) is not None and not is_part:
-                    divided = divided or again is value
-                    kinds |= {self._added(file, again, deep, sources)} if again is not value else set()
-                    continue
-                place = _place(roles, statement, variable) if is_part else part
-                if is_part and part is not None:
-                    return ""
-                kinds.add("" if is_part and place is None else self._kind(file, value, place, deep + 1, sources))
-        for item in file.nodes:
-            if isinstance(item, ast.AugAssign) and roles.var(item.target) == variable:
-                if isinstance(item.op, ast.Div) and (is_size(item.value) or self._names_size(file, item.value)):
-                    divided = True
-                elif not (isinstance(item.op, (ast.Div, ast.Mult)) and isinstance(item.value, ast.Constant)):
-                    kinds.add(self._added(file, item.value, deep, sources))
+        for value, statement, is_part in roles.assigned(variable):
+            if (again := _changed(roles, value, variable)) is not None and not is_part:
+                divided = divided or again is value
+                kinds |= {self._added(file, again, deep, sources)} if again is not value else set()
+                continue
+            place = _place(roles, statement, variable) if is_part else part
+            if is_part and part is not None:
+                return ""
+            kinds.add("" if is_part and place is None else self._kind(file, value, place, deep + 1, sources))
+        for item in roles.augmented.get(variable, ()):
+            if isinstance(item.op, ast.Div) and (is_size(item.value) or self._names_size(file, item.value)):
+                divided = True
+            elif not (isinstance(item.op, (ast.Div, ast.Mult)) and isinstance(item.value, ast.Constant)):
+                kinds.add(self._added(file, item.value, deep, sources))
         if "items" in kinds or (divided and kinds - {"same"} == {"sum"}):
             return "mean" if divided else "items"
         if not kinds:
@@ -157,7 +155,7 @@ class Sums:
             passed = isinstance(iterated.func, ast.Name) and iterated.func.id in {"zip", "enumerate"}
             return roles.is_model(iterated.func) or (passed and all(self._of_models(file, a) for a in iterated.args))
         variable = roles.var(iterated)
-        made = [(value, part) for other, value, _, part in roles.assignments if other == variable]
+        made = [(value, part) for value, _, part in roles.assigned(variable)]
         calls = [isinstance(v, ast.Call) and roles.is_model(v.func) and not part for v, part in made]
         return bool(calls) and all(calls)
 
@@ -198,8 +196,8 @@ class Sums:
             case ast.Name():
                 variable = roles.var(node)
                 kinds = set()
-                for bound, value, _, part in roles.assignments:
-                    if bound == variable and not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
+                for value, _, part in roles.assigned(variable):
+                    if not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
                         held = None if part else self._elements(file, value, deep + 1, sources)
                         if held is None:
                             return None
@@ -291,8 +289,8 @@ class Sums:
             variable = roles.var(node.func)
             made = [
                 v  # type: ignore[misc]
-                for other, v, _, is_part in roles.assignments
-                if other == variable and not is_part and not _moves(v, node.func)
+                for v, _, is_part in roles.assigned(variable)
+                if not is_part and not _moves(v, node.func)
             ]
             if not made and variable is not None and isinstance(variable[0], Function) and deep < _DEEP:
                 given = list(self._instances.given(file, variable[0], variable[1]))

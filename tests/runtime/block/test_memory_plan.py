@@ -50,13 +50,13 @@ def check_same(between: Between, steps: int, precision: str, *how: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "fp16"])
 @on_ranks(2)
-def test_what_stays_changes_no_number_in_20_steps(precision: str) -> None:
-    check_same(nothing, 20, precision)
+def test_what_stays_changes_no_number_in_10_steps(precision: str) -> None:
+    check_same(nothing, 10, precision)
 
 
 @on_ranks(3)
 def test_what_stays_changes_no_number_on_3_ranks() -> None:
-    check_same(nothing, 20, "autocast")
+    check_same(nothing, 10, "autocast")
 
 
 @pytest.mark.long
@@ -64,7 +64,7 @@ def test_what_stays_changes_no_number_on_3_ranks() -> None:
 @on_ranks(1, 3)
 def test_what_stays_changes_no_number_on_other_ranks(precision: str) -> None:
     for how in [(None, True), (True, False), (False, True)]:
-        check_same(nothing, 20, precision, *how)
+        check_same(nothing, 10, precision, *how)
 
 
 @pytest.mark.parametrize("between", BETWEEN)

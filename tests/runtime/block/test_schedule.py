@@ -14,6 +14,7 @@ import bmtrain as bmt
 from bmtrain.errors import ConfigurationError
 
 GPUS = torch.cuda.device_count()
+STEPS = 20 if GPUS else 8
 
 
 class Layer(nn.Module):
@@ -38,7 +39,7 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def train(dtype: torch.dtype, recompute: bool, steps: int = 20) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(dtype: torch.dtype, recompute: bool, steps: int = STEPS) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(5)
     model = Net(64, 6).to(dtype)

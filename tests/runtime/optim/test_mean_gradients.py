@@ -179,7 +179,7 @@ CASES: list[Callable[[Side], None]] = [
 
 
 @pytest.mark.parametrize("recompute", [True, False])
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_any_mixture_gives_the_mean(recompute: bool) -> None:
     wrong = []
     for case in CASES:

@@ -136,7 +136,7 @@ def test_decay_is_decoupled_in_every_precision(dtype: torch.dtype, kind: str) ->
 
 
 def small_steps_add_up(dtype: torch.dtype, policy: bool) -> list[float]:
-    """1024 accumulated gradients of 1e-3, each exactly that in the loss's precision."""
+    """300 accumulated gradients of 1e-3, each exactly that in the loss's precision; bf16 sums of 256 lose the rest."""
     model = bmt.BMTrainModelWrapper(nn.Linear(3, 1, bias=False))
     if policy:
         bmt.Block(model, precision=dtype)
@@ -144,11 +144,11 @@ def small_steps_add_up(dtype: torch.dtype, policy: bool) -> list[float]:
         model.to(dtype)
     manager = bmt.optim.OptimManager()
     x = torch.full((1, 3), 1e-3, dtype=dtype)
-    for _ in range(1024):
+    for _ in range(300):
         manager.backward(model(x).sum())
     found = bmt.gather_grad(model.weight)
     assert found is not None and found.dtype == torch.float32
-    return [float(found[0, 0]), 1024 * float(x[0, 0])]
+    return [float(found[0, 0]), 300 * float(x[0, 0])]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -157,7 +157,7 @@ def small_steps_add_up(dtype: torch.dtype, policy: bool) -> list[float]:
 def test_accumulation_is_exact_in_low_precision(policy: bool, dtype: torch.dtype, world_size: int) -> None:
     for found, exact in run_ranks(world_size, small_steps_add_up, dtype, policy):
         assert found == pytest.approx(exact, rel=1e-5)
-        assert exact == pytest.approx(1.024, rel=4e-3)
+        assert exact == pytest.approx(0.3, rel=4e-3)
 
 
 def masters(dtype: torch.dtype) -> None:

@@ -70,7 +70,7 @@ def test_optimizers_that_write_data() -> None:
     train(model, Momentum(model.parameters(), 0.1), plain, Momentum(plain.parameters(), 0.1))
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_a_momentum_may_have_the_name_of_a_number_of_torchs(tmp_path: Path) -> None:
     """As LARS's ``mu``, which ASGD has one of for a parameter.  What is saved goes on, from one file or in parts."""
     for name in ("mu", "eta", "step", "mu_product"):

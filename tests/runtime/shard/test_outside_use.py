@@ -95,7 +95,7 @@ USES: dict[str, Callable[[Any], torch.Tensor]] = {
 }
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_any_operation_and_its_gradient() -> None:
     plain, model = make()
     manager = bmt.optim.OptimManager()

@@ -133,7 +133,7 @@ def frozen_adapters(names: models.Names) -> Any:
 
 
 @pytest.mark.parametrize("early", [True, False])
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_adapters_are_reduced_alone(early: bool) -> None:
     build, prepare = (frozen_adapters, lambda model: None) if early else (adapters, freeze)
     oracle.matches(build, prepare=prepare)
@@ -222,7 +222,7 @@ def mixed(names: models.Names) -> Any:
     return Model()
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_one_block_may_mix_dtypes() -> None:
     # Low-precision parameters are the oracle's to a few roundings of theirs: its ranks are one batch.
     oracle.matches(mixed, limit=2e-2)

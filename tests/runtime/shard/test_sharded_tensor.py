@@ -133,7 +133,7 @@ IN_PLACE: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-@on_ranks(2, 3)
+@on_ranks(3, long=(2,))
 def test_data_is_what_it_is_for_torch() -> None:
     plain, model = pair()
     _, other = pair(seed=6)
@@ -151,7 +151,7 @@ def test_data_is_what_it_is_for_torch() -> None:
     oracle.assert_same_weights(model, plain, exact=True)
 
 
-@on_ranks(2, 3, drawn_on_cpu=False)
+@on_ranks(3, long=(2,), drawn_on_cpu=False)
 def test_data_changes_as_for_torch() -> None:
     for what, run in IN_PLACE.items():
         (plain, model), (others, other) = pair(), pair(seed=6)
@@ -298,7 +298,7 @@ GRADIENTS: list[Callable[[Any], Any]] = [
 ]  # fmt: skip
 
 
-@on_ranks(1, 2, 3)
+@on_ranks(1, 3, long=(2,))
 def test_gradients_are_what_they_are_for_torch() -> None:
     for change in GRADIENTS:
         trained = _Trained()
