@@ -133,8 +133,7 @@ class _Uses:
     def _constructors(self) -> Iterator[Change]:
         for name, values in self.held.options.items():
             for file, value in values:
-                reason = self._against(name, value)
-                if reason and file is self.file:
+                if file is self.file and (reason := self._against(name, value)):
                     self.refuse(value, reason)
         statements = {self.file.names.statement_of(call) for file, call in self.held.made if file is self.file}
         for statement in sorted(statements, key=lambda item: item.lineno):

@@ -424,6 +424,17 @@ def test_an_accelerator_that_another_file_imports(tmp_path: Path) -> None:
     assert not any(result.changed for result in results)
 
 
+def test_what_it_is_told_in_another_file_is_refused_there(tmp_path: Path) -> None:
+    (tmp_path / "say.py").write_text("def say(accelerator):\n    accelerator.print(1)\n")
+    made = "from accelerate.utils import FP8RecipeKwargs\nfrom say import say\n" + "# long\n" * 50
+    made += SCRIPT.replace("Accelerator(", "Accelerator(kwargs_handlers=[FP8RecipeKwargs()], ") + "say(accelerator)\n"
+    assert "kwargs_handlers" in made
+    (tmp_path / "train.py").write_text(made)
+    results = convert_paths(sorted(tmp_path.iterdir()), Options(), [tmp_path])
+    assert not any(result.changed for result in results)
+    assert any("kwargs_handlers=[FP8RecipeKwargs()] is an engine's" in f.message for f in results[1].reported)
+
+
 def test_lines_are_those_of_the_file_as_it_was() -> None:
     text = script(behind="torch.save(model.state_dict(), 'x')\nwriter = open('y', 'w')")
     result = convert_text(text)
