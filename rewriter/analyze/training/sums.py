@@ -170,7 +170,12 @@ class Sums:
             return None
         match node:
             case ast.List(elts=elts) | ast.Tuple(elts=elts) | ast.Dict(values=elts) if elts:
-                kinds = {self._kind(file, item, None, deep + 1, sources) for item in elts}
+                kinds = {
+                    self._elements(file, item.value, deep + 1, sources) or ""
+                    if isinstance(item, ast.Starred)
+                    else self._kind(file, item, None, deep + 1, sources)
+                    for item in elts
+                }
                 kinds -= {"same"} if len(kinds) > 1 else set()
                 return "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
             case ast.ListComp(elt=elt, generators=made) | ast.GeneratorExp(elt=elt, generators=made):
@@ -198,7 +203,7 @@ class Sums:
                 operands = [*args[:1], *([func.value] if isinstance(func, ast.Attribute) else [])]
                 collected = any(self._elements(file, value, deep + 1, sources) is not None for value in operands)
                 return "" if collected else None
-            case ast.Name() if (variable := roles.var(node)) is not None:
+            case ast.Name() | ast.Attribute() if (variable := roles.var(node)) is not None:
                 if variable in self._changing:  # in what changes it
                     return self._changing[variable]
                 return self._held(file, variable, deep, sources)
@@ -211,6 +216,8 @@ class Sums:
         found: list[str | None] = []
         if isinstance(scope, Function) and list(self._instances.given(file, scope, name)):
             found.append(self._elements_given(file, scope, name, deep, sources))
+        for other, several in self._instances.given_rest(file, scope, name) if isinstance(scope, Function) else ():
+            found.append(self._elements(other, several, deep + 1, sources))
         made = [(value, part) for bound, value, _, part in roles.assignments if bound == variable]
         changes = [value for value, _ in made if any(roles.var(item) == variable for item in ast.walk(value))]
         for value, part in made:

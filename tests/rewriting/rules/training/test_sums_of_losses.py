@@ -63,6 +63,7 @@ MEANS = {
     "extended": "losses = [a]\n    losses.extend([b])\n    loss = torch.stack(losses).sum()",
     "grown": "losses = []\n    losses += [a, b]\n    loss = torch.stack(losses).sum()",
     "in an attribute": "net.losses = [a, b]\n    loss = torch.stack(net.losses).sum()",
+    "in a list in a list": "losses = {'a': a}\n    loss = (torch.stack([*losses.values(), b]) * w).sum()",
     "of a function": "loss = torch.sum(make(out, y))",
     "of a function, named": "losses = make(out, y)\n    loss = (losses * w).sum()",
 }
@@ -109,6 +110,12 @@ def test_what_is_given_as_several_arguments() -> None:
     after = SCRIPT.replace("def weigh(losses)", "def weigh(*losses)")
     after = after.format(body="loss = weigh(a, b)", weigh="return (torch.stack(losses) * w).sum()")
     assert "backward(loss)" in converted(after)
+    assert "backward(loss * bmt.world_size())" in converted(
+        after.replace("weigh(a, b)", "weigh(c, d)").replace(
+            "loss = weigh",
+            "c, d = F.mse_loss(out, y, reduction='sum'), F.l1_loss(out, y, reduction='sum')\n    loss = weigh",
+        )
+    )
 
 
 def test_a_function_given_means_and_items() -> None:
@@ -117,6 +124,13 @@ def test_a_function_given_means_and_items() -> None:
 
 
 SUMS = {
+    "of sums in an attribute": (
+        "net.losses = [F.mse_loss(out, y, reduction='sum'), F.l1_loss(out, y, reduction='sum')]\n"
+        "    loss = torch.stack(net.losses).sum()"
+    ),
+    "of sums in a list in a list": (
+        "losses = [F.mse_loss(out, y, reduction='sum')]\n    loss = torch.stack([*losses, *losses]).sum()"
+    ),
     "changed first": "each = (out - y) ** 2\n    each = each * 2\n    loss = each.sum()",
     "written into": "out[:, 0] = 0.0\n    loss = ((out - y) ** 2).sum()",
     "squares": "loss = ((out - y) ** 2).sum()",
