@@ -185,9 +185,20 @@ class Sums:
                 return self._kind(file, elt, None, deep + 1, sources)
             case ast.Call(func=ast.Attribute(value=inner, attr="values"), args=[]):
                 return self._elements(file, inner, deep + 1, sources)
-            case ast.Call(args=[inner, *_]) if _called(node) in _COLLECTS:
+            case ast.Call(func=ast.Name(id="dict"), args=[], keywords=[_, *_] as entries):
+                values = ast.copy_location(ast.Tuple([entry.value for entry in entries], ast.Load()), node)
+                return self._elements(file, values, deep + 1, sources)
+            case (
+                ast.Call(args=[inner, *_])
+                | ast.Call(args=[], keywords=[ast.keyword(arg="tensors" | "data", value=inner), *_])
+            ) if _called(node) in _COLLECTS:
                 held = self._elements(file, inner, deep + 1, sources)
                 return "" if held is None and _called(node) in _JOINS else held
+            case ast.Call() if (over := _over_first(node)) is not None:
+                # The columns of a batch, whose first dimension it is; what is stacked has another one.
+                known = self._elements(file, over, deep + 1, sources) is not None
+                sources |= {node} if _called(node) == "sum" and not known else set()
+                return "" if known else _called(node)
             case ast.Call() if (function := self._function(file, node)) is not None:
                 given = {self._elements(function.file, value, deep + 1, sources) for value in _returned(function)}
                 return given.pop() if len(given) == 1 else None
@@ -439,6 +450,18 @@ def _one_of(found: list[str | None]) -> str | None:
 def _reduces(value: ast.expr) -> bool:
     """``losses.sum()``, ``torch.mean(losses * w)``, of which nothing else is made."""
     return isinstance(value, ast.Call) and _called(value) in {"sum", "mean"}
+
+
+def _over_first(call: ast.Call) -> ast.expr | None:
+    """``x`` of ``x.mean(0)``, ``torch.sum(x, dim=(0, 1))``, which are over the first dimension and leave others."""
+    if _called(call) not in {"sum", "mean"} or not isinstance(call.func, ast.Attribute):
+        return None
+    of_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+    values = call.args[:1] if of_torch else [call.func.value]
+    dims = [*call.args[of_torch:], *(keyword.value for keyword in call.keywords if keyword.arg in {"dim", "axis"})]
+    held = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims[:1]
+    first = any(isinstance(item, ast.Constant) and item.value == 0 for item in held)
+    return values[0] if values and first else None
 
 
 def _called(call: ast.Call) -> str:

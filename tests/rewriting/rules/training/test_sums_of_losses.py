@@ -63,6 +63,12 @@ MEANS = {
     "extended": "losses = [a]\n    losses.extend([b])\n    loss = torch.stack(losses).sum()",
     "grown": "losses = []\n    losses += [a, b]\n    loss = torch.stack(losses).sum()",
     "in an attribute": "net.losses = [a, b]\n    loss = torch.stack(net.losses).sum()",
+    "of columns": "loss = ((out - y) ** 2).mean(0).sum()",
+    "of columns, by name": "loss = torch.mean((out - y) ** 2, dim=0).sum()",
+    "of columns, weighed": "columns = ((out - y) ** 2).mean(dim=0)\n    loss = (columns * w).sum()",
+    "of several dimensions": "loss = ((out - y) ** 2).mean((0, 2)).sum()",
+    "by the argument's name": "loss = torch.stack(tensors=[a, b]).sum()",
+    "in a dict that is called": "losses = dict(a=a, b=b)\n    loss = torch.stack(list(losses.values())).sum()",
     "in a list in a list": "losses = {'a': a}\n    loss = (torch.stack([*losses.values(), b]) * w).sum()",
     "of a function": "loss = torch.sum(make(out, y))",
     "of a function, named": "losses = make(out, y)\n    loss = (losses * w).sum()",
@@ -131,6 +137,9 @@ SUMS = {
     "of sums in a list in a list": (
         "losses = [F.mse_loss(out, y, reduction='sum')]\n    loss = torch.stack([*losses, *losses]).sum()"
     ),
+    "of rows": "loss = ((out - y) ** 2).mean(1).sum()",
+    "of columns": "loss = ((out - y) ** 2).sum(0).mean()",
+    "of columns, weighed": "loss = (((out - y) ** 2).sum(dim=0) * w).sum()",
     "changed first": "each = (out - y) ** 2\n    each = each * 2\n    loss = each.sum()",
     "written into": "out[:, 0] = 0.0\n    loss = ((out - y) ** 2).sum()",
     "squares": "loss = ((out - y) ** 2).sum()",
