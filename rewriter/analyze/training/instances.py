@@ -183,6 +183,14 @@ class Instances:
                 if 0 <= index < len(call.args) and not any(isinstance(a, ast.Starred) for a in call.args[: index + 1]):
                     yield other, call.args[index]
 
+    def given_rest(self, file: File, function: Function, name: str) -> Iterator[tuple[File, ast.Tuple]]:
+        """What each call of a function gives for its ``*name``."""
+        if function.args.vararg is None or function.args.vararg.arg != name:
+            return
+        before = len(positional(function)) - isinstance(file.names.parents.get(function), ast.ClassDef)
+        for other, call in self.calls(file, function):
+            yield other, ast.copy_location(ast.Tuple(call.args[before:], ast.Load()), call)
+
     def calls(self, file: File, function: Function) -> Iterator[tuple[File, ast.Call]]:
         """The calls of a function, each with its file."""
         owner = file.names.parents.get(function)

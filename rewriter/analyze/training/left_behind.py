@@ -233,22 +233,27 @@ class _Behind:
             statement = parent
 
     def _read_at_leaving(self, names: set[str]) -> None:
-        """What a loop that trains gives back from inside, and what others read of its function's globals."""
+        """What a loop that trains gives back from inside, and what others read of what its function shares."""
         own = [item for statement in self._loop.body for item in walk_own(statement)]
         if any(map(is_backward, own)):
             self._read((item for item in own if isinstance(item, (ast.Return, ast.Yield))), names)
         function = self._file.names.function_of(self._loop)
         for told in walk_own(function) if function is not None else ():
-            if isinstance(told, ast.Global):
-                self._read_elsewhere(names.intersection(told.names), function)
+            if isinstance(told, (ast.Global, ast.Nonlocal)):
+                for name in names.intersection(told.names):
+                    self._read_elsewhere(name, function, isinstance(told, ast.Global))
 
-    def _read_elsewhere(self, shared: set[str], function: ast.AST | None) -> None:
+    def _read_elsewhere(self, name: str, function: ast.AST | None, of_module: bool) -> None:
         names = self._file.names
-        for read in self._file.nodes if shared else ():
-            if isinstance(read, ast.Name) and isinstance(read.ctx, ast.Load) and read.id in shared:
-                found = names.lookup(read.id, names.scope_of(read))
-                of_module = found is None or found[0] is names.module
-                if of_module and not any(around is function for around in names.ancestors(read)):
+
+        def home(node: ast.AST) -> object:
+            found = names.lookup(name, names.scope_of(node))
+            return found[0] if found is not None else names.module
+
+        shared = names.module if of_module else home(self._loop)
+        for read in self._file.nodes:
+            if isinstance(read, ast.Name) and isinstance(read.ctx, ast.Load) and read.id == name:
+                if home(read) is shared and not any(around is function for around in names.ancestors(read)):
                     self.reads.append(read)
 
     def _run(self, block: list[ast.stmt], alive: set[str]) -> set[str]:

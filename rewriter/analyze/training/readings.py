@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Set
 
 from rewriter.analyze.read.file import File
-from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import assigned_by, dotted, loss_of, names_in, walk, walk_own
 from rewriter.analyze.training.roles import Roles, Var, gone_through
 from rewriter.analyze.training.writers import SHOWING_METHODS
 
@@ -72,7 +72,7 @@ def readings(
             *_returned(file, roles, node),
             *_watched(roles, node),
             *_entered(roles, totals, node),
-            *_bent_apart(roles, totals, node),
+            *_bent_apart(file, roles, totals, node),
         )
         found |= {name: name for name in told if name not in taken}
     return found
@@ -252,15 +252,28 @@ def _entered(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name
     yield from (name for name in names if not _may_be_number(roles, totals, name))
 
 
-def _bent_apart(roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
+def _bent_apart(file: File, roles: Roles, totals: set[Var], node: ast.AST) -> Iterator[ast.Name]:
     """Losses of which a function is made that nothing is trained on: ``perplexity = torch.exp(total / count)``."""
-    inner = bent(node)
+    inner = bent(node) or _bent_by_own(file, node)
     if inner is None:
         return
     names = [name for name in _whole(inner) if roles.var(name) in roles.losses]
     assert isinstance(node, ast.Call)
     if (dotted(node.func) or "").startswith("math.") or all(_is_apart(roles, totals, name) for name in names):
         yield from (name for name in names if not _may_be_number(roles, totals, name))
+
+
+def _bent_by_own(file: File, node: ast.AST) -> ast.expr | None:
+    """``x`` of ``psnr(x)``, where the file's ``psnr`` makes a logarithm or the like of it."""
+    match node:
+        case ast.Call(func=ast.Name(id=name), args=[value], keywords=[]):
+            made = (item for item in file.nodes if isinstance(item, ast.FunctionDef) and item.name == name)
+            for function in made:
+                given = {argument.arg for argument in function.args.args[:1]}
+                inner = (bent(item) for item in walk(function))
+                if any(part is not None and given & names_in(part) for part in inner):
+                    return value
+    return None
 
 
 def _is_apart(roles: Roles, totals: set[Var], name: ast.Name, deep: int = 0) -> bool:

@@ -835,7 +835,15 @@ class Kinds:
         found, places = set(), dict[str, set[int]]()
         for node in self.nodes:
             match node:
-                case ast.Assign(targets=[ast.Tuple() | ast.List()], value=ast.Name(id=name)):
+                case (
+                    ast.Assign(targets=[ast.Tuple() | ast.List()], value=ast.Name(id=name))
+                    | ast.Assign(
+                        targets=[ast.Tuple() | ast.List()],
+                        value=ast.ListComp(generators=[ast.comprehension(iter=ast.Name(id=name), ifs=[])])
+                        | ast.GeneratorExp(generators=[ast.comprehension(iter=ast.Name(id=name), ifs=[])])
+                        | ast.Call(func=ast.Name(id="map"), args=[_, ast.Name(id=name)]),
+                    )
+                ):
                     found.add(name)
                 case ast.Assign(targets=[target], value=value):
                     for _, given in assigned(target, value):
@@ -1177,7 +1185,8 @@ class Kinds:
         if self.roles.is_model(call.func):
             return "samples"
         if _NAMED_MEANS.match(name) and name not in {"acc", "prec"}:
-            return "mean"
+            of_loss = bool(call.args) and all(self.kind(given) == "loss" for given in call.args)
+            return "loss" if of_loss else "mean"  # a ratio of signals, of the mean over the ranks
         return "samples" if name in {"argmax", "max", "eq", "softmax", "sigmoid", "log_softmax", "topk"} else "unknown"
 
     @staticmethod

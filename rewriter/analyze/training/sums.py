@@ -16,7 +16,8 @@ _VIEWS = {
 }  # fmt: skip
 _DEEP = 10
 _EACH = {"add": ast.Add(), "sub": ast.Sub(), "mul": ast.Mult(), "div": ast.Div()}
-_COLLECTS = {"stack", "cat", "concat", "hstack", "tensor", "list", "tuple", "as_tensor"}
+_JOINS = {"stack", "cat", "concat", "hstack"}
+_COLLECTS = _JOINS | {"tensor", "list", "tuple", "as_tensor"}
 
 
 class Sums:
@@ -28,6 +29,7 @@ class Sums:
         self.all_roles = roles
         self.sources: set[ast.Call] = set()
         self._looks_into = False
+        self._changing: dict[Var, str | None] = {}
 
     def is_sum(self, node: ast.expr) -> bool:
         """Whether a loss is a sum over the batch, however weighed by what is the same on all ranks."""
@@ -166,7 +168,12 @@ class Sums:
             return None
         match node:
             case ast.List(elts=elts) | ast.Tuple(elts=elts) | ast.Dict(values=elts) if elts:
-                kinds = {self._kind(file, item, None, deep + 1, sources) for item in elts}
+                kinds = {
+                    self._elements(file, item.value, deep + 1, sources) or ""
+                    if isinstance(item, ast.Starred)
+                    else self._kind(file, item, None, deep + 1, sources)
+                    for item in elts
+                }
                 kinds -= {"same"} if len(kinds) > 1 else set()
                 return "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
             case ast.ListComp(elt=elt, generators=made) | ast.GeneratorExp(elt=elt, generators=made):
@@ -176,8 +183,20 @@ class Sums:
                 return self._kind(file, elt, None, deep + 1, sources)
             case ast.Call(func=ast.Attribute(value=inner, attr="values"), args=[]):
                 return self._elements(file, inner, deep + 1, sources)
-            case ast.Call(func=func, args=[inner, *_]) if (dotted(func) or "").split(".")[-1] in _COLLECTS:
-                return self._elements(file, inner, deep + 1, sources)
+            case ast.Call(func=ast.Name(id="dict"), args=[], keywords=[_, *_] as entries):
+                values = ast.copy_location(ast.Tuple([entry.value for entry in entries], ast.Load()), node)
+                return self._elements(file, values, deep + 1, sources)
+            case (
+                ast.Call(args=[inner, *_])
+                | ast.Call(args=[], keywords=[ast.keyword(arg="tensors" | "data", value=inner), *_])
+            ) if _called(node) in _COLLECTS:
+                held = self._elements(file, inner, deep + 1, sources)
+                return "" if held is None and _called(node) in _JOINS else held
+            case ast.Call() if (over := _over_first(node)) is not None:
+                # The columns of a batch, whose first dimension it is; what is stacked has another one.
+                known = self._elements(file, over, deep + 1, sources) is not None
+                sources |= {node} if _called(node) == "sum" and not known else set()
+                return "" if known else _called(node)
             case ast.Call() if (function := self._function(file, node)) is not None:
                 given = {self._elements(function.file, value, deep + 1, sources) for value in _returned(function)}
                 return given.pop() if len(given) == 1 else None
@@ -193,28 +212,47 @@ class Sums:
                 operands = [*args[:1], *([func.value] if isinstance(func, ast.Attribute) else [])]
                 collected = any(self._elements(file, value, deep + 1, sources) is not None for value in operands)
                 return "" if collected else None
-            case ast.Name():
-                variable = roles.var(node)
-                kinds = set()
-                for value, _, part in roles.assigned(variable):
-                    if not (isinstance(value, (ast.List, ast.Dict)) and _is_empty(value)):
-                        held = None if part else self._elements(file, value, deep + 1, sources)
-                        if held is None:
-                            return None
-                        kinds.add(held)
-                for item in file.nodes:
-                    match item:
-                        case ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[value]):
-                            if roles.var(holder) == variable:
-                                kinds.add(self._added(file, value, deep, sources))
-                        case ast.Assign(targets=[ast.Subscript(value=holder)], value=value):
-                            if roles.var(holder) == variable:
-                                kinds.add(self._added(file, value, deep, sources))
-                if not kinds and variable is not None and isinstance(variable[0], Function):
-                    return self._elements_given(file, variable[0], variable[1], deep, sources)
-                kinds -= {"same"} if len(kinds) > 1 else set()
-                return None if not kinds else "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
+            case ast.Name() | ast.Attribute() if (variable := roles.var(node)) is not None:
+                if variable in self._changing:  # in what changes it
+                    return self._changing[variable]
+                return self._held(file, variable, deep, sources)
         return None
+
+    def _held(self, file: File, variable: Var, deep: int, sources: set[ast.Call]) -> str | None:
+        """What each value that a variable holds is, whatever puts it there."""
+        roles = self.all_roles[file]
+        scope, name = variable
+        found: list[str | None] = []
+        if isinstance(scope, Function) and list(self._instances.given(file, scope, name)):
+            found.append(self._elements_given(file, scope, name, deep, sources))
+        for other, several in self._instances.given_rest(file, scope, name) if isinstance(scope, Function) else ():
+            found.append(self._elements(other, several, deep + 1, sources))
+        made = [(value, part) for value, _, part in roles.assigned(variable)]
+        changes = [value for value, _ in made if any(roles.var(item) == variable for item in ast.walk(value))]
+        for value, part in made:
+            if value not in changes and not _is_empty(value):
+                found.append(None if part else self._elements(file, value, deep + 1, sources))
+        for item in file.nodes:
+            match item:
+                case (
+                    ast.Call(func=ast.Attribute(value=holder, attr="append"), args=[value])
+                    | ast.Assign(targets=[ast.Subscript(value=holder)], value=value)
+                    | ast.AugAssign(target=ast.Subscript(value=holder), op=ast.Add(), value=value)
+                ) if (found or made) and roles.var(holder) == variable:
+                    found.append(self._added(file, value, deep, sources))
+                case (
+                    ast.Call(func=ast.Attribute(value=holder, attr="extend"), args=[value])
+                    | ast.AugAssign(target=ast.Name() as holder, op=ast.Add(), value=value)
+                ) if (found or made) and roles.var(holder) == variable:
+                    grown = self._elements(file, value, deep + 1, sources)
+                    found += [grown] if grown is not None else []
+        first = _one_of(found)
+        self._changing[variable] = first
+        try:  # losses = losses * w, and no loss = loss.sum(), which is read behind
+            found += [self._elements(file, value, deep + 1, sources) for value in changes if not _reduces(value)]
+        finally:
+            del self._changing[variable]
+        return _one_of(found)
 
     def _elements_given(
         self, file: File, function: Function, name: str, deep: int, sources: set[ast.Call]
@@ -244,7 +282,7 @@ class Sums:
 
     def _call(self, file: File, node: ast.Call, part: int | None, deep: int, sources: set[ast.Call]) -> str:
         name = self.project.external(file, node.func)
-        last = str(dotted(node.func) or getattr(node.func, "attr", "")).split(".")[-1]
+        last = _called(node)
         if name.startswith("torch.nn.functional."):
             found = _reduction(node)
             sources |= {node} if found == "sum" else set()
@@ -387,8 +425,46 @@ def _over_items(iterated: ast.expr, batch: set[str]) -> bool:
     return isinstance(iterated, ast.Name) and iterated.id in batch
 
 
-def _is_empty(value: ast.List | ast.Dict) -> bool:
-    return not (value.elts if isinstance(value, ast.List) else value.values)
+def _is_empty(value: ast.expr) -> bool:
+    """``[]``, ``{}``, ``dict()``, ``torch.zeros(2)``: what is filled later."""
+    match value:
+        case ast.List(elts=held) | ast.Dict(values=held):
+            return not held
+        case ast.Call(func=ast.Name(id="list" | "dict" | "OrderedDict"), args=[], keywords=[]):
+            return True
+        case ast.Call():
+            return _called(value) in {"defaultdict", "zeros", "empty"}
+    return False
+
+
+def _one_of(found: list[str | None]) -> str | None:
+    """What all of them are, if it is one thing, beside what is the same on all ranks; None if one is no collection."""
+    kinds = {*found} - {"same"} or {*found}
+    if not kinds or None in kinds:
+        return None
+    return "items" if "items" in kinds else kinds.pop() if len(kinds) == 1 else ""
+
+
+def _reduces(value: ast.expr) -> bool:
+    """``losses.sum()``, ``torch.mean(losses * w)``, of which nothing else is made."""
+    return isinstance(value, ast.Call) and _called(value) in {"sum", "mean"}
+
+
+def _over_first(call: ast.Call) -> ast.expr | None:
+    """``x`` of ``x.mean(0)``, ``torch.sum(x, dim=(0, 1))``, which are over the first dimension and leave others."""
+    if _called(call) not in {"sum", "mean"} or not isinstance(call.func, ast.Attribute):
+        return None
+    of_torch = isinstance(call.func.value, ast.Name) and call.func.value.id == "torch"
+    values = call.args[:1] if of_torch else [call.func.value]
+    dims = [*call.args[of_torch:], *(keyword.value for keyword in call.keywords if keyword.arg in {"dim", "axis"})]
+    held = dims[0].elts if dims and isinstance(dims[0], (ast.Tuple, ast.List)) else dims[:1]
+    first = any(isinstance(item, ast.Constant) and item.value == 0 for item in held)
+    return values[0] if values and first else None
+
+
+def _called(call: ast.Call) -> str:
+    """The last part of the name of what is called."""
+    return str(dotted(call.func) or getattr(call.func, "attr", "")).split(".")[-1]
 
 
 def _reduction(call: ast.Call) -> str:

@@ -97,3 +97,11 @@ NAMED = {
 def test_what_names_itself_keeps_its_name(given: str, wanted: str) -> None:
     after = converted(script(loss=f'loss = net(x).square().mean()\nprint(f"epoch {given}")'))
     assert f'bmt.print_rank(f"epoch {wanted}")\n' in after
+
+
+def test_a_ratio_of_signals_by_a_function_of_the_project() -> None:
+    text = script("print(psnr(mean.item()))\np = psnr(mean)\nprint(p)").replace(
+        "net =", "def psnr(error):\n    return -10 * math.log10(error)\n\n\nnet =", 1
+    )
+    after = converted(text)
+    assert f"psnr({MEAN}.item())" in after and f"p = psnr({MEAN})" in after and after.count("bmt.sum_loss(") == 2

@@ -210,6 +210,9 @@ PARTS = {
     "unpacked": ("x, y = batch", ""),
     "moved": ('batch = [b.to("cpu") for b in batch]\nx, y = batch', ""),
     "moved to a tuple": ('batch = tuple(b.to("cpu") for b in batch)\nx, y = batch[0], batch[1]', ""),
+    "gone through": ("x, y = [b.float() for b in batch]", ""),
+    "gone through, as they are": ("x, y = (b for b in batch)", ""),
+    "mapped": ("x, y = map(torch.Tensor.float, batch)", ""),
     "read in places": ("x = batch[0].float()\ny = batch[1]", ""),
     "one tensor": ("x, y = batch, batch[:, 0]", "bmt.total(len(batch))"),
 }
@@ -396,3 +399,24 @@ HOOKS = {
 def test_numbers_of_what_a_hook_has_kept_are_reported(hook: str) -> None:
     text = script("print(float(other.mean()), seen)\nprint(seen['h'].mean().item())")
     assert len(told(text.replace("opt = ", hook + "\nopt = ", 1), "a hook has kept")) == 1
+
+
+NONLOCALS = {
+    "a batch": ("nonlocal x", "print(x.shape)", 1),
+    "outputs": ("nonlocal out", "print(out.shape)", 1),
+    "by another function": ("nonlocal x", "def show():\n        return x", 1),
+    "not read": ("nonlocal x", "print(1)", 0),
+    "another function's own": ("nonlocal x", "def show(x):\n        return x", 0),
+    "not shared": ("pass", "print(x.shape)", 0),
+}
+
+
+@pytest.mark.parametrize(("first", "behind", "count"), NONLOCALS.values(), ids=NONLOCALS.keys())
+def test_what_a_function_leaves_in_the_one_around_it(first: str, behind: str, count: int) -> None:
+    inner = TRAINS.format(step="loss.backward()", leaves="pass").replace(
+        "def train():\n", f"def train():\n    {first}\n"
+    )
+    inner = "".join(f"    {line}\n" for line in inner.strip().splitlines())
+    text = SCRIPT[: SCRIPT.index("for epoch")] + f"def main():\n    x = out = None\n{inner}    {behind}\n\n\nmain()\n"
+    after = converted(text)
+    assert len(told(text, "last batch")) + after.count("gather_samples") == count

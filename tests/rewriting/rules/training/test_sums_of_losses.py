@@ -53,6 +53,23 @@ MEANS = {
     "negated": "loss = (-torch.stack([a, b]) * -w).sum()",
     "some of them": BOTH + "loss = losses[:1].sum()",
     "moved": BOTH + "loss = (losses.to(x.device) * w).sum()",
+    "changed, then added up": BOTH + "losses = losses * w\n    loss = losses.sum()",
+    "added up under their own name": "loss = torch.stack([a, b])\n    loss = loss.sum()",
+    "added up under their own name by torch": "loss = torch.stack([a, b])\n    loss = torch.sum(loss)",
+    "scaled in place": BOTH + "losses *= w\n    loss = losses.sum()",
+    "filled in": "losses = torch.zeros(2)\n    losses[0] = a\n    losses[1] = b\n    loss = losses.sum()",
+    "in a list": "losses = list()\n    losses.append(a)\n    losses.append(b)\n    loss = torch.stack(losses).sum()",
+    "in a dict": "losses = dict()\n    losses['a'] = a\n    loss = torch.stack(list(losses.values())).sum()",
+    "extended": "losses = [a]\n    losses.extend([b])\n    loss = torch.stack(losses).sum()",
+    "grown": "losses = []\n    losses += [a, b]\n    loss = torch.stack(losses).sum()",
+    "in an attribute": "net.losses = [a, b]\n    loss = torch.stack(net.losses).sum()",
+    "of columns": "loss = ((out - y) ** 2).mean(0).sum()",
+    "of columns, by name": "loss = torch.mean((out - y) ** 2, dim=0).sum()",
+    "of columns, weighed": "columns = ((out - y) ** 2).mean(dim=0)\n    loss = (columns * w).sum()",
+    "of several dimensions": "loss = ((out - y) ** 2).mean((0, 2)).sum()",
+    "by the argument's name": "loss = torch.stack(tensors=[a, b]).sum()",
+    "in a dict that is called": "losses = dict(a=a, b=b)\n    loss = torch.stack(list(losses.values())).sum()",
+    "in a list in a list": "losses = {'a': a}\n    loss = (torch.stack([*losses.values(), b]) * w).sum()",
     "of a function": "loss = torch.sum(make(out, y))",
     "of a function, named": "losses = make(out, y)\n    loss = (losses * w).sum()",
 }
@@ -69,6 +86,8 @@ WEIGHING = {
     "by torch": "return torch.sum(losses)",
     "named": "total = (losses * w).sum()\n    return total",
     "by their uncertainty": "return (torch.exp(-variances) * losses + variances).sum()",
+    "under their own name": "losses = losses * w\n    return losses.sum()",
+    "added up under their own name": "losses = losses.sum()\n    return losses",
 }
 
 
@@ -79,7 +98,50 @@ def test_what_a_function_is_given_tells_what_it_adds_up(weigh: str) -> None:
     assert is_sum("loss = weigh(F.mse_loss(out, y, reduction='none'))", weigh)
 
 
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        "losses = torch.stack(losses)\n    return (losses * w).sum()",
+        "if isinstance(losses, list):\n        losses = torch.stack(losses)\n    return (losses * w).sum()",
+        "return (torch.stack(losses) * w).sum()",
+        "return torch.sum(torch.stack(tuple(losses)))",
+    ],
+)
+def test_a_list_that_a_function_stacks(weigh: str) -> None:
+    assert not is_sum("loss = weigh([a, b])", weigh)
+    assert not is_sum("loss = weigh([a]) + weigh([b])", weigh)
+
+
+def test_what_is_given_as_several_arguments() -> None:
+    after = SCRIPT.replace("def weigh(losses)", "def weigh(*losses)")
+    after = after.format(body="loss = weigh(a, b)", weigh="return (torch.stack(losses) * w).sum()")
+    assert "backward(loss)" in converted(after)
+    assert "backward(loss * bmt.world_size())" in converted(
+        after.replace("weigh(a, b)", "weigh(c, d)").replace(
+            "loss = weigh",
+            "c, d = F.mse_loss(out, y, reduction='sum'), F.l1_loss(out, y, reduction='sum')\n    loss = weigh",
+        )
+    )
+
+
+def test_a_function_given_means_and_items() -> None:
+    weigh = "if isinstance(losses, list):\n        losses = torch.stack(losses)\n    return (losses * 0.5).sum()"
+    assert not is_sum("loss = weigh([a, b]) + weigh(F.mse_loss(out, y, reduction='none'))", weigh)
+
+
 SUMS = {
+    "of sums in an attribute": (
+        "net.losses = [F.mse_loss(out, y, reduction='sum'), F.l1_loss(out, y, reduction='sum')]\n"
+        "    loss = torch.stack(net.losses).sum()"
+    ),
+    "of sums in a list in a list": (
+        "losses = [F.mse_loss(out, y, reduction='sum')]\n    loss = torch.stack([*losses, *losses]).sum()"
+    ),
+    "of rows": "loss = ((out - y) ** 2).mean(1).sum()",
+    "of columns": "loss = ((out - y) ** 2).sum(0).mean()",
+    "of columns, weighed": "loss = (((out - y) ** 2).sum(dim=0) * w).sum()",
+    "changed first": "each = (out - y) ** 2\n    each = each * 2\n    loss = each.sum()",
+    "written into": "out[:, 0] = 0.0\n    loss = ((out - y) ** 2).sum()",
     "squares": "loss = ((out - y) ** 2).sum()",
     "of items": "loss = F.mse_loss(out, y, reduction='none').sum()",
     "weighed by column": "loss = (F.mse_loss(out, y, reduction='none') * w).sum()",
