@@ -520,9 +520,27 @@ class Kinds:
             yield from self._split(value)
         elif kind in {"samples", "unknown"} and self._is_cut(value) and not is_text(value):
             unclear = _is_no_mean(value) or self._is_crossed(value) or self._is_dict(value)
+            unclear = unclear or self._gives_places(value) or self._is_bent(value)
             yield value, "unknown" if unclear or self._is_number_of_model(value) else "samples"
         elif kind in {"samples", "unknown"} and not is_text(value):
             yield value, "unknown"
+
+    def _gives_places(self, node: ast.expr, deep: int = 0) -> bool:
+        """Whether a value tells places in the batch, which are others in a share: ``torch.where(y == 0)[0]``."""
+        for item in walk(node):
+            if isinstance(item, ast.Call) and _asks_where(item):
+                return True
+            if isinstance(item, ast.Name) and deep < 3:
+                if any(self._gives_places(value, deep + 1) for value, _ in self.made.get(item.id, ())):
+                    return True
+        return False
+
+    def _is_bent(self, node: ast.expr) -> bool:
+        """Whether a value is a function of a mean or a total of the batch: ``x.mean().exp()``."""
+        match _viewed(node):
+            case ast.Call(func=ast.Attribute(value=value, attr=attr), args=args) if attr in _ITEM_BY_ITEM:
+                return self.kind(args[0] if dotted(value) in _FUNCTIONS and args else value) in {"mean", "total"}
+        return False
 
     def _is_number_of_model(self, value: ast.expr) -> bool:
         """Whether a value is the number that a model gives beside others, ``out, used = model(x)``: ``used.item()``."""
@@ -1006,8 +1024,8 @@ class Kinds:
                 if attr in _COUNTED and any(k.arg == "minlength" for k in keywords):
                     return self._total_of(node)
                 if attr == "tolist":
-                    return "samples"
-                if attr in _ITEM_BY_ITEM:
+                    return "unknown" if self._gives_places(value) else "samples"
+                if attr in _ITEM_BY_ITEM and not _asks_where(node):
                     return "samples" if self.kind(value, deep + 1) == "samples" else "unknown"
                 return self._named(attr, node)
             case ast.Call(func=ast.Name(id=name), args=[value, *_]) if name in _NUMBERS:
@@ -1422,6 +1440,12 @@ def _is_first_dimension(given: list[ast.expr]) -> bool:
     """Whether ``x.sum(0)``, or ``x.sum((0, 2))``, is over the batch."""
     dimensions = given[0].elts if len(given) == 1 and isinstance(given[0], (ast.Tuple, ast.List)) else given
     return len(given) == 1 and any(isinstance(item, ast.Constant) and item.value == 0 for item in dimensions)
+
+
+def _asks_where(call: ast.Call) -> bool:
+    """``torch.where(y == 0)``, ``mask.nonzero()``."""
+    name = getattr(call.func, "attr", "")
+    return name in {"nonzero", "argwhere", "flatnonzero"} or (name == "where" and len(call.args) == 1)
 
 
 def _is_nothing(node: ast.expr) -> bool:
