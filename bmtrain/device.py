@@ -422,7 +422,9 @@ class Device:
                 buffer = self.host_buffer(torch.empty(size, dtype=torch.uint8, device="meta"))
             out = buffer[:size].view(values.dtype).view(values.shape)
             out.copy_(values, non_blocking=True)
-            self.event_after(None).synchronize()
+            stream = self.current_stream()  # this device's, whatever device a new thread is on
+            if stream is not None:
+                stream.synchronize()
             return out
 
         with self.on(self.copy_stream()):
