@@ -63,7 +63,7 @@ class _Staged:
     pieces: list[Piece]
     tensors: dict[str, tuple[list[int], str]]
     paths: dict[str, Any]
-    copied: Event  # when there are copies to write
+    there: Event  # when what is to be written is there, for whatever stream reads it
     size: int  # in bytes
     beside: bool  # written while training goes on: by one thread, as they take turns with it for the interpreter
 
@@ -361,7 +361,7 @@ class Checkpointer:
                 f"{written}, which rank 0 has made, is not there. The folder must be on a file system that all ranks "
                 "share"
             )
-        staged.copied.synchronize()
+        staged.there.synchronize()
         pieces = (staged.pieces.pop(0) for _ in range(len(staged.pieces)))
         files = 1 if staged.beside else min(self._threads, 1 + staged.size // _LARGE)
         return storage.write_pieces(written, self._rank, pieces, files, self._device.reading)

@@ -143,9 +143,8 @@ def write_pieces(
 
     def write(number: int) -> list[Record]:
         try:
-            piece = next_piece()
             with reading() as read:
-                return [] if piece is None else _write(folder, f"__{rank}_{number}.distcp", piece, next_piece, read)
+                return _write(folder, f"__{rank}_{number}.distcp", next_piece, read)
         except BaseException:
             failed.set()
             raise
@@ -156,11 +155,11 @@ def write_pieces(
         return [record for written in pool.map(write, range(files)) for record in written]
 
 
-def _write(
-    folder: Path, name: str, piece: Piece | None, next_piece: Callable[[], Piece | None], read: Read
-) -> list[Record]:
-    """One file, from ``piece`` on."""
-    records = []
+def _write(folder: Path, name: str, next_piece: Callable[[], Piece | None], read: Read) -> list[Record]:
+    """One file, if there is a piece left for it."""
+    records, piece = [], next_piece()
+    if piece is None:
+        return []
     with open_file(folder / name, "wb") as file:
         out = _Summing(file)
         while piece is not None:

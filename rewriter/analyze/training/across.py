@@ -505,9 +505,8 @@ class Flow:
     def _is_per_item(self, node: ast.expr, deep: int = 0) -> bool:
         """Whether this is the loss of each item, ``F.cross_entropy(out, y, reduction="none")``, or a view of it."""
         match node:
-            case ast.Call(func=func, keywords=keywords):
-                words = [k.value for k in keywords if k.arg == "reduction" and isinstance(k.value, ast.Constant)]
-                return any(word.value == "none" for word in words) or self._is_per_item(func, deep)
+            case ast.Call(func=func):
+                return reduction_of(node) == "none" or self._is_per_item(func, deep)
             case ast.Attribute(value=value) | ast.Subscript(value=value):
                 return self._is_per_item(value, deep)
             case ast.Name(id=name) if deep < 2:
@@ -787,7 +786,12 @@ def _is_total(node: ast.AST) -> TypeGuard[ast.Call]:
 
 def _is_summed(call: ast.Call) -> bool:
     """``F.cross_entropy(out, y, reduction="sum")``."""
-    return any(k.arg == "reduction" and getattr(k.value, "value", None) == "sum" for k in call.keywords)
+    return reduction_of(call) == "sum"
+
+
+def reduction_of(call: ast.Call) -> object:
+    """What stands in ``reduction=``; None if nothing does, or no constant."""
+    return next((getattr(k.value, "value", None) for k in call.keywords if k.arg == "reduction"), None)
 
 
 def _name_of(node: ast.AST) -> str:

@@ -10,6 +10,7 @@ from functools import cached_property
 from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import Scope, dotted, is_backward, item_of, names_in, walk, walk_own
 from rewriter.analyze.read.project import Project
+from rewriter.analyze.training.across import reduction_of
 from rewriter.analyze.training.scripts import Scripts
 from rewriter.analyze.training.shares import Kinds, Loop, loop_over
 
@@ -122,10 +123,8 @@ class LeftBehind:
         """``F.cross_entropy(out, y, reduction="none")``, or what such a criterion gives."""
         if not isinstance(value, ast.Call):
             return False
-        given = [k.value for k in value.keywords if k.arg == "reduction"]
         called = (dotted(value.func) or "").split(".")[-1]
-        made = isinstance(given[0], ast.Constant) and given[0].value == "none" if given else False
-        return made or called in self.scripts.across(file).of_items
+        return reduction_of(value) == "none" or called in self.scripts.across(file).of_items
 
     def _is_left_early(self, file: File, loop: Loop, read: ast.Name) -> bool:
         """Whether a name is read where the loop has not come to its end: inside of it, or after an error."""

@@ -870,17 +870,14 @@ class Kinds:
                                 places.setdefault(name, set()).add(place)
                 case ast.Call(args=args) if args and isinstance(args[-1], ast.Starred):
                     found |= {args[-1].value.id} if isinstance(args[-1].value, ast.Name) else set()
-                case (
-                    ast.ListComp(
-                        elt=ast.Call(func=ast.Attribute(value=ast.Name(id=part), attr="to" | "cuda")),
-                        generators=[ast.comprehension(target=ast.Name(id=bound), iter=ast.Name(id=name))],
-                    )
-                    | ast.GeneratorExp(
-                        elt=ast.Call(func=ast.Attribute(value=ast.Name(id=part), attr="to" | "cuda")),
-                        generators=[ast.comprehension(target=ast.Name(id=bound), iter=ast.Name(id=name))],
-                    )
-                ) if part == bound:
-                    found.add(name)
+                case ast.ListComp(elt=elt, generators=[each]) | ast.GeneratorExp(elt=elt, generators=[each]):
+                    match elt, each.target, each.iter:
+                        case (
+                            ast.Call(func=ast.Attribute(value=ast.Name(id=part), attr="to" | "cuda")),
+                            ast.Name(id=bound),
+                            ast.Name(id=name),
+                        ) if part == bound:
+                            found.add(name)
         found |= {name for name, seen in places.items() if len(seen) > 1}
         return found & self.batch
 

@@ -223,10 +223,12 @@ class Sums:
         roles = self.all_roles[file]
         scope, name = variable
         found: list[str | None] = []
-        if isinstance(scope, Function) and list(self._instances.given(file, scope, name)):
-            found.append(self._elements_given(file, scope, name, deep, sources))
-        for other, several in self._instances.given_rest(file, scope, name) if isinstance(scope, Function) else ():
-            found.append(self._elements(other, several, deep + 1, sources))
+        if isinstance(scope, Function):
+            given = self._instances.given(file, scope, name)
+            kinds = {self._elements(other, value, deep + 1, sources) for other, value in given}
+            found += ["" if len(kinds) > 1 else kind for kind in kinds]
+            rest = self._instances.given_rest(file, scope, name)
+            found += [self._elements(other, several, deep + 1, sources) for other, several in rest]
         made = [(value, part) for value, _, part in roles.assigned(variable)]
         changes = [value for value, _ in made if any(roles.var(item) == variable for item in ast.walk(value))]
         for value, part in made:
@@ -253,14 +255,6 @@ class Sums:
         finally:
             del self._changing[variable]
         return _one_of(found)
-
-    def _elements_given(
-        self, file: File, function: Function, name: str, deep: int, sources: set[ast.Call]
-    ) -> str | None:
-        """The same of what all calls of a function give for one of its parameters."""
-        given = self._instances.given(file, function, name)
-        kinds = {self._elements(other, value, deep + 1, sources) for other, value in given}
-        return kinds.pop() if len(kinds) == 1 else "" if kinds else None
 
     def _each(
         self, file: File, left: ast.expr, op: ast.operator, right: ast.expr, deep: int, sources: set[ast.Call]

@@ -404,6 +404,14 @@ def test_what_is_read_for_a_file_is_the_same_and_alone() -> None:
         assert not read(torch.empty(0, 3)).numel()
 
 
+def assert_resumes(job: Job, expected: dict[str, Any]) -> None:
+    job.ckpt.resume()
+    found = job.facts()
+    for name in ("model", "optimizer", "seen"):
+        assert_same(found[name], expected[name], name)
+    job.ckpt.close()
+
+
 @pytest.mark.parametrize(("free", "stays"), [(60, True), (0.9, False), (-1, False), (None, False)])
 @on_ranks(1, 2, init={"device": "cpu"})
 def test_the_copy_stays_on_the_device_where_a_larger_step_leaves_room(
@@ -427,11 +435,7 @@ def test_the_copy_stays_on_the_device_where_a_larger_step_leaves_room(
         engine.plan = engine.outside._plan = plan  # type: ignore[attr-defined]
     expected = job.facts()
     job.train(3, 4)
-    job.ckpt.resume()
-    found = job.facts()
-    for name in ("model", "optimizer", "seen"):
-        assert_same(found[name], expected[name], name)
-    job.ckpt.close()
+    assert_resumes(job, expected)
 
 
 @on_ranks(2, init={"device": "cpu", "memory": "lean"})
@@ -461,8 +465,4 @@ def test_a_large_part_is_in_several_files(tmp_path: Path) -> None:
     expected = job.facts()
     assert len(list(tmp_path.glob(f"step-0000000001/__{bmt.rank()}_*.distcp"))) == 3
     job.train(2, 3)
-    job.ckpt.resume()
-    found = job.facts()
-    for name in ("model", "optimizer", "seen"):
-        assert_same(found[name], expected[name], name)
-    job.ckpt.close()
+    assert_resumes(job, expected)
