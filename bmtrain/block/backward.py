@@ -142,7 +142,7 @@ class Backward:
         if flat.steps != place.since:
             flat.require_unchanged(place.numbers, place.since)
         if flat.buffer is None:
-            self._schedule.use(unit_of_flat(flat), "backward", autocast)
+            self._schedule.use_again(unit_of_flat(flat), autocast)
         assert flat.buffer is not None
         return place.within(flat.buffer)
 

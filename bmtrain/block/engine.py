@@ -459,6 +459,8 @@ class Engine:
         if self.replicas is not None:
             self.replicas.level()
         if self.plan.optimizer_stepped():
+            self.schedule.pools.collect_garbage()
+            self.plan.give_up()
             if self.graphs is not None:
                 self.graphs.let_go_of_all()
             self.whole.let_go_of_all()

@@ -138,10 +138,9 @@ class MemoryPlan:
     # -- the plan ---------------------------------------------------------------------------------------------------
 
     def optimizer_stepped(self) -> bool:
-        """An optimizer has updated its parameters.  Returns whether all ranks are to let go of what stays now."""
+        """An optimizer has updated its parameters.  Returns whether all ranks are to ``give_up`` what stays now."""
         answer, self._answer = self._answer, None
         if answer is not None and answer():
-            self._give_up()
             return True
         self._steps += self._counts or self._measures
         if self._measures:
@@ -195,11 +194,12 @@ class MemoryPlan:
 
             self._answer = answer
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
+        """Nothing stays from here on, on any rank; of a model that is gone, on one rank as on the others."""
         for reference in self._staying:
             unit = reference()
             if unit is not None:
-                unit.stays = False
+                unit.stay_no_longer()
         self._staying, self._watched = [], []
         self._is_short = self._was_short = self._is_planned = False
         self._steps, self._is_over = 0, self._plans >= _MOST_PLANS

@@ -34,6 +34,7 @@ class Schedule:
         self.trace = Trace(ctx, ctx.timeout if ctx.watchdog is not None else min(ctx.timeout, timedelta(minutes=5)))
         self.units: weakref.WeakValueDictionary[int, ShardUnit] = weakref.WeakValueDictionary()
         self.registered = 0
+        self._last: tuple[weakref.ref[ShardUnit], Phase] | None = None  # the use before this one, in this run
         self.reduced: list[ShardUnit] = []
 
     def register(self, unit: ShardUnit) -> None:
@@ -57,6 +58,7 @@ class Schedule:
             self.pools.whole_gradients.forget()
         if self.pools.moves:
             self.register(unit)
+            self._last = None
             phase: Phase = "operation" if operation else "forward"
             self.trace.begin((phase, unit.index, grad), operation or f"the start of the forward of {unit.name}")
 
@@ -83,6 +85,7 @@ class Schedule:
             predicted = (
                 trace.note_again(unit.index, phase) if again else trace.note(unit.index, phase, operation or unit.name)
             )
+            self._note_next(unit, phase)
         if not unit.is_settled and not unit.pins and torch.is_grad_enabled():
             self.whole.release(unit)
             keep_frozen_apart(unit)
@@ -93,9 +96,29 @@ class Schedule:
             unit.trains_in = compute
         self.ctx.diary.phase = phase
         self.whole.gather(unit, compute)
-        following = self.units.get(predicted) if predicted is not None else None
+        following = None if predicted is None else _find(unit.next_units.get(phase, ()), predicted)
         if following is not None and not self.whole.is_in_place_of(following, around):
             self.whole.prefetch(following, following.compute_dtype(autocast))
+
+    def _note_next(self, unit: ShardUnit, phase: Phase) -> None:
+        """``unit`` comes after the one that was used last, in a forward or backward."""
+        if self._last is not None:
+            before, how = self._last[0](), self._last[1]
+            if before is not None and how != "operation":
+                known = before.next_units.get(how, ())[-1:]
+                if known != (unit,):
+                    before.next_units[how] = (*known, unit)
+        self._last = weakref.ref(unit), phase
+
+    def use_again(self, unit: ShardUnit, autocast: torch.dtype | None) -> None:
+        """The backward needs values of ``unit`` that its forward has saved.  Collective, unless it stays.
+
+        Of what stays a rank may have saved the values themselves (``KeptValues``), and not come here.
+        """
+        if unit.is_kept and unit.state is State.GATHERING and unit.fits(unit.compute_dtype(autocast)):
+            self.whole.gather(unit, unit.compute)
+        else:
+            self.use(unit, "backward", autocast)
 
     def _is_here(self, unit: ShardUnit, phase: Phase, autocast: torch.dtype | None) -> bool:
         """Whether ``unit`` was used so in this run and is whole since: nothing is exchanged, however often it is used.
@@ -164,6 +187,13 @@ class Schedule:
             else:
                 unit.release_prefetched()
         self.whole.gather_anew(wanted)
+
+
+def _find(units: Sequence[ShardUnit], index: int) -> ShardUnit | None:
+    for unit in units:
+        if unit.index == index:
+            return unit
+    return None
 
 
 def _require_in_stage(unit: ShardUnit) -> None:

@@ -209,8 +209,12 @@ class Pools:
         if self.regrouped:
             self.regrouped = False
             self.ctx.device.synchronize()
-            self.arenas.look_for_garbage()
-            self.arenas.collect()
+            self.collect_garbage()
+
+    def collect_garbage(self) -> None:
+        """Let what no rank uses any more be gone on every rank.  Collective."""
+        self.arenas.look_for_garbage()
+        self.arenas.collect()
 
     def trim_params(self) -> None:
         """Give back what was made for units that are not whole any more.  Collective."""

@@ -50,16 +50,18 @@ class ShardUnit:
         borrows: units that hold parameters which this one's module shares with others.
         keep: True: stay whole from the first forward to the end of the backward (ZeRO-2); False: do not; None: as
             memory allows.
-        stays: the plan for memory lets it stay whole from one step to the next.
+        stays: the plan for memory lets it stay whole from one step to the next, in buffers of its own: what one rank
+            has recorded reads them where they lie, and ranks that have not take and return memory in the same order.
         trains_in: the dtype that the last backward was to compute in.
         is_block: whether it is a Block's.
         stage: that of a pipeline whose ranks alone keep it; None: all ranks of the shard group do.
         lender: whose buffers hold what is whole.
         is_stale: ranks may have written different values into what is whole.
         is_written: user code, such as a forward, may have changed whole values, on each rank otherwise.
-        keeps_buffers: recorded work reads its whole values where they lay, so that they are to lie there again.
         recorded: what is known of recording its block (``bmtrain.block.graphs.blocks``); None until that is looked at.
         is_settled: which parameter lies in which flat shard does not change any more.
+        next_units: by what it was used in, the last two that were used next: what is predicted to follow is held, as
+            every rank is to gather it ahead of its time or none, and each collects garbage in its own.
     """
 
     def __init__(
@@ -96,8 +98,8 @@ class ShardUnit:
         self._ready: Event = self.ctx.device.event()
         self._prefetched: list[Buffer] = []
         self._laid_by: dict[tuple[int, torch.dtype], Buffer] = {}  # by flat shard
-        self.keeps_buffers = False
         self.recorded: object | None = None
+        self.next_units: dict[str, tuple[ShardUnit, ...]] = {}
         self.lender = self.pools
 
     @property
@@ -115,6 +117,7 @@ class ShardUnit:
     def change_precision(self, precision: Precision) -> None:
         """Follow another policy from the next gather on."""
         self.release()
+        self._return_own_buffers()
         self.precision, self.inherits_precision = precision, False
         self.pools.moves |= self.moves
         self.is_whole = not self.moves
@@ -195,7 +198,7 @@ class ShardUnit:
         self.is_whole = False
 
     def _give_back(self, flat: FlatShard, buffer: Buffer, stream: torch.cuda.Stream | None) -> None:
-        if self.keeps_buffers:
+        if self.stays:
             self.lender.params.lay_by(buffer, stream)
             self._laid_by[flat.key, buffer.tensor.dtype] = buffer
         else:
@@ -208,9 +211,13 @@ class ShardUnit:
         buffer.free.wait(self.ctx.device.gather_stream)
         return buffer
 
-    def let_buffers_go(self) -> None:
-        """Nothing that is recorded reads its whole values any more."""
-        buffers, self._laid_by, self.keeps_buffers = self._laid_by, {}, False
+    def stay_no_longer(self) -> None:
+        """From here on it is whole only while it is used."""
+        self.stays = False
+        self._return_own_buffers()
+
+    def _return_own_buffers(self) -> None:
+        buffers, self._laid_by = self._laid_by, {}
         for buffer in buffers.values():
             self.lender.params.give_back(buffer, self.ctx.device.current_stream())
 

@@ -109,9 +109,8 @@ class Graphs:
 
     def let_go_of_all(self) -> None:
         """Forget what is recorded: its memory is wanted."""
-        for unit in list(self._units):
+        for unit in self._units:
             unit.recorded = None
-            unit.let_buffers_go()
         self._units.clear()
 
     def begin(self) -> None:
@@ -172,9 +171,6 @@ class _Block:
     def give_up(self, reason: str) -> None:
         """Run as it is written from now on."""
         self.reason, self._recordings = reason, []
-        unit = self._unit()
-        if unit is not None:
-            unit.let_buffers_go()
         self.graphs.changed()
 
     def replay_for(
@@ -190,9 +186,6 @@ class _Block:
         recording = next((known for known in self._recordings if known.rest == inputs.rest), None)
         if recording is not None and not recording.is_valid(self.graphs.forward):
             self._recordings.remove(recording)
-            unit = self._unit()
-            if unit is not None and not self._recordings:
-                unit.let_buffers_go()
             self._has_changed(recording.rest)
             if self.reason is not None:
                 return None
@@ -234,7 +227,6 @@ class _Block:
             self.give_up(made)
             return None
         self._recordings.append(made)
-        unit.keeps_buffers = unit.moves
         self.graphs.changed()
         return made
 

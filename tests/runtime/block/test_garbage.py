@@ -14,10 +14,14 @@ import models
 import oracle
 import pytest
 import torch
+from between_steps import units_of
+from fresh import PLENTY, fresh_plan, memory_of
 from ranks import on_ranks
 from torch import nn
 
 import bmtrain as bmt
+from bmtrain.context import context
+from bmtrain.objects import allgather_objects
 
 
 class Layer(nn.Module):
@@ -125,6 +129,121 @@ def test_buffers_of_copies_are_compared() -> None:
             collect()
     found = [str(w.message) for w in caught if "different buffers" in str(w.message)]
     assert len(found) == (bmt.rank() == 0), found
+
+
+class Taught(nn.Module):
+    """A student beside a part that comes anew now and then: as a whole, or one of its layers alone."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part = part
+        self.net, self.teacher = tied(Net()), tied(Net())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.net(x)
+        with torch.no_grad():
+            aim = self.teacher(x)
+        return out + (self.net(x) - aim).square()  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        if self.part == "teacher":
+            self.teacher = tied(copy.deepcopy(self.net))
+        elif self.part == "layer":
+            self.net.layers[1] = tied(copy.deepcopy(self.net.layers[0]))
+        else:
+            self.net = tied(copy.deepcopy(self.net))
+
+
+@pytest.mark.parametrize("part", ["teacher", "layer", "net"])
+@on_ranks(2, 3, init={"schedule": "stress"})
+def test_what_used_to_come_next_may_be_gone(part: str) -> None:
+    """On the ranks that have collected it; on others it is still there to be gathered ahead of its time."""
+    with garbage() as collect:
+        model: Any = bmt.BMTrainModelWrapper(Taught(part))
+        for _ in range(4):
+            manager = managed(model, "sgd")
+            train(model, manager, 2)
+            model.renew()
+            del manager
+            collect()
+
+
+class Lends(nn.Module):
+    """Blocks of one weight, which two of them borrow; a root that gives its own to a block."""
+
+    def __init__(self, gives: bool) -> None:
+        super().__init__()
+        layers = [Gated() if gives else Layer() for _ in range(3)]
+        if not gives:
+            layers[1].lin.weight = layers[0].lin.weight
+        self.layers = nn.ModuleList([bmt.Block(layer, use_checkpoint=False) for layer in layers])
+        self.gate = nn.Parameter(torch.ones(1, oracle.WIDTH)) if gives else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.gate is None else layer(x, self.gate.expand_as(x))
+        return x
+
+
+class Gated(Layer):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return x + torch.tanh(self.lin(x)) * gate
+
+
+@pytest.mark.parametrize("gives", [False, True])
+@on_ranks(2, 3, init={"schedule": "stress"})
+def test_what_stays_is_used_alike_beside_garbage(gives: bool) -> None:
+    """Where all that there is stays, less is looked at; a model that is gone elsewhere does not stay here."""
+    fresh_plan(PLENTY)
+    with garbage() as collect:
+        model: Any = bmt.BMTrainModelWrapper(Lends(gives))
+        manager = managed(model, "sgd")
+        train(model, manager, 4)
+        probe = tied(copy.deepcopy(model))
+        with torch.no_grad():
+            probe(models.share(oracle.inputs(0)))
+        del probe
+        collect()
+        train(model, manager, 3)
+        assert len(set(allgather_objects(context().engine.schedule.trace._count))) == 1  # type: ignore[attr-defined]
+        model.state_dict()
+    fresh_plan(None)
+
+
+@pytest.mark.parametrize("depth", [2, 5])
+@on_ranks(2, init={"schedule": "stress"})
+def test_what_stays_of_a_model_that_is_gone_is_given_up_alike(depth: int) -> None:
+    """Some ranks have its buffers still, and would take the next from them."""
+    plan = fresh_plan(memory_of(4))
+    with garbage() as collect:
+        first = wrapped(depth)
+        train(first, managed(first, "sgd"), 4)
+        assert all(unit.stays for unit in units_of(first))
+        second = wrapped(3)
+        manager = managed(second, "sgd")
+        train(second, manager, 1)
+        del first
+        collect()
+        train(lambda x: second(x.repeat(400, 1)).reshape(400, *x.shape[:-1], -1).mean(0), manager, 2)
+        assert not plan._staying
+        train(second, manager, 2)
+        second.state_dict()
+    fresh_plan(None)
+
+
+@on_ranks(2, init={"schedule": "stress"})
+def test_an_average_that_comes_anew() -> None:
+    """Step by step, outside of any forward: what used to be multiplied next may be gone."""
+    with garbage() as collect:
+        model = wrapped()
+        manager = managed(model, "sgd")
+        for step in range(6):
+            train(model, manager, 1)
+            if step % 2 == 0:
+                average = tied(copy.deepcopy(model))
+                collect()
+            for mine, other in zip(average.parameters(), model.parameters(), strict=True):
+                assert torch.isfinite(mine @ other.T if mine.dim() == 2 else mine * other).all()
 
 
 @pytest.mark.parametrize("kind", ["ours", pytest.param("sgd", marks=pytest.mark.long), "adafactor"])

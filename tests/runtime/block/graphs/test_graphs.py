@@ -64,11 +64,16 @@ def reasons(graphs: Any) -> list[str]:
     return sorted({block.reason for block in graphs.blocks() if block.reason is not None})
 
 
-def check_same(between: Between, steps: int, precision: str, amid: Amid = goes_on) -> tuple[int, list[str]]:
-    """How many blocks are recorded in the end, and why others are not; numbers are those of blocks as written."""
+def check_same(
+    between: Between, steps: int, precision: str, amid: Amid = goes_on, here: bool = True
+) -> tuple[int, list[str]]:
+    """How many blocks are recorded in the end, and why others are not; numbers are those of blocks as written.
+
+    Those of all ranks, though one of them records nothing that is not to do so ``here``.
+    """
     made: list[Any] = []
     results = []
-    for graphs in (False, True):
+    for graphs in (False, here):
 
         def forget(memory: Memory | None, graphs: bool = graphs) -> None:
             made.append(fresh_graphs(memory, graphs))
@@ -78,7 +83,7 @@ def check_same(between: Between, steps: int, precision: str, amid: Amid = goes_o
     as_written, recordings = results
     assert as_written[0] == recordings[0]
     assert all(torch.equal(as_written[1][key], recordings[1][key]) for key in as_written[1])
-    return recorded(made[-1]), reasons(made[-1])
+    return (recorded(made[-1]), reasons(made[-1])) if here else (0, [])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast", "bf16", "fp16"])
@@ -107,6 +112,14 @@ def test_what_else_is_done_to_a_model_counts(between: Between) -> None:
     check_same(between, 9, "autocast")
 
 
+@pytest.mark.parametrize("between", BETWEEN)
+@on_ranks(2, init=INIT)
+def test_one_rank_may_record_alone(between: Between) -> None:
+    """Each finds out by itself whether its host is slow and what its blocks do, and all take memory alike."""
+    for precision in ("autocast", "bf16"):
+        check_same(between, 9, precision, here=bmt.rank() == 0)
+
+
 AMID = [evaluates_otherwise, writes_amid, writes_whole_amid, computes_twice]
 
 
@@ -114,6 +127,8 @@ AMID = [evaluates_otherwise, writes_amid, writes_whole_amid, computes_twice]
 @on_ranks(1, 2, init=INIT)
 def test_what_is_done_before_the_backward_counts(amid: Amid) -> None:
     check_same(nothing, 8, "autocast", amid)
+    if bmt.world_size() > 1:
+        check_same(nothing, 8, "autocast", amid, here=bmt.rank() == 0)
 
 
 # -- who is recorded ----------------------------------------------------------------------------------------------
