@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
+from torch.autograd.graph import Node
 
-from ..autograd import ScriptsAsWritten, backward_id, runs_as_written, saves_with, when_backward_ends
+from ..autograd import ScriptsAsWritten, backward_id, running_node, runs_as_written, saves_with, when_backward_ends
 from ..device import Device
 from ..shard.gradient import tell
 from ..shard.told import Told
@@ -18,6 +20,7 @@ from .of_no_module import OfNoModule
 from .saved import KeptValues, Place
 from .schedule import Schedule
 from .untrained import FirstGraphs
+from .whole_units import release_pins
 
 
 class Watch(Protocol):
@@ -57,6 +60,9 @@ class Backward:
         self._scripts: ScriptsAsWritten | None = None  # while blocks are to run again
         self._id: int | None = None
         self._note: Callable[[torch.Tensor], object] | None = None
+        self._given: dict[
+            int, tuple[Node, list[ShardUnit]]
+        ] = {}  # by backward: the running node, and what it computes with
 
     @property
     def device(self) -> Device:
@@ -79,7 +85,7 @@ class Backward:
         present = backward_id()
         if present != self._id:
             self._id = present
-            when_backward_ends(self._ends)
+            when_backward_ends(partial(self._ends, present))
             if self.watch is not None:
                 self.watch.backward_begins()
 
@@ -90,6 +96,7 @@ class Backward:
         enclose this one is through: its units' gradients are complete.
         """
         self._starts()
+        self._another_node()
         frame.begun = True
         enclosing: set[Frame] = set()
         outer = frame.parent
@@ -141,10 +148,32 @@ class Backward:
         flat = place.flat
         if flat.steps != place.since:
             flat.require_unchanged(place.numbers, place.since)
+        self._another_node()
         if flat.buffer is None:
             self._schedule.use_again(unit_of_flat(flat), autocast)
         assert flat.buffer is not None
+        self._hold(unit_of_flat(flat))
         return place.within(flat.buffer)
+
+    def _hold(self, unit: ShardUnit) -> None:
+        """Keep ``unit`` whole until the running node has computed: it may need more, for which others are gathered."""
+        present = backward_id()
+        if present is not None:
+            units = self._given.setdefault(present, (running_node(), []))[1]
+            if unit not in units:
+                unit.pins += 1
+                units.append(unit)
+
+    def _another_node(self) -> None:
+        """If another node of this backward is running, let go of what the last one has computed with."""
+        present = backward_id()
+        if present in self._given and self._given[present][0] is not running_node():
+            release_pins(self._given.pop(present)[1])
+
+    def let_go(self) -> None:
+        """No backward is running, whether the last one has ended or raised."""
+        while self._given:
+            release_pins(self._given.popitem()[1][1])
 
     @contextmanager
     def recomputing(self, frame: Frame, note: Callable[[torch.Tensor], object]) -> Iterator[None]:
@@ -171,7 +200,9 @@ class Backward:
         return self._note if self._note is not None and saves_with(self._note) else None
 
     @runs_as_written
-    def _ends(self) -> None:
+    def _ends(self, ended: int | None) -> None:
+        if ended in self._given:
+            release_pins(self._given.pop(ended)[1])
         self.finish()
         self._of_no_module.backward_ends()
         if self.watch is not None:

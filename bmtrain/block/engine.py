@@ -151,6 +151,7 @@ class Engine:
         grad = torch.is_grad_enabled()
         starts_run, transformed = self.whole.idle and backward_id() is None, in_function_transform()
         if starts_run:
+            self.backward.let_go()
             if not transformed:
                 self.outside.let_go()
                 self._run_starts(unit, grad, call, args, kwargs)
@@ -430,6 +431,7 @@ class Engine:
                 "They are summed over the ranks when the backward is through: step after it, by optim_manager.step()."
             )
         self.outside.let_go()
+        self.backward.let_go()
         self.backward.finish()
         self._refuse_rounded()
         if self.replicas is not None:

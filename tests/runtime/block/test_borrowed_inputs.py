@@ -139,3 +139,93 @@ def test_a_rank_with_a_batch_of_one_sees_views_of_parameters(kind: str, recomput
     for got in run_ranks(2, with_a_batch_of_one, kind, recompute):
         for name, value in expected.items():
             torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
+class Mixes(nn.Module):
+    """One operation on what a block was lent, what it has itself and what it has computed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.own = kind, nn.Parameter(torch.randn(8))
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, lent: Tensor, more: Tensor) -> Tensor:
+        made = torch.tanh(self.lin(x))
+        if self.kind == "with what it has":
+            return x + made * 0.1 + (lent * self.own).sum() * 0.01
+        if self.kind == "two lent":
+            return x + made + lent * more
+        if self.kind == "of three":
+            return x + torch.addcmul(made, lent, self.own.expand_as(lent))
+        if self.kind == "as weights":
+            return x + torch.nn.functional.layer_norm(made, (8,), lent[0], self.own)
+        if self.kind == "as a matrix":
+            return x + made * (lent.T @ made).sum() * 0.01
+        if self.kind == "attention":
+            scores = lent[: len(x), : len(x)] if len(x) <= 8 else lent[0, 0]
+            heads = (x[None, None], made[None, None], (made * self.own)[None, None])
+            return x + torch.nn.functional.scaled_dot_product_attention(*heads, attn_mask=scores)[0, 0]
+        if self.kind == "lerp":
+            return torch.lerp(made, x, torch.sigmoid(lent))
+        return x + made * lent  # with what it has computed
+
+
+MIXED = [
+    "with what it has computed",
+    "with what it has",
+    "two lent",
+    "of three",
+    "as weights",
+    "as a matrix",
+    "attention",
+]
+MIXED += ["lerp"]
+
+
+class Lends(nn.Module):
+    """Blocks that come in another order each time get views of a root's parameters."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(1, 8))
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.layers = nn.ModuleList([Mixes(kind) for _ in range(4)])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, order: list[int]) -> Tensor:
+        for at in order:
+            lent = self.table.T if x.shape == (8, 8) else self.gate.expand_as(x)
+            x = self.layers[at](x, lent, self.gate.expand_as(x))
+        return self.head(x)
+
+
+ORDERS = [[0, 1, 2, 3], [0, 1, 2, 3], [3, 1], [0, 2, 1, 3], [0, 1, 2, 3], [2, 2, 0, 3], [0, 1, 2, 3], [1, 0]]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("kind", MIXED)
+@on_ranks(2, init={"schedule": "stress"})
+def test_what_a_node_is_given_is_there_until_it_has_run(kind: str, recompute: bool) -> None:
+    """Whatever is gathered for the rest of it, and ahead of its time."""
+    torch.manual_seed(1)
+    plain = Lends(kind)
+    copied = copy.deepcopy(plain)
+    for layer in copied.layers:
+        bmt.Block(layer, use_checkpoint=recompute)
+    model = bmt.BMTrainModelWrapper(copied)
+    manager = bmt.optim.OptimManager()
+    for step, order in enumerate(ORDERS):
+        plain.zero_grad()
+        model.zero_grad()
+        x = torch.randn(8 if step % 3 else 5, 8)
+        plain(x, order).square().mean().backward()
+        manager.backward(model(x, order).square().mean())
+        for (name, p), q in zip(plain.named_parameters(), model.named_parameters(), strict=True):
+            gradient = bmt.gather_grad(q[1])
+            if p.grad is None:
+                assert gradient is None or not gradient.any(), name
+            else:
+                assert gradient is not None
+                torch.testing.assert_close(
+                    gradient, p.grad, rtol=1e-4, atol=1e-5, msg=lambda text: f"{step} {name} {text}"
+                )
