@@ -26,6 +26,7 @@ _ASKED_FOR_BY = {
     "prepare_model": "mixed_precision", "gradient_accumulation_steps": "gradient_accumulation_steps",
     "backward": "gradient_accumulation_steps", "accumulate": "gradient_accumulation_steps",
     "sync_gradients": "gradient_accumulation_steps", "project_dir": "project_dir", "init_trackers": "project_dir",
+    "logging_dir": "logging_dir",
 }  # fmt: skip
 """Which attributes need to know what the Accelerator was told for a keyword."""
 _LOADER = re.compile(r"loader|^(?:\w+_)?dl$|^(?:\w+_)?(?:data|batches)$", re.I)
@@ -81,6 +82,7 @@ class Accelerators:
             and isinstance(node.ctx, ast.Load)
             and last_name(node) in self.names
             and self._is_bound_by_value(file, node)
+            and not self.project.external(file, node)  # as torch.accelerator
         )
 
     def holders(self) -> set[File]:
@@ -162,10 +164,29 @@ class Accelerators:
             given, found = True, found + items
         return found if given else None
 
+    @cached_property
+    def _folders(self) -> dict[str, tuple[File, ast.expr]]:
+        """What a ``ProjectConfiguration`` that it is told says of folders."""
+        found = self.options.get("project_config", [])
+        if not found or _is_nothing(found[0][1]):
+            return {}
+        file, value = found[0]
+        roles = self.scripts.roles[file]
+        if isinstance(value, (ast.Name, ast.Attribute)):
+            made = [given for v, given, _, part in roles.assignments if v == roles.var(value) and not part]
+            value = made[0] if len(made) == 1 else value
+        if not isinstance(value, ast.Call) or last_name(value.func) != "ProjectConfiguration":
+            return {}
+        names = [*zip(("project_dir", "logging_dir"), value.args, strict=False)]
+        names += [(keyword.arg, keyword.value) for keyword in value.keywords if keyword.arg is not None]
+        return {name: (file, item) for name, item in names if not _is_nothing(item)}
+
     def option(self, name: str) -> tuple[File, ast.expr] | None:
         """What it was told for a keyword, where that is one thing and not the same as nothing."""
         values = self.options.get(name, [])
-        return values[0] if values and not _is_nothing(values[0][1]) else None
+        if values and not _is_nothing(values[0][1]):
+            return values[0]
+        return self._folders.get(name)
 
     def is_known(self, name: str, file: File, node: ast.AST) -> bool:
         """Whether what it was told for a keyword means the same at a node."""

@@ -9,13 +9,14 @@ from functools import cached_property
 
 from rewriter.analyze.read.classes import Classes, external_kind
 from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
-from rewriter.analyze.read.nodes import dotted, loss_of, walk, walk_own
+from rewriter.analyze.read.nodes import all_arguments, dotted, loss_of, walk, walk_own
 from rewriter.analyze.read.project import Project
 
 Var = tuple[ast.AST, str]
 _MODEL_NAMES = re.compile(
     r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)(?:_\w+)?$", re.I
 )
+_PLAIN_TYPES = {"str", "int", "bool", "float", "Path", "PathLike", "os"}
 _MODEL_ITSELF = re.compile(r"^(?:raw_|base_|unwrapped_|ddp_|ema_)?(?:model|net|network|generator|discriminator)$", re.I)
 LOSS_CALL = re.compile(r"loss|criterion|^crit$|cross_entropy|nll|mse|objective", re.I)
 _OWN_STEP = re.compile(r"self\.\w*opt\w*\.step$", re.I)
@@ -466,6 +467,7 @@ class Roles:
                 found[variable] = None
         named = [node for node in self.file.nodes if isinstance(node, ast.Name) and _MODEL_NAMES.match(node.id)]
         arguments = {given for node in named if (given := self.var(node)) and self.is_argument(given)}
+        arguments = {given for given in arguments if not self._is_plain_argument(given)}
         found.update((v, None) for v in arguments if v not in found and _MODEL_ITSELF.match(v[1]))
         for _ in range(4):
             before = len(found), sum(value is not None for value in found.values())
@@ -483,6 +485,22 @@ class Roles:
         """Whether a variable is a function's argument."""
         scope = self.file.names.scopes.get(variable[0])
         return scope is not None and any(isinstance(b.node, ast.arg) for b in scope.bindings.get(variable[1], []))
+
+    def _is_plain_argument(self, variable: Var) -> bool:
+        """Whether an argument is said to be a text, a path or a number: the name of a model, not one."""
+        if not isinstance(variable[0], (ast.FunctionDef, ast.AsyncFunctionDef)):
+            return False
+        own = variable[0].args
+        listed = [*own.posonlyargs, *own.args]
+        defaults = dict(zip([arg.arg for arg in reversed(listed)], reversed(own.defaults), strict=False))
+        defaults |= {arg.arg: value for arg, value in zip(own.kwonlyargs, own.kw_defaults, strict=True) if value}
+        default = defaults.get(variable[1])
+        if isinstance(default, ast.Constant) and isinstance(default.value, str):
+            return True
+        notes = [arg.annotation for arg in (*listed, *own.kwonlyargs) if arg.arg == variable[1] and arg.annotation]
+        notes += [default] if isinstance(default, ast.Name) else []
+        named = [{n.id for n in walk(note) if isinstance(n, ast.Name)} - {"Optional", "Union"} for note in notes]
+        return any(names and names <= _PLAIN_TYPES for names in named)
 
     def _model_value(self, value: ast.expr, known: dict[Var, ClassInfo | None]) -> tuple[bool, ClassInfo | None]:
         """Whether an expression yields a model."""
@@ -518,6 +536,16 @@ class Roles:
     def model_class(self, node: ast.AST) -> ClassInfo | None:
         variable = self.var(node)
         return self.models.get(variable) if variable is not None else None
+
+    def gives_parameters(self, call: ast.Call) -> bool:
+        """Whether a call is given a model's parameters, ``ExponentialMovingAverage(model.parameters())``."""
+        return any(
+            isinstance(item, ast.Call)
+            and isinstance(item.func, ast.Attribute)
+            and item.func.attr in {"parameters", "named_parameters"}
+            and self.is_model(item.func.value)
+            for item in all_arguments(call)
+        )
 
     # Losses ----------------------------------------------------------------------------------------------------
 

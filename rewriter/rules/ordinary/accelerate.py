@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 
 from rewriter.analyze.facts import Facts
-from rewriter.analyze.read.file import File
+from rewriter.analyze.read.file import File, FunctionInfo
 from rewriter.analyze.read.nodes import walk
 from rewriter.analyze.training.accelerators import (
     CLASSES,
@@ -74,10 +74,20 @@ _CONSTANTS = {
 }
 _INDEX = {"process_index", "local_process_index"}
 _LEFT_OUT = {"wait_for_everyone": "{bmt}.synchronize()", "free_memory": "", "clear": "", "unscale_gradients": ""}
+_PLUGINS = {"deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin", "torch_tp_plugin"}
+"""What an engine's state is asked for, and has not."""
 _NO_LENGTH = {"islice", "iter", "cycle", "chain", "map", "filter", "zip", "enumerate"}
 """What gives batches and does not know how many."""
 _STATES = {"model": "pytorch_model", "optimizer": "optimizer", "scheduler": "scheduler"}
 """What accelerate calls the files of a state."""
+_REPEATABLE = {"join", "str", "format", "Path", "int", "split", "splitext", "basename"}
+_OF_PLAIN_TESTS = (
+    ast.Name, ast.Attribute, ast.Constant, ast.Compare, ast.BoolOp, ast.UnaryOp,
+    ast.expr_context, ast.cmpop, ast.boolop, ast.unaryop,
+)  # fmt: skip
+"""What a test is made of that may be asked again."""
+_UNNUMBERED = -1
+"""For what follows a part that may not be there."""
 _RANDOM_FILE = '"random_states_0.pkl"'
 _RANDOM = {
     "random_state": ("random.getstate", "random.setstate"),
@@ -149,14 +159,16 @@ class _Uses:
 
     def _held_values(self, statement: ast.Assign | ast.AnnAssign) -> Iterator[Change]:
         """The name that is handed on means what the Accelerator was told, where that is asked for elsewhere."""
-        values = {name: self.held.options[name][0] for name in sorted(self.held.asked_elsewhere)}
+        found = {name: self.held.option(name) for name in sorted(self.held.asked_elsewhere)}
+        values = {name: value for name, value in found.items() if value is not None}
+        trackers = ["trackers=[]"] if self._asks_for_trackers else []
         (target,) = targets(statement)
-        if not values:
+        if not values and not trackers:
             yield ReplaceStatement(statement, template("{target} = None", target=target))
         elif any(file is not self.file for file, _ in values.values()):
             self.refuse(statement, "what the Accelerator is told stands in another file")
         else:
-            given = ", ".join(f"{name}={{{name}}}" for name in values)
+            given = ", ".join([*(f"{name}={{{name}}}" for name in values), *trackers])
             holes = {name: value for name, (_, value) in values.items()}
             code = f"{{target}} = types.SimpleNamespace({given})"
             yield from imports(self.file, "types")
@@ -165,8 +177,23 @@ class _Uses:
     @cached_property
     def _is_handed_on(self) -> bool:
         """Whether the Accelerator itself stands anywhere, so that its name must mean something."""
-        return bool(self.held.asked_elsewhere) or any(
-            self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute)
+        return (
+            bool(self.held.asked_elsewhere)
+            or self._asks_for_trackers
+            or any(
+                self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute)
+                for file in self.held.files
+                for node in file.nodes
+            )
+        )
+
+    @cached_property
+    def _asks_for_trackers(self) -> bool:
+        """Whether the Accelerator's own trackers are asked for anywhere."""
+        return any(
+            isinstance(node, ast.Attribute)
+            and node.attr in {"trackers", "get_tracker"}
+            and self.held.is_one(file, node.value)
             for file in self.held.files
             for node in file.nodes
         )
@@ -194,8 +221,8 @@ class _Uses:
             if handlers - _HARMLESS_HANDLERS:
                 return f"kwargs_handlers={self.file.source.code(value)} is an engine's"
         if name == "project_config":
-            for item in walk(value):
-                if isinstance(item, ast.keyword) and item.arg not in {"project_dir", "logging_dir"}:
+            for item in (item for code in (value, *self._values_of(value)) for item in walk(code)):
+                if isinstance(item, ast.keyword) and item.arg not in {"project_dir", "logging_dir", "total_limit"}:
                     return f"ProjectConfiguration({item.arg}=...) names folders by itself: name them in the script"
         if name == "step_scheduler_with_optimizer" and constant is not True:
             return "step_scheduler_with_optimizer is not known"
@@ -206,11 +233,14 @@ class _Uses:
         """Whether the code itself says where logs go; an option that does is looked at when the tracker starts."""
         return not (isinstance(value, (ast.Name, ast.Attribute)) and not last_name(value).isupper())
 
-    def _made_by(self, node: ast.Name) -> Iterator[str]:
+    def _values_of(self, node: ast.expr) -> Iterator[ast.expr]:
+        """What a variable of this file is given."""
         roles = self.facts.scripts.roles[self.file]
-        for variable, value, _, _ in roles.assignments:
-            if variable == roles.var(node) and isinstance(value, ast.Call):
-                yield last_name(value.func)
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            yield from (value for variable, value, _, _ in roles.assignments if variable == roles.var(node))
+
+    def _made_by(self, node: ast.Name) -> Iterator[str]:
+        yield from (last_name(value.func) for value in self._values_of(node) if isinstance(value, ast.Call))
 
     def _itself(self, node: ast.expr) -> Iterator[Change]:
         """The Accelerator where it is handed on, or asked whether it is one."""
@@ -261,7 +291,7 @@ class _Uses:
             else:
                 self.refuse(node, f"{self.file.source.code(node)}(...) has no counterpart in an ordinary loop")
         elif not isinstance(node.ctx, ast.Load):
-            self.refuse(node, f"{self.file.source.code(node)} is set")
+            yield from self._set(node)
         elif node.attr in _CONSTANTS:
             if not self._is_dropped(node):
                 yield from self._code(node, _CONSTANTS[node.attr])
@@ -281,10 +311,39 @@ class _Uses:
                 yield from self._code(node, "torch.save")
         elif node.attr == "unwrap_model":  # handed on as a function
             yield replace(node, "(lambda model, **_: model)")
+        elif node.attr in {"project_dir", "logging_dir"} and (told := self._told(node.attr, node)) is not None:
+            yield replace(node, told)
+        elif node.attr == "trackers":
+            yield from ()  # a list of its own, which init_trackers fills
         elif node.attr == "state" and isinstance(call, ast.Call) and self._alone(call):
             yield Remove(self.file.names.statement_of(call))  # a line of the log about the engine
+        elif node.attr == "state" and (asked := self._asked_of_state(node)) is not None:
+            yield replace(asked, "None")
         else:
             self.refuse(node, f"{self.file.source.code(node)} has no counterpart in an ordinary loop")
+
+    def _set(self, node: ast.Attribute) -> Iterator[Change]:
+        """``accelerator.native_amp = False`` on a Mac, which no rank is."""
+        statement = self.file.names.statement_of(node)
+        tests = [parent.test for parent in self.file.names.ancestors(statement) if isinstance(parent, ast.If)]
+        asked = [self.project.external(self.file, test.func) for test in tests if isinstance(test, ast.Call)]
+        if node.attr == "native_amp" and "torch.backends.mps.is_available" in asked:
+            yield Remove(statement)
+        else:
+            self.refuse(node, f"{self.file.source.code(node)} is set")
+
+    def _asked_of_state(self, node: ast.expr) -> ast.expr | None:
+        """What asks the engine's state for its plugin; there is none."""
+        match self.file.names.parents[node]:
+            case ast.Attribute(attr=name) as asked if name in _PLUGINS:
+                return asked
+            case (
+                ast.Call(
+                    func=ast.Name(id="getattr"), args=[state, ast.Constant(value=name), ast.Constant(value=None)]
+                ) as asked
+            ):
+                return asked if state is node and name in _PLUGINS else None
+        return None
 
     def _alone(self, call: ast.Call) -> bool:
         statement = self.file.names.statement_of(call)
@@ -662,25 +721,92 @@ class _Uses:
 
     def _save_state_call(self, call: ast.Call) -> Iterator[Change]:
         lines = ["os.makedirs({folder}, exist_ok=True)"]
-        for name, file in self._parts(call):
-            lines.append(f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))')
+        parts = self._parts(call)
+        hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_save_state_pre_hook")]
+        if hooks:
+            models = self._listed(parts, lines)
+            lines.append(f"unsaved = [None] * len({models})  # from which a hook takes what it has saved")
+            lines += [f"{hook}({models}, unsaved, {{folder}})" for hook in hooks]
+        for name, file, test in parts:
+            saved = f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))'
+            tests = [test] if test else []
+            if hooks and file.startswith(_STATES["model"]):
+                tests.append(f"{{bmt}}.agree(len(unsaved) > {_number_of(file)})")
+            lines += _under(tests, [saved])
         random = ", ".join(f'"{name}": {read}()' for name, (read, _) in _RANDOM.items())
         lines.append(f"torch.save({{{random}}}, os.path.join({{folder}}, {_RANDOM_FILE}))")
         yield from self._state(call, "output_dir", lines)
 
     def _load_state_call(self, call: ast.Call) -> Iterator[Change]:
-        lines = []
-        for name, file in self._parts(call):
+        lines: list[str] = []
+        parts = self._parts(call)
+        hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_load_state_pre_hook")]
+        if hooks:
+            lines.append(f"unread = [*{self._listed(parts, lines)}]  # from which a hook takes what it has read")
+            lines += [f"{hook}(unread, {{folder}})" for hook in hooks]
+        for name, file, test in parts:
+            tests = [test] if test else []
+            own: list[str] = []
             state = f'torch.load(os.path.join({{folder}}, "{file}"), map_location="cpu")'
             if file.startswith(_STATES["model"]):  # what accelerate itself has written
                 safe = file.replace(".bin", ".safetensors").replace(_STATES["model"], "model")
-                lines.append(f'weights = os.path.join({{folder}}, "{safe}")')
+                own.append(f'weights = os.path.join({{folder}}, "{safe}")')
+                if hooks:
+                    tests.append(f"len(unread) > {_number_of(file)}")
                 state = f"safetensors.torch.load_file(weights) if os.path.exists(weights) else {state}"
                 yield Import("import safetensors.torch")
-            lines.append(f"{name}.load_state_dict({state})")
+            own.append(f"{name}.load_state_dict({state})")
+            lines += _under(tests, own)
         lines.append(f"drawn = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
         lines += [f'{write}(drawn["{name}"])' for name, (_, write) in _RANDOM.items()]
         yield from self._state(call, "input_dir", lines)
+
+    def _register_save_state_pre_hook_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._hook(call, ("models", "weights", "output_dir"))
+
+    def _register_load_state_pre_hook_call(self, call: ast.Call) -> Iterator[Change]:
+        yield from self._hook(call, ("models", "input_dir"))
+
+    def _hook(self, call: ast.Call, parameters: tuple[str, ...]) -> Iterator[Change]:
+        """A function that is called where a state is written or read, before the rest of it."""
+        function = self._hooked(call)
+        if function is None or len(function.parameters) != len(parameters) or not self._alone(call):
+            self.refuse(call, f"{self.file.source.code(call)}: give it a function of the script")
+            return
+        weights = function.parameters[1] if len(parameters) == 3 else ""
+        for node in walk(function.node):
+            if isinstance(node, ast.Name) and node.id == weights and isinstance(node.ctx, ast.Load):
+                if not self._only_counts(node):
+                    self.refuse(node, f"a hook that looks into {weights}: take them from the models")
+        yield Remove(self.file.names.statement_of(call))
+
+    def _only_counts(self, node: ast.Name) -> bool:
+        """Whether a list of states is only made shorter, or asked whether it has any."""
+        parent = self.file.names.parents[node]
+        match parent:
+            case ast.Attribute(attr="pop"):
+                popped = self.file.names.parents[parent]
+                return isinstance(popped, ast.Call) and not popped.args and self._alone(popped)
+            case ast.Call(func=ast.Name(id="len")):
+                return True
+        return isinstance(parent, (ast.If, ast.While)) and parent.test is node
+
+    def _hooked(self, call: ast.Call) -> FunctionInfo | None:
+        found = self.project.resolve(self.file, call.args[0]) if len(call.args) == 1 and not call.keywords else None
+        return found if isinstance(found, FunctionInfo) and found.file is self.file else None
+
+    def _hooks(self, call: ast.Call, name: str) -> list[ast.expr]:
+        """The hooks that are registered under a name, in their order."""
+        found = []
+        for file in self.held.files:
+            for node in file.calls:
+                if isinstance(node.func, ast.Attribute) and node.func.attr == name and node.args:
+                    if self.held.is_one(file, node.func.value):
+                        found.append(node.args[0])
+                        here = self.file.names.function_of(call)
+                        if file is not self.file or file.names.function_of(node) is not here:
+                            self.refuse(call, f"{name}(...) stands elsewhere: save each part by torch.save")
+        return found
 
     def _state(self, call: ast.Call, keyword: str, lines: list[str]) -> Iterator[Change]:
         given = {item.arg: item.value for item in call.keywords}
@@ -696,9 +822,22 @@ class _Uses:
         yield insert_before(statement, *lines, folder=folder)
         yield Remove(statement)
 
-    def _parts(self, call: ast.Call) -> Iterator[tuple[str, str]]:
-        """What a state is made of, by name, and the file of each."""
-        counts: dict[str, int] = {}
+    def _listed(self, parts: list[tuple[str, str, str]], lines: list[str]) -> str:
+        """A list of the models among the parts of a state, as code; what it needs before is added to lines."""
+        models = [(name, test) for name, file, test in parts if file.startswith(_STATES["model"])]
+        if not any(test for _, test in models):
+            return f"[{', '.join(name for name, _ in models)}]"
+        tests = {test: [name for name, of in models if of in ("", test)] for _, test in models}
+        lines.append("models = []")
+        for test in tests:
+            lines += _under([test] if test else [], [f"models += [{', '.join(n for n, of in models if of == test)}]"])
+        return "models"
+
+    def _parts(self, call: ast.Call) -> list[tuple[str, str, str]]:
+        """What a state is made of, by name, the file of each, and the test under which it is one."""
+        return list(self._parts_of(call))
+
+    def _parts_of(self, call: ast.Call) -> Iterator[tuple[str, str, str]]:
         function = self.file.names.function_of(call)
         parts = [(file, made, item, kind) for file, made, item, kind in self.held.prepared if kind in _STATES]
         registered = [
@@ -710,6 +849,7 @@ class _Uses:
             and self.held.is_one(file, node.func.value)
             for item in node.args
         ]
+        ways: dict[tuple[str, str], list[tuple[ast.If, bool] | None]] = {}
         for file, made, item, kind in [*parts, *((f, m, i, "custom") for f, m, i in registered)]:
             statement = file.names.statement_of(made)
             into = targets(statement) if isinstance(statement, ast.Assign) and statement.value is made else made.args
@@ -717,11 +857,41 @@ class _Uses:
             own = name.startswith("self.") and file is self.file
             if not own and (file is not self.file or file.names.function_of(made) is not function):
                 self.refuse(call, f"{name}, a part of the state, is prepared elsewhere: save each part by torch.save")
-            number = counts[kind] = counts.get(kind, -1) + 1
+            ways.setdefault((kind, name), []).append(self._way(file, statement, call))
+        counts: dict[str, int] = {}
+        for (kind, name), taken in ways.items():
+            test = self._test_of(name, taken, call)
+            number = counts.get(kind, 0)
+            counts[kind] = number + 1 if not test else _UNNUMBERED
+            if number == _UNNUMBERED:
+                self.refuse(call, f"{name} is behind a part of the state that may not be there: prepare that last")
             if kind == "custom":
-                yield name, f"custom_checkpoint_{number}.pkl"
+                yield name, f"custom_checkpoint_{number}.pkl", test
             else:
-                yield name, _STATES[kind] + (f"_{number}" if number else "") + ".bin"
+                yield name, _STATES[kind] + (f"_{number}" if number else "") + ".bin", test
+
+    def _way(self, file: File, statement: ast.stmt, call: ast.Call) -> tuple[ast.If, bool] | None:
+        """The branch in which something is prepared, where a state is written or read outside of it."""
+        inner: ast.AST = statement
+        for parent in file.names.ancestors(statement):
+            if isinstance(parent, (ast.FunctionDef, ast.AsyncFunctionDef)) or call in walk(parent):
+                break
+            if isinstance(parent, ast.If):
+                return parent, inner in parent.body
+            inner = parent
+        return None
+
+    def _test_of(self, name: str, taken: list[tuple[ast.If, bool] | None], call: ast.Call) -> str:
+        """The test under which a part of a state is one, as code; empty where it always is."""
+        ways = {(id(way[0]), way[1]) for way in taken if way is not None}
+        first = taken[0]
+        if first is None or None in taken or {(id(first[0]), True), (id(first[0]), False)} <= ways:
+            return ""
+        node, answer = first
+        if len(ways) > 1 or not all(isinstance(item, _OF_PLAIN_TESTS) for item in walk(node.test)):
+            self.refuse(call, f"{name}, a part of the state, is prepared under a test: save each part by torch.save")
+        code = self.file.source.code(node.test)
+        return code if answer else f"not ({code})"
 
     def _register_for_checkpointing_call(self, call: ast.Call) -> Iterator[Change]:
         yield from self._left_out(call, "")
@@ -767,11 +937,19 @@ class _Uses:
             self.refuse(call, "init_trackers with arguments that are not known: make the writer in the script")
             return
         statement = self.file.names.statement_of(call)
+        owner = self.file.source.code(_attribute(call).value)
+        listed = f'{owner}.trackers.append(types.SimpleNamespace(name="{self._tracker}", tracker={{it}}, {{its}}))'
+        if self._asks_for_trackers:
+            yield from imports(self.file, "types")
         if self._tracker == "wandb":
             yield Import("import wandb")
             holes = {"name": name} | ({"config": config} if config is not None else {})
             told = ", config={config}" if config is not None else ""
             yield replace(call, f"wandb.init(project={{name}}{told})", **holes)
+            if self._asks_for_trackers:
+                yield insert_behind(
+                    statement, listed.replace("{it}", "wandb.run").replace("{its}", "run=wandb.run, log=wandb.log")
+                )
             return
         folder = self._folder(_attribute(call))
         yield Import("from torch.utils.tensorboard import SummaryWriter")
@@ -780,9 +958,13 @@ class _Uses:
         guards = [test for test in tests if as_guard(self.file, test) is not None]
         place: ast.stmt = guards[-1] if guards else statement
         inside = {n.id for n in walk(place) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        values = list(self._values_of(name)) if isinstance(name, ast.Name) and name.id in inside else []
+        name = values[0] if len(values) == 1 and _is_repeatable(values[0]) else name
         if guards and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
             self.refuse(call, "the name of the trackers is made on one rank")
         lines = [f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"]
+        if self._asks_for_trackers:
+            lines.append(listed.replace("{it}", "tracker").replace("{its}", "writer=tracker"))
         hparams = [] if config is None else ["tracker.add_hparams({config}, {})"]
         if self._is_conditional:
             yield insert_before(tests[-1] if tests else statement, "tracker = None")
@@ -812,10 +994,7 @@ class _Uses:
 
     def _folder(self, node: ast.Attribute) -> str:
         """Where logs go, as code."""
-        config = self.held.option("project_config")
-        if config is not None:
-            self.refuse(node, "project_config: say project_dir=folder")
-        folder = self._told("project_dir", node) or self._told("logging_dir", node)
+        folder = self._told("logging_dir", node) or self._told("project_dir", node)
         if folder is None:
             self.refuse(node, "a writer of logs needs a folder: say project_dir=folder")
         return folder or "."
@@ -896,6 +1075,17 @@ class _Uses:
             file is self.file and file.names.function_of(start) is function for file, start in self._starts()
         )
 
+    def _get_tracker_call(self, call: ast.Call) -> Iterator[Change]:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("name", "unwrap"), call.args, strict=False))
+        name, unwrap = given.get("name"), given.get("unwrap")
+        if name is None or not (unwrap is None or isinstance(unwrap, ast.Constant)) or not self._tracker:
+            self.refuse(call, "get_tracker(...) with arguments that are not known, or without init_trackers")
+            return
+        owner = self.file.source.code(_attribute(call).value)
+        inner = ".tracker" if unwrap is not None and unwrap.value else ""
+        yield replace(call, f"next(t for t in {owner}.trackers if t.name == {{name}}){inner}", name=name)
+
     def _end_training_call(self, call: ast.Call) -> Iterator[Change]:
         if not self._tracker:
             yield from self._left_out(call, "")
@@ -917,6 +1107,10 @@ class _Uses:
         self.seen.append(node)
         if not isinstance(call, ast.Call) or call.func is not node:
             self.refuse(node, f"{name} has no counterpart in an ordinary loop")
+        elif name == "accelerate.state.is_initialized" and not call.args:
+            yield replace(call, "False")
+        elif last == "AcceleratorState" and (asked := self._asked_of_state(call)) is not None:
+            yield replace(asked, "None")
         elif name in SKIPS:
             yield from self._skip_first_batches_call(call)
         elif name in {"accelerate.utils.set_seed", "accelerate.utils.random.set_seed"}:
@@ -943,9 +1137,19 @@ class _Uses:
 
     def _logger(self, call: ast.Call) -> Iterator[Change]:
         statement = self.file.names.statement_of(call)
-        if not isinstance(statement, ast.Assign) or statement.value is not call or call.keywords or len(call.args) != 1:
-            self.refuse(call, "a logger that is given no name, or a level")
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        given |= dict(zip(("name", "log_level"), call.args, strict=False))
+        level = given.get("log_level")
+        if not isinstance(statement, ast.Assign) or statement.value is not call or set(given) - {"name", "log_level"}:
+            self.refuse(call, "a logger that is given no name")
             return
+        if level is not None:
+            told = [keyword for keyword in call.keywords if keyword.value is level]
+            yield Arguments(call, dropped=tuple(told) or (level,))
+            logger = {"logger": statement.targets[0], "level": level}
+            yield insert_behind(
+                statement, *(f"{{logger}}{at}.setLevel({{level}}.upper())" for at in ("", ".root")), **logger
+            )
         yield from self._code(call.func, "logging.getLogger")
         yield from imports(self.file, "os")
         line = '{logger}.disabled = os.environ.get("RANK", "0") != "0"'
@@ -1030,6 +1234,16 @@ def _is_main(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and any(getattr(n, "id", "") == "__name__" for n in walk(node.test))
 
 
+def _number_of(file: str) -> str:
+    """The number in the name of a model's file."""
+    return re.sub(r"\D", "", file) or "0"
+
+
+def _under(tests: list[str], lines: list[str]) -> list[str]:
+    """Lines under the tests of a list."""
+    return [f"if {' and '.join(tests)}:", *(f"    {line}" for line in lines)] if tests else lines
+
+
 def _counts(loop: ast.For, name: str) -> bool:
     """Whether a loop counts in a variable."""
     if not isinstance(loop.iter, ast.Call):
@@ -1043,13 +1257,13 @@ def _counts(loop: ast.For, name: str) -> bool:
 
 
 def _by_kind(key: str, value: str, at: str) -> list[str]:
-    """Lines that show a value of a kind that is not known."""
+    """Lines that show a value of a kind that is not known; of other kinds accelerate shows nothing."""
     return [
         f"if isinstance({value}, dict):",
         f"    tracker.add_scalars({key}, {value}{at})",
         f"elif isinstance({value}, str):",
         f"    tracker.add_text({key}, {value}{at})",
-        "else:",
+        f"elif isinstance({value}, (int, float)):",
         f"    tracker.add_scalar({key}, {value}{at})",
     ]
 
@@ -1062,7 +1276,7 @@ def _operand(code: str) -> str:
 def _is_repeatable(node: ast.expr) -> bool:
     """Whether an expression may be evaluated several times."""
     return all(
-        last_name(item.func) in {"join", "str", "format", "Path", "int"}
+        getattr(item.func, "attr", getattr(item.func, "id", "")) in _REPEATABLE
         for item in walk(node)
         if isinstance(item, ast.Call)
     )

@@ -146,6 +146,7 @@ def find(file: File, facts: Facts) -> Iterator[Finding]:
                 or _saves_itself(file, facts, call)
             )
             and not facts.scripts.in_kept_guard(file, call)
+            and not facts.scripts.in_function_of_one_rank(file, call)
             and not is_in_memory(file, file.names.statement_of(call))
         ):
             message = (

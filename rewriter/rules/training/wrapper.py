@@ -154,6 +154,8 @@ def _foreign(file: File, facts: Facts, call: ast.Call) -> bool:
     roles = facts.scripts.roles[file]
     if is_adapted(facts.project, file, roles, call) is None and any(map(roles.is_model, call.args)):
         return False
+    if roles.gives_parameters(call):
+        return False  # averages of them, say
     found = facts.project.resolve(file, call.func)
     if isinstance(found, ClassInfo):
         return facts.classes.kind(found) in {"leaf", "external"}

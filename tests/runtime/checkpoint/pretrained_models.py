@@ -95,3 +95,47 @@ class Tokenizer:
         os.makedirs(save_directory, exist_ok=True)
         with open(f"{save_directory}/words.txt", "a") as file:
             file.write("once")
+
+
+class Pipeline:
+    """As packages have them: models, and what is none, each in a folder of its own."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts = list(parts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def save_pretrained(self, save_directory: str, fails: bool = False) -> None:
+        for name in self.parts:
+            getattr(self, name).save_pretrained(os.path.join(save_directory, name))
+        with open(f"{save_directory}/index.json", "w") as file:
+            json.dump(self.parts, file)
+        if fails:
+            raise ValueError("of its own")
+
+
+class Listed(Pipeline):
+    """Holds its parts in a dict."""
+
+    def __init__(self, **parts: Any) -> None:
+        self.parts, self.held = list(parts), parts
+
+    def __getattr__(self, name: str) -> Any:
+        return self.held[name]
+
+
+class Averages:
+    """As packages have them: averages of parameters, put into a new model to be written."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.kept = [p.detach().clone() for p in parameters]
+
+    def step(self, parameters: Any) -> None:
+        for kept, p in zip(self.kept, parameters, strict=True):
+            kept.lerp_(p.detach(), 0.5)
+
+    def save_pretrained(self, save_directory: str) -> None:
+        model = Pretrained()
+        for p, kept in zip(model.parameters(), self.kept, strict=True):
+            p.data.copy_(kept.data)
+        model.save_pretrained(save_directory)
