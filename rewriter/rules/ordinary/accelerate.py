@@ -119,6 +119,12 @@ class _Uses:
         self._counted: set[ast.For] = set()
         self._dropped: dict[ast.Call, list[ast.keyword]] = {}
 
+    def _new(self, name: str) -> str:
+        """A name for what the new code holds; another one where the file gives this name to something."""
+        while any(name in scope.bindings for scope in self.file.names.scopes.values()):
+            name += "_"
+        return name
+
     def refuse(self, node: ast.AST, message: str) -> None:
         self.reasons.append((getattr(node, "lineno", 1), message))
 
@@ -594,7 +600,11 @@ class _Uses:
         if any(name in _NO_LENGTH for name in self._made_of(inner)):
             return None
         if not enumerated:
-            return None if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate" else "index"
+            return (
+                None
+                if isinstance(loop.iter, ast.Call) and last_name(loop.iter.func) == "enumerate"
+                else self._new("index")
+            )
         target = loop.target
         name = target.elts[0].id if isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name) else ""
         inside = (item for statement in loop.body for item in walk(statement))
@@ -720,18 +730,18 @@ class _Uses:
         yield from self._code(call, line, model=model, folder=folder)
 
     def _save_state_call(self, call: ast.Call) -> Iterator[Change]:
-        lines = ["os.makedirs({folder}, exist_ok=True)"]
+        lines, unsaved = ["os.makedirs({folder}, exist_ok=True)"], self._new("unsaved")
         parts = self._parts(call)
         hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_save_state_pre_hook")]
         if hooks:
             models = self._listed(parts, lines)
-            lines.append(f"unsaved = [None] * len({models})  # from which a hook takes what it has saved")
-            lines += [f"{hook}({models}, unsaved, {{folder}})" for hook in hooks]
+            lines.append(f"{unsaved} = [None] * len({models})  # from which a hook takes what it has saved")
+            lines += [f"{hook}({models}, {unsaved}, {{folder}})" for hook in hooks]
         for name, file, test in parts:
             saved = f'torch.save({name}.state_dict(), os.path.join({{folder}}, "{file}"))'
             tests = [test] if test else []
             if hooks and file.startswith(_STATES["model"]):
-                tests.append(f"{{bmt}}.agree(len(unsaved) > {_number_of(file)})")
+                tests.append(f"{{bmt}}.agree(len({unsaved}) > {_number_of(file)})")
             lines += _under(tests, [saved])
         random = ", ".join(f'"{name}": {read}()' for name, (read, _) in _RANDOM.items())
         lines.append(f"torch.save({{{random}}}, os.path.join({{folder}}, {_RANDOM_FILE}))")
@@ -739,26 +749,27 @@ class _Uses:
 
     def _load_state_call(self, call: ast.Call) -> Iterator[Change]:
         lines: list[str] = []
+        unread, weights, drawn = self._new("unread"), self._new("state_file"), self._new("drawn")
         parts = self._parts(call)
         hooks = [self.file.source.code(hook) for hook in self._hooks(call, "register_load_state_pre_hook")]
         if hooks:
-            lines.append(f"unread = [*{self._listed(parts, lines)}]  # from which a hook takes what it has read")
-            lines += [f"{hook}(unread, {{folder}})" for hook in hooks]
+            lines.append(f"{unread} = [*{self._listed(parts, lines)}]  # from which a hook takes what it has read")
+            lines += [f"{hook}({unread}, {{folder}})" for hook in hooks]
         for name, file, test in parts:
             tests = [test] if test else []
             own: list[str] = []
             state = f'torch.load(os.path.join({{folder}}, "{file}"), map_location="cpu")'
             if file.startswith(_STATES["model"]):  # what accelerate itself has written
                 safe = file.replace(".bin", ".safetensors").replace(_STATES["model"], "model")
-                own.append(f'weights = os.path.join({{folder}}, "{safe}")')
+                own.append(f'{weights} = os.path.join({{folder}}, "{safe}")')
                 if hooks:
-                    tests.append(f"len(unread) > {_number_of(file)}")
-                state = f"safetensors.torch.load_file(weights) if os.path.exists(weights) else {state}"
+                    tests.append(f"len({unread}) > {_number_of(file)}")
+                state = f"safetensors.torch.load_file({weights}) if os.path.exists({weights}) else {state}"
                 yield Import("import safetensors.torch")
             own.append(f"{name}.load_state_dict({state})")
             lines += _under(tests, own)
-        lines.append(f"drawn = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
-        lines += [f'{write}(drawn["{name}"])' for name, (_, write) in _RANDOM.items()]
+        lines.append(f"{drawn} = torch.load(os.path.join({{folder}}, {_RANDOM_FILE}), weights_only=False)")
+        lines += [f'{write}({drawn}["{name}"])' for name, (_, write) in _RANDOM.items()]
         yield from self._state(call, "input_dir", lines)
 
     def _register_save_state_pre_hook_call(self, call: ast.Call) -> Iterator[Change]:
@@ -816,8 +827,8 @@ class _Uses:
             return
         yield from imports(self.file, "os", "torch", "random", "numpy")
         named = isinstance(folder, (ast.Name, ast.Constant))
-        code = "{folder}" if named else "state_folder"
-        lines = [*([] if named else ["state_folder = {folder}"]), *(line.replace("{folder}", code) for line in lines)]
+        code = "{folder}" if named else self._new("state_folder")
+        lines = [*([] if named else [f"{code} = {{folder}}"]), *(line.replace("{folder}", code) for line in lines)]
         statement = self.file.names.statement_of(call)
         yield insert_before(statement, *lines, folder=folder)
         yield Remove(statement)
@@ -828,10 +839,11 @@ class _Uses:
         if not any(test for _, test in models):
             return f"[{', '.join(name for name, _ in models)}]"
         tests = {test: [name for name, of in models if of in ("", test)] for _, test in models}
-        lines.append("models = []")
+        listed = self._new("prepared")
+        lines.append(f"{listed} = []")
         for test in tests:
-            lines += _under([test] if test else [], [f"models += [{', '.join(n for n, of in models if of == test)}]"])
-        return "models"
+            lines += _under([test] if test else [], [f"{listed} += [{', '.join(n for n, of in models if of == test)}]"])
+        return listed
 
     def _parts(self, call: ast.Call) -> list[tuple[str, str, str]]:
         """What a state is made of, by name, the file of each, and the test under which it is one."""
@@ -962,12 +974,13 @@ class _Uses:
         name = values[0] if len(values) == 1 and _is_repeatable(values[0]) else name
         if guards and any(isinstance(n, ast.Name) and n.id in inside for n in walk(name)):
             self.refuse(call, "the name of the trackers is made on one rank")
-        lines = [f"tracker = SummaryWriter(os.path.join({folder}, {{name}}))"]
+        tracker = self._new("tracker")
+        lines = [f"{tracker} = SummaryWriter(os.path.join({folder}, {{name}}))"]
         if self._asks_for_trackers:
-            lines.append(listed.replace("{it}", "tracker").replace("{its}", "writer=tracker"))
-        hparams = [] if config is None else ["tracker.add_hparams({config}, {})"]
+            lines.append(listed.replace("{it}", tracker).replace("{its}", f"writer={tracker}"))
+        hparams = [] if config is None else [f"{tracker}.add_hparams({{config}}, {{}})"]
         if self._is_conditional:
-            yield insert_before(tests[-1] if tests else statement, "tracker = None")
+            yield insert_before(tests[-1] if tests else statement, f"{tracker} = None")
         asked = self._asked_tracker(call)
         if asked is not None:
             lines = [
@@ -976,7 +989,7 @@ class _Uses:
                 f"if {asked} is not None:",
                 *(f"    {line}" for line in lines),
             ]
-            hparams = ["if tracker is not None:", *(f"    {line}" for line in hparams)] if hparams else []
+            hparams = [f"if {tracker} is not None:", *(f"    {line}" for line in hparams)] if hparams else []
         # What closes it stands outside of the guard.
         yield insert_before(place, *lines, name=name)
         if config is not None:
@@ -1021,20 +1034,34 @@ class _Uses:
                 lines += self._to_show(value, f"{{key_{number}}}", f"{{value_{number}}}", at)
                 holes |= {f"key_{number}": key, f"value_{number}": value}
         else:
-            lines = ["for name, value in {values}.items():"]
-            lines += [f"    {line}" for line in _by_kind("name", "value", at)]
+            names = self._new("name"), self._new("value")
+            lines = [f"for {names[0]}, {names[1]} in {{values}}.items():"]
+            lines += [f"    {line}" for line in self._by_kind(*names, at)]
             holes["values"] = values
         yield from self._to_tracker(call, lines, holes)
 
     def _to_show(self, value: ast.expr, key: str, code: str, at: str) -> list[str]:
         """Lines that show a value under its key, as accelerate's tracker does: by what it is."""
         if isinstance(value, ast.JoinedStr) or last_name(getattr(value, "func", value)) == "str":
-            return [f"tracker.add_text({key}, {code}{at})"]
+            return [f"{self._new('tracker')}.add_text({key}, {code}{at})"]
         if self._is_number(value):
-            return [f"tracker.add_scalar({key}, {code}{at})"]
+            return [f"{self._new('tracker')}.add_scalar({key}, {code}{at})"]
         if all(isinstance(item, (ast.Name, ast.Attribute, ast.Load)) for item in walk(value)):
-            return _by_kind(key, code, at)
-        return [f"value = {code}", *_by_kind(key, "value", at)]
+            return self._by_kind(key, code, at)
+        shown = self._new("value")
+        return [f"{shown} = {code}", *self._by_kind(key, shown, at)]
+
+    def _by_kind(self, key: str, value: str, at: str) -> list[str]:
+        """Lines that show a value of a kind that is not known; of other kinds accelerate shows nothing."""
+        tracker = self._new("tracker")
+        return [
+            f"if isinstance({value}, dict):",
+            f"    {tracker}.add_scalars({key}, {value}{at})",
+            f"elif isinstance({value}, str):",
+            f"    {tracker}.add_text({key}, {value}{at})",
+            f"elif isinstance({value}, (int, float)):",
+            f"    {tracker}.add_scalar({key}, {value}{at})",
+        ]
 
     def _is_number(self, value: ast.expr, deep: int = 0) -> bool:
         """Whether an expression is a number by all that is seen of it."""
@@ -1063,7 +1090,7 @@ class _Uses:
         if self._tracker == "wandb":
             yield Import("import wandb")
         if self._is_conditional:
-            there = "wandb.run is not None" if self._tracker == "wandb" else "tracker is not None"
+            there = "wandb.run is not None" if self._tracker == "wandb" else f"{self._new('tracker')} is not None"
             lines = [f"if {there}:", *(f"    {line}" for line in lines)]
         yield insert_before(statement, *lines, **holes)
         yield Remove(statement)
@@ -1093,7 +1120,9 @@ class _Uses:
         if not self._alone(call) or not self._is_tracked(call):
             self.refuse(call, "end_training() away from init_trackers")
             return
-        yield from self._to_tracker(call, ["wandb.finish()" if self._tracker == "wandb" else "tracker.close()"], {})
+        yield from self._to_tracker(
+            call, ["wandb.finish()" if self._tracker == "wandb" else f"{self._new('tracker')}.close()"], {}
+        )
 
     # Other names of accelerate -----------------------------------------------------
 
@@ -1177,7 +1206,9 @@ class _Uses:
             several = isinstance(plain, ast.Tuple) and not batch.startswith("(")
             yield insert_before(loop.body[0], f"{batch} = {{bmt}}.to_device({f'({batch})' if several else batch})")
             if loop in self._counted and not counted:
-                yield replace(loop.target, "index, ({target})" if several else "index, {target}", target=loop.target)
+                index = self._new("index")
+                target = f"{index}, ({{target}})" if several else f"{index}, {{target}}"
+                yield replace(loop.target, target, target=loop.target)
                 yield replace(loop.iter, "enumerate({loader})", loader=loop.iter)
         for node in self.file.calls:
             if node in inside or not any(self.held.is_prepared_loader(self.file, item) for item in node.args):
@@ -1254,18 +1285,6 @@ def _counts(loop: ast.For, name: str) -> bool:
                 {"range", "trange"} if isinstance(loop.target, ast.Name) else {"enumerate"}
             )
     return False
-
-
-def _by_kind(key: str, value: str, at: str) -> list[str]:
-    """Lines that show a value of a kind that is not known; of other kinds accelerate shows nothing."""
-    return [
-        f"if isinstance({value}, dict):",
-        f"    tracker.add_scalars({key}, {value}{at})",
-        f"elif isinstance({value}, str):",
-        f"    tracker.add_text({key}, {value}{at})",
-        f"elif isinstance({value}, (int, float)):",
-        f"    tracker.add_scalar({key}, {value}{at})",
-    ]
 
 
 def _operand(code: str) -> str:

@@ -9,7 +9,7 @@ from rewriter.convert import convert_text
 from rewriter.types import Refusal
 
 from ...helpers import converted
-from .test_accelerate import script
+from .test_accelerate import accumulating, script
 
 LEVEL = "from accelerate.logging import get_logger\nlogger = get_logger(__name__, {})\n"
 HOOK = """def save_hook(models, weights, folder):
@@ -133,7 +133,7 @@ if bmt.agree(len(unsaved) > 0):
         in after
     )
     assert (
-        "unread = [*[model]]  # from which a hook takes what it has read\nload_hook(unread, 'out')\nif len(unread) > 0:\n    weights = "
+        "unread = [*[model]]  # from which a hook takes what it has read\nload_hook(unread, 'out')\nif len(unread) > 0:\n    state_file = "
         in after
     )
     assert (
@@ -151,7 +151,8 @@ def test_parts_that_are_prepared_in_one_branch() -> None:
     behind = REGISTERED.format("save_hook") + "accelerator.save_state('out')"
     after = converted(HOOK + in_branches("args.both", behind))
     assert (
-        "models = []\nmodels += [model]\nif args.both:\n    models += [other]\nunsaved = [None] * len(models)" in after
+        "prepared = []\nprepared += [model]\nif args.both:\n    prepared += [other]\nunsaved = [None] * len(prepared)"
+        in after
     )
     assert "if args.both and bmt.agree(len(unsaved) > 1):\n" in after
 
@@ -175,3 +176,26 @@ def test_what_a_tracker_cannot_show_is_not_shown() -> None:
     text = script("log_with='tensorboard', project_dir='x'", in_the_loop="accelerator.log(logs, step=step)")
     after = converted(text.replace("for step", "logs = {'decay': None}\naccelerator.init_trackers('run')\nfor step"))
     assert "elif isinstance(value, (int, float)):\n" in after and "        else:\n" not in after
+
+
+NAMES = {
+    "a tracker": ("log_with='tensorboard', project_dir='x'", "tracker = 3", "accelerator.log({'a': 1}, step=step)", "tracker_.add_scalar('a', 1, step)"),
+    "what it shows": ("log_with='tensorboard', project_dir='x'", "name = value = 3", "accelerator.log(logs, step=step)", "for name_, value_ in logs.items():"),
+    "a folder": ("", "state_folder = 3", "accelerator.save_state(f'{step}')", "state_folder_ = f'{step}'"),
+    "a file": ("", "state_file = drawn = 3", "accelerator.load_state('x')", "drawn_ = torch.load("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "own", "call", "wanted"), NAMES.values(), ids=NAMES.keys())
+def test_names_of_the_script_stay_its_own(options: str, own: str, call: str, wanted: str) -> None:
+    start = "accelerator.init_trackers('run')\n" if options else ""
+    text = script(options, in_the_loop=call).replace("for step", f"logs = {{}}\n{own}\n{start}for step", 1)
+    after = converted(text)
+    assert wanted in after and f"\n{own}\n" in after
+
+
+def test_a_count_of_the_script_stays_its_own() -> None:
+    text = accumulating("2").replace("step, (x, y) in enumerate(train_loader)", "x, y in train_loader")
+    after = converted(text.replace("    # in the loop", "    index += 1").replace("for x", "index = 0\nfor x", 1))
+    assert "for (index_, (x, y)) in enumerate(train_loader):\n" in after and "    index += 1\n" in after
+    assert "if (index_ + 1) % 2 == 0 or index_ + 1 == len(train_loader):\n" in after

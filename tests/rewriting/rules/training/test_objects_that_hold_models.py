@@ -144,3 +144,35 @@ def test_a_function_that_one_rank_calls_writes_once(behind: str, is_quiet: bool)
     result = convert_text(script(behind, function, STARTED))
     told = [finding for finding in result.reported if "every rank writes this file" in finding.message]
     assert (not told) == is_quiet, result.reported
+
+
+HELD = """import torch
+from diffusers import DDPMPipeline, {kind}
+
+{made}
+{optimizer}
+for batch in torch.utils.data.DataLoader(data, batch_size=8):
+    loss = pipe.unet(batch).mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+PIPE = "pipe = DDPMPipeline.from_pretrained('m')"
+OPTIMIZER = "optimizer = torch.optim.SGD({}.parameters(), lr=0.1)"
+HOLDERS = {
+    "a part": (PIPE, OPTIMIZER.format("pipe.unet"), "pipe.unet"),
+    "a part by name": (f"{PIPE}\nunet = pipe.unet", OPTIMIZER.format("unet"), "unet"),
+    "moved before": (f"{PIPE}\npipe.to('cpu')", OPTIMIZER.format("pipe.unet"), "pipe.unet"),
+    "parts of it": (PIPE, "optimizer = torch.optim.SGD([p for p in pipe.unet.parameters()], lr=0.1)", "pipe.unet"),
+    "no pipeline": ("pipe = Holder('m')", OPTIMIZER.format("pipe.unet"), ""),
+    "somebody's own": ("from pipes import Pipeline\npipe = Pipeline('m')", OPTIMIZER.format("pipe.unet"), ""),
+    "one of two": (f"{PIPE}\nif small:\n    pipe = small", OPTIMIZER.format("pipe.unet"), ""),
+    "a model itself": ("pipe = UNet2DModel.from_pretrained('m')", OPTIMIZER.format("pipe"), ""),
+}
+
+
+@pytest.mark.parametrize(("made", "optimizer", "model"), HOLDERS.values(), ids=HOLDERS.keys())
+def test_a_model_in_a_pipeline_is_wrapped_before_its_optimizer(made: str, optimizer: str, model: str) -> None:
+    after = converted(HELD.format(kind="Holder, UNet2DModel", made=made, optimizer=optimizer))
+    wrapped = f"{model} = bmt.BMTrainModelWrapper({model})\noptimizer = torch.optim.SGD("
+    assert (wrapped in after) if model else ("= bmt.BMTrainModelWrapper(pipe" not in after)
