@@ -247,7 +247,9 @@ class Roles:
 
     @cached_property
     def displayed(self) -> dict[Var, list[ast.expr]]:
-        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is nothing but cleared and stepped, with these two."""
+        """``o`` of ``for o in (opt_a, opt_b): o.step()``, which is only cleared, stepped and asked for its groups,
+        with these two.
+        """
         return {v: held for v, held in self._displayed.items() if {self.var(item) for item in held} <= self.optimizers}
 
     @cached_property
@@ -260,15 +262,18 @@ class Roles:
                     found.setdefault(variable, []).extend(held.elts)
         for node in self.file.nodes:
             if isinstance(node, ast.Name) and (variable := self.var(node)) in found and variable is not None:
-                if isinstance(node.ctx, ast.Load) and not self._is_cleared_or_stepped(node):
+                if isinstance(node.ctx, ast.Load) and not self._is_what_managers_do(node):
                     del found[variable]
         assigned = {variable for variable, *_ in self.assignments}
         named = {v for v, held in found.items() if all(isinstance(one, (ast.Name, ast.Attribute)) for one in held)}
         return {v: found[v] for v in named - assigned}
 
-    def _is_cleared_or_stepped(self, node: ast.expr) -> bool:
+    def _is_what_managers_do(self, node: ast.expr) -> bool:
+        """Whether an optimizer is cleared or stepped, or asked for its groups."""
         parents = self.file.names.parents
         match parents[node]:
+            case ast.Attribute(attr="param_groups", ctx=ast.Load()):
+                return True
             case ast.Attribute(attr="zero_grad" | "step" as attr) as func:
                 call = parents[func]
                 return isinstance(call, ast.Call) and call.func is func and (attr == "zero_grad" or not call.args)
