@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from functools import cached_property
 
-from rewriter.analyze.read.file import ClassInfo, File, FunctionInfo
+from rewriter.analyze.read.file import ClassInfo, External, File, FunctionInfo
 from rewriter.analyze.read.names import Import
 from rewriter.analyze.read.nodes import dotted, is_backward, walk
 from rewriter.analyze.training.roles import Var
@@ -16,6 +16,8 @@ from rewriter.analyze.training.scripts import Scripts
 CLASSES = {"accelerate.Accelerator", "accelerate.accelerator.Accelerator"}
 SKIPS = {"accelerate.skip_first_batches", "accelerate.data_loader.skip_first_batches"}
 PREPARES = {"prepare", "prepare_model", "prepare_optimizer", "prepare_scheduler", "prepare_data_loader"}
+TESTS = "accelerate.test_utils."
+"""What its own tests take instead of data."""
 EVALUATED = re.compile(r"val|test|eval|dev|infer|pred", re.I)
 """What a loader of data that is not trained on is called."""
 
@@ -107,7 +109,7 @@ class Accelerators:
         call = file.names.parents[parent] if isinstance(parent, ast.keyword) else parent
         if not isinstance(call, ast.Call):
             return False
-        found = self.project.resolve(file, call.func)
+        found = self._called(file, call.func)
         function = found if isinstance(found, FunctionInfo) else None
         if isinstance(found, ClassInfo):
             method = self.scripts.classes.method(found, "__init__")
@@ -120,6 +122,15 @@ class Accelerators:
             return parent.arg in self.names
         index, listed = call.args.index(node), function.parameters
         return index < len(listed) and listed[index] in self.names
+
+    def _called(self, file: File, func: ast.expr) -> object:
+        """What is called; of two, of which one is accelerate's own for its tests, the other."""
+        found = self.project.resolve(file, func)
+        if found is None and isinstance(func, ast.Name):
+            meanings = self.project.meanings(file, func)
+            others = [m for m in meanings if not (isinstance(m, External) and m.name.startswith(TESTS))]
+            return others[0] if len(others) == 1 and len(meanings) > 1 else None
+        return found
 
     # What it was told -----------------------------------------------------
 

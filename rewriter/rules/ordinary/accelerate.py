@@ -24,6 +24,7 @@ from rewriter.analyze.training.accelerators import (
     CLASSES,
     PREPARES,
     SKIPS,
+    TESTS,
     Accelerators,
     last_name,
     targets,
@@ -59,7 +60,7 @@ _HARMLESS_HANDLERS = {"DistributedDataParallelKwargs", "InitProcessGroupKwargs"}
 _PURE = {
     "DistributedType", "ProjectConfiguration", "DistributedDataParallelKwargs", "InitProcessGroupKwargs",
     "DataLoaderConfiguration", "GradientAccumulationPlugin", "send_to_device", "convert_outputs_to_fp32", "Accelerator",
-    "__version__", "check_min_version", "LoggerType",
+    "__version__", "check_min_version", "LoggerType", "find_executable_batch_size", "release_memory",
 }  # fmt: skip
 """Names of accelerate that mean the same without an Accelerator."""
 _IS_THERE = re.compile(r"is_\w+_available")
@@ -74,6 +75,8 @@ _CONSTANTS = {
 }
 _INDEX = {"process_index", "local_process_index"}
 _LEFT_OUT = {"wait_for_everyone": "{bmt}.synchronize()", "free_memory": "", "clear": "", "unscale_gradients": ""}
+_OWN = {"trackers": {"trackers", "get_tracker"}, "trigger": {"set_trigger", "check_trigger"}}
+"""What stands for an Accelerator has as attributes, and the names that need them."""
 _PLUGINS = {"deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin", "torch_tp_plugin"}
 """What an engine's state is asked for, and has not."""
 _NO_LENGTH = {"islice", "iter", "cycle", "chain", "map", "filter", "zip", "enumerate"}
@@ -167,14 +170,15 @@ class _Uses:
         """The name that is handed on means what the Accelerator was told, where that is asked for elsewhere."""
         found = {name: self.held.option(name) for name in sorted(self.held.asked_elsewhere)}
         values = {name: value for name, value in found.items() if value is not None}
-        trackers = ["trackers=[]"] if self._asks_for_trackers else []
+        own = {"trackers": "[]", "trigger": "False"}
+        first = [f"{name}={value}" for name, value in own.items() if self._has_own(name)]
         (target,) = targets(statement)
-        if not values and not trackers:
+        if not values and not first:
             yield ReplaceStatement(statement, template("{target} = None", target=target))
         elif any(file is not self.file for file, _ in values.values()):
             self.refuse(statement, "what the Accelerator is told stands in another file")
         else:
-            given = ", ".join([*(f"{name}={{{name}}}" for name in values), *trackers])
+            given = ", ".join([*(f"{name}={{{name}}}" for name in values), *first])
             holes = {name: value for name, (_, value) in values.items()}
             code = f"{{target}} = types.SimpleNamespace({given})"
             yield from imports(self.file, "types")
@@ -185,21 +189,19 @@ class _Uses:
         """Whether the Accelerator itself stands anywhere, so that its name must mean something."""
         return (
             bool(self.held.asked_elsewhere)
-            or self._asks_for_trackers
+            or any(map(self._has_own, _OWN))
             or any(
-                self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute)
+                (self.held.is_one(file, node) and not isinstance(file.names.parents[node], ast.Attribute))
+                or (isinstance(node, (ast.Nonlocal, ast.Global)) and self.held.names & set(node.names))
                 for file in self.held.files
                 for node in file.nodes
             )
         )
 
-    @cached_property
-    def _asks_for_trackers(self) -> bool:
-        """Whether the Accelerator's own trackers are asked for anywhere."""
+    def _has_own(self, name: str) -> bool:
+        """Whether what stands for the Accelerator needs an attribute of its own: it is asked for, or set."""
         return any(
-            isinstance(node, ast.Attribute)
-            and node.attr in {"trackers", "get_tracker"}
-            and self.held.is_one(file, node.value)
+            isinstance(node, ast.Attribute) and node.attr in _OWN[name] and self.held.is_one(file, node.value)
             for file in self.held.files
             for node in file.nodes
         )
@@ -951,14 +953,14 @@ class _Uses:
         statement = self.file.names.statement_of(call)
         owner = self.file.source.code(_attribute(call).value)
         listed = f'{owner}.trackers.append(types.SimpleNamespace(name="{self._tracker}", tracker={{it}}, {{its}}))'
-        if self._asks_for_trackers:
+        if self._has_own("trackers"):
             yield from imports(self.file, "types")
         if self._tracker == "wandb":
             yield Import("import wandb")
             holes = {"name": name} | ({"config": config} if config is not None else {})
             told = ", config={config}" if config is not None else ""
             yield replace(call, f"wandb.init(project={{name}}{told})", **holes)
-            if self._asks_for_trackers:
+            if self._has_own("trackers"):
                 yield insert_behind(
                     statement, listed.replace("{it}", "wandb.run").replace("{its}", "run=wandb.run, log=wandb.log")
                 )
@@ -976,7 +978,7 @@ class _Uses:
             self.refuse(call, "the name of the trackers is made on one rank")
         tracker = self._new("tracker")
         lines = [f"{tracker} = SummaryWriter(os.path.join({folder}, {{name}}))"]
-        if self._asks_for_trackers:
+        if self._has_own("trackers"):
             lines.append(listed.replace("{it}", tracker).replace("{its}", f"writer={tracker}"))
         hparams = [] if config is None else [f"{tracker}.add_hparams({{config}}, {{}})"]
         if self._is_conditional:
@@ -1102,6 +1104,23 @@ class _Uses:
             file is self.file and file.names.function_of(start) is function for file, start in self._starts()
         )
 
+    def _set_trigger_call(self, call: ast.Call) -> Iterator[Change]:
+        if not self._alone(call):
+            self.refuse(call, "set_trigger() gives a value that is used")
+            return
+        code = template("{owner}.trigger = True", owner=_attribute(call).value)
+        yield ReplaceStatement(self.file.names.statement_of(call), code)
+
+    def _check_trigger_call(self, call: ast.Call) -> Iterator[Change]:
+        """Whether any rank has set it; then it is set back."""
+        test = self.file.names.parents[call]
+        if not isinstance(test, ast.If) or test.test is not call:
+            self.refuse(call, "check_trigger() that is not all of a test")
+            return
+        owner = _attribute(call).value
+        yield replace(call, "{bmt}.total(int({owner}.trigger)) > 0", owner=owner)
+        yield insert_before(test.body[0], "{owner}.trigger = False", owner=owner)
+
     def _get_tracker_call(self, call: ast.Call) -> Iterator[Change]:
         given = {keyword.arg: keyword.value for keyword in call.keywords}
         given |= dict(zip(("name", "unwrap"), call.args, strict=False))
@@ -1131,7 +1150,13 @@ class _Uses:
             return
         call = self.file.names.parents[node]
         last = name.split(".")[-1]
-        if name in CLASSES or last in _PURE or _IS_THERE.fullmatch(last) or "DistributedType." in name:
+        if (
+            name in CLASSES
+            or name.startswith(TESTS)
+            or last in _PURE
+            or _IS_THERE.fullmatch(last)
+            or "DistributedType." in name
+        ):
             return
         self.seen.append(node)
         if not isinstance(call, ast.Call) or call.func is not node:

@@ -199,3 +199,68 @@ def test_a_count_of_the_script_stays_its_own() -> None:
     after = converted(text.replace("    # in the loop", "    index += 1").replace("for x", "index = 0\nfor x", 1))
     assert "for (index_, (x, y)) in enumerate(train_loader):\n" in after and "    index += 1\n" in after
     assert "if (index_ + 1) % 2 == 0 or index_ + 1 == len(train_loader):\n" in after
+
+
+def test_triggers_are_of_all_ranks() -> None:
+    stop = "if loss.item() > 3:\n    accelerator.set_trigger()\nif accelerator.check_trigger():\n    break"
+    after = converted(script(in_the_loop=stop))
+    assert "accelerator = types.SimpleNamespace(trigger=False)\n" in after
+    assert "bmt.sum_loss(loss).item() > 3" in after and "        accelerator.trigger = True\n" in after
+    assert (
+        "    if bmt.total(int(accelerator.trigger)) > 0:\n        accelerator.trigger = False\n        break\n" in after
+    )
+
+
+TRIGGERS = [
+    "stop = accelerator.check_trigger()",
+    "a = accelerator.set_trigger()",
+    "if step or accelerator.check_trigger():\n    break",
+]
+
+
+@pytest.mark.parametrize("text", TRIGGERS)
+def test_triggers_in_other_places_are_refused(text: str) -> None:
+    assert not convert_text(script(in_the_loop=text)).changed
+
+
+def test_batches_of_a_size_that_fits() -> None:
+    """The name that an inner function says is another's goes on being one."""
+    body = "\n".join(f"        {line}" for line in script().splitlines()[3:])
+    text = f"""import torch
+from accelerate import Accelerator
+from accelerate.utils import find_executable_batch_size
+from torch.utils.data import DataLoader
+
+
+def main():
+    accelerator = Accelerator()
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch_size):
+        nonlocal accelerator
+        accelerator.free_memory()
+{body.replace("accelerator = Accelerator()", "pass")}
+    train()
+
+
+main()
+"""
+    after = converted(text)
+    assert "accelerator = None\n" in after and "nonlocal accelerator\n" in after
+    assert "@find_executable_batch_size(starting_batch_size=8)\n    def train(batch_size):" in after
+
+
+MOCKED = """def loaders(accelerator, size):
+    accelerator.print(size)
+if os.environ.get("MOCKED"):
+    from accelerate.test_utils.training import mocked_dataloaders
+    loaders = {}
+"""
+
+
+def test_data_of_its_own_tests_take_another_way() -> None:
+    text = script(imports="import os\n" + MOCKED.format("mocked_dataloaders"), behind="loaders(accelerator, 8)")
+    after = converted(text)
+    assert "\nloaders(accelerator, 8)" in after and "bmt.print_rank(size)" in after
+    other = script(imports="import os\n" + MOCKED.format("library.loaders"), behind="loaders(accelerator, 8)")
+    assert not convert_text(other).changed
