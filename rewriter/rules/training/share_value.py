@@ -238,7 +238,9 @@ def _sizes(file: File, facts: Facts) -> Iterator[Finding]:
         named = [] if facts.scripts.is_loader(file, call) else call.keywords
         by_name = [k.value for k in named if known or of_model or _BATCH_SIZE.match(k.arg or "")]
         known |= sizes if of_model or by_name else set()
-        made = bool(known) and call not in shared
+        owner = roles.var(call.func.value) if isinstance(call.func, ast.Attribute) else None
+        repeated = attr == "repeat" and owner in roles.losses
+        made = bool(known) and call not in shared and not repeated  # a mean of the same number is that number
         given = [part for item in call.args for part in (item.elts if isinstance(item, ast.Tuple) else [item])]
         given = [*(given if attr in _SHAPED | _DRAWN or of_model else ()), *by_name]
         size = next((item for item in given if _is_one(roles, item, known - {None})), None)

@@ -176,3 +176,18 @@ def test_a_model_in_a_pipeline_is_wrapped_before_its_optimizer(made: str, optimi
     after = converted(HELD.format(kind="Holder, UNet2DModel", made=made, optimizer=optimizer))
     wrapped = f"{model} = bmt.BMTrainModelWrapper({model})\noptimizer = torch.optim.SGD("
     assert (wrapped in after) if model else ("= bmt.BMTrainModelWrapper(pipe" not in after)
+
+
+REPEATED = {
+    "a loss": ("loss.detach().repeat(8)", False),
+    "itself": ("loss.repeat(size)", False),
+    "ones": ("one.repeat(size)", True),
+}
+
+
+@pytest.mark.parametrize(("value", "told"), REPEATED.values(), ids=REPEATED.keys())
+def test_a_loss_that_is_repeated_is_no_batch(value: str, told: bool) -> None:
+    text = script("", f"size, one = 8, torch.ones(1)\n{AVERAGES}").replace("batch_size=8", "batch_size=size")
+    text = text.replace("    loss.backward()", f"    seen = bmt.gather_result({value}).mean()\n    loss.backward()")
+    found = convert_text("import bmtrain as bmt\n" + text).reported
+    assert any("has fewer than size items" in finding.message for finding in found) == told
