@@ -583,7 +583,14 @@ def _of_share(file: File, facts: Facts, loop: ast.For, node: ast.AugAssign) -> b
     kinds = facts.scripts.handed.kinds(file, place) if place is not None else None
     if _is_of_all_ranks(file, facts, node.value):
         return False
-    for item in ast.walk(node.value):
+    shapes = {
+        part
+        for made in ast.walk(node.value)
+        if isinstance(made, ast.Call) and isinstance(made.func, ast.Attribute) and made.func.attr in _SHAPED | _DRAWN
+        for argument in made.args
+        for part in ast.walk(argument)
+    }  # of tensors that are made there, not counted
+    for item in (item for item in ast.walk(node.value) if item not in shapes):
         match item:
             case ast.Call(func=ast.Attribute(attr="sum"), args=[*given]) if _compares(item, given):
                 return True

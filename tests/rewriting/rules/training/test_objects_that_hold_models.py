@@ -191,3 +191,19 @@ def test_a_loss_that_is_repeated_is_no_batch(value: str, told: bool) -> None:
     text = text.replace("    loss.backward()", f"    seen = bmt.gather_result({value}).mean()\n    loss.backward()")
     found = convert_text("import bmtrain as bmt\n" + text).reported
     assert any("has fewer than size items" in finding.message for finding in found) == told
+
+
+ADDED = {
+    "noise of its shape": ("noise += 0.1 * torch.randn((batch.shape[0], 1))", False),
+    "by its length": ("noise += torch.rand(len(batch), 1)", False),
+    "a count": ("noise += batch.shape[0]", True),
+    "a count of what is drawn": ("noise += len(torch.randn(3)) * len(batch)", True),
+}
+
+
+@pytest.mark.parametrize(("added", "told"), ADDED.values(), ids=ADDED.keys())
+def test_the_shape_of_what_is_added_is_no_count(added: str, told: bool) -> None:
+    noisy = f"    noise = torch.zeros_like(batch)\n    {added}\n    loss = model(batch + noise).mean()\n"
+    text = script("print(noise)").replace("    loss = model(batch).mean()\n", noisy)
+    found = [finding for finding in convert_text(text).reported if "adds up this rank's share" in finding.message]
+    assert bool(found) == told
