@@ -318,7 +318,7 @@ def save_pretrained(model: Any, save_directory: str | os.PathLike[str], *args: A
     ctx = context()
     if ctx.world_size > 1:
         engine().meet(f"save_pretrained of {kind.__name__}")
-    with ctx.diary.saving(), _whole_attributes(model):
+    with ctx.diary.saving(), _whole_attributes(model), gathered(_beside_a_frozen_model(model)):
         models = [model] if isinstance(model, nn.Module) else _sharded_in(model)
         for each in models:
             level_statistics(each)
@@ -339,6 +339,14 @@ def _sharded_in(holder: object) -> list[nn.Module]:
             held += value
     modules = {id(value): value for value in held if isinstance(value, nn.Module)}
     return [m for m in modules.values() if any(isinstance(inner, ShardedModule) for inner in m.modules())]
+
+
+def _beside_a_frozen_model(model: object) -> list[nn.Parameter]:
+    """What trains outside of the blocks of a model of which the rest is frozen, as prompts: its method may run that."""
+    unit = unit_of(model) if isinstance(model, ShardedModule) else None
+    if unit is None or all(p.requires_grad for p in model.parameters()):  # type: ignore[attr-defined]
+        return []
+    return [p for flat in unit.flats for p in flat.params if p.requires_grad]
 
 
 @contextmanager

@@ -353,7 +353,7 @@ class Collectives:
             return False
         if len(call.args) > 2 or any(isinstance(item, ast.Starred) for item in call.args):
             return False
-        own_state, model = of_own_state(call), unwrapped(func.value) or func.value
+        own_state, model = of_own_state(roles, call), unwrapped(func.value) or func.value
         if any(keyword.arg == "state_dict" and keyword is not own_state for keyword in call.keywords):
             return False
         if roles.is_model(model):
@@ -439,16 +439,27 @@ _DIST_COLLECTIVES = {
 }  # fmt: skip
 
 
-def of_own_state(call: ast.Call) -> ast.keyword | None:
+def of_own_state(roles: Roles, call: ast.Call) -> ast.keyword | None:
     """The keyword of ``model.save_pretrained(path, state_dict=model.state_dict())`` that says no more than without."""
     for keyword in call.keywords:
         match keyword.value, call.func:
             case ast.Call(func=ast.Attribute(value=given, attr="state_dict"), args=[], keywords=[]), ast.Attribute(
                 value=receiver
             ):
-                same = dotted(given) is not None and dotted(given) == dotted(receiver)
+                path = dotted(given)
+                same = path is not None and path in {dotted(receiver), _other_name(roles, receiver)}
                 return keyword if same and keyword.arg == "state_dict" else None
     return None
+
+
+def _other_name(roles: Roles, node: ast.expr) -> str | None:
+    """``model`` for ``inner`` of ``inner = model``, where ``model`` is given nothing else from there on."""
+    made = [(value, statement) for v, value, statement, _ in roles.assignments if v == roles.var(node)]
+    if len(made) != 1 or not isinstance(made[0][0], (ast.Name, ast.Attribute)):
+        return None
+    value, statement = made[0]
+    since = (other for v, _, other, _ in roles.assignments if v == roles.var(value))
+    return dotted(value) if all(other.lineno < statement.lineno for other in since) else None
 
 
 # Rank guards --------------------------------------------------------------------------------------------------

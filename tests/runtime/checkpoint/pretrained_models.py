@@ -71,6 +71,19 @@ class Own(Pretrained):
         return OrderedDict((f"own.{key}", value) for key, value in super().state_dict(*args, **kwargs).items())
 
 
+class Prompted(Pretrained):
+    """What trains is a table of prompts, which the method reads by running it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(False)
+        self.prompts = nn.Embedding(3, 5)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        os.makedirs(save_directory, exist_ok=True)
+        torch.save({"prompts": self.prompts(torch.arange(3)).detach()}, f"{save_directory}/prompts.bin")
+
+
 class Around(nn.Module):
     """As an adapter's model: not sharded itself, with a sharded model and a parameter of its own in it."""
 

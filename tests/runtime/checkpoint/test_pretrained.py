@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained_models import Around, Averages, Given, Hooked, Listed, Own, Pipeline, Pretrained, Tokenizer
+from pretrained_models import Around, Averages, Given, Hooked, Listed, Own, Pipeline, Pretrained, Prompted, Tokenizer
 from ranks import on_ranks, run_ranks
 from torch import nn
 
@@ -64,13 +64,14 @@ def test_a_device_map_is_refused() -> None:
 
 @on_ranks(1, 2, 3)
 def test_files_are_the_packages_own(tmp_path: Path) -> None:
-    for kind in (Pretrained, Hooked, Own):
+    for kind in (Pretrained, Hooked, Own, Prompted):
         plain = kind()
         if bmt.rank() == 0:
             plain.save_pretrained(str(tmp_path / "plain"))
         model = bmt.BMTrainModelWrapper(kind())
         model.save_pretrained(tmp_path / "method")
         bmt.save_pretrained(model, str(tmp_path / "function"), files=2)
+        bmt.synchronize()
         if bmt.rank() == 0:
             _assert_same(tmp_path / "method", tmp_path / "plain")
             _assert_same(tmp_path / "function", tmp_path / "plain")

@@ -207,3 +207,25 @@ def test_the_shape_of_what_is_added_is_no_count(added: str, told: bool) -> None:
     text = script("print(noise)").replace("    loss = model(batch).mean()\n", noisy)
     found = [finding for finding in convert_text(text).reported if "adds up this rank's share" in finding.message]
     assert bool(found) == told
+
+
+STATES = {
+    "its own": ("inner = model", "inner.save_pretrained('out', state_dict=model.state_dict())", True),
+    "of another model": ("inner = ema", "inner.save_pretrained('out', state_dict=model.state_dict())", False),
+    "made anew since": (
+        "inner = model\nmodel = library.other(model)",
+        "inner.save_pretrained('out', state_dict=model.state_dict())",
+        False,
+    ),
+    "one of two": (
+        "inner = model\nif best:\n    inner = best",
+        "inner.save_pretrained('out', state_dict=model.state_dict())",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("made", "call", "is_own"), STATES.values(), ids=STATES.keys())
+def test_the_state_of_a_model_under_another_name_is_its_own(made: str, call: str, is_own: bool) -> None:
+    after = converted(script(f"{made}\n{call}"))
+    assert ("bmt.save_pretrained(inner, 'out')" in after) == is_own
